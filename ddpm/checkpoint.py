@@ -1,0 +1,195 @@
+"""What is saved, how it becomes a verified generation, and which one a new life resumes.
+
+A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the .pt's sha256 and a digest of itself. A .pt without
+its .json does not exist. A save copies the state into reused host buffers (training waits for that alone) and a thread
+writes them; a second save waits for the first. Kill points: before the .pt's rename, a stale temporary; before the
+.json's, a .pt that does not exist and is removed by the next save of that step; after it, a generation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.fence import Fence
+from ddpm.rundir import (
+    DamagedFile,
+    RunDir,
+    now,
+    publishing,
+    read_json,
+    read_signed,
+    remove_stale,
+    sha256_file,
+    sign,
+    write_json,
+)
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A checkpoint whose size, digest and manifest hold."""
+
+    step: int
+    sha256: str
+    manifest: dict[str, Any]
+
+
+def verify(run: RunDir, step: int) -> Generation:
+    """Check one generation in full. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
+    manifest = read_signed(run.manifest(step))
+    path = run.checkpoint(step)
+    if manifest["step"] != step or manifest["file"] != path.name:
+        raise DamagedFile(f"{run.manifest(step).name}: is the manifest of {manifest['file']}")
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedFile(f"{path.name}: missing beside its manifest") from None
+    if size != manifest["bytes"]:
+        raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
+    if (sha256 := sha256_file(path)) != manifest["sha256"]:
+        raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")
+    return Generation(step, sha256, manifest)
+
+
+def newest_good(run: RunDir, log: Log) -> Generation | None:
+    """The newest generation that holds, naming each one that does not; None where none was ever saved.
+
+    Raises DoNotRetry where checkpoints exist and none is good: never a silent start at 0.
+    """
+    steps = run.steps_saved()
+    for step in steps:
+        try:
+            return verify(run, step)
+        except (DamagedFile, FileNotFoundError, KeyError) as e:
+            log(f"checkpoint rejected: step={step} reason={e}")
+    if steps:
+        raise DoNotRetry(f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
+                         f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged")
+    return None
+
+
+def load(run: RunDir, step: int) -> dict[str, Any]:
+    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint."""
+    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)
+
+
+class HostCopy:
+    """A copy of a state tree in host buffers that are allocated once (pinned where the state is on a GPU)."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, state: Any) -> Any:
+        """`state` with every tensor copied; complete when this returns, so training may go on changing it."""
+        copied = self._copy(state, "")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any, key: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._buffers[key] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {k: self._copy(v, f"{key}/{k}") for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(v, f"{key}/{i}") for i, v in enumerate(value))
+        return value
+
+
+class Checkpointer:
+    """Writes generations of one run in the background, keeps the newest few, milestones and those that samples name."""
+
+    def __init__(self, run: RunDir, fence: Fence, *, keep_last: int, is_milestone: Callable[[int], bool],
+                 world_size: int, log: Log, on_saved: Callable[[int], None]) -> None:
+        self._run, self._fence, self._log, self._on_saved = run, fence, log, on_saved
+        self._keep_last, self._is_milestone, self._world_size = keep_last, is_milestone, world_size
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        run.checkpoints.mkdir(exist_ok=True)
+        remove_stale(run.checkpoints)
+
+    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> None:
+        """Save `state` (the dict of DESIGN section 3) as the generation of state["step"].
+
+        A failed write is logged, and the next save tries again; with `wait` the outcome is known on return, and an
+        OSError is raised. `final`: EMA weights are published beside it, as for a milestone.
+        Raises RunBusy when a later job has taken the run over.
+        """
+        self.wait(raising=False)
+        self._fence.check()
+        copied = self._copy.take(state)
+        self._thread = threading.Thread(target=self._write_guarded, args=(copied, final), name="checkpoint-writer")
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self, *, raising: bool = True) -> None:
+        """Until the write under way is over. Raises RunBusy; with `raising` also the OSError of a failed write."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, RunBusy) or (error is not None and (raising or not isinstance(error, OSError))):
+            raise error
+
+    def _write_guarded(self, state: dict[str, Any], final: bool) -> None:
+        try:
+            self._write(state, final)
+        except BaseException as e:
+            self._error = e
+            if isinstance(e, OSError):
+                self._log(f"checkpoint failed: step={state['step']} error={e}; the last good one stays, "
+                          f"the next save tries again")
+
+    def _write(self, state: dict[str, Any], final: bool) -> None:
+        run, step, token = self._run, int(state["step"]), str(self._fence.token)
+        try:
+            verify(run, step)  # an earlier life was killed between this save and its next step: the bits are the same
+        except (DamagedFile, FileNotFoundError, KeyError):
+            run.manifest(step).unlink(missing_ok=True)
+            run.checkpoint(step).unlink(missing_ok=True)  # without its manifest it did not exist
+            with publishing(run.checkpoint(step), token=token, may_publish=self._fence.check) as f:
+                torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
+            if final or self._is_milestone(step):
+                self._write_ema(state["ema"], step, token)
+            write_json(run.manifest(step), sign({
+                "step": step, "images": state["images"], "file": run.checkpoint(step).name, "bytes": f.size,
+                "sha256": f.sha256, "config_digest": state["config_digest"], "world_size": self._world_size,
+                "fence": self._fence.token, "created": now(),
+            }), token=token, may_publish=self._fence.check)
+        self._on_saved(step)
+        self._retain()
+
+    def _write_ema(self, ema: dict[str, torch.Tensor], step: int, token: str) -> None:
+        from safetensors.torch import save
+
+        self._run.ema_weights(step).unlink(missing_ok=True)  # left by a save that never got its manifest
+        with publishing(self._run.ema_weights(step), token=token, may_publish=self._fence.check) as f:
+            f.write(save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
+
+    def _retain(self) -> None:
+        """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist."""
+        steps = self._run.steps_saved()
+        named = {r["checkpoint"]["step"] for s in self._run.sample_sets() if (r := read_json(s.request))}
+        keep = {*steps[: self._keep_last], *named, *filter(self._is_milestone, steps)}
+        for step in steps:
+            if step not in keep:
+                self._run.manifest(step).unlink(missing_ok=True)
+                self._run.checkpoint(step).unlink(missing_ok=True)
+        for path in self._run.checkpoints.glob("step-*.pt"):
+            if not path.with_suffix(".json").exists():
+                path.unlink(missing_ok=True)
+

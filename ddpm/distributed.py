@@ -1,0 +1,78 @@
+"""The process group, the device, and agreement between ranks. Knows no scheduler: ranks and addresses are given.
+
+One group carries both kinds of traffic: gradients over NCCL where there are GPUs, and small CPU tensors over gloo, by
+which ranks agree on when to stop without waiting for a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT_S = 600
+"""A rank that does not answer for this long ends the job (compiling the network takes up to two minutes)."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over all ranks of small ints (a request by one is a request by all)."""
+        if self.world_size == 1:
+            return values
+        t = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        return t.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks of a float tensor on this world's device."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values
+
+    def barrier(self) -> None:
+        self.agree([0])
+
+
+def join(*, rank: int, world_size: int, local_rank: int, master_addr: str, master_port: int) -> World:
+    """Form the process group of `world_size` ranks and choose this rank's device. Raises RuntimeError on time-out."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{master_addr}:{master_port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        )
+    return World(rank, world_size, device)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,50 @@
+"""The exceptions that a user can act on, and the exit code each one becomes.
+
+Scripts:  0 done or queued, 1 the work failed, 2 the request was wrong, 3 the environment lacks something.
+Jobs:     0 finished, 75 saved - put me back, 76 another job holds the run, 78 do not retry, else a failure.
+A message names the key or path, the value received, what is allowed, and the next step.
+"""
+
+from __future__ import annotations
+
+EXIT_REQUEUE = 75
+EXIT_BUSY = 76
+EXIT_FATAL = 78
+
+
+class DDPMError(Exception):
+    """Base: a message for the user, never a traceback."""
+
+    exit_code = 1
+
+
+class RequestError(DDPMError):
+    """What was asked for is wrong: a key, a value, a name, a path."""
+
+    exit_code = 2
+
+
+class EnvironmentLacks(DDPMError):
+    """This machine lacks something the request needs: a scheduler, a download, a package."""
+
+    exit_code = 3
+
+
+class RunBusy(DDPMError):
+    """Another job holds the run, or has fenced this one out."""
+
+    exit_code = EXIT_BUSY
+
+
+class DoNotRetry(DDPMError):
+    """Starting this job again would end the same way: damaged checkpoints only, wrong predecessor, rollbacks used up."""
+
+    exit_code = EXIT_FATAL
+
+
+class Stopped(Exception):
+    """Raised inside long work when a stop was requested; `reason` is what `stop_requested()` returned."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

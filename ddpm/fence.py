@@ -1,0 +1,93 @@
+"""One writer per run: a lock, and a fencing token under it.
+
+The lock (flock on `lock`) keeps two live jobs apart; it dies with its holder. The token is a counter in `fence`: each
+writer takes the next number and checks, before every publication, that nobody has taken one since. So an orphan of an
+earlier life, cut off on a node that SLURM has given up, can neither commit nor overwrite.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddpm.errors import RunBusy
+from ddpm.rundir import RunDir, write_bytes
+
+
+class Fence:
+    """Held by the one process that writes a run's checkpoints, metrics and run.json."""
+
+    def __init__(self, run: RunDir, owner: dict[str, Any], *, wait_s: float = 60.0,
+                 is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
+                 log: Callable[[str], None] = print) -> None:
+        """Take the lock and the next token.
+
+        owner: {"job", "restart", "host"}, written into the lock file for whoever waits.
+        is_orphan: whether the present holder is known to be an earlier life that should be gone; it is then fenced out
+        although it still holds the lock.
+        Raises RunBusy after `wait_s` seconds.
+        """
+        self._run = run
+        self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + wait_s
+        said = False
+        while not self._try_lock(log):
+            other = self._holder()
+            if time.monotonic() >= deadline:
+                if is_orphan(other):
+                    log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
+                    break
+                os.close(self._fd)
+                raise RunBusy(f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end "
+                              f"it: scancel {other.get('job', 'JOB')}")
+            if not said:
+                log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
+                said = True
+            time.sleep(0.5)
+        else:
+            os.truncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(owner).encode(), 0)
+        self.token = self._current() + 1
+        write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
+
+    def _try_lock(self, log: Callable[[str], None]) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                return False
+            log(f"lock: this file system has no locks ({e.strerror}); relying on the fencing token alone")
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            value = json.loads(os.pread(self._fd, 4096, 0))
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _current(self) -> int:
+        try:
+            return int(self._run.fence.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def check(self) -> None:
+        """Raise RunBusy if a later writer has taken over: called before every publication."""
+        if self._current() != self.token:
+            raise RunBusy(f"run {self._run.name} was taken over by a later job (fence {self._current()}, ours "
+                          f"{self.token}): nothing more is written here")
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def _who(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}"

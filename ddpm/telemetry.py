@@ -1,0 +1,131 @@
+"""metrics.jsonl, TensorBoard and the console: one line a log step, none twice and none missing over any restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from ddpm.rundir import RunDir, now, publishing, read_jsonl, write_bytes, write_json
+
+HEARTBEAT_EVERY_S = 5.0
+
+
+class Telemetry:
+    """What rank 0 tells the world about a run. Opened at the step that training goes on from."""
+
+    def __init__(self, run: RunDir, *, step: int, total_steps: int, owner: dict[str, Any]) -> None:
+        self._run, self._total_steps, self._owner = run, total_steps, owner
+        self._trim(step)
+        self._metrics: TextIO = run.metrics.open("a")
+        self._board: Any = None
+        self._first_step = step
+        self._heartbeat_at = 0.0
+        self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
+
+    def _trim(self, step: int) -> None:
+        """Drop lines past the resumed step: they will be written again, equal."""
+        lines = read_jsonl(self._run.metrics)
+        kept = [r for r in lines if int(r["step"]) <= step]
+        whole = self._run.metrics.read_bytes().endswith(b"\n") if lines else True
+        if len(kept) < len(lines) or not whole:
+            text = "".join(json.dumps(r) + "\n" for r in kept)
+            write_bytes(self._run.metrics, text.encode(), replace=True)
+
+    @property
+    def board(self) -> Any:
+        """TensorBoard's writer, made when first needed (its import takes a second)."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
+        return self._board
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One metrics record (DESIGN section 3), to the file, TensorBoard and the console."""
+        self._metrics.write(json.dumps({**record, "time": now()}) + "\n")
+        self._metrics.flush()
+        for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
+            if record[key] is not None:
+                self.board.add_scalar(f"train/{key}", record[key], record["step"])
+        if self._bar is None:
+            say(step=f"{record['step']}/{self._total_steps}", epoch=f"{record['epoch']:.2f}", loss=f"{record['loss']:.4f}",
+                grad_norm=f"{record['grad_norm']:.3f}", lr=f"{record['lr']:.2e}",
+                images_per_s=f"{record['images_per_s']:.1f}")
+        else:
+            self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
+
+    def heartbeat(self, step: int, latest: dict[str, Any], *, force: bool = False) -> None:
+        """Tell the status view that this life is alive, every few seconds."""
+        if self._bar is not None:
+            self._bar.update(0, completed=step)
+        if not force and time.monotonic() - self._heartbeat_at < HEARTBEAT_EVERY_S:
+            return
+        self._heartbeat_at = time.monotonic()
+        write_json(self._run.heartbeat, {
+            "time": now(), "step": step, "total_steps": self._total_steps, **self._owner,
+            "loss": latest.get("loss"), "images_per_s": latest.get("images_per_s"),
+        }, replace=True)
+
+    def grid(self, step: int, grid: np.ndarray) -> None:
+        """Publish a sample grid, uint8 (H, W, 3)."""
+        write_png(self._run.grid(step), grid)
+        self.board.add_image("samples", grid, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Make every line durable: called before a checkpoint, which promises them."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self.sync()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar(total: int, done: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.description}"), console=Console(stderr=True))
+    bar.start()
+    bar.add_task("", total=total, completed=done)
+    return bar
+
+
+def say(message: str = "", **fields: Any) -> None:
+    """One log line: `2026-11-20T09:00:00.000Z message key=value …`."""
+    print(now(), *([message] if message else []), *(f"{k}={v}" for k, v in fields.items()), flush=True)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) as a PNG, whole or not at all, replacing an earlier one."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publishing(path, replace=True) as f:
+        Image.fromarray(image).save(f, format="PNG")
+
+
+def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) as one grid (rows*H', cols*W', 3); small ones are enlarged by a whole factor."""
+    n, height, width, channels = images.shape
+    factor = max(1, at_least_pixels // height)
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    columns = int(np.ceil(np.sqrt(n)))
+    rows = int(np.ceil(n / columns))
+    padded = np.zeros((rows * columns, height * factor, width * factor, channels), np.uint8)
+    padded[:n] = images
+    return padded.reshape(rows, columns, height * factor, width * factor, channels).transpose(0, 2, 1, 3, 4).reshape(
+        rows * height * factor, columns * width * factor, channels)

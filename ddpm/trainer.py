@@ -1,0 +1,439 @@
+"""The step and the loop: Ho et al. 2020, Algorithm 1, on any number of ranks, stoppable at every step.
+
+Asks `stop_requested()` and knows no signal; reads no environment; prints through telemetry. Everything random follows
+from (seed, attempt, step), so a life that resumes at step k computes the same steps k, k+1, … as one that never died.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm import checkpoint, rng, runtime
+from ddpm.config import Config, check_world_size
+from ddpm.data import Batches, PackedImages
+from ddpm.diffusion import Diffusion
+from ddpm.distributed import World
+from ddpm.ema import EMA
+from ddpm.errors import DoNotRetry, Stopped
+from ddpm.fence import Fence
+from ddpm.rundir import EventLog, RunDir
+from ddpm.samplers import SAMPLERS
+from ddpm.schedule import Schedule, linear
+from ddpm.telemetry import Telemetry, say, tile
+
+StopRequested = Callable[[], "str | None"]
+STOP_REASONS = ("", "preempted", "time_limit", "interrupted", "STOP")
+GRID_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `Trainer.train` ended: `finished`, or a saved stop with the reason that the ranks agreed on."""
+
+    finished: bool
+    step: int
+    reason: str = ""
+    saved: bool = True
+
+
+@dataclass
+class Window:
+    """Sums since the last log line, on the device; saved with a checkpoint so that a restart changes no line."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    steps: int = 0
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Window:
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "grad_norm": self.grad_norm, "steps": self.steps}
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint's step and `extra` hold."""
+
+    step: int = 0
+    attempt: int = 0
+    rollbacks: int = 0
+
+
+def schedule_of(config: Config) -> Schedule:
+    d = config.diffusion
+    return linear(d.timesteps, d.beta_start, d.beta_end)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of the update that ends step `step` (0-based): linear warm-up, then constant or half a cosine to 0."""
+    train = config.train
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "cosine":
+        done = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
+        return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return train.lr
+
+
+class Trainer:
+    """One life of one run on one rank. `fence`, `events` are rank 0's alone."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, packed: PackedImages, resolved: runtime.Resolved,
+                 *, fence: Fence | None, events: EventLog | None, owner: dict[str, Any]) -> None:
+        self.config, self.run, self.world, self.packed, self.resolved = config, run, world, packed, resolved
+        self.fence, self.events, self.owner = fence, events, owner
+        device = world.device
+        self.accumulation = check_world_size(config, world.world_size)
+        self.share = config.train.global_batch // world.world_size
+        self.schedule = schedule_of(config)
+        self.diffusion = Diffusion(self.schedule).to(device)
+        self.model = runtime.build_model(config, device, resolved.amp)
+        self.ema = EMA(self.model, config.train.ema_decay)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=resolved.amp == "fp16")
+        self.at = Progress()
+        self.window = Window.empty(device)
+        self._finite: torch.Tensor | None = None  # of the last step, read one step late
+        self._pending: torch.Tensor | None = None
+        self._latest: dict[str, Any] = {}
+        self._saved_at = time.monotonic()
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        network: Any = torch.compile(self.model) if resolved.compile else self.model
+        if world.world_size > 1:
+            network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
+                                              gradient_as_bucket_view=True)
+        self.network = network
+        self.saver: checkpoint.Checkpointer | None = None
+        self.telemetry: Telemetry | None = None
+
+    # ------------------------------------------------------------ resuming
+
+    def resume(self) -> None:
+        """Take up the newest good generation, as rank 0 finds it. Raises DoNotRetry where all are damaged."""
+        failure, step = None, None
+        if self.world.is_main:
+            try:
+                found = checkpoint.newest_good(self.run, say)
+                step = found.step if found else None
+            except DoNotRetry as e:
+                failure = str(e)
+        failure, step = self.world.share((failure, step))
+        if failure:
+            raise DoNotRetry(failure)
+        if step is None:
+            if self.world.is_main:
+                say("no checkpoint: starting at step 0")
+        else:
+            self._restore(checkpoint.load(self.run, step))
+        self._open_outputs()
+        self.batches = self._batches()
+        if self.events:
+            self.events.append("started" if step is None else "resumed", world_size=self.world.world_size,
+                               step=self.at.step)
+        if self.world.is_main and step is not None:
+            say("resumed", step=step, world_size=self.world.world_size)
+        if self.world.world_size > 1 and not self.at.step >= self.config.train.total_steps:
+            self._warm_up()
+
+    def _batches(self) -> Batches:
+        return Batches(self.packed, seed=self.config.seed, attempt=self.at.attempt, flip=self.config.data.flip,
+                       global_batch=self.config.train.global_batch)
+
+    def _open_outputs(self) -> None:
+        if self.fence is None:
+            return
+        if self.telemetry is not None:
+            self.telemetry.close()
+        self.telemetry = Telemetry(self.run, step=self.at.step, total_steps=self.config.train.total_steps,
+                                   owner=self.owner)
+        if self.saver is None:
+            self.saver = checkpoint.Checkpointer(
+                self.run, self.fence, keep_last=self.config.checkpoint.keep_last, is_milestone=self._is_milestone,
+                world_size=self.world.world_size, log=say, on_saved=self._saved)
+
+    def _saved(self, step: int) -> None:
+        if self.events:
+            self.events.append("checkpoint", world_size=self.world.world_size, step=step)
+
+    def _warm_up(self) -> None:
+        """One forward and backward whose gradients are thrown away.
+
+        DDP regroups its buckets after its first backward, in the order in which gradients arrived; with more than two
+        ranks the order of summation follows. Doing it before the first step gives every life the same one.
+        """
+        self._forward_backward(self.at.step, warm_up=True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        extra = state["extra"]
+        self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"])
+        device = self.world.device
+        window = extra["window"]
+        self.window = Window(window["loss"].to(device), window["grad_norm"].to(device), window["steps"])
+        self.skipped.fill_(extra["skipped_steps"])
+        self._finite = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds (DESIGN section 3): plain tensors and numbers, loadable with weights_only=True."""
+        return {
+            "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "step": self.at.step,
+            "images": self.at.step * self.config.train.global_batch, "config_digest": self.config.digest(),
+            "extra": {"attempt": self.at.attempt, "rollbacks": self.at.rollbacks,
+                      "skipped_steps": int(self.skipped), "window": self.window.state_dict()},
+        }
+
+    # ------------------------------------------------------------ one step
+
+    def _forward_backward(self, step: int, *, warm_up: bool = False) -> torch.Tensor:
+        """Gradients of step `step`'s mean loss over the global batch; returns this rank's loss, a float32 scalar."""
+        config, device, at = self.config, self.world.device, self.at
+        torch.manual_seed(rng.derive_seed(config.seed, "dropout", at.attempt, step, self.world.rank))
+        t_key = rng.key(config.seed, "t", at.attempt)
+        eps_key = rng.key(config.seed, "eps", at.attempt)
+        micro = self.share // self.accumulation
+        total = torch.zeros((), device=device)
+        for i in range(self.accumulation):
+            first = self.world.rank * self.share + i * micro
+            x_0, labels = self.batches.rows(step, first, micro, device)
+            index = torch.arange(first, first + micro, device=device)
+            t = rng.uniform_int(t_key, index, step, config.diffusion.timesteps)
+            eps = rng.normal(eps_key, index, step, tuple(x_0.shape[1:]))
+            x_t = self.diffusion.q_sample(x_0, t, eps)
+            last = i == self.accumulation - 1 or warm_up
+            with self.network.no_sync() if self.world.world_size > 1 and not last else runtime.nullcontext():
+                with runtime.autocast(self.resolved.amp, device):
+                    eps_pred = self.network(x_t, t, labels if config.model.num_classes else None)
+                loss = self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean() / self.accumulation
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+            if warm_up:
+                break
+        return total
+
+    def _step(self) -> None:
+        """Algorithm 1 once. A non-finite gradient never reaches the weights: the update is masked on the device."""
+        config, step = self.config, self.at.step
+        loss = self._forward_backward(step)
+        self.scaler.unscale_(self.optimizer)
+        clip = config.train.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # masks and counts an overflow by itself
+            self.scaler.update()
+            self.skipped += ~torch.isfinite(norm)
+            finite = torch.isfinite(loss)
+        else:
+            finite = torch.isfinite(loss) & torch.isfinite(norm)
+            # the fused kernels take the mask that GradScaler would give them
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model)
+        self.window.loss += loss
+        self.window.grad_norm += torch.where(torch.isfinite(norm), norm, 0)
+        self.window.steps += 1
+        self.at.step += 1
+        self._pending, self._finite = self._finite, finite
+
+    def _bad(self, finite: torch.Tensor | None) -> int:
+        return int(finite is not None and not bool(finite))
+
+    # ------------------------------------------------------------ the loop
+
+    def train(self, stop_requested: StopRequested) -> Outcome:
+        """Steps until the end or an agreed stop; both leave a verified checkpoint.
+
+        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out). A stop whose save failed is
+        reported as `saved=False`.
+        """
+        total = self.config.train.total_steps
+        self._mark_time()
+        while self.at.step < total:
+            self._step()
+            # device values are read one step late, so that a GPU never waits for this; at the end there is no later
+            bad = self._bad(self._pending) or (self._bad(self._finite) if self.at.step == total else 0)
+            code, bad, save_due = self.world.agree([self._reason_code(stop_requested), bad, self._save_due()])
+            if (code or save_due) and not bad:
+                bad = self.world.agree([self._bad(self._finite)])[0]  # never save past a step that is not known good
+            if bad:
+                self._roll_back()
+                continue
+            if self.at.step % self.config.log.every_steps == 0:
+                self._log()
+            if self.telemetry:
+                self.telemetry.heartbeat(self.at.step, self._latest)
+            if code and self.at.step < total:  # the last step is followed by its save in any case
+                return self._stop(STOP_REASONS[code])
+            if save_due:
+                self._save()
+            if self._grid_due():
+                self._grid(stop_requested)
+        return self._finish(stop_requested)
+
+    @staticmethod
+    def _reason_code(stop_requested: StopRequested) -> int:
+        reason = stop_requested()
+        return STOP_REASONS.index(reason) if reason else 0
+
+    def _log(self) -> None:
+        """The window's means over all ranks, as one metrics record."""
+        sums = self.world.mean(torch.stack([self.window.loss, self.window.grad_norm])) / max(1, self.window.steps)
+        loss, grad_norm = sums.tolist()
+        seconds = time.monotonic() - self._window_began
+        step, batch, device = self.at.step, self.config.train.global_batch, self.world.device
+        self._latest = {
+            "step": step, "images": step * batch, "epoch": step * batch / len(self.packed), "loss": loss,
+            "grad_norm": grad_norm, "lr": learning_rate(self.config, step - 1),
+            "images_per_s": (step - self._window_first) * batch / max(seconds, 1e-9),
+            "gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        }
+        self.window = Window.empty(device)
+        self._mark_time()
+        if self.telemetry:
+            self.telemetry.log(self._latest)
+
+    def _mark_time(self) -> None:
+        self._window_began, self._window_first = time.monotonic(), self.at.step
+
+    # ------------------------------------------------------------ saving, stopping, rolling back
+
+    def _is_milestone(self, step: int) -> bool:
+        c, n = self.config.checkpoint, len(self.packed)
+        if step and c.milestone_every_steps and step % c.milestone_every_steps == 0:
+            return True
+        if step and c.milestone_every_epochs:  # the first step that has seen a whole number of such epochs
+            images = c.milestone_every_epochs * n
+            batch = self.config.train.global_batch
+            return (step * batch) // images > ((step - 1) * batch) // images
+        return False
+
+    def _save_due(self) -> int:
+        c, step = self.config.checkpoint, self.at.step
+        if step >= self.config.train.total_steps:
+            return 0  # the end saves by itself
+        by_steps = c.every_steps is not None and step % c.every_steps == 0
+        by_time = c.every_min is not None and time.monotonic() - self._saved_at >= c.every_min * 60
+        return int(by_steps or self._is_milestone(step) or (by_time and self.world.is_main))
+
+    def _save(self, *, wait: bool = False, final: bool = False) -> bool:
+        """On rank 0 start a save; with `wait` also see it through. Returns whether it is known to have failed."""
+        self._saved_at = time.monotonic()
+        if self.saver is None or self.telemetry is None:
+            return True
+        try:
+            self.telemetry.sync()
+            self.saver.save(self.state(), wait=wait, final=final)
+        except OSError as e:
+            say("checkpoint failed at the stop", step=self.at.step, error=e)
+            return False
+        return True
+
+    def _stop(self, reason: str) -> Outcome:
+        if self.events:
+            self.events.append("stop_requested", reason=reason, world_size=self.world.world_size, step=self.at.step)
+        saved = self.world.share(self._save(wait=True))
+        if self.telemetry:
+            self.telemetry.heartbeat(self.at.step, self._latest, force=True)
+            say("stopped", reason=reason, step=self.at.step, saved=saved)
+        return Outcome(False, self.at.step, reason, saved)
+
+    def _finish(self, stop_requested: StopRequested) -> Outcome:
+        if self._window_first < self.at.step and self.at.step % self.config.log.every_steps:
+            self._log()
+        self._grid(stop_requested)
+        saved = self.world.share(self._save(wait=True, final=True))  # the last manifest says that all is there
+        if self.telemetry:
+            self.telemetry.heartbeat(self.at.step, self._latest, force=True)
+            self.telemetry.close()
+        if self.events and saved:
+            self.events.append("finished", world_size=self.world.world_size, step=self.at.step)
+        return Outcome(True, self.at.step, saved=saved)
+
+    def _roll_back(self) -> None:
+        """Back to the last good generation under a new attempt number, so that the same poison is not drawn again."""
+        at, most = self.at.step, self.config.train.max_rollbacks
+        rollbacks, attempt = self.at.rollbacks + 1, self.at.attempt + 1
+        if self.saver is not None:
+            self.saver.wait(raising=False)
+        self.world.barrier()
+        if self.world.is_main:
+            say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
+        if rollbacks > most:
+            raise DoNotRetry(f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                             f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
+                             f"train.grad_clip, or use train.amp=off in a new run")
+        if self.events:
+            self.events.append("rollback", world_size=self.world.world_size, step=at, attempt=attempt)
+        found = self.world.share((g.step if (g := checkpoint.newest_good(self.run, say)) else None)
+                                 if self.world.is_main else None)
+        if found is None:
+            self._start_over()
+        else:
+            self._restore(checkpoint.load(self.run, found))
+        self.at.rollbacks, self.at.attempt = rollbacks, attempt
+        self._open_outputs()
+        self.batches = self._batches()
+        self._mark_time()
+
+    def _start_over(self) -> None:
+        fresh = runtime.build_model(self.config, self.world.device, self.resolved.amp)
+        self.model.load_state_dict(fresh.state_dict())
+        self.ema.load_state_dict(fresh.state_dict())
+        self.optimizer.state.clear()
+        self.at, self.window, self._finite = Progress(), Window.empty(self.world.device), None
+
+    # ------------------------------------------------------------ grids
+
+    def _grid_due(self) -> bool:
+        every = self.config.log.grid_every_steps
+        return bool(every) and self.at.step % every == 0 and self.at.step < self.config.train.total_steps
+
+    def _grid(self, stop_requested: StopRequested) -> None:
+        """Rank 0 draws log.grid_images samples of the EMA weights from the same noise each time."""
+        if self.telemetry is None or (self.run.grid(self.at.step).exists() and self.at.attempt == 0):
+            return
+        try:
+            self.telemetry.grid(self.at.step, self.draw(self.config.log.grid_images, stop_requested))
+        except Stopped:
+            say("grid skipped: a stop was requested", step=self.at.step)
+
+    @torch.no_grad()
+    def draw(self, num: int, stop_requested: StopRequested) -> np.ndarray:
+        """A grid of `num` EMA samples, uint8 (H, W, 3), by DDIM. Raises Stopped."""
+        config, device = self.config, self.world.device
+        classes = config.model.num_classes
+        index = torch.arange(num, device=device)
+        labels = index % classes if classes else None
+
+        def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            with runtime.autocast(self.resolved.amp, device):
+                return self.ema.model(x_t, t, labels).float()
+
+        def poll(_: Any) -> None:
+            if reason := stop_requested():
+                raise Stopped(reason)
+
+        size = config.data.image_size
+        x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
+        steps = min(GRID_STEPS, config.diffusion.timesteps)
+        result = SAMPLERS["ddim"](eps_model, self.schedule, x_T, noise=lambda t: torch.zeros_like(x_T), steps=steps,
+                                  eta=0.0, variance=config.diffusion.variance, callback=poll)
+        x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return tile(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -1,0 +1,1 @@
+"""Submission, stopping and watching of runs: knows SLURM and submitit, and no mathematics."""

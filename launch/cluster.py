@@ -1,0 +1,193 @@
+"""Where jobs run: the site profile and the resources of a job, checked before anything is queued."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ddpm.config import Section, build, load_yaml
+from ddpm.errors import EnvironmentLacks, RequestError
+from launch import slurm
+from launch.environment import PROJECT
+
+PROFILES = PROJECT / "configs" / "cluster"
+OURS = {"array", "dependency", "export", "output", "error", "open-mode", "parsable", "wrap", "wait", "test-only", "chdir"}
+UNIT_MIN = {"m": 1, "min": 1, "h": 60, "d": 1440}
+
+
+def minutes(text: str | int) -> int:
+    """A time limit in minutes from 4h, 90m, 2d, 1d12h, minutes, or SLURM's own [D-]HH:MM[:SS]."""
+    text = str(text).strip()
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    if re.fullmatch(r"(?:\d+(?:min|[mhd]))+", text):
+        total = sum(int(n) * UNIT_MIN[u] for n, u in re.findall(r"(\d+)(min|[mhd])", text))
+    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text):
+        days, first, second, third = (int(g) if g else 0 for g in match.groups())
+        if match.group(1) is None and match.group(4) is None:
+            first, second, third = 0, first, second  # SLURM reads A:B as minutes and seconds
+        total = days * 1440 + first * 60 + second + (third > 0)
+    else:
+        total = 0
+    if total < 1:
+        raise ValueError(f"time = {text!r}: not a time limit; for example 4h, 90m, 2d, 04:00:00 or 1-12:00:00")
+    return total
+
+
+def _word(text: Any) -> Any:
+    if isinstance(text, str) and not re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text):
+        raise ValueError(f"{text!r}: no spaces, quotes or shell characters here")
+    return text
+
+
+def _mem(text: Any) -> Any:
+    if not re.fullmatch(r"\d+[KMGTkmgt]?", str(text)):
+        raise ValueError(f"mem = {text!r}: not an amount of memory; for example 32G or 500M")
+    return str(text)
+
+
+Word = Annotated[str, BeforeValidator(_word)]
+
+
+class Site(Section):
+    """A site profile (configs/cluster/NAME.yaml); every field may be given on the command line instead."""
+
+    cluster: Literal["auto", "slurm", "local"] = "auto"
+    via: Literal["submitit", "sbatch"] = "submitit"
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    exclude: Word | None = None
+    time: Annotated[int, BeforeValidator(minutes)] | None = None
+    """Time limit of one job; a run that needs longer comes back. 4h, 90m, 2d or SLURM's own form; kept in minutes."""
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int | None = Field(None, ge=0)
+    """null: one where the partition has GPUs, else none."""
+    tasks_per_node: int | None = Field(None, ge=1)
+    """Ranks per node; one per GPU where there are GPUs."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    mem: Annotated[str, BeforeValidator(_mem)] | None = None
+    """Per node."""
+    sbatch: dict[str, str | int | bool | None] = {}
+    """Further sbatch options without their dashes, e.g. {reservation: course}."""
+    setup: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    """Shell lines that every job runs first: module load …"""
+    scratch: str | None = None
+    """Node-local disk where jobs keep a copy of the packed data, e.g. /scratch/$USER."""
+    data_cache: str | None = None
+    """Shared place of packed data; null: .cache beside the runs."""
+    signal_lead_s: int = Field(120, ge=10)
+    """Seconds before the time limit at which a job saves and asks to be put back."""
+    max_parallel: int = Field(16, ge=1)
+    """Array tasks that run at a time."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "partition": {}, "account": {}, "qos": {}, "constraint": {}, "exclude": {},
+    "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
+    "nodes": {"type": int}, "gpus_per_node": {"type": int, "help": "default: 1 where the partition has GPUs, else 0"},
+    "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
+    "cpus_per_task": {"type": int}, "mem": {"metavar": "32G", "help": "memory per node"},
+    "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
+    "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
+    "cluster": {"choices": ["auto", "slurm", "local"],
+                "help": "auto is SLURM; local runs the same jobs as processes on this machine"},
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where it runs (defaults come from the site profile)")
+    for name, spec in FLAGS.items():
+        group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
+    group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
+    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(PROJECT)}/, or a path")
+
+
+def load_profile(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
+        near = difflib.get_close_matches(name, known, 1)
+        raise RequestError(f"--profile {name}: no such site profile; "
+                           + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+    tree = load_yaml(path.read_text(), str(path))
+    if tree is not None and not isinstance(tree, dict):
+        raise RequestError(f"{path}: expected keys and values")
+    return tree or {}
+
+
+def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Site:
+    """Site profile, then what this run was submitted with (`base`), then the command line. Raises RequestError."""
+    tree = {**(base or {}), **load_profile(args.profile)}
+    tree.update({name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None})
+    extra = dict(tree.get("sbatch") or {})
+    for item in args.sbatch:
+        key, eq, value = item.lstrip("-").partition("=")
+        extra[key] = value if eq else True
+    for key in extra:
+        if not re.fullmatch(r"[a-z][a-z-]*", key):
+            raise RequestError(f"--sbatch {key}: not an sbatch option; write it long and without dashes, "
+                               f"e.g. --sbatch reservation=course")
+        if key in OURS:
+            raise RequestError(f"--sbatch {key}: this option is set by the launcher, because restarts depend on it")
+    tree["sbatch"] = extra
+    where = f"profile {args.profile} and options" if args.profile else "options"
+    site: Site = build(Site, tree, where)
+    if site.gpus_per_node and site.tasks_per_node and site.tasks_per_node != site.gpus_per_node:
+        raise RequestError(f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
+                           f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs")
+    return site
+
+
+def is_local(site: Site) -> bool:
+    return site.cluster == "local"
+
+
+def settle(site: Site, *, dry_run: bool) -> Site:
+    """Fill in what only the scheduler knows, and check the partition against it.
+
+    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition that does not exist. A dry run does
+    without a scheduler and then assumes a GPU per node.
+    """
+    if is_local(site):
+        return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
+    known: dict[str, slurm.Partition] = {}
+    if not slurm.available():
+        if not dry_run:
+            raise EnvironmentLacks("sbatch is not on this machine: log in to the cluster's login node, load its slurm "
+                                   "module, or run here with --cluster local")
+    else:
+        try:
+            known = slurm.partitions()
+        except slurm.SlurmError as e:
+            if not dry_run:
+                raise EnvironmentLacks(f"SLURM does not answer ({e}); try again later, or run here with "
+                                       f"--cluster local") from None
+    if known and site.partition is not None:
+        for name in site.partition.split(","):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise RequestError(f"--partition {name}: this cluster has no such partition; "
+                                   + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"))
+    if site.gpus_per_node is None:
+        names = site.partition.split(",") if site.partition else list(known)
+        has_gpu = all(known[n].gpus_per_node for n in names) if known else True
+        gpus = site.tasks_per_node or 1
+        site = site.model_copy(update={"gpus_per_node": gpus if has_gpu and names else (0 if known else gpus)})
+    return site

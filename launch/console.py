@@ -1,0 +1,108 @@
+"""What the scripts share at a terminal: errors without tracebacks, exit codes, and following jobs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import DDPMError
+from ddpm.rundir import RunDir, read_events, read_json
+from launch import slurm
+
+POLL_S = 2.0
+LINE_EVERY_S = 30.0
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Run a script's main and leave with its exit code; what a user can mend is one message, never a traceback."""
+    try:
+        code = main()
+    except DDPMError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = e.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = 0
+    sys.exit(code)
+
+
+class Follower:
+    """Shows how a run gets on while its jobs run: a progress bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._bar: Any = None
+        self._task: Any = None
+        self._said_at = 0.0
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                 TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("waiting", total=None)
+
+    def show(self, state: str) -> None:
+        beat = read_json(self._run.heartbeat) or {}
+        step, total = beat.get("step", 0), beat.get("total_steps")
+        loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
+        speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
+        if total is not None and step >= total:
+            sets = self._run.sample_sets()
+            done = sum(1 for s in sets for _ in s.path.glob("shard-*.json"))
+            state, step, total, loss, speed = f"{state}  shards", done, None, "", ""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{state}{loss}{speed}", completed=step, total=total)
+        elif time.monotonic() - self._said_at >= LINE_EVERY_S:
+            self._said_at = time.monotonic()
+            print(f"{state} step={step}{f'/{total}' if total else ''}{loss}{speed}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> int:
+    """Until a background process ends; returns its exit code. Ctrl-C stops watching, not the work."""
+    follower = Follower(run)
+    try:
+        while process.poll() is None:
+            follower.show("running")
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        follower.close()
+        print(f"still running in the background (pid {process.pid}); stop it with: touch {run.stop_file}", file=sys.stderr)
+        return 130
+    follower.close()
+    if process.returncode:
+        print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-12:]), end="",
+              file=sys.stderr)
+        print(f"error: the job ended with exit code {process.returncode}; its log: {log}", file=sys.stderr)
+    return process.returncode
+
+
+def follow_jobs(run: RunDir, jobs: list[str]) -> None:
+    """Until SLURM has none of `jobs` any more, nor one that took their place. Asks squeue, which is light, not sacct."""
+    follower = Follower(run)
+    quiet = 0
+    known = set(jobs)
+    try:
+        while quiet < 3:  # a job that comes back is away for a moment
+            known |= {str(e["job"]) for e in read_events(run) if e["event"] == "submitted"}
+            states = slurm.queued(sorted(known))
+            quiet = 0 if states else quiet + 1
+            if states:
+                follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]))
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        follower.close()
+        print("no longer watching; the jobs go on. See: python launch/status.py", file=sys.stderr)
+        raise
+    follower.close()

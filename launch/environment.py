@@ -1,0 +1,107 @@
+"""The only reader of SLURM's, torchrun's and our own environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class JobEnvironment:
+    """This process in its job, and how its ranks find each other."""
+
+    scheduler: str  # slurm | local
+    job: str  # "17", or "17_3" for an array task: what `scontrol requeue` takes (the bare id would mean the whole array)
+    restart: int
+    host: str
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    cpus: int
+    array_task: int | None
+
+    def owner(self) -> dict[str, object]:
+        return {"job": self.job, "restart": self.restart, "host": self.host}
+
+
+def host() -> str:
+    return socket.gethostname()
+
+
+def current() -> JobEnvironment:
+    """Read how this process was started: by srun, inside a batch script, by torchrun, or alone."""
+    env = os.environ
+    here = host()
+    if job_id := env.get("SLURM_JOB_ID"):
+        array = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+        job = "_".join(a for a in array if a) or job_id
+        restart = int(env.get("SLURM_RESTART_COUNT", "0"))
+        in_step = "SLURM_STEP_NUM_TASKS" in env  # the batch shell has SLURM_PROCID too
+        rank, world_size = (int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])) if in_step else (0, 1)
+        return JobEnvironment(
+            "slurm", job, restart, env.get("SLURMD_NODENAME", here), rank, world_size,
+            int(env.get("SLURM_LOCALID", "0")) if in_step else 0,
+            _first_node_address(env) if world_size > 1 else here, _port(job, restart),
+            int(env.get("SLURM_CPUS_PER_TASK", "1")), int(array[1]) if array[1] else None)
+    cpus = len(os.sched_getaffinity(0))
+    if "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env:
+        return JobEnvironment(
+            "local", env.get("DDPM_JOB", f"local-{os.getppid()}"), 0, here, int(env["RANK"]), int(env["WORLD_SIZE"]),
+            int(env["LOCAL_RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"]),
+            max(1, cpus // int(env["LOCAL_WORLD_SIZE"])), None)
+    return JobEnvironment("local", env.get("DDPM_JOB", f"local-{os.getpid()}"), 0, here, 0, 1, 0, here, 0, cpus, None)
+
+
+def _port(job: str, restart: int) -> int:
+    """A rendezvous port below the ephemeral range, different for each life: an orphan cannot answer for its heir."""
+    return 10_000 + zlib.crc32(f"{job}.{restart}".encode()) % 20_000
+
+
+def _first_node_address(env: os._Environ[str]) -> str:
+    """The address of rank 0's node, which is the first of the step's node list."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes, count=1).split(",")[0]
+    try:
+        return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
+    except OSError:
+        pass
+    # a cluster whose node names do not resolve: slurmctld knows their addresses, srun the one it started from
+    try:
+        shown = subprocess.run(["scontrol", "show", "node", "-o", first], capture_output=True, text=True, timeout=20)
+        if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
+            return str(socket.getaddrinfo(match.group(1), None, socket.AF_INET)[0][4][0])
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+
+
+def runs_root(option: str | None) -> Path:
+    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project."""
+    return Path(option or os.environ.get("DDPM_RUNS") or PROJECT / "runs").expanduser().absolute()
+
+
+def expand(path: str) -> Path:
+    """A path of the site profile with $VARIABLES and ~ as they are on this machine."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def for_jobs() -> dict[str, str]:
+    """The environment that a background job on this machine gets: ours, without a surrounding allocation's."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
+    path = os.environ.get("PYTHONPATH")
+    return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
+
+
+def set_defaults(**values: str) -> None:
+    """Set variables that libraries read, unless the user has."""
+    for key, value in values.items():
+        os.environ.setdefault(key, value)

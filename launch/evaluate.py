@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Score a sample set of a run, or two folders of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ddpm import config as configs
+from ddpm.errors import RequestError
+from ddpm.rundir import RunDir, read_json
+from launch import cluster, console, requests, scheduler
+from launch.sample import find_run
+
+EXAMPLES = """examples:
+  python launch/evaluate.py cifar10                                   the run's sample set, against its training images
+  python launch/evaluate.py cifar10 --set early --reference test
+  python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
+    parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
+    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
+    parser.add_argument("--images", help="score this folder or zip instead of a run, here and now")
+    parser.add_argument("--extractor", choices=["inception", "random-inception", "pixels"],
+                        help="with --images (default inception; a run's is in its config)")
+    parser.add_argument("--wait", action="store_true", help="stay until the score is there")
+    parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    cluster.add_options(parser)
+    args = parser.parse_args()
+    if (args.run is None) == (args.images is None):
+        parser.error("give a RUN, or --images with --reference")
+    if args.images and not args.reference:
+        parser.error("--images needs --reference: a pytorch-fid .npz, or a folder or zip of images")
+    return args
+
+
+def score_images(args: argparse.Namespace) -> int:
+    """Two sets of images, on this machine."""
+    paths = Path(args.images).expanduser(), Path(args.reference).expanduser()
+    for option, path in zip(("--images", "--reference"), paths, strict=True):
+        if not path.exists():
+            raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images"
+                               + (", or a pytorch-fid .npz" if option == "--reference" else ""))
+    if args.dry_run:
+        print(f"would score {paths[0]} against {paths[1]} with {args.extractor or 'inception'} on this machine")
+        return 0
+    import torch
+
+    from ddpm import evaluate, features
+
+    name = args.extractor or "inception"
+    if name == "inception":
+        features.ensure_inception_weights()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = evaluate.evaluate_images(*paths, features.build_extractor(name, device))
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def choose_set(run: RunDir, asked: str | None) -> str:
+    """The set that was asked for, or the only one there is. Raises RequestError listing them."""
+    names = [s.name for s in run.sample_sets() if s.request.exists()]
+    if asked in names or (asked is None and len(names) == 1):
+        return asked or names[0]
+    if not names:
+        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.name}")
+    raise RequestError((f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
+                       f"choose one with --set")
+
+
+def show(run: RunDir, set_name: str) -> int:
+    record = read_json(run.eval / f"{set_name}.json")
+    if record is None:
+        print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
+        return 1
+    print(json.dumps(record, indent=1))
+    return 0
+
+
+def main() -> int:
+    args = parse()
+    if args.images:
+        return score_images(args)
+    run = find_run(args.run, args.root)
+    config = configs.load(run.config)
+    set_name = choose_set(run, args.set_name)
+    reference = args.reference or config.evaluate.reference
+    if reference not in ("train", "test"):
+        reference = str(requests.check_reference(reference).absolute())
+    site = cluster.resolve(args, requests.site_of(run).model_dump(exclude_defaults=True))
+    site = cluster.settle(site, dry_run=args.dry_run)
+    waiting = requests.jobs_in_queue(run, "sample", set_name)
+    job = requests.evaluate_job(run, site, set_name, ":".join(waiting) or None, "--reference", reference)
+    if args.dry_run:
+        print(scheduler.make(site.via).describe(job) + "# dry run: nothing was written or queued")
+        return 0
+    if config.evaluate.extractor == "inception":
+        from ddpm.features import ensure_inception_weights
+
+        ensure_inception_weights()
+    if cluster.is_local(site):
+        from launch import local
+
+        process, log = local.start(run, [job])
+        if code := console.follow_process(run, process, log):
+            return code if code == 130 else 1
+        return show(run, set_name)
+    ids = scheduler.submit(job)
+    print(f"queued: evaluate as job {ids[0]}; the score will be {run.eval / (set_name + '.json')}")
+    if not args.wait:
+        return 0
+    console.follow_jobs(run, ids)
+    return show(run, set_name)
+
+
+if __name__ == "__main__":
+    console.run_script(main)

@@ -1,0 +1,326 @@
+"""The one entry of every job, by submitit, by template, or on this machine:
+
+    python -m launch.jobs train RUN
+    python -m launch.jobs sample RUN SET [--shard I] [--offset O]
+    python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
+
+Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
+job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm import config as configs
+from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, RunBusy, Stopped
+from ddpm.rundir import DamagedFile, EventLog, RunDir, now, read_json, read_signed, write_json
+from launch import environment, preemption, slurm
+
+if TYPE_CHECKING:
+    from ddpm.data import PackedImages
+    from ddpm.distributed import World
+
+
+class Life:
+    """One start of one job: its environment, its stop flag, and how it leaves."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.env = environment.current()
+        self.stop = preemption.StopFlag(self.env)
+        self.stop.install()  # before torch is loaded: a signal in that second must not be lost
+
+    def leave(self, code: int, reason: str = "") -> int:
+        """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
+        if self.env.rank == 0 and self.env.scheduler == "slurm":
+            self.run.logs.mkdir(exist_ok=True)
+            self.run.exit_marker(self.env.job, self.env.restart).write_text(f"{code} {reason or 'crash'}")
+        return code
+
+    def until_killed_or_on(self, reason: str, share: Callable[[Any], Any] = lambda v: v) -> int | None:
+        """After a saved stop: the exit code to leave with, or None to go on (rank 0 decides)."""
+        code = preemption.after_stop(reason, self.env, _say) if self.env.rank == 0 else None
+        code = share(code)
+        if code is None:
+            self.stop.clear()
+        return code
+
+
+def _say(message: str, **fields: Any) -> None:
+    from ddpm.telemetry import say
+
+    say(message, **fields)
+
+
+def run_record(run: RunDir) -> dict[str, Any]:
+    record = read_json(run.run_json)
+    if record is None:
+        raise DoNotRetry(f"{run.run_json} is missing or no JSON: this is no run directory; submit the run again")
+    return record
+
+
+def finished(run: RunDir, config: configs.Config) -> bool:
+    """Whether training reached its length: the manifest of the last step is published last of all."""
+    try:
+        return bool(run.latest_step() >= config.train.total_steps and read_signed(run.manifest(run.latest_step())))
+    except (DamagedFile, FileNotFoundError):
+        return False
+
+
+# ---------------------------------------------------------------- train
+
+
+def train(life: Life) -> int:
+    run, env = life.run, life.env
+    config = configs.load(run.config)
+    if finished(run, config):
+        if env.rank == 0:
+            _say("the run is complete: nothing to do", step=run.latest_step())
+        return 0
+    life.stop.watch(run.stop_file)
+    if run.stop_file.exists():
+        _say(f"STOP: {run.stop_file} forbids training; remove it, or submit again")
+        return 0
+
+    environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(run.path.parent / ".cache" / "inductor"))
+    from ddpm import distributed, runtime
+    from ddpm.fence import Fence
+    from ddpm.trainer import Trainer
+
+    fence = None
+    if env.rank == 0:  # before any peer is waited for
+        fence = Fence(run, env.owner(), is_orphan=lambda other: _is_orphan(other, env), log=_say)
+    world = distributed.join(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank,
+                             master_addr=env.master_addr, master_port=env.master_port)
+    packed = _data(life, config, world)
+    kept = world.share(run_record(run).get("resolved") if world.is_main else None)
+    resolved = runtime.resolve(config, world.device, env.cpus, kept)
+    runtime.apply(resolved)
+    if world.is_main and not kept:
+        write_json(run.run_json, {**run_record(run), "resolved": {
+            **resolved.as_dict(), "device": _device_name(world), "world_size": world.world_size}}, replace=True)
+    trainer = Trainer(config, run, world, packed, resolved, fence=fence, owner=env.owner(),
+                      events=EventLog(run, env.job, env.restart, env.host) if world.is_main else None)
+    trainer.resume()
+    while True:
+        outcome = trainer.train(life.stop)
+        if not outcome.saved:
+            return life.leave(1, "save_failed")
+        if outcome.finished:
+            code: int | None = 0
+        else:
+            code = life.until_killed_or_on(outcome.reason, world.share)
+        if code is not None:
+            if world.is_main:
+                life.leave(code, outcome.reason)
+            world.barrier()
+            distributed.leave()
+            return code
+
+
+def _is_orphan(other: dict[str, Any], env: environment.JobEnvironment) -> bool:
+    """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
+    if env.scheduler != "slurm" or not other:
+        return False
+    if other.get("job") == env.job:
+        return int(other.get("restart", 0)) < env.restart
+    return slurm.available() and slurm.job_state(str(other.get("job"))) not in ("RUNNING", "COMPLETING", "SUSPENDED")
+
+
+def _device_name(world: World) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+
+
+def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
+    """The packed training data, from node-local scratch where the site has one; packed here if the cache is gone."""
+    from ddpm import data
+
+    record = run_record(life.run)
+    cache = Path(record["data"]["cache"])
+    key = record["data"]["key"]
+    if world.is_main and not (cache / key / "meta.json").exists():
+        _say("the packed data is gone from the cache: packing it again", cache=cache)
+        key, _ = data.pack(config.data, "train", cache, stop_requested=life.stop)
+    key = world.share(key)
+    where = cache
+    if scratch := record["data"].get("scratch"):
+        local = environment.expand(scratch) / "ddpm-hpc"
+        copied = False
+        if life.env.local_rank == 0:
+            try:
+                data.copy_to_scratch(cache, key, local)
+                copied = True
+            except OSError as e:
+                _say(f"scratch {local} cannot be used ({e}); reading the data from {cache}")
+        world.barrier()
+        where = local if copied or (local / key / "meta.json").exists() else cache
+    packed = data.open_packed(where, key)
+    if packed.digest != record["data"]["digest"]:
+        raise DoNotRetry(f"the data changed under this run: digest {packed.digest[:12]} now, "
+                         f"{record['data']['digest'][:12]} when it was submitted. Restore it, or train another run")
+    return packed
+
+
+# ---------------------------------------------------------------- sample
+
+
+def sample(life: Life, set_name: str, shard: int) -> int:
+    """One shard of a set; publishes the set's request first where a chained job is the first to come by."""
+    import torch
+
+    from ddpm import checkpoint, generate, runtime
+    from ddpm.trainer import schedule_of
+
+    run, env = life.run, life.env
+    config = configs.load(run.config)
+    sample_set = run.sample_set(set_name)
+    request = ensure_request(run, config, set_name)
+    if not 0 <= shard < request.shards:
+        raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
+    life.stop.watch(run.stop_file)
+    torch.set_num_threads(env.cpus)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generation = checkpoint.verify(run, request.checkpoint.step)
+    if generation.sha256 != request.checkpoint.sha256:
+        raise DoNotRetry(f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
+                         f"sample into another set: python launch/sample.py {run.path} --set OTHER")
+    model = runtime.build_model(config, device, request.precision)
+    model.load_state_dict(checkpoint.load(run, generation.step)["ema" if request.weights == "ema" else "model"])
+    model.eval()
+
+    def eps_model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad(), runtime.autocast(request.precision, device):
+            return model(x_t, t, labels).float()
+
+    size = config.data.image_size
+    while True:
+        try:
+            manifest = generate.generate_shard(
+                sample_set, request, shard, eps_model=eps_model, schedule=schedule_of(config),
+                image_shape=(3, size, size), variance=config.diffusion.variance, num_classes=config.model.num_classes,
+                device=device, stop_requested=life.stop,
+                progress=lambda done, total: _say(f"shard {shard}", images=f"{done}/{total}"))
+        except Stopped as e:
+            _say("stopped; finished batches are kept", reason=e.reason, shard=shard)
+            code = life.until_killed_or_on(e.reason)
+            if code is None:
+                continue
+            return life.leave(code, e.reason)
+        _say("shard done", shard=f"{shard}/{request.shards}", images=manifest["num"], sha256=manifest["sha256"][:12])
+        return life.leave(0)
+
+
+def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
+    """The set's request; in a chain the first job to need it publishes what the config asks of the last checkpoint.
+
+    Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
+    """
+    from ddpm import checkpoint, generate
+
+    sample_set = run.sample_set(set_name)
+    if sample_set.request.exists():
+        return generate.read_request(sample_set)
+    if not finished(run, config):
+        raise DoNotRetry(f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
+                         f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
+                         f"is: python launch/sample.py {run.path}")
+    from launch.requests import from_config
+
+    return generate.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> int:
+    """Score a set; where shards are missing and SLURM is here, have them made and come after them again."""
+    import torch
+
+    from ddpm import evaluate as scoring
+    from ddpm import features, generate
+    from launch import requests
+
+    run, env = life.run, life.env
+    config = configs.load(run.config)
+    sample_set = run.sample_set(set_name)
+    request = ensure_request(run, config, set_name)
+    if missing := generate.missing_shards(sample_set, request):
+        return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
+    life.stop.watch(run.stop_file)
+    torch.set_num_threads(env.cpus)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = Path(run_record(run)["data"]["cache"])
+    against = reference or config.evaluate.reference
+    command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
+    while True:
+        try:
+            result = scoring.evaluate_set(
+                run, set_name, reference=requests.reference(config, against, cache, life.stop),
+                extractor=features.build_extractor(config.evaluate.extractor, device), cache_dir=cache / "reference",
+                command=command, stop_requested=life.stop,
+                progress=lambda done, total: _say("features", shards=f"{done}/{total}"))
+        except scoring.BrokenSet as e:
+            _say(str(e))
+            return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
+        except Stopped as e:
+            code = life.until_killed_or_on(e.reason)
+            if code is None:
+                continue
+            return life.leave(code, e.reason)
+        score = "fid" if "fid" in result else "frechet_distance"
+        _say("scored", **{score: f"{result[score]:.4f}"}, num_samples=result["num_samples"],
+             file=run.eval / f"{set_name}.json")
+        return life.leave(0)
+
+
+# ---------------------------------------------------------------- entry
+
+
+def main(argv: list[str]) -> int:
+    """Run one stage and end the process with its exit code (submitit must not unwind past us either)."""
+    parser = argparse.ArgumentParser(prog="python -m launch.jobs", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=["train", "sample", "evaluate"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("set_name", nargs="?", default="")
+    parser.add_argument("--shard", type=int, default=None)
+    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--reference", default=None)
+    parser.add_argument("--round", default="")
+    args = parser.parse_args(argv)
+    run = RunDir(args.run.absolute())
+    life = Life(run)
+    try:
+        if args.stage == "train":
+            code = train(life)
+        elif args.stage == "sample":
+            shard = args.shard if args.shard is not None else (life.env.array_task or 0) + args.offset
+            code = sample(life, args.set_name, shard)
+        else:
+            code = evaluate(life, args.set_name, args.reference, args.round)
+    except Stopped as e:  # before anything was computed: nothing to save
+        code = life.leave(life.until_killed_or_on(e.reason) or EXIT_REQUEUE, e.reason)
+    except RunBusy as e:
+        print(f"{now()} {e}", file=sys.stderr, flush=True)
+        code = life.leave(e.exit_code)
+    except DDPMError as e:
+        print(f"{now()} failed: {e}", file=sys.stderr, flush=True)
+        code = life.leave(e.exit_code if isinstance(e, DoNotRetry) else DoNotRetry.exit_code)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,67 @@
+"""`--cluster local`: the same jobs, one after another, as background processes on this machine.
+
+    python -m launch.local RUN 'JSON list of stages'
+
+Its restarts are the user's: submit again. Output goes to logs/local-JOB.out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+
+from ddpm.rundir import EventLog, RunDir
+from launch import environment
+from launch.scheduler import Job
+
+
+def stage_commands(job: Job) -> list[list[str]]:
+    """The processes that `job` is here: one, or one per shard; torchrun starts the ranks of a training job."""
+    python = [sys.executable, "-u"]
+    if job.stage == "train" and job.site.world_size > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
+    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in job.shards or (None,)]
+
+
+def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start `jobs` in a session of their own, so that closing the terminal does not end them."""
+    name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
+    run.logs.mkdir(exist_ok=True)
+    log = run.logs / f"{name}.out"
+    commands = [command for job in jobs for command in stage_commands(job)]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "launch.local", str(run.path), json.dumps(commands)], stdin=subprocess.DEVNULL,
+            stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=environment.PROJECT,
+            env={**environment.for_jobs(), "DDPM_JOB": name})
+    EventLog(run, name, 0, environment.host(), prefix="submit-").append(
+        "submitted", stage="+".join(job.stage for job in jobs), via="local", pid=process.pid)
+    return process, log
+
+
+def main() -> int:
+    """Run the commands in turn; stop at the first that fails. SIGTERM and SIGINT go to the one that runs."""
+    commands = json.loads(sys.argv[2])
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(signum: int, _: FrameType | None) -> None:
+        if child is not None:
+            child.send_signal(signum)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
+    for command in commands:
+        child = subprocess.Popen(command)
+        if code := child.wait():
+            return code if code > 0 else 128 - code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

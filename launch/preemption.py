@@ -1,0 +1,84 @@
+"""Signals to a flag, and what a job does once it has saved.
+
+A handler only sets the flag. Two signals, two answers (DESIGN section 6): SIGTERM under SLURM means pre-emption or
+scancel, and only SLURM knows which, so the job saves and waits to be killed; USR2, some time before the time limit,
+means save and go (exit 75), and the end of the batch shell puts the job back.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from ddpm.errors import EXIT_REQUEUE
+from launch import slurm
+from launch.environment import JobEnvironment
+
+STOP_POLL_S = 1.0
+REQUEUE_AT_ONCE_ABOVE_S = 60
+MARGIN_S = 30
+
+
+class StopFlag:
+    """Set by signals and by the run's STOP file; asked by everything long."""
+
+    def __init__(self, environment: JobEnvironment) -> None:
+        self.reason: str | None = None
+        self._under_slurm = environment.scheduler == "slurm"
+        self._stop_file: Path | None = None
+        self._polled_at = 0.0
+
+    def install(self) -> None:
+        """Take over the signals, from submitit too, whose handlers would leave without a save."""
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGUSR2, lambda *_: self._set("time_limit"))
+        signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
+        if not self._under_slurm:
+            signal.signal(signal.SIGINT, self._on_term)
+
+    def watch(self, stop_file: Path) -> None:
+        self._stop_file = stop_file
+
+    def _on_term(self, signum: int, _: FrameType | None) -> None:
+        if not self._under_slurm and self.reason is not None:
+            os._exit(128 + signum)  # asked twice: leave at once
+        self._set("preempted" if self._under_slurm else "interrupted")
+
+    def _set(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+
+    def __call__(self) -> str | None:
+        """Why to stop, or None. Polls the STOP file at most once a second: a shared file system feels every stat."""
+        if self._stop_file is not None and time.monotonic() - self._polled_at >= STOP_POLL_S:
+            self._polled_at = time.monotonic()
+            if self._stop_file.exists():
+                self.reason = "STOP"
+        return self.reason
+
+    def clear(self) -> None:
+        self.reason = None
+
+
+def after_stop(reason: str, environment: JobEnvironment, say: Callable[[str], None]) -> int | None:
+    """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
+
+    Called on rank 0, which tells the others. May block until SLURM kills the job.
+    """
+    if reason == "STOP":
+        return 0
+    if environment.scheduler != "slurm" or reason == "time_limit":
+        return EXIT_REQUEUE
+    mercy = slurm.mercy(environment.job)
+    if not mercy.requeues or mercy.grace_s > REQUEUE_AT_ONCE_ABOVE_S:
+        # the batch shell submits a successor, or requeues without wasting the grace period; only while RUNNING
+        return EXIT_REQUEUE
+    wait_s = mercy.grace_s + mercy.kill_wait_s + MARGIN_S
+    say(f"saved; waiting up to {wait_s} s for SLURM, which requeues a pre-empted job and ends a cancelled one")
+    time.sleep(wait_s)
+    say("still alive: nobody meant to end this job; going on")
+    return None

@@ -1,0 +1,114 @@
+"""Sample sets of a run: what a set asks for, what is missing of it, and the jobs that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.config import Config
+from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
+from ddpm.rundir import RunDir, read_events, read_json
+from launch import scheduler, slurm
+from launch.cluster import Site
+from launch.environment import JobEnvironment
+
+if TYPE_CHECKING:
+    from ddpm.checkpoint import Generation
+    from ddpm.generate import Request
+
+MAX_ROUNDS = 3
+
+
+def default_set(config: Config, step: int) -> str:
+    """The name of the set that the config itself asks for at `step`."""
+    s = config.sample
+    return f"{s.sampler}{s.steps}-step{step}-seed{s.seed}"
+
+
+def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
+    """The request that `config.sample` makes of one checkpoint. The same on every machine: `precision: auto` is what
+    the run was trained in where that was bf16, else fp32."""
+    from ddpm.generate import CheckpointRef, Request
+
+    s = config.sample
+    record = read_json(run.run_json) or {}
+    trained_in = (record.get("resolved") or {}).get("amp")
+    precision = s.precision if s.precision != "auto" else ("bf16" if trained_in == "bf16" else "fp32")
+    return Request(
+        checkpoint=CheckpointRef(generation.step, generation.sha256), weights=s.weights, sampler=s.sampler,
+        steps=s.steps, eta=s.eta, guidance=None, seed=s.seed, num_samples=s.num_samples, shards=s.shards,
+        batch=min(s.batch, s.num_samples), precision=precision, class_plan=None)
+
+
+def site_of(run: RunDir) -> Site:
+    """Where the run was submitted to: later stages go there too unless told otherwise."""
+    record = read_json(run.run_json)
+    if record is None:
+        raise RequestError(f"{run.path} is no run directory (no run.json); see python launch/status.py for the runs")
+    return Site.model_validate(record.get("launch") or {}, strict=False)
+
+
+def sample_job(run: RunDir, site: Site, set_name: str, shards: list[int], after: str | None) -> scheduler.Job:
+    return scheduler.Job("sample", run, site, set_name, tuple(shards), after)
+
+
+def evaluate_job(run: RunDir, site: Site, set_name: str, after: str | None, *extra_args: str) -> scheduler.Job:
+    return scheduler.Job("evaluate", run, site, set_name, (), after, extra_args)
+
+
+def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
+    """Job ids of this stage that were submitted and that SLURM still has."""
+    submitted = [str(e["job"]) for e in read_events(run)
+                 if e["event"] == "submitted" and e.get("stage") == stage and e.get("set", "") == set_name]
+    return list(slurm.queued(submitted)) if submitted and slurm.available() else []
+
+
+def fill_gaps(run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str,
+              env: JobEnvironment) -> int:
+    """An evaluation that came before its shards: have the missing ones made, and come again after them.
+
+    Gives up after MAX_ROUNDS rounds that added no shard. `round_` is "ROUND:MISSING" of the round before.
+    """
+    repair = f"python launch/sample.py {run.path} --set {set_name}"
+    if env.scheduler != "slurm":
+        raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({scheduler.ranges(missing)}): {repair}")
+    before, _, had = round_.partition(":")
+    site = site_of(run)
+    again = ["--reference", reference] if reference else []
+    waiting = jobs_in_queue(run, "sample", set_name)
+    if not waiting:
+        rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
+        if rounds > MAX_ROUNDS:
+            print(f"failed: {len(missing)} shards of {set_name} are still missing ({scheduler.ranges(missing)}) after "
+                  f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}", flush=True)
+            return EXIT_FATAL
+        waiting = scheduler.submit(sample_job(run, site, set_name, missing, None))
+        round_ = f"{rounds}:{len(missing)}"
+    after = ":".join(waiting)
+    ids = scheduler.submit(evaluate_job(run, site, set_name, after, *again, "--round", round_))
+    print(f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {ids[0]} scores after it",
+          flush=True)
+    return 0
+
+
+def reference(config: Config, name: str | None, cache: Path, stop_requested: Callable[[], str | None]) -> Any:
+    """What a set is compared with: the training or test split as trained on, a pytorch-fid .npz, a folder or zip.
+
+    Raises RequestError for a name that is none of these.
+    """
+    from ddpm import data
+
+    name = name or config.evaluate.reference
+    if name in ("train", "test"):
+        return data.pack(config.data, name, cache, stop_requested=stop_requested)[1]
+    path = check_reference(name)
+    return path if path.suffix == ".npz" else data.load_folder(path)
+
+
+def check_reference(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise RequestError(f"reference = {name}: not train, not test, and no such file; a pytorch-fid .npz, or a folder "
+                           f"or zip of images")
+    return path

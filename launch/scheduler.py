@@ -1,0 +1,213 @@
+"""submitit and sbatch behind one small interface: a Job becomes a script, and a script becomes a job id.
+
+Both paths run the same entry (`python -m launch.jobs`), begin with slurm/supervise.sh and carry the same sbatch
+options, so that stopping and coming back are the same. No pickle holds more than that entry's arguments: a requeued
+job runs today's code on the run directory, not yesterday's objects.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.errors import RequestError
+from ddpm.rundir import EventLog, RunDir, read_events
+from launch import environment, slurm
+from launch.cluster import Site
+from launch.environment import PROJECT
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a run: train; sample (an array over `shards`); evaluate."""
+
+    stage: str
+    run: RunDir
+    site: Site
+    set_name: str = ""
+    shards: tuple[int, ...] = ()
+    after: str | None = None
+    """A job id that must have ended, however it ended: the run directory says whether its work is done."""
+    extra_args: tuple[str, ...] = ()
+
+    def arguments(self, shard: int | None = None) -> list[str]:
+        """Of `python -m launch.jobs`."""
+        where = [self.set_name] if self.set_name else []
+        chosen = [] if shard is None else ["--shard", str(shard)]
+        return [self.stage, str(self.run.path), *where, *chosen, *self.extra_args]
+
+    def options(self) -> dict[str, str | bool]:
+        """sbatch's long options; True is a flag."""
+        site = self.site
+        ranks = site.world_size if self.stage == "train" else 1
+        nodes = site.nodes if self.stage == "train" else 1
+        gpus = site.gpus_per_node or 0
+        per_node = max(1, ranks // nodes)
+        lead = site.signal_lead_s if site.time is None else min(site.signal_lead_s, site.time * 60 // 3)
+        values: dict[str, Any] = {
+            "job-name": f"{self.run.name}-{self.stage}",
+            "partition": site.partition, "account": site.account, "qos": site.qos,
+            "constraint": site.constraint, "exclude": site.exclude,
+            "time": site.time, "nodes": nodes, "ntasks-per-node": per_node,
+            "gpus-per-node": (gpus if self.stage == "train" else 1) if gpus else None,
+            "cpus-per-task": site.cpus_per_task, "mem": site.mem,
+            "requeue": True, "open-mode": "append", "signal": f"USR2@{lead}",
+            "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.shards else '%j'}.out"),
+            "dependency": f"afterany:{self.after}" if self.after else None,
+        }
+        if "no-requeue" in site.sbatch:
+            del values["requeue"]
+        values.update(site.sbatch)
+        return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
+
+
+class SbatchScheduler:
+    """The templates in slurm/, exactly as they are submitted by hand."""
+
+    via = "sbatch"
+
+    def command(self, job: Job, *, offset: int = 0, array: str = "") -> list[str]:
+        flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in job.options().items()]
+        if array:
+            flags.append(f"--array={array}")
+        args = [str(job.run.path), *([job.set_name] if job.set_name else [])]
+        args += [str(offset)] if array else list(job.extra_args)
+        return ["sbatch", "--parsable", *flags, str(PROJECT / "slurm" / f"{job.stage}.sbatch"), *args]
+
+    def describe(self, job: Job) -> str:
+        """What --dry-run shows: each command, and the template it submits."""
+        commands = [shlex.join(c) for c in self._commands(job)]
+        return "\n".join(commands) + "\n\n" + (PROJECT / "slurm" / f"{job.stage}.sbatch").read_text()
+
+    def submit(self, job: Job) -> list[str]:
+        return [sbatch(command) for command in self._commands(job)]
+
+    def _commands(self, job: Job) -> list[list[str]]:
+        if not job.shards:
+            return [self.command(job)]
+        size = slurm.max_array_size() if slurm.available() else 1001
+        blocks: dict[int, list[int]] = {}
+        for shard in job.shards:
+            blocks.setdefault(shard // size * size, []).append(shard)
+        return [self.command(job, offset=offset, array=f"{ranges([s - offset for s in block])}%{job.site.max_parallel}")
+                for offset, block in blocks.items()]
+
+
+class SubmititScheduler:
+    """submitit's executor: its script, its pickle of the entry's arguments, our options and our supervisor."""
+
+    via = "submitit"
+
+    def _parameters(self, job: Job) -> dict[str, Any]:
+        options = job.options()
+        log = options.pop("output")
+        exports = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable, "DDPM_RUN": str(job.run.path),
+                   "DDPM_STAGE": job.stage, **({"DDPM_SET": job.set_name} if job.set_name else {})}
+        setup = [f"export {k}={shlex.quote(v)}" for k, v in exports.items()]
+        return {
+            "job_name": options.pop("job-name"), "time": int(options.pop("time", 0)) or 5, "stderr_to_stdout": True,
+            "array_parallelism": job.site.max_parallel, "setup": [*setup, '. "$DDPM_HOME/slurm/supervise.sh"'],
+            "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}"],
+            "additional_parameters": {**options, "output": log},
+        }
+
+    def describe(self, job: Job) -> str:
+        """What --dry-run shows: the script that submitit writes."""
+        return self._text(job)
+
+    def _text(self, job: Job) -> str:
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._folder(job)))}"
+        text = _make_sbatch_string(command=command, folder=self._folder(job), **self._parameters(job),
+                                   map_count=len(job.shards) if len(job.shards) > 1 else None)
+        return _without_time(text) if job.site.time is None else text
+
+    @staticmethod
+    def _folder(job: Job) -> Any:
+        return job.run.logs / "submitit"
+
+    def submit(self, job: Job) -> list[str]:
+        import submitit
+
+        from launch import jobs
+
+        class Executor(submitit.SlurmExecutor):
+            """submitit always asks for a time limit; without --time the partition's own default must hold."""
+
+            def _make_submission_file_text(self, command: str, uid: str) -> str:
+                text = str(super()._make_submission_file_text(command, uid))
+                return _without_time(text) if job.site.time is None else text
+
+        executor = Executor(self._folder(job), python=shlex.quote(sys.executable))
+        executor.update_parameters(**self._parameters(job))
+        os.environ.update(DDPM_HOME=str(PROJECT), DDPM_PYTHON=sys.executable)
+        try:
+            if not job.shards:
+                return [str(executor.submit(jobs.main, job.arguments()).job_id)]
+            size = slurm.max_array_size()
+            ids = []
+            for i in range(0, len(job.shards), size):
+                with executor.batch():
+                    tasks = [executor.submit(jobs.main, job.arguments(s)) for s in job.shards[i : i + size]]
+                ids.append(str(tasks[0].job_id).split("_")[0])
+            return ids
+        except submitit.core.utils.FailedJobError as e:
+            raise slurm.SlurmError(str(e).strip()) from None
+
+
+def _without_time(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#SBATCH --time=")) + "\n"
+
+
+def make(via: str) -> SbatchScheduler | SubmititScheduler:
+    return SbatchScheduler() if via == "sbatch" else SubmititScheduler()
+
+
+def submit(job: Job) -> list[str]:
+    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small). RequestError with SLURM's words."""
+    try:
+        ids = make(job.site.via).submit(job)
+    except slurm.SlurmError as e:
+        raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
+    options = {k: v for k, v in job.options().items() if k != "dependency"}
+    for job_id in ids:
+        EventLog(job.run, job_id, 0, environment.host(), prefix="submit-").append(
+            "submitted", stage=job.stage, via=job.site.via, set=job.set_name, options=options,
+            args=list(job.extra_args))
+    return ids
+
+
+def submit_successor(run: RunDir, stage: str, job: str) -> str:
+    """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError."""
+    base, _, task = job.partition("_")
+    record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == base), None)
+    options = dict(record["options"]) if record else {}
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
+    flags += [f"--array={task}"] if task else []
+    args = [str(run.path), *([record["set"]] if record and record["set"] else [])]
+    new = sbatch(["sbatch", "--parsable", *flags, str(PROJECT / "slurm" / f"{stage}.sbatch"), *args])
+    EventLog(run, new, 0, environment.host(), prefix="submit-").append(
+        "submitted", stage=stage, via="sbatch", set=args[1] if len(args) > 1 else "",
+        options=options, args=[], successor_of=job)
+    return new
+
+
+def sbatch(command: list[str]) -> str:
+    """Run one sbatch from the project's root; returns the job id."""
+    env = {**os.environ, "DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
+    return slurm.run(command, timeout_s=60, cwd=str(PROJECT), env=env).strip().split(";")[0]
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as 0-2,5."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

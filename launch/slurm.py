@@ -1,0 +1,128 @@
+"""Questions to SLURM and the few orders it takes, each one command with a time limit. Knows no run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+TIMEOUT_S = 30
+
+
+class SlurmError(Exception):
+    """A command that failed or did not answer; the message is SLURM's own."""
+
+
+def available() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def run(argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None,
+        env: dict[str, str] | None = None) -> str:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=env)
+    except FileNotFoundError:
+        raise SlurmError(f"{argv[0]}: not found on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{argv[0]}: no answer in {timeout_s:.0f} s") from None
+    if done.returncode != 0:
+        raise SlurmError(f"{argv[0]}: {(done.stderr or done.stdout).strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def job_state(job: str) -> str:
+    """RUNNING, PENDING, COMPLETING …; "" where squeue knows no such job (any more) or does not answer."""
+    try:
+        return next(iter(run(["squeue", "-h", "-j", job, "-o", "%T"]).split()), "")
+    except SlurmError:
+        return ""
+
+
+def queued(jobs: list[str]) -> dict[str, str]:
+    """State by job id of those of `jobs` that are still in the queue (squeue fails as a whole on an unknown id)."""
+    if not jobs:
+        return {}
+    try:
+        lines = run(["squeue", "-h", "--me", "-r", "-o", "%F %i %T"]).splitlines()
+    except SlurmError:
+        return {}
+    states: dict[str, str] = {}
+    for base, job, state in (line.split(None, 2) for line in lines if len(line.split()) == 3):
+        for known in {base, job} & set(jobs):
+            if states.get(known) != "RUNNING":
+                states[known] = state
+    return states
+
+
+@dataclass(frozen=True)
+class Partition:
+    name: str
+    gpus_per_node: int
+
+
+def partitions() -> dict[str, Partition]:
+    """Every partition that this user sees, and the GPUs of its nodes. Raises SlurmError."""
+    found: dict[str, Partition] = {}
+    for line in run(["sinfo", "-h", "-o", "%R|%G"], timeout_s=10).splitlines():
+        name, _, gres = line.partition("|")
+        counts = [int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)]
+        most = max([found[name].gpus_per_node] if name in found else [0], default=0)
+        found[name] = Partition(name, max([most, *counts]))
+    return found
+
+
+def max_array_size() -> int:
+    """One more than the largest index that an array may have."""
+    try:
+        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]), re.M)
+    except SlurmError:
+        match = None
+    return int(match.group(1)) if match else 1001
+
+
+@dataclass(frozen=True)
+class Mercy:
+    """What SLURM does with this job when it takes its nodes."""
+
+    requeues: bool
+    grace_s: int
+    kill_wait_s: int
+
+
+def mercy(job: str) -> Mercy:
+    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once."""
+    try:
+        shown = run(["scontrol", "show", "job", "-o", job], timeout_s=10)
+        partition = _field(shown, "Partition") or ""
+        part = run(["scontrol", "show", "partition", "-o", partition], timeout_s=10)
+        config = run(["scontrol", "show", "config"], timeout_s=10)
+    except SlurmError:
+        return Mercy(True, 0, 30)
+    mode = _field(part, "PreemptMode") or ""
+    kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.M)
+    return Mercy(
+        requeues=_field(shown, "Requeue") != "0" and mode.upper() != "CANCEL",
+        grace_s=int(_field(part, "GraceTime") or 0),
+        kill_wait_s=int(kill_wait.group(1)) if kill_wait else 30,
+    )
+
+
+def _field(shown: str, key: str) -> str | None:
+    match = re.search(rf"\b{key}=(\S+)", shown)
+    return match.group(1) if match else None
+
+
+def requeue(job: str) -> None:
+    run(["scontrol", "requeue", job], timeout_s=60)
+
+
+def may_requeue(job: str) -> bool:
+    try:
+        return _field(run(["scontrol", "show", "job", "-o", job]), "Requeue") != "0"
+    except SlurmError:
+        return True
+
+
+def cancel(jobs: list[str]) -> None:
+    run(["scancel", *jobs])

@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+"""How runs get on: state, step, speed, restarts and goodput, from their directories and squeue. Loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ddpm.config import load_yaml
+from ddpm.errors import RequestError
+from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
+from launch import console, environment, slurm
+from launch.sample import find_run
+
+EXAMPLES = """examples:
+  python launch/status.py                      all runs
+  python launch/status.py cifar10 --watch      one, kept up to date
+  python launch/status.py cifar10 --events     its life: submitted, started, checkpoints, requeued, …
+  python launch/status.py --json               for scripts
+"""
+SILENT_AFTER_S = 60.0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
+    parser.add_argument("--watch", action="store_true", help="refresh every few seconds until ctrl-C")
+    parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--events", action="store_true", help="list life events instead")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    return parser.parse_args()
+
+
+def seconds(stamp: str) -> float:
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+def goodput(events: list[dict[str, Any]], beat: dict[str, Any]) -> float | None:
+    """Share of the time that lives of training were up which ended in kept steps; None before the first save.
+
+    A life lasts from its start to its last sign; what it did after its last checkpoint was lost, unless it still runs.
+    """
+    lives: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for e in events:
+        if e["event"] != "submitted" and e.get("stage", "train") == "train":
+            lives.setdefault((str(e["job"]), int(e["restart"])), []).append(e)
+    up = kept = 0.0
+    for (job, restart), life in lives.items():
+        begin = seconds(life[0]["time"])
+        saves = [seconds(e["time"]) for e in life if e["event"] in ("checkpoint", "finished")]
+        last = seconds(life[-1]["time"])
+        if (str(beat.get("job")), beat.get("restart")) == (job, restart):
+            last = max(last, seconds(beat["time"]))
+        up += last - begin
+        kept += (max(saves) - begin) if saves else 0.0
+    return kept / up if up > 0 and kept > 0 else None
+
+
+def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
+    """One run as plain values, whatever of it exists."""
+    events = read_events(run)
+    beat = read_json(run.heartbeat) or {}
+    try:
+        config = load_yaml(run.config.read_text(), str(run.config))
+        total = int(config["train"]["total_steps"])
+    except (OSError, RequestError, KeyError, TypeError, ValueError):
+        total = 0
+    metrics = read_jsonl(run.metrics)
+    last = metrics[-1] if metrics else {}
+    saved = run.latest_step()
+    jobs = {str(e["job"]): states[str(e["job"])] for e in events
+            if e["event"] == "submitted" and str(e["job"]) in states}
+    age = time.time() - seconds(beat["time"]) if beat.get("time") else None
+    scores = {}
+    for path in sorted(run.eval.glob("*.json")):
+        record = read_json(path) or {}
+        scores[path.stem] = {k: record[k] for k in ("fid", "frechet_distance", "num_samples") if k in record}
+    return {
+        "name": run.name, "path": str(run.path), "state": _state(run, events, total, saved, jobs, age),
+        "step": max(saved, int(beat.get("step", 0))), "saved_step": saved, "total_steps": total,
+        "loss": last.get("loss"), "images_per_s": last.get("images_per_s"), "epoch": last.get("epoch"),
+        "jobs": jobs, "restarts": sum(e["event"] == "resumed" for e in events), "goodput": goodput(events, beat),
+        "heartbeat_age_s": None if age is None else round(age, 1), "host": beat.get("host"),
+        "samples": {s.name: _shards(s.request, s.path) for s in run.sample_sets()}, "scores": scores,
+        "problem": next((e.get("reason") for e in reversed(events) if e["event"] == "failed"), None),
+    }
+
+
+def _shards(request: Path, where: Path) -> str:
+    asked = (read_json(request) or {}).get("shards", "?")
+    return f"{sum(1 for _ in where.glob('shard-*.json'))}/{asked}"
+
+
+def _state(run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str],
+           age: float | None) -> str:
+    """complete | running | queued | stopped | failed | prepared | ended: the run directory's word, then SLURM's."""
+    trained = total and saved >= total
+    if trained and not jobs:
+        return "complete"
+    if jobs:
+        return "running" if "RUNNING" in jobs.values() else "queued"
+    last = next((e["event"] for e in reversed(events) if e["event"] != "checkpoint"), None)
+    if last == "failed":
+        return "failed"
+    if run.stop_file.exists():
+        return "stopped"
+    if age is not None and age < SILENT_AFTER_S and last in ("started", "resumed"):
+        return "running"
+    return "prepared" if last is None else "ended"
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    t = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "state", "step", "saved", "loss", "img/s", "restarts", "goodput", "jobs", "samples", "score"):
+        t.add_column(name, justify="right" if name in ("saved", "loss", "img/s", "restarts", "goodput") else "left")
+    for r in rows:
+        scores = "; ".join(f"{'FID' if 'fid' in s else 'Fréchet'} {s.get('fid', s.get('frechet_distance')):.3f}"
+                           f" ({s['num_samples']})" for s in r["scores"].values())
+        t.add_row(
+            r["name"], r["state"], f"{r['step']}/{r['total_steps']}", str(r["saved_step"]), _number(r["loss"], ".4f"),
+            _number(r["images_per_s"], ".0f"), str(r["restarts"]), _number(r["goodput"], ".0%"),
+            " ".join(f"{j}:{s}" for j, s in r["jobs"].items()), " ".join(r["samples"].values()), scores)
+    return t
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def show(runs: list[RunDir], args: argparse.Namespace) -> Any:
+    submitted = [str(e["job"]) for r in runs for e in read_events(r) if e["event"] == "submitted"]
+    states = slurm.queued(submitted) if slurm.available() else {}
+    rows = [describe(r, states) for r in runs]
+    return json.dumps(rows, indent=1) if args.json else table(rows)
+
+
+def print_events(runs: list[RunDir], as_json: bool) -> None:
+    for run in runs:
+        for e in read_events(run):
+            if as_json:
+                print(json.dumps({"run": run.name, **e}))
+                continue
+            rest = " ".join(f"{k}={v}" for k, v in e.items()
+                            if k not in ("event", "time", "job", "restart", "host", "options", "args"))
+            print(f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}")
+
+
+def main() -> int:
+    args = parse()
+    root = environment.runs_root(args.root)
+    if args.runs:
+        runs = [find_run(word, args.root) for word in args.runs]
+    else:
+        runs = [RunDir(p.parent) for p in sorted(root.glob("*/run.json")) if not p.parent.name.startswith(".")]
+    if not runs and not args.json:
+        print(f"no runs in {root}; start one with python launch/submit.py, or look elsewhere with --root")
+        return 0
+    if args.events:
+        print_events(runs, args.json)
+        return 0
+    if args.json:
+        print(show(runs, args))
+        return 0
+    from rich.console import Console
+
+    terminal = Console(width=None if sys.stdout.isatty() else 200)
+    if not args.watch:
+        terminal.print(show(runs, args))
+        _print_problems(runs, terminal)
+        return 0
+    from rich.live import Live
+
+    try:
+        with Live(show(runs, args), console=terminal, auto_refresh=False) as live:
+            while True:
+                time.sleep(console.POLL_S)
+                live.update(show(runs, args), refresh=True)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _print_problems(runs: list[RunDir], terminal: Any) -> None:
+    for run in runs:
+        row = describe(run, {})
+        if row["state"] == "failed":
+            terminal.print(f"{run.name}: {row['problem']}", style="red", markup=False)
+
+
+if __name__ == "__main__":
+    console.run_script(main)

@@ -1,0 +1,102 @@
+"""The end of every batch shell, on both submission paths: put the job back, or say why not.
+
+    python -m launch.supervisor RUN STAGE EXIT_CODE [SET]
+
+A crash leaves SLURM's job FAILED, which SLURM never requeues; a job that saved before its time limit left with 75. Both
+are put back here, and only while squeue calls the job RUNNING: under scancel it is COMPLETING, and a requeue would
+raise it from the dead. Policy by progress: endless while saved steps advance; failed after MAX_RETRIES retries in a
+row without a new one. Pre-emptions never come here: SLURM itself requeues those.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
+from ddpm.rundir import EventLog, RunDir, read_events
+from launch import environment, slurm
+from launch.scheduler import submit_successor
+
+MAX_RETRIES = 3
+KILLED_WITHIN_S = 300
+
+
+def progress(run: RunDir, stage: str, set_name: str) -> int:
+    """What advances when a life of this stage was not in vain: saved steps, or finished batches and shards."""
+    if stage == "train":
+        return run.latest_step()
+    where = run.sample_set(set_name).path
+    return len([*where.glob("part/*"), *where.glob("shard-*.json"), *where.glob("features-*.json")])
+
+
+def retries_without_progress(run: RunDir, job: str, now_at: int) -> int:
+    """How many times in a row `job`, or those it succeeds, was put back by its own fault at the progress it has."""
+    count, lives = 0, {job}
+    for event in reversed(read_events(run)):
+        if event["event"] != "requeued" or not lives & {event.get("job"), event.get("successor")}:
+            continue
+        lives.add(str(event["job"]))
+        if event.get("progress") != now_at:
+            break
+        count += event.get("reason") != "preempted"
+    return count
+
+
+def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
+    """Decide about the job whose batch shell this is; returns the exit code that the shell leaves with."""
+    env = environment.current()
+    log = EventLog(run, env.job, env.restart, env.host)
+    marker = run.exit_marker(env.job, env.restart)
+    reason = "crash"
+    if marker.exists():  # the ranks' own word, past srun, which may report another rank's
+        said, _, reason = marker.read_text().partition(" ")
+        code = int(said)
+        marker.unlink(missing_ok=True)
+    if code == 0:
+        return 0
+    if code in (EXIT_BUSY, EXIT_FATAL):
+        why = "another job holds the run" if code == EXIT_BUSY else "starting again would end the same way"
+        return _failed(log, code, f"exit code {code}: {why}; the log above says more")
+    state = slurm.job_state(env.job)
+    if state != "RUNNING":
+        print(f"[batch] exit code {code}; SLURM calls the job {state or 'gone'}: leaving it to SLURM", flush=True)
+        return code
+    if run.stop_file.exists():
+        return _failed(log, code, "a STOP file forbids another start")
+    here = progress(run, stage, set_name)
+    tried = 0 if reason == "preempted" else retries_without_progress(run, env.job, here)
+    if tried >= MAX_RETRIES:
+        return _failed(log, code, f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
+                                  f"beyond {here}; see the log, mend the cause, submit again")
+    fields = {"reason": reason, "exit_code": code, "progress": here, "stage": stage}
+    if not slurm.may_requeue(env.job):
+        successor = submit_successor(run, stage, env.job)
+        log.append("requeued", successor=successor, **fields)
+        print(f"[batch] exit code {code} ({reason}); requeue is forbidden: successor job {successor}", flush=True)
+        return code
+    log.append("requeued", **fields)
+    print(f"[batch] exit code {code} ({reason}); progress {here}; requeueing job {env.job}", flush=True)
+    slurm.requeue(env.job)
+    time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
+    return code
+
+
+def _failed(log: EventLog, code: int, reason: str) -> int:
+    log.append("failed", exit_code=code, reason=reason)
+    print(f"[batch] failed: {reason}", flush=True)
+    return code
+
+
+def main() -> int:
+    run, stage, code, *rest = sys.argv[1:]
+    try:
+        return end(RunDir(Path(run)), stage, int(code), rest[0] if rest else "")
+    except slurm.SlurmError as e:
+        print(f"[batch] could not be put back: {e}", flush=True)
+        return int(code) or EXIT_REQUEUE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

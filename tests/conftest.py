@@ -1,0 +1,41 @@
+"""What every test shares: the project on sys.path, and a closing list of what could not run here.
+
+A test that needs something the machine may lack calls `requires(...)`. Whatever was skipped, by it or by any other
+means, is listed at the end with its reason: nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+
+def requires(condition: object, reason: str, enable: str) -> None:
+    """Skips the running test or fixture unless `condition` holds: `reason` is what lacks, `enable` how to get it."""
+    if not condition:
+        pytest.skip(f"{reason}. To enable: {enable}")
+
+
+def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    longrepr = report.longrepr
+    text = str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Prints which tests did not run on this machine, and why: after all other summaries."""
+    yield
+    reasons = Counter(_skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    if deselected := len(terminalreporter.stats.get("deselected", [])):
+        reasons["deselected on the command line"] = deselected
+    terminalreporter.section("Not run on this machine:" if reasons else "everything ran")
+    for reason, num_tests in sorted(reasons.items()):
+        terminalreporter.write_line(f"- {num_tests} test{'s' if num_tests > 1 else ''}: {reason}")
