@@ -119,13 +119,16 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) as one grid (rows*H', cols*W', 3); small ones are enlarged by a whole factor."""
+    """Images uint8 (N, H, W, 3) as one grid, a thin line apart; small ones are enlarged by a whole factor."""
     n, height, width, channels = images.shape
     factor = max(1, at_least_pixels // height)
+    line = max(2, factor // 2)
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     columns = int(np.ceil(np.sqrt(n)))
     rows = int(np.ceil(n / columns))
-    padded = np.zeros((rows * columns, height * factor, width * factor, channels), np.uint8)
-    padded[:n] = images
-    return padded.reshape(rows, columns, height * factor, width * factor, channels).transpose(0, 2, 1, 3, 4).reshape(
-        rows * height * factor, columns * width * factor, channels)
+    high, wide = height * factor + line, width * factor + line
+    grid = np.full((rows * high + line, columns * wide + line, channels), 96, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * high + line, i % columns * wide + line
+        grid[top : top + height * factor, left : left + width * factor] = image
+    return grid

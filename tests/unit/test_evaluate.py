@@ -366,7 +366,6 @@ def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_p
         capture_output=True, text=True, check=True, timeout=300)
     match = re.search(r"FID: +([-\d.e]+)", theirs.stdout)
     assert match is not None, theirs.stdout + theirs.stderr
-    print("RATIO", result["frechet_distance"], match[1])
     assert result["frechet_distance"] == pytest.approx(float(match[1]), rel=1e-4)
 
     # the network itself, image by image and without their preprocessing's detour through files
