@@ -1,7 +1,7 @@
 """What is saved, how it becomes a verified generation, and which one a new life resumes.
 
-A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the .pt's sha256 and a digest of itself. A .pt without
-its .json does not exist. A save copies the state into reused host buffers (training waits for that alone) and a thread
+A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the
+.pt's sha256 and a digest of itself. A .pt without its .json does not exist. A save copies the state into reused host buffers (training waits for that alone) and a thread
 writes them; a second save waits for the first. Kill points: before the .pt's rename, a stale temporary; before the
 .json's, a .pt that does not exist and is removed by the next save of that step; after it, a generation.
 """
@@ -71,8 +71,10 @@ def newest_good(run: RunDir, log: Log) -> Generation | None:
         except (DamagedFile, FileNotFoundError, KeyError) as e:
             log(f"checkpoint rejected: step={step} reason={e}")
     if steps:
-        raise DoNotRetry(f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
-                         f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged")
+        raise DoNotRetry(
+            f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
+            f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged"
+        )
     return None
 
 
@@ -111,8 +113,17 @@ class HostCopy:
 class Checkpointer:
     """Writes generations of one run in the background, keeps the newest few, milestones and those that samples name."""
 
-    def __init__(self, run: RunDir, fence: Fence, *, keep_last: int, is_milestone: Callable[[int], bool],
-                 world_size: int, log: Log, on_saved: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        fence: Fence,
+        *,
+        keep_last: int,
+        is_milestone: Callable[[int], bool],
+        world_size: int,
+        log: Log,
+        on_saved: Callable[[int], None],
+    ) -> None:
         self._run, self._fence, self._log, self._on_saved = run, fence, log, on_saved
         self._keep_last, self._is_milestone, self._world_size = keep_last, is_milestone, world_size
         self._copy = HostCopy()
@@ -151,8 +162,10 @@ class Checkpointer:
         except BaseException as e:
             self._error = e
             if isinstance(e, OSError):
-                self._log(f"checkpoint failed: step={state['step']} error={e}; the last good one stays, "
-                          f"the next save tries again")
+                self._log(
+                    f"checkpoint failed: step={state['step']} error={e}; the last good one stays, "
+                    f"the next save tries again"
+                )
 
     def _write(self, state: dict[str, Any], final: bool) -> None:
         run, step, token = self._run, int(state["step"]), str(self._fence.token)
@@ -165,11 +178,24 @@ class Checkpointer:
                 torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
             if final or self._is_milestone(step):
                 self._write_ema(state["ema"], step, token)
-            write_json(run.manifest(step), sign({
-                "step": step, "images": state["images"], "file": run.checkpoint(step).name, "bytes": f.size,
-                "sha256": f.sha256, "config_digest": state["config_digest"], "world_size": self._world_size,
-                "fence": self._fence.token, "created": now(),
-            }), token=token, may_publish=self._fence.check)
+            write_json(
+                run.manifest(step),
+                sign(
+                    {
+                        "step": step,
+                        "images": state["images"],
+                        "file": run.checkpoint(step).name,
+                        "bytes": f.size,
+                        "sha256": f.sha256,
+                        "config_digest": state["config_digest"],
+                        "world_size": self._world_size,
+                        "fence": self._fence.token,
+                        "created": now(),
+                    }
+                ),
+                token=token,
+                may_publish=self._fence.check,
+            )
         self._on_saved(step)
         self._retain()
 
@@ -192,4 +218,3 @@ class Checkpointer:
         for path in self._run.checkpoints.glob("step-*.pt"):
             if not path.with_suffix(".json").exists():
                 path.unlink(missing_ok=True)
-

@@ -27,14 +27,16 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
     name: Literal["cifar10", "images", "digits"] = "cifar10"
     """`cifar10` (torchvision downloads it), `images` (a folder or zip of class folders), `digits` (scikit-learn's)."""
     path: str | None = None
-    """Where it lies: a folder or a .zip for `images`; for `cifar10` torchvision's root, or a folder or zip of images."""
+    """Where it lies: a folder or .zip for `images`; for `cifar10` torchvision's root, or a folder or .zip of images."""
     image_size: int = Field(32, ge=4, le=1024)
     """Height and width in pixels; other sizes are centre-cropped to a square and resized (Lanczos, antialiased)."""
     flip: bool = True
@@ -87,8 +89,10 @@ class Diffusion(Section):
             raise ValueError(f"diffusion.beta_start = {self.beta_start}: must be below beta_end = {self.beta_end}")
         if self.beta_end * 1000 / self.timesteps >= 1:
             least = int(self.beta_end * 1000) + 1
-            raise ValueError(f"diffusion.timesteps = {self.timesteps}: beta_end is scaled by 1000/T and reaches 1; "
-                             f"use at least {least}")
+            raise ValueError(
+                f"diffusion.timesteps = {self.timesteps}: beta_end is scaled by 1000/T and reaches 1; "
+                f"use at least {least}"
+            )
         return self
 
 
@@ -120,11 +124,15 @@ class Train(Section):
     @model_validator(mode="after")
     def _micro(self) -> Train:
         if self.micro_batch is not None and self.global_batch % self.micro_batch:
-            raise ValueError(f"train.micro_batch = {self.micro_batch} does not divide train.global_batch = "
-                             f"{self.global_batch}; these do: {divisors(self.global_batch)}")
+            raise ValueError(
+                f"train.micro_batch = {self.micro_batch} does not divide train.global_batch = "
+                f"{self.global_batch}; these do: {divisors(self.global_batch)}"
+            )
         if self.lr_schedule == "cosine" and self.warmup_steps >= self.total_steps:
-            raise ValueError(f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
-                             f"{self.total_steps} with lr_schedule=cosine")
+            raise ValueError(
+                f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
+                f"{self.total_steps} with lr_schedule=cosine"
+            )
         return self
 
 
@@ -186,24 +194,30 @@ class Config(Section):
     def _across_sections(self) -> Config:
         size, levels = self.data.image_size, len(self.model.channel_mults)
         if size % 2 ** (levels - 1):
-            raise ValueError(f"data.image_size = {size}: {levels} levels halve it {levels - 1} times, so it must be "
-                             f"divisible by {2 ** (levels - 1)}")
+            raise ValueError(
+                f"data.image_size = {size}: {levels} levels halve it {levels - 1} times, so it must be "
+                f"divisible by {2 ** (levels - 1)}"
+            )
         resolutions = [size // 2**i for i in range(levels)]
         for r in self.model.attention_resolutions:
             if r not in resolutions:
-                raise ValueError(f"model.attention_resolutions = {list(self.model.attention_resolutions)}: the network "
-                                 f"never has {r}x{r}; it has {resolutions}")
+                raise ValueError(
+                    f"model.attention_resolutions = {list(self.model.attention_resolutions)}: the network "
+                    f"never has {r}x{r}; it has {resolutions}"
+                )
         heads = self.model.attention_heads
         for r, mult in zip(resolutions, self.model.channel_mults, strict=True):
             channels = self.model.base_channels * mult
             if (r in self.model.attention_resolutions or r == resolutions[-1]) and channels % heads:
                 raise ValueError(f"model.attention_heads = {heads} does not divide the {channels} channels at {r}x{r}")
         if self.sample.steps > self.diffusion.timesteps:
-            raise ValueError(f"sample.steps = {self.sample.steps}: at most diffusion.timesteps = "
-                             f"{self.diffusion.timesteps}")
+            raise ValueError(
+                f"sample.steps = {self.sample.steps}: at most diffusion.timesteps = {self.diffusion.timesteps}"
+            )
         if self.sample.shards > self.sample.num_samples:
-            raise ValueError(f"sample.shards = {self.sample.shards}: at most sample.num_samples = "
-                             f"{self.sample.num_samples}")
+            raise ValueError(
+                f"sample.shards = {self.sample.shards}: at most sample.num_samples = {self.sample.num_samples}"
+            )
         check_name(self.name)
         return self
 
@@ -236,7 +250,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -248,8 +264,10 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-               r"|\.(?:inf|nan))$"),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|nan))$"
+    ),
     "-+0123456789.",
 )
 
@@ -274,7 +292,7 @@ def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """The config in YAML file `path` with `key=value` overrides. Raises RequestError naming key, value and what fits."""
+    """The config in YAML file `path` with `key=value` overrides. RequestError names key, value and what is allowed."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -362,13 +380,17 @@ def check_world_size(config: Config, world_size: int) -> int:
     """Accumulation steps per rank; RequestError listing what fits where the global batch does not divide."""
     batch, micro = config.train.global_batch, config.train.micro_batch
     if batch % world_size:
-        raise RequestError(f"train.global_batch = {batch} does not divide over {world_size} ranks; it does over "
-                           f"{divisors(batch)}, or choose a multiple of {world_size} such as "
-                           f"{max(1, round(batch / world_size)) * world_size}")
+        raise RequestError(
+            f"train.global_batch = {batch} does not divide over {world_size} ranks; it does over "
+            f"{divisors(batch)}, or choose a multiple of {world_size} such as "
+            f"{max(1, round(batch / world_size)) * world_size}"
+        )
     share = batch // world_size
     if micro is None:
         return 1
     if share % micro:
-        raise RequestError(f"train.micro_batch = {micro} does not divide each rank's share of {share} images "
-                           f"(train.global_batch = {batch} over {world_size} ranks); these do: {divisors(share)}")
+        raise RequestError(
+            f"train.micro_batch = {micro} does not divide each rank's share of {share} images "
+            f"(train.global_batch = {batch} over {world_size} ranks); these do: {divisors(share)}"
+        )
     return share // micro

@@ -86,8 +86,10 @@ def open_source(data: Data) -> Source:
         return Source("digits", None, {}, [str(i) for i in range(10)])
     path = Path(data.path).expanduser() if data.path else None
     if path is not None and not path.exists():
-        raise RequestError(f"data.path = {data.path}: does not exist; give a folder or a .zip of images in class "
-                           f"folders" + (", or torchvision's root for cifar10" if data.name == "cifar10" else ""))
+        raise RequestError(
+            f"data.path = {data.path}: does not exist; give a folder or a .zip of images in class "
+            f"folders" + (", or torchvision's root for cifar10" if data.name == "cifar10" else "")
+        )
     if data.name == "cifar10" and (path is None or (path.is_dir() and any(path.glob("cifar-10-*")))):
         return Source("cifar10", path, {}, CIFAR10_CLASSES)
     assert path is not None
@@ -104,20 +106,29 @@ def _zip_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [i.filename for i in archive.infolist() if not i.is_dir()]
     except (zipfile.BadZipFile, OSError) as e:
-        raise RequestError(f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the "
-                           f"folder") from None
+        raise RequestError(
+            f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
+        ) from None
 
 
 def _from_names(kind: str, path: Path, names: Iterator[str] | list[str]) -> Source:
-    images = sorted(n for n in names if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES
-                    and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts))
+    images = sorted(
+        n
+        for n in names
+        if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
+    )
     if not images:
-        raise RequestError(f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
-                           f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise RequestError(
+            f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
+            f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     depth = 0  # folders that wrap the whole archive say nothing
-    while len({PurePosixPath(n).parts[depth] for n in images}) == 1 and all(
-        len(PurePosixPath(n).parts) > depth + 2 for n in images
-    ) and PurePosixPath(images[0]).parts[depth] not in SPLITS:
+    while (
+        len({PurePosixPath(n).parts[depth] for n in images}) == 1
+        and all(len(PurePosixPath(n).parts) > depth + 2 for n in images)
+        and PurePosixPath(images[0]).parts[depth] not in SPLITS
+    ):
         depth += 1
     members: dict[str, list[str]] = {}
     for n in images:
@@ -155,8 +166,9 @@ def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.n
                 with Image.open(io.BytesIO(raw)) as image:
                     yield to_square(image, size), label_of[PurePosixPath(name).parent.name]
             except (UnidentifiedImageError, zipfile.BadZipFile, OSError, EOFError, SyntaxError, ValueError) as e:
-                raise RequestError(f"data.path = {source.path}: {name} cannot be decoded ({e}); "
-                                   f"replace or remove it") from None
+                raise RequestError(
+                    f"data.path = {source.path}: {name} cannot be decoded ({e}); replace or remove it"
+                ) from None
     finally:
         if archive:
             archive.close()
@@ -196,12 +208,26 @@ def _cifar10(root: Path, split: str, size: int) -> Iterator[tuple[np.ndarray, in
 
 
 def cache_key(data: Data, source: Source, split: str) -> str:
-    return sha256_json({"version": PACK_VERSION, "kind": source.kind, "source": source.fingerprint(), "split": split,
-                        "image_size": data.image_size, "filter": "lanczos"})[:32]
+    return sha256_json(
+        {
+            "version": PACK_VERSION,
+            "kind": source.kind,
+            "source": source.fingerprint(),
+            "split": split,
+            "image_size": data.image_size,
+            "filter": "lanczos",
+        }
+    )[:32]
 
 
-def pack(data: Data, split: str, cache: Path, *, progress: Progress | None = None,
-         stop_requested: StopRequested = lambda: None) -> tuple[str, PackedImages]:
+def pack(
+    data: Data,
+    split: str,
+    cache: Path,
+    *,
+    progress: Progress | None = None,
+    stop_requested: StopRequested = lambda: None,
+) -> tuple[str, PackedImages]:
     """Unpack `split` of the configured data into `cache` unless it is there; returns its key and the mapped arrays.
 
     Raises RequestError (bad path, archive or image, no such split), EnvironmentLacks (no download, no scikit-learn),
@@ -217,12 +243,15 @@ def pack(data: Data, split: str, cache: Path, *, progress: Progress | None = Non
     try:
         tmp.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise EnvironmentLacks(f"cannot write the data cache {cache} ({e.strerror}); choose another place with --root "
-                               f"or DDPM_RUNS, or data_cache in the site profile") from None
+        raise EnvironmentLacks(
+            f"cannot write the data cache {cache} ({e.strerror}); choose another place with --root "
+            f"or DDPM_RUNS, or data_cache in the site profile"
+        ) from None
     try:
-        items = {"digits": lambda: _digits(data.image_size),
-                 "cifar10": lambda: _cifar10(source.path or cache / "cifar10", split, data.image_size),
-                 }.get(source.kind, lambda: _decode(source, split, data.image_size))()
+        items = {
+            "digits": lambda: _digits(data.image_size),
+            "cifar10": lambda: _cifar10(source.path or cache / "cifar10", split, data.image_size),
+        }.get(source.kind, lambda: _decode(source, split, data.image_size))()
         total = len(source.members.get(split, ())) or {"digits": 1797, "cifar10": 50_000}[source.kind]
         images, labels = [], []
         for image, label in items:
@@ -246,16 +275,28 @@ def pack(data: Data, split: str, cache: Path, *, progress: Progress | None = Non
     return key, open_packed(cache, key)
 
 
-def _write_packed(where: Path, name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> None:
+def _write_packed(
+    where: Path, name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: list[str]
+) -> None:
     for file, array in (("images.npy", images), ("labels.npy", labels)):
         with (where / file).open("wb") as f:
             np.save(f, array)
             f.flush()
             os.fsync(f.fileno())
-    write_json(where / "meta.json", sign({
-        "name": name, "split": split, "num_images": len(images), "shape": list(images.shape), "classes": classes,
-        "digest": images_digest(images), "bytes": (where / "images.npy").stat().st_size,
-    }))
+    write_json(
+        where / "meta.json",
+        sign(
+            {
+                "name": name,
+                "split": split,
+                "num_images": len(images),
+                "shape": list(images.shape),
+                "classes": classes,
+                "digest": images_digest(images),
+                "bytes": (where / "images.npy").stat().st_size,
+            }
+        ),
+    )
 
 
 def open_packed(cache: Path, key: str) -> PackedImages:
@@ -264,8 +305,13 @@ def open_packed(cache: Path, key: str) -> PackedImages:
     meta = read_signed(where / "meta.json")
     if (where / "images.npy").stat().st_size != meta["bytes"]:
         raise DamagedFile(f"{where / 'images.npy'}: not the size that was packed; remove {where} and submit again")
-    return PackedImages(np.load(where / "images.npy", mmap_mode="r"), np.load(where / "labels.npy"),
-                        meta["name"], meta["split"], meta["digest"])
+    return PackedImages(
+        np.load(where / "images.npy", mmap_mode="r"),
+        np.load(where / "labels.npy"),
+        meta["name"],
+        meta["split"],
+        meta["digest"],
+    )
 
 
 def copy_to_scratch(cache: Path, key: str, scratch: Path) -> None:
@@ -293,8 +339,10 @@ def load_folder(path: Path) -> PackedImages:
     images = [image for split in sorted(source.members) for image, _ in _decode(source, split, None)]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
-        raise RequestError(f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "
-                           f"a score needs one size: resize them first")
+        raise RequestError(
+            f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "
+            f"a score needs one size: resize them first"
+        )
     array = np.stack(images)
     return PackedImages(array, np.zeros(len(array), np.int64), path.name, "all", images_digest(array))
 

@@ -52,6 +52,14 @@ class World:
             values = values / self.world_size
         return values
 
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        """Every rank's scalar on this world's device, by rank: (world_size,)."""
+        out = torch.zeros(self.world_size, dtype=value.dtype, device=self.device)
+        out[self.rank] = value
+        if self.world_size > 1:
+            dist.all_reduce(out)  # one term of each sum is not zero: exact
+        return out
+
     def barrier(self) -> None:
         self.agree([0])
 

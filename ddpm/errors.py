@@ -37,7 +37,7 @@ class RunBusy(DDPMError):
 
 
 class DoNotRetry(DDPMError):
-    """Starting this job again would end the same way: damaged checkpoints only, wrong predecessor, rollbacks used up."""
+    """Starting this job again would end the same way: all checkpoints damaged, rollbacks used up."""
 
     exit_code = EXIT_FATAL
 

@@ -71,7 +71,8 @@ def check_set(sample_set: SampleSet, request: Request) -> list[dict[str, Any]]:
     if strangers:
         raise BrokenSet(
             f"{sample_set.path} holds shards of another sharding than its request's {request.shards}: "
-            f"{_listed(strangers)}; their samples would count twice. Remove them, with their .npz", []
+            f"{_listed(strangers)}; their samples would count twice. Remove them, with their .npz",
+            [],
         )
     manifests, problems = [], {}
     for index in range(request.shards):
@@ -84,15 +85,20 @@ def check_set(sample_set: SampleSet, request: Request) -> list[dict[str, Any]]:
     if problems:
         raise _broken(sample_set, problems)
     if len({m["nfe"] for m in manifests}) > 1:
-        raise BrokenSet(f"{sample_set.path}: its shards took different numbers of network evaluations "
-                        f"({sorted({m['nfe'] for m in manifests})}); they are not one set. Make another with --set", [])
+        raise BrokenSet(
+            f"{sample_set.path}: its shards took different numbers of network evaluations "
+            f"({sorted({m['nfe'] for m in manifests})}); they are not one set. Make another with --set",
+            [],
+        )
     return manifests
 
 
 def _broken(sample_set: SampleSet, problems: dict[int, str]) -> BrokenSet:
     what = _listed([f"shard {i}: {reason}" for i, reason in problems.items()])
-    return BrokenSet(f"sample set {sample_set.name!r} is not whole: {what}; {repair_command(sample_set)} computes what "
-                     f"is missing", list(problems))
+    return BrokenSet(
+        f"sample set {sample_set.name!r} is not whole: {what}; {repair_command(sample_set)} computes what is missing",
+        list(problems),
+    )
 
 
 def _listed(items: Sequence[str], most: int = 8) -> str:
@@ -119,8 +125,9 @@ def set_moments(
     problems: dict[int, str] = {}
     for index in range(request.shards):
         try:
-            features = shard_features(sample_set, request, index, extractor, batch=batch,
-                                      stop_requested=stop_requested, token=token)
+            features = shard_features(
+                sample_set, request, index, extractor, batch=batch, stop_requested=stop_requested, token=token
+            )
         except (FileNotFoundError, DamagedFile) as e:
             withdraw_shard(sample_set, request, index)
             problems[index] = f"{e} (withdrawn)"
@@ -187,8 +194,15 @@ def reference_moments(
         log.warning("reference=%s damaged, computing it again: %s", path, e)
     moments = image_moments(images.images, extractor, batch=batch, stop_requested=stop_requested, progress=progress)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    write_statistics(path, moments, images.name, replace=True, token=token, images_digest=images.digest,
-                     extractor_digest=extractor.digest)
+    write_statistics(
+        path,
+        moments,
+        images.name,
+        replace=True,
+        token=token,
+        images_digest=images.digest,
+        extractor_digest=extractor.digest,
+    )
     return Reference(moments.mean, metrics.covariance(moments), _image_record(images))
 
 
@@ -217,16 +231,26 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
         raise RequestError(f"reference {path} cannot be read: {e}") from None
     mu, sigma, d = arrays.get("mu"), arrays.get("sigma"), extractor.dim
     if mu is None or sigma is None:
-        raise RequestError(f"reference {path}: holds {sorted(arrays)}; pytorch-fid's statistics hold mu and sigma "
-                           f"(`python -m pytorch_fid --save-stats FOLDER FILE.npz` makes them)")
+        raise RequestError(
+            f"reference {path}: holds {sorted(arrays)}; pytorch-fid's statistics hold mu and sigma "
+            f"(`python -m pytorch_fid --save-stats FOLDER FILE.npz` makes them)"
+        )
     if mu.shape != (d,) or sigma.shape != (d, d) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise RequestError(f"reference {path}: mu {mu.shape} and sigma {sigma.shape} must be finite, ({d},) and "
-                           f"({d}, {d}) for evaluate.extractor={extractor.name}")
+        raise RequestError(
+            f"reference {path}: mu {mu.shape} and sigma {sigma.shape} must be finite, ({d},) and "
+            f"({d}, {d}) for evaluate.extractor={extractor.name}"
+        )
     if "extractor_digest" in arrays and str(arrays["extractor_digest"]) != extractor.digest:
-        raise RequestError(f"reference {path}: was made with another extractor, or other weights, than "
-                           f"evaluate.extractor={extractor.name}; give the images themselves")
-    record = {"name": str(arrays.get("name", path.stem)), "split": None,
-              "num_images": int(arrays["num"]) if "num" in arrays else None, "digest": hashlib.sha256(data).hexdigest()}
+        raise RequestError(
+            f"reference {path}: was made with another extractor, or other weights, than "
+            f"evaluate.extractor={extractor.name}; give the images themselves"
+        )
+    record = {
+        "name": str(arrays.get("name", path.stem)),
+        "split": None,
+        "num_images": int(arrays["num"]) if "num" in arrays else None,
+        "digest": hashlib.sha256(data).hexdigest(),
+    }
     return Reference(mu.astype(np.float64), sigma.astype(np.float64), record)
 
 
@@ -284,10 +308,12 @@ def evaluate_set(
         return there
     if statistics is None:
         assert not isinstance(reference, Path)
-        statistics = reference_moments(reference, extractor, cache_dir, batch=batch, stop_requested=stop_requested,
-                                       token=token)
-    moments = set_moments(sample_set, request, extractor, batch=batch, stop_requested=stop_requested,
-                          progress=progress, token=token)
+        statistics = reference_moments(
+            reference, extractor, cache_dir, batch=batch, stop_requested=stop_requested, token=token
+        )
+    moments = set_moments(
+        sample_set, request, extractor, batch=batch, stop_requested=stop_requested, progress=progress, token=token
+    )
     result = {**score(moments, statistics, extractor), **provenance, "created": rundir.now(), "command": command}
     path.parent.mkdir(parents=True, exist_ok=True)
     rundir.write_json(path, result, replace=True, token=token)
@@ -317,8 +343,13 @@ def evaluate_images(
         of_reference, record = moments_of(reference)
         statistics = Reference(of_reference.mean, metrics.covariance(of_reference), record)
     moments, _ = moments_of(images)
-    return {**score(moments, statistics, extractor), "num_samples": moments.num, "reference": statistics.record,
-            "extractor": _extractor_record(extractor), "created": rundir.now()}
+    return {
+        **score(moments, statistics, extractor),
+        "num_samples": moments.num,
+        "reference": statistics.record,
+        "extractor": _extractor_record(extractor),
+        "created": rundir.now(),
+    }
 
 
 def _extractor_record(extractor: Extractor) -> dict[str, Any]:

@@ -243,8 +243,13 @@ def shard_features(
     """
     shard = verify_shard(sample_set, request, index)
     path = sample_set.features(extractor.name, index, request.shards)
-    expected = {"shard": index, "num": len(shard.images), "request_digest": request.digest,
-                "extractor_digest": extractor.digest, "shard_sha256": shard.manifest["sha256"]}
+    expected = {
+        "shard": index,
+        "num": len(shard.images),
+        "request_digest": request.digest,
+        "extractor_digest": extractor.digest,
+        "shard_sha256": shard.manifest["sha256"],
+    }
     try:
         return _read_features(path, expected, extractor.dim)
     except FileNotFoundError:

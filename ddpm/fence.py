@@ -22,9 +22,15 @@ from ddpm.rundir import RunDir, write_bytes
 class Fence:
     """Held by the one process that writes a run's checkpoints, metrics and run.json."""
 
-    def __init__(self, run: RunDir, owner: dict[str, Any], *, wait_s: float = 60.0,
-                 is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
-                 log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        owner: dict[str, Any],
+        *,
+        wait_s: float = 60.0,
+        is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
+        log: Callable[[str], None] = print,
+    ) -> None:
         """Take the lock and the next token.
 
         owner: {"job", "restart", "host"}, written into the lock file for whoever waits.
@@ -43,8 +49,10 @@ class Fence:
                     log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
                     break
                 os.close(self._fd)
-                raise RunBusy(f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end "
-                              f"it: scancel {other.get('job', 'JOB')}")
+                raise RunBusy(
+                    f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end "
+                    f"it: scancel {other.get('job', 'JOB')}"
+                )
             if not said:
                 log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
                 said = True
@@ -80,8 +88,10 @@ class Fence:
     def check(self) -> None:
         """Raise RunBusy if a later writer has taken over: called before every publication."""
         if self._current() != self.token:
-            raise RunBusy(f"run {self._run.name} was taken over by a later job (fence {self._current()}, ours "
-                          f"{self.token}): nothing more is written here")
+            raise RunBusy(
+                f"run {self._run.name} was taken over by a later job (fence {self._current()}, ours "
+                f"{self.token}): nothing more is written here"
+            )
 
     def release(self) -> None:
         os.close(self._fd)

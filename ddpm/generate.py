@@ -206,8 +206,9 @@ def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
     if images is None or labels is None or len(images) != manifest["num"] or len(labels) != manifest["num"]:
         raise DamagedFile(f"{path.name}: does not hold {manifest['num']} images and labels")
     if int(arrays.get("first", -1)) != manifest["first"]:
-        raise DamagedFile(f"{path.name}: begins at sample {arrays.get('first')}, not at {manifest['first']}: a copy of "
-                          f"another shard")
+        raise DamagedFile(
+            f"{path.name}: begins at sample {arrays.get('first')}, not at {manifest['first']}: a copy of another shard"
+        )
     return Shard(images, labels, manifest["first"], manifest)
 
 
@@ -229,8 +230,10 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
     if directory.exists():
         if len(list(directory.glob("*.png"))) == request.num_samples:
             return directory
-        raise RequestError(f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
-                           f"or name another directory")
+        raise RequestError(
+            f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
+            f"or name another directory"
+        )
     tmp = directory.with_name(f"{rundir.TMP_PREFIX}{directory.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -401,8 +404,16 @@ def _publish_shard(
         with rundir.publishing(path, token=token) as f:
             f.write(npz_bytes(images=images, labels=sample_labels(first, num, num_classes), first=np.int64(first)))
         # killed here: a .npz without its .json does not exist, and the next life removes it
-        manifest = rundir.sign({"shard": index, "first": first, "num": num, "sha256": f.sha256,
-                                "request_digest": request.digest, "nfe": nfe})
+        manifest = rundir.sign(
+            {
+                "shard": index,
+                "first": first,
+                "num": num,
+                "sha256": f.sha256,
+                "request_digest": request.digest,
+                "nfe": nfe,
+            }
+        )
         rundir.write_json(path.with_suffix(".json"), manifest, token=token)
         return manifest
     except FileExistsError:

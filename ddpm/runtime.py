@@ -49,8 +49,10 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
             threads=threads,
         )
     if resolved.amp == "fp16" and not gpu:
-        raise DoNotRetry("train.amp=fp16 needs a GPU, and this job has none: ask for one (--gpus-per-node 1), or start "
-                         "another run with train.amp=off")
+        raise DoNotRetry(
+            "train.amp=fp16 needs a GPU, and this job has none: ask for one (--gpus-per-node 1), or start "
+            "another run with train.amp=off"
+        )
     return resolved
 
 
@@ -76,12 +78,17 @@ def build_model(config: Config, device: torch.device, precision: str) -> UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UNet(
-            image_size=config.data.image_size, base_channels=m.base_channels, channel_mults=m.channel_mults,
-            blocks_per_level=m.blocks_per_level, attention_resolutions=m.attention_resolutions,
-            attention_heads=m.attention_heads, dropout=m.dropout, num_classes=m.num_classes,
+            image_size=config.data.image_size,
+            base_channels=m.base_channels,
+            channel_mults=m.channel_mults,
+            blocks_per_level=m.blocks_per_level,
+            attention_resolutions=m.attention_resolutions,
+            attention_heads=m.attention_heads,
+            dropout=m.dropout,
+            num_classes=m.num_classes,
             fused_attention=device.type == "cuda",
         )
     model = model.to(device)
     if device.type == "cuda" or precision not in ("bf16", "fp16"):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     return model

@@ -54,9 +54,14 @@ class Telemetry:
             if record[key] is not None:
                 self.board.add_scalar(f"train/{key}", record[key], record["step"])
         if self._bar is None:
-            say(step=f"{record['step']}/{self._total_steps}", epoch=f"{record['epoch']:.2f}", loss=f"{record['loss']:.4f}",
-                grad_norm=f"{record['grad_norm']:.3f}", lr=f"{record['lr']:.2e}",
-                images_per_s=f"{record['images_per_s']:.1f}")
+            say(
+                step=f"{record['step']}/{self._total_steps}",
+                epoch=f"{record['epoch']:.2f}",
+                loss=f"{record['loss']:.4f}",
+                grad_norm=f"{record['grad_norm']:.3f}",
+                lr=f"{record['lr']:.2e}",
+                images_per_s=f"{record['images_per_s']:.1f}",
+            )
         else:
             self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
 
@@ -67,10 +72,18 @@ class Telemetry:
         if not force and time.monotonic() - self._heartbeat_at < HEARTBEAT_EVERY_S:
             return
         self._heartbeat_at = time.monotonic()
-        write_json(self._run.heartbeat, {
-            "time": now(), "step": step, "total_steps": self._total_steps, **self._owner,
-            "loss": latest.get("loss"), "images_per_s": latest.get("images_per_s"),
-        }, replace=True)
+        write_json(
+            self._run.heartbeat,
+            {
+                "time": now(),
+                "step": step,
+                "total_steps": self._total_steps,
+                **self._owner,
+                "loss": latest.get("loss"),
+                "images_per_s": latest.get("images_per_s"),
+            },
+            replace=True,
+        )
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a sample grid, uint8 (H, W, 3)."""
@@ -97,8 +110,14 @@ def _bar(total: int, done: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.description}"), console=Console(stderr=True))
+    bar = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+    )
     bar.start()
     bar.add_task("", total=total, completed=done)
     return bar
@@ -115,7 +134,7 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with publishing(path, replace=True) as f:
-        Image.fromarray(image).save(f, format="PNG")
+        Image.fromarray(image).save(f, format="PNG")  # type: ignore[arg-type]  # write() is all it needs
 
 
 def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:

@@ -56,8 +56,15 @@ class Window:
     def empty(cls, device: torch.device) -> Window:
         return cls(torch.zeros((), device=device), torch.zeros((), device=device))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "grad_norm": self.grad_norm, "steps": self.steps}
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """Every rank's sum of losses (each has its own images); called on all ranks."""
+        return {"loss": world.gather(self.loss), "grad_norm": self.grad_norm, "steps": self.steps}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], world: World) -> Window:
+        """At another world size the mean stands for each rank's own."""
+        own = state["loss"][world.rank] if len(state["loss"]) == world.world_size else state["loss"].mean()
+        return cls(own.to(world.device), state["grad_norm"].to(world.device), state["steps"])
 
 
 @dataclass
@@ -88,8 +95,18 @@ def learning_rate(config: Config, step: int) -> float:
 class Trainer:
     """One life of one run on one rank. `fence`, `events` are rank 0's alone."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, packed: PackedImages, resolved: runtime.Resolved,
-                 *, fence: Fence | None, events: EventLog | None, owner: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        world: World,
+        packed: PackedImages,
+        resolved: runtime.Resolved,
+        *,
+        fence: Fence | None,
+        events: EventLog | None,
+        owner: dict[str, Any],
+    ) -> None:
         self.config, self.run, self.world, self.packed, self.resolved = config, run, world, packed, resolved
         self.fence, self.events, self.owner = fence, events, owner
         device = world.device
@@ -110,8 +127,9 @@ class Trainer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         network: Any = torch.compile(self.model) if resolved.compile else self.model
         if world.world_size > 1:
-            network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
-                                              gradient_as_bucket_view=True)
+            network = DistributedDataParallel(
+                network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            )
         self.network = network
         self.saver: checkpoint.Checkpointer | None = None
         self.telemetry: Telemetry | None = None
@@ -138,28 +156,41 @@ class Trainer:
         self._open_outputs()
         self.batches = self._batches()
         if self.events:
-            self.events.append("started" if step is None else "resumed", world_size=self.world.world_size,
-                               step=self.at.step)
+            self.events.append(
+                "started" if step is None else "resumed", world_size=self.world.world_size, step=self.at.step
+            )
         if self.world.is_main and step is not None:
             say("resumed", step=step, world_size=self.world.world_size)
         if self.world.world_size > 1 and not self.at.step >= self.config.train.total_steps:
             self._warm_up()
 
     def _batches(self) -> Batches:
-        return Batches(self.packed, seed=self.config.seed, attempt=self.at.attempt, flip=self.config.data.flip,
-                       global_batch=self.config.train.global_batch)
+        return Batches(
+            self.packed,
+            seed=self.config.seed,
+            attempt=self.at.attempt,
+            flip=self.config.data.flip,
+            global_batch=self.config.train.global_batch,
+        )
 
     def _open_outputs(self) -> None:
         if self.fence is None:
             return
         if self.telemetry is not None:
             self.telemetry.close()
-        self.telemetry = Telemetry(self.run, step=self.at.step, total_steps=self.config.train.total_steps,
-                                   owner=self.owner)
+        self.telemetry = Telemetry(
+            self.run, step=self.at.step, total_steps=self.config.train.total_steps, owner=self.owner
+        )
         if self.saver is None:
             self.saver = checkpoint.Checkpointer(
-                self.run, self.fence, keep_last=self.config.checkpoint.keep_last, is_milestone=self._is_milestone,
-                world_size=self.world.world_size, log=say, on_saved=self._saved)
+                self.run,
+                self.fence,
+                keep_last=self.config.checkpoint.keep_last,
+                is_milestone=self._is_milestone,
+                world_size=self.world.world_size,
+                log=say,
+                on_saved=self._saved,
+            )
 
     def _saved(self, step: int) -> None:
         if self.events:
@@ -178,23 +209,36 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():  # the fused kernels walk memory: moments must lie as their weights do
+                if value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         extra = state["extra"]
         self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"])
-        device = self.world.device
-        window = extra["window"]
-        self.window = Window(window["loss"].to(device), window["grad_norm"].to(device), window["steps"])
+        self.window = Window.restored(extra["window"], self.world)
         self.skipped.fill_(extra["skipped_steps"])
         self._finite = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds (DESIGN section 3): plain tensors and numbers, loadable with weights_only=True."""
+        """What a checkpoint holds (DESIGN section 3): plain tensors and numbers, loadable with weights_only=True.
+
+        Called on all ranks.
+        """
         return {
-            "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "step": self.at.step,
-            "images": self.at.step * self.config.train.global_batch, "config_digest": self.config.digest(),
-            "extra": {"attempt": self.at.attempt, "rollbacks": self.at.rollbacks,
-                      "skipped_steps": int(self.skipped), "window": self.window.state_dict()},
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.at.step,
+            "images": self.at.step * self.config.train.global_batch,
+            "config_digest": self.config.digest(),
+            "extra": {
+                "attempt": self.at.attempt,
+                "rollbacks": self.at.rollbacks,
+                "skipped_steps": int(self.skipped),
+                "window": self.window.state_dict(self.world),
+            },
         }
 
     # ------------------------------------------------------------ one step
@@ -299,8 +343,12 @@ class Trainer:
         seconds = time.monotonic() - self._window_began
         step, batch, device = self.at.step, self.config.train.global_batch, self.world.device
         self._latest = {
-            "step": step, "images": step * batch, "epoch": step * batch / len(self.packed), "loss": loss,
-            "grad_norm": grad_norm, "lr": learning_rate(self.config, step - 1),
+            "step": step,
+            "images": step * batch,
+            "epoch": step * batch / len(self.packed),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": learning_rate(self.config, step - 1),
             "images_per_s": (step - self._window_first) * batch / max(seconds, 1e-9),
             "gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         }
@@ -333,13 +381,14 @@ class Trainer:
         return int(by_steps or self._is_milestone(step) or (by_time and self.world.is_main))
 
     def _save(self, *, wait: bool = False, final: bool = False) -> bool:
-        """On rank 0 start a save; with `wait` also see it through. Returns whether it is known to have failed."""
+        """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
         self._saved_at = time.monotonic()
+        state = self.state()
         if self.saver is None or self.telemetry is None:
             return True
         try:
             self.telemetry.sync()
-            self.saver.save(self.state(), wait=wait, final=final)
+            self.saver.save(state, wait=wait, final=final)
         except OSError as e:
             say("checkpoint failed at the stop", step=self.at.step, error=e)
             return False
@@ -376,13 +425,16 @@ class Trainer:
         if self.world.is_main:
             say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
-            raise DoNotRetry(f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
-                             f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
-                             f"train.grad_clip, or use train.amp=off in a new run")
+            raise DoNotRetry(
+                f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
+                f"train.grad_clip, or use train.amp=off in a new run"
+            )
         if self.events:
             self.events.append("rollback", world_size=self.world.world_size, step=at, attempt=attempt)
-        found = self.world.share((g.step if (g := checkpoint.newest_good(self.run, say)) else None)
-                                 if self.world.is_main else None)
+        found = self.world.share(
+            (g.step if (g := checkpoint.newest_good(self.run, say)) else None) if self.world.is_main else None
+        )
         if found is None:
             self._start_over()
         else:
@@ -403,7 +455,7 @@ class Trainer:
 
     def _grid_due(self) -> bool:
         every = self.config.log.grid_every_steps
-        return bool(every) and self.at.step % every == 0 and self.at.step < self.config.train.total_steps
+        return every is not None and self.at.step % every == 0 and self.at.step < self.config.train.total_steps
 
     def _grid(self, stop_requested: StopRequested) -> None:
         """Rank 0 draws log.grid_images samples of the EMA weights from the same noise each time."""
@@ -433,7 +485,15 @@ class Trainer:
         size = config.data.image_size
         x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
         steps = min(GRID_STEPS, config.diffusion.timesteps)
-        result = SAMPLERS["ddim"](eps_model, self.schedule, x_T, noise=lambda t: torch.zeros_like(x_T), steps=steps,
-                                  eta=0.0, variance=config.diffusion.variance, callback=poll)
+        result = SAMPLERS["ddim"](
+            eps_model,
+            self.schedule,
+            x_T,
+            noise=lambda t: torch.zeros_like(x_T),
+            steps=steps,
+            eta=0.0,
+            variance=config.diffusion.variance,
+            callback=poll,
+        )
         x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
         return tile(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -24,8 +24,9 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
@@ -58,8 +59,11 @@ def main() -> int:
     if program is None:
         raise EnvironmentLacks("tensorboard is not installed: pip install tensorboard")
     command = [program, "--host", "127.0.0.1", "--port", str(port), *where]
-    print(f"on your own machine:  ssh -N -L {port}:localhost:{port} {getpass.getuser()}@{socket.getfqdn()}\n"
-          f"then open:            http://localhost:{port}", flush=True)
+    print(
+        f"on your own machine:  ssh -N -L {port}:localhost:{port} {getpass.getuser()}@{socket.getfqdn()}\n"
+        f"then open:            http://localhost:{port}",
+        flush=True,
+    )
     if args.dry_run:
         print(" ".join(command))
         return 0

@@ -16,7 +16,19 @@ from launch import slurm
 from launch.environment import PROJECT
 
 PROFILES = PROJECT / "configs" / "cluster"
-OURS = {"array", "dependency", "export", "output", "error", "open-mode", "parsable", "wrap", "wait", "test-only", "chdir"}
+OURS = {
+    "array",
+    "dependency",
+    "export",
+    "output",
+    "error",
+    "open-mode",
+    "parsable",
+    "wrap",
+    "wait",
+    "test-only",
+    "chdir",
+}
 UNIT_MIN = {"m": 1, "min": 1, "h": 60, "d": 1440}
 
 
@@ -74,7 +86,7 @@ class Site(Section):
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, BeforeValidator(_mem)] | None = None
     """Per node."""
-    sbatch: dict[str, str | int | bool | None] = {}
+    sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
     setup: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
     """Shell lines that every job runs first: module load …"""
@@ -97,15 +109,23 @@ class Site(Section):
 
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "partition": {}, "account": {}, "qos": {}, "constraint": {}, "exclude": {},
+    "partition": {},
+    "account": {},
+    "qos": {},
+    "constraint": {},
+    "exclude": {},
     "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
-    "nodes": {"type": int}, "gpus_per_node": {"type": int, "help": "default: 1 where the partition has GPUs, else 0"},
+    "nodes": {"type": int},
+    "gpus_per_node": {"type": int, "help": "default: 1 where the partition has GPUs, else 0"},
     "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
-    "cpus_per_task": {"type": int}, "mem": {"metavar": "32G", "help": "memory per node"},
+    "cpus_per_task": {"type": int},
+    "mem": {"metavar": "32G", "help": "memory per node"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
-    "cluster": {"choices": ["auto", "slurm", "local"],
-                "help": "auto is SLURM; local runs the same jobs as processes on this machine"},
+    "cluster": {
+        "choices": ["auto", "slurm", "local"],
+        "help": "auto is SLURM; local runs the same jobs as processes on this machine",
+    },
 }
 
 
@@ -124,8 +144,10 @@ def load_profile(name: str | None) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
         near = difflib.get_close_matches(name, known, 1)
-        raise RequestError(f"--profile {name}: no such site profile; "
-                           + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+        raise RequestError(
+            f"--profile {name}: no such site profile; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+        )
     tree = load_yaml(path.read_text(), str(path))
     if tree is not None and not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values")
@@ -142,16 +164,20 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Sit
         extra[key] = value if eq else True
     for key in extra:
         if not re.fullmatch(r"[a-z][a-z-]*", key):
-            raise RequestError(f"--sbatch {key}: not an sbatch option; write it long and without dashes, "
-                               f"e.g. --sbatch reservation=course")
+            raise RequestError(
+                f"--sbatch {key}: not an sbatch option; write it long and without dashes, "
+                f"e.g. --sbatch reservation=course"
+            )
         if key in OURS:
             raise RequestError(f"--sbatch {key}: this option is set by the launcher, because restarts depend on it")
     tree["sbatch"] = extra
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
     if site.gpus_per_node and site.tasks_per_node and site.tasks_per_node != site.gpus_per_node:
-        raise RequestError(f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
-                           f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs")
+        raise RequestError(
+            f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
+            f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
+        )
     return site
 
 
@@ -170,21 +196,26 @@ def settle(site: Site, *, dry_run: bool) -> Site:
     known: dict[str, slurm.Partition] = {}
     if not slurm.available():
         if not dry_run:
-            raise EnvironmentLacks("sbatch is not on this machine: log in to the cluster's login node, load its slurm "
-                                   "module, or run here with --cluster local")
+            raise EnvironmentLacks(
+                "sbatch is not on this machine: log in to the cluster's login node, load its slurm "
+                "module, or run here with --cluster local"
+            )
     else:
         try:
             known = slurm.partitions()
         except slurm.SlurmError as e:
             if not dry_run:
-                raise EnvironmentLacks(f"SLURM does not answer ({e}); try again later, or run here with "
-                                       f"--cluster local") from None
+                raise EnvironmentLacks(
+                    f"SLURM does not answer ({e}); try again later, or run here with --cluster local"
+                ) from None
     if known and site.partition is not None:
         for name in site.partition.split(","):
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise RequestError(f"--partition {name}: this cluster has no such partition; "
-                                   + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"))
+                raise RequestError(
+                    f"--partition {name}: this cluster has no such partition; "
+                    + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}")
+                )
     if site.gpus_per_node is None:
         names = site.partition.split(",") if site.partition else list(known)
         has_gpu = all(known[n].gpus_per_node for n in names) if known else True

@@ -44,8 +44,14 @@ class Follower:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self._bar.start()
             self._task = self._bar.add_task("waiting", total=None)
 
@@ -78,18 +84,23 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             time.sleep(0.2)
     except KeyboardInterrupt:
         follower.close()
-        print(f"still running in the background (pid {process.pid}); stop it with: touch {run.stop_file}", file=sys.stderr)
+        print(
+            f"still running in the background (pid {process.pid}); stop it with: touch {run.stop_file}", file=sys.stderr
+        )
         return 130
     follower.close()
     if process.returncode:
-        print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-12:]), end="",
-              file=sys.stderr)
+        print(
+            "".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-12:]),
+            end="",
+            file=sys.stderr,
+        )
         print(f"error: the job ended with exit code {process.returncode}; its log: {log}", file=sys.stderr)
     return process.returncode
 
 
 def follow_jobs(run: RunDir, jobs: list[str]) -> None:
-    """Until SLURM has none of `jobs` any more, nor one that took their place. Asks squeue, which is light, not sacct."""
+    """Until SLURM has none of `jobs`, nor one that took its place. Asks squeue, which is light, not sacct."""
     follower = Follower(run)
     quiet = 0
     known = set(jobs)

@@ -18,7 +18,9 @@ class JobEnvironment:
     """This process in its job, and how its ranks find each other."""
 
     scheduler: str  # slurm | local
-    job: str  # "17", or "17_3" for an array task: what `scontrol requeue` takes (the bare id would mean the whole array)
+    job: (
+        str  # "17", or "17_3" for an array task: what `scontrol requeue` takes (the bare id would mean the whole array)
+    )
     restart: int
     host: str
     rank: int
@@ -48,16 +50,33 @@ def current() -> JobEnvironment:
         in_step = "SLURM_STEP_NUM_TASKS" in env  # the batch shell has SLURM_PROCID too
         rank, world_size = (int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])) if in_step else (0, 1)
         return JobEnvironment(
-            "slurm", job, restart, env.get("SLURMD_NODENAME", here), rank, world_size,
+            "slurm",
+            job,
+            restart,
+            env.get("SLURMD_NODENAME", here),
+            rank,
+            world_size,
             int(env.get("SLURM_LOCALID", "0")) if in_step else 0,
-            _first_node_address(env) if world_size > 1 else here, _port(job, restart),
-            int(env.get("SLURM_CPUS_PER_TASK", "1")), int(array[1]) if array[1] else None)
+            _first_node_address(env) if world_size > 1 else here,
+            _port(job, restart),
+            int(env.get("SLURM_CPUS_PER_TASK", "1")),
+            int(array[1]) if array[1] else None,
+        )
     cpus = len(os.sched_getaffinity(0))
     if "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env:
         return JobEnvironment(
-            "local", env.get("DDPM_JOB", f"local-{os.getppid()}"), 0, here, int(env["RANK"]), int(env["WORLD_SIZE"]),
-            int(env["LOCAL_RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"]),
-            max(1, cpus // int(env["LOCAL_WORLD_SIZE"])), None)
+            "local",
+            env.get("DDPM_JOB", f"local-{os.getppid()}"),
+            0,
+            here,
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env["LOCAL_RANK"]),
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            max(1, cpus // int(env["LOCAL_WORLD_SIZE"])),
+            None,
+        )
     return JobEnvironment("local", env.get("DDPM_JOB", f"local-{os.getpid()}"), 0, here, 0, 1, 0, here, 0, cpus, None)
 
 

@@ -24,14 +24,18 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
     parser.add_argument("--images", help="score this folder or zip instead of a run, here and now")
-    parser.add_argument("--extractor", choices=["inception", "random-inception", "pixels"],
-                        help="with --images (default inception; a run's is in its config)")
+    parser.add_argument(
+        "--extractor",
+        choices=["inception", "random-inception", "pixels"],
+        help="with --images (default inception; a run's is in its config)",
+    )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
@@ -49,8 +53,10 @@ def score_images(args: argparse.Namespace) -> int:
     paths = Path(args.images).expanduser(), Path(args.reference).expanduser()
     for option, path in zip(("--images", "--reference"), paths, strict=True):
         if not path.exists():
-            raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images"
-                               + (", or a pytorch-fid .npz" if option == "--reference" else ""))
+            raise RequestError(
+                f"{option} {path}: does not exist; give a folder or zip of images"
+                + (", or a pytorch-fid .npz" if option == "--reference" else "")
+            )
     if args.dry_run:
         print(f"would score {paths[0]} against {paths[1]} with {args.extractor or 'inception'} on this machine")
         return 0
@@ -74,8 +80,10 @@ def choose_set(run: RunDir, asked: str | None) -> str:
         return asked or names[0]
     if not names:
         raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.name}")
-    raise RequestError((f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
-                       f"choose one with --set")
+    raise RequestError(
+        (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
+        f"choose one with --set"
+    )
 
 
 def show(run: RunDir, set_name: str) -> int:

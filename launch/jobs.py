@@ -89,7 +89,9 @@ def train(life: Life) -> int:
         _say(f"STOP: {run.stop_file} forbids training; remove it, or submit again")
         return 0
 
-    environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(run.path.parent / ".cache" / "inductor"))
+    environment.set_defaults(
+        CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(run.path.parent / ".cache" / "inductor")
+    )
     from ddpm import distributed, runtime
     from ddpm.fence import Fence
     from ddpm.trainer import Trainer
@@ -97,17 +99,36 @@ def train(life: Life) -> int:
     fence = None
     if env.rank == 0:  # before any peer is waited for
         fence = Fence(run, env.owner(), is_orphan=lambda other: _is_orphan(other, env), log=_say)
-    world = distributed.join(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank,
-                             master_addr=env.master_addr, master_port=env.master_port)
+    world = distributed.join(
+        rank=env.rank,
+        world_size=env.world_size,
+        local_rank=env.local_rank,
+        master_addr=env.master_addr,
+        master_port=env.master_port,
+    )
     packed = _data(life, config, world)
     kept = world.share(run_record(run).get("resolved") if world.is_main else None)
     resolved = runtime.resolve(config, world.device, env.cpus, kept)
     runtime.apply(resolved)
     if world.is_main and not kept:
-        write_json(run.run_json, {**run_record(run), "resolved": {
-            **resolved.as_dict(), "device": _device_name(world), "world_size": world.world_size}}, replace=True)
-    trainer = Trainer(config, run, world, packed, resolved, fence=fence, owner=env.owner(),
-                      events=EventLog(run, env.job, env.restart, env.host) if world.is_main else None)
+        write_json(
+            run.run_json,
+            {
+                **run_record(run),
+                "resolved": {**resolved.as_dict(), "device": _device_name(world), "world_size": world.world_size},
+            },
+            replace=True,
+        )
+    trainer = Trainer(
+        config,
+        run,
+        world,
+        packed,
+        resolved,
+        fence=fence,
+        owner=env.owner(),
+        events=EventLog(run, env.job, env.restart, env.host) if world.is_main else None,
+    )
     trainer.resume()
     while True:
         outcome = trainer.train(life.stop)
@@ -165,8 +186,10 @@ def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
         where = local if copied or (local / key / "meta.json").exists() else cache
     packed = data.open_packed(where, key)
     if packed.digest != record["data"]["digest"]:
-        raise DoNotRetry(f"the data changed under this run: digest {packed.digest[:12]} now, "
-                         f"{record['data']['digest'][:12]} when it was submitted. Restore it, or train another run")
+        raise DoNotRetry(
+            f"the data changed under this run: digest {packed.digest[:12]} now, "
+            f"{record['data']['digest'][:12]} when it was submitted. Restore it, or train another run"
+        )
     return packed
 
 
@@ -191,8 +214,10 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generation = checkpoint.verify(run, request.checkpoint.step)
     if generation.sha256 != request.checkpoint.sha256:
-        raise DoNotRetry(f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
-                         f"sample into another set: python launch/sample.py {run.path} --set OTHER")
+        raise DoNotRetry(
+            f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
+            f"sample into another set: python launch/sample.py {run.path} --set OTHER"
+        )
     model = runtime.build_model(config, device, request.precision)
     model.load_state_dict(checkpoint.load(run, generation.step)["ema" if request.weights == "ema" else "model"])
     model.eval()
@@ -205,10 +230,18 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     while True:
         try:
             manifest = generate.generate_shard(
-                sample_set, request, shard, eps_model=eps_model, schedule=schedule_of(config),
-                image_shape=(3, size, size), variance=config.diffusion.variance, num_classes=config.model.num_classes,
-                device=device, stop_requested=life.stop,
-                progress=lambda done, total: _say(f"shard {shard}", images=f"{done}/{total}"))
+                sample_set,
+                request,
+                shard,
+                eps_model=eps_model,
+                schedule=schedule_of(config),
+                image_shape=(3, size, size),
+                variance=config.diffusion.variance,
+                num_classes=config.model.num_classes,
+                device=device,
+                stop_requested=life.stop,
+                progress=lambda done, total: _say(f"shard {shard}", images=f"{done}/{total}"),
+            )
         except Stopped as e:
             _say("stopped; finished batches are kept", reason=e.reason, shard=shard)
             code = life.until_killed_or_on(e.reason)
@@ -230,9 +263,11 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
     if sample_set.request.exists():
         return generate.read_request(sample_set)
     if not finished(run, config):
-        raise DoNotRetry(f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
-                         f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
-                         f"is: python launch/sample.py {run.path}")
+        raise DoNotRetry(
+            f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
+            f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
+            f"is: python launch/sample.py {run.path}"
+        )
     from launch.requests import from_config
 
     return generate.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
@@ -264,10 +299,15 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
     while True:
         try:
             result = scoring.evaluate_set(
-                run, set_name, reference=requests.reference(config, against, cache, life.stop),
-                extractor=features.build_extractor(config.evaluate.extractor, device), cache_dir=cache / "reference",
-                command=command, stop_requested=life.stop,
-                progress=lambda done, total: _say("features", shards=f"{done}/{total}"))
+                run,
+                set_name,
+                reference=requests.reference(config, against, cache, life.stop),
+                extractor=features.build_extractor(config.evaluate.extractor, device),
+                cache_dir=cache / "reference",
+                command=command,
+                stop_requested=life.stop,
+                progress=lambda done, total: _say("features", shards=f"{done}/{total}"),
+            )
         except scoring.BrokenSet as e:
             _say(str(e))
             return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
@@ -277,8 +317,12 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
                 continue
             return life.leave(code, e.reason)
         score = "fid" if "fid" in result else "frechet_distance"
-        _say("scored", **{score: f"{result[score]:.4f}"}, num_samples=result["num_samples"],
-             file=run.eval / f"{set_name}.json")
+        _say(
+            "scored",
+            **{score: f"{result[score]:.4f}"},
+            num_samples=result["num_samples"],
+            file=run.eval / f"{set_name}.json",
+        )
         return life.leave(0)
 
 

@@ -37,11 +37,17 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     commands = [command for job in jobs for command in stage_commands(job)]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "launch.local", str(run.path), json.dumps(commands)], stdin=subprocess.DEVNULL,
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=environment.PROJECT,
-            env={**environment.for_jobs(), "DDPM_JOB": name})
+            [sys.executable, "-u", "-m", "launch.local", str(run.path), json.dumps(commands)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=environment.PROJECT,
+            env={**environment.for_jobs(), "DDPM_JOB": name},
+        )
     EventLog(run, name, 0, environment.host(), prefix="submit-").append(
-        "submitted", stage="+".join(job.stage for job in jobs), via="local", pid=process.pid)
+        "submitted", stage="+".join(job.stage for job in jobs), via="local", pid=process.pid
+    )
     return process, log
 
 

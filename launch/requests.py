@@ -36,9 +36,19 @@ def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
     trained_in = (record.get("resolved") or {}).get("amp")
     precision = s.precision if s.precision != "auto" else ("bf16" if trained_in == "bf16" else "fp32")
     return Request(
-        checkpoint=CheckpointRef(generation.step, generation.sha256), weights=s.weights, sampler=s.sampler,
-        steps=s.steps, eta=s.eta, guidance=None, seed=s.seed, num_samples=s.num_samples, shards=s.shards,
-        batch=min(s.batch, s.num_samples), precision=precision, class_plan=None)
+        checkpoint=CheckpointRef(generation.step, generation.sha256),
+        weights=s.weights,
+        sampler=s.sampler,
+        steps=s.steps,
+        eta=s.eta,
+        guidance=None,
+        seed=s.seed,
+        num_samples=s.num_samples,
+        shards=s.shards,
+        batch=min(s.batch, s.num_samples),
+        precision=precision,
+        class_plan=None,
+    )
 
 
 def site_of(run: RunDir) -> Site:
@@ -59,13 +69,17 @@ def evaluate_job(run: RunDir, site: Site, set_name: str, after: str | None, *ext
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that were submitted and that SLURM still has."""
-    submitted = [str(e["job"]) for e in read_events(run)
-                 if e["event"] == "submitted" and e.get("stage") == stage and e.get("set", "") == set_name]
+    submitted = [
+        str(e["job"])
+        for e in read_events(run)
+        if e["event"] == "submitted" and e.get("stage") == stage and e.get("set", "") == set_name
+    ]
     return list(slurm.queued(submitted)) if submitted and slurm.available() else []
 
 
-def fill_gaps(run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str,
-              env: JobEnvironment) -> int:
+def fill_gaps(
+    run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str, env: JobEnvironment
+) -> int:
     """An evaluation that came before its shards: have the missing ones made, and come again after them.
 
     Gives up after MAX_ROUNDS rounds that added no shard. `round_` is "ROUND:MISSING" of the round before.
@@ -80,15 +94,20 @@ def fill_gaps(run: RunDir, set_name: str, missing: list[int], reference: str | N
     if not waiting:
         rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
         if rounds > MAX_ROUNDS:
-            print(f"failed: {len(missing)} shards of {set_name} are still missing ({scheduler.ranges(missing)}) after "
-                  f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}", flush=True)
+            print(
+                f"failed: {len(missing)} shards of {set_name} are still missing ({scheduler.ranges(missing)}) after "
+                f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}",
+                flush=True,
+            )
             return EXIT_FATAL
         waiting = scheduler.submit(sample_job(run, site, set_name, missing, None))
         round_ = f"{rounds}:{len(missing)}"
     after = ":".join(waiting)
     ids = scheduler.submit(evaluate_job(run, site, set_name, after, *again, "--round", round_))
-    print(f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {ids[0]} scores after it",
-          flush=True)
+    print(
+        f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {ids[0]} scores after it",
+        flush=True,
+    )
     return 0
 
 
@@ -109,6 +128,8 @@ def reference(config: Config, name: str | None, cache: Path, stop_requested: Cal
 def check_reference(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.exists():
-        raise RequestError(f"reference = {name}: not train, not test, and no such file; a pytorch-fid .npz, or a folder "
-                           f"or zip of images")
+        raise RequestError(
+            f"reference = {name}: not train, not test, and no such file; a pytorch-fid .npz, or a folder "
+            f"or zip of images"
+        )
     return path

@@ -23,13 +23,22 @@ EXAMPLES = """examples:
 
 The same command again submits only the shards that are missing. Where it runs is where the run was submitted to.
 """
-OPTIONS = {"num_samples": int, "shards": int, "batch": int, "sampler": str, "steps": int, "eta": float, "seed": int,
-           "weights": str}
+OPTIONS = {
+    "num_samples": int,
+    "shards": int,
+    "batch": int,
+    "sampler": str,
+    "steps": int,
+    "eta": float,
+    "seed": int,
+    "weights": str,
+}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="the sample set's name (default: from sampler, step and seed)")
     for name, kind in OPTIONS.items():
@@ -60,8 +69,9 @@ def sampling_config(args: argparse.Namespace, run: RunDir) -> Config:
     there = configs.load(run.config)
     if asked.get("sampler", there.sample.sampler) != there.sample.sampler and "steps" not in asked:
         # the config's steps are for its own sampler; ancestral sampling means all of them
-        asked["steps"] = there.diffusion.timesteps if asked["sampler"] == "ancestral" else min(
-            100, there.diffusion.timesteps)
+        asked["steps"] = (
+            there.diffusion.timesteps if asked["sampler"] == "ancestral" else min(100, there.diffusion.timesteps)
+        )
     return configs.load(run.config, [f"sample.{name}={value}" for name, value in asked.items()])
 
 
@@ -73,8 +83,14 @@ def main() -> int:
     steps = run.steps_saved()
     step = args.step if args.step is not None else next(iter(steps), None)
     if step is None or step not in steps:
-        raise RequestError(f"run {run.name} has " + (f"no checkpoint of step {step}; it has {sorted(steps)}" if steps
-                           else "no checkpoint yet: train it first (python launch/submit.py)"))
+        raise RequestError(
+            f"run {run.name} has "
+            + (
+                f"no checkpoint of step {step}; it has {sorted(steps)}"
+                if steps
+                else "no checkpoint yet: train it first (python launch/submit.py)"
+            )
+        )
     set_name = check_name(args.set_name or requests.default_set(config, step), "sample set name")
 
     from ddpm import checkpoint, generate
@@ -83,8 +99,10 @@ def main() -> int:
     try:
         generation = checkpoint.verify(run, step)
     except DamagedFile as e:
-        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: --step with one of "
-                           f"{[s for s in steps if s != step]}") from None
+        raise RequestError(
+            f"the checkpoint of step {step} cannot be used: {e}; others: --step with one of "
+            f"{[s for s in steps if s != step]}"
+        ) from None
     request = requests.from_config(run, config, generation)
     sample_set = run.sample_set(set_name)
     site = cluster.settle(site, dry_run=args.dry_run)
@@ -97,14 +115,17 @@ def main() -> int:
     generate.publish_request(sample_set, request)
     missing = generate.missing_shards(sample_set, request)
     if args.prepare:
-        print(f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make, with\n"
-              f"sbatch --partition PARTITION --array {scheduler.ranges(missing)}%{site.max_parallel} "
-              f"slurm/sample.sbatch {run.path} {set_name}")
+        print(
+            f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make, with\n"
+            f"sbatch --partition PARTITION --array {scheduler.ranges(missing)}%{site.max_parallel} "
+            f"slurm/sample.sbatch {run.path} {set_name}"
+        )
         return 0
     if missing and (code := make(run, site, set_name, missing, wait=args.wait)) is not None:
         return code
-    print(f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, "
-          f"{sample_set.path}")
+    print(
+        f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
+    )
     if args.png:
         count = generate.unpack_png(sample_set, request, sample_set.path / "png")
         print(f"unpacked {count} PNG files to {sample_set.path / 'png'}")

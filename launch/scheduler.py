@@ -49,12 +49,20 @@ class Job:
         lead = site.signal_lead_s if site.time is None else min(site.signal_lead_s, site.time * 60 // 3)
         values: dict[str, Any] = {
             "job-name": f"{self.run.name}-{self.stage}",
-            "partition": site.partition, "account": site.account, "qos": site.qos,
-            "constraint": site.constraint, "exclude": site.exclude,
-            "time": site.time, "nodes": nodes, "ntasks-per-node": per_node,
+            "partition": site.partition,
+            "account": site.account,
+            "qos": site.qos,
+            "constraint": site.constraint,
+            "exclude": site.exclude,
+            "time": site.time,
+            "nodes": nodes,
+            "ntasks-per-node": per_node,
             "gpus-per-node": (gpus if self.stage == "train" else 1) if gpus else None,
-            "cpus-per-task": site.cpus_per_task, "mem": site.mem,
-            "requeue": True, "open-mode": "append", "signal": f"USR2@{lead}",
+            "cpus-per-task": site.cpus_per_task,
+            "mem": site.mem,
+            "requeue": True,
+            "open-mode": "append",
+            "signal": f"USR2@{lead}",
             "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.shards else '%j'}.out"),
             "dependency": f"afterany:{self.after}" if self.after else None,
         }
@@ -92,8 +100,10 @@ class SbatchScheduler:
         blocks: dict[int, list[int]] = {}
         for shard in job.shards:
             blocks.setdefault(shard // size * size, []).append(shard)
-        return [self.command(job, offset=offset, array=f"{ranges([s - offset for s in block])}%{job.site.max_parallel}")
-                for offset, block in blocks.items()]
+        return [
+            self.command(job, offset=offset, array=f"{ranges([s - offset for s in block])}%{job.site.max_parallel}")
+            for offset, block in blocks.items()
+        ]
 
 
 class SubmititScheduler:
@@ -104,12 +114,20 @@ class SubmititScheduler:
     def _parameters(self, job: Job) -> dict[str, Any]:
         options = job.options()
         log = options.pop("output")
-        exports = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable, "DDPM_RUN": str(job.run.path),
-                   "DDPM_STAGE": job.stage, **({"DDPM_SET": job.set_name} if job.set_name else {})}
+        exports = {
+            "DDPM_HOME": str(PROJECT),
+            "DDPM_PYTHON": sys.executable,
+            "DDPM_RUN": str(job.run.path),
+            "DDPM_STAGE": job.stage,
+            **({"DDPM_SET": job.set_name} if job.set_name else {}),
+        }
         setup = [f"export {k}={shlex.quote(v)}" for k, v in exports.items()]
         return {
-            "job_name": options.pop("job-name"), "time": int(options.pop("time", 0)) or 5, "stderr_to_stdout": True,
-            "array_parallelism": job.site.max_parallel, "setup": [*setup, '. "$DDPM_HOME/slurm/supervise.sh"'],
+            "job_name": options.pop("job-name"),
+            "time": int(options.pop("time", 0)) or 5,
+            "stderr_to_stdout": True,
+            "array_parallelism": job.site.max_parallel,
+            "setup": [*setup, '. "$DDPM_HOME/slurm/supervise.sh"'],
             "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}"],
             "additional_parameters": {**options, "output": log},
         }
@@ -122,8 +140,12 @@ class SubmititScheduler:
         from submitit.slurm.slurm import _make_sbatch_string
 
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._folder(job)))}"
-        text = _make_sbatch_string(command=command, folder=self._folder(job), **self._parameters(job),
-                                   map_count=len(job.shards) if len(job.shards) > 1 else None)
+        text = _make_sbatch_string(
+            command=command,
+            folder=self._folder(job),
+            **self._parameters(job),
+            map_count=len(job.shards) if len(job.shards) > 1 else None,
+        )
         return _without_time(text) if job.site.time is None else text
 
     @staticmethod
@@ -168,7 +190,10 @@ def make(via: str) -> SbatchScheduler | SubmititScheduler:
 
 
 def submit(job: Job) -> list[str]:
-    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small). RequestError with SLURM's words."""
+    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small).
+
+    Raises RequestError with SLURM's words.
+    """
     try:
         ids = make(job.site.via).submit(job)
     except slurm.SlurmError as e:
@@ -176,8 +201,8 @@ def submit(job: Job) -> list[str]:
     options = {k: v for k, v in job.options().items() if k != "dependency"}
     for job_id in ids:
         EventLog(job.run, job_id, 0, environment.host(), prefix="submit-").append(
-            "submitted", stage=job.stage, via=job.site.via, set=job.set_name, options=options,
-            args=list(job.extra_args))
+            "submitted", stage=job.stage, via=job.site.via, set=job.set_name, options=options, args=list(job.extra_args)
+        )
     return ids
 
 
@@ -191,8 +216,14 @@ def submit_successor(run: RunDir, stage: str, job: str) -> str:
     args = [str(run.path), *([record["set"]] if record and record["set"] else [])]
     new = sbatch(["sbatch", "--parsable", *flags, str(PROJECT / "slurm" / f"{stage}.sbatch"), *args])
     EventLog(run, new, 0, environment.host(), prefix="submit-").append(
-        "submitted", stage=stage, via="sbatch", set=args[1] if len(args) > 1 else "",
-        options=options, args=[], successor_of=job)
+        "submitted",
+        stage=stage,
+        via="sbatch",
+        set=args[1] if len(args) > 1 else "",
+        options=options,
+        args=[],
+        successor_of=job,
+    )
     return new
 
 

@@ -18,8 +18,9 @@ def available() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def run(argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None,
-        env: dict[str, str] | None = None) -> str:
+def run(
+    argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
+) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=env)
     except FileNotFoundError:

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ SILENT_AFTER_S = 60.0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
     parser.add_argument("--watch", action="store_true", help="refresh every few seconds until ctrl-C")
     parser.add_argument("--json", action="store_true", help="one JSON list")
@@ -76,20 +77,31 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     metrics = read_jsonl(run.metrics)
     last = metrics[-1] if metrics else {}
     saved = run.latest_step()
-    jobs = {str(e["job"]): states[str(e["job"])] for e in events
-            if e["event"] == "submitted" and str(e["job"]) in states}
+    jobs = {
+        str(e["job"]): states[str(e["job"])] for e in events if e["event"] == "submitted" and str(e["job"]) in states
+    }
     age = time.time() - seconds(beat["time"]) if beat.get("time") else None
     scores = {}
     for path in sorted(run.eval.glob("*.json")):
         record = read_json(path) or {}
         scores[path.stem] = {k: record[k] for k in ("fid", "frechet_distance", "num_samples") if k in record}
     return {
-        "name": run.name, "path": str(run.path), "state": _state(run, events, total, saved, jobs, age),
-        "step": max(saved, int(beat.get("step", 0))), "saved_step": saved, "total_steps": total,
-        "loss": last.get("loss"), "images_per_s": last.get("images_per_s"), "epoch": last.get("epoch"),
-        "jobs": jobs, "restarts": sum(e["event"] == "resumed" for e in events), "goodput": goodput(events, beat),
-        "heartbeat_age_s": None if age is None else round(age, 1), "host": beat.get("host"),
-        "samples": {s.name: _shards(s.request, s.path) for s in run.sample_sets()}, "scores": scores,
+        "name": run.name,
+        "path": str(run.path),
+        "state": _state(run, events, total, saved, jobs, age),
+        "step": max(saved, int(beat.get("step", 0))),
+        "saved_step": saved,
+        "total_steps": total,
+        "loss": last.get("loss"),
+        "images_per_s": last.get("images_per_s"),
+        "epoch": last.get("epoch"),
+        "jobs": jobs,
+        "restarts": sum(e["event"] == "resumed" for e in events),
+        "goodput": goodput(events, beat),
+        "heartbeat_age_s": None if age is None else round(age, 1),
+        "host": beat.get("host"),
+        "samples": {s.name: _shards(s.request, s.path) for s in run.sample_sets()},
+        "scores": scores,
         "problem": next((e.get("reason") for e in reversed(events) if e["event"] == "failed"), None),
     }
 
@@ -99,8 +111,9 @@ def _shards(request: Path, where: Path) -> str:
     return f"{sum(1 for _ in where.glob('shard-*.json'))}/{asked}"
 
 
-def _state(run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str],
-           age: float | None) -> str:
+def _state(
+    run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
+) -> str:
     """complete | running | queued | stopped | failed | prepared | ended: the run directory's word, then SLURM's."""
     trained = total and saved >= total
     if trained and not jobs:
@@ -124,12 +137,23 @@ def table(rows: list[dict[str, Any]]) -> Any:
     for name in ("run", "state", "step", "saved", "loss", "img/s", "restarts", "goodput", "jobs", "samples", "score"):
         t.add_column(name, justify="right" if name in ("saved", "loss", "img/s", "restarts", "goodput") else "left")
     for r in rows:
-        scores = "; ".join(f"{'FID' if 'fid' in s else 'Fréchet'} {s.get('fid', s.get('frechet_distance')):.3f}"
-                           f" ({s['num_samples']})" for s in r["scores"].values())
+        scores = "; ".join(
+            f"{'FID' if 'fid' in s else 'Fréchet'} {s.get('fid', s.get('frechet_distance')):.3f} ({s['num_samples']})"
+            for s in r["scores"].values()
+        )
         t.add_row(
-            r["name"], r["state"], f"{r['step']}/{r['total_steps']}", str(r["saved_step"]), _number(r["loss"], ".4f"),
-            _number(r["images_per_s"], ".0f"), str(r["restarts"]), _number(r["goodput"], ".0%"),
-            " ".join(f"{j}:{s}" for j, s in r["jobs"].items()), " ".join(r["samples"].values()), scores)
+            r["name"],
+            r["state"],
+            f"{r['step']}/{r['total_steps']}",
+            str(r["saved_step"]),
+            _number(r["loss"], ".4f"),
+            _number(r["images_per_s"], ".0f"),
+            str(r["restarts"]),
+            _number(r["goodput"], ".0%"),
+            " ".join(f"{j}:{s}" for j, s in r["jobs"].items()),
+            " ".join(r["samples"].values()),
+            scores,
+        )
     return t
 
 
@@ -150,8 +174,11 @@ def print_events(runs: list[RunDir], as_json: bool) -> None:
             if as_json:
                 print(json.dumps({"run": run.name, **e}))
                 continue
-            rest = " ".join(f"{k}={v}" for k, v in e.items()
-                            if k not in ("event", "time", "job", "restart", "host", "options", "args"))
+            rest = " ".join(
+                f"{k}={v}"
+                for k, v in e.items()
+                if k not in ("event", "time", "job", "restart", "host", "options", "args")
+            )
             print(f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}")
 
 

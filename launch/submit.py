@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   python launch/submit.py --partition gpu                               the whole command: Ho et al.'s CIFAR-10 model
   python launch/submit.py configs/cifar10.yaml train.lr=1e-4 --name low-lr --partition gpu --nodes 2 --gpus-per-node 4
   python launch/submit.py --partition gpu --time 4h --then sample,evaluate    … then 50,000 images, and their FID
-  python launch/submit.py --partition gpu --dry-run                     show the config and the job script; touch nothing
+  python launch/submit.py --partition gpu --dry-run                     show config and job script; touch nothing
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
 The same command again resumes the run, extends it (train.total_steps=…), or says that it is complete.
@@ -36,10 +36,15 @@ A run ends for good with scancel; `touch runs/NAME/STOP` ends it at the next ste
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="CONFIG key=value",
-                        help="a config file (default configs/cifar10.yaml) and any of its keys, e.g. train.lr=1e-4")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG key=value",
+        help="a config file (default configs/cifar10.yaml) and any of its keys, e.g. train.lr=1e-4",
+    )
     parser.add_argument("--name", help="the run's name (default: the config's)")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     parser.add_argument("--then", default="", metavar="sample,evaluate", help="what to do when training is done")
@@ -68,7 +73,9 @@ def read_request(args: argparse.Namespace) -> tuple[Config, list[str]]:
 def check_resources(config: Config, site: Site) -> None:
     check_world_size(config, site.world_size)
     if cluster.is_local(site) and site.nodes > 1:
-        raise RequestError(f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks")
+        raise RequestError(
+            f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
+        )
 
 
 def check_data(config: Config, stages: list[str]) -> None:
@@ -95,11 +102,15 @@ def check_existing(run: RunDir, config: Config) -> bool:
         raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
     there = configs.load(run.config)
     if there.digest() != config.digest():
-        raise RequestError(f"run {run.name} exists with other mathematics: {differences(there, config)}. Choose another "
-                           f"--name, or submit it with what it has")
+        raise RequestError(
+            f"run {run.name} exists with other mathematics: {differences(there, config)}. Choose another "
+            f"--name, or submit it with what it has"
+        )
     if config.train.total_steps < run.latest_step():
-        raise RequestError(f"train.total_steps = {config.train.total_steps}: run {run.name} is already at step "
-                           f"{run.latest_step()}; ask for more, or choose another --name")
+        raise RequestError(
+            f"train.total_steps = {config.train.total_steps}: run {run.name} is already at step "
+            f"{run.latest_step()}; ask for more, or choose another --name"
+        )
     return True
 
 
@@ -130,8 +141,9 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise EnvironmentLacks(f"cannot write {cache} ({e.strerror}): choose another place with --root or "
-                               f"DDPM_RUNS") from None
+        raise EnvironmentLacks(
+            f"cannot write {cache} ({e.strerror}): choose another place with --root or DDPM_RUNS"
+        ) from None
     if "evaluate" in stages and config.evaluate.extractor == "inception":
         from ddpm.features import ensure_inception_weights
 
@@ -140,10 +152,18 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar)
     if "evaluate" in stages and config.evaluate.reference == "test":
         data.pack(config.data, "test", cache / "data", progress=bar)
-    print(f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
-          f"digest {packed.digest[:12]}", flush=True)
-    return {"cache": str(cache / "data"), "key": key, "digest": packed.digest, "num_images": len(packed),
-            "scratch": site.scratch}
+    print(
+        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
+        f"digest {packed.digest[:12]}",
+        flush=True,
+    )
+    return {
+        "cache": str(cache / "data"),
+        "key": key,
+        "digest": packed.digest,
+        "num_images": len(packed),
+        "scratch": site.scratch,
+    }
 
 
 def _packing_progress() -> Any:
@@ -178,9 +198,11 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     """A later submission: what it may change (length, intervals, resources), never the mathematics."""
     old = read_json(run.run_json) or {}
     if old.get("data", {}).get("digest") != record["data"]["digest"]:
-        raise RequestError(f"run {run.name} was trained on other pixels (digest "
-                           f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
-                           f"restore the data, or choose another --name")
+        raise RequestError(
+            f"run {run.name} was trained on other pixels (digest "
+            f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
+            f"restore the data, or choose another --name"
+        )
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_setup(run, record)
     write_json(run.run_json, {**record, "created": old["created"], "resolved": old.get("resolved", {})}, replace=True)
@@ -206,10 +228,19 @@ def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> d
             return None
 
     return {
-        "schema": SCHEMA, "name": run.name, "created": now(), "config_digest": config.digest(), "git": _git(),
-        "versions": {"ddpm-hpc": __version__, "python": sys.version.split()[0],
-                     **{p: of(p) for p in ("torch", "torchvision", "numpy", "submitit")}},
-        "command": ["python", *sys.argv], "resolved": {}, "data": data,
+        "schema": SCHEMA,
+        "name": run.name,
+        "created": now(),
+        "config_digest": config.digest(),
+        "git": _git(),
+        "versions": {
+            "ddpm-hpc": __version__,
+            "python": sys.version.split()[0],
+            **{p: of(p) for p in ("torch", "torchvision", "numpy", "submitit")},
+        },
+        "command": ["python", *sys.argv],
+        "resolved": {},
+        "data": data,
         "launch": site.model_dump(mode="json", exclude_defaults=True),
     }
 
@@ -217,8 +248,12 @@ def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> d
 def _git() -> str | None:
     """Commit of the project, with `+dirty` where files differ from it."""
     try:
-        done = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
-                              capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
@@ -255,8 +290,10 @@ def queue(jobs: list[scheduler.Job]) -> list[str]:
             raise
         ids += new
         after = ":".join(new)
-        print(f"queued: {job.stage} as job {' '.join(new)}" + (f" ({len(job.shards)} tasks)" if job.shards else ""),
-              flush=True)
+        print(
+            f"queued: {job.stage} as job {' '.join(new)}" + (f" ({len(job.shards)} tasks)" if job.shards else ""),
+            flush=True,
+        )
     return ids
 
 
@@ -307,8 +344,10 @@ def main() -> int:
     site = cluster.settle(site, dry_run=False)  # from here on it is about what the environment lacks
     check_resources(config, site)
     if exists and not cluster.is_local(site) and (there := requests.jobs_in_queue(run, "train")):
-        print(f"run {run.name} is in the queue already, as job {' '.join(there)}: nothing to submit. See "
-              f"python launch/status.py {run.name}")
+        print(
+            f"run {run.name} is in the queue already, as job {' '.join(there)}: nothing to submit. See "
+            f"python launch/status.py {run.name}"
+        )
         return _wait(run, config, stages, there) if args.wait else 0
     train, stages_left = remaining(run, config, stages) if exists else (True, stages)
     if exists and not train and not stages_left:
@@ -357,8 +396,12 @@ def _outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """After waiting: what the run directory says was done; the scheduler's word is not enough."""
     train, left = remaining(run, config, stages)
     if train or ("evaluate" in left):
-        print(f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
-              + ("" if train else ", without a score") + f"; its logs are in {run.logs}", file=sys.stderr)
+        print(
+            f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
+            + ("" if train else ", without a score")
+            + f"; its logs are in {run.logs}",
+            file=sys.stderr,
+        )
         return 1
     print(f"run {run.name} is complete: {run.latest_step()} steps" + _results(run, config, stages))
     return 0
@@ -372,9 +415,11 @@ def _results(run: RunDir, config: Config, stages: list[str]) -> str:
     if not record:
         return grid
     score = "fid" if "fid" in record else "frechet_distance"
-    return (f"\n{score}: {record[score]:.4f} over {record['num_samples']} samples ({record['extractor']['name']} "
-            f"features, {record['reference']['name']} {record['reference'].get('split', '')})\n"
-            f"score: {run.eval / (name + '.json')}{grid}")
+    return (
+        f"\n{score}: {record[score]:.4f} over {record['num_samples']} samples ({record['extractor']['name']} "
+        f"features, {record['reference']['name']} {record['reference'].get('split', '')})\n"
+        f"score: {run.eval / (name + '.json')}{grid}"
+    )
 
 
 if __name__ == "__main__":

@@ -68,8 +68,12 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     here = progress(run, stage, set_name)
     tried = 0 if reason == "preempted" else retries_without_progress(run, env.job, here)
     if tried >= MAX_RETRIES:
-        return _failed(log, code, f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
-                                  f"beyond {here}; see the log, mend the cause, submit again")
+        return _failed(
+            log,
+            code,
+            f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
+            f"beyond {here}; see the log, mend the cause, submit again",
+        )
     fields = {"reason": reason, "exit_code": code, "progress": here, "stage": stage}
     if not slurm.may_requeue(env.job):
         successor = submit_successor(run, stage, env.job)

@@ -54,9 +54,16 @@ def tiny_extractor(**changes: Any) -> tuple[Extractor, list[int]]:
 
 def make_shard(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
     return generate.generate_shard(
-        sample_set, request, index, eps_model=lambda x_t, t, labels: 0.5 * x_t + 0.2,
-        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)), image_shape=(3, 4, 4),
-        variance="fixed_large", num_classes=0, device="cpu")
+        sample_set,
+        request,
+        index,
+        eps_model=lambda x_t, t, labels: 0.5 * x_t + 0.2,
+        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)),
+        image_shape=(3, 4, 4),
+        variance="fixed_large",
+        num_classes=0,
+        device="cpu",
+    )
 
 
 def make(path: Path, **changes: Any) -> Made:
@@ -200,11 +207,13 @@ def test_every_damaged_shard_is_named_and_withdrawn_so_that_the_command_finds_it
 
 def test_a_set_that_does_not_exist_is_refused(made: Made) -> None:
     with pytest.raises(RequestError, match="no such sample set"):
-        evaluate.evaluate_set(made.run, "other", reference=packed(), extractor=made.extractor,
-                              cache_dir=made.run.path, command=[])
+        evaluate.evaluate_set(
+            made.run, "other", reference=packed(), extractor=made.extractor, cache_dir=made.run.path, command=[]
+        )
     with pytest.raises(RequestError, match="sample set name"):
-        evaluate.evaluate_set(made.run, "../x", reference=packed(), extractor=made.extractor,
-                              cache_dir=made.run.path, command=[])
+        evaluate.evaluate_set(
+            made.run, "../x", reference=packed(), extractor=made.extractor, cache_dir=made.run.path, command=[]
+        )
 
 
 # ---------------------------------------------------------------- the score file
@@ -225,7 +234,10 @@ def test_the_score_file_has_the_public_form(made: Made) -> None:
         "extractor": {"name": "tiny", "weights_sha256": None, "resize": "none"},
         "checkpoint": {"step": 12, "sha256": "ab" * 32, "weights": "ema"},
         "sampler": {"name": "ddim", "steps": 1, "eta": 0.0, "guidance": None},
-        "nfe": 1, "seed": 3, "precision": "fp32", "command": ["launch/evaluate.py", "my run"],
+        "nfe": 1,
+        "seed": 3,
+        "precision": "fp32",
+        "command": ["launch/evaluate.py", "my run"],
     }
 
 
@@ -287,8 +299,12 @@ def test_references_and_pytorch_fids_files_are_interchangeable(tmp_path: Path) -
     np.savez_compressed(tmp_path / "theirs.npz", mu=mu, sigma=sigma)  # as its --save-stats writes it
     read = evaluate.read_statistics(tmp_path / "theirs.npz", extractor)
     np.testing.assert_array_equal(read.sigma, ours.sigma)
-    assert read.record == {"name": "theirs", "split": None, "num_images": None,
-                           "digest": rundir.sha256_file(tmp_path / "theirs.npz")}
+    assert read.record == {
+        "name": "theirs",
+        "split": None,
+        "num_images": None,
+        "digest": rundir.sha256_file(tmp_path / "theirs.npz"),
+    }
     assert evaluate.read_statistics(next(tmp_path.glob("reference-*.npz")), extractor).record["num_images"] == 50
 
 
@@ -300,14 +316,17 @@ def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> 
     assert by_file["reference"]["num_images"] == 50 and by_file["reference"] != by_images["reference"]
 
 
-@pytest.mark.parametrize(("arrays", "message"), [
-    ({"mean": np.zeros(4)}, r"holds \['mean'\]"),
-    ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, r"sigma \(4, 3\)"),
-    ({"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}, r"mu \(2048,\)"),
-    ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "must be finite"),
-    ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "cannot be read.*allow_pickle"),
-    ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor_digest": "x"}, "made with another extractor"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mean": np.zeros(4)}, r"holds \['mean'\]"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, r"sigma \(4, 3\)"),
+        ({"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}, r"mu \(2048,\)"),
+        ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "must be finite"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "cannot be read.*allow_pickle"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor_digest": "x"}, "made with another extractor"),
+    ],
+)
 def test_a_file_that_is_no_reference_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(RequestError, match=message):
@@ -340,8 +359,11 @@ def random_weights(tmp_path: Path) -> Iterator[Path]:
     state, _ = features._random_weights(seed=1)
     path = tmp_path / "torch" / "hub" / "checkpoints" / features.WEIGHTS_FILE
     path.parent.mkdir(parents=True)
-    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path,
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(tmp_path / "torch" / "hub"))
     yield tmp_path / "torch"
@@ -359,11 +381,26 @@ def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_p
     assert result["extractor"]["weights_sha256"] == rundir.sha256_file(features.inception_weights_path())
 
     theirs = subprocess.run(
-        [sys.executable, "-m", "pytorch_fid", str(tmp_path / "a"), str(tmp_path / "b"), "--device", "cpu",
-         "--batch-size", "24", "--num-workers", "0"],
+        [
+            sys.executable,
+            "-m",
+            "pytorch_fid",
+            str(tmp_path / "a"),
+            str(tmp_path / "b"),
+            "--device",
+            "cpu",
+            "--batch-size",
+            "24",
+            "--num-workers",
+            "0",
+        ],
         # one BLAS thread: sqrtm's would spin for minutes on cores that are shared
         env={**os.environ, "TORCH_HOME": str(random_weights), "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True, timeout=300)
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     match = re.search(r"FID: +([-\d.e]+)", theirs.stdout)
     assert match is not None, theirs.stdout + theirs.stderr
     assert result["frechet_distance"] == pytest.approx(float(match[1]), rel=1e-4)

@@ -41,8 +41,9 @@ def test_pixels_are_box_means_in_0_1() -> None:
     assert got.dtype == np.float32 and got.shape == (3, extractor.dim) == (3, 768)
     np.testing.assert_allclose(got.reshape(3, 3, 16, 16), boxes.transpose(0, 3, 1, 2), atol=1e-6)
     small = random_images(2, 8)  # repeated, not interpolated
-    np.testing.assert_allclose(extractor(small).reshape(2, 3, 16, 16)[:, :, ::2, 1::2],
-                               small.transpose(0, 3, 1, 2) / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        extractor(small).reshape(2, 3, 16, 16)[:, :, ::2, 1::2], small.transpose(0, 3, 1, 2) / 255, atol=1e-6
+    )
 
 
 def test_arrays_tensors_and_read_only_maps_give_the_same_features() -> None:
@@ -72,9 +73,15 @@ def test_the_digest_is_of_name_weights_and_resize() -> None:
     assert len({base.digest, *(o.digest for o in others)}) == 4
 
 
-@pytest.mark.parametrize(("name", "sha256", "published"), [
-    ("inception", "6726825d" + "0" * 56, True), ("inception", "6726825e" + "0" * 56, False),
-    ("random-inception", "6726825d" + "0" * 56, False), ("pixels", None, False)])
+@pytest.mark.parametrize(
+    ("name", "sha256", "published"),
+    [
+        ("inception", "6726825d" + "0" * 56, True),
+        ("inception", "6726825e" + "0" * 56, False),
+        ("random-inception", "6726825d" + "0" * 56, False),
+        ("pixels", None, False),
+    ],
+)
 def test_only_the_published_weights_are_published(name: str, sha256: str | None, published: bool) -> None:
     assert Extractor(name, 1, sha256, "", forward=lambda x: x).published is published
 
@@ -193,9 +200,16 @@ def made(tmp_path: Path) -> tuple[SampleSet, Request]:
 
 def make_shard(sample_set: SampleSet, request: Request, index: int, scale: float = 0.5) -> None:
     generate.generate_shard(
-        sample_set, request, index, eps_model=lambda x_t, t, labels: scale * x_t,
-        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)), image_shape=(3, 4, 4),
-        variance="fixed_large", num_classes=0, device="cpu")
+        sample_set,
+        request,
+        index,
+        eps_model=lambda x_t, t, labels: scale * x_t,
+        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)),
+        image_shape=(3, 4, 4),
+        variance="fixed_large",
+        num_classes=0,
+        device="cpu",
+    )
 
 
 def test_features_of_a_shard_are_kept(made: tuple[SampleSet, Request]) -> None:
@@ -207,8 +221,15 @@ def test_features_of_a_shard_are_kept(made: tuple[SampleSet, Request]) -> None:
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(np.load(sample_set.path / "features-tiny-00001-of-00002.npy"), first)
     manifest = rundir.read_signed(sample_set.path / "features-tiny-00001-of-00002.json")
-    assert set(manifest) == {"shard", "num", "sha256", "request_digest", "extractor_digest", "shard_sha256",
-                             "self_sha256"}
+    assert set(manifest) == {
+        "shard",
+        "num",
+        "sha256",
+        "request_digest",
+        "extractor_digest",
+        "shard_sha256",
+        "self_sha256",
+    }
     with pytest.raises(FileNotFoundError):
         features.shard_features(sample_set, request, 0, extractor)
 

@@ -21,8 +21,18 @@ SHAPE = (3, 6, 5)
 
 def make_request(**changes: Any) -> Request:
     base = Request(
-        checkpoint=CheckpointRef(12, "ab" * 32), weights="ema", sampler="ancestral", steps=STEPS, eta=0.0,
-        guidance=None, seed=5, num_samples=53, shards=8, batch=7, precision="fp32", class_plan=None,
+        checkpoint=CheckpointRef(12, "ab" * 32),
+        weights="ema",
+        sampler="ancestral",
+        steps=STEPS,
+        eta=0.0,
+        guidance=None,
+        seed=5,
+        num_samples=53,
+        shards=8,
+        batch=7,
+        precision="fp32",
+        class_plan=None,
     )
     return dataclasses.replace(base, **changes)
 
@@ -55,8 +65,12 @@ class Net(nn.Module):
 
 def run_shard(sample_set: SampleSet, request: Request, index: int, net: Any = None, **kwargs: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "eps_model": net or Net(request.batch), "schedule": schedule.linear(100, 1e-4, 0.02), "image_shape": SHAPE,
-        "variance": "fixed_large", "num_classes": 0, "device": "cpu",
+        "eps_model": net or Net(request.batch),
+        "schedule": schedule.linear(100, 1e-4, 0.02),
+        "image_shape": SHAPE,
+        "variance": "fixed_large",
+        "num_classes": 0,
+        "device": "cpu",
     }
     return generate.generate_shard(sample_set, request, index, **{**options, **kwargs})
 
@@ -126,8 +140,12 @@ def test_the_value_of_a_sample_follows_from_its_index(tmp_path: Path) -> None:
 def test_unused_rows_of_a_batch_are_zeros(tmp_path: Path) -> None:
     request = make_request(num_samples=6, shards=2, batch=4, sampler="ancestral")
     rows = []
-    run_shard(make_set(tmp_path, request), request, 1,
-              lambda x_t, t, labels: rows.append(x_t.abs().amax((1, 2, 3)) > 0) or torch.zeros_like(x_t))
+    run_shard(
+        make_set(tmp_path, request),
+        request,
+        1,
+        lambda x_t, t, labels: rows.append(x_t.abs().amax((1, 2, 3)) > 0) or torch.zeros_like(x_t),
+    )
     assert [r.tolist() for r in rows] == [[True, True, False, True]] * STEPS  # samples 3, 4, 5 in rows 3, 0, 1
 
 
@@ -314,8 +332,12 @@ def test_a_request_is_published_once(tmp_path: Path) -> None:
     other = make_request(checkpoint=CheckpointRef(13, "cd" * 32), seed=9)
     with pytest.raises(RequestError) as e:
         generate.publish_request(sample_set, other)
-    for part in ("checkpoint.step is 12 there and 13 asked for", "checkpoint.sha256", "seed is 5 there and 9 asked for",
-                 "--set OTHERNAME"):
+    for part in (
+        "checkpoint.step is 12 there and 13 asked for",
+        "checkpoint.sha256",
+        "seed is 5 there and 9 asked for",
+        "--set OTHERNAME",
+    ):
         assert part in str(e.value)
     assert "num_samples" not in str(e.value)
     assert sample_set.request.read_bytes() == before
@@ -326,8 +348,20 @@ def test_request_json_has_the_public_form(tmp_path: Path) -> None:
     sample_set = make_set(tmp_path, request)
     record = rundir.read_json(sample_set.request)
     assert record is not None and list(record) == [
-        "checkpoint", "weights", "sampler", "steps", "eta", "guidance", "seed", "num_samples", "shards", "batch",
-        "precision", "class_plan", "digest"]
+        "checkpoint",
+        "weights",
+        "sampler",
+        "steps",
+        "eta",
+        "guidance",
+        "seed",
+        "num_samples",
+        "shards",
+        "batch",
+        "precision",
+        "class_plan",
+        "digest",
+    ]
     assert record["checkpoint"] == {"step": 12, "sha256": "ab" * 32}
     assert record.pop("digest") == rundir.sha256_json(record)
     assert generate.read_request(sample_set) == request
@@ -344,9 +378,15 @@ def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
         generate.read_request(sample_set)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"shards": 54}, "shards = 54: at most num_samples = 53"), ({"batch": 0}, "batch = 0"),
-    ({"class_plan": [1]}, "class_plan"), ({"guidance": 1.5}, "guidance")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": 54}, "shards = 54: at most num_samples = 53"),
+        ({"batch": 0}, "batch = 0"),
+        ({"class_plan": [1]}, "class_plan"),
+        ({"guidance": 1.5}, "guidance"),
+    ],
+)
 def test_an_impossible_request_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make_request(**changes)

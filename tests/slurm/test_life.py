@@ -1,0 +1,246 @@
+"""The life of a run on a real SLURM, as an ordinary user: taken away, cut off, cancelled, killed, and put back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
+from tests.images import write_zip
+from tests.slurm.harness import SlurmTestbed
+
+SMALL = [
+    "data.name=images", "data.image_size=16", "model.base_channels=32", "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1", "model.attention_resolutions=[8]", "train.global_batch=16", "train.warmup_steps=10",
+    "train.ema_decay=0.9", "log.every_steps=5", "log.grid_every_steps=null", "log.grid_images=4",
+    "checkpoint.milestone_every_steps=null", "sample.num_samples=512", "sample.shards=8", "sample.batch=32",
+    "evaluate.extractor=pixels",
+]  # fmt: skip
+TWO_RANKS = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1"]
+
+
+@dataclass
+class Site:
+    """A user of the testbed with a place for runs and a set of images."""
+
+    bed: SlurmTestbed
+    root: Path
+    images: Path
+
+    def script(self, name: str, *args: str, code: int = 0) -> str:
+        argv = [self.bed.python, self.bed.project / "launch" / f"{name}.py", *args, "--root", self.root]
+        done = self.bed.run(argv, timeout=180)
+        assert done.returncode == code, f"{done.args}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def submit(self, name: str, *args: str) -> list[str]:
+        """Job ids of a submission of a small run: training, sampling, scoring."""
+        said = self.script("submit", "--partition", "gpu", "--name", name, f"data.path={self.images}", *SMALL, *args)
+        return re.findall(r"^queued: .*as job (\d+)", said, re.M)
+
+    def run_dir(self, name: str) -> RunDir:
+        return RunDir(self.root / name)
+
+    def logged(self, name: str) -> int:
+        return len(read_jsonl(self.run_dir(name).metrics))
+
+    def wait_logged(self, name: str, more: int) -> None:
+        goal = self.logged(name) + more
+        self.bed.wait_for(lambda: self.logged(name) >= goal, 90, f"{goal} lines in the metrics of {name}")
+
+    def wait_running(self, job: str, restarts: int) -> None:
+        self.bed.wait_for(
+            lambda: self.bed.restart_count(job) == restarts and self.bed.job_state(job) == "RUNNING",
+            90,
+            f"restart {restarts} of job {job}",
+        )
+
+    def log(self, name: str) -> str:
+        return "".join(p.read_text(errors="replace") for p in sorted(self.run_dir(name).logs.glob("*.out")))
+
+
+@pytest.fixture(scope="module")
+def site(testbed: SlurmTestbed) -> Site:
+    images = write_zip(testbed.workdir / "images.zip")
+    images.chmod(0o644)
+    return Site(testbed, testbed.mkdir("runs"), images)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site) -> RunDir:
+    (job,) = site.submit("undisturbed", *TWO_RANKS, "train.total_steps=150", "--via", "sbatch")
+    assert site.bed.wait_state(job, timeout_s=150) == "COMPLETED", site.log("undisturbed")
+    return site.run_dir("undisturbed")
+
+
+def final_state(run: RunDir) -> dict[str, Any]:
+    return torch.load(run.checkpoint(run.latest_step()), weights_only=True)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the last bit, structure included."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(run: RunDir, other: RunDir) -> None:
+    assert_same(final_state(run), final_state(other))
+    curve = [[(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in read_jsonl(x.metrics)] for x in (run, other)]
+    assert curve[0] == curve[1]
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
+    site: Site, undisturbed: RunDir, via: str
+) -> None:
+    name = f"preempted-{via}"
+    (job,) = site.submit(name, *TWO_RANKS, "train.total_steps=150", "--via", via)
+    for times in (1, 2):
+        site.wait_logged(name, 2)
+        site.bed.preempt(site.bed.node_of(job) or "", 2)
+        site.wait_running(job, times)
+    assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
+    run = site.run_dir(name)
+    assert_same_run(run, undisturbed)
+    events = read_events(run)
+    stops = [e["step"] for e in events if e["event"] == "stop_requested"]
+    assert [e["step"] for e in events if e["event"] == "resumed"] == stops and len(stops) == 2  # no step lost
+    assert {e["job"] for e in events} == {job}
+
+
+def test_a_time_limit_shorter_than_the_run_brings_it_back_until_it_is_done(site: Site, undisturbed: RunDir) -> None:
+    # two minutes with a lead of 40 s; SLURM may send the signal a minute early, so a life has 20 to 80 s
+    (job,) = site.submit("limited", *TWO_RANKS, "train.total_steps=1500", "--time", "2m")
+    assert site.bed.wait_state(job, timeout_s=400) == "COMPLETED", site.log("limited")
+    run = site.run_dir("limited")
+    events = read_events(run)
+    assert site.bed.restart_count(job) >= 1
+    assert [e["reason"] for e in events if e["event"] == "requeued"] == ["time_limit"] * site.bed.restart_count(job)
+    resumed = [e["step"] for e in events if e["event"] == "resumed"]
+    assert resumed == [e["step"] for e in events if e["event"] == "stop_requested"]
+    steps = [r["step"] for r in read_jsonl(run.metrics)]
+    assert steps == list(range(5, 1501, 5))
+
+
+def test_scancel_ends_a_run_for_good_with_its_last_step_saved(site: Site) -> None:
+    (job,) = site.submit("cancelled", *TWO_RANKS, "train.total_steps=100000")
+    site.wait_logged("cancelled", 2)
+    site.bed.cancel(job)
+    assert site.bed.wait_state(job) == "CANCELLED"
+    time.sleep(8)  # longer than SLURM holds a requeued job back here
+    assert site.bed.job_state(job) == "CANCELLED" and site.bed.restart_count(job) == 0
+    run = site.run_dir("cancelled")
+    stop = next(e for e in read_events(run) if e["event"] == "stop_requested")
+    assert run.latest_step() == stop["step"] > 0
+
+
+def ranks_of(run: RunDir) -> list[int]:
+    """Processes of the run's training ranks, by rank."""
+    found = {}
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (proc / "cmdline").read_bytes().split(b"\0")
+            if Path(os.fsdecode(command[0])).name.startswith("python") and str(run.path).encode() in b" ".join(command):
+                env = dict(e.partition(b"=")[::2] for e in (proc / "environ").read_bytes().split(b"\0"))
+                if b"SLURM_STEP_NUM_TASKS" in env:
+                    found[int(env[b"SLURM_PROCID"])] = int(proc.name)
+        except (OSError, IndexError, ValueError):
+            continue
+    return [pid for _, pid in sorted(found.items())]
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+def test_a_killed_rank_costs_one_interval_and_the_job_is_put_back(site: Site, undisturbed: RunDir, via: str) -> None:
+    name = f"killed-{via}"
+    (job,) = site.submit(name, *TWO_RANKS, "train.total_steps=150", "checkpoint.every_steps=10", "--via", via)
+    run = site.run_dir(name)
+    site.bed.wait_for(lambda: run.latest_step() >= 20, 60, "a checkpoint")
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    site.wait_running(job, 1)
+    assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
+    assert_same_run(run, undisturbed)
+    (requeued,) = (e for e in read_events(run) if e["event"] == "requeued")
+    assert requeued["reason"] == "crash" and requeued["progress"] >= 20
+
+
+def test_a_run_that_crashes_without_progress_starts_four_times_and_then_fails_with_the_reason(site: Site) -> None:
+    (job,) = site.submit("hopeless", *TWO_RANKS, "train.total_steps=50", "--sbatch", "begin=now+5")
+    run = site.run_dir("hopeless")
+    record = read_json(run.run_json) or {}
+    record["data"]["key"] = ["no", "key"]  # a fault that each life meets anew, as its own error
+    run.run_json.write_text(json.dumps(record))
+    assert site.bed.wait_state(job, timeout_s=120) == "FAILED"
+    assert site.bed.restart_count(job) == 3
+    (failed,) = (e for e in read_events(run) if e["event"] == "failed")
+    assert "4 lives in a row" in failed["reason"] and "submit again" in failed["reason"]
+
+
+def test_a_stop_file_ends_a_run_at_the_next_step_and_it_stays_away(site: Site) -> None:
+    (job,) = site.submit("stopped", *TWO_RANKS, "train.total_steps=100000", "--via", "sbatch")
+    site.wait_logged("stopped", 1)
+    site.run_dir("stopped").stop_file.touch()
+    assert site.bed.wait_state(job) == "COMPLETED"
+    assert site.bed.restart_count(job) == 0 and site.run_dir("stopped").latest_step() > 0
+
+
+def samples_of(run: RunDir, set_name: str) -> bytes:
+    import numpy as np
+
+    shards = sorted((run.samples / set_name).glob("shard-*.npz"))
+    return b"".join(np.load(p)["images"].tobytes() for p in shards)
+
+
+def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(site: Site) -> None:
+    train, sample, evaluate = site.submit(
+        "chain",
+        "--gpus-per-node",
+        "0",
+        "train.total_steps=30",
+        "sample.steps=60",
+        "--then",
+        "sample,evaluate",
+        "--max-parallel",
+        "2",
+    )
+    bed = site.bed
+    assert bed.wait_state(train, timeout_s=60) == "COMPLETED", site.log("chain")
+    run = site.run_dir("chain")
+    task = bed.wait_for(
+        lambda: next((line.split()[0] for line in bed.squeue("-t", "R", "-j", sample).splitlines()), ""),
+        60,
+        "a running sample task",
+    )
+    part = run.samples / "ddim60-step30-seed0" / "part"
+    bed.wait_for(lambda: any(part.glob("*")), 60, "a finished batch")
+    bed.preempt(bed.node_of(task) or "", 2)
+    assert bed.wait_state(sample, timeout_s=200) == "COMPLETED", site.log("chain")
+    assert bed.wait_state(evaluate, timeout_s=60) == "COMPLETED", site.log("chain")
+    assert sum(r["Restarts"] != "0" for r in bed.records(sample)) >= 1
+    record = read_json(run.eval / "ddim60-step30-seed0.json") or {}
+    assert record["num_samples"] == 512 and record["checkpoint"]["step"] == 30 and record["seed"] == 0
+    assert record["sampler"] == {"name": "ddim", "steps": 60, "eta": 0.0, "guidance": None}
+    assert record["reference"]["split"] == "train" and record["extractor"]["name"] == "pixels"
+    assert "fid" not in record and record["frechet_distance"] > 0
+
+    site.script("sample", "chain", "--set", "three", "--shards", "3", "--via", "sbatch", "--wait")
+    assert samples_of(run, "three") == samples_of(run, "ddim60-step30-seed0")
