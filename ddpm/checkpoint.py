@@ -1,9 +1,10 @@
 """What is saved, how it becomes a verified generation, and which one a new life resumes.
 
 A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the
-.pt's sha256 and a digest of itself. A .pt without its .json does not exist. A save copies the state into reused host buffers (training waits for that alone) and a thread
-writes them; a second save waits for the first. Kill points: before the .pt's rename, a stale temporary; before the
-.json's, a .pt that does not exist and is removed by the next save of that step; after it, a generation.
+.pt's sha256 and a digest of itself. A .pt without its .json does not exist. A save copies the state into reused host
+buffers (training waits for that alone) and a thread writes them; a second save waits for the first. Kill points:
+before the .pt's rename, a stale temporary; before the .json's, a .pt that does not exist and is removed by the next
+save of that step; after it, a generation.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.fence import Fence
@@ -29,6 +28,9 @@ from ddpm.rundir import (
     sign,
     write_json,
 )
+
+if TYPE_CHECKING:
+    import torch  # loaded where states are: choosing a generation to sample stays cheap on a login node
 
 Log = Callable[[str], None]
 
@@ -80,6 +82,8 @@ def newest_good(run: RunDir, log: Log) -> Generation | None:
 
 def load(run: RunDir, step: int) -> dict[str, Any]:
     """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint."""
+    import torch
+
     return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)
 
 
@@ -91,12 +95,16 @@ class HostCopy:
 
     def take(self, state: Any) -> Any:
         """`state` with every tensor copied; complete when this returns, so training may go on changing it."""
+        import torch
+
         copied = self._copy(state, "")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copied
 
     def _copy(self, value: Any, key: str) -> Any:
+        import torch
+
         if isinstance(value, torch.Tensor):
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
@@ -168,14 +176,22 @@ class Checkpointer:
                 )
 
     def _write(self, state: dict[str, Any], final: bool) -> None:
+        import torch
+
         run, step, token = self._run, int(state["step"]), str(self._fence.token)
         try:
             verify(run, step)  # an earlier life was killed between this save and its next step: the bits are the same
         except (DamagedFile, FileNotFoundError, KeyError):
+            self._fence.check()  # what lies there may be a later job's, half way to its manifest
             run.manifest(step).unlink(missing_ok=True)
             run.checkpoint(step).unlink(missing_ok=True)  # without its manifest it did not exist
             with publishing(run.checkpoint(step), token=token, may_publish=self._fence.check) as f:
-                torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
+                try:
+                    torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
+                except RuntimeError:
+                    if f.failed is None:
+                        raise
+                    raise f.failed from None
             if final or self._is_milestone(step):
                 self._write_ema(state["ema"], step, token)
             write_json(
@@ -197,7 +213,7 @@ class Checkpointer:
                 may_publish=self._fence.check,
             )
         self._on_saved(step)
-        self._retain()
+        self._retain(step)
 
     def _write_ema(self, ema: dict[str, torch.Tensor], step: int, token: str) -> None:
         from safetensors.torch import save
@@ -206,11 +222,18 @@ class Checkpointer:
         with publishing(self._run.ema_weights(step), token=token, may_publish=self._fence.check) as f:
             f.write(save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
 
-    def _retain(self) -> None:
-        """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist."""
+    def _retain(self, newest: int) -> None:
+        """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist.
+
+        newest: the step just saved. Whatever lies beyond it was rejected when this history began, and must not take
+        the place of a good one.
+        """
+        self._fence.check()
         steps = self._run.steps_saved()
-        named = {r["checkpoint"]["step"] for s in self._run.sample_sets() if (r := read_json(s.request))}
-        keep = {*steps[: self._keep_last], *named, *filter(self._is_milestone, steps)}
+        good = [s for s in steps if s <= newest]
+        requests = (read_json(s.request) or {} for s in self._run.sample_sets())
+        named = {c.get("step") for r in requests if isinstance(c := r.get("checkpoint"), dict)}
+        keep = {*good[: self._keep_last], *named, *filter(self._is_milestone, good)}
         for step in steps:
             if step not in keep:
                 self._run.manifest(step).unlink(missing_ok=True)

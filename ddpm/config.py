@@ -163,7 +163,7 @@ class Sample(Section):
     batch: int = Field(500, ge=1)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
     shards: int = Field(64, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     weights: Literal["ema", "model"] = "ema"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32."""
@@ -179,7 +179,7 @@ class Evaluate(Section):
 class Config(Section):
     name: str = "run"
     """Names the run directory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """All randomness of training follows from it."""
     data: Data = Data()
     model: Model = Model()
@@ -236,7 +236,9 @@ class Config(Section):
         return sha256_json(record)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.dump(
+            self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120
+        )
 
 
 # ---------------------------------------------------------------- reading
@@ -249,6 +251,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -262,14 +266,22 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
+_FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(
         r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
         r"|\.(?:inf|nan))$"
     ),
-    "-+0123456789.",
+    [*"-+0123456789."],
 )
+_Loader.add_implicit_resolver(*_FLOAT)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what other readers of YAML, or ours, would not take for a word: a run may be named 1e-4."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -291,14 +303,18 @@ def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """The config in YAML file `path` with `key=value` overrides. RequestError names key, value and what is allowed."""
+def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
+    """The config in YAML file `path` with `key=value` overrides. RequestError names key, value and what is allowed.
+
+    shelf: where else a file may lie that was meant when `path` does not exist.
+    """
     try:
         text = path.read_text()
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.5)
-        there = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
-        hint = f"did you mean {path.with_name(near[0])}?" if near else f"configs there: {there}"
+        known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.name, known, 1, 0.5)
+        there = ", ".join(map(str, known.values())) or "none"
+        hint = f"did you mean {known[near[0]]}?" if near else f"there are: {there}"
         raise RequestError(f"config file {path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"config file {path} cannot be read: {e}") from None
@@ -333,6 +349,8 @@ def unknown_key(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, 1, 0.6)
     leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     section = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    if inside := [k for k in known if k.startswith(f"{key}.")]:
+        return f"{key!r} is a section; give one of its keys: {', '.join(inside)}"
     if near or leaf:
         return f"unknown key {key!r}; did you mean {(near or leaf)[0]!r}?"
     siblings = [k for k in known if k.startswith(section)] if section else []
@@ -356,16 +374,20 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     while loc and ".".join(loc) not in known and err["type"] != "extra_forbidden" and len(loc) > 1:
         loc.pop()  # union branches and list positions follow the key
         key = ".".join(loc) if ".".join(loc) in known else key
-    if err["type"] == "extra_forbidden":
+    if err["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(key, known)
     message = str(err["msg"]).removeprefix("Value error, ")
     if err["type"] == "value_error":
-        return message
+        return message if not loc or loc[-1] in message else f"{key} = {message}"
+    if err["type"] == "model_type":
+        return f"{key} = {err['input']!r}: expected a section of keys; leave it out for the defaults"
+    if err["type"] == "tuple_type":
+        message = "input should be a list, such as [1, 2]"
     section: Any = kind
     for part in key.split(".")[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else section
     field = section.model_fields.get(key.split(".")[-1]) if hasattr(section, "model_fields") else None
-    allowed = f" (default {field.default!r})" if field is not None and err["type"] != "model_type" else ""
+    allowed = f" (default {field.default!r})" if field is not None else ""
     return f"{key} = {err['input']!r}: {message[0].lower()}{message[1:]}{allowed}"
 
 

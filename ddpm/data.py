@@ -154,7 +154,7 @@ def to_square(image: Any, size: int | None) -> np.ndarray:
 
 
 def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     assert source.path is not None
     archive = zipfile.ZipFile(source.path) if source.kind == "zip" else None
@@ -165,7 +165,7 @@ def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.n
                 raw = archive.read(name) if archive else (source.path / name).read_bytes()
                 with Image.open(io.BytesIO(raw)) as image:
                     yield to_square(image, size), label_of[PurePosixPath(name).parent.name]
-            except (UnidentifiedImageError, zipfile.BadZipFile, OSError, EOFError, SyntaxError, ValueError) as e:
+            except Exception as e:  # Pillow, zlib and zipfile raise some ten kinds for broken bytes
                 raise RequestError(
                     f"data.path = {source.path}: {name} cannot be decoded ({e}); replace or remove it"
                 ) from None
@@ -335,8 +335,11 @@ def load_folder(path: Path) -> PackedImages:
 
     Raises RequestError for no images, damaged ones, or images of several sizes.
     """
-    source = open_source(Data(name="images", path=str(path)))
-    images = [image for split in sorted(source.members) for image, _ in _decode(source, split, None)]
+    try:
+        source = open_source(Data(name="images", path=str(path)))
+        images = [image for split in sorted(source.members) for image, _ in _decode(source, split, None)]
+    except RequestError as e:
+        raise RequestError(str(e).removeprefix("data.path = ")) from None
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise RequestError(
@@ -373,11 +376,10 @@ class Batches:
         n = len(self.packed)
         positions = step * self.global_batch + np.arange(first, first + num, dtype=np.int64)
         epochs = positions // n
-        for epoch in np.unique(epochs):
-            if int(epoch) not in self._permutations:
-                for old in [e for e in self._permutations if e < epoch - 1]:
-                    del self._permutations[old]
-                self._permutations[int(epoch)] = rng.permutation(self._order, int(epoch), n).numpy()
+        self._permutations = {e: order for e, order in self._permutations.items() if e >= epochs[0]}
+        for epoch in range(epochs[0], epochs[-1] + 1):  # more than two where a batch is larger than the data
+            if epoch not in self._permutations:
+                self._permutations[epoch] = rng.permutation(self._order, epoch, n).numpy()
         return np.array([self._permutations[int(e)][p] for e, p in zip(epochs, positions % n, strict=True)], np.int64)
 
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,11 +100,17 @@ class HashingFile:
         self.raw = raw
         self._digest = hashlib.sha256()
         self.size = 0
+        self.failed: OSError | None = None
+        """Why a write failed: torch.save turns it into a RuntimeError that no longer says "disk full"."""
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
         self.size += len(memoryview(data).cast("B"))
-        self.raw.write(data)
+        try:
+            self.raw.write(data)
+        except OSError as e:
+            self.failed = e
+            raise
         return len(data)
 
     def flush(self) -> None:

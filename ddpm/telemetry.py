@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,20 +23,20 @@ class Telemetry:
     def __init__(self, run: RunDir, *, step: int, total_steps: int, owner: dict[str, Any]) -> None:
         self._run, self._total_steps, self._owner = run, total_steps, owner
         self._trim(step)
-        self._metrics: TextIO = run.metrics.open("a")
+        self._metrics: BinaryIO = run.metrics.open("ab", buffering=0)
+        self._unwritten = b""
         self._board: Any = None
         self._first_step = step
         self._heartbeat_at = 0.0
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
     def _trim(self, step: int) -> None:
-        """Drop lines past the resumed step: they will be written again, equal."""
-        lines = read_jsonl(self._run.metrics)
-        kept = [r for r in lines if int(r["step"]) <= step]
-        whole = self._run.metrics.read_bytes().endswith(b"\n") if lines else True
-        if len(kept) < len(lines) or not whole:
-            text = "".join(json.dumps(r) + "\n" for r in kept)
-            write_bytes(self._run.metrics, text.encode(), replace=True)
+        """Drop lines past the resumed step: they will be written again, equal.
+
+        Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
+        """
+        kept = [r for r in read_jsonl(self._run.metrics) if int(r["step"]) <= step]
+        write_bytes(self._run.metrics, "".join(json.dumps(r) + "\n" for r in kept).encode(), replace=True)
 
     @property
     def board(self) -> Any:
@@ -48,11 +49,9 @@ class Telemetry:
 
     def log(self, record: dict[str, Any]) -> None:
         """One metrics record (DESIGN section 3), to the file, TensorBoard and the console."""
-        self._metrics.write(json.dumps({**record, "time": now()}) + "\n")
-        self._metrics.flush()
-        for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
-            if record[key] is not None:
-                self.board.add_scalar(f"train/{key}", record[key], record["step"])
+        self._unwritten += json.dumps({**record, "time": now()}).encode() + b"\n"
+        self._try("metrics", self._write)
+        self._try("tensorboard", lambda: self._scalars(record))
         if self._bar is None:
             say(
                 step=f"{record['step']}/{self._total_steps}",
@@ -65,6 +64,24 @@ class Telemetry:
         else:
             self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
 
+    def _write(self) -> None:
+        while self._unwritten:  # what a full disk refuses waits for the next line
+            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+
+    def _scalars(self, record: dict[str, Any]) -> None:
+        for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
+            if record[key] is not None:
+                self.board.add_scalar(f"train/{key}", record[key], record["step"])
+
+    def _try(self, what: str, write: Callable[[], Any]) -> None:
+        """A full disk ends no training (DESIGN section 5)."""
+        try:
+            write()
+        except OSError as e:
+            say(f"{what} not written", error=e)
+            if what == "tensorboard":
+                self._board = None  # its writer thread is dead; the next line starts another
+
     def heartbeat(self, step: int, latest: dict[str, Any], *, force: bool = False) -> None:
         """Tell the status view that this life is alive, every few seconds."""
         if self._bar is not None:
@@ -72,36 +89,33 @@ class Telemetry:
         if not force and time.monotonic() - self._heartbeat_at < HEARTBEAT_EVERY_S:
             return
         self._heartbeat_at = time.monotonic()
-        write_json(
-            self._run.heartbeat,
-            {
-                "time": now(),
-                "step": step,
-                "total_steps": self._total_steps,
-                **self._owner,
-                "loss": latest.get("loss"),
-                "images_per_s": latest.get("images_per_s"),
-            },
-            replace=True,
-        )
+        record = {
+            "time": now(),
+            "step": step,
+            "total_steps": self._total_steps,
+            **self._owner,
+            "loss": latest.get("loss"),
+            "images_per_s": latest.get("images_per_s"),
+        }
+        self._try("heartbeat", lambda: write_json(self._run.heartbeat, record, replace=True))
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a sample grid, uint8 (H, W, 3)."""
-        write_png(self._run.grid(step), grid)
-        self.board.add_image("samples", grid, step, dataformats="HWC")
+        self._try("grid", lambda: write_png(self._run.grid(step), grid))
+        self._try("tensorboard", lambda: self.board.add_image("samples", grid, step, dataformats="HWC"))
 
     def sync(self) -> None:
-        """Make every line durable: called before a checkpoint, which promises them."""
-        self._metrics.flush()
+        """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""
+        self._write()
         os.fsync(self._metrics.fileno())
         if self._board is not None:
-            self._board.flush()
+            self._try("tensorboard", self._board.flush)
 
     def close(self) -> None:
-        self.sync()
+        self._try("metrics", self.sync)
         self._metrics.close()
         if self._board is not None:
-            self._board.close()
+            self._try("tensorboard", self._board.close)
         if self._bar is not None:
             self._bar.stop()
 

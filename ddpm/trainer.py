@@ -155,10 +155,7 @@ class Trainer:
             self._restore(checkpoint.load(self.run, step))
         self._open_outputs()
         self.batches = self._batches()
-        if self.events:
-            self.events.append(
-                "started" if step is None else "resumed", world_size=self.world.world_size, step=self.at.step
-            )
+        self._event("started" if step is None else "resumed", self.at.step)
         if self.world.is_main and step is not None:
             say("resumed", step=step, world_size=self.world.world_size)
         if self.world.world_size > 1 and not self.at.step >= self.config.train.total_steps:
@@ -193,8 +190,14 @@ class Trainer:
             )
 
     def _saved(self, step: int) -> None:
+        self._event("checkpoint", step)
+
+    def _event(self, event: str, step: int, **fields: Any) -> None:
         if self.events:
-            self.events.append("checkpoint", world_size=self.world.world_size, step=step)
+            try:
+                self.events.append(event, world_size=self.world.world_size, step=step, **fields)
+            except OSError as e:  # a full disk ends no training (DESIGN section 5)
+                say("event not written", event=event, step=step, error=e)
 
     def _warm_up(self) -> None:
         """One forward and backward whose gradients are thrown away.
@@ -286,7 +289,7 @@ class Trainer:
         else:
             finite = torch.isfinite(loss) & torch.isfinite(norm)
             # the fused kernels take the mask that GradScaler would give them
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model)
@@ -390,13 +393,12 @@ class Trainer:
             self.telemetry.sync()
             self.saver.save(state, wait=wait, final=final)
         except OSError as e:
-            say("checkpoint failed at the stop", step=self.at.step, error=e)
+            say("checkpoint failed", step=self.at.step, error=e)
             return False
         return True
 
     def _stop(self, reason: str) -> Outcome:
-        if self.events:
-            self.events.append("stop_requested", reason=reason, world_size=self.world.world_size, step=self.at.step)
+        self._event("stop_requested", self.at.step, reason=reason)
         saved = self.world.share(self._save(wait=True))
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest, force=True)
@@ -411,8 +413,8 @@ class Trainer:
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest, force=True)
             self.telemetry.close()
-        if self.events and saved:
-            self.events.append("finished", world_size=self.world.world_size, step=self.at.step)
+        if saved:
+            self._event("finished", self.at.step)
         return Outcome(True, self.at.step, saved=saved)
 
     def _roll_back(self) -> None:
@@ -430,8 +432,7 @@ class Trainer:
                 f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
                 f"train.grad_clip, or use train.amp=off in a new run"
             )
-        if self.events:
-            self.events.append("rollback", world_size=self.world.world_size, step=at, attempt=attempt)
+        self._event("rollback", at, attempt=attempt)
         found = self.world.share(
             (g.step if (g := checkpoint.newest_good(self.run, say)) else None) if self.world.is_main else None
         )

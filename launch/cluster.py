@@ -148,9 +148,15 @@ def load_profile(name: str | None) -> dict[str, Any]:
             f"--profile {name}: no such site profile; "
             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
         )
-    tree = load_yaml(path.read_text(), str(path))
+    try:
+        tree = load_yaml(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as e:
+        raise RequestError(f"--profile {name}: cannot be read: {e}") from None
     if tree is not None and not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values")
+    options = (tree or {}).get("sbatch") or {}
+    if not isinstance(options, dict):
+        raise RequestError(f"{path}: sbatch = {options!r}: expected options and values, e.g. {{nice: 100}}")
     return tree or {}
 
 
@@ -163,7 +169,7 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Sit
         key, eq, value = item.lstrip("-").partition("=")
         extra[key] = value if eq else True
     for key in extra:
-        if not re.fullmatch(r"[a-z][a-z-]*", key):
+        if not re.fullmatch(r"[a-z][a-z-]*", str(key)):
             raise RequestError(
                 f"--sbatch {key}: not an sbatch option; write it long and without dashes, "
                 f"e.g. --sbatch reservation=course"
@@ -201,6 +207,8 @@ def settle(site: Site, *, dry_run: bool) -> Site:
                 "module, or run here with --cluster local"
             )
     else:
+        if site.via == "submitit" and not dry_run and not slurm.available("srun"):
+            raise EnvironmentLacks("srun is not on this machine, and submitit needs it: use --via sbatch")
         try:
             known = slurm.partitions()
         except slurm.SlurmError as e:

@@ -24,9 +24,7 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
@@ -43,6 +41,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.run is None) == (args.images is None):
         parser.error("give a RUN, or --images with --reference")
+    if args.run and args.extractor:
+        parser.error("--extractor goes with --images; a run is scored by its config's evaluate.extractor")
     if args.images and not args.reference:
         parser.error("--images needs --reference: a pytorch-fid .npz, or a folder or zip of images")
     return args
@@ -103,6 +103,7 @@ def main() -> int:
     config = configs.load(run.config)
     set_name = choose_set(run, args.set_name)
     reference = args.reference or config.evaluate.reference
+    requests.check_split(config, reference)
     if reference not in ("train", "test"):
         reference = str(requests.check_reference(reference).absolute())
     site = cluster.resolve(args, requests.site_of(run).model_dump(exclude_defaults=True))
@@ -110,7 +111,7 @@ def main() -> int:
     waiting = requests.jobs_in_queue(run, "sample", set_name)
     job = requests.evaluate_job(run, site, set_name, ":".join(waiting) or None, "--reference", reference)
     if args.dry_run:
-        print(scheduler.make(site.via).describe(job) + "# dry run: nothing was written or queued")
+        print(requests.describe_job(job) + "\n# dry run: nothing was written or queued")
         return 0
     if config.evaluate.extractor == "inception":
         from ddpm.features import ensure_inception_weights

@@ -351,7 +351,8 @@ def main(argv: list[str]) -> int:
         else:
             code = evaluate(life, args.set_name, args.reference, args.round)
     except Stopped as e:  # before anything was computed: nothing to save
-        code = life.leave(life.until_killed_or_on(e.reason) or EXIT_REQUEUE, e.reason)
+        answer = life.until_killed_or_on(e.reason)  # 0 for STOP
+        code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except RunBusy as e:
         print(f"{now()} {e}", file=sys.stderr, flush=True)
         code = life.leave(e.exit_code)

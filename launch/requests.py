@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from ddpm.config import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.rundir import RunDir, read_events, read_json
 from launch import scheduler, slurm
-from launch.cluster import Site
+from launch.cluster import Site, is_local
 from launch.environment import JobEnvironment
 
 if TYPE_CHECKING:
@@ -65,6 +66,50 @@ def sample_job(run: RunDir, site: Site, set_name: str, shards: list[int], after:
 
 def evaluate_job(run: RunDir, site: Site, set_name: str, after: str | None, *extra_args: str) -> scheduler.Job:
     return scheduler.Job("evaluate", run, site, set_name, (), after, extra_args)
+
+
+def describe_job(job: scheduler.Job) -> str:
+    """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
+    if not is_local(job.site):
+        return scheduler.make(job.site.via).describe(job)
+    from launch.local import stage_commands
+
+    commands = stage_commands(job)
+    lines = [shlex.join(command) for command in commands[:2]]
+    return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
+
+
+def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
+    """Shards of the config's own set that are not done: all of them where the set is not begun.
+
+    Raises RequestError where the set was begun with another request, which the config must not silently mean.
+    """
+    sample_set, s = run.sample_set(set_name), config.sample
+    if not sample_set.request.exists():
+        return list(range(s.shards))
+    from ddpm import generate
+
+    there = generate.read_request(sample_set)
+    asked = {"num_samples": s.num_samples, "shards": s.shards, "eta": s.eta, "weights": s.weights}
+    asked["batch"] = min(s.batch, s.num_samples)
+    if others := [
+        f"sample.{k} is {getattr(there, k)!r} there and {v!r} here" for k, v in asked.items() if getattr(there, k) != v
+    ]:
+        raise RequestError(
+            f"sample set {set_name} exists with another request: {'; '.join(others)}. Ask for the same, or make "
+            f"another set: python launch/sample.py {run.path} --set OTHERNAME"
+        )
+    return generate.missing_shards(sample_set, there)
+
+
+def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
+    """Whether the set has a score by the config's extractor against the config's split."""
+    record = read_json(run.eval / f"{set_name}.json") or {}
+    asked = config.evaluate
+    split = (record.get("reference") or {}).get("split")
+    return (record.get("extractor") or {}).get("name") == asked.extractor and (
+        split == asked.reference or asked.reference not in ("train", "test")
+    )
 
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
@@ -123,6 +168,19 @@ def reference(config: Config, name: str | None, cache: Path, stop_requested: Cal
         return data.pack(config.data, name, cache, stop_requested=stop_requested)[1]
     path = check_reference(name)
     return path if path.suffix == ".npz" else data.load_folder(path)
+
+
+def check_split(config: Config, name: str) -> None:
+    """Raises RequestError where `name` is a split that the run's data does not have, or no such file."""
+    if name not in ("train", "test"):
+        check_reference(name)
+        return
+    from ddpm.data import open_source
+
+    source = open_source(config.data)
+    splits = sorted(source.members) or (["train", "test"] if source.kind == "cifar10" else ["train"])
+    if name not in splits:
+        raise RequestError(f"reference = {name}: {config.data.name} has {splits} here; or give a file or folder")
 
 
 def check_reference(name: str) -> Path:

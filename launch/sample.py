@@ -36,9 +36,7 @@ OPTIONS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="the sample set's name (default: from sampler, step and seed)")
     for name, kind in OPTIONS.items():
@@ -109,7 +107,7 @@ def main() -> int:
     if args.dry_run:
         shards = list(range(request.shards))
         print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}")
-        print(scheduler.make(site.via).describe(requests.sample_job(run, site, set_name, shards, None)))
+        print(requests.describe_job(requests.sample_job(run, site, set_name, shards, None)))
         print("# dry run: nothing was written or queued")
         return 0
     generate.publish_request(sample_set, request)

@@ -14,8 +14,8 @@ class SlurmError(Exception):
     """A command that failed or did not answer; the message is SLURM's own."""
 
 
-def available() -> bool:
-    return shutil.which("sbatch") is not None
+def available(command: str = "sbatch") -> bool:
+    return shutil.which(command) is not None
 
 
 def run(

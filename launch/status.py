@@ -29,9 +29,7 @@ SILENT_AFTER_S = 60.0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
     parser.add_argument("--watch", action="store_true", help="refresh every few seconds until ctrl-C")
     parser.add_argument("--json", action="store_true", help="one JSON list")

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launc
 from ddpm import __version__
 from ddpm import config as configs
 from ddpm.config import Config, check_world_size
-from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, check_name, fsync_dir, now, read_json, write_bytes, write_json
 from launch import cluster, console, environment, requests, scheduler
 from launch.cluster import Site
@@ -36,9 +36,7 @@ A run ends for good with scancel; `touch runs/NAME/STOP` ends it at the next ste
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "words",
         nargs="*",
@@ -59,6 +57,8 @@ def read_request(args: argparse.Namespace) -> tuple[Config, list[str]]:
     """The config and the stages that the command line asks for. Raises RequestError."""
     files = [w for w in args.words if "=" not in w]
     overrides = [w for w in args.words if "=" in w]
+    if "" in files:
+        raise RequestError("an empty word where a config file or key=value was expected: an unset shell variable?")
     if len(files) > 1:
         raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value")
     path = Path(files[0]) if files else PROJECT / "configs" / "cifar10.yaml"
@@ -67,10 +67,11 @@ def read_request(args: argparse.Namespace) -> tuple[Config, list[str]]:
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    return configs.load(path, overrides), stages
+    return configs.load(path, overrides, shelf=PROJECT / "configs"), stages
 
 
 def check_resources(config: Config, site: Site) -> None:
+    """Before the scheduler is asked for GPUs: however many it has, the number of ranks is known."""
     check_world_size(config, site.world_size)
     if cluster.is_local(site) and site.nodes > 1:
         raise RequestError(
@@ -82,15 +83,9 @@ def check_data(config: Config, stages: list[str]) -> None:
     """Paths and splits that the chain will read, before anything is written. Raises RequestError."""
     from ddpm.data import open_source
 
-    source = open_source(config.data)
-    reference = config.evaluate.reference
+    open_source(config.data)
     if "evaluate" in stages:
-        splits = sorted(source.members) or (["train", "test"] if source.kind == "cifar10" else ["train"])
-        if reference in ("train", "test"):
-            if reference not in splits:
-                raise RequestError(f"evaluate.reference = {reference}: {config.data.name} has {splits} here")
-        else:
-            requests.check_reference(reference)
+        requests.check_split(config, config.evaluate.reference)
 
 
 def check_existing(run: RunDir, config: Config) -> bool:
@@ -135,15 +130,26 @@ def _at(tree: dict[str, Any], key: str) -> Any:
 
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
     """What needs a network or a decoder, done here: data packed, weights fetched. Returns run.json's `data`."""
-    from ddpm import data
-
     cache = Path(environment.expand(site.data_cache)) if site.data_cache else root / ".cache"
+    made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise EnvironmentLacks(
             f"cannot write {cache} ({e.strerror}): choose another place with --root or DDPM_RUNS"
         ) from None
+    try:
+        return _pack(config, site, cache, stages)
+    except DDPMError:
+        for path in made:  # a refused request leaves nothing behind
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
+    from ddpm import data
+
     if "evaluate" in stages and config.evaluate.extractor == "inception":
         from ddpm.features import ensure_inception_weights
 
@@ -263,11 +269,11 @@ def _git() -> str | None:
 
 
 def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train: bool = True) -> list[scheduler.Job]:
-    """The chain: train, then an array over the shards, then the score."""
+    """The chain: train, then an array over the shards that are not done, then the score."""
     name = requests.default_set(config, config.train.total_steps)
     jobs = [scheduler.Job("train", run, site)] if train else []
-    if "sample" in stages:
-        jobs.append(requests.sample_job(run, site, name, list(range(config.sample.shards)), None))
+    if "sample" in stages and (shards := requests.missing_shards(run, config, name)):
+        jobs.append(requests.sample_job(run, site, name, shards, None))
     if "evaluate" in stages:
         jobs.append(requests.evaluate_job(run, site, name, None))
     return jobs
@@ -302,27 +308,22 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     from launch.jobs import finished
 
     name = requests.default_set(config, config.train.total_steps)
-    done = finished(run, config)
-    scored = (run.eval / f"{name}.json").exists()
-    return not done, [] if done and scored else stages
+    if not finished(run, config):
+        return True, stages
+    sampled = "sample" not in stages or not requests.missing_shards(run, config, name)
+    scored = "evaluate" not in stages or requests.is_scored(run, config, name)
+    return False, [] if sampled and scored else stages
 
 
 def print_dry_run(config: Config, site: Site, run: RunDir, jobs: list[scheduler.Job]) -> None:
     print(f"# run directory: {run.path}\n# config, resolved (digest {config.digest()[:12]}):\n{config.to_yaml()}")
     if cluster.is_local(site):
-        from launch.local import stage_commands
-
         print("# processes on this machine, one after another:")
-        for job in jobs:
-            commands = stage_commands(job)
-            for command in commands[:2]:
-                print(shlex.join(command))
-            if len(commands) > 2:
-                print(f"… and {len(commands) - 2} more shards")
-    else:
-        for job in jobs:
+    for job in jobs:
+        if not cluster.is_local(site):
             after = " (after the job before has ended)" if job.stage != "train" else ""
-            print(f"# {job.stage} job{after}, via {site.via}:\n{scheduler.make(site.via).describe(job)}")
+            print(f"# {job.stage} job{after}, via {site.via}:")
+        print(requests.describe_job(job))
     print("# dry run: nothing was written or queued")
 
 
@@ -332,17 +333,15 @@ def main() -> int:
     site = cluster.resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / config.name)
+    check_resources(config, site)
     if args.dry_run:
+        check_existing(run, config)
         site = cluster.settle(site, dry_run=True)
-        check_resources(config, site)
         print_dry_run(config, site, run, jobs_of(run, config, site, stages))
         return 0
-    if cluster.is_local(site):
-        check_resources(config, site)
     check_data(config, stages)
     exists = check_existing(run, config)
     site = cluster.settle(site, dry_run=False)  # from here on it is about what the environment lacks
-    check_resources(config, site)
     if exists and not cluster.is_local(site) and (there := requests.jobs_in_queue(run, "train")):
         print(
             f"run {run.name} is in the queue already, as job {' '.join(there)}: nothing to submit. See "

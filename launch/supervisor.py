@@ -51,8 +51,9 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     marker = run.exit_marker(env.job, env.restart)
     reason = "crash"
     if marker.exists():  # the ranks' own word, past srun, which may report another rank's
-        said, _, reason = marker.read_text().partition(" ")
-        code = int(said)
+        said, _, why = marker.read_text().partition(" ")
+        if said.isdigit():  # empty where the disk was full
+            code, reason = int(said), why
         marker.unlink(missing_ok=True)
     if code == 0:
         return 0

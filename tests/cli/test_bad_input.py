@@ -1,0 +1,248 @@
+"""A request that is wrong ends with exit code 2 and one message that names what is wrong; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.harness import PROJECT, Shell, png, read, snapshot, write_zip
+
+CIFAR = str(PROJECT / "configs" / "cifar10.yaml")
+
+# arguments of `submit.py tiny.yaml --cluster local`, and what the message must say
+BAD = {
+    "misspelt key": (["train.lerning_rate=1"], ["train.lerning_rate", "train."]),
+    "misspelt key with a near match": (["train.warmup_step=1"], ["did you mean 'train.warmup_steps'"]),
+    "misspelt section": (["trian.lr=1"], ["trian.lr", "train.lr"]),
+    "a section as key": (["train=3"], ["'train' is a section", "train.lr"]),
+    "no key": (["=3"], ["=3", "key=value"]),
+    "word for a number": (["train.lr=fast"], ["train.lr", "fast", "number"]),
+    "fraction for a count": (["train.total_steps=1.5"], ["train.total_steps", "1.5", "integer"]),
+    "word for a list": (["model.channel_mults=2"], ["model.channel_mults", "list"]),
+    "no value": (["train.lr="], ["train.lr", "None"]),
+    "newline in a value": (["train.lr=1\n2"], ["train.lr"]),
+    "no YAML": (["model.channel_mults=[1"], ["model.channel_mults=[1", "YAML"]),
+    "negative": (["train.lr=-1"], ["train.lr", "-1", "greater than 0"]),
+    "infinite": (["train.lr=.inf"], ["train.lr", "finite"]),
+    "dropout of one": (["model.dropout=1.0"], ["model.dropout", "less than 1"]),
+    "seed beyond 63 bits": ([f"seed={2**63}"], ["seed", "less than"]),
+    "unknown choice": (["sample.sampler=euler"], ["sample.sampler", "euler", "ddim"]),
+    "micro_batch that does not divide": (["train.micro_batch=3"], ["train.micro_batch = 3", "[1, 2, 4, 8]"]),
+    "batch over three ranks": (["--tasks-per-node", "3"], ["global_batch = 8", "3 ranks", "[1, 2, 4, 8]"]),
+    "two nodes on one machine": (["--nodes", "2"], ["--nodes 2", "--tasks-per-node"]),
+    "no nodes": (["--nodes", "0"], ["nodes = 0"]),
+    "data that is not there": (["data.name=images", "data.path=/nowhere"], ["data.path", "/nowhere", "does not exist"]),
+    "images without a path": (["data.name=images"], ["data.path is needed"]),
+    "slash in the name": (["--name", "a/b"], ["run name 'a/b'"]),
+    "space in the name": (["--name", "a b"], ["run name 'a b'"]),
+    "leading dot": (["--name", ".a"], ["run name '.a'"]),
+    "empty name": (["--name", ""], ["run name ''"]),
+    "name in the config": (["name=a/b"], ["run name 'a/b'"]),
+    "two configs": (["other.yaml"], ["more than one config file", "tiny.yaml other.yaml"]),
+    "empty word": ([""], ["empty word"]),
+    "time": (["--time", "soon"], ["time = 'soon'", "4h"]),
+    "no time": (["--time", "0"], ["time = '0'"]),
+    "mem": (["--mem", "lots"], ["mem = 'lots'", "32G"]),
+    "partition with a space": (["--partition", "a b"], ["partition = 'a b'", "no spaces"]),
+    "sbatch key": (["--sbatch", "Reservation=x"], ["--sbatch Reservation", "reservation=course"]),
+    "sbatch key of ours": (["--sbatch", "output=x"], ["--sbatch output", "restarts"]),
+    "gpus against tasks": (["--gpus-per-node", "2", "--tasks-per-node", "4"], ["--tasks-per-node 4"]),
+    "then": (["--then", "sample,score"], ["--then sample,score", "sample,evaluate"]),
+    "then evaluate alone": (["--then", "evaluate"], ["--then evaluate", "sample,evaluate"]),
+    "profile": (["--profile", "locale"], ["--profile locale", "did you mean local?"]),
+    "reference file": (["--then", "sample,evaluate", "evaluate.reference=no.npz"], ["reference = no.npz"]),
+    "split": (["--then", "sample,evaluate", "evaluate.reference=test"], ["reference = test", "['train']"]),
+    "misspelt option": (["--tasks-per-nod=e", "x"], ["--tasks-per-nod"]),
+    "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_refused_before_anything_is_written(shell: Shell, case: str) -> None:
+    args, wanted = BAD[case]
+    message = shell.refused("submit", "tiny.yaml", "--cluster", "local", *args)
+    assert [w for w in wanted if w not in message] == [], message
+    assert not shell.root.exists()
+
+
+CONFIGS: dict[str, tuple[bytes, str]] = {
+    "a list": (b"- a\n- b\n", "found list"),
+    "a word": (b"hello\n", "found str"),
+    "not text": (b"\xff\xfe\x00", "cannot be read"),
+    "a tab": (b"train:\n\tlr: 1\n", "not valid YAML"),
+    "a key twice": (b"seed: 1\nseed: 2\n", "'seed' stands twice"),
+    "a number as key": (b"1: 2\n", "unknown key '1'"),
+    "an empty section": (b"train:\nseed: 1\n", "train = None: expected a section of keys"),
+    "an unknown section": (b"trainer: {lr: 1}\n", "unknown key 'trainer'"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_file_that_is_no_config_is_refused(shell: Shell, case: str) -> None:
+    content, wanted = CONFIGS[case]
+    (shell.cwd / "bad.yaml").write_bytes(content)
+    message = shell.refused("submit", "bad.yaml", "--cluster", "local")
+    assert "bad.yaml" in message and wanted in message
+
+
+def test_a_missing_config_file_is_named_with_its_nearest_match_wherever_the_user_stands(shell: Shell) -> None:
+    assert f"did you mean {CIFAR}?" in shell.refused("submit", "configs/cifar11.yaml")
+    assert "did you mean tiny.yaml?" in shell.refused("submit", "tyni.yaml")
+    assert "Is a directory" in shell.refused("submit", str(shell.cwd))
+
+
+DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no images": (lambda p: write_zip(p, {"a/readme.txt": b"x"}), "no images in this zip"),
+    "empty": (lambda p: write_zip(p, {}), "no images in this zip"),
+    "broken": (lambda p: p.write_bytes(b"PK\x03\x04 and then nothing"), "not a readable zip"),
+    "truncated": (lambda p: p.write_bytes(write_zip(p, {"a/1.png": png()}).read_bytes()[:-30]), "not a readable zip"),
+    "truncated image": (
+        lambda p: write_zip(p, {"a/1.png": png(), "a/2.png": png()[:400]}),
+        "a/2.png cannot be decoded",
+    ),
+    "text as image": (lambda p: write_zip(p, {"a/1.png": png(), "a/2.png": b"hello"}), "a/2.png cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_a_zip_that_cannot_be_trained_on_is_refused_and_leaves_nothing(shell: Shell, case: str) -> None:
+    write, wanted = DATA[case]
+    write(shell.cwd / "images.zip")
+    message = shell.refused("submit", "tiny.yaml", "--cluster", "local", "data.name=images", "data.path=images.zip")
+    assert "data.path = images.zip" in message and wanted in message
+    assert not shell.root.exists()
+
+
+BAD_PROFILES = {
+    "an unknown field": (b"partitionn: gpu\n", "did you mean 'partition'?"),
+    "a list": (b"- a\n", "expected keys and values"),
+    "sbatch as a list": (b"sbatch: [nice]\n", "sbatch = ['nice']"),
+    "sbatch with a number as key": (b"sbatch: {2: 3}\n", "--sbatch 2"),
+    "not text": (b"\xff", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROFILES)
+def test_a_broken_site_profile_is_refused(shell: Shell, case: str) -> None:
+    content, wanted = BAD_PROFILES[case]
+    (shell.cwd / "site.yaml").write_bytes(content)
+    message = shell.refused("submit", "tiny.yaml", "--dry-run", "--profile", "site.yaml")
+    assert "site.yaml" in message or "2" in wanted
+    assert wanted in message
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "status", "board"])
+def test_an_unknown_run_is_refused_with_the_runs_there_are(shell: Shell, script: str) -> None:
+    (shell.root / "there").mkdir(parents=True)
+    (shell.root / "there" / "run.json").write_text("{}")
+    message = shell.refused(script, "ther")
+    assert "no run 'ther'" in message and "there are: there" in message
+
+
+def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_that_do(finished: Shell) -> None:
+    assert "no checkpoint of step 7; it has [200, 400]" in finished.refused("sample", "tiny", "--step", "7")
+    assert "sample set name 'a/b'" in finished.refused("sample", "tiny", "--set", "a/b")
+    assert "sample.steps = 51: at most diffusion.timesteps = 50" in finished.refused("sample", "tiny", "--steps", "51")
+    assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
+    assert "reference = test: digits has ['train']" in finished.refused("evaluate", "tiny", "--reference", "test")
+    assert "--extractor goes with --images" in finished.refused("evaluate", "tiny", "--extractor", "pixels")
+
+
+def test_a_set_begun_with_another_request_is_not_taken_for_the_one_asked_for(finished: Shell) -> None:
+    args = ["tiny.yaml", "--cluster", "local", "--then", "sample,evaluate", "sample.num_samples=40"]
+    assert "sample.num_samples is 25 there and 40 here" in finished.refused("submit", *args)
+    assert "num_samples is 25 there and 40" in finished.refused("sample", "tiny", "--num-samples", "40")
+
+
+def test_a_run_with_other_mathematics_is_refused_by_the_key_and_left_as_it_is(shell: Shell) -> None:
+    assert shell.submit("--prepare").returncode == 0
+    for option in ([], ["--dry-run"]):
+        message = shell.refused(
+            "submit", "tiny.yaml", "--cluster", "local", "train.lr=2e-3", "log.every_steps=7", *option
+        )
+        assert "train.lr is 0.001 there and 0.002 here" in message and "log" not in message
+
+
+def test_a_cosine_run_cannot_be_extended_because_its_learning_rate_depends_on_the_length(shell: Shell) -> None:
+    assert shell.submit("train.lr_schedule=cosine", "--prepare").returncode == 0
+    message = shell.refused(
+        "submit", "tiny.yaml", "--cluster", "local", "train.lr_schedule=cosine", "train.total_steps=500"
+    )
+    assert "train.total_steps is 400 there and 500 here" in message
+
+
+def test_a_run_is_not_made_shorter_than_it_is(finished: Shell) -> None:
+    message = finished.refused("submit", "tiny.yaml", "--cluster", "local", "train.total_steps=10")
+    assert "already at step 400" in message
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_a_name_that_something_else_has_is_refused(shell: Shell, make: Callable[[Path], None]) -> None:
+    shell.root.mkdir()
+    make(shell.root / "tiny")
+    assert "exists and is no run" in shell.refused("submit", "tiny.yaml", "--cluster", "local")
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_root_that_cannot_be_written_is_what_the_machine_lacks(shell: Shell, below: str) -> None:
+    (shell.cwd / "file").touch()
+    args = ["tiny.yaml", "--cluster", "local", "--root", f"file{below}"]
+    assert "choose another place with --root" in shell.refused("submit", *args, code=3)
+
+
+# ---------------------------------------------------------------- SLURM that is not there, or says no
+
+
+def test_slurm_asked_for_where_there_is_none_exits_3_and_names_the_way_out(shell: Shell) -> None:
+    for args in ([], ["--cluster", "slurm"], ["--partition", "gpu"]):
+        assert "--cluster local" in shell.refused("submit", "tiny.yaml", *args, code=3)
+    assert not shell.root.exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["train.lr=x"], ["--tasks-per-node", "3"], ["data.name=images", "data.path=/nowhere"], ["--then", "score"]]
+)
+def test_what_is_wrong_with_the_request_is_said_before_what_the_machine_lacks(shell: Shell, args: list[str]) -> None:
+    shell.refused("submit", "tiny.yaml", *args, code=2)
+
+
+def fake_slurm(shell: Shell) -> None:
+    shell.put("sinfo", 'echo "gpu|gpu:2"; echo "long|(null)"')
+    shell.put("squeue", "exit 0")
+    shell.put("srun", "exit 1")
+    shell.put("scontrol", "exit 1")
+    shell.put("sbatch", 'echo "sbatch: error: Invalid account" >&2; exit 1')
+
+
+def test_a_partition_that_does_not_exist_is_refused_with_the_nearest(shell: Shell) -> None:
+    fake_slurm(shell)
+    assert "did you mean gpu?" in shell.refused("submit", "tiny.yaml", "--partition", "gpus")
+    assert "it has gpu, long" in shell.refused("submit", "tiny.yaml", "--partition", "xyz")
+    assert not shell.root.exists()
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+def test_a_run_that_slurm_refuses_is_removed_again_and_its_words_are_passed_on(shell: Shell, via: str) -> None:
+    fake_slurm(shell)
+    done = shell("submit", "tiny.yaml", "--partition", "gpu", "--via", via)
+    assert done.returncode == 2 and "Invalid account" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [p for p in shell.root.iterdir() if p.name != ".cache"] == []
+
+
+def test_a_machine_with_sbatch_but_no_srun_is_told_what_to_do(shell: Shell) -> None:
+    fake_slurm(shell)
+    (shell.bin / "srun").unlink()
+    assert "--via sbatch" in shell.refused("submit", "tiny.yaml", "--partition", "gpu", code=3)
+
+
+def test_a_run_that_was_there_before_survives_slurms_refusal(shell: Shell) -> None:
+    fake_slurm(shell)
+    assert shell.submit("--prepare").returncode == 0
+    created = read(shell.root / "tiny" / "run.json")["created"]
+    done = shell("submit", "tiny.yaml", "--partition", "gpu")
+    assert done.returncode == 2, done.stderr
+    assert json.loads((shell.root / "tiny" / "run.json").read_text())["created"] == created
+    assert snapshot(shell.root / "tiny" / "checkpoints") == {}

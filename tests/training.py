@@ -1,0 +1,223 @@
+"""Tiny runs that tests train: one life after another in this process, or several gloo ranks in processes of their own.
+
+A life is one Trainer from `resume` to where it stops. Nothing here needs a download, and a step takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm import checkpoint, config, data, distributed, runtime
+from ddpm.fence import Fence
+from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
+from ddpm.trainer import Outcome, Trainer
+
+CPU = torch.device("cpu")
+ALONE = distributed.World(0, 1, CPU)
+TINY: dict[str, Any] = {
+    "data": {"name": "digits", "image_size": 8},
+    "model": {
+        "base_channels": 8,
+        "channel_mults": [1, 2],
+        "blocks_per_level": 1,
+        "attention_resolutions": [4],
+        "dropout": 0.0,
+    },
+    "diffusion": {"timesteps": 8, "beta_end": 0.002},
+    "train": {"total_steps": 8, "global_batch": 4, "lr": 0.01, "warmup_steps": 3, "ema_decay": 0.9},
+    "checkpoint": {"every_min": None, "milestone_every_steps": None},
+    "log": {"every_steps": 3, "grid_every_steps": None, "grid_images": 1},
+    "sample": {"steps": 4, "num_samples": 4, "shards": 1, "batch": 4},
+}
+
+
+def make_config(**changes: Any) -> config.Config:
+    """The tiny config with changes as SECTION__KEY=value."""
+    tree = {k: dict(v) for k, v in TINY.items()}
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition("__")
+        if section:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[leaf] = value
+    made = config.build(config.Config, tree, "test")
+    assert isinstance(made, config.Config)
+    return made
+
+
+def make_images(num: int = 10, *, size: int = 8, classes: int = 2) -> data.PackedImages:
+    """Noise: every image different, so that a wrong index changes the loss."""
+    images = np.random.default_rng(7).integers(0, 256, size=(num, size, size, 3), dtype=np.uint8)
+    return data.PackedImages(images, np.arange(num) % classes, "noise", "train", data.images_digest(images))
+
+
+def make_run(path: Path) -> RunDir:
+    path.mkdir(parents=True, exist_ok=True)
+    return RunDir(path)
+
+
+class Killed(BaseException):
+    """What SIGKILL would do, where a test wants to go on."""
+
+
+class Life:
+    """One Trainer on a run with everything it holds; use as a context manager."""
+
+    def __init__(
+        self,
+        config: config.Config,
+        run: RunDir,
+        *,
+        images: data.PackedImages | None = None,
+        world: distributed.World = ALONE,
+        restart: int = 0,
+        before_resume: Callable[[Trainer], None] = lambda trainer: None,
+    ) -> None:
+        torch.set_num_threads(1)
+        resolved = runtime.resolve(config, CPU, 1)
+        runtime.apply(resolved)
+        owner = {"job": "1", "restart": restart, "host": "here"}
+        self.fence = Fence(run, owner, wait_s=0) if world.is_main else None
+        self.trainer = Trainer(
+            config,
+            run,
+            world,
+            images or make_images(),
+            resolved,
+            fence=self.fence,
+            events=EventLog(run, "1", restart, "here") if world.is_main else None,
+            owner=owner,
+        )
+        before_resume(self.trainer)
+
+    def __enter__(self) -> Life:
+        self.trainer.resume()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.trainer.saver is not None:
+            self.trainer.saver.wait(raising=False)
+        if self.fence is not None:
+            self.fence.release()
+
+    def train(self, *, stop_at: Iterable[int] = (), kill_at: int | None = None) -> Outcome:
+        stops = set(stop_at)
+
+        def stop_requested() -> str | None:
+            if self.trainer.at.step == kill_at:
+                raise Killed
+            return "preempted" if self.trainer.at.step in stops else None
+
+        return self.trainer.train(stop_requested)
+
+
+def live(config: config.Config, run: RunDir, *, stops: Iterable[int] = (), **options: Any) -> Outcome:
+    """Lives in a row, each a new Trainer: one that stops at each of `stops`, and a last one that finishes."""
+    for restart, step in enumerate(stops):
+        with Life(config, run, restart=restart, **options) as life:
+            outcome = life.train(stop_at=[step])
+        assert outcome == Outcome(False, step, "preempted", True)
+    with Life(config, run, restart=99, **options) as life:
+        outcome = life.train()
+    assert outcome.finished and outcome.saved
+    return outcome
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def lines(run: RunDir) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock decides."""
+    return [{k: v for k, v in r.items() if k not in ("time", "images_per_s")} for r in read_jsonl(run.metrics)]
+
+
+def events(run: RunDir) -> list[str]:
+    return [e["event"] for e in read_events(run)]
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Places at which two state trees are not bit for bit the same."""
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return [] if same else [where]
+    if isinstance(a, dict):
+        if set(a) != set(b):
+            return [f"{where}: keys {set(a) ^ set(b)}"]
+        return [d for k in a for d in differences(a[k], b[k], f"{where}/{k}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{where}: length"]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a!r} {b!r}"]
+
+
+def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
+    """Final state (model, EMA, optimizer, window, counters) and every metrics line, bit for bit."""
+    for run in (one, other):
+        checkpoint.verify(run, step)
+    assert differences(checkpoint.load(one, step), checkpoint.load(other, step)) == []
+    assert lines(one) == lines(other)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def _rank(
+    rank: int, world_size: int, port: int, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None
+) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    world = distributed.join(
+        rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port
+    )
+    recorded: dict[tuple[int, int], Any] = {}
+    with Life(config, run, world=world) as life:
+        if seen:
+            record(life.trainer, recorded)
+        life.train(stop_at=stop_at)
+    if seen:
+        torch.save(recorded, seen / f"{world_size}-{rank}-{life.trainer.at.step}.pt")
+    distributed.leave()
+
+
+def record(trainer: Trainer, into: dict[tuple[int, int], Any]) -> None:
+    """Put what the network is trained on into `into`: (step, index in the global batch) -> x_0, t, eps."""
+    q_sample = trainer.diffusion.q_sample
+
+    def spy(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        step, rank = trainer.at.step, trainer.world.rank
+        known = sum(s == step for s, _ in into)
+        for i in range(len(t)):
+            into[step, rank * trainer.share + known + i] = (x_0[i].clone(), t[i].clone(), eps[i].clone())
+        return q_sample(x_0, t, eps)
+
+    trainer.diffusion.q_sample = spy  # type: ignore[method-assign]
+
+
+def live_on_ranks(
+    world_size: int, config: config.Config, run: RunDir, *, stop_at: Iterable[int] = (), seen: Path | None = None
+) -> None:
+    """One life on `world_size` gloo ranks, until it stops or is done."""
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, and never forked with threads
+    context.set_forkserver_preload(["tests.training", "torch.utils.tensorboard", "torch._dynamo"])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    args = (world_size, port, config, run, list(stop_at), seen)
+    ranks = [context.Process(target=_rank, args=(rank, *args)) for rank in range(world_size)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(120)
+    codes = [p.exitcode for p in ranks]
+    for p in ranks:
+        p.kill()
+    assert codes == [0] * world_size

@@ -1,0 +1,428 @@
+"""ddpm/checkpoint.py and ddpm/fence.py: what was saved is whole, or is named and passed over; one writer commits."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm import checkpoint
+from ddpm.checkpoint import Checkpointer, HostCopy
+from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.fence import Fence
+from ddpm.rundir import RunDir, read_json, sign, write_json
+from tests.training import Life, assert_same_end, differences, live, make_config, make_run
+
+OWNER = {"job": "17", "restart": 1, "host": "n1"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def fence(run: RunDir) -> Iterator[Fence]:
+    fence = Fence(run, OWNER, wait_s=0)
+    yield fence
+    fence.release()
+
+
+def state_at(step: int) -> dict[str, Any]:
+    weights = {"w": torch.arange(1000.0) + step, "n": torch.tensor(step)}
+    return {
+        "model": weights,
+        "ema": {k: v / 2 for k, v in weights.items()},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "scaler": {},
+        "step": step,
+        "images": step * 4,
+        "config_digest": "d" * 64,
+        "extra": {"attempt": 0},
+    }
+
+
+def saver(run: RunDir, fence: Fence, log: list[str] | None = None, **options: Any) -> Checkpointer:
+    said = [] if log is None else log
+    return Checkpointer(
+        run,
+        fence,
+        **{
+            "keep_last": 3,
+            "is_milestone": lambda step: False,
+            "world_size": 1,
+            "log": said.append,
+            "on_saved": lambda step: None,
+            **options,
+        },
+    )
+
+
+def save_all(run: RunDir, fence: Fence, *steps: int, **options: Any) -> Checkpointer:
+    s = saver(run, fence, **options)
+    for step in steps:
+        s.save(state_at(step), wait=True)
+    return s
+
+
+def flip_bit(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+def test_a_generation_loads_as_it_was_saved(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5)
+    assert checkpoint.verify(run, 5).step == 5
+    assert differences(checkpoint.load(run, 5), state_at(5)) == []
+
+
+def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5)
+    manifest = read_json(run.manifest(5))
+    assert manifest is not None and set(manifest) == {
+        *("step", "images", "file", "bytes", "sha256", "config_digest", "world_size", "fence", "created"),
+        "self_sha256",
+    }
+    assert (manifest["step"], manifest["images"], manifest["fence"]) == (5, 20, fence.token)
+
+
+def test_a_trainers_checkpoint_has_the_public_keys_and_loads_without_unpickling_code(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    live(make_config(train__total_steps=2), run)
+    state = torch.load(run.checkpoint(2), weights_only=True)
+    assert set(state) == {"model", "ema", "optimizer", "scaler", "step", "images", "config_digest", "extra"}
+    assert (state["step"], state["images"]) == (2, 8)
+    assert state["config_digest"] == make_config(train__total_steps=2).digest()
+    assert set(state["model"]) == set(state["ema"]) and differences(state["model"], state["ema"])
+
+
+def test_the_last_ema_weights_are_readable_by_anyone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = make_run(tmp_path)
+    live(make_config(train__total_steps=2), run)
+    ema = {k: v.contiguous() for k, v in checkpoint.load(run, 2)["ema"].items()}
+    assert differences(load_file(run.ema_weights(2)), ema) == []
+
+
+def test_a_save_holds_the_moment_it_was_called_at(run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, changing the same tensors, while the writer has yet to begin."""
+    go, write = threading.Event(), torch.save
+
+    def late(*args: Any) -> None:
+        assert go.wait(30)
+        write(*args)
+
+    monkeypatch.setattr(torch, "save", late)
+    s, state = saver(run, fence), state_at(5)
+    s.save(state)
+    state["model"]["w"].zero_()
+    go.set()
+    s.wait()
+    assert differences(checkpoint.load(run, 5), state_at(5)) == []
+
+
+def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
+    copy, state = HostCopy(), state_at(1)
+    first = copy.take(state)
+    second = copy.take(state_at(2))
+    assert first["model"]["w"].data_ptr() == second["model"]["w"].data_ptr()
+    assert second["model"]["w"].data_ptr() != second["ema"]["w"].data_ptr() != state["ema"]["w"].data_ptr()
+    assert differences(second, state_at(2)) == []
+
+
+# ---------------------------------------------------------------- damage
+
+
+def truncate(run: RunDir) -> None:
+    path = run.checkpoint(9)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def manifest_of_another(run: RunDir) -> None:
+    run.manifest(9).write_bytes(run.manifest(6).read_bytes())
+
+
+def forged(run: RunDir) -> None:
+    record = read_json(run.manifest(9))
+    assert record is not None
+    run.manifest(9).write_text(json.dumps({**record, "bytes": record["bytes"] + 1}))
+
+
+def signed_without_digest(run: RunDir) -> None:
+    run.manifest(9).write_text(json.dumps(sign({"step": 9, "file": run.checkpoint(9).name})))
+
+
+DAMAGE = {
+    "a flipped bit in the middle": (lambda run: flip_bit(run.checkpoint(9), 3000), "sha256 does not match"),
+    "a flipped last bit": (lambda run: flip_bit(run.checkpoint(9), -1), "sha256 does not match"),
+    "truncated": (truncate, "bytes instead of"),
+    "empty": (lambda run: run.checkpoint(9).write_bytes(b""), "0 bytes instead of"),
+    "no .pt": (lambda run: run.checkpoint(9).unlink(), "missing beside its manifest"),
+    "a flipped bit in the manifest": (lambda run: flip_bit(run.manifest(9), 20), r"step-000000009\.json"),
+    "an empty manifest": (lambda run: run.manifest(9).write_bytes(b""), "not JSON"),
+    "a forged manifest": (forged, "self_sha256 does not match"),
+    "the manifest of another step": (manifest_of_another, r"is the manifest of step-000000006\.pt"),
+    "a manifest without its digest": (signed_without_digest, "bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_generation_is_named_and_the_one_before_is_taken(run: RunDir, fence: Fence, kind: str) -> None:
+    save_all(run, fence, 3, 6, 9)
+    damage, reason = DAMAGE[kind]
+    damage(run)
+    said: list[str] = []
+    good = checkpoint.newest_good(run, said.append)
+    assert good is not None and good.step == 6
+    (line,) = said
+    assert line.startswith("checkpoint rejected: step=9 reason=")
+    assert re.search(reason, line), line
+
+
+def test_a_pt_without_its_manifest_does_not_exist(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 3, 6)
+    run.manifest(6).unlink()
+    said: list[str] = []
+    good = checkpoint.newest_good(run, said.append)
+    assert good is not None and good.step == 3 and said == []
+
+
+def test_nothing_saved_is_no_error_and_all_damaged_is_do_not_retry(run: RunDir, fence: Fence) -> None:
+    assert checkpoint.newest_good(run, print) is None
+    save_all(run, fence, 3, 6)
+    for step in (3, 6):
+        flip_bit(run.checkpoint(step), 100)
+    said: list[str] = []
+    with pytest.raises(DoNotRetry, match=r"every checkpoint .* is damaged \(2 rejected above\).*mv "):
+        checkpoint.newest_good(run, said.append)
+    assert len(said) == 2
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
+    config = make_config(checkpoint__every_steps=2)
+    one, other = make_run(tmp_path / "whole"), make_run(tmp_path / "damaged")
+    live(config, one)
+    with Life(config, other) as life:
+        life.train(stop_at=[5])
+    flip_bit(other.checkpoint(5), 5000)
+    flip_bit(other.manifest(4), 30)
+    live(config, other)
+    assert_same_end(one, other, 8)
+    for step in other.steps_saved():
+        checkpoint.verify(other, step)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_at_0(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        life.train(stop_at=[5])
+    flip_bit(run.checkpoint(5), 5000)
+    before = run.metrics.read_bytes()
+    with pytest.raises(DoNotRetry, match="every checkpoint"), Life(make_config(), run):
+        pass
+    assert run.metrics.read_bytes() == before
+
+
+# ---------------------------------------------------------------- retention
+
+
+def test_retention_keeps_the_last_milestones_and_those_that_samples_name(run: RunDir, fence: Fence) -> None:
+    sample_set = run.sample_set("fid")
+    sample_set.path.mkdir(parents=True)
+    write_json(sample_set.request, {"checkpoint": {"step": 2, "sha256": "x"}})
+    s = saver(run, fence, keep_last=2, is_milestone=lambda step: step == 3)
+    for step in (1, 2, 3, 4, 5, 6):
+        s.save(state_at(step), wait=True)
+    assert run.steps_saved() == [6, 5, 3, 2]
+    assert sorted(p.stem for p in run.checkpoints.glob("*.pt")) == [f"step-{k:09d}" for k in (2, 3, 5, 6)]
+    assert run.ema_weights(3).exists()
+
+
+def test_a_request_that_is_no_request_ends_no_training(run: RunDir, fence: Fence) -> None:
+    for name, content in (("a", "{}"), ("b", "not json"), ("c", '{"checkpoint": null}')):
+        run.sample_set(name).path.mkdir(parents=True)
+        run.sample_set(name).request.write_text(content)
+    save_all(run, fence, 1, 2)
+    assert run.steps_saved() == [2, 1]
+
+
+def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5, 10, keep_last=2)
+    flip_bit(run.checkpoint(10), 100)
+    save_all(run, fence, 7, keep_last=1)  # a life that resumed at 5, stopped at 7
+    good = checkpoint.newest_good(run, print)
+    assert good is not None and good.step == 7
+
+
+def test_a_new_writer_removes_stale_temporaries_and_half_generations(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5)
+    (run.checkpoints / ".tmp-step-000000009.pt.1.77").write_bytes(b"half")
+    run.checkpoint(9).write_bytes(b"whole, but its writer was killed before the manifest")
+    save_all(run, fence, 7)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        f"step-{k:09d}{suffix}" for k in (5, 7) for suffix in (".json", ".pt")
+    ]
+
+
+def test_a_generation_half_way_to_its_manifest_is_saved_again(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5)
+    run.checkpoint(7).write_bytes(b"left by a kill between the two renames")
+    run.ema_weights(7).write_bytes(b"so was this")
+    saver(run, fence).save(state_at(7), wait=True, final=True)
+    assert differences(checkpoint.load(run, 7), state_at(7)) == []
+    assert checkpoint.verify(run, 7).step == 7
+
+
+def test_a_verified_generation_is_not_written_again(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5)
+    before = run.checkpoint(5).stat().st_mtime_ns, run.manifest(5).read_bytes()
+    save_all(run, fence, 5)
+    assert (run.checkpoint(5).stat().st_mtime_ns, run.manifest(5).read_bytes()) == before
+
+
+# ---------------------------------------------------------------- failing writes
+
+
+@pytest.mark.parametrize("where", ["fsync", "link"])
+def test_a_failed_write_is_told_and_the_next_save_works(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    said: list[str] = []
+    s = saver(run, fence, said)
+    s.save(state_at(1), wait=True)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr("os.fsync" if where == "fsync" else "ddpm.rundir.rename_new", refuse)
+        s.save(state_at(2))
+        s.wait(raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            s.save(state_at(3), wait=True)
+    assert run.steps_saved() == [1] and not list(run.checkpoints.glob(".tmp-*"))
+    assert [line.split(" error=")[0] for line in said] == ["checkpoint failed: step=2", "checkpoint failed: step=3"]
+    s.save(state_at(4), wait=True)
+    assert run.steps_saved() == [4, 1]
+
+
+def test_an_error_that_is_no_full_disk_is_not_swallowed(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(torch, "save", broken)
+    s = saver(run, fence)
+    s.save(state_at(1))
+    with pytest.raises(RuntimeError, match="a bug"):
+        s.save(state_at(2))
+
+
+# ---------------------------------------------------------------- one writer
+
+
+def test_tokens_count_up(run: RunDir) -> None:
+    tokens = []
+    for _ in range(3):
+        fence = Fence(run, OWNER, wait_s=0)
+        tokens.append(fence.token)
+        fence.check()
+        fence.release()
+    assert tokens == [1, 2, 3] and run.fence.read_text() == "3\n"
+
+
+def test_a_second_holder_waits_and_is_then_told_who_holds_the_run(run: RunDir, fence: Fence) -> None:
+    said: list[str] = []
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 1\) on n1.*scancel 17"):
+        Fence(run, {"job": "18"}, wait_s=0.6, log=said.append)
+    assert len(said) == 1 and "waiting up to" in said[0]
+    fence.check()  # the first one has not been fenced out
+
+
+def test_a_lock_that_is_let_go_while_another_waits_is_theirs(run: RunDir) -> None:
+    first = Fence(run, OWNER, wait_s=0)
+    threading.Timer(0.3, first.release).start()
+    second = Fence(run, {"job": "18"}, wait_s=20, log=lambda line: None)
+    assert second.token == first.token + 1
+    with pytest.raises(RunBusy):
+        first.check()
+    second.release()
+
+
+def test_an_orphan_is_asked_about_by_name_and_fenced_out(run: RunDir, fence: Fence) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def orphan(owner: dict[str, Any]) -> bool:
+        asked.append(owner)
+        return True
+
+    heir = Fence(run, {**OWNER, "restart": 2}, wait_s=0, is_orphan=orphan, log=lambda line: None)
+    assert asked == [OWNER]
+    heir.check()
+    with pytest.raises(RunBusy, match="taken over by a later job"):
+        fence.check()
+    heir.release()
+
+
+def test_a_file_system_without_locks_relies_on_the_token(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    said: list[str] = []
+    first = Fence(run, OWNER, log=said.append)
+    second = Fence(run, OWNER, log=said.append)
+    assert "has no locks (No locks available)" in said[0]
+    second.check()
+    with pytest.raises(RunBusy):
+        first.check()
+    first.release()
+    second.release()
+
+
+def test_a_fenced_out_writer_publishes_nothing(run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it is taken over between the .pt and its manifest, or after it began to write."""
+    s = save_all(run, fence, 1)
+    run.fence.write_text("99\n")
+    with pytest.raises(RunBusy):
+        s.save(state_at(2), wait=True)
+    run.fence.write_text(f"{fence.token}\n")
+    write = torch.save
+
+    def taken_over(*args: Any) -> None:
+        write(*args)
+        run.fence.write_text("99\n")
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", taken_over)
+        with pytest.raises(RunBusy):
+            s.save(state_at(2), wait=True)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000000001.json", "step-000000001.pt"]
+
+
+def test_an_orphan_that_wakes_deletes_nothing_of_its_heir(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slept between its check and its writing; the heir has a .pt whose manifest is about to follow."""
+    s = saver(run, fence)
+    verify = checkpoint.verify
+
+    def sleep(run: RunDir, step: int) -> Any:
+        run.fence.write_text("99\n")
+        run.checkpoint(step).write_bytes(b"the heir's")
+        return verify(run, step)
+
+    monkeypatch.setattr(checkpoint, "verify", sleep)
+    with pytest.raises(RunBusy):
+        s.save(state_at(2), wait=True)
+    assert run.checkpoint(2).read_bytes() == b"the heir's"

@@ -1,0 +1,246 @@
+"""ddpm/config.py: what is wrong is said once, with the way out; what is right has one digest."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.config import Config, build, check_world_size, field_keys, load
+from ddpm.errors import RequestError
+from tests.training import make_config
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return load(path, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RequestError) as e:
+        read(tmp_path, text, *overrides)
+    return str(e.value)
+
+
+# key, value and what is allowed, or the way out, all in one message
+BAD = {
+    "train: {lr: fast}": ["train.lr", "'fast'", "valid number", "0.0002"],
+    "train: {lr: -1}": ["train.lr", "-1", "greater than 0", "0.0002"],
+    "train: {lr: 0}": ["train.lr", "greater than 0"],
+    "train: {lr: .nan}": ["train.lr", "nan", "finite"],
+    "train: {lr: .inf}": ["train.lr", "inf", "finite"],
+    "train: {lr: null}": ["train.lr", "None", "valid number"],
+    "train: {lr: true}": ["train.lr", "True", "valid number"],
+    "train: {lr: [1]}": ["train.lr", "[1]", "valid number"],
+    "train: {total_steps: 1.5}": ["train.total_steps", "1.5", "integer", "800000"],
+    "train: {total_steps: 0}": ["train.total_steps", "0", "greater than or equal to 1"],
+    "train: {amp: on}": ["train.amp", "'on'", "'auto', 'bf16', 'fp16' or 'off'"],
+    "train: {amp: false}": ["train.amp", "False", "'auto', 'bf16', 'fp16' or 'off'"],
+    "train: {compile: maybe}": ["train.compile", "'maybe'", "'auto'", "boolean"],
+    "train: {lrr: 1}": ["'train.lrr'", "did you mean 'train.lr'"],
+    "lr: 1": ["'lr'", "did you mean 'train.lr'"],
+    "training: {lr: 1}": ["'training'"],
+    "train: 3": ["train = 3", "section of keys"],
+    "data: null": ["data = None", "section of keys"],
+    "1: 2": ["'1'", "train.lr"],
+    "? [1]\n: 2": ["[1]", "no key"],
+    "- 1": ["keys and values", "list"],
+    "just words": ["keys and values", "str"],
+    "a: [": ["not valid YAML"],
+    "seed: 1\nseed: 2": ["'seed'", "twice"],
+    "train: {lr: 1.0, lr: 2.0}": ["'lr'", "twice"],
+    "seed: 1e3": ["seed", "1000.0", "integer"],
+    "seed: -1": ["seed", "-1", "greater than or equal to 0"],
+    "name: 17": ["name", "17", "string"],
+    "name: a/b": ["'a/b'", "A-Z"],
+    "data: {name: mnist}": ["data.name", "'mnist'", "'cifar10', 'images' or 'digits'"],
+    "data: {name: images}": ["data.path", "folder or a .zip"],
+    "data: {image_size: 30}": ["data.image_size", "30", "divisible by 8"],
+    "model: {channel_mults: [1, x]}": ["model.channel_mults", "'x'", "integer", "(1, 2, 2, 2)"],
+    "model: {channel_mults: []}": ["model.channel_mults", "[]", "one factor"],
+    "model: {channel_mults: [1, 0]}": ["model.channel_mults", "0", ">= 1"],
+    "model: {channel_mults: 2}": ["model.channel_mults", "2", "list, such as [1, 2]"],
+    "model: {attention_resolutions: [7]}": ["model.attention_resolutions", "7", "[32, 16, 8, 4]"],
+    "model: {attention_heads: 3}": ["model.attention_heads", "3", "256"],
+    "model: {dropout: 1.0}": ["model.dropout", "1.0", "less than 1"],
+    "diffusion: {beta_start: 0.5, beta_end: 0.1}": ["diffusion.beta_start", "0.5", "below"],
+    "diffusion: {timesteps: 10}": ["diffusion.timesteps", "10", "at least 21"],
+    "train: {global_batch: 12, micro_batch: 5}": ["train.micro_batch", "5", "12", "[1, 2, 3, 4, 6, 12]"],
+    "train: {lr_schedule: cosine, total_steps: 9, warmup_steps: 9}": ["train.warmup_steps", "9", "below"],
+    "sample: {steps: 2000}": ["sample.steps", "2000", "1000"],
+    "sample: {num_samples: 3, shards: 4}": ["sample.shards", "4", "3"],
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_value_is_one_request_error_with_key_value_and_what_is_allowed(tmp_path: Path, text: str) -> None:
+    message = refusal(tmp_path, text)
+    assert [w for w in BAD[text] if w not in message] == [], message
+    assert "Traceback" not in message and "pydantic" not in message
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "seed: x\ntrain: {lr: -1, lrr: 2}\nlog: {every_steps: 0}")
+    for key in ("seed", "train.lr ", "'train.lrr'", "log.every_steps"):
+        assert key in message
+    assert len(message.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr", ["'train.lr'", "key=value"]),
+        ("=3", ["key=value"]),
+        ("trian.lr=1", ["'trian.lr'", "did you mean 'train.lr'"]),
+        ("train.momentum_of_adam=1", ["'train.momentum_of_adam'", "known", "train.global_batch"]),
+        ("train=1", ["'train'"]),
+        ("train.lr=[", ["train.lr=[", "not valid YAML"]),
+        ("train.lr=", ["train.lr", "None"]),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, words: list[str]) -> None:
+    message = refusal(tmp_path, "seed: 1", override)
+    assert all(w in message for w in words), message
+
+
+def test_an_override_on_a_section_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert "train" in refusal(tmp_path, "train: 3", "train.lr=1")
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "cifar10.yaml").touch()
+    with pytest.raises(RequestError, match=r"cifar1\.yaml does not exist; did you mean .*cifar10\.yaml"):
+        load(tmp_path / "cifar1.yaml")
+    with pytest.raises(RequestError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_yaml_is_read_as_people_mean_it(tmp_path: Path) -> None:
+    config = read(tmp_path, "train: {amp: off, lr: 1e-4, compile: false}\nname: no")
+    assert (config.train.amp, config.train.lr, config.train.compile, config.name) == ("off", 1e-4, False, "no")
+    config = read(tmp_path, "", "train.amp=off", "train.lr=2E-4", "data.flip=false", "model.channel_mults=[1, 1]")
+    assert (config.train.amp, config.train.lr, config.data.flip) == ("off", 2e-4, False)
+    assert config.model.channel_mults == (1, 1) and config.name == "c"
+    assert read(tmp_path, "train: {lr: 1, grad_clip: null}").train.grad_clip is None
+
+
+def test_the_default_config_is_the_file_of_that_name() -> None:
+    assert load(PROJECT / "configs" / "cifar10.yaml") == Config(name="cifar10")
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid_and_keeps_its_digest_through_yaml(tmp_path: Path, path: Path) -> None:
+    config = load(path)
+    again = read(tmp_path, config.to_yaml())
+    assert again == config and again.digest() == config.digest()
+
+
+@pytest.mark.parametrize("name", ["1e-4", "17", "no", "off", "1_000", "2026-11-20", "null", "0x1f", "1.", "-.5", "a"])
+def test_any_allowed_name_survives_the_frozen_file(tmp_path: Path, name: str) -> None:
+    config = Config(name=name)
+    assert read(tmp_path, config.to_yaml()) == config
+
+
+def test_numbers_survive_the_frozen_file(tmp_path: Path) -> None:
+    config = make_config(train__lr=1e-5, train__ema_decay=0.1 + 0.2, train__amp="off", checkpoint__every_min=1e16)
+    assert read(tmp_path, config.to_yaml()) == config
+
+
+UNAFFECTED: dict[str, Any] = {
+    "name": "other",
+    "data__path": "/elsewhere",
+    "train__total_steps": 99,
+    "train__micro_batch": 2,
+    "train__compile": True,
+    "train__deterministic": False,
+    "train__max_rollbacks": 9,
+    "checkpoint__every_min": 1.0,
+    "checkpoint__every_steps": 5,
+    "checkpoint__keep_last": 9,
+    "checkpoint__milestone_every_steps": 7,
+    "checkpoint__milestone_every_epochs": 7,
+    "log__every_steps": 7,
+    "log__grid_every_steps": 7,
+    "log__grid_images": 7,
+    "sample__num_samples": 9,
+    "sample__sampler": "ancestral",
+    "sample__steps": 3,
+    "sample__eta": 0.5,
+    "sample__batch": 9,
+    "sample__shards": 2,
+    "sample__seed": 9,
+    "sample__weights": "model",
+    "sample__precision": "fp32",
+    "evaluate__extractor": "pixels",
+    "evaluate__reference": "test",
+}
+AFFECTED: dict[str, Any] = {
+    "seed": 1,
+    "data__name": "cifar10",
+    "data__image_size": 16,
+    "data__flip": False,
+    "model__base_channels": 16,
+    "model__channel_mults": [1, 1],
+    "model__blocks_per_level": 2,
+    "model__attention_resolutions": [],
+    "model__attention_heads": 2,
+    "model__dropout": 0.5,
+    "model__num_classes": 2,
+    "diffusion__timesteps": 9,
+    "diffusion__beta_start": 2e-4,
+    "diffusion__beta_end": 0.003,
+    "diffusion__variance": "fixed_small",
+    "train__global_batch": 8,
+    "train__lr": 0.02,
+    "train__warmup_steps": 4,
+    "train__lr_schedule": "cosine",
+    "train__grad_clip": None,
+    "train__amp": "off",
+    "train__ema_decay": 0.95,
+}
+ONE_VALUE = {
+    *("model.block", "diffusion.schedule", "diffusion.prediction", "diffusion.loss", "train.optimizer"),
+}
+"""Keys that have one value today: changing it is not possible."""
+
+
+def test_the_digest_covers_every_key_that_changes_the_mathematics_and_no_other() -> None:
+    base = make_config(sample__num_samples=8).digest()
+    covered = {k.replace("__", ".") for k in (*UNAFFECTED, *AFFECTED)}
+    assert covered | ONE_VALUE == set(field_keys(Config)), "a new key must be put into one of the two lists"
+    for key, value in UNAFFECTED.items():
+        assert make_config(**{"sample__num_samples": 8, key: value}).digest() == base, key
+    for key, value in AFFECTED.items():
+        changes: dict[str, Any] = {"data__image_size": 8, key: value}
+        if key == "data__image_size":
+            changes["model__attention_resolutions"] = []
+            assert make_config(**changes).digest() != make_config(model__attention_resolutions=[]).digest()
+        else:
+            assert make_config(**changes).digest() != base, key
+
+
+def test_length_changes_the_digest_where_the_learning_rate_depends_on_it() -> None:
+    cosine = {"train__lr_schedule": "cosine"}
+    assert make_config(**cosine).digest() != make_config(**cosine, train__total_steps=9).digest()
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        make_config().train.lr = 1.0  # type: ignore[misc]
+
+
+def test_a_batch_that_does_not_divide_lists_what_does() -> None:
+    config = make_config(train__global_batch=12, train__micro_batch=2)
+    assert [check_world_size(config, n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(RequestError, match=re.escape("[1, 2, 3, 4, 6, 12]")):
+        check_world_size(config, 5)
+    with pytest.raises(RequestError, match=r"micro_batch = 2 .*share of 3 .*\[1, 3\]"):
+        check_world_size(config, 4)
+
+
+def test_build_names_where_a_tree_came_from() -> None:
+    with pytest.raises(RequestError, match=r"^somewhere: unknown key"):
+        build(Config, {"lrr": 1}, "somewhere")

@@ -1,0 +1,209 @@
+"""launch/supervisor.py: which ends of a job put it back. SLURM's answers are given here."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm import rundir
+from ddpm.rundir import EventLog, RunDir, read_events
+from launch import slurm, supervisor
+
+Shell = Callable[..., int]
+
+
+class Cluster:
+    """What SLURM says, and what it was told."""
+
+    def __init__(self) -> None:
+        self.state, self.may_requeue = "RUNNING", True
+        self.requeued: list[str] = []
+        self.successors: list[str] = []
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    for path in (run.checkpoints, run.logs, run.events):
+        path.mkdir(parents=True)
+    return run
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    c = Cluster()
+
+    def successor(run: RunDir, stage: str, job: str) -> str:
+        c.successors.append(job)
+        return str(100 + len(c.successors))
+
+    monkeypatch.setattr(slurm, "job_state", lambda job: c.state)
+    monkeypatch.setattr(slurm, "may_requeue", lambda job: c.may_requeue)
+    monkeypatch.setattr(slurm, "requeue", c.requeued.append)
+    monkeypatch.setattr(supervisor, "submit_successor", successor)
+    monkeypatch.setattr(supervisor.time, "sleep", lambda s: None)
+    return c
+
+
+@pytest.fixture
+def shell_ends(run: RunDir, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> Shell:
+    """The end of the batch shell of one life: srun's exit code, and the marker that the job left."""
+    restarts: dict[str, int] = {}
+    ticks = itertools.count()
+    monkeypatch.setattr(rundir, "now", lambda: f"{next(ticks):09d}")  # lives take longer than a millisecond
+
+    def end(code: int, *, said: str | None = None, job: str = "17", stage: str = "train", set_name: str = "") -> int:
+        restart = restarts.get(job, 0)
+        restarts[job] = restart + 1
+        for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_NUM_TASKS"):
+            monkeypatch.delenv(key, raising=False)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        if said is not None:
+            run.exit_marker(job, restart).write_text(said)
+        return supervisor.end(run, stage, code, set_name)
+
+    return end
+
+
+def saved(run: RunDir, step: int) -> None:
+    run.manifest(step).touch()
+
+
+def last(run: RunDir) -> dict[str, Any]:
+    return read_events(run)[-1]
+
+
+def test_done_work_is_left_alone(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    assert shell_ends(0) == 0 and cluster.requeued == [] and read_events(run) == []
+
+
+def test_a_saved_stop_and_a_crash_are_put_back(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    shell_ends(75, said="75 time_limit")
+    assert last(run)["event"] == "requeued" and last(run)["reason"] == "time_limit"
+    saved(run, 5)
+    shell_ends(137)
+    assert (last(run)["reason"], last(run)["exit_code"], last(run)["progress"]) == ("crash", 137, 5)
+    assert cluster.requeued == ["17", "17"]
+
+
+def test_the_jobs_own_word_goes_before_sruns_code(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    """srun may report a peer that was killed while rank 0 had finished."""
+    assert shell_ends(143, said="0 crash") == 0
+    assert cluster.requeued == [] and not list(run.logs.iterdir())
+    assert shell_ends(0, said="78 crash") == 78 and last(run)["event"] == "failed"
+
+
+def test_a_marker_that_a_full_disk_left_empty_is_no_word(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    shell_ends(1, said="")
+    assert cluster.requeued == ["17"] and last(run)["exit_code"] == 1
+
+
+@pytest.mark.parametrize("code", [76, 78])
+def test_what_would_end_the_same_way_is_not_put_back(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, code: int
+) -> None:
+    assert shell_ends(code) == code and cluster.requeued == []
+    assert last(run)["event"] == "failed" and str(code) in last(run)["reason"]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
+def test_a_job_that_is_not_running_is_slurms(run: RunDir, cluster: Cluster, shell_ends: Shell, state: str) -> None:
+    cluster.state = state
+    assert shell_ends(75, said="75 preempted") == 75
+    assert cluster.requeued == [] and cluster.successors == [] and read_events(run) == []
+
+
+def test_a_stop_file_ends_every_requeue(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    run.stop_file.touch()
+    assert shell_ends(1) == 1 and cluster.requeued == [] and "STOP" in last(run)["reason"]
+
+
+def test_lives_that_advance_are_put_back_without_end(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for step in range(1, 12):
+        saved(run, step)
+        shell_ends(1)
+    assert len(cluster.requeued) == 11
+
+
+def test_three_lives_without_a_new_step_after_one_that_made_some_are_failed(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    saved(run, 5)
+    for _ in range(3):  # the one that saved step 5, and two that did not get beyond it
+        shell_ends(1)
+    assert len(cluster.requeued) == 3
+    assert shell_ends(139) == 139
+    assert len(cluster.requeued) == 3 and last(run)["event"] == "failed"
+    assert "without progress beyond 5" in last(run)["reason"] and "139" in last(run)["reason"]
+
+
+def test_one_new_step_starts_the_count_anew(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for step in (5, 5, 5, 6, 6, 6):
+        saved(run, step)
+        shell_ends(1)
+    assert len(cluster.requeued) == 6
+    shell_ends(1)
+    assert len(cluster.requeued) == 6
+
+
+def test_preemptions_never_count_and_never_break_the_count(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for _ in range(10):
+        shell_ends(75, said="75 preempted")
+    assert len(cluster.requeued) == 10
+    for _ in range(3):
+        shell_ends(1)
+        shell_ends(75, said="75 preempted")
+    shell_ends(1)
+    assert len(cluster.requeued) == 16 and last(run)["event"] == "failed"
+
+
+def test_another_jobs_crashes_are_not_counted(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for job in ("17", "18", "19", "20", "21"):  # each submitted again by a person
+        shell_ends(1, job=job)
+    assert len(cluster.requeued) == 5
+
+
+def test_where_requeue_is_forbidden_a_successor_goes_once_and_inherits_the_count(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    cluster.may_requeue = False
+    for job in ("17", "101", "102"):
+        assert shell_ends(1, job=job) == 1
+    assert cluster.successors == ["17", "101", "102"] and cluster.requeued == []
+    shell_ends(1, job="103")
+    assert len(cluster.successors) == 3 and last(run)["event"] == "failed"
+
+
+def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    part = run.sample_set("fid").part
+    part.mkdir(parents=True)
+    for i in range(6):
+        (part / f"{i}.npz").touch()
+        shell_ends(1, stage="sample", set_name="fid")
+    assert len(cluster.requeued) == 6 and last(run)["progress"] == 6
+
+
+def test_a_requeue_that_slurm_refuses_is_told(
+    run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(job: str) -> None:
+        raise slurm.SlurmError("scontrol: Requested operation is presently disabled")
+
+    monkeypatch.setattr(slurm, "requeue", refuse)
+    with pytest.raises(slurm.SlurmError):
+        shell_ends(75, said="75 time_limit")
+    monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
+    assert supervisor.main() == 75
+    assert "could not be put back" in capsys.readouterr().out
+
+
+def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    log = EventLog(run, "17", 0, "login", prefix="submit-")
+    for _ in range(5):
+        log.append("submitted", stage="train")
+        log.append("failed", reason="x")
+    shell_ends(1)
+    assert len(cluster.requeued) == 1

@@ -1,0 +1,447 @@
+"""ddpm/trainer.py: a run that was stopped anywhere, any number of times, is the run that never was."""
+
+import errno
+import json
+import math
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pytest
+import torch
+
+from ddpm import checkpoint
+from ddpm.config import Config
+from ddpm.data import Batches
+from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.rundir import RunDir, read_events
+from ddpm.trainer import Outcome, Trainer, learning_rate
+from tests.training import (
+    Killed,
+    Life,
+    assert_same_end,
+    differences,
+    events,
+    lines,
+    live,
+    live_on_ranks,
+    make_config,
+    make_images,
+    make_run,
+    record,
+)
+
+TOTAL = 8
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"train__amp": "bf16"},
+    "accumulation": {"train__micro_batch": 2},
+    "dropout": {"model__dropout": 0.3},
+    "dropout-accumulation-classes": {"model__dropout": 0.3, "train__micro_batch": 1, "model__num_classes": 2},
+    "cosine-no-clip": {"train__lr_schedule": "cosine", "train__grad_clip": None},
+}
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_resumed_by_new_trainers_ends_bit_identical(tmp_path: Path, kind: str) -> None:
+    config = make_config(**KINDS[kind])
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    # 1: inside the warm-up and a log window; 2: 8 of 10 images; 5: at the border of epoch 2; 6: at a log line
+    live(config, other, stops=[1, 2, 5, 6])
+    assert_same_end(one, other, TOTAL)
+    assert [r["step"] for r in lines(other)] == [3, 6, 8]
+
+
+def test_stopped_after_every_step_ends_bit_identical(tmp_path: Path) -> None:
+    config = make_config(model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    live(config, other, stops=range(1, TOTAL))
+    assert_same_end(one, other, TOTAL)
+
+
+def test_train_called_again_after_a_stop_goes_on_bit_identical(tmp_path: Path) -> None:
+    config = make_config(model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    with Life(config, other) as life:
+        for step in (2, 3, 7):
+            assert life.train(stop_at=[step]) == Outcome(False, step, "preempted", True)
+        assert life.train().finished
+    assert_same_end(one, other, TOTAL)
+
+
+def test_killed_without_a_word_resumes_from_the_last_save_bit_identical(tmp_path: Path) -> None:
+    config = make_config(checkpoint__every_steps=2, log__every_steps=1)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "killed")
+    live(config, one)
+    for step in (1, 3, 5):  # before any save; one step past a save; again
+        with pytest.raises(Killed), Life(config, other) as life:
+            life.train(kill_at=step)
+    assert [r["step"] for r in lines(other)] == [1, 2, 3, 4]
+    live(config, other)
+    assert_same_end(one, other, TOTAL)
+    assert [r["step"] for r in lines(other)] == list(range(1, TOTAL + 1))
+
+
+def test_adam_moments_lie_in_memory_as_their_weights_after_a_resume(tmp_path: Path) -> None:
+    config, run = make_config(), make_run(tmp_path)
+    with Life(config, run) as life:
+        life.train(stop_at=[3])
+        before = [{k: v.stride() for k, v in s.items()} for s in life.trainer.optimizer.state.values()]
+        assert any(p.stride() != p.contiguous().stride() for p in life.trainer.model.parameters())  # channels-last
+    with Life(config, run) as life:
+        after = [{k: v.stride() for k, v in s.items()} for s in life.trainer.optimizer.state.values()]
+    assert after == before
+
+
+def test_events_tell_the_lives_of_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    live(make_config(), run, stops=[3])
+    assert events(run) == ["started", "stop_requested", "checkpoint", "resumed", "checkpoint", "finished"]
+    assert [e["step"] for e in read_events(run)] == [0, 3, 3, 3, 8, 8]
+    assert all(e["world_size"] == 1 for e in read_events(run))
+
+
+def test_a_stop_at_the_last_step_is_the_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        assert life.train(stop_at=[TOTAL]) == Outcome(True, TOTAL, "", True)
+
+
+def test_fp16_needs_a_gpu_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DoNotRetry, match=r"train\.amp=fp16 needs a GPU.*--gpus-per-node 1"):
+        Life(make_config(train__amp="fp16"), make_run(tmp_path))
+
+
+def test_more_steps_with_a_constant_rate_continue_the_finished_run(tmp_path: Path) -> None:
+    long, short = make_config(log__every_steps=2), make_config(train__total_steps=6, log__every_steps=2)
+    one, other = make_run(tmp_path / "at-once"), make_run(tmp_path / "extended")
+    live(long, one)
+    live(short, other)
+    assert short.digest() == long.digest()
+    live(long, other)
+    assert_same_end(one, other, TOTAL)
+
+
+def test_the_learning_rate_warms_up_then_stays_or_falls_to_zero() -> None:
+    constant = make_config(train__lr=0.5, train__warmup_steps=4, train__total_steps=12)
+    assert [learning_rate(constant, k) for k in (0, 1, 3, 4, 11)] == [0.125, 0.25, 0.5, 0.5, 0.5]
+    cosine = make_config(train__lr=0.5, train__warmup_steps=4, train__total_steps=12, train__lr_schedule="cosine")
+    assert [learning_rate(cosine, k) for k in (0, 3, 4)] == [0.125, 0.5, 0.5]
+    assert learning_rate(cosine, 8) == pytest.approx(0.25) and learning_rate(cosine, 12) == pytest.approx(0)
+
+
+# ---------------------------------------------------------------- what a step computes
+
+
+def first_gradients(config: Config, run: RunDir) -> tuple[float, list[torch.Tensor]]:
+    with Life(config, run) as life:
+        trainer = life.trainer
+        with torch.no_grad():
+            for p in trainer.model.parameters():  # as if trained: its last layer begins at zero
+                p.add_(0.01)
+        loss = float(trainer._forward_backward(0))
+        return loss, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+
+
+def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Path) -> None:
+    whole = first_gradients(make_config(), make_run(tmp_path / "whole"))
+    parts = first_gradients(make_config(train__micro_batch=1), make_run(tmp_path / "parts"))
+    # float32 sums of the same 4 terms in another order: a few units in the last place (6e-8) of the largest term
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert len(whole[1]) == len(parts[1]) > 10
+    for a, b in zip(whole[1], parts[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(a.abs().max())))
+
+
+def test_a_stop_save_and_resume_change_no_generator_of_the_process(tmp_path: Path) -> None:
+    """What follows from (seed, step) must not hang on how often anything was drawn before."""
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    config = make_config(model__dropout=0.3)
+    live(config, one)
+    torch.manual_seed(12345)
+    torch.randn(77)
+    live(config, other)
+    assert_same_end(one, other, TOTAL)
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    live(make_config(), one)
+    live(make_config(seed=1), other)
+    assert differences(lines(one), lines(other))
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def joined(seen: Path) -> dict[tuple[int, int], Any]:
+    out: dict[tuple[int, int], Any] = {}
+    for path in sorted(seen.glob("*.pt")):
+        part = torch.load(path, weights_only=True)
+        assert not set(part) & set(out), "two ranks, or two lives, trained on the same place of a batch"
+        out.update(part)
+    return out
+
+
+def test_ranks_that_come_and_go_see_the_samples_of_one_rank(tmp_path: Path) -> None:
+    """2, then 1, then 2 ranks: the same images, flips, t and noise, and the same loss to rounding."""
+    config = make_config(log__every_steps=2)
+    alone, run, seen = make_run(tmp_path / "alone"), make_run(tmp_path / "ranks"), tmp_path / "seen"
+    expected: dict[tuple[int, int], Any] = {}
+    with Life(config, alone) as life:
+        record(life.trainer, expected)
+        life.train()
+    assert len(expected) == TOTAL * 4
+
+    seen.mkdir()
+    live_on_ranks(2, config, run, stop_at=[3], seen=seen)
+    part: dict[tuple[int, int], Any] = {}
+    with Life(config, run) as life:
+        record(life.trainer, part)
+        life.train(stop_at=[5])
+    torch.save(part, seen / "1-0.pt")
+    live_on_ranks(2, config, run, seen=seen)
+
+    assert differences(joined(seen), expected) == []
+    assert [r["step"] for r in lines(run)] == [2, 4, 6, 8]
+    for ours, theirs in zip(lines(run), lines(alone), strict=True):
+        # sums of gradients in another order: 1e-7 a step, which 8 steps of Adam at lr 0.01 carry into the weights
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert {**ours, "loss": 0, "grad_norm": 0} == {**theirs, "loss": 0, "grad_norm": 0}
+    assert [e["world_size"] for e in read_events(run) if e["event"] in ("started", "resumed")] == [2, 1, 2]
+
+
+def test_three_ranks_stopped_and_resumed_end_bit_identical(tmp_path: Path) -> None:
+    """Three terms have an order of summation: DDP's buckets must be grouped alike in every life."""
+    config = make_config(train__global_batch=6, model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live_on_ranks(3, config, one)
+    live_on_ranks(3, config, other, stop_at=[4])
+    live_on_ranks(3, config, other)
+    assert_same_end(one, other, TOTAL)
+
+
+# ---------------------------------------------------------------- poison
+
+
+def poison(trainer: Trainer, when: Any, *, how: str = "loss") -> list[dict[str, Any]]:
+    """Make the loss NaN, or add an infinity that leaves finite gradients, where `when(trainer)`.
+
+    Returns a list that collects the model's parameters after each poisoned step.
+    """
+    after: list[dict[str, Any]] = []
+    loss, update = trainer.diffusion.loss, trainer.ema.update
+    hit = False
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal hit
+        hit = when(trainer)
+        value = loss(*args)
+        if not hit:
+            return value
+        return value * math.nan if how == "gradient" else value + math.inf
+
+    def updated(model: torch.nn.Module) -> None:
+        update(model)
+        if hit:
+            after.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    trainer.diffusion.loss = poisoned  # type: ignore[method-assign,assignment]
+    trainer.ema.update = updated  # type: ignore[method-assign]
+    return after
+
+
+@pytest.mark.parametrize("how", ["gradient", "loss"])
+@pytest.mark.parametrize("step", [0, 4, TOTAL - 1])
+def test_a_non_finite_step_never_reaches_the_weights_and_is_rolled_back(tmp_path: Path, how: str, step: int) -> None:
+    config, run = make_config(checkpoint__every_steps=3), make_run(tmp_path)
+    with Life(config, run) as life:
+        before: dict[int, Any] = {}
+        after = poison(life.trainer, lambda t: t.at.step == step and t.at.attempt == 0, how=how)
+        inner = life.trainer._forward_backward
+
+        def spy(at: int, **kw: Any) -> torch.Tensor:
+            before.setdefault(at, {k: v.clone() for k, v in life.trainer.model.state_dict().items()})
+            return inner(at, **kw)
+
+        life.trainer._forward_backward = spy  # type: ignore[method-assign,assignment]
+        outcome = life.train()
+        assert outcome.finished and life.trainer.at.attempt == 1 and life.trainer.at.rollbacks == 1
+    assert len(after) == 1 and differences(after[0], before[step]) == [], "the masked update changed the weights"
+    rollbacks = [e for e in read_events(run) if e["event"] == "rollback"]
+    assert [e["attempt"] for e in rollbacks] == [1]
+    assert [r["step"] for r in lines(run)] == [3, 6, 8]
+    assert all(math.isfinite(r["loss"]) for r in lines(run))
+    assert all(torch.isfinite(v).all() for v in checkpoint.load(run, TOTAL)["model"].values())
+
+
+def test_after_a_rollback_other_samples_are_drawn_and_a_restart_keeps_to_them(tmp_path: Path) -> None:
+    config = make_config(checkpoint__every_steps=2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    for run, stops in ((one, []), (other, [5, 7])):
+        for stop in [*stops, None]:
+            with Life(config, run) as life:
+                poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
+                life.train(stop_at=[stop] if stop else [])
+    assert_same_end(one, other, TOTAL)
+    assert checkpoint.load(other, TOTAL)["extra"]["attempt"] == 1
+    clean = make_run(tmp_path / "clean")
+    live(config, clean)
+    assert differences(lines(clean), lines(one))
+
+
+def test_no_save_holds_a_step_that_is_not_known_to_be_good(tmp_path: Path) -> None:
+    """A save or a stop due right after the poisoned step, whose value would be read a step later."""
+    config, run = make_config(checkpoint__every_steps=4), make_run(tmp_path)
+    with Life(config, run) as life:
+        poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
+        assert life.train(stop_at=[4]) == Outcome(False, 4, "preempted", True)
+        assert life.trainer.at.attempt == 1
+    assert checkpoint.load(run, 4)["extra"]["attempt"] == 1
+
+
+def test_poison_that_always_comes_back_ends_with_do_not_retry_and_keeps_the_last_good(tmp_path: Path) -> None:
+    config, run = make_config(checkpoint__every_steps=3, train__max_rollbacks=2), make_run(tmp_path)
+    with Life(config, run) as life:
+        poison(life.trainer, lambda t: t.at.step == 4)
+        with pytest.raises(DoNotRetry, match=r"non-finite 3 times .*train\.max_rollbacks = 2"):
+            life.train()
+    assert events(run).count("rollback") == 2
+    good = checkpoint.newest_good(run, print)
+    assert good is not None and good.step == 3
+    assert all(torch.isfinite(v).all() for v in checkpoint.load(run, 3)["model"].values())
+
+
+# ---------------------------------------------------------------- failing disks, other holders
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, full: Any) -> None:
+    """Writes of checkpoint data fail with ENOSPC while full() is true: beneath torch.save, where a disk would."""
+    from ddpm.rundir import HashingFile
+
+    init = HashingFile.__init__
+
+    class Raw:
+        def __init__(self, raw: Any) -> None:
+            self.raw = raw
+
+        def write(self, data: Any) -> int:
+            if ".pt." in self.raw.name and full():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return int(self.raw.write(data))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.raw, name)
+
+    monkeypatch.setattr(HashingFile, "__init__", lambda self, raw: init(self, cast(BinaryIO, Raw(raw))))
+
+
+def test_a_full_disk_costs_one_save_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = make_config(checkpoint__every_steps=2), make_run(tmp_path)
+    saved: list[int] = []
+    with Life(config, run) as life:
+        full_disk(monkeypatch, lambda: 4 <= life.trainer.at.step < 6 and not saved)
+        trainer = life.trainer
+        save = trainer._save
+
+        def spy(**kw: Any) -> bool:
+            if trainer.at.step == 6:
+                trainer.saver.wait(raising=False)  # type: ignore[union-attr]
+                saved.extend(run.steps_saved())  # while full: the one of step 2 alone
+            return save(**kw)
+
+        trainer._save = spy  # type: ignore[method-assign]
+        assert life.train().finished
+    assert saved == [2]
+    assert run.steps_saved() == [8, 6, 2]
+    assert "checkpoint failed: step=4" in capsys.readouterr().out
+    assert not list(run.checkpoints.glob(".tmp-*"))
+
+
+def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = make_config(checkpoint__every_steps=2), make_run(tmp_path)
+    with Life(config, run) as life:
+        full_disk(monkeypatch, lambda: life.trainer.at.step == 5)
+        assert life.train(stop_at=[5]) == Outcome(False, 5, "preempted", False)
+        assert run.steps_saved() == [4, 2]
+        assert life.train().finished  # nobody killed us, and there is room again
+
+
+def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeat, events and grids meet ENOSPC as checkpoints do."""
+    from ddpm import rundir, telemetry
+
+    config, run = make_config(), make_run(tmp_path)
+    monkeypatch.setattr(telemetry, "HEARTBEAT_EVERY_S", 0)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Life(config, run) as life:
+        with monkeypatch.context() as m:
+            m.setattr(telemetry, "write_json", refuse)
+            m.setattr(rundir.EventLog, "append", refuse)
+            m.setattr(telemetry, "write_png", refuse)
+            life.train(stop_at=[4])
+        assert life.train().finished
+
+
+def test_a_run_taken_over_stops_and_publishes_nothing(tmp_path: Path) -> None:
+    config, run = make_config(checkpoint__every_steps=3), make_run(tmp_path)
+    with Life(config, run) as life:
+        life.train(stop_at=[3])
+        run.fence.write_text("99\n")
+        with pytest.raises(RunBusy, match="taken over by a later job"):
+            life.train(stop_at=[5])
+    assert run.steps_saved() == [3]
+
+
+# ---------------------------------------------------------------- what it reports
+
+
+def test_a_metrics_line_holds_the_public_keys_and_the_mean_of_its_window(tmp_path: Path) -> None:
+    config, run, every = make_config(log__every_steps=4), make_run(tmp_path / "4"), make_run(tmp_path / "1")
+    live(config, run)
+    live(make_config(log__every_steps=1), every)
+    first = json.loads(run.metrics.read_text().splitlines()[0])
+    assert list(first) == [
+        *("step", "images", "epoch", "loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "time")
+    ]
+    assert (first["step"], first["images"], first["epoch"]) == (4, 16, 1.6)
+    # the same four float32 losses, summed in float32 here and in float64 there
+    assert first["loss"] == pytest.approx(sum(r["loss"] for r in lines(every)[:4]) / 4, rel=1e-6)
+
+
+def test_milestones_by_epoch_are_the_first_steps_past_each(tmp_path: Path) -> None:
+    config = make_config(checkpoint__milestone_every_epochs=1, checkpoint__keep_last=1)
+    run = make_run(tmp_path)
+    live(config, run)  # 10 images, 4 a step: epochs end inside steps 3, 5 (exactly), 8
+    assert run.steps_saved() == [8, 5, 3]
+    assert sorted(p.name for p in run.checkpoints.glob("ema-*")) == [
+        *("ema-000000003.safetensors", "ema-000000005.safetensors", "ema-000000008.safetensors")
+    ]
+
+
+def test_a_resumed_run_draws_the_same_last_grid(tmp_path: Path) -> None:
+    config = make_config(log__grid_every_steps=4)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    live(config, other, stops=[5])
+    assert sorted(p.name for p in one.grids.iterdir()) == ["step-000000004.png", "step-000000008.png"]
+    for step in (4, TOTAL):
+        assert one.grid(step).read_bytes() == other.grid(step).read_bytes()
+
+
+def test_a_batch_on_a_rank_is_its_slice_of_the_global_batch() -> None:
+    batches = Batches(make_images(), seed=3, attempt=0, global_batch=6, flip=True)
+    cpu = torch.device("cpu")
+    x_0, labels = batches.rows(4, 0, 6, cpu)
+    parts = [batches.rows(4, first, 2, cpu) for first in (0, 2, 4)]
+    assert torch.equal(torch.cat([p[0] for p in parts]), x_0) and torch.equal(torch.cat([p[1] for p in parts]), labels)
