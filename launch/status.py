@@ -82,7 +82,9 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     scores = {}
     for path in sorted(run.eval.glob("*.json")):
         record = read_json(path) or {}
-        scores[path.stem] = {k: record[k] for k in ("fid", "frechet_distance", "num_samples") if k in record}
+        score = {k: record[k] for k in ("fid", "frechet_distance", "num_samples") if k in record}
+        if len(score) == 2:  # a torn file is no score
+            scores[path.stem] = score
     return {
         "name": run.name,
         "path": str(run.path),

@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 
 from tests.conftest import PROJECT, requires
-from tests.slurm.harness import SlurmTestbed, what_lacks
+from tools.slurm_testbed.harness import SlurmTestbed, what_lacks
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
 from tests.images import write_zip
-from tests.slurm.harness import SlurmTestbed
+from tools.slurm_testbed.harness import SlurmTestbed
 
 SMALL = [
     "data.name=images", "data.image_size=16", "model.base_channels=32", "model.channel_mults=[1,2]",

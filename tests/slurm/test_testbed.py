@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 
-from tests.slurm.harness import SlurmTestbed
+from tools.slurm_testbed.harness import SlurmTestbed
 
 
 def test_a_job_of_an_ordinary_user_completes(testbed: SlurmTestbed) -> None:

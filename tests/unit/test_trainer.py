@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -295,6 +296,38 @@ def test_after_a_rollback_other_samples_are_drawn_and_a_restart_keeps_to_them(tm
     assert differences(lines(clean), lines(one))
 
 
+def test_a_rollback_before_any_save_starts_over_as_the_seed_says(tmp_path: Path) -> None:
+    """Nothing of the failed attempt is left: it does not matter how far that came."""
+    runs = [make_run(tmp_path / name) for name in ("early", "late")]
+    for run, step in zip(runs, (0, 5), strict=True):
+        with Life(make_config(), run) as life:
+            poison(life.trainer, lambda t, step=step: t.at.step == step and t.at.attempt == 0)
+            assert life.train().finished
+    assert_same_end(runs[0], runs[1], TOTAL)
+
+
+def test_a_rollback_waits_for_the_save_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = make_config(checkpoint__every_steps=3), make_run(tmp_path)
+    write, gone_back_to = torch.save, []
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.3)
+        write(*args)
+
+    with Life(config, run) as life:
+        poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
+        batches = life.trainer._batches
+
+        def spy() -> Batches:
+            gone_back_to.append(life.trainer.at.step)
+            return batches()
+
+        life.trainer._batches = spy  # type: ignore[method-assign]
+        monkeypatch.setattr(torch, "save", slow)
+        assert life.train().finished
+    assert gone_back_to == [3]
+
+
 def test_no_save_holds_a_step_that_is_not_known_to_be_good(tmp_path: Path) -> None:
     """A save or a stop due right after the poisoned step, whose value would be read a step later."""
     config, run = make_config(checkpoint__every_steps=4), make_run(tmp_path)
@@ -331,7 +364,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, full: Any) -> None:
             self.raw = raw
 
         def write(self, data: Any) -> int:
-            if ".pt." in self.raw.name and full():
+            if ".pt." in self.raw.name and full() and self.raw.tell() > 4096:  # torch.save has begun its archive
                 raise OSError(errno.ENOSPC, "No space left on device")
             return int(self.raw.write(data))
 
@@ -442,6 +475,8 @@ def test_a_resumed_run_draws_the_same_last_grid(tmp_path: Path) -> None:
 def test_a_batch_on_a_rank_is_its_slice_of_the_global_batch() -> None:
     batches = Batches(make_images(), seed=3, attempt=0, global_batch=6, flip=True)
     cpu = torch.device("cpu")
-    x_0, labels = batches.rows(4, 0, 6, cpu)
-    parts = [batches.rows(4, first, 2, cpu) for first in (0, 2, 4)]
-    assert torch.equal(torch.cat([p[0] for p in parts]), x_0) and torch.equal(torch.cat([p[1] for p in parts]), labels)
+    for step in range(8):
+        x_0, labels = batches.rows(step, 0, 6, cpu)
+        parts = [batches.rows(step, first, 2, cpu) for first in (0, 2, 4)]
+        assert torch.equal(torch.cat([p[0] for p in parts]), x_0)
+        assert torch.equal(torch.cat([p[1] for p in parts]), labels)

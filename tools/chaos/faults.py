@@ -54,9 +54,9 @@ class Shim:
         """`path` relative to the watched directory, None for any other."""
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None
-        full = os.path.realpath(os.path.dirname(os.fsdecode(path))) + "/" + os.path.basename(os.fsdecode(path))
-        root = os.path.realpath(self.root)
-        return os.path.relpath(full, root) if full.startswith(root + "/") or full == root else None
+        given = Path(os.fsdecode(path))
+        full, root = given.parent.resolve() / given.name, self.root.resolve()
+        return str(full.relative_to(root)) if full.is_relative_to(root) else None
 
 
 class _File:
@@ -99,10 +99,10 @@ def shimmed(shim: Shim) -> Iterator[Shim]:
         return _File(real_open(file, mode, *args, **kwargs), shim, path)
 
     def fake_fsync(fd: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{fd}")
+        name = Path(f"/proc/self/fd/{fd}").readlink()
         path = shim.inside(name)
         if path is not None:
-            shim.note(Operation("fsync_dir" if os.path.isdir(name) else "fsync", path))
+            shim.note(Operation("fsync_dir" if name.is_dir() else "fsync", path))
         real["fsync"](fd)
 
     def two(name: str) -> Callable[..., None]:
@@ -183,6 +183,9 @@ def crash_state(operations: list[Operation], cut: int, choose: Callable[[], bool
 
 def _syncs_file(operations: list[Operation], created: int, j: int) -> bool:
     """Whether operation j syncs the file that operation `created` made."""
-    return operations[created].kind == "create" and operations[j].kind == "fsync" and j > created and (
-        operations[j].path == operations[created].path
+    return (
+        operations[created].kind == "create"
+        and operations[j].kind == "fsync"
+        and j > created
+        and (operations[j].path == operations[created].path)
     )

@@ -190,8 +190,8 @@ def flipped_bits_and_truncations(count: int) -> Result:
                 found = checkpoint.newest_good(run, said.append)
                 if found is None or found.step != 1 or not any("step=2" in line for line in said):
                     missed.append(f"{path.name} #{i}")
-    return Result("single-bit flips and truncations", f"{count} noticed, named, fallen back from",
-                  f"{count - len(missed)} noticed" + (f", missed {missed[0]}" if missed else ""), not missed)  # fmt: skip
+    seen = f"{count - len(missed)} noticed" + (f", missed {missed[0]}" if missed else "")
+    return Result("single-bit flips and truncations", f"{count} noticed, named, fallen back from", seen, not missed)
 
 
 def failing_operations(_: int) -> Result:
@@ -225,8 +225,9 @@ def failing_operations(_: int) -> Result:
             if len(shim.operations) <= at:
                 break
             at += 1
-    return Result("disk full, EIO, read-only at each operation", "last good intact, reported, the next save works",
-                  f"{cases} cases, {len(bad)} bad" + (f": {bad[0]}" if bad else ""), not bad and cases > 20)  # fmt: skip
+    seen = f"{cases} cases, {len(bad)} bad" + (f": {bad[0]}" if bad else "")
+    promised = "last good intact, reported, the next save works"
+    return Result("disk full, EIO, read-only at each operation", promised, seen, not bad and cases > 20)
 
 
 def all_generations_damaged(_: int) -> Result:

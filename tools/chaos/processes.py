@@ -1,4 +1,4 @@
-"""A trainer killed with SIGKILL at random moments, without a scheduler: real lives of a small run, forked to start fast."""
+"""A trainer killed with SIGKILL at random moments, without a scheduler: real lives, forked to start fast."""
 
 from __future__ import annotations
 
@@ -76,7 +76,6 @@ def curve(run: RunDir) -> list[tuple[int, float]]:
 
 def killed_at_random_moments(count: int) -> Result:
     """Runs of 150 steps that save every other one, killed `count` times in all; each ends as the undisturbed one."""
-    import launch.jobs
     import ddpm.trainer  # noqa: F401 - loaded once, before any fork
 
     chosen = random.Random(2)

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import pytest
-
 USER = "nobody"  # exists everywhere and owns nothing
 KNOBS = {
     "NODES": "4", "CPUS": "2", "GPUS": "2", "GRACE": "10", "KILLWAIT": "5", "CRED_EXPIRE": "5", "SLURMD_TIMEOUT": "20"
@@ -127,7 +125,9 @@ class SlurmTestbed:
         }  # fmt: skip
         done = _as_user([os.fspath(a) for a in argv], cwd or self.workdir, timeout, environment)
         if check and done.returncode != 0:
-            pytest.fail(f"{done.args} exited with {done.returncode}\n{done.stdout}{done.stderr}\n{self.dump()}")
+            raise AssertionError(
+                f"{done.args} exited with {done.returncode}\n{done.stdout}{done.stderr}\n{self.dump()}"
+            )
         return done
 
     def sbatch(self, *options: str, command: str) -> str:
@@ -181,7 +181,7 @@ class SlurmTestbed:
             if value:
                 return value
             if time.monotonic() > end:
-                pytest.fail(f"not within {timeout_s:g} s: {what}\n{self.dump()}", pytrace=True)
+                raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.dump()}")
             time.sleep(0.2)
 
     def wait_state(self, job_id: str, *states: str, timeout_s: float = 30) -> str:

@@ -1,0 +1,106 @@
+"""status.py and board.py read runs and change nothing."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from tests.cli.harness import TINY_SET, Shell, snapshot
+
+
+def test_status_as_json_has_every_field_of_a_finished_run(finished: Shell) -> None:
+    before = snapshot(finished.root)
+    (row,) = json.loads(finished("status", "--json").stdout)
+    known = {k: row[k] for k in ("name", "path", "state", "step", "saved_step", "total_steps", "restarts", "problem")}
+    assert known == {
+        "name": "tiny",
+        "path": str(finished.root / "tiny"),
+        "state": "complete",
+        "step": 400,
+        "saved_step": 400,
+        "total_steps": 400,
+        "restarts": 0,
+        "problem": None,
+    }
+    assert row["loss"] > 0 and row["images_per_s"] > 0 and row["epoch"] > 1 and 0 < row["goodput"] <= 1
+    assert row["heartbeat_age_s"] > 0 and row["host"] == socket.gethostname() and row["jobs"] == {}
+    assert row["samples"] == {TINY_SET: "2/2"}
+    assert row["scores"][TINY_SET]["num_samples"] == 25 and row["scores"][TINY_SET]["frechet_distance"] > 0
+    assert snapshot(finished.root) == before
+
+
+def test_status_shows_a_table_by_name_or_by_path(finished: Shell) -> None:
+    by_name, by_path = finished("status", "tiny"), finished("status", str(finished.root / "tiny") + "/")
+    assert by_name.stdout == by_path.stdout and by_name.returncode == 0
+    assert "complete" in by_name.stdout and "400/400" in by_name.stdout and "Fréchet" in by_name.stdout
+
+
+def test_status_lists_the_events_of_a_life(finished: Shell) -> None:
+    lines = finished("status", "tiny", "--events").stdout.splitlines()
+    assert [line.split()[4] for line in lines] == ["submitted", "started", "checkpoint", "checkpoint", "finished"]
+    rows = [json.loads(line) for line in finished("status", "--events", "--json").stdout.splitlines()]
+    assert [row["event"] for row in rows] == [line.split()[4] for line in lines]
+    assert {row["run"] for row in rows} == {"tiny"}
+
+
+def test_a_run_that_was_only_prepared_says_so(shell: Shell) -> None:
+    done = shell.submit("--prepare")
+    assert f"slurm/train.sbatch {shell.root}/tiny" in done.stdout
+    (row,) = json.loads(shell("status", "--json").stdout)
+    assert (row["state"], row["step"], row["loss"], row["goodput"]) == ("prepared", 0, None, None)
+
+
+def test_a_failed_run_says_why(again: Shell) -> None:
+    run = again.root / "tiny"
+    (run / "checkpoints" / "step-000000400.json").unlink()
+    event = {"event": "failed", "time": "2100-01-01T00:00:00.000Z", "job": "9", "restart": 2, "reason": "no [luck]"}
+    (run / "events" / "9.2.jsonl").write_text(json.dumps(event) + "\n")
+    (row,) = json.loads(again("status", "--json").stdout)
+    assert (row["state"], row["problem"]) == ("failed", "no [luck]")
+    assert "tiny: no [luck]" in again("status").stdout
+
+
+def test_status_survives_files_that_were_torn_or_overwritten(again: Shell) -> None:
+    run = again.root / "tiny"
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4')
+    for name in ("heartbeat.json", f"eval/{TINY_SET}.json", f"samples/{TINY_SET}/request.json"):
+        (run / name).write_text('{"half": ')
+    (run / "config.yaml").write_text("train: [\n")
+    (row,) = json.loads(again("status", "--json").stdout)
+    assert row["saved_step"] == 400 and row["total_steps"] == 0 and row["samples"] == {TINY_SET: "2/?"}
+    assert row["scores"] == {}
+    assert again("status").returncode == 0
+
+
+def test_where_there_are_no_runs_status_says_how_to_start_one(shell: Shell) -> None:
+    done = shell("status")
+    assert done.returncode == 0 and f"no runs in {shell.root}" in done.stdout and "launch/submit.py" in done.stdout
+    assert json.loads(shell("status", "--json").stdout) == []
+
+
+def test_board_binds_localhost_on_a_free_port_and_prints_the_tunnel(finished: Shell) -> None:
+    done = finished("board", "tiny", "--dry-run")
+    tunnel, address, command = done.stdout.splitlines()
+    port = command.split("--port ")[1].split()[0]
+    assert f"ssh -N -L {port}:localhost:{port} " in tunnel and address.endswith(f"http://localhost:{port}")
+    assert "--host 127.0.0.1" in command and f"--logdir {finished.root}/tiny/tb" in command
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", int(port)))
+
+
+def test_board_refuses_a_port_that_is_taken_and_a_place_without_runs(finished: Shell, shell: Shell) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        assert f"--port {port}" in finished.refused("board", "--port", port, "--dry-run")
+    assert "no runs in" in shell.refused("board", "--dry-run")
+
+
+@pytest.mark.parametrize("args", [["tiny", "--dry-run"], ["--dry-run"]])
+def test_board_shows_one_run_or_all(finished: Shell, args: list[str]) -> None:
+    where = finished("board", *args).stdout.split("--logdir ")[1].strip()
+    assert where == (f"{finished.root}/tiny/tb" if args[0] == "tiny" else str(finished.root))
