@@ -57,9 +57,8 @@ class Fence:
                 log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
                 said = True
             time.sleep(0.5)
-        else:
-            os.truncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(owner).encode(), 0)
+        os.truncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps(owner).encode(), 0)
         self.token = self._current() + 1
         write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
 

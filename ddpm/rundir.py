@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def publishing(
     raises FileExistsError and stays as it is.
     may_publish: called last before the name appears, with everything durable; it raises to withhold publication.
     """
-    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{token or 'x'}.{os.getpid()}")
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{token or 'x'}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with tmp.open("wb") as raw:
             out = HashingFile(raw)

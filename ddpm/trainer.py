@@ -24,7 +24,7 @@ from ddpm.distributed import World
 from ddpm.ema import EMA
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.fence import Fence
-from ddpm.rundir import EventLog, RunDir
+from ddpm.rundir import EventLog, RunDir, read_events
 from ddpm.samplers import SAMPLERS
 from ddpm.schedule import Schedule, linear
 from ddpm.telemetry import Telemetry, say, tile
@@ -138,14 +138,16 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest good generation, as rank 0 finds it. Raises DoNotRetry where all are damaged."""
-        failure, step = None, None
+        failure, step, lived = None, None, 0
         if self.world.is_main:
+            # a life may have been killed after a rollback and before its next save: its attempt counts all the same
+            lived = sum(e["event"] == "rollback" for e in read_events(self.run))
             try:
                 found = checkpoint.newest_good(self.run, say)
                 step = found.step if found else None
             except DoNotRetry as e:
                 failure = str(e)
-        failure, step = self.world.share((failure, step))
+        failure, step, lived = self.world.share((failure, step, lived))
         if failure:
             raise DoNotRetry(failure)
         if step is None:
@@ -153,6 +155,7 @@ class Trainer:
                 say("no checkpoint: starting at step 0")
         else:
             self._restore(checkpoint.load(self.run, step))
+        self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
         self._open_outputs()
         self.batches = self._batches()
         self._event("started" if step is None else "resumed", self.at.step)
@@ -209,6 +212,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if state["config_digest"] != self.config.digest():
+            raise DoNotRetry(
+                f"the checkpoint of step {state['step']} belongs to other mathematics (config digest "
+                f"{state['config_digest'][:12]}, now {self.config.digest()[:12]}): restore {self.run.config}"
+            )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -317,12 +325,13 @@ class Trainer:
             # device values are read one step late, so that a GPU never waits for this; at the end there is no later
             bad = self._bad(self._pending) or (self._bad(self._finite) if self.at.step == total else 0)
             code, bad, save_due = self.world.agree([self._reason_code(stop_requested), bad, self._save_due()])
-            if (code or save_due) and not bad:
-                bad = self.world.agree([self._bad(self._finite)])[0]  # never save past a step that is not known good
+            log_due = self.at.step % self.config.log.every_steps == 0
+            if (code or save_due or log_due) and not bad:
+                bad = self.world.agree([self._bad(self._finite)])[0]  # nothing is kept of a step not known to be good
             if bad:
                 self._roll_back()
                 continue
-            if self.at.step % self.config.log.every_steps == 0:
+            if log_due:
                 self._log()
             if self.telemetry:
                 self.telemetry.heartbeat(self.at.step, self._latest)

@@ -118,7 +118,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "nodes": {"type": int},
     "gpus_per_node": {"type": int, "help": "default: 1 where the partition has GPUs, else 0"},
     "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
-    "cpus_per_task": {"type": int},
+    "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
     "mem": {"metavar": "32G", "help": "memory per node"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},

@@ -62,7 +62,7 @@ def current() -> JobEnvironment:
             int(env.get("SLURM_CPUS_PER_TASK", "1")),
             int(array[1]) if array[1] else None,
         )
-    cpus = len(os.sched_getaffinity(0))
+    cpus = int(env.get("DDPM_CPUS") or len(os.sched_getaffinity(0)))
     if "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env:
         return JobEnvironment(
             "local",
@@ -74,7 +74,7 @@ def current() -> JobEnvironment:
             int(env["LOCAL_RANK"]),
             env["MASTER_ADDR"],
             int(env["MASTER_PORT"]),
-            max(1, cpus // int(env["LOCAL_WORLD_SIZE"])),
+            cpus if "DDPM_CPUS" in env else max(1, cpus // int(env["LOCAL_WORLD_SIZE"])),
             None,
         )
     return JobEnvironment("local", env.get("DDPM_JOB", f"local-{os.getpid()}"), 0, here, 0, 1, 0, here, 0, cpus, None)

@@ -35,6 +35,8 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     run.logs.mkdir(exist_ok=True)
     log = run.logs / f"{name}.out"
     commands = [command for job in jobs for command in stage_commands(job)]
+    chosen = jobs[0].site.cpus_per_task
+    cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "launch.local", str(run.path), json.dumps(commands)],
@@ -43,7 +45,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=environment.PROJECT,
-            env={**environment.for_jobs(), "DDPM_JOB": name},
+            env={**environment.for_jobs(), "DDPM_JOB": name, **cpus},
         )
     EventLog(run, name, 0, environment.host(), prefix="submit-").append(
         "submitted", stage="+".join(job.stage for job in jobs), via="local", pid=process.pid

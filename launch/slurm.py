@@ -28,7 +28,8 @@ def run(
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{argv[0]}: no answer in {timeout_s:.0f} s") from None
     if done.returncode != 0:
-        raise SlurmError(f"{argv[0]}: {(done.stderr or done.stdout).strip() or f'exit code {done.returncode}'}")
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SlurmError(f"{argv[0]}: {said[-1].removeprefix(argv[0] + ': ')}")
     return done.stdout
 
 

@@ -4,22 +4,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shutil
-import subprocess
+import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
-from ddpm import __version__
 from ddpm import config as configs
 from ddpm.config import Config, check_world_size
-from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
-from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, check_name, fsync_dir, now, read_json, write_bytes, write_json
-from launch import cluster, console, environment, requests, scheduler
+from ddpm.errors import RequestError
+from ddpm.rundir import RunDir, check_name, read_json, read_jsonl
+from launch import cluster, console, environment, preparing, requests, scheduler, slurm
 from launch.cluster import Site
 from launch.environment import PROJECT
 
@@ -79,192 +76,6 @@ def check_resources(config: Config, site: Site) -> None:
         )
 
 
-def check_data(config: Config, stages: list[str]) -> None:
-    """Paths and splits that the chain will read, before anything is written. Raises RequestError."""
-    from ddpm.data import open_source
-
-    open_source(config.data)
-    if "evaluate" in stages:
-        requests.check_split(config, config.evaluate.reference)
-
-
-def check_existing(run: RunDir, config: Config) -> bool:
-    """Whether the run exists and may go on with this config. Raises RequestError where its mathematics is another."""
-    if not run.path.exists():
-        return False
-    record = read_json(run.run_json)
-    if record is None or not run.config.exists():
-        raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
-    there = configs.load(run.config)
-    if there.digest() != config.digest():
-        raise RequestError(
-            f"run {run.name} exists with other mathematics: {differences(there, config)}. Choose another "
-            f"--name, or submit it with what it has"
-        )
-    if config.train.total_steps < run.latest_step():
-        raise RequestError(
-            f"train.total_steps = {config.train.total_steps}: run {run.name} is already at step "
-            f"{run.latest_step()}; ask for more, or choose another --name"
-        )
-    return True
-
-
-def differences(there: Config, asked: Config) -> str:
-    old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
-    lines = []
-    for key in configs.field_keys(Config):
-        a, b = _at(old, key), _at(new, key)
-        if a != b and key.split(".")[0] in ("seed", "data", "model", "diffusion", "train") and key != "data.path":
-            lines.append(f"{key} is {a!r} there and {b!r} here")
-    return "; ".join(lines)
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
-
-
-# ---------------------------------------------------------------- preparing
-
-
-def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
-    """What needs a network or a decoder, done here: data packed, weights fetched. Returns run.json's `data`."""
-    cache = Path(environment.expand(site.data_cache)) if site.data_cache else root / ".cache"
-    made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise EnvironmentLacks(
-            f"cannot write {cache} ({e.strerror}): choose another place with --root or DDPM_RUNS"
-        ) from None
-    try:
-        return _pack(config, site, cache, stages)
-    except DDPMError:
-        for path in made:  # a refused request leaves nothing behind
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-
-
-def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
-    from ddpm import data
-
-    if "evaluate" in stages and config.evaluate.extractor == "inception":
-        from ddpm.features import ensure_inception_weights
-
-        ensure_inception_weights()
-    bar = _packing_progress()
-    key, packed = data.pack(config.data, "train", cache / "data", progress=bar)
-    if "evaluate" in stages and config.evaluate.reference == "test":
-        data.pack(config.data, "test", cache / "data", progress=bar)
-    print(
-        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
-        f"digest {packed.digest[:12]}",
-        flush=True,
-    )
-    return {
-        "cache": str(cache / "data"),
-        "key": key,
-        "digest": packed.digest,
-        "num_images": len(packed),
-        "scratch": site.scratch,
-    }
-
-
-def _packing_progress() -> Any:
-    tty = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        if tty:
-            print(f"\rpacking {done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
-        elif done % 10_000 == 0:
-            print(f"packing {done}/{total} images", flush=True)
-
-    return show
-
-
-def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
-    """Make the run directory whole: built beside its place, then renamed there."""
-    tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
-    try:
-        tmp.mkdir(parents=True)
-        for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
-            (tmp / sub).mkdir()
-        write_bytes(tmp / "config.yaml", config.to_yaml().encode())
-        _write_setup(RunDir(tmp), record)
-        write_json(tmp / "run.json", record)
-        tmp.rename(run.path)
-        fsync_dir(run.path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
-    """A later submission: what it may change (length, intervals, resources), never the mathematics."""
-    old = read_json(run.run_json) or {}
-    if old.get("data", {}).get("digest") != record["data"]["digest"]:
-        raise RequestError(
-            f"run {run.name} was trained on other pixels (digest "
-            f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
-            f"restore the data, or choose another --name"
-        )
-    write_bytes(run.config, config.to_yaml().encode(), replace=True)
-    _write_setup(run, record)
-    write_json(run.run_json, {**record, "created": old["created"], "resolved": old.get("resolved", {})}, replace=True)
-
-
-def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
-    """The profile's shell lines, as a file that every batch shell sources."""
-    path = run.path / "setup.sh"
-    if lines := record["launch"].get("setup"):
-        write_bytes(path, ("\n".join(lines) + "\n").encode(), replace=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> dict[str, Any]:
-    """run.json (DESIGN section 3); `resolved` is filled in by the first life."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "schema": SCHEMA,
-        "name": run.name,
-        "created": now(),
-        "config_digest": config.digest(),
-        "git": _git(),
-        "versions": {
-            "ddpm-hpc": __version__,
-            "python": sys.version.split()[0],
-            **{p: of(p) for p in ("torch", "torchvision", "numpy", "submitit")},
-        },
-        "command": ["python", *sys.argv],
-        "resolved": {},
-        "data": data,
-        "launch": site.model_dump(mode="json", exclude_defaults=True),
-    }
-
-
-def _git() -> str | None:
-    """Commit of the project, with `+dirty` where files differ from it."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
 # ---------------------------------------------------------------- queueing
 
 
@@ -281,17 +92,13 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
 
 def queue(jobs: list[scheduler.Job]) -> list[str]:
     """Submit a chain, each after the one before, however that ended; cancels it whole if a later part is refused."""
-    from dataclasses import replace
-
     ids: list[str] = []
     after: str | None = None
     for job in jobs:
         try:
             new = scheduler.submit(replace(job, after=after))
-        except RequestError:
+        except (RequestError, OSError):
             if ids:
-                from launch import slurm
-
                 slurm.cancel(ids)
             raise
         ids += new
@@ -315,6 +122,13 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     return False, [] if sampled and scored else stages
 
 
+def in_queue(run: RunDir, config: Config) -> list[str]:
+    """Job ids of the run's chain that SLURM still has."""
+    name = requests.default_set(config, config.train.total_steps)
+    stages = [("train", ""), ("sample", name), ("evaluate", name)]
+    return [job for stage, set_name in stages for job in requests.jobs_in_queue(run, stage, set_name)]
+
+
 def print_dry_run(config: Config, site: Site, run: RunDir, jobs: list[scheduler.Job]) -> None:
     print(f"# run directory: {run.path}\n# config, resolved (digest {config.digest()[:12]}):\n{config.to_yaml()}")
     if cluster.is_local(site):
@@ -335,14 +149,14 @@ def main() -> int:
     run = RunDir(root / config.name)
     check_resources(config, site)
     if args.dry_run:
-        check_existing(run, config)
+        preparing.check_existing(run, config)
         site = cluster.settle(site, dry_run=True)
         print_dry_run(config, site, run, jobs_of(run, config, site, stages))
         return 0
-    check_data(config, stages)
-    exists = check_existing(run, config)
+    preparing.check_data(config, stages)
+    exists = preparing.check_existing(run, config)
     site = cluster.settle(site, dry_run=False)  # from here on it is about what the environment lacks
-    if exists and not cluster.is_local(site) and (there := requests.jobs_in_queue(run, "train")):
+    if exists and not cluster.is_local(site) and (there := in_queue(run, config)):
         print(
             f"run {run.name} is in the queue already, as job {' '.join(there)}: nothing to submit. See "
             f"python launch/status.py {run.name}"
@@ -350,18 +164,18 @@ def main() -> int:
         return _wait(run, config, stages, there) if args.wait else 0
     train, stages_left = remaining(run, config, stages) if exists else (True, stages)
     if exists and not train and not stages_left:
-        print(f"run {run.name} is complete: {run.latest_step()} steps" + _results(run, config, stages))
+        print_results(run, config, stages)
         return 0
 
-    data = prepare_inputs(config, site, root, stages)
-    record = describe(config, site, run, data)
+    data = preparing.prepare_inputs(config, site, root, stages)
+    record = preparing.describe(config, site, run, data)
     if exists:
-        update_run(run, config, record)
+        preparing.update_run(run, config, record)
         if run.stop_file.exists():
             run.stop_file.unlink()
             print(f"removed {run.stop_file}: submitting again means going on")
     else:
-        create_run(run, config, record)
+        preparing.create_run(run, config, record)
     print(f"run: {run.path}")
     if args.prepare:
         print(f"prepared; queue it with: sbatch --partition PARTITION slurm/train.sbatch {run.path}")
@@ -378,7 +192,7 @@ def main() -> int:
         return _outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
     try:
         ids = queue(jobs)
-    except RequestError:
+    except (RequestError, OSError):
         if not exists:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -402,23 +216,32 @@ def _outcome(run: RunDir, config: Config, stages: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f"run {run.name} is complete: {run.latest_step()} steps" + _results(run, config, stages))
+    print_results(run, config, stages)
     return 0
 
 
-def _results(run: RunDir, config: Config, stages: list[str]) -> str:
-    """The score's line, where one was asked for and is there."""
+def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
+    """What came out of it, as a table."""
+    step = run.latest_step()
     name = requests.default_set(config, config.train.total_steps)
     record = read_json(run.eval / f"{name}.json") if "evaluate" in stages else None
-    grid = f"\ngrid: {run.grid(run.latest_step())}"
-    if not record:
-        return grid
-    score = "fid" if "fid" in record else "frechet_distance"
-    return (
-        f"\n{score}: {record[score]:.4f} over {record['num_samples']} samples ({record['extractor']['name']} "
-        f"features, {record['reference']['name']} {record['reference'].get('split', '')})\n"
-        f"score: {run.eval / (name + '.json')}{grid}"
-    )
+    metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
+    rows = {"steps": f"{step}"}
+    if metrics:
+        rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"
+        rows["loss"] = f"{metrics[-1]['loss']:.4f}"
+    if record:
+        what = "FID" if "fid" in record else "Fréchet distance"
+        against = " ".join(filter(None, [record["reference"]["name"], record["reference"].get("split")]))
+        rows[what] = (
+            f"{record.get('fid', record.get('frechet_distance')):.4f} ({record['num_samples']} samples against "
+            f"{against}, {record['extractor']['name']} features{'' if 'fid' in record else ': no FID'})"
+        )
+        rows["score"] = f"{run.eval / name}.json"
+    rows["grid"] = f"{run.grid(step)}"
+    print(f"run {run.name} is complete: {step} steps")
+    for what, told in rows.items():
+        print(f"  {what:18}{told}")
 
 
 if __name__ == "__main__":

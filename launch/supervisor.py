@@ -75,21 +75,29 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
             f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
             f"beyond {here}; see the log, mend the cause, submit again",
         )
-    fields = {"reason": reason, "exit_code": code, "progress": here, "stage": stage}
+    fields = {"reason": reason, "exit_code": code, "progress": here, "step": run.latest_step(), "stage": stage}
     if not slurm.may_requeue(env.job):
         successor = submit_successor(run, stage, env.job)
-        log.append("requeued", successor=successor, **fields)
+        _note(log, "requeued", successor=successor, **fields)
         print(f"[batch] exit code {code} ({reason}); requeue is forbidden: successor job {successor}", flush=True)
         return code
-    log.append("requeued", **fields)
+    _note(log, "requeued", **fields)
     print(f"[batch] exit code {code} ({reason}); progress {here}; requeueing job {env.job}", flush=True)
     slurm.requeue(env.job)
     time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
     return code
 
 
+def _note(log: EventLog, event: str, **fields: object) -> None:
+    """A disk too full for one more line must not cost the job its return."""
+    try:
+        log.append(event, **fields)
+    except OSError as e:
+        print(f"[batch] event {event} not written: {e}", flush=True)
+
+
 def _failed(log: EventLog, code: int, reason: str) -> int:
-    log.append("failed", exit_code=code, reason=reason)
+    _note(log, "failed", exit_code=code, reason=reason)
     print(f"[batch] failed: {reason}", flush=True)
     return code
 

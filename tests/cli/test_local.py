@@ -113,7 +113,7 @@ def test_submitting_a_complete_run_again_says_so_and_changes_no_file(finished: S
     before = snapshot(finished.root)
     done = finished.submit("--then", "sample,evaluate", "--wait")
     assert done.returncode == 0 and "run tiny is complete: 400 steps" in done.stdout
-    assert "frechet_distance: " in done.stdout and "over 25 samples" in done.stdout
+    assert "Fréchet distance" in done.stdout and "(25 samples against" in done.stdout
     for stages in ([], ["--then", "sample"]):
         assert "is complete" in finished.submit(*stages).stdout
     assert "is complete" in finished("sample", "tiny").stdout

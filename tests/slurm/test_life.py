@@ -70,8 +70,12 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(testbed: SlurmTestbed) -> Site:
-    images = write_zip(testbed.workdir / "images.zip")
-    images.chmod(0o644)
+    """DDPM_TEST_IMAGES names a folder or zip to train on instead of the images made here."""
+    if given := os.environ.get("DDPM_TEST_IMAGES"):
+        images = Path(given).resolve()
+    else:
+        images = write_zip(testbed.workdir / "images.zip")
+        images.chmod(0o644)
     return Site(testbed, testbed.mkdir("runs"), images)
 
 

@@ -1,0 +1,203 @@
+"""What a submission checks and writes before anything is queued: inputs, data, the run directory and its record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ddpm import __version__
+from ddpm import config as configs
+from ddpm.config import Config
+from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
+from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, fsync_dir, now, read_json, write_bytes, write_json
+from launch import environment, requests
+from launch.cluster import Site
+from launch.environment import PROJECT
+
+
+def check_data(config: Config, stages: list[str]) -> None:
+    """Paths and splits that the chain will read, before anything is written. Raises RequestError."""
+    from ddpm.data import open_source
+
+    open_source(config.data)
+    if "evaluate" in stages:
+        requests.check_split(config, config.evaluate.reference)
+
+
+def check_existing(run: RunDir, config: Config) -> bool:
+    """Whether the run exists and may go on with this config. Raises RequestError where its mathematics is another."""
+    if not run.path.exists():
+        return False
+    record = read_json(run.run_json)
+    if record is None or not run.config.exists():
+        raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
+    there = configs.load(run.config)
+    if there.digest() != config.digest():
+        raise RequestError(
+            f"run {run.name} exists with other mathematics: {differences(there, config)}. Choose another "
+            f"--name, or submit it with what it has"
+        )
+    if config.train.total_steps < run.latest_step():
+        raise RequestError(
+            f"train.total_steps = {config.train.total_steps}: run {run.name} is already at step "
+            f"{run.latest_step()}; ask for more, or choose another --name"
+        )
+    return True
+
+
+def differences(there: Config, asked: Config) -> str:
+    old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
+    lines = []
+    for key in configs.field_keys(Config):
+        a, b = _at(old, key), _at(new, key)
+        if a != b and key.split(".")[0] in ("seed", "data", "model", "diffusion", "train") and key != "data.path":
+            lines.append(f"{key} is {a!r} there and {b!r} here")
+    return "; ".join(lines)
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
+    """What needs a network or a decoder, done here: data packed, weights fetched. Returns run.json's `data`."""
+    cache = Path(environment.expand(site.data_cache)) if site.data_cache else root / ".cache"
+    made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise EnvironmentLacks(
+            f"cannot write {cache} ({e.strerror}): choose another place with --root or DDPM_RUNS"
+        ) from None
+    try:
+        return _pack(config, site, cache, stages)
+    except DDPMError:
+        for path in made:  # a refused request leaves nothing behind
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
+    from ddpm import data
+
+    if "evaluate" in stages and config.evaluate.extractor == "inception":
+        from ddpm.features import ensure_inception_weights
+
+        ensure_inception_weights()
+    bar = _packing_progress()
+    key, packed = data.pack(config.data, "train", cache / "data", progress=bar)
+    if "evaluate" in stages and config.evaluate.reference == "test":
+        data.pack(config.data, "test", cache / "data", progress=bar)
+    print(
+        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
+        f"digest {packed.digest[:12]}",
+        flush=True,
+    )
+    return {
+        "cache": str(cache / "data"),
+        "key": key,
+        "digest": packed.digest,
+        "num_images": len(packed),
+        "scratch": site.scratch,
+    }
+
+
+def _packing_progress() -> Any:
+    tty = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if tty:
+            print(f"\rpacking {done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif done % 10_000 == 0:
+            print(f"packing {done}/{total} images", flush=True)
+
+    return show
+
+
+def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
+    """Make the run directory whole: built beside its place, then renamed there."""
+    tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
+    try:
+        tmp.mkdir(parents=True)
+        for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
+            (tmp / sub).mkdir()
+        write_bytes(tmp / "config.yaml", config.to_yaml().encode())
+        _write_setup(RunDir(tmp), record)
+        write_json(tmp / "run.json", record)
+        tmp.rename(run.path)
+        fsync_dir(run.path.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
+    """A later submission: what it may change (length, intervals, resources), never the mathematics."""
+    old = read_json(run.run_json) or {}
+    if old.get("data", {}).get("digest") != record["data"]["digest"]:
+        raise RequestError(
+            f"run {run.name} was trained on other pixels (digest "
+            f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
+            f"restore the data, or choose another --name"
+        )
+    write_bytes(run.config, config.to_yaml().encode(), replace=True)
+    _write_setup(run, record)
+    write_json(run.run_json, {**record, "created": old["created"], "resolved": old.get("resolved", {})}, replace=True)
+
+
+def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
+    """The profile's shell lines, as a file that every batch shell sources."""
+    path = run.path / "setup.sh"
+    if lines := record["launch"].get("setup"):
+        write_bytes(path, ("\n".join(lines) + "\n").encode(), replace=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> dict[str, Any]:
+    """run.json (DESIGN section 3); `resolved` is filled in by the first life."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "schema": SCHEMA,
+        "name": run.name,
+        "created": now(),
+        "config_digest": config.digest(),
+        "git": _git(),
+        "versions": {
+            "ddpm-hpc": __version__,
+            "python": sys.version.split()[0],
+            **{p: of(p) for p in ("torch", "torchvision", "numpy", "submitit")},
+        },
+        "command": ["python", *sys.argv],
+        "resolved": {},
+        "data": data,
+        "launch": site.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def _git() -> str | None:
+    """Commit of the project, with `+dirty` where files differ from it."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
