@@ -141,7 +141,7 @@ class Checkpointer:
         remove_stale(run.checkpoints)
 
     def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> None:
-        """Save `state` (the dict of DESIGN section 3) as the generation of state["step"].
+        """Save `state` (what `Trainer.state` returns) as the generation of state["step"].
 
         A failed write is logged, and the next save tries again; with `wait` the outcome is known on return, and an
         OSError is raised. `final`: EMA weights are published beside it, as for a milestone.

@@ -1,6 +1,6 @@
 """The config of a run: typed, frozen, from YAML and `key=value`, validated once, with a digest of its mathematics.
 
-Names are public (DESIGN section 9). Every field has a default and a documented unit. Knows no scheduler and no
+Names are public. Every field has a default and a documented unit. Knows no scheduler and no
 resources: what depends on the number of ranks is checked where they are known (`check_world_size`).
 """
 

@@ -3,8 +3,8 @@
 Any source (CIFAR-10 through torchvision, a folder or zip of images, scikit-learn's digits) is decoded once into
 CACHE/KEY/{images.npy, labels.npy, meta.json}; KEY is a digest of the source and of how it was resized. The directory
 appears by one rename, so a killed packing leaves nothing that looks packed. Ranks memory-map it: the page cache of a
-node holds it once, and training never decodes an image. Batches follow from (seed, attempt, step) alone
-(DESIGN section 4); this module knows no rank beyond the slice of the global batch that it is asked for.
+node holds it once, and training never decodes an image. Batches follow from (seed, attempt, step) alone;
+this module knows no rank beyond the slice of the global batch that it is asked for.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def load_folder(path: Path) -> PackedImages:
 
 
 class Batches:
-    """The batch of step k as a function of (seed, attempt, k): DESIGN section 4.
+    """The batch of step k as a function of (seed, attempt, k), whatever the ranks, accumulation or restarts.
 
     The data order is one stream, a keyed permutation per epoch, concatenated; step k takes positions kB … (k+1)B-1.
     """

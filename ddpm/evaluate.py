@@ -278,7 +278,7 @@ def evaluate_set(
     progress: Progress | None = None,
     token: str = "",
 ) -> dict[str, Any]:
-    """Score a complete sample set and write eval/SET.json (DESIGN section 7), which is returned.
+    """Score a complete sample set and write eval/SET.json, which is returned.
 
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
     If the file already holds a score of the same samples, reference and extractor, it is returned and stays as it is.

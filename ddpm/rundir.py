@@ -229,7 +229,7 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run (DESIGN: the run directory is a public format)."""
+    """Paths of one run. The layout is public: users script against it."""
 
     path: Path
 

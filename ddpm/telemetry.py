@@ -48,7 +48,7 @@ class Telemetry:
         return self._board
 
     def log(self, record: dict[str, Any]) -> None:
-        """One metrics record (DESIGN section 3), to the file, TensorBoard and the console."""
+        """One metrics record (a line of metrics.jsonl), to the file, TensorBoard and the console."""
         self._unwritten += json.dumps({**record, "time": now()}).encode() + b"\n"
         self._try("metrics", self._write)
         self._try("tensorboard", lambda: self._scalars(record))
@@ -74,7 +74,7 @@ class Telemetry:
                 self.board.add_scalar(f"train/{key}", record[key], record["step"])
 
     def _try(self, what: str, write: Callable[[], Any]) -> None:
-        """A full disk ends no training (DESIGN section 5)."""
+        """A full disk ends no training."""
         try:
             write()
         except OSError as e:

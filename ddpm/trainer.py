@@ -199,7 +199,7 @@ class Trainer:
         if self.events:
             try:
                 self.events.append(event, world_size=self.world.world_size, step=step, **fields)
-            except OSError as e:  # a full disk ends no training (DESIGN section 5)
+            except OSError as e:  # a full disk ends no training
                 say("event not written", event=event, step=step, error=e)
 
     def _warm_up(self) -> None:
@@ -232,7 +232,7 @@ class Trainer:
         self._finite = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds (DESIGN section 3): plain tensors and numbers, loadable with weights_only=True.
+        """What a checkpoint holds: plain tensors and numbers, loadable with weights_only=True.
 
         Called on all ranks.
         """

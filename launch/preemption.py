@@ -1,6 +1,6 @@
 """Signals to a flag, and what a job does once it has saved.
 
-A handler only sets the flag. Two signals, two answers (DESIGN section 6): SIGTERM under SLURM means pre-emption or
+A handler only sets the flag. Two signals, two answers: SIGTERM under SLURM means pre-emption or
 scancel, and only SLURM knows which, so the job saves and waits to be killed; USR2, some time before the time limit,
 means save and go (exit 75), and the end of the batch shell puts the job back.
 """

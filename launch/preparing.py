@@ -162,7 +162,7 @@ def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
 
 
 def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> dict[str, Any]:
-    """run.json (DESIGN section 3); `resolved` is filled in by the first life."""
+    """The content of run.json; `resolved` is filled in by the first life."""
     from importlib.metadata import PackageNotFoundError, version
 
     def of(package: str) -> str | None:

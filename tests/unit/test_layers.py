@@ -1,4 +1,4 @@
-"""DESIGN section 2: tools → launch → ddpm, never back; and what a login node loads."""
+"""Imports flow tools → launch → ddpm, never back; and what a login node loads."""
 
 import ast
 import json
