@@ -36,18 +36,15 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     Raises DoNotRetry where this device cannot compute as the run began.
     """
     gpu = device.type == "cuda"
-    if kept:
-        resolved = Resolved(kept["amp"], kept["compile"], kept["deterministic"], kept["threads"])
-    else:
-        train = config.train
-        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = ("bf16" if bf16 else "fp16") if gpu else "off"
-        resolved = Resolved(
-            amp=amp if train.amp == "auto" else train.amp,
-            compile=gpu if train.compile == "auto" else train.compile,
-            deterministic=not gpu if train.deterministic == "auto" else train.deterministic,
-            threads=threads,
-        )
+    train, kept = config.train, kept or {}
+    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = ("bf16" if bf16 else "fp16") if gpu else "off"
+    resolved = Resolved(
+        amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,
+        compile=kept.get("compile", gpu) if train.compile == "auto" else train.compile,
+        deterministic=kept.get("deterministic", not gpu) if train.deterministic == "auto" else train.deterministic,
+        threads=kept.get("threads", threads),
+    )
     if resolved.amp == "fp16" and not gpu:
         raise DoNotRetry(
             "train.amp=fp16 needs a GPU, and this job has none: ask for one (--gpus-per-node 1), or start "

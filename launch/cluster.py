@@ -18,6 +18,13 @@ from launch.environment import PROJECT
 PROFILES = PROJECT / "configs" / "cluster"
 OURS = {
     "array",
+    "time",
+    "nodes",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "job-name",
+    "signal",
+    "partition",
     "dependency",
     "export",
     "output",

@@ -132,7 +132,11 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
     try:
         while quiet < 3:  # a job that comes back is away for a moment
             known |= {str(e["job"]) for e in read_events(run) if e["event"] == "submitted"}
-            states = slurm.queued(sorted(known))
+            try:
+                states = slurm.queued(sorted(known))
+            except slurm.SlurmError:
+                time.sleep(POLL_S)
+                continue
             quiet = 0 if states else quiet + 1
             if states:
                 follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]))

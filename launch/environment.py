@@ -7,6 +7,8 @@ import re
 import socket
 import subprocess
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,11 @@ class JobEnvironment:
 
     def owner(self) -> dict[str, object]:
         return {"job": self.job, "restart": self.restart, "host": self.host}
+
+
+def num_tasks() -> int:
+    """Ranks of the job whose batch shell this is."""
+    return int(os.environ.get("SLURM_NTASKS", "1"))
 
 
 def host() -> str:
@@ -118,6 +125,39 @@ def for_jobs() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
     path = os.environ.get("PYTHONPATH")
     return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
+
+
+def sample_set() -> str:
+    """The set that this batch shell's job works on, "" in training."""
+    return os.environ.get("DDPM_SET", "")
+
+
+def allocation() -> dict[str, str]:
+    """sbatch options that ask for what this job has."""
+    names = {
+        "partition": "SLURM_JOB_PARTITION",
+        "account": "SLURM_JOB_ACCOUNT",
+        "qos": "SLURM_JOB_QOS",
+        "nodes": "SLURM_JOB_NUM_NODES",
+        "ntasks-per-node": "SLURM_NTASKS_PER_NODE",
+        "cpus-per-task": "SLURM_CPUS_PER_TASK",
+        "gpus-per-node": "SLURM_GPUS_PER_NODE",
+    }
+    return {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
+
+
+@contextmanager
+def outside_allocation() -> Iterator[None]:
+    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey."""
+    inside = "SLURM_JOB_ID" in os.environ
+    ours = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+    saved = {k: v for k, v in os.environ.items() if inside and k.startswith(ours) and k != "SLURM_CONF"}
+    for key in saved:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
 
 
 def set_defaults(**values: str) -> None:

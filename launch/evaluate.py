@@ -117,6 +117,8 @@ def main() -> int:
         from ddpm.features import ensure_inception_weights
 
         ensure_inception_weights()
+    if not requests.jobs_in_queue(run, "train"):
+        requests.lift_stop(run)
     if cluster.is_local(site):
         from launch import local
 

@@ -46,10 +46,9 @@ class Life:
 
     def until_killed_or_on(self, reason: str, share: Callable[[Any], Any] = lambda v: v) -> int | None:
         """After a saved stop: the exit code to leave with, or None to go on (rank 0 decides)."""
-        code = preemption.after_stop(reason, self.env, _say) if self.env.rank == 0 else None
-        code = share(code)
+        code = share(preemption.after_stop(self.stop, reason, self.env, _say) if self.env.rank == 0 else None)
         if code is None:
-            self.stop.clear()
+            self.stop.clear(reason)
         return code
 
 
@@ -69,9 +68,20 @@ def run_record(run: RunDir) -> dict[str, Any]:
 def finished(run: RunDir, config: configs.Config) -> bool:
     """Whether training reached its length: the manifest of the last step is published last of all."""
     try:
-        return bool(run.latest_step() >= config.train.total_steps and read_signed(run.manifest(run.latest_step())))
+        step = run.latest_step()
+        whole = read_signed(run.manifest(step))["bytes"] == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError):
         return False
+    return whole and step >= config.train.total_steps
+
+
+def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
+    """Why training must not start, or None."""
+    if finished(run, config):
+        return f"the run is complete at step {run.latest_step()}: nothing to do"
+    if run.stop_file.exists():
+        return f"{run.stop_file} forbids training: submit again, which removes it"
+    return None
 
 
 # ---------------------------------------------------------------- train
@@ -80,15 +90,10 @@ def finished(run: RunDir, config: configs.Config) -> bool:
 def train(life: Life) -> int:
     run, env = life.run, life.env
     config = configs.load(run.config)
-    if finished(run, config):
-        if env.rank == 0:
-            _say("the run is complete: nothing to do", step=run.latest_step())
-        return 0
+    if env.world_size == 1 and (why := nothing_to_do(run, config)):
+        _say(why)  # at once, without loading torch
+        return life.leave(0)
     life.stop.watch(run.stop_file)
-    if run.stop_file.exists():
-        _say(f"STOP: {run.stop_file} forbids training; remove it, or submit again")
-        return 0
-
     environment.set_defaults(
         CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(run.path.parent / ".cache" / "inductor")
     )
@@ -96,9 +101,6 @@ def train(life: Life) -> int:
     from ddpm.fence import Fence
     from ddpm.trainer import Trainer
 
-    fence = None
-    if env.rank == 0:  # before any peer is waited for
-        fence = Fence(run, env.owner(), is_orphan=lambda other: _is_orphan(other, env), log=_say)
     world = distributed.join(
         rank=env.rank,
         world_size=env.world_size,
@@ -106,6 +108,14 @@ def train(life: Life) -> int:
         master_addr=env.master_addr,
         master_port=env.master_port,
     )
+    if why := world.share(nothing_to_do(run, config) if world.is_main else None):
+        if world.is_main:
+            _say(why)
+            life.leave(0)
+        return 0
+    fence = None
+    if world.is_main:
+        fence = Fence(run, env.owner(), is_orphan=lambda other: _is_orphan(other, env), log=_say)
     packed = _data(life, config, world)
     kept = world.share(run_record(run).get("resolved") if world.is_main else None)
     resolved = runtime.resolve(config, world.device, env.cpus, kept)
@@ -148,11 +158,14 @@ def train(life: Life) -> int:
 
 def _is_orphan(other: dict[str, Any], env: environment.JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
-    if env.scheduler != "slurm" or not other:
-        return False
+    if env.scheduler != "slurm" or not str(other.get("job", ""))[:1].isdigit():
+        return False  # a run on this machine is nothing that SLURM knows of
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
-    return slurm.available() and slurm.job_state(str(other.get("job"))) not in ("RUNNING", "COMPLETING", "SUSPENDED")
+    try:
+        return slurm.job_state(str(other["job"])) not in ("RUNNING", "COMPLETING", "SUSPENDED")
+    except slurm.SlurmError:
+        return False
 
 
 def _device_name(world: World) -> str:
@@ -212,7 +225,10 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generation = checkpoint.verify(run, request.checkpoint.step)
+    try:
+        generation = checkpoint.verify(run, request.checkpoint.step)
+    except FileNotFoundError:
+        raise DoNotRetry(f"the checkpoint of step {request.checkpoint.step} that {set_name} samples is gone") from None
     if generation.sha256 != request.checkpoint.sha256:
         raise DoNotRetry(
             f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
@@ -241,6 +257,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
                 device=device,
                 stop_requested=life.stop,
                 progress=lambda done, total: _say(f"shard {shard}", images=f"{done}/{total}"),
+                token=f"{env.job}.{env.restart}",
             )
         except Stopped as e:
             _say("stopped; finished batches are kept", reason=e.reason, shard=shard)
@@ -307,8 +324,11 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
                 command=command,
                 stop_requested=life.stop,
                 progress=lambda done, total: _say("features", shards=f"{done}/{total}"),
+                token=f"{env.job}.{env.restart}",
             )
         except scoring.BrokenSet as e:
+            if not e.shards:
+                raise  # nothing that computing anew would mend
             _say(str(e))
             return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
         except Stopped as e:
@@ -356,9 +376,16 @@ def main(argv: list[str]) -> int:
     except RunBusy as e:
         print(f"{now()} {e}", file=sys.stderr, flush=True)
         code = life.leave(e.exit_code)
-    except DDPMError as e:
+    except slurm.SlurmError as e:  # SLURM may answer the next life
+        print(f"{now()} {e}", file=sys.stderr, flush=True)
+        code = life.leave(1)
+    except (DDPMError, DamagedFile) as e:
         print(f"{now()} failed: {e}", file=sys.stderr, flush=True)
-        code = life.leave(e.exit_code if isinstance(e, DoNotRetry) else DoNotRetry.exit_code)
+        code = life.leave(DoNotRetry.exit_code)
+        if life.env.scheduler == "local" and life.env.rank == 0:  # elsewhere the batch shell says so
+            EventLog(run, life.env.job, life.env.restart, life.env.host).append(
+                "failed", world_size=life.env.world_size, step=run.latest_step(), exit_code=code, reason=str(e)
+            )
     except BaseException:
         traceback.print_exc()
         code = 1

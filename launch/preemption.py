@@ -49,7 +49,7 @@ class StopFlag:
         self._set("preempted" if self._under_slurm else "interrupted")
 
     def _set(self, reason: str) -> None:
-        if self.reason is None:
+        if self.reason is None or reason == "time_limit":  # the last word: SLURM requeues nobody at the time limit
             self.reason = reason
 
     def __call__(self) -> str | None:
@@ -60,11 +60,13 @@ class StopFlag:
                 self.reason = "STOP"
         return self.reason
 
-    def clear(self) -> None:
-        self.reason = None
+    def clear(self, answered: str) -> None:
+        """Forget a request that has been answered, unless another has come since."""
+        if self.reason == answered:
+            self.reason = None
 
 
-def after_stop(reason: str, environment: JobEnvironment, say: Callable[[str], None]) -> int | None:
+def after_stop(stop: StopFlag, reason: str, environment: JobEnvironment, say: Callable[[str], None]) -> int | None:
     """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
 
     Called on rank 0, which tells the others. May block until SLURM kills the job.
@@ -79,6 +81,10 @@ def after_stop(reason: str, environment: JobEnvironment, say: Callable[[str], No
         return EXIT_REQUEUE
     wait_s = mercy.grace_s + mercy.kill_wait_s + MARGIN_S
     say(f"saved; waiting up to {wait_s} s for SLURM, which requeues a pre-empted job and ends a cancelled one")
-    time.sleep(wait_s)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if (other := stop()) in ("time_limit", "STOP"):
+            return 0 if other == "STOP" else EXIT_REQUEUE
     say("still alive: nobody meant to end this job; going on")
     return None

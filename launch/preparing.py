@@ -39,8 +39,8 @@ def check_existing(run: RunDir, config: Config) -> bool:
     there = configs.load(run.config)
     if there.digest() != config.digest():
         raise RequestError(
-            f"run {run.name} exists with other mathematics: {differences(there, config)}. Choose another "
-            f"--name, or submit it with what it has"
+            f"run {run.name} exists with other mathematics: {differences(run, config, mathematics=True)}. "
+            f"Choose another --name, or submit it with what it has"
         )
     if config.train.total_steps < run.latest_step():
         raise RequestError(
@@ -50,12 +50,14 @@ def check_existing(run: RunDir, config: Config) -> bool:
     return True
 
 
-def differences(there: Config, asked: Config) -> str:
-    old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
+def differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
+    """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
+    old, new = configs.load(run.config).model_dump(mode="json"), asked.model_dump(mode="json")
     lines = []
     for key in configs.field_keys(Config):
         a, b = _at(old, key), _at(new, key)
-        if a != b and key.split(".")[0] in ("seed", "data", "model", "diffusion", "train") and key != "data.path":
+        covered = key.split(".")[0] in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
+        if a != b and (covered or not mathematics):
             lines.append(f"{key} is {a!r} there and {b!r} here")
     return "; ".join(lines)
 

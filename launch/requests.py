@@ -112,6 +112,13 @@ def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
     )
 
 
+def lift_stop(run: RunDir) -> None:
+    """Submitting again means going on."""
+    if run.stop_file.exists():
+        run.stop_file.unlink()
+        print(f"removed {run.stop_file}: submitting again means going on")
+
+
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that were submitted and that SLURM still has."""
     submitted = [
@@ -132,6 +139,10 @@ def fill_gaps(
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if env.scheduler != "slurm":
         raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({scheduler.ranges(missing)}): {repair}")
+    if run.stop_file.exists():
+        raise DoNotRetry(
+            f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
+        )
     before, _, had = round_.partition(":")
     site = site_of(run)
     again = ["--reference", reference] if reference else []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -14,6 +15,10 @@ from ddpm.config import Config
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, check_name
 from launch import cluster, console, environment, requests, scheduler
+
+if TYPE_CHECKING:
+    from ddpm.checkpoint import Generation
+    from ddpm.generate import Request
 
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
@@ -61,62 +66,80 @@ def find_run(word: str, root: str | None) -> RunDir:
     raise RequestError(f"no run {word!r}; in {base} there are: {', '.join(known) or 'none'} (--root looks elsewhere)")
 
 
-def sampling_config(args: argparse.Namespace, run: RunDir) -> Config:
-    """The run's config with the command line's sample.* in it, validated as a whole."""
+def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:
+    """The run's config with the command line's sample.* in it, validated as a whole.
+
+    there: the request of the set that is named, if it exists: what is not asked for is as it was.
+    """
     asked = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    there = configs.load(run.config)
-    if asked.get("sampler", there.sample.sampler) != there.sample.sampler and "steps" not in asked:
+    if there is not None:
+        asked = {**{name: getattr(there, name) for name in (*OPTIONS, "precision")}, **asked}
+    config = configs.load(run.config)
+    if asked.get("sampler", config.sample.sampler) != config.sample.sampler and "steps" not in asked:
         # the config's steps are for its own sampler; ancestral sampling means all of them
-        asked["steps"] = (
-            there.diffusion.timesteps if asked["sampler"] == "ancestral" else min(100, there.diffusion.timesteps)
-        )
+        timesteps = config.diffusion.timesteps
+        asked["steps"] = timesteps if asked["sampler"] == "ancestral" else min(100, timesteps)
     return configs.load(run.config, [f"sample.{name}={value}" for name, value in asked.items()])
+
+
+def existing_request(run: RunDir, set_name: str | None) -> Request | None:
+    """The request of the set that is named on the command line, if it has one."""
+    if set_name is None:
+        return None
+    sample_set = run.sample_set(check_name(set_name, "sample set name"))
+    if not sample_set.request.exists():
+        return None
+    from ddpm.generate import read_request
+
+    return read_request(sample_set)
+
+
+def choose_generation(run: RunDir, asked: int | None) -> Generation:
+    """The checkpoint of step `asked`, or the newest, verified. Raises RequestError naming the steps there are."""
+    from ddpm import checkpoint
+    from ddpm.rundir import DamagedFile
+
+    steps = run.steps_saved()
+    if not steps:
+        raise RequestError(f"run {run.name} has no checkpoint yet: train it first (python launch/submit.py)")
+    step = steps[0] if asked is None else asked
+    if step not in steps:
+        raise RequestError(f"run {run.name} has no checkpoint of step {step}; it has {sorted(steps)}")
+    try:
+        return checkpoint.verify(run, step)
+    except DamagedFile as e:
+        others = [s for s in steps if s != step]
+        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: --step {others}") from None
 
 
 def main() -> int:
     args = parse()
     run = find_run(args.run, args.root)
-    config = sampling_config(args, run)
+    there = existing_request(run, args.set_name)
+    config = sampling_config(args, run, there)
     site = cluster.resolve(args, requests.site_of(run).model_dump(exclude_defaults=True))
-    steps = run.steps_saved()
-    step = args.step if args.step is not None else next(iter(steps), None)
-    if step is None or step not in steps:
-        raise RequestError(
-            f"run {run.name} has "
-            + (
-                f"no checkpoint of step {step}; it has {sorted(steps)}"
-                if steps
-                else "no checkpoint yet: train it first (python launch/submit.py)"
-            )
-        )
-    set_name = check_name(args.set_name or requests.default_set(config, step), "sample set name")
-
-    from ddpm import checkpoint, generate
-    from ddpm.rundir import DamagedFile
-
-    try:
-        generation = checkpoint.verify(run, step)
-    except DamagedFile as e:
-        raise RequestError(
-            f"the checkpoint of step {step} cannot be used: {e}; others: --step with one of "
-            f"{[s for s in steps if s != step]}"
-        ) from None
+    generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
+    set_name = check_name(args.set_name or requests.default_set(config, generation.step), "sample set name")
     request = requests.from_config(run, config, generation)
     sample_set = run.sample_set(set_name)
-    site = cluster.settle(site, dry_run=args.dry_run)
     if args.dry_run:
-        shards = list(range(request.shards))
+        site = cluster.settle(site, dry_run=True)
         print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}")
-        print(requests.describe_job(requests.sample_job(run, site, set_name, shards, None)))
+        print(requests.describe_job(requests.sample_job(run, site, set_name, list(range(request.shards)), None)))
         print("# dry run: nothing was written or queued")
         return 0
-    generate.publish_request(sample_set, request)
+
+    from ddpm import generate
+
     missing = generate.missing_shards(sample_set, request)
+    if missing and not args.prepare:
+        site = cluster.settle(site, dry_run=False)
+    generate.publish_request(sample_set, request)
     if args.prepare:
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make, with\n"
-            f"sbatch --partition PARTITION --array {scheduler.ranges(missing)}%{site.max_parallel} "
-            f"slurm/sample.sbatch {run.path} {set_name}"
+            f"sbatch --partition {site.partition or 'PARTITION'} "
+            f"--array {scheduler.ranges(missing)}%{site.max_parallel} slurm/sample.sbatch {run.path} {set_name}"
         )
         return 0
     if missing and (code := make(run, site, set_name, missing, wait=args.wait)) is not None:
@@ -125,8 +148,7 @@ def main() -> int:
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
     )
     if args.png:
-        count = generate.unpack_png(sample_set, request, sample_set.path / "png")
-        print(f"unpacked {count} PNG files to {sample_set.path / 'png'}")
+        print(f"unpacked to {generate.unpack_png(sample_set, request, sample_set.path / 'png')}")
     return 0
 
 
@@ -134,6 +156,8 @@ def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, 
     """Have the missing shards made. None when they are; else the exit code to leave with."""
     from ddpm import generate
 
+    if not requests.jobs_in_queue(run, "train"):
+        requests.lift_stop(run)
     job = requests.sample_job(run, site, set_name, missing, None)
     if cluster.is_local(site):
         from launch import local
@@ -141,15 +165,15 @@ def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, 
         process, log = local.start(run, [job])
         if code := console.follow_process(run, process, log):
             return code if code == 130 else 1
-        return None
-    if there := requests.jobs_in_queue(run, "sample", set_name):
-        print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
     else:
-        there = scheduler.submit(job)
-        print(f"queued: {len(missing)} shards of {set_name} as job {' '.join(there)}")
-    if not wait:
-        return 0
-    console.follow_jobs(run, there)
+        if there := requests.jobs_in_queue(run, "sample", set_name):
+            print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
+        else:
+            there = scheduler.submit(job)
+            print(f"queued: {len(missing)} shards of {set_name} as job {' '.join(there)}")
+        if not wait:
+            return 0
+        console.follow_jobs(run, there)
     sample_set = run.sample_set(set_name)
     if left := generate.missing_shards(sample_set, generate.read_request(sample_set)):
         print(f"error: shards {scheduler.ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)

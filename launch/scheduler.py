@@ -12,6 +12,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from ddpm.errors import RequestError
 from ddpm.rundir import EventLog, RunDir, read_events
@@ -113,7 +114,9 @@ class SubmititScheduler:
 
     def _parameters(self, job: Job) -> dict[str, Any]:
         options = job.options()
-        log = options.pop("output")
+        log = str(options.pop("output"))
+        if len(job.shards) == 1:  # submitit makes no array of one
+            log = log.replace("%A_%a", "%j")
         exports = {
             "DDPM_HOME": str(PROJECT),
             "DDPM_PYTHON": sys.executable,
@@ -164,18 +167,23 @@ class SubmititScheduler:
                 text = str(super()._make_submission_file_text(command, uid))
                 return _without_time(text) if job.site.time is None else text
 
+            def _internal_process_submissions(self, delayed_submissions: list[Any]) -> list[Any]:
+                # for an array submitit makes an executor of its own class anew, and our text would be lost
+                with mock.patch("submitit.slurm.slurm.SlurmExecutor", Executor):
+                    return list(super()._internal_process_submissions(delayed_submissions))
+
         executor = Executor(self._folder(job), python=shlex.quote(sys.executable))
         executor.update_parameters(**self._parameters(job))
-        os.environ.update(DDPM_HOME=str(PROJECT), DDPM_PYTHON=sys.executable)
+        size = slurm.max_array_size()
+        ids: list[str] = []
         try:
-            if not job.shards:
-                return [str(executor.submit(jobs.main, job.arguments()).job_id)]
-            size = slurm.max_array_size()
-            ids = []
-            for i in range(0, len(job.shards), size):
-                with executor.batch():
-                    tasks = [executor.submit(jobs.main, job.arguments(s)) for s in job.shards[i : i + size]]
-                ids.append(str(tasks[0].job_id).split("_")[0])
+            with environment.outside_allocation():
+                if not job.shards:
+                    return [str(executor.submit(jobs.main, job.arguments()).job_id)]
+                for i in range(0, len(job.shards), size):
+                    with executor.batch():
+                        tasks = [executor.submit(jobs.main, job.arguments(s)) for s in job.shards[i : i + size]]
+                    ids.append(str(tasks[0].job_id).split("_")[0])
             return ids
         except submitit.core.utils.FailedJobError as e:
             raise slurm.SlurmError(str(e).strip()) from None
@@ -200,37 +208,35 @@ def submit(job: Job) -> list[str]:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     options = {k: v for k, v in job.options().items() if k != "dependency"}
     for job_id in ids:
-        EventLog(job.run, job_id, 0, environment.host(), prefix="submit-").append(
-            "submitted", stage=job.stage, via=job.site.via, set=job.set_name, options=options, args=list(job.extra_args)
-        )
+        _submitted(job.run, job_id, job.stage, job.site.via, job.site.world_size if job.stage == "train" else 1,
+                   set=job.set_name, options=options, args=list(job.extra_args))  # fmt: skip
     return ids
+
+
+def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
+    EventLog(run, job, 0, environment.host(), prefix="submit-").append(
+        "submitted", world_size=world_size, step=run.latest_step(), stage=stage, via=via, **fields
+    )
 
 
 def submit_successor(run: RunDir, stage: str, job: str) -> str:
     """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError."""
-    base, _, task = job.partition("_")
-    record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == base), None)
-    options = dict(record["options"]) if record else {}
-    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
-    flags += [f"--array={task}"] if task else []
-    args = [str(run.path), *([record["set"]] if record and record["set"] else [])]
+    record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
+    if record is None:  # submitted by hand: what SLURM says of this job
+        record = {"options": environment.allocation(), "set": environment.sample_set(), "args": []}
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in record["options"].items()]
+    args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
     new = sbatch(["sbatch", "--parsable", *flags, str(PROJECT / "slurm" / f"{stage}.sbatch"), *args])
-    EventLog(run, new, 0, environment.host(), prefix="submit-").append(
-        "submitted",
-        stage=stage,
-        via="sbatch",
-        set=args[1] if len(args) > 1 else "",
-        options=options,
-        args=[],
-        successor_of=job,
-    )
+    _submitted(run, new, stage, "sbatch", environment.num_tasks(), **{k: record[k] for k in ("set", "options", "args")},
+               successor_of=job)  # fmt: skip
     return new
 
 
 def sbatch(command: list[str]) -> str:
     """Run one sbatch from the project's root; returns the job id."""
-    env = {**os.environ, "DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
-    return slurm.run(command, timeout_s=60, cwd=str(PROJECT), env=env).strip().split(";")[0]
+    with environment.outside_allocation():
+        env = {**os.environ, "DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
+        return slurm.run(command, timeout_s=60, cwd=str(PROJECT), env=env).strip().split(";")[0]
 
 
 def ranges(numbers: list[int]) -> str:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+from ddpm.errors import EnvironmentLacks
 
 TIMEOUT_S = 30
+PATIENCE_S = 90
+
+T = TypeVar("T")
 
 
-class SlurmError(Exception):
+class SlurmError(EnvironmentLacks):
     """A command that failed or did not answer; the message is SLURM's own."""
 
 
@@ -33,25 +41,37 @@ def run(
     return done.stdout
 
 
+def patiently(ask: Callable[[], T]) -> T:
+    """`ask()`, again while SLURM does not answer, as when slurmctld restarts. Raises SlurmError in the end."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except SlurmError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(3)
+
+
 def job_state(job: str) -> str:
-    """RUNNING, PENDING, COMPLETING …; "" where squeue knows no such job (any more) or does not answer."""
+    """RUNNING, PENDING, COMPLETING …; "" where SLURM knows no such job (any more). Raises SlurmError."""
     try:
         return next(iter(run(["squeue", "-h", "-j", job, "-o", "%T"]).split()), "")
-    except SlurmError:
-        return ""
+    except SlurmError as e:
+        if "Invalid job id" in str(e):
+            return ""
+        raise
 
 
 def queued(jobs: list[str]) -> dict[str, str]:
-    """State by job id of those of `jobs` that are still in the queue (squeue fails as a whole on an unknown id)."""
-    if not jobs:
-        return {}
-    try:
-        lines = run(["squeue", "-h", "--me", "-r", "-o", "%F %i %T"]).splitlines()
-    except SlurmError:
-        return {}
+    """State by job id of those of `jobs` that still wait or run, COMPLETING ones left out. Raises SlurmError.
+
+    Asks for all of the user's jobs: squeue fails as a whole on an unknown id.
+    """
     states: dict[str, str] = {}
-    for base, job, state in (line.split(None, 2) for line in lines if len(line.split()) == 3):
-        for known in {base, job} & set(jobs):
+    for line in run(["squeue", "-h", "--me", "-r", "-o", "%F %i %T"]).splitlines() if jobs else []:
+        base, job, state = line.split(None, 2)
+        for known in {base, job} & set(jobs) if state != "COMPLETING" else ():
             if states.get(known) != "RUNNING":
                 states[known] = state
     return states

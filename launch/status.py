@@ -163,7 +163,11 @@ def _number(value: float | None, form: str) -> str:
 
 def show(runs: list[RunDir], args: argparse.Namespace) -> Any:
     submitted = [str(e["job"]) for r in runs for e in read_events(r) if e["event"] == "submitted"]
-    states = slurm.queued(submitted) if slurm.available() else {}
+    try:
+        states = slurm.queued(submitted) if slurm.available() else {}
+    except slurm.SlurmError as e:
+        print(f"SLURM does not answer: {e}", file=sys.stderr)
+        states = {}
     rows = [describe(r, states) for r in runs]
     return json.dumps(rows, indent=1) if args.json else table(rows)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import statistics
 import sys
@@ -14,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launc
 
 from ddpm import config as configs
 from ddpm.config import Config, check_world_size
-from ddpm.errors import RequestError
+from ddpm.errors import DDPMError, RequestError
 from ddpm.rundir import RunDir, check_name, read_json, read_jsonl
 from launch import cluster, console, environment, preparing, requests, scheduler, slurm
 from launch.cluster import Site
@@ -91,21 +92,27 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
 
 
 def queue(jobs: list[scheduler.Job]) -> list[str]:
-    """Submit a chain, each after the one before, however that ended; cancels it whole if a later part is refused."""
+    """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
+
+    Returns the job ids of the whole chain; cancels what it submitted if a later part is refused.
+    """
     ids: list[str] = []
+    new: list[str] = []
     after: str | None = None
     for job in jobs:
+        there = requests.jobs_in_queue(job.run, job.stage, job.set_name)
         try:
-            new = scheduler.submit(replace(job, after=after))
-        except (RequestError, OSError):
-            if ids:
-                slurm.cancel(ids)
+            mine = there or scheduler.submit(replace(job, after=after))
+        except (DDPMError, OSError):
+            if new:
+                slurm.cancel(new)
             raise
-        ids += new
-        after = ":".join(new)
+        ids += mine
+        new += [] if there else mine
+        after = ":".join(mine)
+        tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
         print(
-            f"queued: {job.stage} as job {' '.join(new)}" + (f" ({len(job.shards)} tasks)" if job.shards else ""),
-            flush=True,
+            f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}", flush=True
         )
     return ids
 
@@ -122,11 +129,15 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     return False, [] if sampled and scored else stages
 
 
-def in_queue(run: RunDir, config: Config) -> list[str]:
-    """Job ids of the run's chain that SLURM still has."""
-    name = requests.default_set(config, config.train.total_steps)
-    stages = [("train", ""), ("sample", name), ("evaluate", name)]
-    return [job for stage, set_name in stages for job in requests.jobs_in_queue(run, stage, set_name)]
+def check_queued(run: RunDir, config: Config) -> bool:
+    """Whether SLURM has the run's training already. Raises RequestError where that goes by another config."""
+    jobs = requests.jobs_in_queue(run, "train")
+    if jobs and configs.load(run.config) != config:
+        raise RequestError(
+            f"run {run.name} is in the queue as job {' '.join(jobs)} with {preparing.differences(run, config)}. "
+            f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
+        )
+    return bool(jobs)
 
 
 def print_dry_run(config: Config, site: Site, run: RunDir, jobs: list[scheduler.Job]) -> None:
@@ -156,12 +167,7 @@ def main() -> int:
     preparing.check_data(config, stages)
     exists = preparing.check_existing(run, config)
     site = cluster.settle(site, dry_run=False)  # from here on it is about what the environment lacks
-    if exists and not cluster.is_local(site) and (there := in_queue(run, config)):
-        print(
-            f"run {run.name} is in the queue already, as job {' '.join(there)}: nothing to submit. See "
-            f"python launch/status.py {run.name}"
-        )
-        return _wait(run, config, stages, there) if args.wait else 0
+    queued = exists and not cluster.is_local(site) and check_queued(run, config)
     train, stages_left = remaining(run, config, stages) if exists else (True, stages)
     if exists and not train and not stages_left:
         print_results(run, config, stages)
@@ -169,16 +175,15 @@ def main() -> int:
 
     data = preparing.prepare_inputs(config, site, root, stages)
     record = preparing.describe(config, site, run, data)
-    if exists:
-        preparing.update_run(run, config, record)
-        if run.stop_file.exists():
-            run.stop_file.unlink()
-            print(f"removed {run.stop_file}: submitting again means going on")
-    else:
+    if not exists:
         preparing.create_run(run, config, record)
+    elif not queued:
+        preparing.update_run(run, config, record)
+        requests.lift_stop(run)
     print(f"run: {run.path}")
     if args.prepare:
-        print(f"prepared; queue it with: sbatch --partition PARTITION slurm/train.sbatch {run.path}")
+        by_hand = scheduler.SbatchScheduler().command(scheduler.Job("train", run, site))
+        print(f"prepared; queue it with:\n{shlex.join(by_hand)}")
         return 0
     jobs = jobs_of(run, config, site, stages_left, train=train)
     if cluster.is_local(site):
@@ -192,7 +197,7 @@ def main() -> int:
         return _outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
     try:
         ids = queue(jobs)
-    except (RequestError, OSError):
+    except (DDPMError, OSError):
         if not exists:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -208,10 +213,10 @@ def _wait(run: RunDir, config: Config, stages: list[str], ids: list[str]) -> int
 def _outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """After waiting: what the run directory says was done; the scheduler's word is not enough."""
     train, left = remaining(run, config, stages)
-    if train or ("evaluate" in left):
+    if train or left:
         print(
             f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
-            + ("" if train else ", without a score")
+            + ("" if train else f", without what was to follow ({', '.join(left)})")
             + f"; its logs are in {run.logs}",
             file=sys.stderr,
         )
@@ -238,7 +243,8 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
             f"{against}, {record['extractor']['name']} features{'' if 'fid' in record else ': no FID'})"
         )
         rows["score"] = f"{run.eval / name}.json"
-    rows["grid"] = f"{run.grid(step)}"
+    if run.grid(step).exists():
+        rows["grid"] = f"{run.grid(step)}"
     print(f"run {run.name} is complete: {step} steps")
     for what, told in rows.items():
         print(f"  {what:18}{told}")

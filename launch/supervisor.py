@@ -60,7 +60,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     if code in (EXIT_BUSY, EXIT_FATAL):
         why = "another job holds the run" if code == EXIT_BUSY else "starting again would end the same way"
         return _failed(log, code, f"exit code {code}: {why}; the log above says more")
-    state = slurm.job_state(env.job)
+    state = slurm.patiently(lambda: slurm.job_state(env.job))
     if state != "RUNNING":
         print(f"[batch] exit code {code}; SLURM calls the job {state or 'gone'}: leaving it to SLURM", flush=True)
         return code
@@ -75,23 +75,28 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
             f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
             f"beyond {here}; see the log, mend the cause, submit again",
         )
-    fields = {"reason": reason, "exit_code": code, "progress": here, "step": run.latest_step(), "stage": stage}
+    fields = {"reason": reason, "exit_code": code, "progress": here, "stage": stage}
     if not slurm.may_requeue(env.job):
+        if stage == "sample":
+            return _failed(
+                log, code, "requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing"
+            )
         successor = submit_successor(run, stage, env.job)
         _note(log, "requeued", successor=successor, **fields)
         print(f"[batch] exit code {code} ({reason}); requeue is forbidden: successor job {successor}", flush=True)
         return code
     _note(log, "requeued", **fields)
     print(f"[batch] exit code {code} ({reason}); progress {here}; requeueing job {env.job}", flush=True)
-    slurm.requeue(env.job)
+    slurm.patiently(lambda: slurm.requeue(env.job))
     time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
     return code
 
 
 def _note(log: EventLog, event: str, **fields: object) -> None:
     """A disk too full for one more line must not cost the job its return."""
+    run = RunDir(log.path.parent.parent)
     try:
-        log.append(event, **fields)
+        log.append(event, world_size=environment.num_tasks(), step=run.latest_step(), **fields)
     except OSError as e:
         print(f"[batch] event {event} not written: {e}", flush=True)
 

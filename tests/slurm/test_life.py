@@ -227,8 +227,10 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
         "2",
     )
     bed = site.bed
-    assert bed.wait_state(train, timeout_s=60) == "COMPLETED", site.log("chain")
     run = site.run_dir("chain")
+    scripts = [p.read_text() for p in (run.logs / "submitit").glob("*.sh")]
+    assert scripts and not any("--time" in text for text in scripts)  # none was asked for, none is invented
+    assert bed.wait_state(train, timeout_s=60) == "COMPLETED", site.log("chain")
     task = bed.wait_for(
         lambda: next((line.split()[0] for line in bed.squeue("-t", "R", "-j", sample).splitlines()), ""),
         60,
