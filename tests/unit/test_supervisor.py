@@ -186,6 +186,21 @@ def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Clus
     assert len(cluster.requeued) == 6 and last(run)["progress"] == 6
 
 
+def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silences = iter([True, True])
+
+    def state(job: str) -> str:
+        if next(silences, False):
+            raise slurm.SlurmError("squeue: Unable to contact slurm controller")
+        return "RUNNING"
+
+    monkeypatch.setattr(slurm, "job_state", state)
+    shell_ends(1)
+    assert cluster.requeued == ["17"]
+
+
 def test_a_requeue_that_slurm_refuses_is_told(
     run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +208,7 @@ def test_a_requeue_that_slurm_refuses_is_told(
         raise slurm.SlurmError("scontrol: Requested operation is presently disabled")
 
     monkeypatch.setattr(slurm, "requeue", refuse)
+    monkeypatch.setattr(slurm, "PATIENCE_S", 0)
     with pytest.raises(slurm.SlurmError):
         shell_ends(75, said="75 time_limit")
     monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
