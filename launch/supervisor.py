@@ -108,12 +108,14 @@ def _failed(log: EventLog, code: int, reason: str) -> int:
 
 
 def main() -> int:
-    run, stage, code, *rest = sys.argv[1:]
+    path, stage, code, *rest = sys.argv[1:]
+    run = RunDir(Path(path))
     try:
-        return end(RunDir(Path(run)), stage, int(code), rest[0] if rest else "")
+        return end(run, stage, int(code), rest[0] if rest else "")
     except slurm.SlurmError as e:
-        print(f"[batch] could not be put back: {e}", flush=True)
-        return int(code) or EXIT_REQUEUE
+        env = environment.current()
+        log = EventLog(run, env.job, env.restart, env.host)
+        return _failed(log, int(code) or EXIT_REQUEUE, f"could not be put back: {e}; submit the run again")
 
 
 if __name__ == "__main__":

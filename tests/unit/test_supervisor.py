@@ -214,6 +214,7 @@ def test_a_requeue_that_slurm_refuses_is_told(
     monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
     assert supervisor.main() == 75
     assert "could not be put back" in capsys.readouterr().out
+    assert last(run)["event"] == "failed" and "submit the run again" in last(run)["reason"]
 
 
 def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
