@@ -123,6 +123,7 @@ class Trainer:
         self._finite: torch.Tensor | None = None  # of the last step, read one step late
         self._pending: torch.Tensor | None = None
         self._latest: dict[str, Any] = {}
+        self._beginning = "started"
         self._saved_at = time.monotonic()
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         network: Any = torch.compile(self.model) if resolved.compile else self.model
@@ -158,11 +159,9 @@ class Trainer:
         self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
         self._open_outputs()
         self.batches = self._batches()
-        self._event("started" if step is None else "resumed", self.at.step)
+        self._beginning = "started" if step is None else "resumed"
         if self.world.is_main and step is not None:
             say("resumed", step=step, world_size=self.world.world_size)
-        if self.world.world_size > 1 and not self.at.step >= self.config.train.total_steps:
-            self._warm_up()
 
     def _batches(self) -> Batches:
         return Batches(
@@ -179,7 +178,11 @@ class Trainer:
         if self.telemetry is not None:
             self.telemetry.close()
         self.telemetry = Telemetry(
-            self.run, step=self.at.step, total_steps=self.config.train.total_steps, owner=self.owner
+            self.run,
+            step=self.at.step,
+            total_steps=self.config.train.total_steps,
+            owner=self.owner,
+            may_publish=self.fence.check,
         )
         if self.saver is None:
             self.saver = checkpoint.Checkpointer(
@@ -202,12 +205,16 @@ class Trainer:
             except OSError as e:  # a full disk ends no training
                 say("event not written", event=event, step=step, error=e)
 
-    def _warm_up(self) -> None:
-        """One forward and backward whose gradients are thrown away.
+    def warm_up(self, stop_requested: StopRequested) -> None:
+        """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
-        DDP regroups its buckets after its first backward, in the order in which gradients arrived; with more than two
-        ranks the order of summation follows. Doing it before the first step gives every life the same one.
+        Here the network is compiled. And DDP regroups its buckets after its first backward, in the order in which
+        gradients arrived; with more than two ranks the order of summation follows. Doing it before the first step
+        gives every life the same one.
         """
+        wanted = self.world.world_size > 1 or self.resolved.compile
+        if not wanted or self.at.step >= self.config.train.total_steps or self._agreed_stop(stop_requested):
+            return
         self._forward_backward(self.at.step, warm_up=True)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -319,6 +326,10 @@ class Trainer:
         reported as `saved=False`.
         """
         total = self.config.train.total_steps
+        if self.at.step < total and (reason := self._agreed_stop(stop_requested)):
+            return self._stop(reason)  # asked for while starting up
+        self._event(self._beginning, self.at.step)
+        self._beginning = "resumed"
         self._mark_time()
         while self.at.step < total:
             self._step()
@@ -333,8 +344,7 @@ class Trainer:
                 continue
             if log_due:
                 self._log()
-            if self.telemetry:
-                self.telemetry.heartbeat(self.at.step, self._latest)
+            self.alive()
             if code and self.at.step < total:  # the last step is followed by its save in any case
                 return self._stop(STOP_REASONS[code])
             if save_due:
@@ -343,10 +353,19 @@ class Trainer:
                 self._grid(stop_requested)
         return self._finish(stop_requested)
 
+    def _agreed_stop(self, stop_requested: StopRequested) -> str:
+        """Why all ranks stop here, or ""."""
+        return STOP_REASONS[self.world.agree([self._reason_code(stop_requested)])[0]]
+
     @staticmethod
     def _reason_code(stop_requested: StopRequested) -> int:
         reason = stop_requested()
         return STOP_REASONS.index(reason) if reason else 0
+
+    def alive(self) -> None:
+        """A sign of life for the status view, where steps give none."""
+        if self.telemetry:
+            self.telemetry.heartbeat(self.at.step, self._latest)
 
     def _log(self) -> None:
         """The window's means over all ranks, as one metrics record."""

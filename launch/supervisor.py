@@ -47,7 +47,7 @@ def retries_without_progress(run: RunDir, job: str, now_at: int) -> int:
 def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     """Decide about the job whose batch shell this is; returns the exit code that the shell leaves with."""
     env = environment.current()
-    log = EventLog(run, env.job, env.restart, env.host)
+    log = env.events(run)
     marker = run.exit_marker(env.job, env.restart)
     reason = "crash"
     if marker.exists():  # the ranks' own word, past srun, which may report another rank's
@@ -113,8 +113,7 @@ def main() -> int:
     try:
         return end(run, stage, int(code), rest[0] if rest else "")
     except slurm.SlurmError as e:
-        env = environment.current()
-        log = EventLog(run, env.job, env.restart, env.host)
+        log = environment.current().events(run)
         return _failed(log, int(code) or EXIT_REQUEUE, f"could not be put back: {e}; submit the run again")
 
 
