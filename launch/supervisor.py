@@ -82,6 +82,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
                 log, code, "requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing"
             )
         successor = submit_successor(run, stage, env.job)
+        _chain_waits_for(successor, env.job)
         _note(log, "requeued", successor=successor, **fields)
         print(f"[batch] exit code {code} ({reason}); requeue is forbidden: successor job {successor}", flush=True)
         return code
@@ -90,6 +91,16 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     slurm.patiently(lambda: slurm.requeue(env.job))
     time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
     return code
+
+
+def _chain_waits_for(successor: str, job: str) -> None:
+    """What was to follow this job follows its successor; otherwise it would start on unfinished work."""
+    try:
+        for waiting in slurm.dependents(job):
+            slurm.make_wait(waiting, successor)
+            print(f"[batch] job {waiting} now waits for {successor}", flush=True)
+    except slurm.SlurmError as e:
+        print(f"[batch] what waits for this job could not be made to wait for {successor}: {e}", flush=True)
 
 
 def _note(log: EventLog, event: str, **fields: object) -> None:
