@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import checkpoint, rng, runtime
+from ddpm import checkpoint, grids, optimizer, rng, runtime
 from ddpm.config import Config, check_world_size
 from ddpm.data import Batches, PackedImages
 from ddpm.diffusion import Diffusion
@@ -24,14 +23,14 @@ from ddpm.distributed import World
 from ddpm.ema import EMA
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.fence import Fence
+from ddpm.optimizer import learning_rate
+from ddpm.progress import Progress, Window
 from ddpm.rundir import EventLog, RunDir, read_events
-from ddpm.samplers import SAMPLERS
 from ddpm.schedule import Schedule, linear
-from ddpm.telemetry import Telemetry, say, tile
+from ddpm.telemetry import Telemetry, say
 
 StopRequested = Callable[[], "str | None"]
 STOP_REASONS = ("", "preempted", "time_limit", "interrupted", "STOP")
-GRID_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -44,52 +43,9 @@ class Outcome:
     saved: bool = True
 
 
-@dataclass
-class Window:
-    """Sums since the last log line, on the device; saved with a checkpoint so that a restart changes no line."""
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    steps: int = 0
-
-    @classmethod
-    def empty(cls, device: torch.device) -> Window:
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
-
-    def state_dict(self, world: World) -> dict[str, Any]:
-        """Every rank's sum of losses (each has its own images); called on all ranks."""
-        return {"loss": world.gather(self.loss), "grad_norm": self.grad_norm, "steps": self.steps}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any], world: World) -> Window:
-        """At another world size the mean stands for each rank's own."""
-        own = state["loss"][world.rank] if len(state["loss"]) == world.world_size else state["loss"].mean()
-        return cls(own.to(world.device), state["grad_norm"].to(world.device), state["steps"])
-
-
-@dataclass
-class Progress:
-    """Where a run is: what a checkpoint's step and `extra` hold."""
-
-    step: int = 0
-    attempt: int = 0
-    rollbacks: int = 0
-
-
 def schedule_of(config: Config) -> Schedule:
     d = config.diffusion
     return linear(d.timesteps, d.beta_start, d.beta_end)
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Of the update that ends step `step` (0-based): linear warm-up, then constant or half a cosine to 0."""
-    train = config.train
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    if train.lr_schedule == "cosine":
-        done = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
-        return train.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return train.lr
 
 
 class Trainer:
@@ -116,7 +72,7 @@ class Trainer:
         self.diffusion = Diffusion(self.schedule).to(device)
         self.model = runtime.build_model(config, device, resolved.amp)
         self.ema = EMA(self.model, config.train.ema_decay)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr, fused=True)
+        self.optimizer = optimizer.build(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=resolved.amp == "fp16")
         self.at = Progress()
         self.window = Window.empty(device)
@@ -491,38 +447,7 @@ class Trainer:
         if self.telemetry is None or (self.run.grid(self.at.step).exists() and self.at.attempt == 0):
             return
         try:
-            self.telemetry.grid(self.at.step, self.draw(self.config.log.grid_images, stop_requested))
+            drawn = grids.draw(self.config, self.ema.model, self.schedule, self.resolved.amp, stop_requested)
+            self.telemetry.grid(self.at.step, drawn)
         except Stopped:
             say("grid skipped: a stop was requested", step=self.at.step)
-
-    @torch.no_grad()
-    def draw(self, num: int, stop_requested: StopRequested) -> np.ndarray:
-        """A grid of `num` EMA samples, uint8 (H, W, 3), by DDIM. Raises Stopped."""
-        config, device = self.config, self.world.device
-        classes = config.model.num_classes
-        index = torch.arange(num, device=device)
-        labels = index % classes if classes else None
-
-        def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with runtime.autocast(self.resolved.amp, device):
-                return self.ema.model(x_t, t, labels).float()
-
-        def poll(_: Any) -> None:
-            if reason := stop_requested():
-                raise Stopped(reason)
-
-        size = config.data.image_size
-        x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
-        steps = min(GRID_STEPS, config.diffusion.timesteps)
-        result = SAMPLERS["ddim"](
-            eps_model,
-            self.schedule,
-            x_T,
-            noise=lambda t: torch.zeros_like(x_T),
-            steps=steps,
-            eta=0.0,
-            variance=config.diffusion.variance,
-            callback=poll,
-        )
-        x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return tile(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -14,8 +14,9 @@ from ddpm import checkpoint
 from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.optimizer import learning_rate
 from ddpm.rundir import RunDir, read_events
-from ddpm.trainer import Outcome, Trainer, learning_rate
+from ddpm.trainer import Outcome, Trainer
 from tests.training import (
     Killed,
     Life,
