@@ -3,6 +3,7 @@
 python -m tools.chaos                          every row, full counts (SLURM rows need root on Debian)
 python -m tools.chaos power-cut kill-9         these rows
 python -m tools.chaos --reduced --json out.json
+python -m tools.chaos two-jobs --count 3
 python -m tools.chaos --mutants                show that the rows can fail
 python -m tools.chaos --list                   rows, counts and what they take
 """
@@ -14,91 +15,129 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ddpm.rundir import write_json
+from ddpm.rundir import now, write_json
 from launch.environment import PROJECT
-from tools.chaos import cluster, files, mutants, processes
+from tools.chaos import cluster, files, mutants, processes, slurm_faults, slurm_stops
+from tools.chaos.cluster import Cluster, NotRun
 from tools.chaos.files import Result
 
+HERE = {**files.ROWS, **processes.ROWS}
+ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
+ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
+SECONDS: dict[str, tuple[int | None, int | None]] = {}
+"""What a row took on two cores, testbed included, at its full and at its reduced count; None: not measured."""
 
-def run_row(name: str, reduced: bool, site: cluster.Cluster | None) -> Result:
-    """One row of the table, whatever happens in it."""
-    rows: dict[str, Any] = {**files.ROWS, **processes.ROWS, **cluster.ROWS}
-    row, full, fewer = rows[name]
-    count = fewer if reduced else full
+
+def run_row(name: str, count: int, site: Cluster | None) -> Result | str:
+    """One row of the table, whatever happens in it; a string is the reason why it was not run."""
+    row = ROWS[name][0]
     try:
-        return row(site, count) if name in cluster.ROWS else row(count)
+        return row(site, count) if name in ON_SLURM else row(count)
+    except NotRun as e:
+        return str(e)
     except Exception as e:
         return Result(name, "", f"{type(e).__name__}: {str(e)[:300]}", False)
 
 
-def show_mutants() -> int:
+def show_mutants(via: str) -> int:
     """Each mutant must make its row fail."""
     survivors = 0
+
+    def report(name: str, row: str, result: Result | str) -> None:
+        nonlocal survivors
+        noticed = isinstance(result, Result) and not result.passed
+        survivors += not noticed
+        seen = (result.seen if isinstance(result, Result) else f"not run: {result}").splitlines()[0]
+        print(f"{'noticed ' if noticed else 'SURVIVES'}  {name}: row {row} saw {seen}", flush=True)
+
     for name, (row, broken) in mutants.MUTANTS.items():
         with broken():
-            result = run_row(row, True, None)
-        survivors += result.passed
-        print(f"{'SURVIVES' if result.passed else 'noticed '}  {name}: row {row} saw {result.seen}", flush=True)
+            report(name, row, run_row(row, ROWS[row][2], None))
+    if os.geteuid() != 0:
+        print(f"not run (no root, no SLURM): {', '.join(mutants.SLURM_MUTANTS)}")
+        return 1
+    for name, edit in mutants.SLURM_MUTANTS.items():
+        with mutants.edited(PROJECT, edit) as tree, cluster.cluster(tree, sys.executable, via) as site:
+            report(name, edit.row, run_row(edit.row, ROWS[edit.row][2], site))
     return 1 if survivors else 0
+
+
+def show_list() -> None:
+    for name, (row, full, fewer) in ROWS.items():
+        took = [f"{s} s" if s is not None else "not measured" for s in SECONDS.get(name, (None, None))]
+        print(f"{name:22} full {full or '-'} ({took[0]}), reduced {fewer or '-'} ({took[1]}): "
+              f"{(row.__doc__ or '').splitlines()[0]}")  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.chaos", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    known = [*files.ROWS, *processes.ROWS, *cluster.ROWS]
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(known)}")
-    parser.add_argument("--reduced", action="store_true", help="a few of each")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
+    counts = parser.add_mutually_exclusive_group()
+    counts.add_argument("--reduced", action="store_true", help="a few of each")
+    counts.add_argument("--count", type=int, metavar="N", help="N of each, in rows that count")
     parser.add_argument("--via", choices=["sbatch", "submitit"], default="sbatch", help="for the SLURM rows")
     parser.add_argument("--json", type=Path, help="write the table here too")
     parser.add_argument("--mutants", action="store_true", help="take safeties away and see rows fail")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    if unknown := [r for r in args.rows if r not in known]:
-        parser.error(f"unknown row {unknown[0]!r}; there are {', '.join(known)}")
+    if unknown := [r for r in args.rows if r not in ROWS]:
+        parser.error(f"unknown row {unknown[0]!r}; there are {', '.join(ROWS)}")
+    if args.count is not None and args.count < 1:
+        parser.error(f"--count {args.count}: at least 1")
     if args.list:
-        for name, (row, full, fewer) in {**files.ROWS, **processes.ROWS, **cluster.ROWS}.items():
-            print(f"{name:22} full {full or '-'}, reduced {fewer or '-'}: {(row.__doc__ or '').splitlines()[0]}")
+        show_list()
         return 0
     if args.mutants:
-        return show_mutants()
-    wanted = args.rows or known
-    if set(wanted) & set(cluster.ROWS) and os.geteuid() != 0:
-        parser.error(f"the rows {', '.join(cluster.ROWS)} start a SLURM and need root; name others to leave them out")
+        return show_mutants(args.via)
+    wanted = args.rows or list(ROWS)
+    if set(wanted) & set(ON_SLURM) and os.geteuid() != 0:
+        parser.error(f"the rows {', '.join(ON_SLURM)} start a SLURM and need root; name others to leave them out")
     return tabulate(wanted, args)
 
 
 def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
-    results = []
+    records: list[dict[str, Any]] = []
 
-    def take(name: str, site: cluster.Cluster | None) -> None:
-        began = time.monotonic()
-        result = run_row(name, args.reduced, site)
-        results.append({"row": name, "via": args.via if site else None, **asdict(result),
-                        "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
-        print(f"{'passed' if result.passed else 'FAILED'}  {name}: {result.seen}", flush=True)
+    def take(name: str, site: Cluster | None) -> None:
+        began, date = time.monotonic(), now()
+        _, full, fewer = ROWS[name]
+        count = (args.count or (fewer if args.reduced else full)) if full else 0
+        result = run_row(name, count, site)
+        if isinstance(result, str):
+            result, outcome = Result(name, "", result, False), "not run"
+        else:
+            outcome = "passed" if result.passed else "FAILED"
+        records.append({
+            "row": name, "via": args.via if site else None, "slurm": site.version() if site else None,
+            "count": count or None, "fault": result.fault, "promised": result.promised, "seen": result.seen,
+            "passed": result.passed if outcome != "not run" else None, "outcome": outcome.lower(),
+            "seconds": round(time.monotonic() - began, 1), "date": date,
+        })  # fmt: skip
+        print(f"{outcome}  {name}: {result.seen}", flush=True)
 
-    for name in [n for n in wanted if n not in cluster.ROWS]:
+    for name in [n for n in wanted if n not in ON_SLURM]:
         take(name, None)
-    if on_slurm := [n for n in wanted if n in cluster.ROWS]:
+    if on_slurm := [n for n in wanted if n in ON_SLURM]:
         with cluster.cluster(PROJECT, sys.executable, args.via) as site:
             for name in on_slurm:
                 take(name, site)
                 site.bed.end_all_jobs()
     table = Table("fault", "promised", "seen", "", "s")
-    for r in results:
-        table.add_row(r["fault"], r["promised"], r["seen"], "passed" if r["passed"] else "FAILED", str(r["seconds"]))
+    for r in records:
+        table.add_row(r["fault"], r["promised"], r["seen"], r["outcome"], str(r["seconds"]))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if args.json:
-        write_json(args.json, results, replace=True)
-    print(json.dumps({"passed": sum(r["passed"] for r in results), "rows": len(results)}))
-    return 0 if all(r["passed"] for r in results) else 1
+        write_json(args.json, records, replace=True)
+    told = {k: sum(r["outcome"] == k for r in records) for k in ("passed", "failed", "not run")}
+    print(json.dumps({**told, "rows": len(records)}))
+    return 1 if told["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -1,25 +1,41 @@
-"""Faults on a real SLURM (the throwaway one of tools/slurm_testbed), as an ordinary user.
+"""A SLURM to break things on: the throwaway one of tools/slurm_testbed, used as an ordinary user, broken as root.
 
-Each row submits real runs through launch/submit.py, breaks something, and reads the run directory and SLURM.
+Submits real runs through launch/submit.py, finds their processes, and takes nodes and slurmctld away and brings them
+back. The rows are in slurm_stops.py (what SLURM does to a job) and slurm_faults.py (what breaks).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.rundir import RunDir, read_events, read_jsonl
-from tools.chaos.files import Result
-from tools.chaos.processes import TINY, curve, final, same
-from tools.slurm_testbed.harness import SlurmTestbed
+from tools.chaos.lives import TINY
+from tools.slurm_testbed.harness import ENDED, SBIN_PATH, SlurmTestbed
 
 LONG = "train.total_steps=1000000"
+
+
+class NotRun(Exception):
+    """A row whose needs are missing here; the message says which."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A rank of a job's step, as this machine sees it."""
+
+    pid: int
+    stepd_pid: int
+    rank: int
+    task: int | None
+    """Of an array."""
 
 
 @dataclass
@@ -31,38 +47,170 @@ class Cluster:
     via: str
     runs: int = 0
 
+    # ------------------------------------------------------------ as the user
+
+    def script(self, name: str, *words: str | Path) -> str:
+        """What a script of launch/ says."""
+        argv = [self.bed.python, self.bed.project / "launch" / f"{name}.py", *words, "--root", self.root]
+        return self.bed.run(argv, check=True, timeout=180).stdout
+
     def submit(self, *words: str, ranks: int = 1) -> tuple[RunDir, str]:
         """Queue a tiny run; returns it and its job id."""
         self.runs += 1
         name = f"{self.via}{self.runs}"
-        argv = [self.bed.python, self.bed.project / "launch" / "submit.py", "--partition", "gpu", "--gpus-per-node",
-                "0", "--nodes", str(ranks), "--tasks-per-node", "1", "--via", self.via, "--root", self.root, "--name",
-                name, *TINY, *words]  # fmt: skip
-        said = self.bed.run(argv, check=True, timeout=120).stdout
+        said = self.script("submit", "--partition", "gpu", "--gpus-per-node", "0", "--nodes", str(ranks),
+                           "--tasks-per-node", "1", "--via", self.via, "--name", name, *TINY, *words)  # fmt: skip
         return RunDir(self.root / name), said.split("queued: train as job ")[1].split()[0]
+
+    def by_hand(self, run: RunDir) -> str:
+        """sbatch of the training template past submit.py and its checks, as the templates' first lines say."""
+        project = self.bed.project
+        argv = ["sbatch", "--parsable", "--partition=gpu", "--output=/dev/null", "slurm/train.sbatch", str(run.path)]
+        env = {"DDPM_HOME": str(project), "DDPM_PYTHON": self.bed.python}
+        return self.bed.run(argv, check=True, env=env, cwd=project).stdout.strip().split(";")[0]
+
+    def strike(self, job: str, by: str) -> None:
+        """Ask the job to stop: by a pre-emption, or by the signal that announces the time limit (USR2)."""
+        if by == "pre-emption":
+            self.bed.preempt(self.bed.node_of(job) or "", 1)
+        else:
+            self.bed.run(["scancel", "-s", "USR2", job], check=True)
+
+    def stop(self, run: RunDir, job: str) -> str:
+        """End a run that would go on for ever by its STOP file; gives SLURM's state of the job."""
+        run.stop_file.touch()
+        return self.bed.wait_state(job, timeout_s=120)
+
+    # ------------------------------------------------------------ waiting
 
     def wait_steps(self, run: RunDir, more: int = 3) -> None:
         """Until the run has logged some further lines: it trains."""
         goal = len(read_jsonl(run.metrics)) + more
         self.bed.wait_for(lambda: len(read_jsonl(run.metrics)) >= goal, 120, f"{run.name} training")
 
-    def wait_restart(self, job: str, count: int) -> None:
+    def wait_saved(self, run: RunDir) -> None:
+        """Until a life has saved something of its own and trains on."""
+        before = run.latest_step()
+        self.bed.wait_for(lambda: run.latest_step() > before, 120, f"{run.name} saving")
+        self.wait_steps(run, 2)
+
+    def wait_restart(self, job: str, count: int, timeout_s: float = 120) -> None:
         bed = self.bed
         bed.wait_for(
-            lambda: bed.restart_count(job) == count and bed.job_state(job) == "RUNNING", 120, f"job {job} back"
+            lambda: bed.restart_count(job) == count and bed.job_state(job) == "RUNNING", timeout_s, f"job {job} back"
         )
 
-    def ranks(self, run: RunDir) -> list[int]:
-        """Process ids of the run's training ranks."""
-        found: dict[int, int] = {}
+    def wait_resumed(self, run: RunDir, count: int) -> int:
+        """Until `count` lives have resumed; gives the step that the last of them resumed at."""
+        self.bed.wait_for(lambda: len(steps_at(run, "resumed")) >= count, 120, f"{run.name} resumed {count} times")
+        return steps_at(run, "resumed")[count - 1]
+
+    def wait_dead(self, job: str, count: int) -> None:
+        """Until life number `count` has ended, whether the next one has begun or not."""
+        self.bed.wait_for(
+            lambda: self.bed.restart_count(job) >= count or self.bed.job_state(job) in ENDED, 120, f"job {job} down"
+        )
+
+    def own_time_s(self) -> float:
+        """How long SLURM takes by itself to bring a pre-empted job back: one that ignores all that it can ignore."""
+        job = self.bed.sbatch("-p", "gpu", "--requeue", "-o", "/dev/null",
+                              command="trap '' TERM; while :; do sleep 0.2; done")  # fmt: skip
+        self.wait_restart(job, 0)
+        began = time.monotonic()
+        self.strike(job, "pre-emption")
+        self.wait_restart(job, 1)
+        took = time.monotonic() - began
+        self.bed.cancel(job)
+        return took
+
+    # ------------------------------------------------------------ processes
+
+    def ranks(self, run: RunDir) -> list[Process]:
+        """The processes that srun started for the run, by array task and rank."""
+        found = []
+        for proc in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                command = (proc / "cmdline").read_bytes()
+                if not re.search(re.escape(str(run.path).encode()) + rb"[/\0]", command):
+                    continue
+                env = _environ(proc)
+                parent = _parent(proc)
+                if b"SLURM_STEP_NUM_TASKS" not in env or _name(parent) != "slurmstepd":
+                    continue
+                task = env.get(b"SLURM_ARRAY_TASK_ID")
+                found.append(Process(int(proc.name), parent, int(env[b"SLURM_PROCID"]), int(task) if task else None))
+        return sorted(found, key=lambda p: (p.task or 0, p.rank))
+
+    def wait_ranks(self, run: RunDir, num: int) -> list[Process]:
+        return self.bed.wait_for(lambda: p if len(p := self.ranks(run)) == num else None, 60, f"{num} ranks")
+
+    # ------------------------------------------------------------ as root
+
+    def admin(self, *argv: str) -> str:
+        """A command as root; raises CalledProcessError."""
+        env = {"PATH": SBIN_PATH, "SLURM_CONF": str(self.bed.conf)}
+        return subprocess.run(argv, env=env, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    def version(self) -> str:
+        """SLURM's, say 22.05.8."""
+        return self.admin("scontrol", "--version").split()[-1]
+
+    @contextlib.contextmanager
+    def partition(self, **settings: str) -> Iterator[None]:
+        """Within: other settings of the partition that runs are submitted to."""
+        shown = self.admin("scontrol", "-o", "show", "partition", "gpu")
+        before = {k: v for k, v in re.findall(r"(\w+)=(\S*)", shown) if k in settings}
+        assert before.keys() == settings.keys(), shown
+        try:
+            self.admin("scontrol", "update", "partition=gpu", *(f"{k}={v}" for k, v in settings.items()))
+            yield
+        finally:
+            self.admin("scontrol", "update", "partition=gpu", *(f"{k}={v}" for k, v in before.items()))
+
+    def _daemon(self, name: str) -> int:
+        return int((self.bed.cluster / f"{name}.pid").read_text())
+
+    def _all_on(self, node: str) -> set[int]:
+        """Process ids of a node: its slurmd, and of its jobs the stepds, shells, sruns and ranks."""
+        found = {self._daemon(f"slurmd.{node}")}
         for proc in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
-                command = (proc / "cmdline").read_bytes()
-                env = dict(e.partition(b"=")[::2] for e in (proc / "environ").read_bytes().split(b"\0"))
-                is_python = b"python" in command.split(b"\0")[0]
-                if is_python and str(run.path).encode() in command and b"SLURM_STEP_NUM_TASKS" in env:
-                    found[int(env[b"SLURM_PROCID"])] = int(proc.name)
-        return [pid for _, pid in sorted(found.items())]
+                env = _environ(proc)
+                here = env.get(b"SLURMD_NODENAME") == node.encode()
+                if here and env.get(b"SLURM_CONF") == str(self.bed.conf).encode() and b"SLURM_JOB_ID" in env:
+                    found |= {int(proc.name)} | ({p} if _name(p := _parent(proc)) == "slurmstepd" else set())
+        return found
+
+    def _wait_up(self, node: str) -> None:
+        ask = ["sinfo", "-h", "-n", node, "-p", "gpu", "-o", "%t"]
+        self.bed.wait_for(lambda: self.bed.run(ask).stdout.strip() in ("idle", "mix", "alloc"), 90, f"{node} up")
+
+    @contextlib.contextmanager
+    def broken_node(self, node: str, by: signal.Signals) -> Iterator[None]:
+        """Within: the node is dead (SIGKILL) or hangs (SIGSTOP), slurmd and all that its jobs run there; then it reboots.
+
+        It must not just wake up: the srun that it may hold would end the step of the same number of the job's next life.
+        """
+        hit = self._all_on(node)
+        for pid in hit:
+            send(pid, by)
+        try:
+            yield
+        finally:
+            for pid in hit:
+                send(pid, signal.SIGKILL)
+            self.admin("slurmd", "-f", str(self.bed.conf), "-N", node)
+            self._wait_up(node)
+
+    @contextlib.contextmanager
+    def without_slurmctld(self) -> Iterator[None]:
+        """Within: slurmctld is dead of SIGKILL, and no command of SLURM's is answered."""
+        os.kill(self._daemon("slurmctld"), signal.SIGKILL)
+        try:
+            yield
+        finally:
+            self.admin("slurmctld", "-f", str(self.bed.conf))
+            self.bed.wait_for(lambda: self.bed.run(["squeue", "-h"]).returncode == 0, 60, "slurmctld answering")
 
 
 @contextlib.contextmanager
@@ -75,131 +223,65 @@ def cluster(project: Path, python: str, via: str) -> Iterator[Cluster]:
         bed.stop()
 
 
-def steps_at(run: RunDir, event: str) -> list[int]:
-    return [e["step"] for e in read_events(run) if e["event"] == event]
+def _environ(proc: Path) -> dict[bytes, bytes]:
+    return dict(e.partition(b"=")[::2] for e in (proc / "environ").read_bytes().split(b"\0"))
 
 
-# ---------------------------------------------------------------- rows
+def _parent(proc: Path) -> int:
+    return int((proc / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
-def pre_empted_in_a_row(c: Cluster, count: int) -> Result:
-    """Pre-empted `count` times as soon as it trains again, then left alone; compared with an undisturbed run."""
-    length = f"train.total_steps={400 + 700 * count}"
-    run, job = c.submit(length)
-    for times in range(1, count + 1):
-        c.wait_steps(run, 2)
-        c.bed.preempt(c.bed.node_of(job) or "", 1)
-        c.wait_restart(job, times)
-    state = c.bed.wait_state(job, timeout_s=600)
-    calm, other = c.submit(length)
-    c.bed.wait_state(other, timeout_s=600)
-    stops, resumed = steps_at(run, "stop_requested"), steps_at(run, "resumed")
-    lost = sum(a != b for a, b in zip(stops, resumed, strict=False))
-    identical = same(final(run), final(calm)) and curve(run) == curve(calm)
-    passed = state == "COMPLETED" and lost == 0 and identical and len(stops) == len(resumed) == count
-    return Result(f"{count} pre-emptions in a row", "0 steps lost, one job id, identical end",
-                  f"{len(stops)} stops, {lost} lost, {state}, identical: {identical}", passed)  # fmt: skip
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def cancelled(c: Cluster, count: int) -> Result:
-    """scancel in training, while saving, and inside the grace period of a pre-emption; nobody comes back."""
-    chosen = random.Random(3)
-    jobs: list[tuple[str, str]] = []
-    for i in range(count):
-        moment = ("in training", "in a save", "in the grace period")[i % 3]
-        every = ["checkpoint.every_steps=1"] if moment == "in a save" else []
-        run, job = c.submit(LONG, *every)
-        c.wait_steps(run, 1)
-        time.sleep(chosen.uniform(0, 0.5))
-        if moment == "in the grace period":
-            c.bed.preempt(c.bed.node_of(job) or "", 1)
-            c.bed.wait_for(lambda run=run: steps_at(run, "stop_requested"), 30, "the grace period")
-        c.bed.cancel(job)
-        c.bed.wait_state(job)
-        jobs.append((job, moment))
-    time.sleep(10)  # longer than a requeued job is held back here
-    back = [f"{job} ({moment})" for job, moment in jobs
-            if c.bed.job_state(job) != "CANCELLED" or c.bed.restart_count(job)]  # fmt: skip
-    return Result(f"scancel × {count}", "0 resurrections", f"{len(back)} came back: {' '.join(back)}", not back)
+def send(pid: int, signum: int) -> None:
+    """A signal to a process that may be gone by now."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signum)
 
 
-def one_signal_to_one_rank(c: Cluster, count: int) -> Result:
-    """USR2 to one rank of four: every rank stops at the same step, and the job is put back."""
-    chosen = random.Random(4)
-    run, job = c.submit(LONG, ranks=4)
-    for times in range(1, count + 1):
-        c.wait_steps(run, 1)
-        ranks = c.bed.wait_for(lambda: r if len(r := c.ranks(run)) == 4 else None, 30, "four ranks")
-        os.kill(chosen.choice(ranks), signal.SIGUSR2)
-        c.wait_restart(job, times)
-    c.wait_steps(run, 1)
-    c.bed.cancel(job)
-    stops, resumed = steps_at(run, "stop_requested")[:count], steps_at(run, "resumed")
-    reasons = {e["reason"] for e in read_events(run) if e["event"] == "requeued"}
-    passed = stops == resumed and len(stops) == count and reasons == {"time_limit"}
-    return Result(f"the signal to one rank of four × {count}", f"the same stop step on all, {count} requeues",
-                  f"{len(resumed)} requeues, {sum(a != b for a, b in zip(stops, resumed, strict=False))} steps lost",
-                  passed)  # fmt: skip
+def alive(pid: int) -> bool:
+    """Not a zombie either."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-def rank_killed(c: Cluster, count: int) -> Result:
-    """kill -9 of one rank of two: at most one save interval is lost, and the job comes back at once."""
-    run, job = c.submit(LONG, "checkpoint.every_steps=20", ranks=2)
-    worst_s, lost = 0.0, 0
-    for times in range(1, count + 1):
-        c.wait_steps(run, 8)
-        killed_at, saved = time.monotonic(), run.latest_step()
-        os.kill(c.ranks(run)[times % 2], signal.SIGKILL)
-        c.wait_restart(job, times)
-        worst_s = max(worst_s, time.monotonic() - killed_at)
-        c.bed.wait_for(lambda times=times: len(steps_at(run, "resumed")) == times, 60, "resumed")
-        lost += steps_at(run, "resumed")[-1] < saved
-    c.bed.cancel(job)
-    return Result(f"kill -9 of one rank × {count}", "loss ≤ one save interval; back within SLURM's time + 10 s",
-                  f"{lost} lost a save; back in {worst_s:.0f} s at most", lost == 0 and worst_s < 25)  # fmt: skip
+# ---------------------------------------------------------------- what a run directory says
 
 
-def term_by_hand(c: Cluster, _: int) -> Result:
-    """scancel -s TERM, and nothing follows: saved, then training goes on in the same life."""
-    run, job = c.submit(LONG)
-    c.wait_steps(run, 1)
-    c.bed.run(["scancel", "-s", "TERM", job], check=True)
-    c.bed.wait_for(lambda: steps_at(run, "checkpoint"), 30, "a save")
-    stopped = steps_at(run, "stop_requested")[-1]
-    c.bed.wait_for(lambda: read_jsonl(run.metrics)[-1]["step"] > stopped + 3, 90, "training going on")
-    goes_on = c.bed.job_state(job) == "RUNNING" and c.bed.restart_count(job) == 0
-    c.bed.cancel(job)
-    return Result("SIGTERM by hand, nothing follows", "saved, then training goes on",
-                  f"saved at {run.latest_step()}, running on: {goes_on}", goes_on)  # fmt: skip
+def steps_at(run: RunDir, event: str, reason: str | None = None) -> list[int]:
+    events = [e for e in read_events(run) if e["event"] == event]
+    return [e["step"] for e in events if reason is None or e["reason"] == reason]
 
 
-def requeue_forbidden(c: Cluster, _: int) -> Result:
-    """--no-requeue and pre-empted: a successor job continues, once; under scancel there is none."""
-    run, job = c.submit("train.total_steps=2500", "--sbatch", "no-requeue")
-    c.wait_steps(run, 2)
-    c.bed.preempt(c.bed.node_of(job) or "", 1)
-    c.bed.wait_for(lambda: len(steps_at(run, "resumed")) == 1, 90, "a successor")
-    heirs = [e for e in read_events(run) if e["event"] == "submitted" and e.get("successor_of") == job]
-    state = c.bed.wait_state(heirs[0]["job"], timeout_s=120)
-    stops, resumed = steps_at(run, "stop_requested"), steps_at(run, "resumed")
-    other, cancelled_job = c.submit(LONG, "--sbatch", "no-requeue")
-    c.wait_steps(other, 1)
-    c.bed.cancel(cancelled_job)
-    c.bed.wait_state(cancelled_job)
-    time.sleep(5)
-    none = not [e for e in read_events(other) if e.get("successor_of")]
-    passed = state == "COMPLETED" and len(heirs) == 1 and stops == resumed and none
-    return Result("requeue forbidden", "a successor continues, once; scancel makes none",
-                  f"{len(heirs)} successor, {state}, resumed at {resumed} of {stops}; after scancel none: {none}",
-                  passed)  # fmt: skip
+def metrics_whole(run: RunDir, every: int = 3) -> bool:
+    """Every metrics line once, in order, none missing (the last step of a run has one whatever its number)."""
+    steps = [r["step"] for r in read_jsonl(run.metrics)]
+    return bool(steps) and steps == sorted({*range(every, steps[-1] + 1, every), steps[-1]})
 
 
-ROWS = {
-    # name: (row, full count, reduced count)
-    "pre-emptions": (pre_empted_in_a_row, 20, 1),
-    "scancel": (cancelled, 20, 3),
-    "one-rank-signalled": (one_signal_to_one_rank, 20, 1),
-    "one-rank-killed": (rank_killed, 5, 1),
-    "term-by-hand": (term_by_hand, 1, 1),
-    "requeue-forbidden": (requeue_forbidden, 1, 1),
-}
+@dataclass
+class Loss:
+    """What lives lost that could not save: taken before the fault, measured after the next life has resumed."""
+
+    run: RunDir
+    interval: int
+    saved: int = 0
+    worst_steps: int = 0
+    too_much: int = 0
+
+    def before_fault(self) -> None:
+        self.saved = self.run.latest_step()
+
+    def measure(self, died_at: int, resumed_at: int) -> None:
+        """No save that was done before the fault may be lost, and at most the one under way with its interval."""
+        self.worst_steps = max(self.worst_steps, died_at - resumed_at)
+        under_way = died_at // self.interval * self.interval
+        self.too_much += resumed_at < self.saved or resumed_at < under_way - self.interval
+
+
+def last_logged(run: RunDir) -> int:
+    return next((r["step"] for r in reversed(read_jsonl(run.metrics))), 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 
@@ -37,3 +39,50 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
 def _said(path: Path) -> str:
     """The digest that the manifest claims."""
     return str(json.loads(path.with_suffix(".json").read_bytes())["sha256"])
+
+
+class Edit(NamedTuple):
+    """A change of one place in one file of the project."""
+
+    row: str
+    """The SLURM row that must fail."""
+    file: str
+    old: str
+    new: str
+
+
+SLURM_MUTANTS = {
+    "no-running-guard": Edit("scancel", "launch/supervisor.py", 'if state != "RUNNING":', "if not state:"),
+    "bare-array-id": Edit(
+        "array-task-requeued", "launch/environment.py", 'job = "_".join(a for a in array if a) or job_id',
+        "job = array[0] or job_id",
+    ),
+    "leaves-in-the-grace-period": Edit(
+        "pre-emptions", "launch/preemption.py",
+        'if environment.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE',
+        'if environment.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE\n    return 0',
+    ),
+    "stops-without-agreement": Edit(
+        "one-rank-signalled", "ddpm/trainer.py",
+        "code, bad, save_due = self.world.agree([self._reason_code(stop_requested), bad, self._save_due()])",
+        "code, bad, save_due = self._reason_code(stop_requested), bad, self._save_due()",
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def edited(project: Path, edit: Edit) -> Iterator[Path]:
+    """A copy of the project with the edit in it, where ordinary users can read it. Raises ValueError if it misses."""
+    tree = Path(tempfile.mkdtemp(prefix="ddpm-mutant-", dir="/tmp"))
+    try:
+        tree.chmod(0o755)
+        for name in ("configs", "ddpm", "launch", "slurm", "tools"):
+            shutil.copytree(project / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(project / "pyproject.toml", tree)
+        text = (tree / edit.file).read_text()
+        if text.count(edit.old) != 1:
+            raise ValueError(f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times: mend the mutant")
+        (tree / edit.file).write_text(text.replace(edit.old, edit.new))
+        yield tree
+    finally:
+        shutil.rmtree(tree, ignore_errors=True)
