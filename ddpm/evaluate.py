@@ -20,7 +20,9 @@ import numpy as np
 from ddpm import metrics, rundir
 from ddpm.errors import DDPMError, RequestError
 from ddpm.features import Extractor, extract, shard_features
-from ddpm.generate import (
+from ddpm.metrics import Moments
+from ddpm.rundir import DamagedFile, RunDir, SampleSet
+from ddpm.sampleset import (
     Progress,
     Request,
     StopRequested,
@@ -31,8 +33,6 @@ from ddpm.generate import (
     repair_command,
     withdraw_shard,
 )
-from ddpm.metrics import Moments
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
 
 if TYPE_CHECKING:
     from ddpm.data import PackedImages

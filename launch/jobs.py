@@ -274,11 +274,11 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
 
     Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
     """
-    from ddpm import checkpoint, generate
+    from ddpm import checkpoint, sampleset
 
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():
-        return generate.read_request(sample_set)
+        return sampleset.read_request(sample_set)
     if not finished(run, config):
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
@@ -287,7 +287,7 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
         )
     from launch.requests import from_config
 
-    return generate.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
+    return sampleset.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
 
 
 # ---------------------------------------------------------------- evaluate
@@ -298,14 +298,14 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
     import torch
 
     from ddpm import evaluate as scoring
-    from ddpm import features, generate
+    from ddpm import features, sampleset
     from launch import requests
 
     run, env = life.run, life.env
     config = configs.load(run.config)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
-    if missing := generate.missing_shards(sample_set, request):
+    if missing := sampleset.missing_shards(sample_set, request):
         return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
