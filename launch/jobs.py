@@ -70,13 +70,14 @@ def run_record(run: RunDir) -> dict[str, Any]:
 
 
 def finished(run: RunDir, config: configs.Config) -> bool:
-    """Whether training reached its length: the manifest of the last step is published last of all."""
+    """Whether training reached its end: the manifest of the last step is published last of all."""
     try:
         step = run.latest_step()
-        whole = read_signed(run.manifest(step))["bytes"] == run.checkpoint(step).stat().st_size
+        manifest = read_signed(run.manifest(step))
+        whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError):
         return False
-    return whole and step >= config.train.total_steps
+    return whole and (step >= config.train.total_steps or manifest.get("early_stopped", False))
 
 
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
@@ -241,7 +242,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     import torch
 
     from ddpm import checkpoint, generate, runtime
-    from ddpm.trainer import schedule_of
+    from ddpm.schedule import build as build_schedule
 
     run, env = life.run, life.env
     config = configs.load(run.config)
@@ -277,7 +278,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
                 request,
                 shard,
                 eps_model=eps_model,
-                schedule=schedule_of(config),
+                schedule=build_schedule(config.diffusion),
                 image_shape=(3, size, size),
                 variance=config.diffusion.variance,
                 num_classes=config.model.num_classes,
