@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -154,7 +155,8 @@ def _bar(total: int, done: int) -> Any:
 
 def say(message: str = "", **fields: Any) -> None:
     """One log line: `2026-11-20T09:00:00.000Z message key=value …`."""
-    print(now(), *([message] if message else []), *(f"{k}={v}" for k, v in fields.items()), flush=True)
+    with contextlib.suppress(OSError):  # a full disk ends no training, and the job's log may lie on it
+        print(now(), *([message] if message else []), *(f"{k}={v}" for k, v in fields.items()), flush=True)
 
 
 def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] | None = None) -> None:

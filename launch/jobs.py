@@ -11,6 +11,7 @@ job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import config as configs
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, RunBusy, Stopped
-from ddpm.rundir import DamagedFile, RunDir, now, read_json, read_signed, write_json
+from ddpm.rundir import DamagedFile, RunDir, read_json, read_signed, write_json
 from launch import environment, preemption, slurm
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class Life:
     def leave(self, code: int, reason: str = "") -> int:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
         if self.env.rank == 0 and self.env.scheduler == "slurm":
-            self.run.logs.mkdir(exist_ok=True)
-            self.run.exit_marker(self.env.job, self.env.restart).write_text(f"{code} {reason or 'crash'}")
+            with contextlib.suppress(OSError):  # then srun's exit code has to do
+                self.run.logs.mkdir(exist_ok=True)
+                self.run.exit_marker(self.env.job, self.env.restart).write_text(f"{code} {reason or 'crash'}")
         return code
 
     def until_killed_or_on(
@@ -402,23 +404,25 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except RunBusy as e:
-        print(f"{now()} {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         code = life.leave(e.exit_code)
     except slurm.SlurmError as e:  # SLURM may answer the next life
-        print(f"{now()} {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         code = life.leave(1)
     except (DDPMError, DamagedFile) as e:
-        print(f"{now()} failed: {e}", file=sys.stderr, flush=True)
+        _say(f"failed: {e}")
         code = life.leave(DoNotRetry.exit_code)
         if life.env.scheduler == "local" and life.env.rank == 0:  # elsewhere the batch shell says so
             life.env.events(run).append(
                 "failed", world_size=life.env.world_size, step=run.latest_step(), exit_code=code, reason=str(e)
             )
     except BaseException:
-        traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
