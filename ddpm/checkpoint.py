@@ -9,6 +9,8 @@ save of that step; after it, a generation.
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     import torch  # loaded where states are: choosing a generation to sample stays cheap on a login node
 
 Log = Callable[[str], None]
+
+SPARE_BYTES = 16 * 2**20
+"""Left free by a save, for log lines and events."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,14 @@ def load(run: RunDir, step: int) -> dict[str, Any]:
     import torch
 
     return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)
+
+
+def num_bytes(state: Any) -> int:
+    """Of all tensors in a state tree."""
+    if hasattr(state, "nbytes"):
+        return int(state.nbytes)
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(num_bytes, values))
 
 
 class HostCopy:
@@ -182,6 +195,7 @@ class Checkpointer:
         try:
             verify(run, step)  # an earlier life was killed between this save and its next step: the bits are the same
         except (DamagedFile, FileNotFoundError, KeyError):
+            self._check_space(state)
             self._fence.check()  # what lies there may be a later job's, half way to its manifest
             run.manifest(step).unlink(missing_ok=True)
             run.checkpoint(step).unlink(missing_ok=True)  # without its manifest it did not exist
@@ -207,6 +221,8 @@ class Checkpointer:
                         "world_size": self._world_size,
                         "fence": self._fence.token,
                         "created": now(),
+                        # only where it is so: the step alone would not say that nothing more is to come
+                        **({"early_stopped": True} if state["extra"].get("early_stopped") else {}),
                     }
                 ),
                 token=token,
@@ -214,6 +230,13 @@ class Checkpointer:
             )
         self._on_saved(step)
         self._retain(step)
+
+    def _check_space(self, state: dict[str, Any]) -> None:
+        """Raise OSError where the state does not fit: a disk that a save has filled is full for everybody else too."""
+        needed, free = num_bytes(state), shutil.disk_usage(self._run.checkpoints).free
+        if free < needed + SPARE_BYTES:
+            where, gib = self._run.checkpoints, 2**30
+            raise OSError(errno.ENOSPC, f"{free / gib:.2f} GiB free for a checkpoint of {needed / gib:.2f} GiB", where)
 
     def _write_ema(self, ema: dict[str, torch.Tensor], step: int, token: str) -> None:
         from safetensors.torch import save

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT_S = 600
-"""A rank that does not answer for this long ends the job (compiling the network takes up to two minutes)."""
+RANK_TIMEOUT_S = 600
+"""A rank that does not answer its peers for this long ends the job; compiling the network takes up to two minutes."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,19 @@ class World:
         self.agree([0])
 
 
-def join(*, rank: int, world_size: int, local_rank: int, master_addr: str, master_port: int) -> World:
-    """Form the process group of `world_size` ranks and choose this rank's device. Raises RuntimeError on time-out."""
+def join(
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    master_addr: str,
+    master_port: int,
+    timeout_s: float = RANK_TIMEOUT_S,
+) -> World:
+    """Form the process group of `world_size` ranks and choose this rank's device. Raises RuntimeError on time-out.
+
+    timeout_s: how long any rank waits for another, here and in every later collective.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -76,7 +87,7 @@ def join(*, rank: int, world_size: int, local_rank: int, master_addr: str, maste
             init_method=f"tcp://{master_addr}:{master_port}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            timeout=timedelta(seconds=timeout_s),
         )
     return World(rank, world_size, device)
 

@@ -329,17 +329,29 @@ class RunDir:
 
 
 class EventLog:
-    """Appends to events/JOB.RESTART.jsonl. One file per writer: appends from many hosts lose lines on NFS."""
+    """Appends to events/JOB.RESTART.jsonl. One file per writer: appends from many hosts lose lines on NFS.
 
-    def __init__(self, run: RunDir, job: str, restart: int, host: str, *, prefix: str = "") -> None:
+    since: when this life got its nodes. The first line of a life says it, and the last sign (`last_sign`) of the life
+    before it, whose heartbeat is about to be overwritten.
+    """
+
+    def __init__(
+        self, run: RunDir, job: str, restart: int, host: str, *, prefix: str = "", since: str | None = None
+    ) -> None:
         self.path = run.events / f"{prefix}{job}.{restart}.jsonl"
         self._base = {"job": job, "restart": restart, "host": host}
+        self._run, self._since = run, since
 
     def append(self, event: str, **fields: Any) -> None:
         """Append one line and make it durable: the restart policy and goodput are computed from these."""
-        line = json.dumps({"event": event, "time": now(), **self._base, **fields}).encode() + b"\n"
+        record = {"event": event, "time": now(), **self._base, **fields}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as f:
+            if f.tell() == 0 and self._since:
+                beat = read_json(self._run.heartbeat) or {}
+                sign = {k: beat[k] for k in ("job", "restart", "time", "step") if k in beat}
+                record.update(since=self._since, last_sign=sign or None)
+            line = json.dumps(record).encode() + b"\n"
             if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
                 line = b"\n" + line  # the last writer was killed inside its line
             f.write(line)

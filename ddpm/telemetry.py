@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -18,10 +19,21 @@ HEARTBEAT_EVERY_S = 5.0
 
 
 class Telemetry:
-    """What rank 0 tells the world about a run. Opened at the step that training goes on from."""
+    """What rank 0 tells the world about a run. Opened at the step that training goes on from.
 
-    def __init__(self, run: RunDir, *, step: int, total_steps: int, owner: dict[str, Any]) -> None:
-        self._run, self._total_steps, self._owner = run, total_steps, owner
+    may_publish: asked before a file appears; raises where a later job has taken the run over.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        step: int,
+        total_steps: int,
+        owner: dict[str, Any],
+        may_publish: Callable[[], None] | None = None,
+    ) -> None:
+        self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
         self._trim(step)
         self._metrics: BinaryIO = run.metrics.open("ab", buffering=0)
         self._unwritten = b""
@@ -36,7 +48,8 @@ class Telemetry:
         Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
         """
         kept = [r for r in read_jsonl(self._run.metrics) if int(r["step"]) <= step]
-        write_bytes(self._run.metrics, "".join(json.dumps(r) + "\n" for r in kept).encode(), replace=True)
+        lines = "".join(json.dumps(r) + "\n" for r in kept).encode()
+        write_bytes(self._run.metrics, lines, replace=True, may_publish=self._may_publish)
 
     @property
     def board(self) -> Any:
@@ -97,11 +110,14 @@ class Telemetry:
             "loss": latest.get("loss"),
             "images_per_s": latest.get("images_per_s"),
         }
-        self._try("heartbeat", lambda: write_json(self._run.heartbeat, record, replace=True))
+        self._try(
+            "heartbeat",
+            lambda: write_json(self._run.heartbeat, record, replace=True, may_publish=self._may_publish),
+        )
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a sample grid, uint8 (H, W, 3)."""
-        self._try("grid", lambda: write_png(self._run.grid(step), grid))
+        self._try("grid", lambda: write_png(self._run.grid(step), grid, may_publish=self._may_publish))
         self._try("tensorboard", lambda: self.board.add_image("samples", grid, step, dataformats="HWC"))
 
     def sync(self) -> None:
@@ -139,15 +155,16 @@ def _bar(total: int, done: int) -> Any:
 
 def say(message: str = "", **fields: Any) -> None:
     """One log line: `2026-11-20T09:00:00.000Z message key=value …`."""
-    print(now(), *([message] if message else []), *(f"{k}={v}" for k, v in fields.items()), flush=True)
+    with contextlib.suppress(OSError):  # a full disk ends no training, and the job's log may lie on it
+        print(now(), *([message] if message else []), *(f"{k}={v}" for k, v in fields.items()), flush=True)
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
+def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] | None = None) -> None:
     """Write uint8 (H, W, 3) as a PNG, whole or not at all, replacing an earlier one."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publishing(path, replace=True) as f:
+    with publishing(path, replace=True, may_publish=may_publish) as f:
         Image.fromarray(image).save(f, format="PNG")  # type: ignore[arg-type]  # write() is all it needs
 
 

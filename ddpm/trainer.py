@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import checkpoint, rng, runtime
+from ddpm import checkpoint, grids, optimizer, rng, runtime, schedule
 from ddpm.config import Config, check_world_size
 from ddpm.data import Batches, PackedImages
 from ddpm.diffusion import Diffusion
@@ -24,14 +24,13 @@ from ddpm.distributed import World
 from ddpm.ema import EMA
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.fence import Fence
+from ddpm.optimizer import learning_rate
+from ddpm.progress import Progress, Window
 from ddpm.rundir import EventLog, RunDir, read_events
-from ddpm.samplers import SAMPLERS
-from ddpm.schedule import Schedule, linear
-from ddpm.telemetry import Telemetry, say, tile
+from ddpm.telemetry import Telemetry, say
 
 StopRequested = Callable[[], "str | None"]
 STOP_REASONS = ("", "preempted", "time_limit", "interrupted", "STOP")
-GRID_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -42,54 +41,6 @@ class Outcome:
     step: int
     reason: str = ""
     saved: bool = True
-
-
-@dataclass
-class Window:
-    """Sums since the last log line, on the device; saved with a checkpoint so that a restart changes no line."""
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    steps: int = 0
-
-    @classmethod
-    def empty(cls, device: torch.device) -> Window:
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
-
-    def state_dict(self, world: World) -> dict[str, Any]:
-        """Every rank's sum of losses (each has its own images); called on all ranks."""
-        return {"loss": world.gather(self.loss), "grad_norm": self.grad_norm, "steps": self.steps}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any], world: World) -> Window:
-        """At another world size the mean stands for each rank's own."""
-        own = state["loss"][world.rank] if len(state["loss"]) == world.world_size else state["loss"].mean()
-        return cls(own.to(world.device), state["grad_norm"].to(world.device), state["steps"])
-
-
-@dataclass
-class Progress:
-    """Where a run is: what a checkpoint's step and `extra` hold."""
-
-    step: int = 0
-    attempt: int = 0
-    rollbacks: int = 0
-
-
-def schedule_of(config: Config) -> Schedule:
-    d = config.diffusion
-    return linear(d.timesteps, d.beta_start, d.beta_end)
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Of the update that ends step `step` (0-based): linear warm-up, then constant or half a cosine to 0."""
-    train = config.train
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    if train.lr_schedule == "cosine":
-        done = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
-        return train.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return train.lr
 
 
 class Trainer:
@@ -112,17 +63,24 @@ class Trainer:
         device = world.device
         self.accumulation = check_world_size(config, world.world_size)
         self.share = config.train.global_batch // world.world_size
-        self.schedule = schedule_of(config)
+        self.schedule = schedule.build(config.diffusion)
         self.diffusion = Diffusion(self.schedule).to(device)
         self.model = runtime.build_model(config, device, resolved.amp)
-        self.ema = EMA(self.model, config.train.ema_decay)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr, fused=True)
+        self.ema = EMA(
+            self.model,
+            config.train.ema_decay,
+            start_step=config.train.ema_start_step,
+            every_steps=config.train.ema_every_steps,
+            warmup=config.train.ema_warmup,
+        )
+        self.optimizer = optimizer.build(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=resolved.amp == "fp16")
         self.at = Progress()
         self.window = Window.empty(device)
         self._finite: torch.Tensor | None = None  # of the last step, read one step late
         self._pending: torch.Tensor | None = None
         self._latest: dict[str, Any] = {}
+        self._beginning = "started"
         self._saved_at = time.monotonic()
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         network: Any = torch.compile(self.model) if resolved.compile else self.model
@@ -158,11 +116,9 @@ class Trainer:
         self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
         self._open_outputs()
         self.batches = self._batches()
-        self._event("started" if step is None else "resumed", self.at.step)
+        self._beginning = "started" if step is None else "resumed"
         if self.world.is_main and step is not None:
             say("resumed", step=step, world_size=self.world.world_size)
-        if self.world.world_size > 1 and not self.at.step >= self.config.train.total_steps:
-            self._warm_up()
 
     def _batches(self) -> Batches:
         return Batches(
@@ -179,7 +135,11 @@ class Trainer:
         if self.telemetry is not None:
             self.telemetry.close()
         self.telemetry = Telemetry(
-            self.run, step=self.at.step, total_steps=self.config.train.total_steps, owner=self.owner
+            self.run,
+            step=self.at.step,
+            total_steps=self.config.train.total_steps,
+            owner=self.owner,
+            may_publish=self.fence.check,
         )
         if self.saver is None:
             self.saver = checkpoint.Checkpointer(
@@ -202,12 +162,16 @@ class Trainer:
             except OSError as e:  # a full disk ends no training
                 say("event not written", event=event, step=step, error=e)
 
-    def _warm_up(self) -> None:
-        """One forward and backward whose gradients are thrown away.
+    def warm_up(self, stop_requested: StopRequested) -> None:
+        """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
-        DDP regroups its buckets after its first backward, in the order in which gradients arrived; with more than two
-        ranks the order of summation follows. Doing it before the first step gives every life the same one.
+        Here the network is compiled. And DDP regroups its buckets after its first backward, in the order in which
+        gradients arrived; with more than two ranks the order of summation follows. Doing it before the first step
+        gives every life the same one.
         """
+        wanted = self.world.world_size > 1 or self.resolved.compile
+        if not wanted or self.at.step >= self.config.train.total_steps or self._agreed_stop(stop_requested):
+            return
         self._forward_backward(self.at.step, warm_up=True)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -226,7 +190,7 @@ class Trainer:
                     moments[key] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         extra = state["extra"]
-        self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"])
+        self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"], extra.get("early_stop_losses", []))
         self.window = Window.restored(extra["window"], self.world)
         self.skipped.fill_(extra["skipped_steps"])
         self._finite = None
@@ -248,6 +212,8 @@ class Trainer:
                 "attempt": self.at.attempt,
                 "rollbacks": self.at.rollbacks,
                 "skipped_steps": int(self.skipped),
+                "early_stop_losses": self.at.early_stop_losses,
+                "early_stopped": self._settled(),
                 "window": self.window.state_dict(self.world),
             },
         }
@@ -260,6 +226,7 @@ class Trainer:
         torch.manual_seed(rng.derive_seed(config.seed, "dropout", at.attempt, step, self.world.rank))
         t_key = rng.key(config.seed, "t", at.attempt)
         eps_key = rng.key(config.seed, "eps", at.attempt)
+        label_key = rng.key(config.seed, "label", at.attempt)
         micro = self.share // self.accumulation
         total = torch.zeros((), device=device)
         for i in range(self.accumulation):
@@ -269,6 +236,9 @@ class Trainer:
             t = rng.uniform_int(t_key, index, step, config.diffusion.timesteps)
             eps = rng.normal(eps_key, index, step, tuple(x_0.shape[1:]))
             x_t = self.diffusion.q_sample(x_0, t, eps)
+            if config.train.label_dropout:
+                without = rng.bernoulli(label_key, index, step, config.train.label_dropout)
+                labels = torch.where(without, config.model.num_classes, labels)
             last = i == self.accumulation - 1 or warm_up
             with self.network.no_sync() if self.world.world_size > 1 and not last else runtime.nullcontext():
                 with runtime.autocast(self.resolved.amp, device):
@@ -300,7 +270,7 @@ class Trainer:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
+        self.ema.update(self.model, step + 1)
         self.window.loss += loss
         self.window.grad_norm += torch.where(torch.isfinite(norm), norm, 0)
         self.window.steps += 1
@@ -319,6 +289,10 @@ class Trainer:
         reported as `saved=False`.
         """
         total = self.config.train.total_steps
+        if self.at.step < total and (reason := self._agreed_stop(stop_requested)):
+            return self._stop(reason)  # asked for while starting up
+        self._event(self._beginning, self.at.step)
+        self._beginning = "resumed"
         self._mark_time()
         while self.at.step < total:
             self._step()
@@ -333,8 +307,9 @@ class Trainer:
                 continue
             if log_due:
                 self._log()
-            if self.telemetry:
-                self.telemetry.heartbeat(self.at.step, self._latest)
+                if self._settled():
+                    break
+            self.alive()
             if code and self.at.step < total:  # the last step is followed by its save in any case
                 return self._stop(STOP_REASONS[code])
             if save_due:
@@ -343,10 +318,27 @@ class Trainer:
                 self._grid(stop_requested)
         return self._finish(stop_requested)
 
+    def _agreed_stop(self, stop_requested: StopRequested) -> str:
+        """Why all ranks stop here, or ""."""
+        return STOP_REASONS[self.world.agree([self._reason_code(stop_requested)])[0]]
+
     @staticmethod
     def _reason_code(stop_requested: StopRequested) -> int:
         reason = stop_requested()
         return STOP_REASONS.index(reason) if reason else 0
+
+    def alive(self) -> None:
+        """A sign of life for the status view, where steps give none."""
+        if self.telemetry:
+            self.telemetry.heartbeat(self.at.step, self._latest)
+
+    def _settled(self) -> bool:
+        """Whether the last logged losses changed so little that training ends early; the same on every rank."""
+        train, losses = self.config.train, self.at.early_stop_losses
+        if train.early_stop_below is None or len(losses) < train.early_stop_window:
+            return False
+        changes = [abs(b - a) for a, b in pairwise(losses)]
+        return sum(changes) / len(changes) < train.early_stop_below
 
     def _log(self) -> None:
         """The window's means over all ranks, as one metrics record."""
@@ -365,6 +357,7 @@ class Trainer:
             "gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         }
         self.window = Window.empty(device)
+        self.at.early_stop_losses = [*self.at.early_stop_losses, loss][-self.config.train.early_stop_window :]
         self._mark_time()
         if self.telemetry:
             self.telemetry.log(self._latest)
@@ -418,6 +411,9 @@ class Trainer:
         if self._window_first < self.at.step and self.at.step % self.config.log.every_steps:
             self._log()
         self._grid(stop_requested)
+        if self.telemetry and self._settled():
+            below, window = self.config.train.early_stop_below, self.config.train.early_stop_window
+            say("the loss has settled: ending early", step=self.at.step, early_stop_below=below, over_lines=window)
         saved = self.world.share(self._save(wait=True, final=True))  # the last manifest says that all is there
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest, force=True)
@@ -472,38 +468,7 @@ class Trainer:
         if self.telemetry is None or (self.run.grid(self.at.step).exists() and self.at.attempt == 0):
             return
         try:
-            self.telemetry.grid(self.at.step, self.draw(self.config.log.grid_images, stop_requested))
+            drawn = grids.draw(self.config, self.ema.model, self.schedule, self.resolved.amp, stop_requested)
+            self.telemetry.grid(self.at.step, drawn)
         except Stopped:
             say("grid skipped: a stop was requested", step=self.at.step)
-
-    @torch.no_grad()
-    def draw(self, num: int, stop_requested: StopRequested) -> np.ndarray:
-        """A grid of `num` EMA samples, uint8 (H, W, 3), by DDIM. Raises Stopped."""
-        config, device = self.config, self.world.device
-        classes = config.model.num_classes
-        index = torch.arange(num, device=device)
-        labels = index % classes if classes else None
-
-        def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with runtime.autocast(self.resolved.amp, device):
-                return self.ema.model(x_t, t, labels).float()
-
-        def poll(_: Any) -> None:
-            if reason := stop_requested():
-                raise Stopped(reason)
-
-        size = config.data.image_size
-        x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
-        steps = min(GRID_STEPS, config.diffusion.timesteps)
-        result = SAMPLERS["ddim"](
-            eps_model,
-            self.schedule,
-            x_T,
-            noise=lambda t: torch.zeros_like(x_T),
-            steps=steps,
-            eta=0.0,
-            variance=config.diffusion.variance,
-            callback=poll,
-        )
-        x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return tile(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -103,6 +103,8 @@ class Site(Section):
     """Shared place of packed data; null: .cache beside the runs."""
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""
+    rank_timeout_s: int = Field(600, ge=10)
+    """A rank that does not answer the others for this long ends the job, which is then tried again."""
     max_parallel: int = Field(16, ge=1)
     """Array tasks that run at a time."""
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpm.rundir import EventLog, RunDir, now
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -32,6 +34,11 @@ class JobEnvironment:
     master_port: int
     cpus: int
     array_task: int | None
+    since: str
+    """When this life of the job got its nodes."""
+
+    def events(self, run: RunDir) -> EventLog:
+        return EventLog(run, self.job, self.restart, self.host, since=self.since)
 
     def owner(self) -> dict[str, object]:
         return {"job": self.job, "restart": self.restart, "host": self.host}
@@ -50,6 +57,7 @@ def current() -> JobEnvironment:
     """Read how this process was started: by srun, inside a batch script, by torchrun, or alone."""
     env = os.environ
     here = host()
+    since = env.get("DDPM_SINCE") or now()
     if job_id := env.get("SLURM_JOB_ID"):
         array = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
         job = "_".join(a for a in array if a) or job_id
@@ -68,6 +76,7 @@ def current() -> JobEnvironment:
             _port(job, restart),
             int(env.get("SLURM_CPUS_PER_TASK", "1")),
             int(array[1]) if array[1] else None,
+            since,
         )
     cpus = int(env.get("DDPM_CPUS") or len(os.sched_getaffinity(0)))
     if "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env:
@@ -83,8 +92,10 @@ def current() -> JobEnvironment:
             int(env["MASTER_PORT"]),
             cpus if "DDPM_CPUS" in env else max(1, cpus // int(env["LOCAL_WORLD_SIZE"])),
             None,
+            since,
         )
-    return JobEnvironment("local", env.get("DDPM_JOB", f"local-{os.getpid()}"), 0, here, 0, 1, 0, here, 0, cpus, None)
+    job = env.get("DDPM_JOB", f"local-{os.getpid()}")
+    return JobEnvironment("local", job, 0, here, 0, 1, 0, here, 0, cpus, None, since)
 
 
 def _port(job: str, restart: int) -> int:

@@ -11,6 +11,7 @@ job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import config as configs
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, RunBusy, Stopped
-from ddpm.rundir import DamagedFile, EventLog, RunDir, now, read_json, read_signed, write_json
+from ddpm.rundir import DamagedFile, RunDir, read_json, read_signed, write_json
 from launch import environment, preemption, slurm
 
 if TYPE_CHECKING:
     from ddpm.data import PackedImages
     from ddpm.distributed import World
+    from ddpm.fence import Fence
+    from ddpm.runtime import Resolved
 
 
 class Life:
@@ -40,13 +43,16 @@ class Life:
     def leave(self, code: int, reason: str = "") -> int:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
         if self.env.rank == 0 and self.env.scheduler == "slurm":
-            self.run.logs.mkdir(exist_ok=True)
-            self.run.exit_marker(self.env.job, self.env.restart).write_text(f"{code} {reason or 'crash'}")
+            with contextlib.suppress(OSError):  # then srun's exit code has to do
+                self.run.logs.mkdir(exist_ok=True)
+                self.run.exit_marker(self.env.job, self.env.restart).write_text(f"{code} {reason or 'crash'}")
         return code
 
-    def until_killed_or_on(self, reason: str, share: Callable[[Any], Any] = lambda v: v) -> int | None:
-        """After a saved stop: the exit code to leave with, or None to go on (rank 0 decides)."""
-        code = share(preemption.after_stop(self.stop, reason, self.env, _say) if self.env.rank == 0 else None)
+    def until_killed_or_on(
+        self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
+    ) -> int | None:
+        """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
+        code = preemption.after_stop(self.stop, reason, self.env, _say, share, alive)
         if code is None:
             self.stop.clear(reason)
         return code
@@ -66,13 +72,14 @@ def run_record(run: RunDir) -> dict[str, Any]:
 
 
 def finished(run: RunDir, config: configs.Config) -> bool:
-    """Whether training reached its length: the manifest of the last step is published last of all."""
+    """Whether training reached its end: the manifest of the last step is published last of all."""
     try:
         step = run.latest_step()
-        whole = read_signed(run.manifest(step))["bytes"] == run.checkpoint(step).stat().st_size
+        manifest = read_signed(run.manifest(step))
+        whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError):
         return False
-    return whole and step >= config.train.total_steps
+    return whole and (step >= config.train.total_steps or manifest.get("early_stopped", False))
 
 
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
@@ -97,9 +104,10 @@ def train(life: Life) -> int:
     environment.set_defaults(
         CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(run.path.parent / ".cache" / "inductor")
     )
-    from ddpm import distributed, runtime
+    from ddpm import distributed
     from ddpm.fence import Fence
     from ddpm.trainer import Trainer
+    from launch import requests
 
     world = distributed.join(
         rank=env.rank,
@@ -107,53 +115,69 @@ def train(life: Life) -> int:
         local_rank=env.local_rank,
         master_addr=env.master_addr,
         master_port=env.master_port,
+        timeout_s=requests.site_of(run).rank_timeout_s,
     )
     if why := world.share(nothing_to_do(run, config) if world.is_main else None):
         if world.is_main:
             _say(why)
-            life.leave(0)
-        return 0
+        return life.leave(0)
     fence = None
     if world.is_main:
         fence = Fence(run, env.owner(), is_orphan=lambda other: _is_orphan(other, env), log=_say)
-    packed = _data(life, config, world)
-    kept = world.share(run_record(run).get("resolved") if world.is_main else None)
-    resolved = runtime.resolve(config, world.device, env.cpus, kept)
-    runtime.apply(resolved)
-    if world.is_main and not kept:
-        write_json(
-            run.run_json,
-            {
-                **run_record(run),
-                "resolved": {**resolved.as_dict(), "device": _device_name(world), "world_size": world.world_size},
-            },
-            replace=True,
-        )
+    while True:
+        try:
+            packed = _data(life, config, world)
+            break
+        except Stopped as e:
+            if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
+                return _leave_together(life, world, code, e.reason)
     trainer = Trainer(
         config,
         run,
         world,
         packed,
-        resolved,
+        _resolved(life, config, world, fence),
         fence=fence,
         owner=env.owner(),
-        events=EventLog(run, env.job, env.restart, env.host) if world.is_main else None,
+        events=env.events(run) if world.is_main else None,
     )
     trainer.resume()
+    with life.stop.held():  # compilers that start here must not die of a signal meant for us
+        trainer.warm_up(life.stop)
     while True:
         outcome = trainer.train(life.stop)
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:
-            code: int | None = 0
-        else:
-            code = life.until_killed_or_on(outcome.reason, world.share)
+            return _leave_together(life, world, 0)
+        code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
         if code is not None:
-            if world.is_main:
-                life.leave(code, outcome.reason)
-            world.barrier()
-            distributed.leave()
-            return code
+            return _leave_together(life, world, code, outcome.reason)
+
+
+def _resolved(life: Life, config: configs.Config, world: World, fence: Fence | None) -> Resolved:
+    """What `auto` means here, as the run's first life found it and wrote down; applied to this process."""
+    from ddpm import runtime
+
+    run = life.run
+    kept = world.share(run_record(run).get("resolved") if world.is_main else None)
+    resolved = runtime.resolve(config, world.device, life.env.cpus, kept)
+    runtime.apply(resolved)
+    if fence is not None and not kept:
+        found = {**resolved.as_dict(), "device": _device_name(world), "world_size": world.world_size}
+        record = {**run_record(run), "resolved": found}
+        write_json(run.run_json, record, replace=True, may_publish=fence.check)
+    return resolved
+
+
+def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
+    """The batch shell has rank 0's word before any rank is gone: srun ends a step with its first bad exit."""
+    from ddpm import distributed
+
+    life.leave(code, reason)
+    world.barrier()
+    distributed.leave()
+    return code
 
 
 def _is_orphan(other: dict[str, Any], env: environment.JobEnvironment) -> bool:
@@ -181,10 +205,16 @@ def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
     record = run_record(life.run)
     cache = Path(record["data"]["cache"])
     key = record["data"]["key"]
+    stopped = None
     if world.is_main and not (cache / key / "meta.json").exists():
         _say("the packed data is gone from the cache: packing it again", cache=cache)
-        key, _ = data.pack(config.data, "train", cache, stop_requested=life.stop)
-    key = world.share(key)
+        try:
+            key, _ = data.pack(config.data, "train", cache, stop_requested=life.stop)
+        except Stopped as e:
+            stopped = e.reason
+    key, stopped = world.share((key, stopped))
+    if stopped:
+        raise Stopped(stopped)
     where = cache
     if scratch := record["data"].get("scratch"):
         local = environment.expand(scratch) / "ddpm-hpc"
@@ -214,7 +244,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     import torch
 
     from ddpm import checkpoint, generate, runtime
-    from ddpm.trainer import schedule_of
+    from ddpm.schedule import build as build_schedule
 
     run, env = life.run, life.env
     config = configs.load(run.config)
@@ -250,7 +280,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
                 request,
                 shard,
                 eps_model=eps_model,
-                schedule=schedule_of(config),
+                schedule=build_schedule(config.diffusion),
                 image_shape=(3, size, size),
                 variance=config.diffusion.variance,
                 num_classes=config.model.num_classes,
@@ -374,23 +404,25 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except RunBusy as e:
-        print(f"{now()} {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         code = life.leave(e.exit_code)
     except slurm.SlurmError as e:  # SLURM may answer the next life
-        print(f"{now()} {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         code = life.leave(1)
     except (DDPMError, DamagedFile) as e:
-        print(f"{now()} failed: {e}", file=sys.stderr, flush=True)
+        _say(f"failed: {e}")
         code = life.leave(DoNotRetry.exit_code)
         if life.env.scheduler == "local" and life.env.rank == 0:  # elsewhere the batch shell says so
-            EventLog(run, life.env.job, life.env.restart, life.env.host).append(
+            life.env.events(run).append(
                 "failed", world_size=life.env.world_size, step=run.latest_step(), exit_code=code, reason=str(e)
             )
     except BaseException:
-        traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
 from launch import slurm
 from launch.environment import JobEnvironment
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 STOP_POLL_S = 1.0
 REQUEUE_AT_ONCE_ABOVE_S = 60
 MARGIN_S = 30
@@ -39,6 +42,18 @@ class StopFlag:
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
         if not self._under_slurm:
             signal.signal(signal.SIGINT, self._on_term)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: the stop signals wait, also for every process started here, and come through at the end.
+
+        SLURM signals all processes of a step: a compiler that died of a signal meant for us would fail the step.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, stop_file: Path) -> None:
         self._stop_file = stop_file
@@ -66,25 +81,40 @@ class StopFlag:
             self.reason = None
 
 
-def after_stop(stop: StopFlag, reason: str, environment: JobEnvironment, say: Callable[[str], None]) -> int | None:
+def after_stop(
+    stop: StopFlag,
+    reason: str,
+    environment: JobEnvironment,
+    say: Callable[[str], None],
+    share: Callable[[Any], Any],
+    alive: Callable[[], None],
+) -> int | None:
     """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
 
-    Called on rank 0, which tells the others. May block until SLURM kills the job.
+    Called on all ranks; `share` gives rank 0's word to all. May block until SLURM kills the job; calls `alive`
+    meanwhile. The ranks wait in step, so that none of them takes the others' waiting for death.
     """
     if reason == "STOP":
         return 0
     if environment.scheduler != "slurm" or reason == "time_limit":
         return EXIT_REQUEUE
-    mercy = slurm.mercy(environment.job)
+    is_main = environment.rank == 0
+    mercy = share(slurm.mercy(environment.job) if is_main else None)
     if not mercy.requeues or mercy.grace_s > REQUEUE_AT_ONCE_ABOVE_S:
         # the batch shell submits a successor, or requeues without wasting the grace period; only while RUNNING
         return EXIT_REQUEUE
     wait_s = mercy.grace_s + mercy.kill_wait_s + MARGIN_S
-    say(f"saved; waiting up to {wait_s} s for SLURM, which requeues a pre-empted job and ends a cancelled one")
+    if is_main:
+        say(f"saved; waiting up to {wait_s} s for SLURM, which requeues a pre-empted job and ends a cancelled one")
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
+    while True:
         time.sleep(0.5)
-        if (other := stop()) in ("time_limit", "STOP"):
+        alive()
+        other, over = share((stop(), time.monotonic() >= deadline))
+        if other in ("time_limit", "STOP"):
             return 0 if other == "STOP" else EXIT_REQUEUE
-    say("still alive: nobody meant to end this job; going on")
+        if over:
+            break
+    if is_main:
+        say("still alive: nobody meant to end this job; going on")
     return None

@@ -146,5 +146,16 @@ def may_requeue(job: str) -> bool:
         return True
 
 
+def dependents(job: str) -> list[str]:
+    """The user's jobs and arrays that wait for `job` to end. Raises SlurmError."""
+    lines = (line.split("|", 1) for line in run(["squeue", "-h", "--me", "-o", "%F|%E"]).splitlines())
+    return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}\b", waits_for)})
+
+
+def make_wait(job: str, other: str) -> None:
+    """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SlurmError."""
+    run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])
+
+
 def cancel(jobs: list[str]) -> None:
     run(["scancel", *jobs])

@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import load_yaml
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
-from launch import console, environment, slurm
+from launch import console, environment, goodput, slurm
 from launch.sample import find_run
 
 EXAMPLES = """examples:
@@ -26,6 +25,7 @@ EXAMPLES = """examples:
   python launch/status.py --json               for scripts
 """
 SILENT_AFTER_S = 60.0
+TRAINING = ("submitted", "started", "resumed", "finished")
 
 
 def parse() -> argparse.Namespace:
@@ -36,31 +36,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--events", action="store_true", help="list life events instead")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
-
-
-def seconds(stamp: str) -> float:
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
-
-
-def goodput(events: list[dict[str, Any]], beat: dict[str, Any]) -> float | None:
-    """Share of the time that lives of training were up which ended in kept steps; None before the first save.
-
-    A life lasts from its start to its last sign; what it did after its last checkpoint was lost, unless it still runs.
-    """
-    lives: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for e in events:
-        if e["event"] != "submitted" and e.get("stage", "train") == "train":
-            lives.setdefault((str(e["job"]), int(e["restart"])), []).append(e)
-    up = kept = 0.0
-    for (job, restart), life in lives.items():
-        begin = seconds(life[0]["time"])
-        saves = [seconds(e["time"]) for e in life if e["event"] in ("checkpoint", "finished")]
-        last = seconds(life[-1]["time"])
-        if (str(beat.get("job")), beat.get("restart")) == (job, restart):
-            last = max(last, seconds(beat["time"]))
-        up += last - begin
-        kept += (max(saves) - begin) if saves else 0.0
-    return kept / up if up > 0 and kept > 0 else None
 
 
 def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
@@ -78,7 +53,8 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     jobs = {
         str(e["job"]): states[str(e["job"])] for e in events if e["event"] == "submitted" and str(e["job"]) in states
     }
-    age = time.time() - seconds(beat["time"]) if beat.get("time") else None
+    age = time.time() - goodput.seconds(beat["time"]) if beat.get("time") else None
+    spent = goodput.breakdown(events, beat, time.time())
     scores = {}
     for path in sorted(run.eval.glob("*.json")):
         record = read_json(path) or {}
@@ -96,8 +72,9 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
         "jobs": jobs,
-        "restarts": sum(e["event"] == "resumed" for e in events),
-        "goodput": goodput(events, beat),
+        "restarts": max(0, len({(e["job"], e["restart"]) for e in events if e["event"] in ("started", "resumed")}) - 1),
+        "goodput": goodput.share(spent),
+        "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
         "heartbeat_age_s": None if age is None else round(age, 1),
         "host": beat.get("host"),
         "samples": {s.name: _shards(s.request, s.path) for s in run.sample_sets()},
@@ -115,12 +92,13 @@ def _state(
     run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
 ) -> str:
     """complete | running | queued | stopped | failed | prepared | ended: the run directory's word, then SLURM's."""
-    trained = total and saved >= total
+    last = next((e["event"] for e in reversed(events) if e["event"] != "checkpoint"), None)
+    training = [e["event"] for e in events if e["event"] in TRAINING and e.get("stage", "train") == "train"]
+    trained = (total and saved >= total) or training[-1:] == ["finished"]  # it may have ended early
     if trained and not jobs:
         return "complete"
     if jobs:
         return "running" if "RUNNING" in jobs.values() else "queued"
-    last = next((e["event"] for e in reversed(events) if e["event"] != "checkpoint"), None)
     if last == "failed":
         return "failed"
     if run.stop_file.exists():
@@ -172,6 +150,14 @@ def show(runs: list[RunDir], args: argparse.Namespace) -> Any:
     return json.dumps(rows, indent=1) if args.json else table(rows)
 
 
+def where_time_went(row: dict[str, Any]) -> str:
+    """One line: the time that the run held nodes, and its shares."""
+    spent = row["allocated_s"]
+    total = sum(spent.values())
+    shares = (f"{kind.replace('_', '-')} {s / total:.1%}" for kind, s in spent.items() if s)
+    return f"{row['name']}: {total / 3600:.2f} h allocated: {', '.join(shares)}"
+
+
 def print_events(runs: list[RunDir], as_json: bool) -> None:
     for run in runs:
         for e in read_events(run):
@@ -207,7 +193,7 @@ def main() -> int:
     terminal = Console(width=None if sys.stdout.isatty() else 200)
     if not args.watch:
         terminal.print(show(runs, args))
-        _print_problems(runs, terminal)
+        _print_more(runs, terminal, details=bool(args.runs))
         return 0
     from rich.live import Live
 
@@ -220,9 +206,11 @@ def main() -> int:
         return 0
 
 
-def _print_problems(runs: list[RunDir], terminal: Any) -> None:
+def _print_more(runs: list[RunDir], terminal: Any, *, details: bool) -> None:
     for run in runs:
         row = describe(run, {})
+        if details and any(row["allocated_s"].values()):
+            terminal.print(where_time_went(row), markup=False, highlight=False)
         if row["state"] == "failed":
             terminal.print(f"{run.name}: {row['problem']}", style="red", markup=False)
 

@@ -10,6 +10,7 @@ row without a new one. Pre-emptions never come here: SLURM itself requeues those
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -47,7 +48,7 @@ def retries_without_progress(run: RunDir, job: str, now_at: int) -> int:
 def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     """Decide about the job whose batch shell this is; returns the exit code that the shell leaves with."""
     env = environment.current()
-    log = EventLog(run, env.job, env.restart, env.host)
+    log = env.events(run)
     marker = run.exit_marker(env.job, env.restart)
     reason = "crash"
     if marker.exists():  # the ranks' own word, past srun, which may report another rank's
@@ -62,7 +63,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         return _failed(log, code, f"exit code {code}: {why}; the log above says more")
     state = slurm.patiently(lambda: slurm.job_state(env.job))
     if state != "RUNNING":
-        print(f"[batch] exit code {code}; SLURM calls the job {state or 'gone'}: leaving it to SLURM", flush=True)
+        _say(f"exit code {code}; SLURM calls the job {state or 'gone'}: leaving it to SLURM")
         return code
     if run.stop_file.exists():
         return _failed(log, code, "a STOP file forbids another start")
@@ -82,14 +83,31 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
                 log, code, "requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing"
             )
         successor = submit_successor(run, stage, env.job)
+        _chain_waits_for(successor, env.job)
         _note(log, "requeued", successor=successor, **fields)
-        print(f"[batch] exit code {code} ({reason}); requeue is forbidden: successor job {successor}", flush=True)
+        _say(f"exit code {code} ({reason}); requeue is forbidden: successor job {successor}")
         return code
     _note(log, "requeued", **fields)
-    print(f"[batch] exit code {code} ({reason}); progress {here}; requeueing job {env.job}", flush=True)
+    _say(f"exit code {code} ({reason}); progress {here}; requeueing job {env.job}")
     slurm.patiently(lambda: slurm.requeue(env.job))
     time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
     return code
+
+
+def _chain_waits_for(successor: str, job: str) -> None:
+    """What was to follow this job follows its successor; otherwise it would start on unfinished work."""
+    try:
+        for waiting in slurm.dependents(job):
+            slurm.make_wait(waiting, successor)
+            _say(f"job {waiting} now waits for {successor}")
+    except slurm.SlurmError as e:
+        _say(f"what waits for this job could not be made to wait for {successor}: {e}")
+
+
+def _say(text: str) -> None:
+    """A line in the job's log; where the log's disk is full, the job is put back without a word."""
+    with contextlib.suppress(OSError):
+        print(f"[batch] {text}", flush=True)
 
 
 def _note(log: EventLog, event: str, **fields: object) -> None:
@@ -98,12 +116,12 @@ def _note(log: EventLog, event: str, **fields: object) -> None:
     try:
         log.append(event, world_size=environment.num_tasks(), step=run.latest_step(), **fields)
     except OSError as e:
-        print(f"[batch] event {event} not written: {e}", flush=True)
+        _say(f"event {event} not written: {e}")
 
 
 def _failed(log: EventLog, code: int, reason: str) -> int:
     _note(log, "failed", exit_code=code, reason=reason)
-    print(f"[batch] failed: {reason}", flush=True)
+    _say(f"failed: {reason}")
     return code
 
 
@@ -113,8 +131,7 @@ def main() -> int:
     try:
         return end(run, stage, int(code), rest[0] if rest else "")
     except slurm.SlurmError as e:
-        env = environment.current()
-        log = EventLog(run, env.job, env.restart, env.host)
+        log = environment.current().events(run)
         return _failed(log, int(code) or EXIT_REQUEUE, f"could not be put back: {e}; submit the run again")
 
 

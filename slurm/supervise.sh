@@ -12,7 +12,8 @@ if [ ! -f "$DDPM_RUN/config.yaml" ]; then
 fi
 DDPM_RUN=$(cd "$DDPM_RUN" && pwd)
 [ -n "${DDPM_PYTHON:-}" ] || { DDPM_PYTHON=$DDPM_HOME/.venv/bin/python; [ -x "$DDPM_PYTHON" ] || DDPM_PYTHON=python3; }
-export DDPM_HOME DDPM_PYTHON DDPM_RUN PYTHONPATH="$DDPM_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+DDPM_SINCE=$(date -u +%FT%T.%3NZ)   # when this life got its nodes: goodput counts from here
+export DDPM_HOME DDPM_PYTHON DDPM_RUN DDPM_SINCE PYTHONPATH="$DDPM_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # since 22.05 srun does not take it from sbatch
 mkdir -p "$DDPM_RUN/logs"
 # shellcheck source=/dev/null

@@ -100,6 +100,7 @@ class Life:
 
     def __enter__(self) -> Life:
         self.trainer.resume()
+        self.trainer.warm_up(lambda: None)
         return self
 
     def __exit__(self, *_: object) -> None:

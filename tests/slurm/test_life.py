@@ -250,3 +250,17 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
 
     site.script("sample", "chain", "--set", "three", "--shards", "3", "--via", "sbatch", "--wait")
     assert samples_of(run, "three") == samples_of(run, "ddim60-step30-seed0")
+
+
+def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: Site) -> None:
+    train, sample, evaluate = site.submit(
+        "heirs", "--gpus-per-node", "0", "train.total_steps=600", "--sbatch", "no-requeue", "--via", "sbatch", "--then",
+        "sample,evaluate", "sample.num_samples=32", "sample.shards=1", "sample.steps=5",
+    )  # fmt: skip
+    site.wait_logged("heirs", 2)
+    site.bed.preempt(site.bed.node_of(train) or "", 1)
+    assert site.bed.wait_state(evaluate, timeout_s=200) == "COMPLETED", site.log("heirs")
+    run = site.run_dir("heirs")
+    (heir,) = (e["job"] for e in read_events(run) if e.get("successor_of") == train)
+    assert site.bed.job_state(heir) == "COMPLETED" and site.bed.job_states(sample) == ["COMPLETED"]
+    assert (read_json(run.eval / "ddim5-step600-seed0.json") or {})["num_samples"] == 32

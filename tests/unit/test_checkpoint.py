@@ -1,7 +1,9 @@
 """ddpm/checkpoint.py and ddpm/fence.py: what was saved is whole, or is named and passed over; one writer commits."""
 
+import errno
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,6 +315,21 @@ def test_a_failed_write_is_told_and_the_next_save_works(
     assert [line.split(" error=")[0] for line in said] == ["checkpoint failed: step=2", "checkpoint failed: step=3"]
     s.save(state_at(4), wait=True)
     assert run.steps_saved() == [4, 1]
+
+
+def test_a_disk_with_too_little_space_is_not_filled_to_the_brim_first(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = saver(run, fence)
+    usage = shutil.disk_usage(run.path)
+    with monkeypatch.context() as m:
+        m.setattr("ddpm.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=checkpoint.SPARE_BYTES))
+        m.setattr(torch, "save", lambda *_: pytest.fail("began to write"))
+        with pytest.raises(OSError, match="GiB free for a checkpoint of") as failed:
+            s.save(state_at(1), wait=True)
+    assert failed.value.errno == errno.ENOSPC and not run.steps_saved()
+    s.save(state_at(2), wait=True)
+    assert run.steps_saved() == [2]
 
 
 def test_an_error_that_is_no_full_disk_is_not_swallowed(

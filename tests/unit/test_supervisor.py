@@ -21,6 +21,7 @@ class Cluster:
         self.state, self.may_requeue = "RUNNING", True
         self.requeued: list[str] = []
         self.successors: list[str] = []
+        self.waits: dict[str, str] = {}
 
 
 @pytest.fixture
@@ -42,6 +43,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(slurm, "job_state", lambda job: c.state)
     monkeypatch.setattr(slurm, "may_requeue", lambda job: c.may_requeue)
     monkeypatch.setattr(slurm, "requeue", c.requeued.append)
+    monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
+    monkeypatch.setattr(slurm, "make_wait", c.waits.__setitem__)
     monkeypatch.setattr(supervisor, "submit_successor", successor)
     monkeypatch.setattr(supervisor.time, "sleep", lambda s: None)
     return c
@@ -170,8 +173,10 @@ def test_where_requeue_is_forbidden_a_successor_goes_once_and_inherits_the_count
     run: RunDir, cluster: Cluster, shell_ends: Shell
 ) -> None:
     cluster.may_requeue = False
+    cluster.waits.update({"18": "17", "19": "18"})  # a chain: samples, then their score
     for job in ("17", "101", "102"):
         assert shell_ends(1, job=job) == 1
+    assert cluster.waits == {"18": "103", "19": "18"}
     assert cluster.successors == ["17", "101", "102"] and cluster.requeued == []
     shell_ends(1, job="103")
     assert len(cluster.successors) == 3 and last(run)["event"] == "failed"

@@ -14,8 +14,9 @@ from ddpm import checkpoint
 from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.optimizer import learning_rate
 from ddpm.rundir import RunDir, read_events
-from ddpm.trainer import Outcome, Trainer, learning_rate
+from ddpm.trainer import Outcome, Trainer
 from tests.training import (
     Killed,
     Life,
@@ -86,6 +87,23 @@ def test_killed_without_a_word_resumes_from_the_last_save_bit_identical(tmp_path
     live(config, other)
     assert_same_end(one, other, TOTAL)
     assert [r["step"] for r in lines(other)] == list(range(1, TOTAL + 1))
+
+
+def test_tensorboard_shows_every_logged_step_once_whatever_died_in_between(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, run = make_config(checkpoint__every_steps=3, log__every_steps=1), make_run(tmp_path)
+    for step in (2, 5, 7):  # before any save; two steps past a save; one
+        with pytest.raises(Killed), Life(config, run) as life:
+            try:
+                life.train(kill_at=step)
+            finally:
+                life.trainer.telemetry.board.flush()  # type: ignore[union-attr]  # what was logged got to the disk
+    live(config, run)
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    shown = [(e.step, e.value) for e in board.Scalars("train/loss")]
+    assert shown == [(r["step"], pytest.approx(r["loss"])) for r in lines(run)]
+    assert [step for step, _ in shown] == list(range(1, TOTAL + 1))
 
 
 def test_adam_moments_lie_in_memory_as_their_weights_after_a_resume(tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ end_daemons() {
 }
 
 # Processes of jobs whose slurmstepd died survive scancel, and an interrupted start may leave a daemon without a pid
-# file. Both are known by the SLURM_CONF that they inherited.
+# file. Both are known by the SLURM_CONF that they inherited. The same path in a chroot names another testbed.
 end_orphans() {
     local environ pid
     grep -lzxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ 2>/dev/null | while read -r environ; do
         pid=${environ//[^0-9]/}
+        [ "/proc/$pid/root" -ef / ] || continue
         case $(cat "/proc/$pid/comm" 2>/dev/null) in
             slurmstepd | slurmd | slurmctld | munged) kill -9 "$pid" 2>/dev/null ;;
             *) ! grep -qz '^SLURM_JOB_ID=' "$environ" 2>/dev/null || kill -9 "$pid" 2>/dev/null ;;

@@ -1,0 +1,44 @@
+"""Where a run is: the small state that a checkpoint holds beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ddpm.distributed import World
+
+
+@dataclass
+class Window:
+    """Sums since the last log line, on the device; saved with a checkpoint so that a restart changes no line."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    steps: int = 0
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Window:
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """Every rank's sum of losses (each has its own images); called on all ranks."""
+        return {"loss": world.gather(self.loss), "grad_norm": self.grad_norm, "steps": self.steps}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], world: World) -> Window:
+        """At another world size the mean stands for each rank's own."""
+        own = state["loss"][world.rank] if len(state["loss"]) == world.world_size else state["loss"].mean()
+        return cls(own.to(world.device), state["grad_norm"].to(world.device), state["steps"])
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint's step and `extra` hold."""
+
+    step: int = 0
+    attempt: int = 0
+    rollbacks: int = 0
+    early_stop_losses: list[float] = field(default_factory=list)
+    """The last logged losses, oldest first, as many as early stopping looks at."""
