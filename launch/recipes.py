@@ -27,6 +27,7 @@ compiling need less, CUDA itself takes about half a GiB more. tools/inspect_conf
 class Recipe:
     """A config and what its file's header says of it; None or "" where it says nothing."""
 
+    name: str
     config: Config
     num_parameters: int | None
     memory_gib: float | None
@@ -53,6 +54,7 @@ def read(path: Path) -> Recipe:
     fid = re.search(r"\breports? (?:(no) FID|FID (\d+(?:\.\d+)?(?: for [\d,]+ samples| at epoch \d+)?))", text)
     source = re.match(r'A published project|[^"]+? \d{4}(?=, ")', text)
     return Recipe(
+        name=path.stem,
         config=config,
         num_parameters=int(parameters[1].replace(",", "")) if parameters else None,
         memory_gib=float(memory[1]) if memory else None,
@@ -70,10 +72,10 @@ def print_table(shelf: Path) -> None:
     for name in ("recipe", "data", "parameters", "batch", "length", "memory", "reported FID", "source"):
         right = name in ("parameters", "batch", "length", "memory")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for recipe in map(read, sorted(shelf.glob("*.yaml"))):
+    for recipe in map(read, sorted(shelf.glob("*.yaml"), key=lambda path: path.stem)):
         config, size = recipe.config, recipe.config.data.image_size
         table.add_row(
-            config.name,
+            recipe.name,
             f"{config.data.name} {size}x{size}",
             "-" if recipe.num_parameters is None else f"{recipe.num_parameters / 1e6:.1f} M",
             str(config.train.global_batch),
@@ -82,9 +84,9 @@ def print_table(shelf: Path) -> None:
             recipe.fid or "-",
             recipe.source or "-",
         )
-    terminal = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    terminal = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     terminal.print(table)
-    terminal.print(f"\n{FOOTNOTE}\nTrain one: python launch/submit.py configs/RECIPE.yaml --partition gpu", markup=False)
+    terminal.print(f"\n{FOOTNOTE}\nTrain one: python launch/submit.py configs/RECIPE.yaml --partition gpu")
 
 
 def length(config: Config) -> str:

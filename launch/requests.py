@@ -24,7 +24,10 @@ MAX_ROUNDS = 3
 def default_set(config: Config, step: int) -> str:
     """The name of the set that the config itself asks for at `step`."""
     s = config.sample
-    return f"{s.sampler}{s.steps}-step{step}-seed{s.seed}"
+    how = "" if s.guidance is None else f"-guided{s.guidance:g}"
+    how += "" if s.class_plan is None else "-plan"
+    how += "" if s.clip_x_0 else "-unclipped"
+    return f"{s.sampler}{s.steps}{how}-step{step}-seed{s.seed}"
 
 
 def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
@@ -91,8 +94,8 @@ def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
     from ddpm import sampleset
 
     there = sampleset.read_request(sample_set)
-    asked = {"num_samples": s.num_samples, "shards": s.shards, "eta": s.eta, "weights": s.weights}
-    asked["batch"] = min(s.batch, s.num_samples)
+    names = ("num_samples", "shards", "eta", "weights", "guidance", "class_plan", "clip_x_0")
+    asked = {**{name: getattr(s, name) for name in names}, "batch": min(s.batch, s.num_samples)}
     if others := [
         f"sample.{k} is {getattr(there, k)!r} there and {v!r} here" for k, v in asked.items() if getattr(there, k) != v
     ]:
@@ -189,8 +192,7 @@ def check_split(config: Config, name: str) -> None:
         return
     from ddpm.data import open_source
 
-    source = open_source(config.data)
-    splits = sorted(source.members) or (["train", "test"] if source.kind == "cifar10" else ["train"])
+    splits = sorted(open_source(config.data).members)
     if name not in splits:
         raise RequestError(f"reference = {name}: {config.data.name} has {splits} here; or give a file or folder")
 

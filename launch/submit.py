@@ -29,7 +29,7 @@ EXAMPLES = """examples:
   python launch/submit.py --partition gpu --dry-run                     show config and job script; touch nothing
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
-The same command again resumes the run, extends it (train.total_steps=…, train.total_epochs=…), or says that it is complete.
+The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
 A run ends for good with scancel; `touch runs/NAME/STOP` ends it at the next step with a save.
 """
 CELEBA_TRAIN_IMAGES = 162_770
