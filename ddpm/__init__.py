@@ -5,30 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpm.config import Config as Config
-    from ddpm.data import Batches as Batches
     from ddpm.diffusion import Diffusion as Diffusion
     from ddpm.ema import EMA as EMA
     from ddpm.library import Model as Model
+    from ddpm.library import batches as batches
     from ddpm.library import build_diffusion as build_diffusion
     from ddpm.library import build_model as build_model
     from ddpm.library import load as load
     from ddpm.library import load_config as load_config
-    from ddpm.library import open_data as open_data
     from ddpm.unet import UNet as UNet
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Config": "config",
-    "Batches": "data",
     "Diffusion": "diffusion",
     "EMA": "ema",
     "Model": "library",
+    "batches": "library",
     "build_diffusion": "library",
     "build_model": "library",
     "load": "library",
     "load_config": "library",
-    "open_data": "library",
     "UNet": "unet",
 }
 """The library's names and the modules that define them."""

@@ -84,11 +84,13 @@ class Model(Section):
     channel_mults: Ints = (1, 2, 2, 2)
     """Width of each level as a multiple of base_channels; each further level halves the resolution."""
     blocks_per_level: int = Field(2, ge=1)
+    """Of the encoder; a level of the decoder has one more, so that each takes one of the encoder's outputs."""
     block: Literal["residual", "plain"] = "residual"
     """`residual` (Wide ResNet, as in the paper), or `plain`: twice convolution, GroupNorm, SiLU with no way around."""
     attention_resolutions: Ints = (16,)
     """Feature-map sizes in pixels that get self-attention."""
     attention_heads: int = Field(1, ge=1)
+    """Of every attention; must divide its channels."""
     attention_in: Literal["both", "encoder", "decoder"] = "both"
     """Where attention_resolutions apply."""
     middle_attention: bool = True
@@ -103,6 +105,7 @@ class Model(Section):
     """Width of the embedding of t and class that blocks are given; the MLP that makes it has 4 * base_channels inside.
     null: 4 * base_channels too."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    """Before the second convolution of every block."""
     num_classes: int = Field(0, ge=0)
     """0: unconditional. Otherwise each image's class index conditions every block."""
 
@@ -119,7 +122,9 @@ class Diffusion(Section):
     beta_end: float = Field(0.02, gt=0, lt=1)
     """At T = 1000; scaled by 1000/T."""
     prediction: Literal["eps"] = "eps"
+    """What the network is trained to tell: the noise."""
     loss: Literal["l2", "l1"] = "l2"
+    """Mean squared, or mean absolute, error of the noise."""
     variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
     """Of the ancestral sampler's reverse steps: beta_t, or the posterior's."""
 
@@ -141,7 +146,7 @@ class Train(Section):
         total_steps: int = 800_000  # what trains or queues has passed resolve_length, after which it is never None
     else:
         total_steps: int | None = Field(800_000, ge=1)
-    """Optimizer steps. A finished run may be extended by submitting it again with more."""
+        """Optimizer steps. A finished run may be extended by submitting it again with more."""
     total_images: int | None = Field(None, ge=1)
     """The length in training images instead, …"""
     total_epochs: int | None = Field(None, ge=1)
@@ -151,9 +156,11 @@ class Train(Section):
     micro_batch: int | None = Field(None, ge=1)
     """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share."""
     optimizer: Literal["adam", "adamw"] = "adam"
+    """Both with PyTorch's betas and epsilon."""
     weight_decay: float = Field(0.0, ge=0)
     """adamw's: the share of lr * weight that a step takes away."""
     lr: float = Field(2.0e-4, gt=0)
+    """The learning rate after warm-up."""
     warmup_steps: int = Field(5000, ge=0)
     """The learning rate rises linearly from 0 over these steps."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -223,22 +230,29 @@ class Checkpoint(Section):
     every_min: float | None = Field(10.0, gt=0)
     """Minutes between saves; null: only by steps."""
     every_steps: int | None = Field(None, ge=1)
+    """Steps between saves, besides; null: only by minutes."""
     keep_last: int = Field(3, ge=1)
+    """Checkpoints that are kept, besides the milestones."""
     milestone_every_steps: int | None = Field(50_000, ge=1)
     """These are kept for good, with their EMA weights as safetensors."""
     milestone_every_epochs: int | None = Field(None, ge=1)
+    """The same, in passes over the data."""
 
 
 class Log(Section):
     every_steps: int = Field(100, ge=1)
+    """Steps between lines of metrics."""
     grid_every_steps: int | None = Field(10_000, ge=1)
     """Steps between sample grids; null: only at the end."""
     grid_images: int = Field(64, ge=1, le=1024)
+    """Samples in a grid."""
 
 
 class Sample(Section):
     num_samples: int = Field(50_000, ge=1)
+    """Images in the set."""
     sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
+    """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""
     eta: float = Field(0.0, ge=0, le=1)
@@ -253,8 +267,11 @@ class Sample(Section):
     batch: int = Field(500, ge=1)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
     shards: int = Field(64, ge=1)
+    """Parts that the set is made in, each a job of its own."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Sample i follows from it and from i."""
     weights: Literal["ema", "model"] = "ema"
+    """Their average, or those of the last step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32."""
 

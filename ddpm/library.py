@@ -6,8 +6,9 @@ or how a sample is computed, which is ddpm/generate.py's: the same request gives
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,18 @@ def build_diffusion(config: Config, device: Device = None) -> Diffusion:
     return Diffusion(schedules.build(config.diffusion)).to(_device(device))
 
 
-def open_data(config: Config, cache: str | Path = "runs/.cache/data") -> Batches:
-    """The config's training images: `rows(step, 0, num, device)` are x_0 and labels of a step.
+def batches(
+    config: Config, device: Device = None, *, cache: str | Path = "runs/.cache/data"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end: x_0 float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), in the order of a training run.
 
-    They are downloaded and packed into `cache` unless they are there. RequestError for data that cannot serve,
-    EnvironmentLacks where it cannot be fetched or written.
+    B is the config's global batch. Its images are downloaded and packed into `cache` unless they are there:
+    RequestError for data that cannot serve, EnvironmentLacks where it cannot be fetched or written.
     """
     _, packed = pack(config.data, "train", Path(cache).expanduser())
-    batch = config.train.global_batch
-    return Batches(packed, seed=config.seed, attempt=0, global_batch=batch, flip=config.data.flip)
+    size, where = config.train.global_batch, _device(device)
+    order = Batches(packed, seed=config.seed, attempt=0, global_batch=size, flip=config.data.flip)
+    return (order.rows(step, 0, size, where) for step in itertools.count())
 
 
 # ---------------------------------------------------------------- a trained model
@@ -164,8 +168,8 @@ def set_weights(network: UNet, state: Mapping[str, Tensor], source: str) -> None
     wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
     if wrong:
         raise RequestError(
-            f"{source}: not the weights of the config's network: of its {len(own)} tensors and the file's {len(state)}, "
-            f"{len(wrong)} are missing or of another shape, {wrong[0]} for one; give the config they were trained with"
+            f"{source}: not the weights of the config's network: {len(wrong)} of its {len(own)} tensors and the file's "
+            f"{len(state)} are missing or of another shape, such as {wrong[0]}; give the config they were trained with"
         )
     network.load_state_dict(state)
 

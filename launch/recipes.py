@@ -18,9 +18,9 @@ from pathlib import Path
 from ddpm import config as configs
 from ddpm.config import Config
 
-FOOTNOTE = """memory: GiB on one GPU for weights, gradients, Adam's moments, the EMA, and the activations of as many images
-as it holds at a time (batch; micro_batch where gradients are accumulated), all in fp32. An estimate: bf16 and
-compiling need less, CUDA itself takes about half a GiB more. tools/inspect_config.py computes it for any config."""
+FOOTNOTE = """memory: an estimate, in GiB, of training on one GPU: weights, gradients, Adam's moments, EMA, and the
+activations of the images that it holds at a time (the batch, or train.micro_batch), all in fp32 without compiling;
+bf16 and compiling need less, CUDA itself some more. For any config: python tools/inspect_config.py CONFIG"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def print_table(shelf: Path) -> None:
             "-" if recipe.num_parameters is None else f"{recipe.num_parameters / 1e6:.1f} M",
             str(config.train.global_batch),
             length(config),
-            "-" if recipe.memory_gib is None else f"{recipe.memory_gib:.1f}",
+            "-" if recipe.memory_gib is None else f"{recipe.memory_gib:g}",
             recipe.fid or "-",
             recipe.source or "-",
         )

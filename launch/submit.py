@@ -193,12 +193,12 @@ def main() -> int:
     if args.list:
         recipes.print_table(PROJECT / "configs")
         return 0
-    config, stages = read_request(args)
+    asked, stages = read_request(args)
     site = cluster.resolve(args)
     root = environment.runs_root(args.root)
-    run = RunDir(root / config.name)
-    check_resources(config, site)
-    config = resolve_length(config, run)
+    run = RunDir(root / asked.name)
+    check_resources(asked, site)
+    config = resolve_length(asked, run)
     if args.dry_run:
         preparing.check_existing(run, config)
         site = cluster.settle(site, dry_run=True)
@@ -214,7 +214,7 @@ def main() -> int:
         return 0
 
     data = preparing.prepare_inputs(config, site, root, stages)
-    config = config.resolve_length(data["num_images"])
+    config = asked.resolve_length(data["num_images"])
     record = preparing.describe(config, site, run, data)
     if not exists:
         preparing.create_run(run, config, record)

@@ -31,7 +31,6 @@ EXAMPLES = """examples:
 """
 BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "Adam's two moments": 8, "EMA": 4}
 """All fp32, also under autocast."""
-GIB = 2**30
 BARS = "▁▂▃▄▅▆▇█"
 PLOT_POINTS = 60
 
@@ -39,9 +38,7 @@ PLOT_POINTS = 60
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help="a config file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="any of its keys, e.g. model.base_channels=64"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, e.g. model.base_channels=64")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the schedule's alpha_bar and SNR there")
     args = parser.parse_intermixed_args()
     if args.plot is not None and args.plot.suffix != ".svg":
@@ -146,7 +143,8 @@ def spark(values: list[float]) -> str:
 
 def curves(schedule: Schedule) -> dict[str, list[float]]:
     """alpha_bar and log10 of the SNR alpha_bar / (1 - alpha_bar), at every t."""
-    alpha_bar = schedule.alpha_bar.tolist()
+    # betas that are next to 0 or 1 make an alpha_bar of exactly 1 or 0
+    alpha_bar = schedule.alpha_bar.clamp(1e-300, 1 - 2**-53).tolist()
     return {"alpha_bar": alpha_bar, "log10 SNR": [math.log10(a / (1 - a)) for a in alpha_bar]}
 
 
@@ -168,7 +166,7 @@ def svg(schedule: Schedule, title: str) -> str:
     for row, (name, values) in enumerate(curves(schedule).items()):
         top, low, high = gap * (row + 1) + height * row, min(values), max(values)
         points = " ".join(
-            f"{left + t * width / (len(values) - 1):.1f},{top + (high - v) / (high - low) * height:.1f}"
+            f"{left + t * width / (len(values) - 1):.1f},{top + (high - v) / (high - low or 1) * height:.1f}"
             for t, v in enumerate(values)
         )
         parts += [
@@ -216,9 +214,9 @@ def main() -> int:
     print(f"\nparameters       {num_parameters(model):,}")
     print(f"forward          {flops / 1e9:.2f} GFLOP an image (a multiply-add is 2; convolutions and matrix products)")
     print(f"training         {3 * flops / 1e9:.2f} GFLOP an image (forward, and twice that for backward)")
-    print(f"memory           {sum(parts.values()) / GIB:.1f} GiB on one GPU, in fp32 without compiling:")
+    print(f"memory           {sum(parts.values()) / 2**30:.2f} GiB on one GPU, in fp32 without compiling:")
     for name, size in parts.items():
-        print(f"  {size / GIB:6.2f} GiB     {name}")
+        print(f"{size / 2**20:12,.1f} MiB {name}")
     print(
         "  Activations are what autograd keeps of one image, times the images; the rest is exact. Bf16 and compiling\n"
         "  need less; CUDA itself and the workspaces of its kernels come on top."

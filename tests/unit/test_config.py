@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm.config import Config, build, check_world_size, field_keys, load, load_yaml
+from ddpm.config import Config, Section, build, check_world_size, field_keys, load, load_yaml
 from ddpm.errors import RequestError
 from tests.training import make_config
 
@@ -364,6 +364,12 @@ def test_what_belongs_together_is_accepted(tmp_path: Path) -> None:
 def test_length_changes_the_digest_where_the_learning_rate_depends_on_it() -> None:
     cosine = {"train__lr_schedule": "cosine"}
     assert make_config(**cosine).digest() != make_config(**cosine, train__total_steps=9).digest()
+
+
+def test_every_key_is_documented_where_it_is_declared() -> None:
+    sections = [f.annotation for f in Config.model_fields.values() if isinstance(f.annotation, type)]
+    fields = {f"{s.__name__}.{k}": f for s in sections if issubclass(s, Section) for k, f in s.model_fields.items()}
+    assert "Train.total_steps" in fields and [key for key, field in fields.items() if not field.description] == []
 
 
 def test_a_config_is_frozen() -> None:

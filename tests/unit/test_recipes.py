@@ -9,6 +9,7 @@ import torch
 from ddpm import runtime, schedule
 from ddpm.config import Config, load
 from ddpm.unet import UNet
+from tools import inspect_config
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((PROJECT / "configs").glob("*.yaml"))
@@ -47,6 +48,14 @@ def test_there_is_a_file_for_every_recipe() -> None:
 def test_the_header_counts_the_parameters(path: Path) -> None:
     counted = sum(p.numel() for p in network(load(path)).parameters())
     assert counted == number(r"Network: ([\d,]+) parameters", path)
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "quickstart"], ids=lambda p: p.stem)
+def test_the_header_says_what_memory_it_needs(path: Path) -> None:
+    config = load(path)
+    gib = sum(inspect_config.memory(config, network(config)).values()) / 2**30
+    found = re.search(r"Memory: ([\d.]+) GiB in fp32", header(path))
+    assert found and found[1] == f"{gib:.1f}"
 
 
 @each_recipe

@@ -326,9 +326,9 @@ def test_channels_last_gives_the_same_prediction(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fused", [True, False])
-def test_autocast_predicts_and_trains(dtype, fused):
-    model = _trained(fused_attention=fused)
+@pytest.mark.parametrize("options", [{"fused_attention": True}, {"fused_attention": False}, PLAIN])
+def test_autocast_predicts_and_trains(dtype, options):
+    model = _trained(**options)
     x_t, t = _inputs()
     exact = model(x_t, t)
     with torch.autocast("cpu", dtype):
