@@ -67,7 +67,11 @@ def differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str
     lines = []
     for key in configs.field_keys(Config):
         a, b = _at(old, key), _at(new, key)
-        covered = key.split(".")[0] in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
+        section, _, leaf = key.partition(".")
+        covered = section in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
+        covered = covered and not (section == "train" and leaf in configs.UNLEARNED)
+        if leaf in configs.LENGTHS:
+            covered = asked.train.lr_schedule == "cosine"
         if a != b and (covered or not mathematics):
             lines.append(f"{key} is {a!r} there and {b!r} here")
     return "; ".join(lines)

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLES = """examples:
-  python tools/convert_diffusers.py ddpm-cifar10-32 ho.safetensors              weights for ddpm.load("ho.safetensors", …)
+  python tools/convert_diffusers.py ddpm-cifar10-32 ho.safetensors          for ddpm.load("ho.safetensors", …)
   python tools/convert_diffusers.py ddpm-cifar10-32 ho.safetensors --run runs/ho
-  python launch/sample.py runs/ho --sampler ancestral                           … and a run to sample and to score:
+  python launch/sample.py runs/ho --sampler ancestral                       a run, to sample and score
   python launch/evaluate.py runs/ho
 
 FOLDER holds config.json and diffusion_pytorch_model.safetensors (or .bin) of a UNet2DModel, and scheduler_config.json
 if there is one.
 """
+CONFIG = environment.PROJECT / "configs" / "cifar10.yaml"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 NETWORK = {
     "in_channels": (3, 3),
@@ -89,7 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", metavar="FOLDER", type=Path, help="the published model, on this machine")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to make")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to the config")
-    parser.add_argument("--config", type=Path, default=Path("configs/cifar10.yaml"), help="what the network is put in")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="for all but the network (default: cifar10.yaml)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="make a run directory of them, too")
     return parser.parse_intermixed_args()
 
@@ -145,7 +147,7 @@ def structure(unet: dict[str, Any], where: Path) -> dict[str, Any]:
     middle = unet.get("add_attention", True)
     head = unet.get("attention_head_dim", 8)
     heads = {w // head if head else 1 for w, a in zip(widths, places, strict=True) if a or (middle and w == widths[-1])}
-    if len(heads) > 1 and any(places):
+    if len(heads) > 1:
         raise refuse("attention_head_dim", f"means {sorted(heads)} heads at different levels; must be as many at all")
     if (padding := unet.get("downsample_padding", 1)) not in DOWNSAMPLE:
         raise refuse("downsample_padding", "must be 0 or 1")
@@ -180,35 +182,36 @@ def attended(unet: dict[str, Any], key: str, kinds: tuple[str, str], where: Path
 def process(scheduler: dict[str, Any], where: Path) -> dict[str, Any]:
     """The config keys that describe a DDPMScheduler's linear schedule and variance."""
     check(scheduler, PROCESS, where)
-    timesteps, variance = scheduler.get("num_train_timesteps", 1000), scheduler.get("variance_type", "fixed_small")
+    numbers = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    numbers = {key: scheduler.get(key, default) for key, default in numbers.items()}
+    for key, value in numbers.items():
+        if not isinstance(value, (int, float)):
+            raise RequestError(f"{where}: {key} = {value!r}: must be a number")
+    timesteps = numbers["num_train_timesteps"]
     return {
         "diffusion.timesteps": timesteps,
         "diffusion.schedule": "linear",
         # ours are given for 1000 timesteps
-        "diffusion.beta_start": scheduler.get("beta_start", 1e-4) * timesteps / 1000,
-        "diffusion.beta_end": scheduler.get("beta_end", 0.02) * timesteps / 1000,
-        "diffusion.variance": variance,
+        "diffusion.beta_start": numbers["beta_start"] * timesteps / 1000,
+        "diffusion.beta_end": numbers["beta_end"] * timesteps / 1000,
+        "diffusion.variance": scheduler.get("variance_type", "fixed_small"),
     }
 
 
 def fit(source: Path, config: Path, changes: Sequence[str]) -> tuple[Config, list[str]]:
-    """`config` made to fit the network in `source`, and the overrides that it takes besides `changes`."""
+    """`config` with `changes` and with what the network in `source` needs, unless they say otherwise; all of these."""
     where = source / "config.json"
     wanted = structure(read_object(where), where)
     where = source / "scheduler_config.json"
     if where.exists():
         wanted |= process(read_object(where), where)
-    shelf = environment.PROJECT / "configs"
-    if not config.exists() and (environment.PROJECT / config).exists():
-        config = environment.PROJECT / config
-    there = configs.load(config, shelf=shelf).model_dump(mode="json")
-    asked = {change.partition("=")[0] for change in changes}
-    needed = []
+    there = configs.load(config, shelf=CONFIG.parent).model_dump(mode="json")
+    changed, changes = {change.partition("=")[0] for change in changes}, list(changes)
     for key, value in wanted.items():
         section, _, leaf = key.partition(".")
-        if there[section][leaf] != value and key not in asked:
-            needed.append(f"{key}={json.dumps(value)}" if not isinstance(value, str) else f"{key}={value}")
-    return configs.load(config, [*needed, *changes], shelf=shelf), needed
+        if there[section][leaf] != value and key not in changed:
+            changes.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return configs.load(config, changes, shelf=CONFIG.parent), changes
 
 
 # ---------------------------------------------------------------- weights
@@ -223,19 +226,23 @@ def read_weights(source: Path) -> tuple[Path, dict[str, Tensor]]:
         if path.suffix == ".bin":
             import torch
 
-            return path, torch.load(path, map_location="cpu", weights_only=True)
-        from safetensors.torch import load_file
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            from safetensors.torch import load_file
 
-        return path, load_file(path)
+            weights = load_file(path)
     except OSError:
         raise
     except Exception as e:  # zipfile, pickle and torch raise a dozen kinds
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise RequestError(f"{path}: not a readable file of weights ({reason}); download it again") from None
+    if not isinstance(weights, dict) or not all(hasattr(value, "shape") for value in weights.values()):
+        raise RequestError(f"{path}: holds a {type(weights).__name__}, not tensors by name; download it again")
+    return path, weights
 
 
 def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors under our names, float32; query, key and value joined, linear layers of attention as 1x1 kernels."""
+    """Their tensors under our names, float32; query, key and value joined, attention's linear layers as 1x1 kernels."""
     import torch
 
     parts = {}
@@ -302,7 +309,7 @@ def main() -> int:
     if run is not None:
         check_name(run.name)
     name = run.name if run is not None else out.stem
-    config, needed = fit(args.source.expanduser(), args.config, [f"name={name}", *args.changes])
+    config, changes = fit(args.source.expanduser(), args.config, [f"name={name}", *args.changes])
     if run is not None and config.train.total_steps is None:
         raise RequestError(
             f"{args.config}: the run needs train.total_steps, the steps that the weights were trained for"
@@ -318,9 +325,8 @@ def main() -> int:
     weights = {key: value.contiguous() for key, value in network.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, save(weights, metadata={"step": str(config.train.total_steps or 0)}))
-    changes = [*needed, *args.changes]
     print(f"{out}: {sum(p.numel() for p in network.parameters()):,} parameters of {source}")
-    print(f"they fit {args.config}" + (f" with {' '.join(changes)}" if changes else ""))
+    print(f"they fit {args.config} with {shlex.join(changes)}")
     print(f'  ddpm.load("{out}", config=ddpm.load_config("{args.config}", {json.dumps(changes)}))')
     if run is not None:
         run.parent.mkdir(parents=True, exist_ok=True)

@@ -77,8 +77,13 @@ def run(tmp_path: Path) -> RunDir:
     return make_run(tmp_path / "runs" / "tiny", make_config())
 
 
+def load(path: str | Path, **options: Any) -> ddpm.Model:
+    """On the CPU, where what it is compared with is computed."""
+    return ddpm.load(path, device="cpu", **options)
+
+
 def same_weights(network: torch.nn.Module, expected: dict[str, torch.Tensor]) -> bool:
-    state = network.state_dict()
+    state = {name: value.cpu() for name, value in network.state_dict().items()}
     return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
 
 
@@ -145,49 +150,49 @@ def test_readmes_training_loop_runs_as_it_stands_and_learns(elsewhere):
         code.replace("    loss.backward()\n", "    loss.backward()\n    losses.append(loss.item())\n"),
         {"losses": losses},
     )
-    assert len(losses) == 200
-    assert np.mean(losses[-20:]) < 0.3 < np.mean(losses[:20])
+    assert len(losses) == 100
+    assert np.mean(losses[-10:]) < 0.4 < np.mean(losses[:10])
 
 
 # ---------------------------------------------------------------- loading
 
 
 def test_the_newest_ema_is_loaded_unless_another_is_asked_for(run):
-    model = ddpm.load(run.path)
+    model = load(run.path)
     assert model.step == 20 and not model.network.training
     assert same_weights(model.network, checkpoint.load(run, 20)["ema"])
     assert model.config == config.load(run.config)
     assert torch.equal(model.schedule.alpha_bar, schedule.build(model.config.diffusion).alpha_bar)
-    assert same_weights(ddpm.load(str(run.path), step=10).network, checkpoint.load(run, 10)["ema"])
-    assert same_weights(ddpm.load(run.path, weights="model").network, checkpoint.load(run, 20)["model"])
+    assert same_weights(load(str(run.path), step=10).network, checkpoint.load(run, 10)["ema"])
+    assert same_weights(load(run.path, weights="model").network, checkpoint.load(run, 20)["model"])
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, caplog):
     flip_a_bit(run.checkpoint(20))
-    assert ddpm.load(run.path).step == 10
+    assert load(run.path).step == 10
     assert "checkpoint rejected: step=20" in caplog.text
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):
     flip_a_bit(run.checkpoint(20))
     with pytest.raises(RequestError, match=r"step 20 cannot be used: .*sha256.*; others: \[10\]"):
-        ddpm.load(run.path, step=20)
+        load(run.path, step=20)
 
 
 def test_a_run_of_damaged_checkpoints_is_no_run_without_any(run):
     for step in (10, 20):
         flip_a_bit(run.checkpoint(step))
     with pytest.raises(DoNotRetry, match=r"every checkpoint in .* is damaged"):
-        ddpm.load(run.path)
+        load(run.path)
 
 
 def test_what_is_not_there_is_named(run, tmp_path):
     with pytest.raises(RequestError, match=r"no checkpoint of step 15; it has \[10, 20\]"):
-        ddpm.load(run.path, step=15)
+        load(run.path, step=15)
     with pytest.raises(RequestError, match="nowhere: no run directory"):
-        ddpm.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     with pytest.raises(RequestError, match="empty has no checkpoint yet"):
-        ddpm.load(make_run(tmp_path / "empty", make_config(), steps=()).path)
+        load(make_run(tmp_path / "empty", make_config(), steps=()).path)
 
 
 @pytest.mark.parametrize(
@@ -200,48 +205,48 @@ def test_what_is_not_there_is_named(run, tmp_path):
 )
 def test_options_that_no_run_has_are_refused(run, options, message):
     with pytest.raises(RequestError, match=message):
-        ddpm.load(run.path, **options)
+        load(run.path, **options)
 
 
 def test_a_run_that_was_trained_in_bf16_is_sampled_in_it_as_the_scripts_do(tmp_path):
     run = make_run(tmp_path / "run", make_config(), amp="bf16")
-    model = ddpm.load(run.path)
-    assert model.precision == "bf16" and ddpm.load(run.path, precision="fp32").precision == "fp32"
+    model = load(run.path)
+    assert model.precision == "bf16" and load(run.path, precision="fp32").precision == "fp32"
     x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 90])
-    difference = model.eps(x_t, t) - ddpm.load(run.path, precision="fp32").eps(x_t, t)
+    difference = model.eps(x_t, t) - load(run.path, precision="fp32").eps(x_t, t)
     assert 0 < difference.abs().max() < 0.1
 
 
 def test_ema_weights_in_a_file_are_the_runs_model(run):
     file = run.ema_weights(20)
     for given in (make_config(), run.config, str(run.config)):
-        model = ddpm.load(file, config=given)
+        model = load(file, config=given)
         assert model.step == 20
         assert same_weights(model.network, checkpoint.load(run, 20)["ema"])
-    assert np.array_equal(model.sample(3), ddpm.load(run.path).sample(3))
+    assert np.array_equal(model.sample(3), load(run.path).sample(3))
 
 
 def test_a_file_that_is_no_weights_of_that_network_is_refused(run, tmp_path):
     file = run.ema_weights(20)
     with pytest.raises(RequestError, match="give config=, a Config or its YAML"):
-        ddpm.load(file)
+        load(file)
     with pytest.raises(RequestError, match="step and weights go with a run"):
-        ddpm.load(file, config=make_config(), step=20)
+        load(file, config=make_config(), step=20)
     with pytest.raises(RequestError, match=r"not the weights of the config's network: .* such as bottleneck"):
-        ddpm.load(file, config=make_config(model__base_channels=16))
+        load(file, config=make_config(model__base_channels=16))
     with pytest.raises(RequestError, match=r"1 of its .* such as class_embedding.weight"):
-        ddpm.load(file, config=make_config(model__num_classes=3))
+        load(file, config=make_config(model__num_classes=3))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(RequestError, match=r"broken.safetensors: not a readable \.safetensors file"):
-        ddpm.load(broken, config=make_config())
+        load(broken, config=make_config())
 
 
 # ---------------------------------------------------------------- samples
 
 
 def test_eps_is_the_networks_output_without_gradients(run):
-    model = ddpm.load(run.path)
+    model = load(run.path)
     x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 90])
     eps = model.eps(x_t, t)
     assert not eps.requires_grad and torch.equal(eps, model.network(x_t, t).detach())
@@ -299,7 +304,7 @@ def test_samples_are_the_bytes_of_a_sample_set(tmp_path, changes):
     made = make_config(**changes)
     run = make_run(tmp_path / "run", made)
     there = published_set(run, made)
-    here = ddpm.load(run.path, weights=made.sample.weights).sample(10)
+    here = load(run.path, weights=made.sample.weights).sample(10)
     assert here.shape == (10, 8, 8, 3) and here.dtype == np.uint8 and here.flags["C_CONTIGUOUS"]
     assert here.tobytes() == there.tobytes()
     assert len({image.tobytes() for image in here}) == 10
@@ -309,7 +314,7 @@ def test_arguments_mean_what_the_configs_keys_mean(tmp_path):
     asked = {"sampler": "ddim", "steps": 7, "eta": 0.3, "guidance": 0.5, "seed": 11, "batch": 3}
     run = make_run(tmp_path / "run", make_config(**WITH_CLASSES))
     there = published_set(run, make_config(**WITH_CLASSES, **{f"sample__{k}": v for k, v in asked.items()}))
-    assert np.array_equal(ddpm.load(run.path).sample(10, **asked), there)
+    assert np.array_equal(load(run.path).sample(10, **asked), there)
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5])
@@ -317,7 +322,7 @@ def test_labels_choose_the_class_of_each_image(tmp_path, guidance):
     changes = {**WITH_CLASSES, "sample__guidance": guidance}
     run = make_run(tmp_path / "run", make_config(**changes))
     there = published_set(run, make_config(**changes), class_plan=(5, 1, 4))
-    model, plan = ddpm.load(run.path), [0] * 5 + [1] + [2] * 4
+    model, plan = load(run.path), [0] * 5 + [1] + [2] * 4
     for labels in (plan, np.array(plan), torch.tensor(plan)):
         assert np.array_equal(model.sample(10, labels=labels), there)
     assert np.array_equal(model.sample(10, labels=[i % 3 for i in range(10)]), model.sample(10))
@@ -325,7 +330,7 @@ def test_labels_choose_the_class_of_each_image(tmp_path, guidance):
 
 
 def test_an_image_depends_on_seed_and_index_alone(run):
-    model = ddpm.load(run.path)
+    model = load(run.path)
     torch.manual_seed(1)
     ten = model.sample(10, sampler="ancestral", batch=4)
     torch.manual_seed(2)
@@ -333,8 +338,18 @@ def test_an_image_depends_on_seed_and_index_alone(run):
     assert not np.array_equal(model.sample(10, sampler="ancestral", batch=4, seed=1), ten)
 
 
+def test_every_network_call_has_as_many_rows_as_a_sample_sets(run):
+    """Though the bytes of this network do not depend on it, those of another, or on another machine, may."""
+    model, seen = load(run.path), []
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for num, batch, rows in ((3, None, 3), (10, None, 4), (3, 64, 64)):
+        seen.clear()
+        model.sample(num, batch=batch)
+        assert set(seen) == {rows}
+
+
 def test_another_sampler_takes_its_own_usual_steps(run):
-    model = ddpm.load(run.path)
+    model = load(run.path)
     assert np.array_equal(model.sample(2, sampler="ancestral"), model.sample(2, sampler="ancestral", steps=100))
     assert np.array_equal(model.sample(2, sampler="dpmpp_2m"), model.sample(2, sampler="dpmpp_2m", steps=20))
     assert np.array_equal(model.sample(2), model.sample(2, sampler="ddim", steps=4))
@@ -354,16 +369,16 @@ def test_another_sampler_takes_its_own_usual_steps(run):
 )
 def test_a_request_that_cannot_be_is_refused(run, options, message):
     with pytest.raises(RequestError, match=message):
-        ddpm.load(run.path).sample(2, **options)
+        load(run.path).sample(2, **options)
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 3], [-1, 0], [0.0, 1.0], [[0, 1]]])
 def test_labels_that_are_not_one_class_for_each_image_are_refused(tmp_path, labels):
     run = make_run(tmp_path / "run", make_config(**WITH_CLASSES), steps=(10,))
     with pytest.raises(RequestError, match="must be 2 whole numbers, one per image, from 0 to 2"):
-        ddpm.load(run.path).sample(2, labels=labels)
+        load(run.path).sample(2, labels=labels)
 
 
 def test_num_must_be_positive(run):
     with pytest.raises(RequestError, match=r"sample\.num_samples = 0"):
-        ddpm.load(run.path).sample(0)
+        load(run.path).sample(0)
