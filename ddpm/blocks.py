@@ -77,9 +77,21 @@ class Attention(nn.Module):
         return x + self.proj(h.reshape(batch, width, height, breadth))
 
 
+class AsymmetricConv(nn.Conv2d):
+    """3x3, stride 2, zeros below and right alone: TensorFlow's "same" padding of even sizes, as in Ho et al.'s code."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
 def downsample(kind: str, width: int) -> nn.Module:
-    """(B, width, H, W) -> (B, width, H/2, W/2). kind: conv | pool."""
-    return nn.Conv2d(width, width, 3, stride=2, padding=1) if kind == "conv" else nn.AvgPool2d(2)
+    """(B, width, H, W) -> (B, width, H/2, W/2). kind: conv | pool | conv_asymmetric."""
+    if kind == "pool":
+        return nn.AvgPool2d(2)
+    return AsymmetricConv(width) if kind == "conv_asymmetric" else nn.Conv2d(width, width, 3, stride=2, padding=1)
 
 
 def upsample(kind: str, width: int) -> nn.Module:
@@ -90,8 +102,12 @@ def upsample(kind: str, width: int) -> nn.Module:
 
 
 def group_norm(width: int, groups: int | None) -> nn.GroupNorm:
-    """groups None: 32 as in the paper, or the most that divide 32 and the channels. Epsilon is that of Ho's code."""
-    return nn.GroupNorm(groups or math.gcd(32, width), width, eps=1e-6)
+    """groups None: 32 as in the paper, or the most that divide 32 and the channels. Epsilon is that of Ho's code.
+
+    But not a group for each channel: it would take away again what t and class have added to them.
+    """
+    most = math.gcd(32, width)
+    return nn.GroupNorm(groups or (most // 2 if 1 < most == width else most), width, eps=1e-6)
 
 
 def reset_parameters(network: nn.Module) -> None:

@@ -20,6 +20,8 @@ from ddpm.structure import Structure
 
 LENGTHS = ("total_steps", "total_images", "total_epochs")
 """Keys of `train`, of which one says how long it lasts."""
+USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
+"""Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
 """Keys of `train` that change no step."""
 LATER = {
@@ -95,12 +97,14 @@ class Model(Section):
     """Where attention_resolutions apply."""
     middle_attention: bool = True
     """Self-attention between the bottleneck's two blocks."""
-    downsample: Literal["conv", "pool"] = "conv"
-    """A 3x3 convolution of stride 2, or the mean of 2x2."""
+    downsample: Literal["conv", "pool", "conv_asymmetric"] = "conv"
+    """A 3x3 convolution of stride 2 with zeros all around, the mean of 2x2, or that convolution with zeros below and
+    right alone: TensorFlow's "same" padding, which Ho et al.'s code and published weights have."""
     upsample: Literal["conv", "transpose"] = "conv"
     """Nearest neighbour and a 3x3 convolution, or a transposed convolution (2x2, stride 2)."""
     norm_groups: int | None = Field(None, ge=1)
-    """GroupNorm's groups; must divide the channels of every level. null: 32, or the most that divide both."""
+    """GroupNorm's groups; must divide the channels of every level. null: 32, or the most that divide both and are
+    fewer than the channels."""
     time_embed_channels: int | None = Field(None, ge=1)
     """Width of the embedding of t and class that blocks are given; the MLP that makes it has 4 * base_channels inside.
     null: 4 * base_channels too."""

@@ -158,7 +158,7 @@ def generate_shard(
         _remove_parts(sample_set, request, batches)
         return manifest
 
-    compute = _batch_sampler(request, eps_model, schedule, image_shape, variance, num_classes, device, stop_requested)
+    compute = batch_sampler(request, eps_model, schedule, image_shape, variance, num_classes, device, stop_requested)
     parts = []
     for start, count in batches:
         part = _read_part(sample_set, request, start, count)
@@ -229,7 +229,7 @@ def _publish_shard(
             raise RunBusy(f"another job is publishing shard {index} of {sample_set.path} ({e})") from None
 
 
-def _batch_sampler(
+def batch_sampler(
     request: Request,
     eps_model: EpsModel,
     schedule: Any,

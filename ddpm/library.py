@@ -19,7 +19,7 @@ from torch import Tensor
 from ddpm import checkpoint, generate, runtime
 from ddpm import config as configs
 from ddpm import schedule as schedules
-from ddpm.config import Config
+from ddpm.config import USUAL_STEPS, Config
 from ddpm.data import Batches, pack
 from ddpm.diffusion import Diffusion
 from ddpm.errors import RequestError
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 Device = torch.device | str | None
 """None: a GPU where there is one, else the CPU."""
-USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -283,7 +282,7 @@ class Model:
                 return self.eps(x_t, t, planned)
             return self.eps(x_t, t, torch.cat([rows, planned[batch:]]))  # with guidance, the rows without a label last
 
-        compute = generate._batch_sampler(
+        compute = generate.batch_sampler(
             request,
             eps_model,
             self.schedule,

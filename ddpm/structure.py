@@ -11,7 +11,7 @@ from typing import Any
 CHOICES = {
     "block": ("residual", "plain"),
     "attention_in": ("both", "encoder", "decoder"),
-    "downsample": ("conv", "pool"),
+    "downsample": ("conv", "pool", "conv_asymmetric"),
     "upsample": ("conv", "transpose"),
 }
 

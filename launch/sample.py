@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import USUAL_STEPS, Config
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, check_name
 from launch import cluster, console, environment, requests, scheduler
@@ -41,7 +41,6 @@ OPTIONS = {
     "seed": int,
     "weights": str,
 }
-USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
 
 
 def parse() -> argparse.Namespace:

@@ -81,7 +81,7 @@ BAD = {
     "model: {block: wide}": ["model.block", "'wide'", "'residual' or 'plain'"],
     "model: {attention_in: middle}": ["model.attention_in", "'middle'", "'both', 'encoder' or 'decoder'"],
     "model: {middle_attention: 1}": ["model.middle_attention", "1", "boolean"],
-    "model: {downsample: max}": ["model.downsample", "'max'", "'conv' or 'pool'"],
+    "model: {downsample: max}": ["model.downsample", "'max'", "'conv', 'pool' or 'conv_asymmetric'"],
     "model: {upsample: bilinear}": ["model.upsample", "'bilinear'", "'conv' or 'transpose'"],
     "model: {norm_groups: 48}": ["model.norm_groups", "48", "128", "[1, 2, 4, 8, 16, 32, 64, 128]"],
     "model: {norm_groups: 0}": ["model.norm_groups", "0", "greater than or equal to 1"],
