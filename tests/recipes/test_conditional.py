@@ -8,7 +8,7 @@ from ddpm.data import pack
 from ddpm.library import Model
 from tests.training import Life, make_config, make_run
 
-NUM_SAMPLES = 300
+NUM_SAMPLES = 200
 GUIDANCE = 1.5
 
 
@@ -22,15 +22,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """Trained by the Trainer on all digits, a tenth of the time without the label."""
     config = make_config(
         data__flip=False,
-        model__base_channels=32,
+        model__base_channels=16,
         model__attention_resolutions=[],
         model__middle_attention=False,
         model__num_classes=10,
         diffusion__timesteps=200,
         diffusion__beta_end=0.02,
         train__total_steps=500,
-        train__global_batch=64,
-        train__lr=2e-3,
+        train__global_batch=32,
+        train__lr=3e-3,
         train__warmup_steps=50,
         train__lr_schedule="cosine",
         train__label_dropout=0.1,
