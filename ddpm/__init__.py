@@ -1,3 +1,42 @@
-"""Diffusion models that outlive their jobs. Importing this package loads no torch: the modules that need it do."""
+"""Diffusion models that outlive their jobs. Importing this package loads no torch: the names below do, when used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm.config import Config as Config
+    from ddpm.diffusion import Diffusion as Diffusion
+    from ddpm.ema import EMA as EMA
+    from ddpm.library import Model as Model
+    from ddpm.library import batches as batches
+    from ddpm.library import build_diffusion as build_diffusion
+    from ddpm.library import build_model as build_model
+    from ddpm.library import load as load
+    from ddpm.library import load_config as load_config
+    from ddpm.unet import UNet as UNet
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Config": "config",
+    "Diffusion": "diffusion",
+    "EMA": "ema",
+    "Model": "library",
+    "batches": "library",
+    "build_diffusion": "library",
+    "build_model": "library",
+    "load": "library",
+    "load_config": "library",
+    "UNet": "unet",
+}
+"""The library's names and the modules that define them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ddpm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ddpm.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

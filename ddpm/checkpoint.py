@@ -221,6 +221,8 @@ class Checkpointer:
                         "world_size": self._world_size,
                         "fence": self._fence.token,
                         "created": now(),
+                        # only where it is so: the step alone would not say that nothing more is to come
+                        **({"early_stopped": True} if state["extra"].get("early_stopped") else {}),
                     }
                 ),
                 token=token,

@@ -7,16 +7,30 @@ resources: what depends on the number of ranks is checked where they are known (
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ddpm.config_file import build, dump_yaml, field_keys, load_yaml, unknown_key
 from ddpm.errors import RequestError
 from ddpm.rundir import check_name, sha256_json
+from ddpm.structure import Structure
+
+LENGTHS = ("total_steps", "total_images", "total_epochs")
+"""Keys of `train`, of which one says how long it lasts."""
+USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
+"""Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
+UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
+"""Keys of `train` that change no step."""
+LATER = {
+    "data": ("attributes", "label_attributes"),
+    "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),
+    "diffusion": ("dns_offset",),
+    "train": ("weight_decay", "label_dropout", "ema_start_step", "ema_every_steps", "ema_warmup"),
+}
+"""Keys that came after the first runs: the digest leaves them out at their defaults, so that those runs keep theirs."""
 
 
 def _listed(value: Any) -> Any:
@@ -24,6 +38,7 @@ def _listed(value: Any) -> Any:
 
 
 Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
+Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class Section(BaseModel):
@@ -33,19 +48,35 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    name: Literal["cifar10", "images", "digits"] = "cifar10"
-    """`cifar10` (torchvision downloads it), `images` (a folder or zip of class folders), `digits` (scikit-learn's)."""
+    name: Literal["cifar10", "celeba", "images", "digits"] = "cifar10"
+    """`cifar10` and `celeba` (torchvision downloads them), `images` (a folder or zip of class folders), `digits`
+    (scikit-learn's)."""
     path: str | None = None
-    """Where it lies: a folder or .zip for `images`; for `cifar10` torchvision's root, or a folder or .zip of images."""
+    """Where it lies: a folder or .zip for `images`; for `cifar10` torchvision's root, or a folder or .zip of images;
+    for `celeba` torchvision's root, or the folder that holds the images and their lists."""
     image_size: int = Field(32, ge=4, le=1024)
     """Height and width in pixels; other sizes are centre-cropped to a square and resized (Lanczos, antialiased)."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
+    attributes: dict[str, bool] = {}
+    """`celeba` alone: keep the images that have (true) or lack (false) each of these, e.g. {Smiling: true}."""
+    label_attributes: Strs = ()
+    """`celeba` alone: bit i of the label says whether an image has the i-th; so num_classes = 2**their number."""
 
     @model_validator(mode="after")
     def _images_need_a_path(self) -> Data:
         if self.name == "images" and self.path is None:
             raise ValueError("data.path is needed for data.name=images: a folder or a .zip of images in class folders")
+        return self
+
+    @model_validator(mode="after")
+    def _attributes_are_celebas(self) -> Data:
+        labels = list(self.label_attributes)
+        for key, value in (("attributes", self.attributes), ("label_attributes", labels)):
+            if value and self.name != "celeba":
+                raise ValueError(f"data.{key} = {value}: data.name={self.name} has none; leave it out, or use celeba")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"data.label_attributes = {labels}: name each attribute once")
         return self
 
 
@@ -55,31 +86,49 @@ class Model(Section):
     channel_mults: Ints = (1, 2, 2, 2)
     """Width of each level as a multiple of base_channels; each further level halves the resolution."""
     blocks_per_level: int = Field(2, ge=1)
-    block: Literal["residual"] = "residual"
+    """Of the encoder; a level of the decoder has one more, so that each takes one of the encoder's outputs."""
+    block: Literal["residual", "plain"] = "residual"
+    """`residual` (Wide ResNet, as in the paper), or `plain`: twice convolution, GroupNorm, SiLU with no way around."""
     attention_resolutions: Ints = (16,)
     """Feature-map sizes in pixels that get self-attention."""
     attention_heads: int = Field(1, ge=1)
+    """Of every attention; must divide its channels."""
+    attention_in: Literal["both", "encoder", "decoder"] = "both"
+    """Where attention_resolutions apply."""
+    middle_attention: bool = True
+    """Self-attention between the bottleneck's two blocks."""
+    downsample: Literal["conv", "pool", "conv_asymmetric"] = "conv"
+    """A 3x3 convolution of stride 2 with zeros all around, the mean of 2x2, or that convolution with zeros below and
+    right alone: TensorFlow's "same" padding, which Ho et al.'s code and published weights have."""
+    upsample: Literal["conv", "transpose"] = "conv"
+    """Nearest neighbour and a 3x3 convolution, or a transposed convolution (2x2, stride 2)."""
+    norm_groups: int | None = Field(None, ge=1)
+    """GroupNorm's groups; must divide the channels of every level. null: 32, or the most that divide both and are
+    fewer than the channels."""
+    time_embed_channels: int | None = Field(None, ge=1)
+    """Width of the embedding of t and class that blocks are given; the MLP that makes it has 4 * base_channels inside.
+    null: 4 * base_channels too."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    """Before the second convolution of every block."""
     num_classes: int = Field(0, ge=0)
     """0: unconditional. Otherwise each image's class index conditions every block."""
-
-    @model_validator(mode="after")
-    def _mults(self) -> Model:
-        if not self.channel_mults or min(self.channel_mults) < 1:
-            raise ValueError(f"model.channel_mults = {list(self.channel_mults)}: needs one factor >= 1 per level")
-        return self
 
 
 class Diffusion(Section):
     timesteps: int = Field(1000, ge=2)
     """T; t runs 0 … T-1."""
-    schedule: Literal["linear"] = "linear"
+    schedule: Literal["linear", "cosine", "dns"] = "linear"
+    """`linear` (Ho et al.), `cosine` (Nichol & Dhariwal), or `dns`: the square of a line, see ddpm/schedule.py."""
+    dns_offset: float = Field(5.0, gt=0)
+    """Steps by which `dns` starts up its square; timesteps give the slow form."""
     beta_start: float = Field(1.0e-4, gt=0, lt=1)
     """At T = 1000; scaled by 1000/T."""
     beta_end: float = Field(0.02, gt=0, lt=1)
     """At T = 1000; scaled by 1000/T."""
     prediction: Literal["eps"] = "eps"
-    loss: Literal["l2"] = "l2"
+    """What the network is trained to tell: the noise."""
+    loss: Literal["l2", "l1"] = "l2"
+    """Mean squared, or mean absolute, error of the noise."""
     variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
     """Of the ancestral sampler's reverse steps: beta_t, or the posterior's."""
 
@@ -87,7 +136,7 @@ class Diffusion(Section):
     def _betas(self) -> Diffusion:
         if self.beta_start >= self.beta_end:
             raise ValueError(f"diffusion.beta_start = {self.beta_start}: must be below beta_end = {self.beta_end}")
-        if self.beta_end * 1000 / self.timesteps >= 1:
+        if self.schedule != "cosine" and self.beta_end * 1000 / self.timesteps >= 1:
             least = int(self.beta_end * 1000) + 1
             raise ValueError(
                 f"diffusion.timesteps = {self.timesteps}: beta_end is scaled by 1000/T and reaches 1; "
@@ -97,14 +146,25 @@ class Diffusion(Section):
 
 
 class Train(Section):
-    total_steps: int = Field(800_000, ge=1)
-    """Optimizer steps. A finished run may be extended by submitting it again with more."""
+    if TYPE_CHECKING:
+        total_steps: int = 800_000  # what trains or queues has passed resolve_length, after which it is never None
+    else:
+        total_steps: int | None = Field(800_000, ge=1)
+        """Optimizer steps. A finished run may be extended by submitting it again with more."""
+    total_images: int | None = Field(None, ge=1)
+    """The length in training images instead, …"""
+    total_epochs: int | None = Field(None, ge=1)
+    """… or in passes over the data: `Config.resolve_length` turns both into total_steps, rounding up."""
     global_batch: int = Field(128, ge=1)
     """Images a step over all ranks: the unit of training."""
     micro_batch: int | None = Field(None, ge=1)
     """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share."""
-    optimizer: Literal["adam"] = "adam"
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Both with PyTorch's betas and epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """adamw's: the share of lr * weight that a step takes away."""
     lr: float = Field(2.0e-4, gt=0)
+    """The learning rate after warm-up."""
     warmup_steps: int = Field(5000, ge=0)
     """The learning rate rises linearly from 0 over these steps."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -115,11 +175,36 @@ class Train(Section):
     """Autocast. auto: bf16 on a GPU that has it, fp16 (with loss scaling) on an older one, off on a CPU."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile. auto: on a GPU; it does not pay on a CPU."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a step trains an image without its label: what classifier-free guidance needs."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Share of the average of the weights that an update keeps."""
+    ema_start_step: int = Field(0, ge=0)
+    """Before this step the average is a copy of the weights."""
+    ema_every_steps: int = Field(1, ge=1)
+    """The average is updated at the steps that this divides."""
+    ema_warmup: bool = False
+    """The n-th update keeps min(ema_decay, (1 + n) / (10 + n))."""
+    early_stop_below: float | None = Field(None, gt=0)
+    """Stop when the mean absolute change over the last early_stop_window logged losses is below this; null: never."""
+    early_stop_window: int = Field(10, ge=2)
+    """Logged losses (one each log.every_steps) that early stopping looks back on."""
     deterministic: Literal["auto"] | bool = "auto"
     """Bit-identical resume. auto: on a CPU (free there); on a GPU ask for it."""
     max_rollbacks: int = Field(3, ge=0)
     """Times a non-finite loss may send the run back to its last good checkpoint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        given = [f"train.{key} = {tree[key]!r}" for key in LENGTHS if tree.get(key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: only one of them says how long to train; remove the others")
+        if not given and "total_steps" in tree:
+            raise ValueError(f"train.total_steps = None: needs a length; give one of {', '.join(LENGTHS)}")
+        return {**tree, "total_steps": tree.get("total_steps")} if given else tree
 
     @model_validator(mode="after")
     def _micro(self) -> Train:
@@ -128,10 +213,19 @@ class Train(Section):
                 f"train.micro_batch = {self.micro_batch} does not divide train.global_batch = "
                 f"{self.global_batch}; these do: {divisors(self.global_batch)}"
             )
-        if self.lr_schedule == "cosine" and self.warmup_steps >= self.total_steps:
+        return self
+
+    @model_validator(mode="after")
+    def _learning(self) -> Train:
+        known = self.total_steps is not None
+        if known and self.lr_schedule == "cosine" and self.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
                 f"{self.total_steps} with lr_schedule=cosine"
+            )
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError(
+                f"train.weight_decay = {self.weight_decay}: train.optimizer=adam has none; use adamw, or leave it out"
             )
         return self
 
@@ -140,31 +234,48 @@ class Checkpoint(Section):
     every_min: float | None = Field(10.0, gt=0)
     """Minutes between saves; null: only by steps."""
     every_steps: int | None = Field(None, ge=1)
+    """Steps between saves, besides; null: only by minutes."""
     keep_last: int = Field(3, ge=1)
+    """Checkpoints that are kept, besides the milestones."""
     milestone_every_steps: int | None = Field(50_000, ge=1)
     """These are kept for good, with their EMA weights as safetensors."""
     milestone_every_epochs: int | None = Field(None, ge=1)
+    """The same, in passes over the data."""
 
 
 class Log(Section):
     every_steps: int = Field(100, ge=1)
+    """Steps between lines of metrics."""
     grid_every_steps: int | None = Field(10_000, ge=1)
     """Steps between sample grids; null: only at the end."""
     grid_images: int = Field(64, ge=1, le=1024)
+    """Samples in a grid."""
 
 
 class Sample(Section):
     num_samples: int = Field(50_000, ge=1)
-    sampler: Literal["ancestral", "ddim"] = "ddim"
+    """Images in the set."""
+    sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
+    """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""
     eta: float = Field(0.0, ge=0, le=1)
     """DDIM's noise: 0 deterministic, 1 close to ancestral."""
+    guidance: float | None = Field(None, ge=0)
+    """Weight w of classifier-free guidance: eps = (1 + w) eps(label) - w eps(no label), two evaluations a step; null:
+    none. Needs a model trained with train.label_dropout."""
+    class_plan: Ints | None = None
+    """Images of each class, summing to num_samples; null: the classes in turn."""
+    clip_x_0: bool = True
+    """Clip every predicted x_0 to [-1, 1], where images lie."""
     batch: int = Field(500, ge=1)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
     shards: int = Field(64, ge=1)
+    """Parts that the set is made in, each a job of its own."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Sample i follows from it and from i."""
     weights: Literal["ema", "model"] = "ema"
+    """Their average, or those of the last step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32."""
 
@@ -191,116 +302,90 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
-    def _across_sections(self) -> Config:
-        size, levels = self.data.image_size, len(self.model.channel_mults)
-        if size % 2 ** (levels - 1):
-            raise ValueError(
-                f"data.image_size = {size}: {levels} levels halve it {levels - 1} times, so it must be "
-                f"divisible by {2 ** (levels - 1)}"
-            )
-        resolutions = [size // 2**i for i in range(levels)]
-        for r in self.model.attention_resolutions:
-            if r not in resolutions:
-                raise ValueError(
-                    f"model.attention_resolutions = {list(self.model.attention_resolutions)}: the network "
-                    f"never has {r}x{r}; it has {resolutions}"
-                )
-        heads = self.model.attention_heads
-        for r, mult in zip(resolutions, self.model.channel_mults, strict=True):
-            channels = self.model.base_channels * mult
-            if (r in self.model.attention_resolutions or r == resolutions[-1]) and channels % heads:
-                raise ValueError(f"model.attention_heads = {heads} does not divide the {channels} channels at {r}x{r}")
-        if self.sample.steps > self.diffusion.timesteps:
-            raise ValueError(
-                f"sample.steps = {self.sample.steps}: at most diffusion.timesteps = {self.diffusion.timesteps}"
-            )
-        if self.sample.shards > self.sample.num_samples:
-            raise ValueError(
-                f"sample.shards = {self.sample.shards}: at most sample.num_samples = {self.sample.num_samples}"
-            )
+    def _a_network(self) -> Config:
         check_name(self.name)
+        try:
+            Structure(image_size=self.data.image_size, **self.model.model_dump())
+        except ValueError as e:
+            raise ValueError(f"{'data' if str(e).startswith('image_size') else 'model'}.{e}") from None
         return self
+
+    @model_validator(mode="after")
+    def _classes(self) -> Config:
+        classes, attributes = self.model.num_classes, list(self.data.label_attributes)
+        if self.data.name == "celeba" and classes != (2 ** len(attributes) if attributes else 0):
+            wanted = f"must be {2 ** len(attributes)}, two to the number of them" if attributes else "must be 0"
+            raise ValueError(f"model.num_classes = {classes}: with data.label_attributes = {attributes} it {wanted}")
+        if self.train.label_dropout and not classes:
+            raise ValueError(
+                f"train.label_dropout = {self.train.label_dropout}: there are no labels to drop; "
+                f"give model.num_classes, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling(self) -> Config:
+        s, classes = self.sample, self.model.num_classes
+        if s.steps > self.diffusion.timesteps:
+            raise ValueError(f"sample.steps = {s.steps}: at most diffusion.timesteps = {self.diffusion.timesteps}")
+        if s.shards > s.num_samples:
+            raise ValueError(f"sample.shards = {s.shards}: at most sample.num_samples = {s.num_samples}")
+        if s.guidance is not None and not (classes and self.train.label_dropout):
+            raise ValueError(
+                f"sample.guidance = {s.guidance}: needs a model of classes that was trained with labels dropped, and "
+                f"model.num_classes = {classes}, train.label_dropout = {self.train.label_dropout}; leave it out (null)"
+            )
+        if s.class_plan is not None:
+            plan = f"sample.class_plan = {list(s.class_plan)}"
+            if len(s.class_plan) != classes or not classes:
+                raise ValueError(f"{plan}: {len(s.class_plan)} counts for model.num_classes = {classes}; one per class")
+            if min(s.class_plan) < 0 or sum(s.class_plan) != s.num_samples:
+                raise ValueError(
+                    f"{plan}: sums to {sum(s.class_plan)}; the counts must be 0 or more and sum to "
+                    f"sample.num_samples = {s.num_samples}"
+                )
+        return self
+
+    def resolve_length(self, num_images: int) -> Config:
+        """This config with its length in total_steps alone, where it was in images or in epochs of `num_images`.
+
+        RequestError where the length makes it invalid: a cosine needs more steps than the warm-up has.
+        """
+        train = self.train
+        if train.total_steps is not None:
+            return self
+        images = train.total_images or (train.total_epochs or 0) * num_images
+        tree = self.model_dump()
+        tree["train"] |= dict.fromkeys(LENGTHS) | {"total_steps": -(-images // train.global_batch)}
+        resolved = build(Config, tree, f"a length of {images} images")
+        assert isinstance(resolved, Config)
+        return resolved
 
     def digest(self) -> str:
         """sha256 of what changes the mathematics of training.
 
-        Left out: length, resources (micro_batch, compile), checkpoint intervals, logging, sampling, scoring, and where
-        the data lies (its pixels have a digest of their own, kept in run.json).
+        Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
+        scoring, and where the data lies (its pixels have a digest of their own, kept in run.json).
         """
         record = self.model_dump(mode="json", include={"seed", "data", "model", "diffusion", "train"})
         del record["data"]["path"]
-        for key in ("total_steps", "micro_batch", "compile", "deterministic", "max_rollbacks"):
+        length = {key: record["train"].pop(key) for key in LENGTHS}
+        for key in UNLEARNED:
             del record["train"][key]
-        if self.train.lr_schedule == "cosine":
-            record["train"]["total_steps"] = self.train.total_steps  # the learning rate depends on it
+        defaults = type(self)().model_dump(mode="json")
+        for section, keys in LATER.items():
+            for key in keys:
+                if record[section][key] == defaults[section][key]:
+                    del record[section][key]
+        if self.train.lr_schedule == "cosine":  # the learning rate depends on it
+            record["train"] |= {key: value for key, value in length.items() if value is not None}
         return sha256_json(record)
 
     def to_yaml(self) -> str:
-        return yaml.dump(
-            self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120
-        )
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 # ---------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_FLOAT = (
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-        r"|\.(?:inf|nan))$"
-    ),
-    [*"-+0123456789."],
-)
-_Loader.add_implicit_resolver(*_FLOAT)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what other readers of YAML, or ours, would not take for a word: a run may be named 1e-4."""
-
-
-_Dumper.add_implicit_resolver(*_FLOAT)
-
-
-def load_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as e:
-        raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
-
-
-def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a config section, e.g. train.lr."""
-    keys = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += field_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
 
 
 def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
@@ -330,7 +415,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put one `section.key=value` into `tree`; the value is read as YAML."""
+    """Put one `section.key=value` into `tree`; the value is read as YAML. One length of training replaces another."""
     key, eq, text = override.partition("=")
     if not eq or not key:
         raise RequestError(f"{override!r} is not key=value; for example train.lr=1e-4")
@@ -342,53 +427,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise RequestError(f"{section}: expected a section of keys, found {node!r}")
-    node[leaf] = load_yaml(text, override)
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1, 0.6)
-    leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    section = key.rsplit(".", 1)[0] + "." if "." in key else ""
-    if inside := [k for k in known if k.startswith(f"{key}.")]:
-        return f"{key!r} is a section; give one of its keys: {', '.join(inside)}"
-    if near or leaf:
-        return f"unknown key {key!r}; did you mean {(near or leaf)[0]!r}?"
-    siblings = [k for k in known if k.startswith(section)] if section else []
-    return f"unknown key {key!r}; known: {', '.join(siblings or known)}"
-
-
-def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:
-    """Validate `tree` as `kind`; one RequestError with a line per problem."""
-    try:
-        return kind.model_validate(dict(tree))
-    except ValidationError as e:
-        lines = {problem(kind, dict(err)): None for err in e.errors()}
-        raise RequestError(f"{where}: " + "\n  ".join(lines)) from None
-
-
-def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
-    """One validation error as `key = value: what is allowed`."""
-    loc = [str(p) for p in err["loc"] if not str(p).startswith(("function-", "literal[", "constrained-"))]
-    known = field_keys(kind)
-    key = ".".join(loc)
-    while loc and ".".join(loc) not in known and err["type"] != "extra_forbidden" and len(loc) > 1:
-        loc.pop()  # union branches and list positions follow the key
-        key = ".".join(loc) if ".".join(loc) in known else key
-    if err["type"] in ("extra_forbidden", "invalid_key"):
-        return unknown_key(key, known)
-    message = str(err["msg"]).removeprefix("Value error, ")
-    if err["type"] == "value_error":
-        return message if not loc or loc[-1] in message else f"{key} = {message}"
-    if err["type"] == "model_type":
-        return f"{key} = {err['input']!r}: expected a section of keys; leave it out for the defaults"
-    if err["type"] == "tuple_type":
-        message = "input should be a list, such as [1, 2]"
-    section: Any = kind
-    for part in key.split(".")[:-1]:
-        section = section.model_fields[part].annotation if part in section.model_fields else section
-    field = section.model_fields.get(key.split(".")[-1]) if hasattr(section, "model_fields") else None
-    allowed = f" (default {field.default!r})" if field is not None else ""
-    return f"{key} = {err['input']!r}: {message[0].lower()}{message[1:]}{allowed}"
+    value = load_yaml(text, override)
+    if sections == ["train"] and leaf in LENGTHS and value is not None:
+        for length in LENGTHS:
+            node.pop(length, None)
+    node[leaf] = value
 
 
 # ---------------------------------------------------------------- batches

@@ -1,36 +1,38 @@
 """Datasets to one packed uint8 array, and batches addressed by step.
 
-Any source (CIFAR-10 through torchvision, a folder or zip of images, scikit-learn's digits) is decoded once into
-CACHE/KEY/{images.npy, labels.npy, meta.json}; KEY is a digest of the source and of how it was resized. The directory
-appears by one rename, so a killed packing leaves nothing that looks packed. Ranks memory-map it: the page cache of a
-node holds it once, and training never decodes an image. Batches follow from (seed, attempt, step) alone;
-this module knows no rank beyond the slice of the global batch that it is asked for.
+Any source (sources.py, celeba.py) is decoded once into CACHE/KEY/{images.npy, labels.npy, meta.json}; KEY is a digest
+of the source, of what was chosen from it and of how it was resized. The directory appears by one rename, so a killed
+packing leaves nothing that looks packed. Ranks memory-map it: the page cache of a node holds it once, and training
+never decodes an image. Batches follow from (seed, attempt, step) alone; this module knows no rank beyond the slice of
+the global batch that it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddpm import celeba, sources
 from ddpm.config import Data
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
-from ddpm.rundir import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_file, sha256_json, sign, write_json
+from ddpm.rundir import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_json, sign, write_json
+from ddpm.sources import Source
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 PACK_VERSION = 1
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test"}
+Item = tuple[np.ndarray, int]
 Progress = Callable[[int, int], None]
 StopRequested = Callable[[], "str | None"]
 
@@ -50,9 +52,13 @@ class PackedImages:
         return len(self.images)
 
 
+def _digest_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{dtype} {shape}".encode()
+
+
 def images_digest(images: np.ndarray) -> str:
     """sha256 over dtype, shape and bytes of an image array (N, H, W, C)."""
-    digest = hashlib.sha256(f"{images.dtype} {images.shape}".encode())
+    digest = hashlib.sha256(_digest_head(images.dtype, images.shape))
     for first in range(0, len(images), 4096):
         digest.update(np.ascontiguousarray(images[first : first + 4096]).data)
     return digest.hexdigest()
@@ -61,163 +67,40 @@ def images_digest(images: np.ndarray) -> str:
 # ---------------------------------------------------------------- sources
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where images come from: their names by split, and how to read one. Opening it has checked that it is usable."""
-
-    kind: str  # folder | zip | cifar10 | digits
-    path: Path | None
-    members: dict[str, list[str]]  # split -> names relative to `path`, sorted
-    classes: list[str]
-
-    def fingerprint(self) -> Any:
-        """What the cache key covers: content for archives, names, sizes and times for folders."""
-        if self.kind == "zip" and self.path is not None:
-            return sha256_file(self.path)
-        if self.kind == "folder" and self.path is not None:
-            stats = ((name, (self.path / name).stat()) for names in self.members.values() for name in names)
-            return sha256_json([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
-        return self.kind
-
-
 def open_source(data: Data) -> Source:
     """Check the configured data without writing anything. Raises RequestError for a path that cannot serve."""
     if data.name == "digits":
-        return Source("digits", None, {}, [str(i) for i in range(10)])
+        return sources.digits()
     path = Path(data.path).expanduser() if data.path else None
     if path is not None and not path.exists():
+        or_else = {"cifar10": ", or torchvision's root for cifar10", "celeba": "; for celeba the folder of its lists"}
         raise RequestError(
             f"data.path = {data.path}: does not exist; give a folder or a .zip of images in class "
-            f"folders" + (", or torchvision's root for cifar10" if data.name == "cifar10" else "")
+            f"folders" + or_else.get(data.name, "")
         )
+    if data.name == "celeba":
+        return celeba.open_source(data)
     if data.name == "cifar10" and (path is None or (path.is_dir() and any(path.glob("cifar-10-*")))):
-        return Source("cifar10", path, {}, CIFAR10_CLASSES)
+        return sources.cifar10(path)
     assert path is not None
-    if path.is_dir():
-        return _from_names("folder", path, (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
-    return _from_names("zip", path, _zip_names(path))
-
-
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
-def _zip_names(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [i.filename for i in archive.infolist() if not i.is_dir()]
-    except (zipfile.BadZipFile, OSError) as e:
-        raise RequestError(
-            f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
-        ) from None
-
-
-def _from_names(kind: str, path: Path, names: Iterator[str] | list[str]) -> Source:
-    images = sorted(
-        n
-        for n in names
-        if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
-    )
-    if not images:
-        raise RequestError(
-            f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
-            f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
-        )
-    depth = 0  # folders that wrap the whole archive say nothing
-    while (
-        len({PurePosixPath(n).parts[depth] for n in images}) == 1
-        and all(len(PurePosixPath(n).parts) > depth + 2 for n in images)
-        and PurePosixPath(images[0]).parts[depth] not in SPLITS
-    ):
-        depth += 1
-    members: dict[str, list[str]] = {}
-    for n in images:
-        first = PurePosixPath(n).parts[depth]
-        has_split = first in SPLITS and len(PurePosixPath(n).parts) > depth + 1
-        members.setdefault(SPLITS[first] if has_split else "train", []).append(n)
-    return Source(kind, path, members, sorted({PurePosixPath(n).parent.name for n in images}))
-
-
-# ---------------------------------------------------------------- decoding
-
-
-def to_square(image: Any, size: int | None) -> np.ndarray:
-    """A PIL image as uint8 (size, size, 3): RGB, centre-cropped to a square, resized with Lanczos; None keeps it."""
-    from PIL import Image
-
-    image = image.convert("RGB")
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    from PIL import Image
-
-    assert source.path is not None
-    archive = zipfile.ZipFile(source.path) if source.kind == "zip" else None
-    label_of = {name: i for i, name in enumerate(source.classes)}
-    try:
-        for name in source.members[split]:
-            try:
-                raw = archive.read(name) if archive else (source.path / name).read_bytes()
-                with Image.open(io.BytesIO(raw)) as image:
-                    yield to_square(image, size), label_of[PurePosixPath(name).parent.name]
-            except Exception as e:  # Pillow, zlib and zipfile raise some ten kinds for broken bytes
-                raise RequestError(
-                    f"data.path = {source.path}: {name} cannot be decoded ({e}); replace or remove it"
-                ) from None
-    finally:
-        if archive:
-            archive.close()
-
-
-def _digits(size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, as RGB."""
-    from PIL import Image
-
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise EnvironmentLacks("data.name=digits needs scikit-learn: pip install 'ddpm-hpc[digits]'") from None
-    bunch = load_digits()
-    for image, label in zip(bunch.images, bunch.target, strict=True):
-        yield to_square(Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)), size), int(label)
-
-
-def _cifar10(root: Path, split: str, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The original CIFAR-10 (Krizhevsky 2009), downloaded and MD5-checked by torchvision."""
-    from PIL import Image
-    from torchvision.datasets import CIFAR10
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        dataset = CIFAR10(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError) as e:
-        raise EnvironmentLacks(
-            f"CIFAR-10 could not be had from {CIFAR10.url} ({e}); on a machine with a network put {CIFAR10.filename} "
-            f"into {root}, or give another copy: data.path=FOLDER_OR_ZIP_OF_IMAGES"
-        ) from None
-    for image, label in zip(dataset.data, dataset.targets, strict=True):
-        yield to_square(Image.fromarray(image), size), int(label)
+    return sources.folder_or_zip(path)
 
 
 # ---------------------------------------------------------------- packing
 
 
 def cache_key(data: Data, source: Source, split: str) -> str:
-    return sha256_json(
-        {
-            "version": PACK_VERSION,
-            "kind": source.kind,
-            "source": source.fingerprint(),
-            "split": split,
-            "image_size": data.image_size,
-            "filter": "lanczos",
-        }
-    )[:32]
+    record = {
+        "version": PACK_VERSION,
+        "kind": source.kind,
+        "source": source.fingerprint(),
+        "split": split,
+        "image_size": data.image_size,
+        **sources.RESIZE,
+    }
+    if source.selection is not None:
+        record["selection"] = source.selection
+    return sha256_json(record)[:32]
 
 
 def pack(
@@ -234,11 +117,15 @@ def pack(
     Stopped.
     """
     source = open_source(data)
-    if split not in (source.members or ("train", "test")) or (source.kind == "digits" and split != "train"):
-        raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members) or ['train']}")
+    if source.kind == "celeba":
+        source = celeba.download(data, cache / "celeba")
+    if split not in source.members:
+        raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members)}")
     key = cache_key(data, source, split)
     if (cache / key / "meta.json").exists():
         return key, open_packed(cache, key)
+    if data.name == "celeba" and list(source.members) == ["train"]:
+        log.warning("data.path=%s no %s: every image is for training", data.path, celeba.PARTITION)
     tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}"
     try:
         tmp.mkdir(parents=True, exist_ok=True)
@@ -248,21 +135,11 @@ def pack(
             f"or DDPM_RUNS, or data_cache in the site profile"
         ) from None
     try:
-        items = {
-            "digits": lambda: _digits(data.image_size),
-            "cifar10": lambda: _cifar10(source.path or cache / "cifar10", split, data.image_size),
-        }.get(source.kind, lambda: _decode(source, split, data.image_size))()
-        total = len(source.members.get(split, ())) or {"digits": 1797, "cifar10": 50_000}[source.kind]
-        images, labels = [], []
-        for image, label in items:
-            images.append(image)
-            labels.append(label)
-            if len(images) % 500 == 0:
-                if progress:
-                    progress(len(images), total)
-                if reason := stop_requested():
-                    raise Stopped(reason)
-        _write_packed(tmp, data.name, split, np.stack(images), np.asarray(labels, dtype=np.int64), source.classes)
+        num, size = source.num_images(split), data.image_size
+        items = _watched(sources.read(source, split, size, cache), num, progress, stop_requested)
+        written = _write_arrays(tmp, items, (num, size, size, 3))
+        record = {"name": data.name, "split": split, "classes": source.classes, "selection": source.selection}
+        write_json(tmp / "meta.json", sign({**record, **sources.RESIZE, **written}))
         try:
             tmp.rename(cache / key)
             fsync_dir(cache)
@@ -275,28 +152,37 @@ def pack(
     return key, open_packed(cache, key)
 
 
-def _write_packed(
-    where: Path, name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: list[str]
-) -> None:
-    for file, array in (("images.npy", images), ("labels.npy", labels)):
-        with (where / file).open("wb") as f:
-            np.save(f, array)
-            f.flush()
-            os.fsync(f.fileno())
-    write_json(
-        where / "meta.json",
-        sign(
-            {
-                "name": name,
-                "split": split,
-                "num_images": len(images),
-                "shape": list(images.shape),
-                "classes": classes,
-                "digest": images_digest(images),
-                "bytes": (where / "images.npy").stat().st_size,
-            }
-        ),
-    )
+def _watched(
+    items: Iterator[Item], num: int, progress: Progress | None, stop_requested: StopRequested
+) -> Iterator[Item]:
+    for done, item in enumerate(items, start=1):
+        yield item
+        if done % 500 == 0 or done == num:
+            if progress:
+                progress(done, num)
+            if reason := stop_requested():
+                raise Stopped(reason)
+
+
+def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...]) -> dict[str, Any]:
+    """images.npy and labels.npy, an image at a time: CelebA at 128x128 is 8 GB. Returns what meta.json says of it."""
+    labels = []
+    digest = hashlib.sha256(_digest_head(np.dtype(np.uint8), shape))
+    with (where / "images.npy").open("wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for image, label in items:
+            digest.update(image.tobytes())
+            f.write(image.tobytes())
+            labels.append(label)
+        num_bytes = f.tell()
+        f.flush()
+        os.fsync(f.fileno())
+    assert len(labels) == shape[0], f"a source announced {shape[0]} images and gave {len(labels)}"
+    with (where / "labels.npy").open("wb") as f:
+        np.save(f, np.asarray(labels, dtype=np.int64))
+        f.flush()
+        os.fsync(f.fileno())
+    return {"num_images": len(labels), "shape": list(shape), "digest": digest.hexdigest(), "bytes": num_bytes}
 
 
 def open_packed(cache: Path, key: str) -> PackedImages:
@@ -337,7 +223,7 @@ def load_folder(path: Path) -> PackedImages:
     """
     try:
         source = open_source(Data(name="images", path=str(path)))
-        images = [image for split in sorted(source.members) for image, _ in _decode(source, split, None)]
+        images = [image for split in sorted(source.members) for image, _ in sources.read(source, split, None, path)]
     except RequestError as e:
         raise RequestError(str(e).removeprefix("data.path = ")) from None
     shapes = {image.shape for image in images}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm.schedule import Schedule
 
-LOSSES = {"l2": torch.nn.functional.mse_loss}
+LOSSES = {"l2": torch.nn.functional.mse_loss, "l1": torch.nn.functional.l1_loss}
 
 
 class Diffusion:
@@ -51,9 +51,10 @@ class Diffusion:
 
     @staticmethod
     def loss(eps_pred: Tensor, eps: Tensor, kind: str = "l2") -> Tensor:
-        """Each sample's mean over its elements, float32 (B,): the mean over the batch is L_simple (equation 14).
+        """Each sample's mean over its elements, float32 (B,); with l2 the batch's mean is L_simple (equation 14).
 
-        eps_pred: (B, C, H, W), any floating type; eps: the same shape, else ValueError. kind: a key of LOSSES.
+        eps_pred: (B, C, H, W), any floating type; eps: the same shape, else ValueError. kind: a key of LOSSES:
+        squared or absolute differences.
         """
         if kind not in LOSSES:
             raise ValueError(f"loss kind is {kind!r}; allowed: {', '.join(LOSSES)}")

@@ -20,7 +20,9 @@ import numpy as np
 from ddpm import metrics, rundir
 from ddpm.errors import DDPMError, RequestError
 from ddpm.features import Extractor, extract, shard_features
-from ddpm.generate import (
+from ddpm.metrics import Moments
+from ddpm.rundir import DamagedFile, RunDir, SampleSet
+from ddpm.sampleset import (
     Progress,
     Request,
     StopRequested,
@@ -31,8 +33,6 @@ from ddpm.generate import (
     repair_command,
     withdraw_shard,
 )
-from ddpm.metrics import Moments
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
 
 if TYPE_CHECKING:
     from ddpm.data import PackedImages
@@ -296,7 +296,14 @@ def evaluate_set(
         "reference": reference_record,
         "extractor": _extractor_record(extractor),
         "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
-        "sampler": {"name": request.sampler, "steps": request.steps, "eta": request.eta, "guidance": request.guidance},
+        "sampler": {
+            "name": request.sampler,
+            "steps": request.steps,
+            "eta": request.eta,
+            "guidance": request.guidance,
+            **({} if request.clip_x_0 else {"clip_x_0": False}),
+            **({} if request.class_plan is None else {"class_plan": list(request.class_plan)}),
+        },
         "nfe": manifests[0]["nfe"],
         "seed": request.seed,
         "precision": request.precision,

@@ -1,22 +1,20 @@
 """One shard of a sample set: from a request and a network to published, packed images.
 
-Owns the request (samples/SET/request.json), the shards and their finished batches (samples/SET/part/). Must not know
-jobs, checkpoints or how the network was built: `eps_model` arrives ready. torch is imported where images are computed,
-so that publishing a request and listing what is missing stay cheap on a login node.
+Owns the generation and its finished batches (samples/SET/part/); the request and the shards are ddpm/sampleset.py's.
+Must not know jobs, checkpoints or how the network was built: `eps_model` arrives ready. torch is imported where images
+are computed.
 
 Sample i is a function of (request, i) alone. Its noise is counted by i. The network always runs at `batch` rows, and
 sample i sits in row i % batch of its call: any `batch` consecutive samples fill every row once, so even a kernel whose
-rounding depends on the row gives the same bytes under every sharding, at no cost.
+rounding depends on the row gives the same bytes under every sharding, at no cost. With guidance it runs at twice as
+many: row i % batch with the sample's label, row batch + i % batch without.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +23,17 @@ import numpy as np
 from ddpm import rundir
 from ddpm.errors import DoNotRetry, RequestError, RunBusy, Stopped
 from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampleset import (
+    Progress,
+    Request,
+    StopRequested,
+    missing_shards,
+    npz_bytes,
+    parse_npz,
+    shard_range,
+    verify_shard,
+    withdraw_shard,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,232 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EpsModel = Callable[["Tensor", "Tensor", "Tensor | None"], "Tensor"]
-"""(x_t (B, C, H, W), t int64 (B,), labels int64 (B,) or None) -> eps (B, C, H, W)."""
-StopRequested = Callable[[], "str | None"]
-Progress = Callable[[int, int], None]
-
-
-# ---------------------------------------------------------------- the request
-
-
-@dataclass(frozen=True)
-class CheckpointRef:
-    step: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a sample set is: everything that its samples follow from. Field for field request.json, less its digest."""
-
-    checkpoint: CheckpointRef
-    weights: str
-    sampler: str
-    steps: int
-    eta: float
-    guidance: float | None
-    seed: int
-    num_samples: int
-    shards: int
-    batch: int
-    precision: str
-    class_plan: None
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "shards", "batch", "steps"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if self.shards > self.num_samples:
-            raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
-        for name in ("guidance", "class_plan"):
-            if getattr(self, name) is not None:
-                raise RequestError(f"{name} = {getattr(self, name)!r}: not supported yet; leave it null")
-        object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the canonical JSON of all other fields."""
-        return rundir.sha256_json(asdict(self))
-
-    def to_record(self) -> dict[str, Any]:
-        """The content of request.json."""
-        return {**asdict(self), "digest": self.digest}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Request:
-        """The request in request.json's content. Raises DamagedFile if its form or its digest does not hold."""
-        body = {k: v for k, v in record.items() if k != "digest"}
-        if sorted(body) != sorted(f.name for f in fields(cls)) or rundir.sha256_json(body) != record.get("digest"):
-            raise DamagedFile("its digest does not match its content")
-        try:
-            return cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
-        except (TypeError, RequestError) as e:
-            raise DamagedFile(f"this version cannot read it ({e})") from None
-
-
-def publish_request(sample_set: SampleSet, request: Request) -> Request:
-    """Publish `request` as the set's, once; the same request again is fine and changes nothing.
-
-    Raises RequestError if the set already has another one, naming every field that differs.
-    """
-    rundir.check_name(sample_set.name, "sample set name")
-    sample_set.path.mkdir(parents=True, exist_ok=True)
-    try:
-        rundir.write_json(sample_set.request, request.to_record())
-    except FileExistsError:
-        there = read_request(sample_set)
-        if there.digest != request.digest:
-            raise RequestError(
-                f"sample set {sample_set.name!r} exists with another request: {_differences(there, request)}; "
-                f"ask for the same, or start another set with --set OTHERNAME"
-            ) from None
-    return request
-
-
-def read_request(sample_set: SampleSet) -> Request:
-    """The set's request. Raises RequestError where there is none, or where it is damaged."""
-    if not sample_set.request.exists():
-        raise RequestError(f"{sample_set.request}: no such sample set; make it with {repair_command(sample_set)}")
-    try:
-        return Request.from_record(rundir.read_json(sample_set.request) or {})
-    except DamagedFile as e:
-        raise RequestError(
-            f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
-            f"--set OTHERNAME, or restore the file"
-        ) from None
-
-
-def _differences(there: Request, asked: Request) -> str:
-    def flat(request: Request) -> dict[str, Any]:
-        record = asdict(request)
-        checkpoint = record.pop("checkpoint")
-        return {**{f"checkpoint.{k}": v for k, v in checkpoint.items()}, **record}
-
-    old, new = flat(there), flat(asked)
-    return ", ".join(f"{k} is {old[k]!r} there and {new[k]!r} asked for" for k in old if old[k] != new[k])
-
-
-def repair_command(sample_set: SampleSet) -> str:
-    """What a person types to have the missing shards of a set computed."""
-    run = sample_set.path.parent.parent
-    return f"`python launch/sample.py {shlex.quote(str(run))} --set {sample_set.name}`"
-
-
-# ---------------------------------------------------------------- shards on disk
-
-
-class Shard(NamedTuple):
-    """A verified shard."""
-
-    images: np.ndarray
-    """uint8 (n, H, W, C)"""
-    labels: np.ndarray
-    """int64 (n,), -1 where the model has no classes"""
-    first: int
-    """Index of the first sample."""
-    manifest: dict[str, Any]
-
-
-def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
-    """(first, num) of shard `index`: contiguous, in order, sizes differing by at most one."""
-    if not 1 <= shards <= num_samples:
-        raise RequestError(f"shards = {shards}: must be from 1 to num_samples = {num_samples}")
-    if not 0 <= index < shards:
-        raise RequestError(f"shard {index}: must be from 0 to {shards - 1}")
-    first, end = index * num_samples // shards, (index + 1) * num_samples // shards
-    return first, end - first
-
-
-def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
-    """A shard's manifest. Raises FileNotFoundError, or DamagedFile if it is not what this request's shard must say."""
-    path = sample_set.shard_manifest(index, request.shards)
-    manifest = rundir.read_signed(path)
-    first, num = shard_range(request.num_samples, request.shards, index)
-    expected = {"request_digest": request.digest, "shard": index, "first": first, "num": num}
-    for key, value in expected.items():
-        if manifest.get(key) != value:
-            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}")
-    if not sample_set.shard(index, request.shards).exists():
-        raise DamagedFile(f"{path.with_suffix('.npz').name}: missing, though its manifest is there")
-    return manifest
-
-
-def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
-    """Shards without a good manifest. Reads manifests only: `verify_shard` is what hashes the images."""
-    missing = []
-    for index in range(request.shards):
-        try:
-            read_manifest(sample_set, request, index)
-        except (FileNotFoundError, DamagedFile):
-            missing.append(index)
-    return missing
-
-
-def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
-    """A published shard, every byte checked. Raises FileNotFoundError if there is none, DamagedFile with a reason."""
-    manifest = read_manifest(sample_set, request, index)
-    path = sample_set.shard(index, request.shards)
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise DamagedFile(f"{path.name}: its sha256 is not the one in its manifest")
-    arrays = parse_npz(data, path.name)
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None or labels is None or len(images) != manifest["num"] or len(labels) != manifest["num"]:
-        raise DamagedFile(f"{path.name}: does not hold {manifest['num']} images and labels")
-    if int(arrays.get("first", -1)) != manifest["first"]:
-        raise DamagedFile(
-            f"{path.name}: begins at sample {arrays.get('first')}, not at {manifest['first']}: a copy of another shard"
-        )
-    return Shard(images, labels, manifest["first"], manifest)
-
-
-def withdraw_shard(sample_set: SampleSet, request: Request, index: int) -> None:
-    """Unpublish a shard: without its manifest it does not exist, and is computed again."""
-    sample_set.shard_manifest(index, request.shards).unlink(missing_ok=True)
-
-
-def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path:
-    """Write every sample as `directory`/000007.png, for tools that want files; returns `directory`.
-
-    The directory appears whole: a kill leaves a temporary beside it. One that already holds all of them is left alone.
-    Raises RequestError for a directory with other content, DamagedFile for a shard that is not good.
-    """
-    import shutil
-
-    from PIL import Image
-
-    if directory.exists():
-        if len(list(directory.glob("*.png"))) == request.num_samples:
-            return directory
-        raise RequestError(
-            f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
-            f"or name another directory"
-        )
-    tmp = directory.with_name(f"{rundir.TMP_PREFIX}{directory.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for index in range(request.shards):
-        shard = verify_shard(sample_set, request, index)
-        for i, image in enumerate(shard.images, start=shard.first):
-            Image.fromarray(image).save(tmp / f"{i:06d}.png")
-    tmp.rename(directory)
-    return directory
-
-
-def npz_bytes(**arrays: Any) -> bytes:
-    """Arrays as the bytes of an uncompressed .npz; equal arrays give equal bytes."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile. Never unpickles."""
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped
-        raise DamagedFile(f"{name}: not a readable .npz ({type(e).__name__}: {e})") from None
+"""(x_t (B, C, H, W), t int64 (B,), labels int64 (B,) or None) -> eps (B, C, H, W). With guidance B is 2 * batch, and
+label num_classes stands for none."""
 
 
 # ---------------------------------------------------------------- finished batches
@@ -326,10 +111,17 @@ def _remove_stale(sample_set: SampleSet, request: Request, index: int, batches: 
 # ---------------------------------------------------------------- generation
 
 
-def sample_labels(first: int, num: int, num_classes: int) -> np.ndarray:
-    """Class of samples first … first+num-1, int64 (num,): i % num_classes, or -1 for a model without classes."""
+def sample_labels(request: Request, first: int, num: int, num_classes: int) -> np.ndarray:
+    """Class of samples first … first+num-1, int64 (num,); -1 for a model without classes.
+
+    Sample i is of class i % num_classes, or of the class that i falls into where the plan's classes follow each other.
+    """
     index = np.arange(first, first + num, dtype=np.int64)
-    return index % num_classes if num_classes else np.full_like(index, -1)
+    if not num_classes:
+        return np.full_like(index, -1)
+    if request.class_plan is None:
+        return index % num_classes
+    return np.searchsorted(np.cumsum(request.class_plan), index, side="right").astype(np.int64)
 
 
 def generate_shard(
@@ -350,12 +142,15 @@ def generate_shard(
     """Compute and publish shard `index` of a published request; returns its manifest, at once if it is already good.
 
     eps_model: the network at the request's checkpoint, weights and precision, on `device`. schedule, variance: as the
-    samplers take them. image_shape: (C, H, W). num_classes: 0 for a model without.
+    samplers take them. image_shape: (C, H, W). num_classes: 0 for a model without. Guidance wants a model that
+    takes the label num_classes for none.
     stop_requested is asked at every sampler step. progress(done, total) counts the shard's samples, after each batch.
     token: names this job in temporaries, so that two lives on two hosts never share one.
 
-    A kill loses the batch in work. Raises Stopped(reason); DoNotRetry if the network's output is not finite.
+    A kill loses the batch in work. Raises Stopped(reason); RequestError if the model's classes are not the request's;
+    DoNotRetry if the network's output is not finite.
     """
+    _check_classes(request, num_classes)
     first, num = shard_range(request.num_samples, request.shards, index)
     batches = [(i, min(request.batch, first + num - i)) for i in range(first, first + num, request.batch)]
     _remove_stale(sample_set, request, index, batches)
@@ -363,7 +158,7 @@ def generate_shard(
         _remove_parts(sample_set, request, batches)
         return manifest
 
-    compute = _batch_sampler(request, eps_model, schedule, image_shape, variance, num_classes, device, stop_requested)
+    compute = batch_sampler(request, eps_model, schedule, image_shape, variance, num_classes, device, stop_requested)
     parts = []
     for start, count in batches:
         part = _read_part(sample_set, request, start, count)
@@ -380,6 +175,15 @@ def generate_shard(
     manifest = _publish_shard(sample_set, request, index, images, num_classes, nfe.pop(), token)
     _remove_parts(sample_set, request, batches)
     return manifest
+
+
+def _check_classes(request: Request, num_classes: int) -> None:
+    if request.guidance is not None and not num_classes:
+        raise RequestError(f"guidance = {request.guidance}: the model has no classes (model.num_classes = 0)")
+    if request.class_plan is not None and len(request.class_plan) != num_classes:
+        raise RequestError(
+            f"class_plan = {list(request.class_plan)}: needs one count for each of the model's {num_classes} classes"
+        )
 
 
 def _already_published(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any] | None:
@@ -402,7 +206,9 @@ def _publish_shard(
     path = sample_set.shard(index, request.shards)
     try:
         with rundir.publishing(path, token=token) as f:
-            f.write(npz_bytes(images=images, labels=sample_labels(first, num, num_classes), first=np.int64(first)))
+            f.write(
+                npz_bytes(images=images, labels=sample_labels(request, first, num, num_classes), first=np.int64(first))
+            )
         # killed here: a .npz without its .json does not exist, and the next life removes it
         manifest = rundir.sign(
             {
@@ -423,7 +229,7 @@ def _publish_shard(
             raise RunBusy(f"another job is publishing shard {index} of {sample_set.path} ({e})") from None
 
 
-def _batch_sampler(
+def batch_sampler(
     request: Request,
     eps_model: EpsModel,
     schedule: Any,
@@ -437,6 +243,7 @@ def _batch_sampler(
     import torch
 
     from ddpm import rng, samplers
+    from ddpm.guidance import Guided
 
     if request.sampler not in samplers.SAMPLERS:
         raise RequestError(f"sampler = {request.sampler!r}: use one of {', '.join(samplers.SAMPLERS)}")
@@ -457,16 +264,26 @@ def _batch_sampler(
             """Values of the samples (num, ...) at their rows (batch, ...); unused rows are zeros."""
             return values.new_zeros(request.batch, *values.shape[1:]).index_copy_(0, row, values)
 
-        labels = in_rows(index % num_classes) if num_classes else None
+        labels: Tensor | None = None
+        if num_classes:
+            labels = in_rows(torch.from_numpy(sample_labels(request, first, num, num_classes)).to(device))
+
+        def plain(x_t: Tensor, t: Tensor) -> Tensor:
+            return eps_model(x_t, t, labels)
+
+        model: samplers.EpsModel = plain
+        if request.guidance is not None and labels is not None:
+            model = Guided(eps_model, labels, num_classes, request.guidance)
         with torch.inference_mode():
             result = sampler(
-                lambda x_t, t: eps_model(x_t, t, labels),
+                model,
                 schedule,
                 in_rows(rng.normal(initial_key, index, 0, image_shape)),
                 noise=lambda t: in_rows(rng.normal(step_key, index, t, image_shape)),
                 steps=request.steps,
                 eta=request.eta,
                 variance=variance,
+                clip_x_0=request.clip_x_0,
                 callback=poll,
             )
             x_0 = result.x_0[row]

@@ -12,6 +12,8 @@ from ddpm.config import Config
 
 def build(config: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The configured optimizer, in its fused form (on two CPU cores 2.7 times as fast as torch's loop)."""
+    if config.train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True)
     return torch.optim.Adam(parameters, lr=config.train.lr, fused=True)
 
 

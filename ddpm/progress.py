@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,3 +40,5 @@ class Progress:
     step: int = 0
     attempt: int = 0
     rollbacks: int = 0
+    early_stop_losses: list[float] = field(default_factory=list)
+    """The last logged losses, oldest first, as many as early stopping looks at."""

@@ -119,6 +119,11 @@ def uniform_int(key: Key, index: Tensor, step: int, high: int) -> Tensor:
     return (_words(key, index, step)[0] * high >> 32) & _WORD
 
 
+def bernoulli(key: Key, index: Tensor, step: int, probability: float) -> Tensor:
+    """True with `probability`, to a precision of 2**-24: bool (B,)."""
+    return uniform_int(key, index, step, 1 << 24) < round(probability * (1 << 24))
+
+
 def coin(key: Key, index: Tensor, step: int) -> Tensor:
     """Fair coins, bool (n,) on index.device; index and step as in `normal`."""
     return uniform_int(key, index, step, 2) == 1

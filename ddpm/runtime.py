@@ -71,19 +71,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 def build_model(config: Config, device: torch.device, precision: str) -> UNet:
     """The configured network on `device`, laid out as pays for `precision`. Initial weights follow from the seed."""
-    m = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UNet(
             image_size=config.data.image_size,
-            base_channels=m.base_channels,
-            channel_mults=m.channel_mults,
-            blocks_per_level=m.blocks_per_level,
-            attention_resolutions=m.attention_resolutions,
-            attention_heads=m.attention_heads,
-            dropout=m.dropout,
-            num_classes=m.num_classes,
+            null_label=config.train.label_dropout > 0,
             fused_attention=device.type == "cuda",
+            **config.model.model_dump(),
         )
     model = model.to(device)
     if device.type == "cuda" or precision not in ("bf16", "fp16"):

@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import checkpoint, grids, optimizer, rng, runtime
+from ddpm import checkpoint, grids, optimizer, rng, runtime, schedule
 from ddpm.config import Config, check_world_size
 from ddpm.data import Batches, PackedImages
 from ddpm.diffusion import Diffusion
@@ -26,7 +27,6 @@ from ddpm.fence import Fence
 from ddpm.optimizer import learning_rate
 from ddpm.progress import Progress, Window
 from ddpm.rundir import EventLog, RunDir, read_events
-from ddpm.schedule import Schedule, linear
 from ddpm.telemetry import Telemetry, say
 
 StopRequested = Callable[[], "str | None"]
@@ -41,11 +41,6 @@ class Outcome:
     step: int
     reason: str = ""
     saved: bool = True
-
-
-def schedule_of(config: Config) -> Schedule:
-    d = config.diffusion
-    return linear(d.timesteps, d.beta_start, d.beta_end)
 
 
 class Trainer:
@@ -68,10 +63,16 @@ class Trainer:
         device = world.device
         self.accumulation = check_world_size(config, world.world_size)
         self.share = config.train.global_batch // world.world_size
-        self.schedule = schedule_of(config)
+        self.schedule = schedule.build(config.diffusion)
         self.diffusion = Diffusion(self.schedule).to(device)
         self.model = runtime.build_model(config, device, resolved.amp)
-        self.ema = EMA(self.model, config.train.ema_decay)
+        self.ema = EMA(
+            self.model,
+            config.train.ema_decay,
+            start_step=config.train.ema_start_step,
+            every_steps=config.train.ema_every_steps,
+            warmup=config.train.ema_warmup,
+        )
         self.optimizer = optimizer.build(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=resolved.amp == "fp16")
         self.at = Progress()
@@ -189,7 +190,7 @@ class Trainer:
                     moments[key] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         extra = state["extra"]
-        self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"])
+        self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"], extra.get("early_stop_losses", []))
         self.window = Window.restored(extra["window"], self.world)
         self.skipped.fill_(extra["skipped_steps"])
         self._finite = None
@@ -211,6 +212,8 @@ class Trainer:
                 "attempt": self.at.attempt,
                 "rollbacks": self.at.rollbacks,
                 "skipped_steps": int(self.skipped),
+                "early_stop_losses": self.at.early_stop_losses,
+                "early_stopped": self._settled(),
                 "window": self.window.state_dict(self.world),
             },
         }
@@ -223,6 +226,7 @@ class Trainer:
         torch.manual_seed(rng.derive_seed(config.seed, "dropout", at.attempt, step, self.world.rank))
         t_key = rng.key(config.seed, "t", at.attempt)
         eps_key = rng.key(config.seed, "eps", at.attempt)
+        label_key = rng.key(config.seed, "label", at.attempt)
         micro = self.share // self.accumulation
         total = torch.zeros((), device=device)
         for i in range(self.accumulation):
@@ -232,6 +236,9 @@ class Trainer:
             t = rng.uniform_int(t_key, index, step, config.diffusion.timesteps)
             eps = rng.normal(eps_key, index, step, tuple(x_0.shape[1:]))
             x_t = self.diffusion.q_sample(x_0, t, eps)
+            if config.train.label_dropout:
+                without = rng.bernoulli(label_key, index, step, config.train.label_dropout)
+                labels = torch.where(without, config.model.num_classes, labels)
             last = i == self.accumulation - 1 or warm_up
             with self.network.no_sync() if self.world.world_size > 1 and not last else runtime.nullcontext():
                 with runtime.autocast(self.resolved.amp, device):
@@ -263,7 +270,7 @@ class Trainer:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
+        self.ema.update(self.model, step + 1)
         self.window.loss += loss
         self.window.grad_norm += torch.where(torch.isfinite(norm), norm, 0)
         self.window.steps += 1
@@ -300,6 +307,8 @@ class Trainer:
                 continue
             if log_due:
                 self._log()
+                if self._settled():
+                    break
             self.alive()
             if code and self.at.step < total:  # the last step is followed by its save in any case
                 return self._stop(STOP_REASONS[code])
@@ -323,6 +332,14 @@ class Trainer:
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest)
 
+    def _settled(self) -> bool:
+        """Whether the last logged losses changed so little that training ends early; the same on every rank."""
+        train, losses = self.config.train, self.at.early_stop_losses
+        if train.early_stop_below is None or len(losses) < train.early_stop_window:
+            return False
+        changes = [abs(b - a) for a, b in pairwise(losses)]
+        return sum(changes) / len(changes) < train.early_stop_below
+
     def _log(self) -> None:
         """The window's means over all ranks, as one metrics record."""
         sums = self.world.mean(torch.stack([self.window.loss, self.window.grad_norm])) / max(1, self.window.steps)
@@ -340,6 +357,7 @@ class Trainer:
             "gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         }
         self.window = Window.empty(device)
+        self.at.early_stop_losses = [*self.at.early_stop_losses, loss][-self.config.train.early_stop_window :]
         self._mark_time()
         if self.telemetry:
             self.telemetry.log(self._latest)
@@ -393,6 +411,9 @@ class Trainer:
         if self._window_first < self.at.step and self.at.step % self.config.log.every_steps:
             self._log()
         self._grid(stop_requested)
+        if self.telemetry and self._settled():
+            below, window = self.config.train.early_stop_below, self.config.train.early_stop_window
+            say("the loss has settled: ending early", step=self.at.step, early_stop_below=below, over_lines=window)
         saved = self.world.share(self._save(wait=True, final=True))  # the last manifest says that all is there
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest, force=True)

@@ -72,13 +72,14 @@ def run_record(run: RunDir) -> dict[str, Any]:
 
 
 def finished(run: RunDir, config: configs.Config) -> bool:
-    """Whether training reached its length: the manifest of the last step is published last of all."""
+    """Whether training reached its end: the manifest of the last step is published last of all."""
     try:
         step = run.latest_step()
-        whole = read_signed(run.manifest(step))["bytes"] == run.checkpoint(step).stat().st_size
+        manifest = read_signed(run.manifest(step))
+        whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError):
         return False
-    return whole and step >= config.train.total_steps
+    return whole and (step >= config.train.total_steps or manifest.get("early_stopped", False))
 
 
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
@@ -243,7 +244,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     import torch
 
     from ddpm import checkpoint, generate, runtime
-    from ddpm.trainer import schedule_of
+    from ddpm.schedule import build as build_schedule
 
     run, env = life.run, life.env
     config = configs.load(run.config)
@@ -279,7 +280,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
                 request,
                 shard,
                 eps_model=eps_model,
-                schedule=schedule_of(config),
+                schedule=build_schedule(config.diffusion),
                 image_shape=(3, size, size),
                 variance=config.diffusion.variance,
                 num_classes=config.model.num_classes,
@@ -303,11 +304,11 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
 
     Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
     """
-    from ddpm import checkpoint, generate
+    from ddpm import checkpoint, sampleset
 
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():
-        return generate.read_request(sample_set)
+        return sampleset.read_request(sample_set)
     if not finished(run, config):
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
@@ -316,7 +317,7 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
         )
     from launch.requests import from_config
 
-    return generate.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
+    return sampleset.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
 
 
 # ---------------------------------------------------------------- evaluate
@@ -327,14 +328,14 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
     import torch
 
     from ddpm import evaluate as scoring
-    from ddpm import features, generate
+    from ddpm import features, sampleset
     from launch import requests
 
     run, env = life.run, life.env
     config = configs.load(run.config)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
-    if missing := generate.missing_shards(sample_set, request):
+    if missing := sampleset.missing_shards(sample_set, request):
         return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,22 @@ from launch.environment import PROJECT
 
 
 def check_data(config: Config, stages: list[str]) -> None:
-    """Paths and splits that the chain will read, before anything is written. Raises RequestError."""
+    """Paths, classes and splits that the chain will read, before anything is written. Raises RequestError."""
     from ddpm.data import open_source
 
-    open_source(config.data)
+    source = open_source(config.data)
+    if config.model.num_classes not in (0, len(source.classes)):
+        raise RequestError(f"model.num_classes = {config.model.num_classes}: {_classes_there_are(source.classes)}")
     if "evaluate" in stages:
         requests.check_split(config, config.evaluate.reference)
+
+
+def _classes_there_are(have: list[str]) -> str:
+    """What model.num_classes may be with this data, and why."""
+    if len(have) > 1:
+        some = ", ".join(have[:12]) + (", …" if len(have) > 12 else "")
+        return f"the data has {len(have)} classes ({some}); use {len(have)}, or 0 for a model without classes"
+    return "the images lie in no class folders, or all in one; sort them into CLASS/NAME.png, or use 0"
 
 
 def check_existing(run: RunDir, config: Config) -> bool:
@@ -56,7 +67,11 @@ def differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str
     lines = []
     for key in configs.field_keys(Config):
         a, b = _at(old, key), _at(new, key)
-        covered = key.split(".")[0] in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
+        section, _, leaf = key.partition(".")
+        covered = section in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
+        covered = covered and not (section == "train" and leaf in configs.UNLEARNED)
+        if leaf in configs.LENGTHS:
+            covered = asked.train.lr_schedule == "cosine"
         if a != b and (covered or not mathematics):
             lines.append(f"{key} is {a!r} there and {b!r} here")
     return "; ".join(lines)
@@ -68,9 +83,14 @@ def _at(tree: dict[str, Any], key: str) -> Any:
     return tree
 
 
+def cache_of(site: Site, root: Path) -> Path:
+    """Where packed data and statistics are kept."""
+    return environment.expand(site.data_cache) if site.data_cache else root / ".cache"
+
+
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
     """What needs a network or a decoder, done here: data packed, weights fetched. Returns run.json's `data`."""
-    cache = Path(environment.expand(site.data_cache)) if site.data_cache else root / ".cache"
+    cache = cache_of(site, root)
     made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -94,7 +114,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         from ddpm.features import ensure_inception_weights
 
         ensure_inception_weights()
-    bar = _packing_progress()
+    bar = show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar)
     if "evaluate" in stages and config.evaluate.reference == "test":
         data.pack(config.data, "test", cache / "data", progress=bar)
@@ -112,14 +132,15 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     }
 
 
-def _packing_progress() -> Any:
+def show_progress(doing: str) -> Callable[[int, int], None]:
+    """A function (done, total) that says so: one line that changes on a terminal, else a line per 10,000 images."""
     tty = sys.stderr.isatty()
 
     def show(done: int, total: int) -> None:
         if tty:
-            print(f"\rpacking {done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
+            print(f"\r{doing} {done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
         elif done % 10_000 == 0:
-            print(f"packing {done}/{total} images", flush=True)
+            print(f"{doing} {done}/{total} images", flush=True)
 
     return show
 

@@ -16,7 +16,7 @@ from launch.environment import JobEnvironment
 
 if TYPE_CHECKING:
     from ddpm.checkpoint import Generation
-    from ddpm.generate import Request
+    from ddpm.sampleset import Request
 
 MAX_ROUNDS = 3
 
@@ -24,13 +24,16 @@ MAX_ROUNDS = 3
 def default_set(config: Config, step: int) -> str:
     """The name of the set that the config itself asks for at `step`."""
     s = config.sample
-    return f"{s.sampler}{s.steps}-step{step}-seed{s.seed}"
+    how = "" if s.guidance is None else f"-guided{s.guidance:g}"
+    how += "" if s.class_plan is None else "-plan"
+    how += "" if s.clip_x_0 else "-unclipped"
+    return f"{s.sampler}{s.steps}{how}-step{step}-seed{s.seed}"
 
 
 def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
     """The request that `config.sample` makes of one checkpoint. The same on every machine: `precision: auto` is what
     the run was trained in where that was bf16, else fp32."""
-    from ddpm.generate import CheckpointRef, Request
+    from ddpm.sampleset import CheckpointRef, Request
 
     s = config.sample
     record = read_json(run.run_json) or {}
@@ -42,13 +45,14 @@ def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
         sampler=s.sampler,
         steps=s.steps,
         eta=s.eta,
-        guidance=None,
+        guidance=s.guidance,
         seed=s.seed,
         num_samples=s.num_samples,
         shards=s.shards,
         batch=min(s.batch, s.num_samples),
         precision=precision,
-        class_plan=None,
+        class_plan=s.class_plan,
+        clip_x_0=s.clip_x_0,
     )
 
 
@@ -87,11 +91,11 @@ def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
     sample_set, s = run.sample_set(set_name), config.sample
     if not sample_set.request.exists():
         return list(range(s.shards))
-    from ddpm import generate
+    from ddpm import sampleset
 
-    there = generate.read_request(sample_set)
-    asked = {"num_samples": s.num_samples, "shards": s.shards, "eta": s.eta, "weights": s.weights}
-    asked["batch"] = min(s.batch, s.num_samples)
+    there = sampleset.read_request(sample_set)
+    names = ("num_samples", "shards", "eta", "weights", "guidance", "class_plan", "clip_x_0")
+    asked = {**{name: getattr(s, name) for name in names}, "batch": min(s.batch, s.num_samples)}
     if others := [
         f"sample.{k} is {getattr(there, k)!r} there and {v!r} here" for k, v in asked.items() if getattr(there, k) != v
     ]:
@@ -99,7 +103,7 @@ def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
             f"sample set {set_name} exists with another request: {'; '.join(others)}. Ask for the same, or make "
             f"another set: python launch/sample.py {run.path} --set OTHERNAME"
         )
-    return generate.missing_shards(sample_set, there)
+    return sampleset.missing_shards(sample_set, there)
 
 
 def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
@@ -188,8 +192,7 @@ def check_split(config: Config, name: str) -> None:
         return
     from ddpm.data import open_source
 
-    source = open_source(config.data)
-    splits = sorted(source.members) or (["train", "test"] if source.kind == "cifar10" else ["train"])
+    splits = sorted(open_source(config.data).members)
     if name not in splits:
         raise RequestError(f"reference = {name}: {config.data.name} has {splits} here; or give a file or folder")
 

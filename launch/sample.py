@@ -4,25 +4,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import USUAL_STEPS, Config
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, check_name
 from launch import cluster, console, environment, requests, scheduler
 
 if TYPE_CHECKING:
     from ddpm.checkpoint import Generation
-    from ddpm.generate import Request
+    from ddpm.sampleset import Request
 
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
   python launch/sample.py cifar10 --sampler ancestral --shards 128    all 1000 steps, as in the paper
+  python launch/sample.py cifar10-conditional --sampler dpmpp_2m --guidance 1.5 --class-plan balanced
   python launch/sample.py cifar10 --set early --step 100000 --num-samples 5000
   python launch/sample.py cifar10 --set early --png                   unpack a finished set to PNG files
 
@@ -35,6 +37,7 @@ OPTIONS = {
     "sampler": str,
     "steps": int,
     "eta": float,
+    "guidance": float,
     "seed": int,
     "weights": str,
 }
@@ -46,6 +49,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", dest="set_name", help="the sample set's name (default: from sampler, step and seed)")
     for name, kind in OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"default: the config's sample.{name}")
+    parser.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
+    parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--png", action="store_true", help="unpack the finished set to samples/SET/png/")
     parser.add_argument("--prepare", action="store_true", help="publish the request, queue nothing")
@@ -71,15 +76,36 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
 
     there: the request of the set that is named, if it exists: what is not asked for is as it was.
     """
-    asked = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    asked: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if args.no_clip:
+        asked["clip_x_0"] = False
     if there is not None:
-        asked = {**{name: getattr(there, name) for name in (*OPTIONS, "precision")}, **asked}
+        kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
+        asked = {**{name: getattr(there, name) for name in kept}, **asked}
     config = configs.load(run.config)
+    if args.class_plan is not None:
+        num_samples = asked.get("num_samples", config.sample.num_samples)
+        asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
     if asked.get("sampler", config.sample.sampler) != config.sample.sampler and "steps" not in asked:
         # the config's steps are for its own sampler; ancestral sampling means all of them
         timesteps = config.diffusion.timesteps
-        asked["steps"] = timesteps if asked["sampler"] == "ancestral" else min(100, timesteps)
-    return configs.load(run.config, [f"sample.{name}={value}" for name, value in asked.items()])
+        asked["steps"] = min(USUAL_STEPS.get(asked["sampler"], timesteps), timesteps)
+    return configs.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
+
+
+def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
+    """The counts that --class-plan means; their number and sum are the config's to check. Raises RequestError."""
+    if text == "balanced":
+        if not num_classes or num_samples % num_classes:
+            raise RequestError(
+                f"--class-plan balanced: num_samples = {num_samples} must be a multiple of the model's "
+                f"{num_classes} classes (model.num_classes)"
+            )
+        return [num_samples // num_classes] * num_classes
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise RequestError(f"--class-plan {text!r}: must be `balanced`, or counts such as 100,100,50") from None
 
 
 def existing_request(run: RunDir, set_name: str | None) -> Request | None:
@@ -89,7 +115,7 @@ def existing_request(run: RunDir, set_name: str | None) -> Request | None:
     sample_set = run.sample_set(check_name(set_name, "sample set name"))
     if not sample_set.request.exists():
         return None
-    from ddpm.generate import read_request
+    from ddpm.sampleset import read_request
 
     return read_request(sample_set)
 
@@ -129,12 +155,12 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
-    from ddpm import generate
+    from ddpm import sampleset
 
-    missing = generate.missing_shards(sample_set, request)
+    missing = sampleset.missing_shards(sample_set, request)
     if missing and not args.prepare:
         site = cluster.settle(site, dry_run=False)
-    generate.publish_request(sample_set, request)
+    sampleset.publish_request(sample_set, request)
     if args.prepare:
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make, with\n"
@@ -148,13 +174,13 @@ def main() -> int:
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
     )
     if args.png:
-        print(f"unpacked to {generate.unpack_png(sample_set, request, sample_set.path / 'png')}")
+        print(f"unpacked to {sampleset.unpack_png(sample_set, request, sample_set.path / 'png')}")
     return 0
 
 
 def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
     """Have the missing shards made. None when they are; else the exit code to leave with."""
-    from ddpm import generate
+    from ddpm import sampleset
 
     if not requests.jobs_in_queue(run, "train"):
         requests.lift_stop(run)
@@ -175,7 +201,7 @@ def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, 
             return 0
         console.follow_jobs(run, there)
     sample_set = run.sample_set(set_name)
-    if left := generate.missing_shards(sample_set, generate.read_request(sample_set)):
+    if left := sampleset.missing_shards(sample_set, sampleset.read_request(sample_set)):
         print(f"error: shards {scheduler.ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)
         return 1
     return None

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python launch/status.py --json               for scripts
 """
 SILENT_AFTER_S = 60.0
+TRAINING = ("submitted", "started", "resumed", "finished")
 
 
 def parse() -> argparse.Namespace:
@@ -91,12 +92,13 @@ def _state(
     run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
 ) -> str:
     """complete | running | queued | stopped | failed | prepared | ended: the run directory's word, then SLURM's."""
-    trained = total and saved >= total
+    last = next((e["event"] for e in reversed(events) if e["event"] != "checkpoint"), None)
+    training = [e["event"] for e in events if e["event"] in TRAINING and e.get("stage", "train") == "train"]
+    trained = (total and saved >= total) or training[-1:] == ["finished"]  # it may have ended early
     if trained and not jobs:
         return "complete"
     if jobs:
         return "running" if "RUNNING" in jobs.values() else "queued"
-    last = next((e["event"] for e in reversed(events) if e["event"] != "checkpoint"), None)
     if last == "failed":
         return "failed"
     if run.stop_file.exists():

@@ -17,7 +17,7 @@ from ddpm import config as configs
 from ddpm.config import Config, check_world_size
 from ddpm.errors import DDPMError, RequestError
 from ddpm.rundir import RunDir, check_name, read_json, read_jsonl
-from launch import cluster, console, environment, preparing, requests, scheduler, slurm
+from launch import cluster, console, environment, preparing, recipes, requests, scheduler, slurm
 from launch.cluster import Site
 from launch.environment import PROJECT
 
@@ -25,12 +25,15 @@ EXAMPLES = """examples:
   python launch/submit.py --partition gpu                               the whole command: Ho et al.'s CIFAR-10 model
   python launch/submit.py configs/cifar10.yaml train.lr=1e-4 --name low-lr --partition gpu --nodes 2 --gpus-per-node 4
   python launch/submit.py --partition gpu --time 4h --then sample,evaluate    … then 50,000 images, and their FID
+  python launch/submit.py --list                                        the recipes in configs/
   python launch/submit.py --partition gpu --dry-run                     show config and job script; touch nothing
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
-The same command again resumes the run, extends it (train.total_steps=…), or says that it is complete.
+The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
 A run ends for good with scancel; `touch runs/NAME/STOP` ends it at the next step with a save.
 """
+CELEBA_TRAIN_IMAGES = 162_770
+"""In the data set's own partition."""
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +44,7 @@ def parse() -> argparse.Namespace:
         metavar="CONFIG key=value",
         help="a config file (default configs/cifar10.yaml) and any of its keys, e.g. train.lr=1e-4",
     )
+    parser.add_argument("--list", action="store_true", help="show the recipes in configs/, and leave")
     parser.add_argument("--name", help="the run's name (default: the config's)")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     parser.add_argument("--then", default="", metavar="sample,evaluate", help="what to do when training is done")
@@ -75,6 +79,30 @@ def check_resources(config: Config, site: Site) -> None:
         raise RequestError(
             f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
         )
+
+
+def num_images(config: Config, run: RunDir) -> int | None:
+    """Training images, without packing any: an existing run's record says, else the data. None: not known yet.
+
+    Raises RequestError for a data.path that cannot serve.
+    """
+    if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
+        return int(known)
+    from ddpm.data import open_source
+
+    source = open_source(config.data)
+    if source.kind == "celeba":  # not downloaded: its attributes are not known
+        return None if config.data.attributes else CELEBA_TRAIN_IMAGES
+    return source.num_images("train") if "train" in source.members else None
+
+
+def resolve_length(config: Config, run: RunDir) -> Config:
+    """The config with its length in steps, if that can be known before the data is packed; else as it is."""
+    train = config.train
+    if train.total_steps is not None:
+        return config
+    num = 0 if train.total_images else num_images(config, run)  # total_images mean the same with any data
+    return config if num is None else config.resolve_length(num)
 
 
 # ---------------------------------------------------------------- queueing
@@ -140,8 +168,16 @@ def check_queued(run: RunDir, config: Config) -> bool:
     return bool(jobs)
 
 
-def print_dry_run(config: Config, site: Site, run: RunDir, jobs: list[scheduler.Job]) -> None:
-    print(f"# run directory: {run.path}\n# config, resolved (digest {config.digest()[:12]}):\n{config.to_yaml()}")
+def print_dry_run(config: Config, site: Site, run: RunDir, stages: list[str]) -> None:
+    known = config.train.total_steps is not None
+    print(f"# run directory: {run.path}")
+    print(f"# config, resolved (digest {config.digest()[:12]}):" if known else "# config:")
+    print(config.to_yaml())
+    if not known:
+        print(f"# length: {config.train.total_epochs} epochs (steps known once the data is packed)")
+        if stages:
+            print(f"# after training: {', '.join(stages)}, of a set that is named after the last step")
+    jobs = jobs_of(run, config, site, stages if known else [])
     if cluster.is_local(site):
         print("# processes on this machine, one after another:")
     for job in jobs:
@@ -154,15 +190,19 @@ def print_dry_run(config: Config, site: Site, run: RunDir, jobs: list[scheduler.
 
 def main() -> int:
     args = parse()
-    config, stages = read_request(args)
+    if args.list:
+        recipes.print_table(PROJECT / "configs")
+        return 0
+    asked, stages = read_request(args)
     site = cluster.resolve(args)
     root = environment.runs_root(args.root)
-    run = RunDir(root / config.name)
-    check_resources(config, site)
+    run = RunDir(root / asked.name)
+    check_resources(asked, site)
+    config = resolve_length(asked, run)
     if args.dry_run:
         preparing.check_existing(run, config)
         site = cluster.settle(site, dry_run=True)
-        print_dry_run(config, site, run, jobs_of(run, config, site, stages))
+        print_dry_run(config, site, run, stages)
         return 0
     preparing.check_data(config, stages)
     exists = preparing.check_existing(run, config)
@@ -174,6 +214,7 @@ def main() -> int:
         return 0
 
     data = preparing.prepare_inputs(config, site, root, stages)
+    config = asked.resolve_length(data["num_images"])
     record = preparing.describe(config, site, run, data)
     if not exists:
         preparing.create_run(run, config, record)

@@ -77,7 +77,10 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
             f"beyond {here}; see the log, mend the cause, submit again",
         )
     fields = {"reason": reason, "exit_code": code, "progress": here, "stage": stage}
-    if not slurm.may_requeue(env.job):
+    # Where pre-emption means cancelling, SLURM lets a job requeue itself but remembers that it was to end it. The task
+    # of an array has no successor: it comes back by itself, or is made up for later.
+    cancels = reason == "preempted" and stage != "sample" and not slurm.mercy(env.job).requeues
+    if cancels or not slurm.may_requeue(env.job):
         if stage == "sample":
             return _failed(
                 log, code, "requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -25,4 +26,38 @@ def write_zip(
                 buffer = io.BytesIO()
                 Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
                 archive.writestr(zipfile.ZipInfo(f"{split}/{kind}/{i:04d}.png"), buffer.getvalue())
+    return path
+
+
+NUM_KINDS = 10
+
+
+def picture(i: int, size: int = 32) -> np.ndarray:
+    """The i-th of endless pictures, uint8 (size, size, 3): a disc on a ramp of two colours, with stripes over both.
+
+    There are NUM_KINDS kinds, i % NUM_KINDS, by the number of stripes; colours, places and contrasts vary freely, so
+    that edges, areas and texture have to be told from noise as in a photograph.
+    """
+    rng = np.random.default_rng(i)
+    y, x = np.mgrid[:size, :size] / size
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = (x * np.cos(angle) + y * np.sin(angle) + 1.5)[..., None] / 3
+    one, other, disc = rng.uniform(0, 255, (3, 3))
+    pixels = one * ramp + other * (1 - ramp)
+    middle_x, middle_y, radius = rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8), rng.uniform(0.15, 0.4)
+    pixels = np.where(np.hypot(x - middle_x, y - middle_y)[..., None] < radius, disc, pixels)
+    stripes = np.sin(2 * np.pi * (1 + i % NUM_KINDS) * (x * np.sin(angle) + y * np.cos(angle)))
+    return (pixels + rng.uniform(5, 40) * stripes[..., None]).clip(0, 255).astype(np.uint8)
+
+
+def given_or_made(where: Path, *, num_images: int = 1000) -> Path:
+    """Images to train on, a folder or zip with ten classes: $DDPM_TEST_IMAGES, else a zip of pictures in `where`."""
+    if given := os.environ.get("DDPM_TEST_IMAGES"):
+        return Path(given)
+    path = where / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(num_images):
+            buffer = io.BytesIO()
+            Image.fromarray(picture(i)).save(buffer, format="PNG")
+            archive.writestr(zipfile.ZipInfo(f"train/{i % NUM_KINDS}/{i:04d}.png"), buffer.getvalue())
     return path

@@ -55,6 +55,16 @@ BAD = {
     "profile": (["--profile", "locale"], ["--profile locale", "did you mean local?"]),
     "reference file": (["--then", "sample,evaluate", "evaluate.reference=no.npz"], ["reference = no.npz"]),
     "split": (["--then", "sample,evaluate", "evaluate.reference=test"], ["reference = test", "['train']"]),
+    "no epochs": (["train.total_epochs=0"], ["train.total_epochs", "0", "greater than or equal to 1"]),
+    "no length": (["train.total_steps=null"], ["train.total_steps", "total_epochs"]),
+    "warm-up longer than the epochs": (
+        ["train.total_epochs=1", "train.lr_schedule=cosine", "train.warmup_steps=225"],
+        ["train.warmup_steps = 225", "train.total_steps = 225", "1797 images"],
+    ),
+    "epochs of data that is not there": (
+        ["train.total_epochs=1", "data.name=images", "data.path=/nowhere"],
+        ["data.path", "/nowhere", "does not exist"],
+    ),
     "misspelt option": (["--tasks-per-nod=e", "x"], ["--tasks-per-nod"]),
     "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
 }
@@ -172,18 +182,33 @@ def test_a_cosine_run_cannot_be_extended_because_its_learning_rate_depends_on_th
         "submit", "tiny.yaml", "--cluster", "local", "train.lr_schedule=cosine", "train.total_steps=500"
     )
     assert "train.total_steps is 400 there and 500 here" in message
+    message = shell.refused(
+        "submit", "tiny.yaml", "--cluster", "local", "train.lr_schedule=cosine", "train.total_epochs=2"
+    )
+    assert "train.total_steps is 400 there and 450 here" in message
 
 
-def test_a_run_is_not_made_shorter_than_it_is(finished: Shell) -> None:
-    message = finished.refused("submit", "tiny.yaml", "--cluster", "local", "train.total_steps=10")
-    assert "already at step 400" in message
+@pytest.mark.parametrize("length", ["total_steps=10", "total_epochs=1", "total_images=3192"])
+def test_a_run_is_not_made_shorter_than_it_is(finished: Shell, length: str) -> None:
+    for option in ([], ["--dry-run"]):
+        message = finished.refused("submit", "tiny.yaml", "--cluster", "local", f"train.{length}", *option)
+        assert "already at step 400" in message
 
 
+@pytest.mark.parametrize("words", [[], ["train.total_epochs=1"]])
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
-def test_a_name_that_something_else_has_is_refused(shell: Shell, make: Callable[[Path], None]) -> None:
+def test_a_name_that_something_else_has_is_refused(
+    shell: Shell, make: Callable[[Path], None], words: list[str]
+) -> None:
     shell.root.mkdir()
     make(shell.root / "tiny")
-    assert "exists and is no run" in shell.refused("submit", "tiny.yaml", "--cluster", "local")
+    assert "exists and is no run" in shell.refused("submit", "tiny.yaml", "--cluster", "local", *words)
+
+
+def test_two_lengths_in_a_file_are_refused(shell: Shell) -> None:
+    (shell.cwd / "two.yaml").write_text("train: {total_steps: 10, total_epochs: 1}\n")
+    message = shell.refused("submit", "two.yaml", "--cluster", "local")
+    assert "train.total_steps = 10, train.total_epochs = 1: only one" in message
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.harness import PROJECT, Shell, snapshot
+from tests.celeba import write_celeba
+from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
 SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
 SHELL_SCRIPTS = sorted([*PROJECT.glob("slurm/*"), *PROJECT.glob("tools/**/*.sh")])
@@ -69,6 +70,77 @@ def test_dry_run_prints_the_config_that_would_be_frozen(shell: Shell) -> None:
     assert shell.submit("train.lr=5e-4", "--name", "other", "--prepare").returncode == 0
     assert (shell.root / "other" / "config.yaml").read_text() in shown
     assert f"# run directory: {shell.root}/other" in shown
+
+
+# ---------------------------------------------------------------- how long
+
+
+def frozen_steps(text: str) -> int:
+    """The length in a frozen config or a dry run, which must be in steps alone."""
+    assert "total_images: null" in text and "total_epochs: null" in text, text
+    (steps,) = re.findall(r"total_steps: (\d+)", text)
+    return int(steps)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"), [("cifar10-64-standard", 23_438), ("cifar10-cosine", 97_657), ("celeba-64", 254_329)]
+)
+def test_epochs_of_known_data_are_shown_as_steps(shell: Shell, recipe: str, steps: int) -> None:
+    text = dry_run(shell, str(PROJECT / "configs" / f"{recipe}.yaml"), "--then", "sample")
+    assert frozen_steps(text) == steps and f"-step{steps}-" in text
+    assert not shell.root.exists()
+
+
+def test_epochs_of_faces_that_are_yet_to_be_chosen_are_shown_as_epochs(shell: Shell) -> None:
+    smiling = [str(PROJECT / "configs" / "celeba-64.yaml"), "data.attributes={Smiling: true}", "--then", "sample"]
+    text = dry_run(shell, *smiling)
+    assert "# length: 200 epochs (steps known once the data is packed)" in text and "total_epochs: 200" in text
+    assert "after training: sample, of a set that is named after the last step" in text
+    assert "None" not in text and "celeba-64-train" in text and "celeba-64-sample" not in text
+    assert frozen_steps(dry_run(shell, *smiling, "train.total_images=1000")) == 8  # of 128: any data will do
+
+
+@pytest.mark.parametrize(("words", "steps"), [(["train.total_epochs=2"], 450), (["train.total_images=81"], 11)])
+def test_a_length_in_epochs_or_images_is_frozen_in_steps_as_the_dry_run_shows(
+    shell: Shell, words: list[str], steps: int
+) -> None:
+    shown = dry_run(shell, "tiny.yaml", *words, "--cluster", "local", "--then", "sample")
+    assert f" ddim4-step{steps}-seed0 " in shown
+    assert shell.submit(*words, "--prepare").returncode == 0
+    frozen = (shell.root / "tiny" / "config.yaml").read_text()
+    assert frozen in shown and frozen_steps(frozen) == steps  # of 8 images, of which there are 1,797
+
+
+@pytest.mark.parametrize(("words", "num"), [([], 40), (["data.attributes={Smiling: true}"], 14)])
+def test_epochs_of_faces_become_steps_of_as_many_as_were_packed(shell: Shell, words: list[str], num: int) -> None:
+    """Also where the known size would say otherwise: what lies where a download would have put it is less."""
+    write_celeba(shell.root / ".cache" / "data" / "celeba", zipped=True)
+    words = ["data.name=celeba", *words, "train.total_epochs=4"]
+    for _ in range(2):  # the second goes by what the first has kept
+        done = shell.submit(*words, "--prepare")
+        assert done.returncode == 0 and f"{num} images" in done.stdout, done.stderr
+        assert frozen_steps((shell.root / "tiny" / "config.yaml").read_text()) == num * 4 / 8
+    assert frozen_steps(dry_run(shell, "tiny.yaml", *words)) == num * 4 / 8
+
+
+def test_epochs_of_a_run_are_of_the_images_that_it_was_made_for(shell: Shell) -> None:
+    write_zip(shell.cwd / "a.zip", {f"{i}.png": png(16, i) for i in range(9)} | {"test/1.png": png()})
+    words = ["data.name=images", "data.path=a.zip", "train.total_epochs=9"]
+    assert frozen_steps(dry_run(shell, "tiny.yaml", *words)) == 11
+    assert shell.submit(*words, "--prepare").returncode == 0
+    (shell.cwd / "a.zip").unlink()
+    assert frozen_steps(dry_run(shell, "tiny.yaml", *words)) == 11
+
+
+def test_the_same_command_with_more_epochs_extends_a_run_and_the_same_length_otherwise_said_is_complete(
+    again: Shell,
+) -> None:
+    assert "run tiny is complete: 400 steps" in again.submit("train.total_images=3200").stdout  # 400 steps of 8
+    assert again.submit("train.total_epochs=2", "--prepare").returncode == 0
+    assert frozen_steps((again.root / "tiny" / "config.yaml").read_text()) == 450
+
+
+# ---------------------------------------------------------------- resources
 
 
 OPTIONS = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm.config import Config, build, check_world_size, field_keys, load
+from ddpm.config import Config, Section, build, check_world_size, field_keys, load, load_yaml
 from ddpm.errors import RequestError
 from tests.training import make_config
 
@@ -56,22 +56,74 @@ BAD = {
     "seed: -1": ["seed", "-1", "greater than or equal to 0"],
     "name: 17": ["name", "17", "string"],
     "name: a/b": ["'a/b'", "A-Z"],
-    "data: {name: mnist}": ["data.name", "'mnist'", "'cifar10', 'images' or 'digits'"],
+    "data: {name: mnist}": ["data.name", "'mnist'", "'cifar10', 'celeba', 'images' or 'digits'"],
     "data: {name: images}": ["data.path", "folder or a .zip"],
-    "data: {image_size: 30}": ["data.image_size", "30", "divisible by 8"],
+    "data: {image_size: 30}": ["data.image_size", "30", "8 must divide"],
+    "data: {attributes: {Male: true}}": ["data.attributes", "Male", "data.name=cifar10", "celeba"],
+    "data: {label_attributes: [Male]}": ["data.label_attributes", "Male", "data.name=cifar10", "celeba"],
+    "data: {name: celeba, attributes: {Male: no}}": ["data.attributes", "'no'", "boolean"],
+    "data: {name: celeba, attributes: [Male]}": ["data.attributes", "['Male']", "dictionary"],
+    "data: {name: celeba, label_attributes: Male}": [
+        "data.label_attributes",
+        "'Male'",
+        "list, such as [Male, Smiling]",
+    ],
+    "data: {name: celeba, label_attributes: [a, b, a]}": ["data.label_attributes", "['a', 'b', 'a']", "once"],
+    "data: {name: celeba, label_attributes: [a, b]}": ["model.num_classes", "0", "must be 4", "['a', 'b']"],
+    "data: {name: celeba}\nmodel: {num_classes: 2}": ["model.num_classes", "2", "data.label_attributes", "must be 0"],
     "model: {channel_mults: [1, x]}": ["model.channel_mults", "'x'", "integer", "(1, 2, 2, 2)"],
     "model: {channel_mults: []}": ["model.channel_mults", "[]", "one factor"],
     "model: {channel_mults: [1, 0]}": ["model.channel_mults", "0", ">= 1"],
     "model: {channel_mults: 2}": ["model.channel_mults", "2", "list, such as [1, 2]"],
     "model: {attention_resolutions: [7]}": ["model.attention_resolutions", "7", "[32, 16, 8, 4]"],
-    "model: {attention_heads: 3}": ["model.attention_heads", "3", "256"],
+    "model: {attention_heads: 3}": ["model.attention_heads", "3", "256", "[1, 2, 4, 8"],
+    "model: {base_channels: 33}": ["model.base_channels", "33", "even"],
+    "model: {block: wide}": ["model.block", "'wide'", "'residual' or 'plain'"],
+    "model: {attention_in: middle}": ["model.attention_in", "'middle'", "'both', 'encoder' or 'decoder'"],
+    "model: {middle_attention: 1}": ["model.middle_attention", "1", "boolean"],
+    "model: {downsample: max}": ["model.downsample", "'max'", "'conv', 'pool' or 'conv_asymmetric'"],
+    "model: {upsample: bilinear}": ["model.upsample", "'bilinear'", "'conv' or 'transpose'"],
+    "model: {norm_groups: 48}": ["model.norm_groups", "48", "128", "[1, 2, 4, 8, 16, 32, 64, 128]"],
+    "model: {norm_groups: 0}": ["model.norm_groups", "0", "greater than or equal to 1"],
+    "model: {time_embed_channels: 0}": ["model.time_embed_channels", "0", "greater than or equal to 1"],
     "model: {dropout: 1.0}": ["model.dropout", "1.0", "less than 1"],
     "diffusion: {beta_start: 0.5, beta_end: 0.1}": ["diffusion.beta_start", "0.5", "below"],
     "diffusion: {timesteps: 10}": ["diffusion.timesteps", "10", "at least 21"],
+    "diffusion: {schedule: sigmoid}": ["diffusion.schedule", "'sigmoid'", "'linear', 'cosine' or 'dns'"],
+    "diffusion: {schedule: dns, dns_offset: 0}": ["diffusion.dns_offset", "0", "greater than 0"],
+    "diffusion: {prediction: v}": ["diffusion.prediction", "'v'", "'eps'"],
+    "diffusion: {loss: huber}": ["diffusion.loss", "'huber'", "'l2' or 'l1'"],
+    "train: {total_steps: null}": ["train.total_steps", "None", "total_images", "total_epochs"],
+    "train: {total_steps: 5, total_epochs: 2}": ["train.total_steps = 5", "train.total_epochs = 2", "only one"],
+    "train: {total_images: 5, total_epochs: 2}": ["train.total_images = 5", "train.total_epochs = 2", "only one"],
+    "train: {total_epochs: 0}": ["train.total_epochs", "0", "greater than or equal to 1"],
+    "train: {optimizer: sgd}": ["train.optimizer", "'sgd'", "'adam' or 'adamw'"],
+    "train: {weight_decay: 0.1}": ["train.weight_decay", "0.1", "adamw"],
+    "train: {label_dropout: 0.1}": ["train.label_dropout", "0.1", "model.num_classes"],
+    "train: {label_dropout: 1.0}": ["train.label_dropout", "1.0", "less than 1"],
+    "train: {ema_every_steps: 0}": ["train.ema_every_steps", "0", "greater than or equal to 1"],
+    "train: {ema_start_step: -1}": ["train.ema_start_step", "-1", "greater than or equal to 0"],
+    "train: {early_stop_window: 1}": ["train.early_stop_window", "1", "greater than or equal to 2"],
+    "train: {early_stop_below: 0}": ["train.early_stop_below", "0", "greater than 0"],
     "train: {global_batch: 12, micro_batch: 5}": ["train.micro_batch", "5", "12", "[1, 2, 3, 4, 6, 12]"],
     "train: {lr_schedule: cosine, total_steps: 9, warmup_steps: 9}": ["train.warmup_steps", "9", "below"],
     "sample: {steps: 2000}": ["sample.steps", "2000", "1000"],
     "sample: {num_samples: 3, shards: 4}": ["sample.shards", "4", "3"],
+    "sample: {sampler: euler}": ["sample.sampler", "'euler'", "'ancestral', 'ddim' or 'dpmpp_2m'"],
+    "sample: {guidance: -1}": ["sample.guidance", "-1", "greater than or equal to 0"],
+    "sample: {guidance: 2}": ["sample.guidance", "2.0", "model.num_classes = 0"],
+    "sample: {guidance: 2}\nmodel: {num_classes: 10}": ["sample.guidance", "2.0", "train.label_dropout = 0.0"],
+    "sample: {class_plan: [50000]}": ["sample.class_plan", "[50000]", "model.num_classes = 0"],
+    "sample: {class_plan: []}": ["sample.class_plan", "[]", "model.num_classes = 0"],
+    "sample: {class_plan: [1, 2]}\nmodel: {num_classes: 3}": [
+        "sample.class_plan",
+        "[1, 2]",
+        "num_classes = 3",
+        "one per",
+    ],
+    "sample: {class_plan: [40000, 2]}\nmodel: {num_classes: 2}": ["sample.class_plan", "40002", "num_samples = 50000"],
+    "sample: {class_plan: [50001, -1]}\nmodel: {num_classes: 2}": ["sample.class_plan", "[50001, -1]", "0 or more"],
+    "sample: {class_plan: 5}": ["sample.class_plan", "5", "list, such as [1, 2]"],
 }
 
 
@@ -131,6 +183,12 @@ def test_the_default_config_is_the_file_of_that_name() -> None:
     assert load(PROJECT / "configs" / "cifar10.yaml") == Config(name="cifar10")
 
 
+def test_the_file_of_the_defaults_shows_every_key() -> None:
+    tree = load_yaml((PROJECT / "configs" / "cifar10.yaml").read_text(), "cifar10.yaml")
+    shown = [f"{k}.{leaf}" for k, v in tree.items() if isinstance(v, dict) for leaf in v]
+    assert {*shown, "name", "seed"} == set(field_keys(Config))
+
+
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid_and_keeps_its_digest_through_yaml(tmp_path: Path, path: Path) -> None:
     config = load(path)
@@ -153,6 +211,8 @@ UNAFFECTED: dict[str, Any] = {
     "name": "other",
     "data__path": "/elsewhere",
     "train__total_steps": 99,
+    "train__early_stop_below": 1e-3,
+    "train__early_stop_window": 5,
     "train__micro_batch": 2,
     "train__compile": True,
     "train__deterministic": False,
@@ -169,6 +229,9 @@ UNAFFECTED: dict[str, Any] = {
     "sample__sampler": "ancestral",
     "sample__steps": 3,
     "sample__eta": 0.5,
+    "sample__guidance": 1.5,
+    "sample__class_plan": [1, 7],
+    "sample__clip_x_0": False,
     "sample__batch": 9,
     "sample__shards": 2,
     "sample__seed": 9,
@@ -182,14 +245,26 @@ AFFECTED: dict[str, Any] = {
     "data__name": "cifar10",
     "data__image_size": 16,
     "data__flip": False,
+    "data__attributes": {"Male": True},
+    "data__label_attributes": ["Male"],
     "model__base_channels": 16,
     "model__channel_mults": [1, 1],
     "model__blocks_per_level": 2,
     "model__attention_resolutions": [],
     "model__attention_heads": 2,
+    "model__block": "plain",
+    "model__attention_in": "decoder",
+    "model__middle_attention": False,
+    "model__downsample": "pool",
+    "model__upsample": "transpose",
+    "model__norm_groups": 4,
+    "model__time_embed_channels": 8,
     "model__dropout": 0.5,
     "model__num_classes": 2,
     "diffusion__timesteps": 9,
+    "diffusion__schedule": "cosine",
+    "diffusion__dns_offset": 8,
+    "diffusion__loss": "l1",
     "diffusion__beta_start": 2e-4,
     "diffusion__beta_end": 0.003,
     "diffusion__variance": "fixed_small",
@@ -199,32 +274,102 @@ AFFECTED: dict[str, Any] = {
     "train__lr_schedule": "cosine",
     "train__grad_clip": None,
     "train__amp": "off",
+    "train__optimizer": "adamw",
+    "train__weight_decay": 0.1,
+    "train__label_dropout": 0.1,
     "train__ema_decay": 0.95,
+    "train__ema_start_step": 2,
+    "train__ema_every_steps": 2,
+    "train__ema_warmup": True,
 }
-ONE_VALUE = {
-    *("model.block", "diffusion.schedule", "diffusion.prediction", "diffusion.loss", "train.optimizer"),
+LABELLED = {"model__num_classes": 2, "train__label_dropout": 0.5}
+NEEDED: dict[str, dict[str, Any]] = {
+    "data__image_size": {"model__attention_resolutions": []},
+    "data__attributes": {"data__name": "celeba"},
+    "data__label_attributes": {"data__name": "celeba", "model__num_classes": 2, "data__label_attributes": ["Smiling"]},
+    "train__label_dropout": {"model__num_classes": 2},
+    "train__weight_decay": {"train__optimizer": "adamw"},
+    "sample__guidance": LABELLED,
+    "sample__class_plan": LABELLED,
 }
+"""What else a key asks for, before the change and after it."""
+ONE_VALUE = {"diffusion.prediction"}
 """Keys that have one value today: changing it is not possible."""
+LENGTHS = {"train.total_images", "train.total_epochs"}
+"""Keys that a run's config no longer has: resolve_length."""
 
 
 def test_the_digest_covers_every_key_that_changes_the_mathematics_and_no_other() -> None:
-    base = make_config(sample__num_samples=8).digest()
     covered = {k.replace("__", ".") for k in (*UNAFFECTED, *AFFECTED)}
-    assert covered | ONE_VALUE == set(field_keys(Config)), "a new key must be put into one of the two lists"
-    for key, value in UNAFFECTED.items():
-        assert make_config(**{"sample__num_samples": 8, key: value}).digest() == base, key
-    for key, value in AFFECTED.items():
-        changes: dict[str, Any] = {"data__image_size": 8, key: value}
-        if key == "data__image_size":
-            changes["model__attention_resolutions"] = []
-            assert make_config(**changes).digest() != make_config(model__attention_resolutions=[]).digest()
-        else:
-            assert make_config(**changes).digest() != base, key
+    assert covered | ONE_VALUE | LENGTHS == set(field_keys(Config)), "a new key must be put into one of the two lists"
+    for key, value in {**UNAFFECTED, **AFFECTED}.items():
+        before = {"sample__num_samples": 8, **NEEDED.get(key, {})}
+        same = make_config(**before).digest() == make_config(**{**before, key: value}).digest()
+        assert same == (key in UNAFFECTED), key
+
+
+def test_runs_of_before_a_key_existed_keep_their_digest() -> None:
+    """What these two gave when the first runs were made."""
+    assert Config().digest() == "4d1cd102100c1987b7dd9fed59f5845895726beea297aa4b1bbc970f2cf86a18"
+    quickstart = load(PROJECT / "configs" / "quickstart.yaml")
+    assert quickstart.digest() == "3bfa0d72fbebf650a0bf887acc83a0b4021d6dee8b9d9d5873ae363e2042b0b5"
+
+
+def test_a_length_in_images_or_epochs_becomes_steps_rounded_up() -> None:
+    by_steps = make_config(train__total_steps=7)
+    assert by_steps.resolve_length(10) is by_steps
+    in_images = make_config(train__total_steps=None, train__total_images=9)  # batches of 4
+    assert in_images.resolve_length(10) == make_config(train__total_steps=3)
+    in_epochs = make_config(train__total_steps=None, train__total_epochs=2)
+    assert [in_epochs.resolve_length(n).train.total_steps for n in (4, 10, 11)] == [2, 5, 6]
+    assert in_epochs.resolve_length(10) == make_config(train__total_steps=5)
+
+
+def test_the_warm_up_is_compared_with_the_length_once_it_is_known() -> None:
+    config = make_config(train__total_steps=None, train__total_epochs=1, train__lr_schedule="cosine")  # warm-up 3
+    assert config.resolve_length(13).train.total_steps == 4
+    with pytest.raises(RequestError, match=r"12 images: train.warmup_steps = 3: must be below train.total_steps = 3"):
+        config.resolve_length(12)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "length"),
+    [
+        ("", [], (800000, None, None)),
+        ("train: {total_epochs: 3}", [], (None, None, 3)),
+        ("train: {total_steps: 5}", ["train.total_epochs=2"], (None, None, 2)),
+        ("train: {total_epochs: 3}", ["train.total_steps=7"], (7, None, None)),
+        ("train: {total_epochs: 3}", ["train.total_steps=7", "train.total_images=9"], (None, 9, None)),
+        ("train: {total_steps: 5}", ["train.total_epochs=null"], (5, None, None)),
+    ],
+)
+def test_the_last_word_on_the_length_wins(
+    tmp_path: Path, text: str, overrides: list[str], length: tuple[int | None, ...]
+) -> None:
+    train = read(tmp_path, text, *overrides).train
+    assert (train.total_steps, train.total_images, train.total_epochs) == length
+
+
+def test_what_belongs_together_is_accepted(tmp_path: Path) -> None:
+    guided = "model: {num_classes: 2}\ntrain: {label_dropout: 0.1}\nsample: {guidance: 2, num_samples: 64}"
+    assert read(tmp_path, guided, "sample.class_plan=[60, 4]").sample.class_plan == (60, 4)
+    faces = read(tmp_path, "", "data.name=celeba", "data.label_attributes=[Male, Smiling]", "model.num_classes=4")
+    assert faces.data.label_attributes == ("Male", "Smiling")
+    kept = read(tmp_path, "", "data.name=celeba", "data.attributes={5_o_Clock_Shadow: false}")
+    assert kept.data.attributes == {"5_o_Clock_Shadow": False}
+    assert read(tmp_path, kept.to_yaml()) == kept
+    assert read(tmp_path, "diffusion: {schedule: cosine, timesteps: 10}\nsample: {steps: 10}").diffusion.timesteps == 10
 
 
 def test_length_changes_the_digest_where_the_learning_rate_depends_on_it() -> None:
     cosine = {"train__lr_schedule": "cosine"}
     assert make_config(**cosine).digest() != make_config(**cosine, train__total_steps=9).digest()
+
+
+def test_every_key_is_documented_where_it_is_declared() -> None:
+    sections = [f.annotation for f in Config.model_fields.values() if isinstance(f.annotation, type)]
+    fields = {f"{s.__name__}.{k}": f for s in sections if issubclass(s, Section) for k, f in s.model_fields.items()}
+    assert "Train.total_steps" in fields and [key for key, field in fields.items() if not field.description] == []
 
 
 def test_a_config_is_frozen() -> None:

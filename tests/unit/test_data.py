@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import data
+from ddpm import data, sources
 from ddpm.config import Data
 from ddpm.data import Batches, PackedImages, pack
-from ddpm.errors import RequestError, Stopped
-from ddpm.rundir import DamagedFile
+from ddpm.errors import EnvironmentLacks, RequestError, Stopped
+from ddpm.rundir import DamagedFile, read_signed
+from launch import preparing
 from tests.images import write_zip
-from tests.training import make_images
+from tests.training import make_config, make_images
 
 CPU = torch.device("cpu")
 
@@ -94,6 +95,13 @@ def test_the_test_split_is_apart_and_a_missing_one_is_named(tmp_path: Path) -> N
         pack(images_at(only), "test", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("members", [["0.png", "1.png"], ["train/0.png", "test/1.png"]])
+def test_a_folder_of_a_split_is_no_class(tmp_path: Path, members: list[str]) -> None:
+    archive = as_zip(tmp_path / "a.zip", {name: png() for name in members})
+    source = data.open_source(images_at(archive))
+    assert source.classes == [""] and set(source.labels.values()) == {0}
+
+
 def test_images_are_cropped_to_their_middle_and_resized(tmp_path: Path) -> None:
     wide = Image.new("RGB", (40, 20), (255, 0, 0))
     wide.paste((0, 0, 255), (10, 0, 30, 20))
@@ -110,6 +118,101 @@ def test_digits_need_no_file(tmp_path: Path) -> None:
     _, packed = pack(Data(name="digits", image_size=8), "train", tmp_path)
     assert packed.images.shape == (1797, 8, 8, 3) and sorted(set(packed.labels.tolist())) == list(range(10))
     assert packed.images.max() == 255 and packed.images.min() == 0
+
+
+def test_what_was_done_to_the_pixels_is_kept_and_changes_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = write_zip(tmp_path / "a.zip", num_images=8)
+    key, packed = pack(images_at(archive, size=64), "train", tmp_path / "cache")
+    meta = read_signed(tmp_path / "cache" / key / "meta.json")
+    assert (meta["crop"], meta["filter"]) == ("centre square", "lanczos")
+    assert meta["shape"] == [8, 64, 64, 3] == list(packed.images.shape) and meta["selection"] is None
+    for change in ({"filter": "bicubic"}, {"crop": "left"}):
+        monkeypatch.setattr(sources, "RESIZE", {**sources.RESIZE, **change})
+        assert pack(images_at(archive, size=64), "train", tmp_path / "cache")[0] != key
+
+
+def test_packing_tells_how_far_it_is_and_ends_at_the_total(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    archive = write_zip(tmp_path / "a.zip", num_images=1234)
+    pack(images_at(archive), "train", tmp_path / "cache", progress=lambda *so_far: told.append(so_far))
+    assert told == [(500, 1234), (1000, 1234), (1234, 1234)]
+
+
+def test_a_packed_array_is_what_numpy_would_have_written(tmp_path: Path) -> None:
+    key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", tmp_path / "cache")
+    np.save(tmp_path / "again.npy", packed.images)
+    assert (tmp_path / "cache" / key / "images.npy").read_bytes() == (tmp_path / "again.npy").read_bytes()
+    assert packed.digest == data.images_digest(packed.images)
+
+
+class Downloaded:
+    """What torchvision gives for CIFAR-10, with few images."""
+
+    url, filename = "https://somewhere", "cifar-10-python.tar.gz"
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        assert Path(root).is_dir() and download
+        self.data = np.random.default_rng(train).integers(0, 256, (5 if train else 3, 32, 32, 3), np.uint8)
+        self.targets = [9, 0, 3, 3, 1][: len(self.data)]
+
+
+def test_cifar10_is_packed_as_downloaded_and_resized_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
+    monkeypatch.setattr(sources, "NUM_IMAGES", {("cifar10", "train"): 5, ("cifar10", "test"): 3})
+    for split, train in (("train", True), ("test", False)):
+        there = Downloaded(str(tmp_path), train, True)
+        _, packed = pack(Data(name="cifar10"), split, tmp_path)
+        assert np.array_equal(packed.images, there.data) and packed.labels.tolist() == there.targets
+    _, double = pack(Data(name="cifar10", image_size=64), "test", tmp_path)
+    for image, original in zip(double.images, there.data, strict=True):
+        resized = Image.fromarray(original).resize((64, 64), Image.Resampling.LANCZOS)
+        assert np.array_equal(image, np.asarray(resized))
+
+
+def test_a_cifar10_that_cannot_be_downloaded_says_what_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(Downloaded, "__init__", fail)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
+    with pytest.raises(EnvironmentLacks, match=r"no route to host.* put cifar-10-python\.tar\.gz into .*data\.path="):
+        pack(Data(name="cifar10"), "train", tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["cifar10"]
+
+
+# ---------------------------------------------------------------- classes
+
+
+FLAT = {f"{i}.png": png(i) for i in range(3)}
+CLASSES = {
+    "fewer in the data": (MEMBERS, 3, r"has 2 classes \(cat, dog\); use 2, or 0"),
+    "more in the data": ({f"{k}/0.png": png() for k in "abc"}, 2, r"has 3 classes \(a, b, c\); use 3, or 0"),
+    "no class folders": (FLAT, 10, "lie in no class folders, or all in one; .* or use 0"),
+    "only splits": ({f"{s}/{k}": v for s in ("train", "test") for k, v in FLAT.items()}, 2, "lie in no class folders"),
+    "one class folder": ({f"faces/{k}": v for k, v in FLAT.items()}, 2, "or all in one"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_classes_that_the_data_does_not_have_are_refused(tmp_path: Path, case: str) -> None:
+    members, num_classes, wanted = CLASSES[case]
+    there = {"data__name": "images", "data__path": str(as_zip(tmp_path / "a.zip", members))}
+    with pytest.raises(RequestError, match=rf"^model\.num_classes = {num_classes}: the .*{wanted}"):
+        preparing.check_data(make_config(**there, model__num_classes=num_classes), [])
+    preparing.check_data(make_config(**there), [])
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_classes_of_the_known_sets_are_ten(name: str) -> None:
+    preparing.check_data(make_config(data__name=name, model__num_classes=10), [])
+    with pytest.raises(RequestError, match=r"has 10 classes \([a0]\S*, .*\); use 10, or 0"):
+        preparing.check_data(make_config(data__name=name, model__num_classes=20), [])
 
 
 # ---------------------------------------------------------------- broken ones
@@ -160,7 +263,7 @@ def test_any_single_bit_of_an_archive_is_noticed_or_harmless(tmp_path: Path) -> 
         path = tmp_path / "hurt.zip"
         path.write_bytes(flip_bit(raw, at))
         try:
-            images = [image for image, _ in data._decode(data.open_source(images_at(path)), "train", 8)]
+            images = [image for image, _ in sources.read(data.open_source(images_at(path)), "train", 8, tmp_path)]
         except RequestError:
             refused += 1
         else:
@@ -178,7 +281,7 @@ def test_a_second_pack_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def decode(*_: Any) -> Any:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(data, "_decode", decode)
+    monkeypatch.setattr(sources, "read", decode)
     again, second = pack(images_at(archive), "train", cache)
     assert again == key and second.digest == first.digest and (second.images == first.images).all()
     with pytest.raises(AssertionError, match="decoded again"):

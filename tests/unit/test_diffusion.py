@@ -92,6 +92,13 @@ def test_the_loss_is_each_samples_mean_square():
     assert Diffusion.loss(eps_pred, eps)[0].item() == pytest.approx(47 / 48, rel=1e-6)
 
 
+def test_the_l1_loss_is_each_samples_mean_distance():
+    eps_pred, eps = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    eps_pred[1] = 3.0
+    eps_pred[0, 0, 0, 0] = -1.0
+    assert Diffusion.loss(eps_pred, eps, kind="l1").tolist() == [pytest.approx(49 / 48, rel=1e-6), 2.0]
+
+
 def test_the_loss_of_a_half_precision_prediction_is_float32():
     eps_pred, eps = torch.zeros(1, 1, 1, 1, dtype=torch.float16), torch.full((1, 1, 1, 1), 300.0)
     assert Diffusion.loss(eps_pred, eps).dtype == torch.float32
@@ -100,7 +107,7 @@ def test_the_loss_of_a_half_precision_prediction_is_float32():
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'huber'; allowed: l2"):
+    with pytest.raises(ValueError, match="'huber'; allowed: l2, l1"):
         Diffusion.loss(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), kind="huber")
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import evaluate, features, generate, metrics, rundir, schedule
+from ddpm import evaluate, features, generate, metrics, rundir, sampleset, schedule
 from ddpm.data import PackedImages, images_digest
 from ddpm.errors import RequestError, Stopped
 from ddpm.evaluate import BrokenSet
 from ddpm.features import Extractor
-from ddpm.generate import CheckpointRef, Request
 from ddpm.rundir import RunDir, SampleSet
+from ddpm.sampleset import CheckpointRef, Request
 
 NUM, SHARDS, BATCH = 60, 5, 8
 
@@ -71,7 +71,7 @@ def make(path: Path, **changes: Any) -> Made:
     request = dataclasses.replace(base, **changes)
     run = RunDir(path / "my run")
     sample_set = run.sample_set("fid")
-    generate.publish_request(sample_set, request)
+    sampleset.publish_request(sample_set, request)
     for index in range(request.shards):
         make_shard(sample_set, request, index)
     return Made(run, sample_set, request, *tiny_extractor())
@@ -88,7 +88,7 @@ def packed(n: int = 50, seed: int = 0, name: str = "cifar10") -> PackedImages:
 
 
 def set_images(made: Made) -> np.ndarray:
-    shards = [generate.verify_shard(made.sample_set, made.request, i) for i in range(made.request.shards)]
+    shards = [sampleset.verify_shard(made.sample_set, made.request, i) for i in range(made.request.shards)]
     return np.concatenate([s.images for s in shards])
 
 
@@ -139,7 +139,7 @@ def refused(made: Made) -> BrokenSet:
 
 def repaired(made: Made, shards: list[int]) -> None:
     """What the named command does: compute what is missing. The score is then the undamaged one's."""
-    assert generate.missing_shards(made.sample_set, made.request) == shards
+    assert sampleset.missing_shards(made.sample_set, made.request) == shards
     for index in shards:
         make_shard(made.sample_set, made.request, index)
     whole = metrics.from_features(made.extractor(set_images(made)))
@@ -148,7 +148,7 @@ def repaired(made: Made, shards: list[int]) -> None:
 
 def test_gaps_are_named_with_the_command_that_fills_them(made: Made) -> None:
     for index in (1, 3):
-        generate.withdraw_shard(made.sample_set, made.request, index)
+        sampleset.withdraw_shard(made.sample_set, made.request, index)
     error = refused(made)
     assert error.shards == [1, 3] and error.exit_code == 1
     assert "shard 1: missing; shard 3: missing" in str(error)

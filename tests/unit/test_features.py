@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import features, generate, rundir, schedule
+from ddpm import features, generate, rundir, sampleset, schedule
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.features import Extractor
-from ddpm.generate import CheckpointRef, Request
 from ddpm.rundir import DamagedFile, RunDir, SampleSet
+from ddpm.sampleset import CheckpointRef, Request
 
 
 def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
@@ -193,7 +193,7 @@ def made(tmp_path: Path) -> tuple[SampleSet, Request]:
     """A set of two shards of seven samples each; only the second is published."""
     request = Request(CheckpointRef(1, "ab"), "ema", "ddim", 1, 0.0, None, 0, 14, 2, 7, "fp32", None)
     sample_set = RunDir(tmp_path / "run").sample_set("fid")
-    generate.publish_request(sample_set, request)
+    sampleset.publish_request(sample_set, request)
     make_shard(sample_set, request, 1)
     return sample_set, request
 
@@ -248,13 +248,13 @@ def test_features_are_computed_again_if_anything_under_them_changed(made: tuple[
         extractor, calls = counting("other weights")
         calls.append(7)
     else:
-        generate.withdraw_shard(sample_set, request, 1)
+        sampleset.withdraw_shard(sample_set, request, 1)
         make_shard(sample_set, request, 1, scale=0.1)
         for part in sample_set.path.glob("part/*"):
             raise AssertionError(part)
     got = features.shard_features(sample_set, request, 1, extractor)
     assert calls == [7, 7]
-    np.testing.assert_allclose(got, generate.verify_shard(sample_set, request, 1).images.mean((1, 2)) / 255, atol=1e-6)
+    np.testing.assert_allclose(got, sampleset.verify_shard(sample_set, request, 1).images.mean((1, 2)) / 255, atol=1e-6)
     np.testing.assert_array_equal(features.shard_features(sample_set, request, 1, extractor), got)
     assert calls == [7, 7]
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm import generate, rng, rundir, schedule
+from ddpm import generate, rng, rundir, sampleset, schedule
 from ddpm.errors import DoNotRetry, RequestError, Stopped
-from ddpm.generate import CheckpointRef, Request
 from ddpm.rundir import DamagedFile, RunDir, SampleSet
+from ddpm.sampleset import CheckpointRef, Request
 
 STEPS = 3
 SHAPE = (3, 6, 5)
@@ -39,19 +39,19 @@ def make_request(**changes: Any) -> Request:
 
 def make_set(tmp_path: Path, request: Request, name: str = "fid") -> SampleSet:
     sample_set = RunDir(tmp_path / "run").sample_set(name)
-    generate.publish_request(sample_set, request)
+    sampleset.publish_request(sample_set, request)
     return sample_set
 
 
 class Net(nn.Module):
     """A small network that counts its calls, wants exactly `batch` rows, and is told where each row lies."""
 
-    def __init__(self, batch: int, num_classes: int = 0) -> None:
+    def __init__(self, batch: int, num_classes: int = 0, null_label: bool = False) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
-            self.classes = nn.Embedding(max(num_classes, 1), 3)
+            self.classes = nn.Embedding(max(num_classes + null_label, 1), 3)
         self.batch, self.calls = batch, 0
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -77,9 +77,11 @@ def run_shard(sample_set: SampleSet, request: Request, index: int, net: Any = No
 
 def all_shards(tmp_path: Path, request: Request, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray]:
     sample_set = make_set(tmp_path, request, f"s{request.shards}")
+    guided = request.guidance is not None
     for index in range(request.shards):
-        run_shard(sample_set, request, index, Net(request.batch, num_classes), num_classes=num_classes)
-    shards = [generate.verify_shard(sample_set, request, i) for i in range(request.shards)]
+        net = Net(request.batch * (2 if guided else 1), num_classes, null_label=guided)
+        run_shard(sample_set, request, index, net, num_classes=num_classes)
+    shards = [sampleset.verify_shard(sample_set, request, i) for i in range(request.shards)]
     return np.concatenate([s.images for s in shards]), np.concatenate([s.labels for s in shards])
 
 
@@ -97,9 +99,18 @@ def flip_byte(path: Path, position: int) -> None:
 # ---------------------------------------------------------------- what sample i is
 
 
-@pytest.mark.parametrize(("sampler", "eta", "num_classes"), [("ancestral", 0.0, 0), ("ddim", 1.0, 4)])
-def test_every_sharding_gives_the_same_bytes(tmp_path: Path, sampler: str, eta: float, num_classes: int) -> None:
-    request = make_request(sampler=sampler, eta=eta)
+@pytest.mark.parametrize(
+    ("changes", "num_classes"),
+    [
+        ({}, 0),
+        ({"sampler": "ddim", "eta": 1.0}, 4),
+        ({"sampler": "dpmpp_2m"}, 0),
+        ({"guidance": 1.5, "class_plan": [20, 0, 30, 3]}, 4),
+        ({"sampler": "dpmpp_2m", "guidance": 0.5}, 4),
+    ],
+)
+def test_every_sharding_gives_the_same_bytes(tmp_path: Path, changes: dict[str, Any], num_classes: int) -> None:
+    request = make_request(**changes)
     images, labels = all_shards(tmp_path, request, num_classes)
     assert images.shape == (53, 6, 5, 3) and images.dtype == np.uint8 and len(np.unique(images)) > 100
     for shards in (3, 1):
@@ -107,6 +118,8 @@ def test_every_sharding_gives_the_same_bytes(tmp_path: Path, sampler: str, eta: 
         assert again.tobytes() == images.tobytes()
         assert again_labels.tobytes() == labels.tobytes()
     expected = np.arange(53) % num_classes if num_classes else np.full(53, -1)
+    if request.class_plan is not None:
+        expected = np.array([0] * 20 + [2] * 30 + [3] * 3)
     np.testing.assert_array_equal(labels, expected)
 
 
@@ -123,6 +136,53 @@ def test_labels_reach_the_row_of_their_sample(tmp_path: Path) -> None:
     assert seen == [[0, 1, 2, 0]] * STEPS + [[1, 0, 0, 0]] * STEPS  # sample 4, of class 1, and unused rows
 
 
+def test_guided_rows_come_with_their_labels_and_then_without(tmp_path: Path) -> None:
+    request = make_request(num_samples=5, shards=1, batch=4, guidance=1.5, class_plan=[1, 1, 3])
+    seen = []
+
+    def eps_model(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        assert torch.equal(x_t[:4], x_t[4:]) and t.shape == (8,)
+        seen.append(labels.tolist())
+        return x_t
+
+    manifest = run_shard(make_set(tmp_path, request), request, 0, eps_model, num_classes=3)
+    assert seen == [[0, 1, 2, 2, 3, 3, 3, 3]] * STEPS + [[2, 0, 0, 0, 3, 3, 3, 3]] * STEPS
+    assert manifest["nfe"] == 2 * STEPS
+
+
+def test_guidance_of_weight_0_is_the_labelled_network_and_more_is_not(tmp_path: Path) -> None:
+    def eps_model(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return 0.9 * x_t + 0.1 * labels.view(-1, 1, 1, 1)
+
+    images = {}
+    for weight in (None, 0.0, 2.0):
+        request = make_request(num_samples=14, shards=2, guidance=weight)
+        sample_set = make_set(tmp_path, request, f"w{weight}")
+        run_shard(sample_set, request, 1, eps_model, num_classes=4)
+        images[weight] = sampleset.verify_shard(sample_set, request, 1).images.tobytes()
+    assert images[0.0] == images[None] != images[2.0]
+
+
+def test_without_clipping_images_are_clipped_only_at_the_end(tmp_path: Path) -> None:
+    schedule_ = schedule.linear(100, 1e-4, 0.02)
+    images = {}
+    for clip in (True, False):
+        request = make_request(sampler="ddim", num_samples=7, shards=1, clip_x_0=clip)
+        sample_set = make_set(tmp_path, request, f"clip-{clip}")
+        run_shard(sample_set, request, 0, lambda x_t, t, labels: 0.6 * x_t, schedule=schedule_)
+        images[clip] = sampleset.verify_shard(sample_set, request, 0).images
+    x_t = rng.normal(rng.key(5, "x_T"), torch.arange(7), 0, SHAPE).double()
+    kept = schedule_.respace(STEPS)
+    for i in reversed(range(STEPS)):
+        alpha_bar, prev = kept.alpha_bar[i], kept.alpha_bar_prev[i]
+        x_0 = (x_t - (1 - alpha_bar).sqrt() * 0.6 * x_t) / alpha_bar.sqrt()
+        x_t = prev.sqrt() * x_0 + (1 - prev).sqrt() * 0.6 * x_t
+    expected = ((x_t + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert (expected == 255).any() and (expected < 255).any()
+    assert np.abs(images[False] - expected).max() <= 0.5 + 1e-2  # the nearest level, but for float32
+    assert not np.array_equal(images[True], images[False])
+
+
 def test_the_value_of_a_sample_follows_from_its_index(tmp_path: Path) -> None:
     request = make_request(sampler="ddim", steps=1, num_samples=11, shards=2, batch=4)
     sample_set = make_set(tmp_path, request)
@@ -132,7 +192,7 @@ def test_the_value_of_a_sample_follows_from_its_index(tmp_path: Path) -> None:
     x_T = rng.normal(rng.key(request.seed, "x_T"), torch.tensor([8]), 0, SHAPE)[0]
     x_0 = (x_T - 0.3**0.5 * (0.9 * x_T)) / 0.7**0.5
     expected = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    got = generate.verify_shard(sample_set, request, 1).images[8 - 5]
+    got = sampleset.verify_shard(sample_set, request, 1).images[8 - 5]
     assert np.abs(got - expected).max() <= 0.5 + 1e-3  # the nearest level, wherever the float arithmetic is the same
     assert len(np.unique(got)) > 20
 
@@ -163,7 +223,7 @@ def test_a_stop_at_any_step_loses_at_most_a_batch(tmp_path: Path, polls: int) ->
     if polls < 3 * polls_a_batch:
         with pytest.raises(Stopped, match="SIGTERM"):
             run_shard(sample_set, request, 1, net, stop_requested=stop_after(polls))
-        assert generate.missing_shards(sample_set, request) == [0, 1]
+        assert sampleset.missing_shards(sample_set, request) == [0, 1]
         finished = polls // polls_a_batch
         assert len(list(sample_set.part.glob("[!.]*"))) == finished if finished else not sample_set.part.exists()
         net.calls = 0
@@ -187,11 +247,11 @@ def test_a_kill_between_npz_and_manifest_is_no_shard(tmp_path: Path, monkeypatch
         m.setattr(rundir, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run_shard(sample_set, request, 0)
-    assert sample_set.shard(0, 8).exists() and 0 in generate.missing_shards(sample_set, request)
+    assert sample_set.shard(0, 8).exists() and 0 in sampleset.missing_shards(sample_set, request)
     net = Net(request.batch)
     run_shard(sample_set, request, 0, net)
     assert net.calls == 0  # its batch was finished
-    assert generate.verify_shard(sample_set, request, 0).first == 0
+    assert sampleset.verify_shard(sample_set, request, 0).first == 0
 
 
 def test_only_temporaries_of_the_own_shard_are_removed(tmp_path: Path) -> None:
@@ -221,7 +281,7 @@ def test_a_twin_that_published_first_is_accepted(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
     manifest = run_shard(sample_set, request, 2, progress=lambda *_: run_shard(sample_set, request, 2) and None)
-    assert manifest == generate.verify_shard(sample_set, request, 2).manifest
+    assert manifest == sampleset.verify_shard(sample_set, request, 2).manifest
 
 
 # ---------------------------------------------------------------- damage
@@ -275,7 +335,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(tmp_path: Path, victim: str) 
     else:
         shard.unlink()
     with pytest.raises(DamagedFile, match="shard-00003-of-00008"):
-        generate.verify_shard(sample_set, request, 3)
+        sampleset.verify_shard(sample_set, request, 3)
     run_shard(sample_set, request, 3)
     assert (shard.read_bytes(), manifest.read_bytes()) == good
 
@@ -298,19 +358,19 @@ def test_a_copied_shard_is_found_even_with_a_forged_manifest(tmp_path: Path) -> 
     sample_set.shard(3, 8).write_bytes(sample_set.shard(2, 8).read_bytes())
     rundir.write_json(sample_set.shard_manifest(3, 8), rundir.sign({**manifest, "shard": 3, "first": 21}))
     with pytest.raises(DamagedFile, match="begins at sample 14, not at 21"):
-        generate.verify_shard(sample_set, request, 3)
+        sampleset.verify_shard(sample_set, request, 3)
 
 
 def test_missing_shards_are_those_without_a_manifest_of_this_request(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
-    assert generate.missing_shards(sample_set, request) == list(range(8))
+    assert sampleset.missing_shards(sample_set, request) == list(range(8))
     for index in (1, 4, 5):
         run_shard(sample_set, request, index)
     flip_byte(sample_set.shard_manifest(4, 8), 30)
-    assert generate.missing_shards(sample_set, request) == [0, 2, 3, 4, 6, 7]
+    assert sampleset.missing_shards(sample_set, request) == [0, 2, 3, 4, 6, 7]
     other = dataclasses.replace(request, seed=6)
-    assert generate.missing_shards(sample_set, other) == list(range(8))
+    assert sampleset.missing_shards(sample_set, other) == list(range(8))
 
 
 def test_output_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -318,7 +378,7 @@ def test_output_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     sample_set = make_set(tmp_path, request)
     with pytest.raises(DoNotRetry, match=r"samples 6 to 12 are not finite: the ema weights of step 12"):
         run_shard(sample_set, request, 1, lambda x_t, t, labels: x_t * float("nan"))
-    assert generate.missing_shards(sample_set, request) == list(range(8))
+    assert sampleset.missing_shards(sample_set, request) == list(range(8))
 
 
 # ---------------------------------------------------------------- the request
@@ -328,10 +388,10 @@ def test_a_request_is_published_once(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
     before = sample_set.request.read_bytes()
-    assert generate.publish_request(sample_set, make_request(eta=0)).digest == request.digest
+    assert sampleset.publish_request(sample_set, make_request(eta=0)).digest == request.digest
     other = make_request(checkpoint=CheckpointRef(13, "cd" * 32), seed=9)
     with pytest.raises(RequestError) as e:
-        generate.publish_request(sample_set, other)
+        sampleset.publish_request(sample_set, other)
     for part in (
         "checkpoint.step is 12 there and 13 asked for",
         "checkpoint.sha256",
@@ -364,18 +424,51 @@ def test_request_json_has_the_public_form(tmp_path: Path) -> None:
     ]
     assert record["checkpoint"] == {"step": 12, "sha256": "ab" * 32}
     assert record.pop("digest") == rundir.sha256_json(record)
-    assert generate.read_request(sample_set) == request
+    assert sampleset.read_request(sample_set) == request
+
+
+def test_a_request_from_before_there_was_a_choice_of_clipping_keeps_its_digest() -> None:
+    record = {
+        "checkpoint": {"step": 12, "sha256": "ab" * 32},
+        "weights": "ema",
+        "sampler": "ancestral",
+        "steps": 3,
+        "eta": 0.0,
+        "guidance": None,
+        "seed": 5,
+        "num_samples": 53,
+        "shards": 8,
+        "batch": 7,
+        "precision": "fp32",
+        "class_plan": None,
+    }
+    digest = "81248bc6c730d4f3e65ace34b9a782c7e37fe90093c4bfb0f11155f8ea3adb36"
+    request = Request.from_record({**record, "digest": digest})
+    assert request == make_request() and request.clip_x_0 and request.digest == digest
+
+
+def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the_digest(tmp_path: Path) -> None:
+    request = make_request(guidance=1, class_plan=[50, 3], clip_x_0=False)
+    sample_set = make_set(tmp_path, request)
+    record = rundir.read_json(sample_set.request)
+    assert record is not None
+    assert (record["guidance"], record["class_plan"], record["clip_x_0"]) == (1.0, [50, 3], False)
+    assert (
+        sampleset.read_request(sample_set) == request == make_request(guidance=1.0, class_plan=(50, 3), clip_x_0=False)
+    )
+    others = [make_request(), make_request(guidance=1), make_request(class_plan=[50, 3]), make_request(clip_x_0=False)]
+    assert len({r.digest for r in [request, *others]}) == 5
 
 
 def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
     sample_set = RunDir(tmp_path / "my run").sample_set("fid")
     with pytest.raises(RequestError, match=r"make it with `python launch/sample.py '.*my run' --set fid`"):
-        generate.read_request(sample_set)
-    generate.publish_request(sample_set, make_request())
+        sampleset.read_request(sample_set)
+    sampleset.publish_request(sample_set, make_request())
     text = sample_set.request.read_text()
     sample_set.request.write_text(text.replace('"seed": 5', '"seed": 6'))
     with pytest.raises(RequestError, match=r"request.json is damaged: its digest"):
-        generate.read_request(sample_set)
+        sampleset.read_request(sample_set)
 
 
 @pytest.mark.parametrize(
@@ -383,8 +476,10 @@ def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
     [
         ({"shards": 54}, "shards = 54: at most num_samples = 53"),
         ({"batch": 0}, "batch = 0"),
-        ({"class_plan": [1]}, "class_plan"),
-        ({"guidance": 1.5}, "guidance"),
+        ({"class_plan": [50, 2]}, r"class_plan = \[50, 2\]: .* num_samples = 53; here the sum is 52"),
+        ({"class_plan": [54, -1]}, r"class_plan = \[54, -1\]: must be counts of 0 or more"),
+        ({"guidance": -0.5}, "guidance = -0.5: must be at least 0"),
+        ({"guidance": float("nan")}, "guidance = nan"),
     ],
 )
 def test_an_impossible_request_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -392,22 +487,38 @@ def test_an_impossible_request_is_refused(changes: dict[str, Any], message: str)
         make_request(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_classes", "message"),
+    [
+        ({"guidance": 1.0}, 0, "guidance = 1.0: the model has no classes"),
+        ({"class_plan": [50, 3]}, 3, r"class_plan = \[50, 3\]: needs one count for each of the model's 3 classes"),
+        ({"class_plan": [53]}, 0, "the model's 0 classes"),
+    ],
+)
+def test_a_request_that_the_model_has_no_classes_for_is_refused(
+    tmp_path: Path, changes: dict[str, Any], num_classes: int, message: str
+) -> None:
+    request = make_request(**changes)
+    with pytest.raises(RequestError, match=message):
+        run_shard(make_set(tmp_path, request), request, 0, num_classes=num_classes)
+
+
 def test_an_unknown_sampler_is_refused(tmp_path: Path) -> None:
     request = make_request(sampler="euler")
-    with pytest.raises(RequestError, match="sampler = 'euler': use one of ancestral, ddim"):
+    with pytest.raises(RequestError, match="sampler = 'euler': use one of ancestral, ddim, dpmpp_2m"):
         run_shard(make_set(tmp_path, request), request, 0)
 
 
 @pytest.mark.parametrize("name", ["a b", ".hidden"])
 def test_a_set_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match="sample set name"):
-        generate.publish_request(SampleSet(tmp_path / name), make_request())
+        sampleset.publish_request(SampleSet(tmp_path / name), make_request())
     assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(("num_samples", "shards"), [(50_000, 64), (53, 8), (7, 7), (1, 1), (1000, 3)])
 def test_shards_tile_the_samples_evenly(num_samples: int, shards: int) -> None:
-    ranges = [generate.shard_range(num_samples, shards, i) for i in range(shards)]
+    ranges = [sampleset.shard_range(num_samples, shards, i) for i in range(shards)]
     assert [i for first, num in ranges for i in range(first, first + num)] == list(range(num_samples))
     assert max(n for _, n in ranges) - min(n for _, n in ranges) <= 1
 
@@ -415,7 +526,7 @@ def test_shards_tile_the_samples_evenly(num_samples: int, shards: int) -> None:
 @pytest.mark.parametrize("index", [-1, 8])
 def test_a_shard_outside_the_set_is_refused(index: int) -> None:
     with pytest.raises(RequestError, match="from 0 to 7"):
-        generate.shard_range(53, 8, index)
+        sampleset.shard_range(53, 8, index)
 
 
 # ---------------------------------------------------------------- the rest
@@ -425,21 +536,21 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
     request = make_request(num_samples=9, shards=2, batch=4)
     sample_set = make_set(tmp_path, request)
     with pytest.raises(FileNotFoundError):
-        generate.unpack_png(sample_set, request, tmp_path / "png")
+        sampleset.unpack_png(sample_set, request, tmp_path / "png")
     assert not (tmp_path / "png").exists()
     for index in range(2):
         run_shard(sample_set, request, index)
-    generate.unpack_png(sample_set, request, tmp_path / "png")
-    images = np.concatenate([generate.verify_shard(sample_set, request, i).images for i in range(2)])
+    sampleset.unpack_png(sample_set, request, tmp_path / "png")
+    images = np.concatenate([sampleset.verify_shard(sample_set, request, i).images for i in range(2)])
     assert len(list((tmp_path / "png").iterdir())) == 9
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / f"{i:06d}.png")), image)
-    assert generate.unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
+    assert sampleset.unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
     (tmp_path / "png" / "000003.png").unlink()
     with pytest.raises(RequestError, match="does not hold this set's 9 images"):
-        generate.unpack_png(sample_set, request, tmp_path / "png")
+        sampleset.unpack_png(sample_set, request, tmp_path / "png")
 
 
-def test_importing_generate_loads_no_torch() -> None:
-    code = "import sys, ddpm.generate; sys.exit('torch' in sys.modules)"
+def test_importing_what_a_login_node_needs_loads_no_torch() -> None:
+    code = "import sys, ddpm.generate, ddpm.sampleset; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm.samplers import SAMPLERS, SamplerStep, ancestral, ddim
-from ddpm.schedule import linear
+from ddpm.guidance import Guided
+from ddpm.samplers import SAMPLERS, SamplerStep, ancestral, ddim, dpmpp_2m
+from ddpm.schedule import cosine, linear
+from tools.bench import sampler_orders
 
 SCHEDULE = linear(1000, 1e-4, 0.02)
 MEAN, STD = 0.2, 0.15
@@ -89,6 +91,59 @@ def test_ddim_is_equation_12(eta, steps):
     torch.testing.assert_close(result.x_0.double(), expected, rtol=0, atol=5e-6 if steps > 2 else 1e-4)  # as above
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, cosine(1000)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50, 1000])
+def test_dpmpp_2m_is_algorithm_2(schedule, steps):
+    """In the paper's symbols, float64, on all but the first of steps + 1 timesteps."""
+    x_T = _start(4, 3, 4, 4).double()
+    kept = schedule.respace(min(steps + 1, 1000)).timesteps.tolist()[-steps:]
+    alpha = [schedule.alpha_bar[t].sqrt().item() for t in kept]
+    sigma = [(1 - schedule.alpha_bar[t]).sqrt().item() for t in kept]
+    lambda_ = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x_t) * (1 + t.view(-1, 1, 1, 1) / 1000)
+
+    x, q_last = x_T, None
+    for i in reversed(range(steps)):
+        q = (x - sigma[i] * eps_model(x, torch.full((4,), kept[i]))) / alpha[i]
+        if i == 0:
+            break
+        h, d = lambda_[i - 1] - lambda_[i], q
+        if q_last is not None:
+            r = (lambda_[i] - lambda_[i + 1]) / h
+            d = (1 + 1 / (2 * r)) * q - 1 / (2 * r) * q_last
+        x = sigma[i - 1] / sigma[i] * x - alpha[i - 1] * (math.exp(-h) - 1) * d
+        q_last = q
+    result = dpmpp_2m(eps_model, schedule, x_T, noise=_Noise(x_T.shape), steps=steps, clip_x_0=False)
+    # float64; the cosine's first prediction is divided by sqrt(alpha_bar) = 5e-5
+    torch.testing.assert_close(result.x_0, q, rtol=1e-9, atol=1e-9)
+
+
+def test_deterministic_dpmpp_2m_asks_for_no_noise_and_visits_even_timesteps_above_0():
+    x_T = _start(1, 1, 2, 2)
+    noise, steps = _Noise(x_T.shape), []
+    dpmpp_2m(_exact_eps, SCHEDULE, x_T, noise=noise, steps=5, callback=steps.append)
+    assert noise.asked == []
+    assert [step.t for step in steps] == [999, 799, 599, 400, 200]
+
+
+@pytest.mark.parametrize("case", sampler_orders.CASES, ids=lambda case: case.name)
+def test_the_error_falls_with_the_solvers_order(case):
+    """Against the data's exact mean and deviation, on timesteps even in lambda; measured: 1.02, 0.96, 0.99, 1.99."""
+    schedule = sampler_orders.even_in_lambda()
+    errors = {steps: sampler_orders.error(case, schedule, steps) for steps in (80, 160, 320)}
+    assert sampler_orders.fitted_order(errors) == pytest.approx(case.order, abs=0.1)
+
+
+def test_twenty_steps_of_dpmpp_2m_are_nearer_than_twenty_of_ddim():
+    """Where training's schedules are used, too; with t = 0 among the timesteps the second order would lose."""
+    cases = {case.name: case for case in sampler_orders.CASES}
+    for schedule in (SCHEDULE, cosine(1000)):
+        errors = {name: sampler_orders.error(cases[name], schedule, 20) for name in ("dpmpp_2m", "ddim")}
+        assert errors["dpmpp_2m"] < errors["ddim"] / 2
+
+
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance():
     x_T = _start(2, 3, 4, 4)
     a = ddim(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=20, eta=1.0)
@@ -126,7 +181,8 @@ def test_the_network_sees_the_original_timesteps_once_each_and_nfe_says_so(sampl
 
     x_T = _start(3, 1, 2, 2)
     result = sampler(eps_model, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=steps)
-    assert seen == SCHEDULE.respace(steps).timesteps.tolist()[::-1]
+    kept = SCHEDULE.respace(steps, keep_first=sampler is not dpmpp_2m)
+    assert seen == kept.timesteps.tolist()[::-1]
     assert result.nfe == steps == len(seen)
     assert result.x_0.shape == x_T.shape and result.x_0.dtype == torch.float32
 
@@ -161,6 +217,23 @@ def test_x_0_is_clipped_at_every_step(sampler):
     assert result.x_0.isfinite().all()
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_without_clipping_x_0_goes_beyond_the_range(sampler):
+    steps: list[SamplerStep] = []
+    x_T = torch.full((1, 1, 1, 1), 2.5)
+    result = sampler(
+        lambda x, t: torch.zeros_like(x),
+        SCHEDULE,
+        x_T,
+        noise=lambda t: torch.zeros_like(x_T),
+        steps=4,
+        clip_x_0=False,
+        callback=steps.append,
+    )
+    assert steps[0].x_0.item() == pytest.approx(2.5 / SCHEDULE.alpha_bar[-1].sqrt().item(), rel=1e-6)
+    assert result.x_0.item() > 1.0 and result.x_0 is steps[-1].x_0
+
+
 def test_after_clipping_ddim_goes_on_from_the_eps_that_fits():
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps must hold with the clipped x_0."""
     steps: list[SamplerStep] = []
@@ -179,7 +252,7 @@ def test_the_callback_sees_every_step_and_the_last_x_0_is_the_result(sampler):
     x_T = _start(2, 1, 4, 4)
     result = sampler(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=5, callback=steps.append)
     assert [s.index for s in steps] == [0, 1, 2, 3, 4]
-    assert [s.t for s in steps] == [999, 749, 500, 250, 0]
+    assert [s.t for s in steps] == ([999, 799, 599, 400, 200] if sampler is dpmpp_2m else [999, 749, 500, 250, 0])
     assert {s.num_steps for s in steps} == {5}
     assert torch.equal(steps[0].x_t, x_T)
     assert torch.equal(steps[-1].x_0, result.x_0)
@@ -229,6 +302,42 @@ def test_a_half_precision_network_is_sampled_in_float32(sampler):
     assert seen == {torch.float32} and result.x_0.dtype == torch.float32
 
 
+def _by_label(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    return _exact_eps(x_t, t) + 0.1 * labels.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_guidance_goes_beyond_the_label_by_its_weight(weight):
+    x_t, t, labels = _start(3, 1, 2, 2), torch.full((3,), 400), torch.tensor([0, 4, 2])
+    calls = []
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        calls.append(labels.tolist())
+        return _by_label(x_t, t, labels).bfloat16()
+
+    got = Guided(network, labels, null_label=5, weight=weight)(x_t, t)
+    assert calls == [[0, 4, 2, 5, 5, 5]]  # one call
+    with_label = _by_label(x_t, t, labels).bfloat16().float()
+    without = _by_label(x_t, t, torch.full((3,), 5)).bfloat16().float()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, with_label + weight * (with_label - without), rtol=0, atol=1e-5)  # float32 rounding
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_guided_step_counts_as_two_evaluations(sampler):
+    rows = []
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        rows.append(len(x_t))
+        return _by_label(x_t, t, labels)
+
+    x_T = _start(3, 1, 2, 2)
+    model = Guided(network, torch.tensor([0, 1, 2]), null_label=3, weight=1.0)
+    result = sampler(model, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=7)
+    assert rows == [6] * 7
+    assert result.nfe == 14 == sum(rows) / len(x_T)
+
+
 def test_all_samplers_have_one_signature():
     assert len({str(inspect.signature(sampler)) for sampler in SAMPLERS.values()}) == 1
 
@@ -242,7 +351,8 @@ def test_all_samplers_have_one_signature():
         (ddim, {"steps": 1001}, r"steps is 1001; .*\[1, 1000\]"),
         (ancestral, {"steps": 0}, "steps is 0"),
         (ancestral, {"x_T": torch.zeros(2, 3, 4)}, "x_T is torch.float32 of shape"),
-        (ddim, {"x_T": torch.zeros(2, 3, 4, 4, dtype=torch.float64)}, "x_T is torch.float64"),
+        (dpmpp_2m, {"steps": 1001}, r"steps is 1001; .*\[1, 1000\]"),
+        (ddim, {"x_T": torch.zeros(2, 3, 4, 4, dtype=torch.float16)}, "x_T is torch.float16"),
     ],
 )
 def test_impossible_requests_are_refused(sampler, options, message):

@@ -1,9 +1,12 @@
-"""ddpm/schedule.py: the linear schedule, the posterior, and fewer timesteps."""
+"""ddpm/schedule.py: the schedules by name, the posterior, and fewer timesteps."""
+
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ddpm.schedule import Schedule, linear
+from ddpm.schedule import Schedule, build, cosine, dns, linear
 
 HO = (1000, 1e-4, 0.02)
 
@@ -43,6 +46,43 @@ def test_one_timestep_is_a_schedule():
     schedule = linear(1, 1e-6, 2e-4)
     assert schedule.beta.tolist() == [pytest.approx(1e-3)]
     assert schedule.posterior_variance.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("timesteps", [1, 50, 1000])
+def test_the_cosine_schedule_is_the_papers_with_beta_at_most_0_999(timesteps):
+    def f(t: int) -> float:
+        return math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    schedule = cosine(timesteps)
+    assert len(schedule.beta) == timesteps
+    for t in range(timesteps):
+        assert schedule.beta[t].item() == pytest.approx(min(1 - f(t + 1) / f(t), 0.999), rel=1e-9)
+    # equation 17: alpha_bar is f(t) / f(0) wherever no beta was clipped
+    for t in range(timesteps - 1):
+        assert schedule.alpha_bar[t].item() == pytest.approx(f(t + 1) / f(0), rel=1e-9)
+    assert schedule.beta[-1].item() == 0.999
+
+
+@pytest.mark.parametrize(("timesteps", "offset"), [(1000, 5), (1000, 1000), (200, 0.5)])
+def test_the_dns_schedule_is_a_squared_line(timesteps, offset):
+    schedule = dns(timesteps, 1e-4, 0.02, offset)
+    low, high = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
+    assert len(schedule.beta) == timesteps
+    for i in (0, 1, timesteps // 2, timesteps - 1):
+        expected = low + (high - low) * ((i + offset) / (timesteps + 1 + offset)) ** 2
+        assert schedule.beta[i].item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_schedule_is_built_by_its_name():
+    config = {"timesteps": 100, "beta_start": 2e-4, "beta_end": 0.03, "dns_offset": 7.0}
+    for name, expected in (
+        ("linear", linear(100, 2e-4, 0.03)),
+        ("cosine", cosine(100)),
+        ("dns", dns(100, 2e-4, 0.03, 7.0)),
+    ):
+        assert torch.equal(build(SimpleNamespace(schedule=name, **config)).beta, expected.beta)
+    with pytest.raises(ValueError, match="schedule is 'sigmoid'; allowed: linear, cosine, dns"):
+        build(SimpleNamespace(schedule="sigmoid", **config))
 
 
 @pytest.mark.parametrize("steps", [1000, 10])
@@ -96,6 +136,16 @@ def test_respaced_timesteps_are_the_rounded_line():
 def test_respacing_to_all_steps_changes_nothing():
     full = linear(*HO)
     assert torch.equal(full.respace(1000).beta, full.beta)
+    assert torch.equal(full.respace(1000, keep_first=False).beta, full.beta)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 333, 999])
+def test_respacing_without_the_first_is_respacing_to_one_more(steps):
+    more, kept = linear(*HO).respace(steps + 1), linear(*HO).respace(steps, keep_first=False)
+    assert torch.equal(kept.timesteps, more.timesteps[1:])
+    assert torch.equal(kept.alpha_bar, more.alpha_bar[1:])
+    assert kept.alpha_bar_prev[0] == 1.0
+    torch.testing.assert_close(torch.cumprod(1 - kept.beta, 0), kept.alpha_bar, rtol=1e-10, atol=0)
 
 
 def test_respacing_twice_keeps_the_original_timesteps():
@@ -125,6 +175,21 @@ def test_impossible_step_counts_are_refused(steps):
 def test_betas_outside_the_unit_interval_are_refused(arguments, name):
     with pytest.raises(ValueError, match=name):
         linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cosine(0), "timesteps is 0"),
+        (lambda: dns(0, 1e-4, 0.02, 5), "timesteps is 0"),
+        (lambda: dns(10, 1e-4, 0.02, 5), "beta_end is 0.02"),
+        (lambda: dns(1000, 1e-4, 0.02, 0), "offset is 0"),
+        (lambda: dns(1000, 1e-4, 0.02, math.inf), "offset is inf"),
+    ],
+)
+def test_impossible_cosine_and_dns_schedules_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.0, -0.1, float("nan")])

@@ -18,7 +18,7 @@ class Cluster:
     """What SLURM says, and what it was told."""
 
     def __init__(self) -> None:
-        self.state, self.may_requeue = "RUNNING", True
+        self.state, self.may_requeue, self.cancels = "RUNNING", True, False
         self.requeued: list[str] = []
         self.successors: list[str] = []
         self.waits: dict[str, str] = {}
@@ -42,6 +42,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     monkeypatch.setattr(slurm, "job_state", lambda job: c.state)
     monkeypatch.setattr(slurm, "may_requeue", lambda job: c.may_requeue)
+    monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, 10, 5))
     monkeypatch.setattr(slurm, "requeue", c.requeued.append)
     monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
     monkeypatch.setattr(slurm, "make_wait", c.waits.__setitem__)
@@ -180,6 +181,17 @@ def test_where_requeue_is_forbidden_a_successor_goes_once_and_inherits_the_count
     assert cluster.successors == ["17", "101", "102"] and cluster.requeued == []
     shell_ends(1, job="103")
     assert len(cluster.successors) == 3 and last(run)["event"] == "failed"
+
+
+def test_where_pre_emption_means_cancelling_a_pre_empted_run_has_a_successor_and_a_crashed_one_comes_back(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    cluster.cancels = True
+    shell_ends(75, said="75 preempted")
+    assert (cluster.successors, cluster.requeued) == (["17"], [])
+    shell_ends(1, job="18")
+    shell_ends(75, said="75 preempted", job="19_3", stage="sample", set_name="fid")
+    assert (cluster.successors, cluster.requeued) == (["17"], ["18", "19_3"])
 
 
 def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:

@@ -40,6 +40,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "dropout": {"model__dropout": 0.3},
     "dropout-accumulation-classes": {"model__dropout": 0.3, "train__micro_batch": 1, "model__num_classes": 2},
     "cosine-no-clip": {"train__lr_schedule": "cosine", "train__grad_clip": None},
+    "adamw-ema-options": {
+        "train__optimizer": "adamw",
+        "train__weight_decay": 0.1,
+        "train__ema_start_step": 3,
+        "train__ema_every_steps": 2,
+        "train__ema_warmup": True,
+    },
+    "labels-dropped": {"model__num_classes": 2, "train__label_dropout": 0.5, "train__micro_batch": 2},
+    "l1-dns": {"diffusion__loss": "l1", "diffusion__schedule": "dns"},
 }
 
 
@@ -104,6 +113,54 @@ def test_tensorboard_shows_every_logged_step_once_whatever_died_in_between(tmp_p
     shown = [(e.step, e.value) for e in board.Scalars("train/loss")]
     assert shown == [(r["step"], pytest.approx(r["loss"])) for r in lines(run)]
     assert [step for step, _ in shown] == list(range(1, TOTAL + 1))
+
+
+def test_labels_are_dropped_as_often_as_asked_and_by_step_and_sample_alone(tmp_path: Path) -> None:
+    def labels_seen(name: str, micro: int | None) -> list[list[int]]:
+        config = make_config(
+            model__num_classes=2, train__label_dropout=0.25, train__global_batch=64, train__micro_batch=micro
+        )
+        seen: list[list[int]] = []
+        with Life(config, make_run(tmp_path / name), images=make_images(64)) as life:
+            network = life.trainer.network
+
+            def spy(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                step = life.trainer.at.step
+                seen[step:] = [[*(seen[step] if step < len(seen) else []), *labels.tolist()]]
+                return network(x_t, t, labels)  # type: ignore[no-any-return]
+
+            life.trainer.network = spy
+            life.train()
+        return seen
+
+    whole = labels_seen("whole", None)
+    assert labels_seen("parts", 16) == whole
+    dropped = [label == 2 for step in whole for label in step]
+    assert len(dropped) == 8 * 64 and 90 <= sum(dropped) <= 166  # 128 on average; 4 standard deviations are 39
+    assert whole[0] != whole[1] and {label for step in whole for label in step} == {0, 1, 2}
+
+
+def test_training_ends_early_where_the_logged_losses_have_settled(tmp_path: Path) -> None:
+    options = {"train__early_stop_below": 100.0, "train__early_stop_window": 3, "log__every_steps": 2}
+    config, run = make_config(**options), make_run(tmp_path / "settled")
+    live(config, run, stops=[3])  # lines at 2, 4, 6: the window survives the stop
+    assert [r["step"] for r in lines(run)] == [2, 4, 6]
+    assert events(run)[-1] == "finished" and checkpoint.verify(run, 6).manifest["early_stopped"] is True
+    assert run.ema_weights(6).exists() and run.grid(6).exists()
+    unsettled = make_run(tmp_path / "unsettled")
+    assert live(make_config(**{**options, "train__early_stop_below": 1e-9}), unsettled).step == TOTAL
+    assert "early_stopped" not in checkpoint.verify(unsettled, TOTAL).manifest
+
+
+def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    config = make_config(train__ema_start_step=6)
+    with Life(config, run) as life:
+        life.train(stop_at=[5])
+        early = checkpoint.load(run, 5)
+        life.train()
+    late = checkpoint.load(run, TOTAL)
+    assert differences(early["model"], early["ema"]) == [] and differences(late["model"], late["ema"])
 
 
 def test_adam_moments_lie_in_memory_as_their_weights_after_a_resume(tmp_path: Path) -> None:
@@ -265,8 +322,8 @@ def poison(trainer: Trainer, when: Any, *, how: str = "loss") -> list[dict[str, 
             return value
         return value * math.nan if how == "gradient" else value + math.inf
 
-    def updated(model: torch.nn.Module) -> None:
-        update(model)
+    def updated(model: torch.nn.Module, step: int) -> None:
+        update(model, step)
         if hit:
             after.append({k: v.clone() for k, v in model.state_dict().items()})
 

@@ -20,7 +20,8 @@ USER = "nobody"  # exists everywhere and owns nothing
 KNOBS = {
     "NODES": "4", "CPUS": "2", "GPUS": "2", "GRACE": "10", "KILLWAIT": "5", "CRED_EXPIRE": "5", "SLURMD_TIMEOUT": "20"
 }  # fmt: skip
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
+         "PREEMPTED")  # fmt: skip
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "munged")
 SBIN_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 

@@ -1,0 +1,125 @@
+"""What the U-Net is made of: two kinds of block, self-attention, and the ways between resolutions.
+
+Owns: these layers and what starts at zero in each. Residual block and attention are those of Ho et al. 2020 (appendix
+B: a Wide ResNet block with the time embedding added inside); the plain block is the double convolution of
+Ronneberger et al. 2015, "U-Net", with GroupNorm and SiLU. Must not know: the network that they make.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResidualBlock(nn.Module):
+    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W)."""
+
+    def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
+        super().__init__()
+        self.norm_1 = group_norm(width_in, groups)
+        self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.embed = nn.Linear(embedding, width_out)
+        self.norm_2 = group_norm(width_out, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.embed(emb)[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        return self.skip(x) + h
+
+
+class PlainBlock(nn.Module):
+    """Twice convolution, GroupNorm, SiLU, and no way around them: the same shapes as ResidualBlock."""
+
+    def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
+        super().__init__()
+        self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm_1 = group_norm(width_out, groups)
+        self.embed = nn.Linear(embedding, width_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.norm_2 = group_norm(width_out, groups)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = F.silu(self.norm_1(self.conv_1(x)))
+        h = h + self.embed(emb)[:, :, None, None]
+        return F.silu(self.norm_2(self.conv_2(self.dropout(h))))
+
+
+class Attention(nn.Module):
+    """Self-attention over the H W positions, (B, C, H, W) -> the same; 1x1 convolutions beat linear layers in fp32.
+
+    fused: torch's scaled_dot_product_attention instead of two products and a softmax; may be changed at any time.
+    """
+
+    def __init__(self, width: int, heads: int, groups: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.fused = heads, True
+        self.norm = group_norm(width, groups)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, breadth = x.shape
+        per_head = width // self.heads
+        # (B, heads, channels of a head, positions), a view in either memory layout. The fused kernels of a GPU want the
+        # channels side by side, which channels_last gives; otherwise torch takes its own plain path.
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, per_head, height * breadth).unbind(1)
+        if self.fused:
+            h = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
+        else:
+            weights = torch.softmax((q.mT * per_head**-0.5) @ k, dim=-1)
+            h = v @ weights.mT
+        return x + self.proj(h.reshape(batch, width, height, breadth))
+
+
+class AsymmetricConv(nn.Conv2d):
+    """3x3, stride 2, zeros below and right alone: TensorFlow's "same" padding of even sizes, as in Ho et al.'s code."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+def downsample(kind: str, width: int) -> nn.Module:
+    """(B, width, H, W) -> (B, width, H/2, W/2). kind: conv | pool | conv_asymmetric."""
+    if kind == "pool":
+        return nn.AvgPool2d(2)
+    return AsymmetricConv(width) if kind == "conv_asymmetric" else nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+
+def upsample(kind: str, width: int) -> nn.Module:
+    """(B, width, H, W) -> (B, width, 2H, 2W). kind: conv (after nearest neighbour) | transpose (Ronneberger's)."""
+    if kind == "transpose":
+        return nn.ConvTranspose2d(width, width, 2, stride=2)
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
+
+
+def group_norm(width: int, groups: int | None) -> nn.GroupNorm:
+    """groups None: 32 as in the paper, or the most that divide 32 and the channels. Epsilon is that of Ho's code.
+
+    But not a group for each channel: it would take away again what t and class have added to them.
+    """
+    most = math.gcd(32, width)
+    return nn.GroupNorm(groups or (most // 2 if 1 < most == width else most), width, eps=1e-6)
+
+
+def reset_parameters(network: nn.Module) -> None:
+    """Fan-average uniform weights and zero biases, then zeros where a residual branch ends (Ho et al.'s code)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+            # a transposed convolution of stride 2 reads a quarter of its kernel for each output: twice the weight
+            nn.init.xavier_uniform_(module.weight, 2.0 if isinstance(module, nn.ConvTranspose2d) else 1.0)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv_2.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.proj.weight)

@@ -1,0 +1,217 @@
+"""CelebA (Liu, Luo, Wang, Tang 2015, "Deep Learning Face Attributes in the Wild"): aligned faces with 40 attributes.
+
+Owns the reading of its lists: which images there are, in which split, chosen by which attributes, with which label.
+The 202,599 JPEGs stay in their zip: a folder of them costs a cluster as many inodes. Decoding is sources.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ddpm.config import Data
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.rundir import TMP_PREFIX, sha256_file
+from ddpm.sources import Source, zip_names
+
+IMAGES = "img_align_celeba"
+ATTRIBUTES = "list_attr_celeba.txt"
+PARTITION = "list_eval_partition.txt"
+SPLITS = {"0": "train", "1": "valid", "2": "test"}
+HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+
+
+def open_source(data: Data) -> Source:
+    """The images that `data` chooses. Without a data.path all that is known is their splits and classes.
+
+    Raises RequestError for a path that holds no CelebA, a damaged list, an unknown attribute, or a choice without
+    images or with a class that has none.
+    """
+    if data.path is None:
+        return Source("celeba", None, {split: [] for split in SPLITS.values()}, _classes(data))
+    return _choose(data, _find(Path(data.path).expanduser()))
+
+
+def download(data: Data, folder: Path) -> Source:
+    """`open_source` of what lies in `folder`, where what lacks is downloaded first.
+
+    The ids and MD5s are torchvision's; its class is not used because it also unpacks the zip. The lists come first,
+    so that a misspelt attribute is refused before 1.4 GB are fetched. Raises EnvironmentLacks where a download fails.
+    """
+    for file in (ATTRIBUTES, PARTITION, f"{IMAGES}.zip"):
+        if not (folder / file).exists():
+            _fetch(file, folder)
+        if file == ATTRIBUTES:
+            _check_names(data, read_names(folder / file))
+    return _choose(data, folder)
+
+
+def _fetch(file: str, folder: Path) -> None:
+    from torchvision.datasets import CelebA
+    from torchvision.datasets.utils import download_file_from_google_drive
+
+    ids = {name: (file_id, md5) for file_id, md5, name in CelebA.file_list}
+    tmp = folder / f"{TMP_PREFIX}{os.getpid()}"
+    try:
+        download_file_from_google_drive(ids[file][0], str(tmp), file, ids[file][1])
+        (tmp / file).rename(folder / file)  # what has its name is whole
+    except Exception as e:  # no gdown, no network, Google's quota: each has its own kinds
+        raise EnvironmentLacks(
+            f"CelebA's {file} could not be had from Google Drive ({e}); fetch {ATTRIBUTES}, {PARTITION} and "
+            f"{IMAGES}.zip by hand ({HOME}, Align&Cropped Images) and put them into {folder}, or into any "
+            f"folder and give data.path=FOLDER"
+        ) from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing came
+
+
+def _find(path: Path) -> Path:
+    for folder in (path, path / "celeba"):
+        if (folder / ATTRIBUTES).is_file():
+            return folder
+    raise RequestError(
+        f"data.path = {path}: no {ATTRIBUTES} here nor in {path / 'celeba'}; give the folder that holds it and "
+        f"{IMAGES}.zip (or {IMAGES}/), or leave data.path out to download CelebA"
+    )
+
+
+# ---------------------------------------------------------------- lists
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+
+
+def _damaged(path: Path, line: int, what: str) -> RequestError:
+    return RequestError(f"data.path: {path}, line {line}: {what}; this list is damaged: copy it again")
+
+
+def read_names(path: Path) -> list[str]:
+    """The attributes of list_attr_celeba.txt, in its order: line 2."""
+    with path.open(encoding="utf-8", errors="replace") as f:
+        count, names = f.readline(), f.readline().split()
+    if not count.strip().isdecimal():
+        raise _damaged(path, 1, f"expected the number of images, found {count.strip()[:40]!r}")
+    if not names:
+        raise _damaged(path, 2, "expected the names of the attributes")
+    return names
+
+
+def read_attributes(path: Path, wanted: Iterable[str]) -> dict[str, tuple[bool, ...]]:
+    """The `wanted` attributes of every image, by its file name. Raises RequestError naming a damaged line."""
+    names = read_names(path)
+    columns = [1 + names.index(name) for name in wanted]
+    lines = _lines(path)
+    rows: dict[str, tuple[bool, ...]] = {}
+    for number, line in enumerate(lines[2:], start=3):
+        fields = line.split()
+        if len(fields) != 1 + len(names) or not {"1", "-1"}.issuperset(fields[1:]):
+            raise _damaged(path, number, f"expected a file name and {len(names)} times 1 or -1, found {line[:40]!r}")
+        if fields[0] in rows:
+            raise _damaged(path, number, f"{fields[0]} stands twice")
+        rows[fields[0]] = tuple(fields[i] == "1" for i in columns)
+    if int(lines[0]) != len(rows):
+        raise _damaged(path, 1, f"it announces {int(lines[0])} images, and {len(rows)} follow")
+    return rows
+
+
+def read_partition(path: Path) -> dict[str, str]:
+    """The split of every image, by its file name. Raises RequestError naming a damaged line."""
+    split_of: dict[str, str] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        fields = line.split()
+        if len(fields) != 2 or fields[1] not in SPLITS:
+            raise _damaged(path, number, f"expected a file name and 0, 1 or 2, found {line[:40]!r}")
+        split_of[fields[0]] = SPLITS[fields[1]]
+    return split_of
+
+
+# ---------------------------------------------------------------- choice
+
+
+def _choose(data: Data, folder: Path) -> Source:
+    """What the lists in `folder` and the attributes asked for make of its images."""
+    attributes, partition = folder / ATTRIBUTES, folder / PARTITION
+    _check_names(data, read_names(attributes))
+    wanted = dict(data.attributes)
+    rows = read_attributes(attributes, [*wanted, *data.label_attributes])
+    split_of = read_partition(partition) if partition.exists() else dict.fromkeys(rows, "train")
+    if unsplit := sorted(rows.keys() - split_of.keys()):
+        raise RequestError(
+            f"data.path: {partition} lacks {len(unsplit)} of {len(rows)} images ({unsplit[0]}, …): copy it again"
+        )
+    values = tuple(wanted.values())
+    chosen = sorted(name for name, bits in rows.items() if bits[: len(values)] == values)
+    if not any(split_of[name] == "train" for name in chosen):
+        each = ", ".join(
+            f"{name}={str(value).lower()}: {sum(bits[i] == value for bits in rows.values())}"
+            for i, (name, value) in enumerate(wanted.items())
+        )
+        raise RequestError(
+            f"data.attributes = {wanted}: of {len(rows)} images {len(chosen)} are left, none of them for training"
+            f"{f' ({each})' if each else ''}; ask for less"
+        )
+    images, place = _images(folder, rows)
+    members: dict[str, list[str]] = {}
+    labels: dict[str, int] = {}
+    for name in chosen:
+        members.setdefault(split_of[name], []).append(place[name])
+        labels[place[name]] = sum(bit << i for i, bit in enumerate(rows[name][len(values) :]))
+    classes = _classes(data)
+    have = {labels[name] for name in members["train"]}
+    if empty := [classes[label] for label in range(len(classes)) if label not in have]:
+        raise RequestError(
+            f"data.label_attributes = {list(data.label_attributes)}: no training image is left for "
+            f"{' nor for '.join(empty)}; choose other attributes for the labels, or filter by fewer"
+        )
+    selection = {
+        "attributes": wanted,
+        "label_attributes": list(data.label_attributes),
+        "lists": [sha256_file(p) if p.exists() else None for p in (attributes, partition)],
+    }
+    return Source("zip" if images.is_file() else "folder", images, members, classes, labels, selection)
+
+
+def _check_names(data: Data, known: list[str]) -> None:
+    for key, names in (("attributes", data.attributes), ("label_attributes", data.label_attributes)):
+        for name in names:
+            if name not in known:
+                by_lower = {k.lower(): k for k in known}
+                near = difflib.get_close_matches(name.lower(), by_lower, 3, 0.6)
+                hint = f"did you mean {' or '.join(by_lower[n] for n in near)}? " if near else ""
+                raise RequestError(
+                    f"data.{key}: unknown attribute {name!r}; {hint}The {len(known)} are: {', '.join(known)}"
+                )
+
+
+def _classes(data: Data) -> list[str]:
+    """A name for each label: bit i is the i-th of data.label_attributes. Without any there is one class."""
+    names = data.label_attributes
+    return [
+        ",".join(f"{name}={label >> i & 1}" for i, name in enumerate(names)) or "all"
+        for label in range(2 ** len(names))
+    ]
+
+
+def _images(folder: Path, listed: Iterable[str]) -> tuple[Path, dict[str, str]]:
+    """The zip or folder with the images, and the name in it of each that is listed: all must be there."""
+    # the zip first: a folder beside it may be half unpacked
+    for images in (folder / f"{IMAGES}.zip", folder / IMAGES):
+        if images.exists():
+            break
+    else:
+        raise RequestError(f"data.path: no {IMAGES}.zip nor {IMAGES}/ in {folder}, beside {ATTRIBUTES}; put one there")
+    names = zip_names(images) if images.is_file() else [p.name for p in images.iterdir()]
+    place = {name.rpartition("/")[2]: name for name in names}
+    if missing := sorted(set(listed) - place.keys()):
+        raise RequestError(
+            f"data.path: {images} lacks {len(missing)} of the images in {ATTRIBUTES} ({missing[0]}, …): "
+            f"copy it again, whole"
+        )
+    return images, place

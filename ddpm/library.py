@@ -1,0 +1,308 @@
+"""The package as a library: a config, a network, and a trained model whose samples are an array.
+
+Owns: how a run directory, or a file of EMA weights, becomes a `Model`. Must not know: launchers, sample sets on disk,
+or how a sample is computed, which is ddpm/generate.py's: the same request gives the same bytes here and there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm import checkpoint, generate, runtime
+from ddpm import config as configs
+from ddpm import schedule as schedules
+from ddpm.config import USUAL_STEPS, Config
+from ddpm.data import Batches, pack
+from ddpm.diffusion import Diffusion
+from ddpm.errors import RequestError
+from ddpm.rundir import DamagedFile, RunDir, read_json
+from ddpm.sampleset import CheckpointRef, Request
+from ddpm.unet import UNet
+
+log = logging.getLogger(__name__)
+
+Device = torch.device | str | None
+"""None: a GPU where there is one, else the CPU."""
+PRECISIONS = ("fp32", "bf16")
+
+
+# ---------------------------------------------------------------- parts for a training loop
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config in a YAML file, with `section.key=value` overrides. RequestError for what is wrong with it."""
+    return configs.load(Path(path), overrides)
+
+
+def build_model(config: Config, device: Device = None) -> UNet:
+    """The config's network with initial weights that follow from its seed, float32, in training mode."""
+    return runtime.build_model(config, _device(device), "fp32")
+
+
+def build_diffusion(config: Config, device: Device = None) -> Diffusion:
+    """The config's schedule with the forward process and the loss, on `device`."""
+    return Diffusion(schedules.build(config.diffusion)).to(_device(device))
+
+
+def batches(
+    config: Config, device: Device = None, *, cache: str | Path = "runs/.cache/data"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end: x_0 float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), in the order of a training run.
+
+    B is the config's global batch. Its images are downloaded and packed into `cache` unless they are there:
+    RequestError for data that cannot serve, EnvironmentLacks where it cannot be fetched or written.
+    """
+    _, packed = pack(config.data, "train", Path(cache).expanduser())
+    size, where = config.train.global_batch, _device(device)
+    order = Batches(packed, seed=config.seed, attempt=0, global_batch=size, flip=config.data.flip)
+    return (order.rows(step, 0, size, where) for step in itertools.count())
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+def load(
+    path: str | Path,
+    *,
+    config: Config | str | Path | None = None,
+    step: int | None = None,
+    weights: str = "ema",
+    device: Device = None,
+    precision: str | None = None,
+) -> Model:
+    """The trained model in a run directory, or in a .safetensors file of EMA weights with the `config` they belong to.
+
+    step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16; None is
+    what launch/sample.py takes, the config's sample.precision, or for `auto` bf16 where the run was trained in it.
+    A checkpoint's size and digest are verified. RequestError for what does not exist or fit, DoNotRetry where a run
+    has checkpoints and all are damaged; damaged ones that are passed over are logged.
+    """
+    path = Path(path).expanduser()
+    if weights not in ("ema", "model"):
+        raise RequestError(f"weights = {weights!r}: use ema or model")
+    if precision not in (None, *PRECISIONS):
+        raise RequestError(f"precision = {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if path.is_file():
+        return _load_file(path, config, step, weights, _device(device), precision)
+    run = RunDir(path)
+    if not run.config.is_file():
+        raise RequestError(f"{path}: no run directory (it has no config.yaml), and no file of weights")
+    if config is not None:
+        raise RequestError(f"config goes with a file of weights; {path} is a run and has its own: leave it out")
+    return _load_run(run, step, weights, _device(device), precision)
+
+
+def _load_run(run: RunDir, step: int | None, weights: str, device: torch.device, precision: str | None) -> Model:
+    config = configs.load(run.config)
+    chosen = _newest(run) if step is None else _chosen(run, step)
+    if precision is None:
+        trained_in = ((read_json(run.run_json) or {}).get("resolved") or {}).get("amp")
+        precision = _precision(config, "bf16" if trained_in == "bf16" else "fp32")
+    network = runtime.build_model(config, device, precision)
+    set_weights(network, checkpoint.load(run, chosen)[weights], str(run.checkpoint(chosen)))
+    return Model(config, network.eval(), precision=precision, step=chosen, weights=weights)
+
+
+def _load_file(
+    path: Path,
+    config: Config | str | Path | None,
+    step: int | None,
+    weights: str,
+    device: torch.device,
+    precision: str | None,
+) -> Model:
+    from safetensors import SafetensorError, safe_open
+
+    if config is None:
+        raise RequestError(f"{path}: weights do not say what network they are of; give config=, a Config or its YAML")
+    if step is not None or weights != "ema":
+        raise RequestError(f"{path} holds one step's EMA weights: step and weights go with a run directory")
+    if not isinstance(config, Config):
+        config = load_config(config)
+    try:
+        with safe_open(path, "pt") as f:
+            state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except SafetensorError as e:
+        raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
+    precision = precision or _precision(config, "fp32")
+    network = runtime.build_model(config, device, precision)
+    set_weights(network, state, str(path))
+    return Model(config, network.eval(), precision=precision, step=int(metadata.get("step", 0)))
+
+
+def _precision(config: Config, auto: str) -> str:
+    return auto if config.sample.precision == "auto" else config.sample.precision
+
+
+def _newest(run: RunDir) -> int:
+    generation = checkpoint.newest_good(run, lambda message: log.warning("%s", message))
+    if generation is None:
+        raise RequestError(f"run {run.path} has no checkpoint yet: train it first")
+    return generation.step
+
+
+def _chosen(run: RunDir, step: int) -> int:
+    steps = run.steps_saved()
+    if step not in steps:
+        raise RequestError(f"run {run.path} has no checkpoint of step {step}; it has {sorted(steps)}")
+    try:
+        return checkpoint.verify(run, step).step
+    except DamagedFile as e:
+        others = sorted(s for s in steps if s != step)
+        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: {others}") from None
+
+
+def set_weights(network: UNet, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into the network. RequestError naming `source` and a tensor where they do not fit each other."""
+    own = network.state_dict()
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if wrong:
+        raise RequestError(
+            f"{source}: not the weights of the config's network: {len(wrong)} of its {len(own)} tensors and the file's "
+            f"{len(state)} are missing or of another shape, such as {wrong[0]}; give the config they were trained with"
+        )
+    network.load_state_dict(state)
+
+
+class Model:
+    """A trained network and all that its samples follow from.
+
+    network: of `config`, in eval mode, on any device. precision: fp32 | bf16, in which it is evaluated. step, weights:
+    where it comes from, for messages.
+    """
+
+    def __init__(
+        self, config: Config, network: UNet, *, precision: str = "fp32", step: int = 0, weights: str = "ema"
+    ) -> None:
+        self.config, self.network = config, network
+        self.precision, self.step, self.weights = precision, step, weights
+        self.schedule = schedules.build(config.diffusion)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def eps(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The noise that the network sees in x_t: float32 (B, C, H, W), without gradients.
+
+        x_t: (B, C, H, W) floating; t: int64 (B,), 0 .. T-1; labels: int64 (B,), for a model with classes, where
+        num_classes means "no label" if it was trained with label_dropout. All on `device`. ValueError for others.
+        """
+        with torch.no_grad(), runtime.autocast(self.precision, self.device):
+            return self.network(x_t, t, labels).float()
+
+    def sample(
+        self,
+        num: int,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+        labels: Sequence[int] | np.ndarray | Tensor | None = None,
+        seed: int | None = None,
+        batch: int | None = None,
+        clip_x_0: bool | None = None,
+    ) -> np.ndarray:
+        """Images 0 .. num-1 of a request: uint8 (num, H, W, 3).
+
+        What is not given is the config's `sample` section's; for another sampler than the config's, 100 steps of
+        ddim, 20 of dpmpp_2m, or all timesteps. labels: (num,), a class for each image; None: the classes in turn.
+        batch: rows of every network call, used or not; at most `num` unless given.
+
+        Image i follows from (seed, i) and the request alone: the bytes are those of a sample set of launch/sample.py
+        with the same sampler, steps, eta, guidance, labels, batch and precision, on the same device. RequestError for
+        values outside what the config allows, DoNotRetry where the network's output is not finite.
+        """
+        asked = {
+            "sampler": sampler,
+            "steps": steps,
+            "eta": eta,
+            "guidance": guidance,
+            "seed": seed,
+            "batch": batch,
+            "clip_x_0": clip_x_0,
+        }
+        request = self._request(num, {name: value for name, value in asked.items() if value is not None})
+        return self._images(request, self._labels(labels, num))
+
+    def _request(self, num: int, asked: dict[str, Any]) -> Request:
+        """The request for `num` images, checked as a config's is."""
+        tree = self.config.model_dump()
+        there, timesteps = tree["sample"], self.config.diffusion.timesteps
+        if asked.get("sampler", there["sampler"]) != there["sampler"] and "steps" not in asked:
+            asked["steps"] = min(USUAL_STEPS.get(asked["sampler"], timesteps), timesteps)
+        tree["sample"] = {**there, "num_samples": num, "shards": 1, "class_plan": None, **asked}
+        s = configs.build(Config, tree, "sample()").sample
+        return Request(
+            checkpoint=CheckpointRef(self.step, ""),
+            weights=self.weights,
+            sampler=s.sampler,
+            steps=s.steps,
+            eta=s.eta,
+            guidance=s.guidance,
+            seed=s.seed,
+            num_samples=num,
+            shards=1,
+            batch=s.batch if "batch" in asked else min(s.batch, num),
+            precision=self.precision,
+            class_plan=None,
+            clip_x_0=s.clip_x_0,
+        )
+
+    def _labels(self, labels: Sequence[int] | np.ndarray | Tensor | None, num: int) -> Tensor | None:
+        """int64 (num,) on the CPU; None where nobody asked for any."""
+        if labels is None:
+            return None
+        classes = self.config.model.num_classes
+        if not classes:
+            raise RequestError("labels: the model has no classes (model.num_classes = 0); leave them out")
+        given = torch.as_tensor(labels).cpu()
+        if given.shape != (num,) or given.is_floating_point() or bool(((given < 0) | (given >= classes)).any()):
+            raise RequestError(
+                f"labels of shape {tuple(given.shape)}: must be {num} whole numbers, one per image, "
+                f"from 0 to {classes - 1} (model.num_classes = {classes})"
+            )
+        return given.long()
+
+    def _images(self, request: Request, labels: Tensor | None) -> np.ndarray:
+        size, batch, rows = self.config.data.image_size, request.batch, None
+
+        def eps_model(x_t: Tensor, t: Tensor, planned: Tensor | None) -> Tensor:
+            if rows is None or planned is None:
+                return self.eps(x_t, t, planned)
+            return self.eps(x_t, t, torch.cat([rows, planned[batch:]]))  # with guidance, the rows without a label last
+
+        compute = generate.batch_sampler(
+            request,
+            eps_model,
+            self.schedule,
+            (3, size, size),
+            self.config.diffusion.variance,
+            self.config.model.num_classes,
+            self.device,
+            lambda: None,
+        )
+        images = []
+        for first in range(0, request.num_samples, batch):
+            num = min(batch, request.num_samples - first)
+            if labels is not None:
+                rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
+                rows[:num] = labels[first : first + num].to(self.device)
+            images.append(compute(first, num).images)
+        return np.concatenate(images)
+
+
+def _device(device: Device) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)

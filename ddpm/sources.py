@@ -1,0 +1,188 @@
+"""Where images come from, and how each one becomes pixels: a folder, a zip, CIFAR-10, scikit-learn's digits.
+
+Opening a source only lists it: which names each split has, and the class of each. Reading it decodes one image at a
+time, so that no set has to fit in memory. What is done with the pixels is data.py's; CelebA's lists are celeba.py's.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.rundir import sha256_file, sha256_json
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test"}
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
+RESIZE = {"crop": "centre square", "filter": "lanczos"}
+"""What `to_square` does: part of every cache key, and kept in meta.json."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by name, split and class. Opening it has checked that it is usable."""
+
+    kind: str  # folder | zip | cifar10 | digits | celeba (not downloaded yet)
+    path: Path | None
+    members: dict[str, list[str]]
+    """split -> names relative to `path`, sorted; no names where a library reads the images (NUM_IMAGES)."""
+    classes: list[str]
+    labels: dict[str, int] = field(default_factory=dict)
+    """name -> index into `classes`."""
+    selection: Any = None
+    """What else decided which images there are and what their labels mean (JSON): the cache key covers it."""
+
+    def num_images(self, split: str) -> int:
+        return len(self.members[split]) or NUM_IMAGES[self.kind, split]
+
+    def fingerprint(self) -> Any:
+        """What the cache key covers: content for archives, names, sizes and times for folders."""
+        if self.kind == "zip" and self.path is not None:
+            return sha256_file(self.path)
+        if self.kind == "folder" and self.path is not None:
+            stats = ((name, (self.path / name).stat()) for names in self.members.values() for name in names)
+            return sha256_json([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
+        return self.kind
+
+
+def digits() -> Source:
+    return Source("digits", None, {"train": []}, [str(i) for i in range(10)])
+
+
+def cifar10(path: Path | None) -> Source:
+    """path: torchvision's root; None: beside the packed data."""
+    return Source("cifar10", path, {"train": [], "test": []}, CIFAR10_CLASSES)
+
+
+def folder_or_zip(path: Path) -> Source:
+    """Images in CLASS/NAME.png, optionally under train/ and test/. Raises RequestError where there are none."""
+    if path.is_dir():
+        return _from_names("folder", path, (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+    return _from_names("zip", path, zip_names(path))
+
+
+def zip_names(path: Path) -> list[str]:
+    """The files in a zip. Raises RequestError where it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [i.filename for i in archive.infolist() if not i.is_dir()]
+    except (zipfile.BadZipFile, OSError) as e:
+        raise RequestError(
+            f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
+        ) from None
+
+
+def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
+    images = sorted(
+        n
+        for n in names
+        if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
+    )
+    if not images:
+        raise RequestError(
+            f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
+            f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+    depth = 0  # folders that wrap the whole archive say nothing
+    while (
+        len({PurePosixPath(n).parts[depth] for n in images}) == 1
+        and all(len(PurePosixPath(n).parts) > depth + 2 for n in images)
+        and PurePosixPath(images[0]).parts[depth] not in SPLITS
+    ):
+        depth += 1
+    members: dict[str, list[str]] = {}
+    class_of: dict[str, str] = {}
+    for n in images:
+        *folders, _ = PurePosixPath(n).parts[depth:]
+        split = SPLITS[folders.pop(0)] if folders and folders[0] in SPLITS else "train"
+        members.setdefault(split, []).append(n)
+        class_of[n] = folders[-1] if folders else ""  # a split's own folder is no class
+    classes = sorted(set(class_of.values()))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Source(kind, path, members, classes, {n: label_of[name] for n, name in class_of.items()})
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def to_square(image: Any, size: int | None) -> np.ndarray:
+    """A PIL image as uint8 (size, size, 3): RGB, centre-cropped to a square, resized with Lanczos; None keeps it."""
+    from PIL import Image
+
+    image = image.convert("RGB")
+    if size is not None and image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def read(source: Source, split: str, size: int | None, downloads: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """Each image of a split, uint8 (size, size, 3), and its class. downloads: where what has no path is kept.
+
+    Raises RequestError naming an image that cannot be decoded, EnvironmentLacks (no download, no scikit-learn).
+    """
+    if source.kind == "digits":
+        return _read_digits(size)
+    if source.kind == "cifar10":
+        return _read_cifar10(source.path or downloads / "cifar10", split, size)
+    return _decode(source, split, size)
+
+
+def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    from PIL import Image
+
+    assert source.path is not None
+    archive = zipfile.ZipFile(source.path) if source.kind == "zip" else None
+    try:
+        for name in source.members[split]:
+            try:
+                raw = archive.read(name) if archive else (source.path / name).read_bytes()
+                with Image.open(io.BytesIO(raw)) as image:
+                    yield to_square(image, size), source.labels[name]
+            except Exception as e:  # Pillow, zlib and zipfile raise some ten kinds for broken bytes
+                raise RequestError(
+                    f"data.path = {source.path}: {name} cannot be decoded ({e}); replace or remove it"
+                ) from None
+    finally:
+        if archive:
+            archive.close()
+
+
+def _read_digits(size: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, as RGB."""
+    from PIL import Image
+
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise EnvironmentLacks("data.name=digits needs scikit-learn: pip install 'ddpm-hpc[digits]'") from None
+    bunch = load_digits()
+    for image, label in zip(bunch.images, bunch.target, strict=True):
+        yield to_square(Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)), size), int(label)
+
+
+def _read_cifar10(root: Path, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """The original CIFAR-10 (Krizhevsky 2009), downloaded and MD5-checked by torchvision."""
+    from PIL import Image
+    from torchvision.datasets import CIFAR10
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        dataset = CIFAR10(str(root), train=split == "train", download=True)
+    except (OSError, RuntimeError) as e:
+        raise EnvironmentLacks(
+            f"CIFAR-10 could not be had from {CIFAR10.url} ({e}); on a machine with a network put {CIFAR10.filename} "
+            f"into {root}, or give another copy: data.path=FOLDER_OR_ZIP_OF_IMAGES"
+        ) from None
+    for image, label in zip(dataset.data, dataset.targets, strict=True):
+        yield to_square(Image.fromarray(image), size), int(label)

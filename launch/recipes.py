@@ -1,0 +1,98 @@
+"""The recipes in configs/ as a table: what each one trains, for how long, what it needs, what was reported of it.
+
+Owns: reading what the comment at the top of a config file says, in these words:
+
+    Network: 35,746,307 parameters     Memory: 7.1 GiB     reports FID 3.17 [for 50,000 samples | at epoch 180]
+
+after a first line that names the source: AUTHORS YEAR, "TITLE", or: A published project. The rest is in the config.
+Must not know: torch, which would take seconds, so it counts nothing itself (tools/inspect_config.py does).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm import config as configs
+from ddpm.config import Config
+
+FOOTNOTE = """memory: an estimate, in GiB, of training on one GPU: weights, gradients, Adam's moments, EMA, and the
+activations of the images that it holds at a time (the batch, or train.micro_batch), all in fp32 without compiling;
+bf16 and compiling need less, CUDA itself some more. For any config: python tools/inspect_config.py CONFIG"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A config and what its file's header says of it; None or "" where it says nothing."""
+
+    name: str
+    config: Config
+    num_parameters: int | None
+    memory_gib: float | None
+    fid: str
+    source: str
+
+
+def header(text: str) -> str:
+    """The comment that opens a config file, as one line."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return " ".join(filter(None, lines))
+
+
+def read(path: Path) -> Recipe:
+    """Raises RequestError where the file is no valid config."""
+    config = configs.load(path)
+    text = header(path.read_text())
+    parameters = re.search(r"\bNetwork: ([\d,]+) parameters", text)
+    memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)
+    fid = re.search(r"\breports? (?:(no) FID|FID (\d+(?:\.\d+)?(?: for [\d,]+ samples| at epoch \d+)?))", text)
+    source = re.match(r'A published project|[^"]+? \d{4}(?=, ")', text)
+    return Recipe(
+        name=path.stem,
+        config=config,
+        num_parameters=int(parameters[1].replace(",", "")) if parameters else None,
+        memory_gib=float(memory[1]) if memory else None,
+        fid=("none" if fid[1] else fid[2]) if fid else "",
+        source=source[0] if source else "",
+    )
+
+
+def print_table(shelf: Path) -> None:
+    """The recipes in folder `shelf`. Raises RequestError naming a file that is no valid config."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("recipe", "data", "parameters", "batch", "length", "memory", "reported FID", "source"):
+        right = name in ("parameters", "batch", "length", "memory")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for recipe in map(read, sorted(shelf.glob("*.yaml"), key=lambda path: path.stem)):
+        config, size = recipe.config, recipe.config.data.image_size
+        table.add_row(
+            recipe.name,
+            f"{config.data.name} {size}x{size}",
+            "-" if recipe.num_parameters is None else f"{recipe.num_parameters / 1e6:.1f} M",
+            str(config.train.global_batch),
+            length(config),
+            "-" if recipe.memory_gib is None else f"{recipe.memory_gib:g}",
+            recipe.fid or "-",
+            recipe.source or "-",
+        )
+    terminal = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    terminal.print(table)
+    terminal.print(f"\n{FOOTNOTE}\nTrain one: python launch/submit.py configs/RECIPE.yaml --partition gpu")
+
+
+def length(config: Config) -> str:
+    """How long the config trains, as it says it."""
+    train = config.train
+    for number, unit in ((train.total_epochs, "epochs"), (train.total_images, "images")):
+        if number is not None:
+            return f"{number:,} {unit}"
+    return f"{train.total_steps:,} steps"

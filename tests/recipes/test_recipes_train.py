@@ -1,0 +1,135 @@
+"""Every recipe learns, survives being killed, draws a grid and is scored: as processes, on a machine without a GPU.
+
+What is shrunk, by overrides on the recipe: width, batch, length, warm-up, learning rate, the sample set and the
+intervals; precision is off. Structure, schedule, loss, optimizer, accumulation and image size stay. DDPM_TEST_IMAGES
+names a folder or zip of ten classes for the CIFAR-10 recipes to train on; else there are pictures made here. CelebA is
+in miniature.
+
+400 steps at 32x32. At 64x64 and 128x128 they would take many minutes, so those recipes go through the same life in 40
+steps, and their loss is not judged; DDPM_TEST_FULL=1 gives all of them the 400.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm import config as configs
+from ddpm.config import Config
+from ddpm.rundir import RunDir, read_jsonl
+from tests.celeba import write_celeba
+from tests.cli.harness import PROJECT, Shell, events, read, wait_for
+from tests.images import given_or_made
+
+RECIPES = sorted(p for p in (PROJECT / "configs").glob("*.yaml") if p.stem != "quickstart")
+STEPS, FEW_STEPS = 400, 40
+BATCH, WIDTH = 8, 8
+NUM_SAMPLES = 8
+BOUNDS = {"l2": 0.25, "l1": 0.35}
+"""A network that answers zero has 1.0 and 0.80."""
+
+
+class Place:
+    """One root for all runs, so that images are packed once for each size, and the images."""
+
+    def __init__(self, where: Path) -> None:
+        self.shell = Shell(where)
+        self.images = given_or_made(where).absolute()
+        self.celeba = write_celeba(where / "celeba")
+
+    def stage(self, *args: str) -> subprocess.Popen[str]:
+        """A job's process, its output in one pipe."""
+        _, options = self.shell.command("submit")
+        options |= {"cwd": PROJECT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, "-m", "launch.jobs", *args], **options)
+
+    def run_stage(self, *args: str) -> None:
+        process = self.stage(*args)
+        output, _ = process.communicate(timeout=7200)
+        assert process.returncode == 0, output
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("recipes"))
+
+
+def is_short(config: Config) -> bool:
+    return config.data.image_size > 32 and not os.environ.get("DDPM_TEST_FULL")
+
+
+def overrides(config: Config, place: Place, steps: int) -> list[str]:
+    accumulation = config.train.global_batch // (config.train.micro_batch or config.train.global_batch)
+    data = [f"data.path={place.celeba}"]
+    if config.data.name == "cifar10":
+        data = ["data.name=images", f"data.path={place.images}"]
+    return [
+        *data,
+        f"model.base_channels={WIDTH}",
+        *([f"model.norm_groups={WIDTH}"] if config.model.norm_groups else []),
+        f"train.total_steps={steps}",
+        f"train.global_batch={BATCH}",
+        *([f"train.micro_batch={BATCH // accumulation}"] if accumulation > 1 else []),
+        "train.lr=2.0e-3",
+        f"train.warmup_steps={steps // 20}",
+        "train.amp=off",
+        "train.compile=false",
+        "checkpoint.every_min=null",
+        f"checkpoint.every_steps={steps // 2}",
+        "log.every_steps=1",
+        "log.grid_images=4",
+        f"sample.num_samples={NUM_SAMPLES}",
+        f"sample.batch={NUM_SAMPLES}",
+        "sample.steps=5",
+        "sample.shards=1",
+        "evaluate.extractor=pixels",
+    ]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(path: Path, place: Place) -> None:
+    config = configs.load(path)
+    steps = FEW_STEPS if is_short(config) else STEPS
+    done = place.shell("submit", str(path), "--cluster", "local", "--prepare", *overrides(config, place, steps))
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(place.shell.root / path.stem)
+
+    process = place.stage("train", str(run.path))
+    wait_for(lambda: run.manifest(steps // 2).exists() or process.poll() is not None, "the save", timeout_s=7200)
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL and run.latest_step() == steps // 2, output
+
+    place.run_stage("train", str(run.path))
+    told = [(e["event"], e["step"]) for e in events(run.path) if e["event"] in ("started", "resumed", "finished")]
+    assert told == [("started", 0), ("resumed", steps // 2), ("finished", steps)]
+    metrics = list(read_jsonl(run.metrics))
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    loss = float(np.mean([m["loss"] for m in metrics[-50:]]))
+    print(f"{path.stem}: eps-loss {loss:.4f} over the last 50 of {steps} steps")
+    if not is_short(config):
+        assert loss <= BOUNDS[config.diffusion.loss]
+
+    grid = np.asarray(Image.open(run.grid(steps)))
+    inside = grid[4:-4, 4:-4]  # without the lines between images
+    assert inside.ndim == 3 and np.ptp(inside[: config.data.image_size - 8, : config.data.image_size - 8]) > 0
+
+    set_name = f"ddim5-step{steps}-seed0"
+    place.run_stage("sample", str(run.path), set_name, "--shard", "0")
+    place.run_stage("evaluate", str(run.path), set_name)
+    score: dict[str, Any] = read(run.eval / f"{set_name}.json")
+    checkpoint = {"step": steps, "sha256": read(run.manifest(steps))["sha256"], "weights": config.sample.weights}
+    assert score["frechet_distance"] > 0 and score["num_samples"] == NUM_SAMPLES
+    assert score["checkpoint"] == checkpoint and score["extractor"]["name"] == "pixels"
+    assert score["sampler"] == {"name": "ddim", "steps": 5, "eta": 0.0, "guidance": None}
+    assert (
+        score["reference"]["split"] == "train" and score["reference"]["digest"] == read(run.run_json)["data"]["digest"]
+    )

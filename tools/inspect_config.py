@@ -1,0 +1,233 @@
+#!/usr/bin/env python
+"""What a config costs and looks like, without data or GPU: layers, parameters, FLOPs, memory, noise schedule."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ddpm import config as configs  # noqa: E402
+from ddpm.config import Config  # noqa: E402
+from ddpm.errors import RequestError  # noqa: E402
+from ddpm.structure import Structure  # noqa: E402
+from launch import console, recipes  # noqa: E402
+from launch.environment import PROJECT  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ddpm.schedule import Schedule
+    from ddpm.unet import UNet
+
+EXAMPLES = """examples:
+  python tools/inspect_config.py configs/cifar10.yaml
+  python tools/inspect_config.py configs/cifar10.yaml model.base_channels=64 train.micro_batch=32
+  python tools/inspect_config.py configs/cifar10-cosine.yaml --plot schedule.svg
+"""
+BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "Adam's two moments": 8, "EMA": 4}
+"""All fp32, also under autocast."""
+BARS = "▁▂▃▄▅▆▇█"
+PLOT_POINTS = 60
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a config file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, e.g. model.base_channels=64")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the schedule's alpha_bar and SNR there")
+    args = parser.parse_intermixed_args()
+    if args.plot is not None and args.plot.suffix != ".svg":
+        raise RequestError(f"--plot {args.plot}: it draws SVG alone; name a file that ends in .svg")
+    return args
+
+
+# ---------------------------------------------------------------- network
+
+
+def build(config: Config) -> UNet:
+    """The configured network in training mode, on the meta device: shapes without memory or arithmetic."""
+    import torch
+
+    from ddpm import runtime
+
+    with torch.device("meta"):
+        return runtime.build_model(config, torch.device("meta"), "off")
+
+
+def num_parameters(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def layers(config: Config, model: UNet) -> list[tuple[str, ...]]:
+    """Rows (part, resolution, channels, blocks, attention, parameters) from input to output; "" where it has none."""
+    s = Structure(image_size=config.data.image_size, **config.model.model_dump())
+    levels = list(zip(s.sizes, s.widths, strict=True))
+
+    def level(part: str, module: Any, size: int, width: int) -> tuple[str, ...]:
+        attention = sum(num_parameters(a) > 0 for a in module.attentions)
+        heads = f"{attention} x {s.attention_heads} head{'s' if s.attention_heads > 1 else ''}" if attention else ""
+        return part, f"{size}x{size}", str(width), str(len(module.blocks)), heads, f"{num_parameters(module):,}"
+
+    def single(part: str, module: nn.Module | None, size: str, width: int) -> tuple[str, ...]:
+        return part, size, str(width), "", "", f"{num_parameters(module):,}"
+
+    full = f"{s.image_size}x{s.image_size}"
+    out = num_parameters(model.norm_out) + num_parameters(model.conv_out)
+    return [
+        single("time MLP", model.time_mlp, "", s.embedding),
+        *([single("class embedding", model.class_embedding, "", s.embedding)] if s.num_classes else []),
+        single("input", model.conv_in, full, s.base_channels),
+        *(level(f"encoder {i}", m, *levels[i]) for i, m in enumerate(model.encoder)),
+        level("bottleneck", model.bottleneck, *levels[-1]),
+        *(level(f"decoder {i}", m, *levels[i]) for i, m in zip(range(len(levels))[::-1], model.decoder, strict=True)),
+        ("output", full, str(s.in_channels), "", "", f"{out:,}"),
+    ]
+
+
+def inputs(model: UNet) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One image, its t and its label, on the meta device."""
+    import torch
+
+    label = torch.zeros(1, dtype=torch.int64, device="meta") if model.num_classes else None
+    x_t = torch.zeros(1, model.in_channels, model.image_size, model.image_size, device="meta")
+    return x_t, torch.zeros(1, dtype=torch.int64, device="meta"), label
+
+
+def forward_flops(model: UNet) -> int:
+    """Floating-point operations of one image's forward pass in convolutions and matrix products.
+
+    A multiply-add counts as 2. Norms, activations and sums are left out, as is usual.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs(model))
+    return int(counter.get_total_flops())
+
+
+def activation_bytes(model: UNet) -> int:
+    """What autograd keeps of one image for the backward pass, in fp32 without compiling; each tensor once."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's address from being used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs(model))
+    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in weights)
+
+
+def memory(config: Config, model: UNet) -> dict[str, int]:
+    """Bytes on one GPU that trains the config alone, by what they are for."""
+    images = config.train.micro_batch or config.train.global_batch
+    exact = {name: size * num_parameters(model) for name, size in BYTES_PER_PARAMETER.items()}
+    return {**exact, f"activations of {images} images": images * activation_bytes(model)}
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def spark(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return "".join(BARS[round((v - low) / (high - low or 1) * (len(BARS) - 1))] for v in values)
+
+
+def curves(schedule: Schedule) -> dict[str, list[float]]:
+    """alpha_bar and log10 of the SNR alpha_bar / (1 - alpha_bar), at every t."""
+    # betas that are next to 0 or 1 make an alpha_bar of exactly 1 or 0
+    alpha_bar = schedule.alpha_bar.clamp(1e-300, 1 - 2**-53).tolist()
+    return {"alpha_bar": alpha_bar, "log10 SNR": [math.log10(a / (1 - a)) for a in alpha_bar]}
+
+
+def schedule_lines(schedule: Schedule) -> list[str]:
+    size = len(schedule.timesteps)
+    num = min(PLOT_POINTS, size)
+    places = [i * (size - 1) // (num - 1) for i in range(num)]
+    return [
+        f"{name:10} {spark([values[t] for t in places])}  {values[0]:.4g} (t = 0), "
+        f"{values[size // 2]:.4g} (t = {size // 2}), {values[-1]:.4g} (t = {size - 1})"
+        for name, values in curves(schedule).items()
+    ]
+
+
+def svg(schedule: Schedule, title: str) -> str:
+    """The curves of a schedule over t, one above the other."""
+    width, height, left, gap = 640, 200, 70, 60
+    parts = [f'<text x="{left}" y="24" font-size="15">{title}</text>']
+    for row, (name, values) in enumerate(curves(schedule).items()):
+        top, low, high = gap * (row + 1) + height * row, min(values), max(values)
+        points = " ".join(
+            f"{left + t * width / (len(values) - 1):.1f},{top + (high - v) / (high - low or 1) * height:.1f}"
+            for t, v in enumerate(values)
+        )
+        parts += [
+            f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
+            f'<polyline points="{points}" fill="none" stroke="#0057b7" stroke-width="2"/>',
+            f'<text x="{left}" y="{top - 8}">{name}</text>',
+            f'<text x="{left - 8}" y="{top + 10}" text-anchor="end">{high:.3g}</text>',
+            f'<text x="{left - 8}" y="{top + height}" text-anchor="end">{low:.3g}</text>',
+            f'<text x="{left}" y="{top + height + 18}">t = 0</text>',
+            f'<text x="{left + width}" y="{top + height + 18}" text-anchor="end">t = {len(values) - 1}</text>',
+        ]
+    across, down = left + width + 20, 2 * (height + gap) + 40
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{across}" height="{down}" font-family="sans-serif" '
+        f'font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+# ---------------------------------------------------------------- script
+
+
+def print_layers(rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("part", "resolution", "channels", "blocks", "attention", "parameters"):
+        table.add_column(name, justify="right" if name in ("channels", "blocks", "parameters") else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def main() -> int:
+    args = parse()
+    config = configs.load(Path(args.config), args.overrides, shelf=PROJECT / "configs")
+
+    from ddpm import schedule
+
+    model, noise, d = build(config), schedule.build(config.diffusion), config.diffusion
+    print(f"{config.name}: {config.data.name} {config.data.image_size}x{config.data.image_size}, ", end="")
+    print(f"batch {config.train.global_batch}, {recipes.length(config)}\n")
+    print_layers(layers(config, model))
+    flops, parts = forward_flops(model), memory(config, model)
+    print(f"\nparameters       {num_parameters(model):,}")
+    print(f"forward          {flops / 1e9:.2f} GFLOP an image (a multiply-add is 2; convolutions and matrix products)")
+    print(f"training         {3 * flops / 1e9:.2f} GFLOP an image (forward, and twice that for backward)")
+    print(f"memory           {sum(parts.values()) / 2**30:.2f} GiB on one GPU, in fp32 without compiling:")
+    for name, size in parts.items():
+        print(f"{size / 2**20:12,.1f} MiB {name}")
+    print(
+        "  Activations are what autograd keeps of one image, times the images; the rest is exact. Bf16 and compiling\n"
+        "  need less; CUDA itself and the workspaces of its kernels come on top."
+    )
+    title = f"{d.schedule} schedule, {d.timesteps} timesteps"
+    print(f"\n{title}", *schedule_lines(noise), sep="\n")
+    if args.plot is not None:
+        args.plot.write_text(svg(noise, title), encoding="utf-8")
+        print(f"drawn: {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_script(main)

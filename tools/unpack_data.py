@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Unpack a data set as PNGs, as training sees it: cropped and resized. For tools that want folders of images."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ddpm import config as configs  # noqa: E402
+from ddpm import data  # noqa: E402
+from ddpm.errors import RequestError  # noqa: E402
+from ddpm.rundir import TMP_PREFIX, read_signed  # noqa: E402
+from launch import console, environment, preparing  # noqa: E402
+from launch.cluster import Site, load_profile  # noqa: E402
+
+EXAMPLES = """examples:
+  python tools/unpack_data.py configs/cifar10.yaml real                           real/000000.png … real/049999.png
+  python tools/unpack_data.py configs/cifar10.yaml data.image_size=64 real-64 --split test --num 5000
+  python tools/unpack_data.py configs/cifar10.yaml real --by-class                real/airplane/000029.png …
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a config file: its data section is read")
+    parser.add_argument("words", nargs="+", metavar="[key=value …] DIR", help="changes to it, and the folder to make")
+    parser.add_argument("--split", default="train", help="train (default), test, or another that the data has")
+    parser.add_argument("--num", type=int, metavar="N", help="this many images, evenly spaced over the split")
+    parser.add_argument("--by-class", action="store_true", help="a folder for each class")
+    parser.add_argument("--root", help="where runs lie, whose packed data is used (default: DDPM_RUNS, or runs/)")
+    parser.add_argument("--profile", metavar="SITE", help="the site profile whose data_cache is used")
+    args = parser.parse_intermixed_args()
+    folders = [w for w in args.words if "=" not in w]
+    if len(folders) != 1:
+        parser.error(f"give one CONFIG and one DIR, not {' '.join([args.config, *folders])}")
+    args.overrides = [w for w in args.words if "=" in w]
+    args.folder = Path(folders[0]).expanduser()
+    return args
+
+
+def unpack(images: data.PackedImages, folder: Path, ids: list[int], classes: list[str] | None) -> None:
+    """Write image i as `folder`/[CLASS/]00000i.png, for each of `ids`. The folder appears whole or not at all."""
+    from PIL import Image
+
+    tmp = folder.with_name(f"{TMP_PREFIX}{folder.name}.{os.getpid()}")
+    show = preparing.show_progress("unpacking")
+    try:
+        tmp.mkdir(parents=True)
+        for name in classes or []:
+            (tmp / name).mkdir()
+        for done, i in enumerate(ids, start=1):
+            where = tmp / classes[images.labels[i]] if classes else tmp
+            Image.fromarray(images.images[i]).save(where / f"{i:06d}.png")
+            if done % 500 == 0 or done == len(ids):
+                show(done, len(ids))
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def main() -> int:
+    args = parse()
+    if args.folder.exists():
+        raise RequestError(f"{args.folder} exists: name another folder, or remove it")
+    config = configs.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
+    site: Site = configs.build(Site, load_profile(args.profile), f"profile {args.profile}")
+    cache = preparing.cache_of(site, environment.runs_root(args.root)) / "data"
+    key, packed = data.pack(config.data, args.split, cache, progress=preparing.show_progress("packing"))
+    num = len(packed) if args.num is None else args.num
+    if not 1 <= num <= len(packed):
+        raise RequestError(f"--num {num}: the {args.split} split has {len(packed)} images")
+    classes = read_signed(cache / key / "meta.json")["classes"] if args.by_class else None
+    unpack(packed, args.folder, [i * len(packed) // num for i in range(num)], classes)
+    print(f"{num} images of {config.data.name}, {args.split}: {args.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_script(main)
