@@ -36,16 +36,26 @@ step() {
     [ $rc != 0 ] || rc=$failed
 }
 
-# A path among the arguments replaces tests/.
-paths=(tests)
-for arg in "$@"; do
-    case $arg in
-        -*) ;;
-        *) [ ! -e "${arg%%::*}" ] || paths=() ;;
-    esac
-done
-
 step ruff "$python" -m ruff check .
 step mypy "$python" -m mypy
-step pytest "$python" -m pytest -ra --durations=10 "$@" ${paths[@]+"${paths[@]}"}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what runs side by side must not fight for cores
+if [ $# != 0 ]; then
+    paths=(tests) # which a path among the arguments replaces
+    for arg in "$@"; do
+        case $arg in
+            -*) ;;
+            *) [ ! -e "${arg%%::*}" ] || paths=() ;;
+        esac
+    done
+    step pytest "$python" -m pytest -ra --durations=10 "$@" ${paths[@]+"${paths[@]}"}
+else
+    # The tests on SLURM mostly wait, for grace periods and time limits: the others run meanwhile.
+    log=$(mktemp)
+    "$python" -m pytest -ra --durations=10 tests/slurm >"$log" 2>&1 &
+    slurm=$!
+    trap 'kill "$slurm" 2>/dev/null; wait; rm -f "$log"' EXIT
+    step 'pytest, all but SLURM' "$python" -m pytest -ra --durations=10 tests --ignore=tests/slurm
+    step 'pytest, SLURM' wait "$slurm"
+    cat "$log"
+fi
 exit "$rc"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.rundir import RunDir, read_events, read_jsonl
+from ddpm.rundir import RunDir, read_events, read_jsonl, write_bytes
 from tools.chaos.lives import TINY
 from tools.slurm_testbed.harness import ENDED, SBIN_PATH, SlurmTestbed
 
@@ -79,14 +79,21 @@ class Cluster:
     def stop(self, run: RunDir, job: str) -> str:
         """End a run that would go on for ever by its STOP file; gives SLURM's state of the job."""
         run.stop_file.touch()
-        return self.bed.wait_state(job, timeout_s=120)
+        return self.bed.wait_state(job, *ENDED, "PREEMPTED", timeout_s=120)
+
+    def set_length(self, run: RunDir, total_steps: int) -> None:
+        """As a later submission does, but of a run that is in the queue: its next life will read it."""
+        text, changed = re.subn(r"total_steps: \d+", f"total_steps: {total_steps}", run.config.read_text())
+        assert changed == 1
+        write_bytes(run.config, text.encode(), replace=True)
+        run.config.chmod(0o644)
 
     # ------------------------------------------------------------ waiting
 
-    def wait_steps(self, run: RunDir, more: int = 3) -> None:
+    def wait_steps(self, run: RunDir, more: int = 3, timeout_s: float = 120) -> None:
         """Until the run has logged some further lines: it trains."""
         goal = len(read_jsonl(run.metrics)) + more
-        self.bed.wait_for(lambda: len(read_jsonl(run.metrics)) >= goal, 120, f"{run.name} training")
+        self.bed.wait_for(lambda: len(read_jsonl(run.metrics)) >= goal, timeout_s, f"{run.name} training")
 
     def wait_saved(self, run: RunDir) -> None:
         """Until a life has saved something of its own and trains on."""
@@ -187,9 +194,9 @@ class Cluster:
 
     @contextlib.contextmanager
     def broken_node(self, node: str, by: signal.Signals) -> Iterator[None]:
-        """Within: the node is dead (SIGKILL) or hangs (SIGSTOP), slurmd and all that its jobs run there; then it reboots.
+        """Within: a node is dead (SIGKILL) or hangs (SIGSTOP), slurmd and all its jobs; afterwards it has rebooted.
 
-        It must not just wake up: the srun that it may hold would end the step of the same number of the job's next life.
+        Left to wake up, the srun on it would end the step of the same number that the job's next life has elsewhere.
         """
         hit = self._all_on(node)
         for pid in hit:
