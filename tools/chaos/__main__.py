@@ -121,6 +121,8 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
             "seconds": round(time.monotonic() - began, 1), "date": date,
         })  # fmt: skip
         print(f"{outcome}  {name}: {result.seen}", flush=True)
+        if args.json:  # whole after each row: the bench takes hours, and may be killed too
+            write_json(args.json, records, replace=True)
 
     for name in [n for n in wanted if n not in ON_SLURM]:
         take(name, None)
@@ -133,8 +135,6 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
     for r in records:
         table.add_row(r["fault"], r["promised"], r["seen"], r["outcome"], str(r["seconds"]))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if args.json:
-        write_json(args.json, records, replace=True)
     told = {k: sum(r["outcome"] == k for r in records) for k in ("passed", "failed", "not run")}
     print(json.dumps({**told, "rows": len(records)}))
     return 1 if told["failed"] else 0
