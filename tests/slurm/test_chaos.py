@@ -1,7 +1,7 @@
-"""Rows of the chaos bench on SLURM, in reduced counts.
+"""Rows of the chaos bench on SLURM, in reduced counts: those that test_life.py does not cover and that are quick.
 
-Pre-emptions, time limits, killed ranks, crash loops, STOP files and array tasks are in test_life.py; the slow rows
-(dead nodes, stopped ranks, a second job, an orphan, packing, compiling) are only in `python -m tools.chaos`.
+All others are in `python -m tools.chaos` alone: dead and hanging nodes, stopped ranks, two jobs on a run, slurmctld,
+other settings of a partition, and stops during start-up, packing, compiling and scoring.
 """
 
 from __future__ import annotations
@@ -12,16 +12,7 @@ from tools.chaos import cluster, slurm_faults, slurm_stops
 from tools.slurm_testbed.harness import SlurmTestbed
 
 ROWS = {**slurm_stops.ROWS, **slurm_faults.ROWS}
-HERE = [
-    "startup-pre-emptions",
-    "no-grace",
-    "preempt-cancel",
-    "requeue-forbidden",
-    "scancel",
-    "one-rank-signalled",
-    "term-by-hand",
-    "signal-in-save",
-]
+HERE = ["requeue-forbidden", "scancel", "one-rank-signalled", "term-by-hand", "signal-in-save"]
 
 
 @pytest.fixture(scope="module")

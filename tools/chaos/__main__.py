@@ -30,8 +30,32 @@ from tools.chaos.files import Result
 HERE = {**files.ROWS, **processes.ROWS}
 ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
 ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
-SECONDS: dict[str, tuple[int | None, int | None]] = {}
-"""What a row took on two cores, testbed included, at its full and at its reduced count; None: not measured."""
+SECONDS: dict[str, tuple[int | None, int | None]] = {
+    "pre-emptions": (830, 70),
+    "startup-pre-emptions": (None, 40),
+    "no-grace": (None, 40),
+    "preempt-cancel": (55, 55),
+    "requeue-forbidden": (55, 55),
+    "scancel": (350, 85),
+    "time-limit": (None, 45),
+    "one-rank-signalled": (430, 50),
+    "term-by-hand": (50, 50),
+    "stop-file": (20, 20),
+    "signal-in-save": (None, 25),
+    "signal-in-packing": (None, 100),
+    "signal-in-compile": (None, 205),
+    "signal-in-evaluation": (None, 50),
+    "one-rank-killed": (None, 20),
+    "rank-stopped": (75, 75),
+    "node-failure": (None, 80),
+    "crash-loop": (25, 25),
+    "slurmctld-restart": (None, 70),
+    "two-jobs": (None, 70),
+    "orphan": (None, 125),
+    "orphan-of-stepd": (None, 110),
+    "array-task-requeued": (None, 75),
+}
+"""What a row took at its full and at its reduced count, on two cores that others used too; None: not measured."""
 
 
 def run_row(name: str, count: int, site: Cluster | None) -> Result | str:
