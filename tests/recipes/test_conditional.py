@@ -22,13 +22,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """Trained by the Trainer on all digits, a tenth of the time without the label."""
     config = make_config(
         data__flip=False,
-        model__base_channels=16,
+        model__base_channels=24,
         model__attention_resolutions=[],
-        model__middle_attention=False,
         model__num_classes=10,
         diffusion__timesteps=200,
         diffusion__beta_end=0.02,
-        train__total_steps=500,
+        train__total_steps=400,
         train__global_batch=32,
         train__lr=3e-3,
         train__warmup_steps=50,
@@ -60,4 +59,5 @@ def test_the_digit_that_was_asked_for_is_drawn_and_guidance_makes_it_clearer(mod
 
     plain, guided = agreement(None), agreement(GUIDANCE)
     print(f"agreement: {plain:.3f}, with guidance {guided:.3f}")
-    assert 0.8 <= plain < guided
+    assert guided >= 0.8
+    assert plain >= 0.5 and guided > plain + 0.05  # chance is 0.1
