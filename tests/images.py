@@ -32,14 +32,14 @@ def write_zip(
 NUM_KINDS = 10
 
 
-def picture(i: int, size: int = 32) -> np.ndarray:
-    """The i-th of endless pictures, uint8 (size, size, 3): a disc on a ramp of two colours, with stripes over both.
+def picture(i: int) -> np.ndarray:
+    """The i-th of endless pictures, uint8 (32, 32, 3): a disc on a ramp of two colours, with stripes over both.
 
     There are NUM_KINDS kinds, i % NUM_KINDS, by the number of stripes; colours, places and contrasts vary freely, so
     that edges, areas and texture have to be told from noise as in a photograph.
     """
     rng = np.random.default_rng(i)
-    y, x = np.mgrid[:size, :size] / size
+    y, x = np.mgrid[:32, :32] / 32
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (x * np.cos(angle) + y * np.sin(angle) + 1.5)[..., None] / 3
     one, other, disc = rng.uniform(0, 255, (3, 3))
@@ -50,13 +50,13 @@ def picture(i: int, size: int = 32) -> np.ndarray:
     return (pixels + rng.uniform(5, 40) * stripes[..., None]).clip(0, 255).astype(np.uint8)
 
 
-def given_or_made(where: Path, *, num_images: int = 1000) -> Path:
+def given_or_made(where: Path) -> Path:
     """Images to train on, a folder or zip with ten classes: $DDPM_TEST_IMAGES, else a zip of pictures in `where`."""
     if given := os.environ.get("DDPM_TEST_IMAGES"):
         return Path(given)
     path = where / "pictures.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        for i in range(num_images):
+        for i in range(1000):
             buffer = io.BytesIO()
             Image.fromarray(picture(i)).save(buffer, format="PNG")
             archive.writestr(zipfile.ZipInfo(f"train/{i % NUM_KINDS}/{i:04d}.png"), buffer.getvalue())

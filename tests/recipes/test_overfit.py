@@ -24,7 +24,7 @@ SIZE = 16
 TIMESTEPS = 1000
 MOST_LOSS = 0.02
 """Of eps on the noisy half of the timesteps, where nearly all of it can be known."""
-LEAST_RISE = 1.5
+LEAST_RISE = 1.8
 """Times by which that loss is larger when the network is told t - T/2 instead of t."""
 CONFIG = make_config(
     data__image_size=SIZE,
