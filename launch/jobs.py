@@ -79,7 +79,8 @@ def finished(run: RunDir, config: configs.Config) -> bool:
         whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError):
         return False
-    return whole and (step >= config.train.total_steps or manifest.get("early_stopped", False))
+    settled = config.train.early_stop_below is not None and manifest.get("early_stopped", False)
+    return whole and (step >= config.train.total_steps or settled)
 
 
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:

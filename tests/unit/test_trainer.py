@@ -17,6 +17,7 @@ from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.optimizer import learning_rate
 from ddpm.rundir import RunDir, read_events
 from ddpm.trainer import Outcome, Trainer
+from launch import jobs
 from tests.training import (
     Killed,
     Life,
@@ -147,6 +148,8 @@ def test_training_ends_early_where_the_logged_losses_have_settled(tmp_path: Path
     assert [r["step"] for r in lines(run)] == [2, 4, 6]
     assert events(run)[-1] == "finished" and checkpoint.verify(run, 6).manifest["early_stopped"] is True
     assert run.ema_weights(6).exists() and run.grid(6).exists()
+    assert jobs.finished(run, config)
+    assert not jobs.finished(run, make_config(**{**options, "train__early_stop_below": None}))  # who wants more has it
     unsettled = make_run(tmp_path / "unsettled")
     assert live(make_config(**{**options, "train__early_stop_below": 1e-9}), unsettled).step == TOTAL
     assert "early_stopped" not in checkpoint.verify(unsettled, TOTAL).manifest
