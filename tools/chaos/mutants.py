@@ -62,6 +62,13 @@ SLURM_MUTANTS = {
         'if environment.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE',
         'if environment.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE\n    return 0',
     ),
+    "handler-that-saves": Edit(
+        "one-rank-signalled", "ddpm/trainer.py",
+        '        self._beginning = "resumed"\n        self._mark_time()\n',
+        '        self._beginning = "resumed"\n        self._mark_time()\n'
+        "        import os, signal\n\n"
+        "        signal.signal(signal.SIGUSR2, lambda *_: (self._save(wait=True), os._exit(75)))\n",
+    ),
     "stops-without-agreement": Edit(
         "one-rank-signalled", "ddpm/trainer.py",
         "code, bad, save_due = self.world.agree([self._reason_code(stop_requested), bad, self._save_due()])",
