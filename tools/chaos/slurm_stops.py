@@ -172,7 +172,7 @@ def out_of_time(c: Cluster, count: int) -> Result:
     c.set_length(run, stops()[-1] + 300)  # while the job is held back
     state = c.bed.wait_state(job, timeout_s=120)
     resumed, whole, restarts = steps_at(run, "resumed"), metrics_whole(run), c.bed.restart_count(job)
-    passed = state == "COMPLETED" and whole and stops() == resumed and restarts == len(resumed) == count
+    passed = state == "COMPLETED" and whole and stops() == resumed and restarts == len(resumed) >= count
     return Result(f"the time limit × {count}", "COMPLETED, one job id, every metrics line once",
                   f"{state}, {restarts} restarts, resumed where stopped: {stops() == resumed}, lines whole: {whole}",
                   passed)  # fmt: skip
