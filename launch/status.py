@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   python launch/status.py --json               for scripts
 """
 SILENT_AFTER_S = 60.0
-TRAINING = ("submitted", "started", "resumed", "finished")
+TRAINING = ("submitted", "started", "resumed", "finished", "failed")
 
 
 def parse() -> argparse.Namespace:

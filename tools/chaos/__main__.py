@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -164,5 +166,10 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
     return 1 if told["failed"] else 0
 
 
+def _interrupt(signum: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # whoever ends the bench ends its clusters and runs too
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -230,7 +231,7 @@ def signal_in_a_save(c: Cluster, count: int) -> Result:
     run, job = c.submit(LONG, "checkpoint.every_steps=1")
     for times in range(1, count + 1):
         c.wait_steps(run, 2)
-        c.strike(job, BOTH[times % 2])
+        c.strike(job, BOTH[(times - 1) % 2])
         c.wait_restart(job, times)
         c.wait_resumed(run, times)
     c.wait_steps(run, 2)
@@ -259,7 +260,7 @@ def signal_in_packing(c: Cluster, count: int) -> Result:
 
     for times in range(1, count + 1):
         c.bed.wait_for(packing, 90, "packing")
-        c.strike(job, BOTH[times % 2])
+        c.strike(job, BOTH[(times - 1) % 2])
         c.wait_restart(job, times)
     state = c.bed.wait_state(job, timeout_s=240)
     passed = state == "COMPLETED" and metrics_whole(run) and not steps_at(run, "failed")
@@ -268,26 +269,40 @@ def signal_in_packing(c: Cluster, count: int) -> Result:
 
 
 def signal_in_compiling(c: Cluster, count: int) -> Result:
-    """Struck while torch.compile is at work, before the life's first step."""
+    """Struck while torch.compile is at work, before a life's first step; its linker is killed within a file."""
     if shutil.which("g++") is None:
         raise NotRun("torch.compile needs g++ here")
     run, job = c.submit(LONG, "train.compile=true", "checkpoint.every_steps=20")
-    logged: list[int] = []
+    trained = 0
     for times in range(1, count + 1):
-        c.bed.wait_for(lambda times=times: _lives(run) == times, 90, f"life {times}")
-        shutil.rmtree(c.root / ".cache" / "inductor", ignore_errors=True)  # or there would be nothing to compile
-        c.bed.wait_for(lambda: any((c.root / ".cache" / "inductor").rglob("*.py")), 90, "the compiler at work")
-        logged.append(last_logged(run))
-        c.strike(job, BOTH[times % 2])
-        c.wait_restart(job, times, timeout_s=400)
+        by = BOTH[(times - 1) % 2]
+        c.bed.wait_for(lambda times=times: _lives(run) == times, 120, f"life {times}")
+        began = time.time()
+        c.bed.wait_for(lambda began=began: any(t > began for t, _ in _compiled(c, "cpp")), 240, "the compiler at work")
+        trained += last_logged(run) > 0
+        c.strike(job, by)
+        c.bed.wait_for(lambda times=times: c.bed.restart_count(job) == times, 400, f"stop {times}")
+        libraries = _compiled(c, "so")
+        if by == "pre-emption" and libraries:
+            os.truncate(libraries[-1][1], 4096)  # the newest: as a linker leaves it that dies
+        elif by != "pre-emption":
+            for _, library in libraries:  # all was compiled before that stop: or there would be nothing to do
+                shutil.rmtree(library.parents[1], ignore_errors=True)
     c.wait_steps(run, 3, timeout_s=400)
     state = c.stop(run, job)
-    resumed = steps_at(run, "resumed")
-    advanced = [a for a, b in zip(logged, [0, *logged], strict=False) if a > b]
-    passed = state == "COMPLETED" and metrics_whole(run) and not advanced and resumed == sorted(resumed)
-    return Result(f"a stop while the network is compiled × {count}", "no hang, nothing lost, COMPLETED",
-                  f"{c.bed.restart_count(job)} restarts, {state}; {len(advanced)} came too late to tell",
-                  passed)  # fmt: skip
+    starts = c.bed.restart_count(job) - count
+    passed = state == "COMPLETED" and metrics_whole(run) and not trained and starts == 0
+    return Result(f"a stop while the network is compiled × {count}", "no hang, no crash after it, COMPLETED",
+                  f"{count + starts} restarts, {state}; {trained} came after a first step", passed)  # fmt: skip
+
+
+def _compiled(c: Cluster, suffix: str) -> list[tuple[float, Path]]:
+    """The compiler's files, the newest last, with the time of their last change."""
+    found = []
+    for path in c.root.glob(f"**/.cache/inductor/**/*.{suffix}"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime, path))
+    return sorted(found)
 
 
 def _lives(run: RunDir) -> int:
@@ -310,7 +325,7 @@ def signal_in_scoring(c: Cluster, count: int) -> Result:
     for times in range(1, count + 1):
         goal = len(list(done.glob("features-*.json"))) + 1
         c.bed.wait_for(lambda goal=goal: len(list(done.glob("features-*.json"))) >= goal, 120, "features")
-        c.strike(job, BOTH[times % 2])
+        c.strike(job, BOTH[(times - 1) % 2])
         c.wait_restart(job, times)
     early = not (run.eval / "few.json").exists()
     state = c.bed.wait_state(job, timeout_s=240)
