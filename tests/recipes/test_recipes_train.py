@@ -6,7 +6,7 @@ names a folder or zip of ten classes for the CIFAR-10 recipes to train on; else 
 in miniature.
 
 200 steps at 32x32, of 8 images. At 64x64 and 128x128 they would take many minutes, so those recipes go through the
-same life in 40 steps, and their loss is not judged. DDPM_TEST_FULL=1 gives all of them 400 steps of 32 images.
+same life in 12 steps, and their loss is not judged. DDPM_TEST_FULL=1 gives all of them 400 steps of 32 images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.images import given_or_made
 RECIPES = sorted(p for p in (PROJECT / "configs").glob("*.yaml") if p.stem != "quickstart")
 FULL = bool(os.environ.get("DDPM_TEST_FULL"))
 STEPS, BATCH = (400, 32) if FULL else (200, 8)
-FEW_STEPS, WIDTH = 40, 8
+FEW_STEPS, WIDTH = 12, 8
 NUM_SAMPLES = 8
 BOUNDS = {"l2": 0.25, "l1": 0.35}
 """A network that answers zero has 1.0 and 0.80."""
