@@ -12,7 +12,7 @@ from tools.chaos import cluster, slurm_faults, slurm_stops
 from tools.slurm_testbed.harness import SlurmTestbed
 
 ROWS = {**slurm_stops.ROWS, **slurm_faults.ROWS}
-HERE = ["requeue-forbidden", "scancel", "one-rank-signalled", "term-by-hand", "signal-in-save"]
+HERE = ["requeue-forbidden", "scancel", "time-limit", "one-rank-signalled", "term-by-hand", "signal-in-save"]
 
 
 @pytest.fixture(scope="module")

@@ -132,20 +132,6 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
     assert {e["job"] for e in events} == {job}
 
 
-def test_a_time_limit_shorter_than_the_run_brings_it_back_until_it_is_done(site: Site, undisturbed: RunDir) -> None:
-    # two minutes with a lead of 40 s; SLURM may send the signal a minute early, so a life has 20 to 80 s
-    (job,) = site.submit("limited", *TWO_RANKS, "train.total_steps=1500", "--time", "2m")
-    assert site.bed.wait_state(job, timeout_s=400) == "COMPLETED", site.log("limited")
-    run = site.run_dir("limited")
-    events = read_events(run)
-    assert site.bed.restart_count(job) >= 1
-    assert [e["reason"] for e in events if e["event"] == "requeued"] == ["time_limit"] * site.bed.restart_count(job)
-    resumed = [e["step"] for e in events if e["event"] == "resumed"]
-    assert resumed == [e["step"] for e in events if e["event"] == "stop_requested"]
-    steps = [r["step"] for r in read_jsonl(run.metrics)]
-    assert steps == list(range(5, 1501, 5))
-
-
 def test_scancel_ends_a_run_for_good_with_its_last_step_saved(site: Site) -> None:
     (job,) = site.submit("cancelled", *TWO_RANKS, "train.total_steps=100000")
     site.wait_logged("cancelled", 2)
