@@ -164,7 +164,7 @@ def structure(unet: dict[str, Any], where: Path) -> dict[str, Any]:
         "model.middle_attention": middle,
         "model.downsample": DOWNSAMPLE[padding],
         "model.upsample": "conv",
-        "model.norm_groups": None if groups == 32 and not any(w % 32 for w in widths) else groups,
+        "model.norm_groups": None if groups == 32 and not any(w % 32 or w == 32 for w in widths) else groups,
         "model.time_embed_channels": None,
         "model.num_classes": 0,
         "train.label_dropout": 0.0,
