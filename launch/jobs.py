@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +103,8 @@ def train(life: Life) -> int:
         _say(why)  # at once, without loading torch
         return life.leave(0)
     life.stop.watch(run.stop_file)
-    environment.set_defaults(
-        CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(run.path.parent / ".cache" / "inductor")
-    )
+    kernels = run.path.parent / ".cache" / "inductor" / run.name
+    environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels))
     from ddpm import distributed
     from ddpm.fence import Fence
     from ddpm.trainer import Trainer
@@ -143,7 +143,8 @@ def train(life: Life) -> int:
         events=env.events(run) if world.is_main else None,
     )
     trainer.resume()
-    with life.stop.held():  # compilers that start here must not die of a signal meant for us
+    # compilers that start here must not die of a signal meant for us
+    with life.stop.held(), _compiling(kernels, world, trainer.resolved.compile):
         trainer.warm_up(life.stop)
     while True:
         outcome = trainer.train(life.stop)
@@ -169,6 +170,30 @@ def _resolved(life: Life, config: configs.Config, world: World, fence: Fence | N
         record = {**run_record(run), "resolved": found}
         write_json(run.run_json, record, replace=True, may_publish=fence.check)
     return resolved
+
+
+@contextlib.contextmanager
+def _compiling(kernels: Path, world: World, wanted: bool) -> Iterator[None]:
+    """Within: the network is compiled, on all ranks, or loaded from where an earlier life left it compiled.
+
+    A linker writes in place, so a life that dies here may leave half a library, which ends each later life that loads
+    it. What a life found in the folder, or left there, is trusted once that life is past this.
+    """
+    if not wanted:
+        yield
+        return
+    unproven = kernels.parent / f".unproven-{kernels.name}"  # no run's name begins with a dot
+    if world.is_main:
+        if unproven.exists():
+            _say("an earlier life did not get past compiling: compiling anew", removed=kernels)
+            shutil.rmtree(kernels, ignore_errors=True)
+        unproven.parent.mkdir(parents=True, exist_ok=True)
+        unproven.touch()
+    world.barrier()
+    yield
+    world.barrier()
+    if world.is_main:
+        unproven.unlink(missing_ok=True)
 
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:

@@ -29,7 +29,10 @@ from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, events, read, wait_for
 from tests.images import given_or_made
 
-RECIPES = sorted(p for p in (PROJECT / "configs").glob("*.yaml") if p.stem != "quickstart")
+RECIPES: dict[str, tuple[Path, list[str]]] = {
+    p.stem: (p, []) for p in sorted((PROJECT / "configs").glob("*.yaml")) if p.stem != "quickstart"
+}
+RECIPES["conditional-l1"] = (RECIPES["cifar10-conditional"][0], ["diffusion.loss=l1", "diffusion.schedule=linear"])
 FULL = bool(os.environ.get("DDPM_TEST_FULL"))
 STEPS, BATCH = (400, 32) if FULL else (200, 8)
 FEW_STEPS, WIDTH = 12, 8
@@ -95,13 +98,15 @@ def overrides(config: Config, place: Place, steps: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(path: Path, place: Place) -> None:
-    config = configs.load(path)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(name: str, place: Place) -> None:
+    path, chosen = RECIPES[name]
+    config = configs.load(path, chosen)
     steps = FEW_STEPS if is_short(config) else STEPS
-    done = place.shell("submit", str(path), "--cluster", "local", "--prepare", *overrides(config, place, steps))
+    words = ["--cluster", "local", "--prepare", "--name", name, *chosen, *overrides(config, place, steps)]
+    done = place.shell("submit", str(path), *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    run = RunDir(place.shell.root / path.stem)
+    run = RunDir(place.shell.root / name)
 
     process = place.stage("train", str(run.path))
     wait_for(lambda: run.manifest(steps // 2).exists() or process.poll() is not None, "the save", timeout_s=7200)
@@ -115,7 +120,7 @@ def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(path: Path, pla
     metrics = list(read_jsonl(run.metrics))
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     loss = float(np.mean([m["loss"] for m in metrics[-50:]]))
-    print(f"{path.stem}: eps-loss {loss:.4f} over the last 50 of {steps} steps")
+    print(f"{name}: eps-loss {loss:.4f} over the last 50 of {steps} steps")
     if not is_short(config):
         assert loss <= BOUNDS[config.diffusion.loss]
 

@@ -1,4 +1,4 @@
-"""Rows of the chaos bench on SLURM, in reduced counts: those that test_life.py does not cover and that are quick.
+"""Rows of the chaos bench on SLURM that are quick, in reduced counts.
 
 All others are in `python -m tools.chaos` alone: dead and hanging nodes, stopped ranks, two jobs on a run, slurmctld,
 other settings of a partition, and stops during start-up, packing, compiling and scoring.
@@ -12,7 +12,11 @@ from tools.chaos import cluster, slurm_faults, slurm_stops
 from tools.slurm_testbed.harness import SlurmTestbed
 
 ROWS = {**slurm_stops.ROWS, **slurm_faults.ROWS}
-HERE = ["requeue-forbidden", "scancel", "time-limit", "one-rank-signalled", "term-by-hand", "signal-in-save"]
+HERE = [
+    "requeue-forbidden", "scancel", "time-limit", "one-rank-signalled", "term-by-hand", "signal-in-save", "stop-file",
+    "one-rank-killed", "crash-loop",
+]  # fmt: skip
+CASES = [(name, "submitit") for name in HERE] + [("one-rank-killed", "sbatch"), ("crash-loop", "sbatch")]
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +24,9 @@ def site(testbed: SlurmTestbed) -> cluster.Cluster:
     return cluster.Cluster(testbed, testbed.mkdir("chaos"), "submitit")
 
 
-@pytest.mark.parametrize("name", HERE)
-def test_the_run_survives(site: cluster.Cluster, name: str) -> None:
+@pytest.mark.parametrize(("name", "via"), CASES)
+def test_the_run_survives(site: cluster.Cluster, name: str, via: str) -> None:
     row, _, reduced = ROWS[name]
+    site.via = via
     result = row(site, reduced)
     assert result.passed, result

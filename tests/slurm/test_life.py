@@ -1,21 +1,20 @@
-"""The life of a run on a real SLURM, as an ordinary user: taken away, cut off, cancelled, killed, and put back."""
+"""The life of a run on a real SLURM, as an ordinary user: pre-empted, sampled and scored by a chain, succeeded.
+
+What else can happen to one is in test_chaos.py.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
 from tests.images import write_zip
+from tools.chaos import lives
 from tools.slurm_testbed.harness import SlurmTestbed
 
 SMALL = [
@@ -86,33 +85,6 @@ def undisturbed(site: Site) -> RunDir:
     return site.run_dir("undisturbed")
 
 
-def final_state(run: RunDir) -> dict[str, Any]:
-    return torch.load(run.checkpoint(run.latest_step()), weights_only=True)
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Equal to the last bit, structure included."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(run: RunDir, other: RunDir) -> None:
-    assert_same(final_state(run), final_state(other))
-    curve = [[(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in read_jsonl(x.metrics)] for x in (run, other)]
-    assert curve[0] == curve[1]
-
-
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
 def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
     site: Site, undisturbed: RunDir, via: str
@@ -125,72 +97,11 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
         site.wait_running(job, times)
     assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
     run = site.run_dir(name)
-    assert_same_run(run, undisturbed)
+    assert lives.same_end(run, undisturbed)
     events = read_events(run)
     stops = [e["step"] for e in events if e["event"] == "stop_requested"]
     assert [e["step"] for e in events if e["event"] == "resumed"] == stops and len(stops) == 2  # no step lost
     assert {e["job"] for e in events} == {job}
-
-
-def test_scancel_ends_a_run_for_good_with_its_last_step_saved(site: Site) -> None:
-    (job,) = site.submit("cancelled", *TWO_RANKS, "train.total_steps=100000")
-    site.wait_logged("cancelled", 2)
-    site.bed.cancel(job)
-    assert site.bed.wait_state(job) == "CANCELLED"
-    time.sleep(8)  # longer than SLURM holds a requeued job back here
-    assert site.bed.job_state(job) == "CANCELLED" and site.bed.restart_count(job) == 0
-    run = site.run_dir("cancelled")
-    stop = next(e for e in read_events(run) if e["event"] == "stop_requested")
-    assert run.latest_step() == stop["step"] > 0
-
-
-def ranks_of(run: RunDir) -> list[int]:
-    """Processes of the run's training ranks, by rank."""
-    found = {}
-    for proc in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (proc / "cmdline").read_bytes().split(b"\0")
-            if Path(os.fsdecode(command[0])).name.startswith("python") and str(run.path).encode() in b" ".join(command):
-                env = dict(e.partition(b"=")[::2] for e in (proc / "environ").read_bytes().split(b"\0"))
-                if b"SLURM_STEP_NUM_TASKS" in env:
-                    found[int(env[b"SLURM_PROCID"])] = int(proc.name)
-        except (OSError, IndexError, ValueError):
-            continue
-    return [pid for _, pid in sorted(found.items())]
-
-
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
-def test_a_killed_rank_costs_one_interval_and_the_job_is_put_back(site: Site, undisturbed: RunDir, via: str) -> None:
-    name = f"killed-{via}"
-    (job,) = site.submit(name, *TWO_RANKS, "train.total_steps=150", "checkpoint.every_steps=10", "--via", via)
-    run = site.run_dir(name)
-    site.bed.wait_for(lambda: run.latest_step() >= 20, 60, "a checkpoint")
-    os.kill(ranks_of(run)[1], signal.SIGKILL)
-    site.wait_running(job, 1)
-    assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
-    assert_same_run(run, undisturbed)
-    (requeued,) = (e for e in read_events(run) if e["event"] == "requeued")
-    assert requeued["reason"] == "crash" and requeued["progress"] >= 20
-
-
-def test_a_run_that_crashes_without_progress_starts_four_times_and_then_fails_with_the_reason(site: Site) -> None:
-    (job,) = site.submit("hopeless", *TWO_RANKS, "train.total_steps=50", "--sbatch", "begin=now+5")
-    run = site.run_dir("hopeless")
-    record = read_json(run.run_json) or {}
-    record["data"]["key"] = ["no", "key"]  # a fault that each life meets anew, as its own error
-    run.run_json.write_text(json.dumps(record))
-    assert site.bed.wait_state(job, timeout_s=120) == "FAILED"
-    assert site.bed.restart_count(job) == 3
-    (failed,) = (e for e in read_events(run) if e["event"] == "failed")
-    assert "4 lives in a row" in failed["reason"] and "submit again" in failed["reason"]
-
-
-def test_a_stop_file_ends_a_run_at_the_next_step_and_it_stays_away(site: Site) -> None:
-    (job,) = site.submit("stopped", *TWO_RANKS, "train.total_steps=100000", "--via", "sbatch")
-    site.wait_logged("stopped", 1)
-    site.run_dir("stopped").stop_file.touch()
-    assert site.bed.wait_state(job) == "COMPLETED"
-    assert site.bed.restart_count(job) == 0 and site.run_dir("stopped").latest_step() > 0
 
 
 def samples_of(run: RunDir, set_name: str) -> bytes:
