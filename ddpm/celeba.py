@@ -12,24 +12,36 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ddpm.config import Data
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.rundir import TMP_PREFIX, sha256_file
 from ddpm.sources import Source, zip_names
+
+if TYPE_CHECKING:
+    from ddpm.config import Data  # which asks here for the names
 
 IMAGES = "img_align_celeba"
 ATTRIBUTES = "list_attr_celeba.txt"
 PARTITION = "list_eval_partition.txt"
 SPLITS = {"0": "train", "1": "valid", "2": "test"}
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+HEADER = (
+    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
+    "Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male "
+    "Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks "
+    "Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
+    "Wearing_Necktie Young"
+)
+"""Line 2 of its list of attributes."""
+NAMES = HEADER.split()
 
 
 def open_source(data: Data) -> Source:
     """The images that `data` chooses. Without a data.path all that is known is their splits and classes.
 
-    Raises RequestError for a path that holds no CelebA, a damaged list, an unknown attribute, or a choice without
-    images or with a class that has none.
+    Raises RequestError for a path that holds no CelebA, a damaged list, an attribute that the list does not have, or a
+    choice without images or with a class that has none.
     """
     if data.path is None:
         return Source("celeba", None, {split: [] for split in SPLITS.values()}, _classes(data))
@@ -39,14 +51,12 @@ def open_source(data: Data) -> Source:
 def download(data: Data, folder: Path) -> Source:
     """`open_source` of what lies in `folder`, where what lacks is downloaded first.
 
-    The ids and MD5s are torchvision's; its class is not used because it also unpacks the zip. The lists come first,
-    so that a misspelt attribute is refused before 1.4 GB are fetched. Raises EnvironmentLacks where a download fails.
+    The ids and MD5s are torchvision's; its class is not used because it also unpacks the zip. Raises EnvironmentLacks
+    where a download fails.
     """
     for file in (ATTRIBUTES, PARTITION, f"{IMAGES}.zip"):
         if not (folder / file).exists():
             _fetch(file, folder)
-        if file == ATTRIBUTES:
-            _check_names(data, read_names(folder / file))
     return _choose(data, folder)
 
 
@@ -138,7 +148,8 @@ def read_partition(path: Path) -> dict[str, str]:
 def _choose(data: Data, folder: Path) -> Source:
     """What the lists in `folder` and the attributes asked for make of its images."""
     attributes, partition = folder / ATTRIBUTES, folder / PARTITION
-    _check_names(data, read_names(attributes))
+    if wrong := unknown_name(data, read_names(attributes)):
+        raise RequestError(f"{wrong} (in {attributes})")
     wanted = dict(data.attributes)
     rows = read_attributes(attributes, [*wanted, *data.label_attributes])
     split_of = read_partition(partition) if partition.exists() else dict.fromkeys(rows, "train")
@@ -178,16 +189,16 @@ def _choose(data: Data, folder: Path) -> Source:
     return Source("zip" if images.is_file() else "folder", images, members, classes, labels, selection)
 
 
-def _check_names(data: Data, known: list[str]) -> None:
+def unknown_name(data: Data, known: list[str]) -> str:
+    """What is wrong with the first attribute asked for that is not among the `known`; "" where all are."""
     for key, names in (("attributes", data.attributes), ("label_attributes", data.label_attributes)):
         for name in names:
             if name not in known:
                 by_lower = {k.lower(): k for k in known}
                 near = difflib.get_close_matches(name.lower(), by_lower, 3, 0.6)
                 hint = f"did you mean {' or '.join(by_lower[n] for n in near)}? " if near else ""
-                raise RequestError(
-                    f"data.{key}: unknown attribute {name!r}; {hint}The {len(known)} are: {', '.join(known)}"
-                )
+                return f"data.{key}: unknown attribute {name!r}; {hint}The {len(known)} are: {', '.join(known)}"
+    return ""
 
 
 def _classes(data: Data) -> list[str]:

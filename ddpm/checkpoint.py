@@ -3,13 +3,15 @@
 A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the
 .pt's sha256 and a digest of itself. A .pt without its .json does not exist. A save copies the state into reused host
 buffers (training waits for that alone) and a thread writes them; a second save waits for the first. Kill points:
-before the .pt's rename, a stale temporary; before the .json's, a .pt that does not exist and is removed by the next
-save of that step; after it, a generation.
+before the .pt's rename, a stale temporary; before the .json's, a .pt that does not exist, removed by the next life and
+the next save; after it, a generation.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -23,7 +25,6 @@ from ddpm.rundir import (
     RunDir,
     now,
     publishing,
-    read_json,
     read_signed,
     remove_stale,
     sha256_file,
@@ -69,20 +70,34 @@ def verify(run: RunDir, step: int) -> Generation:
 def newest_good(run: RunDir, log: Log) -> Generation | None:
     """The newest generation that holds, naming each one that does not; None where none was ever saved.
 
-    Raises DoNotRetry where checkpoints exist and none is good: never a silent start at 0.
+    Never a silent start at 0: raises DoNotRetry where checkpoints exist and all are damaged, and OSError where none is
+    good and some could not be read, which may be otherwise the next time.
     """
     steps = run.steps_saved()
+    unread = None
     for step in steps:
         try:
-            return verify(run, step)
-        except (DamagedFile, FileNotFoundError, KeyError) as e:
+            return _verify_again(run, step)
+        except (DamagedFile, OSError, KeyError) as e:
             log(f"checkpoint rejected: step={step} reason={e}")
+            if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+                unread = unread or e
+    if unread:
+        raise unread
     if steps:
         raise DoNotRetry(
             f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
             f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged"
         )
     return None
+
+
+def _verify_again(run: RunDir, step: int) -> Generation:
+    """`verify`, tried once more where it could not read: a network file system may lose a file's handle once."""
+    try:
+        return verify(run, step)
+    except OSError:
+        return verify(run, step)
 
 
 def load(run: RunDir, step: int) -> dict[str, Any]:
@@ -151,7 +166,10 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         run.checkpoints.mkdir(exist_ok=True)
-        remove_stale(run.checkpoints)
+        try:
+            self._remove_unfinished()
+        except OSError as e:
+            log(f"what a failed save left cannot be removed: {e}")
 
     def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> None:
         """Save `state` (what `Trainer.state` returns) as the generation of state["step"].
@@ -187,18 +205,22 @@ class Checkpointer:
                     f"checkpoint failed: step={state['step']} error={e}; the last good one stays, "
                     f"the next save tries again"
                 )
+            elif not isinstance(e, RunBusy):  # it ends this life at the next save, which may be far away
+                self._log(f"checkpoint failed: step={state['step']} error={e!r}")
 
     def _write(self, state: dict[str, Any], final: bool) -> None:
         import torch
 
         run, step, token = self._run, int(state["step"]), str(self._fence.token)
+        with_ema, settled = final or self._is_milestone(step), state["extra"].get("early_stopped")
         try:
-            verify(run, step)  # an earlier life was killed between this save and its next step: the bits are the same
-        except (DamagedFile, FileNotFoundError, KeyError):
-            self._check_space(state)
+            # an earlier life was killed between this save and its next step: the bits are the same
+            _verify_again(run, step)
+        except (DamagedFile, OSError, KeyError):
             self._fence.check()  # what lies there may be a later job's, half way to its manifest
             run.manifest(step).unlink(missing_ok=True)
-            run.checkpoint(step).unlink(missing_ok=True)  # without its manifest it did not exist
+            self._remove_unfinished()
+            self._check_space(num_bytes(state) + (num_bytes(state["ema"]) if with_ema else 0))
             with publishing(run.checkpoint(step), token=token, may_publish=self._fence.check) as f:
                 try:
                     torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
@@ -206,7 +228,7 @@ class Checkpointer:
                     if f.failed is None:
                         raise
                     raise f.failed from None
-            if final or self._is_milestone(step):
+            if with_ema:
                 self._write_ema(state["ema"], step, token)
             write_json(
                 run.manifest(step),
@@ -221,19 +243,23 @@ class Checkpointer:
                         "world_size": self._world_size,
                         "fence": self._fence.token,
                         "created": now(),
-                        # only where it is so: the step alone would not say that nothing more is to come
-                        **({"early_stopped": True} if state["extra"].get("early_stopped") else {}),
+                        # only where training ended early, which the step alone would not say: the mean change of the
+                        # loss at which it settled
+                        **({} if settled is None or settled is False else {"early_stopped": settled}),
                     }
                 ),
                 token=token,
                 may_publish=self._fence.check,
             )
         self._on_saved(step)
-        self._retain(step)
+        try:
+            self._retain(step)
+        except (OSError, ValueError) as e:
+            self._log(f"checkpoint saved: step={step}; older ones cannot be removed now: {e}")
 
-    def _check_space(self, state: dict[str, Any]) -> None:
-        """Raise OSError where the state does not fit: a disk that a save has filled is full for everybody else too."""
-        needed, free = num_bytes(state), shutil.disk_usage(self._run.checkpoints).free
+    def _check_space(self, needed: int) -> None:
+        """Raise OSError where a save does not fit: a disk that it has filled is full for everybody else too."""
+        free = shutil.disk_usage(self._run.checkpoints).free
         if free < needed + SPARE_BYTES:
             where, gib = self._run.checkpoints, 2**30
             raise OSError(errno.ENOSPC, f"{free / gib:.2f} GiB free for a checkpoint of {needed / gib:.2f} GiB", where)
@@ -249,18 +275,42 @@ class Checkpointer:
         """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist.
 
         newest: the step just saved. Whatever lies beyond it was rejected when this history began, and must not take
-        the place of a good one.
+        the place of a good one. Raises OSError or ValueError, with nothing removed, where a request cannot be read.
         """
-        self._fence.check()
         steps = self._run.steps_saved()
         good = [s for s in steps if s <= newest]
-        requests = (read_json(s.request) or {} for s in self._run.sample_sets())
-        named = {c.get("step") for r in requests if isinstance(c := r.get("checkpoint"), dict)}
-        keep = {*good[: self._keep_last], *named, *filter(self._is_milestone, good)}
+        keep = {*good[: self._keep_last], *self._named(), *filter(self._is_milestone, good)}
+        self._fence.check()
         for step in steps:
             if step not in keep:
                 self._run.manifest(step).unlink(missing_ok=True)
                 self._run.checkpoint(step).unlink(missing_ok=True)
-        for path in self._run.checkpoints.glob("step-*.pt"):
-            if not path.with_suffix(".json").exists():
-                path.unlink(missing_ok=True)
+        self._remove_unfinished()
+
+    def _named(self) -> set[Any]:
+        """Steps that sample sets are made of."""
+        steps = set()
+        for sample_set in self._run.sample_sets():
+            try:
+                request = json.loads(sample_set.request.read_bytes())
+            except FileNotFoundError:
+                continue
+            except ValueError as e:
+                raise ValueError(f"{sample_set.request}: {e}") from None
+            if isinstance(request, dict) and isinstance(checkpoint := request.get("checkpoint"), dict):
+                steps.add(checkpoint.get("step"))
+        return steps
+
+    def _remove_unfinished(self) -> None:
+        """Remove what saves that failed or were killed have left: it would take the room of those to come.
+
+        EMA weights go with their .pt alone: what lies there without one, someone may have kept on purpose.
+        """
+        directory = self._run.checkpoints
+        names = {p.name for p in directory.iterdir()}
+        self._fence.check()  # after the look around: none of it is a later job's
+        remove_stale(directory)
+        for name in sorted(names):
+            if (found := re.fullmatch(r"step-(\d{9,})\.pt", name)) and f"{name[:-3]}.json" not in names:
+                self._run.ema_weights(int(found[1])).unlink(missing_ok=True)
+                (directory / name).unlink(missing_ok=True)

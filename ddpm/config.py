@@ -7,6 +7,7 @@ resources: what depends on the number of ranks is checked where they are known (
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +32,11 @@ LATER = {
     "train": ("weight_decay", "label_dropout", "ema_start_step", "ema_every_steps", "ema_warmup"),
 }
 """Keys that came after the first runs: the digest leaves them out at their defaults, so that those runs keep theirs."""
+NEEDED_BY = {"dns_offset": ("dns",), "beta_start": ("linear", "dns"), "beta_end": ("linear", "dns")}
+"""Keys of `diffusion` that not every schedule has a use for."""
+LEAST_ALPHA_BAR = 2.0**-126
+"""float32's smallest normal number: samplers divide by the root of alpha_bar."""
+CIFAR10_CLASSES = 10
 
 
 def _listed(value: Any) -> Any:
@@ -77,6 +83,11 @@ class Data(Section):
                 raise ValueError(f"data.{key} = {value}: data.name={self.name} has none; leave it out, or use celeba")
         if len(set(labels)) < len(labels):
             raise ValueError(f"data.label_attributes = {labels}: name each attribute once")
+        if self.attributes or labels:
+            from ddpm import celeba  # it loads numpy
+
+            if wrong := celeba.unknown_name(self, celeba.NAMES):
+                raise ValueError(wrong)
         return self
 
 
@@ -103,8 +114,8 @@ class Model(Section):
     upsample: Literal["conv", "transpose"] = "conv"
     """Nearest neighbour and a 3x3 convolution, or a transposed convolution (2x2, stride 2)."""
     norm_groups: int | None = Field(None, ge=1)
-    """GroupNorm's groups; must divide the channels of every level. null: 32, or the most that divide both and are
-    fewer than the channels."""
+    """GroupNorm's groups; must divide the channels of every level, and be fewer: a group for each channel takes away
+    what t and class have added to it. null: 32, or the most that divide both and are fewer than the channels."""
     time_embed_channels: int | None = Field(None, ge=1)
     """Width of the embedding of t and class that blocks are given; the MLP that makes it has 4 * base_channels inside.
     null: 4 * base_channels too."""
@@ -142,7 +153,29 @@ class Diffusion(Section):
                 f"diffusion.timesteps = {self.timesteps}: beta_end is scaled by 1000/T and reaches 1; "
                 f"use at least {least}"
             )
+        for key, schedules in NEEDED_BY.items():
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.schedule not in schedules and value != default:
+                raise ValueError(
+                    f"diffusion.{key} = {value}: schedule={self.schedule} makes no use of it; leave it out (default "
+                    f"{default}), or use {' or '.join(schedules)}"
+                )
+        if (last := self._log_alpha_bar()) < math.log(LEAST_ALPHA_BAR):
+            raise ValueError(
+                f"diffusion.beta_end = {self.beta_end}: alpha_bar falls to 1e{last / math.log(10):.0f} at t = "
+                f"{self.timesteps - 1}, which float32 cannot hold (1e-38); use less (default 0.02)"
+            )
         return self
+
+    def _log_alpha_bar(self) -> float:
+        """Of the last timestep; ddpm/schedule.py has it exactly, but needs torch."""
+        if self.schedule == "cosine":  # which clips its betas
+            return 0.0
+        size, offset = self.timesteps, self.dns_offset
+        dns = self.schedule == "dns"
+        places = (((i + offset) / (size + 1 + offset)) ** 2 if dns else i / (size - 1) for i in range(size))
+        low, high = self.beta_start * 1000 / size, self.beta_end * 1000 / size
+        return sum(math.log1p(-(low + (high - low) * place)) for place in places)
 
 
 class Train(Section):
@@ -223,6 +256,12 @@ class Train(Section):
                 f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
                 f"{self.total_steps} with lr_schedule=cosine"
             )
+        for key in ("ema_start_step", "ema_every_steps"):
+            if known and getattr(self, key) > self.total_steps:
+                raise ValueError(
+                    f"train.{key} = {getattr(self, key)}: at most train.total_steps = {self.total_steps}, or there is "
+                    f"no average of the weights; use less, or train longer"
+                )
         if self.weight_decay and self.optimizer == "adam":
             raise ValueError(
                 f"train.weight_decay = {self.weight_decay}: train.optimizer=adam has none; use adamw, or leave it out"
@@ -260,7 +299,7 @@ class Sample(Section):
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""
     eta: float = Field(0.0, ge=0, le=1)
-    """DDIM's noise: 0 deterministic, 1 close to ancestral."""
+    """`ddim` alone: its noise; 0 deterministic, 1 close to ancestral."""
     guidance: float | None = Field(None, ge=0)
     """Weight w of classifier-free guidance: eps = (1 + w) eps(label) - w eps(no label), two evaluations a step; null:
     none. Needs a model trained with train.label_dropout."""
@@ -275,9 +314,15 @@ class Sample(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Sample i follows from it and from i."""
     weights: Literal["ema", "model"] = "ema"
-    """Their average, or those of the last step."""
+    """Their average, or those of the last step; the grids of training and ddpm.load take the same."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32."""
+    """auto: bf16 where the run was trained in it, else fp32."""
+
+    @model_validator(mode="after")
+    def _noise(self) -> Sample:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"sample.eta = {self.eta}: sampler={self.sampler} has none; leave it out, or use ddim")
+        return self
 
 
 class Evaluate(Section):
@@ -316,6 +361,11 @@ class Config(Section):
         if self.data.name == "celeba" and classes != (2 ** len(attributes) if attributes else 0):
             wanted = f"must be {2 ** len(attributes)}, two to the number of them" if attributes else "must be 0"
             raise ValueError(f"model.num_classes = {classes}: with data.label_attributes = {attributes} it {wanted}")
+        if self.data.name == "cifar10" and self.data.path is None and classes not in (0, CIFAR10_CLASSES):
+            raise ValueError(
+                f"model.num_classes = {classes}: data.name=cifar10 has 10 classes (airplane, automobile, …); use 10, "
+                f"or 0 for a model without classes"
+            )
         if self.train.label_dropout and not classes:
             raise ValueError(
                 f"train.label_dropout = {self.train.label_dropout}: there are no labels to drop; "
@@ -360,6 +410,22 @@ class Config(Section):
         resolved = build(Config, tree, f"a length of {images} images")
         assert isinstance(resolved, Config)
         return resolved
+
+    def warnings(self) -> list[str]:
+        """What is allowed and hardly meant, a line each: `key = value: what it does`."""
+        told, train, groups = [], self.train, self.model.norm_groups
+        widths = [self.model.base_channels * mult for mult in self.model.channel_mults]
+        if blind := [i for i, width in enumerate(widths) if width == groups]:
+            told.append(
+                f"model.norm_groups = {groups}: a group for each channel of level {', '.join(map(str, blind))}, whose "
+                f"blocks therefore cannot heed t and class; use fewer"
+            )
+        if train.total_steps is not None and train.warmup_steps >= train.total_steps:
+            told.append(
+                f"train.warmup_steps = {train.warmup_steps}: train.total_steps = {train.total_steps} end before "
+                f"train.lr = {train.lr} is reached; for a short run give train.warmup_steps={train.total_steps // 10}"
+            )
+        return told
 
     def digest(self) -> str:
         """sha256 of what changes the mathematics of training.

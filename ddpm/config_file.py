@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -81,13 +81,15 @@ def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
+    leaf = key.split(".")[-1]
     near = difflib.get_close_matches(key, known, 1, 0.6)
-    leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    if elsewhere := [k for k in known if k.split(".")[-1] == leaf]:
+        near = list(dict.fromkeys([*elsewhere, *(k for k in near if leaf in k)]))
     section = key.rsplit(".", 1)[0] + "." if "." in key else ""
     if inside := [k for k in known if k.startswith(f"{key}.")]:
         return f"{key!r} is a section; give one of its keys: {', '.join(inside)}"
-    if near or leaf:
-        return f"unknown key {key!r}; did you mean {(near or leaf)[0]!r}?"
+    if near:
+        return f"unknown key {key!r}; did you mean {' or '.join(map(repr, near))}?"
     siblings = [k for k in known if k.startswith(section)] if section else []
     return f"unknown key {key!r}; known: {', '.join(siblings or known)}"
 
@@ -104,10 +106,10 @@ def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:
 def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     """One validation error as `key = value: what is allowed`."""
     loc = [str(p) for p in err["loc"] if not str(p).startswith(("function-", "literal[", "constrained-"))]
-    known = field_keys(kind)
+    known, beyond = field_keys(kind), ""
     key = ".".join(loc)
     while loc and ".".join(loc) not in known and err["type"] != "extra_forbidden" and len(loc) > 1:
-        loc.pop()  # union branches and list positions follow the key
+        beyond = loc.pop()  # union branches, list positions and the keys of a mapping follow the key
         key = ".".join(loc) if ".".join(loc) in known else key
     if err["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(key, known)
@@ -118,9 +120,13 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         return f"{key} = {err['input']!r}: expected a section of keys; leave it out for the defaults"
     if err["type"] == "tuple_type":
         message = f"input should be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
+    if err["type"] == "bool_type":
+        message += ", true or false"
     section: Any = kind
     for part in key.split(".")[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else section
     field = section.model_fields.get(key.split(".")[-1]) if hasattr(section, "model_fields") else None
     allowed = f" (default {field.default!r})" if field is not None else ""
+    if beyond and field is not None and get_origin(field.annotation) is dict:
+        key, allowed = f"{key}.{beyond}", ""
     return f"{key} = {err['input']!r}: {message[0].lower()}{message[1:]}{allowed}"

@@ -9,6 +9,7 @@ the global batch that it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -80,10 +81,15 @@ def open_source(data: Data) -> Source:
         )
     if data.name == "celeba":
         return celeba.open_source(data)
-    if data.name == "cifar10" and (path is None or (path.is_dir() and any(path.glob("cifar-10-*")))):
+    if data.name == "cifar10" and (path is None or _is_torchvisions(path)):
         return sources.cifar10(path)
     assert path is not None
     return sources.folder_or_zip(path)
+
+
+def _is_torchvisions(root: Path) -> bool:
+    """Whether CIFAR-10's own archive lies there, or may be downloaded to it."""
+    return root.is_dir() and (not any(root.iterdir()) or any(root.glob("cifar-10-*")))
 
 
 # ---------------------------------------------------------------- packing
@@ -185,33 +191,44 @@ def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...]) ->
     return {"num_images": len(labels), "shape": list(shape), "digest": digest.hexdigest(), "bytes": num_bytes}
 
 
-def open_packed(cache: Path, key: str) -> PackedImages:
-    """Map a packed dataset. Raises FileNotFoundError where it is not there, DamagedFile where it is not whole."""
+def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> PackedImages:
+    """Map a packed dataset, from its copy on `scratch` where that is whole.
+
+    Raises FileNotFoundError where it is not there, DamagedFile where it is not whole.
+    """
+    if scratch is not None:
+        with contextlib.suppress(OSError, DamagedFile):
+            return open_packed(scratch, key)
     where = cache / key
     meta = read_signed(where / "meta.json")
     if (where / "images.npy").stat().st_size != meta["bytes"]:
         raise DamagedFile(f"{where / 'images.npy'}: not the size that was packed; remove {where} and submit again")
-    return PackedImages(
-        np.load(where / "images.npy", mmap_mode="r"),
-        np.load(where / "labels.npy"),
-        meta["name"],
-        meta["split"],
-        meta["digest"],
-    )
+    try:
+        images, labels = np.load(where / "images.npy", mmap_mode="r"), np.load(where / "labels.npy")
+    except (ValueError, EOFError) as e:
+        raise DamagedFile(f"{where}: no arrays ({e}); remove it and submit again") from None
+    return PackedImages(images, labels, meta["name"], meta["split"], meta["digest"])
 
 
 def copy_to_scratch(cache: Path, key: str, scratch: Path) -> None:
-    """Copy a packed dataset to node-local `scratch`, whole or not at all. Raises OSError (no room, no such disk)."""
-    if (scratch / key / "meta.json").exists():
+    """Copy a packed dataset to node-local `scratch`, whole or not at all, in place of a copy that is not whole (disks
+    of nodes are cleaned file by file). Raises OSError (no room, no such disk).
+    """
+    try:
+        open_packed(scratch, key)
         return
+    except (OSError, DamagedFile):
+        shutil.rmtree(scratch / key, ignore_errors=True)
     tmp = scratch / f"{TMP_PREFIX}{key}.{os.getpid()}"
     try:
         shutil.copytree(cache / key, tmp)
         try:
             tmp.rename(scratch / key)
         except OSError:
-            if not (scratch / key / "meta.json").exists():
-                raise
+            with contextlib.suppress(OSError, DamagedFile):
+                open_packed(scratch, key)
+                return  # another job was first
+            raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 

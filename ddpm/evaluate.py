@@ -302,6 +302,7 @@ def evaluate_set(
             "eta": request.eta,
             "guidance": request.guidance,
             **({} if request.clip_x_0 else {"clip_x_0": False}),
+            **({} if request.variance is None else {"variance": request.variance}),
             **({} if request.class_plan is None else {"class_plan": list(request.class_plan)}),
         },
         "nfe": manifests[0]["nfe"],

@@ -142,8 +142,8 @@ def generate_shard(
     """Compute and publish shard `index` of a published request; returns its manifest, at once if it is already good.
 
     eps_model: the network at the request's checkpoint, weights and precision, on `device`. schedule, variance: as the
-    samplers take them. image_shape: (C, H, W). num_classes: 0 for a model without. Guidance wants a model that
-    takes the label num_classes for none.
+    samplers take them; a request's own variance comes first. image_shape: (C, H, W). num_classes: 0 for a model
+    without. Guidance wants a model that takes the label num_classes for none.
     stop_requested is asked at every sampler step. progress(done, total) counts the shard's samples, after each batch.
     token: names this job in temporaries, so that two lives on two hosts never share one.
 
@@ -282,7 +282,7 @@ def batch_sampler(
                 noise=lambda t: in_rows(rng.normal(step_key, index, t, image_shape)),
                 steps=request.steps,
                 eta=request.eta,
-                variance=variance,
+                variance=request.variance or variance,
                 clip_x_0=request.clip_x_0,
                 callback=poll,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,21 @@ from ddpm.schedule import Schedule
 from ddpm.telemetry import tile
 
 GRID_STEPS = 50
+
+
+def num_steps(config: Config) -> int:
+    return min(GRID_STEPS, config.diffusion.timesteps)
+
+
+def wait(config: Config, stop_requested: Callable[[], str | None]) -> None:
+    """Asks as often as `draw` does, for a rank that draws nothing. Raises Stopped."""
+    for _ in range(num_steps(config)):
+        _poll(stop_requested)
+
+
+def _poll(stop_requested: Callable[[], str | None]) -> None:
+    if reason := stop_requested():
+        raise Stopped(reason)
 
 
 @torch.no_grad()
@@ -33,18 +47,14 @@ def draw(
         with runtime.autocast(precision, device):
             return model(x_t, t, labels).float()
 
-    def poll(_: Any) -> None:
-        if reason := stop_requested():
-            raise Stopped(reason)
-
     x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
     result = SAMPLERS["ddim"](
         eps_model,
         schedule,
         x_T,
         noise=lambda t: torch.zeros_like(x_T),
-        steps=min(GRID_STEPS, config.diffusion.timesteps),
-        callback=poll,
+        steps=num_steps(config),
+        callback=lambda _: _poll(stop_requested),
     )
     x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     return tile(x.permute(0, 2, 3, 1).cpu().numpy())

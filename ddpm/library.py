@@ -74,19 +74,20 @@ def load(
     *,
     config: Config | str | Path | None = None,
     step: int | None = None,
-    weights: str = "ema",
+    weights: str | None = None,
     device: Device = None,
     precision: str | None = None,
 ) -> Model:
     """The trained model in a run directory, or in a .safetensors file of EMA weights with the `config` they belong to.
 
-    step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16; None is
-    what launch/sample.py takes, the config's sample.precision, or for `auto` bf16 where the run was trained in it.
+    step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16. None is what
+    launch/sample.py takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
+    trained in it.
     A checkpoint's size and digest are verified. RequestError for what does not exist or fit, DoNotRetry where a run
     has checkpoints and all are damaged; damaged ones that are passed over are logged.
     """
     path = Path(path).expanduser()
-    if weights not in ("ema", "model"):
+    if weights not in (None, "ema", "model"):
         raise RequestError(f"weights = {weights!r}: use ema or model")
     if precision not in (None, *PRECISIONS):
         raise RequestError(f"precision = {precision!r}: use one of {', '.join(PRECISIONS)}")
@@ -100,8 +101,9 @@ def load(
     return _load_run(run, step, weights, _device(device), precision)
 
 
-def _load_run(run: RunDir, step: int | None, weights: str, device: torch.device, precision: str | None) -> Model:
+def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.device, precision: str | None) -> Model:
     config = configs.load(run.config)
+    weights = weights or config.sample.weights
     chosen = _newest(run) if step is None else _chosen(run, step)
     if precision is None:
         trained_in = ((read_json(run.run_json) or {}).get("resolved") or {}).get("amp")
@@ -115,7 +117,7 @@ def _load_file(
     path: Path,
     config: Config | str | Path | None,
     step: int | None,
-    weights: str,
+    weights: str | None,
     device: torch.device,
     precision: str | None,
 ) -> Model:
@@ -123,7 +125,7 @@ def _load_file(
 
     if config is None:
         raise RequestError(f"{path}: weights do not say what network they are of; give config=, a Config or its YAML")
-    if step is not None or weights != "ema":
+    if step is not None or weights == "model":
         raise RequestError(f"{path} holds one step's EMA weights: step and weights go with a run directory")
     if not isinstance(config, Config):
         config = load_config(config)
@@ -197,6 +199,14 @@ class Model:
         x_t: (B, C, H, W) floating; t: int64 (B,), 0 .. T-1; labels: int64 (B,), for a model with classes, where
         num_classes means "no label" if it was trained with label_dropout. All on `device`. ValueError for others.
         """
+        config = self.config
+        _check_whole("t", t, len(x_t), config.diffusion.timesteps)
+        if labels is not None and config.model.num_classes:
+            _check_whole("labels", labels, len(x_t), config.model.num_classes + (config.train.label_dropout > 0))
+        return self._eps(x_t, t, labels)
+
+    def _eps(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Without the checks, for which a GPU would have to be waited for at every step."""
         with torch.no_grad(), runtime.autocast(self.precision, self.device):
             return self.network(x_t, t, labels).float()
 
@@ -212,16 +222,18 @@ class Model:
         seed: int | None = None,
         batch: int | None = None,
         clip_x_0: bool | None = None,
+        variance: str | None = None,
     ) -> np.ndarray:
         """Images 0 .. num-1 of a request: uint8 (num, H, W, 3).
 
         What is not given is the config's `sample` section's; for another sampler than the config's, 100 steps of
         ddim, 20 of dpmpp_2m, or all timesteps. labels: (num,), a class for each image; None: the classes in turn.
-        batch: rows of every network call, used or not; at most `num` unless given.
+        batch: rows of every network call, used or not; at most `num` unless given. variance: fixed_large | fixed_small,
+        of ancestral sampling; None: the config's diffusion.variance.
 
         Image i follows from (seed, i) and the request alone: the bytes are those of a sample set of launch/sample.py
-        with the same sampler, steps, eta, guidance, labels, batch and precision, on the same device. RequestError for
-        values outside what the config allows, DoNotRetry where the network's output is not finite.
+        with the same sampler, steps, eta, guidance, labels, batch, variance and precision, on the same device.
+        RequestError for values outside what the config allows, DoNotRetry where the network's output is not finite.
         """
         asked = {
             "sampler": sampler,
@@ -232,15 +244,17 @@ class Model:
             "batch": batch,
             "clip_x_0": clip_x_0,
         }
-        request = self._request(num, {name: value for name, value in asked.items() if value is not None})
+        request = self._request(num, {name: value for name, value in asked.items() if value is not None}, variance)
         return self._images(request, self._labels(labels, num))
 
-    def _request(self, num: int, asked: dict[str, Any]) -> Request:
+    def _request(self, num: int, asked: dict[str, Any], variance: str | None) -> Request:
         """The request for `num` images, checked as a config's is."""
         tree = self.config.model_dump()
         there, timesteps = tree["sample"], self.config.diffusion.timesteps
         if asked.get("sampler", there["sampler"]) != there["sampler"] and "steps" not in asked:
             asked["steps"] = min(USUAL_STEPS.get(asked["sampler"], timesteps), timesteps)
+        if asked.get("sampler", "ddim") != "ddim":
+            there["eta"] = 0.0
         tree["sample"] = {**there, "num_samples": num, "shards": 1, "class_plan": None, **asked}
         s = configs.build(Config, tree, "sample()").sample
         return Request(
@@ -257,6 +271,7 @@ class Model:
             precision=self.precision,
             class_plan=None,
             clip_x_0=s.clip_x_0,
+            variance=variance,
         )
 
     def _labels(self, labels: Sequence[int] | np.ndarray | Tensor | None, num: int) -> Tensor | None:
@@ -279,8 +294,8 @@ class Model:
 
         def eps_model(x_t: Tensor, t: Tensor, planned: Tensor | None) -> Tensor:
             if rows is None or planned is None:
-                return self.eps(x_t, t, planned)
-            return self.eps(x_t, t, torch.cat([rows, planned[batch:]]))  # with guidance, the rows without a label last
+                return self._eps(x_t, t, planned)
+            return self._eps(x_t, t, torch.cat([rows, planned[batch:]]))  # with guidance, the rows without a label last
 
         compute = generate.batch_sampler(
             request,
@@ -300,6 +315,11 @@ class Model:
                 rows[:num] = labels[first : first + num].to(self.device)
             images.append(compute(first, num).images)
         return np.concatenate(images)
+
+
+def _check_whole(name: str, values: Tensor, num: int, below: int) -> None:
+    if values.shape != (num,) or values.is_floating_point() or bool(((values < 0) | (values >= below)).any()):
+        raise ValueError(f"{name} of shape {tuple(values.shape)}: must be {num} whole numbers from 0 to {below - 1}")
 
 
 def _device(device: Device) -> torch.device:

@@ -3,9 +3,11 @@
 Owns: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3) and every draw
 made from it. Must not know: batches, ranks, datasets, configs, or any torch.Generator.
 
-The normals use integer operations and float32 +, -, *, / and sqrt only, each as a tensor operation of its own, so that
+The normals use integer operations, float32 +, -, * and /, and sqrt only, each as a tensor operation of its own, so that
 no compiler fuses two of them. IEEE 754 then leaves one possible result for each, wherever in a tensor and by whichever
-thread or vector unit it is computed. torch.log and torch.cos make no such promise.
+thread or vector unit it is computed. torch.log and torch.cos make no such promise, nor does torch.sqrt: the vector
+library that computes it on a CPU differs in the last bit from one kind of CPU to the next. In float64 it does too, but
+no square root of a float32 lies within 4 ulps of float64 of where its rounding to float32 changes.
 
 A key serves one kind of draw: give uniform_int, coin, normal and permutation different purposes.
 """
@@ -179,7 +181,7 @@ def _box_muller(word_r: Tensor, word_theta: Tensor, out_cos: Tensor, out_sin: Te
     s = (m - 1.0).div_(m + 1.0)  # log m = 2 atanh(s)
     exponent = offset.bitwise_right_shift_(_MANTISSA_BITS).to(torch.float32)
     r_squared = _polynomial(s * s, _LOG_TERMS).mul_(s).add_(exponent.mul_(-2.0 * math.log(2.0)))
-    signed_r = r_squared.sqrt_().copysign_(signed_u)
+    signed_r = r_squared.double().sqrt_().float().copysign_(signed_u)
 
     v = word_theta.to(torch.int32).to(torch.float32).mul_(2.0**-31)  # theta in units of pi / 2
     v_squared = v * v

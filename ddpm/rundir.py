@@ -195,6 +195,14 @@ def remove_stale(directory: Path, token: str = "") -> list[Path]:
 # ---------------------------------------------------------------- paths
 
 
+def _listed(directory: Path) -> list[Path]:
+    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 @dataclass(frozen=True)
 class SampleSet:
     """Paths of samples/SET: the request, the shards and their features."""
@@ -313,11 +321,11 @@ class RunDir:
         return SampleSet(self.samples / name)
 
     def sample_sets(self) -> list[SampleSet]:
-        return [SampleSet(p) for p in sorted(self.samples.glob("*")) if p.is_dir() and not p.name.startswith(".")]
+        return [SampleSet(p) for p in sorted(_listed(self.samples)) if p.is_dir() and not p.name.startswith(".")]
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""
-        found = (re.fullmatch(r"step-(\d{9,})\.json", p.name) for p in self.checkpoints.glob("step-*.json"))
+        found = (re.fullmatch(r"step-(\d{9,})\.json", p.name) for p in _listed(self.checkpoints))
         return sorted((int(m.group(1)) for m in found if m), reverse=True)
 
     def latest_step(self) -> int:
@@ -361,12 +369,15 @@ class EventLog:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSONL file; a torn last line (killed while appending) is left out."""
-    records = []
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        return parse_jsonl(path.read_bytes())
     except FileNotFoundError:
         return []
-    for line in lines:
+
+
+def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
+    records = []
+    for line in data.decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -6,12 +6,13 @@ by. Loads no torch: publishing a request and listing what is missing stay cheap 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from ddpm.rundir import DamagedFile, SampleSet
 
 StopRequested = Callable[[], "str | None"]
 Progress = Callable[[int, int], None]
+
+VARIANCES = ("fixed_large", "fixed_small")
+"""Of the ancestral sampler, as in diffusion.variance."""
 
 
 # ---------------------------------------------------------------- the request
@@ -38,7 +42,8 @@ class CheckpointRef:
 class Request:
     """What a sample set is: everything that its samples follow from. Field for field request.json, less its digest.
 
-    request.json says `clip_x_0` only where it is false: sets from before there was a choice keep their digests.
+    request.json says `clip_x_0` only where it is false, and `variance` only where it is not the config's: sets from
+    before there was a choice keep their digests.
     """
 
     checkpoint: CheckpointRef
@@ -55,6 +60,8 @@ class Request:
     class_plan: tuple[int, ...] | None
     """How many samples of each class, all of class 0 first; None: the classes in turn."""
     clip_x_0: bool = True
+    variance: str | None = None
+    """The ancestral sampler's, one of VARIANCES; None: the config's diffusion.variance."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "shards", "batch", "steps"):
@@ -63,6 +70,15 @@ class Request:
         if self.shards > self.num_samples:
             raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
         object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest
+        if self.eta and self.sampler != "ddim":
+            raise RequestError(f"eta = {self.eta}: only ddim has it; with sampler = {self.sampler} leave it out, or 0")
+        if self.variance is not None:
+            if self.variance not in VARIANCES:
+                raise RequestError(f"variance = {self.variance!r}: use one of {', '.join(VARIANCES)}")
+            if self.sampler != "ancestral":
+                raise RequestError(
+                    f"variance = {self.variance}: only ancestral has one; with sampler = {self.sampler} leave it out"
+                )
         if self.guidance is not None:
             if not 0.0 <= self.guidance < math.inf:
                 raise RequestError(f"guidance = {self.guidance}: must be at least 0; null is none")
@@ -86,22 +102,25 @@ class Request:
         return {**self._body(), "digest": self.digest}
 
     def _body(self) -> dict[str, Any]:
-        body = asdict(self)
-        if self.clip_x_0:
-            del body["clip_x_0"]
-        return body
+        return {k: v for k, v in asdict(self).items() if k not in _LATER or v != _LATER[k]}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Request:
         """The request in request.json's content. Raises DamagedFile if its form or its digest does not hold."""
         body = {k: v for k, v in record.items() if k != "digest"}
-        names = {f.name for f in fields(cls)} - (set() if body.get("clip_x_0") is False else {"clip_x_0"})
-        if body.keys() != names or rundir.sha256_json(body) != record.get("digest"):
+        if rundir.sha256_json(body) != record.get("digest"):
             raise DamagedFile("its digest does not match its content")
         try:
-            return cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
-        except (TypeError, RequestError) as e:
+            request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
+        except (KeyError, TypeError, RequestError) as e:
             raise DamagedFile(f"this version cannot read it ({e})") from None
+        if request.digest != record["digest"]:
+            raise DamagedFile("it says what is left out of a request.json")
+        return request
+
+
+_LATER = {"clip_x_0": True, "variance": None}
+"""Fields that came after the first sets, and what a request.json means that does not say them."""
 
 
 def publish_request(sample_set: SampleSet, request: Request) -> Request:
@@ -117,7 +136,7 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
         there = read_request(sample_set)
         if there.digest != request.digest:
             raise RequestError(
-                f"sample set {sample_set.name!r} exists with another request: {_differences(there, request)}; "
+                f"sample set {sample_set.name!r} exists with another request: {differences(there, request)}; "
                 f"ask for the same, or start another set with --set OTHERNAME"
             ) from None
     return request
@@ -136,7 +155,16 @@ def read_request(sample_set: SampleSet) -> Request:
         ) from None
 
 
-def _differences(there: Request, asked: Request) -> str:
+def withdraw_request(sample_set: SampleSet) -> None:
+    """Unpublish the request of a set that has nothing else yet: it was never asked for."""
+    sample_set.request.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a shard that somebody began
+        sample_set.path.rmdir()
+
+
+def differences(there: Request, asked: Request) -> str:
+    """The fields in which two requests differ, for a message."""
+
     def flat(request: Request) -> dict[str, Any]:
         record = asdict(request)
         checkpoint = record.pop("checkpoint")

@@ -36,7 +36,7 @@ class Source:
     """split -> names relative to `path`, sorted; no names where a library reads the images (NUM_IMAGES)."""
     classes: list[str]
     labels: dict[str, int] = field(default_factory=dict)
-    """name -> index into `classes`."""
+    """name -> index into `classes`; -1 in a folder that no training image lies in."""
     selection: Any = None
     """What else decided which images there are and what their labels mean (JSON): the cache key covers it."""
 
@@ -63,7 +63,10 @@ def cifar10(path: Path | None) -> Source:
 
 
 def folder_or_zip(path: Path) -> Source:
-    """Images in CLASS/NAME.png, optionally under train/ and test/. Raises RequestError where there are none."""
+    """Images in CLASS/NAME.png, optionally under train/ and test/; folders in a class are of that class.
+
+    Raises RequestError where there are none.
+    """
     if path.is_dir():
         return _from_names("folder", path, (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
     return _from_names("zip", path, zip_names(path))
@@ -101,14 +104,17 @@ def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
         depth += 1
     members: dict[str, list[str]] = {}
     class_of: dict[str, str] = {}
+    nested = False
     for n in images:
         *folders, _ = PurePosixPath(n).parts[depth:]
         split = SPLITS[folders.pop(0)] if folders and folders[0] in SPLITS else "train"
         members.setdefault(split, []).append(n)
-        class_of[n] = folders[-1] if folders else ""  # a split's own folder is no class
-    classes = sorted(set(class_of.values()))
+        class_of[n] = folders[0] if folders else ""  # a split's own folder is no class
+        nested |= len(folders) > 1
+    classes = sorted({class_of[n] for n in members.get("train", images)})
     label_of = {name: label for label, name in enumerate(classes)}
-    return Source(kind, path, members, classes, {n: label_of[name] for n, name in class_of.items()})
+    selection = {"class": "outermost folder"} if nested else None
+    return Source(kind, path, members, classes, {n: label_of.get(name, -1) for n, name in class_of.items()}, selection)
 
 
 # ---------------------------------------------------------------- decoding

@@ -77,6 +77,8 @@ class Structure:
         for size in self.attention_resolutions:
             known = f"the network never has {size}x{size}; it has {self.sizes}"
             self._need(size in self.sizes, "attention_resolutions", known)
+        twice = len(set(self.attention_resolutions)) < len(self.attention_resolutions)
+        self._need(not twice, "attention_resolutions", "name each size once")
         attended = [w for size, w in zip(self.sizes, self.widths, strict=True) if size in self.attention_resolutions]
         self._need_divisor("attention_heads", attended + (self.widths[-1:] if self.middle_attention else []))
         # a residual block normalises what it is given: conv_in's width, or sums of these widths
@@ -92,5 +94,7 @@ class Structure:
         value, widths = getattr(self, name), list(widths)
         for width in widths if value is not None else ():
             if width % value:
-                common = [d for d in range(1, min(widths) + 1) if not any(w % d for w in widths)]
+                # a norm with a group for each channel would take away what t and class have added to them
+                most = min(widths) - 1 if name == "norm_groups" else min(widths)
+                common = [d for d in range(1, most + 1) if not any(w % d for w in widths)]
                 self._need(False, name, f"does not divide the {width} channels of a level; use one of {common}")

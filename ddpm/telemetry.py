@@ -6,16 +6,20 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm.rundir import RunDir, now, publishing, read_jsonl, write_bytes, write_json
+from ddpm.rundir import RunDir, now, parse_jsonl, publishing, read_jsonl, write_bytes, write_json
 
 HEARTBEAT_EVERY_S = 5.0
+BOARD_AGAIN_AFTER_S = 60.0
+"""From a write that TensorBoard was refused to the next file of its own: a full disk stays full for a while."""
 
 
 class Telemetry:
@@ -38,7 +42,9 @@ class Telemetry:
         self._metrics: BinaryIO = run.metrics.open("ab", buffering=0)
         self._unwritten = b""
         self._board: Any = None
+        self._board_at = 0.0
         self._first_step = step
+        self._grids: list[int] = []  # of this life
         self._heartbeat_at = 0.0
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
@@ -53,18 +59,37 @@ class Telemetry:
 
     @property
     def board(self) -> Any:
-        """TensorBoard's writer, made when first needed (its import takes a second)."""
+        """TensorBoard's writer, made when first needed (its import takes a second), and again after a refused write.
+
+        It hides what earlier writers showed past the step that this life began at; so it shows this life from there on.
+        """
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
+            threading.excepthook = _quiet_about_the_board
+            board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
+            for record in parse_jsonl(self._run.metrics.read_bytes() + self._unwritten):
+                if record["step"] > self._first_step:
+                    _add_scalars(board, record)
+            for step in self._grids:
+                if (path := self._run.grid(step)).exists():
+                    _add_grid(board, step, read_png(path))
+            self._board = board
         return self._board
+
+    def _show(self, add: Callable[[Any], None]) -> None:
+        """Add what metrics.jsonl or grids/ holds already to TensorBoard; a writer made for it shows it by itself."""
+        if self._board is not None:
+            add(self._board)
+        elif time.monotonic() >= self._board_at:
+            _ = self.board
 
     def log(self, record: dict[str, Any]) -> None:
         """One metrics record (a line of metrics.jsonl), to the file, TensorBoard and the console."""
-        self._unwritten += json.dumps({**record, "time": now()}).encode() + b"\n"
+        record = {**record, "time": now()}
+        self._unwritten += json.dumps(record).encode() + b"\n"
         self._try("metrics", self._write)
-        self._try("tensorboard", lambda: self._scalars(record))
+        self._try("tensorboard", lambda: self._show(lambda board: _add_scalars(board, record)))
         if self._bar is None:
             say(
                 step=f"{record['step']}/{self._total_steps}",
@@ -81,11 +106,6 @@ class Telemetry:
         while self._unwritten:  # what a full disk refuses waits for the next line
             self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
-    def _scalars(self, record: dict[str, Any]) -> None:
-        for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
-            if record[key] is not None:
-                self.board.add_scalar(f"train/{key}", record[key], record["step"])
-
     def _try(self, what: str, write: Callable[[], Any]) -> None:
         """A full disk ends no training."""
         try:
@@ -93,7 +113,8 @@ class Telemetry:
         except OSError as e:
             say(f"{what} not written", error=e)
             if what == "tensorboard":
-                self._board = None  # its writer thread is dead; the next line starts another
+                self._board = None  # its writer thread is dead; another one will show all again
+                self._board_at = time.monotonic() + BOARD_AGAIN_AFTER_S
 
     def heartbeat(self, step: int, latest: dict[str, Any], *, force: bool = False) -> None:
         """Tell the status view that this life is alive, every few seconds."""
@@ -118,7 +139,8 @@ class Telemetry:
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a sample grid, uint8 (H, W, 3)."""
         self._try("grid", lambda: write_png(self._run.grid(step), grid, may_publish=self._may_publish))
-        self._try("tensorboard", lambda: self.board.add_image("samples", grid, step, dataformats="HWC"))
+        self._grids.append(step)
+        self._try("tensorboard", lambda: self._show(lambda board: _add_grid(board, step, grid)))
 
     def sync(self) -> None:
         """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""
@@ -130,10 +152,31 @@ class Telemetry:
     def close(self) -> None:
         self._try("metrics", self.sync)
         self._metrics.close()
-        if self._board is not None:
-            self._try("tensorboard", self._board.close)
+        if self._board is not None or self._board_at:
+            self._try("tensorboard", lambda: self.board.close())
         if self._bar is not None:
             self._bar.stop()
+
+
+def _add_scalars(board: Any, record: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, at the time it was written."""
+    written_at = datetime.fromisoformat(record["time"].replace("Z", "+00:00")).timestamp()
+    for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
+        if record[key] is not None:
+            board.add_scalar(f"train/{key}", record[key], record["step"], walltime=written_at)
+
+
+def _add_grid(board: Any, step: int, grid: np.ndarray) -> None:
+    board.add_image("samples", grid, step, dataformats="HWC")
+
+
+_excepthook = threading.excepthook
+
+
+def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
+    """A refused write ends TensorBoard's thread with a traceback; `Telemetry` tells of it in a line."""
+    if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
+        _excepthook(args)
 
 
 def _bar(total: int, done: int) -> Any:
@@ -166,6 +209,13 @@ def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] 
     path.parent.mkdir(parents=True, exist_ok=True)
     with publishing(path, replace=True, may_publish=may_publish) as f:
         Image.fromarray(image).save(f, format="PNG")  # type: ignore[arg-type]  # write() is all it needs
+
+
+def read_png(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:

@@ -74,7 +74,7 @@ class Trainer:
             warmup=config.train.ema_warmup,
         )
         self.optimizer = optimizer.build(config, self.model.parameters())
-        self.scaler = torch.amp.GradScaler(device.type, enabled=resolved.amp == "fp16")
+        self.scaler = self._new_scaler()
         self.at = Progress()
         self.window = Window.empty(device)
         self._finite: torch.Tensor | None = None  # of the last step, read one step late
@@ -91,6 +91,9 @@ class Trainer:
         self.network = network
         self.saver: checkpoint.Checkpointer | None = None
         self.telemetry: Telemetry | None = None
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.world.device.type, enabled=self.resolved.amp == "fp16")
 
     # ------------------------------------------------------------ resuming
 
@@ -307,7 +310,7 @@ class Trainer:
                 continue
             if log_due:
                 self._log()
-                if self._settled():
+                if self._settled() is not None:
                     break
             self.alive()
             if code and self.at.step < total:  # the last step is followed by its save in any case
@@ -332,13 +335,17 @@ class Trainer:
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest)
 
-    def _settled(self) -> bool:
-        """Whether the last logged losses changed so little that training ends early; the same on every rank."""
+    def _settled(self) -> float | None:
+        """By how much the last logged losses changed where that is so little that training ends early, else None.
+
+        The same on every rank.
+        """
         train, losses = self.config.train, self.at.early_stop_losses
         if train.early_stop_below is None or len(losses) < train.early_stop_window:
-            return False
+            return None
         changes = [abs(b - a) for a, b in pairwise(losses)]
-        return sum(changes) / len(changes) < train.early_stop_below
+        mean = sum(changes) / len(changes)
+        return mean if mean < train.early_stop_below else None
 
     def _log(self) -> None:
         """The window's means over all ranks, as one metrics record."""
@@ -411,9 +418,10 @@ class Trainer:
         if self._window_first < self.at.step and self.at.step % self.config.log.every_steps:
             self._log()
         self._grid(stop_requested)
-        if self.telemetry and self._settled():
+        if self.telemetry and (change := self._settled()) is not None:
             below, window = self.config.train.early_stop_below, self.config.train.early_stop_window
-            say("the loss has settled: ending early", step=self.at.step, early_stop_below=below, over_lines=window)
+            told = {"mean_change": f"{change:.3g}", "early_stop_below": below, "over_lines": window}
+            say("the loss has settled: ending early", step=self.at.step, **told)
         saved = self.world.share(self._save(wait=True, final=True))  # the last manifest says that all is there
         if self.telemetry:
             self.telemetry.heartbeat(self.at.step, self._latest, force=True)
@@ -455,6 +463,8 @@ class Trainer:
         self.model.load_state_dict(fresh.state_dict())
         self.ema.load_state_dict(fresh.state_dict())
         self.optimizer.state.clear()
+        self.scaler = self._new_scaler()
+        self.skipped.zero_()
         self.at, self.window, self._finite = Progress(), Window.empty(self.world.device), None
 
     # ------------------------------------------------------------ grids
@@ -464,11 +474,29 @@ class Trainer:
         return every is not None and self.at.step % every == 0 and self.at.step < self.config.train.total_steps
 
     def _grid(self, stop_requested: StopRequested) -> None:
-        """Rank 0 draws log.grid_images samples of the EMA weights from the same noise each time."""
-        if self.telemetry is None or (self.run.grid(self.at.step).exists() and self.at.attempt == 0):
+        """Rank 0 draws log.grid_images samples by the weights of `sample.weights`, from the same noise each time.
+
+        All ranks agree at each step of the sampler on whether to go on: a stop may be asked of any of them, and none
+        waits for another for as long as a grid takes.
+        """
+        there = self.telemetry is not None and self.run.grid(self.at.step).exists() and self.at.attempt == 0
+        if self.world.share(there):
             return
+        model = self.model if self.config.sample.weights == "model" else self.ema.model
+        model.eval()
+
+        def poll() -> str | None:
+            return self._agreed_stop(stop_requested) or None
+
         try:
-            drawn = grids.draw(self.config, self.ema.model, self.schedule, self.resolved.amp, stop_requested)
-            self.telemetry.grid(self.at.step, drawn)
+            if self.telemetry is None:
+                grids.wait(self.config, poll)
+            else:
+                self.telemetry.grid(
+                    self.at.step, grids.draw(self.config, model, self.schedule, self.resolved.amp, poll)
+                )
         except Stopped:
-            say("grid skipped: a stop was requested", step=self.at.step)
+            if self.telemetry is not None:
+                say("grid skipped: a stop was requested", step=self.at.step)
+        finally:
+            self.model.train()

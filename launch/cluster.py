@@ -104,7 +104,8 @@ class Site(Section):
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""
     rank_timeout_s: int = Field(600, ge=10)
-    """A rank that does not answer the others for this long ends the job, which is then tried again."""
+    """A rank that does not answer the others for this long ends the job, which is then tried again. It must exceed what
+    a save at a stop takes: all ranks wait for rank 0 to write it."""
     max_parallel: int = Field(16, ge=1)
     """Array tasks that run at a time."""
 

@@ -44,6 +44,10 @@ class JobEnvironment:
         return {"job": self.job, "restart": self.restart, "host": self.host}
 
 
+def under_slurm() -> bool:
+    return "SLURM_JOB_ID" in os.environ
+
+
 def num_tasks() -> int:
     """Ranks of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_NTASKS", "1"))
@@ -150,6 +154,7 @@ def allocation() -> dict[str, str]:
         "account": "SLURM_JOB_ACCOUNT",
         "qos": "SLURM_JOB_QOS",
         "nodes": "SLURM_JOB_NUM_NODES",
+        "ntasks": "SLURM_NTASKS",
         "ntasks-per-node": "SLURM_NTASKS_PER_NODE",
         "cpus-per-task": "SLURM_CPUS_PER_TASK",
         "gpus-per-node": "SLURM_GPUS_PER_NODE",

@@ -37,9 +37,9 @@ class Life:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
+        self.stop = preemption.StopFlag()
+        self.stop.install()  # before all that takes time
         self.env = environment.current()
-        self.stop = preemption.StopFlag(self.env)
-        self.stop.install()  # before torch is loaded: a signal in that second must not be lost
 
     def leave(self, code: int, reason: str = "") -> int:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
@@ -78,16 +78,24 @@ def finished(run: RunDir, config: configs.Config) -> bool:
         step = run.latest_step()
         manifest = read_signed(run.manifest(step))
         whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
-    except (DamagedFile, FileNotFoundError):
+    except (DamagedFile, OSError):
         return False
-    settled = config.train.early_stop_below is not None and manifest.get("early_stopped", False)
+    settled_at, bound = manifest.get("early_stopped"), config.train.early_stop_below
+    settled = settled_at is not None and bound is not None and settled_at < bound
     return whole and (step >= config.train.total_steps or settled)
 
 
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
     """Why training must not start, or None."""
     if finished(run, config):
-        return f"the run is complete at step {run.latest_step()}: nothing to do"
+        from ddpm import checkpoint
+
+        step = run.latest_step()
+        try:
+            checkpoint.verify(run, step)
+            return f"the run is complete at step {step}: nothing to do"
+        except (DamagedFile, OSError) as e:
+            _say("the last checkpoint is damaged: going on from an older one", step=step, reason=e)
     if run.stop_file.exists():
         return f"{run.stop_file} forbids training: submit again, which removes it"
     return None
@@ -110,13 +118,14 @@ def train(life: Life) -> int:
     from ddpm.trainer import Trainer
     from launch import requests
 
+    timeout_s = requests.site_of(run).rank_timeout_s
     world = distributed.join(
         rank=env.rank,
         world_size=env.world_size,
         local_rank=env.local_rank,
         master_addr=env.master_addr,
         master_port=env.master_port,
-        timeout_s=requests.site_of(run).rank_timeout_s,
+        timeout_s=timeout_s,
     )
     if why := world.share(nothing_to_do(run, config) if world.is_main else None):
         if world.is_main:
@@ -124,7 +133,9 @@ def train(life: Life) -> int:
         return life.leave(0)
     fence = None
     if world.is_main:
-        fence = Fence(run, env.owner(), is_orphan=lambda other: _is_orphan(other, env), log=_say)
+        fence = Fence(
+            run, env.owner(), wait_s=min(60, timeout_s / 2), is_orphan=lambda other: _is_orphan(other, env), log=_say
+        )
     while True:
         try:
             packed = _data(life, config, world)
@@ -213,7 +224,8 @@ def _is_orphan(other: dict[str, Any], env: environment.JobEnvironment) -> bool:
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
-        return slurm.job_state(str(other["job"])) not in ("RUNNING", "COMPLETING", "SUSPENDED")
+        shown = slurm.show(str(other["job"]))
+        return shown is None or shown.state not in ("RUNNING", "COMPLETING", "SUSPENDED")
     except slurm.SlurmError:
         return False
 
@@ -241,19 +253,16 @@ def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
     key, stopped = world.share((key, stopped))
     if stopped:
         raise Stopped(stopped)
-    where = cache
+    local = None
     if scratch := record["data"].get("scratch"):
         local = environment.expand(scratch) / "ddpm-hpc"
-        copied = False
         if life.env.local_rank == 0:
             try:
                 data.copy_to_scratch(cache, key, local)
-                copied = True
             except OSError as e:
                 _say(f"scratch {local} cannot be used ({e}); reading the data from {cache}")
         world.barrier()
-        where = local if copied or (local / key / "meta.json").exists() else cache
-    packed = data.open_packed(where, key)
+    packed = data.open_packed(cache, key, scratch=local)
     if packed.digest != record["data"]["digest"]:
         raise DoNotRetry(
             f"the data changed under this run: digest {packed.digest[:12]} now, "
@@ -439,9 +448,9 @@ def main(argv: list[str]) -> int:
         _say(f"failed: {e}")
         code = life.leave(DoNotRetry.exit_code)
         if life.env.scheduler == "local" and life.env.rank == 0:  # elsewhere the batch shell says so
-            life.env.events(run).append(
-                "failed", world_size=life.env.world_size, step=run.latest_step(), exit_code=code, reason=str(e)
-            )
+            told = {"stage": args.stage, "exit_code": code, "reason": str(e)}
+            with contextlib.suppress(OSError):
+                life.env.events(run).append("failed", world_size=life.env.world_size, step=run.latest_step(), **told)
     except BaseException:
         code = 1
         with contextlib.suppress(OSError):

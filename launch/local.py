@@ -57,16 +57,26 @@ def main() -> int:
     """Run the commands in turn; stop at the first that fails. SIGTERM and SIGINT go to the one that runs."""
     commands = json.loads(sys.argv[2])
     child: subprocess.Popen[bytes] | None = None
+    unheard: list[int] = []  # by a command: none was running
 
     def forward(signum: int, _: FrameType | None) -> None:
         if child is not None:
             child.send_signal(signum)
+        else:
+            unheard.append(signum)
 
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, forward)
     for command in commands:
-        child = subprocess.Popen(command)
-        if code := child.wait():
+        if unheard:
+            return 128 + unheard[0]
+        started = subprocess.Popen(command)
+        child = started
+        while unheard:
+            child.send_signal(unheard.pop())
+        code = child.wait()
+        child = None
+        if code:
             return code if code > 0 else 128 - code
     return 0
 

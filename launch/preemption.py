@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
-from launch import slurm
+from launch import environment, slurm
 from launch.environment import JobEnvironment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -29,9 +29,9 @@ MARGIN_S = 30
 class StopFlag:
     """Set by signals and by the run's STOP file; asked by everything long."""
 
-    def __init__(self, environment: JobEnvironment) -> None:
+    def __init__(self) -> None:
         self.reason: str | None = None
-        self._under_slurm = environment.scheduler == "slurm"
+        self._under_slurm = environment.under_slurm()
         self._stop_file: Path | None = None
         self._polled_at = 0.0
 
@@ -42,6 +42,7 @@ class StopFlag:
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
         if not self._under_slurm:
             signal.signal(signal.SIGINT, self._on_term)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # slurm/rank.sh kept them waiting for this
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -84,7 +85,7 @@ class StopFlag:
 def after_stop(
     stop: StopFlag,
     reason: str,
-    environment: JobEnvironment,
+    env: JobEnvironment,
     say: Callable[[str], None],
     share: Callable[[Any], Any],
     alive: Callable[[], None],
@@ -96,10 +97,10 @@ def after_stop(
     """
     if reason == "STOP":
         return 0
-    if environment.scheduler != "slurm" or reason == "time_limit":
+    if env.scheduler != "slurm" or reason == "time_limit":
         return EXIT_REQUEUE
-    is_main = environment.rank == 0
-    mercy = share(slurm.mercy(environment.job) if is_main else None)
+    is_main = env.rank == 0
+    mercy = share(slurm.mercy(env.job) if is_main else None)
     if not mercy.requeues or mercy.grace_s > REQUEUE_AT_ONCE_ABOVE_S:
         # the batch shell submits a successor, or requeues without wasting the grace period; only while RUNNING
         return EXIT_REQUEUE

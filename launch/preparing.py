@@ -84,8 +84,8 @@ def _at(tree: dict[str, Any], key: str) -> Any:
 
 
 def cache_of(site: Site, root: Path) -> Path:
-    """Where packed data and statistics are kept."""
-    return environment.expand(site.data_cache) if site.data_cache else root / ".cache"
+    """Where packed data and statistics are kept: absolute, because jobs run in the project's directory."""
+    return environment.expand(site.data_cache).absolute() if site.data_cache else root / ".cache"
 
 
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:

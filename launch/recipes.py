@@ -4,7 +4,7 @@ Owns: reading what the comment at the top of a config file says, in these words:
 
     Network: 35,746,307 parameters     Memory: 7.1 GiB     reports FID 3.17 [for 50,000 samples | at epoch 180]
 
-after a first line that names the source: AUTHORS YEAR, "TITLE", or: A published project. The rest is in the config.
+The rest is in the config.
 Must not know: torch, which would take seconds, so it counts nothing itself (tools/inspect_config.py does).
 """
 
@@ -18,9 +18,14 @@ from pathlib import Path
 from ddpm import config as configs
 from ddpm.config import Config
 
-FOOTNOTE = """memory: an estimate, in GiB, of training on one GPU: weights, gradients, Adam's moments, EMA, and the
-activations of the images that it holds at a time (the batch, or train.micro_batch), all in fp32 without compiling;
-bf16 and compiling need less, CUDA itself some more. For any config: python tools/inspect_config.py CONFIG"""
+NOTES = (
+    "memory: an estimate, in GiB, of training on one GPU: weights, gradients, Adam's moments, EMA, and the activations "
+    "of the images that it holds at a time (the batch, or train.micro_batch), all in fp32 without compiling; bf16 and "
+    "compiling need less, CUDA itself some more. For any config: python tools/inspect_config.py CONFIG",
+    "reported FID: by the recipe's source, which the top of its file names.",
+    "Train one: python launch/submit.py configs/RECIPE.yaml --partition gpu",
+)
+PIPE_COLUMNS = 120
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,6 @@ class Recipe:
     num_parameters: int | None
     memory_gib: float | None
     fid: str
-    source: str
 
 
 def header(text: str) -> str:
@@ -52,41 +56,50 @@ def read(path: Path) -> Recipe:
     parameters = re.search(r"\bNetwork: ([\d,]+) parameters", text)
     memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)
     fid = re.search(r"\breports? (?:(no) FID|FID (\d+(?:\.\d+)?(?: for [\d,]+ samples| at epoch \d+)?))", text)
-    source = re.match(r'A published project|[^"]+? \d{4}(?=, ")', text)
     return Recipe(
         name=path.stem,
         config=config,
         num_parameters=int(parameters[1].replace(",", "")) if parameters else None,
         memory_gib=float(memory[1]) if memory else None,
         fid=("none" if fid[1] else fid[2]) if fid else "",
-        source=source[0] if source else "",
     )
 
 
 def print_table(shelf: Path) -> None:
-    """The recipes in folder `shelf`. Raises RequestError naming a file that is no valid config."""
+    """The recipes in folder `shelf`. Raises RequestError naming a file that is no valid config.
+
+    Nothing is cropped: in a narrow terminal the scores fold, and in one that is narrower still lines are too long.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("recipe", "data", "parameters", "batch", "length", "memory", "reported FID", "source"):
-        right = name in ("parameters", "batch", "length", "memory")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for recipe in map(read, sorted(shelf.glob("*.yaml"), key=lambda path: path.stem)):
-        config, size = recipe.config, recipe.config.data.image_size
-        table.add_row(
-            recipe.name,
-            f"{config.data.name} {size}x{size}",
-            "-" if recipe.num_parameters is None else f"{recipe.num_parameters / 1e6:.1f} M",
-            str(config.train.global_batch),
-            length(config),
-            "-" if recipe.memory_gib is None else f"{recipe.memory_gib:g}",
-            recipe.fid or "-",
-            recipe.source or "-",
-        )
-    terminal = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    names = ("recipe", "data", "params", "batch", "length", "memory", "reported FID")
+    rows = [_row(read(path)) for path in sorted(shelf.glob("*.yaml"), key=lambda path: path.stem)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for i, name in enumerate(names[:-1]):
+        width = max(len(row[i]) for row in (names, *rows))
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True, min_width=width)
+    table.add_column(names[-1])
+    for row in rows:
+        table.add_row(*row)
+    terminal = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False, markup=False)
+    terminal.width = max(terminal.width, Console(width=1000).measure(table).minimum)
     terminal.print(table)
-    terminal.print(f"\n{FOOTNOTE}\nTrain one: python launch/submit.py configs/RECIPE.yaml --partition gpu")
+    for note in NOTES:
+        terminal.print(f"\n{note}")
+
+
+def _row(recipe: Recipe) -> tuple[str, ...]:
+    config, size = recipe.config, recipe.config.data.image_size
+    return (
+        recipe.name,
+        f"{config.data.name} {size}x{size}",
+        "-" if recipe.num_parameters is None else f"{recipe.num_parameters / 1e6:.1f} M",
+        str(config.train.global_batch),
+        length(config),
+        "-" if recipe.memory_gib is None else f"{recipe.memory_gib:g}",
+        recipe.fid or "-",
+    )
 
 
 def length(config: Config) -> str:

@@ -4,42 +4,78 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.config import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
-from ddpm.rundir import RunDir, read_events, read_json
+from ddpm.rundir import RunDir, read_events, read_json, sha256_file
 from launch import scheduler, slurm
 from launch.cluster import Site, is_local
 from launch.environment import JobEnvironment
 
 if TYPE_CHECKING:
     from ddpm.checkpoint import Generation
-    from ddpm.sampleset import Request
+    from ddpm.sampleset import CheckpointRef, Request
 
 MAX_ROUNDS = 3
 
 
-def default_set(config: Config, step: int) -> str:
-    """The name of the set that the config itself asks for at `step`."""
+def _set_name(config: Config, at: str, variance: str | None = None) -> str:
     s = config.sample
     how = "" if s.guidance is None else f"-guided{s.guidance:g}"
     how += "" if s.class_plan is None else "-plan"
     how += "" if s.clip_x_0 else "-unclipped"
-    return f"{s.sampler}{s.steps}{how}-step{step}-seed{s.seed}"
+    how += "" if variance in (None, config.diffusion.variance) else f"-{variance}"
+    return f"{s.sampler}{s.steps}{how}-{at}-seed{s.seed}"
 
 
-def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
+def set_of(run: RunDir, config: Config, step: int, variance: str | None = None) -> str:
+    """The name of the set that the config asks for at `step`: its own, or the chain's that was made there."""
+    own, chain = _set_name(config, f"step{step}", variance), _planned_set(config)
+    return chain if not variance and _sampled_at(run, own) is None and _sampled_at(run, chain) == step else own
+
+
+def chain_set(run: RunDir, config: Config) -> str:
+    """The name of the set that is made when training ends: one for each step at which it has ended."""
+    planned, step = _planned_set(config), final_step(run, config)
+    if step is None:
+        return planned
+    name = set_of(run, config, step)
+    return name if _sampled_at(run, planned) or _sampled_at(run, name) else planned
+
+
+def _planned_set(config: Config) -> str:
+    """The chain's name for its set, before training has ended; it may end before the last step."""
+    upto = "step" if config.train.early_stop_below is None else "upto"
+    return _set_name(config, f"{upto}{config.train.total_steps}")
+
+
+def _sampled_at(run: RunDir, set_name: str) -> int | None:
+    """The step of the checkpoint that a set samples; None where the set is not begun."""
+    return ((read_json(run.sample_set(set_name).request) or {}).get("checkpoint") or {}).get("step")
+
+
+def final_step(run: RunDir, config: Config) -> int | None:
+    """The step at which training has ended, by its end or early; None where it has not."""
+    from launch.jobs import finished
+
+    return run.latest_step() if finished(run, config) else None
+
+
+def from_config(
+    run: RunDir, config: Config, generation: Generation | CheckpointRef, variance: str | None = None
+) -> Request:
     """The request that `config.sample` makes of one checkpoint. The same on every machine: `precision: auto` is what
-    the run was trained in where that was bf16, else fp32."""
+    the run was trained in where that was bf16, else fp32. variance: instead of the config's."""
     from ddpm.sampleset import CheckpointRef, Request
 
     s = config.sample
     record = read_json(run.run_json) or {}
     trained_in = (record.get("resolved") or {}).get("amp")
     precision = s.precision if s.precision != "auto" else ("bf16" if trained_in == "bf16" else "fp32")
-    return Request(
+    request = Request(
         checkpoint=CheckpointRef(generation.step, generation.sha256),
         weights=s.weights,
         sampler=s.sampler,
@@ -53,7 +89,9 @@ def from_config(run: RunDir, config: Config, generation: Generation) -> Request:
         precision=precision,
         class_plan=s.class_plan,
         clip_x_0=s.clip_x_0,
+        variance=variance,
     )
+    return replace(request, variance=None) if variance == config.diffusion.variance else request
 
 
 def site_of(run: RunDir) -> Site:
@@ -84,36 +122,45 @@ def describe_job(job: scheduler.Job) -> str:
 
 
 def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
-    """Shards of the config's own set that are not done: all of them where the set is not begun.
+    """Shards of the chain's set that are not done: all of them where the set is not begun.
 
-    Raises RequestError where the set was begun with another request, which the config must not silently mean.
+    Raises RequestError where the set was begun with another request, or of another step than training ends at,
+    which the config must not silently mean.
     """
-    sample_set, s = run.sample_set(set_name), config.sample
+    sample_set = run.sample_set(set_name)
     if not sample_set.request.exists():
-        return list(range(s.shards))
+        return list(range(config.sample.shards))
     from ddpm import sampleset
 
     there = sampleset.read_request(sample_set)
-    names = ("num_samples", "shards", "eta", "weights", "guidance", "class_plan", "clip_x_0")
-    asked = {**{name: getattr(s, name) for name in names}, "batch": min(s.batch, s.num_samples)}
-    if others := [
-        f"sample.{k} is {getattr(there, k)!r} there and {v!r} here" for k, v in asked.items() if getattr(there, k) != v
-    ]:
+    step = final_step(run, config) or config.train.total_steps
+    asked = from_config(run, config, replace(there.checkpoint, step=step))
+    if there != asked:
         raise RequestError(
-            f"sample set {set_name} exists with another request: {'; '.join(others)}. Ask for the same, or make "
-            f"another set: python launch/sample.py {run.path} --set OTHERNAME"
+            f"sample set {set_name} exists with another request: {sampleset.differences(there, asked)}. Ask for the "
+            f"same, or make another set once training has ended: python launch/sample.py {run.path} --set OTHERNAME"
         )
     return sampleset.missing_shards(sample_set, there)
 
 
 def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
-    """Whether the set has a score by the config's extractor against the config's split."""
-    record = read_json(run.eval / f"{set_name}.json") or {}
-    asked = config.evaluate
-    split = (record.get("reference") or {}).get("split")
-    return (record.get("extractor") or {}).get("name") == asked.extractor and (
-        split == asked.reference or asked.reference not in ("train", "test")
+    """Whether the set, as it is, has a score by the config's extractor against the config's reference."""
+    score, request = (read_json(p) or {} for p in (run.eval / f"{set_name}.json", run.sample_set(set_name).request))
+    return (
+        score.get("checkpoint") == {**request.get("checkpoint", {}), "weights": request.get("weights")}
+        and (score.get("extractor") or {}).get("name") == config.evaluate.extractor
+        and _is_against(score.get("reference") or {}, config.evaluate.reference)
     )
+
+
+def _is_against(record: dict[str, Any], asked: str) -> bool:
+    """Whether a score's reference is the one that is asked for; a folder or zip is known by its name."""
+    if asked in ("train", "test"):
+        return record.get("split") == asked
+    path = check_reference(asked)
+    if path.suffix == ".npz":
+        return record.get("digest") == sha256_file(path)
+    return (record.get("split"), record.get("name")) == ("all", path.name)
 
 
 def lift_stop(run: RunDir) -> None:
@@ -124,11 +171,14 @@ def lift_stop(run: RunDir) -> None:
 
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
-    """Job ids of this stage that were submitted and that SLURM still has."""
+    """Job ids of this stage that were submitted to SLURM and that it still has."""
     submitted = [
         str(e["job"])
         for e in read_events(run)
-        if e["event"] == "submitted" and e.get("stage") == stage and e.get("set", "") == set_name
+        if e["event"] == "submitted"
+        and e.get("via") != "local"
+        and e.get("stage") == stage
+        and e.get("set", "") == set_name
     ]
     return list(slurm.queued(submitted)) if submitted and slurm.available() else []
 

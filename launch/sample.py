@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm import config as configs
 from ddpm.config import USUAL_STEPS, Config
 from ddpm.errors import RequestError
-from ddpm.rundir import RunDir, check_name
+from ddpm.rundir import RunDir, SampleSet, check_name
 from launch import cluster, console, environment, requests, scheduler
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
   python launch/sample.py cifar10 --sampler ancestral --shards 128    all 1000 steps, as in the paper
-  python launch/sample.py cifar10-conditional --sampler dpmpp_2m --guidance 1.5 --class-plan balanced
+  python launch/sample.py cifar10 --sampler ancestral --variance fixed_small     the other variance of its reverse steps
+  python launch/sample.py cifar10-conditional --sampler dpmpp_2m --class-plan balanced
+      … --guidance 1.5                                                of a run that had train.label_dropout=0.1
   python launch/sample.py cifar10 --set early --step 100000 --num-samples 5000
   python launch/sample.py cifar10 --set early --png                   unpack a finished set to PNG files
 
@@ -50,6 +52,11 @@ def parse() -> argparse.Namespace:
     for name, kind in OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"default: the config's sample.{name}")
     parser.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
+    parser.add_argument(
+        "--variance",
+        choices=["fixed_large", "fixed_small"],
+        help="of ancestral sampling; default: the config's diffusion.variance",
+    )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--png", action="store_true", help="unpack the finished set to samples/SET/png/")
@@ -77,6 +84,8 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     there: the request of the set that is named, if it exists: what is not asked for is as it was.
     """
     asked: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if asked.get("sampler", "ddim") != "ddim":
+        asked.setdefault("eta", 0.0)  # the config's is for ddim
     if args.no_clip:
         asked["clip_x_0"] = False
     if there is not None:
@@ -145,8 +154,10 @@ def main() -> int:
     config = sampling_config(args, run, there)
     site = cluster.resolve(args, requests.site_of(run).model_dump(exclude_defaults=True))
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
-    set_name = check_name(args.set_name or requests.default_set(config, generation.step), "sample set name")
-    request = requests.from_config(run, config, generation)
+    variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
+    request = requests.from_config(run, config, generation, variance)
+    set_name = args.set_name or requests.set_of(run, config, generation.step, request.variance)
+    check_name(set_name, "sample set name")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
         site = cluster.settle(site, dry_run=True)
@@ -160,7 +171,7 @@ def main() -> int:
     missing = sampleset.missing_shards(sample_set, request)
     if missing and not args.prepare:
         site = cluster.settle(site, dry_run=False)
-    sampleset.publish_request(sample_set, request)
+    publish(run, sample_set, request)
     if args.prepare:
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make, with\n"
@@ -176,6 +187,20 @@ def main() -> int:
     if args.png:
         print(f"unpacked to {sampleset.unpack_png(sample_set, request, sample_set.path / 'png')}")
     return 0
+
+
+def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
+    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
+    from ddpm import sampleset
+
+    existed = sample_set.request.exists()
+    sampleset.publish_request(sample_set, request)
+    if not existed and not run.manifest(request.checkpoint.step).exists():
+        sampleset.withdraw_request(sample_set)
+        raise RequestError(
+            f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
+            f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
+        )
 
 
 def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:

@@ -7,6 +7,7 @@ job runs today's code on the run directory, not yesterday's objects.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -142,7 +143,7 @@ class SubmititScheduler:
     def _text(self, job: Job) -> str:
         from submitit.slurm.slurm import _make_sbatch_string
 
-        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._folder(job)))}"
+        command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(self._folder(job)))}"
         text = _make_sbatch_string(
             command=command,
             folder=self._folder(job),
@@ -172,7 +173,7 @@ class SubmititScheduler:
                 with mock.patch("submitit.slurm.slurm.SlurmExecutor", Executor):
                     return list(super()._internal_process_submissions(delayed_submissions))
 
-        executor = Executor(self._folder(job), python=shlex.quote(sys.executable))
+        executor = Executor(self._folder(job), python=_python())
         executor.update_parameters(**self._parameters(job))
         size = slurm.max_array_size()
         ids: list[str] = []
@@ -187,6 +188,10 @@ class SubmititScheduler:
             return ids
         except submitit.core.utils.FailedJobError as e:
             raise slurm.SlurmError(str(e).strip()) from None
+
+
+def _python() -> str:
+    return shlex.join(["bash", str(PROJECT / "slurm" / "rank.sh"), sys.executable])
 
 
 def _without_time(text: str) -> str:
@@ -220,16 +225,28 @@ def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **f
 
 
 def submit_successor(run: RunDir, stage: str, job: str) -> str:
-    """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError."""
+    """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError.
+
+    The event that it was is written where there is room for it.
+    """
     record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
     if record is None:  # submitted by hand: what SLURM says of this job
-        record = {"options": environment.allocation(), "set": environment.sample_set(), "args": []}
+        record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
     flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in record["options"].items()]
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
     new = sbatch(["sbatch", "--parsable", *flags, str(PROJECT / "slurm" / f"{stage}.sbatch"), *args])
-    _submitted(run, new, stage, "sbatch", environment.num_tasks(), **{k: record[k] for k in ("set", "options", "args")},
-               successor_of=job)  # fmt: skip
+    with contextlib.suppress(OSError):
+        _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
+                   **{k: record[k] for k in ("set", "options", "args")})  # fmt: skip
     return new
+
+
+def _as_it_is(job: str) -> dict[str, str | bool]:
+    """sbatch options that ask for what the job has in which this runs. Raises SlurmError."""
+    options: dict[str, str | bool] = {**environment.allocation()}
+    if shown := slurm.show(job):
+        options |= {"time": shown.time_limit} | ({} if shown.may_requeue else {"no-requeue": True})
+    return options
 
 
 def sbatch(command: list[str]) -> str:

@@ -14,6 +14,7 @@ from ddpm.errors import EnvironmentLacks
 
 TIMEOUT_S = 30
 PATIENCE_S = 90
+RETRY_S = 3
 
 T = TypeVar("T")
 
@@ -50,17 +51,38 @@ def patiently(ask: Callable[[], T]) -> T:
         except SlurmError:
             if time.monotonic() > deadline:
                 raise
-        time.sleep(3)
+        time.sleep(RETRY_S)
 
 
-def job_state(job: str) -> str:
-    """RUNNING, PENDING, COMPLETING …; "" where SLURM knows no such job (any more). Raises SlurmError."""
+@dataclass(frozen=True)
+class Shown:
+    """What SLURM says of a job, or of one task of an array."""
+
+    state: str
+    """RUNNING, PENDING, COMPLETING …"""
+    restarts: int
+    may_requeue: bool
+    partition: str
+    qos: str
+    time_limit: str
+
+
+def show(job: str) -> Shown | None:
+    """None where SLURM knows no such job (any more). Raises SlurmError."""
     try:
-        return next(iter(run(["squeue", "-h", "-j", job, "-o", "%T"]).split()), "")
+        shown = run(["scontrol", "show", "job", "-o", job])
     except SlurmError as e:
         if "Invalid job id" in str(e):
-            return ""
+            return None
         raise
+    return Shown(
+        state=_field(shown, "JobState") or "",
+        restarts=int(_field(shown, "Restarts") or 0),
+        may_requeue=_field(shown, "Requeue") != "0",
+        partition=_field(shown, "Partition") or "",
+        qos=_field(shown, "QOS") or "",
+        time_limit=_field(shown, "TimeLimit") or "",
+    )
 
 
 def queued(jobs: list[str]) -> dict[str, str]:
@@ -97,10 +119,9 @@ def partitions() -> dict[str, Partition]:
 def max_array_size() -> int:
     """One more than the largest index that an array may have."""
     try:
-        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]), re.M)
+        return int(_setting(run(["scontrol", "show", "config"]), "MaxArraySize") or 1001)
     except SlurmError:
-        match = None
-    return int(match.group(1)) if match else 1001
+        return 1001
 
 
 @dataclass(frozen=True)
@@ -115,19 +136,38 @@ class Mercy:
 def mercy(job: str) -> Mercy:
     """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once."""
     try:
-        shown = run(["scontrol", "show", "job", "-o", job], timeout_s=10)
-        partition = _field(shown, "Partition") or ""
-        part = run(["scontrol", "show", "partition", "-o", partition], timeout_s=10)
+        shown = show(job)
         config = run(["scontrol", "show", "config"], timeout_s=10)
+        if shown is None:
+            return Mercy(True, 0, 30)
+        if "qos" in (_setting(config, "PreemptType") or ""):
+            mode, grace_s = _of_qos(shown.qos)
+        else:
+            part = run(["scontrol", "show", "partition", "-o", shown.partition], timeout_s=10)
+            mode, grace_s = _field(part, "PreemptMode") or "", int(_field(part, "GraceTime") or 0)
     except SlurmError:
         return Mercy(True, 0, 30)
-    mode = _field(part, "PreemptMode") or ""
-    kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.M)
+    if mode.lower() in ("", "cluster"):
+        mode = _setting(config, "PreemptMode") or ""
     return Mercy(
-        requeues=_field(shown, "Requeue") != "0" and mode.upper() != "CANCEL",
-        grace_s=int(_field(part, "GraceTime") or 0),
-        kill_wait_s=int(kill_wait.group(1)) if kill_wait else 30,
+        requeues=shown.may_requeue and "CANCEL" not in mode.upper(),
+        grace_s=grace_s,
+        kill_wait_s=int(re.sub(r"\D.*", "", _setting(config, "KillWait") or "30")),
     )
+
+
+def _of_qos(name: str) -> tuple[str, int]:
+    """PreemptMode and GraceTime in seconds, from accounting. Raises SlurmError."""
+    said = run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
+    mode, _, grace = said.partition("|")
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", grace)
+    days, hours, minutes, seconds = (int(n or 0) for n in match.groups()) if match else (0, 0, 0, 0)
+    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _setting(config: str, key: str) -> str | None:
+    match = re.search(rf"^{key}\s*=\s*(\S+)", config, re.M)
+    return match.group(1) if match else None
 
 
 def _field(shown: str, key: str) -> str | None:
@@ -137,13 +177,6 @@ def _field(shown: str, key: str) -> str | None:
 
 def requeue(job: str) -> None:
     run(["scontrol", "requeue", job], timeout_s=60)
-
-
-def may_requeue(job: str) -> bool:
-    try:
-        return _field(run(["scontrol", "show", "job", "-o", job]), "Requeue") != "0"
-    except SlurmError:
-        return True
 
 
 def dependents(job: str) -> list[str]:

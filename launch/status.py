@@ -13,7 +13,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import load_yaml
-from ddpm.errors import RequestError
+from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
 from launch import console, environment, goodput, slurm
 from launch.sample import find_run
@@ -40,7 +40,8 @@ def parse() -> argparse.Namespace:
 
 def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     """One run as plain values, whatever of it exists."""
-    events = read_events(run)
+    # a job that found the run taken says nothing about the run
+    events = [e for e in read_events(run) if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat = read_json(run.heartbeat) or {}
     try:
         config = load_yaml(run.config.read_text(), str(run.config))
@@ -61,6 +62,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
         score = {k: record[k] for k in ("fid", "frechet_distance", "num_samples") if k in record}
         if len(score) == 2:  # a torn file is no score
             scores[path.stem] = score
+    latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     return {
         "name": run.name,
         "path": str(run.path),
@@ -79,7 +81,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
         "host": beat.get("host"),
         "samples": {s.name: _shards(s.request, s.path) for s in run.sample_sets()},
         "scores": scores,
-        "problem": next((e.get("reason") for e in reversed(events) if e["event"] == "failed"), None),
+        "problem": latest.get("reason") if latest.get("event") == "failed" else None,
     }
 
 

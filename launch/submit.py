@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launc
 from ddpm import config as configs
 from ddpm.config import Config, check_world_size
 from ddpm.errors import DDPMError, RequestError
-from ddpm.rundir import RunDir, check_name, read_json, read_jsonl
+from ddpm.rundir import DamagedFile, RunDir, check_name, read_json, read_jsonl
 from launch import cluster, console, environment, preparing, recipes, requests, scheduler, slurm
 from launch.cluster import Site
 from launch.environment import PROJECT
@@ -69,7 +69,24 @@ def read_request(args: argparse.Namespace) -> tuple[Config, list[str]]:
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    return configs.load(path, overrides, shelf=PROJECT / "configs"), stages
+    return with_absolute_paths(configs.load(path, overrides, shelf=PROJECT / "configs")), stages
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config with its paths as they are meant here: jobs run in the project's directory."""
+
+    def absolute(key: str, path: str) -> str:
+        try:
+            return str(Path(path).expanduser().absolute())
+        except RuntimeError:
+            raise RequestError(f"{key} = {path}: there is no such user; give the whole path") from None
+
+    data, evaluate = config.data, config.evaluate
+    if data.path is not None:
+        data = data.model_copy(update={"path": absolute("data.path", data.path)})
+    if evaluate.reference not in ("train", "test"):
+        evaluate = evaluate.model_copy(update={"reference": absolute("evaluate.reference", evaluate.reference)})
+    return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 
 def check_resources(config: Config, site: Site) -> None:
@@ -110,7 +127,7 @@ def resolve_length(config: Config, run: RunDir) -> Config:
 
 def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train: bool = True) -> list[scheduler.Job]:
     """The chain: train, then an array over the shards that are not done, then the score."""
-    name = requests.default_set(config, config.train.total_steps)
+    name = requests.chain_set(run, config)
     jobs = [scheduler.Job("train", run, site)] if train else []
     if "sample" in stages and (shards := requests.missing_shards(run, config, name)):
         jobs.append(requests.sample_job(run, site, name, shards, None))
@@ -146,15 +163,28 @@ def queue(jobs: list[scheduler.Job]) -> list[str]:
 
 
 def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
-    """What an existing run still needs: whether to train, and the later stages that are not done."""
-    from launch.jobs import finished
+    """What an existing run still needs: whether to train, and the later stages that are not done.
 
-    name = requests.default_set(config, config.train.total_steps)
-    if not finished(run, config):
-        return True, stages
+    Raises RequestError where its sample set was begun with another request.
+    """
+    name = requests.chain_set(run, config)
     sampled = "sample" not in stages or not requests.missing_shards(run, config, name)
+    if requests.final_step(run, config) is None:
+        return True, stages
     scored = "evaluate" not in stages or requests.is_scored(run, config, name)
     return False, [] if sampled and scored else stages
+
+
+def check_last(run: RunDir) -> bool:
+    """Whether the last checkpoint of a finished run still holds; says so where it does not."""
+    from ddpm import checkpoint
+
+    try:
+        checkpoint.verify(run, run.latest_step())
+        return True
+    except (DamagedFile, OSError) as e:
+        print(f"the last checkpoint is damaged ({e}): training goes on from the newest one that is not", flush=True)
+        return False
 
 
 def check_queued(run: RunDir, config: Config) -> bool:
@@ -209,6 +239,8 @@ def main() -> int:
     site = cluster.settle(site, dry_run=False)  # from here on it is about what the environment lacks
     queued = exists and not cluster.is_local(site) and check_queued(run, config)
     train, stages_left = remaining(run, config, stages) if exists else (True, stages)
+    if not train and not check_last(run):
+        train, stages_left = True, stages
     if exists and not train and not stages_left:
         print_results(run, config, stages)
         return 0
@@ -269,7 +301,7 @@ def _outcome(run: RunDir, config: Config, stages: list[str]) -> int:
 def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     """What came out of it, as a table."""
     step = run.latest_step()
-    name = requests.default_set(config, config.train.total_steps)
+    name = requests.chain_set(run, config)
     record = read_json(run.eval / f"{name}.json") if "evaluate" in stages else None
     metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
     rows = {"steps": f"{step}"}

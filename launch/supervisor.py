@@ -3,9 +3,10 @@
     python -m launch.supervisor RUN STAGE EXIT_CODE [SET]
 
 A crash leaves SLURM's job FAILED, which SLURM never requeues; a job that saved before its time limit left with 75. Both
-are put back here, and only while squeue calls the job RUNNING: under scancel it is COMPLETING, and a requeue would
-raise it from the dead. Policy by progress: endless while saved steps advance; failed after MAX_RETRIES retries in a
-row without a new one. Pre-emptions never come here: SLURM itself requeues those.
+are put back here, and only while SLURM calls this very life of the job RUNNING: under scancel it is COMPLETING, and a
+requeue would raise it from the dead; and where a node was out of reach, a later life may run elsewhere. Policy by
+progress: endless while saved steps advance; failed after MAX_RETRIES retries in a row without a new one. Pre-emptions
+never come here: SLURM itself requeues those.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
@@ -22,6 +24,7 @@ from launch.scheduler import submit_successor
 
 MAX_RETRIES = 3
 KILLED_WITHIN_S = 300
+SETTLE_S = 10
 
 
 def progress(run: RunDir, stage: str, set_name: str) -> int:
@@ -36,9 +39,10 @@ def retries_without_progress(run: RunDir, job: str, now_at: int) -> int:
     """How many times in a row `job`, or those it succeeds, was put back by its own fault at the progress it has."""
     count, lives = 0, {job}
     for event in reversed(read_events(run)):
-        if event["event"] != "requeued" or not lives & {event.get("job"), event.get("successor")}:
+        if event.get("job") in lives and event.get("successor_of"):
+            lives.add(event["successor_of"])
+        if event["event"] != "requeued" or event.get("job") not in lives:
             continue
-        lives.add(str(event["job"]))
         if event.get("progress") != now_at:
             break
         count += event.get("reason") != "preempted"
@@ -58,43 +62,70 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         marker.unlink(missing_ok=True)
     if code == 0:
         return 0
+    failed = partial(_failed, log, code, stage)
     if code in (EXIT_BUSY, EXIT_FATAL):
         why = "another job holds the run" if code == EXIT_BUSY else "starting again would end the same way"
-        return _failed(log, code, f"exit code {code}: {why}; the log above says more")
-    state = slurm.patiently(lambda: slurm.job_state(env.job))
-    if state != "RUNNING":
-        _say(f"exit code {code}; SLURM calls the job {state or 'gone'}: leaving it to SLURM")
+        return failed(f"exit code {code}: {why}; the log above says more")
+    asked_at = time.monotonic()
+    if not slurm.patiently(lambda: _runs(env)):
         return code
+    if time.monotonic() - asked_at > slurm.RETRY_S:  # a slurmctld that has just come back may lose a requeue
+        time.sleep(SETTLE_S)
     if run.stop_file.exists():
-        return _failed(log, code, "a STOP file forbids another start")
+        return failed("a STOP file forbids another start")
     here = progress(run, stage, set_name)
     tried = 0 if reason == "preempted" else retries_without_progress(run, env.job, here)
     if tried >= MAX_RETRIES:
-        return _failed(
-            log,
-            code,
+        return failed(
             f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
-            f"beyond {here}; see the log, mend the cause, submit again",
+            f"beyond {here}; see the log, mend the cause, submit again"
         )
-    fields = {"reason": reason, "exit_code": code, "progress": here, "stage": stage}
     # Where pre-emption means cancelling, SLURM lets a job requeue itself but remembers that it was to end it. The task
     # of an array has no successor: it comes back by itself, or is made up for later.
-    cancels = reason == "preempted" and stage != "sample" and not slurm.mercy(env.job).requeues
-    if cancels or not slurm.may_requeue(env.job):
-        if stage == "sample":
-            return _failed(
-                log, code, "requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing"
-            )
-        successor = submit_successor(run, stage, env.job)
-        _chain_waits_for(successor, env.job)
-        _note(log, "requeued", successor=successor, **fields)
-        _say(f"exit code {code} ({reason}); requeue is forbidden: successor job {successor}")
+    stopped = reason in ("preempted", "save_failed")
+    cancels = stopped and stage != "sample" and not slurm.mercy(env.job).requeues
+    shown = slurm.patiently(lambda: slurm.show(env.job))
+    forbidden = cancels or (shown is not None and not shown.may_requeue)
+    if forbidden and stage == "sample":
+        return failed("requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing")
+    noted = _note(log, "requeued", reason=reason, exit_code=code, progress=here, stage=stage)
+    if not noted and reason != "preempted" and (forbidden or _uncounted_lives(run, env) >= MAX_RETRIES):
+        return failed("its lives cannot be counted while nothing can be written to events/: make room there")
+    told = f"exit code {code} ({reason}); progress {here};"
+    if forbidden:
+        successor = slurm.patiently(lambda: submit_successor(run, stage, env.job) if _runs(env) else None)
+        if successor is not None:
+            _chain_waits_for(successor, env.job)
+            _say(f"{told} requeue is forbidden: successor job {successor}")
         return code
-    _note(log, "requeued", **fields)
-    _say(f"exit code {code} ({reason}); progress {here}; requeueing job {env.job}")
-    slurm.patiently(lambda: slurm.requeue(env.job))
-    time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
+    _say(f"{told} requeueing job {env.job}")
+    if slurm.patiently(lambda: _requeue(env)):
+        time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
     return code
+
+
+def _requeue(env: environment.JobEnvironment) -> bool:
+    if not _runs(env):
+        return False
+    slurm.requeue(env.job)
+    return True
+
+
+def _runs(env: environment.JobEnvironment) -> bool:
+    """Whether this life is still SLURM's to put back: asked right before each such order. Raises SlurmError."""
+    shown = slurm.show(env.job)
+    if shown is None or shown.state != "RUNNING":
+        _say(f"SLURM calls the job {shown.state if shown else 'gone'}: leaving it to SLURM")
+    elif shown.restarts != env.restart:
+        _say(f"SLURM runs life {shown.restarts} of the job, and this is {env.restart}: leaving it alone")
+    else:
+        return True
+    return False
+
+
+def _uncounted_lives(run: RunDir, env: environment.JobEnvironment) -> int:
+    """How many lives of the job began since the last that could write an event."""
+    return env.restart - max((int(e["restart"]) for e in read_events(run) if e.get("job") == env.job), default=0)
 
 
 def _chain_waits_for(successor: str, job: str) -> None:
@@ -113,17 +144,19 @@ def _say(text: str) -> None:
         print(f"[batch] {text}", flush=True)
 
 
-def _note(log: EventLog, event: str, **fields: object) -> None:
-    """A disk too full for one more line must not cost the job its return."""
+def _note(log: EventLog, event: str, **fields: object) -> bool:
+    """Whether it was written: a disk too full for one more line must not cost the job its return."""
     run = RunDir(log.path.parent.parent)
     try:
         log.append(event, world_size=environment.num_tasks(), step=run.latest_step(), **fields)
     except OSError as e:
         _say(f"event {event} not written: {e}")
+        return False
+    return True
 
 
-def _failed(log: EventLog, code: int, reason: str) -> int:
-    _note(log, "failed", exit_code=code, reason=reason)
+def _failed(log: EventLog, code: int, stage: str, reason: str) -> int:
+    _note(log, "failed", stage=stage, exit_code=code, reason=reason)
     _say(f"failed: {reason}")
     return code
 
@@ -135,7 +168,7 @@ def main() -> int:
         return end(run, stage, int(code), rest[0] if rest else "")
     except slurm.SlurmError as e:
         log = environment.current().events(run)
-        return _failed(log, int(code) or EXIT_REQUEUE, f"could not be put back: {e}; submit the run again")
+        return _failed(log, int(code) or EXIT_REQUEUE, stage, f"could not be put back: {e}; submit the run again")
 
 
 if __name__ == "__main__":

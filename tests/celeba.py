@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ddpm.celeba import HEADER, NAMES
+
 NUM_IMAGES = 60
-HEADER = (
-    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
-    "Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male "
-    "Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks "
-    "Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
-    "Wearing_Necktie Young"
-)
-NAMES = HEADER.split()
 BORDER_ROWS = 16
 """Rows at top and bottom in another colour: whole blocks of the JPEG, so that nothing of it bleeds into the middle."""
 

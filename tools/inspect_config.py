@@ -43,6 +43,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if args.plot is not None and args.plot.suffix != ".svg":
         raise RequestError(f"--plot {args.plot}: it draws SVG alone; name a file that ends in .svg")
+    if args.plot is not None and not args.plot.parent.is_dir():
+        raise RequestError(f"--plot {args.plot}: there is no folder {args.plot.parent}; make it, or name another")
     return args
 
 
@@ -143,8 +145,7 @@ def spark(values: list[float]) -> str:
 
 def curves(schedule: Schedule) -> dict[str, list[float]]:
     """alpha_bar and log10 of the SNR alpha_bar / (1 - alpha_bar), at every t."""
-    # betas that are next to 0 or 1 make an alpha_bar of exactly 1 or 0
-    alpha_bar = schedule.alpha_bar.clamp(1e-300, 1 - 2**-53).tolist()
+    alpha_bar = schedule.alpha_bar.clamp(max=1 - 2**-53).tolist()  # betas next to 0 make an alpha_bar of exactly 1
     return {"alpha_bar": alpha_bar, "log10 SNR": [math.log10(a / (1 - a)) for a in alpha_bar]}
 
 
@@ -223,6 +224,8 @@ def main() -> int:
     )
     title = f"{d.schedule} schedule, {d.timesteps} timesteps"
     print(f"\n{title}", *schedule_lines(noise), sep="\n")
+    for warning in config.warnings():
+        print(f"\nwarning: {warning}")
     if args.plot is not None:
         args.plot.write_text(svg(noise, title), encoding="utf-8")
         print(f"drawn: {args.plot}")

@@ -44,7 +44,10 @@ def parse() -> argparse.Namespace:
 
 
 def unpack(images: data.PackedImages, folder: Path, ids: list[int], classes: list[str] | None) -> None:
-    """Write image i as `folder`/[CLASS/]00000i.png, for each of `ids`. The folder appears whole or not at all."""
+    """Write image i as `folder`/[CLASS/]00000i.png, for each of `ids`. The folder appears whole or not at all.
+
+    An image without a class (label -1), or in no class folder (class ""), comes to lie in `folder` itself.
+    """
     from PIL import Image
 
     tmp = folder.with_name(f"{TMP_PREFIX}{folder.name}.{os.getpid()}")
@@ -52,9 +55,9 @@ def unpack(images: data.PackedImages, folder: Path, ids: list[int], classes: lis
     try:
         tmp.mkdir(parents=True)
         for name in classes or []:
-            (tmp / name).mkdir()
+            (tmp / name).mkdir(exist_ok=True)
         for done, i in enumerate(ids, start=1):
-            where = tmp / classes[images.labels[i]] if classes else tmp
+            where = tmp / classes[images.labels[i]] if classes and images.labels[i] >= 0 else tmp
             Image.fromarray(images.images[i]).save(where / f"{i:06d}.png")
             if done % 500 == 0 or done == len(ids):
                 show(done, len(ids))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.harness import PROJECT, Shell, png, read, snapshot, write_zip
+from tests.cli.harness import PROJECT, TINY_SET, Shell, png, read, snapshot, write_zip
 
 CIFAR = str(PROJECT / "configs" / "cifar10.yaml")
 
@@ -53,7 +54,10 @@ BAD = {
     "then": (["--then", "sample,score"], ["--then sample,score", "sample,evaluate"]),
     "then evaluate alone": (["--then", "evaluate"], ["--then evaluate", "sample,evaluate"]),
     "profile": (["--profile", "locale"], ["--profile locale", "did you mean local?"]),
-    "reference file": (["--then", "sample,evaluate", "evaluate.reference=no.npz"], ["reference = no.npz"]),
+    "reference file": (
+        ["--then", "sample,evaluate", "evaluate.reference=no.npz"],
+        ["reference = /", "/elsewhere/no.npz"],
+    ),
     "split": (["--then", "sample,evaluate", "evaluate.reference=test"], ["reference = test", "['train']"]),
     "no epochs": (["train.total_epochs=0"], ["train.total_epochs", "0", "greater than or equal to 1"]),
     "no length": (["train.total_steps=null"], ["train.total_steps", "total_epochs"]),
@@ -64,6 +68,10 @@ BAD = {
     "epochs of data that is not there": (
         ["train.total_epochs=1", "data.name=images", "data.path=/nowhere"],
         ["data.path", "/nowhere", "does not exist"],
+    ),
+    "data of a user that there is not": (
+        ["data.name=images", "data.path=~nobody-here/x"],
+        ["data.path = ~nobody-here/x"],
     ),
     "misspelt option": (["--tasks-per-nod=e", "x"], ["--tasks-per-nod"]),
     "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
@@ -122,7 +130,7 @@ def test_a_zip_that_cannot_be_trained_on_is_refused_and_leaves_nothing(shell: Sh
     write, wanted = DATA[case]
     write(shell.cwd / "images.zip")
     message = shell.refused("submit", "tiny.yaml", "--cluster", "local", "data.name=images", "data.path=images.zip")
-    assert "data.path = images.zip" in message and wanted in message
+    assert f"data.path = {shell.cwd}/images.zip" in message and wanted in message
     assert not shell.root.exists()
 
 
@@ -163,8 +171,45 @@ def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_tha
 
 def test_a_set_begun_with_another_request_is_not_taken_for_the_one_asked_for(finished: Shell) -> None:
     args = ["tiny.yaml", "--cluster", "local", "--then", "sample,evaluate", "sample.num_samples=40"]
-    assert "sample.num_samples is 25 there and 40 here" in finished.refused("submit", *args)
+    assert "num_samples is 25 there and 40 asked for" in finished.refused("submit", *args)
     assert "num_samples is 25 there and 40" in finished.refused("sample", "tiny", "--num-samples", "40")
+
+
+def test_a_set_of_another_step_is_not_taken_for_that_of_the_last(again: Shell) -> None:
+    run = again.root / "tiny"
+    shutil.rmtree(run / "samples" / TINY_SET)
+    assert again("sample", "tiny", "--set", TINY_SET, "--step", "200", "--prepare").returncode == 0
+    chain = ["tiny.yaml", "--cluster", "local", "--then", "sample,evaluate"]
+    assert "checkpoint.step is 200 there and 400 asked for" in again.refused("submit", *chain)
+    for path in run.glob("checkpoints/step-000000400.*"):  # the same is said before it is trained on
+        path.unlink()
+    assert "checkpoint.step is 200 there and 400 asked for" in again.refused("submit", *chain)
+
+
+def test_what_the_sampler_has_no_use_for_is_refused(finished: Shell) -> None:
+    eta = ["--sampler", "ancestral", "--eta", "0.5"]
+    assert "eta = 0.5" in finished.refused("sample", "tiny", *eta)
+    message = finished.refused("submit", "tiny.yaml", "--cluster", "local", "sample.sampler=dpmpp_2m", "sample.eta=0.5")
+    assert "sample.eta = 0.5" in message
+    for variance in ("fixed_small", "fixed_large"):  # whichever the config has
+        message = finished.refused("sample", "tiny", "--variance", variance)
+        assert f"variance = {variance}: only ancestral has one; with sampler = ddim leave it out" in message
+    assert "invalid choice: 'small'" in finished.refused("sample", "tiny", "--variance", "small")
+
+
+def test_classes_that_the_data_does_not_have_are_refused_without_the_data(shell: Shell) -> None:
+    for option in ([], ["--dry-run"]):
+        message = shell.refused("submit", "tiny.yaml", "data.name=cifar10", "model.num_classes=5", *option)
+        assert "model.num_classes = 5" in message and "10" in message
+
+
+def test_a_checkpoint_that_training_removes_while_a_set_of_it_is_asked_for_leaves_no_set(again: Shell) -> None:
+    run = again.root / "tiny"
+    fake_slurm(again)
+    again.put("sinfo", f'/bin/rm {run}/checkpoints/step-000000200.*; echo "gpu|gpu:2"')
+    done = again("sample", "tiny", "--set", "early", "--step", "200", "--cluster", "slurm", "--partition", "gpu")
+    assert done.returncode == 2 and "checkpoint of step 200 was just removed" in done.stderr, done.stderr
+    assert "there are [400]" in done.stderr and not (run / "samples" / "early").exists()
 
 
 def test_a_run_with_other_mathematics_is_refused_by_the_key_and_left_as_it_is(shell: Shell) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ddpm.rundir import RunDir
+from ddpm.sampleset import CheckpointRef
+from launch import requests, sample
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
@@ -70,6 +74,31 @@ def test_dry_run_prints_the_config_that_would_be_frozen(shell: Shell) -> None:
     assert shell.submit("train.lr=5e-4", "--name", "other", "--prepare").returncode == 0
     assert (shell.root / "other" / "config.yaml").read_text() in shown
     assert f"# run directory: {shell.root}/other" in shown
+
+
+EXAMPLES = [line.split("  ") for line in sample.EXAMPLES.splitlines() if "python launch/sample.py" in line]
+
+
+@pytest.mark.parametrize("words", [e[1].split()[2:] for e in EXAMPLES], ids=" ".join)
+def test_what_the_help_of_sampling_shows_can_be_asked_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    run = RunDir(tmp_path)
+    shutil.copy(PROJECT / "configs" / f"{words[0]}.yaml", run.config)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+    args = sample.parse()
+    config = sample.sampling_config(args, run, None)
+    assert requests.from_config(run, config, CheckpointRef(1, ""), args.variance).num_samples > 0
+
+
+def test_another_sampler_than_the_configs_does_not_take_over_its_eta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("sample: {eta: 0.5}\n")
+    for sampler, eta in (("ancestral", 0.0), ("dpmpp_2m", 0.0), ("ddim", 0.5)):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--sampler", sampler])
+        assert sample.sampling_config(sample.parse(), run, None).sample.eta == eta
 
 
 # ---------------------------------------------------------------- how long

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 import torch
@@ -96,8 +95,8 @@ def test_the_script_prints_it_and_draws_the_schedule(shell: Shell) -> None:
     assert not shell.root.exists()
 
 
-@pytest.mark.parametrize("betas", [["1.0e-20", "0.02"], ["0.5", "0.999"]])
-def test_schedules_that_reach_pure_image_or_pure_noise_are_shown_too(tmp_path: Path, betas: list[str]) -> None:
+@pytest.mark.parametrize("betas", [["1.0e-20", "0.02"], ["0.01", "0.14"]])
+def test_schedules_that_reach_pure_image_or_nearly_pure_noise_are_shown_too(betas: list[str]) -> None:
     config = load(HO, [f"diffusion.beta_start={betas[0]}", f"diffusion.beta_end={betas[1]}"])
     from ddpm import schedule
 
@@ -112,6 +111,14 @@ def test_what_is_wrong_is_one_message(shell: Shell) -> None:
     assert "model.attention_resolutions" in shell.refused(TOOL, "tiny.yaml", "model.attention_resolutions=[3]")
     assert "--plot a.png" in shell.refused(TOOL, "tiny.yaml", "--plot", "a.png")
     assert not (shell.cwd / "a.png").exists()
+    assert "--plot nodir/a.svg: there is no folder nodir" in shell.refused(TOOL, "tiny.yaml", "--plot", "nodir/a.svg")
+
+
+def test_what_is_hardly_meant_is_warned_of(shell: Shell) -> None:
+    done = shell(TOOL, "tiny.yaml", "model.norm_groups=8", "train.warmup_steps=400")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^warning: (.*?) = ", done.stdout, re.M) == ["model.norm_groups", "train.warmup_steps"]
+    assert "warning" not in shell(TOOL, "tiny.yaml").stdout
 
 
 def test_help_shows_examples_and_loads_no_torch(shell: Shell) -> None:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.cli.harness import TINY_SET, Shell, end, events, is_alive, read, snapshot, wait_for
+from tests.cli.harness import TINY_SET, Shell, end, events, is_alive, png, read, snapshot, wait_for, write_zip
 
 
 def state(run: Path, step: int) -> dict[str, Any]:
@@ -195,6 +195,71 @@ def test_more_steps_extend_a_finished_run_from_where_it_is(again: Shell) -> None
     assert steps == list(range(20, 441, 20))
 
 
+def test_a_run_that_ended_early_and_goes_on_is_scored_anew(shell: Shell) -> None:
+    run, chain, bound = shell.root / "tiny", ["--then", "sample,evaluate", "--wait"], "train.early_stop_below=100"
+    done = shell.submit(bound, *chain)
+    assert done.returncode == 0 and "complete: 200 steps" in done.stdout, done.stdout + done.stderr
+    assert read(run / "eval" / "ddim4-upto400-seed0.json")["checkpoint"]["step"] == 200
+    before = snapshot(run)
+    assert shell.submit(bound, *chain).stdout == done.stdout[done.stdout.index("run tiny is complete") :]
+    assert "ddim4-upto400-seed0 is complete" in shell("sample", "tiny").stdout
+    assert snapshot(run) == before
+
+    done = shell.submit(*chain)
+    assert done.returncode == 0 and "complete: 400 steps" in done.stdout, done.stdout + done.stderr
+    score = read(run / "eval" / f"{TINY_SET}.json")
+    assert score["checkpoint"]["step"] == 400 and f"{score['frechet_distance']:.4f} (25 samples" in done.stdout
+    before = snapshot(run)
+    assert f"{TINY_SET}.json" in shell.submit(bound, "train.early_stop_below=100", *chain).stdout
+    assert snapshot(run) == before
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_trained_again_from_the_one_before(
+    finished: Shell, again: Shell
+) -> None:
+    run = again.root / "tiny"
+    last = run / "checkpoints" / "step-000000400.pt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    done = again.submit("--then", "sample,evaluate", "--wait")
+    assert done.returncode == 0 and "complete: 400 steps" in done.stdout, done.stdout + done.stderr
+    assert "the last checkpoint is damaged" in done.stdout and "sha256" in done.stdout
+    assert [e["step"] for e in events(run) if e["event"] == "resumed"] == [200]
+    assert differing(state(run, 400), state(finished.root / "tiny", 400)) == []
+    assert "the last checkpoint" not in again.submit("--then", "sample,evaluate").stdout
+
+
+def test_paths_are_those_of_where_the_command_was_typed(shell: Shell) -> None:
+    write_zip(shell.cwd / "a.zip", {f"{i}.png": png(8, i) for i in range(12)})
+    write_zip(shell.cwd / "b.zip", {f"{i}.png": png(8, i) for i in range(50, 60)})
+    (shell.cwd / "site.yaml").write_text("data_cache: packed\n")
+    words = ["data.name=images", "data.path=a.zip", "train.total_steps=20", "--profile", "site.yaml"]
+    words += ["--then", "sample,evaluate", "--wait"]
+    shown = shell.submit(*words, "evaluate.reference=b.zip", "--dry-run").stdout
+    done = shell.submit(*words, "evaluate.reference=b.zip")
+    assert done.returncode == 0 and "(25 samples against b.zip all" in done.stdout, done.stdout + done.stderr
+    frozen = (shell.root / "tiny" / "config.yaml").read_text()
+    config = yaml.safe_load(frozen)
+    assert (
+        frozen in shown and (shell.cwd / "packed" / "data").is_dir() and not (shell.root / ".cache" / "data").exists()
+    )
+    assert (config["data"]["path"], config["evaluate"]["reference"]) == (f"{shell.cwd}/a.zip", f"{shell.cwd}/b.zip")
+
+    shutil.rmtree(shell.cwd / "packed")  # a job that packs the data again finds it
+    done = shell.submit(*words)
+    assert done.returncode == 0 and "(25 samples against images train" in done.stdout, done.stdout + done.stderr
+
+
+def test_slurm_is_not_asked_about_a_run_of_this_machine(again: Shell) -> None:
+    again.put("sbatch", "exit 1")
+    again.put("squeue", 'echo "squeue: fatal: Could not establish a configuration source" >&2; exit 1')
+    done = again.submit("train.total_steps=410", "--wait")
+    assert done.returncode == 0, done.stderr
+    done = again("sample", "tiny", "--set", "few", "--num-samples", "5", "--shards", "1", "--cluster", "local")
+    assert done.returncode == 0, done.stderr
+    assert again("evaluate", "tiny", "--set", "few", "--cluster", "local").returncode == 0
+
+
 def test_two_ranks_see_the_same_images_and_compute_the_same_losses_to_rounding(finished: Shell, shell: Shell) -> None:
     done = shell.submit("train.total_steps=40", "--tasks-per-node", "2", "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -265,6 +330,20 @@ def test_evaluating_a_run_prints_the_score_as_json(again: Shell) -> None:
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout[done.stdout.index("{") :])
     assert printed == read(path) and printed["frechet_distance"] == before["frechet_distance"]
+
+
+def test_a_trained_model_is_sampled_with_either_variance(again: Shell) -> None:
+    run = again.root / "tiny"
+    words = ["--sampler", "ancestral", "--steps", "5", "--num-samples", "4", "--shards", "1"]
+    for variance in ([], ["--variance", "fixed_small"], ["--variance", "fixed_large"]):
+        done = again("sample", "tiny", *words, *variance)
+        assert done.returncode == 0, done.stderr
+    large, small = "ancestral5-step400-seed0", "ancestral5-fixed_small-step400-seed0"
+    assert {p.name for p in (run / "samples").iterdir()} == {TINY_SET, large, small}
+    assert "variance" not in read(run / "samples" / large / "request.json")
+    assert read(run / "samples" / small / "request.json")["variance"] == "fixed_small"
+    assert not np.array_equal(images(run, small), images(run, large))
+    assert "is complete" in again("sample", "tiny", "--set", small).stdout
 
 
 def test_an_old_checkpoint_can_be_sampled_and_is_named(again: Shell) -> None:

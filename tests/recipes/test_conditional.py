@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         model__num_classes=10,
         diffusion__timesteps=200,
         diffusion__beta_end=0.02,
-        train__total_steps=400,
+        train__total_steps=1000,
         train__global_batch=32,
         train__lr=3e-3,
         train__warmup_steps=50,
@@ -59,5 +59,4 @@ def test_the_digit_that_was_asked_for_is_drawn_and_guidance_makes_it_clearer(mod
 
     plain, guided = agreement(None), agreement(GUIDANCE)
     print(f"agreement: {plain:.3f}, with guidance {guided:.3f}")
-    assert guided >= 0.8
-    assert plain >= 0.5 and guided > plain + 0.05  # chance is 0.1
+    assert 0.8 <= plain < guided  # 0.91 and 1.0 where this was written; chance is 0.1

@@ -78,7 +78,7 @@ def overrides(config: Config, place: Place, steps: int) -> list[str]:
     return [
         *data,
         f"model.base_channels={WIDTH}",
-        *([f"model.norm_groups={WIDTH}"] if config.model.norm_groups else []),
+        *([f"model.norm_groups={WIDTH // 2}"] if config.model.norm_groups else []),
         f"train.total_steps={steps}",
         f"train.global_batch={BATCH}",
         *([f"train.micro_batch={BATCH // accumulation}"] if accumulation > 1 else []),

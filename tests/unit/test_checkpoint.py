@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import checkpoint
+from ddpm import checkpoint, rundir
 from ddpm.checkpoint import Checkpointer, HostCopy
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.fence import Fence
@@ -94,6 +96,20 @@ def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
         "self_sha256",
     }
     assert (manifest["step"], manifest["images"], manifest["fence"]) == (5, 20, fence.token)
+
+
+@pytest.mark.parametrize("settled", [None, False, 0.0, 0.25])
+def test_a_manifest_tells_at_which_change_of_the_loss_training_settled(
+    run: RunDir, fence: Fence, settled: float | None
+) -> None:
+    state = state_at(5)
+    state["extra"]["early_stopped"] = settled
+    saver(run, fence).save(state, wait=True)
+    manifest = checkpoint.verify(run, 5).manifest
+    if settled is None or settled is False:
+        assert "early_stopped" not in manifest
+    else:
+        assert manifest["early_stopped"] == settled and type(manifest["early_stopped"]) is float
 
 
 def test_a_trainers_checkpoint_has_the_public_keys_and_loads_without_unpickling_code(tmp_path: Path) -> None:
@@ -209,6 +225,78 @@ def test_nothing_saved_is_no_error_and_all_damaged_is_do_not_retry(run: RunDir, 
     assert len(said) == 2
 
 
+class Unreadable:
+    """Some files of a run fail to be read, the first so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: dict[Path, int]) -> None:
+        real = Path.open
+
+        def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            if "r" in mode and times.get(path, 0):
+                times[path] -= 1
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return real(path, mode, *args, **options)
+
+        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(Path, "read_bytes", lambda path: opened(path, "rb").read())
+
+
+@pytest.mark.parametrize("of", [RunDir.checkpoint, RunDir.manifest])
+def test_a_generation_that_cannot_be_read_is_named_and_the_one_before_is_taken(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, of: Any
+) -> None:
+    save_all(run, fence, 3, 6, 9)
+    Unreadable(monkeypatch, {of(run, 9): 99})
+    said: list[str] = []
+    good = checkpoint.newest_good(run, said.append)
+    assert good is not None and good.step == 6
+    (line,) = said
+    assert line.startswith("checkpoint rejected: step=9 reason=") and "Stale file handle" in line
+
+
+def test_a_generation_that_can_be_read_at_the_second_try_is_good(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 3, 6)
+    Unreadable(monkeypatch, {run.checkpoint(6): 1})
+    said: list[str] = []
+    good = checkpoint.newest_good(run, said.append)
+    assert good is not None and good.step == 6 and said == []
+
+
+def test_where_nothing_can_be_read_a_later_life_may_try_again(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 3, 6)
+    flip_bit(run.checkpoint(3), 100)
+    Unreadable(monkeypatch, {run.checkpoint(6): 99})
+    with pytest.raises(OSError, match="Stale file handle"):
+        checkpoint.newest_good(run, lambda line: None)
+
+
+def test_a_generation_that_cannot_be_read_is_saved_again(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 3)
+    with monkeypatch.context() as m:
+        Unreadable(m, {run.checkpoint(3): 2})
+        save_all(run, fence, 3)
+    assert checkpoint.verify(run, 3).step == 3
+
+
+def test_a_directory_that_cannot_be_listed_is_no_fresh_start(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    save_all(run, fence, 3)
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(f"os.{name}", refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.newest_good(run, print)
+
+
 def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
     config = make_config(checkpoint__every_steps=2)
     one, other = make_run(tmp_path / "whole"), make_run(tmp_path / "damaged")
@@ -257,6 +345,43 @@ def test_a_request_that_is_no_request_ends_no_training(run: RunDir, fence: Fence
     assert run.steps_saved() == [2, 1]
 
 
+@pytest.mark.parametrize("how", ["cannot be read", "torn"])
+def test_nothing_is_removed_while_a_request_cannot_be_read(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    request = run.sample_set("fid").request
+    request.parent.mkdir(parents=True)
+    whole = json.dumps({"checkpoint": {"step": 1, "sha256": "x"}})
+    said: list[str] = []
+    with monkeypatch.context() as m:
+        request.write_text(whole if how == "cannot be read" else whole[:9])
+        Unreadable(m, {request: 99 if how == "cannot be read" else 0})
+        s = saver(run, fence, said, keep_last=1)
+        for step in (1, 2, 3):
+            s.save(state_at(step), wait=True)
+    assert run.steps_saved() == [3, 2, 1]
+    assert "checkpoint saved: step=3; older ones cannot be removed now" in said[-1] and str(request) in said[-1]
+    request.write_text(whole)
+    save_all(run, fence, 4, keep_last=1)
+    assert run.steps_saved() == [4, 1]
+
+
+def test_a_run_taken_over_while_it_looks_what_to_remove_removes_nothing(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 1, 2)
+    sample_sets = RunDir.sample_sets
+
+    def taken_over(run: RunDir) -> Any:
+        run.fence.write_text("99\n")
+        return sample_sets(run)
+
+    monkeypatch.setattr(RunDir, "sample_sets", taken_over)
+    with pytest.raises(RunBusy):
+        save_all(run, fence, 3, keep_last=1)
+    assert run.steps_saved() == [3, 2, 1]
+
+
 def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5, 10, keep_last=2)
     flip_bit(run.checkpoint(10), 100)
@@ -265,13 +390,17 @@ def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fen
     assert good is not None and good.step == 7
 
 
-def test_a_new_writer_removes_stale_temporaries_and_half_generations(run: RunDir, fence: Fence) -> None:
+def test_a_new_writer_removes_stale_temporaries_and_half_generations_alone(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5)
     (run.checkpoints / ".tmp-step-000000009.pt.1.77").write_bytes(b"half")
     run.checkpoint(9).write_bytes(b"whole, but its writer was killed before the manifest")
-    save_all(run, fence, 7)
+    run.ema_weights(9).write_bytes(b"so was this")
+    run.ema_weights(4).write_bytes(b"kept, when its generation was removed by hand")
+    saver(run, fence)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [
-        f"step-{k:09d}{suffix}" for k in (5, 7) for suffix in (".json", ".pt")
+        "ema-000000004.safetensors",
+        "step-000000005.json",
+        "step-000000005.pt",
     ]
 
 
@@ -279,7 +408,10 @@ def test_a_generation_half_way_to_its_manifest_is_saved_again(run: RunDir, fence
     save_all(run, fence, 5)
     run.checkpoint(7).write_bytes(b"left by a kill between the two renames")
     run.ema_weights(7).write_bytes(b"so was this")
-    saver(run, fence).save(state_at(7), wait=True, final=True)
+    run.ema_weights(9).write_bytes(b"without any .pt")
+    s = saver(run, fence)
+    for step in (7, 9):
+        s.save(state_at(step), wait=True, final=True)
     assert differences(checkpoint.load(run, 7), state_at(7)) == []
     assert checkpoint.verify(run, 7).step == 7
 
@@ -332,16 +464,109 @@ def test_a_disk_with_too_little_space_is_not_filled_to_the_brim_first(
     assert run.steps_saved() == [2]
 
 
-def test_an_error_that_is_no_full_disk_is_not_swallowed(
+def small_disk(run: RunDir, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Checkpoints lie on a disk of `size` bytes beyond what is spared; it tells of its room and holds what fits."""
+    usage = shutil.disk_usage(run.path)
+
+    def told(_: Path) -> Any:
+        used = sum(p.stat().st_size for p in run.checkpoints.iterdir())
+        return usage._replace(free=size - used + checkpoint.SPARE_BYTES)
+
+    monkeypatch.setattr("ddpm.checkpoint.shutil.disk_usage", told)
+
+
+@pytest.mark.parametrize("later_life", [False, True])
+@pytest.mark.parametrize("failing", ["json", "safetensors"])
+def test_failed_saves_take_no_room_from_those_to_come(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, failing: str, later_life: bool
+) -> None:
+    """The disk has room for two generations and the EMA weights of one."""
+    s = saver(run, fence, keep_last=1)
+    s.save(state_at(1), wait=True)
+    one, link = run.checkpoint(1).stat().st_size, rundir.rename_new
+    small_disk(run, monkeypatch, 2 * one + one // 2)
+
+    def refuse(tmp: Path, path: Path) -> None:
+        if path.name.endswith(failing):
+            raise OSError(errno.EIO, "Input/output error")
+        link(tmp, path)
+
+    with monkeypatch.context() as m:
+        m.setattr("ddpm.rundir.rename_new", refuse)
+        for step in (2, 3):
+            with pytest.raises(OSError, match="Input/output error"):
+                s.save(state_at(step), wait=True, final=True)
+    (saver(run, fence, keep_last=1) if later_life else s).save(state_at(4), wait=True, final=True)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        "ema-000000004.safetensors",
+        "step-000000004.json",
+        "step-000000004.pt",
+    ]
+
+
+def test_a_save_without_room_for_its_ema_weights_does_not_begin(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    s = saver(run, fence, is_milestone=lambda step: step == 2)
+    small_disk(run, monkeypatch, checkpoint.num_bytes(state_at(2)) + 1000)
+    with pytest.raises(OSError, match="GiB free for a checkpoint of"):
+        s.save(state_at(2), wait=True)
+    with pytest.raises(OSError, match="GiB free for a checkpoint of"):
+        s.save(state_at(3), wait=True, final=True)
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_what_cannot_be_removed_makes_no_save_fail(run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    s = saver(run, fence, said, keep_last=1)
+    s.save(state_at(1), wait=True)
+    unlink = Path.unlink
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path == run.manifest(1):
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, **options)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", refuse)
+        s.save(state_at(2), wait=True)
+    assert said == ["checkpoint saved: step=2; older ones cannot be removed now: [Errno 5] Input/output error"]
+    assert [checkpoint.verify(run, step).step for step in run.steps_saved()] == [2, 1]
+    s.save(state_at(3), wait=True)
+    assert run.steps_saved() == [3]
+
+
+def test_leftovers_that_cannot_be_removed_end_no_life(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 1)
+    run.checkpoint(2).write_bytes(b"left")
+
+    def refuse(path: Path, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    said: list[str] = []
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", refuse)
+        saver(run, fence, said)
+    assert said == ["what a failed save left cannot be removed: [Errno 5] Input/output error"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError()])
+def test_an_error_that_is_no_full_disk_is_told_at_once_and_not_swallowed(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def broken(*_: Any) -> None:
-        raise RuntimeError("a bug")
+        raise error
 
     monkeypatch.setattr(torch, "save", broken)
-    s = saver(run, fence)
+    said: list[str] = []
+    s = saver(run, fence, said)
     s.save(state_at(1))
-    with pytest.raises(RuntimeError, match="a bug"):
+    assert s._thread is not None
+    s._thread.join()
+    assert said == [f"checkpoint failed: step=1 error={error!r}"]
+    with pytest.raises(type(error)):
         s.save(state_at(2))
 
 
@@ -391,6 +616,53 @@ def test_an_orphan_is_asked_about_by_name_and_fenced_out(run: RunDir, fence: Fen
     heir.release()
 
 
+def test_an_earlier_life_of_the_same_job_is_asked_about_at_once(run: RunDir, fence: Fence) -> None:
+    began = time.monotonic()
+    heir = Fence(run, {**OWNER, "restart": 2}, wait_s=300, is_orphan=lambda owner: True, log=lambda line: None)
+    assert time.monotonic() - began < 30
+    heir.release()
+
+
+def test_another_job_is_asked_about_when_it_has_had_its_time(run: RunDir, fence: Fence) -> None:
+    asked: list[float] = []
+
+    def orphan(_: dict[str, Any]) -> bool:
+        asked.append(time.monotonic())
+        return True
+
+    began = time.monotonic()
+    heir = Fence(run, {**OWNER, "job": "18"}, wait_s=0.8, is_orphan=orphan, log=lambda line: None)
+    assert len(asked) == 1 and asked[0] - began >= 0.8
+    heir.release()
+
+
+def test_an_heir_has_the_lock_as_soon_as_the_orphan_has_ended(run: RunDir, fence: Fence) -> None:
+    heir = Fence(run, {**OWNER, "restart": 2}, wait_s=0, is_orphan=lambda owner: True, log=lambda line: None)
+    heir.check()
+    fence.release()
+    heir.check()
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 2\)"):
+        Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
+    fence._fd = os.open(run.lock, os.O_RDONLY)  # released again when the test ends
+    heir.check()
+    heir.release()
+
+
+def test_an_orphan_that_was_fenced_out_does_not_take_the_lock_back(run: RunDir, fence: Fence) -> None:
+    options: dict[str, Any] = {"wait_s": 0, "is_orphan": lambda owner: True, "log": lambda line: None}
+    heir = Fence(run, {**OWNER, "restart": 2}, **options)
+    heirs_heir = Fence(run, {**OWNER, "restart": 3}, **options)
+    fence.release()
+    with pytest.raises(RunBusy, match="taken over by a later job"):
+        heir.check()
+    heirs_heir.check()
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 3\)"):
+        Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
+    fence._fd = os.open(run.lock, os.O_RDONLY)  # released again when the test ends
+    heir.release()
+    heirs_heir.release()
+
+
 def test_a_file_system_without_locks_relies_on_the_token(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(37, "No locks available")
@@ -405,6 +677,33 @@ def test_a_file_system_without_locks_relies_on_the_token(run: RunDir, monkeypatc
         first.check()
     first.release()
     second.release()
+
+
+def test_of_two_that_start_together_without_locks_one_may_write(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes and goes on while the first is about to write its number."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write, others = rundir.write_bytes, []
+
+    def late(*args: Any, **options: Any) -> None:
+        monkeypatch.setattr("ddpm.fence.write_bytes", write)
+        others.append(Fence(run, {"job": "18"}, log=lambda line: None))
+        others[0].check()
+        write(*args, **options)
+
+    monkeypatch.setattr("ddpm.fence.write_bytes", late)
+    first = Fence(run, OWNER, log=lambda line: None)
+    first.check()
+    with pytest.raises(RunBusy):
+        others[0].check()
+    third = Fence(run, {"job": "19"}, log=lambda line: None)
+    assert sorted((first.token, others[0].token, third.token)) == [1, 2, 3] and third.token == 3
+    assert [p.name for p in run.path.glob(".fence-*")] == [".fence-3"]
+    for fence in (first, *others, third):
+        fence.release()
 
 
 def test_a_fenced_out_writer_publishes_nothing(run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:

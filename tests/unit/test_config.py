@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ddpm.config import Config, Section, build, check_world_size, field_keys, load, load_yaml
+from ddpm import schedule
+from ddpm.config import Config, Diffusion, Section, build, check_world_size, field_keys, load, load_yaml
 from ddpm.errors import RequestError
+from ddpm.samplers import SAMPLERS
 from tests.training import make_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,6 +28,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(e.value)
 
 
+TWO_CLASSES = "data: {name: images, path: a.zip}\nmodel: {num_classes: 2}"
 # key, value and what is allowed, or the way out, all in one message
 BAD = {
     "train: {lr: fast}": ["train.lr", "'fast'", "valid number", "0.0002"],
@@ -61,21 +65,25 @@ BAD = {
     "data: {image_size: 30}": ["data.image_size", "30", "8 must divide"],
     "data: {attributes: {Male: true}}": ["data.attributes", "Male", "data.name=cifar10", "celeba"],
     "data: {label_attributes: [Male]}": ["data.label_attributes", "Male", "data.name=cifar10", "celeba"],
-    "data: {name: celeba, attributes: {Male: no}}": ["data.attributes", "'no'", "boolean"],
+    "data: {name: celeba, attributes: {Male: no}}": ["data.attributes.Male = 'no'", "boolean, true or false"],
+    "data: {name: celeba, attributes: {Malee: false}}": ["data.attributes", "'Malee'", "did you mean Male", "Young"],
+    "data: {name: celeba, label_attributes: [male]}": ["data.label_attributes", "'male'", "did you mean Male"],
     "data: {name: celeba, attributes: [Male]}": ["data.attributes", "['Male']", "dictionary"],
     "data: {name: celeba, label_attributes: Male}": [
         "data.label_attributes",
         "'Male'",
         "list, such as [Male, Smiling]",
     ],
-    "data: {name: celeba, label_attributes: [a, b, a]}": ["data.label_attributes", "['a', 'b', 'a']", "once"],
-    "data: {name: celeba, label_attributes: [a, b]}": ["model.num_classes", "0", "must be 4", "['a', 'b']"],
+    "data: {name: celeba, label_attributes: [Bald, Male, Bald]}": ["data.label_attributes", "'Male', 'Bald'", "once"],
+    "data: {name: celeba, label_attributes: [Male, Bald]}": ["model.num_classes", "0", "must be 4", "'Male', 'Bald'"],
     "data: {name: celeba}\nmodel: {num_classes: 2}": ["model.num_classes", "2", "data.label_attributes", "must be 0"],
     "model: {channel_mults: [1, x]}": ["model.channel_mults", "'x'", "integer", "(1, 2, 2, 2)"],
     "model: {channel_mults: []}": ["model.channel_mults", "[]", "one factor"],
     "model: {channel_mults: [1, 0]}": ["model.channel_mults", "0", ">= 1"],
     "model: {channel_mults: 2}": ["model.channel_mults", "2", "list, such as [1, 2]"],
     "model: {attention_resolutions: [7]}": ["model.attention_resolutions", "7", "[32, 16, 8, 4]"],
+    "model: {attention_resolutions: [16, 16]}": ["model.attention_resolutions", "[16, 16]", "once"],
+    "model: {num_classes: 5}": ["model.num_classes = 5", "data.name=cifar10 has 10 classes", "use 10, or 0"],
     "model: {attention_heads: 3}": ["model.attention_heads", "3", "256", "[1, 2, 4, 8"],
     "model: {base_channels: 33}": ["model.base_channels", "33", "even"],
     "model: {block: wide}": ["model.block", "'wide'", "'residual' or 'plain'"],
@@ -83,7 +91,7 @@ BAD = {
     "model: {middle_attention: 1}": ["model.middle_attention", "1", "boolean"],
     "model: {downsample: max}": ["model.downsample", "'max'", "'conv', 'pool' or 'conv_asymmetric'"],
     "model: {upsample: bilinear}": ["model.upsample", "'bilinear'", "'conv' or 'transpose'"],
-    "model: {norm_groups: 48}": ["model.norm_groups", "48", "128", "[1, 2, 4, 8, 16, 32, 64, 128]"],
+    "model: {norm_groups: 48}": ["model.norm_groups", "48", "128", "[1, 2, 4, 8, 16, 32, 64]"],
     "model: {norm_groups: 0}": ["model.norm_groups", "0", "greater than or equal to 1"],
     "model: {time_embed_channels: 0}": ["model.time_embed_channels", "0", "greater than or equal to 1"],
     "model: {dropout: 1.0}": ["model.dropout", "1.0", "less than 1"],
@@ -91,6 +99,10 @@ BAD = {
     "diffusion: {timesteps: 10}": ["diffusion.timesteps", "10", "at least 21"],
     "diffusion: {schedule: sigmoid}": ["diffusion.schedule", "'sigmoid'", "'linear', 'cosine' or 'dns'"],
     "diffusion: {schedule: dns, dns_offset: 0}": ["diffusion.dns_offset", "0", "greater than 0"],
+    "diffusion: {dns_offset: 1000}": ["diffusion.dns_offset = 1000.0", "schedule=linear", "leave it out", "use dns"],
+    "diffusion: {schedule: cosine, beta_end: 0.01}": ["diffusion.beta_end = 0.01", "cosine", "0.02", "linear or dns"],
+    "diffusion: {beta_end: 0.5}": ["diffusion.beta_end = 0.5", "1e-133", "t = 999", "float32", "0.02"],
+    "diffusion: {schedule: dns, beta_end: 0.7}": ["diffusion.beta_end = 0.7", "float32"],
     "diffusion: {prediction: v}": ["diffusion.prediction", "'v'", "'eps'"],
     "diffusion: {loss: huber}": ["diffusion.loss", "'huber'", "'l2' or 'l1'"],
     "train: {total_steps: null}": ["train.total_steps", "None", "total_images", "total_epochs"],
@@ -103,6 +115,8 @@ BAD = {
     "train: {label_dropout: 1.0}": ["train.label_dropout", "1.0", "less than 1"],
     "train: {ema_every_steps: 0}": ["train.ema_every_steps", "0", "greater than or equal to 1"],
     "train: {ema_start_step: -1}": ["train.ema_start_step", "-1", "greater than or equal to 0"],
+    "train: {total_steps: 9, warmup_steps: 1, ema_every_steps: 10}": ["train.ema_every_steps = 10", "total_steps = 9"],
+    "train: {total_steps: 9, warmup_steps: 1, ema_start_step: 10}": ["train.ema_start_step = 10", "total_steps = 9"],
     "train: {early_stop_window: 1}": ["train.early_stop_window", "1", "greater than or equal to 2"],
     "train: {early_stop_below: 0}": ["train.early_stop_below", "0", "greater than 0"],
     "train: {global_batch: 12, micro_batch: 5}": ["train.micro_batch", "5", "12", "[1, 2, 3, 4, 6, 12]"],
@@ -110,19 +124,21 @@ BAD = {
     "sample: {steps: 2000}": ["sample.steps", "2000", "1000"],
     "sample: {num_samples: 3, shards: 4}": ["sample.shards", "4", "3"],
     "sample: {sampler: euler}": ["sample.sampler", "'euler'", "'ancestral', 'ddim' or 'dpmpp_2m'"],
+    "sample: {sampler: ancestral, eta: 0.5}": ["sample.eta = 0.5", "sampler=ancestral", "leave it out", "ddim"],
+    "sample: {sampler: dpmpp_2m, eta: 1}": ["sample.eta = 1.0", "sampler=dpmpp_2m"],
     "sample: {guidance: -1}": ["sample.guidance", "-1", "greater than or equal to 0"],
     "sample: {guidance: 2}": ["sample.guidance", "2.0", "model.num_classes = 0"],
     "sample: {guidance: 2}\nmodel: {num_classes: 10}": ["sample.guidance", "2.0", "train.label_dropout = 0.0"],
     "sample: {class_plan: [50000]}": ["sample.class_plan", "[50000]", "model.num_classes = 0"],
     "sample: {class_plan: []}": ["sample.class_plan", "[]", "model.num_classes = 0"],
-    "sample: {class_plan: [1, 2]}\nmodel: {num_classes: 3}": [
+    f"sample: {{class_plan: [1, 2]}}\n{TWO_CLASSES.replace('2', '3')}": [
         "sample.class_plan",
         "[1, 2]",
         "num_classes = 3",
         "one per",
     ],
-    "sample: {class_plan: [40000, 2]}\nmodel: {num_classes: 2}": ["sample.class_plan", "40002", "num_samples = 50000"],
-    "sample: {class_plan: [50001, -1]}\nmodel: {num_classes: 2}": ["sample.class_plan", "[50001, -1]", "0 or more"],
+    f"sample: {{class_plan: [40000, 2]}}\n{TWO_CLASSES}": ["sample.class_plan", "40002", "num_samples = 50000"],
+    f"sample: {{class_plan: [50001, -1]}}\n{TWO_CLASSES}": ["sample.class_plan", "[50001, -1]", "0 or more"],
     "sample: {class_plan: 5}": ["sample.class_plan", "5", "list, such as [1, 2]"],
 }
 
@@ -146,7 +162,10 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     [
         ("train.lr", ["'train.lr'", "key=value"]),
         ("=3", ["key=value"]),
-        ("trian.lr=1", ["'trian.lr'", "did you mean 'train.lr'"]),
+        ("trian.lr=1", ["'trian.lr'", "did you mean 'train.lr'?"]),
+        ("train.loss=l1", ["'train.loss'", "did you mean 'diffusion.loss'"]),
+        ("train.steps=9", ["'train.steps'", "'train.total_steps'?"]),
+        ("sample.lr=9", ["'sample.lr'", "did you mean 'train.lr'?"]),
         ("train.momentum_of_adam=1", ["'train.momentum_of_adam'", "known", "train.global_batch"]),
         ("train=1", ["'train'"]),
         ("train.lr=[", ["train.lr=[", "not valid YAML"]),
@@ -262,7 +281,7 @@ AFFECTED: dict[str, Any] = {
     "model__dropout": 0.5,
     "model__num_classes": 2,
     "diffusion__timesteps": 9,
-    "diffusion__schedule": "cosine",
+    "diffusion__schedule": "dns",
     "diffusion__dns_offset": 8,
     "diffusion__loss": "l1",
     "diffusion__beta_start": 2e-4,
@@ -287,6 +306,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "data__image_size": {"model__attention_resolutions": []},
     "data__attributes": {"data__name": "celeba"},
     "data__label_attributes": {"data__name": "celeba", "model__num_classes": 2, "data__label_attributes": ["Smiling"]},
+    "diffusion__dns_offset": {"diffusion__schedule": "dns"},
     "train__label_dropout": {"model__num_classes": 2},
     "train__weight_decay": {"train__optimizer": "adamw"},
     "sample__guidance": LABELLED,
@@ -350,8 +370,43 @@ def test_the_last_word_on_the_length_wins(
     assert (train.total_steps, train.total_images, train.total_epochs) == length
 
 
+def test_an_average_that_would_never_be_one_is_refused_once_the_length_is_known() -> None:
+    config = make_config(train__total_steps=None, train__total_epochs=1, train__ema_every_steps=4)  # batches of 4
+    assert config.resolve_length(13).train.total_steps == 4
+    with pytest.raises(RequestError, match=r"12 images: train.ema_every_steps = 4: at most train.total_steps = 3"):
+        config.resolve_length(12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dns"])
+@pytest.mark.parametrize("timesteps", [2, 50, 1000])
+def test_the_end_of_alpha_bar_is_the_schedules(kind: str, timesteps: int) -> None:
+    diffusion = Diffusion(timesteps=timesteps, schedule=kind, beta_start=1e-5, beta_end=1.2e-4 * timesteps)
+    assert diffusion._log_alpha_bar() == pytest.approx(float(schedule.build(diffusion).alpha_bar[-1].log()))
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
+def test_the_noisiest_schedule_that_is_allowed_can_be_sampled(sampler: str) -> None:
+    diffusion = Diffusion(beta_end=0.158)
+    with pytest.raises(ValueError, match="float32"):
+        Diffusion(beta_end=0.17)
+    x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn = SAMPLERS[sampler](
+        lambda x_t, t: 0.9 * x_t, schedule.build(diffusion), x_T, noise=lambda t: torch.ones_like(x_T), steps=20
+    )
+    assert drawn.x_0.isfinite().all()
+
+
+def test_what_is_allowed_and_hardly_meant_is_warned_of(tmp_path: Path) -> None:
+    assert [w for path in (PROJECT / "configs").glob("*.yaml") for w in load(path).warnings()] == []
+    (blind,) = read(tmp_path, "", "model.norm_groups=128").warnings()
+    assert blind.startswith("model.norm_groups = 128: a group for each channel of level 0,")
+    (short,) = read(tmp_path, "", "train.total_steps=100").warnings()
+    assert short.startswith("train.warmup_steps = 5000: train.total_steps = 100 ") and "train.warmup_steps=10" in short
+    assert read(tmp_path, "", "train.total_steps=100", "train.warmup_steps=10").warnings() == []
+
+
 def test_what_belongs_together_is_accepted(tmp_path: Path) -> None:
-    guided = "model: {num_classes: 2}\ntrain: {label_dropout: 0.1}\nsample: {guidance: 2, num_samples: 64}"
+    guided = f"{TWO_CLASSES}\ntrain: {{label_dropout: 0.1}}\nsample: {{guidance: 2, num_samples: 64}}"
     assert read(tmp_path, guided, "sample.class_plan=[60, 4]").sample.class_plan == (60, 4)
     faces = read(tmp_path, "", "data.name=celeba", "data.label_attributes=[Male, Smiling]", "model.num_classes=4")
     assert faces.data.label_attributes == ("Male", "Smiling")

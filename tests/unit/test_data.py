@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,11 @@ def test_classes_of_the_known_sets_are_ten(name: str) -> None:
         preparing.check_data(make_config(data__name=name, model__num_classes=20), [])
 
 
+def test_an_empty_folder_is_where_cifar10_may_be_downloaded_to(tmp_path: Path) -> None:
+    source = data.open_source(Data(name="cifar10", path=str(tmp_path)))
+    assert (source.kind, source.path) == ("cifar10", tmp_path)
+
+
 # ---------------------------------------------------------------- broken ones
 
 
@@ -338,6 +344,55 @@ def test_scratch_gets_the_same_data_once(tmp_path: Path) -> None:
     data.copy_to_scratch(cache, key, scratch)
     assert data.open_packed(scratch, key).digest == packed.digest
     assert [p.name for p in scratch.iterdir()] == [key]
+
+
+def thinned(copy: Path) -> None:
+    (copy / "images.npy").unlink()
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(copy: Path) -> None:
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+@pytest.mark.parametrize("damage", [thinned, cut("images.npy"), cut("labels.npy"), cut("meta.json")])
+def test_a_copy_on_scratch_that_is_not_whole_is_made_anew_or_passed_over(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
+    key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", cache)
+    data.copy_to_scratch(cache, key, scratch)
+    damage(scratch / key)
+    passed_over = data.open_packed(cache, key, scratch=scratch)
+    assert passed_over.images.filename == cache / key / "images.npy"  # type: ignore[attr-defined]
+    data.copy_to_scratch(cache, key, scratch)
+    again = data.open_packed(cache, key, scratch=scratch)
+    assert again.images.filename == scratch / key / "images.npy"  # type: ignore[attr-defined]
+    for one in (passed_over, again):
+        assert one.digest == packed.digest and (one.images == packed.images).all()
+        assert (one.labels == packed.labels).all()
+    assert [p.name for p in scratch.iterdir()] == [key]
+
+
+def test_a_copy_on_scratch_without_room_leaves_nothing_that_is_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
+    key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", cache)
+    data.copy_to_scratch(cache, key, scratch)
+    thinned(scratch / key)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copytree", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        data.copy_to_scratch(cache, key, scratch)
+    assert list(scratch.iterdir()) == []
+    assert data.open_packed(cache, key, scratch=scratch).digest == packed.digest
 
 
 def test_a_folder_to_score_is_taken_as_it_is(tmp_path: Path) -> None:

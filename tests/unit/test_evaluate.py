@@ -241,6 +241,14 @@ def test_the_score_file_has_the_public_form(made: Made) -> None:
     }
 
 
+def test_the_score_file_says_the_variance_that_was_asked_for(tmp_path: Path) -> None:
+    result = make(tmp_path, sampler="ancestral", variance="fixed_small").evaluate(packed())
+    assert result["sampler"] == {
+        **{"name": "ancestral", "steps": 1, "eta": 0.0, "guidance": None},
+        "variance": "fixed_small",
+    }
+
+
 def test_only_the_published_weights_give_a_fid(made: Made) -> None:
     for sha256, name in (("6726825d" + "0" * 56, "fid"), ("6726825e" + "0" * 56, "frechet_distance")):
         extractor, _ = tiny_extractor(name="inception", weights_sha256=sha256)

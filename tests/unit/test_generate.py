@@ -183,6 +183,20 @@ def test_without_clipping_images_are_clipped_only_at_the_end(tmp_path: Path) -> 
     assert not np.array_equal(images[True], images[False])
 
 
+def test_the_variance_of_a_request_comes_before_the_configs(tmp_path: Path) -> None:
+    images = {}
+    for asked in (None, "fixed_small", "fixed_large"):
+        for configured in sampleset.VARIANCES:
+            request = make_request(num_samples=7, shards=1, variance=asked)
+            sample_set = make_set(tmp_path, request, f"{asked}-{configured}")
+            run_shard(sample_set, request, 0, variance=configured)
+            images[asked, configured] = sampleset.verify_shard(sample_set, request, 0).images.tobytes()
+    small, large = images[None, "fixed_small"], images[None, "fixed_large"]
+    assert small != large
+    for configured in sampleset.VARIANCES:
+        assert (images["fixed_small", configured], images["fixed_large", configured]) == (small, large)
+
+
 def test_the_value_of_a_sample_follows_from_its_index(tmp_path: Path) -> None:
     request = make_request(sampler="ddim", steps=1, num_samples=11, shards=2, batch=4)
     sample_set = make_set(tmp_path, request)
@@ -457,7 +471,18 @@ def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the
         sampleset.read_request(sample_set) == request == make_request(guidance=1.0, class_plan=(50, 3), clip_x_0=False)
     )
     others = [make_request(), make_request(guidance=1), make_request(class_plan=[50, 3]), make_request(clip_x_0=False)]
-    assert len({r.digest for r in [request, *others]}) == 5
+    others += [make_request(variance="fixed_small"), make_request(variance="fixed_large")]
+    assert len({r.digest for r in [request, *others]}) == 7
+
+
+def test_a_variance_survives_the_file_that_says_it_only_where_it_was_asked_for(tmp_path: Path) -> None:
+    request = make_request(variance="fixed_small")
+    sample_set = make_set(tmp_path, request)
+    assert sampleset.read_request(sample_set) == request and request.to_record()["variance"] == "fixed_small"
+    assert make_request().to_record().keys() == request.to_record().keys() - {"variance"}
+    needless = {**make_request()._body(), "variance": None}
+    with pytest.raises(DamagedFile, match="left out"):
+        Request.from_record({**needless, "digest": rundir.sha256_json(needless)})
 
 
 def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
@@ -480,6 +505,10 @@ def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
         ({"class_plan": [54, -1]}, r"class_plan = \[54, -1\]: must be counts of 0 or more"),
         ({"guidance": -0.5}, "guidance = -0.5: must be at least 0"),
         ({"guidance": float("nan")}, "guidance = nan"),
+        ({"eta": 0.5}, "eta = 0.5: only ddim has it; with sampler = ancestral leave it out"),
+        ({"sampler": "dpmpp_2m", "eta": 0.5}, "eta = 0.5: only ddim has it; with sampler = dpmpp_2m"),
+        ({"variance": "small"}, "variance = 'small': use one of fixed_large, fixed_small"),
+        ({"sampler": "ddim", "variance": "fixed_large"}, "variance = fixed_large: only ancestral has one; .* = ddim"),
     ],
 )
 def test_an_impossible_request_is_refused(changes: dict[str, Any], message: str) -> None:

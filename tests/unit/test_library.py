@@ -167,6 +167,14 @@ def test_the_newest_ema_is_loaded_unless_another_is_asked_for(run):
     assert same_weights(load(run.path, weights="model").network, checkpoint.load(run, 20)["model"])
 
 
+def test_the_weights_that_the_config_samples_are_loaded_unless_others_are_asked_for(tmp_path):
+    run = make_run(tmp_path / "run", make_config(sample__weights="model"))
+    weights = checkpoint.load(run, 20)
+    assert load(run.path).weights == "model" and same_weights(load(run.path).network, weights["model"])
+    assert same_weights(load(run.path, weights="ema").network, weights["ema"])
+    assert same_weights(load(run.ema_weights(20), config=run.config).network, weights["ema"])  # it has no others
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, caplog):
     flip_a_bit(run.checkpoint(20))
     assert load(run.path).step == 10
@@ -252,6 +260,26 @@ def test_eps_is_the_networks_output_without_gradients(run):
     assert not eps.requires_grad and torch.equal(eps, model.network(x_t, t).detach())
 
 
+@pytest.mark.parametrize(
+    ("t", "labels", "message"),
+    [
+        ([3, 100], [0, 1], r"t of shape \(2,\): must be 2 whole numbers from 0 to 99"),
+        ([-1, 3], [0, 1], "t of shape"),
+        ([3], [0, 1], r"t of shape \(1,\): must be 2"),
+        ([3.0, 4.0], [0, 1], "t of shape"),
+        ([3, 4], [0, 4], r"labels of shape \(2,\): must be 2 whole numbers from 0 to 3"),
+        ([3, 4], [-1, 0], "labels of shape"),
+        ([3, 4], None, "labels are missing"),
+    ],
+)
+def test_eps_refuses_what_the_network_was_not_trained_on(tmp_path, t, labels, message):
+    model = load(make_run(tmp_path / "run", make_config(**WITH_CLASSES)).path)
+    x_t = torch.randn(2, 3, 8, 8)
+    assert model.eps(x_t, torch.tensor([0, 99]), torch.tensor([2, 3])).isfinite().all()  # 3: no label
+    with pytest.raises(ValueError, match=message):
+        model.eps(x_t, torch.tensor(t), None if labels is None else torch.tensor(labels))
+
+
 def published_set(run: RunDir, made: Config, *, class_plan: tuple[int, ...] | None = None) -> np.ndarray:
     """The images of the set that a sampling job makes of `made.sample`, by the parts that such a job calls."""
     s, generation = made.sample, checkpoint.verify(run, run.latest_step())
@@ -304,7 +332,7 @@ def test_samples_are_the_bytes_of_a_sample_set(tmp_path, changes):
     made = make_config(**changes)
     run = make_run(tmp_path / "run", made)
     there = published_set(run, made)
-    here = load(run.path, weights=made.sample.weights).sample(10)
+    here = load(run.path).sample(10)
     assert here.shape == (10, 8, 8, 3) and here.dtype == np.uint8 and here.flags["C_CONTIGUOUS"]
     assert here.tobytes() == there.tobytes()
     assert len({image.tobytes() for image in here}) == 10
@@ -336,6 +364,27 @@ def test_an_image_depends_on_seed_and_index_alone(run):
     torch.manual_seed(2)
     assert np.array_equal(model.sample(6, sampler="ancestral", batch=4), ten[:6])
     assert not np.array_equal(model.sample(10, sampler="ancestral", batch=4, seed=1), ten)
+
+
+def test_variance_is_the_ancestral_samplers(tmp_path):
+    small, large = (
+        make_config(diffusion__variance=v, sample__sampler="ancestral") for v in ("fixed_small", "fixed_large")
+    )
+    one, other = make_run(tmp_path / "small", small), make_run(tmp_path / "large", large)
+    assert np.array_equal(load(other.path).sample(3, variance="fixed_small"), load(one.path).sample(3))
+    assert not np.array_equal(load(other.path).sample(3), load(one.path).sample(3))
+    with pytest.raises(RequestError, match="variance = fixed_small: only ancestral has one"):
+        load(one.path).sample(3, sampler="ddim", variance="fixed_small")
+    with pytest.raises(RequestError, match="variance = 'learned': use one of fixed_large, fixed_small"):
+        load(one.path).sample(3, variance="learned")
+
+
+def test_eta_stays_with_ddim(tmp_path):
+    run = make_run(tmp_path / "run", make_config(sample__eta=0.5))
+    plain = make_run(tmp_path / "plain", make_config())
+    assert np.array_equal(load(run.path).sample(2, sampler="dpmpp_2m"), load(plain.path).sample(2, sampler="dpmpp_2m"))
+    with pytest.raises(RequestError, match=r"sample\.eta = 0\.5: sampler=ancestral has none"):
+        load(run.path).sample(2, sampler="ancestral", eta=0.5)
 
 
 def test_every_network_call_has_as_many_rows_as_a_sample_sets(run):

@@ -148,3 +148,12 @@ def test_only_steps_with_a_manifest_count_as_saved_newest_first(tmp_path: Path) 
     for name in ("step-000000003.pt", "step-000000002.json", "step-1000000000.json", ".tmp-step-000000009.json.1.2"):
         (run.checkpoints / name).touch()
     assert run.steps_saved() == [1_000_000_000, 2] and run.latest_step() == 1_000_000_000
+
+
+def test_sample_sets_are_directories_that_are_not_hidden(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.sample_sets() == []
+    for name in ("b", "a", ".tmp-c"):
+        run.sample_set(name).path.mkdir(parents=True)
+    (run.samples / "notes.txt").touch()
+    assert [s.name for s in run.sample_sets()] == ["a", "b"]

@@ -1,6 +1,8 @@
 """launch/supervisor.py: which ends of a job put it back. SLURM's answers are given here."""
 
+import errno
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.state, self.may_requeue, self.cancels = "RUNNING", True, False
+        self.life: int | None = None  # which SLURM runs; None: the one that asks
         self.requeued: list[str] = []
         self.successors: list[str] = []
         self.waits: dict[str, str] = {}
@@ -38,10 +41,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     def successor(run: RunDir, stage: str, job: str) -> str:
         c.successors.append(job)
-        return str(100 + len(c.successors))
+        new = str(100 + len(c.successors))
+        EventLog(run, new, 0, "node", prefix="submit-").append("submitted", successor_of=job)
+        return new
 
-    monkeypatch.setattr(slurm, "job_state", lambda job: c.state)
-    monkeypatch.setattr(slurm, "may_requeue", lambda job: c.may_requeue)
+    def show(job: str) -> slurm.Shown | None:
+        life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
+        return slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00") if c.state else None
+
+    monkeypatch.setattr(slurm, "show", show)
     monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, 10, 5))
     monkeypatch.setattr(slurm, "requeue", c.requeued.append)
     monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
@@ -192,6 +200,8 @@ def test_where_pre_emption_means_cancelling_a_pre_empted_run_has_a_successor_and
     shell_ends(1, job="18")
     shell_ends(75, said="75 preempted", job="19_3", stage="sample", set_name="fid")
     assert (cluster.successors, cluster.requeued) == (["17"], ["18", "19_3"])
+    shell_ends(1, said="1 save_failed", job="20")
+    assert (cluster.successors, cluster.requeued) == (["17", "20"], ["18", "19_3"])
 
 
 def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
@@ -206,16 +216,58 @@ def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Clus
 def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silences = iter([True, True])
+    answers, silences = slurm.show, iter([True, True])
 
-    def state(job: str) -> str:
+    def show(job: str) -> slurm.Shown | None:
         if next(silences, False):
-            raise slurm.SlurmError("squeue: Unable to contact slurm controller")
-        return "RUNNING"
+            raise slurm.SlurmError("scontrol: Unable to contact slurm controller")
+        return answers(job)
 
-    monkeypatch.setattr(slurm, "job_state", state)
+    monkeypatch.setattr(slurm, "show", show)
     shell_ends(1)
     assert cluster.requeued == ["17"]
+
+
+@pytest.mark.parametrize("may_requeue", [True, False])
+def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_away(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, may_requeue: bool
+) -> None:
+    tried: list[str] = []
+
+    def unheard(*order: Any) -> str:
+        tried.append(order[-1])
+        cluster.state = "COMPLETING"
+        raise slurm.SlurmError("Unable to contact slurm controller")
+
+    cluster.may_requeue = may_requeue
+    monkeypatch.setattr(slurm, "requeue", unheard)
+    monkeypatch.setattr(supervisor, "submit_successor", unheard)
+    shell_ends(1)
+    assert tried == ["17"]
+
+
+@pytest.mark.parametrize("code", [1, 75])
+def test_the_shell_of_an_earlier_life_leaves_a_later_one_alone(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, code: int
+) -> None:
+    """Its node was out of reach, and SLURM has put the job elsewhere under the same id."""
+    cluster.life = 1
+    assert shell_ends(code) == code
+    assert cluster.requeued == [] and cluster.successors == [] and read_events(run) == []
+
+
+@pytest.mark.parametrize("may_requeue", [True, False])
+def test_a_crash_loop_ends_though_a_full_disk_takes_no_event(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, may_requeue: bool
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cluster.may_requeue = may_requeue
+    monkeypatch.setattr(EventLog, "append", full)
+    for _ in range(6):
+        shell_ends(1)
+    assert len(cluster.requeued) == (3 if may_requeue else 0) and cluster.successors == []
 
 
 def test_a_requeue_that_slurm_refuses_is_told(

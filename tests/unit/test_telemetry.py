@@ -94,6 +94,85 @@ def test_a_line_that_a_full_disk_refused_comes_with_the_next(run: RunDir) -> Non
     assert [json.loads(text)["step"] for text in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+class FullDisk:
+    """Under TensorBoard's files: while `full`, a record gets there in part, or not at all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tensorboard.compat.tensorflow_stub.io import gfile
+        from tensorboard.summary.writer import event_file_writer
+
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))  # in order of names
+        self.full, self.room = False, 40
+        real = gfile.LocalFileSystem._write
+
+        def write(fs: Any, name: Any, content: bytes, mode: str) -> None:
+            if self.full:
+                real(fs, name, content[: self.room], mode)
+                self.room = 0
+                raise OSError(28, "No space left on device")
+            real(fs, name, content, mode)
+
+        monkeypatch.setattr(gfile.LocalFileSystem, "_write", write)
+
+
+def shown(run: RunDir) -> dict[str, list[tuple[int, Any]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    images = {tag: [(e.step, e.width) for e in board.Images(tag)] for tag in board.Tags()["images"]}
+    return {**scalars, **images}
+
+
+@pytest.mark.parametrize("again_after_s", [0.0, 60.0])
+@pytest.mark.parametrize("metrics_too", [False, True])
+def test_a_full_disk_costs_tensorboard_nothing_that_this_life_has_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    metrics_too: bool,
+    again_after_s: float,
+) -> None:
+    monkeypatch.setattr(telemetry, "BOARD_AGAIN_AFTER_S", again_after_s)
+    run, disk = RunDir(tmp_path), FullDisk(monkeypatch)
+
+    class Refusing:
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+    earlier = opened(run, 0)
+    for step in (1, 2, 3):
+        earlier.log(line(step))
+    earlier.close()
+    t = opened(run, 2)  # the line of step 3 goes
+    metrics = t._metrics
+    for step in range(3, 20):
+        if step == 8:
+            t.sync()
+        if step == 10:
+            disk.full = True
+            t._metrics = Refusing() if metrics_too else metrics  # type: ignore[assignment]
+        if step == 15:
+            disk.full, t._metrics = False, metrics
+        t.log({**line(step), "loss": step / 2})
+        if step in (4, 12, 17):
+            t.grid(step, np.full((8, step, 3), step, np.uint8))
+        if t._board is not None:
+            t._try("tensorboard", t._board.flush)
+    t.close()
+    assert steps(run) == list(range(1, 20))
+    expected = [(1, 1.1), (2, 2.1), *((step, step / 2) for step in range(3, 20))]
+    board = shown(run)
+    assert board["train/loss"] == [(step, pytest.approx(loss)) for step, loss in expected]
+    assert board["samples"] == [(step, step) for step in (4, 12, 17)]
+    assert {tag for tag in board if tag != "samples"} == {
+        f"train/{key}" for key in ("loss", "grad_norm", "lr", "images_per_s")
+    }
+    assert all([s for s, _ in board[tag]] == list(range(1, 20)) for tag in board if tag != "samples")
+    out, err = capfd.readouterr()
+    assert "tensorboard not written error=[Errno 28]" in out and "Traceback" not in out + err
+
+
 def test_a_heartbeat_says_who_is_alive_and_where(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     t = opened(run, 0)
     t.heartbeat(3, {"loss": 0.5})

@@ -3,14 +3,20 @@
 import errno
 import json
 import math
+import multiprocessing
+import os
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ddpm import checkpoint
+from ddpm import checkpoint, distributed, grids, runtime, schedule
 from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
@@ -146,13 +152,26 @@ def test_training_ends_early_where_the_logged_losses_have_settled(tmp_path: Path
     config, run = make_config(**options), make_run(tmp_path / "settled")
     live(config, run, stops=[3])  # lines at 2, 4, 6: the window survives the stop
     assert [r["step"] for r in lines(run)] == [2, 4, 6]
-    assert events(run)[-1] == "finished" and checkpoint.verify(run, 6).manifest["early_stopped"] is True
+    assert events(run)[-1] == "finished" and checkpoint.verify(run, 6).manifest["early_stopped"]
     assert run.ema_weights(6).exists() and run.grid(6).exists()
     assert jobs.finished(run, config)
     assert not jobs.finished(run, make_config(**{**options, "train__early_stop_below": None}))  # who wants more has it
     unsettled = make_run(tmp_path / "unsettled")
     assert live(make_config(**{**options, "train__early_stop_below": 1e-9}), unsettled).step == TOTAL
     assert "early_stopped" not in checkpoint.verify(unsettled, TOTAL).manifest
+    assert checkpoint.load(unsettled, TOTAL)["extra"]["early_stopped"] is None
+
+
+def test_a_run_that_ended_early_keeps_by_how_much_its_losses_changed_and_goes_on_under_a_tighter_bound(
+    tmp_path: Path,
+) -> None:
+    options = {"train__early_stop_window": 3, "log__every_steps": 2}
+    run = make_run(tmp_path / "run")
+    live(make_config(**options, train__early_stop_below=100.0), run)
+    losses = [r["loss"] for r in lines(run)]
+    change = checkpoint.load(run, 6)["extra"]["early_stopped"]
+    assert len(losses) == 3 and change == (abs(losses[1] - losses[0]) + abs(losses[2] - losses[1])) / 2
+    assert live(make_config(**options, train__early_stop_below=change / 100), run).step == TOTAL
 
 
 def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -> None:
@@ -512,6 +531,81 @@ def test_a_run_taken_over_stops_and_publishes_nothing(tmp_path: Path) -> None:
         with pytest.raises(RunBusy, match="taken over by a later job"):
             life.train(stop_at=[5])
     assert run.steps_saved() == [3]
+
+
+def test_a_rollback_before_any_save_forgets_skipped_steps_and_the_scale_of_losses(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(train__amp="bf16"), run) as life:
+        trainer = life.trainer
+        trainer.resolved = replace(trainer.resolved, amp="fp16")  # else it needs a GPU
+        trainer.scaler = trainer._new_scaler()
+        fresh = trainer.scaler.state_dict()
+        poison(trainer, lambda t: t.at.step == 2 and t.at.attempt == 0, how="gradient")
+        assert life.train().finished and trainer.at.rollbacks == 1
+    end = checkpoint.load(run, TOTAL)
+    assert end["extra"]["skipped_steps"] == 0
+    assert end["scaler"]["scale"] == fresh["scale"] and end["scaler"]["_growth_tracker"] == TOTAL
+
+
+# ---------------------------------------------------------------- grids
+
+
+def grid_of(run: RunDir, step: int) -> np.ndarray:
+    with Image.open(run.grid(step)) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_a_grid_shows_the_weights_that_the_config_samples_and_changes_no_step(tmp_path: Path, weights: str) -> None:
+    plain, run = make_run(tmp_path / "plain"), make_run(tmp_path / "grids")
+    options: dict[str, Any] = {"model__dropout": 0.5, "train__lr": 0.1, "checkpoint__every_steps": 1}
+    live(make_config(**options), plain)
+    config = make_config(**options, sample__weights=weights, log__grid_every_steps=3)
+    live(config, run)
+    assert_same_end(plain, run, TOTAL)
+    network = runtime.build_model(config, torch.device("cpu"), "off")
+    network.load_state_dict(checkpoint.load(run, TOTAL)[weights])
+    drawn = grids.draw(config, network.eval(), schedule.build(config.diffusion), "off", lambda: None)
+    assert np.array_equal(grid_of(run, TOTAL), drawn) and run.grid(3).exists()
+
+
+def stop_rank_1_within_a_grid(rank: int, port: int, config: Config, run: RunDir) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    world = distributed.join(rank=rank, world_size=2, local_rank=rank, master_addr="127.0.0.1", master_port=port)
+    with Life(config, run, world=world) as life:
+        asked = 0
+
+        def stop_requested() -> str | None:
+            nonlocal asked
+            asked += life.trainer.at.step == 4  # once after the step, then in its grid
+            return "preempted" if rank == 1 and asked >= 4 else None
+
+        assert life.trainer.train(stop_requested) == Outcome(False, 5, "preempted", True)
+        assert asked == 4, "the grid went on"
+    distributed.leave()
+
+
+def on_two_ranks(work: Any, *args: Any) -> None:
+    """work(rank, port, *args), in two processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=work, args=(rank, port, *args)) for rank in range(2)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(120)
+    codes = [p.exitcode for p in ranks]
+    for p in ranks:
+        p.kill()
+    assert codes == [0, 0]
+
+
+def test_a_stop_asked_of_another_rank_ends_the_grid_that_rank_0_draws(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    on_two_ranks(stop_rank_1_within_a_grid, make_config(log__grid_every_steps=4), run)
+    assert not run.grid(4).exists() and run.steps_saved() == [5]
 
 
 # ---------------------------------------------------------------- what it reports

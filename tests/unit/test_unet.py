@@ -380,11 +380,12 @@ def test_initial_weights_depend_on_the_global_seed_alone():
     [
         ({"image_size": 18, "channel_mults": (1, 2, 2)}, "image_size = 18: 3 levels .* 4 must divide it"),
         ({"attention_resolutions": (16, 7)}, r"attention_resolutions = \[16, 7\]: .* 7x7; it has \[16, 8\]"),
+        ({"attention_resolutions": (8, 8)}, r"attention_resolutions = \[8, 8\]: name each size once"),
         ({"attention_heads": 5}, r"attention_heads = 5: .* 64 channels .*\[1, 2, 4, 8, 16, 32, 64\]"),
         ({"attention_heads": 5, "attention_resolutions": ()}, "attention_heads = 5"),  # the bottleneck's
         ({"attention_heads": 64, "attention_resolutions": (16,)}, "attention_heads = 64: .* 32 channels"),
         ({"attention_heads": 64, "attention_resolutions": (16,), "middle_attention": False}, "attention_heads = 64"),
-        ({"norm_groups": 3}, r"norm_groups = 3: does not divide the 32 channels .*\[1, 2, 4, 8, 16, 32\]"),
+        ({"norm_groups": 3}, r"norm_groups = 3: does not divide the 32 channels .*\[1, 2, 4, 8, 16\]"),
         ({"norm_groups": 64, "channel_mults": (2, 4)}, "norm_groups = 64: .* 32 channels"),  # conv_in's
         ({"norm_groups": 64, "channel_mults": (2, 3), "block": "plain"}, "norm_groups = 64: .* 96 channels"),
         ({"norm_groups": 0}, "norm_groups = 0: must be at least 1"),

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,17 +118,20 @@ class Cluster:
             lambda: self.bed.restart_count(job) >= count or self.bed.job_state(job) in ENDED, 120, f"job {job} down"
         )
 
-    def own_time_s(self) -> float:
-        """How long SLURM takes by itself to bring a pre-empted job back: one that ignores all that it can ignore."""
-        job = self.bed.sbatch("-p", "gpu", "--requeue", "-o", "/dev/null",
+    def own_time_s(self, strike: Callable[[str], object], nodes: int = 1) -> float:
+        """How long SLURM takes by itself to bring back a job that is struck and ignores all that it can ignore."""
+        job = self.bed.sbatch("-p", "gpu", "-N", str(nodes), "--requeue", "-o", "/dev/null",
                               command="trap '' TERM; while :; do sleep 0.2; done")  # fmt: skip
         self.wait_restart(job, 0)
         began = time.monotonic()
-        self.strike(job, "pre-emption")
-        self.wait_restart(job, 1)
+        strike(job)
+        self.wait_restart(job, 1, timeout_s=240)
         took = time.monotonic() - began
         self.bed.cancel(job)
         return took
+
+    def requeue(self, job: str) -> None:
+        self.bed.run(["scontrol", "requeue", job], check=True)
 
     # ------------------------------------------------------------ processes
 
@@ -177,16 +180,23 @@ class Cluster:
     def _daemon(self, name: str) -> int:
         return int((self.bed.cluster / f"{name}.pid").read_text())
 
-    def _all_on(self, node: str) -> set[int]:
-        """Process ids of a node: its slurmd, and of its jobs the stepds, shells, sruns and ranks."""
-        found = {self._daemon(f"slurmd.{node}")}
+    def _all_on(self, node: str) -> list[int]:
+        """Process ids of a node: its slurmd, and of its jobs the stepds, shells, sruns and ranks.
+
+        In the order in which they can be killed unheard: a stepd would report its shell's end, and when a shell dies,
+        the kernel wakes a stopped srun.
+        """
+        found = {self._daemon(f"slurmd.{node}"): "slurmd"}
         for proc in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
                 env = _environ(proc)
                 here = env.get(b"SLURMD_NODENAME") == node.encode()
                 if here and env.get(b"SLURM_CONF") == str(self.bed.conf).encode() and b"SLURM_JOB_ID" in env:
-                    found |= {int(proc.name)} | ({p} if _name(p := _parent(proc)) == "slurmstepd" else set())
-        return found
+                    found[int(proc.name)] = _name(int(proc.name))
+                    if _name(p := _parent(proc)) == "slurmstepd":
+                        found[p] = "slurmstepd"
+        first = ("slurmd", "slurmstepd", "srun")
+        return sorted(found, key=lambda pid: first.index(found[pid]) if found[pid] in first else len(first))
 
     def _wait_up(self, node: str) -> None:
         ask = ["sinfo", "-h", "-n", node, "-p", "gpu", "-o", "%t"]

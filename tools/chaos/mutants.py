@@ -52,15 +52,23 @@ class Edit(NamedTuple):
 
 
 SLURM_MUTANTS = {
-    "no-running-guard": Edit("scancel", "launch/supervisor.py", 'if state != "RUNNING":', "if not state:"),
+    "no-running-guard": Edit(
+        "scancel", "launch/supervisor.py", 'shown is None or shown.state != "RUNNING"', "shown is None",
+    ),
+    "half-a-kernel-is-trusted": Edit(
+        "signal-in-compile", "launch/jobs.py", "        unproven.touch()\n", "",
+    ),
+    "python-is-not-waited-for": Edit(
+        "startup-pre-emptions", "slurm/rank.sh", "env --block-signal=TERM true", "false",
+    ),
     "bare-array-id": Edit(
         "array-task-requeued", "launch/environment.py", 'job = "_".join(a for a in array if a) or job_id',
         "job = array[0] or job_id",
     ),
     "leaves-in-the-grace-period": Edit(
         "pre-emptions", "launch/preemption.py",
-        'if environment.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE',
-        'if environment.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE\n    return 0',
+        'if env.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE',
+        'if env.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE\n    return 0',
     ),
     "handler-that-saves": Edit(
         "one-rank-signalled", "ddpm/trainer.py",

@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import itertools
+import logging
 import math
 import os
 import pkgutil
@@ -467,12 +468,20 @@ class _Refusing(Shim):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), operation.path)
 
 
+def on_tensorboard(run: RunDir) -> list[int]:
+    """Steps whose loss TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each later life
+    return [e.step for e in EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")]
+
+
 def disk_full(count: int) -> Result:
     """The disk with the run fills up in training: by turns still full at a stop, or free again in the same life.
 
     Fails where a refused write (of a save, an event, a metrics line, the job's log) ends training, where a failed save
     damages the last good one, where a stop that could not save claims that it did, and where a line of the curve is
-    lost.
+    lost, or not on TensorBoard.
     """
     chosen = random.Random(7)
     options = ("train.total_steps=32", "checkpoint.every_steps=4", "log.every_steps=1")
@@ -503,6 +512,8 @@ def disk_full(count: int) -> Result:
                     if (code, said, found and found.step, after) != (1, True, good, 0) or not same_end(run, calm):
                         bad.append(f"{name}, stopped: exit code {code}, said so: {said}, good: {found and found.step}, "
                                    f"exit code {after} after it, identical: {same_end(run, calm)}")  # fmt: skip
+                if (shown := on_tensorboard(run)) != [step for step, _ in curve(run)]:
+                    bad.append(f"{name}: TensorBoard shows {shown}")
                 shutil.rmtree(run.path)
                 disk.free()
         finally:

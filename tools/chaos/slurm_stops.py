@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from ddpm.rundir import RunDir, read_events, read_json, sha256_file
-from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, steps_at
+from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result
 from tools.chaos.lives import curve, final, same
 
@@ -57,12 +57,14 @@ def pre_empted_in_a_row(c: Cluster, count: int) -> Result:
 
 
 def pre_empted_while_starting(c: Cluster, count: int) -> Result:
-    """Pre-empted in the first seconds after SLURM calls it RUNNING, before any step: no failure of the run's."""
+    """Pre-empted before any step, SIGTERM coming within half a second of a rank's first sign: that is no failure."""
     chosen = random.Random(5)
     run, job = c.submit("train.total_steps=300")
     for times in range(1, count + 1):
         c.wait_restart(job, times - 1)
-        time.sleep(chosen.uniform(0, 1.5))
+        (rank,) = c.wait_ranks(run, 1)
+        time.sleep(chosen.uniform(0, 0.5))
+        send(rank.pid, signal.SIGTERM)  # SLURM's own comes too late for python's first moments
         c.strike(job, "pre-emption")
         c.bed.wait_for(lambda times=times: c.bed.restart_count(job) == times, 90, f"pre-emption {times}")
     state = c.bed.wait_state(job, timeout_s=120)
@@ -78,7 +80,7 @@ def pre_empted_while_starting(c: Cluster, count: int) -> Result:
 def pre_empted_without_grace(c: Cluster, count: int) -> Result:
     """GraceTime=0: nothing but KillWait between the signal and the end."""
     with c.partition(GraceTime="0"):
-        own_s = c.own_time_s()
+        own_s = c.own_time_s(lambda job: c.strike(job, "pre-emption"))
         run, job = c.submit(LONG, "checkpoint.every_steps=50")
         loss, worst_s = Loss(run, 50), 0.0
         for times in range(1, count + 1):
@@ -352,7 +354,7 @@ def slow_zip(path: Path, num: int, size: int = 512) -> Path:
 ROWS = {
     # name: (row, full count, reduced count)
     "pre-emptions": (pre_empted_in_a_row, 20, 1),
-    "startup-pre-emptions": (pre_empted_while_starting, 3, 1),
+    "startup-pre-emptions": (pre_empted_while_starting, 5, 1),
     "no-grace": (pre_empted_without_grace, 3, 1),
     "preempt-cancel": (pre_empted_where_slurm_cancels, 1, 1),
     "requeue-forbidden": (requeue_forbidden, 1, 1),
