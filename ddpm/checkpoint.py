@@ -13,6 +13,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,8 +140,10 @@ class HostCopy:
                 buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 self._buffers[key] = buffer
             return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            return {k: self._copy(v, f"{key}/{k}") for k, v in value.items()}
+        if isinstance(
+            value, dict
+        ):  # interned, since pickle tells equal keys from the same: so equal states, equal bytes
+            return {sys.intern(k) if isinstance(k, str) else k: self._copy(v, f"{key}/{k}") for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self._copy(v, f"{key}/{i}") for i, v in enumerate(value))
         return value

@@ -229,6 +229,8 @@ def main() -> int:
     run = RunDir(root / asked.name)
     check_resources(asked, site)
     config = resolve_length(asked, run)
+    for warning in config.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         preparing.check_existing(run, config)
         site = cluster.settle(site, dry_run=True)

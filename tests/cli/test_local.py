@@ -225,7 +225,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_trained_again_from_t
     assert done.returncode == 0 and "complete: 400 steps" in done.stdout, done.stdout + done.stderr
     assert "the last checkpoint is damaged" in done.stdout and "sha256" in done.stdout
     assert [e["step"] for e in events(run) if e["event"] == "resumed"] == [200]
-    assert differing(state(run, 400), state(finished.root / "tiny", 400)) == []
+    assert last.read_bytes() == whole  # so that what was begun with it goes on
     assert "the last checkpoint" not in again.submit("--then", "sample,evaluate").stdout
 
 
