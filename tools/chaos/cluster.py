@@ -183,8 +183,8 @@ class Cluster:
     def _all_on(self, node: str) -> list[int]:
         """Process ids of a node: its slurmd, and of its jobs the stepds, shells, sruns and ranks.
 
-        In the order in which they can be killed unheard: a stepd would report its shell's end, and when a shell dies,
-        the kernel wakes a stopped srun.
+        In the order in which they can be killed unheard: when a stepd or a shell dies, the kernel wakes a stopped srun;
+        and a stepd would report its shell's end.
         """
         found = {self._daemon(f"slurmd.{node}"): "slurmd"}
         for proc in Path("/proc").glob("[0-9]*"):
@@ -195,7 +195,7 @@ class Cluster:
                     found[int(proc.name)] = _name(int(proc.name))
                     if _name(p := _parent(proc)) == "slurmstepd":
                         found[p] = "slurmstepd"
-        first = ("slurmd", "slurmstepd", "srun")
+        first = ("srun", "slurmd", "slurmstepd")
         return sorted(found, key=lambda pid: first.index(found[pid]) if found[pid] in first else len(first))
 
     def _wait_up(self, node: str) -> None:
