@@ -156,7 +156,7 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
         with cluster.cluster(PROJECT, sys.executable, args.via) as site:
             for name in on_slurm:
                 take(name, site)
-                site.bed.end_all_jobs()
+                site.clear()
     table = Table("fault", "promised", "seen", "", "s")
     for r in records:
         table.add_row(r["fault"], r["promised"], r["seen"], r["outcome"], str(r["seconds"]))

@@ -202,6 +202,13 @@ class Cluster:
         ask = ["sinfo", "-h", "-n", node, "-p", "gpu", "-o", "%t"]
         self.bed.wait_for(lambda: self.bed.run(ask).stdout.strip() in ("idle", "mix", "alloc"), 90, f"{node} up")
 
+    def clear(self) -> None:
+        """Between rows: no jobs, and all nodes in use, also those that SLURM has drained."""
+        self.bed.end_all_jobs()
+        drained = self.bed.run(["sinfo", "-h", "-N", "-p", "gpu", "-t", "drain", "-o", "%N"], check=True).stdout.split()
+        for node in drained:
+            self.admin("scontrol", "update", f"nodename={node}", "state=resume")
+
     @contextlib.contextmanager
     def broken_node(self, node: str, by: signal.Signals) -> Iterator[None]:
         """Within: a node is dead (SIGKILL) or hangs (SIGSTOP), slurmd and all its jobs; afterwards it has rebooted.

@@ -291,8 +291,8 @@ def signal_in_compiling(c: Cluster, count: int) -> Result:
             for _, library in libraries:  # all was compiled before that stop: or there would be nothing to do
                 shutil.rmtree(library.parents[1], ignore_errors=True)
     c.wait_steps(run, 3, timeout_s=400)
+    starts = c.bed.restart_count(job) - count  # SLURM 24.11 adds one after the end
     state = c.stop(run, job)
-    starts = c.bed.restart_count(job) - count
     passed = state == "COMPLETED" and metrics_whole(run) and not trained and starts == 0
     return Result(f"a stop while the network is compiled × {count}", "no hang, no crash after it, COMPLETED",
                   f"{count + starts} restarts, {state}; {trained} came after a first step", passed)  # fmt: skip
