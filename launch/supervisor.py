@@ -63,6 +63,8 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     if code == 0:
         return 0
     failed = partial(_failed, log, code, stage)
+    if code == EXIT_BUSY and not slurm.patiently(lambda: _runs(env)):
+        return code  # an orphan, which its own job's later life has fenced out
     if code in (EXIT_BUSY, EXIT_FATAL):
         why = "another job holds the run" if code == EXIT_BUSY else "starting again would end the same way"
         return failed(f"exit code {code}: {why}; the log above says more")

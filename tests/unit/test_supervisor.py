@@ -246,7 +246,7 @@ def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_awa
     assert tried == ["17"]
 
 
-@pytest.mark.parametrize("code", [1, 75])
+@pytest.mark.parametrize("code", [1, 75, 76])
 def test_the_shell_of_an_earlier_life_leaves_a_later_one_alone(
     run: RunDir, cluster: Cluster, shell_ends: Shell, code: int
 ) -> None:
