@@ -5,7 +5,7 @@ python -m tools.chaos power-cut kill-9         these rows
 python -m tools.chaos --reduced --json out.json
 python -m tools.chaos two-jobs --count 3
 python -m tools.chaos --mutants                show that the rows can fail
-python -m tools.chaos --list                   rows, counts and what they take
+python -m tools.chaos --list                   rows, counts and what the full ones take
 """
 
 from __future__ import annotations
@@ -32,32 +32,17 @@ from tools.chaos.files import Result
 HERE = {**files.ROWS, **processes.ROWS}
 ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
 ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
-SECONDS: dict[str, tuple[int | None, int | None]] = {
-    "pre-emptions": (830, 70),
-    "startup-pre-emptions": (None, 40),
-    "no-grace": (None, 40),
-    "preempt-cancel": (55, 55),
-    "requeue-forbidden": (55, 55),
-    "scancel": (350, 85),
-    "time-limit": (None, 45),
-    "one-rank-signalled": (430, 50),
-    "term-by-hand": (50, 50),
-    "stop-file": (20, 20),
-    "signal-in-save": (None, 25),
-    "signal-in-packing": (None, 100),
-    "signal-in-compile": (None, 205),
-    "signal-in-evaluation": (None, 50),
-    "one-rank-killed": (None, 20),
-    "rank-stopped": (75, 75),
-    "node-failure": (None, 80),
-    "crash-loop": (25, 25),
-    "slurmctld-restart": (None, 70),
-    "two-jobs": (None, 70),
-    "orphan": (None, 125),
-    "orphan-of-stepd": (None, 110),
-    "array-task-requeued": (None, 75),
-}
-"""What a row took at its full and at its reduced count, on two cores that others used too; None: not measured."""
+SECONDS = {
+    "kill-each-operation": 70, "power-cut": 35, "flipped-bits": 7, "failing-operations": 30, "all-damaged": 1,
+    "kill-9": 225, "resume-inside": 70, "fp16-overflow": 20, "world-sizes": 8, "non-finite-batch": 30,
+    "non-finite-always": 3, "startup-stops": 5, "disk-full-at-stop": 25, "pre-emptions": 745,
+    "startup-pre-emptions": 155, "no-grace": 65, "preempt-cancel": 35, "requeue-forbidden": 35, "scancel": 270,
+    "time-limit": 150, "one-rank-signalled": 470, "term-by-hand": 50, "stop-file": 15, "signal-in-save": 45,
+    "signal-in-packing": 85, "signal-in-compile": 170, "signal-in-evaluation": 80, "one-rank-killed": 90,
+    "rank-stopped": 85, "node-failure": 160, "crash-loop": 20, "slurmctld-restart": 195, "two-jobs": 220,
+    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190,
+}  # fmt: skip
+"""What a row took at its full count, on two cores that others used too."""
 
 
 def run_row(name: str, count: int, site: Cluster | None) -> Result | str:
@@ -96,9 +81,8 @@ def show_mutants(via: str) -> int:
 
 def show_list() -> None:
     for name, (row, full, fewer) in ROWS.items():
-        took = [f"{s} s" if s is not None else "not measured" for s in SECONDS.get(name, (None, None))]
-        print(f"{name:22} full {full or '-'} ({took[0]}), reduced {fewer or '-'} ({took[1]}): "
-              f"{(row.__doc__ or '').splitlines()[0]}")  # fmt: skip
+        counts = f"full {full or '-'}, reduced {fewer or '-'}"
+        print(f"{name:22} {counts:22} {SECONDS[name]:4} s  {(row.__doc__ or '').splitlines()[0]}")
 
 
 def main() -> int:
