@@ -280,11 +280,14 @@ def signal_in_compiling(c: Cluster, count: int) -> Result:
         by = BOTH[(times - 1) % 2]
         c.bed.wait_for(lambda times=times: _lives(run) == times, 120, f"life {times}")
         began = time.time()
-        c.bed.wait_for(lambda began=began: any(t > began for t, _ in _compiled(c, "cpp")), 240, "the compiler at work")
+        seen = "main.so" if by == "pre-emption" else "cpp"
+        c.bed.wait_for(
+            lambda began=began, seen=seen: any(t > began for t, _ in _compiled(c, seen)), 240, "the compiler at work"
+        )
         trained += last_logged(run) > 0
         c.strike(job, by)
         c.bed.wait_for(lambda times=times: c.bed.restart_count(job) == times, 400, f"stop {times}")
-        libraries = _compiled(c, "so")
+        libraries = _compiled(c, "main.so")
         if by == "pre-emption" and libraries:
             os.truncate(libraries[-1][1], 4096)  # the newest: as a linker leaves it that dies
         elif by != "pre-emption":
