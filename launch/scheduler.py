@@ -245,7 +245,8 @@ def _as_it_is(job: str) -> dict[str, str | bool]:
     """sbatch options that ask for what the job has in which this runs. Raises SlurmError."""
     options: dict[str, str | bool] = {**environment.allocation()}
     if shown := slurm.show(job):
-        options |= {"time": shown.time_limit} | ({} if shown.may_requeue else {"no-requeue": True})
+        told: dict[str, str | bool] = {"time": shown.time_limit, "no-requeue": not shown.may_requeue}
+        options |= {key: value for key, value in told.items() if value}
     return options
 
 
