@@ -40,9 +40,13 @@ def check_name(name: str, what: str = "run name") -> str:
     return name
 
 
+def stamp(at: datetime) -> str:
+    """A time as 2026-11-20T09:00:00.000Z; one without a zone is this machine's."""
+    return at.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def now() -> str:
-    """UTC time as 2026-11-20T09:00:00.000Z."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return stamp(datetime.now(timezone.utc))
 
 
 # ---------------------------------------------------------------- digests

@@ -1,7 +1,8 @@
 """Goodput of a run, from its life events: how much of the time that it held nodes ended in kept steps.
 
-A life of a job begins where its batch shell began (`since`) and ends with its last sign: its last event, its last
-heartbeat, or what the next life found of that. Its time is divided at its events:
+A life of a job begins where its batch shell began (`since`). It ends with its last sign: its last event, its last
+heartbeat, what the next life found of that, or, told by SLURM to the next life, when its nodes were free again
+(`former_life_ended`). Its time is divided at its events:
 
   start_up   until training began: the interpreter, data, the checkpoint, compiling
   kept       training up to a save
@@ -37,6 +38,8 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
             life = str(sign["job"]), int(sign["restart"])
             signs[life] = max(signs.get(life, 0.0), seconds(sign["time"]))
     for e in events:
+        if ended := e.get("former_life_ended"):
+            signs[str(e["job"]), int(e["restart"]) - 1] = seconds(ended)
         if e["event"] != "submitted" and e.get("stage", "train") == "train":
             lives.setdefault((str(e["job"]), int(e["restart"])), []).append(e)
     total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)

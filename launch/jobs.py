@@ -107,9 +107,12 @@ def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
 def train(life: Life) -> int:
     run, env = life.run, life.env
     config = configs.load(run.config)
-    if env.world_size == 1 and (why := nothing_to_do(run, config)):
+    why = nothing_to_do(run, config) if env.rank == 0 else None
+    if why and env.world_size == 1:
         _say(why)  # at once, without loading torch
         return life.leave(0)
+    if env.rank == 0 and not why:
+        _note_allocation(life)
     life.stop.watch(run.stop_file)
     kernels = run.path.parent / ".cache" / "inductor" / run.name
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels))
@@ -127,7 +130,7 @@ def train(life: Life) -> int:
         master_port=env.master_port,
         timeout_s=timeout_s,
     )
-    if why := world.share(nothing_to_do(run, config) if world.is_main else None):
+    if why := world.share(why):
         if world.is_main:
             _say(why)
         return life.leave(0)
@@ -166,6 +169,23 @@ def train(life: Life) -> int:
         code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
         if code is not None:
             return _leave_together(life, world, code, outcome.reason)
+
+
+def _note_allocation(life: Life) -> None:
+    """Tell goodput of this life, which may die before it trains, and when SLURM had freed the nodes of the one before.
+
+    A life that is killed says nothing more; its last heartbeat is too early, and from before training there is none.
+    """
+    run, env = life.run, life.env
+    shown = None
+    if env.scheduler == "slurm" and env.restart > 0:
+        with contextlib.suppress(slurm.SlurmError):
+            shown = slurm.show(env.job, timeout_s=5)
+    former = {"former_life_ended": shown.queued_at} if shown and shown.queued_at else {}
+    try:
+        env.events(run).append("allocated", world_size=env.world_size, step=run.latest_step(), **former)
+    except OSError as e:  # a full disk ends no training
+        _say("event not written", event="allocated", error=e)
 
 
 def _resolved(life: Life, config: configs.Config, world: World, fence: Fence | None) -> Resolved:

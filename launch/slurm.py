@@ -8,9 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TypeVar
 
 from ddpm.errors import EnvironmentLacks
+from ddpm.rundir import stamp
 
 TIMEOUT_S = 30
 PATIENCE_S = 90
@@ -65,12 +67,14 @@ class Shown:
     partition: str
     qos: str
     time_limit: str
+    queued_at: str | None
+    """When it last entered the queue: for a requeued job, when the nodes of its former life were free again."""
 
 
-def show(job: str) -> Shown | None:
+def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
     """None where SLURM knows no such job (any more). Raises SlurmError."""
     try:
-        shown = run(["scontrol", "show", "job", "-o", job])
+        shown = run(["scontrol", "show", "job", "-o", job], timeout_s=timeout_s)
     except SlurmError as e:
         if "Invalid job id" in str(e):
             return None
@@ -82,6 +86,7 @@ def show(job: str) -> Shown | None:
         partition=_field(shown, "Partition") or "",
         qos=_field(shown, "QOS") or "",
         time_limit=_field(shown, "TimeLimit") or "",
+        queued_at=_stamp(_field(shown, "SubmitTime")),
     )
 
 
@@ -173,6 +178,14 @@ def _setting(config: str, key: str) -> str | None:
 def _field(shown: str, key: str) -> str | None:
     match = re.search(rf"\b{key}=(\S+)", shown)
     return match.group(1) if match else None
+
+
+def _stamp(local_time: str | None) -> str | None:
+    """Of a local time in SLURM's default form; None for another, which SLURM_TIME_FORMAT may ask for."""
+    try:
+        return stamp(datetime.fromisoformat(local_time or ""))
+    except ValueError:
+        return None
 
 
 def requeue(job: str) -> None:

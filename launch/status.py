@@ -21,7 +21,7 @@ from launch.sample import find_run
 EXAMPLES = """examples:
   python launch/status.py                      all runs
   python launch/status.py cifar10 --watch      one, kept up to date
-  python launch/status.py cifar10 --events     its life: submitted, started, checkpoints, requeued, …
+  python launch/status.py cifar10 --events     its life: submitted, allocated, started, checkpoint, …
   python launch/status.py --json               for scripts
 """
 SILENT_AFTER_S = 60.0
@@ -40,8 +40,9 @@ def parse() -> argparse.Namespace:
 
 def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     """One run as plain values, whatever of it exists."""
-    # a job that found the run taken says nothing about the run
-    events = [e for e in read_events(run) if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
+    every = read_events(run)
+    # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
+    events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat = read_json(run.heartbeat) or {}
     try:
         config = load_yaml(run.config.read_text(), str(run.config))
@@ -55,7 +56,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
         str(e["job"]): states[str(e["job"])] for e in events if e["event"] == "submitted" and str(e["job"]) in states
     }
     age = time.time() - goodput.seconds(beat["time"]) if beat.get("time") else None
-    spent = goodput.breakdown(events, beat, time.time())
+    spent = goodput.breakdown(every, beat, time.time())
     scores = {}
     for path in sorted(run.eval.glob("*.json")):
         record = read_json(path) or {}
@@ -94,7 +95,7 @@ def _state(
     run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
 ) -> str:
     """complete | running | queued | stopped | failed | prepared | ended: the run directory's word, then SLURM's."""
-    last = next((e["event"] for e in reversed(events) if e["event"] != "checkpoint"), None)
+    last = next((e["event"] for e in reversed(events) if e["event"] not in ("allocated", "checkpoint")), None)
     training = [e["event"] for e in events if e["event"] in TRAINING and e.get("stage", "train") == "train"]
     trained = (total and saved >= total) or training[-1:] == ["finished"]  # it may have ended early
     if trained and not jobs:

@@ -126,8 +126,9 @@ def _runs(env: environment.JobEnvironment) -> bool:
 
 
 def _uncounted_lives(run: RunDir, env: environment.JobEnvironment) -> int:
-    """How many lives of the job began since the last that could write an event."""
-    return env.restart - max((int(e["restart"]) for e in read_events(run) if e.get("job") == env.job), default=0)
+    """How many lives of the job began since the last that had room to tell what became of it."""
+    told = (e for e in read_events(run) if e.get("job") == env.job and e["event"] != "allocated")
+    return env.restart - max((int(e["restart"]) for e in told), default=0)
 
 
 def _chain_waits_for(successor: str, job: str) -> None:

@@ -39,7 +39,9 @@ def test_status_shows_a_table_by_name_or_by_path(finished: Shell) -> None:
 
 def test_status_lists_the_events_of_a_life(finished: Shell) -> None:
     lines = finished("status", "tiny", "--events").stdout.splitlines()
-    assert [line.split()[4] for line in lines] == ["submitted", "started", "checkpoint", "checkpoint", "finished"]
+    told = [line.split()[4] for line in lines]
+    assert told.count("submitted") == 1  # which a quick job may precede
+    assert [t for t in told if t != "submitted"] == ["allocated", "started", "checkpoint", "checkpoint", "finished"]
     rows = [json.loads(line) for line in finished("status", "--events", "--json").stdout.splitlines()]
     assert [row["event"] for row in rows] == [line.split()[4] for line in lines]
     assert {row["run"] for row in rows} == {"tiny"}

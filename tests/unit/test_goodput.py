@@ -50,6 +50,21 @@ def test_what_a_killed_life_did_after_its_last_save_is_lost() -> None:
     assert breakdown(events, beat(1, 255), NOW) == pytest.approx(kinds(start_up=15, kept=80, lost=30))
 
 
+def test_a_life_that_only_got_its_nodes_ends_when_slurm_freed_them() -> None:
+    events = life(0, 0, (2, "allocated")) + life(1, 500, (501, "allocated"))  # pre-empted while starting, then killed
+    events[1]["former_life_ended"] = stamp(40)
+    events += life(2, 600, (603, "allocated"), (610, "resumed"), (700, "checkpoint"), (700, "finished"))
+    events[2].update(former_life_ended=stamp(530), last_sign=None)
+    assert breakdown(events, beat(2, 700), NOW) == pytest.approx(kinds(start_up=40 + 30 + 10, kept=90))
+
+
+def test_a_life_that_fell_silent_held_its_nodes_until_slurm_noticed() -> None:
+    events = life(0, 0, (2, "allocated"), (10, "started"), (40, "checkpoint"))
+    events += life(1, 200, (202, "allocated"), (205, "resumed"), (255, "checkpoint"), last_sign=beat(0, 70))
+    events[3]["former_life_ended"] = stamp(130)
+    assert breakdown(events, beat(1, 255), NOW) == pytest.approx(kinds(start_up=15, kept=80, lost=90))
+
+
 def test_what_a_living_run_did_since_its_last_save_is_neither_kept_nor_lost() -> None:
     events = life(0, 0, (10, "started"), (40, "checkpoint"))
     now = seconds(stamp(75))

@@ -1,5 +1,7 @@
 """launch/slurm.py: what is read from SLURM's answers. They are given here, as SLURM 22.05 and 24.11 print them."""
 
+import time
+
 import pytest
 
 from launch import slurm
@@ -64,8 +66,16 @@ def test_a_qos_says_so_where_slurm_pre_empts_by_it(
 
 
 def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0"))
-    assert slurm.show("17") == slurm.Shown("RUNNING", 2, False, "gpu", "normal", "01:00:00")
+    answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + " SubmitTime=2026-11-20T09:00:01")
+    local = time.mktime((2026, 11, 20, 9, 0, 1, 0, 0, -1))
+    utc = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(local))
+    assert slurm.show("17") == slurm.Shown("RUNNING", 2, False, "gpu", "normal", "01:00:00", utc)
+
+
+def test_a_job_is_shown_though_the_user_has_slurm_write_times_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + " SubmitTime=Today")
+    shown = slurm.show("17")
+    assert shown is not None and shown.state == "RUNNING" and shown.queued_at is None
 
 
 def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

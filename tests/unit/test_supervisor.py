@@ -47,7 +47,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     def show(job: str) -> slurm.Shown | None:
         life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
-        return slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00") if c.state else None
+        return slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None) if c.state else None
 
     monkeypatch.setattr(slurm, "show", show)
     monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, 10, 5))

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from ddpm.rundir import RunDir, read_events, read_json, sha256_file
+from launch.goodput import breakdown
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result
 from tools.chaos.lives import curve, final, same
@@ -60,21 +61,27 @@ def pre_empted_while_starting(c: Cluster, count: int) -> Result:
     """Pre-empted before any step, SIGTERM coming soon after a rank's first sign: that is no failure."""
     chosen = random.Random(5)
     run, job = c.submit("train.total_steps=300")
+    held_s = 0.0
     for times in range(1, count + 1):
         c.wait_restart(job, times - 1)
+        began = time.monotonic()
         (rank,) = c.wait_ranks(run, 1)
         time.sleep(chosen.uniform(0, 0.1))  # and found a fifth of a second late
         send(rank.pid, signal.SIGTERM)  # SLURM's own comes too late for python's first moments
         c.strike(job, "pre-emption")
         c.bed.wait_for(lambda times=times: c.bed.restart_count(job) == times, 90, f"pre-emption {times}")
+        held_s += time.monotonic() - began
     state = c.bed.wait_state(job, timeout_s=120)
+    told_s = breakdown(read_events(run), {}, 0)["start_up"]
     events = read_events(run)
     blamed = [e for e in events if e["event"] == "failed" or (e["event"] == "requeued" and e["reason"] == "crash")]
     trained = sum(s > 0 for s in steps_at(run, "stop_requested"))
     passed = state == "COMPLETED" and not blamed and c.bed.restart_count(job) >= count and metrics_whole(run)
-    return Result(f"{count} pre-emptions during start-up", "none counts as a failure; the run completes",
-                  f"{state} after {c.bed.restart_count(job)} restarts, {len(blamed)} counted as failures; "
-                  f"{trained} came after a first step", passed)  # fmt: skip
+    return Result(f"{count} pre-emptions during start-up",
+                  "none counts as a failure; the run completes; goodput counts the nodes' time",
+                  f"{state} after {c.bed.restart_count(job)} restarts, {len(blamed)} counted as failures; {trained} "
+                  f"came after a first step; goodput tells {told_s:.0f} s of start-up, and they held nodes for "
+                  f"{held_s:.0f} s", passed and told_s > 0.8 * held_s)  # fmt: skip
 
 
 def pre_empted_without_grace(c: Cluster, count: int) -> Result:
