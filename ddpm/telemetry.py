@@ -139,13 +139,25 @@ class Telemetry:
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a sample grid, uint8 (H, W, 3)."""
         self._try("grid", lambda: write_png(self._run.grid(step), grid, may_publish=self._may_publish))
+        self._show_grid(step, grid)
+
+    def grid_again(self, step: int) -> None:
+        """Where an earlier life published the grid of `step`: its image in TensorBoard is hidden by this life's."""
+        if step > self._first_step:
+            self._try("grid", lambda: self._show_grid(step, read_png(self._run.grid(step))))
+
+    def _show_grid(self, step: int, grid: np.ndarray) -> None:
         self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: _add_grid(board, step, grid)))
+        self._flush_board()
 
     def sync(self) -> None:
         """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""
         self._write()
         os.fsync(self._metrics.fileno())
+        self._flush_board()
+
+    def _flush_board(self) -> None:
         if self._board is not None:
             self._try("tensorboard", self._board.flush)
 

@@ -296,6 +296,9 @@ class Trainer:
             return self._stop(reason)  # asked for while starting up
         self._event(self._beginning, self.at.step)
         self._beginning = "resumed"
+        # of the last life's last step, where a stop came before it was drawn
+        if self._grid_due() and (reason := self._grid(stop_requested)):
+            return self._stop(reason)
         self._mark_time()
         while self.at.step < total:
             self._step()
@@ -317,8 +320,8 @@ class Trainer:
                 return self._stop(STOP_REASONS[code])
             if save_due:
                 self._save()
-            if self._grid_due():
-                self._grid(stop_requested)
+            if self._grid_due() and (reason := self._grid(stop_requested)):
+                return self._stop(reason)
         return self._finish(stop_requested)
 
     def _agreed_stop(self, stop_requested: StopRequested) -> str:
@@ -471,17 +474,19 @@ class Trainer:
 
     def _grid_due(self) -> bool:
         every = self.config.log.grid_every_steps
-        return every is not None and self.at.step % every == 0 and self.at.step < self.config.train.total_steps
+        return every is not None and self.at.step % every == 0 and 0 < self.at.step < self.config.train.total_steps
 
-    def _grid(self, stop_requested: StopRequested) -> None:
+    def _grid(self, stop_requested: StopRequested) -> str:
         """Rank 0 draws log.grid_images samples by the weights of `sample.weights`, from the same noise each time.
 
         All ranks agree at each step of the sampler on whether to go on: a stop may be asked of any of them, and none
-        waits for another for as long as a grid takes.
+        waits for another for as long as a grid takes. Returns why it is left undrawn, or "".
         """
         there = self.telemetry is not None and self.run.grid(self.at.step).exists() and self.at.attempt == 0
         if self.world.share(there):
-            return
+            if self.telemetry is not None:
+                self.telemetry.grid_again(self.at.step)
+            return ""
         model = self.model if self.config.sample.weights == "model" else self.ema.model
         model.eval()
 
@@ -495,8 +500,10 @@ class Trainer:
                 self.telemetry.grid(
                     self.at.step, grids.draw(self.config, model, self.schedule, self.resolved.amp, poll)
                 )
-        except Stopped:
+        except Stopped as e:
             if self.telemetry is not None:
-                say("grid skipped: a stop was requested", step=self.at.step)
+                say("grid not drawn: a stop was requested", step=self.at.step)
+            return e.reason
         finally:
             self.model.train()
+        return ""

@@ -69,7 +69,8 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         why = "another job holds the run" if code == EXIT_BUSY else "starting again would end the same way"
         return failed(f"exit code {code}: {why}; the log above says more")
     asked_at = time.monotonic()
-    if not slurm.patiently(lambda: _runs(env)):
+    shown = slurm.patiently(lambda: _runs(env))
+    if shown is None:
         return code
     if time.monotonic() - asked_at > slurm.RETRY_S:  # a slurmctld that has just come back may lose a requeue
         time.sleep(SETTLE_S)
@@ -86,8 +87,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     # of an array has no successor: it comes back by itself, or is made up for later.
     stopped = reason in ("preempted", "save_failed")
     cancels = stopped and stage != "sample" and not slurm.mercy(env.job).requeues
-    shown = slurm.patiently(lambda: slurm.show(env.job))
-    forbidden = cancels or (shown is not None and not shown.may_requeue)
+    forbidden = cancels or not shown.may_requeue
     if forbidden and stage == "sample":
         return failed("requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing")
     noted = _note(log, "requeued", reason=reason, exit_code=code, progress=here, stage=stage)
@@ -113,16 +113,19 @@ def _requeue(env: environment.JobEnvironment) -> bool:
     return True
 
 
-def _runs(env: environment.JobEnvironment) -> bool:
-    """Whether this life is still SLURM's to put back: asked right before each such order. Raises SlurmError."""
+def _runs(env: environment.JobEnvironment) -> slurm.Shown | None:
+    """What SLURM says of this life where it is still to be put back: asked right before each such order.
+
+    Raises SlurmError.
+    """
     shown = slurm.show(env.job)
     if shown is None or shown.state != "RUNNING":
         _say(f"SLURM calls the job {shown.state if shown else 'gone'}: leaving it to SLURM")
     elif shown.restarts != env.restart:
         _say(f"SLURM runs life {shown.restarts} of the job, and this is {env.restart}: leaving it alone")
     else:
-        return True
-    return False
+        return shown
+    return None
 
 
 def _uncounted_lives(run: RunDir, env: environment.JobEnvironment) -> int:

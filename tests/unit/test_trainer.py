@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm import checkpoint, distributed, grids, runtime, schedule
 from ddpm.config import Config
@@ -580,7 +581,7 @@ def stop_rank_1_within_a_grid(rank: int, port: int, config: Config, run: RunDir)
             asked += life.trainer.at.step == 4  # once after the step, then in its grid
             return "preempted" if rank == 1 and asked >= 4 else None
 
-        assert life.trainer.train(stop_requested) == Outcome(False, 5, "preempted", True)
+        assert life.trainer.train(stop_requested) == Outcome(False, 4, "preempted", True)
         assert asked == 4, "the grid went on"
     distributed.leave()
 
@@ -605,7 +606,7 @@ def on_two_ranks(work: Any, *args: Any) -> None:
 def test_a_stop_asked_of_another_rank_ends_the_grid_that_rank_0_draws(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     on_two_ranks(stop_rank_1_within_a_grid, make_config(log__grid_every_steps=4), run)
-    assert not run.grid(4).exists() and run.steps_saved() == [5]
+    assert not run.grid(4).exists() and run.steps_saved() == [4]
 
 
 # ---------------------------------------------------------------- what it reports
@@ -634,14 +635,26 @@ def test_milestones_by_epoch_are_the_first_steps_past_each(tmp_path: Path) -> No
     ]
 
 
-def test_a_resumed_run_draws_the_same_last_grid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_a_run_draws_the_same_grids_wherever_it_was_stopped(tmp_path: Path, step: int) -> None:
     config = make_config(log__grid_every_steps=4)
     one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
     live(config, one)
-    live(config, other, stops=[5])
+    live(config, other, stops=[step])
     assert sorted(p.name for p in one.grids.iterdir()) == ["step-000000004.png", "step-000000008.png"]
     for step in (4, TOTAL):
         assert one.grid(step).read_bytes() == other.grid(step).read_bytes()
+
+
+@pytest.mark.parametrize("save_every", [3, 4])
+def test_tensorboard_shows_each_grid_once_though_a_life_died_after_it_drew_one(tmp_path: Path, save_every: int) -> None:
+    config, run = make_config(log__grid_every_steps=2, checkpoint__every_steps=save_every), make_run(tmp_path)
+    with pytest.raises(Killed), Life(config, run) as life:
+        life.train(kill_at=5)
+    assert run.grid(4).exists()
+    live(config, run)
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [e.step for e in board.Images("samples")] == [2, 4, 6, 8]
 
 
 def test_a_batch_on_a_rank_is_its_slice_of_the_global_batch() -> None:

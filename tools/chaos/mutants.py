@@ -72,8 +72,8 @@ SLURM_MUTANTS = {
     ),
     "handler-that-saves": Edit(
         "one-rank-signalled", "ddpm/trainer.py",
-        '        self._beginning = "resumed"\n        self._mark_time()\n',
-        '        self._beginning = "resumed"\n        self._mark_time()\n'
+        '        self._beginning = "resumed"\n',
+        '        self._beginning = "resumed"\n'
         "        import os, signal\n\n"
         "        signal.signal(signal.SIGUSR2, lambda *_: (self._save(wait=True), os._exit(75)))\n",
     ),
