@@ -21,6 +21,7 @@ from tools.chaos.lives import TINY
 from tools.slurm_testbed.harness import ENDED, SBIN_PATH, SlurmTestbed
 
 LONG = "train.total_steps=1000000"
+STATE_SAVED_S = 6  # slurmctld writes within 5 s; a job whose start it had not written would be PENDING to the next one
 
 
 class NotRun(Exception):
@@ -229,6 +230,7 @@ class Cluster:
     @contextlib.contextmanager
     def without_slurmctld(self) -> Iterator[None]:
         """Within: slurmctld is dead of SIGKILL, and no command of SLURM's is answered."""
+        time.sleep(STATE_SAVED_S)
         os.kill(self._daemon("slurmctld"), signal.SIGKILL)
         try:
             yield
