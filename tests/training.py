@@ -171,22 +171,22 @@ def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
 # ---------------------------------------------------------------- several ranks
 
 
-def _rank(
-    rank: int, world_size: int, port: int, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None
-) -> None:
+def _joined(rank: int, world_size: int, port: int, work: Callable[..., None], *args: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    world = distributed.join(
-        rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port
-    )
+    address = {"master_addr": "127.0.0.1", "master_port": port}
+    work(distributed.join(rank=rank, world_size=world_size, local_rank=rank, **address), *args)
+    distributed.leave()
+
+
+def _rank(world: distributed.World, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
     recorded: dict[tuple[int, int], Any] = {}
     with Life(config, run, world=world) as life:
         if seen:
             record(life.trainer, recorded)
         life.train(stop_at=stop_at)
     if seen:
-        torch.save(recorded, seen / f"{world_size}-{rank}-{life.trainer.at.step}.pt")
-    distributed.leave()
+        torch.save(recorded, seen / f"{world.world_size}-{world.rank}-{life.trainer.at.step}.pt")
 
 
 def record(trainer: Trainer, into: dict[tuple[int, int], Any]) -> None:
@@ -207,13 +207,17 @@ def live_on_ranks(
     world_size: int, config: config.Config, run: RunDir, *, stop_at: Iterable[int] = (), seen: Path | None = None
 ) -> None:
     """One life on `world_size` gloo ranks, until it stops or is done."""
+    on_ranks(world_size, _rank, config, run, list(stop_at), seen)
+
+
+def on_ranks(world_size: int, work: Callable[..., None], *args: Any) -> None:
+    """work(world, *args) on `world_size` gloo ranks, each a process of its own."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once, and never forked with threads
     context.set_forkserver_preload(["tests.training", "torch.utils.tensorboard", "torch._dynamo"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    args = (world_size, port, config, run, list(stop_at), seen)
-    ranks = [context.Process(target=_rank, args=(rank, *args)) for rank in range(world_size)]
+    ranks = [context.Process(target=_joined, args=(rank, world_size, port, work, *args)) for rank in range(world_size)]
     for p in ranks:
         p.start()
     for p in ranks:

@@ -3,9 +3,6 @@
 import errno
 import json
 import math
-import multiprocessing
-import os
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +34,7 @@ from tests.training import (
     make_config,
     make_images,
     make_run,
+    on_ranks,
     record,
 )
 
@@ -570,42 +568,22 @@ def test_a_grid_shows_the_weights_that_the_config_samples_and_changes_no_step(tm
     assert np.array_equal(grid_of(run, TOTAL), drawn) and run.grid(3).exists()
 
 
-def stop_rank_1_within_a_grid(rank: int, port: int, config: Config, run: RunDir) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    world = distributed.join(rank=rank, world_size=2, local_rank=rank, master_addr="127.0.0.1", master_port=port)
+def stop_rank_1_within_a_grid(world: distributed.World, config: Config, run: RunDir) -> None:
     with Life(config, run, world=world) as life:
         asked = 0
 
         def stop_requested() -> str | None:
             nonlocal asked
             asked += life.trainer.at.step == 4  # once after the step, then in its grid
-            return "preempted" if rank == 1 and asked >= 4 else None
+            return "preempted" if world.rank == 1 and asked >= 4 else None
 
         assert life.trainer.train(stop_requested) == Outcome(False, 4, "preempted", True)
         assert asked == 4, "the grid went on"
-    distributed.leave()
-
-
-def on_two_ranks(work: Any, *args: Any) -> None:
-    """work(rank, port, *args), in two processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=work, args=(rank, port, *args)) for rank in range(2)]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(120)
-    codes = [p.exitcode for p in ranks]
-    for p in ranks:
-        p.kill()
-    assert codes == [0, 0]
 
 
 def test_a_stop_asked_of_another_rank_ends_the_grid_that_rank_0_draws(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    on_two_ranks(stop_rank_1_within_a_grid, make_config(log__grid_every_steps=4), run)
+    on_ranks(2, stop_rank_1_within_a_grid, make_config(log__grid_every_steps=4), run)
     assert not run.grid(4).exists() and run.steps_saved() == [4]
 
 
