@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.fence import Fence
 from ddpm.rundir import (
+    TMP_PREFIX,
     DamagedFile,
     RunDir,
     now,
     publishing,
     read_signed,
-    remove_stale,
     sha256_file,
     sign,
     write_json,
@@ -232,6 +232,7 @@ class Checkpointer:
                         raise
                     raise f.failed from None
             if with_ema:
+                run.ema_weights(step).unlink(missing_ok=True)  # left by a save that never got its manifest
                 self._write_ema(state["ema"], step, token)
             write_json(
                 run.manifest(step),
@@ -254,6 +255,8 @@ class Checkpointer:
                 token=token,
                 may_publish=self._fence.check,
             )
+        if with_ema and not run.ema_weights(step).exists():  # the generation was saved before it was to be the last
+            self._write_ema(state["ema"], step, token)
         self._on_saved(step)
         try:
             self._retain(step)
@@ -270,7 +273,6 @@ class Checkpointer:
     def _write_ema(self, ema: dict[str, torch.Tensor], step: int, token: str) -> None:
         from safetensors.torch import save
 
-        self._run.ema_weights(step).unlink(missing_ok=True)  # left by a save that never got its manifest
         with publishing(self._run.ema_weights(step), token=token, may_publish=self._fence.check) as f:
             f.write(save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
 
@@ -312,8 +314,9 @@ class Checkpointer:
         directory = self._run.checkpoints
         names = {p.name for p in directory.iterdir()}
         self._fence.check()  # after the look around: none of it is a later job's
-        remove_stale(directory)
         for name in sorted(names):
-            if (found := re.fullmatch(r"step-(\d{9,})\.pt", name)) and f"{name[:-3]}.json" not in names:
+            if name.startswith(TMP_PREFIX):
+                (directory / name).unlink(missing_ok=True)
+            elif (found := re.fullmatch(r"step-(\d{9,})\.pt", name)) and f"{name[:-3]}.json" not in names:
                 self._run.ema_weights(int(found[1])).unlink(missing_ok=True)
                 (directory / name).unlink(missing_ok=True)

@@ -13,7 +13,9 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACK_VERSION = 1
+ABANDONED_AFTER_S = 86_400
 Item = tuple[np.ndarray, int]
 Progress = Callable[[int, int], None]
 StopRequested = Callable[[], "str | None"]
@@ -132,9 +135,10 @@ def pack(
         return key, open_packed(cache, key)
     if data.name == "celeba" and list(source.members) == ["train"]:
         log.warning("data.path=%s no %s: every image is for training", data.path, celeba.PARTITION)
-    tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}"
+    tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        tmp.mkdir(parents=True, exist_ok=True)
+        tmp.mkdir(parents=True)
+        _remove_abandoned(cache)
     except OSError as e:
         raise EnvironmentLacks(
             f"cannot write the data cache {cache} ({e.strerror}); choose another place with --root "
@@ -156,6 +160,14 @@ def pack(
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return key, open_packed(cache, key)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """What packings that were killed have left: gigabytes that nobody has written to for a day."""
+    for left in cache.glob(f"{TMP_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if max(p.stat().st_mtime for p in (left, *left.glob("*"))) < time.time() - ABANDONED_AFTER_S:
+                shutil.rmtree(left)
 
 
 def _watched(
@@ -219,7 +231,7 @@ def copy_to_scratch(cache: Path, key: str, scratch: Path) -> None:
         return
     except (OSError, DamagedFile):
         shutil.rmtree(scratch / key, ignore_errors=True)
-    tmp = scratch / f"{TMP_PREFIX}{key}.{os.getpid()}"
+    tmp = scratch / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         shutil.copytree(cache / key, tmp)
         try:

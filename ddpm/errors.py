@@ -30,6 +30,10 @@ class EnvironmentLacks(DDPMError):
     exit_code = 3
 
 
+class NodeUnfit(DDPMError):
+    """This node cannot do the work that another one may: a job that meets this is tried again."""
+
+
 class RunBusy(DDPMError):
     """Another job holds the run, or has fenced this one out."""
 

@@ -188,14 +188,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def remove_stale(directory: Path, token: str = "") -> list[Path]:
-    """Delete temporaries that earlier lives left in `directory`, except those of `token`; returns what went."""
-    stale = [p for p in directory.glob(f"{TMP_PREFIX}*") if not token or f".{token}." not in p.name]
-    for p in stale:
-        p.unlink(missing_ok=True)
-    return stale
-
-
 # ---------------------------------------------------------------- paths
 
 

@@ -69,6 +69,24 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
+class Later:
+    """A bool tensor on its way from the device to the host: asking waits for its own value, not for what was queued
+    after it, as reading the tensor would."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._here, self._arrived = value, None
+        if value.is_cuda:
+            self._here = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._here.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._here)
+
+
 def build_model(config: Config, device: torch.device, precision: str) -> UNet:
     """The configured network on `device`, laid out as pays for `precision`. Initial weights follow from the seed."""
     with torch.random.fork_rng(devices=[]):

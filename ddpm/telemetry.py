@@ -147,7 +147,8 @@ class Telemetry:
             self._try("grid", lambda: self._show_grid(step, read_png(self._run.grid(step))))
 
     def _show_grid(self, step: int, grid: np.ndarray) -> None:
-        self._grids.append(step)
+        if step > self._first_step:  # an image of that step is not hidden by a new file's
+            self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: _add_grid(board, step, grid)))
         self._flush_board()
 
@@ -224,10 +225,14 @@ def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] 
 
 
 def read_png(path: Path) -> np.ndarray:
+    """Raises OSError, also where the file is damaged."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (SyntaxError, ValueError) as e:  # what Pillow calls some damages
+        raise OSError(f"{path}: {e}") from None
 
 
 def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ from ddpm.telemetry import Telemetry, say
 
 StopRequested = Callable[[], "str | None"]
 STOP_REASONS = ("", "preempted", "time_limit", "interrupted", "STOP")
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,11 @@ class Trainer:
         self.scaler = self._new_scaler()
         self.at = Progress()
         self.window = Window.empty(device)
-        self._finite: torch.Tensor | None = None  # of the last step, read one step late
-        self._pending: torch.Tensor | None = None
+        self._finite: runtime.Later | None = None  # of the last step, read one step late
+        self._pending: runtime.Later | None = None
         self._latest: dict[str, Any] = {}
         self._beginning = "started"
+        self._warm = False
         self._saved_at = time.monotonic()
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         network: Any = torch.compile(self.model) if resolved.compile else self.model
@@ -102,7 +108,8 @@ class Trainer:
         failure, step, lived = None, None, 0
         if self.world.is_main:
             # a life may have been killed after a rollback and before its next save: its attempt counts all the same
-            lived = sum(e["event"] == "rollback" for e in read_events(self.run))
+            told = (e.get("attempt", 0) for e in read_events(self.run) if e["event"] == "rollback")
+            lived = max(told, default=0)  # no sum: an orphan may have told of the same one
             try:
                 found = checkpoint.newest_good(self.run, say)
                 step = found.step if found else None
@@ -170,13 +177,15 @@ class Trainer:
 
         Here the network is compiled. And DDP regroups its buckets after its first backward, in the order in which
         gradients arrived; with more than two ranks the order of summation follows. Doing it before the first step
-        gives every life the same one.
+        gives every life the same one. To be called before each `train`, as a life may go on after a stop; once is
+        enough, and all that is done.
         """
-        wanted = self.world.world_size > 1 or self.resolved.compile
-        if not wanted or self.at.step >= self.config.train.total_steps or self._agreed_stop(stop_requested):
+        wanted = not self._warm and (self.world.world_size > 1 or self.resolved.compile)
+        if not wanted or self._at_the_end() or self._agreed_stop(stop_requested):
             return
         self._forward_backward(self.at.step, warm_up=True)
         self.optimizer.zero_grad(set_to_none=True)
+        self._warm = True
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["config_digest"] != self.config.digest():
@@ -278,10 +287,10 @@ class Trainer:
         self.window.grad_norm += torch.where(torch.isfinite(norm), norm, 0)
         self.window.steps += 1
         self.at.step += 1
-        self._pending, self._finite = self._finite, finite
+        self._pending, self._finite = self._finite, runtime.Later(finite)
 
-    def _bad(self, finite: torch.Tensor | None) -> int:
-        return int(finite is not None and not bool(finite))
+    def _bad(self, finite: runtime.Later | None) -> int:
+        return int(finite is not None and not finite)
 
     # ------------------------------------------------------------ the loop
 
@@ -292,7 +301,7 @@ class Trainer:
         reported as `saved=False`.
         """
         total = self.config.train.total_steps
-        if self.at.step < total and (reason := self._agreed_stop(stop_requested)):
+        if not self._at_the_end() and (reason := self._agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self._event(self._beginning, self.at.step)
         self._beginning = "resumed"
@@ -300,13 +309,13 @@ class Trainer:
         if self._grid_due() and (reason := self._grid(stop_requested)):
             return self._stop(reason)
         self._mark_time()
-        while self.at.step < total:
+        while not self._at_the_end():
             self._step()
             # device values are read one step late, so that a GPU never waits for this; at the end there is no later
             bad = self._bad(self._pending) or (self._bad(self._finite) if self.at.step == total else 0)
             code, bad, save_due = self.world.agree([self._reason_code(stop_requested), bad, self._save_due()])
             log_due = self.at.step % self.config.log.every_steps == 0
-            if (code or save_due or log_due) and not bad:
+            if (code or save_due or log_due or self._grid_due()) and not bad:
                 bad = self.world.agree([self._bad(self._finite)])[0]  # nothing is kept of a step not known to be good
             if bad:
                 self._roll_back()
@@ -323,6 +332,9 @@ class Trainer:
             if self._grid_due() and (reason := self._grid(stop_requested)):
                 return self._stop(reason)
         return self._finish(stop_requested)
+
+    def _at_the_end(self) -> bool:
+        return self.at.step >= self.config.train.total_steps or self._settled() is not None
 
     def _agreed_stop(self, stop_requested: StopRequested) -> str:
         """Why all ranks stop here, or ""."""
@@ -418,7 +430,7 @@ class Trainer:
         return Outcome(False, self.at.step, reason, saved)
 
     def _finish(self, stop_requested: StopRequested) -> Outcome:
-        if self._window_first < self.at.step and self.at.step % self.config.log.every_steps:
+        if self.window.steps:
             self._log()
         self._grid(stop_requested)
         if self.telemetry and (change := self._settled()) is not None:
@@ -476,14 +488,21 @@ class Trainer:
         every = self.config.log.grid_every_steps
         return every is not None and self.at.step % every == 0 and 0 < self.at.step < self.config.train.total_steps
 
+    def _grid_is_drawn(self) -> bool:
+        """Whether the step's PNG is of these weights; after a rollback it may be of weights that were given up."""
+        drawn = self.run.grid(self.at.step)
+        try:
+            return drawn.exists() and (self.at.attempt == 0 or _mtime(drawn) >= _mtime(self.run.manifest(self.at.step)))
+        except FileNotFoundError:
+            return False
+
     def _grid(self, stop_requested: StopRequested) -> str:
         """Rank 0 draws log.grid_images samples by the weights of `sample.weights`, from the same noise each time.
 
         All ranks agree at each step of the sampler on whether to go on: a stop may be asked of any of them, and none
         waits for another for as long as a grid takes. Returns why it is left undrawn, or "".
         """
-        there = self.telemetry is not None and self.run.grid(self.at.step).exists() and self.at.attempt == 0
-        if self.world.share(there):
+        if self.world.share(self.world.is_main and self._grid_is_drawn()):
             if self.telemetry is not None:
                 self.telemetry.grid_again(self.at.step)
             return ""

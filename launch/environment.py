@@ -180,3 +180,8 @@ def set_defaults(**values: str) -> None:
     """Set variables that libraries read, unless the user has."""
     for key, value in values.items():
         os.environ.setdefault(key, value)
+
+
+def gpus_given() -> bool:
+    """Whether SLURM gave this job GPUs."""
+    return any(os.environ.get(k) for k in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"))

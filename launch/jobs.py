@@ -21,15 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm import config as configs
-from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, RunBusy, Stopped
+from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, NodeUnfit, RunBusy, Stopped
 from ddpm.rundir import DamagedFile, RunDir, read_json, read_signed, write_json
 from launch import environment, preemption, slurm
 
 if TYPE_CHECKING:
+    import torch
+
     from ddpm.data import PackedImages
     from ddpm.distributed import World
     from ddpm.fence import Fence
     from ddpm.runtime import Resolved
+
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 class Life:
@@ -82,7 +86,8 @@ def finished(run: RunDir, config: configs.Config) -> bool:
         return False
     settled_at, bound = manifest.get("early_stopped"), config.train.early_stop_below
     settled = settled_at is not None and bound is not None and settled_at < bound
-    return whole and (step >= config.train.total_steps or settled)
+    # without its EMA weights it was saved as one of many, and has only later become the last
+    return whole and (step >= config.train.total_steps or settled) and run.ema_weights(step).exists()
 
 
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
@@ -130,15 +135,17 @@ def train(life: Life) -> int:
         master_port=env.master_port,
         timeout_s=timeout_s,
     )
-    if why := world.share(why):
-        if world.is_main:
-            _say(why)
-        return life.leave(0)
+    _check_device(env, world.device)
     fence = None
-    if world.is_main:
+    if world.is_main and not why:
         fence = Fence(
             run, env.owner(), wait_s=min(60, timeout_s / 2), is_orphan=lambda other: _is_orphan(other, env), log=_say
         )
+        why = nothing_to_do(run, config)  # whoever held the run until now may have finished it
+    if why := world.share(why):
+        if world.is_main:
+            _say(why)
+        return _leave_together(life, world, 0)
     while True:
         try:
             packed = _data(life, config, world)
@@ -157,10 +164,10 @@ def train(life: Life) -> int:
         events=env.events(run) if world.is_main else None,
     )
     trainer.resume()
-    # compilers that start here must not die of a signal meant for us
-    with life.stop.held(), _compiling(kernels, world, trainer.resolved.compile):
-        trainer.warm_up(life.stop)
     while True:
+        # compilers that start here must not die of a signal meant for us
+        with life.stop.held(), _compiling(kernels, world, trainer.resolved.compile):
+            trainer.warm_up(life.stop)
         outcome = trainer.train(life.stop)
         if not outcome.saved:
             return life.leave(1, "save_failed")
@@ -256,6 +263,27 @@ def _device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
 
 
+def _check_device(env: environment.JobEnvironment, device: torch.device) -> None:
+    """Raises NodeUnfit where SLURM gave this job GPUs of a node that has them, and torch cannot use them."""
+    if device.type == "cuda" or not environment.gpus_given() or not any(NVIDIA_GPUS.glob("*")):
+        return
+    import torch
+
+    why = f"torch {torch.__version__} was built with CUDA {torch.version.cuda}: is the driver as new, nvidia-smi well?"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is its CPU build: delete .venv and run tools/env.sh, or install the other"
+    raise NodeUnfit(f"{env.host} has GPUs for this job, but torch cannot use them. {why}")
+
+
+def _one_device(env: environment.JobEnvironment) -> torch.device:
+    """Where a job of one process computes. Raises NodeUnfit."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(env, device)
+    return device
+
+
 def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
     """The packed training data, from node-local scratch where the site has one; packed here if the cache is gone."""
     from ddpm import data
@@ -263,16 +291,8 @@ def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
     record = run_record(life.run)
     cache = Path(record["data"]["cache"])
     key = record["data"]["key"]
-    stopped = None
-    if world.is_main and not (cache / key / "meta.json").exists():
-        _say("the packed data is gone from the cache: packing it again", cache=cache)
-        try:
-            key, _ = data.pack(config.data, "train", cache, stop_requested=life.stop)
-        except Stopped as e:
-            stopped = e.reason
-    key, stopped = world.share((key, stopped))
-    if stopped:
-        raise Stopped(stopped)
+    if world.share(world.is_main and not (cache / key / "meta.json").exists()):
+        key = _pack_again(life, config, world, cache)
     local = None
     if scratch := record["data"].get("scratch"):
         local = environment.expand(scratch) / "ddpm-hpc"
@@ -289,6 +309,30 @@ def _data(life: Life, config: configs.Config, world: World) -> PackedImages:
             f"{record['data']['digest'][:12]} when it was submitted. Restore it, or train another run"
         )
     return packed
+
+
+def _pack_again(life: Life, config: configs.Config, world: World, cache: Path) -> str:
+    """Rank 0 packs, the others answer it meanwhile: none takes its silence for death. Returns the key, on all ranks.
+
+    Raises Stopped, on all ranks.
+    """
+    from ddpm import data
+    from ddpm.trainer import STOP_REASONS
+
+    def agreed(packed: bool = False) -> tuple[str, bool]:
+        code, done = world.agree([STOP_REASONS.index(life.stop() or ""), int(packed)])
+        return STOP_REASONS[code], bool(done)
+
+    key, packed = "", False
+    if world.is_main:
+        _say("the packed data is gone from the cache: packing it again", cache=cache)
+        key, _ = data.pack(config.data, "train", cache, stop_requested=lambda: agreed()[0] or None)
+        agreed(packed=True)
+    while not (world.is_main or packed):
+        reason, packed = agreed()
+        if reason and not packed:
+            raise Stopped(reason)
+    return str(world.share(key))
 
 
 # ---------------------------------------------------------------- sample
@@ -309,7 +353,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
         raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _one_device(env)
     try:
         generation = checkpoint.verify(run, request.checkpoint.step)
     except FileNotFoundError:
@@ -394,7 +438,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
         return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _one_device(env)
     cache = Path(run_record(run)["data"]["cache"])
     against = reference or config.evaluate.reference
     command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
@@ -461,7 +505,7 @@ def main(argv: list[str]) -> int:
     except RunBusy as e:
         _say(str(e))
         code = life.leave(e.exit_code)
-    except slurm.SlurmError as e:  # SLURM may answer the next life
+    except (slurm.SlurmError, NodeUnfit) as e:  # SLURM may answer the next life, another node serve it
         _say(str(e))
         code = life.leave(1)
     except (DDPMError, DamagedFile) as e:

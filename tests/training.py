@@ -79,6 +79,7 @@ class Life:
         images: data.PackedImages | None = None,
         world: distributed.World = ALONE,
         restart: int = 0,
+        warm_up: bool = True,
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
         torch.set_num_threads(1)
@@ -96,11 +97,13 @@ class Life:
             events=EventLog(run, "1", restart, "here") if world.is_main else None,
             owner=owner,
         )
+        self._warm_up = warm_up
         before_resume(self.trainer)
 
     def __enter__(self) -> Life:
         self.trainer.resume()
-        self.trainer.warm_up(lambda: None)
+        if self._warm_up:
+            self.trainer.warm_up(lambda: None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -171,11 +174,18 @@ def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
 # ---------------------------------------------------------------- several ranks
 
 
-def _joined(rank: int, world_size: int, port: int, work: Callable[..., None], *args: Any) -> None:
+def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Callable[..., None], *args: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    address = {"master_addr": "127.0.0.1", "master_port": port}
-    work(distributed.join(rank=rank, world_size=world_size, local_rank=rank, **address), *args)
+    world = distributed.join(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        master_addr="127.0.0.1",
+        master_port=port,
+        timeout_s=timeout_s,
+    )
+    work(world, *args)
     distributed.leave()
 
 
@@ -210,14 +220,17 @@ def live_on_ranks(
     on_ranks(world_size, _rank, config, run, list(stop_at), seen)
 
 
-def on_ranks(world_size: int, work: Callable[..., None], *args: Any) -> None:
+def on_ranks(world_size: int, work: Callable[..., None], *args: Any, timeout_s: float = 600) -> None:
     """work(world, *args) on `world_size` gloo ranks, each a process of its own."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once, and never forked with threads
     context.set_forkserver_preload(["tests.training", "torch.utils.tensorboard", "torch._dynamo"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [context.Process(target=_joined, args=(rank, world_size, port, work, *args)) for rank in range(world_size)]
+    ranks = [
+        context.Process(target=_joined, args=(rank, world_size, port, timeout_s, work, *args))
+        for rank in range(world_size)
+    ]
     for p in ranks:
         p.start()
     for p in ranks:

@@ -1,5 +1,6 @@
 """ddpm/trainer.py: a run that was stopped anywhere, any number of times, is the run that never was."""
 
+import contextlib
 import errno
 import json
 import math
@@ -19,7 +20,7 @@ from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.optimizer import learning_rate
-from ddpm.rundir import RunDir, read_events
+from ddpm.rundir import EventLog, RunDir, read_events
 from ddpm.trainer import Outcome, Trainer
 from launch import jobs
 from tests.training import (
@@ -173,6 +174,30 @@ def test_a_run_that_ended_early_keeps_by_how_much_its_losses_changed_and_goes_on
     assert live(make_config(**options, train__early_stop_below=change / 100), run).step == TOTAL
 
 
+def test_a_run_that_ended_early_is_left_as_it_is_by_a_life_that_comes_later(tmp_path: Path) -> None:
+    config = make_config(train__early_stop_below=100.0, train__early_stop_window=3, log__every_steps=2)
+    run = make_run(tmp_path)
+    live(config, run)
+    saved, told = run.steps_saved(), lines(run)
+    live(config, run)
+    assert (run.steps_saved(), lines(run)) == (saved, told)
+
+
+def test_a_run_cut_short_at_a_step_that_was_saved_ends_as_if_planned_so(tmp_path: Path) -> None:
+    """Stopped at step 5 and submitted again with that many steps: its end is still to be made."""
+    planned, cut = make_run(tmp_path / "planned"), make_run(tmp_path / "cut")
+    config = make_config(train__total_steps=5)
+    live(config, planned)
+    with Life(make_config(), cut) as life:
+        life.train(stop_at=[5])
+    assert jobs.finished(planned, config) and not jobs.finished(cut, config)
+    live(config, cut)
+    assert jobs.finished(cut, config) and events(cut)[-1] == "finished"
+    assert lines(cut) == lines(planned) and [r["step"] for r in lines(cut)] == [3, 5]
+    assert cut.ema_weights(5).read_bytes() == planned.ema_weights(5).read_bytes()
+    assert cut.grid(5).read_bytes() == planned.grid(5).read_bytes()
+
+
 def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     config = make_config(train__ema_start_step=6)
@@ -323,6 +348,22 @@ def test_three_ranks_stopped_and_resumed_end_bit_identical(tmp_path: Path) -> No
     assert_same_end(one, other, TOTAL)
 
 
+def go_on_after_a_stop_while_starting(world: distributed.World, config: Config, run: RunDir) -> None:
+    with Life(config, run, world=world, warm_up=False) as life:
+        for asked in ("preempted", None):  # by hand, and nobody came to kill it
+            life.trainer.warm_up(lambda asked=asked: asked)
+            outcome = life.trainer.train(lambda asked=asked: asked)
+        assert outcome.finished
+
+
+def test_three_ranks_asked_to_stop_while_starting_go_on_bit_identical(tmp_path: Path) -> None:
+    config = make_config(train__global_batch=6, model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "asked")
+    live_on_ranks(3, config, one)
+    on_ranks(3, go_on_after_a_stop_while_starting, config, other)
+    assert_same_end(one, other, TOTAL)
+
+
 # ---------------------------------------------------------------- poison
 
 
@@ -434,6 +475,33 @@ def test_no_save_holds_a_step_that_is_not_known_to_be_good(tmp_path: Path) -> No
     assert checkpoint.load(run, 4)["extra"]["attempt"] == 1
 
 
+def test_a_stop_within_a_grid_saves_no_step_that_is_not_known_to_be_good(tmp_path: Path) -> None:
+    config, run = make_config(checkpoint__every_steps=3, log__grid_every_steps=4), make_run(tmp_path)
+    with Life(config, run) as life:
+        poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
+        asked = 0
+
+        def stop_requested() -> str | None:
+            nonlocal asked
+            asked += life.trainer.at.step == 4
+            return "preempted" if asked >= 2 else None
+
+        assert life.trainer.train(stop_requested) == Outcome(False, 4, "preempted", True)
+        assert life.trainer.at.attempt == 1
+    live(config, run)
+    assert all(math.isfinite(r["loss"]) for r in lines(run))
+
+
+def test_a_rollback_that_an_orphan_told_of_too_counts_once(tmp_path: Path) -> None:
+    config, run = make_config(checkpoint__every_steps=2), make_run(tmp_path)
+    with pytest.raises(Killed), Life(config, run) as life:
+        poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
+        life.train(kill_at=6)
+    EventLog(run, "1", 77, "there").append("rollback", attempt=1)
+    with Life(config, run) as life:
+        assert (life.trainer.at.attempt, life.trainer.at.rollbacks) == (1, 1)
+
+
 def test_poison_that_always_comes_back_ends_with_do_not_retry_and_keeps_the_last_good(tmp_path: Path) -> None:
     config, run = make_config(checkpoint__every_steps=3, train__max_rollbacks=2), make_run(tmp_path)
     with Life(config, run) as life:
@@ -497,7 +565,7 @@ def test_a_full_disk_costs_one_save_and_no_training(
 def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = make_config(checkpoint__every_steps=2), make_run(tmp_path)
     with Life(config, run) as life:
-        full_disk(monkeypatch, lambda: life.trainer.at.step == 5)
+        full_disk(monkeypatch, lambda: life.trainer.at.step == 5 and run.latest_step() == 4)
         assert life.train(stop_at=[5]) == Outcome(False, 5, "preempted", False)
         assert run.steps_saved() == [4, 2]
         assert life.train().finished  # nobody killed us, and there is room again
@@ -622,6 +690,28 @@ def test_a_run_draws_the_same_grids_wherever_it_was_stopped(tmp_path: Path, step
     assert sorted(p.name for p in one.grids.iterdir()) == ["step-000000004.png", "step-000000008.png"]
     for step in (4, TOTAL):
         assert one.grid(step).read_bytes() == other.grid(step).read_bytes()
+
+
+def test_after_a_rollback_a_grid_is_of_the_weights_that_were_kept_and_is_shown_once(tmp_path: Path) -> None:
+    config, run = make_config(log__grid_every_steps=4, checkpoint__every_steps=4), make_run(tmp_path)
+    for kill_at in (5, 5, None):
+        with contextlib.suppress(Killed), Life(config, run) as life:
+            poison(life.trainer, lambda t: t.at.step == 2 and t.at.attempt == 0)
+            life.train(kill_at=kill_at)
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [e.step for e in board.Images("samples")] == [4, 8]
+
+
+@pytest.mark.parametrize("damage", ["torn", "of no kind", "bad chunk", "bad header"])
+def test_a_damaged_picture_ends_no_life(tmp_path: Path, damage: str) -> None:
+    config, run = make_config(log__grid_every_steps=2, checkpoint__every_steps=3), make_run(tmp_path)
+    with pytest.raises(Killed), Life(config, run) as life:
+        life.train(kill_at=5)
+    good = run.grid(4).read_bytes()
+    after = good[:8] + b"\0\0\0\5IHDR\0\0\0\1\0" + bytes(40)
+    damaged = {"torn": good[:-20], "of no kind": b"", "bad chunk": good[:37] + b"\xff" + good[38:], "bad header": after}
+    run.grid(4).write_bytes(damaged[damage])
+    assert live(config, run).step == TOTAL
 
 
 @pytest.mark.parametrize("save_every", [3, 4])
