@@ -78,7 +78,7 @@ def current() -> JobEnvironment:
             int(env.get("SLURM_LOCALID", "0")) if in_step else 0,
             _first_node_address(env) if world_size > 1 else here,
             _port(job, restart),
-            int(env.get("SLURM_CPUS_PER_TASK", "1")),
+            _cpus_of_rank(env) if in_step else 1,
             int(array[1]) if array[1] else None,
             since,
         )
@@ -100,6 +100,15 @@ def current() -> JobEnvironment:
         )
     job = env.get("DDPM_JOB", f"local-{os.getpid()}")
     return JobEnvironment("local", job, 0, here, 0, 1, 0, here, 0, cpus, None, since)
+
+
+def _cpus_of_rank(env: os._Environ[str]) -> int:
+    """What was asked for; else this rank's share of what the step has on this node, where ranks may not be bound."""
+    if asked := env.get("SLURM_CPUS_PER_TASK"):
+        return int(asked)
+    bound = len(os.sched_getaffinity(0))
+    ranks = max(int(n) for n in re.findall(r"(?:^|,)(\d+)", env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
+    return min(bound, max(1, int(env.get("SLURM_CPUS_ON_NODE", bound)) // ranks))
 
 
 def _port(job: str, restart: int) -> int:
@@ -158,8 +167,13 @@ def allocation() -> dict[str, str]:
         "ntasks-per-node": "SLURM_NTASKS_PER_NODE",
         "cpus-per-task": "SLURM_CPUS_PER_TASK",
         "gpus-per-node": "SLURM_GPUS_PER_NODE",
+        "mem": "SLURM_MEM_PER_NODE",
+        "mem-per-cpu": "SLURM_MEM_PER_CPU",
     }
-    return {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
+    options = {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
+    if gpus := os.environ.get("SLURM_GPUS_ON_NODE"):  # also of a job that asked for them otherwise, as by --gres
+        options.setdefault("gpus-per-node", gpus)
+    return options
 
 
 @contextmanager

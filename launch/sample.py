@@ -169,14 +169,14 @@ def main() -> int:
     from ddpm import sampleset
 
     missing = sampleset.missing_shards(sample_set, request)
-    if missing and not args.prepare:
-        site = cluster.settle(site, dry_run=False)
+    if missing:
+        site = cluster.settle(site, dry_run=args.prepare)
     publish(run, sample_set, request)
     if args.prepare:
+        by_hand = scheduler.by_hand(requests.sample_job(run, site, set_name, missing, None)) if missing else ""
         print(
-            f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make, with\n"
-            f"sbatch --partition {site.partition or 'PARTITION'} "
-            f"--array {scheduler.ranges(missing)}%{site.max_parallel} slurm/sample.sbatch {run.path} {set_name}"
+            f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
+            + (f", with\n{by_hand}" if missing else "")
         )
         return 0
     if missing and (code := make(run, site, set_name, missing, wait=args.wait)) is not None:

@@ -1,8 +1,9 @@
 """submitit and sbatch behind one small interface: a Job becomes a script, and a script becomes a job id.
 
 Both paths run the same entry (`python -m launch.jobs`), begin with slurm/supervise.sh and carry the same sbatch
-options, so that stopping and coming back are the same. No pickle holds more than that entry's arguments: a requeued
-job runs today's code on the run directory, not yesterday's objects.
+options, so that stopping and coming back are the same. The options are given as flags: exported SBATCH_* variables,
+which go before #SBATCH lines, are to decide only what nobody asked for. No pickle holds more than that entry's
+arguments: a requeued job runs today's code on the run directory, not yesterday's objects.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,6 +22,9 @@ from ddpm.rundir import EventLog, RunDir, read_events
 from launch import environment, slurm
 from launch.cluster import Site
 from launch.environment import PROJECT
+
+HOME = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
+SBATCH_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Job:
             "cpus-per-task": site.cpus_per_task,
             "mem": site.mem,
             "requeue": True,
+            "export": "ALL",
             "open-mode": "append",
             "signal": f"USR2@{lead}",
             "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.shards else '%j'}.out"),
@@ -80,7 +86,7 @@ class SbatchScheduler:
     via = "sbatch"
 
     def command(self, job: Job, *, offset: int = 0, array: str = "") -> list[str]:
-        flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in job.options().items()]
+        flags = _flags(job.options())
         if array:
             flags.append(f"--array={array}")
         args = [str(job.run.path), *([job.set_name] if job.set_name else [])]
@@ -89,13 +95,13 @@ class SbatchScheduler:
 
     def describe(self, job: Job) -> str:
         """What --dry-run shows: each command, and the template it submits."""
-        commands = [shlex.join(c) for c in self._commands(job)]
+        commands = [shlex.join(c) for c in self.commands(job)]
         return "\n".join(commands) + "\n\n" + (PROJECT / "slurm" / f"{job.stage}.sbatch").read_text()
 
-    def submit(self, job: Job) -> list[str]:
-        return [sbatch(command) for command in self._commands(job)]
+    def submit(self, job: Job) -> Iterator[str]:
+        return map(sbatch, self.commands(job))
 
-    def _commands(self, job: Job) -> list[list[str]]:
+    def commands(self, job: Job) -> list[list[str]]:
         if not job.shards:
             return [self.command(job)]
         size = slurm.max_array_size() if slurm.available() else 1001
@@ -113,14 +119,23 @@ class SubmititScheduler:
 
     via = "submitit"
 
-    def _parameters(self, job: Job) -> dict[str, Any]:
+    @staticmethod
+    def _options(job: Job) -> dict[str, str | bool]:
         options = job.options()
-        log = str(options.pop("output"))
         if len(job.shards) == 1:  # submitit makes no array of one
-            log = log.replace("%A_%a", "%j")
+            options["output"] = str(options["output"]).replace("%A_%a", "%j")
+        return options
+
+    def command(self, job: Job, script: str, tasks: int | None) -> list[str]:
+        """The sbatch of `script`, for an array of so many tasks."""
+        array = [f"--array=0-{tasks - 1}%{min(tasks, job.site.max_parallel)}"] if tasks else []
+        return ["sbatch", *_flags(self._options(job)), *array, script]
+
+    def _parameters(self, job: Job) -> dict[str, Any]:
+        options = self._options(job)
+        log = str(options.pop("output"))
         exports = {
-            "DDPM_HOME": str(PROJECT),
-            "DDPM_PYTHON": sys.executable,
+            **HOME,
             "DDPM_RUN": str(job.run.path),
             "DDPM_STAGE": job.stage,
             **({"DDPM_SET": job.set_name} if job.set_name else {}),
@@ -131,16 +146,17 @@ class SubmititScheduler:
             "time": int(options.pop("time", 0)) or 5,
             "stderr_to_stdout": True,
             "array_parallelism": job.site.max_parallel,
-            "setup": [*setup, '. "$DDPM_HOME/slurm/supervise.sh"'],
+            "setup": [*setup, '. "$DDPM_HOME/slurm/supervise.sh" || exit 2'],
             "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}"],
             "additional_parameters": {**options, "output": log},
         }
 
     def describe(self, job: Job) -> str:
-        """What --dry-run shows: the script that submitit writes."""
-        return self._text(job)
+        """What --dry-run shows: the command, and the script that submitit writes."""
+        tasks = len(job.shards) if len(job.shards) > 1 else None
+        return f"{shlex.join(self.command(job, 'SCRIPT', tasks))}\n\n{self._text(job, tasks)}"
 
-    def _text(self, job: Job) -> str:
+    def _text(self, job: Job, tasks: int | None) -> str:
         from submitit.slurm.slurm import _make_sbatch_string
 
         command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(self._folder(job)))}"
@@ -148,7 +164,7 @@ class SubmititScheduler:
             command=command,
             folder=self._folder(job),
             **self._parameters(job),
-            map_count=len(job.shards) if len(job.shards) > 1 else None,
+            map_count=tasks,
         )
         return _without_time(text) if job.site.time is None else text
 
@@ -156,10 +172,12 @@ class SubmititScheduler:
     def _folder(job: Job) -> Any:
         return job.run.logs / "submitit"
 
-    def submit(self, job: Job) -> list[str]:
+    def submit(self, job: Job) -> Iterator[str]:
         import submitit
 
         from launch import jobs
+
+        sbatch_of = self.command
 
         class Executor(submitit.SlurmExecutor):
             """submitit always asks for a time limit; without --time the partition's own default must hold."""
@@ -168,26 +186,27 @@ class SubmititScheduler:
                 text = str(super()._make_submission_file_text(command, uid))
                 return _without_time(text) if job.site.time is None else text
 
+            def _make_submission_command(self, submission_file_path: Any) -> list[str]:
+                return sbatch_of(job, str(submission_file_path), self.parameters.get("map_count"))
+
             def _internal_process_submissions(self, delayed_submissions: list[Any]) -> list[Any]:
                 # for an array submitit makes an executor of its own class anew, and our text would be lost
                 with mock.patch("submitit.slurm.slurm.SlurmExecutor", Executor):
                     return list(super()._internal_process_submissions(delayed_submissions))
 
+        def run(command: list[str], verbose: bool) -> Any:
+            return lambda: slurm.run(command, timeout_s=SBATCH_TIMEOUT_S)
+
         executor = Executor(self._folder(job), python=_python())
         executor.update_parameters(**self._parameters(job))
         size = slurm.max_array_size()
-        ids: list[str] = []
-        try:
-            with environment.outside_allocation():
-                if not job.shards:
-                    return [str(executor.submit(jobs.main, job.arguments()).job_id)]
-                for i in range(0, len(job.shards), size):
-                    with executor.batch():
-                        tasks = [executor.submit(jobs.main, job.arguments(s)) for s in job.shards[i : i + size]]
-                    ids.append(str(tasks[0].job_id).split("_")[0])
-            return ids
-        except submitit.core.utils.FailedJobError as e:
-            raise slurm.SlurmError(str(e).strip()) from None
+        shards = job.shards or (None,)
+        for i in range(0, len(shards), size):
+            # submitit's own way to run sbatch waits without end, and takes silence for a refusal
+            run_by_us = mock.patch("submitit.core.utils.CommandFunction", run)
+            with environment.outside_allocation(), run_by_us, executor.batch():
+                tasks = [executor.submit(jobs.main, job.arguments(s)) for s in shards[i : i + size]]
+            yield str(tasks[0].job_id).split("_")[0]
 
 
 def _python() -> str:
@@ -202,19 +221,36 @@ def make(via: str) -> SbatchScheduler | SubmititScheduler:
     return SbatchScheduler() if via == "sbatch" else SubmititScheduler()
 
 
-def submit(job: Job) -> list[str]:
-    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small).
+def by_hand(job: Job) -> str:
+    """What a person types, in any directory, to queue `job`."""
+    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
+    return "\n".join(f"{home} {shlex.join(command)}" for command in SbatchScheduler().commands(job))
 
-    Raises RequestError with SLURM's words.
+
+def submit(job: Job) -> list[str]:
+    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small), or takes back what it queued.
+
+    Raises RequestError with SLURM's words; NoAnswer, after which some of it may be in the queue.
     """
+    options = job.options()
+    kept = {k: v for k, v in options.items() if k != "dependency"}
+    ids: list[str] = []
     try:
-        ids = make(job.site.via).submit(job)
-    except slurm.SlurmError as e:
-        raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
-    options = {k: v for k, v in job.options().items() if k != "dependency"}
-    for job_id in ids:
-        _submitted(job.run, job_id, job.stage, job.site.via, job.site.world_size if job.stage == "train" else 1,
-                   set=job.set_name, options=options, args=list(job.extra_args))  # fmt: skip
+        for job_id in make(job.site.via).submit(job):
+            ids.append(job_id)
+            _submitted(job.run, job_id, job.stage, job.site.via, job.site.world_size if job.stage == "train" else 1,
+                       set=job.set_name, options=kept, args=list(job.extra_args))  # fmt: skip
+    except slurm.NoAnswer as e:
+        raise slurm.NoAnswer(
+            f"SLURM did not answer ({e}), and may have queued the {job.stage} job all the same. Once it answers, look "
+            f"with squeue --me --name {options['job-name']}, scancel what that shows, and submit again to go on"
+        ) from None
+    except Exception as e:
+        if ids:
+            slurm.cancel(ids)
+        if isinstance(e, slurm.SlurmError):
+            raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
+        raise
     return ids
 
 
@@ -232,7 +268,7 @@ def submit_successor(run: RunDir, stage: str, job: str) -> str:
     record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
     if record is None:  # submitted by hand: what SLURM says of this job
         record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
-    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in record["options"].items()]
+    flags = _flags({"export": "ALL", **record["options"]})
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
     new = sbatch(["sbatch", "--parsable", *flags, str(PROJECT / "slurm" / f"{stage}.sbatch"), *args])
     with contextlib.suppress(OSError):
@@ -253,8 +289,12 @@ def _as_it_is(job: str) -> dict[str, str | bool]:
 def sbatch(command: list[str]) -> str:
     """Run one sbatch from the project's root; returns the job id."""
     with environment.outside_allocation():
-        env = {**os.environ, "DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
-        return slurm.run(command, timeout_s=60, cwd=str(PROJECT), env=env).strip().split(";")[0]
+        said = slurm.run(command, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})
+        return said.strip().split(";")[0]
+
+
+def _flags(options: dict[str, str | bool]) -> list[str]:
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
 
 
 def ranges(numbers: list[int]) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import statistics
 import sys
@@ -15,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launc
 
 from ddpm import config as configs
 from ddpm.config import Config, check_world_size
-from ddpm.errors import DDPMError, RequestError
+from ddpm.errors import RequestError
 from ddpm.rundir import DamagedFile, RunDir, check_name, read_json, read_jsonl
 from launch import cluster, console, environment, preparing, recipes, requests, scheduler, slurm
 from launch.cluster import Site
@@ -139,26 +138,30 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
 def queue(jobs: list[scheduler.Job]) -> list[str]:
     """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
 
-    Returns the job ids of the whole chain; cancels what it submitted if a later part is refused.
+    Returns the job ids of the whole chain. Cancels what it submitted if a later part is refused; if SLURM does not
+    answer, it stays, and a second submission finds it.
     """
     ids: list[str] = []
     new: list[str] = []
     after: str | None = None
-    for job in jobs:
-        there = requests.jobs_in_queue(job.run, job.stage, job.set_name)
-        try:
+    try:
+        for job in jobs:
+            there = requests.jobs_in_queue(job.run, job.stage, job.set_name)
             mine = there or scheduler.submit(replace(job, after=after))
-        except (DDPMError, OSError):
-            if new:
-                slurm.cancel(new)
-            raise
-        ids += mine
-        new += [] if there else mine
-        after = ":".join(mine)
-        tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
-        print(
-            f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}", flush=True
-        )
+            ids += mine
+            new += [] if there else mine
+            after = ":".join(mine)
+            tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
+            print(
+                f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}",
+                flush=True,
+            )
+    except slurm.NoAnswer:
+        raise
+    except Exception:
+        if new:
+            slurm.cancel(new)
+        raise
     return ids
 
 
@@ -257,8 +260,7 @@ def main() -> int:
         requests.lift_stop(run)
     print(f"run: {run.path}")
     if args.prepare:
-        by_hand = scheduler.SbatchScheduler().command(scheduler.Job("train", run, site))
-        print(f"prepared; queue it with:\n{shlex.join(by_hand)}")
+        print(f"prepared; queue it with:\n{scheduler.by_hand(scheduler.Job('train', run, site))}")
         return 0
     jobs = jobs_of(run, config, site, stages_left, train=train)
     if cluster.is_local(site):
@@ -272,7 +274,9 @@ def main() -> int:
         return _outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
     try:
         ids = queue(jobs)
-    except (DDPMError, OSError):
+    except slurm.NoAnswer:
+        raise  # with a job in the queue, perhaps, which needs the directory
+    except Exception:
         if not exists:
             shutil.rmtree(run.path, ignore_errors=True)
         raise

@@ -10,11 +10,13 @@ if [ ! -f "$DDPM_RUN/config.yaml" ]; then
   echo "$DDPM_RUN is no run directory: make one with 'python launch/submit.py --prepare', then give its path" >&2
   exit 2
 fi
-DDPM_RUN=$(cd "$DDPM_RUN" && pwd)
+DDPM_RUN=$(CDPATH='' cd -- "$DDPM_RUN" && pwd)
 [ -n "${DDPM_PYTHON:-}" ] || { DDPM_PYTHON=$DDPM_HOME/.venv/bin/python; [ -x "$DDPM_PYTHON" ] || DDPM_PYTHON=python3; }
 DDPM_SINCE=$(date -u +%FT%T.%3NZ)   # when this life got its nodes: goodput counts from here
 export DDPM_HOME DDPM_PYTHON DDPM_RUN DDPM_SINCE PYTHONPATH="$DDPM_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # since 22.05 srun does not take it from sbatch
+# since 22.05 srun does not take it from sbatch
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+export SLURM_EXPORT_ENV=ALL   # where the user has SBATCH_EXPORT=NONE, srun would pass nothing on
 mkdir -p "$DDPM_RUN/logs"
 # shellcheck source=/dev/null
 [ ! -f "$DDPM_RUN/setup.sh" ] || . "$DDPM_RUN/setup.sh"   # the site profile's `setup` lines: module load …
@@ -30,3 +32,4 @@ ddpm_end() {
 trap ddpm_end EXIT
 echo "[batch] $(date -u +%FT%TZ) job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" \
      "restart=${SLURM_RESTART_COUNT:-0} stage=$DDPM_STAGE nodes=$SLURM_JOB_NODELIST run=$DDPM_RUN"
+:   # the echo fails where the log's disk is full, and the caller takes that for a missing file

@@ -201,6 +201,13 @@ def test_every_resource_option_reaches_the_script_on_both_paths(shell: Shell, vi
     assert f"output={shell.root}/tiny/logs/train-%j.out" in options
 
 
+def test_a_script_of_submitit_is_shown_with_the_flags_that_go_before_what_a_user_has_exported(shell: Shell) -> None:
+    for job in dry_run(shell, "tiny.yaml", *OPTIONS, "--then", "sample,evaluate").split(", via submitit:\n")[1:]:
+        flags = next(line for line in job.splitlines() if line.startswith("sbatch "))
+        (in_script,) = sbatch_options(job, "submitit")
+        assert set(re.findall(r"--([a-z]\S*)", flags.replace("'", ""))) == in_script - {"wckey=submitit"}
+
+
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
 def test_the_chain_is_a_training_job_an_array_over_the_shards_and_a_score(shell: Shell, via: str) -> None:
     text = dry_run(
@@ -290,6 +297,101 @@ def test_templates_without_their_arguments_say_how_they_are_used(tmp_path: Path)
     for path in sorted(PROJECT.glob("slurm/*.sbatch")):
         done = subprocess.run(["bash", str(path)], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode != 0 and f"slurm/{path.name} runs/NAME" in done.stderr
+
+
+def test_a_template_that_is_submitted_from_elsewhere_ends_and_says_what_to_do(tmp_path: Path) -> None:
+    env = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1"}
+    for path in sorted(PROJECT.glob("slurm/*.sbatch")):
+        argv = ["bash", str(path), "runs/NAME", "SET"]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 2 and "submit from the project's root" in done.stderr, done.stderr
+
+
+def after_supervise(tmp_path: Path, command: str, **env: str) -> str:
+    """What `command` prints in a batch shell that has sourced slurm/supervise.sh, as a job of the run runs/NAME."""
+    (tmp_path / "runs" / "NAME").mkdir(parents=True)
+    (tmp_path / "runs" / "NAME" / "config.yaml").touch()
+    given = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "true", "DDPM_RUN": "runs/NAME", "DDPM_STAGE": "train"}
+    script = f". {PROJECT}/slurm/supervise.sh >/dev/null || exit 2; {command}"
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", **given, **env}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("cdpath", [".", "other"])
+def test_a_run_is_found_though_the_user_has_a_cdpath(tmp_path: Path, cdpath: str) -> None:
+    (tmp_path / "other" / "runs" / "NAME").mkdir(parents=True)
+    shown = after_supervise(tmp_path, 'echo "$DDPM_RUN"', CDPATH=str(tmp_path / cdpath))
+    assert shown == str(tmp_path / "runs" / "NAME")
+
+
+@pytest.mark.parametrize("asked", ["", "6"])
+def test_ranks_get_the_cpus_that_were_asked_for_and_sruns_own_choice_where_none_were(
+    tmp_path: Path, asked: str
+) -> None:
+    env = {"SLURM_CPUS_PER_TASK": asked} if asked else {}
+    assert after_supervise(tmp_path, 'echo "${SRUN_CPUS_PER_TASK-unset}"', **env) == (asked or "unset")
+
+
+def test_a_full_log_is_no_missing_file(tmp_path: Path) -> None:
+    command = f". {PROJECT}/slurm/supervise.sh >/dev/full && trap - EXIT && echo on"
+    assert after_supervise(tmp_path, command).endswith("on")
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def typed(shell: Shell, said: str) -> list[list[str]]:
+    """The lines that --prepare printed, typed in another directory: DDPM_HOME, and the words, of each sbatch."""
+    shell.put("sbatch", 'printf \'%s\\n\' "$DDPM_HOME" "$@" ""')
+    lines = "\n".join(line for line in said.splitlines() if " sbatch " in line)
+    env = {"PATH": str(shell.bin)}
+    done = subprocess.run(["/bin/bash", "-c", lines], capture_output=True, text=True, cwd=shell.cwd, env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return [block.splitlines() for block in done.stdout.strip().split("\n\n")]
+
+
+def test_the_line_that_prepare_prints_for_training_works_anywhere(shell: Shell) -> None:
+    root = shell.cwd / "it's a $HOME"
+    done = shell.submit("--root", str(root), "--account", "lab", "--prepare")
+    assert done.returncode == 0, done.stderr
+    ((home, *words),) = typed(shell, done.stdout)
+    assert home == str(PROJECT) and {"--account=lab", "--export=ALL", "--requeue"} <= set(words)
+    assert words[-2:] == [str(PROJECT / "slurm" / "train.sbatch"), str(root / "tiny")]
+
+
+def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submission_would(again: Shell) -> None:
+    again.put("sbatch", "exit 1")
+    again.put("sinfo", 'echo "gpu|gpu:2"')
+    again.put("scontrol", 'echo "MaxArraySize = 2"')
+    asked = [
+        "--partition",
+        "gpu",
+        "--account",
+        "lab",
+        "--qos",
+        "high",
+        "--time",
+        "1h",
+        "--mem",
+        "8G",
+        "--gpus-per-node",
+        "2",
+    ]
+    sampling = ["--set", "many", "--shards", "3", "--cluster", "slurm", *asked]
+    done = again("sample", "tiny", *sampling, "--prepare")
+    assert done.returncode == 0 and "3 of 3 shards to make" in done.stdout, done.stderr
+    jobs = typed(again, done.stdout)
+    for (home, *words), array, offset in zip(jobs, ("0-1%16", "0%16"), ("0", "2"), strict=True):
+        assert home == str(PROJECT) and words[-2:] == ["many", offset]
+        wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=1", f"array={array}"}
+        assert {f"--{option}" for option in wanted} <= set(words)
+
+
+def test_a_set_that_is_complete_needs_no_line(again: Shell) -> None:
+    done = again("sample", "tiny", "--prepare")
+    assert done.returncode == 0 and "0 of 2 shards" in done.stdout and "sbatch" not in done.stdout, done.stderr
 
 
 def test_output_may_be_cut_short_or_go_to_a_terminal_without_unicode(shell: Shell) -> None:

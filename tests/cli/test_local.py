@@ -351,7 +351,7 @@ def test_a_trained_model_is_sampled_with_either_variance(again: Shell) -> None:
 
 def test_an_old_checkpoint_can_be_sampled_and_is_named(again: Shell) -> None:
     done = again("sample", "tiny", "--step", "200", "--prepare")
-    assert done.returncode == 0 and "sbatch --partition PARTITION --array 0-1%16" in done.stdout, done.stderr
+    assert done.returncode == 0 and " --array=0-1%16 " in done.stdout, done.stderr
     assert read(again.root / "tiny" / "samples" / "ddim4-step200-seed0" / "request.json")["checkpoint"]["step"] == 200
 
 

@@ -5,9 +5,10 @@ What else can happen to one is in test_chaos.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,12 @@ class Site:
     bed: SlurmTestbed
     root: Path
     images: Path
+    exported: dict[str, str] = field(default_factory=dict)
+    """What the user's shell has beside the usual."""
 
     def script(self, name: str, *args: str, code: int = 0) -> str:
         argv = [self.bed.python, self.bed.project / "launch" / f"{name}.py", *args, "--root", self.root]
-        done = self.bed.run(argv, timeout=180)
+        done = self.bed.run(argv, timeout=180, env=self.exported)
         assert done.returncode == code, f"{done.args}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
@@ -161,3 +164,48 @@ def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: 
     (heir,) = (e["job"] for e in read_events(run) if e.get("successor_of") == train)
     assert site.bed.job_state(heir) == "COMPLETED" and site.bed.job_states(sample) == ["COMPLETED"]
     assert (read_json(run.eval / "ddim5-step600-seed0.json") or {})["num_samples"] == 32
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+def test_what_a_user_has_exported_decides_only_what_was_not_asked_for(site: Site, via: str) -> None:
+    exported = {"SBATCH_EXPORT": "NONE", "SBATCH_NO_REQUEUE": "1", "SBATCH_OPEN_MODE": "truncate",
+                "SBATCH_JOB_NAME": "other", "SBATCH_SIGNAL": "KILL@3600", "SBATCH_TIMELIMIT": "7"}  # fmt: skip
+    user = replace(site, exported=exported)
+    name = f"exported-{via}"
+    jobs = user.submit(name, "--gpus-per-node", "0", "--via", via, "train.total_steps=10", "--then", "sample",
+                       "sample.num_samples=32", "sample.shards=2", "sample.steps=5")  # fmt: skip
+    for job, stage in zip(jobs, ("train", "sample"), strict=True):
+        assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
+        for record in site.bed.records(job):
+            told = (record["JobName"], record["Requeue"], record["TimeLimit"])
+            assert told == (f"{name}-{stage}", "1", "00:07:00")
+    assert len(list((site.run_dir(name).samples / "ddim5-step10-seed0").glob("shard-*.npz"))) == 2
+
+
+def test_a_run_can_be_queued_by_hand_from_anywhere_as_printed_and_from_the_project_as_documented(site: Site) -> None:
+    words = ["--name", "hand", f"data.path={site.images}", *SMALL, "train.total_steps=10", "--gpus-per-node", "0"]
+    said = site.script("submit", "--partition", "gpu", *words, "--prepare")
+    line = next(line for line in said.splitlines() if " sbatch " in line)
+    first = site.bed.run(["bash", "-c", line], check=True, cwd=site.bed.home, env={"SBATCH_EXPORT": "NONE"})
+    template = ["slurm/train.sbatch", str(site.run_dir("hand").path)]
+    documented = ["sbatch", "--parsable", "--partition", "gpu", "--gpus-per-node=1", "--output=/dev/null", *template]
+    for job in (first.stdout.strip(), None):
+        job = job or site.bed.run(documented, check=True, cwd=site.bed.project).stdout.strip()
+        assert site.bed.wait_state(job, timeout_s=60) == "COMPLETED", site.log("hand")
+        assert (site.run_dir("hand").logs / f"train-{job}.out").exists()
+    assert site.run_dir("hand").latest_step() == 10 and "nothing to do" in site.log("hand")
+
+
+def test_what_a_hand_made_job_has_can_be_asked_for_again_and_its_ranks_share_their_cpus(site: Site) -> None:
+    code = (
+        "import json, os; from launch import environment; "
+        "print(json.dumps([environment.allocation(), environment.current().cpus]))"
+    )
+    asked = ["--gres=gpu:2", "--mem=4000", "--ntasks-per-node=2", f"--chdir={site.bed.project}"]
+    out = site.bed.workdir / "hand-made.out"
+    show = f'"{site.bed.python}" -c "{code}"'
+    job = site.bed.sbatch(*asked, f"--output={out}", command=f"{show}; srun {show}")
+    assert site.bed.wait_state(job) == "COMPLETED"
+    (options, cpus), *ranks = (json.loads(line) for line in out.read_text().splitlines() if line.startswith("["))
+    assert (options["gpus-per-node"], options["mem"], cpus) == ("2", "4000", 1)
+    assert [cpus for _, cpus in ranks] == [1, 1]

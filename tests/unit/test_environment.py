@@ -1,0 +1,59 @@
+"""launch/environment.py: what a process learns of its job. The variables are given here, as SLURM sets them."""
+
+import os
+
+import pytest
+
+from launch import environment
+
+
+@pytest.fixture(autouse=True)
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "SRUN_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
+
+@pytest.mark.parametrize(
+    ("asked", "bound", "on_node", "tasks", "cpus"),
+    [
+        ("6", 64, "64", "4(x2)", 6),
+        (None, 8, "8", "1", 8),  # as DefCpuPerGPU gives
+        (None, 64, "32", "4(x2)", 8),  # unbound, on a node that is shared
+        (None, 4, "32", "4(x2)", 4),
+        (None, 16, "16", "3(x2),1", 5),
+        (None, 2, "2", "4", 1),
+    ],
+)
+def test_a_rank_has_the_cpus_that_were_asked_for_or_its_share_of_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, bound: int, on_node: str, tasks: str, cpus: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(bound)))
+    step = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_CPUS_ON_NODE": on_node}
+    for name, value in (step | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_CPUS_PER_TASK": asked}).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert environment.current().cpus == cpus
+
+
+def test_the_batch_shell_claims_no_more_than_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "64")
+    assert environment.current().cpus == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({"SLURM_GPUS_PER_NODE": "a100:2", "SLURM_GPUS_ON_NODE": "2"}, {"gpus-per-node": "a100:2"}),
+        ({"SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_GPUS": "0,1"}, {"gpus-per-node": "2"}),  # --gres, --gpus
+        ({"SLURM_MEM_PER_NODE": "4000"}, {"mem": "4000"}),
+        ({"SLURM_MEM_PER_CPU": "500"}, {"mem-per-cpu": "500"}),
+        ({}, {}),
+    ],
+)
+def test_what_a_job_has_is_told_as_options_that_ask_for_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], options: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert environment.allocation() == options
