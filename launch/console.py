@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks
 from ddpm.rundir import RunDir, read_events, read_json
-from launch import slurm
+from launch import requests, slurm
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
@@ -35,11 +36,12 @@ def run_script(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `… | head` has read enough
-        code = 0
-    except OSError as e:  # no permission, no room: the machine's, or another user's directory
-        print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
-        code = EnvironmentLacks.exit_code
+    except OSError as e:
+        if e.errno == errno.EPIPE:  # `… | head` has read enough
+            code = 0
+        else:  # no permission, no room: the machine's, or another user's directory
+            print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
+            code = EnvironmentLacks.exit_code
     try:
         sys.stdout.flush()
     except (OSError, AttributeError):
@@ -131,7 +133,7 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
     known = set(jobs)
     try:
         while quiet < 3:  # a job that comes back is away for a moment
-            known |= {str(e["job"]) for e in read_events(run) if e["event"] == "submitted"}
+            known |= set(requests.slurm_jobs(read_events(run)))
             try:
                 states = slurm.queued(sorted(known))
             except slurm.SlurmError:

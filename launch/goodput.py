@@ -39,7 +39,8 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
             signs[life] = max(signs.get(life, 0.0), seconds(sign["time"]))
     for e in events:
         if ended := e.get("former_life_ended"):
-            signs[str(e["job"]), int(e["restart"]) - 1] = seconds(ended)
+            life = str(e["job"]), int(e["restart"]) - 1
+            signs[life] = max(signs.get(life, 0.0), seconds(ended))
         if e["event"] != "submitted" and e.get("stage", "train") == "train":
             lives.setdefault((str(e["job"]), int(e["restart"])), []).append(e)
     total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ddpm.sampleset import CheckpointRef, Request
 
 MAX_ROUNDS = 3
+COMPLETING_POLL_S = 2
+COMPLETING_AT_MOST_S = 300
 
 
 def _set_name(config: Config, at: str, variance: str | None = None) -> str:
@@ -171,16 +175,33 @@ def lift_stop(run: RunDir) -> None:
 
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
-    """Job ids of this stage that were submitted to SLURM and that it still has."""
-    submitted = [
-        str(e["job"])
-        for e in read_events(run)
-        if e["event"] == "submitted"
-        and e.get("via") != "local"
-        and e.get("stage") == stage
-        and e.get("set", "") == set_name
-    ]
-    return list(slurm.queued(submitted)) if submitted and slurm.available() else []
+    """Job ids of this stage that SLURM has. Raises SlurmError.
+
+    A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.
+    """
+    jobs = slurm_jobs(read_events(run), stage, set_name)
+    if not jobs or not slurm.available():
+        return []
+    asked_at, polls = time.monotonic(), 0
+    while True:
+        states = slurm.queued(jobs)
+        ending = [job for job, state in states.items() if state == "COMPLETING"]
+        if not ending or time.monotonic() - asked_at > COMPLETING_AT_MOST_S:
+            return list(states)
+        if polls == 1:
+            print(f"waiting for SLURM to end job {' '.join(ending)}, or to queue it again", file=sys.stderr, flush=True)
+        polls += 1
+        time.sleep(COMPLETING_POLL_S)
+
+
+def slurm_jobs(events: list[dict[str, Any]], stage: str | None = None, set_name: str = "") -> list[str]:
+    """Ids of the SLURM jobs that the events tell of, of one stage or of all.
+
+    A training job that was submitted by hand is first told of when it has its nodes.
+    """
+    told = (e for e in events if e["event"] in ("submitted", "allocated") and str(e["job"])[:1].isdigit())
+    wanted = (e for e in told if stage is None or (e.get("stage", "train"), e.get("set", "")) == (stage, set_name))
+    return list(dict.fromkeys(str(e["job"]) for e in wanted))
 
 
 def fill_gaps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,11 +19,28 @@ TIMEOUT_S = 30
 PATIENCE_S = 90
 RETRY_S = 3
 
+NO_ANSWER = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|Connection (?:refused|reset)"
+    r"|in standby mode|Resource temporarily unavailable|Unable to establish controller"
+    r"|[Cc]ould not establish a configuration source"
+)
+USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_", "SLURM_TIME_FORMAT")
+"""Variables by which a user has SLURM's commands show less, or show it otherwise: not what is asked here."""
+
 T = TypeVar("T")
 
 
 class SlurmError(EnvironmentLacks):
     """A command that failed or did not answer; the message is SLURM's own."""
+
+
+class NoAnswer(SlurmError):
+    """SLURM is busy or out of reach: it has refused nothing, and may answer later."""
+
+
+def failure(said: str) -> SlurmError:
+    """The error that a command's last words make."""
+    return NoAnswer(said) if NO_ANSWER.search(said) else SlurmError(said)
 
 
 def available(command: str = "sbatch") -> bool:
@@ -32,25 +50,28 @@ def available(command: str = "sbatch") -> bool:
 def run(
     argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
+    """What the command prints. env: instead of this process's without USERS_OWN. Raises SlurmError."""
+    if env is None:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(USERS_OWN)}
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=env)
     except FileNotFoundError:
         raise SlurmError(f"{argv[0]}: not found on this machine") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{argv[0]}: no answer in {timeout_s:.0f} s") from None
+        raise NoAnswer(f"{argv[0]}: no answer in {timeout_s:.0f} s") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SlurmError(f"{argv[0]}: {said[-1].removeprefix(argv[0] + ': ')}")
+        raise failure(f"{argv[0]}: {said[-1].removeprefix(argv[0] + ': ')}")
     return done.stdout
 
 
-def patiently(ask: Callable[[], T]) -> T:
-    """`ask()`, again while SLURM does not answer, as when slurmctld restarts. Raises SlurmError in the end."""
+def patiently(ask: Callable[[], T], on: type[Exception] = SlurmError) -> T:
+    """`ask()`, again while it raises `on`, as when slurmctld restarts. Raises it in the end."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return ask()
-        except SlurmError:
+        except on:
             if time.monotonic() > deadline:
                 raise
         time.sleep(RETRY_S)
@@ -69,6 +90,9 @@ class Shown:
     time_limit: str
     queued_at: str | None
     """When it last entered the queue: for a requeued job, when the nodes of its former life were free again."""
+    preempted: bool = False
+    """Whether it has been COMPLETING from the very second in which it was pre-empted: by that, unless it had a grace
+    period, in which it may have been cancelled."""
 
 
 def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
@@ -79,27 +103,32 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         if "Invalid job id" in str(e):
             return None
         raise
+    state, preempted_at = _field(shown, "JobState") or "", _stamp(_field(shown, "PreemptTime"))
     return Shown(
-        state=_field(shown, "JobState") or "",
+        state=state,
         restarts=int(_field(shown, "Restarts") or 0),
         may_requeue=_field(shown, "Requeue") != "0",
         partition=_field(shown, "Partition") or "",
         qos=_field(shown, "QOS") or "",
         time_limit=_field(shown, "TimeLimit") or "",
         queued_at=_stamp(_field(shown, "SubmitTime")),
+        preempted=state == "COMPLETING"
+        and preempted_at is not None
+        and preempted_at == _stamp(_field(shown, "EndTime")),
     )
 
 
 def queued(jobs: list[str]) -> dict[str, str]:
-    """State by job id of those of `jobs` that still wait or run, COMPLETING ones left out. Raises SlurmError.
+    """State by job id of those of `jobs` that SLURM still has; of an array, of its liveliest task. Raises SlurmError.
 
-    Asks for all of the user's jobs: squeue fails as a whole on an unknown id.
+    COMPLETING says that a job's processes are ending, and nothing of what follows: one that is pre-empted is COMPLETING
+    before it is PENDING again. Asks for all of the user's jobs: squeue fails as a whole on an unknown id.
     """
     states: dict[str, str] = {}
-    for line in run(["squeue", "-h", "--me", "-r", "-o", "%F %i %T"]).splitlines() if jobs else []:
+    for line in run(["squeue", "-a", "-h", "--me", "-r", "-o", "%F %i %T"]).splitlines() if jobs else []:
         base, job, state = line.split(None, 2)
-        for known in {base, job} & set(jobs) if state != "COMPLETING" else ():
-            if states.get(known) != "RUNNING":
+        for known in {base, job} & set(jobs):
+            if state == "RUNNING" or states.get(known, "COMPLETING") == "COMPLETING":
                 states[known] = state
     return states
 
@@ -111,9 +140,9 @@ class Partition:
 
 
 def partitions() -> dict[str, Partition]:
-    """Every partition that this user sees, and the GPUs of its nodes. Raises SlurmError."""
+    """Every partition, hidden ones too, and the GPUs of its nodes. Raises SlurmError."""
     found: dict[str, Partition] = {}
-    for line in run(["sinfo", "-h", "-o", "%R|%G"], timeout_s=10).splitlines():
+    for line in run(["sinfo", "-a", "-h", "-o", "%R|%G"], timeout_s=10).splitlines():
         name, _, gres = line.partition("|")
         counts = [int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)]
         most = max([found[name].gpus_per_node] if name in found else [0], default=0)
@@ -122,9 +151,9 @@ def partitions() -> dict[str, Partition]:
 
 
 def max_array_size() -> int:
-    """One more than the largest index that an array may have."""
+    """One more than the largest index that an array may have; 1 where SLURM allows no arrays."""
     try:
-        return int(_setting(run(["scontrol", "show", "config"]), "MaxArraySize") or 1001)
+        return max(1, int(_setting(run(["scontrol", "show", "config"]), "MaxArraySize") or 1001))
     except SlurmError:
         return 1001
 
@@ -146,9 +175,12 @@ def mercy(job: str) -> Mercy:
         if shown is None:
             return Mercy(True, 0, 30)
         if "qos" in (_setting(config, "PreemptType") or ""):
-            mode, grace_s = _of_qos(shown.qos)
+            try:
+                mode, grace_s = _of_qos(shown.qos)
+            except SlurmError:  # accounting is often out of a node's reach
+                mode, grace_s = "", 0
         else:
-            part = run(["scontrol", "show", "partition", "-o", shown.partition], timeout_s=10)
+            part = run(["scontrol", "-a", "show", "partition", "-o", shown.partition], timeout_s=10)
             mode, grace_s = _field(part, "PreemptMode") or "", int(_field(part, "GraceTime") or 0)
     except SlurmError:
         return Mercy(True, 0, 30)
@@ -181,9 +213,9 @@ def _field(shown: str, key: str) -> str | None:
 
 
 def _stamp(local_time: str | None) -> str | None:
-    """Of a local time in SLURM's default form; None for another, which SLURM_TIME_FORMAT may ask for."""
+    """Of a local time as SLURM writes it; None for anything else, such as None and Unknown."""
     try:
-        return stamp(datetime.fromisoformat(local_time or ""))
+        return stamp(datetime.strptime(local_time or "", "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return None
 
@@ -194,7 +226,7 @@ def requeue(job: str) -> None:
 
 def dependents(job: str) -> list[str]:
     """The user's jobs and arrays that wait for `job` to end. Raises SlurmError."""
-    lines = (line.split("|", 1) for line in run(["squeue", "-h", "--me", "-o", "%F|%E"]).splitlines())
+    lines = (line.split("|", 1) for line in run(["squeue", "-a", "-h", "--me", "-o", "%F|%E"]).splitlines())
     return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}\b", waits_for)})
 
 

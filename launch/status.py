@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import load_yaml
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
-from launch import console, environment, goodput, slurm
+from launch import console, environment, goodput, requests, slurm
 from launch.sample import find_run
 
 EXAMPLES = """examples:
@@ -52,9 +52,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     metrics = read_jsonl(run.metrics)
     last = metrics[-1] if metrics else {}
     saved = run.latest_step()
-    jobs = {
-        str(e["job"]): states[str(e["job"])] for e in events if e["event"] == "submitted" and str(e["job"]) in states
-    }
+    jobs = {job: states[job] for job in requests.slurm_jobs(events) if job in states}
     age = time.time() - goodput.seconds(beat["time"]) if beat.get("time") else None
     spent = goodput.breakdown(every, beat, time.time())
     scores = {}
@@ -94,18 +92,24 @@ def _shards(request: Path, where: Path) -> str:
 def _state(
     run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
 ) -> str:
-    """complete | running | queued | stopped | failed | prepared | ended: the run directory's word, then SLURM's."""
+    """complete | running | queued | failed | stopped | completing | prepared | ended, by the run directory and SLURM.
+
+    completing: SLURM is ending the last job there is, and does not say whether it comes back, as a pre-empted one does.
+    """
+    alive = {state for state in jobs.values() if state != "COMPLETING"}
     last = next((e["event"] for e in reversed(events) if e["event"] not in ("allocated", "checkpoint")), None)
     training = [e["event"] for e in events if e["event"] in TRAINING and e.get("stage", "train") == "train"]
     trained = (total and saved >= total) or training[-1:] == ["finished"]  # it may have ended early
-    if trained and not jobs:
+    if trained and not alive:
         return "complete"
-    if jobs:
-        return "running" if "RUNNING" in jobs.values() else "queued"
+    if alive:
+        return "running" if "RUNNING" in alive else "queued"
     if last == "failed":
         return "failed"
     if run.stop_file.exists():
         return "stopped"
+    if jobs:
+        return "completing"
     if age is not None and age < SILENT_AFTER_S and last in ("started", "resumed"):
         return "running"
     return "prepared" if last is None else "ended"
@@ -143,9 +147,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def show(runs: list[RunDir], args: argparse.Namespace) -> Any:
-    submitted = [str(e["job"]) for r in runs for e in read_events(r) if e["event"] == "submitted"]
+    jobs = [job for r in runs for job in requests.slurm_jobs(read_events(r))]
     try:
-        states = slurm.queued(submitted) if slurm.available() else {}
+        states = slurm.queued(jobs) if slurm.available() else {}
     except slurm.SlurmError as e:
         print(f"SLURM does not answer: {e}", file=sys.stderr)
         states = {}

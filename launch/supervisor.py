@@ -5,8 +5,8 @@
 A crash leaves SLURM's job FAILED, which SLURM never requeues; a job that saved before its time limit left with 75. Both
 are put back here, and only while SLURM calls this very life of the job RUNNING: under scancel it is COMPLETING, and a
 requeue would raise it from the dead; and where a node was out of reach, a later life may run elsewhere. Policy by
-progress: endless while saved steps advance; failed after MAX_RETRIES retries in a row without a new one. Pre-emptions
-never come here: SLURM itself requeues those.
+progress: endless while saved steps advance; failed after MAX_RETRIES retries in a row without a new one. SLURM itself
+requeues what it pre-empts; where it does not, a successor goes on, also for a job that is COMPLETING by pre-emption.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from ddpm.rundir import EventLog, RunDir, read_events
@@ -26,13 +28,26 @@ MAX_RETRIES = 3
 KILLED_WITHIN_S = 300
 SETTLE_S = 10
 
+T = TypeVar("T")
+
 
 def progress(run: RunDir, stage: str, set_name: str) -> int:
-    """What advances when a life of this stage was not in vain: saved steps, or finished batches and shards."""
+    """What advances when a life of this stage was not in vain: saved steps, or finished batches and shards.
+
+    Raises OSError where it cannot look.
+    """
     if stage == "train":
         return run.latest_step()
-    where = run.sample_set(set_name).path
-    return len([*where.glob("part/*"), *where.glob("shard-*.json"), *where.glob("features-*.json")])
+    where = run.sample_set(set_name)
+    done = [n for n in _names(where.path) if n.startswith(("shard-", "features-")) and n.endswith(".json")]
+    return len(_names(where.part)) + len(done)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return [p.name for p in directory.iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 def retries_without_progress(run: RunDir, job: str, now_at: int) -> int:
@@ -53,13 +68,10 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     """Decide about the job whose batch shell this is; returns the exit code that the shell leaves with."""
     env = environment.current()
     log = env.events(run)
-    marker = run.exit_marker(env.job, env.restart)
     reason = "crash"
-    if marker.exists():  # the ranks' own word, past srun, which may report another rank's
-        said, _, why = marker.read_text().partition(" ")
-        if said.isdigit():  # empty where the disk was full
-            code, reason = int(said), why
-        marker.unlink(missing_ok=True)
+    said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
+    if said.isdigit():  # empty where the disk was full
+        code, reason = int(said), why
     if code == 0:
         return 0
     failed = partial(_failed, log, code, stage)
@@ -69,33 +81,40 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         why = "another job holds the run" if code == EXIT_BUSY else "starting again would end the same way"
         return failed(f"exit code {code}: {why}; the log above says more")
     asked_at = time.monotonic()
-    shown = slurm.patiently(lambda: _runs(env))
+    shown = slurm.patiently(lambda: _runs(env, or_preempted=True))
     if shown is None:
         return code
     if time.monotonic() - asked_at > slurm.RETRY_S:  # a slurmctld that has just come back may lose a requeue
         time.sleep(SETTLE_S)
-    if run.stop_file.exists():
+    found = _read(lambda: _evidence(run, env, stage, set_name))
+    forbids, here, tried = found or (False, None, 0)
+    if forbids:
         return failed("a STOP file forbids another start")
-    here = progress(run, stage, set_name)
-    tried = 0 if reason == "preempted" else retries_without_progress(run, env.job, here)
-    if tried >= MAX_RETRIES:
+    if tried >= MAX_RETRIES and reason != "preempted":
         return failed(
             f"{tried + 1} lives in a row ended ({reason}, exit code {code}) without progress "
             f"beyond {here}; see the log, mend the cause, submit again"
         )
     # Where pre-emption means cancelling, SLURM lets a job requeue itself but remembers that it was to end it. The task
     # of an array has no successor: it comes back by itself, or is made up for later.
-    stopped = reason in ("preempted", "save_failed")
-    cancels = stopped and stage != "sample" and not slurm.mercy(env.job).requeues
+    stopped = reason in ("preempted", "save_failed") or shown.preempted
+    mercy = slurm.mercy(env.job) if stopped and stage != "sample" else None
+    cancels = mercy is not None and not mercy.requeues
+    if shown.preempted and (mercy is None or mercy.requeues or mercy.grace_s > 0):
+        _say("SLURM is ending the job: leaving it to SLURM")
+        return code  # with a grace period it is scancel that ends a job so early
     forbidden = cancels or not shown.may_requeue
     if forbidden and stage == "sample":
         return failed("requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing")
-    noted = _note(log, "requeued", reason=reason, exit_code=code, progress=here, stage=stage)
+    noted = found is not None and _note(log, "requeued", reason=reason, exit_code=code, progress=here, stage=stage)
     if not noted and reason != "preempted" and (forbidden or _uncounted_lives(run, env) >= MAX_RETRIES):
-        return failed("its lives cannot be counted while nothing can be written to events/: make room there")
-    told = f"exit code {code} ({reason}); progress {here};"
+        lacks = "can be read" if found is None else "can be written to events/: make room there"
+        return failed(f"its lives cannot be counted while nothing {lacks}; submit the run again")
+    told = f"exit code {code} ({reason}); progress {'unknown' if here is None else here};"
     if forbidden:
-        successor = slurm.patiently(lambda: submit_successor(run, stage, env.job) if _runs(env) else None)
+        successor = slurm.patiently(
+            lambda: submit_successor(run, stage, env.job) if _runs(env, or_preempted=True) else None
+        )
         if successor is not None:
             _chain_waits_for(successor, env.job)
             _say(f"{told} requeue is forbidden: successor job {successor}")
@@ -106,6 +125,33 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     return code
 
 
+def _read(ask: Callable[[], T]) -> T | None:
+    """What the run directory says; None where its file system fails for as long as SLURM would be asked."""
+    try:
+        return slurm.patiently(ask, OSError)
+    except OSError as e:
+        _say(f"the run directory cannot be read: {e}")
+        return None
+
+
+def _ranks_word(run: RunDir, env: environment.JobEnvironment) -> str:
+    """The exit code and reason that rank 0 left, past srun, which may report another rank's; "" where it left none."""
+    marker = run.exit_marker(env.job, env.restart)
+    try:
+        said = marker.read_text()
+    except FileNotFoundError:
+        return ""
+    with contextlib.suppress(OSError):
+        marker.unlink()
+    return said
+
+
+def _evidence(run: RunDir, env: environment.JobEnvironment, stage: str, set_name: str) -> tuple[bool, int, int]:
+    """Whether there is a STOP file, the progress, and how many retries in a row did not add to it. Raises OSError."""
+    here = progress(run, stage, set_name)
+    return run.stop_file.exists(), here, retries_without_progress(run, env.job, here)
+
+
 def _requeue(env: environment.JobEnvironment) -> bool:
     if not _runs(env):
         return False
@@ -113,13 +159,15 @@ def _requeue(env: environment.JobEnvironment) -> bool:
     return True
 
 
-def _runs(env: environment.JobEnvironment) -> slurm.Shown | None:
+def _runs(env: environment.JobEnvironment, *, or_preempted: bool = False) -> slurm.Shown | None:
     """What SLURM says of this life where it is still to be put back: asked right before each such order.
 
-    Raises SlurmError.
+    or_preempted: or followed by a successor, which may also be where pre-emption is ending it. Raises SlurmError.
     """
     shown = slurm.show(env.job)
     if shown is None or shown.state != "RUNNING":
+        if or_preempted and shown is not None and shown.preempted and shown.restarts == env.restart:
+            return shown
         _say(f"SLURM calls the job {shown.state if shown else 'gone'}: leaving it to SLURM")
     elif shown.restarts != env.restart:
         _say(f"SLURM runs life {shown.restarts} of the job, and this is {env.restart}: leaving it alone")
@@ -130,7 +178,11 @@ def _runs(env: environment.JobEnvironment) -> slurm.Shown | None:
 
 def _uncounted_lives(run: RunDir, env: environment.JobEnvironment) -> int:
     """How many lives of the job began since the last that had room to tell what became of it."""
-    told = (e for e in read_events(run) if e.get("job") == env.job and e["event"] != "allocated")
+    try:
+        events = read_events(run)
+    except OSError:
+        events = []
+    told = (e for e in events if e.get("job") == env.job and e["event"] != "allocated")
     return env.restart - max((int(e["restart"]) for e in told), default=0)
 
 
@@ -172,7 +224,7 @@ def main() -> int:
     run = RunDir(Path(path))
     try:
         return end(run, stage, int(code), rest[0] if rest else "")
-    except slurm.SlurmError as e:
+    except (slurm.SlurmError, OSError) as e:
         log = environment.current().events(run)
         return _failed(log, int(code) or EXIT_REQUEUE, stage, f"could not be put back: {e}; submit the run again")
 

@@ -77,6 +77,31 @@ def test_status_survives_files_that_were_torn_or_overwritten(again: Shell) -> No
     assert again("status").returncode == 0
 
 
+def state_with(again: Shell, event: dict[str, object], squeue: str) -> tuple[str, dict[str, str]]:
+    """The run's state and jobs, where job 9 last told `event` and squeue prints this line."""
+    line = {"time": "2100-01-01T00:00:00.000Z", "job": "9", "restart": 0, **event}
+    (again.root / "tiny" / "events" / "9.0.jsonl").write_text(json.dumps(line) + "\n")
+    again.put("sbatch", "exit 0")
+    again.put("squeue", f'echo "{squeue}"')
+    (row,) = json.loads(again("status", "--json").stdout)
+    return row["state"], row["jobs"]
+
+
+def test_a_job_that_slurm_is_ending_is_shown_as_completing_until_it_is_back_or_its_run_complete(again: Shell) -> None:
+    submitted = {"event": "submitted", "stage": "train", "via": "sbatch"}
+    assert state_with(again, submitted, "9 9 COMPLETING") == ("complete", {"9": "COMPLETING"})
+    (again.root / "tiny" / "checkpoints" / "step-000000400.json").unlink()
+    told = again.root / "tiny" / "events" / "of-a-life-that-goes-on.jsonl"
+    told.write_text(json.dumps({"event": "resumed", "time": "2099-01-01T00:00:00.000Z", "job": "9", "restart": 0}))
+    assert state_with(again, submitted, "9 9 COMPLETING") == ("completing", {"9": "COMPLETING"})
+    assert state_with(again, submitted, "9 9 PENDING") == ("queued", {"9": "PENDING"})
+    assert state_with(again, {"event": "failed", "reason": "x"}, "9 9 COMPLETING")[0] == "failed"
+
+
+def test_a_job_that_was_submitted_by_hand_is_shown_once_it_had_its_nodes(again: Shell) -> None:
+    assert state_with(again, {"event": "allocated"}, "9 9 PENDING") == ("queued", {"9": "PENDING"})
+
+
 def test_where_there_are_no_runs_status_says_how_to_start_one(shell: Shell) -> None:
     done = shell("status")
     assert done.returncode == 0 and f"no runs in {shell.root}" in done.stdout and "launch/submit.py" in done.stdout

@@ -65,6 +65,13 @@ def test_a_life_that_fell_silent_held_its_nodes_until_slurm_noticed() -> None:
     assert breakdown(events, beat(1, 255), NOW) == pytest.approx(kinds(start_up=15, kept=80, lost=90))
 
 
+def test_an_earlier_word_of_slurm_does_not_shorten_what_a_life_showed() -> None:
+    events = life(0, 0, (10, "started"), (40, "checkpoint"))
+    events += life(1, 200, (205, "resumed"), (255, "checkpoint"), last_sign=beat(0, 70))
+    events[2]["former_life_ended"] = stamp(20)  # by a clock that is behind
+    assert breakdown(events, beat(1, 255), NOW) == pytest.approx(kinds(start_up=15, kept=80, lost=30))
+
+
 def test_what_a_living_run_did_since_its_last_save_is_neither_kept_nor_lost() -> None:
     events = life(0, 0, (10, "started"), (40, "checkpoint"))
     now = seconds(stamp(75))

@@ -1,6 +1,9 @@
 """launch/slurm.py: what is read from SLURM's answers. They are given here, as SLURM 22.05 and 24.11 print them."""
 
+import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +68,18 @@ def test_a_qos_says_so_where_slurm_pre_empts_by_it(
     assert slurm.mercy("17") == mercy
 
 
+def test_where_accounting_does_not_answer_the_cluster_says_what_pre_emption_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(argv: list[str], **_: object) -> str:
+        if argv[0] == "sacctmgr":
+            raise slurm.SlurmError("sacctmgr: not found on this machine")
+        return CONFIG.format(mode="CANCEL", by="qos") if "config" in argv else JOB.format(qos="normal", requeue="1")
+
+    monkeypatch.setattr(slurm, "run", run)
+    assert slurm.mercy("17") == slurm.Mercy(False, 0, 30)
+
+
 def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + " SubmitTime=2026-11-20T09:00:01")
     local = time.mktime((2026, 11, 20, 9, 0, 1, 0, 0, -1))
@@ -72,10 +87,108 @@ def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.show("17") == slurm.Shown("RUNNING", 2, False, "gpu", "normal", "01:00:00", utc)
 
 
-def test_a_job_is_shown_though_the_user_has_slurm_write_times_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + " SubmitTime=Today")
+@pytest.mark.parametrize("written", ["Today", "2026-11-20 09:00:01", "Unknown"])
+def test_a_job_is_shown_though_its_times_are_written_otherwise(monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + f" SubmitTime={written}")
     shown = slurm.show("17")
     assert shown is not None and shown.state == "RUNNING" and shown.queued_at is None
+
+
+@pytest.mark.parametrize(
+    ("state", "preempted", "ended", "by_pre_emption"),
+    [
+        ("COMPLETING", "2026-11-21T15:27:24", "2026-11-21T15:27:24", True),
+        ("COMPLETING", "2026-11-21T15:29:40", "2026-11-21T15:29:42", False),  # cancelled in its grace period
+        ("COMPLETING", "None", "2026-11-21T15:27:54", False),  # cancelled
+        ("RUNNING", "2026-11-21T15:29:09", "2026-11-21T15:29:15", False),  # in its grace period
+    ],
+)
+def test_a_job_that_pre_emption_ends_is_told_from_one_that_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch, state: str, preempted: str, ended: str, by_pre_emption: bool
+) -> None:
+    job = JOB.format(qos="normal", requeue="0").replace("RUNNING", state)
+    answers(monkeypatch, show_job=f"{job} EndTime={ended} PreemptEligibleTime={ended} PreemptTime={preempted}")
+    shown = slurm.show("17")
+    assert shown is not None and shown.preempted == by_pre_emption
+
+
+def test_of_a_jobs_tasks_the_liveliest_counts_and_one_that_is_completing_is_still_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks = ["5 5_1 PENDING", "5 5_2 COMPLETING", "6 6_1 COMPLETING", "6 6_2 RUNNING", "6 6_3 PENDING", "8 8 RUNNING"]
+    answers(monkeypatch, squeue="\n".join(["7 7 COMPLETING", *tasks]))
+    assert slurm.queued(["5", "6", "7", "9"]) == {"5": "PENDING", "6": "RUNNING", "7": "COMPLETING"}
+
+
+@pytest.mark.parametrize(("printed", "size"), [("1001", 1001), ("0", 1)])
+def test_an_array_has_room_for_one_task_where_arrays_are_disabled(
+    monkeypatch: pytest.MonkeyPatch, printed: str, size: int
+) -> None:
+    answers(monkeypatch, show_config=f"MaxArraySize            = {printed}")
+    assert slurm.max_array_size() == size
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH on which there is nothing but what a test puts into this folder."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def put(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(commands / "squeue", "/usr/bin/env")
+    for name in ("SQUEUE_STATES", "SINFO_PARTITION", "SCANCEL_QOS", "SACCTMGR_X", "SLURM_TIME_FORMAT", "SLURM_CONF"):
+        monkeypatch.setenv(name, "x")
+    names = {line.partition("=")[0] for line in slurm.run(["squeue"]).splitlines()}
+    assert "SLURM_CONF" in names and not [n for n in names if n.startswith(slurm.USERS_OWN)]
+    assert "SQUEUE_STATES=y" in slurm.run(["squeue"], env={**os.environ, "SQUEUE_STATES": "y"})
+
+
+def test_hidden_partitions_are_seen(commands: Path) -> None:
+    for command, said in (("squeue", "7 7 RUNNING"), ("sinfo", "secret|gpu:2")):
+        put(commands / command, f'[ "$1" = -a ] && echo "{said}" || true')
+    assert slurm.queued(["7"]) == {"7": "RUNNING"} and list(slurm.partitions()) == ["secret"]
+    put(commands / "squeue", 'echo "$1|afterany:7"')
+    assert slurm.dependents("7") == ["-a"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received",
+        "scontrol: error: Slurm backup controller in standby mode",
+        "sbatch: error: Batch job submission failed: Resource temporarily unavailable",
+    ],
+)
+def test_a_slurm_that_is_out_of_reach_has_refused_nothing(commands: Path, said: str) -> None:
+    put(commands / "sbatch", f'echo "{said}" >&2; exit 1')
+    with pytest.raises(slurm.NoAnswer, match=said.rpartition(": ")[2][:20]):
+        slurm.run(["sbatch"])
+
+
+def test_a_refusal_is_no_lack_of_an_answer_and_a_command_that_hangs_is(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(commands / "sbatch", 'echo "sbatch: error: Batch job submission failed: Invalid qos specification" >&2; exit 1')
+    with pytest.raises(slurm.SlurmError) as refused:
+        slurm.run(["sbatch"])
+    assert not isinstance(refused.value, slurm.NoAnswer)
+
+    def hang(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("sbatch", 30)
+
+    monkeypatch.setattr(slurm.subprocess, "run", hang)
+    with pytest.raises(slurm.NoAnswer, match="no answer in 30 s"):
+        slurm.run(["sbatch"])
 
 
 def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.state, self.may_requeue, self.cancels = "RUNNING", True, False
+        self.preempted, self.grace_s = False, 10
         self.life: int | None = None  # which SLURM runs; None: the one that asks
         self.requeued: list[str] = []
         self.successors: list[str] = []
@@ -47,10 +48,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     def show(job: str) -> slurm.Shown | None:
         life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
-        return slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None) if c.state else None
+        shown = slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted)
+        return shown if c.state else None
 
     monkeypatch.setattr(slurm, "show", show)
-    monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, 10, 5))
+    monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
     monkeypatch.setattr(slurm, "requeue", c.requeued.append)
     monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
     monkeypatch.setattr(slurm, "make_wait", c.waits.__setitem__)
@@ -204,6 +206,35 @@ def test_where_pre_emption_means_cancelling_a_pre_empted_run_has_a_successor_and
     assert (cluster.successors, cluster.requeued) == (["17", "20"], ["18", "19_3"])
 
 
+@pytest.mark.parametrize("may_requeue", [True, False])
+def test_a_job_that_pre_emption_ends_without_grace_has_a_successor(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, may_requeue: bool
+) -> None:
+    cluster.cancels, cluster.may_requeue = may_requeue, may_requeue
+    cluster.state, cluster.preempted, cluster.grace_s = "COMPLETING", True, 0
+    cluster.waits.update({"18": "17"})
+    shell_ends(75, said="75 preempted")
+    assert (cluster.successors, cluster.requeued, cluster.waits) == (["17"], [], {"18": "101"})
+
+
+@pytest.mark.parametrize(
+    ("stage", "cancels", "life", "grace_s"),
+    [
+        ("train", False, 0, 0),  # SLURM requeues it
+        ("sample", True, 0, 0),  # the evaluation makes up for it
+        ("train", True, 1, 0),  # it has done so, and this is an orphan
+        ("train", True, 0, 10),  # cancelled in the second in which its grace period began
+    ],
+)
+def test_a_job_that_pre_emption_ends_is_left_to_slurm_where_it_comes_back_or_may_have_been_cancelled(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, stage: str, cancels: bool, life: int, grace_s: int
+) -> None:
+    cluster.state, cluster.preempted, cluster.grace_s = "COMPLETING", True, grace_s
+    cluster.cancels, cluster.life = cancels, life
+    assert shell_ends(75, said="75 preempted", stage=stage, set_name="fid") == 75
+    assert (cluster.successors, cluster.requeued, read_events(run)) == ([], [], [])
+
+
 def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
     part = run.sample_set("fid").part
     part.mkdir(parents=True)
@@ -284,6 +315,60 @@ def test_a_requeue_that_slurm_refuses_is_told(
     assert supervisor.main() == 75
     assert "could not be put back" in capsys.readouterr().out
     assert last(run)["event"] == "failed" and "submit the run again" in last(run)["reason"]
+
+
+def break_file_system(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next `times` looks into the run directory fail."""
+    left = iter(range(times))
+
+    def broken(real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is not None:
+                raise OSError(errno.ESHUTDOWN, "Cannot send after transport endpoint shutdown")
+            return real(*args, **kwargs)
+
+        return look
+
+    for owner, name in ((Path, "read_text"), (RunDir, "latest_step"), (supervisor, "read_events")):
+        monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+
+
+def test_a_file_system_that_is_away_for_a_moment_costs_the_job_nothing(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(run, 5)
+    break_file_system(monkeypatch, 7)
+    shell_ends(143, said="75 time_limit")
+    assert cluster.requeued == ["17"]
+    told = last(run)
+    assert (told["event"], told["reason"], told["exit_code"], told["progress"]) == ("requeued", "time_limit", 75, 5)
+
+
+def test_lives_whose_run_directory_cannot_be_read_are_put_back_as_often_as_a_crash(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    break_file_system(monkeypatch, 10**6)
+    monkeypatch.setattr(slurm, "PATIENCE_S", 0)
+    codes = [shell_ends(1, said="75 time_limit") for _ in range(6)]
+    assert cluster.requeued == ["17"] * 3 and codes == [1] * 6
+    assert "failed: its lives cannot be counted while nothing can be read" in capfd.readouterr().out
+    assert shell_ends(0) == 0 and shell_ends(78) == 78 and len(cluster.requeued) == 3
+
+
+def test_a_successor_that_an_unreadable_run_directory_prevents_is_told(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stale(*_: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    cluster.cancels = True
+    monkeypatch.setattr(supervisor, "submit_successor", stale)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    run.exit_marker("17", 0).write_text("75 preempted")
+    monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
+    assert supervisor.main() == 75
+    assert "could not be put back" in capfd.readouterr().out
 
 
 def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
