@@ -384,6 +384,6 @@ def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
 
 
 def read_events(run: RunDir) -> list[dict[str, Any]]:
-    """Every life event of a run, in order of time."""
-    events = [e for p in sorted(run.events.glob("*.jsonl")) for e in read_jsonl(p)]
+    """Every life event of a run, in order of time. Raises OSError where it cannot look."""
+    events = [e for p in sorted(_listed(run.events)) if p.suffix == ".jsonl" for e in read_jsonl(p)]
     return sorted(events, key=lambda e: str(e.get("time", "")))

@@ -235,7 +235,8 @@ def settle(site: Site, *, dry_run: bool) -> Site:
                     + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}")
                 )
     if site.gpus_per_node is None:
-        names = site.partition.split(",") if site.partition else list(known)
+        default = [p.name for p in known.values() if p.is_default] or list(known)
+        names = site.partition.split(",") if site.partition else default
         has_gpu = all(known[n].gpus_per_node for n in names) if known else True
         gpus = site.tasks_per_node or 1
         site = site.model_copy(update={"gpus_per_node": gpus if has_gpu and names else (0 if known else gpus)})

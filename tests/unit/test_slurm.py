@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import cluster, slurm
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
 CONFIG = """Configuration data as of 2026-01-01T00:00:00
@@ -197,3 +197,13 @@ def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(slurm, "run", run)
     assert slurm.show("17") is None
+
+
+@pytest.mark.parametrize(("default", "gpus"), [("gpu", 1), ("cpu", 0)])
+def test_where_no_partition_is_asked_for_the_default_one_says_whether_it_has_gpus(
+    commands: Path, default: str, gpus: int
+) -> None:
+    put(commands / "sbatch", "")
+    put(commands / "srun", "")
+    put(commands / "sinfo", f'echo "gpu|gpu:2\ncpu|(null)\nhidden|(null)" | /bin/sed "s/^{default}|/{default}*|/"')
+    assert cluster.settle(cluster.Site(), dry_run=False).gpus_per_node == gpus
