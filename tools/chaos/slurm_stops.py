@@ -114,6 +114,12 @@ def pre_empted_where_slurm_cancels(c: Cluster, _: int) -> Result:
         return _continues_once(c, "pre-empted where SLURM cancels")
 
 
+def pre_empted_where_slurm_cancels_at_once(c: Cluster, _: int) -> Result:
+    """PreemptMode=CANCEL without a grace period: the run continues, once; under scancel it does not."""
+    with c.partition(PreemptMode="CANCEL", GraceTime="0"):
+        return _continues_once(c, "pre-empted where SLURM cancels at once")
+
+
 def requeue_forbidden(c: Cluster, _: int) -> Result:
     """--no-requeue and pre-empted: a successor job continues, once; under scancel there is none."""
     return _continues_once(c, "requeue forbidden", "--sbatch", "no-requeue")
@@ -368,6 +374,7 @@ ROWS = {
     "startup-pre-emptions": (pre_empted_while_starting, 5, 2),
     "no-grace": (pre_empted_without_grace, 3, 1),
     "preempt-cancel": (pre_empted_where_slurm_cancels, 1, 1),
+    "preempt-cancel-at-once": (pre_empted_where_slurm_cancels_at_once, 1, 1),
     "requeue-forbidden": (requeue_forbidden, 1, 1),
     "scancel": (cancelled, 20, 4),
     "time-limit": (out_of_time, 5, 1),
