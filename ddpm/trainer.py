@@ -86,7 +86,7 @@ class Trainer:
         self._pending: runtime.Later | None = None
         self._latest: dict[str, Any] = {}
         self._beginning = "started"
-        self._warm = False
+        self.warm = False
         self._saved_at = time.monotonic()
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         network: Any = torch.compile(self.model) if resolved.compile else self.model
@@ -180,12 +180,12 @@ class Trainer:
         gives every life the same one. To be called before each `train`, as a life may go on after a stop; once is
         enough, and all that is done.
         """
-        wanted = not self._warm and (self.world.world_size > 1 or self.resolved.compile)
+        wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
         if not wanted or self._at_the_end() or self._agreed_stop(stop_requested):
             return
         self._forward_backward(self.at.step, warm_up=True)
         self.optimizer.zero_grad(set_to_none=True)
-        self._warm = True
+        self.warm = True
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["config_digest"] != self.config.digest():

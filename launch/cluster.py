@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from ddpm.config import Section, build, load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch import slurm
-from launch.environment import PROJECT
+from launch.environment import PROJECT, default_partition
 
 PROFILES = PROJECT / "configs" / "cluster"
 OURS = {
@@ -236,7 +236,8 @@ def settle(site: Site, *, dry_run: bool) -> Site:
                 )
     if site.gpus_per_node is None:
         default = [p.name for p in known.values() if p.is_default] or list(known)
-        names = site.partition.split(",") if site.partition else default
+        asked = site.partition or default_partition()
+        names = [n for n in asked.split(",") if n in known] if asked else default
         has_gpu = all(known[n].gpus_per_node for n in names) if known else True
         gpus = site.tasks_per_node or 1
         site = site.model_copy(update={"gpus_per_node": gpus if has_gpu and names else (0 if known else gpus)})

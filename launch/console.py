@@ -21,6 +21,7 @@ from launch import requests, slurm
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
+ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be COMPLETING for hours
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -129,7 +130,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
 def follow_jobs(run: RunDir, jobs: list[str]) -> None:
     """Until SLURM has none of `jobs`, nor one that took its place. Asks squeue, which is light, not sacct."""
     follower = Follower(run)
-    quiet = 0
+    quiet = ending = 0
     known = set(jobs)
     try:
         while quiet < 3:  # a job that comes back is away for a moment
@@ -139,7 +140,8 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
             except slurm.SlurmError:
                 time.sleep(POLL_S)
                 continue
-            quiet = 0 if states else quiet + 1
+            ending = ending + 1 if set(states.values()) == {"COMPLETING"} else 0
+            quiet = 0 if states and ending < ENDING_POLLS else quiet + 1
             if states:
                 follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]))
             time.sleep(POLL_S)

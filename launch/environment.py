@@ -196,6 +196,11 @@ def set_defaults(**values: str) -> None:
         os.environ.setdefault(key, value)
 
 
+def default_partition() -> str | None:
+    """What sbatch takes where no partition is asked for, if the user has exported one."""
+    return os.environ.get("SBATCH_PARTITION")
+
+
 def gpus_given() -> bool:
     """Whether SLURM gave this job GPUs."""
     return any(os.environ.get(k) for k in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"))

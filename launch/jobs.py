@@ -126,6 +126,7 @@ def train(life: Life) -> int:
     from ddpm.trainer import Trainer
     from launch import requests
 
+    _one_device(env)  # a rank without one must not let the others wait for it
     timeout_s = requests.site_of(run).rank_timeout_s
     world = distributed.join(
         rank=env.rank,
@@ -135,7 +136,6 @@ def train(life: Life) -> int:
         master_port=env.master_port,
         timeout_s=timeout_s,
     )
-    _check_device(env, world.device)
     fence = None
     if world.is_main and not why:
         fence = Fence(
@@ -165,9 +165,10 @@ def train(life: Life) -> int:
     )
     trainer.resume()
     while True:
-        # compilers that start here must not die of a signal meant for us
-        with life.stop.held(), _compiling(kernels, world, trainer.resolved.compile):
-            trainer.warm_up(life.stop)
+        if not trainer.warm:
+            # compilers that start here must not die of a signal meant for us
+            with life.stop.held(), _compiling(kernels, world, trainer.resolved.compile):
+                trainer.warm_up(life.stop)
         outcome = trainer.train(life.stop)
         if not outcome.saved:
             return life.leave(1, "save_failed")

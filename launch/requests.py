@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_ROUNDS = 3
 COMPLETING_POLL_S = 2
-COMPLETING_AT_MOST_S = 300
+COMPLETING_AT_MOST_S = 60
 
 
 def _set_name(config: Config, at: str, variance: str | None = None) -> str:
@@ -178,6 +178,7 @@ def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that SLURM has. Raises SlurmError.
 
     A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.
+    One that stays so, as on a node that is out of reach, counts as gone; should it come back, the run is locked.
     """
     jobs = slurm_jobs(read_events(run), stage, set_name)
     if not jobs or not slurm.available():
@@ -187,7 +188,7 @@ def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
         states = slurm.queued(jobs)
         ending = [job for job, state in states.items() if state == "COMPLETING"]
         if not ending or time.monotonic() - asked_at > COMPLETING_AT_MOST_S:
-            return list(states)
+            return [job for job in states if job not in ending]
         if polls == 1:
             print(f"waiting for SLURM to end job {' '.join(ending)}, or to queue it again", file=sys.stderr, flush=True)
         polls += 1

@@ -65,9 +65,9 @@ def run(
     return done.stdout
 
 
-def patiently(ask: Callable[[], T], on: type[Exception] = SlurmError) -> T:
+def patiently(ask: Callable[[], T], on: type[Exception] = SlurmError, patience_s: float | None = None) -> T:
     """`ask()`, again while it raises `on`, as when slurmctld restarts. Raises it in the end."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:
             return ask()

@@ -135,14 +135,15 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
     return jobs
 
 
-def queue(jobs: list[scheduler.Job]) -> list[str]:
+def queue(jobs: list[scheduler.Job]) -> tuple[list[str], list[str]]:
     """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
 
-    Returns the job ids of the whole chain. Cancels what it submitted if a later part is refused; if SLURM does not
-    answer, it stays, and a second submission finds it.
+    Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Cancels
+    what it submitted if a later part is refused; if SLURM does not answer, it stays, and a second submission finds it.
     """
     ids: list[str] = []
     new: list[str] = []
+    told: list[str] = []
     after: str | None = None
     try:
         for job in jobs:
@@ -152,17 +153,14 @@ def queue(jobs: list[scheduler.Job]) -> list[str]:
             new += [] if there else mine
             after = ":".join(mine)
             tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
-            print(
-                f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}",
-                flush=True,
-            )
+            told.append(f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}")
     except slurm.NoAnswer:
         raise
     except Exception:
         if new:
             slurm.cancel(new)
         raise
-    return ids
+    return ids, told
 
 
 def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
@@ -273,13 +271,14 @@ def main() -> int:
         code = console.follow_process(run, process, log)
         return _outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
     try:
-        ids = queue(jobs)
+        ids, told = queue(jobs)
     except slurm.NoAnswer:
         raise  # with a job in the queue, perhaps, which needs the directory
     except Exception:
         if not exists:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
+    print("\n".join(told))
     print(f"watch it with: python launch/status.py {run.name} --watch")
     return _wait(run, config, stages, ids) if args.wait else 0
 

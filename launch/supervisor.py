@@ -27,6 +27,7 @@ from launch.scheduler import submit_successor
 MAX_RETRIES = 3
 KILLED_WITHIN_S = 300
 SETTLE_S = 10
+READ_PATIENCE_S = 15
 
 T = TypeVar("T")
 
@@ -126,9 +127,9 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
 
 
 def _read(ask: Callable[[], T]) -> T | None:
-    """What the run directory says; None where its file system fails for as long as SLURM would be asked."""
+    """What the run directory says; None where its file system fails for long: before a time limit there is little."""
     try:
-        return slurm.patiently(ask, OSError)
+        return slurm.patiently(ask, OSError, min(slurm.PATIENCE_S, READ_PATIENCE_S))
     except OSError as e:
         _say(f"the run directory cannot be read: {e}")
         return None

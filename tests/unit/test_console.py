@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +45,13 @@ def test_a_job_that_was_submitted_by_hand_is_followed(tmp_path: Path, answers: I
     EventLog(RunDir(tmp_path), "17", 0, "n1").append("allocated")
     console.follow_jobs(RunDir(tmp_path), ["16"])
     assert list(answers) == []
+
+
+def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = itertools.count()
+    monkeypatch.setattr(slurm, "run", lambda argv: f"17 17 {'RUNNING' if next(asked) < 5 else 'COMPLETING'}")
+    monkeypatch.setattr(console.time, "sleep", lambda s: None)
+    console.follow_jobs(RunDir(tmp_path), ["17"])
+    assert next(asked) > 100

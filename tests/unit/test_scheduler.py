@@ -148,6 +148,17 @@ def test_a_chain_that_fails_half_way_is_taken_back_whatever_the_reason(
     assert cluster.of("scancel") == [["scancel", "101"]]
 
 
+def test_a_chain_that_is_queued_stays_though_nobody_reads_of_it(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    ids, told = submit.queue([scheduler.Job("train", run, Site()), scheduler.Job("evaluate", run, Site(), "set")])
+    assert len(ids) == len(told) == 2 and cluster.of("scancel") == []
+
+
 def test_a_chain_in_which_slurm_falls_silent_stays(run: RunDir, cluster: Cluster) -> None:
     cluster.accepts, cluster.otherwise = 1, SILENCE
     with pytest.raises(slurm.NoAnswer, match="tiny-evaluate"):

@@ -199,10 +199,13 @@ def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch)
     assert slurm.show("17") is None
 
 
-@pytest.mark.parametrize(("default", "gpus"), [("gpu", 1), ("cpu", 0)])
-def test_where_no_partition_is_asked_for_the_default_one_says_whether_it_has_gpus(
-    commands: Path, default: str, gpus: int
+@pytest.mark.parametrize(
+    ("default", "exported", "gpus"), [("gpu", "", 1), ("cpu", "", 0), ("gpu", "cpu", 0), ("cpu", "gpu", 1)]
+)
+def test_where_no_partition_is_asked_for_that_of_the_user_or_the_default_says_whether_it_has_gpus(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, default: str, exported: str, gpus: int
 ) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", exported)
     put(commands / "sbatch", "")
     put(commands / "srun", "")
     put(commands / "sinfo", f'echo "gpu|gpu:2\ncpu|(null)\nhidden|(null)" | /bin/sed "s/^{default}|/{default}*|/"')

@@ -508,6 +508,7 @@ def disk_full(count: int) -> Result:
                     said = "checkpoint failed" in log.read_text() and f"step={until} saved=False" in log.read_text()
                     found = checkpoint.newest_good(run, silent)
                     disk.free()
+                    time.sleep(1)  # TensorBoard orders its files by second, then by pid, which starts again at times
                     after = ended(life(run))
                     if (code, said, found and found.step, after) != (1, True, good, 0) or not same_end(run, calm):
                         bad.append(f"{name}, stopped: exit code {code}, said so: {said}, good: {found and found.step}, "
