@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ import numpy as np
 from ddpm import celeba, sources
 from ddpm.config import Data
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
+from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.rundir import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_json, sign, write_json
 from ddpm.sources import Source
 
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400
 Item = tuple[np.ndarray, int]
-Progress = Callable[[int, int], None]
-StopRequested = Callable[[], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def pack(
     split: str,
     cache: Path,
     *,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
     stop_requested: StopRequested = lambda: None,
 ) -> tuple[str, PackedImages]:
     """Unpack `split` of the configured data into `cache` unless it is there; returns its key and the mapped arrays.
@@ -171,7 +170,7 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _watched(
-    items: Iterator[Item], num: int, progress: Progress | None, stop_requested: StopRequested
+    items: Iterator[Item], num: int, progress: ShowProgress | None, stop_requested: StopRequested
 ) -> Iterator[Item]:
     for done, item in enumerate(items, start=1):
         yield item

@@ -21,11 +21,10 @@ from ddpm import metrics, rundir
 from ddpm.errors import DDPMError, RequestError
 from ddpm.features import Extractor, extract, shard_features
 from ddpm.metrics import Moments
+from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.rundir import DamagedFile, RunDir, SampleSet
 from ddpm.sampleset import (
-    Progress,
     Request,
-    StopRequested,
     npz_bytes,
     parse_npz,
     read_manifest,
@@ -112,7 +111,7 @@ def set_moments(
     *,
     batch: int = 64,
     stop_requested: StopRequested = lambda: None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
     token: str = "",
 ) -> Moments:
     """Moments of all features of a set, merged in order of shards. progress(done, total) counts shards.
@@ -151,7 +150,7 @@ def image_moments(
     *,
     batch: int = 64,
     stop_requested: StopRequested = lambda: None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Moments:
     """Moments of the features of images uint8 (n, H, W, 3). progress(done, total) counts images."""
     if len(images) < 2:
@@ -174,7 +173,7 @@ def reference_moments(
     *,
     batch: int = 64,
     stop_requested: StopRequested = lambda: None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
     token: str = "",
 ) -> Reference:
     """Statistics of a dataset, kept in `cache_dir` under (digest of the images, digest of the extractor).
@@ -275,7 +274,7 @@ def evaluate_set(
     command: list[str],
     batch: int = 64,
     stop_requested: StopRequested = lambda: None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
     token: str = "",
 ) -> dict[str, Any]:
     """Score a complete sample set and write eval/SET.json, which is returned.
@@ -335,7 +334,7 @@ def evaluate_images(
     *,
     batch: int = 64,
     stop_requested: StopRequested = lambda: None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> dict[str, Any]:
     """Score a folder or zip of images against an .npz of statistics, a folder or a zip. Writes nothing."""
     from ddpm.data import load_folder

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from ddpm import rundir
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
+from ddpm.run.stopping import StopRequested
 from ddpm.rundir import DamagedFile, SampleSet
-from ddpm.sampleset import Request, StopRequested, verify_shard
+from ddpm.sampleset import Request, verify_shard
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,10 @@ import numpy as np
 
 from ddpm import rundir
 from ddpm.errors import DoNotRetry, RequestError, RunBusy, Stopped
+from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.rundir import DamagedFile, SampleSet
 from ddpm.sampleset import (
-    Progress,
     Request,
-    StopRequested,
     missing_shards,
     npz_bytes,
     parse_npz,
@@ -136,7 +135,7 @@ def generate_shard(
     num_classes: int,
     device: torch.device | str,
     stop_requested: StopRequested = lambda: None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
     token: str = "",
 ) -> dict[str, Any]:
     """Compute and publish shard `index` of a published request; returns its manifest, at once if it is already good.

@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,6 @@ import numpy as np
 from ddpm import rundir
 from ddpm.errors import RequestError
 from ddpm.rundir import DamagedFile, SampleSet
-
-StopRequested = Callable[[], "str | None"]
-Progress = Callable[[int, int], None]
 
 VARIANCES = ("fixed_large", "fixed_small")
 """Of the ancestral sampler, as in diffusion.variance."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ddpm.run.log import say
 from ddpm.rundir import RunDir, now, parse_jsonl, publishing, read_jsonl, write_bytes, write_json
 
 HEARTBEAT_EVERY_S = 5.0
@@ -207,12 +207,6 @@ def _bar(total: int, done: int) -> Any:
     bar.start()
     bar.add_task("", total=total, completed=done)
     return bar
-
-
-def say(message: str = "", **fields: Any) -> None:
-    """One log line: `2026-11-20T09:00:00.000Z message key=value …`."""
-    with contextlib.suppress(OSError):  # a full disk ends no training, and the job's log may lie on it
-        print(now(), *([message] if message else []), *(f"{k}={v}" for k, v in fields.items()), flush=True)
 
 
 def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +26,10 @@ from ddpm.errors import DoNotRetry, Stopped
 from ddpm.fence import Fence
 from ddpm.optimizer import learning_rate
 from ddpm.progress import Progress, Window
+from ddpm.run.log import say
+from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.rundir import EventLog, RunDir, read_events
-from ddpm.telemetry import Telemetry, say
-
-StopRequested = Callable[[], "str | None"]
-STOP_REASONS = ("", "preempted", "time_limit", "interrupted", "STOP")
+from ddpm.telemetry import Telemetry
 
 
 def _mtime(path: Path) -> int:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import config as configs
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, NodeUnfit, RunBusy, Stopped
-from ddpm.rundir import DamagedFile, RunDir, read_json, read_signed, write_json
+from ddpm.run.state import finished_step
+from ddpm.rundir import DamagedFile, RunDir, read_json, write_json
 from launch import environment, preemption, slurm
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Life:
 
 
 def _say(message: str, **fields: Any) -> None:
-    from ddpm.telemetry import say
+    from ddpm.run.log import say
 
     say(message, **fields)
 
@@ -76,23 +77,9 @@ def run_record(run: RunDir) -> dict[str, Any]:
     return record
 
 
-def finished(run: RunDir, config: configs.Config) -> bool:
-    """Whether training reached its end: the manifest of the last step is published last of all."""
-    try:
-        step = run.latest_step()
-        manifest = read_signed(run.manifest(step))
-        whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
-    except (DamagedFile, OSError):
-        return False
-    settled_at, bound = manifest.get("early_stopped"), config.train.early_stop_below
-    settled = settled_at is not None and bound is not None and settled_at < bound
-    # without its EMA weights it was saved as one of many, and has only later become the last
-    return whole and (step >= config.train.total_steps or settled) and run.ema_weights(step).exists()
-
-
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
     """Why training must not start, or None."""
-    if finished(run, config):
+    if finished_step(run, config) is not None:
         from ddpm import checkpoint
 
         step = run.latest_step()
@@ -318,7 +305,7 @@ def _pack_again(life: Life, config: configs.Config, world: World, cache: Path) -
     Raises Stopped, on all ranks.
     """
     from ddpm import data
-    from ddpm.trainer import STOP_REASONS
+    from ddpm.run.stopping import STOP_REASONS
 
     def agreed(packed: bool = False) -> tuple[str, bool]:
         code, done = world.agree([STOP_REASONS.index(life.stop() or ""), int(packed)])
@@ -409,7 +396,7 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():
         return sampleset.read_request(sample_set)
-    if not finished(run, config):
+    if finished_step(run, config) is None:
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
             f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "

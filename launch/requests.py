@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.config import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
+from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, sha256_file
 from launch import scheduler, slurm
 from launch.cluster import Site, is_local
@@ -63,9 +64,7 @@ def _sampled_at(run: RunDir, set_name: str) -> int | None:
 
 def final_step(run: RunDir, config: Config) -> int | None:
     """The step at which training has ended, by its end or early; None where it has not."""
-    from launch.jobs import finished
-
-    return run.latest_step() if finished(run, config) else None
+    return finished_step(run, config)
 
 
 def from_config(

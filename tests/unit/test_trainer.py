@@ -20,9 +20,9 @@ from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.optimizer import learning_rate
+from ddpm.run.state import finished_step
 from ddpm.rundir import EventLog, RunDir, read_events
 from ddpm.trainer import Outcome, Trainer
-from launch import jobs
 from tests.training import (
     Killed,
     Life,
@@ -154,8 +154,9 @@ def test_training_ends_early_where_the_logged_losses_have_settled(tmp_path: Path
     assert [r["step"] for r in lines(run)] == [2, 4, 6]
     assert events(run)[-1] == "finished" and checkpoint.verify(run, 6).manifest["early_stopped"]
     assert run.ema_weights(6).exists() and run.grid(6).exists()
-    assert jobs.finished(run, config)
-    assert not jobs.finished(run, make_config(**{**options, "train__early_stop_below": None}))  # who wants more has it
+    assert finished_step(run, config) is not None
+    unbounded = make_config(**{**options, "train__early_stop_below": None})
+    assert finished_step(run, unbounded) is None  # who wants more has it
     unsettled = make_run(tmp_path / "unsettled")
     assert live(make_config(**{**options, "train__early_stop_below": 1e-9}), unsettled).step == TOTAL
     assert "early_stopped" not in checkpoint.verify(unsettled, TOTAL).manifest
@@ -190,9 +191,9 @@ def test_a_run_cut_short_at_a_step_that_was_saved_ends_as_if_planned_so(tmp_path
     live(config, planned)
     with Life(make_config(), cut) as life:
         life.train(stop_at=[5])
-    assert jobs.finished(planned, config) and not jobs.finished(cut, config)
+    assert finished_step(planned, config) is not None and finished_step(cut, config) is None
     live(config, cut)
-    assert jobs.finished(cut, config) and events(cut)[-1] == "finished"
+    assert finished_step(cut, config) is not None and events(cut)[-1] == "finished"
     assert lines(cut) == lines(planned) and [r["step"] for r in lines(cut)] == [3, 5]
     assert cut.ema_weights(5).read_bytes() == planned.ema_weights(5).read_bytes()
     assert cut.grid(5).read_bytes() == planned.grid(5).read_bytes()
