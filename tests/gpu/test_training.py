@@ -1,0 +1,224 @@
+"""Training on a GPU: every precision, compiled and not; overflows, stops and kills; nothing in a step waits for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm import checkpoint, distributed, runtime
+from ddpm.fence import Fence
+from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
+from ddpm.trainer import Trainer
+from tests.conftest import PROJECT
+from tests.training import differences, make_config, make_images, make_run
+
+PRECISIONS = [("off", False), ("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)]
+
+
+class Life:
+    """A Trainer on the GPU, from `resume` to where it stops."""
+
+    def __init__(self, run: RunDir, device: torch.device, **changes: Any) -> None:
+        config = make_config(**{"model__base_channels": 32, "data__image_size": 8, **changes})
+        resolved = runtime.resolve(config, device, 2)
+        runtime.apply(resolved)
+        owner = {"job": "1", "restart": 0, "host": "here"}
+        self.fence = Fence(run, owner, wait_s=0)
+        self.trainer = Trainer(
+            config,
+            run,
+            distributed.World(0, 1, device),
+            make_images(50),
+            resolved,
+            fence=self.fence,
+            events=EventLog(run, "1", 0, "here"),
+            owner=owner,
+        )
+
+    def __enter__(self) -> Trainer:
+        self.trainer.resume()
+        self.trainer.warm_up(lambda: None)
+        return self.trainer
+
+    def __exit__(self, *_: object) -> None:
+        self.fence.release()
+
+
+def losses(run: RunDir) -> list[float]:
+    return [r["loss"] for r in read_jsonl(run.metrics)]
+
+
+@pytest.fixture(scope="module")
+def cpu_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = make_run(tmp_path_factory.mktemp("cpu"))
+    with Life(run, torch.device("cpu"), train__total_steps=30) as trainer:
+        trainer.train(lambda: None)
+    return losses(run)
+
+
+@pytest.mark.parametrize(("amp", "compiled"), PRECISIONS)
+def test_a_run_learns_what_it_learns_on_a_cpu(
+    device: torch.device, tmp_path: Path, cpu_losses: list[float], amp: str, compiled: bool
+) -> None:
+    run = make_run(tmp_path)
+    with Life(run, device, train__total_steps=30, train__amp=amp, train__compile=compiled) as trainer:
+        assert trainer.train(lambda: None).finished
+    assert checkpoint.verify(run, 30).step == 30
+    # same images, timesteps and noise: what differs is rounding, of TF32 or of 8 (bf16) or 11 (fp16) bits of mantissa
+    assert losses(run) == pytest.approx(cpu_losses, rel=0.05)
+
+
+def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(device: torch.device, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(run, device, train__total_steps=40, train__amp="fp16") as trainer:
+        scaler = trainer.scaler
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**30})
+        assert trainer.train(lambda: None).finished
+    state = checkpoint.load(run, 40)
+    assert state["extra"]["skipped_steps"] > 0 and state["scaler"]["scale"] < 2.0**30
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+    assert [math.isfinite(loss) for loss in losses(run)] == [True] * len(losses(run))
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(device: torch.device, tmp_path: Path, amp: str) -> None:
+    with Life(make_run(tmp_path), device, train__total_steps=20, train__amp=amp, log__every_steps=100) as trainer:
+
+        def stop_requested() -> None:
+            watched = 5 <= trainer.at.step < 15  # before and after come the first step and the end
+            torch.cuda.set_sync_debug_mode("error" if watched else "default")
+
+        try:
+            assert trainer.train(stop_requested).finished
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("amp", "compiled"), [("bf16", False), ("bf16", True), ("fp16", False)])
+def test_a_deterministic_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
+    device: torch.device, tmp_path: Path, amp: str, compiled: bool
+) -> None:
+    changes = {
+        "train__total_steps": 12,
+        "train__amp": amp,
+        "train__compile": compiled,
+        "train__deterministic": True,
+        "model__dropout": 0.1,
+    }
+    calm, stopped = make_run(tmp_path / "calm"), make_run(tmp_path / "stopped")
+    with Life(calm, device, **changes) as trainer:
+        trainer.train(lambda: None)
+    with Life(stopped, device, **changes) as trainer:
+        trainer.train(lambda: "preempted" if trainer.at.step == 5 else None)
+    with Life(stopped, device, **changes) as trainer:
+        assert trainer.at.step == 5
+        trainer.train(lambda: None)
+    assert differences(checkpoint.load(calm, 12), checkpoint.load(stopped, 12)) == []
+    assert losses(calm) == losses(stopped)
+
+
+# ---------------------------------------------------------------- real processes
+
+OPTIONS = [
+    "data.name=digits",
+    "data.image_size=8",
+    "model.base_channels=32",
+    "model.channel_mults=[1,2]",
+    "model.attention_resolutions=[4]",
+    "diffusion.timesteps=50",
+    "train.total_steps=800",
+    "train.global_batch=32",
+    "train.deterministic=true",
+    "train.compile=false",
+    "checkpoint.every_steps=100",
+    "checkpoint.milestone_every_steps=null",
+    "log.every_steps=50",
+    "log.grid_every_steps=null",
+    "sample.num_samples=96",
+    "sample.batch=32",
+    "sample.shards=1",
+    "sample.sampler=ancestral",
+    "sample.steps=50",
+    "evaluate.extractor=pixels",
+]
+
+
+def script(root: Path, name: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"launch/{name}.py", *arguments, "--root", str(root)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def submit(root: Path, name: str, *arguments: str) -> None:
+    script(root, "submit", *OPTIONS, "--name", name, "--cluster", "local", "--gpus-per-node", "1", *arguments)
+
+
+def wait_for(run: RunDir, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while run.latest_step() < step:
+        assert time.monotonic() < deadline, run.path
+        time.sleep(0.05)
+
+
+def signal_job(run: RunDir, signum: signal.Signals) -> None:
+    pid = [e["pid"] for e in read_events(run) if e["event"] == "submitted"][-1]
+    if signum == signal.SIGKILL:
+        os.killpg(pid, signum)
+    else:
+        os.kill(pid, signum)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        if state == "Z":
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def calm(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    submit(root, "calm", "--wait")
+    return root
+
+
+def test_a_run_that_was_killed_and_stopped_in_real_processes_ends_with_the_bits_of_a_calm_one(
+    device: torch.device, calm: Path
+) -> None:
+    run = RunDir(calm / "disturbed")
+    submit(calm, "disturbed")
+    wait_for(run, 200)
+    signal_job(run, signal.SIGKILL)
+    submit(calm, "disturbed")
+    wait_for(run, 400)
+    signal_job(run, signal.SIGTERM)
+    assert run.latest_step() < 800 and read_events(run)[-1]["event"] in ("checkpoint", "stop_requested")
+    submit(calm, "disturbed", "--wait")
+    assert differences(checkpoint.load(RunDir(calm / "calm"), 800), checkpoint.load(run, 800)) == []
+    assert losses(RunDir(calm / "calm")) == losses(run)
+
+
+def test_samples_have_the_same_bytes_under_every_sharding(device: torch.device, calm: Path) -> None:
+    import numpy as np
+
+    images = []
+    for shards in ("1", "3"):
+        script(calm, "sample", "calm", "--set", f"in-{shards}", "--shards", shards, "--wait")
+        files = sorted((calm / "calm" / "samples" / f"in-{shards}").glob("shard-*.npz"))
+        assert len(files) == int(shards)
+        images.append(np.concatenate([np.load(f)["images"] for f in files]))
+    assert images[0].shape == (96, 8, 8, 3) and np.array_equal(*images)

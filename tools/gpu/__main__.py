@@ -1,0 +1,148 @@
+"""Checks, figures and a run of this project on one GPU, in stages that each leave their file and end in time.
+
+    python -m tools.gpu --minutes 8 --out DIR            on a node with a GPU; no network is needed
+    python -m tools.gpu --stages bench --minutes 5       one stage
+
+checks   the tests in tests/gpu/: the same draws as on a CPU, every precision, overflows, stops and kills, no host waits
+bench    tools/gpu/bench.py: training, peers, sampling, features, checkpoints
+run      configs/cifar10.yaml as it is, killed once and resumed; needs images, given as --data FOLDER_OR_ZIP
+
+Without a GPU the bench runs smaller and the checks say what they lack. Exit code: 0 if every stage passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
+from tools.gpu import PROJECT
+
+STAGES = ("checks", "bench", "run")
+SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
+"""Of the time that is left when a stage begins."""
+
+
+def bounded(command: list[str], log: Path, limit_s: float) -> int:
+    """Run `command` in the project, its output in `log` and here; killed at its limit, with all that it started."""
+    print(f"== {' '.join(command[2:])} (at most {limit_s:.0f} s)", flush=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = 124
+    print(log.read_text(errors="replace")[-5000:], flush=True)
+    return code
+
+
+def checks(out: Path, limit_s: float) -> int:
+    python = [sys.executable, "-m", "pytest"]
+    options = ["tests/gpu", "-q", "--tb=short", "--durations=8", f"--junitxml={out / 'checks.xml'}"]
+    return bounded([*python, *options], out / "checks.log", limit_s)
+
+
+def bench(out: Path, limit_s: float, rows: list[str]) -> int:
+    command = [sys.executable, "-m", "tools.gpu.bench", "--out", str(out / "bench.json"), *rows]
+    return bounded([*command, "--minutes", f"{(limit_s - 40) / 60:.2f}"], out / "bench.log", limit_s)
+
+
+def run(out: Path, limit_s: float, data: Path, root: Path) -> int:
+    """`cifar10.yaml` for as long as there is time: killed -9 once, resumed, stopped with a save, sampled."""
+    ends = time.monotonic() + limit_s
+    where = RunDir(root / "cifar10")
+    submit = [sys.executable, "launch/submit.py", "data.name=images", f"data.path={data}", "log.grid_every_steps=2000"]
+    submit += ["checkpoint.every_min=0.25", "--cluster", "local", "--gpus-per-node", "1", "--root", str(root)]
+
+    def start() -> None:
+        code = subprocess.run(submit, cwd=PROJECT, stdin=subprocess.DEVNULL).returncode
+        assert code == 0, f"submit.py left with {code}"
+
+    def job() -> int:
+        return int([e["pid"] for e in read_events(where) if e["event"] == "submitted"][-1])
+
+    def beat() -> int:
+        return int((read_json(where.heartbeat) or {}).get("step", 0))
+
+    start()
+    while time.monotonic() < ends - limit_s * 0.55 or where.latest_step() == 0:
+        time.sleep(0.5)
+        if time.monotonic() > ends:
+            raise AssertionError("no checkpoint in time")
+    killed_at = beat()
+    os.killpg(job(), signal.SIGKILL)
+    saved = where.latest_step()
+    began = time.monotonic()
+    start()
+    while beat() <= killed_at and time.monotonic() < ends - 30:
+        time.sleep(0.2)
+    back_s = time.monotonic() - began
+    while time.monotonic() < ends - 25:
+        time.sleep(0.5)
+    where.stop_file.touch()
+    while where.latest_step() < beat() and time.monotonic() < ends + 10:
+        time.sleep(0.2)
+    lines = read_jsonl(where.metrics)
+    record = {
+        "killed_at": killed_at,
+        "saved": saved,
+        "back_at_that_step_after_s": back_s,
+        "last_step": where.latest_step(),
+        "images_per_s": [round(m["images_per_s"]) for m in lines],
+        "loss": [round(m["loss"], 5) for m in lines],
+        "steps": [m["step"] for m in lines],
+        "resolved": (read_json(where.run_json) or {})["resolved"],
+        "events": [{k: e[k] for k in ("event", "time", "step") if k in e} for e in read_events(where)],
+    }
+    (out / "run.json").write_text(json.dumps(record) + "\n")
+    for log in sorted(where.logs.glob("*.out"))[-1:]:
+        print(log.read_text()[-2000:])
+    for grid in sorted(where.grids.glob("*.png"))[-1:]:
+        shutil.copy(grid, out / "grid.png")
+    print(f"run: {lines[-1] if lines else 'no line'}; back after {back_s:.1f} s", flush=True)
+    assert [m["step"] for m in lines] == list(range(100, 100 * len(lines) + 1, 100)), "steps missing or twice"
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--out", type=Path, default=PROJECT / "runs" / "gpu")
+    parser.add_argument("--stages", default=",".join(STAGES), help="some of checks,bench,run")
+    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of the bench; --quick for the first six")
+    parser.add_argument("--data", type=Path, help="images for the run: a folder or zip with train/CLASS/*")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + args.minutes * 60
+    codes = {}
+    for stage in args.stages.split(","):
+        left = (ends - time.monotonic()) * (SHARE[stage] if stage != args.stages.split(",")[-1] else 1.0)
+        try:
+            if stage == "checks":
+                codes[stage] = checks(args.out, left)
+            elif stage == "bench":
+                codes[stage] = bench(args.out, left, ["--quick" if r == "quick" else r for r in args.rows])
+            elif args.data is None:
+                print("run: not run, there are no images: give --data")
+            else:
+                codes[stage] = run(args.out, left, args.data.absolute(), args.out / "runs")
+        except AssertionError as e:
+            print(f"{stage}: {e}")
+            codes[stage] = 1
+        (args.out / "stages.json").write_text(json.dumps(codes) + "\n")
+    print(f"stages: {codes}")
+    return int(any(codes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
