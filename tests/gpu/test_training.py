@@ -53,28 +53,33 @@ class Life:
         self.fence.release()
 
 
-def losses(run: RunDir) -> list[float]:
-    return [r["loss"] for r in read_jsonl(run.metrics)]
+def column(run: RunDir, name: str = "loss") -> list[float]:
+    return [r[name] for r in read_jsonl(run.metrics)]
+
+
+CALM = {"train__total_steps": 30, "train__lr": 1e-4}
+"""At a high learning rate rounding grows into another path within ten steps, on any device."""
 
 
 @pytest.fixture(scope="module")
-def cpu_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = make_run(tmp_path_factory.mktemp("cpu"))
-    with Life(run, torch.device("cpu"), train__total_steps=30) as trainer:
+    with Life(run, torch.device("cpu"), **CALM) as trainer:
         trainer.train(lambda: None)
-    return losses(run)
+    return run
 
 
 @pytest.mark.parametrize(("amp", "compiled"), PRECISIONS)
 def test_a_run_learns_what_it_learns_on_a_cpu(
-    device: torch.device, tmp_path: Path, cpu_losses: list[float], amp: str, compiled: bool
+    device: torch.device, tmp_path: Path, on_cpu: RunDir, amp: str, compiled: bool
 ) -> None:
     run = make_run(tmp_path)
-    with Life(run, device, train__total_steps=30, train__amp=amp, train__compile=compiled) as trainer:
+    with Life(run, device, train__amp=amp, train__compile=compiled, **CALM) as trainer:
         assert trainer.train(lambda: None).finished
     assert checkpoint.verify(run, 30).step == 30
     # same images, timesteps and noise: what differs is rounding, of TF32 or of 8 (bf16) or 11 (fp16) bits of mantissa
-    assert losses(run) == pytest.approx(cpu_losses, rel=0.05)
+    assert column(run) == pytest.approx(column(on_cpu), rel=0.01)
+    assert column(run, "grad_norm") == pytest.approx(column(on_cpu, "grad_norm"), rel=0.05)
 
 
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(device: torch.device, tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(device: torch.devi
     state = checkpoint.load(run, 40)
     assert state["extra"]["skipped_steps"] > 0 and state["scaler"]["scale"] < 2.0**30
     assert all(torch.isfinite(w).all() for w in state["model"].values())
-    assert [math.isfinite(loss) for loss in losses(run)] == [True] * len(losses(run))
+    assert all(math.isfinite(loss) for loss in column(run))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -123,7 +128,7 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_bits_of_one_that_was
         assert trainer.at.step == 5
         trainer.train(lambda: None)
     assert differences(checkpoint.load(calm, 12), checkpoint.load(stopped, 12)) == []
-    assert losses(calm) == losses(stopped)
+    assert column(calm) == column(stopped)
 
 
 # ---------------------------------------------------------------- real processes
@@ -209,7 +214,7 @@ def test_a_run_that_was_killed_and_stopped_in_real_processes_ends_with_the_bits_
     assert run.latest_step() < 800 and read_events(run)[-1]["event"] in ("checkpoint", "stop_requested")
     submit(calm, "disturbed", "--wait")
     assert differences(checkpoint.load(RunDir(calm / "calm"), 800), checkpoint.load(run, 800)) == []
-    assert losses(RunDir(calm / "calm")) == losses(run)
+    assert column(RunDir(calm / "calm")) == column(run)
 
 
 def test_samples_have_the_same_bytes_under_every_sharding(device: torch.device, calm: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._inductor import config as inductor_config
 
 from ddpm import checkpoint, config, data, features, rng, runtime, samplers, schedule
 from ddpm.distributed import World
@@ -98,11 +99,14 @@ def trainer_of(asked: config.Config, run: RunDir, packed: data.PackedImages) -> 
     return Trainer(asked, run, World(0, 1, DEVICE), packed, resolved, fence=fence, events=None, owner={}), fence
 
 
-def training(batch: int, *overrides: str, steps: int = 60, warm_up: int = 15, profile: bool = False) -> dict[str, Any]:
+def training(
+    batch: int, *overrides: str, steps: int = 60, warm_up: int = 15, profile: bool = False, graphs: bool = False
+) -> dict[str, Any]:
     """Images/s of the trainer's loop at one global batch, its compile time and memory; with `profile`, its launches."""
     steps, warm_up = (steps, warm_up) if GPU else (4, 2)
     asked = cifar10(f"train.global_batch={batch}", "log.every_steps=100000", "checkpoint.every_min=null", *overrides)
     torch.compiler.reset()
+    inductor_config.triton.cudagraphs = graphs
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     out: dict[str, Any] = {"batch": batch, "overrides": list(overrides)}
@@ -129,7 +133,8 @@ def training(batch: int, *overrides: str, steps: int = 60, warm_up: int = 15, pr
             if profile and trainer.at.step == warm_up + steps + 2:
                 prof = torch.profiler.profile(
                     activities=[torch.profiler.ProfilerActivity.CPU]
-                    + ([torch.profiler.ProfilerActivity.CUDA] if GPU else [])
+                    + ([torch.profiler.ProfilerActivity.CUDA] if GPU else []),
+                    record_shapes=True,
                 )
                 prof.start()
             if profile and trainer.at.step == warm_up + steps + 7:
@@ -170,6 +175,16 @@ def launches(prof: Any, steps: int) -> dict[str, Any]:
             {"name": e.key[:60], "calls": e.count / steps, "ms": e.self_cpu_time_total / steps / 1e3}
             for e in sorted(averages, key=lambda e: -e.self_cpu_time_total)[:20]
         ],
+        "top_operators": [
+            {
+                "name": e.key,
+                "shapes": str(e.input_shapes)[:90],
+                "calls": e.count / steps,
+                "ms": e.self_device_time_total / steps / 1e3,
+            }
+            for e in sorted(prof.key_averages(group_by_input_shape=True), key=lambda e: -e.self_device_time_total)
+            if e.key.startswith("aten::")
+        ][:60],
     }
 
 
@@ -325,6 +340,7 @@ def table(quick: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     rows: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("peaks", peaks),
         ("training", lambda: training(batch, *auto, profile=True)),
+        ("training, graphs", lambda: training(batch, *auto, graphs=True)),
         ("training, not compiled", lambda: training(batch, "train.compile=false", profile=True)),
         ("sampling", lambda: sampling(500 if GPU else 4)),
         ("inception", inception),
