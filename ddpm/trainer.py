@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import checkpoint, grids, optimizer, rng, runtime, schedule
+from ddpm import grids, optimizer, rng, runtime, schedule
 from ddpm.config import Config, check_world_size
 from ddpm.data import Batches, PackedImages
 from ddpm.diffusion import Diffusion
@@ -26,6 +26,7 @@ from ddpm.errors import DoNotRetry, Stopped
 from ddpm.fence import Fence
 from ddpm.optimizer import learning_rate
 from ddpm.progress import Progress, Window
+from ddpm.run import generations, saving
 from ddpm.run.log import say
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.rundir import EventLog, RunDir, read_events
@@ -93,7 +94,7 @@ class Trainer:
                 network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
         self.network = network
-        self.saver: checkpoint.Checkpointer | None = None
+        self.saver: saving.Checkpointer | None = None
         self.telemetry: Telemetry | None = None
 
     def _new_scaler(self) -> torch.amp.GradScaler:
@@ -109,7 +110,7 @@ class Trainer:
             told = (e.get("attempt", 0) for e in read_events(self.run) if e["event"] == "rollback")
             lived = max(told, default=0)  # no sum: an orphan may have told of the same one
             try:
-                found = checkpoint.newest_good(self.run, say)
+                found = generations.newest_good(self.run, say)
                 step = found.step if found else None
             except DoNotRetry as e:
                 failure = str(e)
@@ -120,7 +121,7 @@ class Trainer:
             if self.world.is_main:
                 say("no checkpoint: starting at step 0")
         else:
-            self._restore(checkpoint.load(self.run, step))
+            self._restore(generations.load(self.run, step))
         self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
         self._open_outputs()
         self.batches = self._batches()
@@ -150,7 +151,7 @@ class Trainer:
             may_publish=self.fence.check,
         )
         if self.saver is None:
-            self.saver = checkpoint.Checkpointer(
+            self.saver = saving.Checkpointer(
                 self.run,
                 self.fence,
                 keep_last=self.config.checkpoint.keep_last,
@@ -460,12 +461,12 @@ class Trainer:
             )
         self._event("rollback", at, attempt=attempt)
         found = self.world.share(
-            (g.step if (g := checkpoint.newest_good(self.run, say)) else None) if self.world.is_main else None
+            (g.step if (g := generations.newest_good(self.run, say)) else None) if self.world.is_main else None
         )
         if found is None:
             self._start_over()
         else:
-            self._restore(checkpoint.load(self.run, found))
+            self._restore(generations.load(self.run, found))
         self.at.rollbacks, self.at.attempt = rollbacks, attempt
         self._open_outputs()
         self.batches = self._batches()

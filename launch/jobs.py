@@ -80,7 +80,7 @@ def run_record(run: RunDir) -> dict[str, Any]:
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
     """Why training must not start, or None."""
     if finished_step(run, config) is not None:
-        from ddpm import checkpoint
+        from ddpm.run import generations as checkpoint
 
         step = run.latest_step()
         try:
@@ -330,7 +330,8 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     """One shard of a set; publishes the set's request first where a chained job is the first to come by."""
     import torch
 
-    from ddpm import checkpoint, generate, runtime
+    from ddpm import generate, runtime
+    from ddpm.run import generations as checkpoint
     from ddpm.schedule import build as build_schedule
 
     run, env = life.run, life.env
@@ -391,7 +392,8 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
 
     Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
     """
-    from ddpm import checkpoint, sampleset
+    from ddpm import sampleset
+    from ddpm.run import generations as checkpoint
 
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():

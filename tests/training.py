@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import checkpoint, config, data, distributed, runtime
+from ddpm import config, data, distributed, runtime
 from ddpm.fence import Fence
+from ddpm.run import generations
 from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
 from ddpm.trainer import Outcome, Trainer
 
@@ -166,8 +167,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
     """Final state (model, EMA, optimizer, window, counters) and every metrics line, bit for bit."""
     for run in (one, other):
-        checkpoint.verify(run, step)
-    assert differences(checkpoint.load(one, step), checkpoint.load(other, step)) == []
+        generations.verify(run, step)
+    assert differences(generations.load(one, step), generations.load(other, step)) == []
     assert lines(one) == lines(other)
 
 

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm import checkpoint, distributed, grids, runtime, schedule
+from ddpm import distributed, grids, runtime, schedule
 from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.optimizer import learning_rate
+from ddpm.run import generations
 from ddpm.run.state import finished_step
 from ddpm.rundir import EventLog, RunDir, read_events
 from ddpm.trainer import Outcome, Trainer
@@ -152,15 +153,15 @@ def test_training_ends_early_where_the_logged_losses_have_settled(tmp_path: Path
     config, run = make_config(**options), make_run(tmp_path / "settled")
     live(config, run, stops=[3])  # lines at 2, 4, 6: the window survives the stop
     assert [r["step"] for r in lines(run)] == [2, 4, 6]
-    assert events(run)[-1] == "finished" and checkpoint.verify(run, 6).manifest["early_stopped"]
+    assert events(run)[-1] == "finished" and generations.verify(run, 6).manifest["early_stopped"]
     assert run.ema_weights(6).exists() and run.grid(6).exists()
     assert finished_step(run, config) is not None
     unbounded = make_config(**{**options, "train__early_stop_below": None})
     assert finished_step(run, unbounded) is None  # who wants more has it
     unsettled = make_run(tmp_path / "unsettled")
     assert live(make_config(**{**options, "train__early_stop_below": 1e-9}), unsettled).step == TOTAL
-    assert "early_stopped" not in checkpoint.verify(unsettled, TOTAL).manifest
-    assert checkpoint.load(unsettled, TOTAL)["extra"]["early_stopped"] is None
+    assert "early_stopped" not in generations.verify(unsettled, TOTAL).manifest
+    assert generations.load(unsettled, TOTAL)["extra"]["early_stopped"] is None
 
 
 def test_a_run_that_ended_early_keeps_by_how_much_its_losses_changed_and_goes_on_under_a_tighter_bound(
@@ -170,7 +171,7 @@ def test_a_run_that_ended_early_keeps_by_how_much_its_losses_changed_and_goes_on
     run = make_run(tmp_path / "run")
     live(make_config(**options, train__early_stop_below=100.0), run)
     losses = [r["loss"] for r in lines(run)]
-    change = checkpoint.load(run, 6)["extra"]["early_stopped"]
+    change = generations.load(run, 6)["extra"]["early_stopped"]
     assert len(losses) == 3 and change == (abs(losses[1] - losses[0]) + abs(losses[2] - losses[1])) / 2
     assert live(make_config(**options, train__early_stop_below=change / 100), run).step == TOTAL
 
@@ -204,9 +205,9 @@ def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -
     config = make_config(train__ema_start_step=6)
     with Life(config, run) as life:
         life.train(stop_at=[5])
-        early = checkpoint.load(run, 5)
+        early = generations.load(run, 5)
         life.train()
-    late = checkpoint.load(run, TOTAL)
+    late = generations.load(run, TOTAL)
     assert differences(early["model"], early["ema"]) == [] and differences(late["model"], late["ema"])
 
 
@@ -416,7 +417,7 @@ def test_a_non_finite_step_never_reaches_the_weights_and_is_rolled_back(tmp_path
     assert [e["attempt"] for e in rollbacks] == [1]
     assert [r["step"] for r in lines(run)] == [3, 6, 8]
     assert all(math.isfinite(r["loss"]) for r in lines(run))
-    assert all(torch.isfinite(v).all() for v in checkpoint.load(run, TOTAL)["model"].values())
+    assert all(torch.isfinite(v).all() for v in generations.load(run, TOTAL)["model"].values())
 
 
 def test_after_a_rollback_other_samples_are_drawn_and_a_restart_keeps_to_them(tmp_path: Path) -> None:
@@ -428,7 +429,7 @@ def test_after_a_rollback_other_samples_are_drawn_and_a_restart_keeps_to_them(tm
                 poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
                 life.train(stop_at=[stop] if stop else [])
     assert_same_end(one, other, TOTAL)
-    assert checkpoint.load(other, TOTAL)["extra"]["attempt"] == 1
+    assert generations.load(other, TOTAL)["extra"]["attempt"] == 1
     clean = make_run(tmp_path / "clean")
     live(config, clean)
     assert differences(lines(clean), lines(one))
@@ -473,7 +474,7 @@ def test_no_save_holds_a_step_that_is_not_known_to_be_good(tmp_path: Path) -> No
         poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
         assert life.train(stop_at=[4]) == Outcome(False, 4, "preempted", True)
         assert life.trainer.at.attempt == 1
-    assert checkpoint.load(run, 4)["extra"]["attempt"] == 1
+    assert generations.load(run, 4)["extra"]["attempt"] == 1
 
 
 def test_a_stop_within_a_grid_saves_no_step_that_is_not_known_to_be_good(tmp_path: Path) -> None:
@@ -510,9 +511,9 @@ def test_poison_that_always_comes_back_ends_with_do_not_retry_and_keeps_the_last
         with pytest.raises(DoNotRetry, match=r"non-finite 3 times .*train\.max_rollbacks = 2"):
             life.train()
     assert events(run).count("rollback") == 2
-    good = checkpoint.newest_good(run, print)
+    good = generations.newest_good(run, print)
     assert good is not None and good.step == 3
-    assert all(torch.isfinite(v).all() for v in checkpoint.load(run, 3)["model"].values())
+    assert all(torch.isfinite(v).all() for v in generations.load(run, 3)["model"].values())
 
 
 # ---------------------------------------------------------------- failing disks, other holders
@@ -610,7 +611,7 @@ def test_a_rollback_before_any_save_forgets_skipped_steps_and_the_scale_of_losse
         fresh = trainer.scaler.state_dict()
         poison(trainer, lambda t: t.at.step == 2 and t.at.attempt == 0, how="gradient")
         assert life.train().finished and trainer.at.rollbacks == 1
-    end = checkpoint.load(run, TOTAL)
+    end = generations.load(run, TOTAL)
     assert end["extra"]["skipped_steps"] == 0
     assert end["scaler"]["scale"] == fresh["scale"] and end["scaler"]["_growth_tracker"] == TOTAL
 
@@ -632,7 +633,7 @@ def test_a_grid_shows_the_weights_that_the_config_samples_and_changes_no_step(tm
     live(config, run)
     assert_same_end(plain, run, TOTAL)
     network = runtime.build_model(config, torch.device("cpu"), "off")
-    network.load_state_dict(checkpoint.load(run, TOTAL)[weights])
+    network.load_state_dict(generations.load(run, TOTAL)[weights])
     drawn = grids.draw(config, network.eval(), schedule.build(config.diffusion), "off", lambda: None)
     assert np.array_equal(grid_of(run, TOTAL), drawn) and run.grid(3).exists()
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from ddpm import config, data, runtime
-from ddpm.checkpoint import num_bytes
 from ddpm.distributed import World
 from ddpm.fence import Fence
+from ddpm.run.saving import num_bytes
 from ddpm.rundir import RunDir
 from ddpm.trainer import Trainer
 from launch.environment import PROJECT

@@ -22,6 +22,11 @@ def _unsigned(path: Path) -> dict[str, Any]:
         raise DamagedFile(str(e)) from None
 
 
+def _said(path: Path) -> str:
+    """The digest that the manifest claims."""
+    return str(json.loads(path.with_suffix(".json").read_bytes())["sha256"])
+
+
 @contextmanager
 def _patched(target: str, replacement: Callable[..., Any]) -> Iterator[None]:
     with mock.patch(target, replacement):
@@ -31,14 +36,12 @@ def _patched(target: str, replacement: Callable[..., Any]) -> Iterator[None]:
 MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
     # name: (the row that must fail, how to break the code)
     "no-fsync-of-the-directory": ("power-cut", lambda: _patched("ddpm.rundir.fsync_dir", lambda path: None)),
-    "no-manifest-digest": ("flipped-bits", lambda: _patched("ddpm.checkpoint.read_signed", _unsigned)),
-    "no-checkpoint-digest": ("flipped-bits", lambda: _patched("ddpm.checkpoint.sha256_file", lambda path: _said(path))),
+    "no-manifest-digest": ("flipped-bits", lambda: _patched("ddpm.run.generations.read_signed", _unsigned)),
+    "no-checkpoint-digest": (
+        "flipped-bits",
+        lambda: _patched("ddpm.run.generations.sha256_file", lambda path: _said(path)),
+    ),
 }
-
-
-def _said(path: Path) -> str:
-    """The digest that the manifest claims."""
-    return str(json.loads(path.with_suffix(".json").read_bytes())["sha256"])
 
 
 class Edit(NamedTuple):

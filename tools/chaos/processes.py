@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from ddpm import checkpoint
 from ddpm.errors import EXIT_FATAL, EXIT_REQUEUE
+from ddpm.run import generations, saving
 from ddpm.rundir import RunDir, read_events
 from tools.chaos.faults import Operation, Shim, shimmed
 from tools.chaos.files import Result, silent
@@ -349,7 +349,7 @@ def the_network_is_never_finite(_: int) -> Result:
     with new_root() as root:
         run = prepare(root, "run", *options)
         codes = [ended(life(run, at_steps({6: stop}))), ended(life(run, nan_alone))]
-        good = checkpoint.newest_good(run, silent)
+        good = generations.newest_good(run, silent)
         failed = [e for e in read_events(run) if e["event"] == "failed"]
         rollbacks = len(steps_of(run, "rollback"))
         codes += [ended(life(run)), run.latest_step()]
@@ -367,7 +367,7 @@ def the_network_is_never_finite(_: int) -> Result:
 MOMENTS = (
     "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.trainer.Trainer.resume", "launch.environment.set_defaults",
     "ddpm.distributed.join", "ddpm.data.open_packed", "ddpm.runtime.resolve", "ddpm.trainer.Trainer.__init__",
-    "ddpm.checkpoint.newest_good",
+    "ddpm.generations.newest_good",
 )  # fmt: skip
 
 
@@ -426,7 +426,7 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root, self._filler = root, root / "filler"
-        size = f"size={checkpoint.SPARE_BYTES + (32 << 20)}"
+        size = f"size={saving.SPARE_BYTES + (32 << 20)}"
         mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(root)]
         self.is_real = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
 
@@ -506,7 +506,7 @@ def disk_full(count: int) -> Result:
                     log = root / f"log{i}"  # with room for what it says
                     code = ended(life(run, disk.before({full_at: disk.fill, until: stop}), log=log))
                     said = "checkpoint failed" in log.read_text() and f"step={until} saved=False" in log.read_text()
-                    found = checkpoint.newest_good(run, silent)
+                    found = generations.newest_good(run, silent)
                     disk.free()
                     time.sleep(1)  # TensorBoard orders its files by second, then by pid, which starts again at times
                     after = ended(life(run))

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import checkpoint, rundir
-from ddpm.checkpoint import Checkpointer, HostCopy
+from ddpm import rundir
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.fence import Fence
+from ddpm.run import generations, saving
+from ddpm.run.saving import Checkpointer, HostCopy
 from ddpm.rundir import RunDir, read_json, sign, write_json
 from tests.training import Life, assert_same_end, differences, live, make_config, make_run
 
@@ -82,8 +83,8 @@ def flip_bit(path: Path, at: int) -> None:
 
 def test_a_generation_loads_as_it_was_saved(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5)
-    assert checkpoint.verify(run, 5).step == 5
-    assert differences(checkpoint.load(run, 5), state_at(5)) == []
+    assert generations.verify(run, 5).step == 5
+    assert differences(generations.load(run, 5), state_at(5)) == []
 
 
 def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
@@ -103,7 +104,7 @@ def test_a_manifest_tells_at_which_change_of_the_loss_training_settled(
     state = state_at(5)
     state["extra"]["early_stopped"] = settled
     saver(run, fence).save(state, wait=True)
-    manifest = checkpoint.verify(run, 5).manifest
+    manifest = generations.verify(run, 5).manifest
     if settled is None or settled is False:
         assert "early_stopped" not in manifest
     else:
@@ -125,7 +126,7 @@ def test_the_last_ema_weights_are_readable_by_anyone(tmp_path: Path) -> None:
 
     run = make_run(tmp_path)
     live(make_config(train__total_steps=2), run)
-    ema = {k: v.contiguous() for k, v in checkpoint.load(run, 2)["ema"].items()}
+    ema = {k: v.contiguous() for k, v in generations.load(run, 2)["ema"].items()}
     assert differences(load_file(run.ema_weights(2)), ema) == []
 
 
@@ -143,7 +144,7 @@ def test_a_save_holds_the_moment_it_was_called_at(run: RunDir, fence: Fence, mon
     state["model"]["w"].zero_()
     go.set()
     s.wait()
-    assert differences(checkpoint.load(run, 5), state_at(5)) == []
+    assert differences(generations.load(run, 5), state_at(5)) == []
 
 
 def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
@@ -197,7 +198,7 @@ def test_a_damaged_generation_is_named_and_the_one_before_is_taken(run: RunDir, 
     damage, reason = DAMAGE[kind]
     damage(run)
     said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
+    good = generations.newest_good(run, said.append)
     assert good is not None and good.step == 6
     (line,) = said
     assert line.startswith("checkpoint rejected: step=9 reason=")
@@ -208,18 +209,18 @@ def test_a_pt_without_its_manifest_does_not_exist(run: RunDir, fence: Fence) -> 
     save_all(run, fence, 3, 6)
     run.manifest(6).unlink()
     said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
+    good = generations.newest_good(run, said.append)
     assert good is not None and good.step == 3 and said == []
 
 
 def test_nothing_saved_is_no_error_and_all_damaged_is_do_not_retry(run: RunDir, fence: Fence) -> None:
-    assert checkpoint.newest_good(run, print) is None
+    assert generations.newest_good(run, print) is None
     save_all(run, fence, 3, 6)
     for step in (3, 6):
         flip_bit(run.checkpoint(step), 100)
     said: list[str] = []
     with pytest.raises(DoNotRetry, match=r"every checkpoint .* is damaged \(2 rejected above\).*mv "):
-        checkpoint.newest_good(run, said.append)
+        generations.newest_good(run, said.append)
     assert len(said) == 2
 
 
@@ -246,7 +247,7 @@ def test_a_generation_that_cannot_be_read_is_named_and_the_one_before_is_taken(
     save_all(run, fence, 3, 6, 9)
     Unreadable(monkeypatch, {of(run, 9): 99})
     said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
+    good = generations.newest_good(run, said.append)
     assert good is not None and good.step == 6
     (line,) = said
     assert line.startswith("checkpoint rejected: step=9 reason=") and "Stale file handle" in line
@@ -258,7 +259,7 @@ def test_a_generation_that_can_be_read_at_the_second_try_is_good(
     save_all(run, fence, 3, 6)
     Unreadable(monkeypatch, {run.checkpoint(6): 1})
     said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
+    good = generations.newest_good(run, said.append)
     assert good is not None and good.step == 6 and said == []
 
 
@@ -269,7 +270,7 @@ def test_where_nothing_can_be_read_a_later_life_may_try_again(
     flip_bit(run.checkpoint(3), 100)
     Unreadable(monkeypatch, {run.checkpoint(6): 99})
     with pytest.raises(OSError, match="Stale file handle"):
-        checkpoint.newest_good(run, lambda line: None)
+        generations.newest_good(run, lambda line: None)
 
 
 def test_a_generation_that_cannot_be_read_is_saved_again(
@@ -279,7 +280,7 @@ def test_a_generation_that_cannot_be_read_is_saved_again(
     with monkeypatch.context() as m:
         Unreadable(m, {run.checkpoint(3): 2})
         save_all(run, fence, 3)
-    assert checkpoint.verify(run, 3).step == 3
+    assert generations.verify(run, 3).step == 3
 
 
 def test_a_directory_that_cannot_be_listed_is_no_fresh_start(
@@ -292,7 +293,7 @@ def test_a_directory_that_cannot_be_listed_is_no_fresh_start(
     for name in ("listdir", "scandir"):
         monkeypatch.setattr(f"os.{name}", refuse)
     with pytest.raises(PermissionError):
-        checkpoint.newest_good(run, print)
+        generations.newest_good(run, print)
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(tmp_path: Path) -> N
     live(config, other)
     assert_same_end(one, other, 8)
     for step in other.steps_saved():
-        checkpoint.verify(other, step)
+        generations.verify(other, step)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_at_0(tmp_path: Path) -> None:
@@ -384,7 +385,7 @@ def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fen
     save_all(run, fence, 5, 10, keep_last=2)
     flip_bit(run.checkpoint(10), 100)
     save_all(run, fence, 7, keep_last=1)  # a life that resumed at 5, stopped at 7
-    good = checkpoint.newest_good(run, print)
+    good = generations.newest_good(run, print)
     assert good is not None and good.step == 7
 
 
@@ -410,8 +411,8 @@ def test_a_generation_half_way_to_its_manifest_is_saved_again(run: RunDir, fence
     s = saver(run, fence)
     for step in (7, 9):
         s.save(state_at(step), wait=True, final=True)
-    assert differences(checkpoint.load(run, 7), state_at(7)) == []
-    assert checkpoint.verify(run, 7).step == 7
+    assert differences(generations.load(run, 7), state_at(7)) == []
+    assert generations.verify(run, 7).step == 7
 
 
 def test_a_verified_generation_is_not_written_again(run: RunDir, fence: Fence) -> None:
@@ -453,7 +454,7 @@ def test_a_disk_with_too_little_space_is_not_filled_to_the_brim_first(
     s = saver(run, fence)
     usage = shutil.disk_usage(run.path)
     with monkeypatch.context() as m:
-        m.setattr("ddpm.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=checkpoint.SPARE_BYTES))
+        m.setattr("ddpm.run.saving.shutil.disk_usage", lambda path: usage._replace(free=saving.SPARE_BYTES))
         m.setattr(torch, "save", lambda *_: pytest.fail("began to write"))
         with pytest.raises(OSError, match="GiB free for a checkpoint of") as failed:
             s.save(state_at(1), wait=True)
@@ -468,9 +469,9 @@ def small_disk(run: RunDir, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
     def told(_: Path) -> Any:
         used = sum(p.stat().st_size for p in run.checkpoints.iterdir())
-        return usage._replace(free=size - used + checkpoint.SPARE_BYTES)
+        return usage._replace(free=size - used + saving.SPARE_BYTES)
 
-    monkeypatch.setattr("ddpm.checkpoint.shutil.disk_usage", told)
+    monkeypatch.setattr("ddpm.run.saving.shutil.disk_usage", told)
 
 
 @pytest.mark.parametrize("later_life", [False, True])
@@ -506,7 +507,7 @@ def test_a_save_without_room_for_its_ema_weights_does_not_begin(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = saver(run, fence, is_milestone=lambda step: step == 2)
-    small_disk(run, monkeypatch, checkpoint.num_bytes(state_at(2)) + 1000)
+    small_disk(run, monkeypatch, saving.num_bytes(state_at(2)) + 1000)
     with pytest.raises(OSError, match="GiB free for a checkpoint of"):
         s.save(state_at(2), wait=True)
     with pytest.raises(OSError, match="GiB free for a checkpoint of"):
@@ -529,7 +530,7 @@ def test_what_cannot_be_removed_makes_no_save_fail(run: RunDir, fence: Fence, mo
         m.setattr(Path, "unlink", refuse)
         s.save(state_at(2), wait=True)
     assert said == ["checkpoint saved: step=2; older ones cannot be removed now: [Errno 5] Input/output error"]
-    assert [checkpoint.verify(run, step).step for step in run.steps_saved()] == [2, 1]
+    assert [generations.verify(run, step).step for step in run.steps_saved()] == [2, 1]
     s.save(state_at(3), wait=True)
     assert run.steps_saved() == [3]
 
@@ -596,14 +597,14 @@ def test_an_orphan_that_wakes_deletes_nothing_of_its_heir(
 ) -> None:
     """It slept between its check and its writing; the heir has a .pt whose manifest is about to follow."""
     s = saver(run, fence)
-    verify = checkpoint.verify
+    verify = generations.verify
 
     def sleep(run: RunDir, step: int) -> Any:
         run.fence.write_text("99\n")
         run.checkpoint(step).write_bytes(b"the heir's")
         return verify(run, step)
 
-    monkeypatch.setattr(checkpoint, "verify", sleep)
+    monkeypatch.setattr(generations, "verify", sleep)
     with pytest.raises(RunBusy):
         s.save(state_at(2), wait=True)
     assert run.checkpoint(2).read_bytes() == b"the heir's"
