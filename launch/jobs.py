@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from ddpm.data import PackedImages
-    from ddpm.distributed import World
     from ddpm.fence import Fence
     from ddpm.runtime import Resolved
+    from ddpm.training.ranks import World
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -108,9 +108,9 @@ def train(life: Life) -> int:
     life.stop.watch(run.stop_file)
     kernels = run.path.parent / ".cache" / "inductor" / run.name
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels))
-    from ddpm import distributed
     from ddpm.fence import Fence
-    from ddpm.trainer import Trainer
+    from ddpm.training import ranks as distributed
+    from ddpm.training.trainer import Trainer
     from launch import requests
 
     _one_device(env)  # a rank without one must not let the others wait for it
@@ -224,7 +224,7 @@ def _compiling(kernels: Path, world: World, wanted: bool) -> Iterator[None]:
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
     """The batch shell has rank 0's word before any rank is gone: srun ends a step with its first bad exit."""
-    from ddpm import distributed
+    from ddpm.training import ranks as distributed
 
     life.leave(code, reason)
     world.barrier()

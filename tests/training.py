@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import config, data, distributed, runtime
+from ddpm import config, data, runtime
 from ddpm.fence import Fence
 from ddpm.run import generations
 from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
-from ddpm.trainer import Outcome, Trainer
+from ddpm.training import ranks
+from ddpm.training.trainer import Outcome, Trainer
 
 CPU = torch.device("cpu")
-ALONE = distributed.World(0, 1, CPU)
+ALONE = ranks.World(0, 1, CPU)
 TINY: dict[str, Any] = {
     "data": {"name": "digits", "image_size": 8},
     "model": {
@@ -78,7 +79,7 @@ class Life:
         run: RunDir,
         *,
         images: data.PackedImages | None = None,
-        world: distributed.World = ALONE,
+        world: ranks.World = ALONE,
         restart: int = 0,
         warm_up: bool = True,
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
@@ -108,8 +109,7 @@ class Life:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.trainer.saver is not None:
-            self.trainer.saver.wait(raising=False)
+        self.trainer.chronicle.settle()
         if self.fence is not None:
             self.fence.release()
 
@@ -178,7 +178,7 @@ def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
 def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Callable[..., None], *args: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    world = distributed.join(
+    world = ranks.join(
         rank=rank,
         world_size=world_size,
         local_rank=rank,
@@ -187,10 +187,10 @@ def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Calla
         timeout_s=timeout_s,
     )
     work(world, *args)
-    distributed.leave()
+    ranks.leave()
 
 
-def _rank(world: distributed.World, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
+def _rank(world: ranks.World, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
     recorded: dict[tuple[int, int], Any] = {}
     with Life(config, run, world=world) as life:
         if seen:
@@ -202,16 +202,16 @@ def _rank(world: distributed.World, config: config.Config, run: RunDir, stop_at:
 
 def record(trainer: Trainer, into: dict[tuple[int, int], Any]) -> None:
     """Put what the network is trained on into `into`: (step, index in the global batch) -> x_0, t, eps."""
-    q_sample = trainer.diffusion.q_sample
+    q_sample = trainer.step.diffusion.q_sample
 
     def spy(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         step, rank = trainer.at.step, trainer.world.rank
         known = sum(s == step for s, _ in into)
         for i in range(len(t)):
-            into[step, rank * trainer.share + known + i] = (x_0[i].clone(), t[i].clone(), eps[i].clone())
+            into[step, rank * trainer.step.share + known + i] = (x_0[i].clone(), t[i].clone(), eps[i].clone())
         return q_sample(x_0, t, eps)
 
-    trainer.diffusion.q_sample = spy  # type: ignore[method-assign]
+    trainer.step.diffusion.q_sample = spy  # type: ignore[method-assign]
 
 
 def live_on_ranks(
@@ -228,15 +228,15 @@ def on_ranks(world_size: int, work: Callable[..., None], *args: Any, timeout_s: 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [
+    processes = [
         context.Process(target=_joined, args=(rank, world_size, port, timeout_s, work, *args))
         for rank in range(world_size)
     ]
-    for p in ranks:
+    for p in processes:
         p.start()
-    for p in ranks:
+    for p in processes:
         p.join(120)
-    codes = [p.exitcode for p in ranks]
-    for p in ranks:
+    codes = [p.exitcode for p in processes]
+    for p in processes:
         p.kill()
     assert codes == [0] * world_size

@@ -1,4 +1,4 @@
-"""ddpm/telemetry.py: no metrics line twice and none missing, whatever happened to the writer."""
+"""ddpm/training/telemetry.py: no metrics line twice and none missing, whatever happened to the writer."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm import telemetry
+from ddpm.run.images import tile
 from ddpm.rundir import RunDir, read_json, read_jsonl
-from ddpm.telemetry import Telemetry, tile
+from ddpm.training import telemetry
+from ddpm.training.telemetry import Telemetry
 
 
 def opened(run: RunDir, step: int) -> Telemetry:

@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm import distributed, grids, runtime, schedule
+from ddpm import runtime, schedule
 from ddpm.config import Config
 from ddpm.data import Batches
 from ddpm.errors import DoNotRetry, RunBusy
-from ddpm.optimizer import learning_rate
 from ddpm.run import generations
 from ddpm.run.state import finished_step
 from ddpm.rundir import EventLog, RunDir, read_events
-from ddpm.trainer import Outcome, Trainer
+from ddpm.training import grids, ranks
+from ddpm.training.optimizer import learning_rate
+from ddpm.training.trainer import Outcome, Trainer
 from tests.training import (
     Killed,
     Life,
@@ -115,7 +116,7 @@ def test_tensorboard_shows_every_logged_step_once_whatever_died_in_between(tmp_p
             try:
                 life.train(kill_at=step)
             finally:
-                life.trainer.telemetry.board.flush()  # type: ignore[union-attr]  # what was logged got to the disk
+                life.trainer.chronicle.telemetry.board.flush()  # type: ignore[attr-defined]  # what was logged got to the disk
     live(config, run)
     board = EventAccumulator(str(run.tensorboard)).Reload()
     shown = [(e.step, e.value) for e in board.Scalars("train/loss")]
@@ -130,14 +131,14 @@ def test_labels_are_dropped_as_often_as_asked_and_by_step_and_sample_alone(tmp_p
         )
         seen: list[list[int]] = []
         with Life(config, make_run(tmp_path / name), images=make_images(64)) as life:
-            network = life.trainer.network
+            network = life.trainer.step.network
 
             def spy(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 step = life.trainer.at.step
                 seen[step:] = [[*(seen[step] if step < len(seen) else []), *labels.tolist()]]
                 return network(x_t, t, labels)  # type: ignore[no-any-return]
 
-            life.trainer.network = spy
+            life.trainer.step.network = spy
             life.train()
         return seen
 
@@ -215,10 +216,11 @@ def test_adam_moments_lie_in_memory_as_their_weights_after_a_resume(tmp_path: Pa
     config, run = make_config(), make_run(tmp_path)
     with Life(config, run) as life:
         life.train(stop_at=[3])
-        before = [{k: v.stride() for k, v in s.items()} for s in life.trainer.optimizer.state.values()]
-        assert any(p.stride() != p.contiguous().stride() for p in life.trainer.model.parameters())  # channels-last
+        before = [{k: v.stride() for k, v in s.items()} for s in life.trainer.state.optimizer.state.values()]
+        weights = life.trainer.state.model.parameters()
+        assert any(p.stride() != p.contiguous().stride() for p in weights)  # channels-last
     with Life(config, run) as life:
-        after = [{k: v.stride() for k, v in s.items()} for s in life.trainer.optimizer.state.values()]
+        after = [{k: v.stride() for k, v in s.items()} for s in life.trainer.state.optimizer.state.values()]
     assert after == before
 
 
@@ -266,10 +268,10 @@ def first_gradients(config: Config, run: RunDir) -> tuple[float, list[torch.Tens
     with Life(config, run) as life:
         trainer = life.trainer
         with torch.no_grad():
-            for p in trainer.model.parameters():  # as if trained: its last layer begins at zero
+            for p in trainer.state.model.parameters():  # as if trained: its last layer begins at zero
                 p.add_(0.01)
-        loss = float(trainer._forward_backward(0))
-        return loss, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+        loss = float(trainer.step.gradients())
+        return loss, [p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None]
 
 
 def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_three_ranks_stopped_and_resumed_end_bit_identical(tmp_path: Path) -> No
     assert_same_end(one, other, TOTAL)
 
 
-def go_on_after_a_stop_while_starting(world: distributed.World, config: Config, run: RunDir) -> None:
+def go_on_after_a_stop_while_starting(world: ranks.World, config: Config, run: RunDir) -> None:
     with Life(config, run, world=world, warm_up=False) as life:
         for asked in ("preempted", None):  # by hand, and nobody came to kill it
             life.trainer.warm_up(lambda asked=asked: asked)
@@ -375,7 +377,7 @@ def poison(trainer: Trainer, when: Any, *, how: str = "loss") -> list[dict[str, 
     Returns a list that collects the model's parameters after each poisoned step.
     """
     after: list[dict[str, Any]] = []
-    loss, update = trainer.diffusion.loss, trainer.ema.update
+    loss, update = trainer.step.diffusion.loss, trainer.state.ema.update
     hit = False
 
     def poisoned(*args: Any) -> torch.Tensor:
@@ -391,8 +393,8 @@ def poison(trainer: Trainer, when: Any, *, how: str = "loss") -> list[dict[str, 
         if hit:
             after.append({k: v.clone() for k, v in model.state_dict().items()})
 
-    trainer.diffusion.loss = poisoned  # type: ignore[method-assign,assignment]
-    trainer.ema.update = updated  # type: ignore[method-assign]
+    trainer.step.diffusion.loss = poisoned  # type: ignore[method-assign,assignment]
+    trainer.state.ema.update = updated  # type: ignore[method-assign]
     return after
 
 
@@ -403,14 +405,13 @@ def test_a_non_finite_step_never_reaches_the_weights_and_is_rolled_back(tmp_path
     with Life(config, run) as life:
         before: dict[int, Any] = {}
         after = poison(life.trainer, lambda t: t.at.step == step and t.at.attempt == 0, how=how)
-        inner = life.trainer._forward_backward
 
-        def spy(at: int, **kw: Any) -> torch.Tensor:
-            before.setdefault(at, {k: v.clone() for k, v in life.trainer.model.state_dict().items()})
-            return inner(at, **kw)
+        def note_weights() -> None:
+            before.setdefault(
+                life.trainer.at.step, {k: v.clone() for k, v in life.trainer.state.model.state_dict().items()}
+            )
 
-        life.trainer._forward_backward = spy  # type: ignore[method-assign,assignment]
-        outcome = life.train()
+        outcome = life.trainer.train(note_weights)
         assert outcome.finished and life.trainer.at.attempt == 1 and life.trainer.at.rollbacks == 1
     assert len(after) == 1 and differences(after[0], before[step]) == [], "the masked update changed the weights"
     rollbacks = [e for e in read_events(run) if e["event"] == "rollback"]
@@ -455,13 +456,13 @@ def test_a_rollback_waits_for_the_save_under_way(tmp_path: Path, monkeypatch: py
 
     with Life(config, run) as life:
         poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
-        batches = life.trainer._batches
+        begin = life.trainer.chronicle.begin
 
-        def spy() -> Batches:
-            gone_back_to.append(life.trainer.at.step)
-            return batches()
+        def spy(step: int) -> None:
+            gone_back_to.append(step)
+            begin(step)
 
-        life.trainer._batches = spy  # type: ignore[method-assign]
+        life.trainer.chronicle.begin = spy  # type: ignore[method-assign]
         monkeypatch.setattr(torch, "save", slow)
         assert life.train().finished
     assert gone_back_to == [3]
@@ -548,16 +549,13 @@ def test_a_full_disk_costs_one_save_and_no_training(
     with Life(config, run) as life:
         full_disk(monkeypatch, lambda: 4 <= life.trainer.at.step < 6 and not saved)
         trainer = life.trainer
-        save = trainer._save
 
-        def spy(**kw: Any) -> bool:
-            if trainer.at.step == 6:
-                trainer.saver.wait(raising=False)  # type: ignore[union-attr]
+        def look() -> None:
+            if trainer.at.step == 5:
+                trainer.chronicle.settle()
                 saved.extend(run.steps_saved())  # while full: the one of step 2 alone
-            return save(**kw)
 
-        trainer._save = spy  # type: ignore[method-assign]
-        assert life.train().finished
+        assert trainer.train(look).finished
     assert saved == [2]
     assert run.steps_saved() == [8, 6, 2]
     assert "checkpoint failed: step=4" in capsys.readouterr().out
@@ -575,7 +573,8 @@ def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeat, events and grids meet ENOSPC as checkpoints do."""
-    from ddpm import rundir, telemetry
+    from ddpm import rundir
+    from ddpm.training import telemetry
 
     config, run = make_config(), make_run(tmp_path)
     monkeypatch.setattr(telemetry, "HEARTBEAT_EVERY_S", 0)
@@ -606,9 +605,9 @@ def test_a_rollback_before_any_save_forgets_skipped_steps_and_the_scale_of_losse
     run = make_run(tmp_path)
     with Life(make_config(train__amp="bf16"), run) as life:
         trainer = life.trainer
-        trainer.resolved = replace(trainer.resolved, amp="fp16")  # else it needs a GPU
-        trainer.scaler = trainer._new_scaler()
-        fresh = trainer.scaler.state_dict()
+        trainer.step.resolved = replace(trainer.resolved, amp="fp16")  # else it needs a GPU
+        trainer.state.amp, trainer.state.scaler = "fp16", torch.amp.GradScaler("cpu")
+        fresh = trainer.state.scaler.state_dict()
         poison(trainer, lambda t: t.at.step == 2 and t.at.attempt == 0, how="gradient")
         assert life.train().finished and trainer.at.rollbacks == 1
     end = generations.load(run, TOTAL)
@@ -638,7 +637,7 @@ def test_a_grid_shows_the_weights_that_the_config_samples_and_changes_no_step(tm
     assert np.array_equal(grid_of(run, TOTAL), drawn) and run.grid(3).exists()
 
 
-def stop_rank_1_within_a_grid(world: distributed.World, config: Config, run: RunDir) -> None:
+def stop_rank_1_within_a_grid(world: ranks.World, config: Config, run: RunDir) -> None:
     with Life(config, run, world=world) as life:
         asked = 0
 
