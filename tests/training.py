@@ -5,6 +5,7 @@ A life is one Trainer from `resume` to where it stops. Nothing here needs a down
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
@@ -134,6 +135,36 @@ def live(config: config.Config, run: RunDir, *, stops: Iterable[int] = (), **opt
         outcome = life.train()
     assert outcome.finished and outcome.saved
     return outcome
+
+
+# ---------------------------------------------------------------- meddling
+
+
+def poison(trainer: Trainer, when: Any, *, how: str = "loss") -> list[dict[str, Any]]:
+    """Make the loss NaN, or add an infinity that leaves finite gradients, where `when(trainer)`.
+
+    Returns a list that collects the model's parameters after each poisoned step.
+    """
+    after: list[dict[str, Any]] = []
+    loss, update = trainer.step.diffusion.loss, trainer.state.ema.update
+    hit = False
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal hit
+        hit = when(trainer)
+        value = loss(*args)
+        if not hit:
+            return value
+        return value * math.nan if how == "gradient" else value + math.inf
+
+    def updated(model: torch.nn.Module, step: int) -> None:
+        update(model, step)
+        if hit:
+            after.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    trainer.step.diffusion.loss = poisoned  # type: ignore[method-assign,assignment]
+    trainer.state.ema.update = updated  # type: ignore[method-assign]
+    return after
 
 
 # ---------------------------------------------------------------- comparing

@@ -150,15 +150,16 @@ class Telemetry:
         if step > self._first_step:  # an image of that step is not hidden by a new file's
             self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: _add_grid(board, step, grid)))
-        self._flush_board()
+        self.flush_board()
 
     def sync(self) -> None:
         """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""
         self._write()
         os.fsync(self._metrics.fileno())
-        self._flush_board()
+        self.flush_board()
 
-    def _flush_board(self) -> None:
+    def flush_board(self) -> None:
+        """What TensorBoard was told gets to its file."""
         if self._board is not None:
             self._try("tensorboard", self._board.flush)
 
