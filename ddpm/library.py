@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import checkpoint, generate, runtime
 from ddpm import config as configs
+from ddpm import generate, runtime
 from ddpm import schedule as schedules
 from ddpm.config import USUAL_STEPS, Config
 from ddpm.data import Batches, pack
 from ddpm.diffusion import Diffusion
 from ddpm.errors import RequestError
+from ddpm.run import generations as checkpoint
 from ddpm.rundir import DamagedFile, RunDir, read_json
 from ddpm.sampleset import CheckpointRef, Request
 from ddpm.unet import UNet

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from ddpm.data import PackedImages
-    from ddpm.distributed import World
     from ddpm.fence import Fence
     from ddpm.runtime import Resolved
+    from ddpm.training.ranks import World
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -80,7 +80,7 @@ def run_record(run: RunDir) -> dict[str, Any]:
 def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
     """Why training must not start, or None."""
     if finished_step(run, config) is not None:
-        from ddpm import checkpoint
+        from ddpm.run import generations as checkpoint
 
         step = run.latest_step()
         try:
@@ -108,9 +108,9 @@ def train(life: Life) -> int:
     life.stop.watch(run.stop_file)
     kernels = run.path.parent / ".cache" / "inductor" / run.name
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels))
-    from ddpm import distributed
     from ddpm.fence import Fence
-    from ddpm.trainer import Trainer
+    from ddpm.training import ranks as distributed
+    from ddpm.training.trainer import Trainer
     from launch import requests
 
     _one_device(env)  # a rank without one must not let the others wait for it
@@ -224,7 +224,7 @@ def _compiling(kernels: Path, world: World, wanted: bool) -> Iterator[None]:
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
     """The batch shell has rank 0's word before any rank is gone: srun ends a step with its first bad exit."""
-    from ddpm import distributed
+    from ddpm.training import ranks as distributed
 
     life.leave(code, reason)
     world.barrier()
@@ -330,7 +330,8 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     """One shard of a set; publishes the set's request first where a chained job is the first to come by."""
     import torch
 
-    from ddpm import checkpoint, generate, runtime
+    from ddpm import generate, runtime
+    from ddpm.run import generations as checkpoint
     from ddpm.schedule import build as build_schedule
 
     run, env = life.run, life.env
@@ -391,7 +392,8 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
 
     Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
     """
-    from ddpm import checkpoint, sampleset
+    from ddpm import sampleset
+    from ddpm.run import generations as checkpoint
 
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():

@@ -19,7 +19,7 @@ from launch.cluster import Site, is_local
 from launch.environment import JobEnvironment
 
 if TYPE_CHECKING:
-    from ddpm.checkpoint import Generation
+    from ddpm.run.generations import Generation
     from ddpm.sampleset import CheckpointRef, Request
 
 MAX_ROUNDS = 3

@@ -18,7 +18,7 @@ from ddpm.rundir import RunDir, SampleSet, check_name
 from launch import cluster, console, environment, requests, scheduler
 
 if TYPE_CHECKING:
-    from ddpm.checkpoint import Generation
+    from ddpm.run.generations import Generation
     from ddpm.sampleset import Request
 
 EXAMPLES = """examples:
@@ -131,7 +131,7 @@ def existing_request(run: RunDir, set_name: str | None) -> Request | None:
 
 def choose_generation(run: RunDir, asked: int | None) -> Generation:
     """The checkpoint of step `asked`, or the newest, verified. Raises RequestError naming the steps there are."""
-    from ddpm import checkpoint
+    from ddpm.run import generations as checkpoint
     from ddpm.rundir import DamagedFile
 
     steps = run.steps_saved()

@@ -12,8 +12,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm.config import load_yaml
+from ddpm.config import load, load_yaml
 from ddpm.errors import EXIT_BUSY, RequestError
+from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
 from launch import console, environment, goodput, requests, slurm
 from launch.sample import find_run
@@ -65,7 +66,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
-        "state": _state(run, events, total, saved, jobs, age),
+        "state": _state(run, events, jobs, age),
         "step": max(saved, int(beat.get("step", 0))),
         "saved_step": saved,
         "total_steps": total,
@@ -89,18 +90,21 @@ def _shards(request: Path, where: Path) -> str:
     return f"{sum(1 for _ in where.glob('shard-*.json'))}/{asked}"
 
 
-def _state(
-    run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
-) -> str:
+def _is_trained(run: RunDir) -> bool:
+    try:
+        return finished_step(run, load(run.config)) is not None
+    except RequestError:  # a config that was torn or overwritten
+        return False
+
+
+def _state(run: RunDir, events: list[dict[str, Any]], jobs: dict[str, str], age: float | None) -> str:
     """complete | running | queued | failed | stopped | completing | prepared | ended, by the run directory and SLURM.
 
     completing: SLURM is ending the last job there is, and does not say whether it comes back, as a pre-empted one does.
     """
     alive = {state for state in jobs.values() if state != "COMPLETING"}
     last = next((e["event"] for e in reversed(events) if e["event"] not in ("allocated", "checkpoint")), None)
-    training = [e["event"] for e in events if e["event"] in TRAINING and e.get("stage", "train") == "train"]
-    trained = (total and saved >= total) or training[-1:] == ["finished"]  # it may have ended early
-    if trained and not alive:
+    if not alive and _is_trained(run):
         return "complete"
     if alive:
         return "running" if "RUNNING" in alive else "queued"

@@ -178,7 +178,7 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
 
 def check_last(run: RunDir) -> bool:
     """Whether the last checkpoint of a finished run still holds; says so where it does not."""
-    from ddpm import checkpoint
+    from ddpm.run import generations as checkpoint
 
     try:
         checkpoint.verify(run, run.latest_step())

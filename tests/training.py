@@ -5,6 +5,7 @@ A life is one Trainer from `resume` to where it stops. Nothing here needs a down
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import checkpoint, config, data, distributed, runtime
+from ddpm import config, data, runtime
 from ddpm.fence import Fence
+from ddpm.run import generations
 from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
-from ddpm.trainer import Outcome, Trainer
+from ddpm.training import ranks
+from ddpm.training.trainer import Outcome, Trainer
 
 CPU = torch.device("cpu")
-ALONE = distributed.World(0, 1, CPU)
+ALONE = ranks.World(0, 1, CPU)
 TINY: dict[str, Any] = {
     "data": {"name": "digits", "image_size": 8},
     "model": {
@@ -77,7 +80,7 @@ class Life:
         run: RunDir,
         *,
         images: data.PackedImages | None = None,
-        world: distributed.World = ALONE,
+        world: ranks.World = ALONE,
         restart: int = 0,
         warm_up: bool = True,
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
@@ -107,8 +110,7 @@ class Life:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.trainer.saver is not None:
-            self.trainer.saver.wait(raising=False)
+        self.trainer.chronicle.settle()
         if self.fence is not None:
             self.fence.release()
 
@@ -133,6 +135,36 @@ def live(config: config.Config, run: RunDir, *, stops: Iterable[int] = (), **opt
         outcome = life.train()
     assert outcome.finished and outcome.saved
     return outcome
+
+
+# ---------------------------------------------------------------- meddling
+
+
+def poison(trainer: Trainer, when: Any, *, how: str = "loss") -> list[dict[str, Any]]:
+    """Make the loss NaN, or add an infinity that leaves finite gradients, where `when(trainer)`.
+
+    Returns a list that collects the model's parameters after each poisoned step.
+    """
+    after: list[dict[str, Any]] = []
+    loss, update = trainer.step.diffusion.loss, trainer.state.ema.update
+    hit = False
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal hit
+        hit = when(trainer)
+        value = loss(*args)
+        if not hit:
+            return value
+        return value * math.nan if how == "gradient" else value + math.inf
+
+    def updated(model: torch.nn.Module, step: int) -> None:
+        update(model, step)
+        if hit:
+            after.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    trainer.step.diffusion.loss = poisoned  # type: ignore[method-assign,assignment]
+    trainer.state.ema.update = updated  # type: ignore[method-assign]
+    return after
 
 
 # ---------------------------------------------------------------- comparing
@@ -166,8 +198,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
     """Final state (model, EMA, optimizer, window, counters) and every metrics line, bit for bit."""
     for run in (one, other):
-        checkpoint.verify(run, step)
-    assert differences(checkpoint.load(one, step), checkpoint.load(other, step)) == []
+        generations.verify(run, step)
+    assert differences(generations.load(one, step), generations.load(other, step)) == []
     assert lines(one) == lines(other)
 
 
@@ -177,7 +209,7 @@ def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
 def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Callable[..., None], *args: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    world = distributed.join(
+    world = ranks.join(
         rank=rank,
         world_size=world_size,
         local_rank=rank,
@@ -186,10 +218,10 @@ def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Calla
         timeout_s=timeout_s,
     )
     work(world, *args)
-    distributed.leave()
+    ranks.leave()
 
 
-def _rank(world: distributed.World, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
+def _rank(world: ranks.World, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
     recorded: dict[tuple[int, int], Any] = {}
     with Life(config, run, world=world) as life:
         if seen:
@@ -201,16 +233,16 @@ def _rank(world: distributed.World, config: config.Config, run: RunDir, stop_at:
 
 def record(trainer: Trainer, into: dict[tuple[int, int], Any]) -> None:
     """Put what the network is trained on into `into`: (step, index in the global batch) -> x_0, t, eps."""
-    q_sample = trainer.diffusion.q_sample
+    q_sample = trainer.step.diffusion.q_sample
 
     def spy(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         step, rank = trainer.at.step, trainer.world.rank
         known = sum(s == step for s, _ in into)
         for i in range(len(t)):
-            into[step, rank * trainer.share + known + i] = (x_0[i].clone(), t[i].clone(), eps[i].clone())
+            into[step, rank * trainer.step.share + known + i] = (x_0[i].clone(), t[i].clone(), eps[i].clone())
         return q_sample(x_0, t, eps)
 
-    trainer.diffusion.q_sample = spy  # type: ignore[method-assign]
+    trainer.step.diffusion.q_sample = spy  # type: ignore[method-assign]
 
 
 def live_on_ranks(
@@ -227,15 +259,15 @@ def on_ranks(world_size: int, work: Callable[..., None], *args: Any, timeout_s: 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [
+    processes = [
         context.Process(target=_joined, args=(rank, world_size, port, timeout_s, work, *args))
         for rank in range(world_size)
     ]
-    for p in ranks:
+    for p in processes:
         p.start()
-    for p in ranks:
+    for p in processes:
         p.join(120)
-    codes = [p.exitcode for p in ranks]
-    for p in ranks:
+    codes = [p.exitcode for p in processes]
+    for p in processes:
         p.kill()
     assert codes == [0] * world_size

@@ -270,8 +270,8 @@ def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
 
     There is no optimizer's state in it, and no digest of training data: submitting it again is refused.
     """
-    from ddpm.checkpoint import Checkpointer
     from ddpm.fence import Fence
+    from ddpm.run.saving import Checkpointer
 
     site = Site()
     cache = preparing.cache_of(site, path.parent)

@@ -1,24 +1,47 @@
-"""Whether training is finished: the one place that answers."""
+"""Whether training is finished: the one place that answers.
+
+The published fact is the manifest of the last step: its step, and where training ended early the mean change of the
+loss at which it settled. Whoever trains asks the same rule of what it is about to publish.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 from ddpm.config import Config
 from ddpm.rundir import DamagedFile, RunDir, read_signed
 
 
-def finished_step(run: RunDir, config: Config) -> int | None:
-    """The step at which training has ended, by its end or early; None where it has not.
+def settled(losses: Sequence[float], config: Config) -> float | None:
+    """The mean change of the last logged losses where it is so small that training ends early, else None.
 
-    The manifest of the last step is published last of all.
+    losses: oldest first; the config says how many of the last ones count.
     """
+    bound, window = config.train.early_stop_below, config.train.early_stop_window
+    last = losses[-window:]
+    if bound is None or len(last) < window:
+        return None
+    changes = [abs(b - a) for a, b in pairwise(last)]
+    mean = sum(changes) / len(changes)
+    return mean if mean < bound else None
+
+
+def is_last(step: int, settled_at: float | None, config: Config) -> bool:
+    """Whether nothing is left to train after `step`; settled_at: what `settled` said there, under whatever bound."""
+    bound = config.train.early_stop_below
+    early = settled_at is not None and bound is not None and settled_at < bound
+    return early or step >= config.train.total_steps
+
+
+def finished_step(run: RunDir, config: Config) -> int | None:
+    """The step at which training has ended, by its end or early; None where it has not."""
     try:
         step = run.latest_step()
         manifest = read_signed(run.manifest(step))
         whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
     except (DamagedFile, OSError):
         return None
-    settled_at, bound = manifest.get("early_stopped"), config.train.early_stop_below
-    settled = settled_at is not None and bound is not None and settled_at < bound
     # without its EMA weights it was saved as one of many, and has only later become the last
-    done = whole and (step >= config.train.total_steps or settled) and run.ema_weights(step).exists()
+    done = whole and is_last(step, manifest.get("early_stopped"), config) and run.ema_weights(step).exists()
     return step if done else None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
+from tests.conftest import PROJECT
 from tools.chaos import files, mutants, processes
 
 
@@ -20,8 +24,18 @@ def test_a_killed_trainer_loses_nothing_acknowledged_and_ends_the_same() -> None
     assert result.passed, result
 
 
-@pytest.mark.parametrize("name", mutants.MUTANTS)
+@pytest.mark.parametrize("name", [name for name, mutant in mutants.MUTANTS.items() if mutant.row in files.ROWS])
 def test_a_row_notices_the_mutant(name: str) -> None:
-    row, broken = mutants.MUTANTS[name]
-    with broken():
-        assert not files.ROWS[row][0](files.ROWS[row][2]).passed
+    mutant = mutants.MUTANTS[name]
+    row, _, reduced = files.ROWS[mutant.row]
+    with mutants.replaced(mutant):
+        assert not row(reduced).passed
+
+
+@pytest.mark.parametrize("name", mutants.MUTANTS)
+def test_a_copy_of_the_project_has_the_mutant_in_every_process(name: str) -> None:
+    module, function = mutants.MUTANTS[name].module, mutants.MUTANTS[name].name
+    look = f"import pkgutil; f = pkgutil.resolve_name('{module}:{function}'); print(f.__code__.co_filename)"
+    with mutants.tree_with(PROJECT, name) as tree:
+        done = subprocess.run([sys.executable, "-c", look], cwd=tree, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tree / "tools/chaos/mutants.py")

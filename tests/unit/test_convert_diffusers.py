@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ddpm
-from ddpm import checkpoint
 from ddpm.errors import RequestError
+from ddpm.run import generations
 from ddpm.rundir import RunDir
 from tests.conftest import PROJECT
 from tools import convert_diffusers
@@ -170,7 +170,7 @@ def test_a_run_of_them_is_sampled_and_scored_by_the_scripts(tmp_path):
     ]
     convert(tmp_path / "published", tmp_path / "out.safetensors", *changes, "--run", run.path)
     assert list(run.path.parent.glob(".tmp-*")) == []
-    assert checkpoint.verify(run, 800_000).step == 800_000
+    assert generations.verify(run, 800_000).step == 800_000
     assert_same_network(ddpm.load(run.path, device="cpu"), unet, 16)
     assert run.ema_weights(800_000).read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ddpm import data
-from ddpm.distributed import World
 from ddpm.errors import NodeUnfit, Stopped
+from ddpm.training.ranks import World
 from launch import environment, jobs
 from launch.jobs import Life, _compiling
 from tests.training import make_config, on_ranks

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import ddpm
-from ddpm import checkpoint, config, generate, runtime, sampleset, schedule
+from ddpm import config, generate, runtime, sampleset, schedule
 from ddpm.config import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.fence import Fence
+from ddpm.run import generations, saving
 from ddpm.rundir import RunDir
 from tests.conftest import PROJECT
 
@@ -61,7 +62,7 @@ def make_run(path: Path, made: Config, steps: tuple[int, ...] = (10, 20), *, amp
     run.config.write_text(made.to_yaml())
     run.run_json.write_text(json.dumps({"resolved": {"amp": amp}}))
     fence = Fence(run, {}, wait_s=0)
-    saver = checkpoint.Checkpointer(
+    saver = saving.Checkpointer(
         run, fence, keep_last=9, is_milestone=lambda step: False, world_size=1, log=print, on_saved=lambda step: None
     )
     for step in steps:
@@ -138,7 +139,7 @@ def test_readmes_sampling_runs_as_it_stands(elsewhere):
     names: dict[str, Any] = {}
     exec(readme_code()[0], names)
     assert names["images"].shape == (64, 8, 8, 3) and names["images"].dtype == np.uint8
-    assert same_weights(names["model"].network, checkpoint.load(made, 20)["ema"])
+    assert same_weights(names["model"].network, generations.load(made, 20)["ema"])
 
 
 def test_readmes_training_loop_runs_as_it_stands_and_learns(elsewhere):
@@ -160,16 +161,16 @@ def test_readmes_training_loop_runs_as_it_stands_and_learns(elsewhere):
 def test_the_newest_ema_is_loaded_unless_another_is_asked_for(run):
     model = load(run.path)
     assert model.step == 20 and not model.network.training
-    assert same_weights(model.network, checkpoint.load(run, 20)["ema"])
+    assert same_weights(model.network, generations.load(run, 20)["ema"])
     assert model.config == config.load(run.config)
     assert torch.equal(model.schedule.alpha_bar, schedule.build(model.config.diffusion).alpha_bar)
-    assert same_weights(load(str(run.path), step=10).network, checkpoint.load(run, 10)["ema"])
-    assert same_weights(load(run.path, weights="model").network, checkpoint.load(run, 20)["model"])
+    assert same_weights(load(str(run.path), step=10).network, generations.load(run, 10)["ema"])
+    assert same_weights(load(run.path, weights="model").network, generations.load(run, 20)["model"])
 
 
 def test_the_weights_that_the_config_samples_are_loaded_unless_others_are_asked_for(tmp_path):
     run = make_run(tmp_path / "run", make_config(sample__weights="model"))
-    weights = checkpoint.load(run, 20)
+    weights = generations.load(run, 20)
     assert load(run.path).weights == "model" and same_weights(load(run.path).network, weights["model"])
     assert same_weights(load(run.path, weights="ema").network, weights["ema"])
     assert same_weights(load(run.ema_weights(20), config=run.config).network, weights["ema"])  # it has no others
@@ -230,7 +231,7 @@ def test_ema_weights_in_a_file_are_the_runs_model(run):
     for given in (make_config(), run.config, str(run.config)):
         model = load(file, config=given)
         assert model.step == 20
-        assert same_weights(model.network, checkpoint.load(run, 20)["ema"])
+        assert same_weights(model.network, generations.load(run, 20)["ema"])
     assert np.array_equal(model.sample(3), load(run.path).sample(3))
 
 
@@ -282,7 +283,7 @@ def test_eps_refuses_what_the_network_was_not_trained_on(tmp_path, t, labels, me
 
 def published_set(run: RunDir, made: Config, *, class_plan: tuple[int, ...] | None = None) -> np.ndarray:
     """The images of the set that a sampling job makes of `made.sample`, by the parts that such a job calls."""
-    s, generation = made.sample, checkpoint.verify(run, run.latest_step())
+    s, generation = made.sample, generations.verify(run, run.latest_step())
     request = sampleset.Request(
         checkpoint=sampleset.CheckpointRef(generation.step, generation.sha256),
         **s.model_dump(include={"weights", "sampler", "steps", "eta", "guidance", "seed", "num_samples", "shards"}),
@@ -291,7 +292,7 @@ def published_set(run: RunDir, made: Config, *, class_plan: tuple[int, ...] | No
         class_plan=class_plan,
     )
     network = runtime.build_model(made, CPU, request.precision)
-    network.load_state_dict(checkpoint.load(run, generation.step)[request.weights])
+    network.load_state_dict(generations.load(run, generation.step)[request.weights])
     network.eval()
 
     def eps_model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

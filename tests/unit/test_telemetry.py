@@ -1,4 +1,4 @@
-"""ddpm/telemetry.py: no metrics line twice and none missing, whatever happened to the writer."""
+"""ddpm/training/telemetry.py: no metrics line twice and none missing, whatever happened to the writer."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm import telemetry
 from ddpm.rundir import RunDir, read_json, read_jsonl
-from ddpm.telemetry import Telemetry, tile
+from ddpm.training import telemetry
+from ddpm.training.telemetry import Telemetry
 
 
 def opened(run: RunDir, step: int) -> Telemetry:
@@ -68,30 +68,46 @@ def test_an_orphan_that_still_writes_adds_nothing_to_its_heirs_lines(run: RunDir
     assert steps(run) == [1, 2]
 
 
-def test_a_line_that_a_full_disk_refused_comes_with_the_next(run: RunDir) -> None:
+def test_a_line_that_a_full_disk_refused_comes_with_the_next(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = MetricsDisk(monkeypatch)
     t = opened(run, 0)
     t.log(line(1))
-    real = t._metrics
-
-    class Full:
-        def write(self, data: bytes) -> int:
-            if len(data) > 30:
-                return real.write(data[:30])  # a disk that takes a part
-            raise OSError(28, "No space left on device")
-
-    class Gone:
-        def write(self, data: bytes) -> int:
-            raise OSError(28, "No space left on device")
-
-    t._metrics = Full()  # type: ignore[assignment]
+    disk.room = 30  # it takes a part
     t.log(line(2))
-    t._metrics = Gone()  # type: ignore[assignment]
     t.log(line(3))
     with pytest.raises(OSError, match="No space"):
         t.sync()  # a checkpoint promises the lines before it
-    t._metrics = real
+    disk.room = None
     t.log(line(4))
     assert [json.loads(text)["step"] for text in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+class MetricsDisk:
+    """Under metrics.jsonl: once it has `room`, it takes so many bytes more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        real = Path.open
+        monkeypatch.setattr(Path, "open", lambda path, *how, **options: self.over(real(path, *how, **options), path))
+
+    def over(self, file: Any, path: Path) -> Any:
+        return _OnDisk(self, file) if path.name == "metrics.jsonl" and not file.readable() else file
+
+
+class _OnDisk:
+    def __init__(self, disk: MetricsDisk, file: Any) -> None:
+        self.disk, self.file = disk, file
+
+    def write(self, data: bytes) -> int:
+        if self.disk.room is None:
+            return int(self.file.write(data))
+        if not self.disk.room:
+            raise OSError(28, "No space left on device")
+        data, self.disk.room = data[: self.disk.room], max(0, self.disk.room - len(data))
+        return int(self.file.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 class FullDisk:
@@ -136,29 +152,24 @@ def test_a_full_disk_costs_tensorboard_nothing_that_this_life_has_shown(
     monkeypatch.setattr(telemetry, "BOARD_AGAIN_AFTER_S", again_after_s)
     run, disk = RunDir(tmp_path), FullDisk(monkeypatch)
 
-    class Refusing:
-        def write(self, data: bytes) -> int:
-            raise OSError(28, "No space left on device")
-
+    of_metrics = MetricsDisk(monkeypatch)
     earlier = opened(run, 0)
     for step in (1, 2, 3):
         earlier.log(line(step))
     earlier.close()
     t = opened(run, 2)  # the line of step 3 goes
-    metrics = t._metrics
     for step in range(3, 20):
         if step == 8:
             t.sync()
         if step == 10:
             disk.full = True
-            t._metrics = Refusing() if metrics_too else metrics  # type: ignore[assignment]
+            of_metrics.room = 0 if metrics_too else None
         if step == 15:
-            disk.full, t._metrics = False, metrics
+            disk.full, of_metrics.room = False, None
         t.log({**line(step), "loss": step / 2})
         if step in (4, 12, 17):
             t.grid(step, np.full((8, step, 3), step, np.uint8))
-        if t._board is not None:
-            t._try("tensorboard", t._board.flush)
+        t.flush_board()
     t.close()
     assert steps(run) == list(range(1, 20))
     expected = [(1, 1.1), (2, 2.1), *((step, step / 2) for step in range(3, 20))]
@@ -184,13 +195,3 @@ def test_a_heartbeat_says_who_is_alive_and_where(run: RunDir, monkeypatch: pytes
     monkeypatch.setattr(telemetry, "HEARTBEAT_EVERY_S", 0)
     t.heartbeat(6, {})
     assert (read_json(run.heartbeat) or {})["step"] == 6
-
-
-def test_a_grid_shows_every_image_once_in_rows() -> None:
-    images = np.zeros((5, 8, 8, 3), np.uint8) + np.arange(1, 6, dtype=np.uint8)[:, None, None, None]
-    grid = tile(images, at_least_pixels=8)
-    assert grid.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
-    values, counts = np.unique(grid, return_counts=True)
-    assert dict(zip(values.tolist(), counts.tolist(), strict=True))[1] == 64 * 3
-    assert [grid[2 + 10 * (i // 3), 2 + 10 * (i % 3), 0] for i in range(5)] == [1, 2, 3, 4, 5]
-    assert set(values.tolist()) == {1, 2, 3, 4, 5, 96}

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from ddpm import config, data, runtime
-from ddpm.checkpoint import num_bytes
-from ddpm.distributed import World
 from ddpm.fence import Fence
-from ddpm.rundir import RunDir
-from ddpm.trainer import Trainer
+from ddpm.run.saving import num_bytes
+from ddpm.rundir import EventLog, RunDir
+from ddpm.training.ranks import World
+from ddpm.training.trainer import Trainer
 from launch.environment import PROJECT
 
 
@@ -37,7 +37,8 @@ def make_trainer(run: RunDir, device: torch.device, batch: int, cores: int) -> T
     resolved = runtime.resolve(asked, device, cores)
     runtime.apply(resolved)
     fence = Fence(run, {"job": "bench", "restart": 0, "host": "here"})
-    trainer = Trainer(asked, run, World(0, 1, device), packed, resolved, fence=fence, events=None, owner={})
+    events = EventLog(run, "bench", 0, "here")
+    trainer = Trainer(asked, run, World(0, 1, device), packed, resolved, fence=fence, events=events, owner={})
     trainer.resume()
     trainer.warm_up(lambda: None)
     return trainer
@@ -47,11 +48,10 @@ def block(trainer: Trainer, steps: int, save: str, device: torch.device) -> floa
     """Seconds of `steps` steps, the first after a save; a background save is over at the end of the block."""
     began = time.monotonic()
     if save:
-        trainer._save(wait=save == "waiting")
+        trainer.save(wait=save == "waiting")
     for _ in range(steps):
-        trainer._step()
-    if trainer.saver:
-        trainer.saver.wait()
+        trainer.step.take()
+    trainer.chronicle.settle()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.monotonic() - began
@@ -71,7 +71,7 @@ def main() -> None:
         run = RunDir(Path(folder) / "run")
         run.path.mkdir()
         trainer = make_trainer(run, device, args.batch or (128 if device.type == "cuda" else 8), args.threads)
-        trainer._save(wait=True)  # buffers are allocated once
+        trainer.save(wait=True)  # buffers are allocated once
         step_s = min(block(trainer, 3, "", device) for _ in range(2)) / 3
         steps = max(2, round(args.block_s / step_s))
         cost: dict[str, list[float]] = {"background": [], "waiting": []}
@@ -80,7 +80,7 @@ def main() -> None:
                 without = block(trainer, steps, "", device)
                 seconds.append(block(trainer, steps, save, device) - without)
         interval_s = (trainer.config.checkpoint.every_min or 0) * 60
-        size = num_bytes(trainer.state()) / 1e6
+        size = num_bytes(trainer.state.state_dict()) / 1e6
         print(f"{device}, {torch.get_num_threads()} threads; a checkpoint has {size:.0f} MB; "
               f"{steps} steps of {step_s:.3f} s a block, {args.rounds} rounds")  # fmt: skip
         for save, seconds in cost.items():

@@ -68,15 +68,18 @@ def show_mutants(via: str) -> int:
         seen = (result.seen if isinstance(result, Result) else f"not run: {result}").splitlines()[0]
         print(f"{'noticed ' if noticed else 'SURVIVES'}  {name}: row {row} saw {seen}", flush=True)
 
-    for name, (row, broken) in mutants.MUTANTS.items():
-        with broken():
-            report(name, row, run_row(row, ROWS[row][2], None))
+    rows = {name: row for name, (row, *_) in {**mutants.MUTANTS, **mutants.SHELL_MUTANTS}.items()}
+    on_slurm = {name: row for name, row in rows.items() if row in ON_SLURM}
+    for name, row in rows.items():
+        if row in HERE:
+            with mutants.replaced(mutants.MUTANTS[name]):
+                report(name, row, run_row(row, ROWS[row][2], None))
     if os.geteuid() != 0:
-        print(f"not run (no root, no SLURM): {', '.join(mutants.SLURM_MUTANTS)}")
+        print(f"not run (no root, no SLURM): {', '.join(on_slurm)}")
         return 1
-    for name, edit in mutants.SLURM_MUTANTS.items():
-        with mutants.edited(PROJECT, edit) as tree, cluster.cluster(tree, sys.executable, via) as site:
-            report(name, edit.row, run_row(edit.row, ROWS[edit.row][2], site))
+    for name, row in on_slurm.items():
+        with mutants.tree_with(PROJECT, name) as tree, cluster.cluster(tree, sys.executable, via) as site:
+            report(name, row, run_row(row, ROWS[row][2], site))
     return 1 if survivors else 0
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ddpm import checkpoint
 from ddpm.errors import DoNotRetry
 from ddpm.fence import Fence
+from ddpm.run import generations, saving
 from ddpm.rundir import DamagedFile, RunDir
 from tools.chaos.faults import Shim, crash_state, shimmed
 
@@ -63,11 +63,11 @@ def state(step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(run: RunDir) -> Iterator[checkpoint.Checkpointer]:
+def writing(run: RunDir) -> Iterator[saving.Checkpointer]:
     """A life that may write the run: it holds the lock and takes the next fencing token."""
     fence = Fence(run, {"job": "1", "restart": 0, "host": "here"}, wait_s=0, log=silent)
     try:
-        yield checkpoint.Checkpointer(
+        yield saving.Checkpointer(
             run, fence, keep_last=3, is_milestone=lambda step: step % 4 == 0, world_size=1, log=silent,
             on_saved=lambda step: None,
         )  # fmt: skip
@@ -80,10 +80,10 @@ def resumable(run: RunDir) -> int | None:
 
     Raises AssertionError if what is chosen is not what was saved: an invalid generation.
     """
-    found = checkpoint.newest_good(run, silent)
+    found = generations.newest_good(run, silent)
     if found is None:
         return None
-    loaded = checkpoint.load(run, found.step)
+    loaded = generations.load(run, found.step)
     assert loaded["step"] == found.step and torch.equal(loaded["model"]["w"], state(found.step)["model"]["w"])
     return found.step
 
@@ -187,7 +187,7 @@ def flipped_bits_and_truncations(count: int) -> Result:
                     raw[chosen.randrange(len(raw))] ^= 1 << chosen.randrange(8)
                 path.write_bytes(bytes(raw))
                 said: list[str] = []
-                found = checkpoint.newest_good(run, said.append)
+                found = generations.newest_good(run, said.append)
                 if found is None or found.step != 1 or not any("step=2" in line for line in said):
                     missed.append(f"{path.name} #{i}")
     seen = f"{count - len(missed)} noticed" + (f", missed {missed[0]}" if missed else "")
@@ -238,7 +238,7 @@ def all_generations_damaged(_: int) -> Result:
             with run.checkpoint(step).open("r+b") as f:
                 f.truncate(10)
         try:
-            checkpoint.newest_good(run, silent)
+            generations.newest_good(run, silent)
             seen, passed = "started as if there were none", False
         except DoNotRetry as e:
             seen, passed = f"exit {e.exit_code}: {e}", e.exit_code == 78 and "start this run over" in str(e)

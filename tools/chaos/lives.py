@@ -67,7 +67,7 @@ def life(
     import torch._dynamo  # the optimizer loads it, which takes longer than a short life
     import torch.utils.tensorboard  # noqa: F401
 
-    import ddpm.trainer  # noqa: F401
+    import ddpm.training.trainer  # noqa: F401
     from launch import jobs
 
     pid = os.fork()
@@ -116,16 +116,22 @@ def at_steps(acts: dict[int, Act]) -> Callable[[], None]:
     """For `before`: each act once, on the Trainer that has just done its `step`-th step, before it asks for stops."""
 
     def patch() -> None:
-        from ddpm.trainer import Trainer
+        from ddpm.run.stopping import StopRequested
+        from ddpm.training.trainer import Outcome, Trainer
 
-        real = Trainer._step
+        real = Trainer.train
 
-        def step(trainer: Trainer) -> None:
-            real(trainer)
-            if act := acts.pop(trainer.at.step, None):
-                act(trainer)
+        def train(trainer: Trainer, stop_requested: StopRequested) -> Outcome:
+            began = trainer.at.step
 
-        Trainer._step = step  # type: ignore[method-assign,assignment]
+            def act_first() -> str | None:
+                if trainer.at.step > began and (act := acts.pop(trainer.at.step, None)):
+                    act(trainer)
+                return stop_requested()
+
+            return real(trainer, act_first)
+
+        Trainer.train = train  # type: ignore[method-assign]
 
     return patch
 
@@ -137,7 +143,7 @@ def stop(trainer: Any) -> None:
 
 def die(trainer: Any) -> None:
     """SIGKILL, once the save under way is acknowledged."""
-    trainer.saver.wait()
+    trainer.chronicle.saver.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from ddpm import checkpoint
 from ddpm.errors import EXIT_FATAL, EXIT_REQUEUE
+from ddpm.run import generations, saving
 from ddpm.rundir import RunDir, read_events
 from tools.chaos.faults import Operation, Shim, shimmed
 from tools.chaos.files import Result, silent
@@ -197,15 +197,15 @@ def recording(run: RunDir, acts: dict[int, Act]) -> Callable[[], None]:
 
     def before() -> None:
         from ddpm.diffusion import Diffusion
-        from ddpm.trainer import Trainer
+        from ddpm.training.step import Step
 
         at_steps(acts)()
-        forward_backward, q_sample = Trainer._forward_backward, Diffusion.q_sample
+        gradients, q_sample = Step.gradients, Diffusion.q_sample
         place: list[int] = []  # empty in the warm-up, which trains nothing
 
-        def note_step(trainer: Trainer, step: int, *, warm_up: bool = False) -> torch.Tensor:
-            place[:] = [] if warm_up else [step, trainer.world.rank * trainer.share]
-            return forward_backward(trainer, step, warm_up=warm_up)
+        def note_step(step: Step, *, warm_up: bool = False) -> torch.Tensor:
+            place[:] = [] if warm_up else [step.state.at.step, step.world.rank * step.share]
+            return gradients(step, warm_up=warm_up)
 
         def note_samples(self: Diffusion, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
             if place:
@@ -216,7 +216,7 @@ def recording(run: RunDir, acts: dict[int, Act]) -> Callable[[], None]:
                         place[1] += 1
             return q_sample(self, x_0, t, eps)
 
-        Trainer._forward_backward = note_step  # type: ignore[method-assign,assignment]
+        Step.gradients = note_step  # type: ignore[method-assign,assignment]
         Diffusion.q_sample = note_samples  # type: ignore[method-assign]
 
     return before
@@ -269,9 +269,9 @@ def poisoned_batch(at: int, *, then: Act | None = None) -> Callable[[], None]:
 
     def before() -> None:
         from ddpm.data import Batches
-        from ddpm.trainer import Trainer
+        from ddpm.training.trainer import Trainer
 
-        init, rows, roll_back = Batches.__init__, Batches.rows, Trainer._roll_back
+        init, rows, roll_back = Batches.__init__, Batches.rows, Trainer.roll_back
         attempts: list[int] = []  # of the batches in use
 
         def note_attempt(self: Batches, *args: Any, attempt: int, **options: Any) -> None:
@@ -288,7 +288,7 @@ def poisoned_batch(at: int, *, then: Act | None = None) -> Callable[[], None]:
                 then(trainer)
 
         Batches.__init__, Batches.rows = note_attempt, poisoned  # type: ignore[method-assign,assignment]
-        Trainer._roll_back = roll_back_then  # type: ignore[method-assign,assignment]
+        Trainer.roll_back = roll_back_then  # type: ignore[method-assign,assignment]
 
     return before
 
@@ -349,7 +349,7 @@ def the_network_is_never_finite(_: int) -> Result:
     with new_root() as root:
         run = prepare(root, "run", *options)
         codes = [ended(life(run, at_steps({6: stop}))), ended(life(run, nan_alone))]
-        good = checkpoint.newest_good(run, silent)
+        good = generations.newest_good(run, silent)
         failed = [e for e in read_events(run) if e["event"] == "failed"]
         rollbacks = len(steps_of(run, "rollback"))
         codes += [ended(life(run)), run.latest_step()]
@@ -365,9 +365,9 @@ def the_network_is_never_finite(_: int) -> Result:
 # ---------------------------------------------------------------- starting up
 
 MOMENTS = (
-    "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.trainer.Trainer.resume", "launch.environment.set_defaults",
-    "ddpm.distributed.join", "ddpm.data.open_packed", "ddpm.runtime.resolve", "ddpm.trainer.Trainer.__init__",
-    "ddpm.checkpoint.newest_good",
+    "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.training.trainer.Trainer.resume",
+    "launch.environment.set_defaults", "ddpm.training.ranks.join", "ddpm.data.open_packed", "ddpm.runtime.resolve",
+    "ddpm.training.trainer.Trainer.__init__", "ddpm.run.generations.newest_good",
 )  # fmt: skip
 
 
@@ -426,7 +426,7 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root, self._filler = root, root / "filler"
-        size = f"size={checkpoint.SPARE_BYTES + (32 << 20)}"
+        size = f"size={saving.SPARE_BYTES + (32 << 20)}"
         mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(root)]
         self.is_real = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
 
@@ -442,7 +442,7 @@ class Disk:
         return patch
 
     def fill(self, trainer: Any) -> None:
-        trainer.saver.wait()  # the save under way still finds room
+        trainer.chronicle.saver.wait()  # the save under way still finds room
         self._filler.touch()
         if self.is_real:
             with self._filler.open("wb", buffering=0) as f, contextlib.suppress(OSError):
@@ -506,7 +506,7 @@ def disk_full(count: int) -> Result:
                     log = root / f"log{i}"  # with room for what it says
                     code = ended(life(run, disk.before({full_at: disk.fill, until: stop}), log=log))
                     said = "checkpoint failed" in log.read_text() and f"step={until} saved=False" in log.read_text()
-                    found = checkpoint.newest_good(run, silent)
+                    found = generations.newest_good(run, silent)
                     disk.free()
                     time.sleep(1)  # TensorBoard orders its files by second, then by pid, which starts again at times
                     after = ended(life(run))

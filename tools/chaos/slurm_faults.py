@@ -7,7 +7,7 @@ import os
 import signal
 import time
 
-from ddpm import checkpoint
+from ddpm.run import generations
 from ddpm.rundir import TMP_PREFIX, RunDir, read_events, read_signed
 from launch.cluster import Site
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, alive, last_logged, metrics_whole, send, steps_at
@@ -233,7 +233,7 @@ def _traces(c: Cluster, run: RunDir, job: str, resumed: int) -> list[str]:
     c.bed.cancel(job)
     c.bed.wait_state(job)
     for step in run.steps_saved():
-        checkpoint.verify(run, step)  # raises where a file is not what its manifest says
+        generations.verify(run, step)  # raises where a file is not what its manifest says
     writers = fences(run, beyond=resumed)
     found = {
         "the heir was disturbed": not undisturbed,

@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
-from ddpm.rundir import RunDir, now, parse_jsonl, publishing, read_jsonl, write_bytes, write_json
+from ddpm.rundir import RunDir, now, parse_jsonl, read_jsonl, write_bytes, write_json
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
@@ -150,15 +150,16 @@ class Telemetry:
         if step > self._first_step:  # an image of that step is not hidden by a new file's
             self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: _add_grid(board, step, grid)))
-        self._flush_board()
+        self.flush_board()
 
     def sync(self) -> None:
         """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""
         self._write()
         os.fsync(self._metrics.fileno())
-        self._flush_board()
+        self.flush_board()
 
-    def _flush_board(self) -> None:
+    def flush_board(self) -> None:
+        """What TensorBoard was told gets to its file."""
         if self._board is not None:
             self._try("tensorboard", self._board.flush)
 
@@ -207,39 +208,3 @@ def _bar(total: int, done: int) -> Any:
     bar.start()
     bar.add_task("", total=total, completed=done)
     return bar
-
-
-def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] | None = None) -> None:
-    """Write uint8 (H, W, 3) as a PNG, whole or not at all, replacing an earlier one."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with publishing(path, replace=True, may_publish=may_publish) as f:
-        Image.fromarray(image).save(f, format="PNG")  # type: ignore[arg-type]  # write() is all it needs
-
-
-def read_png(path: Path) -> np.ndarray:
-    """Raises OSError, also where the file is damaged."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except (SyntaxError, ValueError) as e:  # what Pillow calls some damages
-        raise OSError(f"{path}: {e}") from None
-
-
-def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) as one grid, a thin line apart; small ones are enlarged by a whole factor."""
-    n, height, width, channels = images.shape
-    factor = max(1, at_least_pixels // height)
-    line = max(2, factor // 2)
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    columns = int(np.ceil(np.sqrt(n)))
-    rows = int(np.ceil(n / columns))
-    high, wide = height * factor + line, width * factor + line
-    grid = np.full((rows * high + line, columns * wide + line, channels), 96, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * high + line, i % columns * wide + line
-        grid[top : top + height * factor, left : left + width * factor] = image
-    return grid

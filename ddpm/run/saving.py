@@ -1,10 +1,8 @@
-"""What is saved, how it becomes a verified generation, and which one a new life resumes.
+"""How a training state becomes a generation, and which generations stay.
 
-A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the
-.pt's sha256 and a digest of itself. A .pt without its .json does not exist. A save copies the state into reused host
-buffers (training waits for that alone) and a thread writes them; a second save waits for the first. Kill points:
-before the .pt's rename, a stale temporary; before the .json's, a .pt that does not exist, removed by the next life and
-the next save; after it, a generation.
+A save copies the state into reused host buffers (training waits for that alone) and a thread writes them; a second save
+waits for the first. Kill points: before the .pt's rename, a stale temporary; before the .json's, a .pt that does not
+exist, removed by the next life and the next save; after it, a generation.
 """
 
 from __future__ import annotations
@@ -16,96 +14,18 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ddpm.errors import DoNotRetry, RunBusy
+import safetensors.torch
+import torch
+
+from ddpm.errors import RunBusy
 from ddpm.fence import Fence
-from ddpm.rundir import (
-    TMP_PREFIX,
-    DamagedFile,
-    RunDir,
-    now,
-    publishing,
-    read_signed,
-    sha256_file,
-    sign,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    import torch  # loaded where states are: choosing a generation to sample stays cheap on a login node
-
-Log = Callable[[str], None]
+from ddpm.run.generations import Generation, Log, verify_again
+from ddpm.rundir import TMP_PREFIX, DamagedFile, RunDir, now, publishing, sign, write_json
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A checkpoint whose size, digest and manifest hold."""
-
-    step: int
-    sha256: str
-    manifest: dict[str, Any]
-
-
-def verify(run: RunDir, step: int) -> Generation:
-    """Check one generation in full. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
-    manifest = read_signed(run.manifest(step))
-    path = run.checkpoint(step)
-    if manifest["step"] != step or manifest["file"] != path.name:
-        raise DamagedFile(f"{run.manifest(step).name}: is the manifest of {manifest['file']}")
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise DamagedFile(f"{path.name}: missing beside its manifest") from None
-    if size != manifest["bytes"]:
-        raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
-    if (sha256 := sha256_file(path)) != manifest["sha256"]:
-        raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")
-    return Generation(step, sha256, manifest)
-
-
-def newest_good(run: RunDir, log: Log) -> Generation | None:
-    """The newest generation that holds, naming each one that does not; None where none was ever saved.
-
-    Never a silent start at 0: raises DoNotRetry where checkpoints exist and all are damaged, and OSError where none is
-    good and some could not be read, which may be otherwise the next time.
-    """
-    steps = run.steps_saved()
-    unread = None
-    for step in steps:
-        try:
-            return _verify_again(run, step)
-        except (DamagedFile, OSError, KeyError) as e:
-            log(f"checkpoint rejected: step={step} reason={e}")
-            if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
-                unread = unread or e
-    if unread:
-        raise unread
-    if steps:
-        raise DoNotRetry(
-            f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
-            f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged"
-        )
-    return None
-
-
-def _verify_again(run: RunDir, step: int) -> Generation:
-    """`verify`, tried once more where it could not read: a network file system may lose a file's handle once."""
-    try:
-        return verify(run, step)
-    except OSError:
-        return verify(run, step)
-
-
-def load(run: RunDir, step: int) -> dict[str, Any]:
-    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint."""
-    import torch
-
-    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)
 
 
 def num_bytes(state: Any) -> int:
@@ -124,25 +44,20 @@ class HostCopy:
 
     def take(self, state: Any) -> Any:
         """`state` with every tensor copied; complete when this returns, so training may go on changing it."""
-        import torch
-
         copied = self._copy(state, "")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copied
 
     def _copy(self, value: Any, key: str) -> Any:
-        import torch
-
         if isinstance(value, torch.Tensor):
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
                 buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 self._buffers[key] = buffer
             return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(
-            value, dict
-        ):  # interned, since pickle tells equal keys from the same: so equal states, equal bytes
+        if isinstance(value, dict):
+            # interned, since pickle tells equal keys from the same: so equal states, equal bytes
             return {sys.intern(k) if isinstance(k, str) else k: self._copy(v, f"{key}/{k}") for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self._copy(v, f"{key}/{i}") for i, v in enumerate(value))
@@ -175,7 +90,7 @@ class Checkpointer:
             log(f"what a failed save left cannot be removed: {e}")
 
     def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> None:
-        """Save `state` (what `Trainer.state` returns) as the generation of state["step"].
+        """Save `state` (see ddpm/training/state.py) as the generation of state["step"].
 
         A failed write is logged, and the next save tries again; with `wait` the outcome is known on return, and an
         OSError is raised. `final`: EMA weights are published beside it, as for a milestone.
@@ -212,56 +127,62 @@ class Checkpointer:
                 self._log(f"checkpoint failed: step={state['step']} error={e!r}")
 
     def _write(self, state: dict[str, Any], final: bool) -> None:
-        import torch
-
-        run, step, token = self._run, int(state["step"]), str(self._fence.token)
-        with_ema, settled = final or self._is_milestone(step), state["extra"].get("early_stopped")
+        run, step = self._run, int(state["step"])
+        with_ema = final or self._is_milestone(step)
         try:
             # an earlier life was killed between this save and its next step: the bits are the same
-            _verify_again(run, step)
+            there = verify_again(run, step)
         except (DamagedFile, OSError, KeyError):
-            self._fence.check()  # what lies there may be a later job's, half way to its manifest
-            run.manifest(step).unlink(missing_ok=True)
-            self._remove_unfinished()
-            self._check_space(num_bytes(state) + (num_bytes(state["ema"]) if with_ema else 0))
-            with publishing(run.checkpoint(step), token=token, may_publish=self._fence.check) as f:
-                try:
-                    torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
-                except RuntimeError:
-                    if f.failed is None:
-                        raise
-                    raise f.failed from None
-            if with_ema:
-                run.ema_weights(step).unlink(missing_ok=True)  # left by a save that never got its manifest
-                self._write_ema(state["ema"], step, token)
-            write_json(
-                run.manifest(step),
-                sign(
-                    {
-                        "step": step,
-                        "images": state["images"],
-                        "file": run.checkpoint(step).name,
-                        "bytes": f.size,
-                        "sha256": f.sha256,
-                        "config_digest": state["config_digest"],
-                        "world_size": self._world_size,
-                        "fence": self._fence.token,
-                        "created": now(),
-                        # only where training ended early, which the step alone would not say: the mean change of the
-                        # loss at which it settled
-                        **({} if settled is None or settled is False else {"early_stopped": settled}),
-                    }
-                ),
-                token=token,
-                may_publish=self._fence.check,
-            )
-        if with_ema and not run.ema_weights(step).exists():  # the generation was saved before it was to be the last
-            self._write_ema(state["ema"], step, token)
+            self._publish(state, with_ema)
+        else:
+            self._complete(there, state, with_ema)
         self._on_saved(step)
         try:
             self._retain(step)
         except (OSError, ValueError) as e:
             self._log(f"checkpoint saved: step={step}; older ones cannot be removed now: {e}")
+
+    def _publish(self, state: dict[str, Any], with_ema: bool) -> None:
+        run, step = self._run, int(state["step"])
+        self._fence.check()  # what lies there may be a later job's, half way to its manifest
+        run.manifest(step).unlink(missing_ok=True)
+        self._remove_unfinished()
+        self._check_space(num_bytes(state) + (num_bytes(state["ema"]) if with_ema else 0))
+        with publishing(run.checkpoint(step), token=self._token, may_publish=self._fence.check) as f:
+            try:
+                torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
+            except RuntimeError:
+                if f.failed is None:
+                    raise
+                raise f.failed from None
+        if with_ema:
+            run.ema_weights(step).unlink(missing_ok=True)  # left by a save that never got its manifest
+            self._write_ema(state["ema"], step)
+        manifest = {
+            "step": step,
+            "images": state["images"],
+            "file": run.checkpoint(step).name,
+            "bytes": f.size,
+            "sha256": f.sha256,
+            "config_digest": state["config_digest"],
+            "world_size": self._world_size,
+            "fence": self._fence.token,
+            "created": now(),
+            **_settled(state),
+        }
+        write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
+
+    def _complete(self, there: Generation, state: dict[str, Any], with_ema: bool) -> None:
+        """What a generation lacks that was saved as one of many and is now to be the last."""
+        if with_ema and not self._run.ema_weights(there.step).exists():
+            self._write_ema(state["ema"], there.step)
+        if not (settled := _settled(state)).items() <= there.manifest.items():
+            path, manifest = self._run.manifest(there.step), sign({**there.manifest, **settled})
+            write_json(path, manifest, replace=True, token=self._token, may_publish=self._fence.check)
+
+    @property
+    def _token(self) -> str:
+        return str(self._fence.token)
 
     def _check_space(self, needed: int) -> None:
         """Raise OSError where a save does not fit: a disk that it has filled is full for everybody else too."""
@@ -270,11 +191,9 @@ class Checkpointer:
             where, gib = self._run.checkpoints, 2**30
             raise OSError(errno.ENOSPC, f"{free / gib:.2f} GiB free for a checkpoint of {needed / gib:.2f} GiB", where)
 
-    def _write_ema(self, ema: dict[str, torch.Tensor], step: int, token: str) -> None:
-        from safetensors.torch import save
-
-        with publishing(self._run.ema_weights(step), token=token, may_publish=self._fence.check) as f:
-            f.write(save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
+    def _write_ema(self, ema: dict[str, torch.Tensor], step: int) -> None:
+        with publishing(self._run.ema_weights(step), token=self._token, may_publish=self._fence.check) as f:
+            f.write(safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
 
     def _retain(self, newest: int) -> None:
         """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist.
@@ -320,3 +239,10 @@ class Checkpointer:
             elif (found := re.fullmatch(r"step-(\d{9,})\.pt", name)) and f"{name[:-3]}.json" not in names:
                 self._run.ema_weights(int(found[1])).unlink(missing_ok=True)
                 (directory / name).unlink(missing_ok=True)
+
+
+def _settled(state: dict[str, Any]) -> dict[str, float]:
+    """What a manifest says only where training ended early, which the step alone would not: the mean change of the loss
+    at which it settled."""
+    settled = state["extra"].get("early_stopped")
+    return {} if settled is None or settled is False else {"early_stopped": settled}

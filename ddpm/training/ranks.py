@@ -6,15 +6,26 @@ which ranks agree on when to stop without waiting for a device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ddpm.errors import DDPMError
+from ddpm.run.stopping import STOP_REASONS, StopRequested
+
+T = TypeVar("T")
+
 RANK_TIMEOUT_S = 600
 """A rank that does not answer its peers for this long ends the job; compiling the network takes up to two minutes."""
+
+
+def stop_code(stop_requested: StopRequested) -> int:
+    """What is asked of this rank, as a number that ranks can agree on: the place in STOP_REASONS."""
+    return STOP_REASONS.index(stop_requested() or "")
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,10 @@ class World:
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
         return t.tolist()
 
+    def agreed_stop(self, stop_requested: StopRequested) -> str:
+        """Why all ranks stop here, or ""."""
+        return STOP_REASONS[self.agree([stop_code(stop_requested)])[0]]
+
     def share(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         if self.world_size == 1:
@@ -44,6 +59,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def of_main(self, find: Callable[[], T]) -> T:
+        """What `find` returns on rank 0, on every rank; a DDPMError that it raises there is raised on all."""
+        found, failure = None, None
+        if self.is_main:
+            try:
+                found = find()
+            except DDPMError as e:
+                failure = e
+        found, failure = self.share((found, failure))
+        if failure is not None:
+            raise failure
+        return found
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a float tensor on this world's device."""

@@ -1,89 +1,32 @@
-"""ddpm/checkpoint.py: what was saved is whole, or is named and passed over; one writer commits."""
+"""ddpm/run/saving.py: what was saved is whole, what nobody needs goes, one writer commits."""
 
 import errno
 import json
-import re
 import shutil
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddpm import checkpoint, rundir
-from ddpm.checkpoint import Checkpointer, HostCopy
-from ddpm.errors import DoNotRetry, RunBusy
+from ddpm import rundir
+from ddpm.errors import RunBusy
 from ddpm.fence import Fence
-from ddpm.rundir import RunDir, read_json, sign, write_json
-from tests.training import Life, assert_same_end, differences, live, make_config, make_run
-
-OWNER = {"job": "17", "restart": 1, "host": "n1"}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def fence(run: RunDir) -> Iterator[Fence]:
-    fence = Fence(run, OWNER, wait_s=0)
-    yield fence
-    fence.release()
-
-
-def state_at(step: int) -> dict[str, Any]:
-    weights = {"w": torch.arange(1000.0) + step, "n": torch.tensor(step)}
-    return {
-        "model": weights,
-        "ema": {k: v / 2 for k, v in weights.items()},
-        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
-        "scaler": {},
-        "step": step,
-        "images": step * 4,
-        "config_digest": "d" * 64,
-        "extra": {"attempt": 0},
-    }
-
-
-def saver(run: RunDir, fence: Fence, log: list[str] | None = None, **options: Any) -> Checkpointer:
-    said = [] if log is None else log
-    return Checkpointer(
-        run,
-        fence,
-        **{
-            "keep_last": 3,
-            "is_milestone": lambda step: False,
-            "world_size": 1,
-            "log": said.append,
-            "on_saved": lambda step: None,
-            **options,
-        },
-    )
-
-
-def save_all(run: RunDir, fence: Fence, *steps: int, **options: Any) -> Checkpointer:
-    s = saver(run, fence, **options)
-    for step in steps:
-        s.save(state_at(step), wait=True)
-    return s
-
-
-def flip_bit(path: Path, at: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
-    path.write_bytes(raw)
-
+from ddpm.run import generations, saving
+from ddpm.run.saving import HostCopy
+from ddpm.rundir import RunDir, read_json, write_json
+from tests.saves import Unreadable, flip_bit, save_all, saver, state_at
+from tests.training import differences, live, make_config, make_run
 
 # ---------------------------------------------------------------- what is saved
 
 
 def test_a_generation_loads_as_it_was_saved(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5)
-    assert checkpoint.verify(run, 5).step == 5
-    assert differences(checkpoint.load(run, 5), state_at(5)) == []
+    assert generations.verify(run, 5).step == 5
+    assert differences(generations.load(run, 5), state_at(5)) == []
 
 
 def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
@@ -103,7 +46,7 @@ def test_a_manifest_tells_at_which_change_of_the_loss_training_settled(
     state = state_at(5)
     state["extra"]["early_stopped"] = settled
     saver(run, fence).save(state, wait=True)
-    manifest = checkpoint.verify(run, 5).manifest
+    manifest = generations.verify(run, 5).manifest
     if settled is None or settled is False:
         assert "early_stopped" not in manifest
     else:
@@ -125,7 +68,7 @@ def test_the_last_ema_weights_are_readable_by_anyone(tmp_path: Path) -> None:
 
     run = make_run(tmp_path)
     live(make_config(train__total_steps=2), run)
-    ema = {k: v.contiguous() for k, v in checkpoint.load(run, 2)["ema"].items()}
+    ema = {k: v.contiguous() for k, v in generations.load(run, 2)["ema"].items()}
     assert differences(load_file(run.ema_weights(2)), ema) == []
 
 
@@ -143,7 +86,7 @@ def test_a_save_holds_the_moment_it_was_called_at(run: RunDir, fence: Fence, mon
     state["model"]["w"].zero_()
     go.set()
     s.wait()
-    assert differences(checkpoint.load(run, 5), state_at(5)) == []
+    assert differences(generations.load(run, 5), state_at(5)) == []
 
 
 def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
@@ -153,171 +96,6 @@ def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
     assert first["model"]["w"].data_ptr() == second["model"]["w"].data_ptr()
     assert second["model"]["w"].data_ptr() != second["ema"]["w"].data_ptr() != state["ema"]["w"].data_ptr()
     assert differences(second, state_at(2)) == []
-
-
-# ---------------------------------------------------------------- damage
-
-
-def truncate(run: RunDir) -> None:
-    path = run.checkpoint(9)
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def manifest_of_another(run: RunDir) -> None:
-    run.manifest(9).write_bytes(run.manifest(6).read_bytes())
-
-
-def forged(run: RunDir) -> None:
-    record = read_json(run.manifest(9))
-    assert record is not None
-    run.manifest(9).write_text(json.dumps({**record, "bytes": record["bytes"] + 1}))
-
-
-def signed_without_digest(run: RunDir) -> None:
-    run.manifest(9).write_text(json.dumps(sign({"step": 9, "file": run.checkpoint(9).name})))
-
-
-DAMAGE = {
-    "a flipped bit in the middle": (lambda run: flip_bit(run.checkpoint(9), 3000), "sha256 does not match"),
-    "a flipped last bit": (lambda run: flip_bit(run.checkpoint(9), -1), "sha256 does not match"),
-    "truncated": (truncate, "bytes instead of"),
-    "empty": (lambda run: run.checkpoint(9).write_bytes(b""), "0 bytes instead of"),
-    "no .pt": (lambda run: run.checkpoint(9).unlink(), "missing beside its manifest"),
-    "a flipped bit in the manifest": (lambda run: flip_bit(run.manifest(9), 20), r"step-000000009\.json"),
-    "an empty manifest": (lambda run: run.manifest(9).write_bytes(b""), "not JSON"),
-    "a forged manifest": (forged, "self_sha256 does not match"),
-    "the manifest of another step": (manifest_of_another, r"is the manifest of step-000000006\.pt"),
-    "a manifest without its digest": (signed_without_digest, "bytes"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_generation_is_named_and_the_one_before_is_taken(run: RunDir, fence: Fence, kind: str) -> None:
-    save_all(run, fence, 3, 6, 9)
-    damage, reason = DAMAGE[kind]
-    damage(run)
-    said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
-    assert good is not None and good.step == 6
-    (line,) = said
-    assert line.startswith("checkpoint rejected: step=9 reason=")
-    assert re.search(reason, line), line
-
-
-def test_a_pt_without_its_manifest_does_not_exist(run: RunDir, fence: Fence) -> None:
-    save_all(run, fence, 3, 6)
-    run.manifest(6).unlink()
-    said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
-    assert good is not None and good.step == 3 and said == []
-
-
-def test_nothing_saved_is_no_error_and_all_damaged_is_do_not_retry(run: RunDir, fence: Fence) -> None:
-    assert checkpoint.newest_good(run, print) is None
-    save_all(run, fence, 3, 6)
-    for step in (3, 6):
-        flip_bit(run.checkpoint(step), 100)
-    said: list[str] = []
-    with pytest.raises(DoNotRetry, match=r"every checkpoint .* is damaged \(2 rejected above\).*mv "):
-        checkpoint.newest_good(run, said.append)
-    assert len(said) == 2
-
-
-class Unreadable:
-    """Some files of a run fail to be read, the first so many times."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: dict[Path, int]) -> None:
-        real = Path.open
-
-        def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            if "r" in mode and times.get(path, 0):
-                times[path] -= 1
-                raise OSError(errno.ESTALE, "Stale file handle", str(path))
-            return real(path, mode, *args, **options)
-
-        monkeypatch.setattr(Path, "open", opened)
-        monkeypatch.setattr(Path, "read_bytes", lambda path: opened(path, "rb").read())
-
-
-@pytest.mark.parametrize("of", [RunDir.checkpoint, RunDir.manifest])
-def test_a_generation_that_cannot_be_read_is_named_and_the_one_before_is_taken(
-    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, of: Any
-) -> None:
-    save_all(run, fence, 3, 6, 9)
-    Unreadable(monkeypatch, {of(run, 9): 99})
-    said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
-    assert good is not None and good.step == 6
-    (line,) = said
-    assert line.startswith("checkpoint rejected: step=9 reason=") and "Stale file handle" in line
-
-
-def test_a_generation_that_can_be_read_at_the_second_try_is_good(
-    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_all(run, fence, 3, 6)
-    Unreadable(monkeypatch, {run.checkpoint(6): 1})
-    said: list[str] = []
-    good = checkpoint.newest_good(run, said.append)
-    assert good is not None and good.step == 6 and said == []
-
-
-def test_where_nothing_can_be_read_a_later_life_may_try_again(
-    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_all(run, fence, 3, 6)
-    flip_bit(run.checkpoint(3), 100)
-    Unreadable(monkeypatch, {run.checkpoint(6): 99})
-    with pytest.raises(OSError, match="Stale file handle"):
-        checkpoint.newest_good(run, lambda line: None)
-
-
-def test_a_generation_that_cannot_be_read_is_saved_again(
-    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_all(run, fence, 3)
-    with monkeypatch.context() as m:
-        Unreadable(m, {run.checkpoint(3): 2})
-        save_all(run, fence, 3)
-    assert checkpoint.verify(run, 3).step == 3
-
-
-def test_a_directory_that_cannot_be_listed_is_no_fresh_start(
-    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> Any:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    save_all(run, fence, 3)
-    for name in ("listdir", "scandir"):
-        monkeypatch.setattr(f"os.{name}", refuse)
-    with pytest.raises(PermissionError):
-        checkpoint.newest_good(run, print)
-
-
-def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
-    config = make_config(checkpoint__every_steps=2)
-    one, other = make_run(tmp_path / "whole"), make_run(tmp_path / "damaged")
-    live(config, one)
-    with Life(config, other) as life:
-        life.train(stop_at=[5])
-    flip_bit(other.checkpoint(5), 5000)
-    flip_bit(other.manifest(4), 30)
-    live(config, other)
-    assert_same_end(one, other, 8)
-    for step in other.steps_saved():
-        checkpoint.verify(other, step)
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_never_starts_at_0(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    with Life(make_config(), run) as life:
-        life.train(stop_at=[5])
-    flip_bit(run.checkpoint(5), 5000)
-    before = run.metrics.read_bytes()
-    with pytest.raises(DoNotRetry, match="every checkpoint"), Life(make_config(), run):
-        pass
-    assert run.metrics.read_bytes() == before
 
 
 # ---------------------------------------------------------------- retention
@@ -384,7 +162,7 @@ def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fen
     save_all(run, fence, 5, 10, keep_last=2)
     flip_bit(run.checkpoint(10), 100)
     save_all(run, fence, 7, keep_last=1)  # a life that resumed at 5, stopped at 7
-    good = checkpoint.newest_good(run, print)
+    good = generations.newest_good(run, print)
     assert good is not None and good.step == 7
 
 
@@ -410,8 +188,8 @@ def test_a_generation_half_way_to_its_manifest_is_saved_again(run: RunDir, fence
     s = saver(run, fence)
     for step in (7, 9):
         s.save(state_at(step), wait=True, final=True)
-    assert differences(checkpoint.load(run, 7), state_at(7)) == []
-    assert checkpoint.verify(run, 7).step == 7
+    assert differences(generations.load(run, 7), state_at(7)) == []
+    assert generations.verify(run, 7).step == 7
 
 
 def test_a_verified_generation_is_not_written_again(run: RunDir, fence: Fence) -> None:
@@ -422,6 +200,16 @@ def test_a_verified_generation_is_not_written_again(run: RunDir, fence: Fence) -
 
 
 # ---------------------------------------------------------------- failing writes
+
+
+def test_a_generation_that_cannot_be_read_is_saved_again(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 3)
+    with monkeypatch.context() as m:
+        Unreadable(m, {run.checkpoint(3): 2})
+        save_all(run, fence, 3)
+    assert generations.verify(run, 3).step == 3
 
 
 @pytest.mark.parametrize("where", ["fsync", "link"])
@@ -453,7 +241,7 @@ def test_a_disk_with_too_little_space_is_not_filled_to_the_brim_first(
     s = saver(run, fence)
     usage = shutil.disk_usage(run.path)
     with monkeypatch.context() as m:
-        m.setattr("ddpm.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=checkpoint.SPARE_BYTES))
+        m.setattr("ddpm.run.saving.shutil.disk_usage", lambda path: usage._replace(free=saving.SPARE_BYTES))
         m.setattr(torch, "save", lambda *_: pytest.fail("began to write"))
         with pytest.raises(OSError, match="GiB free for a checkpoint of") as failed:
             s.save(state_at(1), wait=True)
@@ -468,9 +256,9 @@ def small_disk(run: RunDir, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
     def told(_: Path) -> Any:
         used = sum(p.stat().st_size for p in run.checkpoints.iterdir())
-        return usage._replace(free=size - used + checkpoint.SPARE_BYTES)
+        return usage._replace(free=size - used + saving.SPARE_BYTES)
 
-    monkeypatch.setattr("ddpm.checkpoint.shutil.disk_usage", told)
+    monkeypatch.setattr("ddpm.run.saving.shutil.disk_usage", told)
 
 
 @pytest.mark.parametrize("later_life", [False, True])
@@ -506,7 +294,7 @@ def test_a_save_without_room_for_its_ema_weights_does_not_begin(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = saver(run, fence, is_milestone=lambda step: step == 2)
-    small_disk(run, monkeypatch, checkpoint.num_bytes(state_at(2)) + 1000)
+    small_disk(run, monkeypatch, saving.num_bytes(state_at(2)) + 1000)
     with pytest.raises(OSError, match="GiB free for a checkpoint of"):
         s.save(state_at(2), wait=True)
     with pytest.raises(OSError, match="GiB free for a checkpoint of"):
@@ -529,7 +317,7 @@ def test_what_cannot_be_removed_makes_no_save_fail(run: RunDir, fence: Fence, mo
         m.setattr(Path, "unlink", refuse)
         s.save(state_at(2), wait=True)
     assert said == ["checkpoint saved: step=2; older ones cannot be removed now: [Errno 5] Input/output error"]
-    assert [checkpoint.verify(run, step).step for step in run.steps_saved()] == [2, 1]
+    assert [generations.verify(run, step).step for step in run.steps_saved()] == [2, 1]
     s.save(state_at(3), wait=True)
     assert run.steps_saved() == [3]
 
@@ -561,8 +349,9 @@ def test_an_error_that_is_no_full_disk_is_told_at_once_and_not_swallowed(
     said: list[str] = []
     s = saver(run, fence, said)
     s.save(state_at(1))
-    assert s._thread is not None
-    s._thread.join()
+    deadline = time.monotonic() + 30
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert said == [f"checkpoint failed: step=1 error={error!r}"]
     with pytest.raises(type(error)):
         s.save(state_at(2))
@@ -596,14 +385,14 @@ def test_an_orphan_that_wakes_deletes_nothing_of_its_heir(
 ) -> None:
     """It slept between its check and its writing; the heir has a .pt whose manifest is about to follow."""
     s = saver(run, fence)
-    verify = checkpoint.verify
+    verify = generations.verify
 
     def sleep(run: RunDir, step: int) -> Any:
         run.fence.write_text("99\n")
         run.checkpoint(step).write_bytes(b"the heir's")
         return verify(run, step)
 
-    monkeypatch.setattr(checkpoint, "verify", sleep)
+    monkeypatch.setattr(generations, "verify", sleep)
     with pytest.raises(RunBusy):
         s.save(state_at(2), wait=True)
     assert run.checkpoint(2).read_bytes() == b"the heir's"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddpm.distributed import World
+from ddpm.training.ranks import World
 
 
 @dataclass
@@ -21,6 +21,12 @@ class Window:
     @classmethod
     def empty(cls, device: torch.device) -> Window:
         return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """A step's own loss, and the norm of its gradient where that is finite."""
+        self.loss += loss
+        self.grad_norm += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
+        self.steps += 1
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """Every rank's sum of losses (each has its own images); called on all ranks."""

@@ -1,0 +1,109 @@
+"""Which checkpoint is read: a generation is verified whole before anybody trusts it.
+
+A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the
+.pt's sha256 and a digest of itself. A .pt without its .json does not exist. Loads no torch before a state is loaded:
+choosing a generation to sample stays cheap on a login node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.errors import DoNotRetry, RequestError
+from ddpm.rundir import DamagedFile, RunDir, read_signed, sha256_file
+
+Log = Callable[[str], None]
+
+
+class NothingSaved(RequestError):
+    """A checkpoint was asked for of a run that has none; how a run is trained is the caller's to say."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A checkpoint whose size, digest and manifest hold."""
+
+    step: int
+    sha256: str
+    manifest: dict[str, Any]
+
+
+def verify(run: RunDir, step: int) -> Generation:
+    """Check one generation in full. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
+    manifest = read_signed(run.manifest(step))
+    path = run.checkpoint(step)
+    if manifest["step"] != step or manifest["file"] != path.name:
+        raise DamagedFile(f"{run.manifest(step).name}: is the manifest of {manifest['file']}")
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedFile(f"{path.name}: missing beside its manifest") from None
+    if size != manifest["bytes"]:
+        raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
+    if (sha256 := sha256_file(path)) != manifest["sha256"]:
+        raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")
+    return Generation(step, sha256, manifest)
+
+
+def verify_again(run: RunDir, step: int) -> Generation:
+    """`verify`, tried once more where it could not read: a network file system may lose a file's handle once."""
+    try:
+        return verify(run, step)
+    except OSError:
+        return verify(run, step)
+
+
+def newest_good(run: RunDir, log: Log) -> Generation | None:
+    """The newest generation that holds, naming each one that does not; None where none was ever saved.
+
+    Never a silent start at 0: raises DoNotRetry where checkpoints exist and all are damaged, and OSError where none is
+    good and some could not be read, which may be otherwise the next time.
+    """
+    steps = run.steps_saved()
+    unread = None
+    for step in steps:
+        try:
+            return verify_again(run, step)
+        except (DamagedFile, OSError, KeyError) as e:
+            log(f"checkpoint rejected: step={step} reason={e}")
+            if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+                unread = unread or e
+    if unread:
+        raise unread
+    if steps:
+        raise DoNotRetry(
+            f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
+            f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged"
+        )
+    return None
+
+
+def choose(run: RunDir, step: int | None = None, log: Log = print) -> Generation:
+    """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
+
+    Raises NothingSaved where the run has none, RequestError where `step` is not among them or cannot be used, naming
+    the others, and DoNotRetry where the newest is asked for and all are damaged.
+    """
+    steps = run.steps_saved()
+    if not steps:
+        raise NothingSaved(f"run {run.name} has no checkpoint yet: train it first")
+    if step is None:
+        generation = newest_good(run, log)
+        assert generation is not None
+        return generation
+    if step not in steps:
+        raise RequestError(f"run {run.name} has no checkpoint of step {step}; it has {sorted(steps)}")
+    try:
+        return verify_again(run, step)
+    except DamagedFile as e:
+        others = [s for s in steps if s != step]
+        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: --step {others}") from None
+
+
+def load(run: RunDir, step: int) -> dict[str, Any]:
+    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint."""
+    import torch
+
+    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)

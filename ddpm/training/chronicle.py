@@ -1,0 +1,159 @@
+"""What a life tells of a run: events, log lines, metrics, heartbeat, grids and saves, all of them by rank 0 alone.
+
+Every rank has a chronicle and calls it at the same places; those of the ranks above 0 are `Silent`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.config import Config
+from ddpm.fence import Fence
+from ddpm.run.log import say
+from ddpm.run.saving import Checkpointer
+from ddpm.rundir import EventLog, RunDir
+from ddpm.training.telemetry import Telemetry
+
+
+class Silent:
+    """Tells nothing."""
+
+    def begin(self, step: int) -> None:
+        """Before the first step of a life, and after each rollback: what was told past `step` will be told again."""
+
+    def say(self, message: str, **fields: Any) -> None:
+        """A line in the job's log."""
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """A life event; a full disk ends no training."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A line of metrics."""
+
+    def alive(self, step: int, *, force: bool = False) -> None:
+        """A sign of life for the status view."""
+
+    def has_grid(self, step: int, attempt: int) -> bool:
+        """Whether the step's grid is there, drawn by the weights of this attempt."""
+        return False
+
+    def grid_again(self, step: int) -> None:
+        """Show the grid that is there."""
+
+    def grid(self, step: int, grid: np.ndarray) -> None:
+        """Publish a grid, uint8 (H, W, 3)."""
+
+    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> bool:
+        """Start a save of `state`, and with `wait` see it through. False: it is known to have failed."""
+        return True
+
+    def settle(self) -> None:
+        """Until the save under way is over, well or not. Raises RunBusy."""
+
+    def close(self, step: int) -> None:
+        """At the end of training."""
+
+
+class Chronicle(Silent):
+    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        fence: Fence,
+        events: EventLog,
+        *,
+        owner: dict[str, Any],
+        world_size: int,
+        is_milestone: Callable[[int], bool],
+    ) -> None:
+        self.config, self.run, self.fence, self.events = config, run, fence, events
+        self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
+        self._latest: dict[str, Any] = {}
+        self._telemetry: Telemetry | None = None
+        self._saver: Checkpointer | None = None
+
+    @property
+    def telemetry(self) -> Telemetry:
+        assert self._telemetry is not None, "begin first"
+        return self._telemetry
+
+    @property
+    def saver(self) -> Checkpointer:
+        assert self._saver is not None, "begin first"
+        return self._saver
+
+    def begin(self, step: int) -> None:
+        if self._telemetry is not None:
+            self._telemetry.close()
+        self._telemetry = Telemetry(
+            self.run,
+            step=step,
+            total_steps=self.config.train.total_steps,
+            owner=self.owner,
+            may_publish=self.fence.check,
+        )
+        if self._saver is None:
+            self._saver = Checkpointer(
+                self.run,
+                self.fence,
+                keep_last=self.config.checkpoint.keep_last,
+                is_milestone=self.is_milestone,
+                world_size=self.world_size,
+                log=say,
+                on_saved=lambda step: self.event("checkpoint", step),
+            )
+
+    def say(self, message: str, **fields: Any) -> None:
+        say(message, **fields)
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        try:
+            self.events.append(event, world_size=self.world_size, step=step, **fields)
+        except OSError as e:
+            say("event not written", event=event, step=step, error=e)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._latest = record
+        self.telemetry.log(record)
+
+    def alive(self, step: int, *, force: bool = False) -> None:
+        self.telemetry.heartbeat(step, self._latest, force=force)
+
+    def has_grid(self, step: int, attempt: int) -> bool:
+        drawn = self.run.grid(step)
+        try:  # after a rollback it may be of weights that were given up
+            return drawn.exists() and (attempt == 0 or _mtime(drawn) >= _mtime(self.run.manifest(step)))
+        except FileNotFoundError:
+            return False
+
+    def grid_again(self, step: int) -> None:
+        self.telemetry.grid_again(step)
+
+    def grid(self, step: int, grid: np.ndarray) -> None:
+        self.telemetry.grid(step, grid)
+
+    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> bool:
+        try:
+            self.telemetry.sync()  # a checkpoint promises the lines before it
+            self.saver.save(state, wait=wait, final=final)
+        except OSError as e:
+            say("checkpoint failed", step=state["step"], error=e)
+            return False
+        return True
+
+    def settle(self) -> None:
+        self.saver.wait(raising=False)
+
+    def close(self, step: int) -> None:
+        self.alive(step, force=True)
+        self.telemetry.close()
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns

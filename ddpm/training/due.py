@@ -1,0 +1,43 @@
+"""What is due after a step: pure functions of the config, the size of the data, the step and the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ddpm.config import Config
+
+
+@dataclass(frozen=True)
+class Due:
+    """num_images: of the dataset, by which epochs are counted."""
+
+    config: Config
+    num_images: int
+
+    def log(self, step: int) -> bool:
+        return step % self.config.log.every_steps == 0
+
+    def grid(self, step: int) -> bool:
+        """Not the last one, which is drawn in any case."""
+        every = self.config.log.grid_every_steps
+        return every is not None and step % every == 0 and 0 < step < self.config.train.total_steps
+
+    def milestone(self, step: int) -> bool:
+        """Whether the generation of `step` is kept for good."""
+        c = self.config.checkpoint
+        if step and c.milestone_every_steps and step % c.milestone_every_steps == 0:
+            return True
+        if step and c.milestone_every_epochs:  # the first step that has seen a whole number of such epochs
+            images = c.milestone_every_epochs * self.num_images
+            batch = self.config.train.global_batch
+            return (step * batch) // images > ((step - 1) * batch) // images
+        return False
+
+    def save(self, step: int, since_save_s: float) -> bool:
+        """since_save_s: by the clock of one rank, which the others follow."""
+        c = self.config.checkpoint
+        if step >= self.config.train.total_steps:
+            return False  # the end saves by itself
+        by_steps = c.every_steps is not None and step % c.every_steps == 0
+        by_time = c.every_min is not None and since_save_s >= c.every_min * 60
+        return by_steps or self.milestone(step) or by_time

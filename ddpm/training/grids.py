@@ -1,0 +1,87 @@
+"""A grid of samples from a network in training: the same noise each time, so that grids can be compared."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddpm import rng, runtime
+from ddpm import schedule as schedules
+from ddpm.config import Config
+from ddpm.errors import Stopped
+from ddpm.run.images import tile
+from ddpm.run.stopping import StopRequested
+from ddpm.samplers import SAMPLERS
+from ddpm.schedule import Schedule
+from ddpm.training.chronicle import Silent
+from ddpm.training.state import TrainingState
+
+GRID_STEPS = 50
+
+
+def num_steps(config: Config) -> int:
+    return min(GRID_STEPS, config.diffusion.timesteps)
+
+
+def show(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
+    """Rank 0 draws `log.grid_images` samples by the weights of `sample.weights` and publishes them.
+
+    Called on all ranks. They agree at each step of the sampler on whether to go on: a stop may be asked of any of them,
+    and none waits for another for as long as a grid takes. Returns why it is left undrawn, or "".
+    """
+    config, world, step = state.config, state.world, state.at.step
+    if world.share(chronicle.has_grid(step, state.at.attempt)):
+        chronicle.grid_again(step)
+        return ""
+    model = state.model if config.sample.weights == "model" else state.ema.model
+    model.eval()
+
+    def poll() -> str | None:
+        return world.agreed_stop(stop_requested) or None
+
+    try:
+        if world.is_main:
+            drawn = draw(config, model, schedules.build(config.diffusion), state.amp, poll)
+            chronicle.grid(step, drawn)
+        else:
+            for _ in range(num_steps(config)):
+                _go_on(poll)
+    except Stopped as e:
+        chronicle.say("grid not drawn: a stop was requested", step=step)
+        return e.reason
+    finally:
+        state.model.train()
+    return ""
+
+
+def _go_on(stop_requested: StopRequested) -> None:
+    if reason := stop_requested():
+        raise Stopped(reason)
+
+
+@torch.no_grad()
+def draw(
+    config: Config, model: nn.Module, schedule: Schedule, precision: str, stop_requested: StopRequested
+) -> np.ndarray:
+    """`log.grid_images` samples by DDIM, classes in turn, tiled to uint8 (H, W, 3). Raises Stopped."""
+    device = next(model.parameters()).device
+    classes, size = config.model.num_classes, config.data.image_size
+    index = torch.arange(config.log.grid_images, device=device)
+    labels = index % classes if classes else None
+
+    def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with runtime.autocast(precision, device):
+            return model(x_t, t, labels).float()
+
+    x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
+    result = SAMPLERS["ddim"](
+        eps_model,
+        schedule,
+        x_T,
+        noise=lambda t: torch.zeros_like(x_T),
+        steps=num_steps(config),
+        callback=lambda _: _go_on(stop_requested),
+    )
+    x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return tile(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -1,0 +1,46 @@
+"""A line of metrics: the means of the window since the last one, and how fast this life went."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ddpm.training.optimizer import learning_rate
+from ddpm.training.progress import Window
+from ddpm.training.state import TrainingState
+
+
+class Meter:
+    """num_images: of the dataset, by which epochs are counted."""
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+        self._began, self._first = time.monotonic(), 0
+
+    def restart(self, step: int) -> None:
+        """Speed is that of steps from here on."""
+        self._began, self._first = time.monotonic(), step
+
+    def read(self, state: TrainingState) -> dict[str, Any]:
+        """The window's means over all ranks, as one metrics record; the next window begins."""
+        config, world, window = state.config, state.world, state.window
+        sums = world.mean(torch.stack([window.loss, window.grad_norm])) / max(1, window.steps)
+        loss, grad_norm = sums.tolist()
+        seconds = time.monotonic() - self._began
+        step, batch, gpu = state.at.step, config.train.global_batch, world.device.type == "cuda"
+        record = {
+            "step": step,
+            "images": step * batch,
+            "epoch": step * batch / self._num_images,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": learning_rate(config, step - 1),
+            "images_per_s": (step - self._first) * batch / max(seconds, 1e-9),
+            "gpu_memory_gib": torch.cuda.max_memory_allocated(world.device) / 2**30 if gpu else None,
+        }
+        state.window = Window.empty(world.device)
+        state.at.early_stop_losses = [*state.at.early_stop_losses, loss][-config.train.early_stop_window :]
+        self.restart(step)
+        return record

@@ -1,0 +1,94 @@
+"""What a checkpoint holds: weights, their average, the optimizer's moments, and where the run is.
+
+A state is born fresh, as the seed says; whatever else it becomes, it becomes by `load_state_dict`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddpm import runtime
+from ddpm.config import Config
+from ddpm.ema import EMA
+from ddpm.run.state import is_last, settled
+from ddpm.training import optimizer
+from ddpm.training.progress import Progress, Window
+from ddpm.training.ranks import World
+
+
+class TrainingState:
+    """One rank's; all but the window's sum of losses is the same on every rank. amp: bf16 | fp16 | off."""
+
+    def __init__(self, config: Config, world: World, amp: str) -> None:
+        self.config, self.world, self.amp = config, world, amp
+        self.model = runtime.build_model(config, world.device, amp)
+        self.ema = EMA(
+            self.model,
+            config.train.ema_decay,
+            start_step=config.train.ema_start_step,
+            every_steps=config.train.ema_every_steps,
+            warmup=config.train.ema_warmup,
+        )
+        self.optimizer = optimizer.build(config, self.model.parameters())
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp == "fp16")
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        """Updates that an overflow of fp16 gradients has cost."""
+        self.window = Window.empty(world.device)
+        self.at = Progress()
+
+    def start_over(self) -> None:
+        """Become a fresh state; called on all ranks."""
+        self.load_state_dict(TrainingState(self.config, self.world, self.amp).state_dict())
+
+    @property
+    def settled(self) -> float | None:
+        """The mean change of the last logged losses where training ends early by it, else None; the same on all ranks.
+
+        Judged where a line is logged: a run that was saved between two lines goes on to the next.
+        """
+        return None if self.window.steps else settled(self.at.early_stop_losses, self.config)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether training ends here."""
+        return is_last(self.at.step, self.settled, self.config)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: plain tensors and numbers, loadable with weights_only=True.
+
+        Called on all ranks.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.at.step,
+            "images": self.at.step * self.config.train.global_batch,
+            "config_digest": self.config.digest(),
+            "extra": {
+                "attempt": self.at.attempt,
+                "rollbacks": self.at.rollbacks,
+                "skipped_steps": int(self.skipped),
+                "early_stop_losses": self.at.early_stop_losses,
+                "early_stopped": self.settled,
+                "window": self.window.state_dict(self.world),
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what `state_dict` returned, under the same config digest, on any number of ranks."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():  # the fused kernels walk memory: moments must lie as their weights do
+                if value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter).copy_(value)
+        self.scaler.load_state_dict(state["scaler"])
+        extra = state["extra"]
+        self.skipped.fill_(extra["skipped_steps"])
+        self.window = Window.restored(extra["window"], self.world)
+        self.at = Progress(state["step"], extra["attempt"], extra["rollbacks"], extra.get("early_stop_losses", []))

@@ -1,0 +1,113 @@
+"""One step of training: Ho et al. 2020, Algorithm 1, and nothing else.
+
+Everything random follows from (seed, attempt, step) and the index in the global batch, so a life that resumes at step k
+computes the same steps k, k+1, … as one that never died, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm import rng, runtime, schedule
+from ddpm.config import Config, check_world_size
+from ddpm.data import Batches, PackedImages
+from ddpm.diffusion import Diffusion
+from ddpm.training.optimizer import learning_rate
+from ddpm.training.ranks import World
+from ddpm.training.state import TrainingState
+
+
+class Step:
+    """Moves `state` by one step at a time, on this rank's share of the global batch."""
+
+    def __init__(
+        self, config: Config, world: World, packed: PackedImages, resolved: runtime.Resolved, state: TrainingState
+    ) -> None:
+        self.config, self.world, self.packed, self.resolved, self.state = config, world, packed, resolved, state
+        self.accumulation = check_world_size(config, world.world_size)
+        self.share = config.train.global_batch // world.world_size
+        self.diffusion = Diffusion(schedule.build(config.diffusion)).to(world.device)
+        network: Any = torch.compile(state.model) if resolved.compile else state.model
+        if world.world_size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+        self.network = network
+        self.batches = self._batches()
+
+    def _batches(self) -> Batches:
+        train, data = self.config.train, self.config.data
+        attempt = self.state.at.attempt
+        return Batches(
+            self.packed, seed=self.config.seed, attempt=attempt, flip=data.flip, global_batch=train.global_batch
+        )
+
+    def begin_attempt(self) -> None:
+        """Draw as the state's attempt says from here on: called when a life takes it up, and after a rollback."""
+        self.batches = self._batches()
+
+    def gradients(self, *, warm_up: bool = False) -> torch.Tensor:
+        """Gradients of the mean loss over the global batch of the state's step; returns this rank's loss, float32 ().
+
+        warm_up: of the first micro-batch alone, with the ranks' exchange.
+        """
+        world, at = self.world, self.state.at
+        torch.manual_seed(rng.derive_seed(self.config.seed, "dropout", at.attempt, at.step, world.rank))
+        micro = self.share // self.accumulation
+        total = torch.zeros((), device=world.device)
+        for i in range(1 if warm_up else self.accumulation):
+            last = i == self.accumulation - 1 or warm_up
+            with self.network.no_sync() if world.world_size > 1 and not last else nullcontext():
+                loss = self._loss(world.rank * self.share + i * micro, micro) / self.accumulation
+                self.state.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _loss(self, first: int, num: int) -> torch.Tensor:
+        """The mean loss of places first … first+num-1 of the global batch (equation 14)."""
+        config, device, at = self.config, self.world.device, self.state.at
+        x_0, labels = self.batches.rows(at.step, first, num, device)
+        index = torch.arange(first, first + num, device=device)
+        t = rng.uniform_int(rng.key(config.seed, "t", at.attempt), index, at.step, config.diffusion.timesteps)
+        eps = rng.normal(rng.key(config.seed, "eps", at.attempt), index, at.step, tuple(x_0.shape[1:]))
+        x_t = self.diffusion.q_sample(x_0, t, eps)
+        if config.train.label_dropout:
+            key = rng.key(config.seed, "label", at.attempt)
+            without = rng.bernoulli(key, index, at.step, config.train.label_dropout)
+            labels = torch.where(without, config.model.num_classes, labels)
+        with runtime.autocast(self.resolved.amp, device):
+            eps_pred = self.network(x_t, t, labels if config.model.num_classes else None)
+        return self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean()
+
+    def take(self) -> runtime.Later:
+        """Algorithm 1 once; whether loss and gradient were finite, to be read a step later, so that nothing waits."""
+        state, train = self.state, self.config.train
+        loss = self.gradients()
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip or math.inf)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, state.at.step)
+        finite = self._update(loss, norm)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(state.model, state.at.step + 1)
+        state.window.add(loss, norm)
+        state.at.step += 1
+        return runtime.Later(finite)
+
+    def _update(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Move the weights; where the gradient is not finite the update is masked on the device. Returns a bool ()."""
+        state = self.state
+        if state.scaler.is_enabled():
+            state.scaler.step(state.optimizer)  # masks and counts an overflow by itself
+            state.scaler.update()
+            state.skipped += ~torch.isfinite(norm)
+            return torch.isfinite(loss)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        # the fused kernels take the mask that GradScaler would give them
+        state.optimizer.grad_scale, state.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        state.optimizer.step()
+        return finite

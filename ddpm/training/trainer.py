@@ -1,0 +1,244 @@
+"""The loop: steps on any number of ranks, stoppable after each, until a verified checkpoint says that all is done.
+
+Asks `stop_requested()` and knows no signal; reads no environment; tells through its chronicle.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm import runtime
+from ddpm.config import Config
+from ddpm.data import PackedImages
+from ddpm.errors import DoNotRetry
+from ddpm.fence import Fence
+from ddpm.run import generations
+from ddpm.run.log import say
+from ddpm.run.stopping import STOP_REASONS, StopRequested
+from ddpm.rundir import EventLog, RunDir, read_events
+from ddpm.training import grids
+from ddpm.training.chronicle import Chronicle, Silent
+from ddpm.training.due import Due
+from ddpm.training.meter import Meter
+from ddpm.training.progress import Progress
+from ddpm.training.ranks import World, stop_code
+from ddpm.training.state import TrainingState
+from ddpm.training.step import Step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `Trainer.train` ended: `finished`, or a saved stop with the reason that the ranks agreed on."""
+
+    finished: bool
+    step: int
+    reason: str = ""
+    saved: bool = True
+
+
+class Trainer:
+    """One life of one run on one rank. `fence`, `events` are rank 0's alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        world: World,
+        packed: PackedImages,
+        resolved: runtime.Resolved,
+        *,
+        fence: Fence | None,
+        events: EventLog | None,
+        owner: dict[str, Any],
+    ) -> None:
+        self.config, self.run, self.world, self.resolved = config, run, world, resolved
+        self.state = TrainingState(config, world, resolved.amp)
+        self.step = Step(config, world, packed, resolved, self.state)
+        self.due, self.meter = Due(config, len(packed)), Meter(len(packed))
+        self.chronicle = Silent()
+        if fence is not None and events is not None:
+            size, is_milestone = world.world_size, self.due.milestone
+            self.chronicle = Chronicle(
+                config, run, fence, events, owner=owner, world_size=size, is_milestone=is_milestone
+            )
+        self.warm = False
+        self._beginning = "started"
+        # whether the last step was finite, and the one before it: values of a device, read one step late
+        self._finite: runtime.Later | None = None
+        self._finite_before: runtime.Later | None = None
+        self._saved_at = time.monotonic()
+
+    @property
+    def at(self) -> Progress:
+        return self.state.at
+
+    # ------------------------------------------------------------ resuming
+
+    def resume(self) -> None:
+        """Take up the newest good generation, as rank 0 finds it. Raises DoNotRetry where all are damaged."""
+        # a life may have been killed after a rollback and before its next save: its attempt counts all the same
+        lived = self.world.of_main(self._attempts_told)
+        step = self._newest()
+        if step is None:
+            self.chronicle.say("no checkpoint: starting at step 0")
+        else:
+            self._restore(step)
+        self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
+        self._begin()
+        if step is not None:
+            self._beginning = "resumed"
+            self.chronicle.say("resumed", step=step, world_size=self.world.world_size)
+
+    def _attempts_told(self) -> int:
+        told = (e.get("attempt", 0) for e in read_events(self.run) if e["event"] == "rollback")
+        return max(told, default=0)  # no sum: an orphan may have told of the same one
+
+    def _newest(self) -> int | None:
+        return self.world.of_main(lambda: found.step if (found := generations.newest_good(self.run, say)) else None)
+
+    def _restore(self, step: int) -> None:
+        saved = generations.load(self.run, step)
+        if saved["config_digest"] != self.config.digest():
+            raise DoNotRetry(
+                f"the checkpoint of step {saved['step']} belongs to other mathematics (config digest "
+                f"{saved['config_digest'][:12]}, now {self.config.digest()[:12]}): restore {self.run.config}"
+            )
+        self.state.load_state_dict(saved)
+
+    def _begin(self) -> None:
+        """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
+        self._finite = self._finite_before = None
+        self.step.begin_attempt()
+        self.chronicle.begin(self.at.step)
+
+    def warm_up(self, stop_requested: StopRequested) -> None:
+        """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
+
+        Here the network is compiled. And DDP regroups its buckets after its first backward, in the order in which
+        gradients arrived; with more than two ranks the order of summation follows. Doing it before the first step
+        gives every life the same one. To be called before each `train`, as a life may go on after a stop; once is
+        enough, and all that is done.
+        """
+        wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
+        if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
+            return
+        self.step.gradients(warm_up=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.warm = True
+
+    # ------------------------------------------------------------ the loop
+
+    def train(self, stop_requested: StopRequested) -> Outcome:
+        """Steps until the end or an agreed stop; both leave a verified checkpoint.
+
+        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out). A stop whose save failed is
+        reported as `saved=False`.
+        """
+        if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
+            return self._stop(reason)  # asked for while starting up
+        self.chronicle.event(self._beginning, self.at.step)
+        self._beginning = "resumed"
+        # of the last life's last step, where a stop came before it was drawn
+        if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
+            return self._stop(reason)
+        self.meter.restart(self.at.step)
+        while not self.state.is_last:
+            self._finite_before, self._finite = self._finite, self.step.take()
+            at_total = self.at.step >= self.config.train.total_steps
+            reason, bad, save_due = self._agree(stop_requested, at_total)
+            if bad:
+                self.roll_back()
+                continue
+            if self.due.log(self.at.step):
+                self._log()
+                if self.state.settled is not None:
+                    break
+            self.alive()
+            if reason and not at_total:  # the last step is followed by its save in any case
+                return self._stop(reason)
+            if save_due:
+                self.save()
+            if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
+                return self._stop(reason)
+        return self._finish(stop_requested)
+
+    def _agree(self, stop_requested: StopRequested, at_total: bool) -> tuple[str, bool, bool]:
+        """After a step, on all ranks: why to stop, or ""; whether to roll back; whether to save."""
+        step = self.at.step
+        # device values are read one step late, so that a GPU never waits for this; at the end there is no later
+        bad = _is_bad(self._finite_before) or (at_total and _is_bad(self._finite))
+        # the clock is rank 0's
+        save_due = self.due.save(step, time.monotonic() - self._saved_at if self.world.is_main else 0)
+        code, any_bad, any_save = self.world.agree([stop_code(stop_requested), int(bad), int(save_due)])
+        if (code or any_save or self.due.log(step) or self.due.grid(step)) and not any_bad:
+            any_bad = self.world.agree([int(_is_bad(self._finite))])[0]  # nothing is kept of a step not known as good
+        return STOP_REASONS[code], bool(any_bad), bool(any_save)
+
+    def alive(self) -> None:
+        """A sign of life for the status view, where steps give none."""
+        self.chronicle.alive(self.at.step)
+
+    def _log(self) -> None:
+        self.chronicle.log(self.meter.read(self.state))
+
+    # ------------------------------------------------------------ saving, stopping, rolling back
+
+    def save(self, *, wait: bool = False, final: bool = False) -> bool:
+        """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
+        self._saved_at = time.monotonic()
+        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final)
+
+    def _stop(self, reason: str) -> Outcome:
+        step = self.at.step
+        self.chronicle.event("stop_requested", step, reason=reason)
+        saved = self.world.share(self.save(wait=True))
+        self.chronicle.alive(step, force=True)
+        self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
+        return Outcome(False, step, reason, saved)
+
+    def _finish(self, stop_requested: StopRequested) -> Outcome:
+        step, train = self.at.step, self.config.train
+        if self.state.window.steps:
+            self._log()
+        self._grid(stop_requested)
+        if (change := self.state.settled) is not None:
+            told = {"early_stop_below": train.early_stop_below, "over_lines": train.early_stop_window}
+            self.chronicle.say("the loss has settled: ending early", step=step, mean_change=f"{change:.3g}", **told)
+        saved = self.world.share(self.save(wait=True, final=True))  # the last manifest says that all is there
+        self.chronicle.close(step)
+        if saved:
+            self.chronicle.event("finished", step)
+        return Outcome(True, step, saved=saved)
+
+    def roll_back(self) -> None:
+        """Back to the last good generation under a new attempt number, so that the same poison is not drawn again."""
+        at, most = self.at.step, self.config.train.max_rollbacks
+        rollbacks, attempt = self.at.rollbacks + 1, self.at.attempt + 1
+        self.chronicle.settle()
+        self.world.barrier()
+        self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
+        if rollbacks > most:
+            raise DoNotRetry(
+                f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
+                f"train.grad_clip, or use train.amp=off in a new run"
+            )
+        self.chronicle.event("rollback", at, attempt=attempt)
+        step = self._newest()
+        if step is None:
+            self.state.start_over()
+        else:
+            self._restore(step)
+        self.at.rollbacks, self.at.attempt = rollbacks, attempt
+        self._begin()
+        self.meter.restart(self.at.step)
+
+    def _grid(self, stop_requested: StopRequested) -> str:
+        """Why no grid is drawn, or ""."""
+        return grids.show(self.state, self.chronicle, stop_requested)
+
+
+def _is_bad(finite: runtime.Later | None) -> bool:
+    return finite is not None and not finite

@@ -1,0 +1,73 @@
+"""Small generations that tests save, damage and lose, without a network."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm.fence import Fence
+from ddpm.run.saving import Checkpointer
+from ddpm.rundir import RunDir
+
+
+def state_at(step: int) -> dict[str, Any]:
+    weights = {"w": torch.arange(1000.0) + step, "n": torch.tensor(step)}
+    return {
+        "model": weights,
+        "ema": {k: v / 2 for k, v in weights.items()},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "scaler": {},
+        "step": step,
+        "images": step * 4,
+        "config_digest": "d" * 64,
+        "extra": {"attempt": 0},
+    }
+
+
+def saver(run: RunDir, fence: Fence, log: list[str] | None = None, **options: Any) -> Checkpointer:
+    said = [] if log is None else log
+    return Checkpointer(
+        run,
+        fence,
+        **{
+            "keep_last": 3,
+            "is_milestone": lambda step: False,
+            "world_size": 1,
+            "log": said.append,
+            "on_saved": lambda step: None,
+            **options,
+        },
+    )
+
+
+def save_all(run: RunDir, fence: Fence, *steps: int, **options: Any) -> Checkpointer:
+    s = saver(run, fence, **options)
+    for step in steps:
+        s.save(state_at(step), wait=True)
+    return s
+
+
+def flip_bit(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+class Unreadable:
+    """Some files of a run fail to be read, the first so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: dict[Path, int]) -> None:
+        real = Path.open
+
+        def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            if "r" in mode and times.get(path, 0):
+                times[path] -= 1
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return real(path, mode, *args, **options)
+
+        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(Path, "read_bytes", lambda path: opened(path, "rb").read())
