@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import checkpoint, grids, optimizer, rng, runtime, schedule
+from ddpm import checkpoint, grids, optimizer, rng, schedule
 from ddpm.config import Config, check_world_size
 from ddpm.data import Batches, PackedImages
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion.forward import Diffusion
 from ddpm.distributed import World
 from ddpm.ema import EMA
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.fence import Fence
+from ddpm.network import build
+from ddpm.network.device import Later, Resolved, autocast
 from ddpm.optimizer import learning_rate
 from ddpm.progress import Progress, Window
 from ddpm.run.log import say
@@ -55,7 +58,7 @@ class Trainer:
         run: RunDir,
         world: World,
         packed: PackedImages,
-        resolved: runtime.Resolved,
+        resolved: Resolved,
         *,
         fence: Fence | None,
         events: EventLog | None,
@@ -68,7 +71,7 @@ class Trainer:
         self.share = config.train.global_batch // world.world_size
         self.schedule = schedule.build(config.diffusion)
         self.diffusion = Diffusion(self.schedule).to(device)
-        self.model = runtime.build_model(config, device, resolved.amp)
+        self.model = build.build_model(config, device, resolved.amp)
         self.ema = EMA(
             self.model,
             config.train.ema_decay,
@@ -80,8 +83,8 @@ class Trainer:
         self.scaler = self._new_scaler()
         self.at = Progress()
         self.window = Window.empty(device)
-        self._finite: runtime.Later | None = None  # of the last step, read one step late
-        self._pending: runtime.Later | None = None
+        self._finite: Later | None = None  # of the last step, read one step late
+        self._pending: Later | None = None
         self._latest: dict[str, Any] = {}
         self._beginning = "started"
         self.warm = False
@@ -250,8 +253,8 @@ class Trainer:
                 without = rng.bernoulli(label_key, index, step, config.train.label_dropout)
                 labels = torch.where(without, config.model.num_classes, labels)
             last = i == self.accumulation - 1 or warm_up
-            with self.network.no_sync() if self.world.world_size > 1 and not last else runtime.nullcontext():
-                with runtime.autocast(self.resolved.amp, device):
+            with self.network.no_sync() if self.world.world_size > 1 and not last else nullcontext():
+                with autocast(self.resolved.amp, device):
                     eps_pred = self.network(x_t, t, labels if config.model.num_classes else None)
                 loss = self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean() / self.accumulation
                 self.scaler.scale(loss).backward()
@@ -285,9 +288,9 @@ class Trainer:
         self.window.grad_norm += torch.where(torch.isfinite(norm), norm, 0)
         self.window.steps += 1
         self.at.step += 1
-        self._pending, self._finite = self._finite, runtime.Later(finite)
+        self._pending, self._finite = self._finite, Later(finite)
 
-    def _bad(self, finite: runtime.Later | None) -> int:
+    def _bad(self, finite: Later | None) -> int:
         return int(finite is not None and not finite)
 
     # ------------------------------------------------------------ the loop
@@ -472,7 +475,7 @@ class Trainer:
         self._mark_time()
 
     def _start_over(self) -> None:
-        fresh = runtime.build_model(self.config, self.world.device, self.resolved.amp)
+        fresh = build.build_model(self.config, self.world.device, self.resolved.amp)
         self.model.load_state_dict(fresh.state_dict())
         self.ema.load_state_dict(fresh.state_dict())
         self.optimizer.state.clear()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ddpm.data import load_folder
-from ddpm.features import build_extractor, extract
+from ddpm.scoring.extractors import build_extractor
+from ddpm.scoring.features import extract
 from tests.cli.harness import Shell, png, write_zip
 
 

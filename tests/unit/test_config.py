@@ -9,8 +9,8 @@ import torch
 
 from ddpm import schedule
 from ddpm.config import Config, Diffusion, Section, build, check_world_size, field_keys, load, load_yaml
+from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.errors import RequestError
-from ddpm.samplers import SAMPLERS
 from tests.training import make_config
 
 PROJECT = Path(__file__).resolve().parents[2]

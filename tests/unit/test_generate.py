@@ -10,10 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm import generate, rng, rundir, sampleset, schedule
+from ddpm import rng, rundir, schedule
+from ddpm.config import VARIANCES
 from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.rundir import DamagedFile, RunDir, SampleSet
-from ddpm.sampleset import CheckpointRef, Request
+from ddpm.sampling.denoiser import Denoiser
+from ddpm.sampling.generate import generate_shard
+from ddpm.sampling.parts import Part, read_part, write_part
+from ddpm.sampling.request import CheckpointRef, Request, publish_request, read_request
+from ddpm.sampling.shards import missing_shards, shard_range, unpack_png, verify_shard
 
 STEPS = 3
 SHAPE = (3, 6, 5)
@@ -39,7 +44,7 @@ def make_request(**changes: Any) -> Request:
 
 def make_set(tmp_path: Path, request: Request, name: str = "fid") -> SampleSet:
     sample_set = RunDir(tmp_path / "run").sample_set(name)
-    sampleset.publish_request(sample_set, request)
+    publish_request(sample_set, request)
     return sample_set
 
 
@@ -63,16 +68,26 @@ class Net(nn.Module):
         return eps if labels is None else eps + self.classes(labels)[:, :, None, None]
 
 
-def run_shard(sample_set: SampleSet, request: Request, index: int, net: Any = None, **kwargs: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "eps_model": net or Net(request.batch),
-        "schedule": schedule.linear(100, 1e-4, 0.02),
-        "image_shape": SHAPE,
-        "variance": "fixed_large",
-        "num_classes": 0,
-        "device": "cpu",
-    }
-    return generate.generate_shard(sample_set, request, index, **{**options, **kwargs})
+def run_shard(
+    sample_set: SampleSet,
+    request: Request,
+    index: int,
+    net: Any = None,
+    *,
+    schedule_: schedule.Schedule | None = None,
+    variance: str = "fixed_large",
+    num_classes: int = 0,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    denoiser = Denoiser(
+        eps=net or Net(request.batch),
+        schedule=schedule_ or schedule.linear(100, 1e-4, 0.02),
+        image_shape=SHAPE,
+        variance=variance,
+        num_classes=num_classes,
+        device=torch.device("cpu"),
+    )
+    return generate_shard(sample_set, request, index, denoiser, **kwargs)
 
 
 def all_shards(tmp_path: Path, request: Request, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +96,7 @@ def all_shards(tmp_path: Path, request: Request, num_classes: int = 0) -> tuple[
     for index in range(request.shards):
         net = Net(request.batch * (2 if guided else 1), num_classes, null_label=guided)
         run_shard(sample_set, request, index, net, num_classes=num_classes)
-    shards = [sampleset.verify_shard(sample_set, request, i) for i in range(request.shards)]
+    shards = [verify_shard(sample_set, request, i) for i in range(request.shards)]
     return np.concatenate([s.images for s in shards]), np.concatenate([s.labels for s in shards])
 
 
@@ -159,7 +174,7 @@ def test_guidance_of_weight_0_is_the_labelled_network_and_more_is_not(tmp_path: 
         request = make_request(num_samples=14, shards=2, guidance=weight)
         sample_set = make_set(tmp_path, request, f"w{weight}")
         run_shard(sample_set, request, 1, eps_model, num_classes=4)
-        images[weight] = sampleset.verify_shard(sample_set, request, 1).images.tobytes()
+        images[weight] = verify_shard(sample_set, request, 1).images.tobytes()
     assert images[0.0] == images[None] != images[2.0]
 
 
@@ -169,8 +184,8 @@ def test_without_clipping_images_are_clipped_only_at_the_end(tmp_path: Path) -> 
     for clip in (True, False):
         request = make_request(sampler="ddim", num_samples=7, shards=1, clip_x_0=clip)
         sample_set = make_set(tmp_path, request, f"clip-{clip}")
-        run_shard(sample_set, request, 0, lambda x_t, t, labels: 0.6 * x_t, schedule=schedule_)
-        images[clip] = sampleset.verify_shard(sample_set, request, 0).images
+        run_shard(sample_set, request, 0, lambda x_t, t, labels: 0.6 * x_t, schedule_=schedule_)
+        images[clip] = verify_shard(sample_set, request, 0).images
     x_t = rng.normal(rng.key(5, "x_T"), torch.arange(7), 0, SHAPE).double()
     kept = schedule_.respace(STEPS)
     for i in reversed(range(STEPS)):
@@ -186,14 +201,14 @@ def test_without_clipping_images_are_clipped_only_at_the_end(tmp_path: Path) -> 
 def test_the_variance_of_a_request_comes_before_the_configs(tmp_path: Path) -> None:
     images = {}
     for asked in (None, "fixed_small", "fixed_large"):
-        for configured in sampleset.VARIANCES:
+        for configured in VARIANCES:
             request = make_request(num_samples=7, shards=1, variance=asked)
             sample_set = make_set(tmp_path, request, f"{asked}-{configured}")
             run_shard(sample_set, request, 0, variance=configured)
-            images[asked, configured] = sampleset.verify_shard(sample_set, request, 0).images.tobytes()
+            images[asked, configured] = verify_shard(sample_set, request, 0).images.tobytes()
     small, large = images[None, "fixed_small"], images[None, "fixed_large"]
     assert small != large
-    for configured in sampleset.VARIANCES:
+    for configured in VARIANCES:
         assert (images["fixed_small", configured], images["fixed_large", configured]) == (small, large)
 
 
@@ -202,11 +217,11 @@ def test_the_value_of_a_sample_follows_from_its_index(tmp_path: Path) -> None:
     sample_set = make_set(tmp_path, request)
     one_step = schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64))
     for index in range(2):
-        run_shard(sample_set, request, index, lambda x_t, t, labels: 0.9 * x_t, schedule=one_step)
+        run_shard(sample_set, request, index, lambda x_t, t, labels: 0.9 * x_t, schedule_=one_step)
     x_T = rng.normal(rng.key(request.seed, "x_T"), torch.tensor([8]), 0, SHAPE)[0]
     x_0 = (x_T - 0.3**0.5 * (0.9 * x_T)) / 0.7**0.5
     expected = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    got = sampleset.verify_shard(sample_set, request, 1).images[8 - 5]
+    got = verify_shard(sample_set, request, 1).images[8 - 5]
     assert np.abs(got - expected).max() <= 0.5 + 1e-3  # the nearest level, wherever the float arithmetic is the same
     assert len(np.unique(got)) > 20
 
@@ -237,7 +252,7 @@ def test_a_stop_at_any_step_loses_at_most_a_batch(tmp_path: Path, polls: int) ->
     if polls < 3 * polls_a_batch:
         with pytest.raises(Stopped, match="SIGTERM"):
             run_shard(sample_set, request, 1, net, stop_requested=stop_after(polls))
-        assert sampleset.missing_shards(sample_set, request) == [0, 1]
+        assert missing_shards(sample_set, request) == [0, 1]
         finished = polls // polls_a_batch
         assert len(list(sample_set.part.glob("[!.]*"))) == finished if finished else not sample_set.part.exists()
         net.calls = 0
@@ -261,11 +276,11 @@ def test_a_kill_between_npz_and_manifest_is_no_shard(tmp_path: Path, monkeypatch
         m.setattr(rundir, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run_shard(sample_set, request, 0)
-    assert sample_set.shard(0, 8).exists() and 0 in sampleset.missing_shards(sample_set, request)
+    assert sample_set.shard(0, 8).exists() and 0 in missing_shards(sample_set, request)
     net = Net(request.batch)
     run_shard(sample_set, request, 0, net)
     assert net.calls == 0  # its batch was finished
-    assert sampleset.verify_shard(sample_set, request, 0).first == 0
+    assert verify_shard(sample_set, request, 0).first == 0
 
 
 def test_only_temporaries_of_the_own_shard_are_removed(tmp_path: Path) -> None:
@@ -295,13 +310,13 @@ def test_a_twin_that_published_first_is_accepted(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
     manifest = run_shard(sample_set, request, 2, progress=lambda *_: run_shard(sample_set, request, 2) and None)
-    assert manifest == sampleset.verify_shard(sample_set, request, 2).manifest
+    assert manifest == verify_shard(sample_set, request, 2).manifest
 
 
 # ---------------------------------------------------------------- damage
 
 
-def test_a_damaged_part_is_computed_again_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_part_is_computed_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = make_request(num_samples=20, shards=2, batch=4)
     reference = make_set(tmp_path, request, "reference")
     run_shard(reference, request, 1)
@@ -311,26 +326,28 @@ def test_a_damaged_part_is_computed_again_and_said(tmp_path: Path, caplog: pytes
     flip_byte(sample_set.part / "000000014-4.npz", 400)
     net.calls = 0
     run_shard(sample_set, request, 1, net)
-    assert net.calls == 2 * STEPS and "000000014-4.npz damaged" in caplog.text
+    assert net.calls == 2 * STEPS
+    said = f"damaged part, computing these samples again part={sample_set.part / '000000014-4.npz'}"
+    assert said in capsys.readouterr().out
     assert sample_set.shard(1, 2).read_bytes() == reference.shard(1, 2).read_bytes()
 
 
 def test_no_flipped_byte_of_a_part_changes_a_sample(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
-    part = generate._Part(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8), 3)
-    generate._write_part(sample_set, request, 0, part, "")
+    part = Part(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8), 3)
+    write_part(sample_set, request, 0, part, "")
     path = sample_set.part / "000000000-6.npz"
     good, rejected = path.read_bytes(), 0
     for position in range(0, len(good), 3):
         path.write_bytes(good)
         flip_byte(path, position)
-        got = generate._read_part(sample_set, request, 0, 6)
+        got = read_part(sample_set, request, 0, 6)
         rejected += got is None
         assert got is None or (got.images.tobytes(), got.nfe) == (part.images.tobytes(), 3)
     assert rejected > len(good) / 3 / 2
     path.write_bytes(good)
-    assert generate._read_part(sample_set, dataclasses.replace(request, seed=6), 0, 6) is None  # of another request
+    assert read_part(sample_set, dataclasses.replace(request, seed=6), 0, 6) is None  # of another request
 
 
 @pytest.mark.parametrize("victim", ["npz", "json", "truncated", "gone"])
@@ -349,7 +366,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(tmp_path: Path, victim: str) 
     else:
         shard.unlink()
     with pytest.raises(DamagedFile, match="shard-00003-of-00008"):
-        sampleset.verify_shard(sample_set, request, 3)
+        verify_shard(sample_set, request, 3)
     run_shard(sample_set, request, 3)
     assert (shard.read_bytes(), manifest.read_bytes()) == good
 
@@ -372,19 +389,19 @@ def test_a_copied_shard_is_found_even_with_a_forged_manifest(tmp_path: Path) -> 
     sample_set.shard(3, 8).write_bytes(sample_set.shard(2, 8).read_bytes())
     rundir.write_json(sample_set.shard_manifest(3, 8), rundir.sign({**manifest, "shard": 3, "first": 21}))
     with pytest.raises(DamagedFile, match="begins at sample 14, not at 21"):
-        sampleset.verify_shard(sample_set, request, 3)
+        verify_shard(sample_set, request, 3)
 
 
 def test_missing_shards_are_those_without_a_manifest_of_this_request(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
-    assert sampleset.missing_shards(sample_set, request) == list(range(8))
+    assert missing_shards(sample_set, request) == list(range(8))
     for index in (1, 4, 5):
         run_shard(sample_set, request, index)
     flip_byte(sample_set.shard_manifest(4, 8), 30)
-    assert sampleset.missing_shards(sample_set, request) == [0, 2, 3, 4, 6, 7]
+    assert missing_shards(sample_set, request) == [0, 2, 3, 4, 6, 7]
     other = dataclasses.replace(request, seed=6)
-    assert sampleset.missing_shards(sample_set, other) == list(range(8))
+    assert missing_shards(sample_set, other) == list(range(8))
 
 
 def test_output_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -392,7 +409,7 @@ def test_output_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     sample_set = make_set(tmp_path, request)
     with pytest.raises(DoNotRetry, match=r"samples 6 to 12 are not finite: the ema weights of step 12"):
         run_shard(sample_set, request, 1, lambda x_t, t, labels: x_t * float("nan"))
-    assert sampleset.missing_shards(sample_set, request) == list(range(8))
+    assert missing_shards(sample_set, request) == list(range(8))
 
 
 # ---------------------------------------------------------------- the request
@@ -402,10 +419,10 @@ def test_a_request_is_published_once(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path, request)
     before = sample_set.request.read_bytes()
-    assert sampleset.publish_request(sample_set, make_request(eta=0)).digest == request.digest
+    assert publish_request(sample_set, make_request(eta=0)).digest == request.digest
     other = make_request(checkpoint=CheckpointRef(13, "cd" * 32), seed=9)
     with pytest.raises(RequestError) as e:
-        sampleset.publish_request(sample_set, other)
+        publish_request(sample_set, other)
     for part in (
         "checkpoint.step is 12 there and 13 asked for",
         "checkpoint.sha256",
@@ -438,7 +455,7 @@ def test_request_json_has_the_public_form(tmp_path: Path) -> None:
     ]
     assert record["checkpoint"] == {"step": 12, "sha256": "ab" * 32}
     assert record.pop("digest") == rundir.sha256_json(record)
-    assert sampleset.read_request(sample_set) == request
+    assert read_request(sample_set) == request
 
 
 def test_a_request_from_before_there_was_a_choice_of_clipping_keeps_its_digest() -> None:
@@ -467,9 +484,7 @@ def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the
     record = rundir.read_json(sample_set.request)
     assert record is not None
     assert (record["guidance"], record["class_plan"], record["clip_x_0"]) == (1.0, [50, 3], False)
-    assert (
-        sampleset.read_request(sample_set) == request == make_request(guidance=1.0, class_plan=(50, 3), clip_x_0=False)
-    )
+    assert read_request(sample_set) == request == make_request(guidance=1.0, class_plan=(50, 3), clip_x_0=False)
     others = [make_request(), make_request(guidance=1), make_request(class_plan=[50, 3]), make_request(clip_x_0=False)]
     others += [make_request(variance="fixed_small"), make_request(variance="fixed_large")]
     assert len({r.digest for r in [request, *others]}) == 7
@@ -478,22 +493,23 @@ def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the
 def test_a_variance_survives_the_file_that_says_it_only_where_it_was_asked_for(tmp_path: Path) -> None:
     request = make_request(variance="fixed_small")
     sample_set = make_set(tmp_path, request)
-    assert sampleset.read_request(sample_set) == request and request.to_record()["variance"] == "fixed_small"
+    assert read_request(sample_set) == request and request.to_record()["variance"] == "fixed_small"
     assert make_request().to_record().keys() == request.to_record().keys() - {"variance"}
-    needless = {**make_request()._body(), "variance": None}
+    needless = {**make_request().to_record(), "variance": None}
+    del needless["digest"]
     with pytest.raises(DamagedFile, match="left out"):
         Request.from_record({**needless, "digest": rundir.sha256_json(needless)})
 
 
 def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
     sample_set = RunDir(tmp_path / "my run").sample_set("fid")
-    with pytest.raises(RequestError, match=r"make it with `python launch/sample.py '.*my run' --set fid`"):
-        sampleset.read_request(sample_set)
-    sampleset.publish_request(sample_set, make_request())
+    with pytest.raises(RequestError, match=r"my run/samples/fid/request.json: no such sample set"):
+        read_request(sample_set)
+    publish_request(sample_set, make_request())
     text = sample_set.request.read_text()
     sample_set.request.write_text(text.replace('"seed": 5', '"seed": 6'))
     with pytest.raises(RequestError, match=r"request.json is damaged: its digest"):
-        sampleset.read_request(sample_set)
+        read_request(sample_set)
 
 
 @pytest.mark.parametrize(
@@ -541,13 +557,13 @@ def test_an_unknown_sampler_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a b", ".hidden"])
 def test_a_set_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match="sample set name"):
-        sampleset.publish_request(SampleSet(tmp_path / name), make_request())
+        publish_request(SampleSet(tmp_path / name), make_request())
     assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(("num_samples", "shards"), [(50_000, 64), (53, 8), (7, 7), (1, 1), (1000, 3)])
 def test_shards_tile_the_samples_evenly(num_samples: int, shards: int) -> None:
-    ranges = [sampleset.shard_range(num_samples, shards, i) for i in range(shards)]
+    ranges = [shard_range(num_samples, shards, i) for i in range(shards)]
     assert [i for first, num in ranges for i in range(first, first + num)] == list(range(num_samples))
     assert max(n for _, n in ranges) - min(n for _, n in ranges) <= 1
 
@@ -555,7 +571,7 @@ def test_shards_tile_the_samples_evenly(num_samples: int, shards: int) -> None:
 @pytest.mark.parametrize("index", [-1, 8])
 def test_a_shard_outside_the_set_is_refused(index: int) -> None:
     with pytest.raises(RequestError, match="from 0 to 7"):
-        sampleset.shard_range(53, 8, index)
+        shard_range(53, 8, index)
 
 
 # ---------------------------------------------------------------- the rest
@@ -565,21 +581,21 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
     request = make_request(num_samples=9, shards=2, batch=4)
     sample_set = make_set(tmp_path, request)
     with pytest.raises(FileNotFoundError):
-        sampleset.unpack_png(sample_set, request, tmp_path / "png")
+        unpack_png(sample_set, request, tmp_path / "png")
     assert not (tmp_path / "png").exists()
     for index in range(2):
         run_shard(sample_set, request, index)
-    sampleset.unpack_png(sample_set, request, tmp_path / "png")
-    images = np.concatenate([sampleset.verify_shard(sample_set, request, i).images for i in range(2)])
+    unpack_png(sample_set, request, tmp_path / "png")
+    images = np.concatenate([verify_shard(sample_set, request, i).images for i in range(2)])
     assert len(list((tmp_path / "png").iterdir())) == 9
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / f"{i:06d}.png")), image)
-    assert sampleset.unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
+    assert unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
     (tmp_path / "png" / "000003.png").unlink()
     with pytest.raises(RequestError, match="does not hold this set's 9 images"):
-        sampleset.unpack_png(sample_set, request, tmp_path / "png")
+        unpack_png(sample_set, request, tmp_path / "png")
 
 
 def test_importing_what_a_login_node_needs_loads_no_torch() -> None:
-    code = "import sys, ddpm.generate, ddpm.sampleset; sys.exit('torch' in sys.modules)"
+    code = "import sys, ddpm.sampling.request, ddpm.sampling.shards; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
