@@ -174,7 +174,7 @@ def _already_published(sample_set: SampleSet, request: Request, index: int) -> d
     except FileNotFoundError:
         pass
     except DamagedFile as e:
-        say("damaged shard, computing it again", shard=index, set=sample_set.name, reason=e)
+        say(f"shard={index} set={sample_set.name} damaged, computing it again: {e}")
     withdraw_shard(sample_set, request, index)
     sample_set.shard(index, request.shards).unlink(missing_ok=True)
     return None

@@ -38,7 +38,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
         return None
     except (DamagedFile, KeyError, ValueError, TypeError) as e:
         reason = str(e)
-    say("damaged part, computing these samples again", part=path, reason=reason)
+    say(f"part={path} damaged, computing these samples again: {reason}")
     path.unlink(missing_ok=True)
     return None
 

@@ -59,7 +59,7 @@ def shard_features(
     except FileNotFoundError:
         pass
     except DamagedFile as e:
-        say("features not usable, computing them again", features=path, reason=e)
+        say(f"features={path} not usable, computing them again: {e}")
     features = extract(extractor, shard.images, stop_requested=stop_requested)
     manifest_path = path.with_suffix(".json")
     manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the features do not exist

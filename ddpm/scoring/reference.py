@@ -76,9 +76,9 @@ def reference_moments(
             raise DamagedFile(f"{path.name}: is of other images or another extractor")
         return Reference(arrays["mu"], arrays["sigma"], image_record(images))
     except FileNotFoundError:
-        say("computing the reference's statistics", reference=path, images=len(images.images))
+        say(f"reference={path} images={len(images.images)} computing its statistics")
     except (DamagedFile, KeyError) as e:
-        say("damaged reference, computing it again", reference=path, reason=e)
+        say(f"reference={path} damaged, computing it again: {e}")
     moments = image_moments(images.images, extractor, stop_requested=stop_requested)
     cache_dir.mkdir(parents=True, exist_ok=True)
     write_statistics(

@@ -327,8 +327,7 @@ def test_a_damaged_part_is_computed_again_and_said(tmp_path: Path, capsys: pytes
     net.calls = 0
     run_shard(sample_set, request, 1, net)
     assert net.calls == 2 * STEPS
-    said = f"damaged part, computing these samples again part={sample_set.part / '000000014-4.npz'}"
-    assert said in capsys.readouterr().out
+    assert "000000014-4.npz damaged, computing these samples again" in capsys.readouterr().out
     assert sample_set.shard(1, 2).read_bytes() == reference.shard(1, 2).read_bytes()
 
 
