@@ -43,6 +43,7 @@ def _listed(value: Any) -> Any:
 
 Variance = Literal["fixed_large", "fixed_small"]
 VARIANCES = get_args(Variance)
+"""Of the ancestral sampler's reverse steps."""
 Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 

@@ -13,18 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import metrics, rundir, schedule
+from ddpm import metrics, rundir
 from ddpm.data import PackedImages, images_digest
 from ddpm.errors import RequestError, Stopped
 from ddpm.rundir import RunDir, SampleSet
-from ddpm.sampling.denoiser import Denoiser
-from ddpm.sampling.generate import generate_shard
-from ddpm.sampling.request import CheckpointRef, Request, publish_request
+from ddpm.sampling.request import CheckpointRef, Request
 from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
 from ddpm.scoring import evaluate, extractors, features
 from ddpm.scoring.evaluate import BrokenSet
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.reference import read_statistics, reference_moments
+from tests import sampling
 
 NUM, SHARDS, BATCH = 60, 5, 8
 
@@ -57,24 +56,15 @@ def tiny_extractor(**changes: Any) -> tuple[Extractor, list[int]]:
     return dataclasses.replace(Extractor("tiny", 4, None, "none", forward), **changes), seen
 
 
-def make_shard(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
-    denoiser = Denoiser(
-        eps=lambda x_t, t, labels: 0.5 * x_t + 0.2,
-        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)),
-        image_shape=(3, 4, 4),
-        variance="fixed_large",
-        num_classes=0,
-        device=torch.device("cpu"),
-    )
-    return generate_shard(sample_set, request, index, denoiser)
+def make_shard(sample_set: SampleSet, request: Request, index: int) -> None:
+    sampling.make_shard(sample_set, request, index, lambda x_t, t, labels: 0.5 * x_t + 0.2)
 
 
 def make(path: Path, **changes: Any) -> Made:
-    base = Request(CheckpointRef(12, "ab" * 32), "ema", "ddim", 1, 0.0, None, 3, NUM, SHARDS, BATCH, "fp32", None)
-    request = dataclasses.replace(base, **changes)
+    one_step = {"sampler": "ddim", "steps": 1, "seed": 3, "num_samples": NUM, "shards": SHARDS, "batch": BATCH}
+    request = sampling.make_request(**{**one_step, **changes})
     run = RunDir(path / "my run")
-    sample_set = run.sample_set("fid")
-    publish_request(sample_set, request)
+    sample_set = sampling.make_set(run.path, request)
     for index in range(request.shards):
         make_shard(sample_set, request, index)
     return Made(run, sample_set, request, *tiny_extractor())

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import rundir, schedule
+from ddpm import rundir
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
-from ddpm.sampling.denoiser import Denoiser
-from ddpm.sampling.generate import generate_shard
-from ddpm.sampling.request import CheckpointRef, Request, publish_request
+from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampling.request import Request
 from ddpm.sampling.shards import verify_shard, withdraw_shard
 from ddpm.scoring import extractors
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import extract, shard_features
+from tests import sampling
 
 
 def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
@@ -196,23 +195,14 @@ def test_extraction_goes_batch_by_batch_and_stops_between() -> None:
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[SampleSet, Request]:
     """A set of two shards of seven samples each; only the second is published."""
-    request = Request(CheckpointRef(1, "ab"), "ema", "ddim", 1, 0.0, None, 0, 14, 2, 7, "fp32", None)
-    sample_set = RunDir(tmp_path / "run").sample_set("fid")
-    publish_request(sample_set, request)
+    request = sampling.make_request(sampler="ddim", steps=1, num_samples=14, shards=2)
+    sample_set = sampling.make_set(tmp_path / "run", request)
     make_shard(sample_set, request, 1)
     return sample_set, request
 
 
 def make_shard(sample_set: SampleSet, request: Request, index: int, scale: float = 0.5) -> None:
-    denoiser = Denoiser(
-        eps=lambda x_t, t, labels: scale * x_t,
-        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)),
-        image_shape=(3, 4, 4),
-        variance="fixed_large",
-        num_classes=0,
-        device=torch.device("cpu"),
-    )
-    generate_shard(sample_set, request, index, denoiser)
+    sampling.make_shard(sample_set, request, index, lambda x_t, t, labels: scale * x_t)
 
 
 def test_features_of_a_shard_are_kept(made: tuple[SampleSet, Request]) -> None:
