@@ -4,29 +4,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm.api import Model as Model
+    from ddpm.api import batches as batches
+    from ddpm.api import build_diffusion as build_diffusion
+    from ddpm.api import build_model as build_model
+    from ddpm.api import load as load
+    from ddpm.api import load_config as load_config
     from ddpm.config import Config as Config
-    from ddpm.diffusion import Diffusion as Diffusion
+    from ddpm.diffusion.forward import Diffusion as Diffusion
     from ddpm.ema import EMA as EMA
-    from ddpm.library import Model as Model
-    from ddpm.library import batches as batches
-    from ddpm.library import build_diffusion as build_diffusion
-    from ddpm.library import build_model as build_model
-    from ddpm.library import load as load
-    from ddpm.library import load_config as load_config
     from ddpm.unet import UNet as UNet
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Config": "config",
-    "Diffusion": "diffusion",
+    "Diffusion": "diffusion.forward",
     "EMA": "ema",
-    "Model": "library",
-    "batches": "library",
-    "build_diffusion": "library",
-    "build_model": "library",
-    "load": "library",
-    "load_config": "library",
+    "Model": "api",
+    "batches": "api",
+    "build_diffusion": "api",
+    "build_model": "api",
+    "load": "api",
+    "load_config": "api",
     "UNet": "unet",
 }
 """The library's names and the modules that define them."""

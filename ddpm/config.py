@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -21,8 +21,6 @@ from ddpm.structure import Structure
 
 LENGTHS = ("total_steps", "total_images", "total_epochs")
 """Keys of `train`, of which one says how long it lasts."""
-USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
-"""Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
 """Keys of `train` that change no step."""
 LATER = {
@@ -43,6 +41,9 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+Variance = Literal["fixed_large", "fixed_small"]
+VARIANCES = get_args(Variance)
+"""Of the ancestral sampler's reverse steps."""
 Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
@@ -140,7 +141,7 @@ class Diffusion(Section):
     """What the network is trained to tell: the noise."""
     loss: Literal["l2", "l1"] = "l2"
     """Mean squared, or mean absolute, error of the noise."""
-    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    variance: Variance = "fixed_large"
     """Of the ancestral sampler's reverse steps: beta_t, or the posterior's."""
 
     @model_validator(mode="after")

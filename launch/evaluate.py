@@ -62,13 +62,15 @@ def score_images(args: argparse.Namespace) -> int:
         return 0
     import torch
 
-    from ddpm import evaluate, features
+    from ddpm.scoring.evaluate import evaluate_images
+    from ddpm.scoring.extractors import build_extractor, ensure_inception_weights
 
     name = args.extractor or "inception"
     if name == "inception":
-        features.ensure_inception_weights()
+        ensure_inception_weights()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = evaluate.evaluate_images(*paths, features.build_extractor(name, device))
+    extractor = build_extractor(name, device, warn=lambda message: print(message, file=sys.stderr))
+    result = evaluate_images(*paths, extractor)
     print(json.dumps(result, indent=1))
     return 0
 
@@ -114,7 +116,7 @@ def main() -> int:
         print(requests.describe_job(job) + "\n# dry run: nothing was written or queued")
         return 0
     if config.evaluate.extractor == "inception":
-        from ddpm.features import ensure_inception_weights
+        from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
     if not requests.jobs_in_queue(run, "train"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from ddpm.data import PackedImages
     from ddpm.fence import Fence
-    from ddpm.runtime import Resolved
+    from ddpm.network.device import Resolved
     from ddpm.training.ranks import World
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -185,12 +186,12 @@ def _note_allocation(life: Life) -> None:
 
 def _resolved(life: Life, config: configs.Config, world: World, fence: Fence | None) -> Resolved:
     """What `auto` means here, as the run's first life found it and wrote down; applied to this process."""
-    from ddpm import runtime
+    from ddpm.network import device
 
     run = life.run
     kept = world.share(run_record(run).get("resolved") if world.is_main else None)
-    resolved = runtime.resolve(config, world.device, life.env.cpus, kept)
-    runtime.apply(resolved)
+    resolved = device.resolve(config, world.device, life.env.cpus, kept)
+    device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": _device_name(world), "world_size": world.world_size}
         record = {**run_record(run), "resolved": found}
@@ -330,9 +331,10 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     """One shard of a set; publishes the set's request first where a chained job is the first to come by."""
     import torch
 
-    from ddpm import generate, runtime
+    from ddpm.network.weights import load_network
     from ddpm.run import generations as checkpoint
-    from ddpm.schedule import build as build_schedule
+    from ddpm.sampling.denoiser import Denoiser
+    from ddpm.sampling.generate import generate_shard
 
     run, env = life.run, life.env
     config = configs.load(run.config)
@@ -352,27 +354,15 @@ def sample(life: Life, set_name: str, shard: int) -> int:
             f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
             f"sample into another set: python launch/sample.py {run.path} --set OTHER"
         )
-    model = runtime.build_model(config, device, request.precision)
-    model.load_state_dict(checkpoint.load(run, generation.step)["ema" if request.weights == "ema" else "model"])
-    model.eval()
-
-    def eps_model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        with torch.no_grad(), runtime.autocast(request.precision, device):
-            return model(x_t, t, labels).float()
-
-    size = config.data.image_size
+    network = load_network(config, run, generation.step, request.weights, device, request.precision)
+    denoiser = Denoiser.of(config, network, request.precision)
     while True:
         try:
-            manifest = generate.generate_shard(
+            manifest = generate_shard(
                 sample_set,
                 request,
                 shard,
-                eps_model=eps_model,
-                schedule=build_schedule(config.diffusion),
-                image_shape=(3, size, size),
-                variance=config.diffusion.variance,
-                num_classes=config.model.num_classes,
-                device=device,
+                denoiser,
                 stop_requested=life.stop,
                 progress=lambda done, total: _say(f"shard {shard}", images=f"{done}/{total}"),
                 token=f"{env.job}.{env.restart}",
@@ -392,12 +382,12 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
 
     Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
     """
-    from ddpm import sampleset
     from ddpm.run import generations as checkpoint
+    from ddpm.sampling.request import publish_request, read_request
 
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():
-        return sampleset.read_request(sample_set)
+        return read_request(sample_set)
     if finished_step(run, config) is None:
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
@@ -406,7 +396,7 @@ def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
         )
     from launch.requests import from_config
 
-    return sampleset.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
+    return publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
 
 
 # ---------------------------------------------------------------- evaluate
@@ -416,15 +406,16 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
     """Score a set; where shards are missing and SLURM is here, have them made and come after them again."""
     import torch
 
-    from ddpm import evaluate as scoring
-    from ddpm import features, sampleset
+    from ddpm.sampling.shards import missing_shards
+    from ddpm.scoring import evaluate as scoring
+    from ddpm.scoring.extractors import build_extractor
     from launch import requests
 
     run, env = life.run, life.env
     config = configs.load(run.config)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
-    if missing := sampleset.missing_shards(sample_set, request):
+    if missing := missing_shards(sample_set, request):
         return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
@@ -438,7 +429,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
                 run,
                 set_name,
                 reference=requests.reference(config, against, cache, life.stop),
-                extractor=features.build_extractor(config.evaluate.extractor, device),
+                extractor=build_extractor(config.evaluate.extractor, device),
                 cache_dir=cache / "reference",
                 command=command,
                 stop_requested=life.stop,
@@ -448,7 +439,8 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
         except scoring.BrokenSet as e:
             if not e.shards:
                 raise  # nothing that computing anew would mend
-            _say(str(e))
+            repair = f"`python launch/sample.py {shlex.quote(str(run.path))} --set {set_name}`"
+            _say(f"{e}; {repair} computes what is missing")
             return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
         except Stopped as e:
             code = life.until_killed_or_on(e.reason)

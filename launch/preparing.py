@@ -111,7 +111,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     from ddpm import data
 
     if "evaluate" in stages and config.evaluate.extractor == "inception":
-        from ddpm.features import ensure_inception_weights
+        from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
     bar = show_progress("packing")

@@ -20,7 +20,7 @@ from launch.environment import JobEnvironment
 
 if TYPE_CHECKING:
     from ddpm.run.generations import Generation
-    from ddpm.sampleset import CheckpointRef, Request
+    from ddpm.sampling.request import CheckpointRef, Request
 
 MAX_ROUNDS = 3
 COMPLETING_POLL_S = 2
@@ -70,31 +70,11 @@ def final_step(run: RunDir, config: Config) -> int | None:
 def from_config(
     run: RunDir, config: Config, generation: Generation | CheckpointRef, variance: str | None = None
 ) -> Request:
-    """The request that `config.sample` makes of one checkpoint. The same on every machine: `precision: auto` is what
-    the run was trained in where that was bf16, else fp32. variance: instead of the config's."""
-    from ddpm.sampleset import CheckpointRef, Request
+    """The request that `config.sample` makes of one checkpoint of the run. variance: instead of the config's."""
+    from ddpm.sampling import request
 
-    s = config.sample
-    record = read_json(run.run_json) or {}
-    trained_in = (record.get("resolved") or {}).get("amp")
-    precision = s.precision if s.precision != "auto" else ("bf16" if trained_in == "bf16" else "fp32")
-    request = Request(
-        checkpoint=CheckpointRef(generation.step, generation.sha256),
-        weights=s.weights,
-        sampler=s.sampler,
-        steps=s.steps,
-        eta=s.eta,
-        guidance=s.guidance,
-        seed=s.seed,
-        num_samples=s.num_samples,
-        shards=s.shards,
-        batch=min(s.batch, s.num_samples),
-        precision=precision,
-        class_plan=s.class_plan,
-        clip_x_0=s.clip_x_0,
-        variance=variance,
-    )
-    return replace(request, variance=None) if variance == config.diffusion.variance else request
+    reference = request.CheckpointRef(generation.step, generation.sha256)
+    return request.from_config(config, reference, request.precision_of(config, run), variance)
 
 
 def site_of(run: RunDir) -> Site:
@@ -133,17 +113,18 @@ def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
     sample_set = run.sample_set(set_name)
     if not sample_set.request.exists():
         return list(range(config.sample.shards))
-    from ddpm import sampleset
+    from ddpm.sampling import shards
+    from ddpm.sampling.request import differences, read_request
 
-    there = sampleset.read_request(sample_set)
+    there = read_request(sample_set)
     step = final_step(run, config) or config.train.total_steps
     asked = from_config(run, config, replace(there.checkpoint, step=step))
     if there != asked:
         raise RequestError(
-            f"sample set {set_name} exists with another request: {sampleset.differences(there, asked)}. Ask for the "
+            f"sample set {set_name} exists with another request: {differences(there, asked)}. Ask for the "
             f"same, or make another set once training has ended: python launch/sample.py {run.path} --set OTHERNAME"
         )
-    return sampleset.missing_shards(sample_set, there)
+    return shards.missing_shards(sample_set, there)
 
 
 def is_scored(run: RunDir, config: Config, set_name: str) -> bool:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm import config as configs
-from ddpm.config import USUAL_STEPS, Config
+from ddpm.config import VARIANCES, Config
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, SampleSet, check_name
 from launch import cluster, console, environment, requests, scheduler
 
 if TYPE_CHECKING:
     from ddpm.run.generations import Generation
-    from ddpm.sampleset import Request
+    from ddpm.sampling.request import Request
 
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
     parser.add_argument(
         "--variance",
-        choices=["fixed_large", "fixed_small"],
+        choices=VARIANCES,
         help="of ancestral sampling; default: the config's diffusion.variance",
     )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
@@ -95,10 +95,10 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
-    if asked.get("sampler", config.sample.sampler) != config.sample.sampler and "steps" not in asked:
-        # the config's steps are for its own sampler; ancestral sampling means all of them
-        timesteps = config.diffusion.timesteps
-        asked["steps"] = min(USUAL_STEPS.get(asked["sampler"], timesteps), timesteps)
+    if "sampler" in asked and "steps" not in asked:
+        from ddpm.sampling.request import usual_steps
+
+        asked["steps"] = usual_steps(config, asked["sampler"])
     return configs.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
 
 
@@ -124,7 +124,7 @@ def existing_request(run: RunDir, set_name: str | None) -> Request | None:
     sample_set = run.sample_set(check_name(set_name, "sample set name"))
     if not sample_set.request.exists():
         return None
-    from ddpm.sampleset import read_request
+    from ddpm.sampling.request import read_request
 
     return read_request(sample_set)
 
@@ -166,9 +166,9 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
-    from ddpm import sampleset
+    from ddpm.sampling.shards import missing_shards, unpack_png
 
-    missing = sampleset.missing_shards(sample_set, request)
+    missing = missing_shards(sample_set, request)
     if missing:
         site = cluster.settle(site, dry_run=args.prepare)
     publish(run, sample_set, request)
@@ -185,18 +185,18 @@ def main() -> int:
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
     )
     if args.png:
-        print(f"unpacked to {sampleset.unpack_png(sample_set, request, sample_set.path / 'png')}")
+        print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png')}")
     return 0
 
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
     """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
-    from ddpm import sampleset
+    from ddpm.sampling.request import publish_request, withdraw_request
 
     existed = sample_set.request.exists()
-    sampleset.publish_request(sample_set, request)
+    publish_request(sample_set, request)
     if not existed and not run.manifest(request.checkpoint.step).exists():
-        sampleset.withdraw_request(sample_set)
+        withdraw_request(sample_set)
         raise RequestError(
             f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
             f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
@@ -205,7 +205,8 @@ def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
 
 def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
     """Have the missing shards made. None when they are; else the exit code to leave with."""
-    from ddpm import sampleset
+    from ddpm.sampling.request import read_request
+    from ddpm.sampling.shards import missing_shards
 
     if not requests.jobs_in_queue(run, "train"):
         requests.lift_stop(run)
@@ -226,7 +227,7 @@ def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, 
             return 0
         console.follow_jobs(run, there)
     sample_set = run.sample_set(set_name)
-    if left := sampleset.missing_shards(sample_set, sampleset.read_request(sample_set)):
+    if left := missing_shards(sample_set, read_request(sample_set)):
         print(f"error: shards {scheduler.ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)
         return 1
     return None

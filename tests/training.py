@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import config, data, runtime
+from ddpm import config, data
 from ddpm.fence import Fence
+from ddpm.network.device import apply, resolve
 from ddpm.run import generations
 from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
 from ddpm.training import ranks
@@ -86,8 +87,8 @@ class Life:
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
         torch.set_num_threads(1)
-        resolved = runtime.resolve(config, CPU, 1)
-        runtime.apply(resolved)
+        resolved = resolve(config, CPU, 1)
+        apply(resolved)
         owner = {"job": "1", "restart": restart, "host": "here"}
         self.fence = Fence(run, owner, wait_s=0) if world.is_main else None
         self.trainer = Trainer(

@@ -317,7 +317,8 @@ def main() -> int:
 
     from safetensors.torch import save
 
-    from ddpm.library import build_model, set_weights
+    from ddpm.api import build_model
+    from ddpm.network.weights import set_weights
 
     source, theirs = read_weights(args.source.expanduser())
     network = build_model(config, "cpu")

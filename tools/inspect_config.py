@@ -55,10 +55,10 @@ def build(config: Config) -> UNet:
     """The configured network in training mode, on the meta device: shapes without memory or arithmetic."""
     import torch
 
-    from ddpm import runtime
+    from ddpm.network.build import build_model
 
     with torch.device("meta"):
-        return runtime.build_model(config, torch.device("meta"), "off")
+        return build_model(config, torch.device("meta"), "off")
 
 
 def num_parameters(module: nn.Module | None) -> int:

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpm import rng, runtime
+from ddpm import rng
 from ddpm import schedule as schedules
 from ddpm.config import Config
+from ddpm.diffusion.samplers import ddim, sample, to_images
 from ddpm.errors import Stopped
 from ddpm.run.images import tile
 from ddpm.run.stopping import StopRequested
-from ddpm.samplers import SAMPLERS
+from ddpm.sampling.denoiser import eps_of
 from ddpm.schedule import Schedule
 from ddpm.training.chronicle import Silent
 from ddpm.training.state import TrainingState
@@ -60,7 +61,6 @@ def _go_on(stop_requested: StopRequested) -> None:
         raise Stopped(reason)
 
 
-@torch.no_grad()
 def draw(
     config: Config, model: nn.Module, schedule: Schedule, precision: str, stop_requested: StopRequested
 ) -> np.ndarray:
@@ -70,18 +70,13 @@ def draw(
     index = torch.arange(config.log.grid_images, device=device)
     labels = index % classes if classes else None
 
-    def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with runtime.autocast(precision, device):
-            return model(x_t, t, labels).float()
-
+    eps = eps_of(model, precision)
     x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
-    result = SAMPLERS["ddim"](
-        eps_model,
-        schedule,
+    result = sample(
+        lambda x_t, t: eps(x_t, t, labels),
+        ddim(schedule, num_steps(config)),
         x_T,
         noise=lambda t: torch.zeros_like(x_T),
-        steps=num_steps(config),
         callback=lambda _: _go_on(stop_requested),
     )
-    x = ((result.x_0 + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return tile(x.permute(0, 2, 3, 1).cpu().numpy())
+    return tile(to_images(result.x_0))

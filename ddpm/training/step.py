@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import rng, runtime, schedule
+from ddpm import rng, schedule
 from ddpm.config import Config, check_world_size
 from ddpm.data import Batches, PackedImages
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion.forward import Diffusion
+from ddpm.network.device import Later, Resolved, autocast
 from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.state import TrainingState
@@ -26,7 +27,7 @@ class Step:
     """Moves `state` by one step at a time, on this rank's share of the global batch."""
 
     def __init__(
-        self, config: Config, world: World, packed: PackedImages, resolved: runtime.Resolved, state: TrainingState
+        self, config: Config, world: World, packed: PackedImages, resolved: Resolved, state: TrainingState
     ) -> None:
         self.config, self.world, self.packed, self.resolved, self.state = config, world, packed, resolved, state
         self.accumulation = check_world_size(config, world.world_size)
@@ -79,11 +80,11 @@ class Step:
             key = rng.key(config.seed, "label", at.attempt)
             without = rng.bernoulli(key, index, at.step, config.train.label_dropout)
             labels = torch.where(without, config.model.num_classes, labels)
-        with runtime.autocast(self.resolved.amp, device):
+        with autocast(self.resolved.amp, device):
             eps_pred = self.network(x_t, t, labels if config.model.num_classes else None)
         return self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean()
 
-    def take(self) -> runtime.Later:
+    def take(self) -> Later:
         """Algorithm 1 once; whether loss and gradient were finite, to be read a step later, so that nothing waits."""
         state, train = self.state, self.config.train
         loss = self.gradients()
@@ -96,7 +97,7 @@ class Step:
         state.ema.update(state.model, state.at.step + 1)
         state.window.add(loss, norm)
         state.at.step += 1
-        return runtime.Later(finite)
+        return Later(finite)
 
     def _update(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Move the weights; where the gradient is not finite the update is masked on the device. Returns a bool ()."""

@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm import runtime
 from ddpm.config import Config
 from ddpm.data import PackedImages
 from ddpm.errors import DoNotRetry
 from ddpm.fence import Fence
+from ddpm.network.device import Later, Resolved
 from ddpm.run import generations
 from ddpm.run.log import say
 from ddpm.run.stopping import STOP_REASONS, StopRequested
@@ -47,7 +47,7 @@ class Trainer:
         run: RunDir,
         world: World,
         packed: PackedImages,
-        resolved: runtime.Resolved,
+        resolved: Resolved,
         *,
         fence: Fence | None,
         events: EventLog | None,
@@ -66,8 +66,8 @@ class Trainer:
         self.warm = False
         self._beginning = "started"
         # whether the last step was finite, and the one before it: values of a device, read one step late
-        self._finite: runtime.Later | None = None
-        self._finite_before: runtime.Later | None = None
+        self._finite: Later | None = None
+        self._finite_before: Later | None = None
         self._saved_at = time.monotonic()
 
     @property
@@ -240,5 +240,5 @@ class Trainer:
         return grids.show(self.state, self.chronicle, stop_requested)
 
 
-def _is_bad(finite: runtime.Later | None) -> bool:
+def _is_bad(finite: Later | None) -> bool:
     return finite is not None and not finite

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.rundir import RunDir
-from ddpm.sampleset import CheckpointRef
+from ddpm.sampling.request import CheckpointRef
 from launch import requests, sample
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip

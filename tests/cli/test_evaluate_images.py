@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ddpm.data import load_folder
-from ddpm.features import build_extractor, extract
+from ddpm.scoring.extractors import build_extractor
+from ddpm.scoring.features import extract
 from tests.cli.harness import Shell, png, write_zip
 
 
@@ -44,7 +45,7 @@ def test_statistics_in_a_pytorch_fid_file_stand_for_the_images(shell: Shell) -> 
     folder(shell.cwd / "a", range(12), size=4)
     folder(shell.cwd / "b", range(50, 70), size=4)
     of_images = score(shell, "--images", "a", "--reference", "b")["frechet_distance"]
-    features = extract(build_extractor("pixels", "cpu"), load_folder(shell.cwd / "b").images, 64).astype(np.float64)
+    features = extract(build_extractor("pixels", "cpu"), load_folder(shell.cwd / "b").images).astype(np.float64)
     np.savez(shell.cwd / "b.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     assert score(shell, "--images", "a", "--reference", "b.npz")["frechet_distance"] == pytest.approx(of_images)
 

@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from ddpm import runtime
 from ddpm.config import Config, load
+from ddpm.network.build import build_model
 from ddpm.unet import UNet
 from tests.cli.harness import PROJECT, Shell
 from tools import inspect_config
@@ -58,7 +58,7 @@ def test_attention_of_the_decoder_alone_is_shown_there_alone() -> None:
 def test_activations_are_what_autograd_keeps_of_a_real_batch() -> None:
     """The same network with real numbers and two images; tensors told apart by where their data lies."""
     config = load(HO, ["model.base_channels=32", "model.dropout=0.1"])
-    model = runtime.build_model(config, torch.device("cpu"), "bf16")  # bf16: not laid out anew; it runs in fp32
+    model = build_model(config, torch.device("cpu"), "bf16")  # bf16: not laid out anew; it runs in fp32
     weights = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

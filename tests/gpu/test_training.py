@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import checkpoint, distributed, runtime
 from ddpm.fence import Fence
+from ddpm.network.device import apply, resolve
+from ddpm.run import generations
 from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
-from ddpm.trainer import Trainer
+from ddpm.training.ranks import World
+from ddpm.training.trainer import Trainer
 from tests.conftest import PROJECT
 from tests.training import differences, make_config, make_images, make_run
 
@@ -29,14 +31,14 @@ class Life:
 
     def __init__(self, run: RunDir, device: torch.device, **changes: Any) -> None:
         config = make_config(**{"model__base_channels": 32, "data__image_size": 8, **changes})
-        resolved = runtime.resolve(config, device, 2)
-        runtime.apply(resolved)
+        resolved = resolve(config, device, 2)
+        apply(resolved)
         owner = {"job": "1", "restart": 0, "host": "here"}
         self.fence = Fence(run, owner, wait_s=0)
         self.trainer = Trainer(
             config,
             run,
-            distributed.World(0, 1, device),
+            World(0, 1, device),
             make_images(50),
             resolved,
             fence=self.fence,
@@ -76,7 +78,7 @@ def test_a_run_learns_what_it_learns_on_a_cpu(
     run = make_run(tmp_path)
     with Life(run, device, train__amp=amp, train__compile=compiled, **CALM) as trainer:
         assert trainer.train(lambda: None).finished
-    assert checkpoint.verify(run, 30).step == 30
+    assert generations.verify(run, 30).step == 30
     # same images, timesteps and noise: what differs is rounding, of TF32 or of 8 (bf16) or 11 (fp16) bits of mantissa
     assert column(run) == pytest.approx(column(on_cpu), rel=0.01)
     assert column(run, "grad_norm") == pytest.approx(column(on_cpu, "grad_norm"), rel=0.05)
@@ -85,10 +87,10 @@ def test_a_run_learns_what_it_learns_on_a_cpu(
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(device: torch.device, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with Life(run, device, train__total_steps=40, train__amp="fp16") as trainer:
-        scaler = trainer.scaler
+        scaler = trainer.state.scaler
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**30})
         assert trainer.train(lambda: None).finished
-    state = checkpoint.load(run, 40)
+    state = generations.load(run, 40)
     assert state["extra"]["skipped_steps"] > 0 and state["scaler"]["scale"] < 2.0**30
     assert all(torch.isfinite(w).all() for w in state["model"].values())
     assert all(math.isfinite(loss) for loss in column(run))
@@ -127,7 +129,7 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_bits_of_one_that_was
     with Life(stopped, device, **changes) as trainer:
         assert trainer.at.step == 5
         trainer.train(lambda: None)
-    assert differences(checkpoint.load(calm, 12), checkpoint.load(stopped, 12)) == []
+    assert differences(generations.load(calm, 12), generations.load(stopped, 12)) == []
     assert column(calm) == column(stopped)
 
 
@@ -213,7 +215,7 @@ def test_a_run_that_was_killed_and_stopped_in_real_processes_ends_with_the_bits_
     signal_job(run, signal.SIGTERM)
     assert run.latest_step() < 800 and read_events(run)[-1]["event"] in ("checkpoint", "stop_requested")
     submit(calm, "disturbed", "--wait")
-    assert differences(checkpoint.load(RunDir(calm / "calm"), 800), checkpoint.load(run, 800)) == []
+    assert differences(generations.load(RunDir(calm / "calm"), 800), generations.load(run, 800)) == []
     assert column(RunDir(calm / "calm")) == column(run)
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ddpm.api import Model
 from ddpm.config import Data
 from ddpm.data import pack
-from ddpm.library import Model
 from tests.training import Life, make_config, make_run
 
 NUM_SAMPLES = 200

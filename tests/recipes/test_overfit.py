@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm import runtime, unet
+from ddpm import unet
 from ddpm.config import Config
 from ddpm.data import PackedImages, images_digest
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion.forward import Diffusion
+from ddpm.network import build
 from ddpm.sources import to_square
 from tests.images import picture
 from tests.training import Life, make_config, make_run
@@ -106,10 +107,10 @@ def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder gets zeros where the encoder's tensors belong."""
-    build = runtime.build_model
+    plain = build.build_model
 
     def build_model(config: Config, *args: Any) -> unet.UNet:
-        network = build(config, *args)
+        network = plain(config, *args)
         width = config.model.base_channels * config.model.channel_mults[-1]
         for level in network.decoder:
             for block in level.blocks:
@@ -117,7 +118,7 @@ def no_skips(monkeypatch: pytest.MonkeyPatch) -> None:
                 width = block.conv_2.out_channels
         return network
 
-    monkeypatch.setattr(runtime, "build_model", build_model)
+    monkeypatch.setattr(build, "build_model", build_model)
 
 
 def _zeros_after(width: int, _: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion import Diffusion
-from ddpm.samplers import SamplerStep, ancestral, ddim, dpmpp_2m
+from ddpm.diffusion.forward import Diffusion
+from ddpm.diffusion.samplers import SamplerStep, ancestral, ddim, dpmpp_2m, sample
 from ddpm.schedule import Schedule, cosine, dns, linear
 
 diffusers = pytest.importorskip("diffusers")
@@ -165,16 +165,8 @@ def test_ddim_steps_and_trajectory_are_the_same(setup, clip, stochastic):
     eta = setup.eta if stochastic else 0.0
     scheduler, eps_model, x_T = _ddim_scheduler(setup, clip), _network(setup), _images(setup, 4, 3, 8, 8)
     seen: list[SamplerStep] = []
-    result = ddim(
-        eps_model,
-        setup.schedule,
-        x_T,
-        noise=_Noise(x_T.shape),
-        steps=setup.steps,
-        eta=eta,
-        clip_x_0=clip,
-        callback=seen.append,
-    )
+    coefficients = ddim(setup.schedule, setup.steps, eta=eta)
+    result = sample(eps_model, coefficients, x_T, noise=_Noise(x_T.shape), clip_x_0=clip, callback=seen.append)
     x, noise = x_T, _Noise(x_T.shape)
     states = []
     for t in scheduler.timesteps.tolist():
@@ -195,7 +187,8 @@ def test_ancestral_trajectory_is_the_same(setup, variance):
     kept = setup.schedule.respace(setup.steps).timesteps
     scheduler.set_timesteps(timesteps=kept.flip(0).tolist())
     eps_model, x_T = _network(setup), _images(setup, 4, 3, 8, 8)
-    result = ancestral(eps_model, setup.schedule, x_T, noise=_Noise(x_T.shape), steps=setup.steps, variance=variance)
+    coefficients = ancestral(setup.schedule, setup.steps, variance=variance)
+    result = sample(eps_model, coefficients, x_T, noise=_Noise(x_T.shape))
     x, generator = x_T, torch.Generator().manual_seed(99)
     for t in scheduler.timesteps.tolist():
         x = scheduler.step(eps_model(x, torch.full((4,), t)), t, x, generator=generator).prev_sample
@@ -212,15 +205,8 @@ def test_dpmpp_2m_steps_and_trajectory_are_the_same(setup, steps):
     scheduler.set_timesteps(steps)
     eps_model, x_T = _network(setup), _images(setup, 4, 3, 8, 8)
     seen: list[SamplerStep] = []
-    result = dpmpp_2m(
-        eps_model,
-        setup.schedule,
-        x_T,
-        noise=_Noise(x_T.shape),
-        steps=steps,
-        clip_x_0=False,
-        callback=seen.append,
-    )
+    coefficients = dpmpp_2m(setup.schedule, steps)
+    result = sample(eps_model, coefficients, x_T, noise=_Noise(x_T.shape), clip_x_0=False, callback=seen.append)
     x, states = x_T, []
     for t in scheduler.timesteps.tolist():
         states.append(x)

@@ -9,8 +9,8 @@ import torch
 
 from ddpm import schedule
 from ddpm.config import Config, Diffusion, Section, build, check_world_size, field_keys, load, load_yaml
+from ddpm.diffusion.samplers import SAMPLERS, sample
 from ddpm.errors import RequestError
-from ddpm.samplers import SAMPLERS
 from tests.training import make_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -390,9 +390,8 @@ def test_the_noisiest_schedule_that_is_allowed_can_be_sampled(sampler: str) -> N
     with pytest.raises(ValueError, match="float32"):
         Diffusion(beta_end=0.17)
     x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    drawn = SAMPLERS[sampler](
-        lambda x_t, t: 0.9 * x_t, schedule.build(diffusion), x_T, noise=lambda t: torch.ones_like(x_T), steps=20
-    )
+    coefficients = SAMPLERS[sampler](schedule.build(diffusion), 20)
+    drawn = sample(lambda x_t, t: 0.9 * x_t, coefficients, x_T, noise=lambda t: torch.ones_like(x_T))
     assert drawn.x_0.isfinite().all()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion.forward import Diffusion
 from ddpm.schedule import linear
 
 SCHEDULE = linear(1000, 1e-4, 0.02)

@@ -13,13 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import evaluate, features, generate, metrics, rundir, sampleset, schedule
+from ddpm import metrics, rundir
 from ddpm.data import PackedImages, images_digest
 from ddpm.errors import RequestError, Stopped
-from ddpm.evaluate import BrokenSet
-from ddpm.features import Extractor
 from ddpm.rundir import RunDir, SampleSet
-from ddpm.sampleset import CheckpointRef, Request
+from ddpm.sampling.request import CheckpointRef, Request
+from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
+from ddpm.scoring import evaluate, extractors, features
+from ddpm.scoring.evaluate import BrokenSet
+from ddpm.scoring.extractors import Extractor
+from ddpm.scoring.reference import read_statistics, reference_moments
+from tests import sampling
 
 NUM, SHARDS, BATCH = 60, 5, 8
 
@@ -52,26 +56,15 @@ def tiny_extractor(**changes: Any) -> tuple[Extractor, list[int]]:
     return dataclasses.replace(Extractor("tiny", 4, None, "none", forward), **changes), seen
 
 
-def make_shard(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
-    return generate.generate_shard(
-        sample_set,
-        request,
-        index,
-        eps_model=lambda x_t, t, labels: 0.5 * x_t + 0.2,
-        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)),
-        image_shape=(3, 4, 4),
-        variance="fixed_large",
-        num_classes=0,
-        device="cpu",
-    )
+def make_shard(sample_set: SampleSet, request: Request, index: int) -> None:
+    sampling.make_shard(sample_set, request, index, lambda x_t, t, labels: 0.5 * x_t + 0.2)
 
 
 def make(path: Path, **changes: Any) -> Made:
-    base = Request(CheckpointRef(12, "ab" * 32), "ema", "ddim", 1, 0.0, None, 3, NUM, SHARDS, BATCH, "fp32", None)
-    request = dataclasses.replace(base, **changes)
+    one_step = {"sampler": "ddim", "steps": 1, "seed": 3, "num_samples": NUM, "shards": SHARDS, "batch": BATCH}
+    request = sampling.make_request(**{**one_step, **changes})
     run = RunDir(path / "my run")
-    sample_set = run.sample_set("fid")
-    sampleset.publish_request(sample_set, request)
+    sample_set = sampling.make_set(run.path, request)
     for index in range(request.shards):
         make_shard(sample_set, request, index)
     return Made(run, sample_set, request, *tiny_extractor())
@@ -88,7 +81,7 @@ def packed(n: int = 50, seed: int = 0, name: str = "cifar10") -> PackedImages:
 
 
 def set_images(made: Made) -> np.ndarray:
-    shards = [sampleset.verify_shard(made.sample_set, made.request, i) for i in range(made.request.shards)]
+    shards = [verify_shard(made.sample_set, made.request, i) for i in range(made.request.shards)]
     return np.concatenate([s.images for s in shards])
 
 
@@ -138,21 +131,20 @@ def refused(made: Made) -> BrokenSet:
 
 
 def repaired(made: Made, shards: list[int]) -> None:
-    """What the named command does: compute what is missing. The score is then the undamaged one's."""
-    assert sampleset.missing_shards(made.sample_set, made.request) == shards
+    """What whoever repairs does: compute what is missing. The score is then the undamaged one's."""
+    assert missing_shards(made.sample_set, made.request) == shards
     for index in shards:
         make_shard(made.sample_set, made.request, index)
     whole = metrics.from_features(made.extractor(set_images(made)))
     np.testing.assert_allclose(made.moments().mean, whole.mean, rtol=1e-12)
 
 
-def test_gaps_are_named_with_the_command_that_fills_them(made: Made) -> None:
+def test_gaps_are_named(made: Made) -> None:
     for index in (1, 3):
-        sampleset.withdraw_shard(made.sample_set, made.request, index)
+        withdraw_shard(made.sample_set, made.request, index)
     error = refused(made)
     assert error.shards == [1, 3] and error.exit_code == 1
     assert "shard 1: missing; shard 3: missing" in str(error)
-    assert f"`python launch/sample.py '{made.run.path}' --set fid`" in str(error)
     assert made.images == []  # said before any work
     repaired(made, [1, 3])
 
@@ -195,7 +187,7 @@ def test_shards_of_different_cost_are_refused(made: Made) -> None:
     assert "different numbers of network evaluations ([1, 7])" in str(refused(made))
 
 
-def test_every_damaged_shard_is_named_and_withdrawn_so_that_the_command_finds_it(made: Made) -> None:
+def test_every_damaged_shard_is_named_and_withdrawn_so_that_it_is_found_missing(made: Made) -> None:
     made.moments()  # features are kept already, and must not hide the damage
     for index in (0, 3):
         flip_last_byte(made.sample_set.shard(index, SHARDS))
@@ -273,26 +265,26 @@ def test_the_same_evaluation_returns_what_is_there_and_another_replaces_it(made:
 def test_reference_statistics_are_kept_by_images_and_extractor(made: Made, tmp_path: Path) -> None:
     a, seen = tiny_extractor()
     b, seen_b = tiny_extractor(weights_sha256="other")
-    first = evaluate.reference_moments(packed(), a, tmp_path)
-    again = evaluate.reference_moments(packed(), a, tmp_path)
+    first = reference_moments(packed(), a, tmp_path)
+    again = reference_moments(packed(), a, tmp_path)
     assert seen == [50]
     np.testing.assert_array_equal(first.sigma, again.sigma)
     np.testing.assert_array_equal(first.mu, again.mu)
     assert first.record == again.record
-    evaluate.reference_moments(packed(), b, tmp_path)
-    evaluate.reference_moments(packed(seed=1), a, tmp_path)
+    reference_moments(packed(), b, tmp_path)
+    reference_moments(packed(seed=1), a, tmp_path)
     assert (seen, seen_b) == ([50, 50], [50]) and len(list(tmp_path.glob("*.npz"))) == 3
 
 
-def test_a_damaged_reference_is_computed_again_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_reference_is_computed_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     extractor, seen = tiny_extractor()
-    first = evaluate.reference_moments(packed(), extractor, tmp_path)
+    first = reference_moments(packed(), extractor, tmp_path)
     path = next(tmp_path.glob("*.npz"))
     data = bytearray(path.read_bytes())
     data[data.index(first.mu.tobytes()) + 3] ^= 1  # inside a number
     path.write_bytes(data)
-    again = evaluate.reference_moments(packed(), extractor, tmp_path)
-    assert len(seen) == 2 and "damaged" in caplog.text
+    again = reference_moments(packed(), extractor, tmp_path)
+    assert len(seen) == 2 and "damaged" in capsys.readouterr().out
     np.testing.assert_array_equal(again.mu, first.mu)
 
 
@@ -300,12 +292,12 @@ def test_references_and_pytorch_fids_files_are_interchangeable(tmp_path: Path) -
     from pytorch_fid.fid_score import compute_statistics_of_path
 
     extractor, _ = tiny_extractor()
-    ours = evaluate.reference_moments(packed(), extractor, tmp_path)
+    ours = reference_moments(packed(), extractor, tmp_path)
     mu, sigma = compute_statistics_of_path(str(next(tmp_path.glob("*.npz"))), None, 1, 4, "cpu")
     np.testing.assert_array_equal(mu, ours.mu)
     np.testing.assert_array_equal(sigma, ours.sigma)
     np.savez_compressed(tmp_path / "theirs.npz", mu=mu, sigma=sigma)  # as its --save-stats writes it
-    read = evaluate.read_statistics(tmp_path / "theirs.npz", extractor)
+    read = read_statistics(tmp_path / "theirs.npz", extractor)
     np.testing.assert_array_equal(read.sigma, ours.sigma)
     assert read.record == {
         "name": "theirs",
@@ -313,7 +305,7 @@ def test_references_and_pytorch_fids_files_are_interchangeable(tmp_path: Path) -
         "num_images": None,
         "digest": rundir.sha256_file(tmp_path / "theirs.npz"),
     }
-    assert evaluate.read_statistics(next(tmp_path.glob("reference-*.npz")), extractor).record["num_images"] == 50
+    assert read_statistics(next(tmp_path.glob("reference-*.npz")), extractor).record["num_images"] == 50
 
 
 def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> None:
@@ -338,12 +330,12 @@ def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> 
 def test_a_file_that_is_no_reference_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(RequestError, match=message):
-        evaluate.read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
+        read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
 
 
 def test_a_missing_reference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot be read"):
-        evaluate.read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
+        read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
 
 
 # ---------------------------------------------------------------- against pytorch-fid
@@ -364,8 +356,8 @@ def write_folder(path: Path, n: int, seed: int) -> np.ndarray:
 @pytest.fixture
 def random_weights(tmp_path: Path) -> Iterator[Path]:
     """A TORCH_HOME whose Inception weights are random, in the old serialization and without batch counters."""
-    state, _ = features._random_weights(seed=1)
-    path = tmp_path / "torch" / "hub" / "checkpoints" / features.WEIGHTS_FILE
+    state, _ = extractors.random_weights(seed=1)
+    path = tmp_path / "torch" / "hub" / "checkpoints" / extractors.WEIGHTS_FILE
     path.parent.mkdir(parents=True)
     torch.save(
         {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
@@ -381,12 +373,12 @@ def random_weights(tmp_path: Path) -> Iterator[Path]:
 def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_path: Path) -> None:
     a = write_folder(tmp_path / "a", 24, 0)
     write_folder(tmp_path / "b", 24, 1)
-    extractor = features.build_extractor("inception", "cpu")
-    result = evaluate.evaluate_images(tmp_path / "a", tmp_path / "b", extractor, batch=24)
+    extractor = extractors.build_extractor("inception", "cpu")
+    result = evaluate.evaluate_images(tmp_path / "a", tmp_path / "b", extractor)
     assert "fid" not in result  # these weights are not the published ones
     assert result["num_samples"] == 24
     assert result["reference"] | {"digest": ""} == {"name": "b", "split": "all", "num_images": 24, "digest": ""}
-    assert result["extractor"]["weights_sha256"] == rundir.sha256_file(features.inception_weights_path())
+    assert result["extractor"]["weights_sha256"] == rundir.sha256_file(extractors.inception_weights_path())
 
     theirs = subprocess.run(
         [

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import features, generate, rundir, sampleset, schedule
+from ddpm import rundir
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
-from ddpm.features import Extractor
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
-from ddpm.sampleset import CheckpointRef, Request
+from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampling.request import Request
+from ddpm.sampling.shards import verify_shard, withdraw_shard
+from ddpm.scoring import extractors
+from ddpm.scoring.extractors import Extractor
+from ddpm.scoring.features import extract, shard_features
+from tests import sampling
 
 
 def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
@@ -26,7 +30,7 @@ def hub(tmp_path: Path) -> Iterator[Path]:
     """torch's hub in an empty directory; yields where the weights belong."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path / "hub" / "checkpoints" / features.WEIGHTS_FILE
+    yield tmp_path / "hub" / "checkpoints" / extractors.WEIGHTS_FILE
     torch.hub.set_dir(before)
 
 
@@ -34,7 +38,7 @@ def hub(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_pixels_are_box_means_in_0_1() -> None:
-    extractor = features.build_extractor("pixels", "cpu")
+    extractor = extractors.build_extractor("pixels", "cpu")
     images = random_images(3, 32)
     boxes = images.reshape(3, 16, 2, 16, 2, 3).mean((2, 4)) / 255
     got = extractor(images)
@@ -47,7 +51,7 @@ def test_pixels_are_box_means_in_0_1() -> None:
 
 
 def test_arrays_tensors_and_read_only_maps_give_the_same_features() -> None:
-    extractor, images = features.build_extractor("pixels", "cpu"), random_images(2, 16)
+    extractor, images = extractors.build_extractor("pixels", "cpu"), random_images(2, 16)
     expected = extractor(images)
     images.flags.writeable = False
     np.testing.assert_array_equal(extractor(images), expected)
@@ -57,12 +61,12 @@ def test_arrays_tensors_and_read_only_maps_give_the_same_features() -> None:
 @pytest.mark.parametrize("images", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 3, 8, 8), np.uint8)])
 def test_anything_but_uint8_rgb_is_refused(images: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
-        features.build_extractor("pixels", "cpu")(images)
+        extractors.build_extractor("pixels", "cpu")(images)
 
 
 def test_an_unknown_extractor_is_refused() -> None:
     with pytest.raises(RequestError, match="'vgg': use inception, random-inception or pixels"):
-        features.build_extractor("vgg", "cpu")
+        extractors.build_extractor("vgg", "cpu")
 
 
 def test_the_digest_is_of_name_weights_and_resize() -> None:
@@ -96,7 +100,7 @@ def test_tf32_is_off_while_features_are_computed() -> None:
 
 def test_random_inception_is_the_same_everywhere_and_tells_images_apart() -> None:
     before = torch.get_rng_state()
-    extractor = features.build_extractor("random-inception", "cpu")
+    extractor = extractors.build_extractor("random-inception", "cpu")
     # uniform weights are exact arithmetic on the generator's bits, so this digest holds on every machine
     assert extractor.weights_sha256 == "609dea4275497059622e7cbe385903f82747b823286cb0968befd0fb2e98af8d"
     assert torch.equal(torch.get_rng_state(), before)
@@ -115,16 +119,16 @@ def test_random_inception_is_the_same_everywhere_and_tells_images_apart() -> Non
 
 def test_a_missing_weights_file_is_explained(hub: Path) -> None:
     with pytest.raises(EnvironmentLacks) as e:
-        features.build_extractor("inception", "cpu")
-    for part in (features.WEIGHTS_URL, str(hub), "evaluate.extractor=random-inception", "evaluate.extractor=pixels"):
+        extractors.build_extractor("inception", "cpu")
+    for part in (extractors.WEIGHTS_URL, str(hub), "evaluate.extractor=random-inception", "evaluate.extractor=pixels"):
         assert part in str(e.value)
 
 
 def test_a_failed_download_is_explained_and_leaves_nothing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "WEIGHTS_URL", (hub.parent / "nowhere.pth").as_uri())
+    monkeypatch.setattr(extractors, "WEIGHTS_URL", (hub.parent / "nowhere.pth").as_uri())
     timeout = socket.getdefaulttimeout()
     with pytest.raises(EnvironmentLacks, match=r"could not be downloaded .*put it at"):
-        features.ensure_inception_weights()
+        extractors.ensure_inception_weights()
     assert list(hub.parent.iterdir()) == [] and socket.getdefaulttimeout() == timeout
 
 
@@ -132,14 +136,14 @@ def test_a_download_with_another_hash_is_no_weights_file(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other.pth").write_bytes(b"a login page")
-    monkeypatch.setattr(features, "WEIGHTS_URL", (tmp_path / "other.pth").as_uri())
+    monkeypatch.setattr(extractors, "WEIGHTS_URL", (tmp_path / "other.pth").as_uri())
     with pytest.raises(EnvironmentLacks, match="invalid hash"):
-        features.ensure_inception_weights()
+        extractors.ensure_inception_weights()
     assert not hub.exists()
-    monkeypatch.setattr(features, "PUBLISHED_SHA256_PREFIX", rundir.sha256_file(tmp_path / "other.pth")[:8])
-    assert features.ensure_inception_weights() == hub and hub.read_bytes() == b"a login page"
+    monkeypatch.setattr(extractors, "PUBLISHED_SHA256_PREFIX", rundir.sha256_file(tmp_path / "other.pth")[:8])
+    assert extractors.ensure_inception_weights() == hub and hub.read_bytes() == b"a login page"
     (tmp_path / "other.pth").unlink()
-    assert features.ensure_inception_weights() == hub  # nothing is fetched twice
+    assert extractors.ensure_inception_weights() == hub  # nothing is fetched twice
 
 
 class Malicious:
@@ -159,7 +163,7 @@ def test_a_weights_file_that_is_none_is_named_and_never_executed(
     data = buffer.getvalue()
     hub.write_bytes(data[: len(data) // 2] if content == "truncated" else data)
     with pytest.raises(EnvironmentLacks, match=f"at {hub} cannot be read"):
-        features.build_extractor("inception", "cpu")
+        extractors.build_extractor("inception", "cpu")
     assert not (tmp_path / "executed").exists()
 
 
@@ -179,44 +183,33 @@ def counting(weights_sha256: str | None = None) -> tuple[Extractor, list[int]]:
 def test_extraction_goes_batch_by_batch_and_stops_between() -> None:
     extractor, calls = counting()
     images = random_images(10, 4)
-    got = features.extract(extractor, images, 4)
+    got = extract(extractor, images, batch=4)
     assert calls == [4, 4, 2]
     np.testing.assert_allclose(got, images.mean((1, 2)) / 255, atol=1e-6)
     polls = iter([None, "USR2"])
     with pytest.raises(Stopped, match="USR2"):
-        features.extract(extractor, images, 4, lambda: next(polls))
+        extract(extractor, images, batch=4, stop_requested=lambda: next(polls))
     assert calls == [4, 4, 2, 4]
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[SampleSet, Request]:
     """A set of two shards of seven samples each; only the second is published."""
-    request = Request(CheckpointRef(1, "ab"), "ema", "ddim", 1, 0.0, None, 0, 14, 2, 7, "fp32", None)
-    sample_set = RunDir(tmp_path / "run").sample_set("fid")
-    sampleset.publish_request(sample_set, request)
+    request = sampling.make_request(sampler="ddim", steps=1, num_samples=14, shards=2)
+    sample_set = sampling.make_set(tmp_path / "run", request)
     make_shard(sample_set, request, 1)
     return sample_set, request
 
 
 def make_shard(sample_set: SampleSet, request: Request, index: int, scale: float = 0.5) -> None:
-    generate.generate_shard(
-        sample_set,
-        request,
-        index,
-        eps_model=lambda x_t, t, labels: scale * x_t,
-        schedule=schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64)),
-        image_shape=(3, 4, 4),
-        variance="fixed_large",
-        num_classes=0,
-        device="cpu",
-    )
+    sampling.make_shard(sample_set, request, index, lambda x_t, t, labels: scale * x_t)
 
 
 def test_features_of_a_shard_are_kept(made: tuple[SampleSet, Request]) -> None:
     sample_set, request = made
     extractor, calls = counting()
-    first = features.shard_features(sample_set, request, 1, extractor)
-    again = features.shard_features(sample_set, request, 1, extractor)
+    first = shard_features(sample_set, request, 1, extractor)
+    again = shard_features(sample_set, request, 1, extractor)
     assert calls == [7] and again.dtype == np.float32
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(np.load(sample_set.path / "features-tiny-00001-of-00002.npy"), first)
@@ -231,14 +224,14 @@ def test_features_of_a_shard_are_kept(made: tuple[SampleSet, Request]) -> None:
         "self_sha256",
     }
     with pytest.raises(FileNotFoundError):
-        features.shard_features(sample_set, request, 0, extractor)
+        shard_features(sample_set, request, 0, extractor)
 
 
 @pytest.mark.parametrize("what", ["npy", "manifest", "extractor", "shard"])
 def test_features_are_computed_again_if_anything_under_them_changed(made: tuple[SampleSet, Request], what: str) -> None:
     sample_set, request = made
     extractor, calls = counting()
-    features.shard_features(sample_set, request, 1, extractor)
+    shard_features(sample_set, request, 1, extractor)
     path = sample_set.features("tiny", 1, 2)
     if what == "npy":
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
@@ -248,22 +241,22 @@ def test_features_are_computed_again_if_anything_under_them_changed(made: tuple[
         extractor, calls = counting("other weights")
         calls.append(7)
     else:
-        sampleset.withdraw_shard(sample_set, request, 1)
+        withdraw_shard(sample_set, request, 1)
         make_shard(sample_set, request, 1, scale=0.1)
         for part in sample_set.path.glob("part/*"):
             raise AssertionError(part)
-    got = features.shard_features(sample_set, request, 1, extractor)
+    got = shard_features(sample_set, request, 1, extractor)
     assert calls == [7, 7]
-    np.testing.assert_allclose(got, sampleset.verify_shard(sample_set, request, 1).images.mean((1, 2)) / 255, atol=1e-6)
-    np.testing.assert_array_equal(features.shard_features(sample_set, request, 1, extractor), got)
+    np.testing.assert_allclose(got, verify_shard(sample_set, request, 1).images.mean((1, 2)) / 255, atol=1e-6)
+    np.testing.assert_array_equal(shard_features(sample_set, request, 1, extractor), got)
     assert calls == [7, 7]
 
 
 def test_kept_features_do_not_hide_a_damaged_shard(made: tuple[SampleSet, Request]) -> None:
     sample_set, request = made
     extractor, _ = counting()
-    features.shard_features(sample_set, request, 1, extractor)
+    shard_features(sample_set, request, 1, extractor)
     path = sample_set.shard(1, 2)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DamagedFile, match=r"shard-00001-of-00002.npz: its sha256"):
-        features.shard_features(sample_set, request, 1, extractor)
+        shard_features(sample_set, request, 1, extractor)

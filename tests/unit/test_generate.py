@@ -10,37 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm import generate, rng, rundir, sampleset, schedule
+from ddpm import rng, rundir, schedule
+from ddpm.config import VARIANCES
 from ddpm.errors import DoNotRetry, RequestError, Stopped
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
-from ddpm.sampleset import CheckpointRef, Request
+from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampling.denoiser import Denoiser
+from ddpm.sampling.generate import generate_shard
+from ddpm.sampling.parts import Part, read_part, write_part
+from ddpm.sampling.request import Request
+from ddpm.sampling.shards import missing_shards, shard_range, unpack_png, verify_shard
+from tests.sampling import make_request, make_set
 
-STEPS = 3
+STEPS = make_request().steps
 SHAPE = (3, 6, 5)
-
-
-def make_request(**changes: Any) -> Request:
-    base = Request(
-        checkpoint=CheckpointRef(12, "ab" * 32),
-        weights="ema",
-        sampler="ancestral",
-        steps=STEPS,
-        eta=0.0,
-        guidance=None,
-        seed=5,
-        num_samples=53,
-        shards=8,
-        batch=7,
-        precision="fp32",
-        class_plan=None,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def make_set(tmp_path: Path, request: Request, name: str = "fid") -> SampleSet:
-    sample_set = RunDir(tmp_path / "run").sample_set(name)
-    sampleset.publish_request(sample_set, request)
-    return sample_set
 
 
 class Net(nn.Module):
@@ -63,25 +45,35 @@ class Net(nn.Module):
         return eps if labels is None else eps + self.classes(labels)[:, :, None, None]
 
 
-def run_shard(sample_set: SampleSet, request: Request, index: int, net: Any = None, **kwargs: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "eps_model": net or Net(request.batch),
-        "schedule": schedule.linear(100, 1e-4, 0.02),
-        "image_shape": SHAPE,
-        "variance": "fixed_large",
-        "num_classes": 0,
-        "device": "cpu",
-    }
-    return generate.generate_shard(sample_set, request, index, **{**options, **kwargs})
+def run_shard(
+    sample_set: SampleSet,
+    request: Request,
+    index: int,
+    net: Any = None,
+    *,
+    schedule_: schedule.Schedule | None = None,
+    variance: str = "fixed_large",
+    num_classes: int = 0,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    denoiser = Denoiser(
+        eps=net or Net(request.batch),
+        schedule=schedule_ or schedule.linear(100, 1e-4, 0.02),
+        image_shape=SHAPE,
+        variance=variance,
+        num_classes=num_classes,
+        device=torch.device("cpu"),
+    )
+    return generate_shard(sample_set, request, index, denoiser, **kwargs)
 
 
 def all_shards(tmp_path: Path, request: Request, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    sample_set = make_set(tmp_path, request, f"s{request.shards}")
+    sample_set = make_set(tmp_path / "run", request, f"s{request.shards}")
     guided = request.guidance is not None
     for index in range(request.shards):
         net = Net(request.batch * (2 if guided else 1), num_classes, null_label=guided)
         run_shard(sample_set, request, index, net, num_classes=num_classes)
-    shards = [sampleset.verify_shard(sample_set, request, i) for i in range(request.shards)]
+    shards = [verify_shard(sample_set, request, i) for i in range(request.shards)]
     return np.concatenate([s.images for s in shards]), np.concatenate([s.labels for s in shards])
 
 
@@ -131,7 +123,7 @@ def test_labels_reach_the_row_of_their_sample(tmp_path: Path) -> None:
         seen.append(labels.tolist())
         return x_t
 
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     run_shard(sample_set, request, 0, eps_model, num_classes=3)
     assert seen == [[0, 1, 2, 0]] * STEPS + [[1, 0, 0, 0]] * STEPS  # sample 4, of class 1, and unused rows
 
@@ -145,7 +137,7 @@ def test_guided_rows_come_with_their_labels_and_then_without(tmp_path: Path) -> 
         seen.append(labels.tolist())
         return x_t
 
-    manifest = run_shard(make_set(tmp_path, request), request, 0, eps_model, num_classes=3)
+    manifest = run_shard(make_set(tmp_path / "run", request), request, 0, eps_model, num_classes=3)
     assert seen == [[0, 1, 2, 2, 3, 3, 3, 3]] * STEPS + [[2, 0, 0, 0, 3, 3, 3, 3]] * STEPS
     assert manifest["nfe"] == 2 * STEPS
 
@@ -157,9 +149,9 @@ def test_guidance_of_weight_0_is_the_labelled_network_and_more_is_not(tmp_path: 
     images = {}
     for weight in (None, 0.0, 2.0):
         request = make_request(num_samples=14, shards=2, guidance=weight)
-        sample_set = make_set(tmp_path, request, f"w{weight}")
+        sample_set = make_set(tmp_path / "run", request, f"w{weight}")
         run_shard(sample_set, request, 1, eps_model, num_classes=4)
-        images[weight] = sampleset.verify_shard(sample_set, request, 1).images.tobytes()
+        images[weight] = verify_shard(sample_set, request, 1).images.tobytes()
     assert images[0.0] == images[None] != images[2.0]
 
 
@@ -168,9 +160,9 @@ def test_without_clipping_images_are_clipped_only_at_the_end(tmp_path: Path) -> 
     images = {}
     for clip in (True, False):
         request = make_request(sampler="ddim", num_samples=7, shards=1, clip_x_0=clip)
-        sample_set = make_set(tmp_path, request, f"clip-{clip}")
-        run_shard(sample_set, request, 0, lambda x_t, t, labels: 0.6 * x_t, schedule=schedule_)
-        images[clip] = sampleset.verify_shard(sample_set, request, 0).images
+        sample_set = make_set(tmp_path / "run", request, f"clip-{clip}")
+        run_shard(sample_set, request, 0, lambda x_t, t, labels: 0.6 * x_t, schedule_=schedule_)
+        images[clip] = verify_shard(sample_set, request, 0).images
     x_t = rng.normal(rng.key(5, "x_T"), torch.arange(7), 0, SHAPE).double()
     kept = schedule_.respace(STEPS)
     for i in reversed(range(STEPS)):
@@ -186,27 +178,27 @@ def test_without_clipping_images_are_clipped_only_at_the_end(tmp_path: Path) -> 
 def test_the_variance_of_a_request_comes_before_the_configs(tmp_path: Path) -> None:
     images = {}
     for asked in (None, "fixed_small", "fixed_large"):
-        for configured in sampleset.VARIANCES:
+        for configured in VARIANCES:
             request = make_request(num_samples=7, shards=1, variance=asked)
-            sample_set = make_set(tmp_path, request, f"{asked}-{configured}")
+            sample_set = make_set(tmp_path / "run", request, f"{asked}-{configured}")
             run_shard(sample_set, request, 0, variance=configured)
-            images[asked, configured] = sampleset.verify_shard(sample_set, request, 0).images.tobytes()
+            images[asked, configured] = verify_shard(sample_set, request, 0).images.tobytes()
     small, large = images[None, "fixed_small"], images[None, "fixed_large"]
     assert small != large
-    for configured in sampleset.VARIANCES:
+    for configured in VARIANCES:
         assert (images["fixed_small", configured], images["fixed_large", configured]) == (small, large)
 
 
 def test_the_value_of_a_sample_follows_from_its_index(tmp_path: Path) -> None:
     request = make_request(sampler="ddim", steps=1, num_samples=11, shards=2, batch=4)
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     one_step = schedule.Schedule.from_beta(torch.tensor([0.3], dtype=torch.float64))
     for index in range(2):
-        run_shard(sample_set, request, index, lambda x_t, t, labels: 0.9 * x_t, schedule=one_step)
+        run_shard(sample_set, request, index, lambda x_t, t, labels: 0.9 * x_t, schedule_=one_step)
     x_T = rng.normal(rng.key(request.seed, "x_T"), torch.tensor([8]), 0, SHAPE)[0]
     x_0 = (x_T - 0.3**0.5 * (0.9 * x_T)) / 0.7**0.5
     expected = ((x_0.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    got = sampleset.verify_shard(sample_set, request, 1).images[8 - 5]
+    got = verify_shard(sample_set, request, 1).images[8 - 5]
     assert np.abs(got - expected).max() <= 0.5 + 1e-3  # the nearest level, wherever the float arithmetic is the same
     assert len(np.unique(got)) > 20
 
@@ -215,7 +207,7 @@ def test_unused_rows_of_a_batch_are_zeros(tmp_path: Path) -> None:
     request = make_request(num_samples=6, shards=2, batch=4, sampler="ancestral")
     rows = []
     run_shard(
-        make_set(tmp_path, request),
+        make_set(tmp_path / "run", request),
         request,
         1,
         lambda x_t, t, labels: rows.append(x_t.abs().amax((1, 2, 3)) > 0) or torch.zeros_like(x_t),
@@ -229,15 +221,15 @@ def test_unused_rows_of_a_batch_are_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize("polls", range(0, 14))
 def test_a_stop_at_any_step_loses_at_most_a_batch(tmp_path: Path, polls: int) -> None:
     request = make_request(num_samples=20, shards=2, batch=4)  # shard 1: samples 10 to 19, in three batches
-    reference = make_set(tmp_path, request, "reference")
+    reference = make_set(tmp_path / "run", request, "reference")
     run_shard(reference, request, 1)
 
-    sample_set, net = make_set(tmp_path, request), Net(4)
+    sample_set, net = make_set(tmp_path / "run", request), Net(4)
     polls_a_batch = STEPS  # one before it, and one after each step but the last
     if polls < 3 * polls_a_batch:
         with pytest.raises(Stopped, match="SIGTERM"):
             run_shard(sample_set, request, 1, net, stop_requested=stop_after(polls))
-        assert sampleset.missing_shards(sample_set, request) == [0, 1]
+        assert missing_shards(sample_set, request) == [0, 1]
         finished = polls // polls_a_batch
         assert len(list(sample_set.part.glob("[!.]*"))) == finished if finished else not sample_set.part.exists()
         net.calls = 0
@@ -252,7 +244,7 @@ def test_a_stop_at_any_step_loses_at_most_a_batch(tmp_path: Path, polls: int) ->
 
 def test_a_kill_between_npz_and_manifest_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
 
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -261,16 +253,16 @@ def test_a_kill_between_npz_and_manifest_is_no_shard(tmp_path: Path, monkeypatch
         m.setattr(rundir, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run_shard(sample_set, request, 0)
-    assert sample_set.shard(0, 8).exists() and 0 in sampleset.missing_shards(sample_set, request)
+    assert sample_set.shard(0, 8).exists() and 0 in missing_shards(sample_set, request)
     net = Net(request.batch)
     run_shard(sample_set, request, 0, net)
     assert net.calls == 0  # its batch was finished
-    assert sampleset.verify_shard(sample_set, request, 0).first == 0
+    assert verify_shard(sample_set, request, 0).first == 0
 
 
 def test_only_temporaries_of_the_own_shard_are_removed(tmp_path: Path) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     sample_set.part.mkdir()
     own = [sample_set.path / ".tmp-shard-00000-of-00008.npz.x.1", sample_set.part / ".tmp-000000000-6.npz.x.1"]
     others = [sample_set.path / ".tmp-shard-00001-of-00008.npz.x.1", sample_set.part / ".tmp-000000006-7.npz.x.1"]
@@ -282,7 +274,7 @@ def test_only_temporaries_of_the_own_shard_are_removed(tmp_path: Path) -> None:
 
 def test_shards_leave_each_others_parts_alone_and_the_last_one_tidies_up(tmp_path: Path) -> None:
     request = make_request(num_samples=20, shards=2, batch=4)
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     with pytest.raises(Stopped):
         run_shard(sample_set, request, 1, stop_requested=stop_after(2 * STEPS))
     run_shard(sample_set, request, 0)
@@ -293,50 +285,51 @@ def test_shards_leave_each_others_parts_alone_and_the_last_one_tidies_up(tmp_pat
 
 def test_a_twin_that_published_first_is_accepted(tmp_path: Path) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     manifest = run_shard(sample_set, request, 2, progress=lambda *_: run_shard(sample_set, request, 2) and None)
-    assert manifest == sampleset.verify_shard(sample_set, request, 2).manifest
+    assert manifest == verify_shard(sample_set, request, 2).manifest
 
 
 # ---------------------------------------------------------------- damage
 
 
-def test_a_damaged_part_is_computed_again_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_part_is_computed_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = make_request(num_samples=20, shards=2, batch=4)
-    reference = make_set(tmp_path, request, "reference")
+    reference = make_set(tmp_path / "run", request, "reference")
     run_shard(reference, request, 1)
-    sample_set, net = make_set(tmp_path, request), Net(4)
+    sample_set, net = make_set(tmp_path / "run", request), Net(4)
     with pytest.raises(Stopped):
         run_shard(sample_set, request, 1, net, stop_requested=stop_after(2 * STEPS))
     flip_byte(sample_set.part / "000000014-4.npz", 400)
     net.calls = 0
     run_shard(sample_set, request, 1, net)
-    assert net.calls == 2 * STEPS and "000000014-4.npz damaged" in caplog.text
+    assert net.calls == 2 * STEPS
+    assert "000000014-4.npz damaged, computing these samples again" in capsys.readouterr().out
     assert sample_set.shard(1, 2).read_bytes() == reference.shard(1, 2).read_bytes()
 
 
 def test_no_flipped_byte_of_a_part_changes_a_sample(tmp_path: Path) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
-    part = generate._Part(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8), 3)
-    generate._write_part(sample_set, request, 0, part, "")
+    sample_set = make_set(tmp_path / "run", request)
+    part = Part(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8), 3)
+    write_part(sample_set, request, 0, part, "")
     path = sample_set.part / "000000000-6.npz"
     good, rejected = path.read_bytes(), 0
     for position in range(0, len(good), 3):
         path.write_bytes(good)
         flip_byte(path, position)
-        got = generate._read_part(sample_set, request, 0, 6)
+        got = read_part(sample_set, request, 0, 6)
         rejected += got is None
         assert got is None or (got.images.tobytes(), got.nfe) == (part.images.tobytes(), 3)
     assert rejected > len(good) / 3 / 2
     path.write_bytes(good)
-    assert generate._read_part(sample_set, dataclasses.replace(request, seed=6), 0, 6) is None  # of another request
+    assert read_part(sample_set, dataclasses.replace(request, seed=6), 0, 6) is None  # of another request
 
 
 @pytest.mark.parametrize("victim", ["npz", "json", "truncated", "gone"])
 def test_a_damaged_shard_is_noticed_and_made_again(tmp_path: Path, victim: str) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     run_shard(sample_set, request, 3)
     shard, manifest = sample_set.shard(3, 8), sample_set.shard_manifest(3, 8)
     good = shard.read_bytes(), manifest.read_bytes()
@@ -349,14 +342,14 @@ def test_a_damaged_shard_is_noticed_and_made_again(tmp_path: Path, victim: str) 
     else:
         shard.unlink()
     with pytest.raises(DamagedFile, match="shard-00003-of-00008"):
-        sampleset.verify_shard(sample_set, request, 3)
+        verify_shard(sample_set, request, 3)
     run_shard(sample_set, request, 3)
     assert (shard.read_bytes(), manifest.read_bytes()) == good
 
 
 def test_a_good_shard_returns_at_once(tmp_path: Path) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     manifest = run_shard(sample_set, request, 7)
     net = Net(7)
     assert run_shard(sample_set, request, 7, net) == manifest and net.calls == 0
@@ -367,153 +360,35 @@ def test_a_good_shard_returns_at_once(tmp_path: Path) -> None:
 
 def test_a_copied_shard_is_found_even_with_a_forged_manifest(tmp_path: Path) -> None:
     request = make_request(num_samples=56)
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     manifest = run_shard(sample_set, request, 2)
     sample_set.shard(3, 8).write_bytes(sample_set.shard(2, 8).read_bytes())
     rundir.write_json(sample_set.shard_manifest(3, 8), rundir.sign({**manifest, "shard": 3, "first": 21}))
     with pytest.raises(DamagedFile, match="begins at sample 14, not at 21"):
-        sampleset.verify_shard(sample_set, request, 3)
+        verify_shard(sample_set, request, 3)
 
 
 def test_missing_shards_are_those_without_a_manifest_of_this_request(tmp_path: Path) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
-    assert sampleset.missing_shards(sample_set, request) == list(range(8))
+    sample_set = make_set(tmp_path / "run", request)
+    assert missing_shards(sample_set, request) == list(range(8))
     for index in (1, 4, 5):
         run_shard(sample_set, request, index)
     flip_byte(sample_set.shard_manifest(4, 8), 30)
-    assert sampleset.missing_shards(sample_set, request) == [0, 2, 3, 4, 6, 7]
+    assert missing_shards(sample_set, request) == [0, 2, 3, 4, 6, 7]
     other = dataclasses.replace(request, seed=6)
-    assert sampleset.missing_shards(sample_set, other) == list(range(8))
+    assert missing_shards(sample_set, other) == list(range(8))
 
 
 def test_output_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     request = make_request()
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     with pytest.raises(DoNotRetry, match=r"samples 6 to 12 are not finite: the ema weights of step 12"):
         run_shard(sample_set, request, 1, lambda x_t, t, labels: x_t * float("nan"))
-    assert sampleset.missing_shards(sample_set, request) == list(range(8))
+    assert missing_shards(sample_set, request) == list(range(8))
 
 
-# ---------------------------------------------------------------- the request
-
-
-def test_a_request_is_published_once(tmp_path: Path) -> None:
-    request = make_request()
-    sample_set = make_set(tmp_path, request)
-    before = sample_set.request.read_bytes()
-    assert sampleset.publish_request(sample_set, make_request(eta=0)).digest == request.digest
-    other = make_request(checkpoint=CheckpointRef(13, "cd" * 32), seed=9)
-    with pytest.raises(RequestError) as e:
-        sampleset.publish_request(sample_set, other)
-    for part in (
-        "checkpoint.step is 12 there and 13 asked for",
-        "checkpoint.sha256",
-        "seed is 5 there and 9 asked for",
-        "--set OTHERNAME",
-    ):
-        assert part in str(e.value)
-    assert "num_samples" not in str(e.value)
-    assert sample_set.request.read_bytes() == before
-
-
-def test_request_json_has_the_public_form(tmp_path: Path) -> None:
-    request = make_request()
-    sample_set = make_set(tmp_path, request)
-    record = rundir.read_json(sample_set.request)
-    assert record is not None and list(record) == [
-        "checkpoint",
-        "weights",
-        "sampler",
-        "steps",
-        "eta",
-        "guidance",
-        "seed",
-        "num_samples",
-        "shards",
-        "batch",
-        "precision",
-        "class_plan",
-        "digest",
-    ]
-    assert record["checkpoint"] == {"step": 12, "sha256": "ab" * 32}
-    assert record.pop("digest") == rundir.sha256_json(record)
-    assert sampleset.read_request(sample_set) == request
-
-
-def test_a_request_from_before_there_was_a_choice_of_clipping_keeps_its_digest() -> None:
-    record = {
-        "checkpoint": {"step": 12, "sha256": "ab" * 32},
-        "weights": "ema",
-        "sampler": "ancestral",
-        "steps": 3,
-        "eta": 0.0,
-        "guidance": None,
-        "seed": 5,
-        "num_samples": 53,
-        "shards": 8,
-        "batch": 7,
-        "precision": "fp32",
-        "class_plan": None,
-    }
-    digest = "81248bc6c730d4f3e65ace34b9a782c7e37fe90093c4bfb0f11155f8ea3adb36"
-    request = Request.from_record({**record, "digest": digest})
-    assert request == make_request() and request.clip_x_0 and request.digest == digest
-
-
-def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the_digest(tmp_path: Path) -> None:
-    request = make_request(guidance=1, class_plan=[50, 3], clip_x_0=False)
-    sample_set = make_set(tmp_path, request)
-    record = rundir.read_json(sample_set.request)
-    assert record is not None
-    assert (record["guidance"], record["class_plan"], record["clip_x_0"]) == (1.0, [50, 3], False)
-    assert (
-        sampleset.read_request(sample_set) == request == make_request(guidance=1.0, class_plan=(50, 3), clip_x_0=False)
-    )
-    others = [make_request(), make_request(guidance=1), make_request(class_plan=[50, 3]), make_request(clip_x_0=False)]
-    others += [make_request(variance="fixed_small"), make_request(variance="fixed_large")]
-    assert len({r.digest for r in [request, *others]}) == 7
-
-
-def test_a_variance_survives_the_file_that_says_it_only_where_it_was_asked_for(tmp_path: Path) -> None:
-    request = make_request(variance="fixed_small")
-    sample_set = make_set(tmp_path, request)
-    assert sampleset.read_request(sample_set) == request and request.to_record()["variance"] == "fixed_small"
-    assert make_request().to_record().keys() == request.to_record().keys() - {"variance"}
-    needless = {**make_request()._body(), "variance": None}
-    with pytest.raises(DamagedFile, match="left out"):
-        Request.from_record({**needless, "digest": rundir.sha256_json(needless)})
-
-
-def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
-    sample_set = RunDir(tmp_path / "my run").sample_set("fid")
-    with pytest.raises(RequestError, match=r"make it with `python launch/sample.py '.*my run' --set fid`"):
-        sampleset.read_request(sample_set)
-    sampleset.publish_request(sample_set, make_request())
-    text = sample_set.request.read_text()
-    sample_set.request.write_text(text.replace('"seed": 5', '"seed": 6'))
-    with pytest.raises(RequestError, match=r"request.json is damaged: its digest"):
-        sampleset.read_request(sample_set)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"shards": 54}, "shards = 54: at most num_samples = 53"),
-        ({"batch": 0}, "batch = 0"),
-        ({"class_plan": [50, 2]}, r"class_plan = \[50, 2\]: .* num_samples = 53; here the sum is 52"),
-        ({"class_plan": [54, -1]}, r"class_plan = \[54, -1\]: must be counts of 0 or more"),
-        ({"guidance": -0.5}, "guidance = -0.5: must be at least 0"),
-        ({"guidance": float("nan")}, "guidance = nan"),
-        ({"eta": 0.5}, "eta = 0.5: only ddim has it; with sampler = ancestral leave it out"),
-        ({"sampler": "dpmpp_2m", "eta": 0.5}, "eta = 0.5: only ddim has it; with sampler = dpmpp_2m"),
-        ({"variance": "small"}, "variance = 'small': use one of fixed_large, fixed_small"),
-        ({"sampler": "ddim", "variance": "fixed_large"}, "variance = fixed_large: only ancestral has one; .* = ddim"),
-    ],
-)
-def test_an_impossible_request_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        make_request(**changes)
+# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -529,25 +404,18 @@ def test_a_request_that_the_model_has_no_classes_for_is_refused(
 ) -> None:
     request = make_request(**changes)
     with pytest.raises(RequestError, match=message):
-        run_shard(make_set(tmp_path, request), request, 0, num_classes=num_classes)
+        run_shard(make_set(tmp_path / "run", request), request, 0, num_classes=num_classes)
 
 
 def test_an_unknown_sampler_is_refused(tmp_path: Path) -> None:
     request = make_request(sampler="euler")
     with pytest.raises(RequestError, match="sampler = 'euler': use one of ancestral, ddim, dpmpp_2m"):
-        run_shard(make_set(tmp_path, request), request, 0)
-
-
-@pytest.mark.parametrize("name", ["a b", ".hidden"])
-def test_a_set_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RequestError, match="sample set name"):
-        sampleset.publish_request(SampleSet(tmp_path / name), make_request())
-    assert not (tmp_path / name).exists()
+        run_shard(make_set(tmp_path / "run", request), request, 0)
 
 
 @pytest.mark.parametrize(("num_samples", "shards"), [(50_000, 64), (53, 8), (7, 7), (1, 1), (1000, 3)])
 def test_shards_tile_the_samples_evenly(num_samples: int, shards: int) -> None:
-    ranges = [sampleset.shard_range(num_samples, shards, i) for i in range(shards)]
+    ranges = [shard_range(num_samples, shards, i) for i in range(shards)]
     assert [i for first, num in ranges for i in range(first, first + num)] == list(range(num_samples))
     assert max(n for _, n in ranges) - min(n for _, n in ranges) <= 1
 
@@ -555,7 +423,7 @@ def test_shards_tile_the_samples_evenly(num_samples: int, shards: int) -> None:
 @pytest.mark.parametrize("index", [-1, 8])
 def test_a_shard_outside_the_set_is_refused(index: int) -> None:
     with pytest.raises(RequestError, match="from 0 to 7"):
-        sampleset.shard_range(53, 8, index)
+        shard_range(53, 8, index)
 
 
 # ---------------------------------------------------------------- the rest
@@ -563,23 +431,23 @@ def test_a_shard_outside_the_set_is_refused(index: int) -> None:
 
 def test_pngs_are_the_samples(tmp_path: Path) -> None:
     request = make_request(num_samples=9, shards=2, batch=4)
-    sample_set = make_set(tmp_path, request)
+    sample_set = make_set(tmp_path / "run", request)
     with pytest.raises(FileNotFoundError):
-        sampleset.unpack_png(sample_set, request, tmp_path / "png")
+        unpack_png(sample_set, request, tmp_path / "png")
     assert not (tmp_path / "png").exists()
     for index in range(2):
         run_shard(sample_set, request, index)
-    sampleset.unpack_png(sample_set, request, tmp_path / "png")
-    images = np.concatenate([sampleset.verify_shard(sample_set, request, i).images for i in range(2)])
+    unpack_png(sample_set, request, tmp_path / "png")
+    images = np.concatenate([verify_shard(sample_set, request, i).images for i in range(2)])
     assert len(list((tmp_path / "png").iterdir())) == 9
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / f"{i:06d}.png")), image)
-    assert sampleset.unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
+    assert unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
     (tmp_path / "png" / "000003.png").unlink()
     with pytest.raises(RequestError, match="does not hold this set's 9 images"):
-        sampleset.unpack_png(sample_set, request, tmp_path / "png")
+        unpack_png(sample_set, request, tmp_path / "png")
 
 
 def test_importing_what_a_login_node_needs_loads_no_torch() -> None:
-    code = "import sys, ddpm.generate, ddpm.sampleset; sys.exit('torch' in sys.modules)"
+    code = "import sys, ddpm.sampling.request, ddpm.sampling.shards; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm import runtime, schedule
+from ddpm import schedule
 from ddpm.config import Config
+from ddpm.network.build import build_model
 from ddpm.run import generations
 from ddpm.rundir import RunDir
 from ddpm.training import grids, ranks
@@ -43,7 +44,7 @@ def test_a_grid_shows_the_weights_that_the_config_samples_and_changes_no_step(tm
     config = make_config(**options, sample__weights=weights, log__grid_every_steps=3)
     live(config, run)
     assert_same_end(plain, run, TOTAL)
-    network = runtime.build_model(config, torch.device("cpu"), "off")
+    network = build_model(config, torch.device("cpu"), "off")
     network.load_state_dict(generations.load(run, TOTAL)[weights])
     drawn = grids.draw(config, network.eval(), schedule.build(config.diffusion), "off", lambda: None)
     assert np.array_equal(grid_of(run, TOTAL), drawn) and run.grid(3).exists()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm import runtime, schedule
+from ddpm import schedule
 from ddpm.config import Config, load
+from ddpm.network.build import build_model
 from ddpm.unet import UNet
 from tools import inspect_config
 
@@ -31,9 +32,9 @@ def number(pattern: str, path: Path) -> int:
 
 
 def network(config: Config) -> UNet:
-    """As runtime.build_model makes it, without memory for its weights."""
+    """As build_model makes it, without memory for its weights."""
     with torch.device("meta"):
-        return runtime.build_model(config, torch.device("meta"), "off")
+        return build_model(config, torch.device("meta"), "off")
 
 
 def test_there_is_a_file_for_every_recipe() -> None:
@@ -91,7 +92,7 @@ def test_the_step_of_the_milestone_in_the_header_is_that_of_its_epoch(name: str,
 def test_a_narrow_version_of_it_predicts_and_learns(path: Path) -> None:
     """The same structure and options on fewer channels, at the recipe's own image size."""
     config = load(path, ["model.base_channels=32"])
-    model = runtime.build_model(config, torch.device("cpu"), "off")
+    model = build_model(config, torch.device("cpu"), "off")
     size = config.data.image_size
     labels = torch.tensor([config.model.num_classes - 1]) if config.model.num_classes else None
     eps = model(torch.randn(1, 3, size, size), torch.tensor([999]), labels)

@@ -1,15 +1,16 @@
-"""ddpm/samplers.py: the papers' update rules, where noise is used, what is counted and reported."""
+"""ddpm/diffusion/samplers.py: the papers' update rules, where noise is used, what is counted and reported."""
 
 import inspect
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm.guidance import Guided
-from ddpm.samplers import SAMPLERS, SamplerStep, ancestral, ddim, dpmpp_2m
+from ddpm.diffusion.guidance import Guided
+from ddpm.diffusion.samplers import SAMPLERS, SamplerStep, ancestral, ddim, dpmpp_2m, sample, to_images
 from ddpm.schedule import cosine, linear
 from tools.bench import sampler_orders
 
@@ -70,7 +71,7 @@ def test_ancestral_is_algorithm_2(variance, sigma_of, steps):
     def line_4(a: dict) -> Tensor:
         return (a["x"] - (1 - a["alpha"]) / math.sqrt(1 - a["alpha_bar"]) * a["eps"]) / math.sqrt(a["alpha"])
 
-    result = ancestral(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=steps, variance=variance)
+    result = sample(_exact_eps, ancestral(SCHEDULE, steps, variance=variance), x_T, noise=_Noise(x_T.shape))
     expected = _reference(steps, sigma_of, line_4, x_T)
     # float32 against float64: the first step divides by sqrt(alpha_bar) = 0.0064 what it has rounded; many
     # steps forget it
@@ -86,7 +87,7 @@ def test_ddim_is_equation_12(eta, steps):
         x_0 = (a["x"] - math.sqrt(1 - a["alpha_bar"]) * a["eps"]) / math.sqrt(a["alpha_bar"])
         return math.sqrt(a["prev"]) * x_0 + math.sqrt(1 - a["prev"] - a["sigma"] ** 2) * a["eps"]
 
-    result = ddim(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=steps, eta=eta)
+    result = sample(_exact_eps, ddim(SCHEDULE, steps, eta=eta), x_T, noise=_Noise(x_T.shape))
     expected = _reference(steps, lambda a: eta * _fixed_small(a), equation_12, x_T)
     torch.testing.assert_close(result.x_0.double(), expected, rtol=0, atol=5e-6 if steps > 2 else 1e-4)  # as above
 
@@ -115,7 +116,7 @@ def test_dpmpp_2m_is_algorithm_2(schedule, steps):
             d = (1 + 1 / (2 * r)) * q - 1 / (2 * r) * q_last
         x = sigma[i - 1] / sigma[i] * x - alpha[i - 1] * (math.exp(-h) - 1) * d
         q_last = q
-    result = dpmpp_2m(eps_model, schedule, x_T, noise=_Noise(x_T.shape), steps=steps, clip_x_0=False)
+    result = sample(eps_model, dpmpp_2m(schedule, steps), x_T, noise=_Noise(x_T.shape), clip_x_0=False)
     # float64; the cosine's first prediction is divided by sqrt(alpha_bar) = 5e-5
     torch.testing.assert_close(result.x_0, q, rtol=1e-9, atol=1e-9)
 
@@ -123,7 +124,7 @@ def test_dpmpp_2m_is_algorithm_2(schedule, steps):
 def test_deterministic_dpmpp_2m_asks_for_no_noise_and_visits_even_timesteps_above_0():
     x_T = _start(1, 1, 2, 2)
     noise, steps = _Noise(x_T.shape), []
-    dpmpp_2m(_exact_eps, SCHEDULE, x_T, noise=noise, steps=5, callback=steps.append)
+    sample(_exact_eps, dpmpp_2m(SCHEDULE, 5), x_T, noise=noise, callback=steps.append)
     assert noise.asked == []
     assert [step.t for step in steps] == [999, 799, 599, 400, 200]
 
@@ -146,8 +147,8 @@ def test_twenty_steps_of_dpmpp_2m_are_nearer_than_twenty_of_ddim():
 
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance():
     x_T = _start(2, 3, 4, 4)
-    a = ddim(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=20, eta=1.0)
-    b = ancestral(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=20, variance="fixed_small")
+    a = sample(_exact_eps, ddim(SCHEDULE, 20, eta=1.0), x_T, noise=_Noise(x_T.shape))
+    b = sample(_exact_eps, ancestral(SCHEDULE, 20, variance="fixed_small"), x_T, noise=_Noise(x_T.shape))
     torch.testing.assert_close(a.x_0, b.x_0, rtol=0, atol=1e-5)  # the same algebra, rounded differently
 
 
@@ -162,7 +163,7 @@ def test_ddim_with_eta_1_is_ancestral_with_the_small_variance():
 )
 def test_exact_eps_of_a_gaussian_gives_back_its_moments(sampler, steps, options):
     x_T = _start(64, 1, 8, 8)
-    x_0 = sampler(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=steps, **options).x_0
+    x_0 = sample(_exact_eps, sampler(SCHEDULE, steps, **options), x_T, noise=_Noise(x_T.shape)).x_0
     # 4,096 pixels: a standard error of 0.0023 on the mean, 1.1 % on the deviation; a few % are the steps' own
     assert x_0.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert x_0.std().item() == pytest.approx(STD, rel=0.06)
@@ -180,7 +181,7 @@ def test_the_network_sees_the_original_timesteps_once_each_and_nfe_says_so(sampl
         return torch.zeros_like(x_t)
 
     x_T = _start(3, 1, 2, 2)
-    result = sampler(eps_model, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=steps)
+    result = sample(eps_model, sampler(SCHEDULE, steps), x_T, noise=_Noise(x_T.shape))
     kept = SCHEDULE.respace(steps, keep_first=sampler is not dpmpp_2m)
     assert seen == kept.timesteps.tolist()[::-1]
     assert result.nfe == steps == len(seen)
@@ -190,7 +191,7 @@ def test_the_network_sees_the_original_timesteps_once_each_and_nfe_says_so(sampl
 def test_deterministic_ddim_asks_for_no_noise():
     x_T = _start(1, 1, 2, 2)
     noise = _Noise(x_T.shape)
-    ddim(_exact_eps, SCHEDULE, x_T, noise=noise, steps=20, eta=0.0)
+    sample(_exact_eps, ddim(SCHEDULE, 20, eta=0.0), x_T, noise=noise)
     assert noise.asked == []
 
 
@@ -200,7 +201,7 @@ def test_deterministic_ddim_asks_for_no_noise():
 def test_noise_is_asked_for_by_timestep_at_every_step_but_the_last(sampler, options):
     x_T = _start(1, 1, 2, 2)
     noise = _Noise(x_T.shape)
-    sampler(_exact_eps, SCHEDULE, x_T, noise=noise, steps=5, **options)
+    sample(_exact_eps, sampler(SCHEDULE, 5, **options), x_T, noise=noise)
     assert noise.asked == [999, 749, 500, 250]
 
 
@@ -211,7 +212,7 @@ def test_x_0_is_clipped_at_every_step(sampler):
 
     steps: list[SamplerStep] = []
     x_T = _start(2, 3, 4, 4)
-    result = sampler(wild, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=12, callback=steps.append)
+    result = sample(wild, sampler(SCHEDULE, 12), x_T, noise=_Noise(x_T.shape), callback=steps.append)
     assert all(step.x_0.abs().max() <= 1.0 for step in steps)
     assert any((step.x_0.abs() == 1.0).any() for step in steps)
     assert result.x_0.isfinite().all()
@@ -221,12 +222,11 @@ def test_x_0_is_clipped_at_every_step(sampler):
 def test_without_clipping_x_0_goes_beyond_the_range(sampler):
     steps: list[SamplerStep] = []
     x_T = torch.full((1, 1, 1, 1), 2.5)
-    result = sampler(
+    result = sample(
         lambda x, t: torch.zeros_like(x),
-        SCHEDULE,
+        sampler(SCHEDULE, 4),
         x_T,
         noise=lambda t: torch.zeros_like(x_T),
-        steps=4,
         clip_x_0=False,
         callback=steps.append,
     )
@@ -238,7 +238,7 @@ def test_after_clipping_ddim_goes_on_from_the_eps_that_fits():
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps must hold with the clipped x_0."""
     steps: list[SamplerStep] = []
     x_T = torch.full((1, 1, 1, 1), 2.5)
-    ddim(lambda x, t: torch.zeros_like(x), SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=10, callback=steps.append)
+    sample(lambda x, t: torch.zeros_like(x), ddim(SCHEDULE, 10), x_T, noise=_Noise(x_T.shape), callback=steps.append)
     first, second = steps[0], steps[1]
     assert first.x_0.item() == 1.0  # 2.5 / 0.0064, clipped
     now, then = SCHEDULE.alpha_bar[first.t].item(), SCHEDULE.alpha_bar[second.t].item()
@@ -250,7 +250,7 @@ def test_after_clipping_ddim_goes_on_from_the_eps_that_fits():
 def test_the_callback_sees_every_step_and_the_last_x_0_is_the_result(sampler):
     steps: list[SamplerStep] = []
     x_T = _start(2, 1, 4, 4)
-    result = sampler(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=5, callback=steps.append)
+    result = sample(_exact_eps, sampler(SCHEDULE, 5), x_T, noise=_Noise(x_T.shape), callback=steps.append)
     assert [s.index for s in steps] == [0, 1, 2, 3, 4]
     assert [s.t for s in steps] == ([999, 799, 599, 400, 200] if sampler is dpmpp_2m else [999, 749, 500, 250, 0])
     assert {s.num_steps for s in steps} == {5}
@@ -276,7 +276,7 @@ def test_a_callback_that_raises_stops_sampling():
 
     x_T = _start(1, 1, 2, 2)
     with pytest.raises(Stop):
-        ddim(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=10, callback=callback)
+        sample(_exact_eps, ddim(SCHEDULE, 10), x_T, noise=_Noise(x_T.shape), callback=callback)
     assert calls == [0, 1, 2]
     assert torch.is_grad_enabled()
 
@@ -285,7 +285,7 @@ def test_a_callback_that_raises_stops_sampling():
 def test_the_starting_noise_is_left_alone(sampler):
     x_T = _start(2, 1, 4, 4)
     before = x_T.clone()
-    sampler(_exact_eps, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=3)
+    sample(_exact_eps, sampler(SCHEDULE, 3), x_T, noise=_Noise(x_T.shape))
     assert torch.equal(x_T, before)
 
 
@@ -298,7 +298,7 @@ def test_a_half_precision_network_is_sampled_in_float32(sampler):
         seen.add(x_t.dtype)
         return _exact_eps(x_t, t).bfloat16()
 
-    result = sampler(eps_model, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=4)
+    result = sample(eps_model, sampler(SCHEDULE, 4), x_T, noise=_Noise(x_T.shape))
     assert seen == {torch.float32} and result.x_0.dtype == torch.float32
 
 
@@ -333,7 +333,7 @@ def test_a_guided_step_counts_as_two_evaluations(sampler):
 
     x_T = _start(3, 1, 2, 2)
     model = Guided(network, torch.tensor([0, 1, 2]), null_label=3, weight=1.0)
-    result = sampler(model, SCHEDULE, x_T, noise=_Noise(x_T.shape), steps=7)
+    result = sample(model, sampler(SCHEDULE, 7), x_T, noise=_Noise(x_T.shape))
     assert rows == [6] * 7
     assert result.nfe == 14 == sum(rows) / len(x_T)
 
@@ -356,7 +356,14 @@ def test_all_samplers_have_one_signature():
     ],
 )
 def test_impossible_requests_are_refused(sampler, options, message):
-    options = dict(options)
+    options = {"steps": 5, **options}
     x_T = options.pop("x_T", torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match=message):
-        sampler(_exact_eps, SCHEDULE, x_T, noise=_Noise((1, 1, 2, 2)), **{"steps": 5, **options})
+        sample(_exact_eps, sampler(SCHEDULE, **options), x_T, noise=_Noise((1, 1, 2, 2)))
+
+
+def test_images_are_the_nearest_levels():
+    x_0 = torch.tensor([-2.0, -1.0, -1.0 + 0.6 / 127.5, 0.0, 1.0, 1.5]).view(1, 1, 2, 3).expand(2, 3, 2, 3)
+    images = to_images(x_0)
+    assert images.shape == (2, 2, 3, 3) and images.dtype == np.uint8 and images.flags["C_CONTIGUOUS"]
+    assert images[0, :, :, 0].tolist() == [[0, 0, 1], [128, 255, 255]]  # 127.5: to the even of two as near

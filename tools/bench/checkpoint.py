@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm import config, data, runtime
+from ddpm import config, data
 from ddpm.fence import Fence
+from ddpm.network.device import apply, resolve
 from ddpm.run.saving import num_bytes
 from ddpm.rundir import EventLog, RunDir
 from ddpm.training.ranks import World
@@ -34,8 +35,8 @@ def make_trainer(run: RunDir, device: torch.device, batch: int, cores: int) -> T
     asked = config.load(PROJECT / "configs" / "cifar10.yaml", options)
     images = np.random.default_rng(0).integers(0, 256, size=(1000, 32, 32, 3), dtype=np.uint8)
     packed = data.PackedImages(images, np.zeros(1000, np.int64), "noise", "train", data.images_digest(images))
-    resolved = runtime.resolve(asked, device, cores)
-    runtime.apply(resolved)
+    resolved = resolve(asked, device, cores)
+    apply(resolved)
     fence = Fence(run, {"job": "bench", "restart": 0, "host": "here"})
     events = EventLog(run, "bench", 0, "here")
     trainer = Trainer(asked, run, World(0, 1, device), packed, resolved, fence=fence, events=events, owner={})

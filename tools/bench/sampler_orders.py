@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm.samplers import SAMPLERS
+from ddpm.diffusion.samplers import SAMPLERS, sample
 from ddpm.schedule import Schedule, cosine, dns, linear
 
 STEPS = (5, 10, 20, 50, 100, 200, 500, 1000)
@@ -78,8 +78,8 @@ def error(case: Case, schedule: Schedule, steps: int, mu: float = MU, s: float =
         unit[row[t]] = 1.0
         return unit
 
-    sampler, eps_model = SAMPLERS[case.sampler], exact_eps(schedule, mu, s)
-    result = sampler(eps_model, schedule, x_T, noise=noise, steps=steps, clip_x_0=False, **case.options)
+    coefficients = SAMPLERS[case.sampler](schedule, steps, **case.options)
+    result = sample(exact_eps(schedule, mu, s), coefficients, x_T, noise=noise, clip_x_0=False)
     constant, *factors = result.x_0.flatten().tolist()
     of_x_T, *of_noise = [factor - constant for factor in factors]
     alpha_bar = schedule.alpha_bar[-1].item()

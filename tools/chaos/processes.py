@@ -136,9 +136,9 @@ GROWTH_STEPS = 4
 
 def half_precision() -> None:
     """For `life`: fp16, which the project leaves to GPUs, on the CPU; the loss scale soon overflows, then grows."""
-    from ddpm import runtime
+    from ddpm.network import device
 
-    runtime.resolve = lambda *_: runtime.Resolved("fp16", compile=False, deterministic=True, threads=1)
+    device.resolve = lambda *_: device.Resolved("fp16", compile=False, deterministic=True, threads=1)
     scaler = functools.partial(torch.amp.GradScaler, init_scale=FIRST_SCALE, growth_interval=GROWTH_STEPS)
     torch.amp.GradScaler = scaler  # type: ignore[assignment,misc]
 
@@ -196,7 +196,7 @@ def recording(run: RunDir, acts: dict[int, Act]) -> Callable[[], None]:
     """For `life`: `at_steps`, and digests of what each rank trains on (x_0, t, eps), by step and place in the batch."""
 
     def before() -> None:
-        from ddpm.diffusion import Diffusion
+        from ddpm.diffusion.forward import Diffusion
         from ddpm.training.step import Step
 
         at_steps(acts)()
@@ -366,8 +366,8 @@ def the_network_is_never_finite(_: int) -> Result:
 
 MOMENTS = (
     "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.training.trainer.Trainer.resume",
-    "launch.environment.set_defaults", "ddpm.training.ranks.join", "ddpm.data.open_packed", "ddpm.runtime.resolve",
-    "ddpm.training.trainer.Trainer.__init__", "ddpm.run.generations.newest_good",
+    "launch.environment.set_defaults", "ddpm.training.ranks.join", "ddpm.data.open_packed",
+    "ddpm.network.device.resolve", "ddpm.training.trainer.Trainer.__init__", "ddpm.run.generations.newest_good",
 )  # fmt: skip
 
 

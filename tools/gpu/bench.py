@@ -21,11 +21,18 @@ import numpy as np
 import torch
 from torch._inductor import config as inductor_config
 
-from ddpm import checkpoint, config, data, features, rng, runtime, samplers, schedule
-from ddpm.distributed import World
+from ddpm import config, data, rng, schedule
+from ddpm.diffusion import samplers
 from ddpm.fence import Fence
+from ddpm.network.build import build_model
+from ddpm.network.device import apply, resolve
+from ddpm.run import generations
+from ddpm.run import saving as savings
 from ddpm.rundir import RunDir
-from ddpm.trainer import Trainer
+from ddpm.sampling.denoiser import eps_of
+from ddpm.scoring.extractors import build_extractor
+from ddpm.training.ranks import World
+from ddpm.training.trainer import Trainer
 from tools.gpu import PROJECT
 
 GPU = torch.cuda.is_available()
@@ -93,8 +100,8 @@ def peaks() -> dict[str, Any]:
 
 
 def trainer_of(asked: config.Config, run: RunDir, packed: data.PackedImages) -> tuple[Trainer, Fence]:
-    resolved = runtime.resolve(asked, DEVICE, 1)
-    runtime.apply(resolved)
+    resolved = resolve(asked, DEVICE, 1)
+    apply(resolved)
     fence = Fence(run, {"job": "bench", "restart": 0, "host": "here"})
     return Trainer(asked, run, World(0, 1, DEVICE), packed, resolved, fence=fence, events=None, owner={}), fence
 
@@ -262,26 +269,25 @@ def sampling(batch: int, *, compiled: bool = False, cast: bool = False, steps: i
     asked = cifar10()
     torch.compiler.reset()
     precision = "bf16" if GPU else "fp32"
-    model: Any = runtime.build_model(asked, DEVICE, precision).eval()
+    model: Any = build_model(asked, DEVICE, precision).eval()
     if cast:
         model = model.to(torch.bfloat16)
     network = torch.compile(model) if compiled else model
     x_T = rng.normal(rng.key(0, "x_T"), torch.arange(batch, device=DEVICE), 0, SHAPE)
 
-    def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), runtime.autocast("off" if cast else precision, DEVICE):
-            return network(x_t, t).float()
-
+    eps = eps_of(network, "fp32" if cast else precision)
     table = schedule.build(asked.diffusion)
+
+    def ddim(num_steps: int) -> None:
+        samplers.sample(lambda x, t: eps(x, t, None), samplers.ddim(table, num_steps), x_T, noise=lambda t: x_T)
+
     steps = steps if GPU else 2
     with torch.inference_mode():
         began = time.perf_counter()
-        samplers.ddim(eps_model, table, x_T, noise=lambda t: x_T, steps=1)
+        ddim(1)
         sync()
         first = time.perf_counter() - began
-        took = seconds(
-            lambda: samplers.ddim(eps_model, table, x_T, noise=lambda t: x_T, steps=steps), rounds=3, warm_up=1
-        )
+        took = seconds(lambda: ddim(steps), rounds=3, warm_up=1)
         noise = seconds(lambda: rng.normal(rng.key(0, "x_T"), torch.arange(batch, device=DEVICE), 3, SHAPE), calls=5)
     return {
         "batch": batch,
@@ -296,7 +302,7 @@ def sampling(batch: int, *, compiled: bool = False, cast: bool = False, steps: i
 def inception() -> dict[str, Any]:
     """Images/s of the Inception network in float32 without TF32, as scores are computed."""
     out = {}
-    extractor = features.build_extractor("random-inception", DEVICE)
+    extractor = build_extractor("random-inception", DEVICE)
     for batch in (64, 256) if GPU else (4,):
         images = np.random.default_rng(0).integers(0, 256, size=(batch, 32, 32, 3), dtype=np.uint8)
         took = seconds(lambda images=images: extractor(images), rounds=5, calls=2)  # type: ignore[misc]
@@ -318,11 +324,11 @@ def saving() -> dict[str, Any]:
         trainer.train(stop_requested)
         sync()
         whole = time.perf_counter() - began
-        copy, state = checkpoint.HostCopy(), trainer.state()
+        copy, state = savings.HostCopy(), trainer.state.state_dict()
         first = seconds(lambda: copy.take(state), rounds=1, warm_up=0)
         again = seconds(lambda: copy.take(state), rounds=5, warm_up=1)
         size = run.checkpoint(3).stat().st_size
-        load = seconds(lambda: (checkpoint.verify(run, 3), checkpoint.load(run, 3)), rounds=1, warm_up=0)
+        load = seconds(lambda: (generations.verify(run, 3), generations.load(run, 3)), rounds=1, warm_up=0)
         fence.release()
     return {
         "bytes": size,

@@ -1,14 +1,14 @@
 """The package as a library: a config, a network, and a trained model whose samples are an array.
 
 Owns: how a run directory, or a file of EMA weights, becomes a `Model`. Must not know: launchers, sample sets on disk,
-or how a sample is computed, which is ddpm/generate.py's: the same request gives the same bytes here and there.
+or how a sample is computed, which is sampling/generate.py's: the same request gives the same bytes here and there.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
-from ddpm import generate, runtime
 from ddpm import schedule as schedules
-from ddpm.config import USUAL_STEPS, Config
+from ddpm.config import Config
 from ddpm.data import Batches, pack
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion.forward import Diffusion
 from ddpm.errors import RequestError
-from ddpm.run import generations as checkpoint
-from ddpm.rundir import DamagedFile, RunDir, read_json
-from ddpm.sampleset import CheckpointRef, Request
+from ddpm.network import build
+from ddpm.network.device import Device, as_device
+from ddpm.network.weights import load_network, read_safetensors, set_weights
+from ddpm.run import generations
+from ddpm.run.log import say
+from ddpm.rundir import RunDir
+from ddpm.sampling.denoiser import Denoiser, eps_of
+from ddpm.sampling.generate import sample_batch, sample_labels
+from ddpm.sampling.request import CheckpointRef, Request, from_config, precision_of, usual_steps
 from ddpm.unet import UNet
 
-log = logging.getLogger(__name__)
-
-Device = torch.device | str | None
-"""None: a GPU where there is one, else the CPU."""
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -45,12 +46,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def build_model(config: Config, device: Device = None) -> UNet:
     """The config's network with initial weights that follow from its seed, float32, in training mode."""
-    return runtime.build_model(config, _device(device), "fp32")
+    return build.build_model(config, as_device(device), "fp32")
 
 
 def build_diffusion(config: Config, device: Device = None) -> Diffusion:
     """The config's schedule with the forward process and the loss, on `device`."""
-    return Diffusion(schedules.build(config.diffusion)).to(_device(device))
+    return Diffusion(schedules.build(config.diffusion)).to(as_device(device))
 
 
 def batches(
@@ -62,7 +63,7 @@ def batches(
     RequestError for data that cannot serve, EnvironmentLacks where it cannot be fetched or written.
     """
     _, packed = pack(config.data, "train", Path(cache).expanduser())
-    size, where = config.train.global_batch, _device(device)
+    size, where = config.train.global_batch, as_device(device)
     order = Batches(packed, seed=config.seed, attempt=0, global_batch=size, flip=config.data.flip)
     return (order.rows(step, 0, size, where) for step in itertools.count())
 
@@ -82,10 +83,10 @@ def load(
     """The trained model in a run directory, or in a .safetensors file of EMA weights with the `config` they belong to.
 
     step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16. None is what
-    launch/sample.py takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
+    a sampling job takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
     trained in it.
     A checkpoint's size and digest are verified. RequestError for what does not exist or fit, DoNotRetry where a run
-    has checkpoints and all are damaged; damaged ones that are passed over are logged.
+    has checkpoints and all are damaged; damaged ones that are passed over are said.
     """
     path = Path(path).expanduser()
     if weights not in (None, "ema", "model"):
@@ -93,25 +94,22 @@ def load(
     if precision not in (None, *PRECISIONS):
         raise RequestError(f"precision = {precision!r}: use one of {', '.join(PRECISIONS)}")
     if path.is_file():
-        return _load_file(path, config, step, weights, _device(device), precision)
+        return _load_file(path, config, step, weights, as_device(device), precision)
     run = RunDir(path)
     if not run.config.is_file():
         raise RequestError(f"{path}: no run directory (it has no config.yaml), and no file of weights")
     if config is not None:
         raise RequestError(f"config goes with a file of weights; {path} is a run and has its own: leave it out")
-    return _load_run(run, step, weights, _device(device), precision)
+    return _load_run(run, step, weights, as_device(device), precision)
 
 
 def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.device, precision: str | None) -> Model:
     config = configs.load(run.config)
     weights = weights or config.sample.weights
-    chosen = _newest(run) if step is None else _chosen(run, step)
-    if precision is None:
-        trained_in = ((read_json(run.run_json) or {}).get("resolved") or {}).get("amp")
-        precision = _precision(config, "bf16" if trained_in == "bf16" else "fp32")
-    network = runtime.build_model(config, device, precision)
-    set_weights(network, checkpoint.load(run, chosen)[weights], str(run.checkpoint(chosen)))
-    return Model(config, network.eval(), precision=precision, step=chosen, weights=weights)
+    chosen = generations.choose(run, step, say).step
+    precision = precision or precision_of(config, run)
+    network = load_network(config, run, chosen, weights, device, precision)
+    return Model(config, network, precision=precision, step=chosen, weights=weights)
 
 
 def _load_file(
@@ -122,58 +120,17 @@ def _load_file(
     device: torch.device,
     precision: str | None,
 ) -> Model:
-    from safetensors import SafetensorError, safe_open
-
     if config is None:
         raise RequestError(f"{path}: weights do not say what network they are of; give config=, a Config or its YAML")
     if step is not None or weights == "model":
         raise RequestError(f"{path} holds one step's EMA weights: step and weights go with a run directory")
     if not isinstance(config, Config):
         config = load_config(config)
-    try:
-        with safe_open(path, "pt") as f:
-            state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except SafetensorError as e:
-        raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
-    precision = precision or _precision(config, "fp32")
-    network = runtime.build_model(config, device, precision)
+    state, saved_at = read_safetensors(path)
+    precision = precision or precision_of(config, None)
+    network = build.build_model(config, device, precision)
     set_weights(network, state, str(path))
-    return Model(config, network.eval(), precision=precision, step=int(metadata.get("step", 0)))
-
-
-def _precision(config: Config, auto: str) -> str:
-    return auto if config.sample.precision == "auto" else config.sample.precision
-
-
-def _newest(run: RunDir) -> int:
-    generation = checkpoint.newest_good(run, lambda message: log.warning("%s", message))
-    if generation is None:
-        raise RequestError(f"run {run.path} has no checkpoint yet: train it first")
-    return generation.step
-
-
-def _chosen(run: RunDir, step: int) -> int:
-    steps = run.steps_saved()
-    if step not in steps:
-        raise RequestError(f"run {run.path} has no checkpoint of step {step}; it has {sorted(steps)}")
-    try:
-        return checkpoint.verify(run, step).step
-    except DamagedFile as e:
-        others = sorted(s for s in steps if s != step)
-        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: {others}") from None
-
-
-def set_weights(network: UNet, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into the network. RequestError naming `source` and a tensor where they do not fit each other."""
-    own = network.state_dict()
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
-    if wrong:
-        raise RequestError(
-            f"{source}: not the weights of the config's network: {len(wrong)} of its {len(own)} tensors and the file's "
-            f"{len(state)} are missing or of another shape, such as {wrong[0]}; give the config they were trained with"
-        )
-    network.load_state_dict(state)
+    return Model(config, network.eval(), precision=precision, step=saved_at)
 
 
 class Model:
@@ -204,12 +161,7 @@ class Model:
         _check_whole("t", t, len(x_t), config.diffusion.timesteps)
         if labels is not None and config.model.num_classes:
             _check_whole("labels", labels, len(x_t), config.model.num_classes + (config.train.label_dropout > 0))
-        return self._eps(x_t, t, labels)
-
-    def _eps(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Without the checks, for which a GPU would have to be waited for at every step."""
-        with torch.no_grad(), runtime.autocast(self.precision, self.device):
-            return self.network(x_t, t, labels).float()
+        return eps_of(self.network, self.precision)(x_t, t, labels)
 
     def sample(
         self,
@@ -232,7 +184,7 @@ class Model:
         batch: rows of every network call, used or not; at most `num` unless given. variance: fixed_large | fixed_small,
         of ancestral sampling; None: the config's diffusion.variance.
 
-        Image i follows from (seed, i) and the request alone: the bytes are those of a sample set of launch/sample.py
+        Image i follows from (seed, i) and the request alone: the bytes are those of a sample set of a run
         with the same sampler, steps, eta, guidance, labels, batch, variance and precision, on the same device.
         RequestError for values outside what the config allows, DoNotRetry where the network's output is not finite.
         """
@@ -246,39 +198,27 @@ class Model:
             "clip_x_0": clip_x_0,
         }
         request = self._request(num, {name: value for name, value in asked.items() if value is not None}, variance)
-        return self._images(request, self._labels(labels, num))
+        denoiser = Denoiser.of(self.config, self.network, self.precision)
+        classes = sample_labels(request, 0, num, denoiser.num_classes) if labels is None else self._classes(labels, num)
+        firsts = range(0, num, request.batch)
+        parts = (sample_batch(request, denoiser, first, classes[first : first + request.batch]) for first in firsts)
+        return np.concatenate([part.images for part in parts])
 
     def _request(self, num: int, asked: dict[str, Any], variance: str | None) -> Request:
         """The request for `num` images, checked as a config's is."""
         tree = self.config.model_dump()
-        there, timesteps = tree["sample"], self.config.diffusion.timesteps
-        if asked.get("sampler", there["sampler"]) != there["sampler"] and "steps" not in asked:
-            asked["steps"] = min(USUAL_STEPS.get(asked["sampler"], timesteps), timesteps)
-        if asked.get("sampler", "ddim") != "ddim":
-            there["eta"] = 0.0
-        tree["sample"] = {**there, "num_samples": num, "shards": 1, "class_plan": None, **asked}
-        s = configs.build(Config, tree, "sample()").sample
-        return Request(
-            checkpoint=CheckpointRef(self.step, ""),
-            weights=self.weights,
-            sampler=s.sampler,
-            steps=s.steps,
-            eta=s.eta,
-            guidance=s.guidance,
-            seed=s.seed,
-            num_samples=num,
-            shards=1,
-            batch=s.batch if "batch" in asked else min(s.batch, num),
-            precision=self.precision,
-            class_plan=None,
-            clip_x_0=s.clip_x_0,
-            variance=variance,
-        )
+        changes: dict[str, Any] = {"num_samples": num, "shards": 1, "class_plan": None, "weights": self.weights}
+        if "sampler" in asked:
+            changes["steps"] = usual_steps(self.config, asked["sampler"])
+            if asked["sampler"] != "ddim":
+                changes["eta"] = 0.0  # the config's is for ddim
+        tree["sample"] |= {**changes, **asked}
+        config = configs.build(Config, tree, "sample()")
+        request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
+        return replace(request, batch=asked.get("batch", request.batch))
 
-    def _labels(self, labels: Sequence[int] | np.ndarray | Tensor | None, num: int) -> Tensor | None:
-        """int64 (num,) on the CPU; None where nobody asked for any."""
-        if labels is None:
-            return None
+    def _classes(self, labels: Sequence[int] | np.ndarray | Tensor, num: int) -> np.ndarray:
+        """int64 (num,)"""
         classes = self.config.model.num_classes
         if not classes:
             raise RequestError("labels: the model has no classes (model.num_classes = 0); leave them out")
@@ -288,42 +228,9 @@ class Model:
                 f"labels of shape {tuple(given.shape)}: must be {num} whole numbers, one per image, "
                 f"from 0 to {classes - 1} (model.num_classes = {classes})"
             )
-        return given.long()
-
-    def _images(self, request: Request, labels: Tensor | None) -> np.ndarray:
-        size, batch, rows = self.config.data.image_size, request.batch, None
-
-        def eps_model(x_t: Tensor, t: Tensor, planned: Tensor | None) -> Tensor:
-            if rows is None or planned is None:
-                return self._eps(x_t, t, planned)
-            return self._eps(x_t, t, torch.cat([rows, planned[batch:]]))  # with guidance, the rows without a label last
-
-        compute = generate.batch_sampler(
-            request,
-            eps_model,
-            self.schedule,
-            (3, size, size),
-            self.config.diffusion.variance,
-            self.config.model.num_classes,
-            self.device,
-            lambda: None,
-        )
-        images = []
-        for first in range(0, request.num_samples, batch):
-            num = min(batch, request.num_samples - first)
-            if labels is not None:
-                rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
-                rows[:num] = labels[first : first + num].to(self.device)
-            images.append(compute(first, num).images)
-        return np.concatenate(images)
+        return given.long().numpy()
 
 
 def _check_whole(name: str, values: Tensor, num: int, below: int) -> None:
     if values.shape != (num,) or values.is_floating_point() or bool(((values < 0) | (values >= below)).any()):
         raise ValueError(f"{name} of shape {tuple(values.shape)}: must be {num} whole numbers from 0 to {below - 1}")
-
-
-def _device(device: Device) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)

@@ -1,4 +1,4 @@
-"""From noise to images: samplers of one signature.
+"""From noise to images: samplers as data, and the one loop that follows them.
 
 Owns: ancestral sampling (Ho et al. 2020, algorithm 2), DDIM (Song et al. 2021, "Denoising diffusion implicit models",
 equations 12 and 16) and DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++: fast solver for guided sampling of diffusion
@@ -6,12 +6,14 @@ probabilistic models", algorithm 2). Must not know: networks beyond eps(x_t, t),
 
 All are one loop, x_t-1 = a x_0 + b x_t + c (the x_0 of the step before) + sigma noise with x_0 clipped to [-1, 1], and
 differ in their coefficients: floats computed in float64 before the loop, so that a step costs few kernels and no wait
-for the device. All visit timesteps of `Schedule.respace(steps)`, evenly spaced in t, and end with x_0 itself.
+for the device. All visit timesteps of `Schedule.respace(steps)`, evenly spaced in t, and end with x_0 itself. A new
+sampler is a function from a schedule to its `Coefficients`, and a line in SAMPLERS.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +21,9 @@ from ddpm.schedule import Schedule
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 """eps_model(x_t (B, C, H, W) like x_T, t (B,) int64) -> eps (B, C, H, W), any floating type. A call counts as one
-evaluation of the network, or as `nfe_per_call` of them where the model has that attribute (ddpm/guidance.py)."""
+evaluation of the network, or as `nfe_per_call` of them where the model has that attribute (guidance.py)."""
 Noise = Callable[[int], Tensor]
 """noise(t) -> standard normals like x_T; t is the original timestep. Called only where noise is used."""
-
-VARIANCES = ("fixed_large", "fixed_small")
 
 
 class SamplerStep(NamedTuple):
@@ -45,96 +45,64 @@ class SampleResult(NamedTuple):
     """Network evaluations for each sample, counted where they are made."""
 
 
+class Coefficients(NamedTuple):
+    """A sampler on a schedule: what x_t-1 is made of. float64 (S,), in the order of the timesteps; None for zeros."""
+
+    schedule: Schedule
+    """Its S timesteps are those that the sampler visits, the last of them first."""
+    x_0: Tensor
+    x_t: Tensor
+    last_x_0: Tensor | None = None
+    """Of the x_0 that the step before predicted."""
+    sigma: Tensor | None = None
+    """Of the noise."""
+
+
 class Sampler(Protocol):
     """The signature of every sampler; what a sampler has no use for, it ignores.
 
-    x_T: (B, C, H, W) float32 standard normal (float64 to study a solver's order); never written to. steps: in [1, T].
-    eta: in [0, 1], DDIM alone. variance: one of VARIANCES, ancestral alone. clip_x_0: clip every predicted x_0, and so
-    the result, to [-1, 1]. callback: called after each step; may raise to abort.
-    ValueError for values outside these. Runs without gradients on x_T's device.
+    steps: in [1, T]. eta: in [0, 1], DDIM alone. variance: fixed_large or fixed_small, ancestral alone.
+    ValueError for values outside these.
     """
 
     def __call__(
-        self,
-        eps_model: EpsModel,
-        schedule: Schedule,
-        x_T: Tensor,
-        *,
-        noise: Noise,
-        steps: int,
-        eta: float = 0.0,
-        variance: str = "fixed_large",
-        clip_x_0: bool = True,
-        callback: Callable[[SamplerStep], None] | None = None,
-    ) -> SampleResult: ...
+        self, schedule: Schedule, steps: int, *, eta: float = 0.0, variance: str = "fixed_large"
+    ) -> Coefficients: ...
 
 
-def ancestral(
-    eps_model: EpsModel,
-    schedule: Schedule,
-    x_T: Tensor,
-    *,
-    noise: Noise,
-    steps: int,
-    eta: float = 0.0,
-    variance: str = "fixed_large",
-    clip_x_0: bool = True,
-    callback: Callable[[SamplerStep], None] | None = None,
-) -> SampleResult:
+def ancestral(schedule: Schedule, steps: int, *, eta: float = 0.0, variance: str = "fixed_large") -> Coefficients:
     """Ho et al.'s algorithm 2: the mean of q(x_t-1 | x_t, x_0) (equation 7) at the predicted x_0, and noise.
 
     variance, of the schedule respaced to `steps`: fixed_large is beta_t, fixed_small the posterior variance
     (1 - alpha_bar_prev) / (1 - alpha_bar) beta_t (section 3.2 of the paper). The last step adds no noise with either.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance is {variance!r}; allowed: {', '.join(VARIANCES)}")
     schedule = schedule.respace(steps)
-    sigma = (schedule.beta if variance == "fixed_large" else schedule.posterior_variance).sqrt()
-    weights = _Weights(schedule.posterior_x_0, schedule.posterior_x_t, sigma=sigma)
-    return _sample(eps_model, schedule, x_T, weights, noise, clip_x_0, callback)
+    variances = {"fixed_large": schedule.beta, "fixed_small": schedule.posterior_variance}
+    if variance not in variances:
+        raise ValueError(f"variance is {variance!r}; allowed: {', '.join(variances)}")
+    sigma = variances[variance].sqrt()
+    return Coefficients(schedule, schedule.posterior_x_0, schedule.posterior_x_t, sigma=sigma)
 
 
-def ddim(
-    eps_model: EpsModel,
-    schedule: Schedule,
-    x_T: Tensor,
-    *,
-    noise: Noise,
-    steps: int,
-    eta: float = 0.0,
-    variance: str = "fixed_large",
-    clip_x_0: bool = True,
-    callback: Callable[[SamplerStep], None] | None = None,
-) -> SampleResult:
+def ddim(schedule: Schedule, steps: int, *, eta: float = 0.0, variance: str = "fixed_large") -> Coefficients:
     """Song et al.'s equation 12, with eps taken anew from the clipped x_0, so that x_0 and eps still make up x_t.
 
-    eta = 0 is deterministic and never calls `noise`; eta = 1 has the posterior's variance (equation 16).
+    eta = 0 is deterministic and never asks for noise; eta = 1 has the posterior's variance (equation 16).
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
     schedule = schedule.respace(steps)
     sigma = eta * schedule.posterior_variance.sqrt()
     # eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), put into equation 12; sigma**2 <= 1 - alpha_bar_prev
-    x_t_weight = ((1.0 - schedule.alpha_bar_prev - sigma**2) / (1.0 - schedule.alpha_bar)).sqrt()
-    x_0_weight = schedule.alpha_bar_prev.sqrt() - x_t_weight * schedule.alpha_bar.sqrt()
-    return _sample(eps_model, schedule, x_T, _Weights(x_0_weight, x_t_weight, sigma=sigma), noise, clip_x_0, callback)
+    x_t = ((1.0 - schedule.alpha_bar_prev - sigma**2) / (1.0 - schedule.alpha_bar)).sqrt()
+    x_0 = schedule.alpha_bar_prev.sqrt() - x_t * schedule.alpha_bar.sqrt()
+    return Coefficients(schedule, x_0, x_t, sigma=sigma)
 
 
-def dpmpp_2m(
-    eps_model: EpsModel,
-    schedule: Schedule,
-    x_T: Tensor,
-    *,
-    noise: Noise,
-    steps: int,
-    eta: float = 0.0,
-    variance: str = "fixed_large",
-    clip_x_0: bool = True,
-    callback: Callable[[SamplerStep], None] | None = None,
-) -> SampleResult:
+def dpmpp_2m(schedule: Schedule, steps: int, *, eta: float = 0.0, variance: str = "fixed_large") -> Coefficients:
     """Lu et al.'s DPM-Solver++(2M): x_0 is extrapolated linearly in lambda = log(sqrt(alpha_bar / (1 - alpha_bar)))
     from the last two predictions, and the rest of the probability flow is integrated exactly. Deterministic: never
-    calls `noise`.
+    asks for noise.
 
     The first step has no prediction before it and is of first order, which is DDIM's. So is the last one, which goes
     to alpha_bar = 1, where lambda is infinite, and returns x_0. The timesteps are those of `steps` + 1 without t = 0:
@@ -148,37 +116,32 @@ def dpmpp_2m(
     ratio = torch.zeros_like(h)
     ratio[1:-1] = h[1:-1] / (2.0 * h[2:])
     first_order = schedule.alpha_bar_prev.sqrt() * -torch.expm1(-h)
-    x_t_weight = ((1.0 - schedule.alpha_bar_prev) / (1.0 - schedule.alpha_bar)).sqrt()
-    weights = _Weights(first_order * (1.0 + ratio), x_t_weight, last_x_0=-first_order * ratio)
-    return _sample(eps_model, schedule, x_T, weights, noise, clip_x_0, callback)
+    x_t = ((1.0 - schedule.alpha_bar_prev) / (1.0 - schedule.alpha_bar)).sqrt()
+    return Coefficients(schedule, first_order * (1.0 + ratio), x_t, last_x_0=-first_order * ratio)
 
 
 SAMPLERS: dict[str, Sampler] = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
-class _Weights(NamedTuple):
-    """What x_t-1 is made of: float64 (S,), in the schedule's ascending order; None for zeros."""
-
-    x_0: Tensor
-    x_t: Tensor
-    last_x_0: Tensor | None = None
-    """Of the x_0 that the step before predicted."""
-    sigma: Tensor | None = None
-    """Of the noise."""
-
-
 @torch.no_grad()
-def _sample(
+def sample(
     eps_model: EpsModel,
-    schedule: Schedule,
+    coefficients: Coefficients,
     x_T: Tensor,
-    weights: _Weights,
+    *,
     noise: Noise,
-    clip_x_0: bool,
-    callback: Callable[[SamplerStep], None] | None,
+    clip_x_0: bool = True,
+    callback: Callable[[SamplerStep], None] | None = None,
 ) -> SampleResult:
+    """From x_T to x_0, as the coefficients say. Runs without gradients on x_T's device.
+
+    x_T: (B, C, H, W) float32 standard normal (float64 to study a solver's order), else ValueError; never written to.
+    clip_x_0: clip every predicted x_0, and so the result, to [-1, 1]. callback: called after each step; may raise to
+    abort.
+    """
     if x_T.ndim != 4 or x_T.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x_T is {x_T.dtype} of shape {tuple(x_T.shape)}; it must be float32 of shape (B, C, H, W)")
+    schedule, *weights = coefficients
     num_steps, nfe, nfe_per_call = len(schedule.timesteps), 0, getattr(eps_model, "nfe_per_call", 1)
     timesteps = schedule.timesteps.tolist()
     t_rows = schedule.timesteps.to(x_T.device).unsqueeze(1).repeat(1, len(x_T))
@@ -204,3 +167,9 @@ def _sample(
         if callback is not None:
             callback(SamplerStep(index, num_steps, timesteps[i], started_from, x_0))
     return SampleResult(x_0, nfe)
+
+
+def to_images(x_0: Tensor) -> np.ndarray:
+    """x_0 (B, C, H, W) floating, on any device -> the nearest levels, uint8 (B, H, W, C); clipped to [-1, 1]."""
+    levels = ((x_0.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

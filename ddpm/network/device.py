@@ -14,7 +14,9 @@ import torch
 
 from ddpm.config import Config
 from ddpm.errors import DoNotRetry
-from ddpm.unet import UNet
+
+Device = torch.device | str | None
+"""None: a GPU where there is one, else the CPU."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,13 @@ def apply(resolved: Resolved) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs, decides nothing
 
 
+def as_device(device: Device = None) -> torch.device:
+    """The device that is meant."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 | fp16: autocast on `device`; anything else: none."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -85,19 +94,3 @@ class Later:
         if self._arrived is not None:
             self._arrived.synchronize()
         return bool(self._here)
-
-
-def build_model(config: Config, device: torch.device, precision: str) -> UNet:
-    """The configured network on `device`, laid out as pays for `precision`. Initial weights follow from the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = UNet(
-            image_size=config.data.image_size,
-            null_label=config.train.label_dropout > 0,
-            fused_attention=device.type == "cuda",
-            **config.model.model_dump(),
-        )
-    model = model.to(device)
-    if device.type == "cuda" or precision not in ("bf16", "fp16"):
-        model = model.to(memory_format=torch.channels_last)
-    return model

@@ -1,6 +1,6 @@
-"""Images to features: the networks (or none) under the Fréchet distance, and the features of sample shards on disk.
+"""Images to features: the networks (or none) under the Fréchet distance.
 
-Owns the extractors, what identifies their features, and samples/SET/features-*. Must not know scores, runs or jobs.
+Owns the extractors and what identifies their features. Must not know scores, sample sets, runs or jobs.
 
 `inception` is pytorch-fid's network (Seitzer 2020; the weights of Heusel et al. 2017, arXiv:1706.08500) with its exact
 preprocessing, in float32. `random-inception` is the same network with seeded random weights, `pixels` no network at
@@ -10,8 +10,6 @@ all: both check the wiring offline, and their numbers are no FID.
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
 import math
 import pickle
 import socket
@@ -26,12 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import rundir
-from ddpm.errors import EnvironmentLacks, RequestError, Stopped
-from ddpm.run.stopping import StopRequested
-from ddpm.rundir import DamagedFile, SampleSet
-from ddpm.sampleset import Request, verify_shard
-
-log = logging.getLogger(__name__)
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.log import say
 
 VERSION = 1
 """Of the features: raised when a change here changes their values, so that none are reused."""
@@ -78,18 +72,22 @@ class Extractor:
             return self.forward(x).float().cpu().numpy()
 
 
-def build_extractor(name: str, device: torch.device | str) -> Extractor:
+def build_extractor(name: str, device: torch.device | str, *, warn: Callable[[str], None] = say) -> Extractor:
     """The extractor `inception`, `random-inception` or `pixels` on `device`. Downloads nothing.
 
-    Raises RequestError for another name, EnvironmentLacks where the weights file is missing or unreadable.
+    warn: is told where the weights are not the published ones. Raises RequestError for another name, EnvironmentLacks
+    where the weights file is missing or unreadable.
     """
     device = torch.device(device)
     if name == "pixels":
         return Extractor(name, 3 * 16 * 16, None, "box to 16x16", _pixels, device)
     if name == "inception":
         state, sha256 = _load_weights()
+        if not sha256.startswith(PUBLISHED_SHA256_PREFIX):
+            where = inception_weights_path()
+            warn(f"weights={where} sha256={sha256} not the published ones: scores are frechet_distance, not fid")
     elif name == "random-inception":
-        state, sha256 = _random_weights()
+        state, sha256 = random_weights()
     else:
         raise RequestError(f"evaluate.extractor = {name!r}: use inception, random-inception or pixels")
     network = _inception(state).to(memory_format=torch.channels_last).to(device)
@@ -147,7 +145,7 @@ def _inception(state: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _random_weights(seed: int = 0) -> tuple[dict[str, Tensor], str]:
+def random_weights(seed: int = 0) -> tuple[dict[str, Tensor], str]:
     """Seeded weights and the sha256 of their bytes. He's variance (arXiv:1502.01852) keeps features apart at any depth.
 
     Uniform, not normal: a shift and one rounding of the generator's bits, the same on every processor.
@@ -208,74 +206,4 @@ def _load_weights() -> tuple[dict[str, Tensor], str]:
         raise EnvironmentLacks(_lacking(path, f"are not at {path}")) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise EnvironmentLacks(_lacking(path, f"at {path} cannot be read ({' '.join(str(e).split())[:200]})")) from None
-    if not sha256.startswith(PUBLISHED_SHA256_PREFIX):
-        log.warning("weights=%s sha256=%s not the published ones: scores are frechet_distance, not fid", path, sha256)
     return state, sha256
-
-
-# ---------------------------------------------------------------- extraction
-
-
-def extract(
-    extractor: Extractor, images: np.ndarray, batch: int = 64, stop_requested: StopRequested = lambda: None
-) -> np.ndarray:
-    """Features float32 (n, d) of images uint8 (n, H, W, 3), `batch` at a time. Raises Stopped between batches."""
-    features = np.empty((len(images), extractor.dim), dtype=np.float32)
-    for first in range(0, len(images), batch):
-        if reason := stop_requested():
-            raise Stopped(reason)
-        features[first : first + batch] = extractor(images[first : first + batch])
-    return features
-
-
-def shard_features(
-    sample_set: SampleSet,
-    request: Request,
-    index: int,
-    extractor: Extractor,
-    *,
-    batch: int = 64,
-    stop_requested: StopRequested = lambda: None,
-    token: str = "",
-) -> np.ndarray:
-    """Features float32 (n, d) of a published shard: the kept ones if shard and extractor are the same, else new ones.
-
-    The shard's images are verified either way. Raises FileNotFoundError or DamagedFile for the shard, Stopped.
-    """
-    shard = verify_shard(sample_set, request, index)
-    path = sample_set.features(extractor.name, index, request.shards)
-    expected = {
-        "shard": index,
-        "num": len(shard.images),
-        "request_digest": request.digest,
-        "extractor_digest": extractor.digest,
-        "shard_sha256": shard.manifest["sha256"],
-    }
-    try:
-        return _read_features(path, expected, extractor.dim)
-    except FileNotFoundError:
-        pass
-    except DamagedFile as e:
-        log.warning("features=%s not usable, computing them again: %s", path, e)
-    features = extract(extractor, shard.images, batch, stop_requested)
-    manifest_path = path.with_suffix(".json")
-    manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the features do not exist
-    buffer = io.BytesIO()
-    np.save(buffer, features, allow_pickle=False)
-    with rundir.publishing(path, replace=True, token=token) as f:
-        f.write(buffer.getvalue())
-    rundir.write_json(manifest_path, rundir.sign({**expected, "sha256": f.sha256}), replace=True, token=token)
-    return features
-
-
-def _read_features(path: Path, expected: Mapping[str, Any], dim: int) -> np.ndarray:
-    manifest = rundir.read_signed(path.with_suffix(".json"))
-    for key, value in expected.items():
-        if manifest.get(key) != value:
-            raise DamagedFile(f"{path.name}: made with another {key}")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise DamagedFile(f"{path.name}: its sha256 is not the one in its manifest")
-    features = np.load(io.BytesIO(data), allow_pickle=False)
-    assert features.shape == (expected["num"], dim)
-    return features

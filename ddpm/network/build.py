@@ -1,0 +1,24 @@
+"""The network that a config describes, with its initial weights."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm.config import Config
+from ddpm.unet import UNet
+
+
+def build_model(config: Config, device: torch.device, precision: str) -> UNet:
+    """The configured network on `device`, laid out as pays for `precision`. Initial weights follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = UNet(
+            image_size=config.data.image_size,
+            null_label=config.train.label_dropout > 0,
+            fused_attention=device.type == "cuda",
+            **config.model.model_dump(),
+        )
+    model = model.to(device)
+    if device.type == "cuda" or precision not in ("bf16", "fp16"):
+        model = model.to(memory_format=torch.channels_last)
+    return model

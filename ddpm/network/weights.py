@@ -1,0 +1,47 @@
+"""A network with trained weights: those of a run's checkpoint, or of a .safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddpm.config import Config
+from ddpm.errors import RequestError
+from ddpm.network.build import build_model
+from ddpm.run import generations
+from ddpm.rundir import RunDir
+from ddpm.unet import UNet
+
+
+def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
+    """The run's network at a verified step, in eval mode. weights: ema | model."""
+    network = build_model(config, device, precision)
+    set_weights(network, generations.load(run, step)[weights], str(run.checkpoint(step)))
+    return network.eval()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except SafetensorError as e:
+        raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
+    return state, int(metadata.get("step", 0))
+
+
+def set_weights(network: UNet, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into the network. RequestError naming `source` and a tensor where they do not fit each other."""
+    own = network.state_dict()
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if wrong:
+        raise RequestError(
+            f"{source}: not the weights of the config's network: {len(wrong)} of its {len(own)} tensors and the file's "
+            f"{len(state)} are missing or of another shape, such as {wrong[0]}; give the config they were trained with"
+        )
+    network.load_state_dict(state)

@@ -1,0 +1,67 @@
+"""Finished batches of a shard in work (samples/SET/part/), kept over a kill, until the shard is published."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm import rundir
+from ddpm.run.log import say
+from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampling.request import Request
+from ddpm.sampling.shards import missing_shards, npz_bytes, parse_npz
+
+
+class Part(NamedTuple):
+    images: np.ndarray
+    """uint8 (n, H, W, C)"""
+    nfe: int
+
+
+def part_path(sample_set: SampleSet, first: int, num: int) -> Path:
+    return sample_set.part / f"{first:09d}-{num}.npz"
+
+
+def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> Part | None:
+    """A finished batch that an earlier life left, or None; a damaged one is removed and said."""
+    path = part_path(sample_set, first, num)
+    try:
+        arrays = parse_npz(path.read_bytes(), path.name)
+        part = Part(arrays["images"], int(arrays["nfe"]))
+        if str(arrays["check"]) == _check(request, first, part):
+            return part
+        reason = "its content does not match its check"
+    except FileNotFoundError:
+        return None
+    except (DamagedFile, KeyError, ValueError, TypeError) as e:
+        reason = str(e)
+    say(f"part={path} damaged, computing these samples again: {reason}")
+    path.unlink(missing_ok=True)
+    return None
+
+
+def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:
+    sample_set.part.mkdir(exist_ok=True)
+    data = npz_bytes(images=part.images, nfe=part.nfe, check=_check(request, first, part))
+    try:
+        rundir.write_bytes(part_path(sample_set, first, len(part.images)), data, token=token)
+    except FileExistsError:
+        pass  # a twin of this job, not yet dead, finished the same batch
+
+
+def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[int, int]]) -> None:
+    """Remove a shard's parts, and the directory with the last shard of the set: no writer can be left then."""
+    for first, num in batches:
+        part_path(sample_set, first, num).unlink(missing_ok=True)
+    if sample_set.part.exists() and not any(sample_set.part.iterdir()) and not missing_shards(sample_set, request):
+        sample_set.part.rmdir()
+
+
+def _check(request: Request, first: int, part: Part) -> str:
+    """Ties a part's pixels to its request and place: a part left by another request is no part."""
+    digest = hashlib.sha256(f"{request.digest} {first} {part.nfe} {part.images.shape}".encode())
+    digest.update(part.images.tobytes())
+    return digest.hexdigest()

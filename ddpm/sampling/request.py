@@ -1,0 +1,209 @@
+"""What a sample set asks for: samples/SET/request.json, and the request that a config makes.
+
+Owns the request, its digest and what is meant by what it leaves out. Must not know how a sample is computed. Loads no
+torch: publishing a request stays cheap on a login node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ddpm import rundir
+from ddpm.config import VARIANCES, Config
+from ddpm.errors import RequestError
+from ddpm.rundir import DamagedFile, RunDir, SampleSet
+
+USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
+"""Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sample set is: everything that its samples follow from. Field for field request.json, less its digest.
+
+    request.json says `clip_x_0` only where it is false, and `variance` only where it is not the config's: sets from
+    before there was a choice keep their digests.
+    """
+
+    checkpoint: CheckpointRef
+    weights: str
+    sampler: str
+    steps: int
+    eta: float
+    guidance: float | None
+    seed: int
+    num_samples: int
+    shards: int
+    batch: int
+    precision: str
+    class_plan: tuple[int, ...] | None
+    """How many samples of each class, all of class 0 first; None: the classes in turn."""
+    clip_x_0: bool = True
+    variance: str | None = None
+    """The ancestral sampler's, one of VARIANCES; None: the config's diffusion.variance."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "shards", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.shards > self.num_samples:
+            raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
+        object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest
+        if self.eta and self.sampler != "ddim":
+            raise RequestError(f"eta = {self.eta}: only ddim has it; with sampler = {self.sampler} leave it out, or 0")
+        if self.variance is not None:
+            if self.variance not in VARIANCES:
+                raise RequestError(f"variance = {self.variance!r}: use one of {', '.join(VARIANCES)}")
+            if self.sampler != "ancestral":
+                raise RequestError(
+                    f"variance = {self.variance}: only ancestral has one; with sampler = {self.sampler} leave it out"
+                )
+        if self.guidance is not None:
+            if not 0.0 <= self.guidance < math.inf:
+                raise RequestError(f"guidance = {self.guidance}: must be at least 0; null is none")
+            object.__setattr__(self, "guidance", float(self.guidance))
+        if self.class_plan is not None:
+            plan = tuple(self.class_plan)  # JSON has lists
+            if any(count < 0 for count in plan) or sum(plan) != self.num_samples:
+                raise RequestError(
+                    f"class_plan = {list(plan)}: must be counts of 0 or more, one per class, that sum to "
+                    f"num_samples = {self.num_samples}; here the sum is {sum(plan)}"
+                )
+            object.__setattr__(self, "class_plan", plan)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of all other fields."""
+        return rundir.sha256_json(self._body())
+
+    def to_record(self) -> dict[str, Any]:
+        """The content of request.json."""
+        return {**self._body(), "digest": self.digest}
+
+    def _body(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k not in _LATER or v != _LATER[k]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Request:
+        """The request in request.json's content. Raises DamagedFile if its form or its digest does not hold."""
+        body = {k: v for k, v in record.items() if k != "digest"}
+        if rundir.sha256_json(body) != record.get("digest"):
+            raise DamagedFile("its digest does not match its content")
+        try:
+            request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
+        except (KeyError, TypeError, RequestError) as e:
+            raise DamagedFile(f"this version cannot read it ({e})") from None
+        if request.digest != record["digest"]:
+            raise DamagedFile("it says what is left out of a request.json")
+        return request
+
+
+_LATER = {"clip_x_0": True, "variance": None}
+"""Fields that came after the first sets, and what a request.json means that does not say them."""
+
+
+# ---------------------------------------------------------------- what a config asks for
+
+
+def usual_steps(config: Config, sampler: str) -> int:
+    """Of a sampler that is asked for without its steps: the config's are for the config's sampler."""
+    if sampler == config.sample.sampler:
+        return config.sample.steps
+    timesteps = config.diffusion.timesteps
+    return min(USUAL_STEPS.get(sampler, timesteps), timesteps)
+
+
+def precision_of(config: Config, run: RunDir | None) -> str:
+    """fp32 | bf16: the config's; its `auto` is what the run was trained in where that was bf16, else fp32. So it is the
+    same on every machine. run: None for weights without one."""
+    if config.sample.precision != "auto":
+        return config.sample.precision
+    record = (rundir.read_json(run.run_json) if run else None) or {}
+    trained_in = (record.get("resolved") or {}).get("amp")
+    return "bf16" if trained_in == "bf16" else "fp32"
+
+
+def from_config(config: Config, checkpoint: CheckpointRef, precision: str, variance: str | None = None) -> Request:
+    """The request that `config.sample` makes of one checkpoint. variance: instead of the config's."""
+    s = config.sample
+    request = Request(
+        checkpoint=checkpoint,
+        weights=s.weights,
+        sampler=s.sampler,
+        steps=s.steps,
+        eta=s.eta,
+        guidance=s.guidance,
+        seed=s.seed,
+        num_samples=s.num_samples,
+        shards=s.shards,
+        batch=min(s.batch, s.num_samples),
+        precision=precision,
+        class_plan=s.class_plan,
+        clip_x_0=s.clip_x_0,
+        variance=variance,
+    )
+    return replace(request, variance=None) if variance == config.diffusion.variance else request
+
+
+# ---------------------------------------------------------------- the request on disk
+
+
+def publish_request(sample_set: SampleSet, request: Request) -> Request:
+    """Publish `request` as the set's, once; the same request again is fine and changes nothing.
+
+    Raises RequestError if the set already has another one, naming every field that differs.
+    """
+    rundir.check_name(sample_set.name, "sample set name")
+    sample_set.path.mkdir(parents=True, exist_ok=True)
+    try:
+        rundir.write_json(sample_set.request, request.to_record())
+    except FileExistsError:
+        there = read_request(sample_set)
+        if there.digest != request.digest:
+            raise RequestError(
+                f"sample set {sample_set.name!r} exists with another request: {differences(there, request)}; "
+                f"ask for the same, or start another set with --set OTHERNAME"
+            ) from None
+    return request
+
+
+def read_request(sample_set: SampleSet) -> Request:
+    """The set's request. Raises RequestError where there is none, or where it is damaged."""
+    if not sample_set.request.exists():
+        raise RequestError(f"{sample_set.request}: no such sample set")
+    try:
+        return Request.from_record(rundir.read_json(sample_set.request) or {})
+    except DamagedFile as e:
+        raise RequestError(
+            f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
+            f"--set OTHERNAME, or restore the file"
+        ) from None
+
+
+def withdraw_request(sample_set: SampleSet) -> None:
+    """Unpublish the request of a set that has nothing else yet: it was never asked for."""
+    sample_set.request.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a shard that somebody began
+        sample_set.path.rmdir()
+
+
+def differences(there: Request, asked: Request) -> str:
+    """The fields in which two requests differ, for a message."""
+
+    def flat(request: Request) -> dict[str, Any]:
+        record = asdict(request)
+        checkpoint = record.pop("checkpoint")
+        return {**{f"checkpoint.{k}": v for k, v in checkpoint.items()}, **record}
+
+    old, new = flat(there), flat(asked)
+    return ", ".join(f"{k} is {old[k]!r} there and {new[k]!r} asked for" for k in old if old[k] != new[k])

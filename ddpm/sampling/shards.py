@@ -1,0 +1,162 @@
+"""The shards of a sample set on disk: packed images with signed manifests, and what is missing of them.
+
+Must not know how a sample is computed or what it is scored by. Loads no torch: listing what is missing stays cheap on a
+login node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm import rundir
+from ddpm.errors import RequestError, RunBusy
+from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampling.request import Request
+
+
+class Shard(NamedTuple):
+    """A verified shard."""
+
+    images: np.ndarray
+    """uint8 (n, H, W, C)"""
+    labels: np.ndarray
+    """int64 (n,), -1 where the model has no classes"""
+    first: int
+    """Index of the first sample."""
+    manifest: dict[str, Any]
+
+
+def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
+    """(first, num) of shard `index`: contiguous, in order, sizes differing by at most one."""
+    if not 1 <= shards <= num_samples:
+        raise RequestError(f"shards = {shards}: must be from 1 to num_samples = {num_samples}")
+    if not 0 <= index < shards:
+        raise RequestError(f"shard {index}: must be from 0 to {shards - 1}")
+    first, end = index * num_samples // shards, (index + 1) * num_samples // shards
+    return first, end - first
+
+
+def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
+    """A shard's manifest. Raises FileNotFoundError, or DamagedFile if it is not what this request's shard must say."""
+    path = sample_set.shard_manifest(index, request.shards)
+    manifest = rundir.read_signed(path)
+    first, num = shard_range(request.num_samples, request.shards, index)
+    expected = {"request_digest": request.digest, "shard": index, "first": first, "num": num}
+    for key, value in expected.items():
+        if manifest.get(key) != value:
+            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}")
+    if not sample_set.shard(index, request.shards).exists():
+        raise DamagedFile(f"{path.with_suffix('.npz').name}: missing, though its manifest is there")
+    return manifest
+
+
+def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
+    """Shards without a good manifest. Reads manifests only: `verify_shard` is what hashes the images."""
+    missing = []
+    for index in range(request.shards):
+        try:
+            read_manifest(sample_set, request, index)
+        except (FileNotFoundError, DamagedFile):
+            missing.append(index)
+    return missing
+
+
+def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
+    """A published shard, every byte checked. Raises FileNotFoundError if there is none, DamagedFile with a reason."""
+    manifest = read_manifest(sample_set, request, index)
+    path = sample_set.shard(index, request.shards)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise DamagedFile(f"{path.name}: its sha256 is not the one in its manifest")
+    arrays = parse_npz(data, path.name)
+    images, labels = arrays.get("images"), arrays.get("labels")
+    if images is None or labels is None or len(images) != manifest["num"] or len(labels) != manifest["num"]:
+        raise DamagedFile(f"{path.name}: does not hold {manifest['num']} images and labels")
+    if int(arrays.get("first", -1)) != manifest["first"]:
+        raise DamagedFile(
+            f"{path.name}: begins at sample {arrays.get('first')}, not at {manifest['first']}: a copy of another shard"
+        )
+    return Shard(images, labels, manifest["first"], manifest)
+
+
+def publish_shard(
+    sample_set: SampleSet, request: Request, index: int, images: np.ndarray, labels: np.ndarray, nfe: int, token: str
+) -> dict[str, Any]:
+    """Publish a computed shard; returns its manifest, or that of a twin that was faster. Raises RunBusy if that one is
+    not whole yet."""
+    first, num = shard_range(request.num_samples, request.shards, index)
+    path = sample_set.shard(index, request.shards)
+    try:
+        with rundir.publishing(path, token=token) as f:
+            f.write(npz_bytes(images=images, labels=labels, first=np.int64(first)))
+        # killed here: a .npz without its .json does not exist, and the next life removes it
+        manifest = rundir.sign(
+            {
+                "shard": index,
+                "first": first,
+                "num": num,
+                "sha256": f.sha256,
+                "request_digest": request.digest,
+                "nfe": nfe,
+            }
+        )
+        rundir.write_json(path.with_suffix(".json"), manifest, token=token)
+        return manifest
+    except FileExistsError:
+        try:
+            return verify_shard(sample_set, request, index).manifest
+        except (FileNotFoundError, DamagedFile) as e:
+            raise RunBusy(f"another job is publishing shard {index} of {sample_set.path} ({e})") from None
+
+
+def withdraw_shard(sample_set: SampleSet, request: Request, index: int) -> None:
+    """Unpublish a shard: without its manifest it does not exist, and is computed again."""
+    sample_set.shard_manifest(index, request.shards).unlink(missing_ok=True)
+
+
+def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path:
+    """Write every sample as `directory`/000007.png, for tools that want files; returns `directory`.
+
+    The directory appears whole: a kill leaves a temporary beside it. One that already holds all of them is left alone.
+    Raises RequestError for a directory with other content, DamagedFile for a shard that is not good.
+    """
+    from PIL import Image  # a login node that unpacks nothing does without
+
+    if directory.exists():
+        if len(list(directory.glob("*.png"))) == request.num_samples:
+            return directory
+        raise RequestError(
+            f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
+            f"or name another directory"
+        )
+    tmp = directory.with_name(f"{rundir.TMP_PREFIX}{directory.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    for index in range(request.shards):
+        shard = verify_shard(sample_set, request, index)
+        for i, image in enumerate(shard.images, start=shard.first):
+            Image.fromarray(image).save(tmp / f"{i:06d}.png")
+    tmp.rename(directory)
+    return directory
+
+
+def npz_bytes(**arrays: Any) -> bytes:
+    """Arrays as the bytes of an uncompressed .npz; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile. Never unpickles."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped
+        raise DamagedFile(f"{name}: not a readable .npz ({type(e).__name__}: {e})") from None

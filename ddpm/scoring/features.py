@@ -1,0 +1,84 @@
+"""Features of sample shards, on disk: samples/SET/features-*, kept while shard and extractor are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm import rundir
+from ddpm.errors import Stopped
+from ddpm.run.log import say
+from ddpm.run.stopping import StopRequested
+from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.sampling.request import Request
+from ddpm.sampling.shards import verify_shard
+from ddpm.scoring.extractors import Extractor
+
+
+def extract(
+    extractor: Extractor, images: np.ndarray, *, batch: int = 64, stop_requested: StopRequested = lambda: None
+) -> np.ndarray:
+    """Features float32 (n, d) of images uint8 (n, H, W, 3), `batch` at a time. Raises Stopped between batches."""
+    features = np.empty((len(images), extractor.dim), dtype=np.float32)
+    for first in range(0, len(images), batch):
+        if reason := stop_requested():
+            raise Stopped(reason)
+        features[first : first + batch] = extractor(images[first : first + batch])
+    return features
+
+
+def shard_features(
+    sample_set: SampleSet,
+    request: Request,
+    index: int,
+    extractor: Extractor,
+    *,
+    stop_requested: StopRequested = lambda: None,
+    token: str = "",
+) -> np.ndarray:
+    """Features float32 (n, d) of a published shard: the kept ones if shard and extractor are the same, else new ones.
+
+    The shard's images are verified either way. Raises FileNotFoundError or DamagedFile for the shard, Stopped.
+    """
+    shard = verify_shard(sample_set, request, index)
+    path = sample_set.features(extractor.name, index, request.shards)
+    expected = {
+        "shard": index,
+        "num": len(shard.images),
+        "request_digest": request.digest,
+        "extractor_digest": extractor.digest,
+        "shard_sha256": shard.manifest["sha256"],
+    }
+    try:
+        return _read_features(path, expected, extractor.dim)
+    except FileNotFoundError:
+        pass
+    except DamagedFile as e:
+        say(f"features={path} not usable, computing them again: {e}")
+    features = extract(extractor, shard.images, stop_requested=stop_requested)
+    manifest_path = path.with_suffix(".json")
+    manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the features do not exist
+    buffer = io.BytesIO()
+    np.save(buffer, features, allow_pickle=False)
+    with rundir.publishing(path, replace=True, token=token) as f:
+        f.write(buffer.getvalue())
+    rundir.write_json(manifest_path, rundir.sign({**expected, "sha256": f.sha256}), replace=True, token=token)
+    return features
+
+
+def _read_features(path: Path, expected: Mapping[str, Any], dim: int) -> np.ndarray:
+    manifest = rundir.read_signed(path.with_suffix(".json"))
+    for key, value in expected.items():
+        if manifest.get(key) != value:
+            raise DamagedFile(f"{path.name}: made with another {key}")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise DamagedFile(f"{path.name}: its sha256 is not the one in its manifest")
+    features = np.load(io.BytesIO(data), allow_pickle=False)
+    assert features.shape == (expected["num"], dim)
+    return features
