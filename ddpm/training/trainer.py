@@ -57,6 +57,7 @@ class Trainer:
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
         self.due, self.meter = Due(config, len(packed)), Meter(len(packed))
+        assert (fence is None) == (events is None), "rank 0 has both, and no other has either"
         self.chronicle = Silent()
         if fence is not None and events is not None:
             size, is_milestone = world.world_size, self.due.milestone

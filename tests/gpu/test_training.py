@@ -228,4 +228,4 @@ def test_samples_have_the_same_bytes_under_every_sharding(device: torch.device, 
         files = sorted((calm / "calm" / "samples" / f"in-{shards}").glob("shard-*.npz"))
         assert len(files) == int(shards)
         images.append(np.concatenate([np.load(f)["images"] for f in files]))
-    assert images[0].shape == (96, 8, 8, 3) and np.array_equal(*images)
+    assert images[0].shape == (96, 8, 8, 3) and np.array_equal(images[0], images[1])

@@ -28,7 +28,7 @@ from ddpm.network.build import build_model
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations
 from ddpm.run import saving as savings
-from ddpm.rundir import RunDir
+from ddpm.rundir import EventLog, RunDir
 from ddpm.sampling.denoiser import eps_of
 from ddpm.scoring.extractors import build_extractor
 from ddpm.training.ranks import World
@@ -103,7 +103,16 @@ def trainer_of(asked: config.Config, run: RunDir, packed: data.PackedImages) -> 
     resolved = resolve(asked, DEVICE, 1)
     apply(resolved)
     fence = Fence(run, {"job": "bench", "restart": 0, "host": "here"})
-    return Trainer(asked, run, World(0, 1, DEVICE), packed, resolved, fence=fence, events=None, owner={}), fence
+    return Trainer(
+        asked,
+        run,
+        World(0, 1, DEVICE),
+        packed,
+        resolved,
+        fence=fence,
+        events=EventLog(run, "bench", 0, "here"),
+        owner={},
+    ), fence
 
 
 def training(
@@ -231,7 +240,7 @@ def diffusers_training(batch: int, *, amp: bool, compiled: bool, steps: int = 30
     model: Any = diffusers_unet().to(DEVICE)
     ema = EMAModel(model.parameters(), decay=0.9999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    scheduler: Any = DDPMScheduler(num_train_timesteps=1000)
     network = torch.compile(model) if compiled else model
     images = torch.from_numpy(noise_images().images[: 4 * batch]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
@@ -272,7 +281,7 @@ def sampling(batch: int, *, compiled: bool = False, cast: bool = False, steps: i
     model: Any = build_model(asked, DEVICE, precision).eval()
     if cast:
         model = model.to(torch.bfloat16)
-    network = torch.compile(model) if compiled else model
+    network: Any = torch.compile(model) if compiled else model
     x_T = rng.normal(rng.key(0, "x_T"), torch.arange(batch, device=DEVICE), 0, SHAPE)
 
     eps = eps_of(network, "fp32" if cast else precision)
