@@ -34,7 +34,7 @@ from ddpm.sampleset import (
 )
 
 if TYPE_CHECKING:
-    from ddpm.data import PackedImages
+    from ddpm.data.packed import PackedImages
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +337,7 @@ def evaluate_images(
     progress: ShowProgress | None = None,
 ) -> dict[str, Any]:
     """Score a folder or zip of images against an .npz of statistics, a folder or a zip. Writes nothing."""
-    from ddpm.data import load_folder
+    from ddpm.data.packed import load_folder
 
     def moments_of(path: Path) -> tuple[Moments, dict[str, Any]]:
         packed = load_folder(path)

@@ -20,7 +20,8 @@ from ddpm import checkpoint, generate, runtime
 from ddpm import config as configs
 from ddpm import schedule as schedules
 from ddpm.config import USUAL_STEPS, Config
-from ddpm.data import Batches, pack
+from ddpm.data.batches import Batches
+from ddpm.data.packed import pack
 from ddpm.diffusion import Diffusion
 from ddpm.errors import RequestError
 from ddpm.rundir import DamagedFile, RunDir, read_json

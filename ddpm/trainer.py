@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import checkpoint, grids, optimizer, rng, runtime, schedule
 from ddpm.config import Config, check_world_size
-from ddpm.data import Batches, PackedImages
+from ddpm.data.batches import Batches
+from ddpm.data.packed import PackedImages
 from ddpm.diffusion import Diffusion
 from ddpm.distributed import World
 from ddpm.ema import EMA

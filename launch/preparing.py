@@ -23,7 +23,7 @@ from launch.environment import PROJECT
 
 def check_data(config: Config, stages: list[str]) -> None:
     """Paths, classes and splits that the chain will read, before anything is written. Raises RequestError."""
-    from ddpm.data import open_source
+    from ddpm.data.packed import open_source
 
     source = open_source(config.data)
     if config.model.num_classes not in (0, len(source.classes)):
@@ -108,16 +108,16 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
 
 
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
-    from ddpm import data
+    from ddpm.data import packed as data
 
     if "evaluate" in stages and config.evaluate.extractor == "inception":
         from ddpm.features import ensure_inception_weights
 
         ensure_inception_weights()
     bar = show_progress("packing")
-    key, packed = data.pack(config.data, "train", cache / "data", progress=bar)
+    key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     if "evaluate" in stages and config.evaluate.reference == "test":
-        data.pack(config.data, "test", cache / "data", progress=bar)
+        data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     print(
         f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
         f"digest {packed.digest[:12]}",

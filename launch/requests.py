@@ -247,7 +247,7 @@ def reference(config: Config, name: str | None, cache: Path, stop_requested: Cal
 
     Raises RequestError for a name that is none of these.
     """
-    from ddpm import data
+    from ddpm.data import packed as data
 
     name = name or config.evaluate.reference
     if name in ("train", "test"):
@@ -261,7 +261,7 @@ def check_split(config: Config, name: str) -> None:
     if name not in ("train", "test"):
         check_reference(name)
         return
-    from ddpm.data import open_source
+    from ddpm.data.packed import open_source
 
     splits = sorted(open_source(config.data).members)
     if name not in splits:

@@ -104,7 +104,7 @@ def num_images(config: Config, run: RunDir) -> int | None:
     """
     if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
         return int(known)
-    from ddpm.data import open_source
+    from ddpm.data.packed import open_source
 
     source = open_source(config.data)
     if source.kind == "celeba":  # not downloaded: its attributes are not known

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import checkpoint, config, data, distributed, runtime
+from ddpm import checkpoint, config, distributed, runtime
+from ddpm.data import packed as data
 from ddpm.fence import Fence
 from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
 from ddpm.trainer import Outcome, Trainer

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm import config as configs  # noqa: E402
-from ddpm import data  # noqa: E402
+from ddpm.data import packed as data  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from ddpm.rundir import TMP_PREFIX, read_signed  # noqa: E402
 from launch import console, environment, preparing  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm.data import load_folder
+from ddpm.data.packed import load_folder
 from ddpm.features import build_extractor, extract
 from tests.cli.harness import Shell, png, write_zip
 

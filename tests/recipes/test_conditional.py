@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpm.config import Data
-from ddpm.data import pack
+from ddpm.data.packed import pack
 from ddpm.library import Model
 from tests.training import Life, make_config, make_run
 

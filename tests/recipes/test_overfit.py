@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ddpm import runtime, unet
 from ddpm.config import Config
-from ddpm.data import PackedImages, images_digest
+from ddpm.data.packed import PackedImages, images_digest
+from ddpm.data.sources import to_square
 from ddpm.diffusion import Diffusion
-from ddpm.sources import to_square
 from tests.images import picture
 from tests.training import Life, make_config, make_run
 

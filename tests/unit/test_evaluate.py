@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm import evaluate, features, generate, metrics, rundir, sampleset, schedule
-from ddpm.data import PackedImages, images_digest
+from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import RequestError, Stopped
 from ddpm.evaluate import BrokenSet
 from ddpm.features import Extractor

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ddpm import checkpoint, distributed, grids, runtime, schedule
 from ddpm.config import Config
-from ddpm.data import Batches
+from ddpm.data.batches import Batches
 from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.optimizer import learning_rate
 from ddpm.run.state import finished_step

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm import config, data, runtime
+from ddpm import config, runtime
 from ddpm.checkpoint import num_bytes
+from ddpm.data import packed as data
 from ddpm.distributed import World
 from ddpm.fence import Fence
 from ddpm.rundir import RunDir

@@ -53,10 +53,10 @@ class Edit(NamedTuple):
 
 SLURM_MUTANTS = {
     "no-running-guard": Edit(
-        "scancel", "launch/supervisor.py", 'shown is None or shown.state != "RUNNING"', "shown is None",
+        "scancel", "launch/life/decision.py", 'shown is None or shown.state != "RUNNING"', "shown is None",
     ),
     "half-a-kernel-is-trusted": Edit(
-        "signal-in-compile", "launch/jobs.py", "        unproven.touch()\n", "",
+        "signal-in-compile", "launch/life/training.py", "        unproven.touch()\n", "",
     ),
     "python-is-not-waited-for": Edit(
         "startup-pre-emptions", "slurm/rank.sh", "env --block-signal=TERM true", "false",
@@ -66,7 +66,7 @@ SLURM_MUTANTS = {
         "job = array[0] or job_id",
     ),
     "leaves-in-the-grace-period": Edit(
-        "pre-emptions", "launch/preemption.py",
+        "pre-emptions", "launch/life/preemption.py",
         'if env.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE',
         'if env.scheduler != "slurm" or reason == "time_limit":\n        return EXIT_REQUEUE\n    return 0',
     ),

@@ -268,7 +268,7 @@ def poisoned_batch(at: int, *, then: Act | None = None) -> Callable[[], None]:
     """For `life`: step `at` of attempt 0 trains on NaN; `then` is done as soon as the trainer has rolled back."""
 
     def before() -> None:
-        from ddpm.data import Batches
+        from ddpm.data.batches import Batches
         from ddpm.trainer import Trainer
 
         init, rows, roll_back = Batches.__init__, Batches.rows, Trainer._roll_back
@@ -366,7 +366,7 @@ def the_network_is_never_finite(_: int) -> Result:
 
 MOMENTS = (
     "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.trainer.Trainer.resume", "launch.environment.set_defaults",
-    "ddpm.distributed.join", "ddpm.data.open_packed", "ddpm.runtime.resolve", "ddpm.trainer.Trainer.__init__",
+    "ddpm.distributed.join", "ddpm.data.packed.open_packed", "ddpm.runtime.resolve", "ddpm.trainer.Trainer.__init__",
     "ddpm.checkpoint.newest_good",
 )  # fmt: skip
 
