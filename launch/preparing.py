@@ -16,9 +16,10 @@ from ddpm import config as configs
 from ddpm.config import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, fsync_dir, now, read_json, write_bytes, write_json
-from launch import environment, requests
-from launch.cluster import Site
-from launch.environment import PROJECT
+from launch import requests
+from launch.cluster import environment
+from launch.cluster.environment import PROJECT
+from launch.cluster.site import Site
 
 
 def check_data(config: Config, stages: list[str]) -> None:

@@ -14,9 +14,10 @@ from ddpm.config import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, sha256_file
-from launch import scheduler, slurm
-from launch.cluster import Site, is_local
-from launch.environment import JobEnvironment
+from launch import scheduler
+from launch.cluster import slurm
+from launch.cluster.environment import JobEnvironment
+from launch.cluster.site import Site, is_local
 
 if TYPE_CHECKING:
     from ddpm.checkpoint import Generation

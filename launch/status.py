@@ -15,7 +15,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import load_yaml
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
-from launch import console, environment, goodput, requests, slurm
+from launch import console, goodput, requests
+from launch.cluster import environment, slurm
 from launch.sample import find_run
 
 EXAMPLES = """examples:

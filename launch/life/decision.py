@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL
-from launch.slurm import Mercy, Shown
+from launch.cluster.slurm import Mercy, Shown
 
 MAX_RETRIES = 3
 

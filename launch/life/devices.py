@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ddpm.errors import NodeUnfit
-from launch import environment
-from launch.environment import JobEnvironment
+from launch.cluster import environment
+from launch.cluster.environment import JobEnvironment
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 

@@ -12,7 +12,7 @@ from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.run.log import say
 from ddpm.run.stopping import STOP_REASONS, StopRequested
-from launch import environment
+from launch.cluster import environment
 from launch.life.life import Life, run_record
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 from ddpm.errors import DoNotRetry
 from ddpm.run.log import say
 from ddpm.rundir import RunDir, read_json
-from launch import environment
-from launch.environment import JobEnvironment
+from launch.cluster import environment
+from launch.cluster.environment import JobEnvironment
 from launch.life import preemption
 from launch.life.preemption import StopFlag
 

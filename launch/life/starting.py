@@ -10,7 +10,7 @@ from ddpm.config import Config
 from ddpm.run.log import say
 from ddpm.run.state import finished_step
 from ddpm.rundir import DamagedFile, RunDir
-from launch import environment, slurm
+from launch.cluster import environment, slurm
 from launch.life.life import Life
 
 

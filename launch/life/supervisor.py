@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from ddpm.rundir import EventLog, RunDir, read_events
-from launch import environment, slurm
-from launch.environment import JobEnvironment
+from launch.cluster import environment, slurm
+from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, decide, not_ours, retries_without_progress, uncounted_lives
 from launch.life.life import shard_marker
 from launch.life.progress import progress

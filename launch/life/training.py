@@ -20,8 +20,9 @@ from ddpm.run.log import say
 from ddpm.rundir import write_json
 from ddpm.runtime import Resolved
 from ddpm.trainer import Trainer
-from launch import requests, slurm
-from launch.environment import JobEnvironment
+from launch import requests
+from launch.cluster import slurm
+from launch.cluster.environment import JobEnvironment
 from launch.life import devices, inputs
 from launch.life.life import Life, run_record
 from launch.life.starting import kernels_of, nothing_to_do

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from launch.cluster.slurm import Mercy, Shown
 from launch.life.decision import MAX_RETRIES, Evidence, decide, not_ours, retries_without_progress, uncounted_lives
-from launch.slurm import Mercy, Shown
 
 RUNNING = Shown("RUNNING", 0, True, "gpu", "normal", "1:00:00", None)
 CANCELLED = replace(RUNNING, state="COMPLETING")

@@ -19,8 +19,8 @@ from ddpm.distributed import World
 from ddpm.errors import NodeUnfit, Stopped
 from ddpm.run.stopping import StopRequested
 from ddpm.rundir import RunDir, read_events
-from launch import environment
-from launch.environment import PROJECT, JobEnvironment
+from launch.cluster import environment
+from launch.cluster.environment import PROJECT, JobEnvironment
 from launch.life import devices, inputs
 from launch.life.life import Life
 from launch.life.training import compiling

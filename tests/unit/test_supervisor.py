@@ -13,8 +13,8 @@ import pytest
 
 from ddpm import rundir, sampleset
 from ddpm.rundir import EventLog, RunDir, read_events
-from launch import environment, slurm
-from launch.environment import PROJECT
+from launch.cluster import environment, slurm
+from launch.cluster.environment import PROJECT
 from launch.life import supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag

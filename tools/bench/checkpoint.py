@@ -27,7 +27,7 @@ from ddpm.distributed import World
 from ddpm.fence import Fence
 from ddpm.rundir import RunDir
 from ddpm.trainer import Trainer
-from launch.environment import PROJECT
+from launch.cluster.environment import PROJECT
 
 
 def make_trainer(run: RunDir, device: torch.device, batch: int, cores: int) -> Trainer:

@@ -62,7 +62,7 @@ SLURM_MUTANTS = {
         "startup-pre-emptions", "slurm/rank.sh", "env --block-signal=TERM true", "false",
     ),
     "bare-array-id": Edit(
-        "array-task-requeued", "launch/environment.py", 'job = "_".join(a for a in array if a) or job_id',
+        "array-task-requeued", "launch/cluster/environment.py", 'job = "_".join(a for a in array if a) or job_id',
         "job = array[0] or job_id",
     ),
     "leaves-in-the-grace-period": Edit(

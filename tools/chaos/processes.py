@@ -365,9 +365,9 @@ def the_network_is_never_finite(_: int) -> Result:
 # ---------------------------------------------------------------- starting up
 
 MOMENTS = (
-    "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.trainer.Trainer.resume", "launch.environment.set_defaults",
-    "ddpm.distributed.join", "ddpm.data.packed.open_packed", "ddpm.runtime.resolve", "ddpm.trainer.Trainer.__init__",
-    "ddpm.checkpoint.newest_good",
+    "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.trainer.Trainer.resume",
+    "launch.cluster.environment.set_defaults", "ddpm.distributed.join", "ddpm.data.packed.open_packed",
+    "ddpm.runtime.resolve", "ddpm.trainer.Trainer.__init__", "ddpm.checkpoint.newest_good",
 )  # fmt: skip
 
 
