@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddpm import sampleset
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, SampleSet
 from launch.life.life import shard_marker
@@ -28,6 +27,8 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
 
 
 def _of_shard(where: SampleSet, shard: int) -> int:
+    from ddpm import sampleset  # numpy, without which a job's end must do
+
     try:
         request = sampleset.read_request(where)
         first, num = sampleset.shard_range(request.num_samples, request.shards, shard)
