@@ -19,7 +19,8 @@ from torch import Tensor
 from ddpm import config as configs
 from ddpm import schedule as schedules
 from ddpm.config import Config
-from ddpm.data import Batches, pack
+from ddpm.data.batches import Batches
+from ddpm.data.packed import pack
 from ddpm.diffusion.forward import Diffusion
 from ddpm.errors import RequestError
 from ddpm.network import build

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ddpm.attributes import NAMES, unknown_name
 from ddpm.config_file import build, dump_yaml, field_keys, load_yaml, unknown_key
 from ddpm.errors import RequestError
 from ddpm.rundir import check_name, sha256_json
@@ -84,11 +85,8 @@ class Data(Section):
                 raise ValueError(f"data.{key} = {value}: data.name={self.name} has none; leave it out, or use celeba")
         if len(set(labels)) < len(labels):
             raise ValueError(f"data.label_attributes = {labels}: name each attribute once")
-        if self.attributes or labels:
-            from ddpm import celeba  # it loads numpy
-
-            if wrong := celeba.unknown_name(self, celeba.NAMES):
-                raise ValueError(wrong)
+        if wrong := unknown_name(self.attributes, labels, NAMES):
+            raise ValueError(wrong)
         return self
 
 

@@ -2,7 +2,7 @@
 
 The lock (flock on `lock`) keeps two live jobs apart; it dies with its holder. The token is a counter in `fence`: each
 writer takes the next number and checks, before every publication, that nobody has taken one since. So an orphan of an
-earlier life, cut off on a node that SLURM has given up, can neither commit nor overwrite. No two writers have the same
+earlier life, cut off on a node that was given up, can neither commit nor overwrite. No two writers have the same
 number, with locks or without: each is claimed by a file (`.fence-N`) that can be created but once.
 """
 
@@ -31,6 +31,7 @@ class Fence:
         *,
         wait_s: float = 60.0,
         is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
+        how_to_end: Callable[[dict[str, Any]], str] = lambda other: "",
         log: Callable[[str], None] = print,
     ) -> None:
         """Take the lock and the next token.
@@ -39,6 +40,7 @@ class Fence:
         wait_s: less than other ranks wait for this one.
         is_orphan: whether the present holder is known to be an earlier life that should be gone; it is then fenced out
         although it still holds the lock: at once where it is of the owner's own job, others after `wait_s` seconds.
+        how_to_end: the command by which a person ends the present holder, for the message.
         Raises RunBusy after `wait_s` seconds.
         """
         self._run, self._log = run, log
@@ -53,9 +55,10 @@ class Fence:
                 break
             if late:
                 os.close(self._fd)
+                command = how_to_end(other)
                 raise RunBusy(
-                    f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end "
-                    f"it: scancel {other.get('job', 'JOB')}"
+                    f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
+                    f"{f': {command}' if command else ''}"
                 )
             if not said:
                 log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")

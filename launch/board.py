@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.errors import EnvironmentLacks, RequestError
-from launch import console, environment
+from launch import console
+from launch.cluster import environment
 from launch.sample import find_run
 
 EXAMPLES = """examples:

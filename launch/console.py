@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks
 from ddpm.rundir import RunDir, read_events, read_json
-from launch import requests, slurm
+from launch import requests
+from launch.cluster import slurm
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0

@@ -13,7 +13,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm import config as configs
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, read_json
-from launch import cluster, console, requests, scheduler
+from launch import console, requests, scheduler
+from launch.cluster import site as cluster
 from launch.sample import find_run
 
 EXAMPLES = """examples:

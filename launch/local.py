@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from ddpm.rundir import EventLog, RunDir
-from launch import environment
+from launch.cluster import environment
 from launch.scheduler import Job
 
 

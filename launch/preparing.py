@@ -16,14 +16,15 @@ from ddpm import config as configs
 from ddpm.config import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, fsync_dir, now, read_json, write_bytes, write_json
-from launch import environment, requests
-from launch.cluster import Site
-from launch.environment import PROJECT
+from launch import requests
+from launch.cluster import environment
+from launch.cluster.environment import PROJECT
+from launch.cluster.site import Site
 
 
 def check_data(config: Config, stages: list[str]) -> None:
     """Paths, classes and splits that the chain will read, before anything is written. Raises RequestError."""
-    from ddpm.data import open_source
+    from ddpm.data.packed import open_source
 
     source = open_source(config.data)
     if config.model.num_classes not in (0, len(source.classes)):
@@ -108,16 +109,16 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
 
 
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
-    from ddpm import data
+    from ddpm.data import packed as data
 
     if "evaluate" in stages and config.evaluate.extractor == "inception":
         from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
     bar = show_progress("packing")
-    key, packed = data.pack(config.data, "train", cache / "data", progress=bar)
+    key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     if "evaluate" in stages and config.evaluate.reference == "test":
-        data.pack(config.data, "test", cache / "data", progress=bar)
+        data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     print(
         f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
         f"digest {packed.digest[:12]}",

@@ -14,9 +14,10 @@ from ddpm.config import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, sha256_file
-from launch import scheduler, slurm
-from launch.cluster import Site, is_local
-from launch.environment import JobEnvironment
+from launch import scheduler
+from launch.cluster import slurm
+from launch.cluster.environment import JobEnvironment
+from launch.cluster.site import Site, is_local
 
 if TYPE_CHECKING:
     from ddpm.run.generations import Generation
@@ -228,7 +229,7 @@ def reference(config: Config, name: str | None, cache: Path, stop_requested: Cal
 
     Raises RequestError for a name that is none of these.
     """
-    from ddpm import data
+    from ddpm.data import packed as data
 
     name = name or config.evaluate.reference
     if name in ("train", "test"):
@@ -242,7 +243,7 @@ def check_split(config: Config, name: str) -> None:
     if name not in ("train", "test"):
         check_reference(name)
         return
-    from ddpm.data import open_source
+    from ddpm.data.packed import open_source
 
     splits = sorted(open_source(config.data).members)
     if name not in splits:

@@ -15,7 +15,9 @@ from ddpm import config as configs
 from ddpm.config import VARIANCES, Config
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, SampleSet, check_name
-from launch import cluster, console, environment, requests, scheduler
+from launch import console, requests, scheduler
+from launch.cluster import environment
+from launch.cluster import site as cluster
 
 if TYPE_CHECKING:
     from ddpm.run.generations import Generation

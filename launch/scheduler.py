@@ -19,9 +19,9 @@ from unittest import mock
 
 from ddpm.errors import RequestError
 from ddpm.rundir import EventLog, RunDir, read_events
-from launch import environment, slurm
-from launch.cluster import Site
-from launch.environment import PROJECT
+from launch.cluster import environment, slurm
+from launch.cluster.environment import PROJECT
+from launch.cluster.site import Site
 
 HOME = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
 SBATCH_TIMEOUT_S = 60

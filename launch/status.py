@@ -16,7 +16,8 @@ from ddpm.config import load, load_yaml
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
-from launch import console, environment, goodput, requests, slurm
+from launch import console, goodput, requests
+from launch.cluster import environment, slurm
 from launch.sample import find_run
 
 EXAMPLES = """examples:

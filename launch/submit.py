@@ -16,9 +16,11 @@ from ddpm import config as configs
 from ddpm.config import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.rundir import DamagedFile, RunDir, check_name, read_json, read_jsonl
-from launch import cluster, console, environment, preparing, recipes, requests, scheduler, slurm
-from launch.cluster import Site
-from launch.environment import PROJECT
+from launch import console, preparing, recipes, requests, scheduler
+from launch.cluster import environment, slurm
+from launch.cluster import site as cluster
+from launch.cluster.environment import PROJECT
+from launch.cluster.site import Site
 
 EXAMPLES = """examples:
   python launch/submit.py --partition gpu                               the whole command: Ho et al.'s CIFAR-10 model
@@ -104,7 +106,7 @@ def num_images(config: Config, run: RunDir) -> int | None:
     """
     if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
         return int(known)
-    from ddpm.data import open_source
+    from ddpm.data.packed import open_source
 
     source = open_source(config.data)
     if source.kind == "celeba":  # not downloaded: its attributes are not known

@@ -26,7 +26,7 @@ trap : TERM USR2 CONT
 ddpm_end() {
   local code=$?
   trap - EXIT
-  "$DDPM_PYTHON" -m launch.supervisor "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}"
+  "$DDPM_PYTHON" -m launch.life.supervisor "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}"
   exit $?
 }
 trap ddpm_end EXIT

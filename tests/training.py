@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import config, data
+from ddpm import config
+from ddpm.data import packed as data
 from ddpm.fence import Fence
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations

@@ -20,8 +20,9 @@ from ddpm import config as configs  # noqa: E402
 from ddpm.config import Config  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from ddpm.rundir import TMP_PREFIX, RunDir, check_name, write_bytes  # noqa: E402
-from launch import console, environment, preparing  # noqa: E402
-from launch.cluster import Site  # noqa: E402
+from launch import console, preparing  # noqa: E402
+from launch.cluster import environment  # noqa: E402
+from launch.cluster.site import Site  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor

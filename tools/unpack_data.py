@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm import config as configs  # noqa: E402
-from ddpm import data  # noqa: E402
+from ddpm.data import packed as data  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from ddpm.rundir import TMP_PREFIX, read_signed  # noqa: E402
-from launch import console, environment, preparing  # noqa: E402
-from launch.cluster import Site, load_profile  # noqa: E402
+from launch import console, preparing  # noqa: E402
+from launch.cluster import environment  # noqa: E402
+from launch.cluster.site import Site, load_profile  # noqa: E402
 
 EXAMPLES = """examples:
   python tools/unpack_data.py configs/cifar10.yaml real                           real/000000.png … real/049999.png

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import metrics, rundir
-from ddpm.data import PackedImages, load_folder
+from ddpm.data.packed import PackedImages, load_folder
 from ddpm.errors import DDPMError, RequestError
 from ddpm.metrics import Moments
 from ddpm.run.stopping import ShowProgress, StopRequested

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddpm import metrics, rundir
-from ddpm.data import PackedImages
+from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
 from ddpm.metrics import Moments
 from ddpm.run.log import say

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import rng, schedule
 from ddpm.config import Config, check_world_size
-from ddpm.data import Batches, PackedImages
+from ddpm.data.batches import Batches
+from ddpm.data.packed import PackedImages
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
 from ddpm.training.optimizer import learning_rate

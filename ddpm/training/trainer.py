@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config import Config
-from ddpm.data import PackedImages
+from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry
 from ddpm.fence import Fence
 from ddpm.network.device import Later, Resolved

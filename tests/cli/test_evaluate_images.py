@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm.data import load_folder
+from ddpm.data.packed import load_folder
 from ddpm.scoring.extractors import build_extractor
 from ddpm.scoring.features import extract
 from tests.cli.harness import Shell, png, write_zip

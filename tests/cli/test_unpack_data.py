@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ddpm.data import open_packed
+from ddpm.data.packed import open_packed
 from tests.celeba import is_male, is_smiling, which, write_celeba
 from tests.cli.harness import Shell, png, read, snapshot, write_zip
 

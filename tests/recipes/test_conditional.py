@@ -5,7 +5,7 @@ import pytest
 
 from ddpm.api import Model
 from ddpm.config import Data
-from ddpm.data import pack
+from ddpm.data.packed import pack
 from tests.training import Life, make_config, make_run
 
 NUM_SAMPLES = 200

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ddpm import unet
 from ddpm.config import Config
-from ddpm.data import PackedImages, images_digest
+from ddpm.data.packed import PackedImages, images_digest
+from ddpm.data.sources import to_square
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network import build
-from ddpm.sources import to_square
 from tests.images import picture
 from tests.training import Life, make_config, make_run
 

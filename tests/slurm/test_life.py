@@ -198,7 +198,7 @@ def test_a_run_can_be_queued_by_hand_from_anywhere_as_printed_and_from_the_proje
 
 def test_what_a_hand_made_job_has_can_be_asked_for_again_and_its_ranks_share_their_cpus(site: Site) -> None:
     code = (
-        "import json, os; from launch import environment; "
+        "import json, os; from launch.cluster import environment; "
         "print(json.dumps([environment.allocation(), environment.current().cpus]))"
     )
     asked = ["--gres=gpu:2", "--mem=4000", "--ntasks-per-node=2", f"--chdir={site.bed.project}"]

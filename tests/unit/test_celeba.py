@@ -1,6 +1,5 @@
-"""ddpm/celeba.py: which faces are trained on, in which split and with which label, follows from the lists alone."""
+"""ddpm/data/celeba.py: which faces are trained on, in which split, with which label, follows from the lists alone."""
 
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm import data
 from ddpm.config import Data
-from ddpm.data import pack
+from ddpm.data.packed import open_source, pack
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.rundir import read_signed
 from tests.celeba import NAMES, NUM_IMAGES, is_male, is_smiling, jpeg, which, write_celeba
@@ -47,13 +45,12 @@ def test_splits_are_those_of_the_partition(mini: Path, tmp_path: Path, split: st
 
 
 def test_without_a_partition_everything_is_for_training_and_the_log_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_celeba(tmp_path / "celeba", partition=False)
-    with caplog.at_level(logging.WARNING):
-        _, packed = pack(at(folder), "train", tmp_path / "cache")
+    _, packed = pack(at(folder), "train", tmp_path / "cache")
     assert len(packed) == NUM_IMAGES
-    assert "no list_eval_partition.txt: every image is for training" in caplog.text
+    assert "no list_eval_partition.txt: every image is for training" in capsys.readouterr().out
     with pytest.raises(RequestError, match=r"no 'test' split; it has \['train'\]"):
         pack(at(folder), "test", tmp_path / "cache")
 
@@ -72,7 +69,7 @@ def test_labels_are_made_of_the_attributes_in_the_order_given(mini: Path, tmp_pa
     key, packed = pack(chosen, "train", tmp_path)
     assert packed.labels.tolist() == [is_smiling(i) + 2 * is_male(i) for i in TRAIN]
     classes = ["Smiling=0,Male=0", "Smiling=1,Male=0", "Smiling=0,Male=1", "Smiling=1,Male=1"]
-    assert data.open_source(chosen).classes == classes
+    assert open_source(chosen).classes == classes
     assert read_signed(tmp_path / key / "meta.json")["classes"] == classes
 
 
@@ -152,7 +149,7 @@ def test_the_crop_leaves_nothing_of_a_border(mini: Path, tmp_path: Path) -> None
 
 def refusal(chosen: Data) -> str:
     with pytest.raises(RequestError) as refused:
-        data.open_source(chosen)
+        open_source(chosen)
     return str(refused.value)
 
 
@@ -269,7 +266,7 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_without_a_path_it_is_downloaded_once_and_stays_zipped(drive: list[str], tmp_path: Path) -> None:
     chosen = at(None, attributes={"Male": True}, label_attributes=("Smiling",))
-    source = data.open_source(chosen)
+    source = open_source(chosen)
     assert source.classes == ["Smiling=0", "Smiling=1"] and {"train", "test"} < set(source.members) and drive == []
     key, packed = pack(chosen, "train", tmp_path / "cache")
     assert set(drive) == FILES and which(packed.images) == [i for i in TRAIN if is_male(i)]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ddpm.rundir import EventLog, RunDir
-from launch import console, slurm
+from launch import console
+from launch.cluster import slurm
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.ENOSPC, 3)])

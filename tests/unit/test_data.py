@@ -1,20 +1,20 @@
-"""ddpm/data.py: any source becomes the same pixels once, and the batch of a step is a function of the step."""
+"""ddpm/data: any source becomes the same pixels once, and the batch of a step is a function of the step."""
 
 import io
 import multiprocessing
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ddpm.data.batches import Batches
 from PIL import Image
 
-from ddpm import data, sources
 from ddpm.config import Data
-from ddpm.data import Batches, PackedImages, pack
+from ddpm.data import sources
+from ddpm.data.packed import PackedImages, images_digest, load_folder, open_packed, open_source, pack
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.rundir import DamagedFile, read_signed
 from launch import preparing
@@ -74,16 +74,16 @@ def test_a_folder_and_a_zip_of_the_same_images_are_the_same_data(tmp_path: Path)
 def test_folders_that_wrap_everything_say_nothing(tmp_path: Path, wrapper: str) -> None:
     images = {k: v for k, v in MEMBERS.items() if k.startswith(("train", "test"))}
     archive = as_zip(tmp_path / "a.zip", {wrapper + k: v for k, v in images.items()})
-    source = data.open_source(images_at(archive))
+    source = open_source(images_at(archive))
     assert source.classes == ["cat", "dog"]
     assert {split: len(names) for split, names in source.members.items()} == {"train": 6, "test": 1}
 
 
 def test_without_splits_everything_is_for_training(tmp_path: Path) -> None:
     archive = as_zip(tmp_path / "a.zip", {f"faces/{kind}/{i}.png": png(i) for kind in "ab" for i in range(2)})
-    source = data.open_source(images_at(archive))
+    source = open_source(images_at(archive))
     assert list(source.members) == ["train"] and source.classes == ["a", "b"]
-    flat = data.open_source(images_at(as_zip(tmp_path / "flat.zip", {f"{i}.png": png(i) for i in range(3)})))
+    flat = open_source(images_at(as_zip(tmp_path / "flat.zip", {f"{i}.png": png(i) for i in range(3)})))
     assert len(flat.members["train"]) == 3
 
 
@@ -99,7 +99,7 @@ def test_the_test_split_is_apart_and_a_missing_one_is_named(tmp_path: Path) -> N
 @pytest.mark.parametrize("members", [["0.png", "1.png"], ["train/0.png", "test/1.png"]])
 def test_a_folder_of_a_split_is_no_class(tmp_path: Path, members: list[str]) -> None:
     archive = as_zip(tmp_path / "a.zip", {name: png() for name in members})
-    source = data.open_source(images_at(archive))
+    source = open_source(images_at(archive))
     assert source.classes == [""] and set(source.labels.values()) == {0}
 
 
@@ -145,7 +145,7 @@ def test_a_packed_array_is_what_numpy_would_have_written(tmp_path: Path) -> None
     key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", tmp_path / "cache")
     np.save(tmp_path / "again.npy", packed.images)
     assert (tmp_path / "cache" / key / "images.npy").read_bytes() == (tmp_path / "again.npy").read_bytes()
-    assert packed.digest == data.images_digest(packed.images)
+    assert packed.digest == images_digest(packed.images)
 
 
 class Downloaded:
@@ -217,7 +217,7 @@ def test_classes_of_the_known_sets_are_ten(name: str) -> None:
 
 
 def test_an_empty_folder_is_where_cifar10_may_be_downloaded_to(tmp_path: Path) -> None:
-    source = data.open_source(Data(name="cifar10", path=str(tmp_path)))
+    source = open_source(Data(name="cifar10", path=str(tmp_path)))
     assert (source.kind, source.path) == ("cifar10", tmp_path)
 
 
@@ -226,16 +226,16 @@ def test_an_empty_folder_is_where_cifar10_may_be_downloaded_to(tmp_path: Path) -
 
 def test_a_path_that_cannot_serve_is_a_request_error(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"nowhere: does not exist; give a folder or a \.zip"):
-        data.open_source(images_at(tmp_path / "nowhere"))
+        open_source(images_at(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=r"no images in this folder; expected CLASS/NAME\.png"):
-        data.open_source(images_at(tmp_path / "empty"))
+        open_source(images_at(tmp_path / "empty"))
     with pytest.raises(RequestError, match="no images in this zip"):
-        data.open_source(images_at(as_zip(tmp_path / "words.zip", {"a.txt": b"hello"})))
+        open_source(images_at(as_zip(tmp_path / "words.zip", {"a.txt": b"hello"})))
     broken = write_zip(tmp_path / "whole.zip", num_images=8)
     broken.write_bytes(broken.read_bytes()[:-200])
     with pytest.raises(RequestError, match=r"whole\.zip: not a readable zip .*copy it again"):
-        data.open_source(images_at(broken))
+        open_source(images_at(broken))
 
 
 def flip_bit(content: bytes, at: int) -> bytes:
@@ -269,7 +269,7 @@ def test_any_single_bit_of_an_archive_is_noticed_or_harmless(tmp_path: Path) -> 
         path = tmp_path / "hurt.zip"
         path.write_bytes(flip_bit(raw, at))
         try:
-            images = [image for image, _ in sources.read(data.open_source(images_at(path)), "train", 8, tmp_path)]
+            images = [image for image, _ in sources.read(open_source(images_at(path)), "train", 8, tmp_path)]
         except RequestError:
             refused += 1
         else:
@@ -333,74 +333,15 @@ def test_a_packed_array_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / key / "images.npy"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedFile, match=r"not the size that was packed; remove .* and submit again"):
-        data.open_packed(tmp_path, key)
-
-
-def test_scratch_gets_the_same_data_once(tmp_path: Path) -> None:
-    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
-    key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", cache)
-    scratch.mkdir()
-    data.copy_to_scratch(cache, key, scratch)
-    data.copy_to_scratch(cache, key, scratch)
-    assert data.open_packed(scratch, key).digest == packed.digest
-    assert [p.name for p in scratch.iterdir()] == [key]
-
-
-def thinned(copy: Path) -> None:
-    (copy / "images.npy").unlink()
-
-
-def cut(name: str) -> Callable[[Path], None]:
-    def damage(copy: Path) -> None:
-        content = (copy / name).read_bytes()
-        (copy / name).write_bytes(content[: len(content) // 2])
-
-    return damage
-
-
-@pytest.mark.parametrize("damage", [thinned, cut("images.npy"), cut("labels.npy"), cut("meta.json")])
-def test_a_copy_on_scratch_that_is_not_whole_is_made_anew_or_passed_over(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
-    key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", cache)
-    data.copy_to_scratch(cache, key, scratch)
-    damage(scratch / key)
-    passed_over = data.open_packed(cache, key, scratch=scratch)
-    assert passed_over.images.filename == cache / key / "images.npy"  # type: ignore[attr-defined]
-    data.copy_to_scratch(cache, key, scratch)
-    again = data.open_packed(cache, key, scratch=scratch)
-    assert again.images.filename == scratch / key / "images.npy"  # type: ignore[attr-defined]
-    for one in (passed_over, again):
-        assert one.digest == packed.digest and (one.images == packed.images).all()
-        assert (one.labels == packed.labels).all()
-    assert [p.name for p in scratch.iterdir()] == [key]
-
-
-def test_a_copy_on_scratch_without_room_leaves_nothing_that_is_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
-    key, packed = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", cache)
-    data.copy_to_scratch(cache, key, scratch)
-    thinned(scratch / key)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("shutil.copytree", refuse)
-    with pytest.raises(OSError, match="No space left"):
-        data.copy_to_scratch(cache, key, scratch)
-    assert list(scratch.iterdir()) == []
-    assert data.open_packed(cache, key, scratch=scratch).digest == packed.digest
+        open_packed(tmp_path, key)
 
 
 def test_a_folder_to_score_is_taken_as_it_is(tmp_path: Path) -> None:
-    loaded = data.load_folder(as_folder(tmp_path / "f", MEMBERS))
+    loaded = load_folder(as_folder(tmp_path / "f", MEMBERS))
     assert len(loaded) == 7 and loaded.images.shape[1:] == (8, 8, 3)
     mixed = as_folder(tmp_path / "g", {"0.png": png(), "1.png": png(size=(9, 8))})
     with pytest.raises(RequestError, match=r"images of several sizes .*8x8, 8x9"):
-        data.load_folder(mixed)
+        load_folder(mixed)
 
 
 # ---------------------------------------------------------------- batches
@@ -454,6 +395,6 @@ def test_the_digest_of_images_covers_shape_and_every_byte() -> None:
     images = make_images().images
     other = images.copy()
     other[9, 7, 7, 2] ^= 1
-    digests = [data.images_digest(i) for i in (images, other, images.reshape(10, 4, 16, 3), images[:9])]
+    digests = [images_digest(i) for i in (images, other, images.reshape(10, 4, 16, 3), images[:9])]
     assert len(set(digests)) == 4
     assert PackedImages(images, np.zeros(10, np.int64), "n", "train", digests[0]).digest == make_images().digest

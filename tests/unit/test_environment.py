@@ -1,10 +1,10 @@
-"""launch/environment.py: what a process learns of its job. The variables are given here, as SLURM sets them."""
+"""launch/cluster/environment.py: what a process learns of its job. The variables are given here, as SLURM sets them."""
 
 import os
 
 import pytest
 
-from launch import environment
+from launch.cluster import environment
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm import metrics, rundir
-from ddpm.data import PackedImages, images_digest
+from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import RequestError, Stopped
 from ddpm.rundir import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from ddpm.rundir import EventLog, RunDir
-from launch import environment, requests, slurm
+from launch import requests
+from launch.cluster import environment, slurm
 
 Answers = Callable[..., list[list[str]]]
 

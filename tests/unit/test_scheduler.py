@@ -8,8 +8,9 @@ import pytest
 
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, read_events
-from launch import scheduler, slurm, submit
-from launch.cluster import Site
+from launch import scheduler, submit
+from launch.cluster import slurm
+from launch.cluster.site import Site
 from tests.cli.harness import TINY
 
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])

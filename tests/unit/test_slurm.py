@@ -1,4 +1,4 @@
-"""launch/slurm.py: what is read from SLURM's answers. They are given here, as SLURM 22.05 and 24.11 print them."""
+"""launch/cluster/slurm.py: what is read from SLURM's answers, given here as SLURM 22.05 and 24.11 print them."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cluster, slurm
+from launch.cluster import site as cluster
+from launch.cluster import slurm
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
 CONFIG = """Configuration data as of 2026-01-01T00:00:00

@@ -1,12 +1,13 @@
-"""ddpm/sources.py: which folder is an image's class, and what becomes of it."""
+"""ddpm/data/sources.py: which folder is an image's class, and what becomes of it."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddpm import data, sources
 from ddpm.config import Data
+from ddpm.data import sources
+from ddpm.data.packed import PackedImages, open_source, pack
 from tests.cli.harness import png, write_zip
 from tools import unpack_data
 
@@ -54,12 +55,12 @@ def test_images_are_unpacked_by_the_class_that_they_are_trained_with(
 ) -> None:
     archive = write_zip(tmp_path / "a.zip", {name: png() for name in names})
     chosen = Data(name="images", path=str(archive), image_size=8)
-    _, packed = data.pack(chosen, "train", tmp_path / "cache")
-    unpack_data.unpack(packed, tmp_path / "out", list(range(len(packed))), data.open_source(chosen).classes)
+    _, packed = pack(chosen, "train", tmp_path / "cache")
+    unpack_data.unpack(packed, tmp_path / "out", list(range(len(packed))), open_source(chosen).classes)
     assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")} == there
 
 
 def test_an_image_whose_folder_is_no_class_is_unpacked_without_one(tmp_path: Path) -> None:
-    images = data.PackedImages(np.zeros((2, 8, 8, 3), np.uint8), np.array([1, -1]), "x", "test", "")
+    images = PackedImages(np.zeros((2, 8, 8, 3), np.uint8), np.array([1, -1]), "x", "test", "")
     unpack_data.unpack(images, tmp_path / "out", [0, 1], ["cat", "dog"])
     assert (tmp_path / "out" / "dog" / "000000.png").exists() and (tmp_path / "out" / "000001.png").exists()

@@ -1,17 +1,23 @@
-"""launch/supervisor.py: which ends of a job put it back. SLURM's answers are given here."""
+"""launch/life/supervisor.py: which ends of a job put it back. SLURM's answers are given here."""
 
 import errno
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddpm import rundir
+from ddpm import rundir, sampleset
 from ddpm.rundir import EventLog, RunDir, read_events
-from launch import slurm, supervisor
+from launch.cluster import environment, slurm
+from launch.cluster.environment import PROJECT
+from launch.life import supervisor
+from launch.life.life import Life
+from launch.life.preemption import StopFlag
 
 Shell = Callable[..., int]
 
@@ -235,13 +241,59 @@ def test_a_job_that_pre_emption_ends_is_left_to_slurm_where_it_comes_back_or_may
     assert (cluster.successors, cluster.requeued, read_events(run)) == ([], [], [])
 
 
-def test_finished_batches_are_the_progress_of_a_shard(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
-    part = run.sample_set("fid").part
-    part.mkdir(parents=True)
+def begun_set(run: RunDir) -> rundir.SampleSet:
+    """Of 40 samples in 2 shards."""
+    request = sampleset.Request(
+        sampleset.CheckpointRef(5, "ab"), "ema", "ddim", 4, 0.0, None, 0, 40, 2, 2, "fp32", None
+    )
+    sampleset.publish_request(run.sample_set("fid"), request)
+    run.sample_set("fid").part.mkdir()
+    return run.sample_set("fid")
+
+
+def takes_shard(run: RunDir, job: str, shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a task does first in each of its lives."""
+    for name, value in (("SLURM_ARRAY_JOB_ID", ""), ("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    Life(run, StopFlag(), environment.current()).works_on(shard)
+
+
+def test_finished_batches_are_the_progress_of_a_shard_until_it_is_done(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = begun_set(run)
+    takes_shard(run, "17", 1, monkeypatch)
     for i in range(6):
-        (part / f"{i}.npz").touch()
+        (where.part / f"{20 + 2 * i:09d}-2.npz").touch()
         shell_ends(1, stage="sample", set_name="fid")
     assert len(cluster.requeued) == 6 and last(run)["progress"] == 6
+    assert shell_ends(0, stage="sample", set_name="fid") == 0 and list(run.logs.iterdir()) == []
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_task_that_crashes_is_not_put_back_for_what_its_siblings_make(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    where = begun_set(run)
+    if said:  # else it dies before it has said which shard it makes
+        takes_shard(run, "17", 1, monkeypatch)
+    for i in range(6):
+        (where.part / f"{2 * i:09d}-2.npz").touch()
+        shell_ends(1, stage="sample", set_name="fid")
+    assert len(cluster.requeued) == 3 and "without progress beyond 0" in last(run)["reason"]
+
+
+def test_an_evaluation_is_not_put_back_for_shards_that_others_make(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    where = begun_set(run)
+    for i in range(6):
+        where.shard_manifest(i, 6).touch()
+        shell_ends(1, stage="evaluate", set_name="fid")
+    assert len(cluster.requeued) == 3
+    where.features_manifest("pixels", 0, 2).touch()
+    shell_ends(1, stage="evaluate", set_name="fid")
+    assert len(cluster.requeued) == 4 and last(run)["progress"] == 1
 
 
 def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
@@ -378,3 +430,8 @@ def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends
         log.append("failed", reason="x")
     shell_ends(1)
     assert len(cluster.requeued) == 1
+
+
+def test_the_shells_of_jobs_that_had_begun_under_the_earlier_name_find_it(run: RunDir) -> None:
+    done = subprocess.run([sys.executable, "-m", "launch.supervisor", str(run.path), "train", "0"], cwd=PROJECT)
+    assert done.returncode == 0

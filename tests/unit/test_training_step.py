@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddpm.data.batches import Batches
 
 from ddpm.config import Config
-from ddpm.data import Batches
 from ddpm.run import generations
 from ddpm.rundir import RunDir
 from ddpm.training.optimizer import learning_rate

@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm import config, data
+from ddpm import config
+from ddpm.data import packed as data
 from ddpm.fence import Fence
 from ddpm.network.device import apply, resolve
 from ddpm.run.saving import num_bytes
 from ddpm.rundir import EventLog, RunDir
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
-from launch.environment import PROJECT
+from launch.cluster.environment import PROJECT
 
 
 def make_trainer(run: RunDir, device: torch.device, batch: int, cores: int) -> Trainer:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpm.rundir import now, write_json
-from launch.environment import PROJECT
+from launch.cluster.environment import PROJECT
 from tools.chaos import cluster, files, mutants, processes, slurm_faults, slurm_stops
 from tools.chaos.cluster import Cluster, NotRun
 from tools.chaos.files import Result

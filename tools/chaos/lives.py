@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ddpm.rundir import RunDir, read_events, read_jsonl
-from launch.environment import PROJECT
+from launch.cluster.environment import PROJECT
 
 TINY = [
     "data.name=digits", "data.image_size=8", "model.base_channels=8", "model.channel_mults=[1,2]",

@@ -268,7 +268,8 @@ def poisoned_batch(at: int, *, then: Act | None = None) -> Callable[[], None]:
     """For `life`: step `at` of attempt 0 trains on NaN; `then` is done as soon as the trainer has rolled back."""
 
     def before() -> None:
-        from ddpm.data import Batches
+        from ddpm.data.batches import Batches
+
         from ddpm.training.trainer import Trainer
 
         init, rows, roll_back = Batches.__init__, Batches.rows, Trainer.roll_back
@@ -366,7 +367,7 @@ def the_network_is_never_finite(_: int) -> Result:
 
 MOMENTS = (
     "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.training.trainer.Trainer.resume",
-    "launch.environment.set_defaults", "ddpm.training.ranks.join", "ddpm.data.open_packed",
+    "launch.cluster.environment.set_defaults", "ddpm.training.ranks.join", "ddpm.data.packed.open_packed",
     "ddpm.network.device.resolve", "ddpm.training.trainer.Trainer.__init__", "ddpm.run.generations.newest_good",
 )  # fmt: skip
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch._inductor import config as inductor_config
 
-from ddpm import config, data, rng, schedule
+from ddpm import config, rng, schedule
+from ddpm.data import packed as data
 from ddpm.diffusion import samplers
 from ddpm.fence import Fence
 from ddpm.network.build import build_model

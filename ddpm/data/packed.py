@@ -1,17 +1,14 @@
-"""Datasets to one packed uint8 array, and batches addressed by step.
+"""Datasets to one packed uint8 array.
 
-Any source (sources.py, celeba.py) is decoded once into CACHE/KEY/{images.npy, labels.npy, meta.json}; KEY is a digest
-of the source, of what was chosen from it and of how it was resized. The directory appears by one rename, so a killed
-packing leaves nothing that looks packed. Ranks memory-map it: the page cache of a node holds it once, and training
-never decodes an image. Batches follow from (seed, attempt, step) alone; this module knows no rank beyond the slice of
-the global batch that it is asked for.
+Any source is decoded once into CACHE/KEY/{images.npy, labels.npy, meta.json}; KEY is a digest of the source, of what
+was chosen from it and of how it was resized. The directory appears by one rename, so a killed packing leaves nothing
+that looks packed. Ranks memory-map it: the page cache of a node holds it once, and training never decodes an image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import secrets
 import shutil
@@ -19,21 +16,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ddpm import celeba, sources
 from ddpm.config import Data
+from ddpm.data import celeba, sources
+from ddpm.data.sources import Source
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
+from ddpm.run.log import say
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.rundir import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_json, sign, write_json
-from ddpm.sources import Source
-
-if TYPE_CHECKING:
-    import torch
-
-log = logging.getLogger(__name__)
 
 PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400
@@ -118,9 +111,11 @@ def pack(
     *,
     progress: ShowProgress | None = None,
     stop_requested: StopRequested = lambda: None,
+    or_else: str = "choose another place",
 ) -> tuple[str, PackedImages]:
     """Unpack `split` of the configured data into `cache` unless it is there; returns its key and the mapped arrays.
 
+    or_else: what a user can do where `cache` cannot be written to.
     Raises RequestError (bad path, archive or image, no such split), EnvironmentLacks (no download, no scikit-learn),
     Stopped.
     """
@@ -133,16 +128,13 @@ def pack(
     if (cache / key / "meta.json").exists():
         return key, open_packed(cache, key)
     if data.name == "celeba" and list(source.members) == ["train"]:
-        log.warning("data.path=%s no %s: every image is for training", data.path, celeba.PARTITION)
+        say(f"data.path={data.path} no {celeba.PARTITION}: every image is for training")
     tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         tmp.mkdir(parents=True)
-        _remove_abandoned(cache)
+        remove_abandoned(cache, ABANDONED_AFTER_S)
     except OSError as e:
-        raise EnvironmentLacks(
-            f"cannot write the data cache {cache} ({e.strerror}); choose another place with --root "
-            f"or DDPM_RUNS, or data_cache in the site profile"
-        ) from None
+        raise EnvironmentLacks(f"cannot write the data cache {cache} ({e.strerror}); {or_else}") from None
     try:
         num, size = source.num_images(split), data.image_size
         items = _watched(sources.read(source, split, size, cache), num, progress, stop_requested)
@@ -161,11 +153,11 @@ def pack(
     return key, open_packed(cache, key)
 
 
-def _remove_abandoned(cache: Path) -> None:
-    """What packings that were killed have left: gigabytes that nobody has written to for a day."""
-    for left in cache.glob(f"{TMP_PREFIX}*"):
+def remove_abandoned(where: Path, unchanged_s: float) -> None:
+    """What packings or copies that were killed have left: gigabytes that nobody has written to for so long."""
+    for left in where.glob(f"{TMP_PREFIX}*"):
         with contextlib.suppress(OSError):
-            if max(p.stat().st_mtime for p in (left, *left.glob("*"))) < time.time() - ABANDONED_AFTER_S:
+            if max(p.stat().st_mtime for p in (left, *left.glob("*"))) < time.time() - unchanged_s:
                 shutil.rmtree(left)
 
 
@@ -221,29 +213,6 @@ def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> Packed
     return PackedImages(images, labels, meta["name"], meta["split"], meta["digest"])
 
 
-def copy_to_scratch(cache: Path, key: str, scratch: Path) -> None:
-    """Copy a packed dataset to node-local `scratch`, whole or not at all, in place of a copy that is not whole (disks
-    of nodes are cleaned file by file). Raises OSError (no room, no such disk).
-    """
-    try:
-        open_packed(scratch, key)
-        return
-    except (OSError, DamagedFile):
-        shutil.rmtree(scratch / key, ignore_errors=True)
-    tmp = scratch / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        shutil.copytree(cache / key, tmp)
-        try:
-            tmp.rename(scratch / key)
-        except OSError:
-            with contextlib.suppress(OSError, DamagedFile):
-                open_packed(scratch, key)
-                return  # another job was first
-            raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
 def load_folder(path: Path) -> PackedImages:
     """A folder or zip of equally sized images as it is: nothing resized, nothing cached, all splits together.
 
@@ -262,52 +231,3 @@ def load_folder(path: Path) -> PackedImages:
         )
     array = np.stack(images)
     return PackedImages(array, np.zeros(len(array), np.int64), path.name, "all", images_digest(array))
-
-
-# ---------------------------------------------------------------- batches
-
-
-class Batches:
-    """The batch of step k as a function of (seed, attempt, k), whatever the ranks, accumulation or restarts.
-
-    The data order is one stream, a keyed permutation per epoch, concatenated; step k takes positions kB … (k+1)B-1.
-    """
-
-    def __init__(self, packed: PackedImages, *, seed: int, attempt: int, global_batch: int, flip: bool) -> None:
-        from ddpm import rng
-
-        self.packed = packed
-        self.global_batch = global_batch
-        self.flip = flip
-        self._order = rng.key(seed, "order", attempt)
-        self._flip = rng.key(seed, "flip", attempt)
-        self._permutations: dict[int, np.ndarray] = {}
-
-    def sample_ids(self, step: int, first: int, num: int) -> np.ndarray:
-        """Dataset indices, int64 (num,), of rows first … first+num-1 of step `step`'s global batch."""
-        from ddpm import rng
-
-        n = len(self.packed)
-        positions = step * self.global_batch + np.arange(first, first + num, dtype=np.int64)
-        epochs = positions // n
-        self._permutations = {e: order for e, order in self._permutations.items() if e >= epochs[0]}
-        for epoch in range(epochs[0], epochs[-1] + 1):  # more than two where a batch is larger than the data
-            if epoch not in self._permutations:
-                self._permutations[epoch] = rng.permutation(self._order, epoch, n).numpy()
-        return np.array([self._permutations[int(e)][p] for e, p in zip(epochs, positions % n, strict=True)], np.int64)
-
-    def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0 float32 (num, 3, H, W) in [-1, 1], flipped, and labels int64 (num,), both on `device`."""
-        import torch
-
-        from ddpm import rng
-
-        ids = self.sample_ids(step, first, num)
-        raw = torch.from_numpy(self.packed.images[ids])
-        if device.type == "cuda":
-            raw = raw.pin_memory()
-        x = raw.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        if self.flip:
-            index = torch.arange(first, first + num, device=device)
-            x = torch.where(rng.coin(self._flip, index, step)[:, None, None, None], x.flip(3), x)
-        return x.contiguous(), torch.from_numpy(self.packed.labels[ids]).to(device, non_blocking=True)

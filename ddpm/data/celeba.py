@@ -7,34 +7,22 @@ The 202,599 JPEGs stay in their zip: a folder of them costs a cluster as many in
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ddpm.attributes import unknown_name
+from ddpm.config import Data
+from ddpm.data.sources import Source, zip_names
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.rundir import TMP_PREFIX, sha256_file
-from ddpm.sources import Source, zip_names
-
-if TYPE_CHECKING:
-    from ddpm.config import Data  # which asks here for the names
 
 IMAGES = "img_align_celeba"
 ATTRIBUTES = "list_attr_celeba.txt"
 PARTITION = "list_eval_partition.txt"
 SPLITS = {"0": "train", "1": "valid", "2": "test"}
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-HEADER = (
-    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
-    "Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male "
-    "Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks "
-    "Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
-    "Wearing_Necktie Young"
-)
-"""Line 2 of its list of attributes."""
-NAMES = HEADER.split()
 
 
 def open_source(data: Data) -> Source:
@@ -148,7 +136,7 @@ def read_partition(path: Path) -> dict[str, str]:
 def _choose(data: Data, folder: Path) -> Source:
     """What the lists in `folder` and the attributes asked for make of its images."""
     attributes, partition = folder / ATTRIBUTES, folder / PARTITION
-    if wrong := unknown_name(data, read_names(attributes)):
+    if wrong := unknown_name(data.attributes, data.label_attributes, read_names(attributes)):
         raise RequestError(f"{wrong} (in {attributes})")
     wanted = dict(data.attributes)
     rows = read_attributes(attributes, [*wanted, *data.label_attributes])
@@ -187,18 +175,6 @@ def _choose(data: Data, folder: Path) -> Source:
         "lists": [sha256_file(p) if p.exists() else None for p in (attributes, partition)],
     }
     return Source("zip" if images.is_file() else "folder", images, members, classes, labels, selection)
-
-
-def unknown_name(data: Data, known: list[str]) -> str:
-    """What is wrong with the first attribute asked for that is not among the `known`; "" where all are."""
-    for key, names in (("attributes", data.attributes), ("label_attributes", data.label_attributes)):
-        for name in names:
-            if name not in known:
-                by_lower = {k.lower(): k for k in known}
-                near = difflib.get_close_matches(name.lower(), by_lower, 3, 0.6)
-                hint = f"did you mean {' or '.join(by_lower[n] for n in near)}? " if near else ""
-                return f"data.{key}: unknown attribute {name!r}; {hint}The {len(known)} are: {', '.join(known)}"
-    return ""
 
 
 def _classes(data: Data) -> list[str]:

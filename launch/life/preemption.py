@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
-from launch import environment, slurm
-from launch.environment import JobEnvironment
+from launch.cluster import environment, slurm
+from launch.cluster.environment import JobEnvironment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 STOP_POLL_S = 1.0

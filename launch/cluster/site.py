@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, Field
 
 from ddpm.config import Section, build, load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
-from launch import slurm
-from launch.environment import PROJECT, default_partition
+from launch.cluster import slurm
+from launch.cluster.environment import PROJECT, default_partition
 
 PROFILES = PROJECT / "configs" / "cluster"
 OURS = {

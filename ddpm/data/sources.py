@@ -1,7 +1,7 @@
 """Where images come from, and how each one becomes pixels: a folder, a zip, CIFAR-10, scikit-learn's digits.
 
 Opening a source only lists it: which names each split has, and the class of each. Reading it decodes one image at a
-time, so that no set has to fit in memory. What is done with the pixels is data.py's; CelebA's lists are celeba.py's.
+time, so that no set has to fit in memory. What is done with the pixels is packed.py's; CelebA's lists are celeba.py's.
 """
 
 from __future__ import annotations

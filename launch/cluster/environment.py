@@ -14,7 +14,9 @@ from pathlib import Path
 
 from ddpm.rundir import EventLog, RunDir, now
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
+OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"
+"""What a user can do where packed data cannot be written."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""One start of one job: what it is, its stop flag, and how it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import DoNotRetry
+from ddpm.run.log import say
+from ddpm.rundir import RunDir, read_json
+from launch.cluster import environment
+from launch.cluster.environment import JobEnvironment
+from launch.life import preemption
+from launch.life.preemption import StopFlag
+
+
+@dataclass(frozen=True)
+class Life:
+    """What every stage gets: its run, what tells it to stop, and its place among the job's processes."""
+
+    run: RunDir
+    stop: StopFlag
+    env: JobEnvironment
+
+    def leave(self, code: int, reason: str = "") -> int:
+        """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
+        self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
+        return code
+
+    def works_on(self, shard: int) -> None:
+        """Tell the batch shell which shard's progress is this job's own."""
+        self._mark(shard_marker(self.run, self.env.job), str(shard))
+
+    def _mark(self, path: Path, text: str) -> None:
+        if self.env.rank == 0 and self.env.scheduler == "slurm":
+            with contextlib.suppress(OSError):  # of an exit code srun has one too; without a shard there is no progress
+                self.run.logs.mkdir(exist_ok=True)
+                path.write_text(text)
+
+    def until_killed_or_on(
+        self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
+    ) -> int | None:
+        """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
+        code = preemption.after_stop(self.stop, reason, self.env, say, share, alive)
+        if code is None:
+            self.stop.clear(reason)
+        return code
+
+
+def begin(run: RunDir) -> Life:
+    stop = StopFlag()
+    stop.install()  # before all that takes time
+    return Life(run, stop, environment.current())
+
+
+def shard_marker(run: RunDir, job: str) -> Path:
+    """Which shard a job makes, from its first life until it is done."""
+    return run.logs / f".shard-{job}"
+
+
+def run_record(run: RunDir) -> dict[str, Any]:
+    record = read_json(run.run_json)
+    if record is None:
+        raise DoNotRetry(f"{run.run_json} is missing or no JSON: this is no run directory; submit the run again")
+    return record

@@ -1,0 +1,46 @@
+"""How far a job has come: what advances when a life of it was not in vain. Another job's work is not its progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ddpm.errors import RequestError
+from ddpm.rundir import RunDir, SampleSet
+from launch.life.life import shard_marker
+
+
+def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
+    """Saved steps; finished batches of the job's shard and the shard; or shards whose features are there.
+
+    Raises OSError where it cannot look.
+    """
+    if stage == "train":
+        return run.latest_step()
+    where = run.sample_set(set_name)
+    if stage == "evaluate":
+        return sum(n.startswith("features-") and n.endswith(".json") for n in _names(where.path))
+    try:
+        shard = int(shard_marker(run, job).read_text())
+    except (FileNotFoundError, ValueError):  # no life of it came so far as to say
+        return 0
+    return _of_shard(where, shard)
+
+
+def _of_shard(where: SampleSet, shard: int) -> int:
+    from ddpm import sampleset  # numpy, without which a job's end must do
+
+    try:
+        request = sampleset.read_request(where)
+        first, num = sampleset.shard_range(request.num_samples, request.shards, shard)
+    except RequestError:
+        return 0
+    begins = (n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz"))
+    batches = sum(b.isdecimal() and first <= int(b) < first + num for b in begins)
+    return batches + where.shard_manifest(shard, request.shards).exists()
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return [p.name for p in directory.iterdir()]
+    except FileNotFoundError:
+        return []

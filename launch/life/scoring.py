@@ -1,0 +1,67 @@
+"""A life that scores a sample set, once it is whole. Loads torch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from ddpm import config as configs
+from ddpm.errors import Stopped
+from ddpm.run.log import say
+from ddpm.sampling.shards import missing_shards
+from ddpm.scoring import evaluate as scoring
+from ddpm.scoring.extractors import build_extractor
+from launch import requests
+from launch.life import devices
+from launch.life.life import Life, run_record
+from launch.life.sampling import ensure_request
+
+
+def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> int:
+    """Score a set; where shards are missing and SLURM is here, have them made and come after them again."""
+    run, env = life.run, life.env
+    config = configs.load(run.config)
+    sample_set = run.sample_set(set_name)
+    request = ensure_request(run, config, set_name)
+    if missing := missing_shards(sample_set, request):
+        return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
+    life.stop.watch(run.stop_file)
+    torch.set_num_threads(env.cpus)
+    device = devices.one_device(env)
+    cache = Path(run_record(run)["data"]["cache"])
+    against = reference or config.evaluate.reference
+    command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
+    while True:
+        try:
+            result = scoring.evaluate_set(
+                run,
+                set_name,
+                reference=requests.reference(config, against, cache, life.stop),
+                extractor=build_extractor(config.evaluate.extractor, device),
+                cache_dir=cache / "reference",
+                command=command,
+                stop_requested=life.stop,
+                progress=lambda done, total: say("features", shards=f"{done}/{total}"),
+                token=f"{env.job}.{env.restart}",
+            )
+        except scoring.BrokenSet as e:
+            if not e.shards:
+                raise  # nothing that computing anew would mend
+            repair = f"`python launch/sample.py {shlex.quote(str(run.path))} --set {set_name}`"
+            say(f"{e}; {repair} computes what is missing")
+            return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
+        except Stopped as e:
+            code = life.until_killed_or_on(e.reason)
+            if code is None:
+                continue
+            return life.leave(code, e.reason)
+        score = "fid" if "fid" in result else "frechet_distance"
+        say(
+            "scored",
+            **{score: f"{result[score]:.4f}"},
+            num_samples=result["num_samples"],
+            file=run.eval / f"{set_name}.json",
+        )
+        return life.leave(0)

@@ -1,0 +1,157 @@
+"""A life of training on all its ranks: join, take the run, bring the data, train until the end or a stop. Loads torch.
+
+What comes before torch is starting.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddpm.config import Config
+from ddpm.errors import Stopped
+from ddpm.fence import Fence
+from ddpm.network import device
+from ddpm.network.device import Resolved
+from ddpm.run.log import say
+from ddpm.rundir import write_json
+from ddpm.training import ranks
+from ddpm.training.ranks import World
+from ddpm.training.trainer import Trainer
+from launch import requests
+from launch.cluster import slurm
+from launch.cluster.environment import JobEnvironment
+from launch.life import devices, inputs
+from launch.life.life import Life, run_record
+from launch.life.starting import kernels_of, nothing_to_do
+
+
+def train(life: Life, config: Config, why: str | None) -> int:
+    """Train on all ranks; returns the exit code. why: rank 0 must not, as it has found already."""
+    run, env = life.run, life.env
+    devices.one_device(env)  # a rank without one must not let the others wait for it
+    timeout_s = requests.site_of(run).rank_timeout_s
+    world = ranks.join(
+        rank=env.rank,
+        world_size=env.world_size,
+        local_rank=env.local_rank,
+        master_addr=env.master_addr,
+        master_port=env.master_port,
+        timeout_s=timeout_s,
+    )
+    fence = None
+    if world.is_main and not why:
+        fence = _take(life, wait_s=min(60, timeout_s / 2))
+        why = nothing_to_do(run, config)  # whoever held the run until now may have finished it
+    if why := world.share(why):
+        if world.is_main:
+            say(why)
+        return _leave_together(life, world, 0)
+    while True:
+        try:
+            packed = inputs.packed_data(life, config, world)
+            break
+        except Stopped as e:
+            if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
+                return _leave_together(life, world, code, e.reason)
+    trainer = Trainer(
+        config,
+        run,
+        world,
+        packed,
+        _resolved(life, config, world, fence),
+        fence=fence,
+        owner=env.owner(),
+        events=env.events(run) if world.is_main else None,
+    )
+    trainer.resume()
+    return _until_the_end(life, world, trainer)
+
+
+def _take(life: Life, wait_s: float) -> Fence:
+    """The run, for this life alone. Raises RunBusy."""
+    return Fence(
+        life.run,
+        life.env.owner(),
+        wait_s=wait_s,
+        is_orphan=lambda other: is_orphan(other, life.env),
+        how_to_end=lambda other: f"scancel {other.get('job', 'JOB')}",
+        log=say,
+    )
+
+
+def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
+    """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
+    if env.scheduler != "slurm" or not str(other.get("job", ""))[:1].isdigit():
+        return False  # a run on this machine is nothing that SLURM knows of
+    if other.get("job") == env.job:
+        return int(other.get("restart", 0)) < env.restart
+    try:
+        shown = slurm.show(str(other["job"]))
+        return shown is None or shown.state not in ("RUNNING", "COMPLETING", "SUSPENDED")
+    except slurm.SlurmError:
+        return False
+
+
+def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> Resolved:
+    """What `auto` means here, as the run's first life found it and wrote down; applied to this process."""
+    run = life.run
+    kept = world.share(run_record(run).get("resolved") if world.is_main else None)
+    resolved = device.resolve(config, world.device, life.env.cpus, kept)
+    device.apply(resolved)
+    if fence is not None and not kept:
+        found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}
+        record = {**run_record(run), "resolved": found}
+        write_json(run.run_json, record, replace=True, may_publish=fence.check)
+    return resolved
+
+
+def _until_the_end(life: Life, world: World, trainer: Trainer) -> int:
+    while True:
+        if not trainer.warm:
+            # compilers that start here must not die of a signal meant for us
+            with life.stop.held(), compiling(kernels_of(life.run), world, trainer.resolved.compile):
+                trainer.warm_up(life.stop)
+        outcome = trainer.train(life.stop)
+        if not outcome.saved:
+            return life.leave(1, "save_failed")
+        if outcome.finished:
+            return _leave_together(life, world, 0)
+        code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
+        if code is not None:
+            return _leave_together(life, world, code, outcome.reason)
+
+
+@contextlib.contextmanager
+def compiling(kernels: Path, world: World, wanted: bool) -> Iterator[None]:
+    """Within: the network is compiled, on all ranks, or loaded from where an earlier life left it compiled.
+
+    A linker writes in place, so a life that dies here may leave half a library, which ends each later life that loads
+    it. What a life found in the folder, or left there, is trusted once that life is past this.
+    """
+    if not wanted:
+        yield
+        return
+    unproven = kernels.parent / f".unproven-{kernels.name}"  # no run's name begins with a dot
+    if world.is_main:
+        if unproven.exists():
+            say("an earlier life did not get past compiling: compiling anew", removed=kernels)
+            shutil.rmtree(kernels, ignore_errors=True)
+        unproven.parent.mkdir(parents=True, exist_ok=True)
+        unproven.touch()
+    world.barrier()
+    yield
+    world.barrier()
+    if world.is_main:
+        unproven.unlink(missing_ok=True)
+
+
+def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
+    """The batch shell has rank 0's word before any rank is gone: srun ends a step with its first bad exit."""
+    life.leave(code, reason)
+    world.barrier()
+    ranks.leave()
+    return code
