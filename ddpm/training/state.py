@@ -11,7 +11,7 @@ import torch
 
 from ddpm.config import Config
 from ddpm.ema import EMA
-from ddpm.network.build import build_model
+from ddpm.network import build
 from ddpm.run.state import is_last, settled
 from ddpm.training import optimizer
 from ddpm.training.progress import Progress, Window
@@ -23,7 +23,7 @@ class TrainingState:
 
     def __init__(self, config: Config, world: World, amp: str) -> None:
         self.config, self.world, self.amp = config, world, amp
-        self.model = build_model(config, world.device, amp)
+        self.model = build.build_model(config, world.device, amp)
         self.ema = EMA(
             self.model,
             config.train.ema_decay,

@@ -73,7 +73,7 @@ def losses_after_training(images: PackedImages, path: Path, mutate: Mutation = l
         mutate(patch)
         with Life(CONFIG, make_run(path), images=images) as life:
             assert life.train().finished
-            network = life.trainer.ema.model.eval()
+            network = life.trainer.state.ema.model.eval()
     t = torch.linspace(TIMESTEPS // 2, TIMESTEPS - 1, 16).long().repeat(NUM_IMAGES)
     x_0 = torch.from_numpy(images.images.copy()).permute(0, 3, 1, 2).repeat_interleave(16, 0) / 127.5 - 1
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
