@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     _, digits = pack(Data(name="digits", image_size=8), "train", where / "cache")
     with Life(config, make_run(where / "run"), images=digits) as life:
         assert life.train().finished
-        return Model(config, life.trainer.ema.model.eval())
+        return Model(config, life.trainer.state.ema.model.eval())
 
 
 def test_the_digit_that_was_asked_for_is_drawn_and_guidance_makes_it_clearer(model: Model) -> None:
