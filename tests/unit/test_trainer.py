@@ -1,4 +1,4 @@
-"""ddpm/trainer.py: a run that was stopped anywhere, any number of times, is the run that never was."""
+"""ddpm/training/trainer.py: a run that was stopped anywhere, any number of times, is the run that never was."""
 
 import errno
 import json
@@ -14,6 +14,7 @@ from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.rundir import RunDir, read_events
 from ddpm.training import ranks
 from ddpm.training.trainer import Outcome
+from tests.saves import flip_bit
 from tests.training import (
     Killed,
     Life,
@@ -26,6 +27,7 @@ from tests.training import (
     make_config,
     make_run,
     on_ranks,
+    poison,
     record,
 )
 
@@ -237,6 +239,35 @@ def test_three_ranks_asked_to_stop_while_starting_go_on_bit_identical(tmp_path: 
     live_on_ranks(3, config, one)
     on_ranks(3, go_on_after_a_stop_while_starting, config, other)
     assert_same_end(one, other, TOTAL)
+
+
+def refused_together(world: ranks.World, config: Config, run: RunDir) -> None:
+    with pytest.raises(DoNotRetry, match="every checkpoint"), Life(config, run, world=world):
+        pass
+
+
+def test_where_all_checkpoints_are_damaged_no_rank_waits_for_another(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        life.train(stop_at=[5])
+    flip_bit(run.checkpoint(5), 5000)
+    on_ranks(2, refused_together, make_config(), run)
+
+
+def rolled_back_to_nothing(world: ranks.World, config: Config, run: RunDir) -> None:
+    with Life(config, run, world=world) as life:
+        poison(life.trainer, lambda t: t.at.step == 4 and t.at.attempt == 0)
+        if world.is_main:
+            flip_bit(run.checkpoint(3), 5000)
+        with pytest.raises(DoNotRetry, match="every checkpoint"):
+            life.train()
+
+
+def test_where_a_rollback_finds_nothing_good_no_rank_waits_for_another(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        life.train(stop_at=[3])
+    on_ranks(2, rolled_back_to_nothing, make_config(), run, timeout_s=20)
 
 
 # ---------------------------------------------------------------- failing disks, other holders
