@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.errors import EnvironmentLacks, RequestError
-from launch import console, environment
+from launch import environment
 from launch.sample import find_run
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/board.py                   all runs

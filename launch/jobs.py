@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import config as configs
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, NodeUnfit, RunBusy, Stopped
-from ddpm.run.state import finished_step
 from ddpm.rundir import DamagedFile, RunDir, read_json, write_json
+from ddpm.scoring.against import open_reference
 from launch import environment, preemption, slurm
+from launch.cluster.site import site_of
+from launch.queue import chain, sets
 
 if TYPE_CHECKING:
     import torch
@@ -77,29 +79,13 @@ def run_record(run: RunDir) -> dict[str, Any]:
     return record
 
 
-def nothing_to_do(run: RunDir, config: configs.Config) -> str | None:
-    """Why training must not start, or None."""
-    if finished_step(run, config) is not None:
-        from ddpm import checkpoint
-
-        step = run.latest_step()
-        try:
-            checkpoint.verify(run, step)
-            return f"the run is complete at step {step}: nothing to do"
-        except (DamagedFile, OSError) as e:
-            _say("the last checkpoint is damaged: going on from an older one", step=step, reason=e)
-    if run.stop_file.exists():
-        return f"{run.stop_file} forbids training: submit again, which removes it"
-    return None
-
-
 # ---------------------------------------------------------------- train
 
 
 def train(life: Life) -> int:
     run, env = life.run, life.env
     config = configs.load(run.config)
-    why = nothing_to_do(run, config) if env.rank == 0 else None
+    why = chain.nothing_to_train(run, config) if env.rank == 0 else None
     if why and env.world_size == 1:
         _say(why)  # at once, without loading torch
         return life.leave(0)
@@ -111,10 +97,9 @@ def train(life: Life) -> int:
     from ddpm import distributed
     from ddpm.fence import Fence
     from ddpm.trainer import Trainer
-    from launch import requests
 
     _one_device(env)  # a rank without one must not let the others wait for it
-    timeout_s = requests.site_of(run).rank_timeout_s
+    timeout_s = site_of(run).rank_timeout_s
     world = distributed.join(
         rank=env.rank,
         world_size=env.world_size,
@@ -128,7 +113,7 @@ def train(life: Life) -> int:
         fence = Fence(
             run, env.owner(), wait_s=min(60, timeout_s / 2), is_orphan=lambda other: _is_orphan(other, env), log=_say
         )
-        why = nothing_to_do(run, config)  # whoever held the run until now may have finished it
+        why = chain.nothing_to_train(run, config)  # whoever held the run until now may have finished it
     if why := world.share(why):
         if world.is_main:
             _say(why)
@@ -336,7 +321,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     run, env = life.run, life.env
     config = configs.load(run.config)
     sample_set = run.sample_set(set_name)
-    request = ensure_request(run, config, set_name)
+    request = sets.ensure_request(run, config, set_name)
     if not 0 <= shard < request.shards:
         raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
     life.stop.watch(run.stop_file)
@@ -386,27 +371,6 @@ def sample(life: Life, set_name: str, shard: int) -> int:
         return life.leave(0)
 
 
-def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
-    """The set's request; in a chain the first job to need it publishes what the config asks of the last checkpoint.
-
-    Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
-    """
-    from ddpm import checkpoint, sampleset
-
-    sample_set = run.sample_set(set_name)
-    if sample_set.request.exists():
-        return sampleset.read_request(sample_set)
-    if finished_step(run, config) is None:
-        raise DoNotRetry(
-            f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
-            f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
-            f"is: python launch/sample.py {run.path}"
-        )
-    from launch.requests import from_config
-
-    return sampleset.publish_request(sample_set, from_config(run, config, checkpoint.verify(run, run.latest_step())))
-
-
 # ---------------------------------------------------------------- evaluate
 
 
@@ -416,14 +380,13 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
 
     from ddpm import evaluate as scoring
     from ddpm import features, sampleset
-    from launch import requests
 
     run, env = life.run, life.env
     config = configs.load(run.config)
     sample_set = run.sample_set(set_name)
-    request = ensure_request(run, config, set_name)
+    request = sets.ensure_request(run, config, set_name)
     if missing := sampleset.missing_shards(sample_set, request):
-        return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
+        return life.leave(chain.fill_gaps(run, set_name, missing, reference, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
     device = _one_device(env)
@@ -435,7 +398,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
             result = scoring.evaluate_set(
                 run,
                 set_name,
-                reference=requests.reference(config, against, cache, life.stop),
+                reference=open_reference(config, against, cache, life.stop),
                 extractor=features.build_extractor(config.evaluate.extractor, device),
                 cache_dir=cache / "reference",
                 command=command,
@@ -447,7 +410,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
             if not e.shards:
                 raise  # nothing that computing anew would mend
             _say(str(e))
-            return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
+            return life.leave(chain.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
         except Stopped as e:
             code = life.until_killed_or_on(e.reason)
             if code is None:

@@ -15,8 +15,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import load_yaml
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
-from launch import console, environment, goodput, requests, slurm
+from launch import environment, slurm
+from launch.queue.waiting import slurm_jobs
 from launch.sample import find_run
+from launch.terminal import console, follow, goodput
 
 EXAMPLES = """examples:
   python launch/status.py                      all runs
@@ -52,7 +54,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     metrics = read_jsonl(run.metrics)
     last = metrics[-1] if metrics else {}
     saved = run.latest_step()
-    jobs = {job: states[job] for job in requests.slurm_jobs(events) if job in states}
+    jobs = {job: states[job] for job in slurm_jobs(events) if job in states}
     age = time.time() - goodput.seconds(beat["time"]) if beat.get("time") else None
     spent = goodput.breakdown(every, beat, time.time())
     scores = {}
@@ -147,7 +149,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def show(runs: list[RunDir], args: argparse.Namespace) -> Any:
-    jobs = [job for r in runs for job in requests.slurm_jobs(read_events(r))]
+    jobs = [job for r in runs for job in slurm_jobs(read_events(r))]
     try:
         states = slurm.queued(jobs) if slurm.available() else {}
     except slurm.SlurmError as e:
@@ -207,7 +209,7 @@ def main() -> int:
     try:
         with Live(show(runs, args), console=terminal, auto_refresh=False) as live:
             while True:
-                time.sleep(console.POLL_S)
+                time.sleep(follow.POLL_S)
                 live.update(show(runs, args), refresh=True)
     except KeyboardInterrupt:
         return 0

@@ -22,7 +22,7 @@ from typing import TypeVar
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from ddpm.rundir import EventLog, RunDir, read_events
 from launch import environment, slurm
-from launch.scheduler import submit_successor
+from launch.queue.submitting import submit_successor
 
 MAX_RETRIES = 3
 KILLED_WITHIN_S = 300

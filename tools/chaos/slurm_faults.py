@@ -9,7 +9,7 @@ import time
 
 from ddpm import checkpoint
 from ddpm.rundir import TMP_PREFIX, RunDir, read_events, read_signed
-from launch.cluster import Site
+from launch.cluster.site import Site
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, alive, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result
 from tools.slurm_testbed.harness import ENDED

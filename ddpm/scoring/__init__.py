@@ -1,0 +1,1 @@
+"""Scores: extractors, features, references, metrics. Must not know jobs."""

@@ -1,0 +1,1 @@
+"""The machine: what this process was started as, what SLURM says, what the site is like. Must not know jobs of ours."""
