@@ -19,7 +19,6 @@ from launch.queue import chain, local
 from launch.queue.job import Job
 from launch.queue.submitting import describe, submit
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
-from launch.sample import find_run
 from launch.terminal import console, follow
 
 EXAMPLES = """examples:
@@ -105,7 +104,7 @@ def main() -> int:
     args = parse()
     if args.images:
         return score_images(args)
-    run = find_run(args.run, args.root)
+    run = console.find_run(args.run, args.root)
     config = configs.load(run.config)
     set_name = choose_set(run, args.set_name)
     reference = args.reference or config.evaluate.reference

@@ -15,7 +15,6 @@ from ddpm import config as configs
 from ddpm.config import USUAL_STEPS, Config
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, SampleSet, check_name
-from launch import environment
 from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
@@ -73,16 +72,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     sites.add_options(parser)
     return parser.parse_args()
-
-
-def find_run(word: str, root: str | None) -> RunDir:
-    """A run by its directory or its name. Raises RequestError naming the runs there are."""
-    base = environment.runs_root(root)
-    for path in (Path(word).expanduser().absolute(), base / word):
-        if (path / "run.json").is_file():
-            return RunDir(path)
-    known = sorted(p.parent.name for p in base.glob("*/run.json") if not p.parent.name.startswith("."))
-    raise RequestError(f"no run {word!r}; in {base} there are: {', '.join(known) or 'none'} (--root looks elsewhere)")
 
 
 def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:
@@ -156,7 +145,7 @@ def choose_generation(run: RunDir, asked: int | None) -> Generation:
 
 def main() -> int:
     args = parse()
-    run = find_run(args.run, args.root)
+    run = console.find_run(args.run, args.root)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))

@@ -12,12 +12,13 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm.config import load_yaml
+from ddpm import config as configs
+from ddpm.config import Config
 from ddpm.errors import EXIT_BUSY, RequestError
+from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
 from launch import environment, slurm
 from launch.queue.waiting import slurm_jobs
-from launch.sample import find_run
 from launch.terminal import console, follow, goodput
 
 EXAMPLES = """examples:
@@ -46,11 +47,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat = read_json(run.heartbeat) or {}
-    try:
-        config = load_yaml(run.config.read_text(), str(run.config))
-        total = int(config["train"]["total_steps"])
-    except (OSError, RequestError, KeyError, TypeError, ValueError):
-        total = 0
+    config = _config(run)
     metrics = read_jsonl(run.metrics)
     last = metrics[-1] if metrics else {}
     saved = run.latest_step()
@@ -67,10 +64,10 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
-        "state": _state(run, events, total, saved, jobs, age),
+        "state": _state(run, events, config, jobs, age),
         "step": max(saved, int(beat.get("step", 0))),
         "saved_step": saved,
-        "total_steps": total,
+        "total_steps": config.train.total_steps if config else 0,
         "loss": last.get("loss"),
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
@@ -86,13 +83,22 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def _config(run: RunDir) -> Config | None:
+    """The run's config; None where it is torn, or its length is not in steps."""
+    try:
+        config = configs.load(run.config)
+    except RequestError:
+        return None
+    return config if config.train.total_steps is not None else None
+
+
 def _shards(request: Path, where: Path) -> str:
     asked = (read_json(request) or {}).get("shards", "?")
     return f"{sum(1 for _ in where.glob('shard-*.json'))}/{asked}"
 
 
 def _state(
-    run: RunDir, events: list[dict[str, Any]], total: int, saved: int, jobs: dict[str, str], age: float | None
+    run: RunDir, events: list[dict[str, Any]], config: Config | None, jobs: dict[str, str], age: float | None
 ) -> str:
     """complete | running | queued | failed | stopped | completing | prepared | ended, by the run directory and SLURM.
 
@@ -100,9 +106,7 @@ def _state(
     """
     alive = {state for state in jobs.values() if state != "COMPLETING"}
     last = next((e["event"] for e in reversed(events) if e["event"] not in ("allocated", "checkpoint")), None)
-    training = [e["event"] for e in events if e["event"] in TRAINING and e.get("stage", "train") == "train"]
-    trained = (total and saved >= total) or training[-1:] == ["finished"]  # it may have ended early
-    if trained and not alive:
+    if config is not None and finished_step(run, config) is not None and not alive:
         return "complete"
     if alive:
         return "running" if "RUNNING" in alive else "queued"
@@ -184,10 +188,7 @@ def print_events(runs: list[RunDir], as_json: bool) -> None:
 def main() -> int:
     args = parse()
     root = environment.runs_root(args.root)
-    if args.runs:
-        runs = [find_run(word, args.root) for word in args.runs]
-    else:
-        runs = [RunDir(p.parent) for p in sorted(root.glob("*/run.json")) if not p.parent.name.startswith(".")]
+    runs = [console.find_run(word, args.root) for word in args.runs] if args.runs else console.all_runs(root)
     if not runs and not args.json:
         print(f"no runs in {root}; start one with python launch/submit.py, or look elsewhere with --root")
         return 0

@@ -1,4 +1,4 @@
-"""What the scripts share at a terminal: errors without tracebacks, exit codes, command lines."""
+"""What the scripts share at a terminal: errors without tracebacks, exit codes, command lines, runs by name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from ddpm.errors import DDPMError, EnvironmentLacks
+from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.stopping import ShowProgress
+from ddpm.rundir import RunDir
+from launch import environment
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -63,3 +66,18 @@ def show_progress(doing: str) -> ShowProgress:
             print(f"{doing} {done}/{total} images", flush=True)
 
     return show
+
+
+def all_runs(root: Path) -> list[RunDir]:
+    """The runs in a directory, by name."""
+    return [RunDir(p.parent) for p in sorted(root.glob("*/run.json")) if not p.parent.name.startswith(".")]
+
+
+def find_run(word: str, root: str | None) -> RunDir:
+    """A run by its directory or its name. Raises RequestError naming the runs there are."""
+    base = environment.runs_root(root)
+    for path in (Path(word).expanduser().absolute(), base / word):
+        if (path / "run.json").is_file():
+            return RunDir(path)
+    known = ", ".join(run.name for run in all_runs(base)) or "none"
+    raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere)")
