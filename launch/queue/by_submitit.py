@@ -1,8 +1,7 @@
 """Jobs by submitit: its runner and its pickles, which lie in logs/submitit/; our script, our options, our supervisor.
 
-Of submitit this uses the two classes that its runner reads with, and no executor: its executors know one time limit
-for all sites, wait for sbatch without end, and take silence for a refusal. The versions that this was tried with are
-in pyproject.toml.
+Of submitit this uses the two classes that its runner reads with, and no executor: those always ask for a time limit,
+wait for sbatch without end, and take silence for a refusal. pyproject.toml says with which versions this was tried.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 from launch import environment, slurm
 from launch.environment import PROJECT
-from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, exports, flags
+from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3
@@ -37,9 +36,6 @@ class Named:
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return pkgutil.resolve_name, (self._name,)
-
-    def __call__(self, *args: Any) -> Any:
-        return pkgutil.resolve_name(self._name)(*args)
 
 
 def folder(job: Job) -> Path:
@@ -64,8 +60,8 @@ def script_text(job: Job) -> str:
     srun += [f"--output={options['output']}", "bash", str(PROJECT / "slurm" / "rank.sh"), sys.executable]
     lines = ["#!/bin/bash", "", "# Parameters"]
     lines += [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in sorted(listed.items())]
-    lines += ["", "# setup", *exports(told), '. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command"]
-    lines += ["export SUBMITIT_EXECUTOR=slurm"]
+    lines += ["", "# setup", *(f"export {k}={shlex.quote(v)}" for k, v in told.items())]
+    lines += ['. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command", "export SUBMITIT_EXECUTOR=slurm"]
     lines += [shlex.join([*srun, "-u", "-m", "submitit.core._submit", str(folder(job))]), ""]
     return "\n".join(lines)
 
@@ -99,7 +95,7 @@ def _submit_one(job: Job) -> str:
     where.mkdir(parents=True, exist_ok=True)
     pickles = []
     for shard in job.shards or (None,):
-        task = DelayedSubmission(Named(ENTRY), job.arguments(shard))
+        task = DelayedSubmission(Named(ENTRY), job.arguments(shard))  # type: ignore[arg-type]  # once it is read, it is one
         task.set_timeout(job.site.time or 5, MAX_TIMEOUTS)
         pickles.append(where / f"{uuid.uuid4().hex}.pkl")
         task.dump(pickles[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +73,6 @@ class Job:
 def flags(options: dict[str, str | bool]) -> list[str]:
     """As words of a command line."""
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
-
-
-def exports(variables: dict[str, str]) -> list[str]:
-    """As lines of a shell script."""
-    return [f"export {k}={shlex.quote(v)}" for k, v in variables.items()]
 
 
 def ranges(numbers: list[int]) -> str:
