@@ -14,9 +14,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.errors import EnvironmentLacks, RequestError
-from launch import console
 from launch.cluster import environment
-from launch.sample import find_run
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/board.py                   all runs
@@ -46,8 +45,8 @@ def free_port(wanted: int | None) -> int:
 def main() -> int:
     args = parse()
     root = environment.runs_root(args.root)
-    runs = [find_run(word, args.root) for word in args.runs]
-    if not runs and not any(root.glob("*/run.json")):
+    runs = [console.find_run(word, args.root) for word in args.runs]
+    if not runs and not console.all_runs(root):
         raise RequestError(f"no runs in {root}; start one with python launch/submit.py, or look elsewhere with --root")
     port = free_port(args.port)
     where = ["--logdir_spec", ",".join(f"{r.name}:{r.tensorboard}" for r in runs)] if runs else ["--logdir", str(root)]

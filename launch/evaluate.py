@@ -13,9 +13,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm import config as configs
 from ddpm.errors import RequestError
 from ddpm.rundir import RunDir, read_json
-from launch import console, requests, scheduler
-from launch.cluster import site as cluster
-from launch.sample import find_run
+from ddpm.scoring.against import SPLITS, check_file, check_reference
+from launch.cluster import site as sites
+from launch.queue import chain, local
+from launch.queue.job import Job
+from launch.queue.submitting import describe, submit
+from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
+from launch.terminal import console, follow
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
@@ -38,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
-    cluster.add_options(parser)
+    sites.add_options(parser)
     args = parser.parse_args()
     if (args.run is None) == (args.images is None):
         parser.error("give a RUN, or --images with --reference")
@@ -102,38 +106,39 @@ def main() -> int:
     args = parse()
     if args.images:
         return score_images(args)
-    run = find_run(args.run, args.root)
+    run = console.find_run(args.run, args.root)
     config = configs.load(run.config)
     set_name = choose_set(run, args.set_name)
     reference = args.reference or config.evaluate.reference
-    requests.check_split(config, reference)
-    if reference not in ("train", "test"):
-        reference = str(requests.check_reference(reference).absolute())
-    site = cluster.resolve(args, requests.site_of(run).model_dump(exclude_defaults=True))
-    site = cluster.settle(site, dry_run=args.dry_run)
-    waiting = requests.jobs_in_queue(run, "sample", set_name)
-    job = requests.evaluate_job(run, site, set_name, ":".join(waiting) or None, "--reference", reference)
+    check_reference(config, reference)
+    if reference not in SPLITS:
+        reference = str(check_file(reference).absolute())
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.settle(site, dry_run=args.dry_run)
+    waiting = jobs_in_queue(run, "sample", set_name)
+    job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference))
     if args.dry_run:
-        print(requests.describe_job(job) + "\n# dry run: nothing was written or queued")
+        print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
     if config.evaluate.extractor == "inception":
         from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
-    if not requests.jobs_in_queue(run, "train"):
-        requests.lift_stop(run)
-    if cluster.is_local(site):
-        from launch import local
-
+    if not chain.is_training(run):
+        chain.lift_stop(run)
+    if site.is_local:
         process, log = local.start(run, [job])
-        if code := console.follow_process(run, process, log):
+        if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
         return show(run, set_name)
-    ids = scheduler.submit(job)
-    print(f"queued: evaluate as job {ids[0]}; the score will be {run.eval / (set_name + '.json')}")
+    if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
+        print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
+    else:
+        ids = submit(job)
+        print(f"queued: evaluate as job {ids[0]}; the score will be {run.eval / (set_name + '.json')}")
     if not args.wait:
         return 0
-    console.follow_jobs(run, ids)
+    follow.follow_jobs(run, ids)
     return show(run, set_name)
 
 

@@ -14,10 +14,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm import config as configs
 from ddpm.config import VARIANCES, Config
 from ddpm.errors import RequestError
+from ddpm.run import generations
 from ddpm.rundir import RunDir, SampleSet, check_name
-from launch import console, requests, scheduler
-from launch.cluster import environment
-from launch.cluster import site as cluster
+from launch.cluster import site as sites
+from launch.cluster.site import Site
+from launch.queue import chain, local, sets
+from launch.queue.job import Job, ranges
+from launch.queue.submitting import by_hand, describe, submit
+from launch.queue.waiting import jobs_in_queue
+from launch.terminal import console, follow
 
 if TYPE_CHECKING:
     from ddpm.run.generations import Generation
@@ -66,18 +71,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until the shards are done")
     parser.add_argument("--dry-run", action="store_true", help="print the request and the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
-    cluster.add_options(parser)
+    sites.add_options(parser)
     return parser.parse_args()
-
-
-def find_run(word: str, root: str | None) -> RunDir:
-    """A run by its directory or its name. Raises RequestError naming the runs there are."""
-    base = environment.runs_root(root)
-    for path in (Path(word).expanduser().absolute(), base / word):
-        if (path / "run.json").is_file():
-            return RunDir(path)
-    known = sorted(p.parent.name for p in base.glob("*/run.json") if not p.parent.name.startswith("."))
-    raise RequestError(f"no run {word!r}; in {base} there are: {', '.join(known) or 'none'} (--root looks elsewhere)")
 
 
 def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:
@@ -133,38 +128,28 @@ def existing_request(run: RunDir, set_name: str | None) -> Request | None:
 
 def choose_generation(run: RunDir, asked: int | None) -> Generation:
     """The checkpoint of step `asked`, or the newest, verified. Raises RequestError naming the steps there are."""
-    from ddpm.run import generations as checkpoint
-    from ddpm.rundir import DamagedFile
-
-    steps = run.steps_saved()
-    if not steps:
-        raise RequestError(f"run {run.name} has no checkpoint yet: train it first (python launch/submit.py)")
-    step = steps[0] if asked is None else asked
-    if step not in steps:
-        raise RequestError(f"run {run.name} has no checkpoint of step {step}; it has {sorted(steps)}")
     try:
-        return checkpoint.verify(run, step)
-    except DamagedFile as e:
-        others = [s for s in steps if s != step]
-        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: --step {others}") from None
+        return generations.choose(run, run.latest_step() if asked is None else asked)
+    except generations.NothingSaved as e:
+        raise RequestError(f"{e} (python launch/submit.py)") from None
 
 
 def main() -> int:
     args = parse()
-    run = find_run(args.run, args.root)
+    run = console.find_run(args.run, args.root)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = cluster.resolve(args, requests.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
-    request = requests.from_config(run, config, generation, variance)
-    set_name = args.set_name or requests.set_of(run, config, generation.step, request.variance)
+    request = sets.from_config(run, config, generation, variance)
+    set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)
     check_name(set_name, "sample set name")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
-        site = cluster.settle(site, dry_run=True)
+        site = sites.settle(site, dry_run=True)
         print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}")
-        print(requests.describe_job(requests.sample_job(run, site, set_name, list(range(request.shards)), None)))
+        print(describe(Job("sample", run, site, set_name, tuple(range(request.shards)))))
         print("# dry run: nothing was written or queued")
         return 0
 
@@ -172,13 +157,13 @@ def main() -> int:
 
     missing = missing_shards(sample_set, request)
     if missing:
-        site = cluster.settle(site, dry_run=args.prepare)
+        site = sites.settle(site, dry_run=args.prepare)
     publish(run, sample_set, request)
     if args.prepare:
-        by_hand = scheduler.by_hand(requests.sample_job(run, site, set_name, missing, None)) if missing else ""
+        lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
-            + (f", with\n{by_hand}" if missing else "")
+            + (f", with\n{lines}" if missing else "")
         )
         return 0
     if missing and (code := make(run, site, set_name, missing, wait=args.wait)) is not None:
@@ -205,32 +190,30 @@ def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
         )
 
 
-def make(run: RunDir, site: cluster.Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
+def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
     """Have the missing shards made. None when they are; else the exit code to leave with."""
     from ddpm.sampling.request import read_request
     from ddpm.sampling.shards import missing_shards
 
-    if not requests.jobs_in_queue(run, "train"):
-        requests.lift_stop(run)
-    job = requests.sample_job(run, site, set_name, missing, None)
-    if cluster.is_local(site):
-        from launch import local
-
+    if not chain.is_training(run):
+        chain.lift_stop(run)
+    job = Job("sample", run, site, set_name, tuple(missing))
+    if site.is_local:
         process, log = local.start(run, [job])
-        if code := console.follow_process(run, process, log):
+        if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
     else:
-        if there := requests.jobs_in_queue(run, "sample", set_name):
+        if there := jobs_in_queue(run, "sample", set_name):
             print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         else:
-            there = scheduler.submit(job)
+            there = submit(job)
             print(f"queued: {len(missing)} shards of {set_name} as job {' '.join(there)}")
         if not wait:
             return 0
-        console.follow_jobs(run, there)
+        follow.follow_jobs(run, there)
     sample_set = run.sample_set(set_name)
     if left := missing_shards(sample_set, read_request(sample_set)):
-        print(f"error: shards {scheduler.ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)
+        print(f"error: shards {ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)
         return 1
     return None
 

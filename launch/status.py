@@ -12,13 +12,14 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm.config import load, load_yaml
+from ddpm import config as configs
+from ddpm.config import Config
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.state import finished_step
 from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
-from launch import console, goodput, requests
 from launch.cluster import environment, slurm
-from launch.sample import find_run
+from launch.queue.waiting import slurm_jobs
+from launch.terminal import console, follow, goodput
 
 EXAMPLES = """examples:
   python launch/status.py                      all runs
@@ -46,15 +47,11 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat = read_json(run.heartbeat) or {}
-    try:
-        config = load_yaml(run.config.read_text(), str(run.config))
-        total = int(config["train"]["total_steps"])
-    except (OSError, RequestError, KeyError, TypeError, ValueError):
-        total = 0
+    config = _config(run)
     metrics = read_jsonl(run.metrics)
     last = metrics[-1] if metrics else {}
     saved = run.latest_step()
-    jobs = {job: states[job] for job in requests.slurm_jobs(events) if job in states}
+    jobs = {job: states[job] for job in slurm_jobs(events) if job in states}
     age = time.time() - goodput.seconds(beat["time"]) if beat.get("time") else None
     spent = goodput.breakdown(every, beat, time.time())
     scores = {}
@@ -67,10 +64,10 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
-        "state": _state(run, events, jobs, age),
+        "state": _state(run, events, config, jobs, age),
         "step": max(saved, int(beat.get("step", 0))),
         "saved_step": saved,
-        "total_steps": total,
+        "total_steps": config.train.total_steps if config else 0,
         "loss": last.get("loss"),
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
@@ -86,26 +83,30 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def _config(run: RunDir) -> Config | None:
+    """The run's config; None where it is torn, or its length is not in steps."""
+    try:
+        config = configs.load(run.config)
+    except RequestError:
+        return None
+    return config if config.train.total_steps is not None else None
+
+
 def _shards(request: Path, where: Path) -> str:
     asked = (read_json(request) or {}).get("shards", "?")
     return f"{sum(1 for _ in where.glob('shard-*.json'))}/{asked}"
 
 
-def _is_trained(run: RunDir) -> bool:
-    try:
-        return finished_step(run, load(run.config)) is not None
-    except RequestError:  # a config that was torn or overwritten
-        return False
-
-
-def _state(run: RunDir, events: list[dict[str, Any]], jobs: dict[str, str], age: float | None) -> str:
+def _state(
+    run: RunDir, events: list[dict[str, Any]], config: Config | None, jobs: dict[str, str], age: float | None
+) -> str:
     """complete | running | queued | failed | stopped | completing | prepared | ended, by the run directory and SLURM.
 
     completing: SLURM is ending the last job there is, and does not say whether it comes back, as a pre-empted one does.
     """
     alive = {state for state in jobs.values() if state != "COMPLETING"}
     last = next((e["event"] for e in reversed(events) if e["event"] not in ("allocated", "checkpoint")), None)
-    if not alive and _is_trained(run):
+    if config is not None and finished_step(run, config) is not None and not alive:
         return "complete"
     if alive:
         return "running" if "RUNNING" in alive else "queued"
@@ -152,7 +153,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def show(runs: list[RunDir], args: argparse.Namespace) -> Any:
-    jobs = [job for r in runs for job in requests.slurm_jobs(read_events(r))]
+    jobs = [job for r in runs for job in slurm_jobs(read_events(r))]
     try:
         states = slurm.queued(jobs) if slurm.available() else {}
     except slurm.SlurmError as e:
@@ -187,10 +188,7 @@ def print_events(runs: list[RunDir], as_json: bool) -> None:
 def main() -> int:
     args = parse()
     root = environment.runs_root(args.root)
-    if args.runs:
-        runs = [find_run(word, args.root) for word in args.runs]
-    else:
-        runs = [RunDir(p.parent) for p in sorted(root.glob("*/run.json")) if not p.parent.name.startswith(".")]
+    runs = [console.find_run(word, args.root) for word in args.runs] if args.runs else console.all_runs(root)
     if not runs and not args.json:
         print(f"no runs in {root}; start one with python launch/submit.py, or look elsewhere with --root")
         return 0
@@ -212,7 +210,7 @@ def main() -> int:
     try:
         with Live(show(runs, args), console=terminal, auto_refresh=False) as live:
             while True:
-                time.sleep(console.POLL_S)
+                time.sleep(follow.POLL_S)
                 live.update(show(runs, args), refresh=True)
     except KeyboardInterrupt:
         return 0

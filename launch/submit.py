@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
@@ -15,12 +13,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launc
 from ddpm import config as configs
 from ddpm.config import Config, check_world_size
 from ddpm.errors import RequestError
-from ddpm.rundir import DamagedFile, RunDir, check_name, read_json, read_jsonl
-from launch import console, preparing, recipes, requests, scheduler
+from ddpm.rundir import RunDir, check_name
+from launch import prepare
 from launch.cluster import environment, slurm
-from launch.cluster import site as cluster
+from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
+from launch.queue import chain, local
+from launch.queue.job import Job
+from launch.queue.submitting import by_hand, describe
+from launch.queue.waiting import jobs_in_queue
+from launch.terminal import console, follow, recipes
+from launch.terminal.results import print_results
 
 EXAMPLES = """examples:
   python launch/submit.py --partition gpu                               the whole command: Ho et al.'s CIFAR-10 model
@@ -33,8 +37,6 @@ EXAMPLES = """examples:
 The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
 A run ends for good with scancel; `touch runs/NAME/STOP` ends it at the next step with a save.
 """
-CELEBA_TRAIN_IMAGES = 162_770
-"""In the data set's own partition."""
 
 
 def parse() -> argparse.Namespace:
@@ -52,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until all is done, showing progress")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact job script")
     parser.add_argument("--prepare", action="store_true", help="all but queueing: data, checks, run directory")
-    cluster.add_options(parser)
+    sites.add_options(parser)
     return parser.parse_intermixed_args()
 
 
@@ -93,109 +95,27 @@ def with_absolute_paths(config: Config) -> Config:
 def check_resources(config: Config, site: Site) -> None:
     """Before the scheduler is asked for GPUs: however many it has, the number of ranks is known."""
     check_world_size(config, site.world_size)
-    if cluster.is_local(site) and site.nodes > 1:
+    if site.is_local and site.nodes > 1:
         raise RequestError(
             f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
         )
 
 
-def num_images(config: Config, run: RunDir) -> int | None:
-    """Training images, without packing any: an existing run's record says, else the data. None: not known yet.
+def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
+    """Whether SLURM has the run's training already.
 
-    Raises RequestError for a data.path that cannot serve.
+    Raises RequestError where that goes by another config, or where a process on this machine has the run: it must not
+    change under either.
     """
-    if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
-        return int(known)
-    from ddpm.data.packed import open_source
-
-    source = open_source(config.data)
-    if source.kind == "celeba":  # not downloaded: its attributes are not known
-        return None if config.data.attributes else CELEBA_TRAIN_IMAGES
-    return source.num_images("train") if "train" in source.members else None
-
-
-def resolve_length(config: Config, run: RunDir) -> Config:
-    """The config with its length in steps, if that can be known before the data is packed; else as it is."""
-    train = config.train
-    if train.total_steps is not None:
-        return config
-    num = 0 if train.total_images else num_images(config, run)  # total_images mean the same with any data
-    return config if num is None else config.resolve_length(num)
-
-
-# ---------------------------------------------------------------- queueing
-
-
-def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train: bool = True) -> list[scheduler.Job]:
-    """The chain: train, then an array over the shards that are not done, then the score."""
-    name = requests.chain_set(run, config)
-    jobs = [scheduler.Job("train", run, site)] if train else []
-    if "sample" in stages and (shards := requests.missing_shards(run, config, name)):
-        jobs.append(requests.sample_job(run, site, name, shards, None))
-    if "evaluate" in stages:
-        jobs.append(requests.evaluate_job(run, site, name, None))
-    return jobs
-
-
-def queue(jobs: list[scheduler.Job]) -> tuple[list[str], list[str]]:
-    """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
-
-    Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Cancels
-    what it submitted if a later part is refused; if SLURM does not answer, it stays, and a second submission finds it.
-    """
-    ids: list[str] = []
-    new: list[str] = []
-    told: list[str] = []
-    after: str | None = None
-    try:
-        for job in jobs:
-            there = requests.jobs_in_queue(job.run, job.stage, job.set_name)
-            mine = there or scheduler.submit(replace(job, after=after))
-            ids += mine
-            new += [] if there else mine
-            after = ":".join(mine)
-            tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
-            told.append(f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}")
-    except slurm.NoAnswer:
-        raise
-    except Exception:
-        if new:
-            slurm.cancel(new)
-        raise
-    return ids, told
-
-
-def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
-    """What an existing run still needs: whether to train, and the later stages that are not done.
-
-    Raises RequestError where its sample set was begun with another request.
-    """
-    name = requests.chain_set(run, config)
-    sampled = "sample" not in stages or not requests.missing_shards(run, config, name)
-    if requests.final_step(run, config) is None:
-        return True, stages
-    scored = "evaluate" not in stages or requests.is_scored(run, config, name)
-    return False, [] if sampled and scored else stages
-
-
-def check_last(run: RunDir) -> bool:
-    """Whether the last checkpoint of a finished run still holds; says so where it does not."""
-    from ddpm.run import generations as checkpoint
-
-    try:
-        checkpoint.verify(run, run.latest_step())
-        return True
-    except (DamagedFile, OSError) as e:
-        print(f"the last checkpoint is damaged ({e}): training goes on from the newest one that is not", flush=True)
-        return False
-
-
-def check_queued(run: RunDir, config: Config) -> bool:
-    """Whether SLURM has the run's training already. Raises RequestError where that goes by another config."""
-    jobs = requests.jobs_in_queue(run, "train")
+    if (pid := local.running(run)) is not None:
+        raise RequestError(
+            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.name} "
+            f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
+        )
+    jobs = [] if site.is_local else jobs_in_queue(run, "train")
     if jobs and configs.load(run.config) != config:
         raise RequestError(
-            f"run {run.name} is in the queue as job {' '.join(jobs)} with {preparing.differences(run, config)}. "
+            f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
         )
     return bool(jobs)
@@ -210,14 +130,14 @@ def print_dry_run(config: Config, site: Site, run: RunDir, stages: list[str]) ->
         print(f"# length: {config.train.total_epochs} epochs (steps known once the data is packed)")
         if stages:
             print(f"# after training: {', '.join(stages)}, of a set that is named after the last step")
-    jobs = jobs_of(run, config, site, stages if known else [])
-    if cluster.is_local(site):
+    jobs = chain.jobs_of(run, config, site, stages if known else [])
+    if site.is_local:
         print("# processes on this machine, one after another:")
     for job in jobs:
-        if not cluster.is_local(site):
+        if not site.is_local:
             after = " (after the job before has ended)" if job.stage != "train" else ""
             print(f"# {job.stage} job{after}, via {site.via}:")
-        print(requests.describe_job(job))
+        print(describe(job))
     print("# dry run: nothing was written or queued")
 
 
@@ -227,53 +147,43 @@ def main() -> int:
         recipes.print_table(PROJECT / "configs")
         return 0
     asked, stages = read_request(args)
-    site = cluster.resolve(args)
+    site = sites.resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
-    config = resolve_length(asked, run)
+    config = prepare.resolve_length(asked, run)
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
-        preparing.check_existing(run, config)
-        site = cluster.settle(site, dry_run=True)
-        print_dry_run(config, site, run, stages)
+        prepare.check_existing(run, config)
+        print_dry_run(config, sites.settle(site, dry_run=True), run, stages)
         return 0
-    preparing.check_data(config, stages)
-    exists = preparing.check_existing(run, config)
-    site = cluster.settle(site, dry_run=False)  # from here on it is about what the environment lacks
-    queued = exists and not cluster.is_local(site) and check_queued(run, config)
-    train, stages_left = remaining(run, config, stages) if exists else (True, stages)
-    if not train and not check_last(run):
-        train, stages_left = True, stages
-    if exists and not train and not stages_left:
+    prepare.check_data(config, stages)
+    exists = prepare.check_existing(run, config)
+    site = sites.settle(site, dry_run=False)  # from here on it is about what the environment lacks
+    queued = exists and is_at_work(run, config, site)
+    train, left = what_is_left(run, config, stages) if exists else (True, stages)
+    if not train and not left:
         print_results(run, config, stages)
         return 0
 
-    data = preparing.prepare_inputs(config, site, root, stages)
+    data = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(data["num_images"])
-    record = preparing.describe(config, site, run, data)
+    record = prepare.describe(config, site, run, data)
     if not exists:
-        preparing.create_run(run, config, record)
+        prepare.create_run(run, config, record)
     elif not queued:
-        preparing.update_run(run, config, record)
-        requests.lift_stop(run)
+        prepare.update_run(run, config, record)
+        chain.lift_stop(run)
     print(f"run: {run.path}")
     if args.prepare:
-        print(f"prepared; queue it with:\n{scheduler.by_hand(scheduler.Job('train', run, site))}")
+        print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")
         return 0
-    jobs = jobs_of(run, config, site, stages_left, train=train)
-    if cluster.is_local(site):
-        from launch import local
-
-        process, log = local.start(run, jobs)
-        if not args.wait:
-            print(f"running in the background as pid {process.pid}; follow it with: tail -f {log}")
-            return 0
-        code = console.follow_process(run, process, log)
-        return _outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
+    jobs = chain.jobs_of(run, config, site, left, train=train)
+    if site.is_local:
+        return start_here(run, config, stages, jobs, wait=args.wait)
     try:
-        ids, told = queue(jobs)
+        ids, told = chain.queue(jobs, config)
     except slurm.NoAnswer:
         raise  # with a job in the queue, perhaps, which needs the directory
     except Exception:
@@ -282,17 +192,33 @@ def main() -> int:
         raise
     print("\n".join(told))
     print(f"watch it with: python launch/status.py {run.name} --watch")
-    return _wait(run, config, stages, ids) if args.wait else 0
-
-
-def _wait(run: RunDir, config: Config, stages: list[str], ids: list[str]) -> int:
-    console.follow_jobs(run, ids)
+    if not args.wait:
+        return 0
+    follow.follow_jobs(run, ids)
     return _outcome(run, config, stages)
+
+
+def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
+    """Whether to train, and the stages after it, of a run that exists; says where its last checkpoint is damaged."""
+    train, left = chain.remaining(run, config, stages)
+    if train or (why := chain.damage(run)) is None:
+        return train, left
+    print(f"the last checkpoint is damaged ({why}): training goes on from the newest one that is not", flush=True)
+    return True, stages
+
+
+def start_here(run: RunDir, config: Config, stages: list[str], jobs: list[Job], *, wait: bool) -> int:
+    process, log = local.start(run, jobs)
+    if not wait:
+        print(f"running in the background as pid {process.pid}; follow it with: tail -f {log}")
+        return 0
+    code = follow.follow_process(run, process, log)
+    return _outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
 
 
 def _outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """After waiting: what the run directory says was done; the scheduler's word is not enough."""
-    train, left = remaining(run, config, stages)
+    train, left = chain.remaining(run, config, stages)
     if train or left:
         print(
             f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
@@ -303,31 +229,6 @@ def _outcome(run: RunDir, config: Config, stages: list[str]) -> int:
         return 1
     print_results(run, config, stages)
     return 0
-
-
-def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
-    """What came out of it, as a table."""
-    step = run.latest_step()
-    name = requests.chain_set(run, config)
-    record = read_json(run.eval / f"{name}.json") if "evaluate" in stages else None
-    metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
-    rows = {"steps": f"{step}"}
-    if metrics:
-        rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"
-        rows["loss"] = f"{metrics[-1]['loss']:.4f}"
-    if record:
-        what = "FID" if "fid" in record else "Fréchet distance"
-        against = " ".join(filter(None, [record["reference"]["name"], record["reference"].get("split")]))
-        rows[what] = (
-            f"{record.get('fid', record.get('frechet_distance')):.4f} ({record['num_samples']} samples against "
-            f"{against}, {record['extractor']['name']} features{'' if 'fid' in record else ': no FID'})"
-        )
-        rows["score"] = f"{run.eval / name}.json"
-    if run.grid(step).exists():
-        rows["grid"] = f"{run.grid(step)}"
-    print(f"run {run.name} is complete: {step} steps")
-    for what, told in rows.items():
-        print(f"  {what:18}{told}")
 
 
 if __name__ == "__main__":

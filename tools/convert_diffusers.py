@@ -20,9 +20,10 @@ from ddpm import config as configs  # noqa: E402
 from ddpm.config import Config  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from ddpm.rundir import TMP_PREFIX, RunDir, check_name, write_bytes  # noqa: E402
-from launch import console, preparing  # noqa: E402
+from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
 from launch.cluster.site import Site  # noqa: E402
+from launch.terminal import console  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,11 +276,11 @@ def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
     from ddpm.run.saving import Checkpointer
 
     site = Site()
-    cache = preparing.cache_of(site, path.parent)
+    cache = prepare.cache_of(site, path.parent)
     data = {"cache": str(cache / "data"), "key": None, "digest": None, "num_images": None, "scratch": None}
     tmp = RunDir(path.with_name(f"{TMP_PREFIX}{path.name}.converted.{os.getpid()}"))
     try:
-        preparing.create_run(tmp, config, preparing.describe(config, site, RunDir(path), data))
+        prepare.create_run(tmp, config, prepare.describe(config, site, RunDir(path), data))
         fence = Fence(tmp, {}, wait_s=0)
         saver = Checkpointer(
             tmp,

@@ -15,8 +15,8 @@ from ddpm import config as configs  # noqa: E402
 from ddpm.config import Config  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from ddpm.structure import Structure  # noqa: E402
-from launch import console, recipes  # noqa: E402
 from launch.cluster.environment import PROJECT  # noqa: E402
+from launch.terminal import console, recipes  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

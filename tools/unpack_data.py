@@ -15,9 +15,10 @@ from ddpm import config as configs  # noqa: E402
 from ddpm.data import packed as data  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from ddpm.rundir import TMP_PREFIX, read_signed  # noqa: E402
-from launch import console, preparing  # noqa: E402
+from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
 from launch.cluster.site import Site, load_profile  # noqa: E402
+from launch.terminal import console  # noqa: E402
 
 EXAMPLES = """examples:
   python tools/unpack_data.py configs/cifar10.yaml real                           real/000000.png … real/049999.png
@@ -52,7 +53,7 @@ def unpack(images: data.PackedImages, folder: Path, ids: list[int], classes: lis
     from PIL import Image
 
     tmp = folder.with_name(f"{TMP_PREFIX}{folder.name}.{os.getpid()}")
-    show = preparing.show_progress("unpacking")
+    show = console.show_progress("unpacking")
     try:
         tmp.mkdir(parents=True)
         for name in classes or []:
@@ -73,8 +74,8 @@ def main() -> int:
         raise RequestError(f"{args.folder} exists: name another folder, or remove it")
     config = configs.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
     site: Site = configs.build(Site, load_profile(args.profile), f"profile {args.profile}")
-    cache = preparing.cache_of(site, environment.runs_root(args.root)) / "data"
-    key, packed = data.pack(config.data, args.split, cache, progress=preparing.show_progress("packing"))
+    cache = prepare.cache_of(site, environment.runs_root(args.root)) / "data"
+    key, packed = data.pack(config.data, args.split, cache, progress=console.show_progress("packing"))
     num = len(packed) if args.num is None else args.num
     if not 1 <= num <= len(packed):
         raise RequestError(f"--num {num}: the {args.split} split has {len(packed)} images")

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from ddpm.config import Section, build, load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.rundir import RunDir, read_json
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT, default_partition
 
@@ -110,6 +111,10 @@ class Site(Section):
     """Array tasks that run at a time."""
 
     @property
+    def is_local(self) -> bool:
+        return self.cluster == "local"
+
+    @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
 
@@ -170,6 +175,14 @@ def load_profile(name: str | None) -> dict[str, Any]:
     return tree or {}
 
 
+def site_of(run: RunDir) -> Site:
+    """Where the run was submitted to: later stages go there too unless told otherwise."""
+    record = read_json(run.run_json)
+    if record is None:
+        raise RequestError(f"{run.path} is no run directory (no run.json); see python launch/status.py for the runs")
+    return Site.model_validate(record.get("launch") or {}, strict=False)
+
+
 def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Site:
     """Site profile, then what this run was submitted with (`base`), then the command line. Raises RequestError."""
     tree = {**(base or {}), **load_profile(args.profile)}
@@ -197,17 +210,13 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Sit
     return site
 
 
-def is_local(site: Site) -> bool:
-    return site.cluster == "local"
-
-
 def settle(site: Site, *, dry_run: bool) -> Site:
     """Fill in what only the scheduler knows, and check the partition against it.
 
     Raises EnvironmentLacks where there is no SLURM, RequestError for a partition that does not exist. A dry run does
     without a scheduler and then assumes a GPU per node.
     """
-    if is_local(site):
+    if site.is_local:
         return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
     known: dict[str, slurm.Partition] = {}
     if not slurm.available():

@@ -27,11 +27,12 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
 
 
 def _of_shard(where: SampleSet, shard: int) -> int:
-    from ddpm import sampleset  # numpy, without which a job's end must do
+    from ddpm.sampling.request import read_request  # numpy, without which a job's end must do
+    from ddpm.sampling.shards import shard_range
 
     try:
-        request = sampleset.read_request(where)
-        first, num = sampleset.shard_range(request.num_samples, request.shards, shard)
+        request = read_request(where)
+        first, num = shard_range(request.num_samples, request.shards, shard)
     except RequestError:
         return 0
     begins = (n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz"))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ddpm import config as configs
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.run.log import say
-from ddpm.run.state import finished_step
-from ddpm.rundir import RunDir
-from launch import requests
 from launch.life import devices
 from launch.life.life import Life
+from launch.queue.sets import ensure_request
 
 
 def sample(life: Life, set_name: str, shard: int) -> int:
@@ -19,7 +15,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     import torch
 
     from ddpm.network.weights import load_network
-    from ddpm.run import generations as checkpoint
+    from ddpm.run import generations
     from ddpm.sampling.denoiser import Denoiser
     from ddpm.sampling.generate import generate_shard
 
@@ -33,7 +29,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
     try:
-        generation = checkpoint.verify(run, request.checkpoint.step)
+        generation = generations.verify(run, request.checkpoint.step)
     except FileNotFoundError:
         raise DoNotRetry(f"the checkpoint of step {request.checkpoint.step} that {set_name} samples is gone") from None
     if generation.sha256 != request.checkpoint.sha256:
@@ -62,23 +58,3 @@ def sample(life: Life, set_name: str, shard: int) -> int:
             return life.leave(code, e.reason)
         say("shard done", shard=f"{shard}/{request.shards}", images=manifest["num"], sha256=manifest["sha256"][:12])
         return life.leave(0)
-
-
-def ensure_request(run: RunDir, config: configs.Config, set_name: str) -> Any:
-    """The set's request; in a chain the first job to need it publishes what the config asks of the last checkpoint.
-
-    Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
-    """
-    from ddpm.run import generations as checkpoint
-    from ddpm.sampling.request import publish_request, read_request
-
-    sample_set = run.sample_set(set_name)
-    if sample_set.request.exists():
-        return read_request(sample_set)
-    if finished_step(run, config) is None:
-        raise DoNotRetry(
-            f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
-            f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
-            f"is: python launch/sample.py {run.path}"
-        )
-    return publish_request(sample_set, requests.from_config(run, config, checkpoint.verify(run, run.latest_step())))

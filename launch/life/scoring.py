@@ -12,11 +12,12 @@ from ddpm.errors import Stopped
 from ddpm.run.log import say
 from ddpm.sampling.shards import missing_shards
 from ddpm.scoring import evaluate as scoring
+from ddpm.scoring.against import open_reference
 from ddpm.scoring.extractors import build_extractor
-from launch import requests
 from launch.life import devices
 from launch.life.life import Life, run_record
-from launch.life.sampling import ensure_request
+from launch.queue import chain
+from launch.queue.sets import ensure_request
 
 
 def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> int:
@@ -26,7 +27,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if missing := missing_shards(sample_set, request):
-        return life.leave(requests.fill_gaps(run, set_name, missing, reference, round_, env))
+        return life.leave(chain.fill_gaps(run, set_name, missing, reference, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
@@ -38,7 +39,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
             result = scoring.evaluate_set(
                 run,
                 set_name,
-                reference=requests.reference(config, against, cache, life.stop),
+                reference=open_reference(config, against, cache, life.stop),
                 extractor=build_extractor(config.evaluate.extractor, device),
                 cache_dir=cache / "reference",
                 command=command,
@@ -51,7 +52,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
                 raise  # nothing that computing anew would mend
             repair = f"`python launch/sample.py {shlex.quote(str(run.path))} --set {set_name}`"
             say(f"{e}; {repair} computes what is missing")
-            return life.leave(requests.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
+            return life.leave(chain.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
         except Stopped as e:
             code = life.until_killed_or_on(e.reason)
             if code is None:

@@ -8,38 +8,22 @@ from pathlib import Path
 from ddpm import config as configs
 from ddpm.config import Config
 from ddpm.run.log import say
-from ddpm.run.state import finished_step
-from ddpm.rundir import DamagedFile, RunDir
+from ddpm.rundir import RunDir
 from launch.cluster import environment, slurm
 from launch.life.life import Life
+from launch.queue.chain import nothing_to_train
 
 
 def start_training(life: Life) -> tuple[Config, str | None]:
     """The run's config, and why rank 0 must not train, or None. From here on the run's STOP file is watched."""
     run, env = life.run, life.env
     config = configs.load(run.config)
-    why = nothing_to_do(run, config) if env.rank == 0 else None
+    why = nothing_to_train(run, config) if env.rank == 0 else None
     if env.rank == 0 and not why:
         _note_allocation(life)
     life.stop.watch(run.stop_file)
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels_of(run)))
     return config, why
-
-
-def nothing_to_do(run: RunDir, config: Config) -> str | None:
-    """Why training must not start, or None."""
-    if finished_step(run, config) is not None:
-        from ddpm.run import generations
-
-        step = run.latest_step()
-        try:
-            generations.verify(run, step)
-            return f"the run is complete at step {step}: nothing to do"
-        except (DamagedFile, OSError) as e:
-            say("the last checkpoint is damaged: going on from an older one", step=step, reason=e)
-    if run.stop_file.exists():
-        return f"{run.stop_file} forbids training: submit again, which removes it"
-    return None
 
 
 def kernels_of(run: RunDir) -> Path:

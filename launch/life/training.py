@@ -21,19 +21,20 @@ from ddpm.rundir import write_json
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
-from launch import requests
 from launch.cluster import slurm
 from launch.cluster.environment import JobEnvironment
+from launch.cluster.site import site_of
 from launch.life import devices, inputs
 from launch.life.life import Life, run_record
-from launch.life.starting import kernels_of, nothing_to_do
+from launch.life.starting import kernels_of
+from launch.queue.chain import nothing_to_train
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
     """Train on all ranks; returns the exit code. why: rank 0 must not, as it has found already."""
     run, env = life.run, life.env
     devices.one_device(env)  # a rank without one must not let the others wait for it
-    timeout_s = requests.site_of(run).rank_timeout_s
+    timeout_s = site_of(run).rank_timeout_s
     world = ranks.join(
         rank=env.rank,
         world_size=env.world_size,
@@ -45,7 +46,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     fence = None
     if world.is_main and not why:
         fence = _take(life, wait_s=min(60, timeout_s / 2))
-        why = nothing_to_do(run, config)  # whoever held the run until now may have finished it
+        why = nothing_to_train(run, config)  # whoever held the run until now may have finished it
     if why := world.share(why):
         if world.is_main:
             say(why)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import RequestError
-from launch import recipes
+from launch.terminal import recipes
 from tests.cli.harness import PROJECT, Shell
 from tests.cli.test_dry_run import imports
 

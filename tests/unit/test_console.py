@@ -1,4 +1,4 @@
-"""launch/console.py: how scripts leave, and how long they follow a job."""
+"""launch/terminal: how scripts leave, and how long they follow a job."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ddpm.rundir import EventLog, RunDir
-from launch import console
 from launch.cluster import slurm
+from launch.terminal import console, follow
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.ENOSPC, 3)])
@@ -33,18 +33,18 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     lives = ["RUNNING", *["COMPLETING"] * 9, "PENDING", "RUNNING", "COMPLETING"]
     lines = iter([*(f"17 17 {state}" for state in lives), "", "", ""])
     monkeypatch.setattr(slurm, "run", lambda argv: next(lines))
-    monkeypatch.setattr(console.time, "sleep", lambda s: None)
+    monkeypatch.setattr(follow, "POLL_S", 0)
     return lines
 
 
 def test_a_job_that_slurm_puts_back_is_followed(tmp_path: Path, answers: Iterator[str]) -> None:
-    console.follow_jobs(RunDir(tmp_path), ["17"])
+    follow.follow_jobs(RunDir(tmp_path), ["17"])
     assert list(answers) == []
 
 
 def test_a_job_that_was_submitted_by_hand_is_followed(tmp_path: Path, answers: Iterator[str]) -> None:
     EventLog(RunDir(tmp_path), "17", 0, "n1").append("allocated")
-    console.follow_jobs(RunDir(tmp_path), ["16"])
+    follow.follow_jobs(RunDir(tmp_path), ["16"])
     assert list(answers) == []
 
 
@@ -53,6 +53,6 @@ def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
 ) -> None:
     asked = itertools.count()
     monkeypatch.setattr(slurm, "run", lambda argv: f"17 17 {'RUNNING' if next(asked) < 5 else 'COMPLETING'}")
-    monkeypatch.setattr(console.time, "sleep", lambda s: None)
-    console.follow_jobs(RunDir(tmp_path), ["17"])
+    monkeypatch.setattr(follow, "POLL_S", 0)
+    follow.follow_jobs(RunDir(tmp_path), ["17"])
     assert next(asked) > 100

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddpm.data.batches import Batches
 from PIL import Image
 
 from ddpm.config import Data
 from ddpm.data import sources
+from ddpm.data.batches import Batches
 from ddpm.data.packed import PackedImages, images_digest, load_folder, open_packed, open_source, pack
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.rundir import DamagedFile, read_signed
-from launch import preparing
+from launch import prepare
 from tests.images import write_zip
 from tests.training import make_config, make_images
 
@@ -205,15 +205,15 @@ def test_classes_that_the_data_does_not_have_are_refused(tmp_path: Path, case: s
     members, num_classes, wanted = CLASSES[case]
     there = {"data__name": "images", "data__path": str(as_zip(tmp_path / "a.zip", members))}
     with pytest.raises(RequestError, match=rf"^model\.num_classes = {num_classes}: the .*{wanted}"):
-        preparing.check_data(make_config(**there, model__num_classes=num_classes), [])
-    preparing.check_data(make_config(**there), [])
+        prepare.check_data(make_config(**there, model__num_classes=num_classes), [])
+    prepare.check_data(make_config(**there), [])
 
 
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
 def test_classes_of_the_known_sets_are_ten(name: str) -> None:
-    preparing.check_data(make_config(data__name=name, model__num_classes=10), [])
+    prepare.check_data(make_config(data__name=name, model__num_classes=10), [])
     with pytest.raises(RequestError, match=r"has 10 classes \([a0]\S*, .*\); use 10, or 0"):
-        preparing.check_data(make_config(data__name=name, model__num_classes=20), [])
+        prepare.check_data(make_config(data__name=name, model__num_classes=20), [])
 
 
 def test_an_empty_folder_is_where_cifar10_may_be_downloaded_to(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.goodput import breakdown, seconds, share
+from launch.terminal.goodput import breakdown, seconds, share
 
 
 def stamp(s: float) -> str:

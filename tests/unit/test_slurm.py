@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import site as cluster
 from launch.cluster import slurm
+from launch.cluster.site import Site, settle
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
 CONFIG = """Configuration data as of 2026-01-01T00:00:00
@@ -210,4 +210,4 @@ def test_where_no_partition_is_asked_for_that_of_the_user_or_the_default_says_wh
     put(commands / "sbatch", "")
     put(commands / "srun", "")
     put(commands / "sinfo", f'echo "gpu|gpu:2\ncpu|(null)\nhidden|(null)" | /bin/sed "s/^{default}|/{default}*|/"')
-    assert cluster.settle(cluster.Site(), dry_run=False).gpus_per_node == gpus
+    assert settle(Site(), dry_run=False).gpus_per_node == gpus

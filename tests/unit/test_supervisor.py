@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from ddpm import rundir, sampleset
+from ddpm import rundir
 from ddpm.rundir import EventLog, RunDir, read_events
+from ddpm.sampling import request as requests
 from launch.cluster import environment, slurm
 from launch.cluster.environment import PROJECT
 from launch.life import supervisor
@@ -243,10 +244,8 @@ def test_a_job_that_pre_emption_ends_is_left_to_slurm_where_it_comes_back_or_may
 
 def begun_set(run: RunDir) -> rundir.SampleSet:
     """Of 40 samples in 2 shards."""
-    request = sampleset.Request(
-        sampleset.CheckpointRef(5, "ab"), "ema", "ddim", 4, 0.0, None, 0, 40, 2, 2, "fp32", None
-    )
-    sampleset.publish_request(run.sample_set("fid"), request)
+    request = requests.Request(requests.CheckpointRef(5, "ab"), "ema", "ddim", 4, 0.0, None, 0, 40, 2, 2, "fp32", None)
+    requests.publish_request(run.sample_set("fid"), request)
     run.sample_set("fid").part.mkdir()
     return run.sample_set("fid")
 

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from ddpm.rundir import RunDir, read_events, read_json, sha256_file
-from launch.goodput import breakdown
+from launch.terminal.goodput import breakdown
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result
 from tools.chaos.lives import curve, final, same

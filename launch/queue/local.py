@@ -1,12 +1,13 @@
 """`--cluster local`: the same jobs, one after another, as background processes on this machine.
 
-    python -m launch.local RUN 'JSON list of stages'
+    python -m launch.queue.local RUN 'JSON list of commands'
 
 Its restarts are the user's: submit again. Output goes to logs/local-JOB.out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
-from ddpm.rundir import EventLog, RunDir
+from ddpm.rundir import EventLog, RunDir, read_events
 from launch.cluster import environment
-from launch.scheduler import Job
+from launch.queue.job import Job
 
 
 def stage_commands(job: Job) -> list[list[str]]:
@@ -27,6 +28,16 @@ def stage_commands(job: Job) -> list[list[str]]:
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
     return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in job.shards or (None,)]
+
+
+def running(run: RunDir) -> int | None:
+    """The background process on this machine that works on the run, if there is one."""
+    for e in reversed(read_events(run)):
+        if e["event"] == "submitted" and e.get("via") == "local" and e["host"] == environment.host():
+            with contextlib.suppress(OSError):  # it has ended, or the number is another user's process now
+                if f"DDPM_JOB={e['job']}".encode() in Path(f"/proc/{e['pid']}/environ").read_bytes().split(b"\0"):
+                    return int(e["pid"])
+    return None
 
 
 def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
@@ -39,7 +50,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "launch.local", str(run.path), json.dumps(commands)],
+            [sys.executable, "-u", "-m", "launch.queue.local", str(run.path), json.dumps(commands)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,38 @@ from ddpm import config as configs
 from ddpm.config import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, fsync_dir, now, read_json, write_bytes, write_json
-from launch import requests
+from ddpm.scoring.against import check_reference
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
+from launch.terminal import console
+
+CELEBA_TRAIN_IMAGES = 162_770
+"""In the data set's own partition."""
+
+
+def num_images(config: Config, run: RunDir) -> int | None:
+    """Training images, without packing any: an existing run's record says, else the data. None: not known yet.
+
+    Raises RequestError for a data.path that cannot serve.
+    """
+    if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
+        return int(known)
+    from ddpm.data.packed import open_source
+
+    source = open_source(config.data)
+    if source.kind == "celeba":  # not downloaded: its attributes are not known
+        return None if config.data.attributes else CELEBA_TRAIN_IMAGES
+    return source.num_images("train") if "train" in source.members else None
+
+
+def resolve_length(config: Config, run: RunDir) -> Config:
+    """The config with its length in steps, if that can be known before the data is packed; else as it is."""
+    train = config.train
+    if train.total_steps is not None:
+        return config
+    num = 0 if train.total_images else num_images(config, run)  # total_images mean the same with any data
+    return config if num is None else config.resolve_length(num)
 
 
 def check_data(config: Config, stages: list[str]) -> None:
@@ -30,7 +57,7 @@ def check_data(config: Config, stages: list[str]) -> None:
     if config.model.num_classes not in (0, len(source.classes)):
         raise RequestError(f"model.num_classes = {config.model.num_classes}: {_classes_there_are(source.classes)}")
     if "evaluate" in stages:
-        requests.check_split(config, config.evaluate.reference)
+        check_reference(config, config.evaluate.reference)
 
 
 def _classes_there_are(have: list[str]) -> str:
@@ -115,7 +142,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
-    bar = show_progress("packing")
+    bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     if "evaluate" in stages and config.evaluate.reference == "test":
         data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
@@ -131,19 +158,6 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "num_images": len(packed),
         "scratch": site.scratch,
     }
-
-
-def show_progress(doing: str) -> Callable[[int, int], None]:
-    """A function (done, total) that says so: one line that changes on a terminal, else a line per 10,000 images."""
-    tty = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        if tty:
-            print(f"\r{doing} {done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
-        elif done % 10_000 == 0:
-            print(f"{doing} {done}/{total} images", flush=True)
-
-    return show
 
 
 def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:

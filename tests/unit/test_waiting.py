@@ -1,17 +1,17 @@
-"""launch/requests.py: which jobs count as being in the queue. SLURM's answers are given here."""
+"""launch/queue: which jobs count as being in the queue. SLURM's answers are given here."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from ddpm.rundir import EventLog, RunDir
-from launch import requests
 from launch.cluster import environment, slurm
+from launch.queue import chain, waiting
+from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 
 Answers = Callable[..., list[list[str]]]
 
@@ -21,13 +21,13 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def told(run: RunDir, job: str, event: str, **fields: str) -> None:
+def told(run: RunDir, job: str, event: str, **fields: object) -> None:
     EventLog(run, job, 0, "host").append(event, **fields)
 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
-    """Have squeue answer so, in turn, the last answer for ever; returns what it is asked for. Sleeping is no wait."""
+    """Have squeue answer so, in turn, the last answer for ever; returns what it is asked for. A minute is a moment."""
 
     def give(*states: dict[str, str]) -> list[list[str]]:
         asked: list[list[str]] = []
@@ -37,11 +37,10 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
             asked.append(jobs)
             return {job: state for job, state in next(turns).items() if job in jobs}
 
-        clock = itertools.count()
         monkeypatch.setattr(slurm, "available", lambda: True)
         monkeypatch.setattr(slurm, "queued", queued)
-        patched = SimpleNamespace(sleep=lambda s: None, monotonic=lambda: float(next(clock)))
-        monkeypatch.setattr(requests, "time", patched)
+        monkeypatch.setattr(waiting, "COMPLETING_POLL_S", 0.001)
+        monkeypatch.setattr(waiting, "COMPLETING_AT_MOST_S", 0.2)
         return asked
 
     return give
@@ -52,7 +51,7 @@ def test_a_job_that_is_being_put_back_is_in_the_queue(
 ) -> None:
     told(run, "17", "submitted", stage="train", via="sbatch")
     answers({"17": "COMPLETING"}, {"17": "COMPLETING"}, {"17": "COMPLETING"}, {"17": "PENDING"})
-    assert requests.jobs_in_queue(run, "train") == ["17"]
+    assert jobs_in_queue(run, "train") == ["17"]
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("waiting for SLURM") == 1 and "17" in said.err
 
@@ -62,14 +61,14 @@ def test_a_job_that_has_ended_is_not_though_it_was_completing_for_a_moment(
 ) -> None:
     told(run, "17", "submitted", stage="sample", set="fid", via="sbatch")
     answers({"17": "COMPLETING"}, {})
-    assert requests.jobs_in_queue(run, "sample", "fid") == []
+    assert jobs_in_queue(run, "sample", "fid") == []
     assert capsys.readouterr().err == ""
 
 
 def test_a_job_that_does_not_come_to_its_end_does_not_block_the_run(run: RunDir, answers: Answers) -> None:
     told(run, "17", "submitted", stage="train", via="sbatch")
     asked = answers({"17": "COMPLETING"})
-    assert requests.jobs_in_queue(run, "train") == []
+    assert jobs_in_queue(run, "train") == []
     assert len(asked) > 10
 
 
@@ -80,9 +79,9 @@ def test_jobs_of_other_stages_and_sets_and_of_this_machine_are_not_asked_for(run
     told(run, "local-1", "submitted", stage="train", via="local")
     told(run, "local-1", "allocated")
     asked = answers({job: "RUNNING" for job in ("17", "18", "19", "local-1")})
-    assert requests.jobs_in_queue(run, "train") == ["17"]
-    assert requests.jobs_in_queue(run, "sample", "fid") == ["18"]
-    assert requests.jobs_in_queue(run, "sample", "other") == []
+    assert jobs_in_queue(run, "train") == ["17"]
+    assert jobs_in_queue(run, "sample", "fid") == ["18"]
+    assert jobs_in_queue(run, "sample", "other") == []
     assert asked == [["17"], ["18"]]
 
 
@@ -91,8 +90,21 @@ def test_a_training_job_that_was_submitted_by_hand_is_known_once_it_had_its_node
 ) -> None:
     told(run, "17", "allocated")
     answers({"17": "PENDING"})
-    assert requests.jobs_in_queue(run, "train") == ["17"]
-    assert requests.jobs_in_queue(run, "sample", "fid") == []
+    assert jobs_in_queue(run, "train") == ["17"]
+    assert jobs_in_queue(run, "sample", "fid") == []
+
+
+def test_evaluations_of_a_set_are_told_apart_by_what_they_compare_with(run: RunDir, answers: Answers) -> None:
+    told(run, "17", "submitted", stage="evaluate", via="sbatch", set="fid", args=[])
+    told(run, "18", "submitted", stage="evaluate", via="sbatch", set="fid", args=["--reference", "test"])
+    again = ["--reference", "train", "--round", "1:3"]
+    told(run, "19", "submitted", stage="evaluate", via="sbatch", set="fid", args=again)
+    told(run, "20", "submitted", stage="evaluate", via="sbatch", set="other", args=[])
+    answers({job: "PENDING" for job in ("17", "18", "19", "20")})
+    assert evaluations_in_queue(run, "fid", "train", default="train") == ["17", "19"]
+    assert evaluations_in_queue(run, "fid", "test", default="train") == ["18"]
+    assert evaluations_in_queue(run, "fid", "/stats.npz", default="train") == []
+    assert evaluations_in_queue(run, "other", "test", default="test") == ["20"]
 
 
 def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_answer_pass(
@@ -104,10 +116,10 @@ def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_a
     run.run_json.write_text("{}")
     asked = answers({"19": "RUNNING"})
 
-    def out_of_reach(job: object) -> list[str]:
+    def out_of_reach(argv: list[str], **_: object) -> str:
         raise slurm.NoAnswer("sbatch: Socket timed out on send/recv operation")
 
-    monkeypatch.setattr(requests.scheduler, "submit", out_of_reach)
+    monkeypatch.setattr(slurm, "run", out_of_reach)
     with pytest.raises(slurm.NoAnswer):
-        requests.fill_gaps(run, "fid", [3], None, "", environment.current())
+        chain.fill_gaps(run, "fid", [3], None, "", environment.current())
     assert asked == []

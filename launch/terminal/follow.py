@@ -1,64 +1,20 @@
-"""What the scripts share at a terminal: errors without tracebacks, exit codes, and following jobs."""
+"""Following a run while its jobs run: a progress bar on a terminal, lines elsewhere. Watches, and changes nothing."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import errno
-import io
-import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ddpm.errors import DDPMError, EnvironmentLacks
 from ddpm.rundir import RunDir, read_events, read_json
-from launch import requests
 from launch.cluster import slurm
+from launch.queue.waiting import slurm_jobs
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
 ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be COMPLETING for hours
-
-
-def run_script(main: Callable[[], int]) -> None:
-    """Run a script's main and leave with its exit code; what a user can mend is one message, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no é is no reason to die
-    try:
-        code = main()
-    except DDPMError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = e.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except OSError as e:
-        if e.errno == errno.EPIPE:  # `… | head` has read enough
-            code = 0
-        else:  # no permission, no room: the machine's, or another user's directory
-            print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
-            code = EnvironmentLacks.exit_code
-    try:
-        sys.stdout.flush()
-    except (OSError, AttributeError):
-        os._exit(code)  # the interpreter would complain about the same again
-    sys.exit(code)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one message, without the whole usage, and knows what was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        near = difflib.get_close_matches(unknown.group(1), self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
-        self.exit(2, f"error: {message}; {hint}\n")
 
 
 class Follower:
@@ -135,7 +91,7 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
     known = set(jobs)
     try:
         while quiet < 3:  # a job that comes back is away for a moment
-            known |= set(requests.slurm_jobs(read_events(run)))
+            known |= set(slurm_jobs(read_events(run)))
             try:
                 states = slurm.queued(sorted(known))
             except slurm.SlurmError:

@@ -1,0 +1,114 @@
+"""Jobs by submitit: its runner and its pickles, which lie in logs/submitit/; our script, our options, our supervisor.
+
+Of submitit this uses the two classes that its runner reads with, and no executor: those always ask for a time limit,
+wait for sbatch without end, and take silence for a refusal. pyproject.toml says with which versions this was tried.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import shlex
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launch.cluster import environment, slurm
+from launch.cluster.environment import PROJECT
+from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, flags
+
+ENTRY = "launch.jobs:main"
+MAX_TIMEOUTS = 3
+"""Of submitit's own handling of a time limit, which the entry takes over."""
+
+
+class Named:
+    """A function by its name: what submits does not load it, and a pickle holds nothing but the name.
+
+    So a requeued job runs today's code on the run directory, not yesterday's objects.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return pkgutil.resolve_name, (self._name,)
+
+
+def folder(job: Job) -> Path:
+    return job.run.logs / "submitit"
+
+
+def command(job: Job, script: str) -> list[str]:
+    """The sbatch of `script`."""
+    tasks = len(job.shards)
+    array = [f"--array={_array(job)}"] if tasks > 1 else []
+    return ["sbatch", *flags(_options(job)), *array, script]
+
+
+def script_text(job: Job) -> str:
+    """The script, of the form that submitit gives it."""
+    options = _options(job)
+    told = {**HOME, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
+    told |= {"DDPM_SET": job.set_name} if job.set_name else {}
+    listed = {"wckey": "submitit", **options, **({"array": _array(job)} if len(job.shards) > 1 else {})}
+    log = folder(job) / ("%A_%a_%t_log.out" if len(job.shards) > 1 else "%j_%t_log.out")
+    srun = ["srun", "--unbuffered", "--output", str(log), "--kill-on-bad-exit=1", "--open-mode=append"]
+    srun += [f"--output={options['output']}", "bash", str(PROJECT / "slurm" / "rank.sh"), sys.executable]
+    lines = ["#!/bin/bash", "", "# Parameters"]
+    lines += [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in sorted(listed.items())]
+    lines += ["", "# setup", *(f"export {k}={shlex.quote(v)}" for k, v in told.items())]
+    lines += ['. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command", "export SUBMITIT_EXECUTOR=slurm"]
+    lines += [shlex.join([*srun, "-u", "-m", "submitit.core._submit", str(folder(job))]), ""]
+    return "\n".join(lines)
+
+
+def _options(job: Job) -> dict[str, str | bool]:
+    return job.options(array=len(job.shards) > 1)
+
+
+def _array(job: Job) -> str:
+    tasks = len(job.shards)
+    return f"0-{tasks - 1}%{min(tasks, job.site.max_parallel)}"
+
+
+def describe(job: Job) -> str:
+    """What --dry-run shows: the command, and the script that it submits."""
+    return f"{shlex.join(command(job, 'SCRIPT'))}\n\n{script_text(job)}"
+
+
+def submit(job: Job) -> Iterator[str]:
+    """Queues it; job ids as SLURM gives them, one for each array that fits. Raises SlurmError."""
+    size = slurm.max_array_size()
+    for i in range(0, max(1, len(job.shards)), size):
+        yield _submit_one(replace(job, shards=job.shards[i : i + size]))
+
+
+def _submit_one(job: Job) -> str:
+    """Pickles and script lie in the folder before there is a job, and get its id once there is one."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    where = folder(job)
+    where.mkdir(parents=True, exist_ok=True)
+    pickles = []
+    for shard in job.shards or (None,):
+        task = DelayedSubmission(Named(ENTRY), job.arguments(shard))  # type: ignore[arg-type]  # once it is read, it is one
+        task.set_timeout(job.site.time or 5, MAX_TIMEOUTS)
+        pickles.append(where / f"{uuid.uuid4().hex}.pkl")
+        task.dump(pickles[-1])
+    script = where / f".submission_file_{uuid.uuid4().hex}.sh"
+    script.write_text(script_text(job))
+    with environment.outside_allocation():
+        said = slurm.run(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
+    found = re.search(r"job (\d+)", said)
+    if found is None:
+        raise slurm.SlurmError(f"sbatch: said no job's id, but {said.strip()!r}")
+    job_id = found[1]
+    for task_number, pickle in enumerate(pickles):
+        task_id = f"{job_id}_{task_number}" if len(pickles) > 1 else job_id
+        JobPaths(where, task_id).move_temporary_file(pickle, "submitted_pickle")
+    JobPaths(where, job_id).move_temporary_file(script, "submission_file", keep_as_symlink=True)
+    return job_id

@@ -1,0 +1,163 @@
+"""What of a run is left to do, what follows, and the jobs for it: train, an array over the shards, the score.
+
+The run directory says what is done, and SLURM what is in the queue; whoever submits, and the jobs themselves, ask here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ddpm.config import Config
+from ddpm.errors import EXIT_FATAL, DoNotRetry
+from ddpm.run import generations
+from ddpm.run.log import say
+from ddpm.run.state import finished_step
+from ddpm.rundir import DamagedFile, RunDir
+from launch.cluster import slurm
+from launch.cluster.environment import JobEnvironment
+from launch.cluster.site import Site, site_of
+from launch.queue import local, sets
+from launch.queue.job import Job, ranges
+from launch.queue.submitting import submit
+from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
+
+MAX_ROUNDS = 3
+
+
+# ---------------------------------------------------------------- what is left
+
+
+def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
+    """What an existing run still needs: whether to train, and the later stages that are not done.
+
+    Raises RequestError where its sample set was begun with another request.
+    """
+    name = sets.chain_set(run, config)
+    sampled = "sample" not in stages or not sets.missing_shards(run, config, name)
+    if finished_step(run, config) is None:
+        return True, stages
+    scored = "evaluate" not in stages or sets.is_scored(run, config, name)
+    return False, [] if sampled and scored else stages
+
+
+def damage(run: RunDir) -> str | None:
+    """Why the last checkpoint cannot be used, all of it read; None where it can."""
+    try:
+        generations.verify(run, run.latest_step())
+        return None
+    except (DamagedFile, OSError) as e:
+        return str(e)
+
+
+def nothing_to_train(run: RunDir, config: Config) -> str | None:
+    """Why training must not start, or None."""
+    if finished_step(run, config) is not None:
+        step = run.latest_step()
+        if (why := damage(run)) is None:
+            return f"the run is complete at step {step}: nothing to do"
+        say("the last checkpoint is damaged: going on from an older one", step=step, reason=why)
+    if run.stop_file.exists():
+        return f"{run.stop_file} forbids training: submit again, which removes it"
+    return None
+
+
+def is_training(run: RunDir) -> bool:
+    """Whether jobs of SLURM or of this machine have it. Raises SlurmError."""
+    return local.running(run) is not None or bool(jobs_in_queue(run, "train"))
+
+
+def lift_stop(run: RunDir) -> None:
+    """Submitting again means going on."""
+    if run.stop_file.exists():
+        run.stop_file.unlink()
+        print(f"removed {run.stop_file}: submitting again means going on")
+
+
+# ---------------------------------------------------------------- its jobs
+
+
+def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train: bool = True) -> list[Job]:
+    """The chain: train, then an array over the shards that are not done, then the score."""
+    name = sets.chain_set(run, config)
+    jobs = [Job("train", run, site)] if train else []
+    if "sample" in stages and (shards := sets.missing_shards(run, config, name)):
+        jobs.append(Job("sample", run, site, name, tuple(shards)))
+    if "evaluate" in stages:
+        jobs.append(Job("evaluate", run, site, name))
+    return jobs
+
+
+def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
+    """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
+
+    Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Cancels
+    what it submitted if a later part is refused; if SLURM does not answer, it stays, and a second submission finds it.
+    """
+    ids: list[str] = []
+    new: list[str] = []
+    told: list[str] = []
+    after: str | None = None
+    try:
+        for job in jobs:
+            there = _in_queue(job, config)
+            mine = there or submit(replace(job, after=after))
+            ids += mine
+            new += [] if there else mine
+            after = ":".join(mine)
+            tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
+            told.append(f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}")
+    except slurm.NoAnswer:
+        raise
+    except Exception:
+        if new:
+            slurm.cancel(new)
+        raise
+    if (stop := jobs[0].run.stop_file).exists():
+        told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
+    return ids, told
+
+
+def _in_queue(job: Job, config: Config) -> list[str]:
+    """Jobs that SLURM has and that do what `job` would. Raises SlurmError."""
+    if job.stage == "evaluate":
+        reference = config.evaluate.reference
+        return evaluations_in_queue(job.run, job.set_name, reference, default=reference)
+    return jobs_in_queue(job.run, job.stage, job.set_name)
+
+
+def fill_gaps(
+    run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str, env: JobEnvironment
+) -> int:
+    """An evaluation that came before its shards: have the missing ones made, and come again after them.
+
+    Gives up after MAX_ROUNDS rounds that added no shard. `round_` is "ROUND:MISSING" of the round before.
+    """
+    repair = f"python launch/sample.py {run.path} --set {set_name}"
+    if env.scheduler != "slurm":
+        raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}): {repair}")
+    if run.stop_file.exists():
+        raise DoNotRetry(
+            f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
+        )
+    before, _, had = round_.partition(":")
+    site = site_of(run)
+    again = ("--reference", reference) if reference else ()
+    waiting = jobs_in_queue(run, "sample", set_name)
+    if not waiting:
+        rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
+        if rounds > MAX_ROUNDS:
+            print(
+                f"failed: {len(missing)} shards of {set_name} are still missing ({ranges(missing)}) after "
+                f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}",
+                flush=True,
+            )
+            return EXIT_FATAL
+        waiting = submit(Job("sample", run, site, set_name, tuple(missing)))
+        round_ = f"{rounds}:{len(missing)}"
+    after = ":".join(waiting)
+    ids = submit(Job("evaluate", run, site, set_name, (), after, (*again, "--round", round_)))
+    print(
+        f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {ids[0]} scores after it",
+        flush=True,
+    )
+    return 0

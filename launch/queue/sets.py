@@ -1,0 +1,140 @@
+"""The sample sets of a run: how they are named, what the config asks of one, what of it is missing, its score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ddpm.config import Config
+from ddpm.errors import DoNotRetry, RequestError
+from ddpm.run import generations
+from ddpm.run.state import finished_step
+from ddpm.rundir import RunDir, read_json, sha256_file
+from ddpm.scoring.against import SPLITS, check_file
+
+if TYPE_CHECKING:
+    from ddpm.run.generations import Generation
+    from ddpm.sampling.request import CheckpointRef, Request
+
+
+# ---------------------------------------------------------------- names
+
+
+def set_of(run: RunDir, config: Config, step: int, variance: str | None = None) -> str:
+    """The name of the set that the config asks for at `step`: its own, or the chain's that was made there."""
+    own, chain = _set_name(run, config, f"step{step}", variance), _planned_set(run, config)
+    return chain if not variance and _sampled_at(run, own) is None and _sampled_at(run, chain) == step else own
+
+
+def chain_set(run: RunDir, config: Config) -> str:
+    """The name of the set that is made when training ends: one for each step at which it has ended."""
+    planned, step = _planned_set(run, config), finished_step(run, config)
+    if step is None:
+        return planned
+    name = set_of(run, config, step)
+    return name if _sampled_at(run, planned) or _sampled_at(run, name) else planned
+
+
+def _planned_set(run: RunDir, config: Config) -> str:
+    """The chain's name for its set, before training has ended; it may end before the last step."""
+    upto = "step" if config.train.early_stop_below is None else "upto"
+    return _set_name(run, config, f"{upto}{config.train.total_steps}")
+
+
+def _set_name(run: RunDir, config: Config, at: str, variance: str | None = None) -> str:
+    s = config.sample
+    how = "" if s.guidance is None else f"-guided{s.guidance:g}"
+    how += "" if s.class_plan is None else "-plan"
+    how += "" if s.clip_x_0 else "-unclipped"
+    how += "" if variance in (None, config.diffusion.variance) else f"-{variance}"
+    plain, full = (f"{s.sampler}{s.steps}{eta}{how}-{at}-seed{s.seed}" for eta in ("", f"-eta{s.eta:g}"))
+    # a set with eta that was begun before eta was part of the name goes on under the one that it has
+    return full if s.eta and _asked(run, plain).get("eta") != s.eta else plain
+
+
+def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
+    """What the set's request.json says; nothing where the set is not begun."""
+    return read_json(run.sample_set(set_name).request) or {}
+
+
+def _sampled_at(run: RunDir, set_name: str) -> int | None:
+    """The step of the checkpoint that a set samples; None where the set is not begun."""
+    return (_asked(run, set_name).get("checkpoint") or {}).get("step")
+
+
+# ---------------------------------------------------------------- requests
+
+
+def from_config(
+    run: RunDir, config: Config, generation: Generation | CheckpointRef, variance: str | None = None
+) -> Request:
+    """The request that the run's config makes of one checkpoint. variance: instead of the config's."""
+    from ddpm.sampling import request
+
+    at = request.CheckpointRef(generation.step, generation.sha256)
+    return request.from_config(config, at, request.precision_of(config, run), variance)
+
+
+def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
+    """The set's request; in a chain the first job to need it publishes what the config asks of the last checkpoint.
+
+    Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
+    """
+    from ddpm.sampling.request import publish_request, read_request
+
+    sample_set = run.sample_set(set_name)
+    if sample_set.request.exists():
+        return read_request(sample_set)
+    if finished_step(run, config) is None:
+        raise DoNotRetry(
+            f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
+            f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
+            f"is: python launch/sample.py {run.path}"
+        )
+    return publish_request(sample_set, from_config(run, config, generations.verify(run, run.latest_step())))
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
+    """Shards of the chain's set that are not done: all of them where the set is not begun.
+
+    Raises RequestError where the set was begun with another request, or of another step than training ends at,
+    which the config must not silently mean.
+    """
+    sample_set = run.sample_set(set_name)
+    if not sample_set.request.exists():
+        return list(range(config.sample.shards))
+    from ddpm.sampling import shards
+    from ddpm.sampling.request import differences, read_request
+
+    there = read_request(sample_set)
+    step = finished_step(run, config) or config.train.total_steps
+    asked = from_config(run, config, replace(there.checkpoint, step=step))
+    if there != asked:
+        raise RequestError(
+            f"sample set {set_name} exists with another request: {differences(there, asked)}. Ask for the "
+            f"same, or make another set once training has ended: python launch/sample.py {run.path} --set OTHERNAME"
+        )
+    return shards.missing_shards(sample_set, there)
+
+
+def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
+    """Whether the set, as it is, has a score by the config's extractor against the config's reference."""
+    score, request = read_json(run.eval / f"{set_name}.json") or {}, _asked(run, set_name)
+    return (
+        score.get("checkpoint") == {**request.get("checkpoint", {}), "weights": request.get("weights")}
+        and (score.get("extractor") or {}).get("name") == config.evaluate.extractor
+        and _is_against(score.get("reference") or {}, config.evaluate.reference)
+    )
+
+
+def _is_against(record: dict[str, Any], asked: str) -> bool:
+    """Whether a score's reference is the one that is asked for; a folder or zip is known by its name."""
+    if asked in SPLITS:
+        return record.get("split") == asked
+    path = check_file(asked)
+    if path.suffix == ".npz":
+        return record.get("digest") == sha256_file(path)
+    return (record.get("split"), record.get("name")) == ("all", path.name)

@@ -1,0 +1,94 @@
+"""A job gets going: by submitit or sbatch, behind one small interface, or as a process on this machine.
+
+Both ways to SLURM run the same entry (`python -m launch.jobs`), begin with slurm/supervise.sh and carry the same
+sbatch options, so that stopping and coming back are the same. The options are given as flags: exported SBATCH_*
+variables, which go before #SBATCH lines, are to decide only what nobody asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from typing import Any
+
+from ddpm.errors import RequestError
+from ddpm.rundir import EventLog, RunDir, read_events
+from launch.cluster import environment, slurm
+from launch.queue import by_submitit, by_template, local
+from launch.queue.job import HOME, Job, flags
+
+WAYS = {"submitit": by_submitit, "sbatch": by_template}
+
+
+def describe(job: Job) -> str:
+    """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
+    if not job.site.is_local:
+        return str(WAYS[job.site.via].describe(job))
+    commands = local.stage_commands(job)
+    lines = [shlex.join(command) for command in commands[:2]]
+    return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
+
+
+def by_hand(job: Job) -> str:
+    """What a person types, in any directory, to queue `job`."""
+    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
+    return "\n".join(f"{home} {shlex.join(command)}" for command in by_template.commands(job))
+
+
+def submit(job: Job) -> list[str]:
+    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small), or takes back what it queued.
+
+    Raises RequestError with SLURM's words; NoAnswer, after which some of it may be in the queue.
+    """
+    options = job.options()
+    kept = {k: v for k, v in options.items() if k != "dependency"}
+    ids: list[str] = []
+    try:
+        for job_id in WAYS[job.site.via].submit(job):
+            ids.append(job_id)
+            _submitted(job.run, job_id, job.stage, job.site.via, job.world_size,
+                       set=job.set_name, options=kept, args=list(job.extra_args))  # fmt: skip
+    except slurm.NoAnswer as e:
+        raise slurm.NoAnswer(
+            f"SLURM did not answer ({e}), and may have queued the {job.stage} job all the same. Once it answers, look "
+            f"with squeue --me --name {options['job-name']}, scancel what that shows, and submit again to go on"
+        ) from None
+    except Exception as e:
+        if ids:
+            slurm.cancel(ids)
+        if isinstance(e, slurm.SlurmError):
+            raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
+        raise
+    return ids
+
+
+def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
+    EventLog(run, job, 0, environment.host(), prefix="submit-").append(
+        "submitted", world_size=world_size, step=run.latest_step(), stage=stage, via=via, **fields
+    )
+
+
+def submit_successor(run: RunDir, stage: str, job: str) -> str:
+    """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError.
+
+    The event that it was is written where there is room for it.
+    """
+    record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
+    if record is None:  # submitted by hand: what SLURM says of this job
+        record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
+    words = flags({"export": "ALL", **record["options"]})
+    args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
+    new = by_template.sbatch(["sbatch", "--parsable", *words, str(by_template.template(stage)), *args])
+    with contextlib.suppress(OSError):
+        _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
+                   **{k: record[k] for k in ("set", "options", "args")})  # fmt: skip
+    return new
+
+
+def _as_it_is(job: str) -> dict[str, str | bool]:
+    """sbatch options that ask for what the job has in which this runs. Raises SlurmError."""
+    options: dict[str, str | bool] = {**environment.allocation()}
+    if shown := slurm.show(job):
+        told: dict[str, str | bool] = {"time": shown.time_limit, "no-requeue": not shown.may_requeue}
+        options |= {key: value for key, value in told.items() if value}
+    return options

@@ -1,0 +1,63 @@
+"""Which jobs of a run SLURM has: its events tell of them, and SLURM is asked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ddpm.rundir import RunDir, read_events
+from launch.cluster import slurm
+
+COMPLETING_POLL_S = 2.0
+COMPLETING_AT_MOST_S = 60.0
+
+
+def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
+    """Job ids of this stage that SLURM has. Raises SlurmError."""
+    return _in_queue(slurm_jobs(read_events(run), stage, set_name))
+
+
+def evaluations_in_queue(run: RunDir, set_name: str, reference: str, default: str) -> list[str]:
+    """Job ids of evaluations of a set against `reference` that SLURM has. Raises SlurmError.
+
+    default: the config's reference, which is meant where a job was told of none.
+    """
+    events = read_events(run)
+    told = {str(e["job"]): e.get("args") or [] for e in events if e["event"] == "submitted"}
+    jobs = slurm_jobs(events, "evaluate", set_name)
+    return _in_queue([job for job in jobs if (_reference_in(told.get(job, [])) or default) == reference])
+
+
+def _reference_in(args: list[str]) -> str | None:
+    return args[args.index("--reference") + 1] if "--reference" in args else None
+
+
+def _in_queue(jobs: list[str]) -> list[str]:
+    """Those of `jobs` that SLURM has.
+
+    A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.
+    One that stays so, as on a node that is out of reach, counts as gone; should it come back, the run is locked.
+    """
+    if not jobs or not slurm.available():
+        return []
+    asked_at, polls = time.monotonic(), 0
+    while True:
+        states = slurm.queued(jobs)
+        ending = [job for job, state in states.items() if state == "COMPLETING"]
+        if not ending or time.monotonic() - asked_at > COMPLETING_AT_MOST_S:
+            return [job for job in states if job not in ending]
+        if polls == 1:
+            print(f"waiting for SLURM to end job {' '.join(ending)}, or to queue it again", file=sys.stderr, flush=True)
+        polls += 1
+        time.sleep(COMPLETING_POLL_S)
+
+
+def slurm_jobs(events: list[dict[str, Any]], stage: str | None = None, set_name: str = "") -> list[str]:
+    """Ids of the SLURM jobs that the events tell of, of one stage or of all.
+
+    A training job that was submitted by hand is first told of when it has its nodes.
+    """
+    told = (e for e in events if e["event"] in ("submitted", "allocated") and str(e["job"])[:1].isdigit())
+    wanted = (e for e in told if stage is None or (e.get("stage", "train"), e.get("set", "")) == (stage, set_name))
+    return list(dict.fromkeys(str(e["job"]) for e in wanted))

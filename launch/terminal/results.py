@@ -1,0 +1,34 @@
+"""What came out of a run whose chain is done, as a table."""
+
+from __future__ import annotations
+
+import statistics
+
+from ddpm.config import Config
+from ddpm.rundir import RunDir, read_json, read_jsonl
+from launch.queue.sets import chain_set
+
+
+def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
+    """stages: what followed training."""
+    step = run.latest_step()
+    name = chain_set(run, config)
+    record = read_json(run.eval / f"{name}.json") if "evaluate" in stages else None
+    metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
+    rows = {"steps": f"{step}"}
+    if metrics:
+        rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"
+        rows["loss"] = f"{metrics[-1]['loss']:.4f}"
+    if record:
+        what = "FID" if "fid" in record else "Fréchet distance"
+        against = " ".join(filter(None, [record["reference"]["name"], record["reference"].get("split")]))
+        rows[what] = (
+            f"{record.get('fid', record.get('frechet_distance')):.4f} ({record['num_samples']} samples against "
+            f"{against}, {record['extractor']['name']} features{'' if 'fid' in record else ': no FID'})"
+        )
+        rows["score"] = f"{run.eval / name}.json"
+    if run.grid(step).exists():
+        rows["grid"] = f"{run.grid(step)}"
+    print(f"run {run.name} is complete: {step} steps")
+    for what, told in rows.items():
+        print(f"  {what:18}{told}")

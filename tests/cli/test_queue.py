@@ -1,0 +1,98 @@
+"""What is at work, or in the queue, is not begun a second time, nor changed under. SLURM's commands are played here."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.cli.harness import TINY_SET, Shell, events, is_alive, read, snapshot, wait_for
+
+SLURM = ("--cluster", "slurm", "--partition", "gpu", "--via", "sbatch")
+
+
+@pytest.fixture
+def slurm(shell: Shell) -> Path:
+    """SLURM gives each job the number 101 and has it PENDING. Returns a file with the words of each sbatch, a line."""
+    log = shell.cwd / "sbatch.log"
+    shell.put("sbatch", f'echo "$*" >> {log}; echo 101')
+    shell.put("squeue", 'echo "101 101 PENDING"')
+    shell.put("sinfo", 'echo "gpu|gpu:2"')
+    shell.put("scontrol", 'echo "MaxArraySize = 1001"')
+    return log
+
+
+def submissions(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_a_run_that_is_at_work_on_this_machine_is_not_changed_under_it(shell: Shell) -> None:
+    run = shell.root / "tiny"
+    done = shell.submit("train.total_steps=1000000")
+    pid = int(re.search(r"as pid (\d+)", done.stdout).group(1))  # type: ignore[union-attr]
+    wait_for(lambda: any(e["event"] == "started" for e in events(run)), "the start of training")
+    os.killpg(pid, signal.SIGSTOP)  # so that it neither writes nor hears of STOP meanwhile
+    try:
+        (run / "STOP").touch()
+        for words in (["--cluster", "local"], ["--cluster", "local", "--prepare"]):
+            said = shell.refused("submit", "tiny.yaml", "train.total_steps=2000000", *words)
+            assert f"pid {pid}" in said and f"touch {run}/STOP" in said
+    finally:
+        os.killpg(pid, signal.SIGCONT)
+    wait_for(lambda: not is_alive(pid), "the end of the job, which STOP asks for")
+    assert "removed" in shell.submit("train.total_steps=2000000", "--prepare").stdout
+
+
+def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_more(shell: Shell, slurm: Path) -> None:
+    stop = shell.root / "tiny" / "STOP"
+    done = shell("submit", "tiny.yaml", *SLURM)
+    assert done.returncode == 0 and "queued: train as job 101" in done.stdout and "STOP" not in done.stdout
+    assert str(stop) not in shell("submit", "tiny.yaml", *SLURM).stdout
+    stop.touch()
+    done = shell("submit", "tiny.yaml", *SLURM)
+    assert done.returncode == 0 and "in the queue already: train as job 101" in done.stdout
+    assert str(stop) in done.stdout and stop.exists() and len(submissions(slurm)) == 1
+
+
+def test_a_set_with_eta_is_another_set_than_the_one_without(again: Shell) -> None:
+    samples = again.root / "tiny" / "samples"
+    before = snapshot(samples / TINY_SET)
+    done = again.submit("sample.eta=1", "--then", "sample", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {p.name for p in samples.iterdir()} == {TINY_SET, "ddim4-eta1-step400-seed0"}
+    assert snapshot(samples / TINY_SET) == before
+    assert read(samples / "ddim4-eta1-step400-seed0" / "request.json")["eta"] == 1
+    assert "0 of 2 shards" in again("sample", "tiny", "--eta", "1", "--prepare").stdout
+
+
+def test_a_set_with_eta_that_was_begun_under_the_name_of_one_without_goes_on_under_it(again: Shell) -> None:
+    words = ["tiny", "--eta", "0.5", "--step", "200", "--prepare"]
+    assert again("sample", *words, "--set", "ddim4-step200-seed0").returncode == 0
+    assert "/samples/ddim4-step200-seed0: 2 of 2" in again("sample", *words).stdout
+    assert not list(again.root.glob("tiny/samples/*eta*"))
+
+
+def test_a_score_that_waits_in_the_queue_is_not_queued_a_second_time(again: Shell, slurm: Path) -> None:
+    with zipfile.ZipFile(again.cwd / "other.zip", "w"):
+        pass
+    done = again("evaluate", "tiny", *SLURM)
+    assert done.returncode == 0 and "queued: evaluate as job 101" in done.stdout, done.stderr
+    done = again("evaluate", "tiny", *SLURM, "--reference", "train")
+    assert done.returncode == 0 and "in the queue already, as job 101" in done.stdout, done.stderr
+    assert len(submissions(slurm)) == 1
+    assert "queued: evaluate" in again("evaluate", "tiny", *SLURM, "--reference", "other.zip").stdout
+    assert len(submissions(slurm)) == 2
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_where_slurm_has_no_arrays_each_shard_is_a_job(again: Shell, slurm: Path, size: int) -> None:
+    again.put("scontrol", f'echo "MaxArraySize = {size}"')
+    done = again("sample", "tiny", "--set", "many", "--shards", "3", *SLURM)
+    assert done.returncode == 0, done.stderr
+    sent = submissions(slurm)
+    assert [line.split()[-2:] for line in sent] == [["many", "0"], ["many", "1"], ["many", "2"]]
+    assert not any("--array" in line or "%a" in line for line in sent)
