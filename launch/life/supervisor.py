@@ -22,7 +22,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, decide, not_ours, retries_without_progress, uncounted_lives
 from launch.life.life import shard_marker
 from launch.life.progress import progress
-from launch.scheduler import submit_successor
+from launch.queue.submitting import submit_successor
 
 KILLED_WITHIN_S = 300
 SETTLE_S = 10
