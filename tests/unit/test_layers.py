@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.conftest import PROJECT
+
 ROOMS = {
     "ddpm": ("errors", "run", "config", "diffusion", "network", "data", "sampling", "training", "scoring", "api"),
     "launch": ("cluster", "queue", "terminal", "prepare", "life", "scripts"),
