@@ -35,7 +35,7 @@ NEEDED_BY = {"dns_offset": ("dns",), "beta_start": ("linear", "dns"), "beta_end"
 """Keys of `diffusion` that not every schedule has a use for."""
 LEAST_ALPHA_BAR = 2.0**-126
 """float32's smallest normal number: samplers divide by the root of alpha_bar."""
-CIFAR10_CLASSES = 10
+NUM_CIFAR10_CLASSES = 10
 
 
 def _listed(value: Any) -> Any:
@@ -360,7 +360,7 @@ class Config(Section):
         if self.data.name == "celeba" and classes != (2 ** len(attributes) if attributes else 0):
             wanted = f"must be {2 ** len(attributes)}, two to the number of them" if attributes else "must be 0"
             raise ValueError(f"model.num_classes = {classes}: with data.label_attributes = {attributes} it {wanted}")
-        if self.data.name == "cifar10" and self.data.path is None and classes not in (0, CIFAR10_CLASSES):
+        if self.data.name == "cifar10" and self.data.path is None and classes not in (0, NUM_CIFAR10_CLASSES):
             raise ValueError(
                 f"model.num_classes = {classes}: data.name=cifar10 has 10 classes (airplane, automobile, …); use 10, "
                 f"or 0 for a model without classes"

@@ -21,7 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.conftest import PROJECT
+
 TINY = """
 name: tiny
 data: {name: digits, image_size: 8, flip: false}

@@ -1,28 +1,112 @@
-"""Imports flow tools → launch → ddpm, never back; and what a login node loads."""
+"""The rooms: imports go one way and in no circle, each file is in README's tree; and what a login node loads."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
-DDPM = sorted((PROJECT / "ddpm").glob("*.py"))
-LAUNCH = sorted((PROJECT / "launch").glob("*.py"))
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+from tests.conftest import PROJECT
+
+ROOMS = {
+    "ddpm": ("errors", "run", "config", "diffusion", "network", "data", "sampling", "training", "scoring", "api"),
+    "launch": ("cluster", "queue", "terminal", "prepare", "life", "scripts"),
+}
+"""From the ground up: a file imports from its own room, or from one before it. `scripts`: what lies in launch/ itself.
+And tools imports from launch, launch from ddpm, never back."""
+TOPS = ("ddpm", "launch", "tools")
+FOREIGN = ("SLURM", "squeue", "scontrol", "scancel", "sbatch", "DDPM_", "launch/")
+"""What ddpm/ has no word of, in comments and messages either: whoever starts it says these."""
+LINES = {"file": 250, "function": 60}
+"""What fits in a head, and on a screen; told, not demanded."""
+
+
+# ---------------------------------------------------------------- the checks
+
+
+def python_files(root: Path, *tops: str) -> dict[str, Path]:
+    """Module name -> file."""
+    found = {}
+    for path in (p for top in tops for p in sorted((root / top).rglob("*.py"))):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def statements(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
+    """What a file imports when it is run, inside functions too; for the checker of types alone does not count."""
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        only_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        todo += node.orelse if only_typing else ast.iter_child_nodes(node)
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, inside functions too."""
+    """`a.b` of `import a.b` and `a.b.c` of `from a.b import c`; `.` of a relative import."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add("." if node.level else (node.module or "").split(".")[0])
+            found |= {alias.name for alias in node.names}
+        else:
+            found |= {"." if node.level else f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def packages_of(path: Path) -> set[str]:
+    """The first words of what a file imports; `.` of a relative import."""
+    return {name.split(".")[0] or "." for name in imported(path)}
+
+
+def graph(root: Path) -> dict[str, set[str]]:
+    """Module -> the project's modules that it imports; the packages around a module do not count."""
+    modules = python_files(root, *TOPS)
+    edges = {}
+    for module, path in modules.items():
+        found = {name if name in modules else name.rpartition(".")[0] for name in imported(path)}
+        edges[module] = (found & modules.keys()) - {module}
+    return edges
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A path of imports that comes back to where it began; [] where there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(edges[module]):
+            if found := walk(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(edges) if (found := walk(module, []))), [])
+
+
+def place(module: str) -> tuple[int, int]:
+    """Where a module stands: its top's place, then its room's. A package of a top itself stands above its rooms."""
+    top, *rest = module.split(".")
+    rooms = ROOMS.get(top, ())
+    if not rest or not rooms:
+        return TOPS.index(top), len(rooms)
+    room = rest[0] if rest[0] in rooms or len(rest) > 1 or "scripts" not in rooms else "scripts"
+    return TOPS.index(top), rooms.index(room)
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+    """Imports from a room above, or from a top that is: `a -> b`."""
+    return [f"{m} -> {n}" for m in sorted(edges) for n in sorted(edges[m]) if place(n) > place(m) and n not in TOPS]
 
 
 def names(path: Path) -> set[str]:
@@ -32,26 +116,148 @@ def names(path: Path) -> set[str]:
     return attributes | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
 
 
+def foreign(path: Path) -> set[str]:
+    """What a file of ddpm/ must know nothing of, and does."""
+    text = path.read_text()
+    packages = packages_of(path) & {"submitit", "signal", "argparse", "."}
+    variables = names(path) & {"environ", "getenv", "environb", "putenv"}
+    return packages | variables | {word for word in FOREIGN if word in text}
+
+
+def long(path: Path) -> list[str]:
+    """The file, and functions of it, that are longer than LINES."""
+    text = path.read_text()
+    where = path.relative_to(PROJECT)
+    told = [f"{where}: {n} lines" for n in (len(text.splitlines()),) if n > LINES["file"]]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num = (node.end_lineno or node.lineno) - node.lineno + 1
+            told += [f"{where}: {node.name}: {num} lines"] if num > LINES["function"] else []
+    return told
+
+
+def listed(readme: str) -> set[str]:
+    """The files in the tree of README's "Where things are": two spaces deeper is one folder deeper."""
+    section = readme.split("## Where things are", 1)[1].split("\n## ", 1)[0]
+    block = next(b for b in re.findall(r"^```\n(.*?)^```", section, re.M | re.S) if b.startswith("ddpm/"))
+    found, folders = set(), [""]
+    for line in block.splitlines():
+        name = line.split()[0]
+        folders = folders[: (len(line) - len(line.lstrip())) // 2 + 1]
+        if name.endswith("/"):
+            folders.append(folders[-1] + name)
+        elif name.endswith(".py"):
+            found.add(folders[-1] + name)
+    return found
+
+
+# ---------------------------------------------------------------- of this project
+
+FILES = python_files(PROJECT, *TOPS)
+DDPM = {module: path for module, path in FILES.items() if module.split(".")[0] == "ddpm"}
+HEAVY = ("ddpm.run.saving", "ddpm.run.images")  # for who has tensors and pictures
+SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+
+
 def test_there_is_something_to_check() -> None:
-    assert len(DDPM) > 15 and len(LAUNCH) > 10
+    assert len(DDPM) > 40 and len(python_files(PROJECT, "launch")) > 25 and len(graph(PROJECT)["launch.jobs"]) > 0
 
 
-@pytest.mark.parametrize("path", DDPM, ids=lambda p: p.stem)
-def test_the_library_knows_no_launcher_no_scheduler_and_no_environment(path: Path) -> None:
-    assert not imported(path) & {"launch", "tools", "tests", "submitit", "."}
-    assert not names(path) & {"environ", "getenv", "environb", "putenv"}
-    assert not {"signal", "argparse"} & imported(path)
-    code = ast.unparse(ast.parse(path.read_text()))
-    assert "SLURM_" not in code and "squeue" not in code and "scontrol" not in code
+def test_no_imports_go_in_a_circle() -> None:
+    assert circle(graph(PROJECT)) == []
 
 
-@pytest.mark.parametrize("path", LAUNCH, ids=lambda p: p.stem)
-def test_the_launcher_knows_no_tools(path: Path) -> None:
-    assert not imported(path) & {"tools", "tests", "."}
+def test_imports_go_down_or_stay_in_their_room() -> None:
+    assert upward(graph(PROJECT)) == []
+    assert not [module for module, path in FILES.items() if packages_of(path) & {"tests", "."}]
+
+
+@pytest.mark.parametrize("module", DDPM)
+def test_the_library_knows_no_launcher_no_scheduler_and_no_environment(module: str) -> None:
+    assert foreign(DDPM[module]) == set()
 
 
 def test_slurm_and_configs_are_data() -> None:
     assert not [p for d in ("slurm", "configs") for p in (PROJECT / d).rglob("*.py")]
+
+
+def test_every_file_stands_in_the_readmes_tree_and_is_there() -> None:
+    there = {p.relative_to(PROJECT).as_posix() for top in ("ddpm", "launch") for p in (PROJECT / top).rglob("*.py")}
+    there = {path for path in there if not path.endswith("/__init__.py")}
+    in_readme = listed((PROJECT / "README.md").read_text())
+    assert sorted(there - in_readme) == [] and sorted(in_readme - there) == []
+
+
+def test_what_is_long_is_told() -> None:
+    if told := [line for m, path in FILES.items() if not m.startswith("tools") for line in long(path)]:
+        warnings.warn("long, for one head or one screen:\n  " + "\n  ".join(told), stacklevel=1)
+
+
+# ---------------------------------------------------------------- that they notice
+
+
+def tree(root: Path, **files: str) -> Path:
+    """A project of these files: ddpm__run__files="import os"."""
+    for name, text in files.items():
+        path = root / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+        for folder in path.relative_to(root).parents[:-1]:
+            (root / folder / "__init__.py").touch()
+    return root
+
+
+def test_a_circle_is_noticed_also_inside_functions_and_not_for_types_alone(tmp_path: Path) -> None:
+    hidden = "def f():\n    from ddpm.run import paths\n"
+    there = tree(tmp_path / "a", ddpm__run__files=hidden, ddpm__run__paths="from ddpm.run.files import f")
+    assert circle(graph(there)) == ["ddpm.run.files", "ddpm.run.paths", "ddpm.run.files"]
+    types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ddpm.run import paths\n"
+    assert circle(graph(tree(tmp_path / "b", ddpm__run__files=types, ddpm__run__paths="import ddpm.run.files"))) == []
+
+
+def test_an_import_from_above_is_noticed(tmp_path: Path) -> None:
+    there = tree(
+        tmp_path,
+        ddpm__run__state="from ddpm.config.schema import Config",
+        ddpm__config__schema="from ddpm.run import files",
+        ddpm__run__files="import launch.status",
+        launch__status="from ddpm import api",
+        launch__queue__job="from launch import status",
+        launch__cluster__slurm="import tools.unpack_data",
+        tools__unpack_data="from launch import status",
+        ddpm__api="import ddpm",
+    )
+    assert upward(graph(there)) == [
+        "ddpm.run.files -> launch.status",
+        "ddpm.run.state -> ddpm.config.schema",
+        "launch.cluster.slurm -> tools.unpack_data",
+        "launch.queue.job -> launch.status",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("# under SLURM\n", "SLURM"),
+        ('"""See launch/status.py."""\n', "launch/"),
+        ('print("scancel 17")\n', "scancel"),
+        ("ROOT = 'DDPM_RUNS'\n", "DDPM_"),
+        ("import os\nos.environ\n", "environ"),
+        ("def f():\n    import signal\n", "signal"),
+        ("from . import paths\n", "."),
+    ],
+)
+def test_a_word_of_the_launchers_is_noticed(tmp_path: Path, text: str, word: str) -> None:
+    assert foreign(tree(tmp_path, ddpm__x=text) / "ddpm/x.py") == {word}
+
+
+def test_the_tree_in_the_readme_is_read_by_its_folders() -> None:
+    block = "ddpm/\n  api.py   load\n  run/\n    files.py   x\nlaunch/\n  jobs.py  y\n"
+    text = f"# A\n## Where things are\n\n```\n{block}```\n\n## Next\n"
+    assert listed(text) == {"ddpm/api.py", "ddpm/run/files.py", "launch/jobs.py"}
+
+
+# ---------------------------------------------------------------- what a login node loads
 
 
 def loads(code: str) -> set[str]:
@@ -64,12 +270,13 @@ def loads(code: str) -> set[str]:
 
 
 def test_importing_the_package_and_what_reads_runs_loads_no_torch() -> None:
-    modules = "ddpm, ddpm.config, ddpm.rundir, ddpm.errors, ddpm.fence, ddpm.data"
+    light = [m for m in DDPM if m.split(".")[1:2] in ([], ["config"], ["run"], ["errors"]) and m not in HEAVY]
+    modules = ", ".join([*light, "ddpm.data.packed", "ddpm.sampling.request", "ddpm.sampling.shards"])
     assert not loads(f"import {modules}") & {"torch", "torchvision", "sklearn", "scipy"}
 
 
 def test_importing_every_script_loads_no_torch() -> None:
-    modules = ", ".join(f"launch.{p.stem}" for p in LAUNCH if p.stem != "__init__")
+    modules = ", ".join(f"launch.{s}" for s in (*SCRIPTS, "jobs", "prepare"))
     assert not loads(f"import {modules}") & {"torch", "torchvision", "sklearn", "scipy"}
 
 
