@@ -311,10 +311,3 @@ def test_keys_and_seeds_of_neighbours_have_nothing_in_common():
 def test_a_float_seed_is_refused():
     with pytest.raises(TypeError):
         rng.key(1.0, "noise")  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_bits_of_the_cpu():
-    index = torch.arange(1000)
-    assert torch.equal(rng.normal(KEY, index.cuda(), 3, (3, 17, 9)).cpu(), rng.normal(KEY, index, 3, (3, 17, 9)))
-    assert torch.equal(rng.uniform_int(KEY, index.cuda(), 3, 1000).cpu(), rng.uniform_int(KEY, index, 3, 1000))

@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, default=PROJECT / "runs" / "gpu")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of checks,bench,run")
-    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of the bench; --quick for the first six")
+    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of the bench; quick: the first of them")
     parser.add_argument("--data", type=Path, help="images for the run: a folder or zip with train/CLASS/*")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
