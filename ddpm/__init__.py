@@ -10,24 +10,24 @@ if TYPE_CHECKING:
     from ddpm.api import build_model as build_model
     from ddpm.api import load as load
     from ddpm.api import load_config as load_config
-    from ddpm.config import Config as Config
+    from ddpm.config.schema import Config as Config
     from ddpm.diffusion.forward import Diffusion as Diffusion
-    from ddpm.ema import EMA as EMA
-    from ddpm.unet import UNet as UNet
+    from ddpm.network.ema import EMA as EMA
+    from ddpm.network.unet import UNet as UNet
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Config": "config",
+    "Config": "config.schema",
     "Diffusion": "diffusion.forward",
-    "EMA": "ema",
+    "EMA": "network.ema",
     "Model": "api",
     "batches": "api",
     "build_diffusion": "api",
     "build_model": "api",
     "load": "api",
     "load_config": "api",
-    "UNet": "unet",
+    "UNet": "network.unet",
 }
 """The library's names and the modules that define them."""
 

@@ -16,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import config as configs
-from ddpm import schedule as schedules
-from ddpm.config import Config
+from ddpm.config import reading, section
+from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.data.packed import pack
+from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.forward import Diffusion
 from ddpm.errors import RequestError
 from ddpm.network import build
 from ddpm.network.device import Device, as_device
+from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_safetensors, set_weights
 from ddpm.run import generations
 from ddpm.run.log import say
-from ddpm.rundir import RunDir
+from ddpm.run.paths import RunDir
 from ddpm.sampling.denoiser import Denoiser, eps_of
 from ddpm.sampling.generate import sample_batch, sample_labels
 from ddpm.sampling.request import CheckpointRef, Request, from_config, precision_of, usual_steps
-from ddpm.unet import UNet
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -42,7 +42,7 @@ PRECISIONS = ("fp32", "bf16")
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config in a YAML file, with `section.key=value` overrides. RequestError for what is wrong with it."""
-    return configs.load(Path(path), overrides)
+    return reading.load(Path(path), overrides)
 
 
 def build_model(config: Config, device: Device = None) -> UNet:
@@ -105,7 +105,7 @@ def load(
 
 
 def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.device, precision: str | None) -> Model:
-    config = configs.load(run.config)
+    config = reading.load(run.config)
     weights = weights or config.sample.weights
     chosen = generations.choose(run, step, say).step
     precision = precision or precision_of(config, run)
@@ -214,7 +214,7 @@ class Model:
             if asked["sampler"] != "ddim":
                 changes["eta"] = 0.0  # the config's is for ddim
         tree["sample"] |= {**changes, **asked}
-        config = configs.build(Config, tree, "sample()")
+        config = section.build(Config, tree, "sample()")
         request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
         return replace(request, batch=asked.get("batch", request.batch))
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm import config as configs
+from ddpm.config import reading
 from ddpm.errors import RequestError
-from ddpm.rundir import RunDir, read_json
+from ddpm.run.events import read_json
+from ddpm.run.paths import RunDir
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from launch.cluster import site as sites
 from launch.queue import chain, local
@@ -107,7 +108,7 @@ def main() -> int:
     if args.images:
         return score_images(args)
     run = console.find_run(args.run, args.root)
-    config = configs.load(run.config)
+    config = reading.load(run.config)
     set_name = choose_set(run, args.set_name)
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)

@@ -18,8 +18,9 @@ import traceback
 from pathlib import Path
 
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
-from ddpm.rundir import DamagedFile, RunDir
+from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
 

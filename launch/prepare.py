@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import __version__
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import reading, schema
+from ddpm.config import section as sections
+from ddpm.config.schema import Config
+from ddpm.config.train import LENGTHS
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
-from ddpm.rundir import SCHEMA, TMP_PREFIX, RunDir, fsync_dir, now, read_json, write_bytes, write_json
+from ddpm.run.events import now, read_json
+from ddpm.run.files import TMP_PREFIX, fsync_dir, write_bytes, write_json
+from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.scoring.against import check_reference
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT
@@ -75,7 +79,7 @@ def check_existing(run: RunDir, config: Config) -> bool:
     record = read_json(run.run_json)
     if record is None or not run.config.exists():
         raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
-    there = configs.load(run.config)
+    there = reading.load(run.config)
     if there.digest() != config.digest():
         raise RequestError(
             f"run {run.name} exists with other mathematics: {differences(run, config, mathematics=True)}. "
@@ -91,14 +95,14 @@ def check_existing(run: RunDir, config: Config) -> bool:
 
 def differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
-    old, new = configs.load(run.config).model_dump(mode="json"), asked.model_dump(mode="json")
+    old, new = reading.load(run.config).model_dump(mode="json"), asked.model_dump(mode="json")
     lines = []
-    for key in configs.field_keys(Config):
+    for key in sections.field_keys(Config):
         a, b = _at(old, key), _at(new, key)
         section, _, leaf = key.partition(".")
         covered = section in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
-        covered = covered and not (section == "train" and leaf in configs.UNLEARNED)
-        if leaf in configs.LENGTHS:
+        covered = covered and not (section == "train" and leaf in schema.UNLEARNED)
+        if leaf in LENGTHS:
             covered = asked.train.lr_schedule == "cosine"
         if a != b and (covered or not mathematics):
             lines.append(f"{key} is {a!r} there and {b!r} here")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm import config as configs
-from ddpm.config import VARIANCES, Config
+from ddpm.config import reading
+from ddpm.config.diffusion import VARIANCES
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
-from ddpm.rundir import RunDir, SampleSet, check_name
+from ddpm.run.paths import RunDir, SampleSet, check_name
 from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
@@ -88,7 +89,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if there is not None:
         kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
         asked = {**{name: getattr(there, name) for name in kept}, **asked}
-    config = configs.load(run.config)
+    config = reading.load(run.config)
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
@@ -96,7 +97,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
         from ddpm.sampling.request import usual_steps
 
         asked["steps"] = usual_steps(config, asked["sampler"])
-    return configs.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
+    return reading.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
 
 
 def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:

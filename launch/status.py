@@ -12,11 +12,12 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import reading
+from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
+from ddpm.run.events import read_events, read_json, read_jsonl
+from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from ddpm.rundir import RunDir, read_events, read_json, read_jsonl
 from launch.cluster import environment, slurm
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import console, follow, goodput
@@ -86,7 +87,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
 def _config(run: RunDir) -> Config | None:
     """The run's config; None where it is torn, or its length is not in steps."""
     try:
-        config = configs.load(run.config)
+        config = reading.load(run.config)
     except RequestError:
         return None
     return config if config.train.total_steps is not None else None

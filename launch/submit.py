@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
-from ddpm import config as configs
-from ddpm.config import Config, check_world_size
+from ddpm.config import reading
+from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
-from ddpm.rundir import RunDir, check_name
+from ddpm.run.paths import RunDir, check_name
 from launch import prepare
 from launch.cluster import environment, slurm
 from launch.cluster import site as sites
@@ -72,7 +72,7 @@ def read_request(args: argparse.Namespace) -> tuple[Config, list[str]]:
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    return with_absolute_paths(configs.load(path, overrides, shelf=PROJECT / "configs")), stages
+    return with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs")), stages
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -113,7 +113,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
-    if jobs and configs.load(run.config) != config:
+    if jobs and reading.load(run.config) != config:
         raise RequestError(
             f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"

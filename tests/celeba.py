@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddpm.attributes import HEADER, NAMES
+from ddpm.config.attributes import HEADER, NAMES
 
 NUM_IMAGES = 60
 BORDER_ROWS = 16

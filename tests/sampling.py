@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ddpm.rundir import RunDir, SampleSet
+from ddpm.diffusion.schedule import Schedule
+from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.denoiser import Denoiser, EpsModel
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.request import CheckpointRef, Request, publish_request
-from ddpm.schedule import Schedule
 
 
 def make_request(**changes: Any) -> Request:

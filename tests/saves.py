@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm.fence import Fence
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
-from ddpm.rundir import RunDir
 
 
 def state_at(step: int) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm import config
+from ddpm.config import schema
+from ddpm.config import section as sections
 from ddpm.data import packed as data
-from ddpm.fence import Fence
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations
-from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
+from ddpm.run.events import EventLog, read_events, read_jsonl
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
 from ddpm.training import ranks
 from ddpm.training.trainer import Outcome, Trainer
 
@@ -44,7 +46,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_config(**changes: Any) -> config.Config:
+def make_config(**changes: Any) -> schema.Config:
     """The tiny config with changes as SECTION__KEY=value."""
     tree = {k: dict(v) for k, v in TINY.items()}
     for key, value in changes.items():
@@ -53,8 +55,8 @@ def make_config(**changes: Any) -> config.Config:
             tree.setdefault(section, {})[leaf] = value
         else:
             tree[leaf] = value
-    made = config.build(config.Config, tree, "test")
-    assert isinstance(made, config.Config)
+    made = sections.build(schema.Config, tree, "test")
+    assert isinstance(made, schema.Config)
     return made
 
 
@@ -78,7 +80,7 @@ class Life:
 
     def __init__(
         self,
-        config: config.Config,
+        config: schema.Config,
         run: RunDir,
         *,
         images: data.PackedImages | None = None,
@@ -127,7 +129,7 @@ class Life:
         return self.trainer.train(stop_requested)
 
 
-def live(config: config.Config, run: RunDir, *, stops: Iterable[int] = (), **options: Any) -> Outcome:
+def live(config: schema.Config, run: RunDir, *, stops: Iterable[int] = (), **options: Any) -> Outcome:
     """Lives in a row, each a new Trainer: one that stops at each of `stops`, and a last one that finishes."""
     for restart, step in enumerate(stops):
         with Life(config, run, restart=restart, **options) as life:
@@ -223,7 +225,7 @@ def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Calla
     ranks.leave()
 
 
-def _rank(world: ranks.World, config: config.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
+def _rank(world: ranks.World, config: schema.Config, run: RunDir, stop_at: list[int], seen: Path | None) -> None:
     recorded: dict[tuple[int, int], Any] = {}
     with Life(config, run, world=world) as life:
         if seen:
@@ -248,7 +250,7 @@ def record(trainer: Trainer, into: dict[tuple[int, int], Any]) -> None:
 
 
 def live_on_ranks(
-    world_size: int, config: config.Config, run: RunDir, *, stop_at: Iterable[int] = (), seen: Path | None = None
+    world_size: int, config: schema.Config, run: RunDir, *, stop_at: Iterable[int] = (), seen: Path | None = None
 ) -> None:
     """One life on `world_size` gloo ranks, until it stops or is done."""
     on_ranks(world_size, _rank, config, run, list(stop_at), seen)

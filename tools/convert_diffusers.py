@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm import config as configs  # noqa: E402
-from ddpm.config import Config  # noqa: E402
+from ddpm.config import reading  # noqa: E402
+from ddpm.config.schema import Config  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
-from ddpm.rundir import TMP_PREFIX, RunDir, check_name, write_bytes  # noqa: E402
+from ddpm.run.files import TMP_PREFIX, write_bytes  # noqa: E402
+from ddpm.run.paths import RunDir, check_name  # noqa: E402
 from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
 from launch.cluster.site import Site  # noqa: E402
@@ -207,13 +208,13 @@ def fit(source: Path, config: Path, changes: Sequence[str]) -> tuple[Config, lis
     where = source / "scheduler_config.json"
     if where.exists():
         wanted |= process(read_object(where), where)
-    there = configs.load(config, shelf=CONFIG.parent).model_dump(mode="json")
+    there = reading.load(config, shelf=CONFIG.parent).model_dump(mode="json")
     changed, changes = {change.partition("=")[0] for change in changes}, list(changes)
     for key, value in wanted.items():
         section, _, leaf = key.partition(".")
         if there[section][leaf] != value and key not in changed:
             changes.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return configs.load(config, changes, shelf=CONFIG.parent), changes
+    return reading.load(config, changes, shelf=CONFIG.parent), changes
 
 
 # ---------------------------------------------------------------- weights
@@ -272,7 +273,7 @@ def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
 
     There is no optimizer's state in it, and no digest of training data: submitting it again is refused.
     """
-    from ddpm.fence import Fence
+    from ddpm.run.fence import Fence
     from ddpm.run.saving import Checkpointer
 
     site = Site()

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm import config as configs  # noqa: E402
-from ddpm.config import Config  # noqa: E402
+from ddpm.config import reading  # noqa: E402
+from ddpm.config.schema import Config  # noqa: E402
+from ddpm.config.unet_shape import Structure  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
-from ddpm.structure import Structure  # noqa: E402
 from launch.cluster.environment import PROJECT  # noqa: E402
 from launch.terminal import console, recipes  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ddpm.schedule import Schedule
-    from ddpm.unet import UNet
+    from ddpm.diffusion.schedule import Schedule
+    from ddpm.network.unet import UNet
 
 EXAMPLES = """examples:
   python tools/inspect_config.py configs/cifar10.yaml
@@ -203,11 +203,11 @@ def print_layers(rows: list[tuple[str, ...]]) -> None:
 
 def main() -> int:
     args = parse()
-    config = configs.load(Path(args.config), args.overrides, shelf=PROJECT / "configs")
+    config = reading.load(Path(args.config), args.overrides, shelf=PROJECT / "configs")
 
-    from ddpm import schedule
+    from ddpm.diffusion import schedule as schedules
 
-    model, noise, d = build(config), schedule.build(config.diffusion), config.diffusion
+    model, noise, d = build(config), schedules.build(config.diffusion), config.diffusion
     print(f"{config.name}: {config.data.name} {config.data.image_size}x{config.data.image_size}, ", end="")
     print(f"batch {config.train.global_batch}, {recipes.length(config)}\n")
     print_layers(layers(config, model))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm import config as configs  # noqa: E402
+from ddpm.config import reading, section  # noqa: E402
 from ddpm.data import packed as data  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
-from ddpm.rundir import TMP_PREFIX, read_signed  # noqa: E402
+from ddpm.run.files import TMP_PREFIX, read_signed  # noqa: E402
 from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
 from launch.cluster.site import Site, load_profile  # noqa: E402
@@ -72,8 +72,8 @@ def main() -> int:
     args = parse()
     if args.folder.exists():
         raise RequestError(f"{args.folder} exists: name another folder, or remove it")
-    config = configs.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
-    site: Site = configs.build(Site, load_profile(args.profile), f"profile {args.profile}")
+    config = reading.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
+    site: Site = section.build(Site, load_profile(args.profile), f"profile {args.profile}")
     cache = prepare.cache_of(site, environment.runs_root(args.root)) / "data"
     key, packed = data.pack(config.data, args.split, cache, progress=console.show_progress("packing"))
     num = len(packed) if args.num is None else args.num

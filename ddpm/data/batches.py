@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ddpm import rng
 from ddpm.data.packed import PackedImages
+from ddpm.diffusion import rng
 
 
 class Batches:

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ddpm.attributes import unknown_name
-from ddpm.config import Data
+from ddpm.config.attributes import unknown_name
+from ddpm.config.data import Data
 from ddpm.data.sources import Source, zip_names
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.rundir import TMP_PREFIX, sha256_file
+from ddpm.run.files import TMP_PREFIX, sha256_file
 
 IMAGES = "img_align_celeba"
 ATTRIBUTES = "list_attr_celeba.txt"

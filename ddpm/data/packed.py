@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.config import Data
+from ddpm.config.data import Data
 from ddpm.data import celeba, sources
 from ddpm.data.sources import Source
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_json, sign, write_json
 from ddpm.run.log import say
 from ddpm.run.stopping import ShowProgress, StopRequested
-from ddpm.rundir import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_json, sign, write_json
 
 PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400

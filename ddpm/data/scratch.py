@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ddpm.data.packed import open_packed, remove_abandoned
 from ddpm.errors import Stopped
+from ddpm.run.files import TMP_PREFIX, DamagedFile
 from ddpm.run.stopping import StopRequested
-from ddpm.rundir import TMP_PREFIX, DamagedFile
 
 CHUNK_BYTES = 16 << 20
 ABANDONED_AFTER_S = 3600

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.rundir import sha256_file, sha256_json
+from ddpm.run.files import sha256_file, sha256_json
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test"}

@@ -7,7 +7,7 @@ optimizers, where eps and t come from.
 import torch
 from torch import Tensor
 
-from ddpm.schedule import Schedule
+from ddpm.diffusion.schedule import Schedule
 
 LOSSES = {"l2": torch.nn.functional.mse_loss, "l1": torch.nn.functional.l1_loss}
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.schedule import Schedule
+from ddpm.diffusion.schedule import Schedule
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 """eps_model(x_t (B, C, H, W) like x_T, t (B,) int64) -> eps (B, C, H, W), any floating type. A call counts as one

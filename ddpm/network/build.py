@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ddpm.config import Config
-from ddpm.unet import UNet
+from ddpm.config.schema import Config
+from ddpm.network.unet import UNet
 
 
 def build_model(config: Config, device: torch.device, precision: str) -> UNet:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry
 
 Device = torch.device | str | None

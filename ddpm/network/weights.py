@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.network.build import build_model
+from ddpm.network.unet import UNet
 from ddpm.run import generations
-from ddpm.rundir import RunDir
-from ddpm.unet import UNet
+from ddpm.run.paths import RunDir
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.errors import DoNotRetry, RequestError
-from ddpm.rundir import DamagedFile, RunDir, read_signed, sha256_file
+from ddpm.run.files import DamagedFile, read_signed, sha256_file
+from ddpm.run.paths import RunDir
 
 Log = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddpm.rundir import publishing
+from ddpm.run.files import publishing
 
 
 def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] | None = None) -> None:

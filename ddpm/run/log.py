@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from ddpm.rundir import now
+from ddpm.run.events import now
 
 
 def say(message: str = "", **fields: object) -> None:

@@ -20,9 +20,11 @@ import safetensors.torch
 import torch
 
 from ddpm.errors import RunBusy
-from ddpm.fence import Fence
+from ddpm.run.events import now
+from ddpm.run.fence import Fence
+from ddpm.run.files import TMP_PREFIX, DamagedFile, publishing, sign, write_json
 from ddpm.run.generations import Generation, Log, verify_again
-from ddpm.rundir import TMP_PREFIX, DamagedFile, RunDir, now, publishing, sign, write_json
+from ddpm.run.paths import RunDir
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from ddpm.config import Config
-from ddpm.rundir import DamagedFile, RunDir, read_signed
+from ddpm.run.files import DamagedFile, read_signed
+from ddpm.run.paths import RunDir
+
+if TYPE_CHECKING:
+    from ddpm.config.schema import Config
 
 
 def settled(losses: Sequence[float], config: Config) -> float | None:

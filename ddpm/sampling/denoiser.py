@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm import schedule as schedules
-from ddpm.config import Config
+from ddpm.config.schema import Config
+from ddpm.diffusion import schedule as schedules
+from ddpm.diffusion.schedule import Schedule
 from ddpm.network.device import autocast
-from ddpm.schedule import Schedule
 
 EpsModel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """(x_t (B, C, H, W), t int64 (B,), labels int64 (B,) or None) -> eps (B, C, H, W) float32. Label num_classes stands for

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import rng, rundir
-from ddpm.diffusion import samplers
+from ddpm.diffusion import rng, samplers
 from ddpm.diffusion.guidance import Guided
 from ddpm.errors import DoNotRetry, RequestError, Stopped
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
+from ddpm.run.paths import SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
-from ddpm.rundir import DamagedFile, SampleSet
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.sampling.parts import Part, part_path, read_part, remove_parts, write_part
 from ddpm.sampling.request import Request
@@ -163,7 +164,7 @@ def _remove_stale(sample_set: SampleSet, request: Request, index: int, batches: 
     """Remove the temporaries of this shard's killed lives, and only of this shard's."""
     finals = [sample_set.shard(index, request.shards), sample_set.shard_manifest(index, request.shards)]
     for final in finals + [part_path(sample_set, first, num) for first, num in batches]:
-        for stale in final.parent.glob(f"{rundir.TMP_PREFIX}{final.name}.*"):
+        for stale in final.parent.glob(f"{files.TMP_PREFIX}{final.name}.*"):
             stale.unlink(missing_ok=True)
 
 

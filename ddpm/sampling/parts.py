@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm import rundir
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
-from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request
 from ddpm.sampling.shards import missing_shards, npz_bytes, parse_npz
 
@@ -47,7 +48,7 @@ def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, 
     sample_set.part.mkdir(exist_ok=True)
     data = npz_bytes(images=part.images, nfe=part.nfe, check=_check(request, first, part))
     try:
-        rundir.write_bytes(part_path(sample_set, first, len(part.images)), data, token=token)
+        files.write_bytes(part_path(sample_set, first, len(part.images)), data, token=token)
     except FileExistsError:
         pass  # a twin of this job, not yet dead, finished the same batch
 

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ddpm import rundir
-from ddpm.config import VARIANCES, Config
+from ddpm.config.diffusion import VARIANCES
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
+from ddpm.run import events, files, paths
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir, SampleSet
 
 USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
 """Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
@@ -84,7 +86,7 @@ class Request:
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON of all other fields."""
-        return rundir.sha256_json(self._body())
+        return files.sha256_json(self._body())
 
     def to_record(self) -> dict[str, Any]:
         """The content of request.json."""
@@ -97,7 +99,7 @@ class Request:
     def from_record(cls, record: Mapping[str, Any]) -> Request:
         """The request in request.json's content. Raises DamagedFile if its form or its digest does not hold."""
         body = {k: v for k, v in record.items() if k != "digest"}
-        if rundir.sha256_json(body) != record.get("digest"):
+        if files.sha256_json(body) != record.get("digest"):
             raise DamagedFile("its digest does not match its content")
         try:
             request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
@@ -128,7 +130,7 @@ def precision_of(config: Config, run: RunDir | None) -> str:
     same on every machine. run: None for weights without one."""
     if config.sample.precision != "auto":
         return config.sample.precision
-    record = (rundir.read_json(run.run_json) if run else None) or {}
+    record = (events.read_json(run.run_json) if run else None) or {}
     trained_in = (record.get("resolved") or {}).get("amp")
     return "bf16" if trained_in == "bf16" else "fp32"
 
@@ -163,10 +165,10 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
 
     Raises RequestError if the set already has another one, naming every field that differs.
     """
-    rundir.check_name(sample_set.name, "sample set name")
+    paths.check_name(sample_set.name, "sample set name")
     sample_set.path.mkdir(parents=True, exist_ok=True)
     try:
-        rundir.write_json(sample_set.request, request.to_record())
+        files.write_json(sample_set.request, request.to_record())
     except FileExistsError:
         there = read_request(sample_set)
         if there.digest != request.digest:
@@ -182,7 +184,7 @@ def read_request(sample_set: SampleSet) -> Request:
     if not sample_set.request.exists():
         raise RequestError(f"{sample_set.request}: no such sample set")
     try:
-        return Request.from_record(rundir.read_json(sample_set.request) or {})
+        return Request.from_record(events.read_json(sample_set.request) or {})
     except DamagedFile as e:
         raise RequestError(
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "

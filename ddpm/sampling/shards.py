@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm import rundir
 from ddpm.errors import RequestError, RunBusy
-from ddpm.rundir import DamagedFile, SampleSet
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request
 
 
@@ -45,7 +46,7 @@ def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
 def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
     """A shard's manifest. Raises FileNotFoundError, or DamagedFile if it is not what this request's shard must say."""
     path = sample_set.shard_manifest(index, request.shards)
-    manifest = rundir.read_signed(path)
+    manifest = files.read_signed(path)
     first, num = shard_range(request.num_samples, request.shards, index)
     expected = {"request_digest": request.digest, "shard": index, "first": first, "num": num}
     for key, value in expected.items():
@@ -93,10 +94,10 @@ def publish_shard(
     first, num = shard_range(request.num_samples, request.shards, index)
     path = sample_set.shard(index, request.shards)
     try:
-        with rundir.publishing(path, token=token) as f:
+        with files.publishing(path, token=token) as f:
             f.write(npz_bytes(images=images, labels=labels, first=np.int64(first)))
         # killed here: a .npz without its .json does not exist, and the next life removes it
-        manifest = rundir.sign(
+        manifest = files.sign(
             {
                 "shard": index,
                 "first": first,
@@ -106,7 +107,7 @@ def publish_shard(
                 "nfe": nfe,
             }
         )
-        rundir.write_json(path.with_suffix(".json"), manifest, token=token)
+        files.write_json(path.with_suffix(".json"), manifest, token=token)
         return manifest
     except FileExistsError:
         try:
@@ -135,7 +136,7 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
             f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
             f"or name another directory"
         )
-    tmp = directory.with_name(f"{rundir.TMP_PREFIX}{directory.name}")
+    tmp = directory.with_name(f"{files.TMP_PREFIX}{directory.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     for index in range(request.shards):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.stopping import StopRequested
 

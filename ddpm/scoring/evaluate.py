@@ -13,16 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ddpm import metrics, rundir
 from ddpm.data.packed import PackedImages, load_folder
 from ddpm.errors import DDPMError, RequestError
-from ddpm.metrics import Moments
+from ddpm.run import events, files, paths
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
-from ddpm.rundir import DamagedFile, RunDir, SampleSet
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import read_manifest, withdraw_shard
+from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import shard_features
+from ddpm.scoring.metrics import Moments
 from ddpm.scoring.reference import Reference, image_moments, image_record, read_statistics, reference_moments
 
 
@@ -137,7 +139,7 @@ def evaluate_set(
     If the file already holds a score of the same samples, reference and extractor, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
     """
-    sample_set = run.sample_set(rundir.check_name(set_name, "sample set name"))
+    sample_set = run.sample_set(paths.check_name(set_name, "sample set name"))
     request = read_request(sample_set)
     if request.num_samples < 2:
         raise RequestError(f"sample set {set_name!r} holds {request.num_samples} sample: a score needs at least 2")
@@ -146,7 +148,7 @@ def evaluate_set(
     reference_record = statistics.record if statistics else image_record(reference)  # type: ignore[arg-type]
     provenance = _provenance(request, manifests[0]["nfe"], reference_record, extractor)
     path = run.eval / f"{set_name}.json"
-    there = rundir.read_json(path) or {}
+    there = events.read_json(path) or {}
     name = "fid" if extractor.published else "frechet_distance"
     if isinstance(there.get(name), float) and {k: there.get(k) for k in provenance} == provenance:
         return there
@@ -154,9 +156,9 @@ def evaluate_set(
         assert not isinstance(reference, Path)
         statistics = reference_moments(reference, extractor, cache_dir, stop_requested=stop_requested, token=token)
     moments = set_moments(sample_set, request, extractor, stop_requested=stop_requested, progress=progress, token=token)
-    result = {**score(moments, statistics, extractor), **provenance, "created": rundir.now(), "command": command}
+    result = {**score(moments, statistics, extractor), **provenance, "created": events.now(), "command": command}
     path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(path, result, replace=True, token=token)
+    files.write_json(path, result, replace=True, token=token)
     return result
 
 
@@ -200,7 +202,7 @@ def evaluate_images(images: Path, reference: Path, extractor: Extractor) -> dict
         "num_samples": moments.num,
         "reference": statistics.record,
         "extractor": _extractor_record(extractor),
-        "created": rundir.now(),
+        "created": events.now(),
     }
 
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import rundir
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run import files
 from ddpm.run.log import say
 
 VERSION = 1
@@ -60,7 +60,7 @@ class Extractor:
     @property
     def digest(self) -> str:
         """Identifies the features, apart from the rounding of the hardware."""
-        return rundir.sha256_json([self.name, self.weights_sha256, self.resize, VERSION])
+        return files.sha256_json([self.name, self.weights_sha256, self.resize, VERSION])
 
     def __call__(self, images: np.ndarray | Tensor) -> np.ndarray:
         x = torch.tensor(images) if isinstance(images, np.ndarray) else images  # a copy: memory maps are read-only
@@ -198,7 +198,7 @@ def _lacking(path: Path, problem: str) -> str:
 def _load_weights() -> tuple[dict[str, Tensor], str]:
     path = inception_weights_path()
     try:
-        sha256 = rundir.sha256_file(path)
+        sha256 = files.sha256_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or any(not isinstance(v, Tensor) for v in state.values()):
             raise pickle.UnpicklingError("not a dict of tensors")

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ddpm import rundir
 from ddpm.errors import Stopped
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
+from ddpm.run.paths import SampleSet
 from ddpm.run.stopping import StopRequested
-from ddpm.rundir import DamagedFile, SampleSet
 from ddpm.sampling.request import Request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring.extractors import Extractor
@@ -65,14 +66,14 @@ def shard_features(
     manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the features do not exist
     buffer = io.BytesIO()
     np.save(buffer, features, allow_pickle=False)
-    with rundir.publishing(path, replace=True, token=token) as f:
+    with files.publishing(path, replace=True, token=token) as f:
         f.write(buffer.getvalue())
-    rundir.write_json(manifest_path, rundir.sign({**expected, "sha256": f.sha256}), replace=True, token=token)
+    files.write_json(manifest_path, files.sign({**expected, "sha256": f.sha256}), replace=True, token=token)
     return features
 
 
 def _read_features(path: Path, expected: Mapping[str, Any], dim: int) -> np.ndarray:
-    manifest = rundir.read_signed(path.with_suffix(".json"))
+    manifest = files.read_signed(path.with_suffix(".json"))
     for key, value in expected.items():
         if manifest.get(key) != value:
             raise DamagedFile(f"{path.name}: made with another {key}")

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from ddpm import metrics, rundir
 from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
-from ddpm.metrics import Moments
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.stopping import StopRequested
-from ddpm.rundir import DamagedFile
 from ddpm.sampling.shards import npz_bytes, parse_npz
+from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import extract
+from ddpm.scoring.metrics import Moments
 
 _CHUNK_IMAGES = 1024
 """Images whose features are held at once; part of the definition of a reference's rounding, so a constant."""
@@ -104,7 +105,7 @@ def write_statistics(
     """Write pytorch-fid's .npz (mu, sigma) with `num`, `name` and `extra` beside, which it ignores."""
     arrays = {"mu": moments.mean, "sigma": metrics.covariance(moments), "num": np.int64(moments.num)}
     data = npz_bytes(**arrays, name=name, **extra)
-    rundir.write_bytes(path, data, replace=replace, token=token)
+    files.write_bytes(path, data, replace=replace, token=token)
 
 
 def read_statistics(path: Path, extractor: Extractor) -> Reference:

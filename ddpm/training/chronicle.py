@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.config import Config
-from ddpm.fence import Fence
+from ddpm.config.schema import Config
+from ddpm.run.events import EventLog
+from ddpm.run.fence import Fence
 from ddpm.run.log import say
+from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
-from ddpm.rundir import EventLog, RunDir
 from ddpm.training.telemetry import Telemetry
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 
 
 @dataclass(frozen=True)

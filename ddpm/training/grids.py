@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpm import rng
-from ddpm import schedule as schedules
-from ddpm.config import Config
+from ddpm.config.schema import Config
+from ddpm.diffusion import rng
+from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.samplers import ddim, sample, to_images
+from ddpm.diffusion.schedule import Schedule
 from ddpm.errors import Stopped
 from ddpm.run.images import tile
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import eps_of
-from ddpm.schedule import Schedule
 from ddpm.training.chronicle import Silent
 from ddpm.training.state import TrainingState
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 
 
 def build(config: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ddpm.config import Config
-from ddpm.ema import EMA
+from ddpm.config.schema import Config
 from ddpm.network import build
+from ddpm.network.ema import EMA
 from ddpm.run.state import is_last, settled
 from ddpm.training import optimizer
 from ddpm.training.progress import Progress, Window

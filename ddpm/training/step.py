@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import rng, schedule
-from ddpm.config import Config, check_world_size
+from ddpm.config.schema import Config, check_world_size
 from ddpm.data.batches import Batches
 from ddpm.data.packed import PackedImages
+from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
 from ddpm.training.optimizer import learning_rate

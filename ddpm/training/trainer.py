@@ -9,15 +9,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry
-from ddpm.fence import Fence
 from ddpm.network.device import Later, Resolved
 from ddpm.run import generations
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.fence import Fence
 from ddpm.run.log import say
+from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
-from ddpm.rundir import EventLog, RunDir, read_events
 from ddpm.training import grids
 from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.due import Due

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.rundir import EventLog, RunDir, now
+from ddpm.run.events import EventLog, now
+from ddpm.run.paths import RunDir
 
 PROJECT = Path(__file__).resolve().parents[2]
 OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ddpm.config import Section, build, load_yaml
+from ddpm.config.section import Section, build
+from ddpm.config.yaml import load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.rundir import RunDir, read_json
+from ddpm.run.events import read_json
+from ddpm.run.paths import RunDir
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT, default_partition
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import TypeVar
 
 from ddpm.errors import EnvironmentLacks
-from ddpm.rundir import stamp
+from ddpm.run.files import stamp
 
 TIMEOUT_S = 30
 PATIENCE_S = 90

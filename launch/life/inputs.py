@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.data import packed, scratch
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, Stopped

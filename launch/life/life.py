@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DoNotRetry
+from ddpm.run.events import read_json
 from ddpm.run.log import say
-from ddpm.rundir import RunDir, read_json
+from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
 from launch.life import preemption

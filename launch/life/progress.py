@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddpm.errors import RequestError
-from ddpm.rundir import RunDir, SampleSet
+from ddpm.run.paths import RunDir, SampleSet
 from launch.life.life import shard_marker
 
 

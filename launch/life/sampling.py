@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpm import config as configs
+from ddpm.config import reading
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.run.log import say
 from launch.life import devices
@@ -20,7 +20,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     from ddpm.sampling.generate import generate_shard
 
     run, env = life.run, life.env
-    config = configs.load(run.config)
+    config = reading.load(run.config)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if not 0 <= shard < request.shards:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm import config as configs
+from ddpm.config import reading
 from ddpm.errors import Stopped
 from ddpm.run.log import say
 from ddpm.sampling.shards import missing_shards
@@ -23,7 +23,7 @@ from launch.queue.sets import ensure_request
 def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> int:
     """Score a set; where shards are missing and SLURM is here, have them made and come after them again."""
     run, env = life.run, life.env
-    config = configs.load(run.config)
+    config = reading.load(run.config)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if missing := missing_shards(sample_set, request):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import reading
+from ddpm.config.schema import Config
 from ddpm.run.log import say
-from ddpm.rundir import RunDir
+from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.life.life import Life
 from launch.queue.chain import nothing_to_train
@@ -17,7 +17,7 @@ from launch.queue.chain import nothing_to_train
 def start_training(life: Life) -> tuple[Config, str | None]:
     """The run's config, and why rank 0 must not train, or None. From here on the run's STOP file is watched."""
     run, env = life.run, life.env
-    config = configs.load(run.config)
+    config = reading.load(run.config)
     why = nothing_to_train(run, config) if env.rank == 0 else None
     if env.rank == 0 and not why:
         _note_allocation(life)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
-from ddpm.rundir import EventLog, RunDir, read_events
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, decide, not_ours, retries_without_progress, uncounted_lives

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.errors import Stopped
-from ddpm.fence import Fence
 from ddpm.network import device
 from ddpm.network.device import Resolved
+from ddpm.run.fence import Fence
+from ddpm.run.files import write_json
 from ddpm.run.log import say
-from ddpm.rundir import write_json
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry
 from ddpm.run import generations
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
+from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from ddpm.rundir import DamagedFile, RunDir
 from launch.cluster import slurm
 from launch.cluster.environment import JobEnvironment
 from launch.cluster.site import Site, site_of

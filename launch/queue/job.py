@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm.rundir import RunDir
+from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
 

@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
-from ddpm.rundir import EventLog, RunDir, read_events
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.queue.job import Job
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
+from ddpm.run.events import read_json
+from ddpm.run.files import sha256_file
+from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from ddpm.rundir import RunDir, read_json, sha256_file
 from ddpm.scoring.against import SPLITS, check_file
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import shlex
 from typing import Any
 
 from ddpm.errors import RequestError
-from ddpm.rundir import EventLog, RunDir, read_events
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.queue import by_submitit, by_template, local
 from launch.queue.job import HOME, Job, flags

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from ddpm.rundir import RunDir, read_events
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
 from launch.cluster import slurm
 
 COMPLETING_POLL_S = 2.0

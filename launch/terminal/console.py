@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
+from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress
-from ddpm.rundir import RunDir
 from launch.cluster import environment
 
 

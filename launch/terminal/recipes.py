@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import reading
+from ddpm.config.schema import Config
 
 NOTES = (
     "memory: an estimate, in GiB, of training on one GPU: weights, gradients, Adam's moments, EMA, and the activations "
@@ -51,7 +51,7 @@ def header(text: str) -> str:
 
 def read(path: Path) -> Recipe:
     """Raises RequestError where the file is no valid config."""
-    config = configs.load(path)
+    config = reading.load(path)
     text = header(path.read_text())
     parameters = re.search(r"\bNetwork: ([\d,]+) parameters", text)
     memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)

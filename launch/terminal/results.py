@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 
-from ddpm.config import Config
-from ddpm.rundir import RunDir, read_json, read_jsonl
+from ddpm.config.schema import Config
+from ddpm.run.events import read_json, read_jsonl
+from ddpm.run.paths import RunDir
 from launch.queue.sets import chain_set
 
 

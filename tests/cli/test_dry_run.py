@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.rundir import RunDir
+from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
 from launch import sample
 from launch.queue.sets import from_config
@@ -414,5 +414,5 @@ def test_a_full_disk_below_the_output_is_one_message(shell: Shell) -> None:
 
 
 def test_the_library_loads_no_torch() -> None:
-    code = "import sys, ddpm, ddpm.config, ddpm.rundir; sys.exit('torch' in sys.modules)"
+    code = "import sys, ddpm, ddpm.config.schema, ddpm.run.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0

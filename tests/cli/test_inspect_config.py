@@ -9,9 +9,10 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from ddpm.config import Config, load
+from ddpm.config.reading import load
+from ddpm.config.schema import Config
 from ddpm.network.build import build_model
-from ddpm.unet import UNet
+from ddpm.network.unet import UNet
 from tests.cli.harness import PROJECT, Shell
 from tools import inspect_config
 
@@ -98,7 +99,7 @@ def test_the_script_prints_it_and_draws_the_schedule(shell: Shell) -> None:
 @pytest.mark.parametrize("betas", [["1.0e-20", "0.02"], ["0.01", "0.14"]])
 def test_schedules_that_reach_pure_image_or_nearly_pure_noise_are_shown_too(betas: list[str]) -> None:
     config = load(HO, [f"diffusion.beta_start={betas[0]}", f"diffusion.beta_end={betas[1]}"])
-    from ddpm import schedule
+    from ddpm.diffusion import schedule
 
     noise = schedule.build(config.diffusion)
     assert len(inspect_config.schedule_lines(noise)) == 2

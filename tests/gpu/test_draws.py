@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm import rng
+from ddpm.diffusion import rng
 
 KEY = rng.key(3, "test")
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm.fence import Fence
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations
-from ddpm.rundir import EventLog, RunDir, read_events, read_jsonl
+from ddpm.run.events import EventLog, read_events, read_jsonl
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from tests.conftest import PROJECT

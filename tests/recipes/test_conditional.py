@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpm.api import Model
-from ddpm.config import Data
+from ddpm.config.data import Data
 from ddpm.data.packed import pack
 from tests.training import Life, make_config, make_run
 

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm import unet
-from ddpm.config import Config
+from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.data.sources import to_square
 from ddpm.diffusion.forward import Diffusion
-from ddpm.network import build
+from ddpm.network import build, unet
 from tests.images import picture
 from tests.training import Life, make_config, make_run
 

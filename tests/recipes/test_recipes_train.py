@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm import config as configs
-from ddpm.config import Config
-from ddpm.rundir import RunDir, read_jsonl
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.run.events import read_jsonl
+from ddpm.run.paths import RunDir
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, events, read, wait_for
 from tests.images import given_or_made
@@ -101,7 +102,7 @@ def overrides(config: Config, place: Place, steps: int) -> list[str]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(name: str, place: Place) -> None:
     path, chosen = RECIPES[name]
-    config = configs.load(path, chosen)
+    config = reading.load(path, chosen)
     steps = FEW_STEPS if is_short(config) else STEPS
     words = ["--cluster", "local", "--prepare", "--name", name, *chosen, *overrides(config, place, steps)]
     done = place.shell("submit", str(path), *words)

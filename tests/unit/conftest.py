@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.fence import Fence
-from ddpm.rundir import RunDir
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
 
 
 @pytest.fixture

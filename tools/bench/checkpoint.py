@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm import config
+from ddpm.config import reading
 from ddpm.data import packed as data
-from ddpm.fence import Fence
 from ddpm.network.device import apply, resolve
+from ddpm.run.events import EventLog
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
 from ddpm.run.saving import num_bytes
-from ddpm.rundir import EventLog, RunDir
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster.environment import PROJECT
@@ -33,7 +34,7 @@ from launch.cluster.environment import PROJECT
 
 def make_trainer(run: RunDir, device: torch.device, batch: int, cores: int) -> Trainer:
     options = [f"train.global_batch={batch}", "checkpoint.keep_last=1", "checkpoint.milestone_every_steps=null"]
-    asked = config.load(PROJECT / "configs" / "cifar10.yaml", options)
+    asked = reading.load(PROJECT / "configs" / "cifar10.yaml", options)
     images = np.random.default_rng(0).integers(0, 256, size=(1000, 32, 32, 3), dtype=np.uint8)
     packed = data.PackedImages(images, np.zeros(1000, np.int64), "noise", "train", data.images_digest(images))
     resolved = resolve(asked, device, cores)

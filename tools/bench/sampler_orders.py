@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.samplers import SAMPLERS, sample
-from ddpm.schedule import Schedule, cosine, dns, linear
+from ddpm.diffusion.schedule import Schedule, cosine, dns, linear
 
 STEPS = (5, 10, 20, 50, 100, 200, 500, 1000)
 FITTED_STEPS = STEPS[-4:]

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from ddpm.errors import DoNotRetry
-from ddpm.fence import Fence
 from ddpm.run import generations, saving
-from ddpm.rundir import DamagedFile, RunDir
+from ddpm.run.fence import Fence
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir
 from tools.chaos.faults import Shim, crash_state, shimmed
 
 

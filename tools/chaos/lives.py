@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ddpm.rundir import RunDir, read_events, read_jsonl
+from ddpm.run.events import read_events, read_jsonl
+from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT
 
 TINY = [

@@ -28,7 +28,7 @@ def _unsigned(real: Function) -> Function:
     """read_signed without its check."""
 
     def read(path: Path) -> dict[str, Any]:
-        from ddpm.rundir import DamagedFile
+        from ddpm.run.files import DamagedFile
 
         try:
             return dict(json.loads(path.read_bytes()))
@@ -97,7 +97,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
-    "no-fsync-of-the-directory": Mutant("power-cut", "ddpm.rundir", "fsync_dir", lambda real: lambda path: None),
+    "no-fsync-of-the-directory": Mutant("power-cut", "ddpm.run.files", "fsync_dir", lambda real: lambda path: None),
     "no-manifest-digest": Mutant("flipped-bits", "ddpm.run.generations", "read_signed", _unsigned),
     "no-checkpoint-digest": Mutant("flipped-bits", "ddpm.run.generations", "sha256_file", _as_claimed),
     "no-running-guard": Mutant("scancel", "launch.life.supervisor", "slurm.show", _always_running),

@@ -25,7 +25,8 @@ import torch
 
 from ddpm.errors import EXIT_FATAL, EXIT_REQUEUE
 from ddpm.run import generations, saving
-from ddpm.rundir import RunDir, read_events
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
 from tools.chaos.faults import Operation, Shim, shimmed
 from tools.chaos.files import Result, silent
 from tools.chaos.lives import (
@@ -269,7 +270,6 @@ def poisoned_batch(at: int, *, then: Act | None = None) -> Callable[[], None]:
 
     def before() -> None:
         from ddpm.data.batches import Batches
-
         from ddpm.training.trainer import Trainer
 
         init, rows, roll_back = Batches.__init__, Batches.rows, Trainer.roll_back
@@ -342,7 +342,7 @@ def the_network_is_never_finite(_: int) -> Result:
     options = ("train.total_steps=12", "train.max_rollbacks=2", "checkpoint.every_steps=1")
 
     def nan_alone() -> None:
-        from ddpm.unet import UNet
+        from ddpm.network.unet import UNet
 
         forward = UNet.forward
         UNet.forward = lambda self, *args: forward(self, *args) * math.nan  # type: ignore[method-assign]
@@ -366,7 +366,7 @@ def the_network_is_never_finite(_: int) -> Result:
 # ---------------------------------------------------------------- starting up
 
 MOMENTS = (
-    "ddpm.config.load", "ddpm.fence.Fence.__init__", "ddpm.training.trainer.Trainer.resume",
+    "ddpm.config.reading.load", "ddpm.run.fence.Fence.__init__", "ddpm.training.trainer.Trainer.resume",
     "launch.cluster.environment.set_defaults", "ddpm.training.ranks.join", "ddpm.data.packed.open_packed",
     "ddpm.network.device.resolve", "ddpm.training.trainer.Trainer.__init__", "ddpm.run.generations.newest_good",
 )  # fmt: skip

@@ -8,7 +8,9 @@ import signal
 import time
 
 from ddpm.run import generations
-from ddpm.rundir import TMP_PREFIX, RunDir, read_events, read_signed
+from ddpm.run.events import read_events
+from ddpm.run.files import TMP_PREFIX, read_signed
+from ddpm.run.paths import RunDir
 from launch.cluster.site import Site
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, alive, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result

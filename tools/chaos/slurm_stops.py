@@ -13,7 +13,9 @@ import time
 import zipfile
 from pathlib import Path
 
-from ddpm.rundir import RunDir, read_events, read_json, sha256_file
+from ddpm.run.events import read_events, read_json
+from ddpm.run.files import sha256_file
+from ddpm.run.paths import RunDir
 from launch.terminal.goodput import breakdown
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch._inductor import config as inductor_config
 
-from ddpm import config, rng, schedule
+from ddpm.config import reading, schema
 from ddpm.data import packed as data
-from ddpm.diffusion import samplers
-from ddpm.fence import Fence
+from ddpm.diffusion import rng, samplers, schedule
 from ddpm.network.build import build_model
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations
 from ddpm.run import saving as savings
-from ddpm.rundir import EventLog, RunDir
+from ddpm.run.events import EventLog
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
 from ddpm.sampling.denoiser import eps_of
 from ddpm.scoring.extractors import build_extractor
 from ddpm.training.ranks import World
@@ -67,9 +68,9 @@ def seconds(work: Callable[[], Any], *, rounds: int = 5, warm_up: int = 2, calls
     return statistics.median(times)
 
 
-def cifar10(*overrides: str) -> config.Config:
+def cifar10(*overrides: str) -> schema.Config:
     small = [] if GPU else ["model.base_channels=32"]
-    return config.load(PROJECT / "configs" / "cifar10.yaml", [*small, *overrides])
+    return reading.load(PROJECT / "configs" / "cifar10.yaml", [*small, *overrides])
 
 
 def noise_images() -> data.PackedImages:
@@ -102,7 +103,7 @@ def peaks() -> dict[str, Any]:
 # ---------------------------------------------------------------- training
 
 
-def trainer_of(asked: config.Config, run: RunDir, packed: data.PackedImages) -> tuple[Trainer, Fence]:
+def trainer_of(asked: schema.Config, run: RunDir, packed: data.PackedImages) -> tuple[Trainer, Fence]:
     resolved = resolve(asked, DEVICE, 1)
     apply(resolved)
     fence = Fence(run, {"job": "bench", "restart": 0, "host": "here"})

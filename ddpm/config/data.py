@@ -1,0 +1,45 @@
+"""The config's `data`: which images, and how they are cut."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ddpm.config.attributes import NAMES, unknown_name
+from ddpm.config.section import Section, Strs
+
+
+class Data(Section):
+    name: Literal["cifar10", "celeba", "images", "digits"] = "cifar10"
+    """`cifar10` and `celeba` (torchvision downloads them), `images` (a folder or zip of class folders), `digits`
+    (scikit-learn's)."""
+    path: str | None = None
+    """Where it lies: a folder or .zip for `images`; for `cifar10` torchvision's root, or a folder or .zip of images;
+    for `celeba` torchvision's root, or the folder that holds the images and their lists."""
+    image_size: int = Field(32, ge=4, le=1024)
+    """Height and width in pixels; other sizes are centre-cropped to a square and resized (Lanczos, antialiased)."""
+    flip: bool = True
+    """Mirror each training image with probability 1/2."""
+    attributes: dict[str, bool] = {}  # noqa: RUF012 (pydantic copies it)
+    """`celeba` alone: keep the images that have (true) or lack (false) each of these, e.g. {Smiling: true}."""
+    label_attributes: Strs = ()
+    """`celeba` alone: bit i of the label says whether an image has the i-th; so num_classes = 2**their number."""
+
+    @model_validator(mode="after")
+    def _images_need_a_path(self) -> Data:
+        if self.name == "images" and self.path is None:
+            raise ValueError("data.path is needed for data.name=images: a folder or a .zip of images in class folders")
+        return self
+
+    @model_validator(mode="after")
+    def _attributes_are_celebas(self) -> Data:
+        labels = list(self.label_attributes)
+        for key, value in (("attributes", self.attributes), ("label_attributes", labels)):
+            if value and self.name != "celeba":
+                raise ValueError(f"data.{key} = {value}: data.name={self.name} has none; leave it out, or use celeba")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"data.label_attributes = {labels}: name each attribute once")
+        if wrong := unknown_name(self.attributes, labels, NAMES):
+            raise ValueError(wrong)
+        return self

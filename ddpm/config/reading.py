@@ -1,0 +1,60 @@
+"""From a YAML file and `key=value` to a config: what is wrong is said once, with the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ddpm.config.schema import Config
+from ddpm.config.section import build, field_keys, unknown_key
+from ddpm.config.train import LENGTHS
+from ddpm.config.yaml import load_yaml
+from ddpm.errors import RequestError
+
+
+def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
+    """The config in YAML file `path` with `key=value` overrides. RequestError names key, value and what is allowed.
+
+    shelf: where else a file may lie that was meant when `path` does not exist.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.name, known, 1, 0.5)
+        there = ", ".join(map(str, known.values())) or "none"
+        hint = f"did you mean {known[near[0]]}?" if near else f"there are: {there}"
+        raise RequestError(f"config file {path} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise RequestError(f"config file {path} cannot be read: {e}") from None
+    tree = load_yaml(text, str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise RequestError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        apply_override(tree, override)
+    return build(Config, tree, str(path))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` into `tree`; the value is read as YAML. One length of training replaces another."""
+    key, eq, text = override.partition("=")
+    if not eq or not key:
+        raise RequestError(f"{override!r} is not key=value; for example train.lr=1e-4")
+    if key not in field_keys(Config):
+        raise RequestError(unknown_key(key, field_keys(Config)))
+    node = tree
+    *sections, leaf = key.split(".")
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise RequestError(f"{section}: expected a section of keys, found {node!r}")
+    value = load_yaml(text, override)
+    if sections == ["train"] and leaf in LENGTHS and value is not None:
+        for length in LENGTHS:
+            node.pop(length, None)
+    node[leaf] = value

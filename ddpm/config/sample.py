@@ -1,0 +1,50 @@
+"""The config's `sample` and `evaluate`: what a sample set and its score are unless asked for otherwise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ddpm.config.section import Ints, Section
+
+
+class Sample(Section):
+    num_samples: int = Field(50_000, ge=1)
+    """Images in the set."""
+    sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
+    """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
+    steps: int = Field(100, ge=1)
+    """Sampler steps, at most diffusion.timesteps."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """`ddim` alone: its noise; 0 deterministic, 1 close to ancestral."""
+    guidance: float | None = Field(None, ge=0)
+    """Weight w of classifier-free guidance: eps = (1 + w) eps(label) - w eps(no label), two evaluations a step; null:
+    none. Needs a model trained with train.label_dropout."""
+    class_plan: Ints | None = None
+    """Images of each class, summing to num_samples; null: the classes in turn."""
+    clip_x_0: bool = True
+    """Clip every predicted x_0 to [-1, 1], where images lie."""
+    batch: int = Field(500, ge=1)
+    """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
+    shards: int = Field(64, ge=1)
+    """Parts that the set is made in, each a job of its own."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Sample i follows from it and from i."""
+    weights: Literal["ema", "model"] = "ema"
+    """Their average, or those of the last step; the grids of training and ddpm.load take the same."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the run was trained in it, else fp32."""
+
+    @model_validator(mode="after")
+    def _noise(self) -> Sample:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"sample.eta = {self.eta}: sampler={self.sampler} has none; leave it out, or use ddim")
+        return self
+
+
+class Evaluate(Section):
+    extractor: Literal["inception", "random-inception", "pixels"] = "inception"
+    """The last two check the wiring and need no download; their numbers are no FID."""
+    reference: str = "train"
+    """`train`, `test`, a pytorch-fid .npz, or a folder or zip of images."""

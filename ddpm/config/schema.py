@@ -1,0 +1,171 @@
+"""The config of a run: its sections, what must hold between them, and a digest of its mathematics.
+
+Names are public. Every field has a default and a documented unit. Knows no scheduler and no resources: what depends on
+the number of ranks is checked where they are known (`check_world_size`).
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ddpm.config.data import Data
+from ddpm.config.diffusion import Diffusion
+from ddpm.config.model import Model
+from ddpm.config.sample import Evaluate, Sample
+from ddpm.config.section import Section, build
+from ddpm.config.train import LENGTHS, Checkpoint, Log, Train, divisors
+from ddpm.config.unet_shape import Structure
+from ddpm.config.yaml import dump_yaml
+from ddpm.errors import RequestError
+from ddpm.run.files import sha256_json
+from ddpm.run.paths import check_name
+
+UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
+"""Keys of `train` that change no step."""
+LATER = {
+    "data": ("attributes", "label_attributes"),
+    "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),
+    "diffusion": ("dns_offset",),
+    "train": ("weight_decay", "label_dropout", "ema_start_step", "ema_every_steps", "ema_warmup"),
+}
+"""Keys that came after the first runs: the digest leaves them out at their defaults, so that those runs keep theirs."""
+NUM_CIFAR10_CLASSES = 10
+
+
+class Config(Section):
+    name: str = "run"
+    """Names the run directory."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """All randomness of training follows from it."""
+    data: Data = Data()
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _a_network(self) -> Config:
+        check_name(self.name)
+        try:
+            Structure(image_size=self.data.image_size, **self.model.model_dump())
+        except ValueError as e:
+            raise ValueError(f"{'data' if str(e).startswith('image_size') else 'model'}.{e}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _classes(self) -> Config:
+        classes, attributes = self.model.num_classes, list(self.data.label_attributes)
+        if self.data.name == "celeba" and classes != (2 ** len(attributes) if attributes else 0):
+            wanted = f"must be {2 ** len(attributes)}, two to the number of them" if attributes else "must be 0"
+            raise ValueError(f"model.num_classes = {classes}: with data.label_attributes = {attributes} it {wanted}")
+        if self.data.name == "cifar10" and self.data.path is None and classes not in (0, NUM_CIFAR10_CLASSES):
+            raise ValueError(
+                f"model.num_classes = {classes}: data.name=cifar10 has 10 classes (airplane, automobile, …); use 10, "
+                f"or 0 for a model without classes"
+            )
+        if self.train.label_dropout and not classes:
+            raise ValueError(
+                f"train.label_dropout = {self.train.label_dropout}: there are no labels to drop; "
+                f"give model.num_classes, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling(self) -> Config:
+        s, classes = self.sample, self.model.num_classes
+        if s.steps > self.diffusion.timesteps:
+            raise ValueError(f"sample.steps = {s.steps}: at most diffusion.timesteps = {self.diffusion.timesteps}")
+        if s.shards > s.num_samples:
+            raise ValueError(f"sample.shards = {s.shards}: at most sample.num_samples = {s.num_samples}")
+        if s.guidance is not None and not (classes and self.train.label_dropout):
+            raise ValueError(
+                f"sample.guidance = {s.guidance}: needs a model of classes that was trained with labels dropped, and "
+                f"model.num_classes = {classes}, train.label_dropout = {self.train.label_dropout}; leave it out (null)"
+            )
+        if s.class_plan is not None:
+            plan = f"sample.class_plan = {list(s.class_plan)}"
+            if len(s.class_plan) != classes or not classes:
+                raise ValueError(f"{plan}: {len(s.class_plan)} counts for model.num_classes = {classes}; one per class")
+            if min(s.class_plan) < 0 or sum(s.class_plan) != s.num_samples:
+                raise ValueError(
+                    f"{plan}: sums to {sum(s.class_plan)}; the counts must be 0 or more and sum to "
+                    f"sample.num_samples = {s.num_samples}"
+                )
+        return self
+
+    def resolve_length(self, num_images: int) -> Config:
+        """This config with its length in total_steps alone, where it was in images or in epochs of `num_images`.
+
+        RequestError where the length makes it invalid: a cosine needs more steps than the warm-up has.
+        """
+        train = self.train
+        if train.total_steps is not None:
+            return self
+        images = train.total_images or (train.total_epochs or 0) * num_images
+        tree = self.model_dump()
+        tree["train"] |= dict.fromkeys(LENGTHS) | {"total_steps": -(-images // train.global_batch)}
+        resolved = build(Config, tree, f"a length of {images} images")
+        assert isinstance(resolved, Config)
+        return resolved
+
+    def warnings(self) -> list[str]:
+        """What is allowed and hardly meant, a line each: `key = value: what it does`."""
+        told, train, groups = [], self.train, self.model.norm_groups
+        widths = [self.model.base_channels * mult for mult in self.model.channel_mults]
+        if blind := [i for i, width in enumerate(widths) if width == groups]:
+            told.append(
+                f"model.norm_groups = {groups}: a group for each channel of level {', '.join(map(str, blind))}, whose "
+                f"blocks therefore cannot heed t and class; use fewer"
+            )
+        if train.total_steps is not None and train.warmup_steps >= train.total_steps:
+            told.append(
+                f"train.warmup_steps = {train.warmup_steps}: train.total_steps = {train.total_steps} end before "
+                f"train.lr = {train.lr} is reached; for a short run give train.warmup_steps={train.total_steps // 10}"
+            )
+        return told
+
+    def digest(self) -> str:
+        """sha256 of what changes the mathematics of training.
+
+        Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
+        scoring, and where the data lies (its pixels have a digest of their own, kept in run.json).
+        """
+        record = self.model_dump(mode="json", include={"seed", "data", "model", "diffusion", "train"})
+        del record["data"]["path"]
+        length = {key: record["train"].pop(key) for key in LENGTHS}
+        for key in UNLEARNED:
+            del record["train"][key]
+        defaults = type(self)().model_dump(mode="json")
+        for section, keys in LATER.items():
+            for key in keys:
+                if record[section][key] == defaults[section][key]:
+                    del record[section][key]
+        if self.train.lr_schedule == "cosine":  # the learning rate depends on it
+            record["train"] |= {key: value for key, value in length.items() if value is not None}
+        return sha256_json(record)
+
+    def to_yaml(self) -> str:
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """Accumulation steps per rank; RequestError listing what fits where the global batch does not divide."""
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if batch % world_size:
+        raise RequestError(
+            f"train.global_batch = {batch} does not divide over {world_size} ranks; it does over "
+            f"{divisors(batch)}, or choose a multiple of {world_size} such as "
+            f"{max(1, round(batch / world_size)) * world_size}"
+        )
+    share = batch // world_size
+    if micro is None:
+        return 1
+    if share % micro:
+        raise RequestError(
+            f"train.micro_batch = {micro} does not divide each rank's share of {share} images "
+            f"(train.global_batch = {batch} over {world_size} ranks); these do: {divisors(share)}"
+        )
+    return share // micro

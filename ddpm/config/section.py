@@ -1,0 +1,94 @@
+"""What every section of a config is: typed, frozen, and a mistake in one line that names the key and what is allowed.
+
+Owns: that, for any pydantic model. Must not know: which keys there are (the files beside it, launchers' profiles).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from ddpm.errors import RequestError
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
+
+
+Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a config section, e.g. train.lr."""
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += field_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    leaf = key.split(".")[-1]
+    near = difflib.get_close_matches(key, known, 1, 0.6)
+    if elsewhere := [k for k in known if k.split(".")[-1] == leaf]:
+        near = list(dict.fromkeys([*elsewhere, *(k for k in near if leaf in k)]))
+    section = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    if inside := [k for k in known if k.startswith(f"{key}.")]:
+        return f"{key!r} is a section; give one of its keys: {', '.join(inside)}"
+    if near:
+        return f"unknown key {key!r}; did you mean {' or '.join(map(repr, near))}?"
+    siblings = [k for k in known if k.startswith(section)] if section else []
+    return f"unknown key {key!r}; known: {', '.join(siblings or known)}"
+
+
+def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:
+    """Validate `tree` as `kind`; one RequestError with a line per problem."""
+    try:
+        return kind.model_validate(dict(tree))
+    except ValidationError as e:
+        lines = {problem(kind, dict(err)): None for err in e.errors()}
+        raise RequestError(f"{where}: " + "\n  ".join(lines)) from None
+
+
+def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
+    """One validation error as `key = value: what is allowed`."""
+    loc = [str(p) for p in err["loc"] if not str(p).startswith(("function-", "literal[", "constrained-"))]
+    known, beyond = field_keys(kind), ""
+    key = ".".join(loc)
+    while loc and ".".join(loc) not in known and err["type"] != "extra_forbidden" and len(loc) > 1:
+        beyond = loc.pop()  # union branches, list positions and the keys of a mapping follow the key
+        key = ".".join(loc) if ".".join(loc) in known else key
+    if err["type"] in ("extra_forbidden", "invalid_key"):
+        return unknown_key(key, known)
+    message = str(err["msg"]).removeprefix("Value error, ")
+    if err["type"] == "value_error":
+        return message if not loc or loc[-1] in message else f"{key} = {message}"
+    if err["type"] == "model_type":
+        return f"{key} = {err['input']!r}: expected a section of keys; leave it out for the defaults"
+    if err["type"] == "tuple_type":
+        message = f"input should be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
+    if err["type"] == "bool_type":
+        message += ", true or false"
+    section: Any = kind
+    for part in key.split(".")[:-1]:
+        section = section.model_fields[part].annotation if part in section.model_fields else section
+    field = section.model_fields.get(key.split(".")[-1]) if hasattr(section, "model_fields") else None
+    allowed = f" (default {field.default!r})" if field is not None else ""
+    if beyond and field is not None and get_origin(field.annotation) is dict:
+        key, allowed = f"{key}.{beyond}", ""
+    return f"{key} = {err['input']!r}: {message[0].lower()}{message[1:]}{allowed}"

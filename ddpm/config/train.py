@@ -1,0 +1,129 @@
+"""The config's `train`, `checkpoint` and `log`: how long, in which batches, by which steps, and what is kept of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ddpm.config.section import Section
+
+LENGTHS = ("total_steps", "total_images", "total_epochs")
+"""Keys of `train`, of which one says how long it lasts."""
+
+
+class Train(Section):
+    if TYPE_CHECKING:
+        total_steps: int = 800_000  # what trains or queues has passed resolve_length, after which it is never None
+    else:
+        total_steps: int | None = Field(800_000, ge=1)
+        """Optimizer steps. A finished run may be extended by submitting it again with more."""
+    total_images: int | None = Field(None, ge=1)
+    """The length in training images instead, …"""
+    total_epochs: int | None = Field(None, ge=1)
+    """… or in passes over the data: `Config.resolve_length` turns both into total_steps, rounding up."""
+    global_batch: int = Field(128, ge=1)
+    """Images a step over all ranks: the unit of training."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Both with PyTorch's betas and epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """adamw's: the share of lr * weight that a step takes away."""
+    lr: float = Field(2.0e-4, gt=0)
+    """The learning rate after warm-up."""
+    warmup_steps: int = Field(5000, ge=0)
+    """The learning rate rises linearly from 0 over these steps."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: stay, or fall to 0 at total_steps along a half cosine."""
+    grad_clip: float | None = Field(1.0, gt=0)
+    """Largest L2 norm of the whole gradient; null: no clipping."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Autocast. auto: bf16 on a GPU that has it, fp16 (with loss scaling) on an older one, off on a CPU."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile. auto: on a GPU; it does not pay on a CPU."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a step trains an image without its label: what classifier-free guidance needs."""
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Share of the average of the weights that an update keeps."""
+    ema_start_step: int = Field(0, ge=0)
+    """Before this step the average is a copy of the weights."""
+    ema_every_steps: int = Field(1, ge=1)
+    """The average is updated at the steps that this divides."""
+    ema_warmup: bool = False
+    """The n-th update keeps min(ema_decay, (1 + n) / (10 + n))."""
+    early_stop_below: float | None = Field(None, gt=0)
+    """Stop when the mean absolute change over the last early_stop_window logged losses is below this; null: never."""
+    early_stop_window: int = Field(10, ge=2)
+    """Logged losses (one each log.every_steps) that early stopping looks back on."""
+    deterministic: Literal["auto"] | bool = "auto"
+    """Bit-identical resume. auto: on a CPU (free there); on a GPU ask for it."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Times a non-finite loss may send the run back to its last good checkpoint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        given = [f"train.{key} = {tree[key]!r}" for key in LENGTHS if tree.get(key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: only one of them says how long to train; remove the others")
+        if not given and "total_steps" in tree:
+            raise ValueError(f"train.total_steps = None: needs a length; give one of {', '.join(LENGTHS)}")
+        return {**tree, "total_steps": tree.get("total_steps")} if given else tree
+
+    @model_validator(mode="after")
+    def _micro(self) -> Train:
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch = {self.micro_batch} does not divide train.global_batch = "
+                f"{self.global_batch}; these do: {divisors(self.global_batch)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _learning(self) -> Train:
+        known = self.total_steps is not None
+        if known and self.lr_schedule == "cosine" and self.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
+                f"{self.total_steps} with lr_schedule=cosine"
+            )
+        for key in ("ema_start_step", "ema_every_steps"):
+            if known and getattr(self, key) > self.total_steps:
+                raise ValueError(
+                    f"train.{key} = {getattr(self, key)}: at most train.total_steps = {self.total_steps}, or there is "
+                    f"no average of the weights; use less, or train longer"
+                )
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError(
+                f"train.weight_decay = {self.weight_decay}: train.optimizer=adam has none; use adamw, or leave it out"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    every_min: float | None = Field(10.0, gt=0)
+    """Minutes between saves; null: only by steps."""
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between saves, besides; null: only by minutes."""
+    keep_last: int = Field(3, ge=1)
+    """Checkpoints that are kept, besides the milestones."""
+    milestone_every_steps: int | None = Field(50_000, ge=1)
+    """These are kept for good, with their EMA weights as safetensors."""
+    milestone_every_epochs: int | None = Field(None, ge=1)
+    """The same, in passes over the data."""
+
+
+class Log(Section):
+    every_steps: int = Field(100, ge=1)
+    """Steps between lines of metrics."""
+    grid_every_steps: int | None = Field(10_000, ge=1)
+    """Steps between sample grids; null: only at the end."""
+    grid_images: int = Field(64, ge=1, le=1024)
+    """Samples in a grid."""
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

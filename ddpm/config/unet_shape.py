@@ -1,0 +1,100 @@
+"""Which U-Nets there can be: the numbers that make one, and what must hold between them.
+
+Owns: those checks, once, for the config (on a login node, so without torch) and for the network (network/unet.py). Must
+not know: layers, weights.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CHOICES = {
+    "block": ("residual", "plain"),
+    "attention_in": ("both", "encoder", "decoder"),
+    "downsample": ("conv", "pool", "conv_asymmetric"),
+    "upsample": ("conv", "transpose"),
+}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The fields of the config's `model` section (ddpm/config/schema.py says what each means), and three more.
+
+    ValueError for a structure that cannot be built: "FIELD = VALUE: what is allowed".
+    """
+
+    image_size: int
+    """Height and width in pixels."""
+    in_channels: int = 3
+    base_channels: int = 128
+    channel_mults: Sequence[int] = (1, 2, 2, 2)
+    blocks_per_level: int = 2
+    block: str = "residual"
+    attention_resolutions: Sequence[int] = (16,)
+    attention_heads: int = 1
+    attention_in: str = "both"
+    middle_attention: bool = True
+    downsample: str = "conv"
+    upsample: str = "conv"
+    norm_groups: int | None = None
+    time_embed_channels: int | None = None
+    dropout: float = 0.1
+    num_classes: int = 0
+    null_label: bool = False
+    """Label num_classes stands for "no label" (classifier-free guidance)."""
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.base_channels * mult for mult in self.channel_mults]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Feature-map size of each level."""
+        return [self.image_size >> level for level in range(len(self.channel_mults))]
+
+    @property
+    def embedding(self) -> int:
+        """Channels of what a block is told of t and the class."""
+        return self.time_embed_channels or 4 * self.base_channels
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "in_channels", "base_channels", "blocks_per_level", "attention_heads"):
+            self._need(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("norm_groups", "time_embed_channels"):
+            self._need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+        for name, allowed in CHOICES.items():
+            self._need(getattr(self, name) in allowed, name, f"allowed are {', '.join(allowed)}")
+        self._need(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)")
+        self._need(self.num_classes >= 0, "num_classes", "must be 0 (unconditional) or more")
+        self._need(not self.null_label or self.num_classes > 0, "null_label", "needs num_classes > 0")
+        self._need(self.base_channels % 2 == 0, "base_channels", "must be even (half sines, half cosines of t)")
+        mults, levels = self.channel_mults, len(self.channel_mults)
+        self._need(levels > 0 and min(mults) >= 1, "channel_mults", "needs one factor >= 1 per level")
+        divisor = 2 ** (levels - 1)
+        fits = self.image_size % divisor == 0
+        self._need(fits, "image_size", f"{levels} levels halve it {levels - 1} times, so {divisor} must divide it")
+        for size in self.attention_resolutions:
+            known = f"the network never has {size}x{size}; it has {self.sizes}"
+            self._need(size in self.sizes, "attention_resolutions", known)
+        twice = len(set(self.attention_resolutions)) < len(self.attention_resolutions)
+        self._need(not twice, "attention_resolutions", "name each size once")
+        attended = [w for size, w in zip(self.sizes, self.widths, strict=True) if size in self.attention_resolutions]
+        self._need_divisor("attention_heads", attended + (self.widths[-1:] if self.middle_attention else []))
+        # a residual block normalises what it is given: conv_in's width, or sums of these widths
+        self._need_divisor("norm_groups", self.widths + ([self.base_channels] if self.block == "residual" else []))
+
+    def _need(self, holds: bool, name: str, allowed: str) -> None:
+        if not holds:
+            value: Any = getattr(self, name)
+            raise ValueError(f"{name} = {list(value) if isinstance(value, tuple) else value}: {allowed}")
+
+    def _need_divisor(self, name: str, widths: Iterable[int]) -> None:
+        """The field divides all of `widths`; None divides whatever there is."""
+        value, widths = getattr(self, name), list(widths)
+        for width in widths if value is not None else ():
+            if width % value:
+                # a norm with a group for each channel would take away what t and class have added to them
+                most = min(widths) - 1 if name == "norm_groups" else min(widths)
+                common = [d for d in range(1, most + 1) if not any(w % d for w in widths)]
+                self._need(False, name, f"does not divide the {width} channels of a level; use one of {common}")

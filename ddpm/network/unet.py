@@ -1,0 +1,168 @@
+"""The network eps(x_t, t): the U-Net of Ho et al. 2020, "Denoising diffusion probabilistic models", appendix B.
+
+Owns: how the layers of blocks.py make a network of a given structure (config/unet_shape.py), and how it begins. Must
+not know: schedules, losses, devices, precision, which attention implementation or memory layout is fastest where
+(`fused_attention` is for others to choose).
+
+The default is theirs: residual blocks, strided convolution down, nearest neighbour and convolution up, self-attention
+at chosen resolutions and at the bottleneck. The last convolution of every residual block, every attention output and
+the network's output start at zero, so such a block begins as the identity and any network as eps = 0.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm.config.unet_shape import Structure
+from ddpm.network.blocks import Attention, PlainBlock, ResidualBlock, downsample, group_norm, reset_parameters, upsample
+
+
+class UNet(nn.Module):
+    """eps(x_t, t) or, with num_classes > 0, eps(x_t, t, labels).
+
+    structure: the fields of Structure, of which image_size is needed; ValueError that names what cannot be built.
+    fused_attention: of every attention at the start (`set_fused_attention` changes it later).
+    Initial weights are drawn from torch's global generator.
+    """
+
+    def __init__(self, *, fused_attention: bool = True, **structure: Any) -> None:
+        super().__init__()
+        s = Structure(**structure)
+        self.image_size, self.in_channels = s.image_size, s.in_channels
+        self.base_channels, self.num_classes = s.base_channels, s.num_classes
+        hidden = 4 * s.base_channels
+        self.time_mlp = nn.Sequential(nn.Linear(s.base_channels, hidden), nn.SiLU(), nn.Linear(hidden, s.embedding))
+        self.class_embedding = nn.Embedding(s.num_classes + s.null_label, s.embedding) if s.num_classes else None
+        self.conv_in = nn.Conv2d(s.in_channels, s.base_channels, 3, padding=1)
+        self.encoder, skips = _encoder(s)
+        self.bottleneck = _bottleneck(s)
+        self.decoder = _decoder(s, skips)
+        self.norm_out = group_norm(s.widths[0], s.norm_groups)
+        self.conv_out = nn.Conv2d(s.widths[0], s.in_channels, 3, padding=1)
+        reset_parameters(self)
+        nn.init.zeros_(self.conv_out.weight)
+        self.set_fused_attention(fused_attention)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_t: (B, C, H, W) floating; t: int64 (B,), 0 .. T-1; labels: int64 (B,) in [0, num_classes).
+
+        With null_label a label may be num_classes too: "no label". Returns eps, (B, C, H, W); its type is autocast's or
+        the weights'. ValueError for a wrong shape, or for labels that are missing or not wanted. Dropout draws from
+        torch's global generator in training mode.
+        """
+        if x_t.shape[1:] != (self.in_channels, self.image_size, self.image_size):
+            expected = (self.in_channels, self.image_size, self.image_size)
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}; each image must be {expected}")
+        dtype = self.conv_in.weight.dtype
+        emb = self.time_mlp(timestep_embedding(t, self.base_channels).to(dtype))
+        if (labels is None) != (self.class_embedding is None):
+            given, wanted = ("missing", "needed") if labels is None else ("given", "not allowed")
+            raise ValueError(f"labels are {given}; with num_classes={self.num_classes} they are {wanted}")
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(labels)
+        emb = F.silu(emb)  # once for all blocks
+
+        h = self.conv_in(x_t.to(dtype))
+        skips = [h]
+        for level in cast(Iterable[Level], self.encoder):
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, emb))
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        for block, attention in zip(self.bottleneck.blocks, self.bottleneck.attentions, strict=True):
+            h = attention(block(h, emb))
+        for level in cast(Iterable[Level], self.decoder):
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], 1), emb))
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def set_fused_attention(self, fused: bool) -> None:
+        """Chooses the implementation in every attention of the network; the weights stay."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = fused
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, what follows each (attention or nothing), and the way to the next resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
+        self.resample: nn.Module | None = None
+
+    def add(self, block: nn.Module, attention: nn.Module) -> None:
+        self.blocks.append(block)
+        self.attentions.append(attention)
+
+
+def _encoder(s: Structure) -> tuple[nn.ModuleList, list[int]]:
+    """The levels, largest first, and the widths that they leave to the decoder, conv_in's among them."""
+    levels, width, skips = nn.ModuleList(), s.base_channels, [s.base_channels]
+    for size, level_width in zip(s.sizes, s.widths, strict=True):
+        level = Level()
+        for _ in range(s.blocks_per_level):
+            level.add(_block(s, width, level_width), _attention_at(s, "encoder", size, level_width))
+            width = level_width
+            skips.append(width)
+        if size != s.sizes[-1]:
+            level.resample = downsample(s.downsample, width)
+            skips.append(width)
+        levels.append(level)
+    return levels, skips
+
+
+def _bottleneck(s: Structure) -> Level:
+    level, width = Level(), s.widths[-1]
+    level.add(_block(s, width, width), _attention(s, width) if s.middle_attention else nn.Identity())
+    level.add(_block(s, width, width), nn.Identity())
+    return level
+
+
+def _decoder(s: Structure, skips: list[int]) -> nn.ModuleList:
+    """The levels, smallest first; each block takes one of `skips` besides, last first."""
+    levels, width = nn.ModuleList(), s.widths[-1]
+    for size, level_width in reversed(list(zip(s.sizes, s.widths, strict=True))):
+        level = Level()
+        for _ in range(s.blocks_per_level + 1):
+            block = _block(s, width + skips.pop(), level_width)
+            level.add(block, _attention_at(s, "decoder", size, level_width))
+            width = level_width
+        if size != s.sizes[0]:
+            level.resample = upsample(s.upsample, width)
+        levels.append(level)
+    return levels
+
+
+def _block(s: Structure, width_in: int, width_out: int) -> nn.Module:
+    kind = ResidualBlock if s.block == "residual" else PlainBlock
+    return kind(width_in, width_out, s.embedding, s.dropout, s.norm_groups)
+
+
+def _attention(s: Structure, width: int) -> nn.Module:
+    return Attention(width, s.attention_heads, s.norm_groups)
+
+
+def _attention_at(s: Structure, side: str, size: int, width: int) -> nn.Module:
+    wanted = size in s.attention_resolutions and s.attention_in in ("both", side)
+    return _attention(s, width) if wanted else nn.Identity()
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of t at frequencies from 1 down to 1/10000 in geometric steps, as in Ho et al.'s code.
+
+    t: int64 (B,); width: even. Returns float32 (B, width): bf16 could not tell t = 998 from t = 999.
+    """
+    half = width // 2
+    place = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(place * (-math.log(10000.0) / max(half - 1, 1)))
+    angle = t.to(torch.float32)[:, None] * frequency[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)

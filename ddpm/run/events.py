@@ -1,0 +1,70 @@
+"""A run's life in events/JOB.RESTART.jsonl: the restart policy and goodput are computed from these lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ddpm.run.files import parse_jsonl, stamp
+from ddpm.run.paths import RunDir, listed
+
+
+def now() -> str:
+    return stamp(datetime.now(timezone.utc))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class EventLog:
+    """Appends to events/JOB.RESTART.jsonl. One file per writer: appends from many hosts lose lines on NFS.
+
+    since: when this life got its nodes. The first line of a life says it, and the last sign (`last_sign`) of the life
+    before it, whose heartbeat is about to be overwritten.
+    """
+
+    def __init__(
+        self, run: RunDir, job: str, restart: int, host: str, *, prefix: str = "", since: str | None = None
+    ) -> None:
+        self.path = run.events / f"{prefix}{job}.{restart}.jsonl"
+        self._base = {"job": job, "restart": restart, "host": host}
+        self._run, self._since = run, since
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Append one line and make it durable: the restart policy and goodput are computed from these."""
+        record = {"event": event, "time": now(), **self._base, **fields}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as f:
+            if f.tell() == 0 and self._since:
+                beat = read_json(self._run.heartbeat) or {}
+                sign = {k: beat[k] for k in ("job", "restart", "time", "step") if k in beat}
+                record.update(since=self._since, last_sign=sign or None)
+            line = json.dumps(record).encode() + b"\n"
+            if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
+                line = b"\n" + line  # the last writer was killed inside its line
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file; a torn last line (killed while appending) is left out."""
+    try:
+        return parse_jsonl(path.read_bytes())
+    except FileNotFoundError:
+        return []
+
+
+def read_events(run: RunDir) -> list[dict[str, Any]]:
+    """Every life event of a run, in order of time. Raises OSError where it cannot look."""
+    events = [e for p in sorted(listed(run.events)) if p.suffix == ".jsonl" for e in read_jsonl(p)]
+    return sorted(events, key=lambda e: str(e.get("time", "")))

@@ -1,0 +1,129 @@
+"""One writer per run: a lock, and a fencing token under it.
+
+The lock (flock on `lock`) keeps two live jobs apart; it dies with its holder. The token is a counter in `fence`: each
+writer takes the next number and checks, before every publication, that nobody has taken one since. So an orphan of an
+earlier life, cut off on a node that was given up, can neither commit nor overwrite. No two writers have the same
+number, with locks or without: each is claimed by a file (`.fence-N`) that can be created but once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddpm.errors import RunBusy
+from ddpm.run.files import write_bytes
+from ddpm.run.paths import RunDir
+
+
+class Fence:
+    """Held by the one process that writes a run's checkpoints, metrics and run.json."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        owner: dict[str, Any],
+        *,
+        wait_s: float = 60.0,
+        is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
+        how_to_end: Callable[[dict[str, Any]], str] = lambda other: "",
+        log: Callable[[str], None] = print,
+    ) -> None:
+        """Take the lock and the next token.
+
+        owner: {"job", "restart", "host"}, written into the lock file for whoever waits.
+        wait_s: less than other ranks wait for this one.
+        is_orphan: whether the present holder is known to be an earlier life that should be gone; it is then fenced out
+        although it still holds the lock: at once where it is of the owner's own job, others after `wait_s` seconds.
+        how_to_end: the command by which a person ends the present holder, for the message.
+        Raises RunBusy after `wait_s` seconds.
+        """
+        self._run, self._log = run, log
+        self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + wait_s
+        said = False
+        while not self._try_lock():
+            other = self._holder()
+            late = time.monotonic() >= deadline
+            if (late or (said and other.get("job") == owner.get("job"))) and is_orphan(other):
+                log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
+                break
+            if late:
+                os.close(self._fd)
+                command = how_to_end(other)
+                raise RunBusy(
+                    f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
+                    f"{f': {command}' if command else ''}"
+                )
+            if not said:
+                log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
+                said = True
+            time.sleep(0.5)
+        os.truncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps(owner).encode(), 0)
+        self.token = self._claim()
+        write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
+        for claim in run.path.glob(".fence-*"):
+            number = claim.name.removeprefix(".fence-")
+            if number.isdecimal() and int(number) < self.token:
+                claim.unlink(missing_ok=True)
+
+    def _claim(self) -> int:
+        """The next number, which nobody else has or will have."""
+        token = self._current()
+        while True:
+            token += 1
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self._run.path / f".fence-{token}", os.O_CREAT | os.O_EXCL, 0o644))
+                if self._current() < token:  # else it was claimed before, and whoever came later has removed the claim
+                    return token
+
+    def _try_lock(self) -> bool:
+        """Whether this process has the lock; True too where there are none."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                self._locked = False
+                return False
+            self._log(f"lock: this file system has no locks ({e.strerror}); relying on the fencing token alone")
+        self._locked = True
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            value = json.loads(os.pread(self._fd, 4096, 0))
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _current(self) -> int:
+        try:
+            return int(self._run.fence.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def check(self) -> None:
+        """Raise RunBusy if a later writer has taken over: called before every publication."""
+        if (current := self._current()) != self.token:
+            raise RunBusy(
+                f"run {self._run.name} was taken over by a later job (fence {current}, ours "
+                f"{self.token}): nothing more is written here"
+            )
+        if not self._locked:  # the orphan that held it may be gone: a third job shall wait
+            self._try_lock()
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def _who(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}"

@@ -1,0 +1,167 @@
+"""Files that appear whole or not at all, their digests, and the one byte form of what is kept.
+
+Nothing final is written in place: a temporary in the same directory, fsync, rename without replacing, fsync of the
+directory. A kill at any line leaves either the old state or the new one, plus at most a stale temporary that begins
+with ".tmp-". Must not know: which files a run has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TMP_PREFIX = ".tmp-"
+
+
+class DamagedFile(Exception):
+    """A file whose digest, size or form is not what was published."""
+
+
+def stamp(at: datetime) -> str:
+    """A time as 2026-11-20T09:00:00.000Z; one without a zone is this machine's."""
+    return at.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# ---------------------------------------------------------------- digests
+def canonical_json(value: Any) -> bytes:
+    """The one byte form of a JSON value that digests are taken of: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sign(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with `self_sha256`, the digest of everything else in it: a flipped bit in a manifest is noticed too."""
+    body = {k: v for k, v in record.items() if k != "self_sha256"}
+    return {**body, "self_sha256": sha256_json(body)}
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """A signed JSON file. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as e:
+        raise DamagedFile(f"{path.name}: not JSON ({e})") from None
+    if not isinstance(record, dict) or record.get("self_sha256") != sign(record)["self_sha256"]:
+        raise DamagedFile(f"{path.name}: its self_sha256 does not match its content")
+    return record
+
+
+# ---------------------------------------------------------------- writing
+def fsync_dir(path: Path) -> None:
+    """Make a rename in `path` durable: without it a power cut can forget the name of a file that was synced."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class HashingFile:
+    """A file that takes sha256 and size of what passes through it: one pass over a checkpoint, not two."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.failed: OSError | None = None
+        """Why a write failed: torch.save turns it into a RuntimeError that no longer says "disk full"."""
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        self.size += len(memoryview(data).cast("B"))
+        try:
+            self.raw.write(data)
+        except OSError as e:
+            self.failed = e
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def publishing(
+    path: Path, *, token: str = "", replace: bool = False, may_publish: Callable[[], None] | None = None
+) -> Iterator[HashingFile]:
+    """Write `path` whole or not at all.
+
+    token: names the writer in the temporary (a run's fencing token).
+    replace: only for the few files that change (run.json, heartbeat.json, metrics.jsonl); otherwise an existing `path`
+    raises FileExistsError and stays as it is.
+    may_publish: called last before the name appears, with everything durable; it raises to withhold publication.
+    """
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{token or 'x'}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with tmp.open("wb") as raw:
+            out = HashingFile(raw)
+            yield out
+            raw.flush()
+            os.fsync(raw.fileno())
+        if may_publish is not None:
+            may_publish()
+        if replace:
+            tmp.replace(path)
+        else:
+            rename_new(tmp, path)
+        fsync_dir(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
+
+
+def rename_new(tmp: Path, path: Path) -> None:
+    """rename(2) that refuses to replace: a hard link is atomic and fails where the name exists, on NFS too."""
+    try:
+        os.link(tmp, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the fencing token still keeps writers apart
+        if path.exists():
+            raise FileExistsError(path) from None
+        tmp.rename(path)
+        return
+    tmp.unlink()
+
+
+def write_bytes(path: Path, data: bytes, **publish: Any) -> None:
+    """`data` as `path`, whole or not at all; keywords as for `publishing`."""
+    with publishing(path, **publish) as f:
+        f.write(data)
+
+
+def write_json(path: Path, value: Any, **publish: Any) -> None:
+    write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n", **publish)
+
+
+def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
+    records = []
+    for line in data.decode(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records

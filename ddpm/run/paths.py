@@ -1,0 +1,163 @@
+"""Every path of a run. The layout is public: users script against it.
+
+A run is one directory, the only thing that jobs, scripts and people share. No torch here: `status` and `--dry-run` read
+runs on a login node.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm.errors import RequestError
+
+SCHEMA = 1
+NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+def check_name(name: str, what: str = "run name") -> str:
+    """Return `name`, or raise RequestError: names become directories, job names and log lines."""
+    if not isinstance(name, str) or not NAME_RE.fullmatch(name) or name.startswith("."):
+        raise RequestError(
+            f"{what} {name!r} is not allowed: use 1 to 100 of A-Z a-z 0-9 . _ - and do not begin with a dot"
+        )
+    return name
+
+
+def listed(directory: Path) -> list[Path]:
+    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Paths of samples/SET: the request, the shards and their features."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def request(self) -> Path:
+        return self.path / "request.json"
+
+    @property
+    def part(self) -> Path:
+        """Finished batches of unfinished shards."""
+        return self.path / "part"
+
+    def shard(self, index: int, count: int) -> Path:
+        return self.path / f"shard-{index:05d}-of-{count:05d}.npz"
+
+    def shard_manifest(self, index: int, count: int) -> Path:
+        return self.shard(index, count).with_suffix(".json")
+
+    def features(self, extractor: str, index: int, count: int) -> Path:
+        return self.path / f"features-{extractor}-{index:05d}-of-{count:05d}.npy"
+
+    def features_manifest(self, extractor: str, index: int, count: int) -> Path:
+        return self.features(extractor, index, count).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. The layout is public: users script against it."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def fence(self) -> Path:
+        return self.path / "fence"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "STOP"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def grids(self) -> Path:
+        return self.path / "grids"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:09d}.pt"
+
+    def manifest(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:09d}.json"
+
+    def ema_weights(self, step: int) -> Path:
+        return self.checkpoints / f"ema-{step:09d}.safetensors"
+
+    def grid(self, step: int) -> Path:
+        return self.grids / f"step-{step:09d}.png"
+
+    def exit_marker(self, job: str, restart: int) -> Path:
+        """The job's own exit code, past srun, which may report another rank's."""
+        return self.logs / f".exit-{job}.{restart}"
+
+    def sample_set(self, name: str) -> SampleSet:
+        return SampleSet(self.samples / name)
+
+    def sample_sets(self) -> list[SampleSet]:
+        return [SampleSet(p) for p in sorted(listed(self.samples)) if p.is_dir() and not p.name.startswith(".")]
+
+    def steps_saved(self) -> list[int]:
+        """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""
+        found = (re.fullmatch(r"step-(\d{9,})\.json", p.name) for p in listed(self.checkpoints))
+        return sorted((int(m.group(1)) for m in found if m), reverse=True)
+
+    def latest_step(self) -> int:
+        """The newest saved step, 0 where there is none: what progress means to the restart policy."""
+        return next(iter(self.steps_saved()), 0)

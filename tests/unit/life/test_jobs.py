@@ -1,0 +1,162 @@
+"""launch/jobs.py and the lives behind it: which exit code a job leaves with, and what its ranks do together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm.data import packed, scratch
+from ddpm.errors import NodeUnfit, Stopped
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
+from ddpm.run.stopping import StopRequested
+from ddpm.training.ranks import World
+from launch.cluster import environment
+from launch.cluster.environment import PROJECT, JobEnvironment
+from launch.life import devices, inputs
+from launch.life.life import Life
+from launch.life.training import compiling
+from tests.training import make_config, make_run, on_ranks
+
+
+def test_what_a_life_compiled_is_kept_once_it_got_past_that_and_dropped_where_it_did_not(tmp_path: Path) -> None:
+    kernels, world = tmp_path / "run.v2", World(0, 1, torch.device("cpu"))
+    library = kernels / "ab" / "kernel.so"
+
+    with compiling(kernels, world, True):
+        library.parent.mkdir(parents=True)
+        library.write_bytes(b"whole")
+    with compiling(kernels, world, True):
+        assert library.read_bytes() == b"whole"
+
+    with pytest.raises(OSError, match="short"), compiling(kernels, world, True):
+        library.write_bytes(b"wh")
+        raise OSError("file too short")
+    with compiling(kernels, world, True):
+        assert not library.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- data
+
+
+def work_for(seconds: float, then: Any) -> Callable[..., Any]:
+    """Work that asks every fifth of a second whether to stop."""
+
+    def work(*_: Any, stop_requested: StopRequested, **__: Any) -> Any:
+        for _ in range(int(seconds * 5)):
+            time.sleep(0.2)
+            if reason := stop_requested():
+                raise Stopped(reason)
+        return then
+
+    return work
+
+
+def life_on(world: World, run: RunDir, stops_after: int) -> Life:
+    """One that is told to stop on its second rank, when it has been asked so often."""
+    asked = iter(range(1000))
+
+    def stop() -> str | None:
+        return "preempted" if world.rank == 1 and next(asked) >= stops_after else None
+
+    where = ("n1", world.rank, world.world_size, world.rank, "", 0, 1, None, "")
+    return Life(run, stop, JobEnvironment("local", "1", 0, *where))  # type: ignore[arg-type]
+
+
+def open_on_rank(world: World, run: RunDir, key: str, stops_after: int) -> None:
+    packed.pack = work_for(6, (key, None))  # type: ignore[assignment]
+    scratch.copy_to_scratch = work_for(6, None)  # type: ignore[assignment]
+    try:
+        answer = inputs.packed_data(life_on(world, run, stops_after), make_config(), world).digest
+    except Stopped as e:
+        answer = e.reason
+    (run.path / str(world.rank)).write_text(answer)
+
+
+@pytest.mark.parametrize("slow", ["packing", "copying to scratch"])
+@pytest.mark.parametrize("stops_after", [999, 5])
+def test_ranks_wait_for_the_one_that_brings_the_data_longer_than_they_wait_for_any_other(
+    tmp_path: Path, slow: str, stops_after: int
+) -> None:
+    run = make_run(tmp_path / "run")
+    key, there = packed.pack(make_config().data, "train", tmp_path / "cache")
+    data = {"cache": str(tmp_path / "cache"), "key": key, "digest": there.digest, "scratch": str(tmp_path / "scratch")}
+    if slow == "packing":
+        data |= {"key": "gone", "scratch": None}
+    run.run_json.write_text(json.dumps({"data": data}))
+    on_ranks(2, open_on_rank, run, key, stops_after, timeout_s=4)
+    answer = there.digest if stops_after == 999 else "preempted"
+    assert [(run.path / rank).read_text() for rank in "01"] == [answer, answer]
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0")
+    env, cpu = environment.current(), torch.device("cpu")
+    devices.check(env, cpu, tmp_path)  # given by name only, as on a testbed
+    (tmp_path / "0000:01:00.0").mkdir()
+    with pytest.raises(NodeUnfit, match="torch cannot use them"):
+        devices.check(env, cpu, tmp_path)
+    monkeypatch.delenv("SLURM_STEP_GPUS")
+    devices.check(env, cpu, tmp_path)  # none was asked for
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+def job(run: RunDir, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "DDPM_"))}
+    command = [sys.executable, "-m", "launch.jobs", words[0], str(run.path), *words[1:]]
+    env = {**kept, "DDPM_CPUS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    return subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Prepared, and its cache lies where no directory can be made."""
+    run = make_run(tmp_path / "run")
+    run.config.write_text(make_config().to_yaml())
+    (tmp_path / "file").touch()
+    data = {"cache": str(tmp_path / "file" / "cache"), "key": "x", "digest": "x", "scratch": None}
+    run.run_json.write_text(json.dumps({"data": data}))
+    return run
+
+
+def test_what_this_node_lacks_another_life_may_find(run: RunDir) -> None:
+    done = job(run, "train", SLURM_JOB_ID="17")
+    assert done.returncode == 1 and "cannot write the data cache" in done.stdout and "data_cache" in done.stdout
+    assert run.exit_marker("17", 0).read_text() == "1 crash"
+
+
+def test_on_this_machine_a_failure_is_told_by_the_job_itself(run: RunDir) -> None:
+    assert job(run, "train", DDPM_JOB="local-1").returncode == 1
+    run.run_json.unlink()
+    assert job(run, "train", DDPM_JOB="local-2").returncode == 78
+    failed = [e for e in read_events(run) if e["event"] == "failed"]
+    assert [(e["job"], e["exit_code"]) for e in failed] == [("local-1", 1), ("local-2", 78)]
+
+
+def test_a_task_says_which_shard_it_makes_before_it_can_fail(run: RunDir) -> None:
+    array = {"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job(run, "sample", "fid", "--offset", "1000", **array).returncode == 78  # nothing is trained
+    assert (run.logs / ".shard-17_3").read_text() == "1003"
+    assert run.exit_marker("17_3", 0).read_text() == "78 crash"
+
+
+def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(run: RunDir, tmp_path: Path) -> None:
+    run.stop_file.touch()
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is loaded')")
+    done = job(run, "train", SLURM_JOB_ID="17", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "forbids training" in done.stdout, done.stderr

@@ -1,0 +1,437 @@
+"""launch/life/supervisor.py: which ends of a job put it back. SLURM's answers are given here."""
+
+import errno
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.run import events, paths
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.paths import RunDir
+from ddpm.sampling import request as requests
+from launch.cluster import environment, slurm
+from launch.cluster.environment import PROJECT
+from launch.life import supervisor
+from launch.life.life import Life
+from launch.life.preemption import StopFlag
+
+Shell = Callable[..., int]
+
+
+class Cluster:
+    """What SLURM says, and what it was told."""
+
+    def __init__(self) -> None:
+        self.state, self.may_requeue, self.cancels = "RUNNING", True, False
+        self.preempted, self.grace_s = False, 10
+        self.life: int | None = None  # which SLURM runs; None: the one that asks
+        self.requeued: list[str] = []
+        self.successors: list[str] = []
+        self.waits: dict[str, str] = {}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    for path in (run.checkpoints, run.logs, run.events):
+        path.mkdir(parents=True)
+    return run
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    c = Cluster()
+
+    def successor(run: RunDir, stage: str, job: str) -> str:
+        c.successors.append(job)
+        new = str(100 + len(c.successors))
+        EventLog(run, new, 0, "node", prefix="submit-").append("submitted", successor_of=job)
+        return new
+
+    def show(job: str) -> slurm.Shown | None:
+        life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
+        shown = slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted)
+        return shown if c.state else None
+
+    monkeypatch.setattr(slurm, "show", show)
+    monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
+    monkeypatch.setattr(slurm, "requeue", c.requeued.append)
+    monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
+    monkeypatch.setattr(slurm, "make_wait", c.waits.__setitem__)
+    monkeypatch.setattr(supervisor, "submit_successor", successor)
+    monkeypatch.setattr(supervisor.time, "sleep", lambda s: None)
+    return c
+
+
+@pytest.fixture
+def shell_ends(run: RunDir, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> Shell:
+    """The end of the batch shell of one life: srun's exit code, and the marker that the job left."""
+    restarts: dict[str, int] = {}
+    ticks = itertools.count()
+    monkeypatch.setattr(events, "now", lambda: f"{next(ticks):09d}")  # lives take longer than a millisecond
+
+    def end(code: int, *, said: str | None = None, job: str = "17", stage: str = "train", set_name: str = "") -> int:
+        restart = restarts.get(job, 0)
+        restarts[job] = restart + 1
+        for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_NUM_TASKS"):
+            monkeypatch.delenv(key, raising=False)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        if said is not None:
+            run.exit_marker(job, restart).write_text(said)
+        return supervisor.end(run, stage, code, set_name)
+
+    return end
+
+
+def saved(run: RunDir, step: int) -> None:
+    run.manifest(step).touch()
+
+
+def last(run: RunDir) -> dict[str, Any]:
+    return read_events(run)[-1]
+
+
+def test_done_work_is_left_alone(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    assert shell_ends(0) == 0 and cluster.requeued == [] and read_events(run) == []
+
+
+def test_a_saved_stop_and_a_crash_are_put_back(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    shell_ends(75, said="75 time_limit")
+    assert last(run)["event"] == "requeued" and last(run)["reason"] == "time_limit"
+    saved(run, 5)
+    shell_ends(137)
+    assert (last(run)["reason"], last(run)["exit_code"], last(run)["progress"]) == ("crash", 137, 5)
+    assert cluster.requeued == ["17", "17"]
+
+
+def test_the_jobs_own_word_goes_before_sruns_code(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    """srun may report a peer that was killed while rank 0 had finished."""
+    assert shell_ends(143, said="0 crash") == 0
+    assert cluster.requeued == [] and not list(run.logs.iterdir())
+    assert shell_ends(0, said="78 crash") == 78 and last(run)["event"] == "failed"
+
+
+def test_a_marker_that_a_full_disk_left_empty_is_no_word(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    shell_ends(1, said="")
+    assert cluster.requeued == ["17"] and last(run)["exit_code"] == 1
+
+
+@pytest.mark.parametrize("code", [76, 78])
+def test_what_would_end_the_same_way_is_not_put_back(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, code: int
+) -> None:
+    assert shell_ends(code) == code and cluster.requeued == []
+    assert last(run)["event"] == "failed" and str(code) in last(run)["reason"]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
+def test_a_job_that_is_not_running_is_slurms(run: RunDir, cluster: Cluster, shell_ends: Shell, state: str) -> None:
+    cluster.state = state
+    assert shell_ends(75, said="75 preempted") == 75
+    assert cluster.requeued == [] and cluster.successors == [] and read_events(run) == []
+
+
+def test_a_stop_file_ends_every_requeue(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    run.stop_file.touch()
+    assert shell_ends(1) == 1 and cluster.requeued == [] and "STOP" in last(run)["reason"]
+
+
+def test_lives_that_advance_are_put_back_without_end(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for step in range(1, 12):
+        saved(run, step)
+        shell_ends(1)
+    assert len(cluster.requeued) == 11
+
+
+def test_three_lives_without_a_new_step_after_one_that_made_some_are_failed(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    saved(run, 5)
+    for _ in range(3):  # the one that saved step 5, and two that did not get beyond it
+        shell_ends(1)
+    assert len(cluster.requeued) == 3
+    assert shell_ends(139) == 139
+    assert len(cluster.requeued) == 3 and last(run)["event"] == "failed"
+    assert "without progress beyond 5" in last(run)["reason"] and "139" in last(run)["reason"]
+
+
+def test_one_new_step_starts_the_count_anew(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for step in (5, 5, 5, 6, 6, 6):
+        saved(run, step)
+        shell_ends(1)
+    assert len(cluster.requeued) == 6
+    shell_ends(1)
+    assert len(cluster.requeued) == 6
+
+
+def test_preemptions_never_count_and_never_break_the_count(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for _ in range(10):
+        shell_ends(75, said="75 preempted")
+    assert len(cluster.requeued) == 10
+    for _ in range(3):
+        shell_ends(1)
+        shell_ends(75, said="75 preempted")
+    shell_ends(1)
+    assert len(cluster.requeued) == 16 and last(run)["event"] == "failed"
+
+
+def test_another_jobs_crashes_are_not_counted(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    for job in ("17", "18", "19", "20", "21"):  # each submitted again by a person
+        shell_ends(1, job=job)
+    assert len(cluster.requeued) == 5
+
+
+def test_where_requeue_is_forbidden_a_successor_goes_once_and_inherits_the_count(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    cluster.may_requeue = False
+    cluster.waits.update({"18": "17", "19": "18"})  # a chain: samples, then their score
+    for job in ("17", "101", "102"):
+        assert shell_ends(1, job=job) == 1
+    assert cluster.waits == {"18": "103", "19": "18"}
+    assert cluster.successors == ["17", "101", "102"] and cluster.requeued == []
+    shell_ends(1, job="103")
+    assert len(cluster.successors) == 3 and last(run)["event"] == "failed"
+
+
+def test_where_pre_emption_means_cancelling_a_pre_empted_run_has_a_successor_and_a_crashed_one_comes_back(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    cluster.cancels = True
+    shell_ends(75, said="75 preempted")
+    assert (cluster.successors, cluster.requeued) == (["17"], [])
+    shell_ends(1, job="18")
+    shell_ends(75, said="75 preempted", job="19_3", stage="sample", set_name="fid")
+    assert (cluster.successors, cluster.requeued) == (["17"], ["18", "19_3"])
+    shell_ends(1, said="1 save_failed", job="20")
+    assert (cluster.successors, cluster.requeued) == (["17", "20"], ["18", "19_3"])
+
+
+@pytest.mark.parametrize("may_requeue", [True, False])
+def test_a_job_that_pre_emption_ends_without_grace_has_a_successor(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, may_requeue: bool
+) -> None:
+    cluster.cancels, cluster.may_requeue = may_requeue, may_requeue
+    cluster.state, cluster.preempted, cluster.grace_s = "COMPLETING", True, 0
+    cluster.waits.update({"18": "17"})
+    shell_ends(75, said="75 preempted")
+    assert (cluster.successors, cluster.requeued, cluster.waits) == (["17"], [], {"18": "101"})
+
+
+@pytest.mark.parametrize(
+    ("stage", "cancels", "life", "grace_s"),
+    [
+        ("train", False, 0, 0),  # SLURM requeues it
+        ("sample", True, 0, 0),  # the evaluation makes up for it
+        ("train", True, 1, 0),  # it has done so, and this is an orphan
+        ("train", True, 0, 10),  # cancelled in the second in which its grace period began
+    ],
+)
+def test_a_job_that_pre_emption_ends_is_left_to_slurm_where_it_comes_back_or_may_have_been_cancelled(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, stage: str, cancels: bool, life: int, grace_s: int
+) -> None:
+    cluster.state, cluster.preempted, cluster.grace_s = "COMPLETING", True, grace_s
+    cluster.cancels, cluster.life = cancels, life
+    assert shell_ends(75, said="75 preempted", stage=stage, set_name="fid") == 75
+    assert (cluster.successors, cluster.requeued, read_events(run)) == ([], [], [])
+
+
+def begun_set(run: RunDir) -> paths.SampleSet:
+    """Of 40 samples in 2 shards."""
+    request = requests.Request(requests.CheckpointRef(5, "ab"), "ema", "ddim", 4, 0.0, None, 0, 40, 2, 2, "fp32", None)
+    requests.publish_request(run.sample_set("fid"), request)
+    run.sample_set("fid").part.mkdir()
+    return run.sample_set("fid")
+
+
+def takes_shard(run: RunDir, job: str, shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a task does first in each of its lives."""
+    for name, value in (("SLURM_ARRAY_JOB_ID", ""), ("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    Life(run, StopFlag(), environment.current()).works_on(shard)
+
+
+def test_finished_batches_are_the_progress_of_a_shard_until_it_is_done(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = begun_set(run)
+    takes_shard(run, "17", 1, monkeypatch)
+    for i in range(6):
+        (where.part / f"{20 + 2 * i:09d}-2.npz").touch()
+        shell_ends(1, stage="sample", set_name="fid")
+    assert len(cluster.requeued) == 6 and last(run)["progress"] == 6
+    assert shell_ends(0, stage="sample", set_name="fid") == 0 and list(run.logs.iterdir()) == []
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_task_that_crashes_is_not_put_back_for_what_its_siblings_make(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    where = begun_set(run)
+    if said:  # else it dies before it has said which shard it makes
+        takes_shard(run, "17", 1, monkeypatch)
+    for i in range(6):
+        (where.part / f"{2 * i:09d}-2.npz").touch()
+        shell_ends(1, stage="sample", set_name="fid")
+    assert len(cluster.requeued) == 3 and "without progress beyond 0" in last(run)["reason"]
+
+
+def test_an_evaluation_is_not_put_back_for_shards_that_others_make(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    where = begun_set(run)
+    for i in range(6):
+        where.shard_manifest(i, 6).touch()
+        shell_ends(1, stage="evaluate", set_name="fid")
+    assert len(cluster.requeued) == 3
+    where.features_manifest("pixels", 0, 2).touch()
+    shell_ends(1, stage="evaluate", set_name="fid")
+    assert len(cluster.requeued) == 4 and last(run)["progress"] == 1
+
+
+def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, silences = slurm.show, iter([True, True])
+
+    def show(job: str) -> slurm.Shown | None:
+        if next(silences, False):
+            raise slurm.SlurmError("scontrol: Unable to contact slurm controller")
+        return answers(job)
+
+    monkeypatch.setattr(slurm, "show", show)
+    shell_ends(1)
+    assert cluster.requeued == ["17"]
+
+
+@pytest.mark.parametrize("may_requeue", [True, False])
+def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_away(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, may_requeue: bool
+) -> None:
+    tried: list[str] = []
+
+    def unheard(*order: Any) -> str:
+        tried.append(order[-1])
+        cluster.state = "COMPLETING"
+        raise slurm.SlurmError("Unable to contact slurm controller")
+
+    cluster.may_requeue = may_requeue
+    monkeypatch.setattr(slurm, "requeue", unheard)
+    monkeypatch.setattr(supervisor, "submit_successor", unheard)
+    shell_ends(1)
+    assert tried == ["17"]
+
+
+@pytest.mark.parametrize("code", [1, 75, 76])
+def test_the_shell_of_an_earlier_life_leaves_a_later_one_alone(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, code: int
+) -> None:
+    """Its node was out of reach, and SLURM has put the job elsewhere under the same id."""
+    cluster.life = 1
+    assert shell_ends(code) == code
+    assert cluster.requeued == [] and cluster.successors == [] and read_events(run) == []
+
+
+@pytest.mark.parametrize("may_requeue", [True, False])
+def test_a_crash_loop_ends_though_a_full_disk_takes_no_event(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, may_requeue: bool
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cluster.may_requeue = may_requeue
+    monkeypatch.setattr(EventLog, "append", full)
+    for _ in range(6):
+        shell_ends(1)
+    assert len(cluster.requeued) == (3 if may_requeue else 0) and cluster.successors == []
+
+
+def test_a_requeue_that_slurm_refuses_is_told(
+    run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(job: str) -> None:
+        raise slurm.SlurmError("scontrol: Requested operation is presently disabled")
+
+    monkeypatch.setattr(slurm, "requeue", refuse)
+    monkeypatch.setattr(slurm, "PATIENCE_S", 0)
+    with pytest.raises(slurm.SlurmError):
+        shell_ends(75, said="75 time_limit")
+    monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
+    assert supervisor.main() == 75
+    assert "could not be put back" in capsys.readouterr().out
+    assert last(run)["event"] == "failed" and "submit the run again" in last(run)["reason"]
+
+
+def break_file_system(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next `times` looks into the run directory fail."""
+    left = iter(range(times))
+
+    def broken(real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is not None:
+                raise OSError(errno.ESHUTDOWN, "Cannot send after transport endpoint shutdown")
+            return real(*args, **kwargs)
+
+        return look
+
+    for owner, name in ((Path, "read_text"), (RunDir, "latest_step"), (supervisor, "read_events")):
+        monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+
+
+def test_a_file_system_that_is_away_for_a_moment_costs_the_job_nothing(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(run, 5)
+    break_file_system(monkeypatch, 7)
+    shell_ends(143, said="75 time_limit")
+    assert cluster.requeued == ["17"]
+    told = last(run)
+    assert (told["event"], told["reason"], told["exit_code"], told["progress"]) == ("requeued", "time_limit", 75, 5)
+
+
+def test_lives_whose_run_directory_cannot_be_read_are_put_back_as_often_as_a_crash(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    break_file_system(monkeypatch, 10**6)
+    monkeypatch.setattr(slurm, "PATIENCE_S", 0)
+    codes = [shell_ends(1, said="75 time_limit") for _ in range(6)]
+    assert cluster.requeued == ["17"] * 3 and codes == [1] * 6
+    assert "failed: its lives cannot be counted while nothing can be read" in capfd.readouterr().out
+    assert shell_ends(0) == 0 and shell_ends(78) == 78 and len(cluster.requeued) == 3
+
+
+def test_a_successor_that_an_unreadable_run_directory_prevents_is_told(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stale(*_: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    cluster.cancels = True
+    monkeypatch.setattr(supervisor, "submit_successor", stale)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    run.exit_marker("17", 0).write_text("75 preempted")
+    monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
+    assert supervisor.main() == 75
+    assert "could not be put back" in capfd.readouterr().out
+
+
+def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    log = EventLog(run, "17", 0, "login", prefix="submit-")
+    for _ in range(5):
+        log.append("submitted", stage="train")
+        log.append("failed", reason="x")
+    shell_ends(1)
+    assert len(cluster.requeued) == 1
+
+
+def test_the_shells_of_jobs_that_had_begun_under_the_earlier_name_find_it(run: RunDir) -> None:
+    done = subprocess.run([sys.executable, "-m", "launch.supervisor", str(run.path), "train", "0"], cwd=PROJECT)
+    assert done.returncode == 0

@@ -1,0 +1,251 @@
+"""launch/queue: how a job, and a chain of them, is submitted. SLURM's answers are given here."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from submitit.core.utils import DelayedSubmission
+
+from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
+from launch import jobs, submit
+from launch.cluster import slurm
+from launch.cluster.environment import PROJECT
+from launch.cluster.site import Site
+from launch.queue import chain, submitting
+from launch.queue.job import Job
+from tests.cli.harness import TINY
+
+VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
+
+
+class Cluster:
+    """Takes jobs, from the id 101 on; after `accepts` of them it answers `otherwise`. Remembers all commands."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.accepts = 1000
+        self.otherwise: Exception = slurm.SlurmError("sbatch: error: Invalid account")
+
+    def run(self, argv: list[str], **_: Any) -> str:
+        self.commands.append(argv)
+        if argv[0] == "sbatch":
+            number = len(self.of("sbatch"))
+            if number > self.accepts:
+                raise self.otherwise
+            return f"{100 + number}\n" if "--parsable" in argv else f"Submitted batch job {100 + number}\n"
+        return {"sinfo": "gpu|gpu:2\n", "scontrol": "MaxArraySize = 2\n"}.get(argv[0], "")
+
+    def of(self, command: str) -> list[list[str]]:
+        return [c for c in self.commands if c[0] == command]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    c = Cluster()
+    monkeypatch.setattr(slurm, "run", c.run)
+    monkeypatch.setattr(slurm, "available", lambda command="sbatch": True)
+    return c
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "tiny")
+    for path in (run.checkpoints, run.logs, run.events):
+        path.mkdir(parents=True)
+    return run
+
+
+def options_of(command: list[str]) -> set[str]:
+    return {word for word in command if word.startswith("--") and word != "--parsable"}
+
+
+@VIA
+def test_everything_that_is_asked_for_is_a_flag(run: RunDir, cluster: Cluster, via: str) -> None:
+    """SBATCH_* variables, which a user may have exported, go before the lines of a script, and flags before them."""
+    job = Job("train", run, Site(via=via, account="lab", time=60, sbatch={"exclusive": True, "nice": 5}))
+    assert submitting.submit(job) == ["101"]
+    (command,) = cluster.of("sbatch")
+    assert options_of(command) == {
+        "--job-name=tiny-train", "--account=lab", "--time=60", "--nodes=1", "--ntasks-per-node=1", "--requeue",
+        "--export=ALL", "--open-mode=append", "--signal=USR2@120", f"--output={run.logs}/train-%j.out", "--exclusive",
+        "--nice=5",
+    }  # fmt: skip
+
+
+@VIA
+def test_an_array_and_its_logs_are_named_by_flags_too(run: RunDir, cluster: Cluster, via: str) -> None:
+    both = [Job("sample", run, Site(via=via, max_parallel=8), "set", shards) for shards in ((0, 1), (2,))]
+    assert [submitting.submit(job) for job in both] == [["101"], ["102"]]
+    array, single = map(options_of, cluster.of("sbatch"))
+    assert f"--output={run.logs}/sample-%A_%a.out" in array and any(o.startswith("--array=0-1%") for o in array)
+    if via == "submitit":  # which makes no array of one
+        assert f"--output={run.logs}/sample-%j.out" in single and not any(o.startswith("--array") for o in single)
+
+
+def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(run: RunDir, cluster: Cluster) -> None:
+    submitting.submit(Job("train", run, Site(via="sbatch", account="lab")))
+    for events in run.events.iterdir():
+        events.write_text(events.read_text().replace('"export": "ALL"', '"account": "lab"'))
+    submitting.submit_successor(run, "train", "101")
+    assert {"--export=ALL", "--account=lab"} <= options_of(cluster.of("sbatch")[1])
+
+
+# ---------------------------------------------------------------- submitit
+
+
+def run_by_submitit(run: RunDir, job: str, probe: str) -> subprocess.CompletedProcess[str]:
+    """What submitit's runner does as rank 0 of `job`. probe: a module in the way of launch.jobs, by its source."""
+    (run.path / "launch").mkdir()
+    (run.path / "launch" / "__init__.py").touch()
+    (run.path / "launch" / "jobs.py").write_text(probe)
+    base, _, task = job.partition("_")
+    env = {"SLURM_JOB_ID": "99", "SLURM_ARRAY_JOB_ID": base, "SLURM_ARRAY_TASK_ID": task} if task else {}
+    env = {"SLURM_JOB_ID": base, **env, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    path = os.pathsep.join([str(run.path), os.environ.get("PYTHONPATH", "")])
+    env |= {"SUBMITIT_EXECUTOR": "slurm", "PYTHONPATH": path, "PATH": os.environ["PATH"]}
+    argv = [sys.executable, "-u", "-m", "submitit.core._submit", str(run.logs / "submitit")]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, cwd=run.path)
+
+
+PROBE = "def main(argv):\n    print('told', *argv)\n"
+
+
+@pytest.mark.parametrize(("shards", "job", "told"), [
+    ((), "101", "train RUN"), ((2,), "101", "sample RUN set --shard 2"), ((4, 5), "101_1", "sample RUN set --shard 5"),
+])  # fmt: skip
+def test_submitits_runner_finds_in_a_pickle_the_entry_and_what_it_is_told_and_nothing_else_of_ours(
+    run: RunDir, cluster: Cluster, shards: tuple[int, ...], job: str, told: str
+) -> None:
+    stage, set_name = ("sample", "set") if shards else ("train", "")
+    submitting.submit(Job(stage, run, Site(), set_name, shards))
+    done = run_by_submitit(run, job, PROBE)
+    assert done.returncode == 0, done.stderr
+    assert f"told {told.replace('RUN', str(run.path))}\n" in done.stdout
+
+
+def test_a_job_that_the_version_before_queued_starts(run: RunDir) -> None:
+    """Its pickle names the entry as a function of its module."""
+    (run.logs / "submitit").mkdir()
+    delayed = DelayedSubmission(jobs.main, ["train", "RUN"])
+    delayed.set_timeout(5, 3)
+    delayed.dump(run.logs / "submitit" / "17_submitted.pkl")
+    done = run_by_submitit(run, "17", PROBE)
+    assert done.returncode == 0 and "told train RUN\n" in done.stdout, done.stderr
+
+
+def test_what_submits_does_not_load_what_runs(run: RunDir, cluster: Cluster) -> None:
+    code = (
+        "import sys; from launch import submit, sample, evaluate, status, supervisor; "
+        "from launch.queue import by_submitit; from pickle import dumps; dumps(by_submitit.Named(by_submitit.ENTRY)); "
+        "sys.exit('launch.jobs' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+    submitting.submit(Job("train", run, Site()))
+    (saved,) = (run.logs / "submitit").glob("*.pkl")
+    assert pickle.loads(saved.read_bytes()).function is jobs.main  # noqa: S301
+
+
+def test_the_script_of_a_submitit_job_lies_under_its_id(run: RunDir, cluster: Cluster) -> None:
+    submitting.submit(Job("sample", run, Site(), "set", (0, 1)))
+    text = (run.logs / "submitit" / "101_submission.sh").read_text()
+    assert submitting.describe(Job("sample", run, Site(), "set", (0, 1))).endswith(text)
+    assert {p.name for p in (run.logs / "submitit").glob("101*.pkl")} == {f"101_{i}_submitted.pkl" for i in (0, 1)}
+
+
+# ---------------------------------------------------------------- refusals and silence
+
+SILENCE = slurm.NoAnswer("sbatch: error: Batch job submission failed: Unable to contact slurm controller")
+
+
+@VIA
+def test_a_refusal_is_the_requests_fault_and_silence_is_not(run: RunDir, cluster: Cluster, via: str) -> None:
+    cluster.accepts = 0
+    with pytest.raises(RequestError, match="Invalid account"):
+        submitting.submit(Job("train", run, Site(via=via)))
+    cluster.otherwise = SILENCE
+    with pytest.raises(slurm.NoAnswer, match="squeue --me --name tiny-train") as caught:
+        submitting.submit(Job("train", run, Site(via=via)))
+    assert caught.value.exit_code == 3 and "Unable to contact" in str(caught.value)
+    assert cluster.of("scancel") == []
+
+
+@VIA
+def test_an_array_whose_second_part_is_refused_is_taken_back(run: RunDir, cluster: Cluster, via: str) -> None:
+    cluster.accepts = 1
+    with pytest.raises(RequestError):
+        submitting.submit(Job("sample", run, Site(via=via), "set", (0, 1, 2, 3)))
+    assert cluster.of("scancel") == [["scancel", "101"]]
+
+
+@VIA
+def test_of_an_array_whose_second_part_had_no_answer_the_first_is_known(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    cluster.accepts, cluster.otherwise = 1, SILENCE
+    with pytest.raises(slurm.NoAnswer):
+        submitting.submit(Job("sample", run, Site(via=via), "set", (0, 1, 2, 3)))
+    assert cluster.of("scancel") == [] and [e["job"] for e in read_events(run)] == ["101"]
+
+
+@VIA
+def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: Cluster, via: str) -> None:
+    run.events.rmdir()
+    run.events.touch()
+    with pytest.raises(FileExistsError):
+        submitting.submit(Job("train", run, Site(via=via)))
+    assert cluster.of("scancel") == [["scancel", "101"]]
+
+
+@VIA
+@pytest.mark.parametrize("error", [RequestError("no"), OSError("no"), ValueError("no"), slurm.SlurmError("no")])
+def test_a_chain_that_fails_half_way_is_taken_back_whatever_the_reason(
+    run: RunDir, cluster: Cluster, via: str, error: Exception
+) -> None:
+    cluster.accepts, cluster.otherwise = 1, error
+    with pytest.raises(RequestError if isinstance(error, slurm.SlurmError) else type(error), match="no"):
+        chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
+    assert cluster.of("scancel") == [["scancel", "101"]]
+
+
+def test_a_chain_that_is_queued_stays_though_nobody_reads_of_it(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    ids, told = chain.queue([Job("train", run, Site()), Job("evaluate", run, Site(), "set")], Config())
+    assert len(ids) == len(told) == 2 and cluster.of("scancel") == []
+
+
+def test_a_chain_in_which_slurm_falls_silent_stays(run: RunDir, cluster: Cluster) -> None:
+    cluster.accepts, cluster.otherwise = 1, SILENCE
+    with pytest.raises(slurm.NoAnswer, match="tiny-evaluate"):
+        chain.queue([Job("train", run, Site()), Job("evaluate", run, Site(), "set")], Config())
+    assert cluster.of("scancel") == []
+
+
+@VIA
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_new_run_is_kept_where_its_job_may_be_in_the_queue(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, via: str, silent: bool
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = ["--partition", "gpu", "--via", via, "--root", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["submit.py", str(tmp_path / "tiny.yaml"), *words])
+    cluster.accepts = 0
+    if silent:
+        cluster.otherwise = SILENCE
+    with pytest.raises(slurm.NoAnswer if silent else RequestError):
+        submit.main()
+    assert (tmp_path / "runs" / "tiny").exists() == silent
+    if silent:  # and the same command goes on
+        cluster.accepts = 9
+        assert submit.main() == 0

@@ -1,0 +1,126 @@
+"""launch/queue: which jobs count as being in the queue. SLURM's answers are given here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddpm.run.events import EventLog
+from ddpm.run.paths import RunDir
+from launch.cluster import environment, slurm
+from launch.queue import chain, waiting
+from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
+
+Answers = Callable[..., list[list[str]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def told(run: RunDir, job: str, event: str, **fields: object) -> None:
+    EventLog(run, job, 0, "host").append(event, **fields)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """Have squeue answer so, in turn, the last answer for ever; returns what it is asked for. A minute is a moment."""
+
+    def give(*states: dict[str, str]) -> list[list[str]]:
+        asked: list[list[str]] = []
+        turns = itertools.chain(states, itertools.repeat(states[-1]))
+
+        def queued(jobs: list[str]) -> dict[str, str]:
+            asked.append(jobs)
+            return {job: state for job, state in next(turns).items() if job in jobs}
+
+        monkeypatch.setattr(slurm, "available", lambda: True)
+        monkeypatch.setattr(slurm, "queued", queued)
+        monkeypatch.setattr(waiting, "COMPLETING_POLL_S", 0.001)
+        monkeypatch.setattr(waiting, "COMPLETING_AT_MOST_S", 0.2)
+        return asked
+
+    return give
+
+
+def test_a_job_that_is_being_put_back_is_in_the_queue(
+    run: RunDir, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(run, "17", "submitted", stage="train", via="sbatch")
+    answers({"17": "COMPLETING"}, {"17": "COMPLETING"}, {"17": "COMPLETING"}, {"17": "PENDING"})
+    assert jobs_in_queue(run, "train") == ["17"]
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("waiting for SLURM") == 1 and "17" in said.err
+
+
+def test_a_job_that_has_ended_is_not_though_it_was_completing_for_a_moment(
+    run: RunDir, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(run, "17", "submitted", stage="sample", set="fid", via="sbatch")
+    answers({"17": "COMPLETING"}, {})
+    assert jobs_in_queue(run, "sample", "fid") == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_that_does_not_come_to_its_end_does_not_block_the_run(run: RunDir, answers: Answers) -> None:
+    told(run, "17", "submitted", stage="train", via="sbatch")
+    asked = answers({"17": "COMPLETING"})
+    assert jobs_in_queue(run, "train") == []
+    assert len(asked) > 10
+
+
+def test_jobs_of_other_stages_and_sets_and_of_this_machine_are_not_asked_for(run: RunDir, answers: Answers) -> None:
+    told(run, "17", "submitted", stage="train", via="sbatch", set="")
+    told(run, "18", "submitted", stage="sample", via="sbatch", set="fid")
+    told(run, "19", "submitted", stage="evaluate", via="sbatch", set="fid")
+    told(run, "local-1", "submitted", stage="train", via="local")
+    told(run, "local-1", "allocated")
+    asked = answers({job: "RUNNING" for job in ("17", "18", "19", "local-1")})
+    assert jobs_in_queue(run, "train") == ["17"]
+    assert jobs_in_queue(run, "sample", "fid") == ["18"]
+    assert jobs_in_queue(run, "sample", "other") == []
+    assert asked == [["17"], ["18"]]
+
+
+def test_a_training_job_that_was_submitted_by_hand_is_known_once_it_had_its_nodes(
+    run: RunDir, answers: Answers
+) -> None:
+    told(run, "17", "allocated")
+    answers({"17": "PENDING"})
+    assert jobs_in_queue(run, "train") == ["17"]
+    assert jobs_in_queue(run, "sample", "fid") == []
+
+
+def test_evaluations_of_a_set_are_told_apart_by_what_they_compare_with(run: RunDir, answers: Answers) -> None:
+    told(run, "17", "submitted", stage="evaluate", via="sbatch", set="fid", args=[])
+    told(run, "18", "submitted", stage="evaluate", via="sbatch", set="fid", args=["--reference", "test"])
+    again = ["--reference", "train", "--round", "1:3"]
+    told(run, "19", "submitted", stage="evaluate", via="sbatch", set="fid", args=again)
+    told(run, "20", "submitted", stage="evaluate", via="sbatch", set="other", args=[])
+    answers({job: "PENDING" for job in ("17", "18", "19", "20")})
+    assert evaluations_in_queue(run, "fid", "train", default="train") == ["17", "19"]
+    assert evaluations_in_queue(run, "fid", "test", default="train") == ["18"]
+    assert evaluations_in_queue(run, "fid", "/stats.npz", default="train") == []
+    assert evaluations_in_queue(run, "other", "test", default="test") == ["20"]
+
+
+def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_answer_pass(
+    run: RunDir, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SLURM_JOB_ID", "19"), ("SLURM_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    told(run, "19", "submitted", stage="evaluate", via="sbatch", set="fid")
+    run.run_json.write_text("{}")
+    asked = answers({"19": "RUNNING"})
+
+    def out_of_reach(argv: list[str], **_: object) -> str:
+        raise slurm.NoAnswer("sbatch: Socket timed out on send/recv operation")
+
+    monkeypatch.setattr(slurm, "run", out_of_reach)
+    with pytest.raises(slurm.NoAnswer):
+        chain.fill_gaps(run, "fid", [3], None, "", environment.current())
+    assert asked == []

@@ -1,0 +1,148 @@
+"""ddpm/run/fence.py: one writer per run, whoever else believes to be it."""
+
+import os
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ddpm.errors import RunBusy
+from ddpm.run import files
+from ddpm.run.fence import Fence
+from ddpm.run.paths import RunDir
+
+OWNER = {"job": "17", "restart": 1, "host": "n1"}
+
+
+def test_tokens_count_up(run: RunDir) -> None:
+    tokens = []
+    for _ in range(3):
+        fence = Fence(run, OWNER, wait_s=0)
+        tokens.append(fence.token)
+        fence.check()
+        fence.release()
+    assert tokens == [1, 2, 3] and run.fence.read_text() == "3\n"
+
+
+def test_a_second_holder_waits_and_is_then_told_who_holds_the_run(run: RunDir, fence: Fence) -> None:
+    said: list[str] = []
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 1\) on n1.*scancel 17"):
+        Fence(run, {"job": "18"}, wait_s=0.6, how_to_end=lambda other: f"scancel {other['job']}", log=said.append)
+    assert len(said) == 1 and "waiting up to" in said[0]
+    fence.check()  # the first one has not been fenced out
+
+
+def test_a_lock_that_is_let_go_while_another_waits_is_theirs(run: RunDir) -> None:
+    first = Fence(run, OWNER, wait_s=0)
+    threading.Timer(0.3, first.release).start()
+    second = Fence(run, {"job": "18"}, wait_s=20, log=lambda line: None)
+    assert second.token == first.token + 1
+    with pytest.raises(RunBusy):
+        first.check()
+    second.release()
+
+
+def test_an_orphan_is_asked_about_by_name_and_fenced_out(run: RunDir, fence: Fence) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def orphan(owner: dict[str, Any]) -> bool:
+        asked.append(owner)
+        return True
+
+    heir = Fence(run, {**OWNER, "restart": 2}, wait_s=0, is_orphan=orphan, log=lambda line: None)
+    assert asked == [OWNER]
+    heir.check()
+    with pytest.raises(RunBusy, match="taken over by a later job"):
+        fence.check()
+    heir.release()
+
+
+def test_an_earlier_life_of_the_same_job_is_asked_about_at_once(run: RunDir, fence: Fence) -> None:
+    began = time.monotonic()
+    heir = Fence(run, {**OWNER, "restart": 2}, wait_s=300, is_orphan=lambda owner: True, log=lambda line: None)
+    assert time.monotonic() - began < 30
+    heir.release()
+
+
+def test_another_job_is_asked_about_when_it_has_had_its_time(run: RunDir, fence: Fence) -> None:
+    asked: list[float] = []
+
+    def orphan(_: dict[str, Any]) -> bool:
+        asked.append(time.monotonic())
+        return True
+
+    began = time.monotonic()
+    heir = Fence(run, {**OWNER, "job": "18"}, wait_s=0.8, is_orphan=orphan, log=lambda line: None)
+    assert len(asked) == 1 and asked[0] - began >= 0.8
+    heir.release()
+
+
+def test_an_heir_has_the_lock_as_soon_as_the_orphan_has_ended(run: RunDir, fence: Fence) -> None:
+    heir = Fence(run, {**OWNER, "restart": 2}, wait_s=0, is_orphan=lambda owner: True, log=lambda line: None)
+    heir.check()
+    fence.release()
+    heir.check()
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 2\)"):
+        Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
+    fence._fd = os.open(run.lock, os.O_RDONLY)  # released again when the test ends
+    heir.check()
+    heir.release()
+
+
+def test_an_orphan_that_was_fenced_out_does_not_take_the_lock_back(run: RunDir, fence: Fence) -> None:
+    options: dict[str, Any] = {"wait_s": 0, "is_orphan": lambda owner: True, "log": lambda line: None}
+    heir = Fence(run, {**OWNER, "restart": 2}, **options)
+    heirs_heir = Fence(run, {**OWNER, "restart": 3}, **options)
+    fence.release()
+    with pytest.raises(RunBusy, match="taken over by a later job"):
+        heir.check()
+    heirs_heir.check()
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 3\)"):
+        Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
+    fence._fd = os.open(run.lock, os.O_RDONLY)  # released again when the test ends
+    heir.release()
+    heirs_heir.release()
+
+
+def test_a_file_system_without_locks_relies_on_the_token(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    said: list[str] = []
+    first = Fence(run, OWNER, log=said.append)
+    second = Fence(run, OWNER, log=said.append)
+    assert "has no locks (No locks available)" in said[0]
+    second.check()
+    with pytest.raises(RunBusy):
+        first.check()
+    first.release()
+    second.release()
+
+
+def test_of_two_that_start_together_without_locks_one_may_write(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes and goes on while the first is about to write its number."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write, others = files.write_bytes, []
+
+    def late(*args: Any, **options: Any) -> None:
+        monkeypatch.setattr("ddpm.run.fence.write_bytes", write)
+        others.append(Fence(run, {"job": "18"}, log=lambda line: None))
+        others[0].check()
+        write(*args, **options)
+
+    monkeypatch.setattr("ddpm.run.fence.write_bytes", late)
+    first = Fence(run, OWNER, log=lambda line: None)
+    first.check()
+    with pytest.raises(RunBusy):
+        others[0].check()
+    third = Fence(run, {"job": "19"}, log=lambda line: None)
+    assert sorted((first.token, others[0].token, third.token)) == [1, 2, 3] and third.token == 3
+    assert [p.name for p in run.path.glob(".fence-*")] == [".fence-3"]
+    for fence in (first, *others, third):
+        fence.release()

@@ -1,0 +1,159 @@
+"""ddpm/run/files.py: a name appears whole or not at all, and what was published stays as it is."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm.errors import RequestError, RunBusy
+from ddpm.run import events, files, paths
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.files import DamagedFile, publishing, read_signed, sign, write_bytes
+from ddpm.run.paths import RunDir
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_publishing_does_not_replace(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first" and names(tmp_path) == ["a"]
+
+
+def test_publishing_without_hard_links_does_not_replace_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_bytes(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first" and names(tmp_path) == ["a"]
+
+
+def test_replace_is_for_those_who_ask(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a", b"first")
+    write_bytes(tmp_path / "a", b"second", replace=True)
+    assert (tmp_path / "a").read_bytes() == b"second" and names(tmp_path) == ["a"]
+
+
+def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), publishing(tmp_path / "a") as f:
+        f.write(b"half")
+        assert names(tmp_path)[0].startswith(files.TMP_PREFIX)
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_a_withheld_publication_leaves_nothing(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RunBusy("taken over")
+
+    with pytest.raises(RunBusy):
+        write_bytes(tmp_path / "a", b"x", may_publish=refuse)
+    assert names(tmp_path) == []
+
+
+def test_a_kill_in_the_middle_leaves_a_temporary_and_no_final_file(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from ddpm.run.files import publishing\n"
+        "with publishing(Path(sys.argv[1]) / 'a', token='7') as f:\n"
+        "    f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[3])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = names(tmp_path)
+    assert left.startswith(".tmp-a.7.")
+
+
+def test_everything_is_durable_before_its_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def spy_fsync(fd: int) -> None:
+        order.append("fsync " + ("dir" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"))  # noqa: PTH112
+        fsync(fd)
+
+    def spy_link(a: Path, b: Path) -> None:
+        order.append("name")
+        link(a, b)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "link", spy_link)
+    write_bytes(tmp_path / "a", b"x", may_publish=lambda: order.append("may I"))
+    assert order == ["fsync file", "may I", "name", "fsync dir"]
+
+
+def test_the_hash_taken_while_writing_is_that_of_the_file(tmp_path: Path) -> None:
+    with publishing(tmp_path / "a") as f:
+        f.write(b"one")
+        f.write(memoryview(b"two"))
+    assert (f.sha256, f.size) == (files.sha256_file(tmp_path / "a"), 6)
+
+
+def test_a_signed_record_notices_any_change(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    files.write_json(path, sign({"step": 3, "file": "ü"}))
+    assert read_signed(path)["step"] == 3
+    for damage in (lambda s: s.replace("3", "4", 1), lambda s: s[:-4], lambda s: "[]", lambda s: '{"step": 3}'):
+        path.write_text(damage(json.dumps(sign({"step": 3}))))
+        with pytest.raises(DamagedFile, match=r"r\.json"):
+            read_signed(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DamagedFile, match="not JSON"):
+        read_signed(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "a\n", "ä", "x" * 101, "$(id)", "a;b"])
+def test_names_that_would_be_paths_or_commands_are_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="is not allowed"):
+        paths.check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "1e-4", "A-Z_0.9", "x" * 100, "-a"])
+def test_other_names_are_fine(name: str) -> None:
+    assert paths.check_name(name) == name
+
+
+def test_an_event_after_a_torn_line_is_not_lost(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    log = EventLog(run, "17", 1, "n1")
+    log.append("started", step=0)
+    with log.path.open("ab") as f:
+        f.write(b'{"event": "check')  # killed here
+    log.append("resumed", step=4)
+    assert [(e["event"], e["step"]) for e in read_events(run)] == [("started", 0), ("resumed", 4)]
+    assert log.path.name == "17.1.jsonl"
+
+
+def test_events_of_many_writers_are_merged_in_order_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path)
+    for i, (job, event) in enumerate([("9", "started"), ("10", "resumed"), ("9", "requeued")]):
+        monkeypatch.setattr(events, "now", lambda i=i: f"2026-11-20T09:00:00.00{i}Z")
+        EventLog(run, job, 0, "n1").append(event)
+    assert [e["event"] for e in read_events(run)] == ["started", "resumed", "requeued"]
+
+
+def test_only_steps_with_a_manifest_count_as_saved_newest_first(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.latest_step() == 0
+    run.checkpoints.mkdir()
+    for name in ("step-000000003.pt", "step-000000002.json", "step-1000000000.json", ".tmp-step-000000009.json.1.2"):
+        (run.checkpoints / name).touch()
+    assert run.steps_saved() == [1_000_000_000, 2] and run.latest_step() == 1_000_000_000
+
+
+def test_sample_sets_are_directories_that_are_not_hidden(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.sample_sets() == []
+    for name in ("b", "a", ".tmp-c"):
+        run.sample_set(name).path.mkdir(parents=True)
+    (run.samples / "notes.txt").touch()
+    assert [s.name for s in run.sample_sets()] == ["a", "b"]

@@ -1,0 +1,190 @@
+"""ddpm/run/generations.py: a checkpoint is whole, or is named and passed over; one function chooses."""
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.errors import DoNotRetry, RequestError
+from ddpm.run import generations
+from ddpm.run.events import read_json
+from ddpm.run.fence import Fence
+from ddpm.run.files import sign
+from ddpm.run.paths import RunDir
+from tests.saves import Unreadable, flip_bit, save_all
+from tests.training import Life, assert_same_end, live, make_config, make_run
+
+# ---------------------------------------------------------------- damage
+
+
+def truncate(run: RunDir) -> None:
+    path = run.checkpoint(9)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def manifest_of_another(run: RunDir) -> None:
+    run.manifest(9).write_bytes(run.manifest(6).read_bytes())
+
+
+def forged(run: RunDir) -> None:
+    record = read_json(run.manifest(9))
+    assert record is not None
+    run.manifest(9).write_text(json.dumps({**record, "bytes": record["bytes"] + 1}))
+
+
+def signed_without_digest(run: RunDir) -> None:
+    run.manifest(9).write_text(json.dumps(sign({"step": 9, "file": run.checkpoint(9).name})))
+
+
+DAMAGE = {
+    "a flipped bit in the middle": (lambda run: flip_bit(run.checkpoint(9), 3000), "sha256 does not match"),
+    "a flipped last bit": (lambda run: flip_bit(run.checkpoint(9), -1), "sha256 does not match"),
+    "truncated": (truncate, "bytes instead of"),
+    "empty": (lambda run: run.checkpoint(9).write_bytes(b""), "0 bytes instead of"),
+    "no .pt": (lambda run: run.checkpoint(9).unlink(), "missing beside its manifest"),
+    "a flipped bit in the manifest": (lambda run: flip_bit(run.manifest(9), 20), r"step-000000009\.json"),
+    "an empty manifest": (lambda run: run.manifest(9).write_bytes(b""), "not JSON"),
+    "a forged manifest": (forged, "self_sha256 does not match"),
+    "the manifest of another step": (manifest_of_another, r"is the manifest of step-000000006\.pt"),
+    "a manifest without its digest": (signed_without_digest, "bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_generation_is_named_and_the_one_before_is_taken(run: RunDir, fence: Fence, kind: str) -> None:
+    save_all(run, fence, 3, 6, 9)
+    damage, reason = DAMAGE[kind]
+    damage(run)
+    said: list[str] = []
+    good = generations.newest_good(run, said.append)
+    assert good is not None and good.step == 6
+    (line,) = said
+    assert line.startswith("checkpoint rejected: step=9 reason=")
+    assert re.search(reason, line), line
+
+
+def test_a_pt_without_its_manifest_does_not_exist(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 3, 6)
+    run.manifest(6).unlink()
+    said: list[str] = []
+    good = generations.newest_good(run, said.append)
+    assert good is not None and good.step == 3 and said == []
+
+
+def test_nothing_saved_is_no_error_and_all_damaged_is_do_not_retry(run: RunDir, fence: Fence) -> None:
+    assert generations.newest_good(run, print) is None
+    save_all(run, fence, 3, 6)
+    for step in (3, 6):
+        flip_bit(run.checkpoint(step), 100)
+    said: list[str] = []
+    with pytest.raises(DoNotRetry, match=r"every checkpoint .* is damaged \(2 rejected above\).*mv "):
+        generations.newest_good(run, said.append)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("of", [RunDir.checkpoint, RunDir.manifest])
+def test_a_generation_that_cannot_be_read_is_named_and_the_one_before_is_taken(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, of: Any
+) -> None:
+    save_all(run, fence, 3, 6, 9)
+    Unreadable(monkeypatch, {of(run, 9): 99})
+    said: list[str] = []
+    good = generations.newest_good(run, said.append)
+    assert good is not None and good.step == 6
+    (line,) = said
+    assert line.startswith("checkpoint rejected: step=9 reason=") and "Stale file handle" in line
+
+
+def test_a_generation_that_can_be_read_at_the_second_try_is_good(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 3, 6)
+    Unreadable(monkeypatch, {run.checkpoint(6): 1})
+    said: list[str] = []
+    good = generations.newest_good(run, said.append)
+    assert good is not None and good.step == 6 and said == []
+
+
+def test_where_nothing_can_be_read_a_later_life_may_try_again(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 3, 6)
+    flip_bit(run.checkpoint(3), 100)
+    Unreadable(monkeypatch, {run.checkpoint(6): 99})
+    with pytest.raises(OSError, match="Stale file handle"):
+        generations.newest_good(run, lambda line: None)
+
+
+def test_a_directory_that_cannot_be_listed_is_no_fresh_start(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    save_all(run, fence, 3)
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(f"os.{name}", refuse)
+    with pytest.raises(PermissionError):
+        generations.newest_good(run, print)
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
+    config = make_config(checkpoint__every_steps=2)
+    one, other = make_run(tmp_path / "whole"), make_run(tmp_path / "damaged")
+    live(config, one)
+    with Life(config, other) as life:
+        life.train(stop_at=[5])
+    flip_bit(other.checkpoint(5), 5000)
+    flip_bit(other.manifest(4), 30)
+    live(config, other)
+    assert_same_end(one, other, 8)
+    for step in other.steps_saved():
+        generations.verify(other, step)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_at_0(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        life.train(stop_at=[5])
+    flip_bit(run.checkpoint(5), 5000)
+    before = run.metrics.read_bytes()
+    with pytest.raises(DoNotRetry, match="every checkpoint"), Life(make_config(), run):
+        pass
+    assert run.metrics.read_bytes() == before
+
+
+# ---------------------------------------------------------------- choosing one to read
+
+
+def test_the_newest_good_one_is_read_unless_a_step_is_named(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 3, 6, 9)
+    said: list[str] = []
+    assert generations.choose(run, log=said.append).step == 9
+    assert generations.choose(run, 3, said.append) == generations.verify(run, 3)
+    flip_bit(run.checkpoint(9), 100)
+    assert said == [] and generations.choose(run, log=said.append).step == 6
+    (line,) = said
+    assert line.startswith("checkpoint rejected: step=9 reason=")
+
+
+def test_a_step_that_cannot_be_read_is_refused_with_those_that_can(run: RunDir, fence: Fence) -> None:
+    with pytest.raises(generations.NothingSaved, match=r"run run has no checkpoint yet: train it first$"):
+        generations.choose(run)
+    with pytest.raises(generations.NothingSaved):
+        generations.choose(run, 7)
+    save_all(run, fence, 3, 6, 9)
+    with pytest.raises(RequestError, match=r"run run has no checkpoint of step 7; it has \[3, 6, 9\]"):
+        generations.choose(run, 7)
+    flip_bit(run.checkpoint(6), 100)
+    with pytest.raises(RequestError, match=r"the checkpoint of step 6 cannot be used: .*; others: --step \[9, 3\]"):
+        generations.choose(run, 6)
+
+
+def test_where_all_are_damaged_there_is_no_newest_to_read(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 3)
+    flip_bit(run.checkpoint(3), 100)
+    with pytest.raises(DoNotRetry, match="every checkpoint"):
+        generations.choose(run, log=lambda line: None)

@@ -1,0 +1,413 @@
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.data.packed import PackedImages, images_digest
+from ddpm.errors import RequestError, Stopped
+from ddpm.run import events, files
+from ddpm.run.paths import RunDir, SampleSet
+from ddpm.sampling.request import CheckpointRef, Request
+from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
+from ddpm.scoring import evaluate, extractors, features, metrics
+from ddpm.scoring.evaluate import BrokenSet
+from ddpm.scoring.extractors import Extractor
+from ddpm.scoring.reference import read_statistics, reference_moments
+from tests import sampling
+
+NUM, SHARDS, BATCH = 60, 5, 8
+
+
+@dataclass
+class Made:
+    """A complete set in a run, and an extractor (d = 4) that counts the images it is given."""
+
+    run: RunDir
+    sample_set: SampleSet
+    request: Request
+    extractor: Extractor
+    images: list[int]
+
+    def moments(self, **kwargs: Any) -> metrics.Moments:
+        return evaluate.set_moments(self.sample_set, self.request, self.extractor, **kwargs)
+
+    def evaluate(self, reference: PackedImages | Path, **kwargs: Any) -> dict[str, Any]:
+        options: dict[str, Any] = {"extractor": self.extractor, "cache_dir": self.run.path / "cache", "command": ["x"]}
+        return evaluate.evaluate_set(self.run, "fid", reference=reference, **{**options, **kwargs})
+
+
+def tiny_extractor(**changes: Any) -> tuple[Extractor, list[int]]:
+    seen: list[int] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.cat([x.mean((2, 3)), x[:, :1, 0, 0]], 1)
+
+    return dataclasses.replace(Extractor("tiny", 4, None, "none", forward), **changes), seen
+
+
+def make_shard(sample_set: SampleSet, request: Request, index: int) -> None:
+    sampling.make_shard(sample_set, request, index, lambda x_t, t, labels: 0.5 * x_t + 0.2)
+
+
+def make(path: Path, **changes: Any) -> Made:
+    one_step = {"sampler": "ddim", "steps": 1, "seed": 3, "num_samples": NUM, "shards": SHARDS, "batch": BATCH}
+    request = sampling.make_request(**{**one_step, **changes})
+    run = RunDir(path / "my run")
+    sample_set = sampling.make_set(run.path, request)
+    for index in range(request.shards):
+        make_shard(sample_set, request, index)
+    return Made(run, sample_set, request, *tiny_extractor())
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return make(tmp_path)
+
+
+def packed(n: int = 50, seed: int = 0, name: str = "cifar10") -> PackedImages:
+    images = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    return PackedImages(images, np.zeros(n, np.int64), name, "train", images_digest(images))
+
+
+def set_images(made: Made) -> np.ndarray:
+    shards = [verify_shard(made.sample_set, made.request, i) for i in range(made.request.shards)]
+    return np.concatenate([s.images for s in shards])
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_the_moments_of_a_set_are_those_of_all_its_images(made: Made) -> None:
+    progress: list[tuple[int, int]] = []
+    got = made.moments(progress=lambda *p: progress.append(p))
+    whole = metrics.from_features(made.extractor(set_images(made)))
+    assert got.num == NUM and progress == [(i + 1, SHARDS) for i in range(SHARDS)]
+    np.testing.assert_allclose(got.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(got.m2, whole.m2, rtol=1e-10, atol=1e-12)
+
+
+def test_the_score_is_exact_whoever_computed_the_features_and_rounds_with_other_shards(tmp_path: Path) -> None:
+    a, b, c = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", shards=3)
+    for index in (4, 0, 2):
+        features.shard_features(b.sample_set, b.request, index, b.extractor)
+    score = [m.evaluate(packed())["frechet_distance"] for m in (a, b, c)]
+    assert score[0] == score[1] and score[2] == pytest.approx(score[0], rel=1e-10)
+
+
+def test_a_stop_keeps_the_features_of_finished_shards(made: Made) -> None:
+    polls = iter([None] * 3 + ["SIGTERM"])
+    with pytest.raises(Stopped, match="SIGTERM"):
+        made.moments(stop_requested=lambda: next(polls))
+    assert made.images == [12] * 3
+    made.moments()
+    assert made.images == [12] * SHARDS
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(made: Made) -> BrokenSet:
+    with pytest.raises(BrokenSet) as e:
+        made.evaluate(packed())
+    assert not (made.run.eval / "fid.json").exists()
+    return e.value
+
+
+def repaired(made: Made, shards: list[int]) -> None:
+    """What whoever repairs does: compute what is missing. The score is then the undamaged one's."""
+    assert missing_shards(made.sample_set, made.request) == shards
+    for index in shards:
+        make_shard(made.sample_set, made.request, index)
+    whole = metrics.from_features(made.extractor(set_images(made)))
+    np.testing.assert_allclose(made.moments().mean, whole.mean, rtol=1e-12)
+
+
+def test_gaps_are_named(made: Made) -> None:
+    for index in (1, 3):
+        withdraw_shard(made.sample_set, made.request, index)
+    error = refused(made)
+    assert error.shards == [1, 3] and error.exit_code == 1
+    assert "shard 1: missing; shard 3: missing" in str(error)
+    assert made.images == []  # said before any work
+    repaired(made, [1, 3])
+
+
+def test_a_shard_that_stands_twice_is_refused(made: Made) -> None:
+    for path in (made.sample_set.shard(2, SHARDS), made.sample_set.shard_manifest(2, SHARDS)):
+        path.with_name(path.name.replace("00002-of", "00003-of")).write_bytes(path.read_bytes())
+    error = refused(made)
+    assert error.shards == [3] and "its shard is 2, this shard's is 3" in str(error)
+    repaired(made, [3])
+
+
+def test_an_overlapping_shard_is_refused(made: Made) -> None:
+    path = made.sample_set.shard_manifest(1, SHARDS)
+    files.write_json(path, files.sign({**files.read_signed(path), "first": 6}), replace=True)
+    error = refused(made)
+    assert error.shards == [1] and "its first is 6, this shard's is 12" in str(error)
+    repaired(made, [1])
+
+
+def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path) -> None:
+    other = make(tmp_path / "other", checkpoint=CheckpointRef(99, "cd" * 32))
+    for name in ("shard", "shard_manifest"):
+        source = getattr(other.sample_set, name)(4, SHARDS)
+        (made.sample_set.path / source.name).write_bytes(source.read_bytes())
+    error = refused(made)
+    assert error.shards == [4] and "its request_digest is" in str(error)
+    repaired(made, [4])
+
+
+def test_shards_of_another_sharding_are_refused(made: Made) -> None:
+    path = made.sample_set.shard_manifest(2, SHARDS)
+    path.with_name("shard-00002-of-00009.json").write_bytes(path.read_bytes())
+    assert "shard-00002-of-00009.json; their samples would count twice" in str(refused(made))
+
+
+def test_shards_of_different_cost_are_refused(made: Made) -> None:
+    path = made.sample_set.shard_manifest(1, SHARDS)
+    files.write_json(path, files.sign({**files.read_signed(path), "nfe": 7}), replace=True)
+    assert "different numbers of network evaluations ([1, 7])" in str(refused(made))
+
+
+def test_every_damaged_shard_is_named_and_withdrawn_so_that_it_is_found_missing(made: Made) -> None:
+    made.moments()  # features are kept already, and must not hide the damage
+    for index in (0, 3):
+        flip_last_byte(made.sample_set.shard(index, SHARDS))
+    error = refused(made)
+    assert error.shards == [0, 3]
+    assert "shard 0: shard-00000-of-00005.npz: its sha256 is not" in str(error) and "shard 3: " in str(error)
+    repaired(made, [0, 3])
+
+
+def test_a_set_that_does_not_exist_is_refused(made: Made) -> None:
+    with pytest.raises(RequestError, match="no such sample set"):
+        evaluate.evaluate_set(
+            made.run, "other", reference=packed(), extractor=made.extractor, cache_dir=made.run.path, command=[]
+        )
+    with pytest.raises(RequestError, match="sample set name"):
+        evaluate.evaluate_set(
+            made.run, "../x", reference=packed(), extractor=made.extractor, cache_dir=made.run.path, command=[]
+        )
+
+
+# ---------------------------------------------------------------- the score file
+
+
+def test_the_score_file_has_the_public_form(made: Made) -> None:
+    reference = packed()
+    result = made.evaluate(reference, command=["launch/evaluate.py", "my run"])
+    assert events.read_json(made.run.eval / "fid.json") == result
+    distance, created = result.pop("frechet_distance"), result.pop("created")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", created)
+    x, y = made.extractor(set_images(made)), made.extractor(reference.images)
+    expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    assert distance == pytest.approx(expected, rel=1e-4) and distance > 0  # expected's means are float32
+    assert result == {
+        "num_samples": NUM,
+        "reference": {"name": "cifar10", "split": "train", "num_images": 50, "digest": reference.digest},
+        "extractor": {"name": "tiny", "weights_sha256": None, "resize": "none"},
+        "checkpoint": {"step": 12, "sha256": "ab" * 32, "weights": "ema"},
+        "sampler": {"name": "ddim", "steps": 1, "eta": 0.0, "guidance": None},
+        "nfe": 1,
+        "seed": 3,
+        "precision": "fp32",
+        "command": ["launch/evaluate.py", "my run"],
+    }
+
+
+def test_the_score_file_says_the_variance_that_was_asked_for(tmp_path: Path) -> None:
+    result = make(tmp_path, sampler="ancestral", variance="fixed_small").evaluate(packed())
+    assert result["sampler"] == {
+        **{"name": "ancestral", "steps": 1, "eta": 0.0, "guidance": None},
+        "variance": "fixed_small",
+    }
+
+
+def test_only_the_published_weights_give_a_fid(made: Made) -> None:
+    for sha256, name in (("6726825d" + "0" * 56, "fid"), ("6726825e" + "0" * 56, "frechet_distance")):
+        extractor, _ = tiny_extractor(name="inception", weights_sha256=sha256)
+        result = made.evaluate(packed(), extractor=extractor)
+        assert [k for k in ("fid", "frechet_distance") if k in result] == [name]
+
+
+def test_the_same_evaluation_returns_what_is_there_and_another_replaces_it(made: Made) -> None:
+    first = made.evaluate(packed())
+    count = len(made.images)
+    assert made.evaluate(packed(), command=["again"]) == first and len(made.images) == count
+    second = made.evaluate(packed(seed=1))
+    assert second["frechet_distance"] != first["frechet_distance"]
+    assert events.read_json(made.run.eval / "fid.json") == second
+    (made.run.eval / "fid.json").write_text("{")
+    assert made.evaluate(packed(seed=1))["frechet_distance"] == second["frechet_distance"]
+
+
+# ---------------------------------------------------------------- references
+
+
+def test_reference_statistics_are_kept_by_images_and_extractor(made: Made, tmp_path: Path) -> None:
+    a, seen = tiny_extractor()
+    b, seen_b = tiny_extractor(weights_sha256="other")
+    first = reference_moments(packed(), a, tmp_path)
+    again = reference_moments(packed(), a, tmp_path)
+    assert seen == [50]
+    np.testing.assert_array_equal(first.sigma, again.sigma)
+    np.testing.assert_array_equal(first.mu, again.mu)
+    assert first.record == again.record
+    reference_moments(packed(), b, tmp_path)
+    reference_moments(packed(seed=1), a, tmp_path)
+    assert (seen, seen_b) == ([50, 50], [50]) and len(list(tmp_path.glob("*.npz"))) == 3
+
+
+def test_a_damaged_reference_is_computed_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extractor, seen = tiny_extractor()
+    first = reference_moments(packed(), extractor, tmp_path)
+    path = next(tmp_path.glob("*.npz"))
+    data = bytearray(path.read_bytes())
+    data[data.index(first.mu.tobytes()) + 3] ^= 1  # inside a number
+    path.write_bytes(data)
+    again = reference_moments(packed(), extractor, tmp_path)
+    assert len(seen) == 2 and "damaged" in capsys.readouterr().out
+    np.testing.assert_array_equal(again.mu, first.mu)
+
+
+def test_references_and_pytorch_fids_files_are_interchangeable(tmp_path: Path) -> None:
+    from pytorch_fid.fid_score import compute_statistics_of_path
+
+    extractor, _ = tiny_extractor()
+    ours = reference_moments(packed(), extractor, tmp_path)
+    mu, sigma = compute_statistics_of_path(str(next(tmp_path.glob("*.npz"))), None, 1, 4, "cpu")
+    np.testing.assert_array_equal(mu, ours.mu)
+    np.testing.assert_array_equal(sigma, ours.sigma)
+    np.savez_compressed(tmp_path / "theirs.npz", mu=mu, sigma=sigma)  # as its --save-stats writes it
+    read = read_statistics(tmp_path / "theirs.npz", extractor)
+    np.testing.assert_array_equal(read.sigma, ours.sigma)
+    assert read.record == {
+        "name": "theirs",
+        "split": None,
+        "num_images": None,
+        "digest": files.sha256_file(tmp_path / "theirs.npz"),
+    }
+    assert read_statistics(next(tmp_path.glob("reference-*.npz")), extractor).record["num_images"] == 50
+
+
+def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> None:
+    by_images = made.evaluate(packed())
+    path = next((made.run.path / "cache").glob("*.npz"))
+    by_file = made.evaluate(path)
+    assert by_file["frechet_distance"] == by_images["frechet_distance"]
+    assert by_file["reference"]["num_images"] == 50 and by_file["reference"] != by_images["reference"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mean": np.zeros(4)}, r"holds \['mean'\]"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, r"sigma \(4, 3\)"),
+        ({"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}, r"mu \(2048,\)"),
+        ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "must be finite"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "cannot be read.*allow_pickle"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor_digest": "x"}, "made with another extractor"),
+    ],
+)
+def test_a_file_that_is_no_reference_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "r.npz", **arrays)
+    with pytest.raises(RequestError, match=message):
+        read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
+
+
+def test_a_missing_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
+
+
+# ---------------------------------------------------------------- against pytorch-fid
+
+
+def write_folder(path: Path, n: int, seed: int) -> np.ndarray:
+    """Smooth random images whose distribution depends on the seed, as PNG."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 1, (n, 4, 4, 3)) ** (1 + seed)
+    small = [Image.fromarray((c * 255).astype(np.uint8)) for c in coarse]
+    images = np.stack([np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in small])
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:04d}.png")
+    return images
+
+
+@pytest.fixture
+def random_weights(tmp_path: Path) -> Iterator[Path]:
+    """A TORCH_HOME whose Inception weights are random, in the old serialization and without batch counters."""
+    state, _ = extractors.random_weights(seed=1)
+    path = tmp_path / "torch" / "hub" / "checkpoints" / extractors.WEIGHTS_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(
+        {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "torch" / "hub"))
+    yield tmp_path / "torch"
+    torch.hub.set_dir(before)
+
+
+def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_path: Path) -> None:
+    a = write_folder(tmp_path / "a", 24, 0)
+    write_folder(tmp_path / "b", 24, 1)
+    extractor = extractors.build_extractor("inception", "cpu")
+    result = evaluate.evaluate_images(tmp_path / "a", tmp_path / "b", extractor)
+    assert "fid" not in result  # these weights are not the published ones
+    assert result["num_samples"] == 24
+    assert result["reference"] | {"digest": ""} == {"name": "b", "split": "all", "num_images": 24, "digest": ""}
+    assert result["extractor"]["weights_sha256"] == files.sha256_file(extractors.inception_weights_path())
+
+    theirs = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytorch_fid",
+            str(tmp_path / "a"),
+            str(tmp_path / "b"),
+            "--device",
+            "cpu",
+            "--batch-size",
+            "24",
+            "--num-workers",
+            "0",
+        ],
+        # one BLAS thread: sqrtm's would spin for minutes on cores that are shared
+        env={**os.environ, "TORCH_HOME": str(random_weights), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    match = re.search(r"FID: +([-\d.e]+)", theirs.stdout)
+    assert match is not None, theirs.stdout + theirs.stderr
+    assert result["frechet_distance"] == pytest.approx(float(match[1]), rel=1e-4)
+
+    # the network itself, image by image and without their preprocessing's detour through files
+    from pytorch_fid.inception import InceptionV3
+
+    with torch.no_grad():
+        expected = InceptionV3().eval()(torch.from_numpy(a[:4]).permute(0, 3, 1, 2) / 255)[0].flatten(1).numpy()
+    assert np.linalg.norm(extractor(a[:4]) - expected) <= 2e-6 * np.linalg.norm(expected)

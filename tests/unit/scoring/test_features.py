@@ -1,0 +1,263 @@
+import dataclasses
+import io
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm.errors import EnvironmentLacks, RequestError, Stopped
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import SampleSet
+from ddpm.sampling.request import Request
+from ddpm.sampling.shards import verify_shard, withdraw_shard
+from ddpm.scoring import extractors
+from ddpm.scoring.extractors import Extractor
+from ddpm.scoring.features import extract, shard_features
+from tests import sampling
+
+
+def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Path]:
+    """torch's hub in an empty directory; yields where the weights belong."""
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "hub"))
+    yield tmp_path / "hub" / "checkpoints" / extractors.WEIGHTS_FILE
+    torch.hub.set_dir(before)
+
+
+# ---------------------------------------------------------------- extractors
+
+
+def test_pixels_are_box_means_in_0_1() -> None:
+    extractor = extractors.build_extractor("pixels", "cpu")
+    images = random_images(3, 32)
+    boxes = images.reshape(3, 16, 2, 16, 2, 3).mean((2, 4)) / 255
+    got = extractor(images)
+    assert got.dtype == np.float32 and got.shape == (3, extractor.dim) == (3, 768)
+    np.testing.assert_allclose(got.reshape(3, 3, 16, 16), boxes.transpose(0, 3, 1, 2), atol=1e-6)
+    small = random_images(2, 8)  # repeated, not interpolated
+    np.testing.assert_allclose(
+        extractor(small).reshape(2, 3, 16, 16)[:, :, ::2, 1::2], small.transpose(0, 3, 1, 2) / 255, atol=1e-6
+    )
+
+
+def test_arrays_tensors_and_read_only_maps_give_the_same_features() -> None:
+    extractor, images = extractors.build_extractor("pixels", "cpu"), random_images(2, 16)
+    expected = extractor(images)
+    images.flags.writeable = False
+    np.testing.assert_array_equal(extractor(images), expected)
+    np.testing.assert_array_equal(extractor(torch.from_numpy(images.copy())), expected)
+
+
+@pytest.mark.parametrize("images", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 3, 8, 8), np.uint8)])
+def test_anything_but_uint8_rgb_is_refused(images: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="expected uint8"):
+        extractors.build_extractor("pixels", "cpu")(images)
+
+
+def test_an_unknown_extractor_is_refused() -> None:
+    with pytest.raises(RequestError, match="'vgg': use inception, random-inception or pixels"):
+        extractors.build_extractor("vgg", "cpu")
+
+
+def test_the_digest_is_of_name_weights_and_resize() -> None:
+    base = Extractor("inception", 2048, "67", "r", forward=lambda x: x)
+    same = dataclasses.replace(base, forward=lambda x: 2 * x, device=torch.device("meta"))
+    others = [dataclasses.replace(base, **c) for c in ({"name": "x"}, {"weights_sha256": "68"}, {"resize": "s"})]
+    assert same.digest == base.digest
+    assert len({base.digest, *(o.digest for o in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256", "published"),
+    [
+        ("inception", "6726825d" + "0" * 56, True),
+        ("inception", "6726825e" + "0" * 56, False),
+        ("random-inception", "6726825d" + "0" * 56, False),
+        ("pixels", None, False),
+    ],
+)
+def test_only_the_published_weights_are_published(name: str, sha256: str | None, published: bool) -> None:
+    assert Extractor(name, 1, sha256, "", forward=lambda x: x).published is published
+
+
+def test_tf32_is_off_while_features_are_computed() -> None:
+    seen = []
+    extractor = Extractor("x", 1, None, "", forward=lambda x: seen.append(torch.backends.cudnn.allow_tf32) or x)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        extractor(random_images(1, 4))
+        assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+def test_random_inception_is_the_same_everywhere_and_tells_images_apart() -> None:
+    before = torch.get_rng_state()
+    extractor = extractors.build_extractor("random-inception", "cpu")
+    # uniform weights are exact arithmetic on the generator's bits, so this digest holds on every machine
+    assert extractor.weights_sha256 == "609dea4275497059622e7cbe385903f82747b823286cb0968befd0fb2e98af8d"
+    assert torch.equal(torch.get_rng_state(), before)
+    images = random_images(3, 32)
+    images[0] //= 4
+    images[1] = np.repeat(np.repeat(images[1, ::8, ::8], 8, 0), 8, 1)
+    got = extractor(images)
+    assert got.shape == (3, 2048) and np.isfinite(got).all()
+    relative = [np.linalg.norm(got[i] - got[j]) / np.linalg.norm(got[i]) for i, j in ((0, 1), (1, 2), (0, 2))]
+    assert min(relative) > 0.02
+    assert (got.std(0) > 0).mean() > 0.5  # most features live
+
+
+# ---------------------------------------------------------------- the weights file
+
+
+def test_a_missing_weights_file_is_explained(hub: Path) -> None:
+    with pytest.raises(EnvironmentLacks) as e:
+        extractors.build_extractor("inception", "cpu")
+    for part in (extractors.WEIGHTS_URL, str(hub), "evaluate.extractor=random-inception", "evaluate.extractor=pixels"):
+        assert part in str(e.value)
+
+
+def test_a_failed_download_is_explained_and_leaves_nothing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractors, "WEIGHTS_URL", (hub.parent / "nowhere.pth").as_uri())
+    timeout = socket.getdefaulttimeout()
+    with pytest.raises(EnvironmentLacks, match=r"could not be downloaded .*put it at"):
+        extractors.ensure_inception_weights()
+    assert list(hub.parent.iterdir()) == [] and socket.getdefaulttimeout() == timeout
+
+
+def test_a_download_with_another_hash_is_no_weights_file(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other.pth").write_bytes(b"a login page")
+    monkeypatch.setattr(extractors, "WEIGHTS_URL", (tmp_path / "other.pth").as_uri())
+    with pytest.raises(EnvironmentLacks, match="invalid hash"):
+        extractors.ensure_inception_weights()
+    assert not hub.exists()
+    monkeypatch.setattr(extractors, "PUBLISHED_SHA256_PREFIX", files.sha256_file(tmp_path / "other.pth")[:8])
+    assert extractors.ensure_inception_weights() == hub and hub.read_bytes() == b"a login page"
+    (tmp_path / "other.pth").unlink()
+    assert extractors.ensure_inception_weights() == hub  # nothing is fetched twice
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("content", ["truncated", "malicious", "no tensors"])
+def test_a_weights_file_that_is_none_is_named_and_never_executed(
+    hub: Path, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.parent.mkdir(parents=True)
+    value = {"malicious": Malicious(), "no tensors": [1, 2]}.get(content, {"a": torch.zeros(1000)})
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    data = buffer.getvalue()
+    hub.write_bytes(data[: len(data) // 2] if content == "truncated" else data)
+    with pytest.raises(EnvironmentLacks, match=f"at {hub} cannot be read"):
+        extractors.build_extractor("inception", "cpu")
+    assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def counting(weights_sha256: str | None = None) -> tuple[Extractor, list[int]]:
+    calls: list[int] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return x.mean((2, 3))
+
+    return Extractor("tiny", 3, weights_sha256, "none", forward), calls
+
+
+def test_extraction_goes_batch_by_batch_and_stops_between() -> None:
+    extractor, calls = counting()
+    images = random_images(10, 4)
+    got = extract(extractor, images, batch=4)
+    assert calls == [4, 4, 2]
+    np.testing.assert_allclose(got, images.mean((1, 2)) / 255, atol=1e-6)
+    polls = iter([None, "USR2"])
+    with pytest.raises(Stopped, match="USR2"):
+        extract(extractor, images, batch=4, stop_requested=lambda: next(polls))
+    assert calls == [4, 4, 2, 4]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[SampleSet, Request]:
+    """A set of two shards of seven samples each; only the second is published."""
+    request = sampling.make_request(sampler="ddim", steps=1, num_samples=14, shards=2)
+    sample_set = sampling.make_set(tmp_path / "run", request)
+    make_shard(sample_set, request, 1)
+    return sample_set, request
+
+
+def make_shard(sample_set: SampleSet, request: Request, index: int, scale: float = 0.5) -> None:
+    sampling.make_shard(sample_set, request, index, lambda x_t, t, labels: scale * x_t)
+
+
+def test_features_of_a_shard_are_kept(made: tuple[SampleSet, Request]) -> None:
+    sample_set, request = made
+    extractor, calls = counting()
+    first = shard_features(sample_set, request, 1, extractor)
+    again = shard_features(sample_set, request, 1, extractor)
+    assert calls == [7] and again.dtype == np.float32
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(np.load(sample_set.path / "features-tiny-00001-of-00002.npy"), first)
+    manifest = files.read_signed(sample_set.path / "features-tiny-00001-of-00002.json")
+    assert set(manifest) == {
+        "shard",
+        "num",
+        "sha256",
+        "request_digest",
+        "extractor_digest",
+        "shard_sha256",
+        "self_sha256",
+    }
+    with pytest.raises(FileNotFoundError):
+        shard_features(sample_set, request, 0, extractor)
+
+
+@pytest.mark.parametrize("what", ["npy", "manifest", "extractor", "shard"])
+def test_features_are_computed_again_if_anything_under_them_changed(made: tuple[SampleSet, Request], what: str) -> None:
+    sample_set, request = made
+    extractor, calls = counting()
+    shard_features(sample_set, request, 1, extractor)
+    path = sample_set.features("tiny", 1, 2)
+    if what == "npy":
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    elif what == "manifest":
+        path.with_suffix(".json").write_text("{}")
+    elif what == "extractor":
+        extractor, calls = counting("other weights")
+        calls.append(7)
+    else:
+        withdraw_shard(sample_set, request, 1)
+        make_shard(sample_set, request, 1, scale=0.1)
+        for part in sample_set.path.glob("part/*"):
+            raise AssertionError(part)
+    got = shard_features(sample_set, request, 1, extractor)
+    assert calls == [7, 7]
+    np.testing.assert_allclose(got, verify_shard(sample_set, request, 1).images.mean((1, 2)) / 255, atol=1e-6)
+    np.testing.assert_array_equal(shard_features(sample_set, request, 1, extractor), got)
+    assert calls == [7, 7]
+
+
+def test_kept_features_do_not_hide_a_damaged_shard(made: tuple[SampleSet, Request]) -> None:
+    sample_set, request = made
+    extractor, _ = counting()
+    shard_features(sample_set, request, 1, extractor)
+    path = sample_set.shard(1, 2)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DamagedFile, match=r"shard-00001-of-00002.npz: its sha256"):
+        shard_features(sample_set, request, 1, extractor)

@@ -1,0 +1,95 @@
+"""ddpm/training/step.py: what one step computes, and from what."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.config.schema import Config
+from ddpm.data.batches import Batches
+from ddpm.run import generations
+from ddpm.run.paths import RunDir
+from ddpm.training.optimizer import learning_rate
+from tests.training import (
+    Life,
+    differences,
+    make_config,
+    make_images,
+    make_run,
+)
+
+TOTAL = 8
+
+
+def first_gradients(config: Config, run: RunDir) -> tuple[float, list[torch.Tensor]]:
+    with Life(config, run) as life:
+        trainer = life.trainer
+        with torch.no_grad():
+            for p in trainer.state.model.parameters():  # as if trained: its last layer begins at zero
+                p.add_(0.01)
+        loss = float(trainer.step.gradients())
+        return loss, [p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None]
+
+
+def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Path) -> None:
+    whole = first_gradients(make_config(), make_run(tmp_path / "whole"))
+    parts = first_gradients(make_config(train__micro_batch=1), make_run(tmp_path / "parts"))
+    # float32 sums of the same 4 terms in another order: a few units in the last place (6e-8) of the largest term
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert len(whole[1]) == len(parts[1]) > 10
+    for a, b in zip(whole[1], parts[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(a.abs().max())))
+
+
+def test_labels_are_dropped_as_often_as_asked_and_by_step_and_sample_alone(tmp_path: Path) -> None:
+    def labels_seen(name: str, micro: int | None) -> list[list[int]]:
+        config = make_config(
+            model__num_classes=2, train__label_dropout=0.25, train__global_batch=64, train__micro_batch=micro
+        )
+        seen: list[list[int]] = []
+        with Life(config, make_run(tmp_path / name), images=make_images(64)) as life:
+            network = life.trainer.step.network
+
+            def spy(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                step = life.trainer.at.step
+                seen[step:] = [[*(seen[step] if step < len(seen) else []), *labels.tolist()]]
+                return network(x_t, t, labels)  # type: ignore[no-any-return]
+
+            life.trainer.step.network = spy
+            life.train()
+        return seen
+
+    whole = labels_seen("whole", None)
+    assert labels_seen("parts", 16) == whole
+    dropped = [label == 2 for step in whole for label in step]
+    assert len(dropped) == 8 * 64 and 90 <= sum(dropped) <= 166  # 128 on average; 4 standard deviations are 39
+    assert whole[0] != whole[1] and {label for step in whole for label in step} == {0, 1, 2}
+
+
+def test_a_batch_on_a_rank_is_its_slice_of_the_global_batch() -> None:
+    batches = Batches(make_images(), seed=3, attempt=0, global_batch=6, flip=True)
+    cpu = torch.device("cpu")
+    for step in range(8):
+        x_0, labels = batches.rows(step, 0, 6, cpu)
+        parts = [batches.rows(step, first, 2, cpu) for first in (0, 2, 4)]
+        assert torch.equal(torch.cat([p[0] for p in parts]), x_0)
+        assert torch.equal(torch.cat([p[1] for p in parts]), labels)
+
+
+def test_the_learning_rate_warms_up_then_stays_or_falls_to_zero() -> None:
+    constant = make_config(train__lr=0.5, train__warmup_steps=4, train__total_steps=12)
+    assert [learning_rate(constant, k) for k in (0, 1, 3, 4, 11)] == [0.125, 0.25, 0.5, 0.5, 0.5]
+    cosine = make_config(train__lr=0.5, train__warmup_steps=4, train__total_steps=12, train__lr_schedule="cosine")
+    assert [learning_rate(cosine, k) for k in (0, 3, 4)] == [0.125, 0.5, 0.5]
+    assert learning_rate(cosine, 8) == pytest.approx(0.25) and learning_rate(cosine, 12) == pytest.approx(0)
+
+
+def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    config = make_config(train__ema_start_step=6)
+    with Life(config, run) as life:
+        life.train(stop_at=[5])
+        early = generations.load(run, 5)
+        life.train()
+    late = generations.load(run, TOTAL)
+    assert differences(early["model"], early["ema"]) == [] and differences(late["model"], late["ema"])

@@ -1,0 +1,198 @@
+"""ddpm/training/telemetry.py: no metrics line twice and none missing, whatever happened to the writer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm.run.events import read_json, read_jsonl
+from ddpm.run.paths import RunDir
+from ddpm.training import telemetry
+from ddpm.training.telemetry import Telemetry
+
+
+def opened(run: RunDir, step: int) -> Telemetry:
+    return Telemetry(run, step=step, total_steps=100, owner={"job": "1", "restart": 0, "host": "h"})
+
+
+def line(step: int) -> dict[str, Any]:
+    return {
+        **{"step": step, "images": step, "epoch": 0.0, "loss": 0.1 + step, "grad_norm": 1.0, "lr": 1e-3},
+        **{"images_per_s": 1.0, "gpu_memory_gib": None},
+    }
+
+
+def steps(run: RunDir) -> list[int]:
+    return [r["step"] for r in read_jsonl(run.metrics)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    class Board:
+        def __getattr__(self, _: str) -> Any:
+            return lambda *args, **kw: None
+
+    monkeypatch.setattr(Telemetry, "board", property(lambda self: Board()))
+    return RunDir(tmp_path)
+
+
+def test_lines_past_the_resumed_step_are_dropped_and_written_again(run: RunDir) -> None:
+    first = opened(run, 0)
+    for step in (1, 2, 3):
+        first.log(line(step))
+    first.close()
+    second = opened(run, 2)
+    assert steps(run) == [1, 2]
+    second.log(line(3))
+    second.close()
+    assert steps(run) == [1, 2, 3]
+
+
+def test_a_torn_last_line_does_not_spoil_the_next(run: RunDir) -> None:
+    first = opened(run, 0)
+    first.log(line(1))
+    first.close()
+    with run.metrics.open("a") as f:
+        f.write('{"step": 2, "lo')
+    opened(run, 1).log(line(2))
+    assert [json.loads(text)["step"] for text in run.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_an_orphan_that_still_writes_adds_nothing_to_its_heirs_lines(run: RunDir) -> None:
+    orphan = opened(run, 0)
+    orphan.log(line(1))
+    heir = opened(run, 1)
+    orphan.log(line(2))
+    heir.log(line(2))
+    assert steps(run) == [1, 2]
+
+
+def test_a_line_that_a_full_disk_refused_comes_with_the_next(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = MetricsDisk(monkeypatch)
+    t = opened(run, 0)
+    t.log(line(1))
+    disk.room = 30  # it takes a part
+    t.log(line(2))
+    t.log(line(3))
+    with pytest.raises(OSError, match="No space"):
+        t.sync()  # a checkpoint promises the lines before it
+    disk.room = None
+    t.log(line(4))
+    assert [json.loads(text)["step"] for text in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+class MetricsDisk:
+    """Under metrics.jsonl: once it has `room`, it takes so many bytes more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        real = Path.open
+        monkeypatch.setattr(Path, "open", lambda path, *how, **options: self.over(real(path, *how, **options), path))
+
+    def over(self, file: Any, path: Path) -> Any:
+        return _OnDisk(self, file) if path.name == "metrics.jsonl" and not file.readable() else file
+
+
+class _OnDisk:
+    def __init__(self, disk: MetricsDisk, file: Any) -> None:
+        self.disk, self.file = disk, file
+
+    def write(self, data: bytes) -> int:
+        if self.disk.room is None:
+            return int(self.file.write(data))
+        if not self.disk.room:
+            raise OSError(28, "No space left on device")
+        data, self.disk.room = data[: self.disk.room], max(0, self.disk.room - len(data))
+        return int(self.file.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class FullDisk:
+    """Under TensorBoard's files: while `full`, a record gets there in part, or not at all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tensorboard.compat.tensorflow_stub.io import gfile
+        from tensorboard.summary.writer import event_file_writer
+
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))  # in order of names
+        self.full, self.room = False, 40
+        real = gfile.LocalFileSystem._write
+
+        def write(fs: Any, name: Any, content: bytes, mode: str) -> None:
+            if self.full:
+                real(fs, name, content[: self.room], mode)
+                self.room = 0
+                raise OSError(28, "No space left on device")
+            real(fs, name, content, mode)
+
+        monkeypatch.setattr(gfile.LocalFileSystem, "_write", write)
+
+
+def shown(run: RunDir) -> dict[str, list[tuple[int, Any]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    images = {tag: [(e.step, e.width) for e in board.Images(tag)] for tag in board.Tags()["images"]}
+    return {**scalars, **images}
+
+
+@pytest.mark.parametrize("again_after_s", [0.0, 60.0])
+@pytest.mark.parametrize("metrics_too", [False, True])
+def test_a_full_disk_costs_tensorboard_nothing_that_this_life_has_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    metrics_too: bool,
+    again_after_s: float,
+) -> None:
+    monkeypatch.setattr(telemetry, "BOARD_AGAIN_AFTER_S", again_after_s)
+    run, disk = RunDir(tmp_path), FullDisk(monkeypatch)
+
+    of_metrics = MetricsDisk(monkeypatch)
+    earlier = opened(run, 0)
+    for step in (1, 2, 3):
+        earlier.log(line(step))
+    earlier.close()
+    t = opened(run, 2)  # the line of step 3 goes
+    for step in range(3, 20):
+        if step == 8:
+            t.sync()
+        if step == 10:
+            disk.full = True
+            of_metrics.room = 0 if metrics_too else None
+        if step == 15:
+            disk.full, of_metrics.room = False, None
+        t.log({**line(step), "loss": step / 2})
+        if step in (4, 12, 17):
+            t.grid(step, np.full((8, step, 3), step, np.uint8))
+        t.flush_board()
+    t.close()
+    assert steps(run) == list(range(1, 20))
+    expected = [(1, 1.1), (2, 2.1), *((step, step / 2) for step in range(3, 20))]
+    board = shown(run)
+    assert board["train/loss"] == [(step, pytest.approx(loss)) for step, loss in expected]
+    assert board["samples"] == [(step, step) for step in (4, 12, 17)]
+    assert {tag for tag in board if tag != "samples"} == {
+        f"train/{key}" for key in ("loss", "grad_norm", "lr", "images_per_s")
+    }
+    assert all([s for s, _ in board[tag]] == list(range(1, 20)) for tag in board if tag != "samples")
+    out, err = capfd.readouterr()
+    assert "tensorboard not written error=[Errno 28]" in out and "Traceback" not in out + err
+
+
+def test_a_heartbeat_says_who_is_alive_and_where(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = opened(run, 0)
+    t.heartbeat(3, {"loss": 0.5})
+    t.heartbeat(4, {})  # within the same five seconds
+    beat = read_json(run.heartbeat)
+    assert beat is not None and (beat["step"], beat["job"], beat["loss"]) == (3, "1", 0.5)
+    t.heartbeat(5, {}, force=True)
+    assert (read_json(run.heartbeat) or {})["step"] == 5
+    monkeypatch.setattr(telemetry, "HEARTBEAT_EVERY_S", 0)
+    t.heartbeat(6, {})
+    assert (read_json(run.heartbeat) or {})["step"] == 6

@@ -1,0 +1,381 @@
+"""ddpm/training/trainer.py: a run that was stopped anywhere, any number of times, is the run that never was."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ddpm.config.schema import Config
+from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
+from ddpm.training import ranks
+from ddpm.training.trainer import Outcome
+from tests.saves import flip_bit
+from tests.training import (
+    Killed,
+    Life,
+    assert_same_end,
+    differences,
+    events,
+    lines,
+    live,
+    live_on_ranks,
+    make_config,
+    make_run,
+    on_ranks,
+    poison,
+    record,
+)
+
+TOTAL = 8
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"train__amp": "bf16"},
+    "accumulation": {"train__micro_batch": 2},
+    "dropout": {"model__dropout": 0.3},
+    "dropout-accumulation-classes": {"model__dropout": 0.3, "train__micro_batch": 1, "model__num_classes": 2},
+    "cosine-no-clip": {"train__lr_schedule": "cosine", "train__grad_clip": None},
+    "adamw-ema-options": {
+        "train__optimizer": "adamw",
+        "train__weight_decay": 0.1,
+        "train__ema_start_step": 3,
+        "train__ema_every_steps": 2,
+        "train__ema_warmup": True,
+    },
+    "labels-dropped": {"model__num_classes": 2, "train__label_dropout": 0.5, "train__micro_batch": 2},
+    "l1-dns": {"diffusion__loss": "l1", "diffusion__schedule": "dns"},
+}
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_resumed_by_new_trainers_ends_bit_identical(tmp_path: Path, kind: str) -> None:
+    config = make_config(**KINDS[kind])
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    # 1: inside the warm-up and a log window; 2: 8 of 10 images; 5: at the border of epoch 2; 6: at a log line
+    live(config, other, stops=[1, 2, 5, 6])
+    assert_same_end(one, other, TOTAL)
+    assert [r["step"] for r in lines(other)] == [3, 6, 8]
+
+
+def test_stopped_after_every_step_ends_bit_identical(tmp_path: Path) -> None:
+    config = make_config(model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    live(config, other, stops=range(1, TOTAL))
+    assert_same_end(one, other, TOTAL)
+
+
+def test_train_called_again_after_a_stop_goes_on_bit_identical(tmp_path: Path) -> None:
+    config = make_config(model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live(config, one)
+    with Life(config, other) as life:
+        for step in (2, 3, 7):
+            assert life.train(stop_at=[step]) == Outcome(False, step, "preempted", True)
+        assert life.train().finished
+    assert_same_end(one, other, TOTAL)
+
+
+def test_killed_without_a_word_resumes_from_the_last_save_bit_identical(tmp_path: Path) -> None:
+    config = make_config(checkpoint__every_steps=2, log__every_steps=1)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "killed")
+    live(config, one)
+    for step in (1, 3, 5):  # before any save; one step past a save; again
+        with pytest.raises(Killed), Life(config, other) as life:
+            life.train(kill_at=step)
+    assert [r["step"] for r in lines(other)] == [1, 2, 3, 4]
+    live(config, other)
+    assert_same_end(one, other, TOTAL)
+    assert [r["step"] for r in lines(other)] == list(range(1, TOTAL + 1))
+
+
+def test_tensorboard_shows_every_logged_step_once_whatever_died_in_between(tmp_path: Path) -> None:
+
+    config, run = make_config(checkpoint__every_steps=3, log__every_steps=1), make_run(tmp_path)
+    for step in (2, 5, 7):  # before any save; two steps past a save; one
+        with pytest.raises(Killed), Life(config, run) as life:
+            try:
+                life.train(kill_at=step)
+            finally:
+                life.trainer.chronicle.telemetry.board.flush()  # type: ignore[attr-defined]  # what was logged got to the disk
+    live(config, run)
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    shown = [(e.step, e.value) for e in board.Scalars("train/loss")]
+    assert shown == [(r["step"], pytest.approx(r["loss"])) for r in lines(run)]
+    assert [step for step, _ in shown] == list(range(1, TOTAL + 1))
+
+
+def test_adam_moments_lie_in_memory_as_their_weights_after_a_resume(tmp_path: Path) -> None:
+    config, run = make_config(), make_run(tmp_path)
+    with Life(config, run) as life:
+        life.train(stop_at=[3])
+        before = [{k: v.stride() for k, v in s.items()} for s in life.trainer.state.optimizer.state.values()]
+        weights = life.trainer.state.model.parameters()
+        assert any(p.stride() != p.contiguous().stride() for p in weights)  # channels-last
+    with Life(config, run) as life:
+        after = [{k: v.stride() for k, v in s.items()} for s in life.trainer.state.optimizer.state.values()]
+    assert after == before
+
+
+def test_events_tell_the_lives_of_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    live(make_config(), run, stops=[3])
+    assert events(run) == ["started", "stop_requested", "checkpoint", "resumed", "checkpoint", "finished"]
+    assert [e["step"] for e in read_events(run)] == [0, 3, 3, 3, 8, 8]
+    assert all(e["world_size"] == 1 for e in read_events(run))
+
+
+def test_a_stop_at_the_last_step_is_the_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        assert life.train(stop_at=[TOTAL]) == Outcome(True, TOTAL, "", True)
+
+
+def test_fp16_needs_a_gpu_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DoNotRetry, match=r"train\.amp=fp16 needs a GPU.*--gpus-per-node 1"):
+        Life(make_config(train__amp="fp16"), make_run(tmp_path))
+
+
+def test_more_steps_with_a_constant_rate_continue_the_finished_run(tmp_path: Path) -> None:
+    long, short = make_config(log__every_steps=2), make_config(train__total_steps=6, log__every_steps=2)
+    one, other = make_run(tmp_path / "at-once"), make_run(tmp_path / "extended")
+    live(long, one)
+    live(short, other)
+    assert short.digest() == long.digest()
+    live(long, other)
+    assert_same_end(one, other, TOTAL)
+
+
+# ---------------------------------------------------------------- what a step computes
+
+
+def test_a_stop_save_and_resume_change_no_generator_of_the_process(tmp_path: Path) -> None:
+    """What follows from (seed, step) must not hang on how often anything was drawn before."""
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    config = make_config(model__dropout=0.3)
+    live(config, one)
+    torch.manual_seed(12345)
+    torch.randn(77)
+    live(config, other)
+    assert_same_end(one, other, TOTAL)
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    live(make_config(), one)
+    live(make_config(seed=1), other)
+    assert differences(lines(one), lines(other))
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def joined(seen: Path) -> dict[tuple[int, int], Any]:
+    out: dict[tuple[int, int], Any] = {}
+    for path in sorted(seen.glob("*.pt")):
+        part = torch.load(path, weights_only=True)
+        assert not set(part) & set(out), "two ranks, or two lives, trained on the same place of a batch"
+        out.update(part)
+    return out
+
+
+def test_ranks_that_come_and_go_see_the_samples_of_one_rank(tmp_path: Path) -> None:
+    """2, then 1, then 2 ranks: the same images, flips, t and noise, and the same loss to rounding."""
+    config = make_config(log__every_steps=2)
+    alone, run, seen = make_run(tmp_path / "alone"), make_run(tmp_path / "ranks"), tmp_path / "seen"
+    expected: dict[tuple[int, int], Any] = {}
+    with Life(config, alone) as life:
+        record(life.trainer, expected)
+        life.train()
+    assert len(expected) == TOTAL * 4
+
+    seen.mkdir()
+    live_on_ranks(2, config, run, stop_at=[3], seen=seen)
+    part: dict[tuple[int, int], Any] = {}
+    with Life(config, run) as life:
+        record(life.trainer, part)
+        life.train(stop_at=[5])
+    torch.save(part, seen / "1-0.pt")
+    live_on_ranks(2, config, run, seen=seen)
+
+    assert differences(joined(seen), expected) == []
+    assert [r["step"] for r in lines(run)] == [2, 4, 6, 8]
+    for ours, theirs in zip(lines(run), lines(alone), strict=True):
+        # sums of gradients in another order: 1e-7 a step, which 8 steps of Adam at lr 0.01 carry into the weights
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert {**ours, "loss": 0, "grad_norm": 0} == {**theirs, "loss": 0, "grad_norm": 0}
+    assert [e["world_size"] for e in read_events(run) if e["event"] in ("started", "resumed")] == [2, 1, 2]
+
+
+def test_three_ranks_stopped_and_resumed_end_bit_identical(tmp_path: Path) -> None:
+    """Three terms have an order of summation: DDP's buckets must be grouped alike in every life."""
+    config = make_config(train__global_batch=6, model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "stopped")
+    live_on_ranks(3, config, one)
+    live_on_ranks(3, config, other, stop_at=[4])
+    live_on_ranks(3, config, other)
+    assert_same_end(one, other, TOTAL)
+
+
+def go_on_after_a_stop_while_starting(world: ranks.World, config: Config, run: RunDir) -> None:
+    with Life(config, run, world=world, warm_up=False) as life:
+        for asked in ("preempted", None):  # by hand, and nobody came to kill it
+            life.trainer.warm_up(lambda asked=asked: asked)
+            outcome = life.trainer.train(lambda asked=asked: asked)
+        assert outcome.finished
+
+
+def test_three_ranks_asked_to_stop_while_starting_go_on_bit_identical(tmp_path: Path) -> None:
+    config = make_config(train__global_batch=6, model__dropout=0.2)
+    one, other = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "asked")
+    live_on_ranks(3, config, one)
+    on_ranks(3, go_on_after_a_stop_while_starting, config, other)
+    assert_same_end(one, other, TOTAL)
+
+
+def refused_together(world: ranks.World, config: Config, run: RunDir) -> None:
+    with pytest.raises(DoNotRetry, match="every checkpoint"), Life(config, run, world=world):
+        pass
+
+
+def test_where_all_checkpoints_are_damaged_no_rank_waits_for_another(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        life.train(stop_at=[5])
+    flip_bit(run.checkpoint(5), 5000)
+    on_ranks(2, refused_together, make_config(), run)
+
+
+def rolled_back_to_nothing(world: ranks.World, config: Config, run: RunDir) -> None:
+    with Life(config, run, world=world) as life:
+        poison(life.trainer, lambda t: t.at.step == 4 and t.at.attempt == 0)
+        if world.is_main:
+            flip_bit(run.checkpoint(3), 5000)
+        with pytest.raises(DoNotRetry, match="every checkpoint"):
+            life.train()
+
+
+def test_where_a_rollback_finds_nothing_good_no_rank_waits_for_another(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(), run) as life:
+        life.train(stop_at=[3])
+    on_ranks(2, rolled_back_to_nothing, make_config(), run, timeout_s=20)
+
+
+# ---------------------------------------------------------------- failing disks, other holders
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, full: Any) -> None:
+    """Writes of checkpoint data fail with ENOSPC while full() is true: beneath torch.save, where a disk would."""
+    from ddpm.run.files import HashingFile
+
+    init = HashingFile.__init__
+
+    class Raw:
+        def __init__(self, raw: Any) -> None:
+            self.raw = raw
+
+        def write(self, data: Any) -> int:
+            if ".pt." in self.raw.name and full() and self.raw.tell() > 4096:  # torch.save has begun its archive
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return int(self.raw.write(data))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.raw, name)
+
+    monkeypatch.setattr(HashingFile, "__init__", lambda self, raw: init(self, cast(BinaryIO, Raw(raw))))
+
+
+def test_a_full_disk_costs_one_save_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = make_config(checkpoint__every_steps=2), make_run(tmp_path)
+    saved: list[int] = []
+    with Life(config, run) as life:
+        full_disk(monkeypatch, lambda: 4 <= life.trainer.at.step < 6 and not saved)
+        trainer = life.trainer
+
+        def look() -> None:
+            if trainer.at.step == 5:
+                trainer.chronicle.settle()
+                saved.extend(run.steps_saved())  # while full: the one of step 2 alone
+
+        assert trainer.train(look).finished
+    assert saved == [2]
+    assert run.steps_saved() == [8, 6, 2]
+    assert "checkpoint failed: step=4" in capsys.readouterr().out
+    assert not list(run.checkpoints.glob(".tmp-*"))
+
+
+def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = make_config(checkpoint__every_steps=2), make_run(tmp_path)
+    with Life(config, run) as life:
+        full_disk(monkeypatch, lambda: life.trainer.at.step == 5 and run.latest_step() == 4)
+        assert life.train(stop_at=[5]) == Outcome(False, 5, "preempted", False)
+        assert run.steps_saved() == [4, 2]
+        assert life.train().finished  # nobody killed us, and there is room again
+
+
+def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeat, events and grids meet ENOSPC as checkpoints do."""
+    from ddpm.run import events as run_events
+    from ddpm.training import telemetry
+
+    config, run = make_config(), make_run(tmp_path)
+    monkeypatch.setattr(telemetry, "HEARTBEAT_EVERY_S", 0)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Life(config, run) as life:
+        with monkeypatch.context() as m:
+            m.setattr(telemetry, "write_json", refuse)
+            m.setattr(run_events.EventLog, "append", refuse)
+            m.setattr(telemetry, "write_png", refuse)
+            life.train(stop_at=[4])
+        assert life.train().finished
+
+
+def test_a_run_taken_over_stops_and_publishes_nothing(tmp_path: Path) -> None:
+    config, run = make_config(checkpoint__every_steps=3), make_run(tmp_path)
+    with Life(config, run) as life:
+        life.train(stop_at=[3])
+        run.fence.write_text("99\n")
+        with pytest.raises(RunBusy, match="taken over by a later job"):
+            life.train(stop_at=[5])
+    assert run.steps_saved() == [3]
+
+
+# ---------------------------------------------------------------- what it reports
+
+
+def test_a_metrics_line_holds_the_public_keys_and_the_mean_of_its_window(tmp_path: Path) -> None:
+    config, run, every = make_config(log__every_steps=4), make_run(tmp_path / "4"), make_run(tmp_path / "1")
+    live(config, run)
+    live(make_config(log__every_steps=1), every)
+    first = json.loads(run.metrics.read_text().splitlines()[0])
+    assert list(first) == [
+        *("step", "images", "epoch", "loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "time")
+    ]
+    assert (first["step"], first["images"], first["epoch"]) == (4, 16, 1.6)
+    # the same four float32 losses, summed in float32 here and in float64 there
+    assert first["loss"] == pytest.approx(sum(r["loss"] for r in lines(every)[:4]) / 4, rel=1e-6)
+
+
+def test_milestones_by_epoch_are_the_first_steps_past_each(tmp_path: Path) -> None:
+    config = make_config(checkpoint__milestone_every_epochs=1, checkpoint__keep_last=1)
+    run = make_run(tmp_path)
+    live(config, run)  # 10 images, 4 a step: epochs end inside steps 3, 5 (exactly), 8
+    assert run.steps_saved() == [8, 5, 3]
+    assert sorted(p.name for p in run.checkpoints.glob("ema-*")) == [
+        *("ema-000000003.safetensors", "ema-000000005.safetensors", "ema-000000008.safetensors")
+    ]
