@@ -85,14 +85,28 @@ def test_a_run_learns_what_it_learns_on_a_cpu(
     assert column(run, "grad_norm") == pytest.approx(column(on_cpu, "grad_norm"), rel=0.05)
 
 
-def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(
+    device: torch.device, tmp_path: Path, compiled: bool
+) -> None:
     run = make_run(tmp_path)
-    with Life(run, device, train__total_steps=40, train__amp="fp16") as trainer:
+    seen: list[tuple[int, float, int]] = []
+    made_of: list[torch.dtype] = []
+    with Life(run, device, train__total_steps=20, train__amp="fp16", train__compile=compiled) as trainer:
         scaler = trainer.state.scaler
-        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**30})
-        assert trainer.train(lambda: None).finished
-    state = generations.load(run, 40)
-    assert state["extra"]["skipped_steps"] > 0 and state["scaler"]["scale"] < 2.0**30
+        conv_out = trainer.state.model.conv_out
+
+        def stop_requested() -> None:
+            seen.append((trainer.at.step, float(scaler.get_scale()), int(trainer.state.skipped)))
+            if trainer.at.step == 5:
+                scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**60})
+
+        if not compiled:
+            conv_out.register_forward_hook(lambda module, inputs, output: made_of.append(output.dtype))
+        assert trainer.train(stop_requested).finished
+    assert set(made_of) <= {torch.float16} and bool(made_of) is not compiled
+    state = generations.load(run, 20)
+    assert state["extra"]["skipped_steps"] > 0 and state["scaler"]["scale"] < 2.0**60, seen
     assert all(torch.isfinite(w).all() for w in state["model"].values())
     assert all(math.isfinite(loss) for loss in column(run))
 
