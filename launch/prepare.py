@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import __version__
-from ddpm.config import reading, schema
+from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
-from ddpm.config.train import LENGTHS
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.events import now, read_json
 from ddpm.run.files import TMP_PREFIX, fsync_dir, write_bytes, write_json
@@ -82,7 +81,7 @@ def check_existing(run: RunDir, config: Config) -> bool:
     there = reading.load(run.config)
     if there.digest() != config.digest():
         raise RequestError(
-            f"run {run.name} exists with other mathematics: {differences(run, config, mathematics=True)}. "
+            f"run {run.name} exists with other mathematics: {config_differences(run, config, mathematics=True)}. "
             f"Choose another --name, or submit it with what it has"
         )
     if config.train.total_steps < run.latest_step():
@@ -93,26 +92,25 @@ def check_existing(run: RunDir, config: Config) -> bool:
     return True
 
 
-def differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
+def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
-    old, new = reading.load(run.config).model_dump(mode="json"), asked.model_dump(mode="json")
+    there = reading.load(run.config)
+    old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
+    covered = there.mathematics(), asked.mathematics()
     lines = []
     for key in sections.field_keys(Config):
         a, b = _at(old, key), _at(new, key)
-        section, _, leaf = key.partition(".")
-        covered = section in ("seed", "data", "model", "diffusion", "train") and key != "data.path"
-        covered = covered and not (section == "train" and leaf in schema.UNLEARNED)
-        if leaf in LENGTHS:
-            covered = asked.train.lr_schedule == "cosine"
-        if a != b and (covered or not mathematics):
+        if a != b and not (mathematics and all(_at(tree, key) is None for tree in covered)):
             lines.append(f"{key} is {a!r} there and {b!r} here")
     return "; ".join(lines)
 
 
 def _at(tree: dict[str, Any], key: str) -> Any:
+    """The value at a.b, or None."""
+    value: Any = tree
     for part in key.split("."):
-        tree = tree[part]
-    return tree
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def cache_of(site: Site, root: Path) -> Path:

@@ -143,7 +143,7 @@ def main() -> int:
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
-    request = sets.from_config(run, config, generation, variance)
+    request = sets.request_for(run, config, generation, variance)
     set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)
     check_name(set_name, "sample set name")
     sample_set = run.sample_set(set_name)

@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def read_request(args: argparse.Namespace) -> tuple[Config, list[str]]:
+def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
     """The config and the stages that the command line asks for. Raises RequestError."""
     files = [w for w in args.words if "=" not in w]
     overrides = [w for w in args.words if "=" in w]
@@ -115,7 +115,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
     if jobs and reading.load(run.config) != config:
         raise RequestError(
-            f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.differences(run, config)}. "
+            f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.config_differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
         )
     return bool(jobs)
@@ -146,7 +146,7 @@ def main() -> int:
     if args.list:
         recipes.print_table(PROJECT / "configs")
         return 0
-    asked, stages = read_request(args)
+    asked, stages = read_command_line(args)
     site = sites.resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)

@@ -10,7 +10,7 @@ import torch
 
 from ddpm.diffusion.schedule import Schedule
 from ddpm.run.paths import RunDir, SampleSet
-from ddpm.sampling.denoiser import Denoiser, EpsModel
+from ddpm.sampling.denoiser import Denoiser, LabelledEpsModel
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.request import CheckpointRef, Request, publish_request
 
@@ -40,7 +40,7 @@ def make_set(path: Path, request: Request, name: str = "fid") -> SampleSet:
     return sample_set
 
 
-def make_shard(sample_set: SampleSet, request: Request, index: int, eps: EpsModel) -> dict[str, Any]:
+def make_shard(sample_set: SampleSet, request: Request, index: int, eps: LabelledEpsModel) -> dict[str, Any]:
     """Shard `index`, of 4x4 images, in one step from alpha_bar = 0.7."""
     denoiser = Denoiser(
         eps=eps,

@@ -6,6 +6,8 @@ the number of ranks is checked where they are known (`check_world_size`).
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from ddpm.config.data import Data
@@ -127,8 +129,8 @@ class Config(Section):
             )
         return told
 
-    def digest(self) -> str:
-        """sha256 of what changes the mathematics of training.
+    def mathematics(self) -> dict[str, Any]:
+        """What changes the mathematics of training, by section; a field that came later is there unless at its default.
 
         Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
         scoring, and where the data lies (its pixels have a digest of their own, kept in run.json).
@@ -145,7 +147,11 @@ class Config(Section):
                     del record[section][key]
         if self.train.lr_schedule == "cosine":  # the learning rate depends on it
             record["train"] |= {key: value for key, value in length.items() if value is not None}
-        return sha256_json(record)
+        return record
+
+    def digest(self) -> str:
+        """sha256 of the mathematics."""
+        return sha256_json(self.mathematics())
 
     def to_yaml(self) -> str:
         return dump_yaml(self.model_dump(mode="json"))

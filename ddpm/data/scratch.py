@@ -14,7 +14,7 @@ from ddpm.run.files import TMP_PREFIX, DamagedFile
 from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
-ABANDONED_AFTER_S = 3600
+COPY_ABANDONED_AFTER_S = 3600
 """A copy that is alive writes a chunk every few seconds."""
 
 
@@ -24,7 +24,7 @@ def copy_to_scratch(cache: Path, key: str, scratch: Path, *, stop_requested: Sto
 
     Raises OSError (no room, no such disk), Stopped.
     """
-    remove_abandoned(scratch, ABANDONED_AFTER_S)
+    remove_abandoned(scratch, COPY_ABANDONED_AFTER_S)
     if _is_whole(scratch, key):
         return
     shutil.rmtree(scratch / key, ignore_errors=True)

@@ -15,7 +15,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.files import DamagedFile, read_signed, sha256_file
 from ddpm.run.paths import RunDir
 
-Log = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 class NothingSaved(RequestError):
@@ -56,7 +56,7 @@ def verify_again(run: RunDir, step: int) -> Generation:
         return verify(run, step)
 
 
-def newest_good(run: RunDir, log: Log) -> Generation | None:
+def newest_good(run: RunDir, log: Tell) -> Generation | None:
     """The newest generation that holds, naming each one that does not; None where none was ever saved.
 
     Never a silent start at 0: raises DoNotRetry where checkpoints exist and all are damaged, and OSError where none is
@@ -81,7 +81,7 @@ def newest_good(run: RunDir, log: Log) -> Generation | None:
     return None
 
 
-def choose(run: RunDir, step: int | None = None, log: Log = print) -> Generation:
+def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generation:
     """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
 
     Raises NothingSaved where the run has none, RequestError where `step` is not among them or cannot be used, naming

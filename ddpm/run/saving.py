@@ -23,7 +23,7 @@ from ddpm.errors import RunBusy
 from ddpm.run.events import now
 from ddpm.run.fence import Fence
 from ddpm.run.files import TMP_PREFIX, DamagedFile, publishing, sign, write_json
-from ddpm.run.generations import Generation, Log, verify_again
+from ddpm.run.generations import Generation, Tell, verify_again
 from ddpm.run.paths import RunDir
 
 SPARE_BYTES = 16 * 2**20
@@ -77,7 +77,7 @@ class Checkpointer:
         keep_last: int,
         is_milestone: Callable[[int], bool],
         world_size: int,
-        log: Log,
+        log: Tell,
         on_saved: Callable[[int], None],
     ) -> None:
         self._run, self._fence, self._log, self._on_saved = run, fence, log, on_saved

@@ -13,7 +13,7 @@ from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.schedule import Schedule
 from ddpm.network.device import autocast
 
-EpsModel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+LabelledEpsModel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """(x_t (B, C, H, W), t int64 (B,), labels int64 (B,) or None) -> eps (B, C, H, W) float32. Label num_classes stands for
 none, which guidance asks for."""
 
@@ -22,7 +22,7 @@ none, which guidance asks for."""
 class Denoiser:
     """What a shard is made with. Guidance wants one that takes the label num_classes for none."""
 
-    eps: EpsModel
+    eps: LabelledEpsModel
     """On `device`."""
     schedule: Schedule
     image_shape: tuple[int, int, int]
@@ -47,7 +47,7 @@ class Denoiser:
         )
 
 
-def eps_of(network: torch.nn.Module, precision: str) -> EpsModel:
+def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
     """The network's evaluation, without gradients."""
 
     def eps(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

@@ -34,7 +34,7 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     Raises RequestError where its sample set was begun with another request.
     """
     name = sets.chain_set(run, config)
-    sampled = "sample" not in stages or not sets.missing_shards(run, config, name)
+    sampled = "sample" not in stages or not sets.shards_to_make(run, config, name)
     if finished_step(run, config) is None:
         return True, stages
     scored = "evaluate" not in stages or sets.is_scored(run, config, name)
@@ -81,7 +81,7 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
     """The chain: train, then an array over the shards that are not done, then the score."""
     name = sets.chain_set(run, config)
     jobs = [Job("train", run, site)] if train else []
-    if "sample" in stages and (shards := sets.missing_shards(run, config, name)):
+    if "sample" in stages and (shards := sets.shards_to_make(run, config, name)):
         jobs.append(Job("sample", run, site, name, tuple(shards)))
     if "evaluate" in stages:
         jobs.append(Job("evaluate", run, site, name))

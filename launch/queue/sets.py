@@ -67,7 +67,7 @@ def _sampled_at(run: RunDir, set_name: str) -> int | None:
 # ---------------------------------------------------------------- requests
 
 
-def from_config(
+def request_for(
     run: RunDir, config: Config, generation: Generation | CheckpointRef, variance: str | None = None
 ) -> Request:
     """The request that the run's config makes of one checkpoint. variance: instead of the config's."""
@@ -93,13 +93,13 @@ def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
             f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
             f"is: python launch/sample.py {run.path}"
         )
-    return publish_request(sample_set, from_config(run, config, generations.verify(run, run.latest_step())))
+    return publish_request(sample_set, request_for(run, config, generations.verify(run, run.latest_step())))
 
 
 # ---------------------------------------------------------------- what is there
 
 
-def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
+def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
     """Shards of the chain's set that are not done: all of them where the set is not begun.
 
     Raises RequestError where the set was begun with another request, or of another step than training ends at,
@@ -113,7 +113,7 @@ def missing_shards(run: RunDir, config: Config, set_name: str) -> list[int]:
 
     there = read_request(sample_set)
     step = finished_step(run, config) or config.train.total_steps
-    asked = from_config(run, config, replace(there.checkpoint, step=step))
+    asked = request_for(run, config, replace(there.checkpoint, step=step))
     if there != asked:
         raise RequestError(
             f"sample set {set_name} exists with another request: {differences(there, asked)}. Ask for the "

@@ -18,7 +18,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-Life = tuple[str, int]
+LifeKey = tuple[str, int]
 
 ALIVE_S = 60.0
 """A heartbeat younger than this is of a life that goes on."""
@@ -31,8 +31,8 @@ def seconds(stamp: str) -> float:
 
 def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> dict[str, float]:
     """Seconds by kind. events: those of a run, in order of time; beat: its heartbeat; at: the time now."""
-    lives: dict[Life, list[dict[str, Any]]] = {}
-    signs: dict[Life, float] = {}
+    lives: dict[LifeKey, list[dict[str, Any]]] = {}
+    signs: dict[LifeKey, float] = {}
     for sign in [*(e["last_sign"] for e in events if e.get("last_sign")), beat]:
         if "time" in sign and "job" in sign:
             life = str(sign["job"]), int(sign["restart"])

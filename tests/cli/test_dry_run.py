@@ -13,7 +13,7 @@ import pytest
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
 from launch import sample
-from launch.queue.sets import from_config
+from launch.queue.sets import request_for
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
@@ -89,7 +89,7 @@ def test_what_the_help_of_sampling_shows_can_be_asked_of_the_recipe(
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
     args = sample.parse()
     config = sample.sampling_config(args, run, None)
-    assert from_config(run, config, CheckpointRef(1, ""), args.variance).num_samples > 0
+    assert request_for(run, config, CheckpointRef(1, ""), args.variance).num_samples > 0
 
 
 def test_another_sampler_than_the_configs_does_not_take_over_its_eta(
