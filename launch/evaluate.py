@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
 from ddpm.errors import RequestError
-from ddpm.run.events import read_json
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from launch.cluster import site as sites
@@ -95,7 +95,7 @@ def choose_set(run: RunDir, asked: str | None) -> str:
 
 
 def show(run: RunDir, set_name: str) -> int:
-    record = read_json(run.eval / f"{set_name}.json")
+    record = read_json(run.score(set_name))
     if record is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
@@ -136,7 +136,7 @@ def main() -> int:
         print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
     else:
         ids = submit(job)
-        print(f"queued: evaluate as job {ids[0]}; the score will be {run.eval / (set_name + '.json')}")
+        print(f"queued: evaluate as job {ids[0]}; the score will be {run.score(set_name)}")
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)

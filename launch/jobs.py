@@ -67,7 +67,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
     say(str(error) if again and not here else f"failed: {error}")
-    code = life.leave(1 if again else DoNotRetry.exit_code)
+    code = life.leave(1, " ".join(str(error).split())) if again else life.leave(DoNotRetry.exit_code)
     if here and life.env.rank == 0:  # elsewhere the batch shell says so
         why = {"stage": stage, "exit_code": code, "reason": str(error)}
         with contextlib.suppress(OSError):

@@ -15,8 +15,7 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
-from ddpm.run.events import now, read_json
-from ddpm.run.files import TMP_PREFIX, fsync_dir, write_bytes, write_json
+from ddpm.run.files import TMP_PREFIX, fsync_dir, now, read_json, write_bytes, write_json
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.scoring.against import check_reference
 from launch.cluster import environment

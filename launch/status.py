@@ -15,7 +15,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
-from ddpm.run.events import read_events, read_json, read_jsonl
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
 from launch.cluster import environment, slurm
@@ -48,7 +49,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat = read_json(run.heartbeat) or {}
-    config = _config(run)
+    config, unread = _config(run)
     metrics = read_jsonl(run.metrics)
     last = metrics[-1] if metrics else {}
     saved = run.latest_step()
@@ -80,17 +81,17 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
         "host": beat.get("host"),
         "samples": {s.name: _shards(s.request, s.path) for s in run.sample_sets()},
         "scores": scores,
-        "problem": latest.get("reason") if latest.get("event") == "failed" else None,
+        "problem": latest.get("reason") if latest.get("event") == "failed" else unread,
     }
 
 
-def _config(run: RunDir) -> Config | None:
-    """The run's config; None where it is torn, or its length is not in steps."""
+def _config(run: RunDir) -> tuple[Config | None, str | None]:
+    """The run's config, or why it cannot be read: it is torn, or another version's."""
     try:
         config = reading.load(run.config)
-    except RequestError:
-        return None
-    return config if config.train.total_steps is not None else None
+    except RequestError as e:
+        return None, " ".join(str(e).split())
+    return (config, None) if config.train.total_steps is not None else (None, "its config has no length in steps")
 
 
 def _shards(request: Path, where: Path) -> str:
@@ -222,7 +223,7 @@ def _print_more(runs: list[RunDir], terminal: Any, *, details: bool) -> None:
         row = describe(run, {})
         if details and any(row["allocated_s"].values()):
             terminal.print(where_time_went(row), markup=False, highlight=False)
-        if row["state"] == "failed":
+        if row["problem"] and row["state"] not in ("running", "queued"):
             terminal.print(f"{run.name}: {row['problem']}", style="red", markup=False)
 
 

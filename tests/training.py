@@ -21,8 +21,9 @@ from ddpm.config import section as sections
 from ddpm.data import packed as data
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations
-from ddpm.run.events import EventLog, read_events, read_jsonl
+from ddpm.run.events import EventLog, read_events
 from ddpm.run.fence import Fence
+from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training import ranks
 from ddpm.training.trainer import Outcome, Trainer

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from ddpm.config.section import Section
 
+BY_LENGTH = ("cosine",)
+"""Learning rates that depend on the length: with one of them the length is part of the mathematics."""
 LENGTHS = ("total_steps", "total_images", "total_epochs")
 """Keys of `train`, of which one says how long it lasts."""
 
@@ -85,10 +87,10 @@ class Train(Section):
     @model_validator(mode="after")
     def _learning(self) -> Train:
         known = self.total_steps is not None
-        if known and self.lr_schedule == "cosine" and self.warmup_steps >= self.total_steps:
+        if known and self.lr_schedule in BY_LENGTH and self.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
-                f"{self.total_steps} with lr_schedule=cosine"
+                f"{self.total_steps} with lr_schedule={self.lr_schedule}"
             )
         for key in ("ema_start_step", "ema_every_steps"):
             if known and getattr(self, key) > self.total_steps:

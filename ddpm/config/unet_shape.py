@@ -18,7 +18,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Structure:
-    """The fields of the config's `model` section (ddpm/config/schema.py says what each means), and three more.
+    """The fields of the config's `model` section (ddpm/config/model.py says what each means), and three more.
 
     ValueError for a structure that cannot be built: "FIELD = VALUE: what is allowed".
     """

@@ -1,1 +1,2 @@
-"""A run on disk: its paths, atomic files, events, fence, generations. Must not know mathematics or networks."""
+"""A run on disk: its paths, atomic files, events, fence, generations. Must not know networks,
+and of mathematics when training is over alone."""

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from ddpm.run.files import parse_jsonl, stamp
+from ddpm.run.files import now, read_json, read_jsonl
 from ddpm.run.paths import RunDir, listed
-
-
-def now() -> str:
-    return stamp(datetime.now(timezone.utc))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 class EventLog:
@@ -54,14 +39,6 @@ class EventLog:
             f.write(line)
             f.flush()
             os.fsync(f.fileno())
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; a torn last line (killed while appending) is left out."""
-    try:
-        return parse_jsonl(path.read_bytes())
-    except FileNotFoundError:
-        return []
 
 
 def read_events(run: RunDir) -> list[dict[str, Any]]:

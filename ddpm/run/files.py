@@ -30,6 +30,10 @@ def stamp(at: datetime) -> str:
 
 
 # ---------------------------------------------------------------- digests
+def now() -> str:
+    return stamp(datetime.now(timezone.utc))
+
+
 def canonical_json(value: Any) -> bytes:
     """The one byte form of a JSON value that digests are taken of: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -165,3 +169,20 @@ def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file; a torn last line (killed while appending) is left out."""
+    try:
+        return parse_jsonl(path.read_bytes())
+    except FileNotFoundError:
+        return []

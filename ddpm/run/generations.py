@@ -100,7 +100,7 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
         return verify_again(run, step)
     except DamagedFile as e:
         others = [s for s in steps if s != step]
-        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: --step {others}") from None
+        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: {others}") from None
 
 
 def load(run: RunDir, step: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from ddpm.run.events import now
+from ddpm.run.files import now
 
 
 def say(message: str = "", **fields: object) -> None:

@@ -131,6 +131,9 @@ class RunDir:
     def eval(self) -> Path:
         return self.path / "eval"
 
+    def score(self, set_name: str) -> Path:
+        return self.eval / f"{set_name}.json"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:09d}.pt"
 

@@ -20,9 +20,8 @@ import safetensors.torch
 import torch
 
 from ddpm.errors import RunBusy
-from ddpm.run.events import now
 from ddpm.run.fence import Fence
-from ddpm.run.files import TMP_PREFIX, DamagedFile, publishing, sign, write_json
+from ddpm.run.files import TMP_PREFIX, DamagedFile, now, publishing, sign, write_json
 from ddpm.run.generations import Generation, Tell, verify_again
 from ddpm.run.paths import RunDir
 

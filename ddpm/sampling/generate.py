@@ -26,8 +26,8 @@ from ddpm.run.paths import SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.sampling.parts import Part, part_path, read_part, remove_parts, write_part
-from ddpm.sampling.request import Request
-from ddpm.sampling.shards import publish_shard, shard_range, verify_shard, withdraw_shard
+from ddpm.sampling.request import Request, shard_range
+from ddpm.sampling.shards import publish_shard, verify_shard, withdraw_shard
 
 
 def generate_shard(

@@ -15,7 +15,7 @@ from typing import Any
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
-from ddpm.run import events, files, paths
+from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 
@@ -130,7 +130,7 @@ def precision_of(config: Config, run: RunDir | None) -> str:
     same on every machine. run: None for weights without one."""
     if config.sample.precision != "auto":
         return config.sample.precision
-    record = (events.read_json(run.run_json) if run else None) or {}
+    record = (files.read_json(run.run_json) if run else None) or {}
     trained_in = (record.get("resolved") or {}).get("amp")
     return "bf16" if trained_in == "bf16" else "fp32"
 
@@ -184,7 +184,7 @@ def read_request(sample_set: SampleSet) -> Request:
     if not sample_set.request.exists():
         raise RequestError(f"{sample_set.request}: no such sample set")
     try:
-        return Request.from_record(events.read_json(sample_set.request) or {})
+        return Request.from_record(files.read_json(sample_set.request) or {})
     except DamagedFile as e:
         raise RequestError(
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
@@ -209,3 +209,13 @@ def differences(there: Request, asked: Request) -> str:
 
     old, new = flat(there), flat(asked)
     return ", ".join(f"{k} is {old[k]!r} there and {new[k]!r} asked for" for k in old if old[k] != new[k])
+
+
+def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
+    """(first, num) of shard `index`: contiguous, in order, sizes differing by at most one."""
+    if not 1 <= shards <= num_samples:
+        raise RequestError(f"shards = {shards}: must be from 1 to num_samples = {num_samples}")
+    if not 0 <= index < shards:
+        raise RequestError(f"shard {index}: must be from 0 to {shards - 1}")
+    first, end = index * num_samples // shards, (index + 1) * num_samples // shards
+    return first, end - first

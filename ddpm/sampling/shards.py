@@ -18,7 +18,7 @@ from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
-from ddpm.sampling.request import Request
+from ddpm.sampling.request import Request, shard_range
 
 
 class Shard(NamedTuple):
@@ -31,16 +31,6 @@ class Shard(NamedTuple):
     first: int
     """Index of the first sample."""
     manifest: dict[str, Any]
-
-
-def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
-    """(first, num) of shard `index`: contiguous, in order, sizes differing by at most one."""
-    if not 1 <= shards <= num_samples:
-        raise RequestError(f"shards = {shards}: must be from 1 to num_samples = {num_samples}")
-    if not 0 <= index < shards:
-        raise RequestError(f"shard {index}: must be from 0 to {shards - 1}")
-    first, end = index * num_samples // shards, (index + 1) * num_samples // shards
-    return first, end - first
 
 
 def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:

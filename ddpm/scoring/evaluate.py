@@ -15,7 +15,7 @@ from typing import Any
 
 from ddpm.data.packed import PackedImages, load_folder
 from ddpm.errors import DDPMError, RequestError
-from ddpm.run import events, files, paths
+from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
@@ -147,8 +147,8 @@ def evaluate_set(
     statistics = read_statistics(reference, extractor) if isinstance(reference, Path) else None
     reference_record = statistics.record if statistics else image_record(reference)  # type: ignore[arg-type]
     provenance = _provenance(request, manifests[0]["nfe"], reference_record, extractor)
-    path = run.eval / f"{set_name}.json"
-    there = events.read_json(path) or {}
+    path = run.score(set_name)
+    there = files.read_json(path) or {}
     name = "fid" if extractor.published else "frechet_distance"
     if isinstance(there.get(name), float) and {k: there.get(k) for k in provenance} == provenance:
         return there
@@ -156,7 +156,7 @@ def evaluate_set(
         assert not isinstance(reference, Path)
         statistics = reference_moments(reference, extractor, cache_dir, stop_requested=stop_requested, token=token)
     moments = set_moments(sample_set, request, extractor, stop_requested=stop_requested, progress=progress, token=token)
-    result = {**score(moments, statistics, extractor), **provenance, "created": events.now(), "command": command}
+    result = {**score(moments, statistics, extractor), **provenance, "created": files.now(), "command": command}
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, result, replace=True, token=token)
     return result
@@ -202,7 +202,7 @@ def evaluate_images(images: Path, reference: Path, extractor: Extractor) -> dict
         "num_samples": moments.num,
         "reference": statistics.record,
         "extractor": _extractor_record(extractor),
-        "created": events.now(),
+        "created": files.now(),
     }
 
 

@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm.run.events import now, read_jsonl
-from ddpm.run.files import parse_jsonl, write_bytes, write_json
+from ddpm.run.files import now, parse_jsonl, read_jsonl, write_bytes, write_json
 from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir

@@ -1,1 +1,4 @@
-"""The machine: what this process was started as, what SLURM says, what the site is like. Must not know jobs of ours."""
+"""The machine: what this process was started as, what SLURM says, what the site is like.
+
+Must not know how jobs of ours are made, or what they do.
+"""

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.run.events import EventLog, now
+from ddpm.run.events import EventLog
+from ddpm.run.files import now
 from ddpm.run.paths import RunDir
 
 PROJECT = Path(__file__).resolve().parents[2]

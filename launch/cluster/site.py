@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from ddpm.config.section import Section, build
 from ddpm.config.yaml import load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.events import read_json
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT, default_partition

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data import packed, scratch
@@ -12,11 +12,9 @@ from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.run.log import say
 from ddpm.run.stopping import STOP_REASONS, StopRequested
+from ddpm.training.ranks import World, stop_code
 from launch.cluster import environment
 from launch.life.life import Life, run_record
-
-if TYPE_CHECKING:
-    from ddpm.training.ranks import World
 
 
 def packed_data(life: Life, config: Config, world: World) -> PackedImages:
@@ -69,7 +67,7 @@ def together(stop: StopRequested, world: World, work: Callable[[StopRequested], 
     """
 
     def agreed(busy: bool) -> tuple[str, int]:
-        reason, any_busy = world.agree([STOP_REASONS.index(stop() or ""), int(busy)])
+        reason, any_busy = world.agree([stop_code(stop), int(busy)])
         return STOP_REASONS[reason], any_busy
 
     done = work(lambda: agreed(busy=True)[0] or None) if work else None

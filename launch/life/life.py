@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DoNotRetry
-from ddpm.run.events import read_json
+from ddpm.run.files import read_json
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, SampleSet
+from ddpm.sampling.request import read_request, shard_range
 from launch.life.life import shard_marker
 
 
@@ -27,9 +28,6 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
 
 
 def _of_shard(where: SampleSet, shard: int) -> int:
-    from ddpm.sampling.request import read_request  # numpy, without which a job's end must do
-    from ddpm.sampling.shards import shard_range
-
     try:
         request = read_request(where)
         first, num = shard_range(request.num_samples, request.shards, shard)

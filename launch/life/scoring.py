@@ -63,6 +63,6 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
             "scored",
             **{score: f"{result[score]:.4f}"},
             num_samples=result["num_samples"],
-            file=run.eval / f"{set_name}.json",
+            file=run.score(set_name),
         )
         return life.leave(0)

@@ -113,7 +113,7 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
         if new:
             slurm.cancel(new)
         raise
-    if (stop := jobs[0].run.stop_file).exists():
+    if jobs and (stop := jobs[0].run.stop_file).exists():
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
     return ids, told
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
-from ddpm.run.events import read_json
-from ddpm.run.files import sha256_file
+from ddpm.run.files import read_json, sha256_file
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
 from ddpm.scoring.against import SPLITS, check_file
@@ -124,7 +123,7 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
 
 def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
     """Whether the set, as it is, has a score by the config's extractor against the config's reference."""
-    score, request = read_json(run.eval / f"{set_name}.json") or {}, _asked(run, set_name)
+    score, request = read_json(run.score(set_name)) or {}, _asked(run, set_name)
     return (
         score.get("checkpoint") == {**request.get("checkpoint", {}), "weights": request.get("weights")}
         and (score.get("extractor") or {}).get("name") == config.evaluate.extractor

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ddpm.run.events import read_events, read_json
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from launch.cluster import slurm
 from launch.queue.waiting import slurm_jobs

@@ -25,7 +25,7 @@ ALIVE_S = 60.0
 
 
 def seconds(stamp: str) -> float:
-    """Unix time of a stamp as `ddpm.run.events.now` writes it."""
+    """Unix time of a stamp as `ddpm.run.files.now` writes it."""
     return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from ddpm.config.schema import Config
-from ddpm.run.events import read_json, read_jsonl
+from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from launch.queue.sets import chain_set
 
@@ -14,7 +14,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     """stages: what followed training."""
     step = run.latest_step()
     name = chain_set(run, config)
-    record = read_json(run.eval / f"{name}.json") if "evaluate" in stages else None
+    record = read_json(run.score(name)) if "evaluate" in stages else None
     metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
     rows = {"steps": f"{step}"}
     if metrics:
@@ -27,7 +27,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
             f"{record.get('fid', record.get('frechet_distance')):.4f} ({record['num_samples']} samples against "
             f"{against}, {record['extractor']['name']} features{'' if 'fid' in record else ': no FID'})"
         )
-        rows["score"] = f"{run.eval / name}.json"
+        rows["score"] = f"{run.score(name)}"
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
     print(f"run {run.name} is complete: {step} steps")

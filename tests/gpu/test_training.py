@@ -16,8 +16,9 @@ import torch
 
 from ddpm.network.device import apply, resolve
 from ddpm.run import generations
-from ddpm.run.events import EventLog, read_events, read_jsonl
+from ddpm.run.events import EventLog, read_events
 from ddpm.run.fence import Fence
+from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer

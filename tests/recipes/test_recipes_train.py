@@ -24,7 +24,7 @@ from PIL import Image
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.run.events import read_jsonl
+from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, events, read, wait_for

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.run.events import read_events, read_json, read_jsonl
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from tests.images import write_zip
 from tools.chaos import lives

@@ -23,8 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ddpm.run.events import now
-from ddpm.run.files import write_json
+from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
 from tools.chaos import cluster, files, mutants, processes, slurm_faults, slurm_stops
 from tools.chaos.cluster import Cluster, NotRun

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.run.events import read_events, read_jsonl
-from ddpm.run.files import write_bytes
+from ddpm.run.events import read_events
+from ddpm.run.files import read_jsonl, write_bytes
 from ddpm.run.paths import RunDir
 from tools.chaos.lives import TINY
 from tools.slurm_testbed.harness import ENDED, SBIN_PATH, SlurmTestbed

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ddpm.run.events import read_events, read_jsonl
+from ddpm.run.events import read_events
+from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT
 

@@ -13,8 +13,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from ddpm.run.events import read_events, read_json
-from ddpm.run.files import sha256_file
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json, sha256_file
 from ddpm.run.paths import RunDir
 from launch.terminal.goodput import breakdown
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, send, steps_at

@@ -23,7 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-from ddpm.run.events import read_events, read_json, read_jsonl
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from tools.gpu import PROJECT
 

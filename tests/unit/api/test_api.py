@@ -193,7 +193,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, capsys):
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):
     flip_a_bit(run.checkpoint(20))
-    with pytest.raises(RequestError, match=r"step 20 cannot be used: .*sha256.*; others: --step \[10\]"):
+    with pytest.raises(RequestError, match=r"step 20 cannot be used: .*sha256.*; others: \[10\]"):
         load(run.path, step=20)
 
 

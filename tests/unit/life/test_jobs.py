@@ -137,7 +137,9 @@ def run(tmp_path: Path) -> RunDir:
 def test_what_this_node_lacks_another_life_may_find(run: RunDir) -> None:
     done = job(run, "train", SLURM_JOB_ID="17")
     assert done.returncode == 1 and "cannot write the data cache" in done.stdout and "data_cache" in done.stdout
-    assert run.exit_marker("17", 0).read_text() == "1 crash"
+    assert (
+        run.exit_marker("17", 0).read_text().startswith("1 cannot write the data cache")
+    )  # the reason, if it stays so
 
 
 def test_on_this_machine_a_failure_is_told_by_the_job_itself(run: RunDir) -> None:

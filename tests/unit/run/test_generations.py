@@ -10,9 +10,8 @@ import pytest
 
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
-from ddpm.run.events import read_json
 from ddpm.run.fence import Fence
-from ddpm.run.files import sign
+from ddpm.run.files import read_json, sign
 from ddpm.run.paths import RunDir
 from tests.saves import Unreadable, flip_bit, save_all
 from tests.training import Life, assert_same_end, live, make_config, make_run
@@ -179,7 +178,7 @@ def test_a_step_that_cannot_be_read_is_refused_with_those_that_can(run: RunDir, 
     with pytest.raises(RequestError, match=r"run run has no checkpoint of step 7; it has \[3, 6, 9\]"):
         generations.choose(run, 7)
     flip_bit(run.checkpoint(6), 100)
-    with pytest.raises(RequestError, match=r"the checkpoint of step 6 cannot be used: .*; others: --step \[9, 3\]"):
+    with pytest.raises(RequestError, match=r"the checkpoint of step 6 cannot be used: .*; others: \[9, 3\]"):
         generations.choose(run, 6)
 
 

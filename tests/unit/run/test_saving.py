@@ -13,9 +13,8 @@ import torch
 
 from ddpm.errors import RunBusy
 from ddpm.run import files, generations, saving
-from ddpm.run.events import read_json
 from ddpm.run.fence import Fence
-from ddpm.run.files import write_json
+from ddpm.run.files import read_json, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
 from tests.saves import Unreadable, flip_bit, save_all, saver, state_at

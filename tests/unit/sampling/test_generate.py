@@ -19,8 +19,8 @@ from ddpm.run.paths import SampleSet
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.parts import Part, read_part, write_part
-from ddpm.sampling.request import Request
-from ddpm.sampling.shards import missing_shards, shard_range, unpack_png, verify_shard
+from ddpm.sampling.request import Request, shard_range
+from ddpm.sampling.shards import missing_shards, unpack_png, verify_shard
 from tests.sampling import make_request, make_set
 
 STEPS = make_request().steps

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ddpm.errors import RequestError
-from ddpm.run import events, files
+from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request, publish_request, read_request
@@ -35,7 +35,7 @@ def test_a_request_is_published_once(tmp_path: Path) -> None:
 def test_request_json_has_the_public_form(tmp_path: Path) -> None:
     request = make_request()
     sample_set = make_set(tmp_path / "run", request)
-    record = events.read_json(sample_set.request)
+    record = files.read_json(sample_set.request)
     assert record is not None and list(record) == [
         "checkpoint",
         "weights",
@@ -79,7 +79,7 @@ def test_a_request_from_before_there_was_a_choice_of_clipping_keeps_its_digest()
 def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the_digest(tmp_path: Path) -> None:
     request = make_request(guidance=1, class_plan=[50, 3], clip_x_0=False)
     sample_set = make_set(tmp_path / "run", request)
-    record = events.read_json(sample_set.request)
+    record = files.read_json(sample_set.request)
     assert record is not None
     assert (record["guidance"], record["class_plan"], record["clip_x_0"]) == (1.0, [50, 3], False)
     assert read_request(sample_set) == request == make_request(guidance=1.0, class_plan=(50, 3), clip_x_0=False)

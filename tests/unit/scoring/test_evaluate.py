@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import RequestError, Stopped
-from ddpm.run import events, files
+from ddpm.run import files
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request
 from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
@@ -214,7 +214,7 @@ def test_a_set_that_does_not_exist_is_refused(made: Made) -> None:
 def test_the_score_file_has_the_public_form(made: Made) -> None:
     reference = packed()
     result = made.evaluate(reference, command=["launch/evaluate.py", "my run"])
-    assert events.read_json(made.run.eval / "fid.json") == result
+    assert files.read_json(made.run.eval / "fid.json") == result
     distance, created = result.pop("frechet_distance"), result.pop("created")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", created)
     x, y = made.extractor(set_images(made)), made.extractor(reference.images)
@@ -254,7 +254,7 @@ def test_the_same_evaluation_returns_what_is_there_and_another_replaces_it(made:
     assert made.evaluate(packed(), command=["again"]) == first and len(made.images) == count
     second = made.evaluate(packed(seed=1))
     assert second["frechet_distance"] != first["frechet_distance"]
-    assert events.read_json(made.run.eval / "fid.json") == second
+    assert files.read_json(made.run.eval / "fid.json") == second
     (made.run.eval / "fid.json").write_text("{")
     assert made.evaluate(packed(seed=1))["frechet_distance"] == second["frechet_distance"]
 

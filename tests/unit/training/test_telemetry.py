@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm.run.events import read_json, read_jsonl
+from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training import telemetry
 from ddpm.training.telemetry import Telemetry
