@@ -6,6 +6,7 @@ means, is listed at the end with its reason: nothing is left out silently.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
+# what a shell starts in the background ignores ctrl-C, and so would every script that a test starts and interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def requires(condition: object, reason: str, enable: str) -> None:

@@ -66,8 +66,8 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
 
 
 def main() -> int:
-    """Run the commands in turn; stop at the first that fails. SIGTERM and SIGINT go to the one that runs."""
-    commands = json.loads(sys.argv[2])
+    """Run the commands in turn, until one fails or STOP is there. SIGTERM and SIGINT go to the one that runs."""
+    run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     child: subprocess.Popen[bytes] | None = None
     unheard: list[int] = []  # by a command: none was running
 
@@ -82,6 +82,8 @@ def main() -> int:
     for command in commands:
         if unheard:
             return 128 + unheard[0]
+        if run.stop_file.exists():  # it ended the command before; what would follow that has nothing to go on
+            return 0
         started = subprocess.Popen(command)
         child = started
         while unheard:

@@ -47,6 +47,18 @@ def test_a_run_that_is_at_work_on_this_machine_is_not_changed_under_it(shell: Sh
     assert "removed" in shell.submit("train.total_steps=2000000", "--prepare").stdout
 
 
+def test_a_stop_file_ends_what_was_to_follow_too(shell: Shell) -> None:
+    run = shell.root / "tiny"
+    done = shell.submit("train.total_steps=1000000", "--then", "sample,evaluate")
+    pid = int(re.search(r"as pid (\d+)", done.stdout).group(1))  # type: ignore[union-attr]
+    wait_for(lambda: any(e["event"] == "started" for e in events(run)), "the start of training")
+    (run / "STOP").touch()
+    wait_for(lambda: not is_alive(pid), "the end of the job, which STOP asks for")
+    told = [e["event"] for e in events(run)]
+    assert "stop_requested" in told and "failed" not in told
+    assert '"state": "stopped"' in shell("status", "tiny", "--json").stdout
+
+
 def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_more(shell: Shell, slurm: Path) -> None:
     stop = shell.root / "tiny" / "STOP"
     done = shell("submit", "tiny.yaml", *SLURM)
