@@ -133,6 +133,8 @@ def choose_generation(run: RunDir, asked: int | None) -> Generation:
         return generations.choose(run, run.latest_step() if asked is None else asked)
     except generations.NothingSaved as e:
         raise RequestError(f"{e} (python launch/submit.py)") from None
+    except RequestError as e:
+        raise RequestError(f"{e}; choose one with --step" if len(run.steps_saved()) > 1 else str(e)) from None
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ def _config(run: RunDir) -> tuple[Config | None, str | None]:
     try:
         config = reading.load(run.config)
     except RequestError as e:
-        return None, " ".join(str(e).split())
+        return None, str(e).splitlines()[0]
     return (config, None) if config.train.total_steps is not None else (None, "its config has no length in steps")
 
 

@@ -129,11 +129,14 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
     tmp = directory.with_name(f"{files.TMP_PREFIX}{directory.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    for index in range(request.shards):
-        shard = verify_shard(sample_set, request, index)
-        for i, image in enumerate(shard.images, start=shard.first):
-            Image.fromarray(image).save(tmp / f"{i:06d}.png")
-    tmp.rename(directory)
+    try:
+        for index in range(request.shards):
+            shard = verify_shard(sample_set, request, index)
+            for i, image in enumerate(shard.images, start=shard.first):
+                Image.fromarray(image).save(tmp / f"{i:06d}.png")
+        tmp.rename(directory)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return directory
 
 

@@ -18,6 +18,7 @@ from ddpm.network.device import Resolved
 from ddpm.run.fence import Fence
 from ddpm.run.files import write_json
 from ddpm.run.log import say
+from ddpm.run.paths import RunDir
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
@@ -79,9 +80,14 @@ def _take(life: Life, wait_s: float) -> Fence:
         life.env.owner(),
         wait_s=wait_s,
         is_orphan=lambda other: is_orphan(other, life.env),
-        how_to_end=lambda other: f"scancel {other.get('job', 'JOB')}",
+        how_to_end=lambda other: _how_to_end(other, life.run),
         log=say,
     )
+
+
+def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
+    job = str(other.get("job", "JOB"))
+    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}"
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
+from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress
 from launch.cluster import environment
@@ -29,6 +30,9 @@ def run_script(main: Callable[[], int]) -> None:
     except DDPMError as e:
         print(f"error: {e}", file=sys.stderr)
         code = e.exit_code
+    except DamagedFile as e:
+        print(f"error: damaged: {e}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
