@@ -7,6 +7,7 @@ or how a sample is computed, which is sampling/generate.py's: the same request g
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,6 @@ from ddpm.network.device import Device, as_device
 from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_safetensors, set_weights
 from ddpm.run import generations
-from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.sampling.denoiser import Denoiser, eps_of
 from ddpm.sampling.generate import sample_batch, sample_labels
@@ -107,7 +107,7 @@ def load(
 def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.device, precision: str | None) -> Model:
     config = reading.load(run.config)
     weights = weights or config.sample.weights
-    chosen = generations.choose(run, step, say).step
+    chosen = generations.choose(run, step, _warn).step
     precision = precision or precision_of(config, run)
     network = load_network(config, run, chosen, weights, device, precision)
     return Model(config, network, precision=precision, step=chosen, weights=weights)
@@ -208,7 +208,7 @@ class Model:
     def _request(self, num: int, asked: dict[str, Any], variance: str | None) -> Request:
         """The request for `num` images, checked as a config's is."""
         tree = self.config.model_dump()
-        changes: dict[str, Any] = {"num_samples": num, "shards": 1, "class_plan": None, "weights": self.weights}
+        changes: dict[str, Any] = {"num_samples": num, "shards": 1, "class_plan": None}
         if "sampler" in asked:
             changes["steps"] = usual_steps(self.config, asked["sampler"])
             if asked["sampler"] != "ddim":
@@ -216,7 +216,7 @@ class Model:
         tree["sample"] |= {**changes, **asked}
         config = section.build(Config, tree, "sample()")
         request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
-        return replace(request, batch=asked.get("batch", request.batch))
+        return replace(request, batch=asked.get("batch", request.batch), weights=self.weights)
 
     def _classes(self, labels: Sequence[int] | np.ndarray | Tensor, num: int) -> np.ndarray:
         """int64 (num,)"""
@@ -230,6 +230,10 @@ class Model:
                 f"from 0 to {classes - 1} (model.num_classes = {classes})"
             )
         return given.long().numpy()
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)  # what a script prints may be data
 
 
 def _check_whole(name: str, values: Tensor, num: int, below: int) -> None:

@@ -125,8 +125,7 @@ def main() -> int:
         from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
-    if not chain.is_training(run):
-        chain.lift_stop(run)
+    chain.go_on(run)
     if site.is_local:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):

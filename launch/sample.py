@@ -161,6 +161,8 @@ def main() -> int:
     missing = missing_shards(sample_set, request)
     if missing:
         site = sites.settle(site, dry_run=args.prepare)
+    if missing and not args.prepare:
+        chain.go_on(run)
     publish(run, sample_set, request)
     if args.prepare:
         lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
@@ -198,8 +200,6 @@ def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bo
     from ddpm.sampling.request import read_request
     from ddpm.sampling.shards import missing_shards
 
-    if not chain.is_training(run):
-        chain.lift_stop(run)
     job = Job("sample", run, site, set_name, tuple(missing))
     if site.is_local:
         process, log = local.start(run, [job])

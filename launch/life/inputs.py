@@ -63,14 +63,22 @@ def together(stop: StopRequested, world: World, work: Callable[[StopRequested], 
     """`work` on the ranks that have some; the others answer it meanwhile, so that none takes its silence for death.
 
     `work` asks what it is given every few seconds, and raises Stopped where that says so. Returns what it returns.
-    Raises Stopped on all ranks.
+    Raises Stopped on all ranks, also where `work` met an error of its own while it stopped.
     """
+    heard = ""
 
     def agreed(busy: bool) -> tuple[str, int]:
         reason, any_busy = world.agree([stop_code(stop), int(busy)])
         return STOP_REASONS[reason], any_busy
 
-    done = work(lambda: agreed(busy=True)[0] or None) if work else None
+    def stop_requested() -> str | None:
+        nonlocal heard
+        heard = heard or agreed(busy=True)[0]  # once there is a reason the others have left
+        return heard or None
+
+    done = work(stop_requested) if work else None
+    if heard:
+        raise Stopped(heard)
     while True:
         reason, any_busy = agreed(busy=False)
         if not any_busy:

@@ -29,9 +29,10 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
 
 def _of_shard(where: SampleSet, shard: int) -> int:
     try:
+        where.request.read_bytes()  # a file system that fails for a moment is no damage: OSError
         request = read_request(where)
         first, num = shard_range(request.num_samples, request.shards, shard)
-    except RequestError:
+    except (FileNotFoundError, RequestError):
         return 0
     begins = (n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz"))
     batches = sum(b.isdecimal() and first <= int(b) < first + num for b in begins)

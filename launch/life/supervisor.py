@@ -43,6 +43,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         if not _note(log, "requeued", **fields):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
+        _forget_shard(run, env)
         return _failed(log, known.code, stage, decision.why)
     if decision.what == "succeed":
         _have_a_successor(run, env, stage, decision.why)
@@ -63,8 +64,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
     if said.isdigit():  # empty where the disk was full
         known = replace(known, code=int(said), reason=why)
     if known.code in (0, EXIT_FATAL):
-        with contextlib.suppress(OSError):
-            shard_marker(run, env.job).unlink(missing_ok=True)
+        _forget_shard(run, env)
         return known
     asked_at = time.monotonic()
     shown = slurm.patiently(lambda: slurm.show(env.job))
@@ -77,6 +77,11 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
         known = replace(known, mercy=slurm.mercy(env.job))
     return known
+
+
+def _forget_shard(run: RunDir, env: JobEnvironment) -> None:
+    with contextlib.suppress(OSError):
+        shard_marker(run, env.job).unlink(missing_ok=True)
 
 
 def _ranks_word(run: RunDir, env: JobEnvironment) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ddpm.config.schema import Config
-from ddpm.errors import EXIT_FATAL, DoNotRetry
+from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
@@ -65,6 +65,18 @@ def nothing_to_train(run: RunDir, config: Config) -> str | None:
 def is_training(run: RunDir) -> bool:
     """Whether jobs of SLURM or of this machine have it. Raises SlurmError."""
     return local.running(run) is not None or bool(jobs_in_queue(run, "train"))
+
+
+def go_on(run: RunDir) -> None:
+    """Lift STOP for what is to follow now. RequestError where it is there to end a training at work; SlurmError."""
+    if not run.stop_file.exists():
+        return
+    if is_training(run):
+        raise RequestError(
+            f"{run.stop_file} is there to end the training at work, and would end this too: wait until that has ended, "
+            f"or remove the file"
+        )
+    lift_stop(run)
 
 
 def lift_stop(run: RunDir) -> None:

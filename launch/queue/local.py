@@ -32,9 +32,10 @@ def stage_commands(job: Job) -> list[list[str]]:
 
 
 def running(run: RunDir) -> int | None:
-    """The background process on this machine that works on the run, if there is one."""
+    """The background process on this machine that trains the run, or will, if there is one."""
     for e in reversed(read_events(run)):
-        if e["event"] == "submitted" and e.get("via") == "local" and e["host"] == environment.host():
+        here = e["event"] == "submitted" and e.get("via") == "local" and e["host"] == environment.host()
+        if here and "train" in e.get("stage", "").split("+"):
             with contextlib.suppress(OSError):  # it has ended, or the number is another user's process now
                 if f"DDPM_JOB={e['job']}".encode() in Path(f"/proc/{e['pid']}/environ").read_bytes().split(b"\0"):
                     return int(e["pid"])

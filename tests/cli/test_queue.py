@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -57,6 +60,22 @@ def test_a_stop_file_ends_what_was_to_follow_too(shell: Shell) -> None:
     told = [e["event"] for e in events(run)]
     assert "stop_requested" in told and "failed" not in told
     assert '"state": "stopped"' in shell("status", "tiny", "--json").stdout
+
+
+def test_what_samples_on_this_machine_is_no_training_at_work(finished: Shell, again: Shell) -> None:
+    """A STOP file is lifted for a score while something else than training runs; under a training it is refused."""
+    run = again.root / "tiny"
+    for stage, code in (("sample", 0), ("train+sample", 2)):
+        name = f"local-{stage}"
+        with subprocess.Popen(["sleep", "300"], env={**os.environ, "DDPM_JOB": name}) as process:
+            told = {"event": "submitted", "time": "2099-01-01T00:00:00.000Z", "job": name, "restart": 0}
+            told |= {"host": socket.gethostname(), "stage": stage, "via": "local", "pid": process.pid}
+            (run / "events" / f"submit-{name}.0.jsonl").write_text(json.dumps(told) + "\n")
+            (run / "STOP").touch()
+            done = again("evaluate", "tiny", "--set", TINY_SET, "--cluster", "local")
+            process.kill()
+        assert done.returncode == code, done.stdout + done.stderr
+        assert (run / "STOP").exists() is (code == 2) and ("STOP" in done.stderr) is (code == 2)
 
 
 def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_more(shell: Shell, slurm: Path) -> None:

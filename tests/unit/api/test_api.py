@@ -188,7 +188,7 @@ def test_the_weights_that_the_config_samples_are_loaded_unless_others_are_asked_
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, capsys):
     flip_a_bit(run.checkpoint(20))
     assert load(run.path).step == 10
-    assert "checkpoint rejected: step=20" in capsys.readouterr().out
+    assert "checkpoint rejected: step=20" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):

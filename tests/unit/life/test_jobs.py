@@ -83,6 +83,31 @@ def open_on_rank(world: World, run: RunDir, key: str, stops_after: int) -> None:
     (run.path / str(world.rank)).write_text(answer)
 
 
+def stop_on_a_full_disk(world: World, run: RunDir, key: str) -> None:
+    """The copy hears of the stop, and its file cannot be closed: both ranks must take it for a stop all the same."""
+
+    def copy(*_: object, stop_requested: StopRequested, **__: object) -> None:
+        while not stop_requested():
+            pass
+        raise OSError(28, "No space left on device")
+
+    scratch.copy_to_scratch = copy  # type: ignore[assignment]
+    try:
+        answer = inputs.packed_data(life_on(world, run, 3), make_config(), world).digest
+    except Stopped as e:
+        answer = str(world.share(e.reason))
+    (run.path / str(world.rank)).write_text(answer)
+
+
+def test_a_copy_that_fails_as_it_is_stopped_leaves_no_rank_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    key, there = packed.pack(make_config().data, "train", tmp_path / "cache")
+    data = {"cache": str(tmp_path / "cache"), "key": key, "digest": there.digest, "scratch": str(tmp_path / "scratch")}
+    run.run_json.write_text(json.dumps({"data": data}))
+    on_ranks(2, stop_on_a_full_disk, run, key, timeout_s=10)
+    assert [(run.path / rank).read_text() for rank in "01"] == ["preempted", "preempted"]
+
+
 @pytest.mark.parametrize("slow", ["packing", "copying to scratch"])
 @pytest.mark.parametrize("stops_after", [999, 5])
 def test_ranks_wait_for_the_one_that_brings_the_data_longer_than_they_wait_for_any_other(

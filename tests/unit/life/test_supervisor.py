@@ -20,6 +20,7 @@ from launch.cluster.environment import PROJECT
 from launch.life import supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
+from launch.life.progress import progress
 
 Shell = Callable[..., int]
 
@@ -256,6 +257,23 @@ def takes_shard(run: RunDir, job: str, shard: int, monkeypatch: pytest.MonkeyPat
     for name, value in (("SLURM_ARRAY_JOB_ID", ""), ("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", "0")):
         monkeypatch.setenv(name, value)
     Life(run, StopFlag(), environment.current()).works_on(shard)
+
+
+def test_a_request_that_cannot_be_read_now_is_no_lack_of_progress(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_set(run)
+    takes_shard(run, "17", 1, monkeypatch)
+    real = Path.read_bytes
+
+    def stale(path: Path) -> bytes:
+        if path.name == "request.json":
+            raise OSError(116, "Stale file handle")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(OSError, match="Stale"):
+        progress(run, "17", "sample", "fid")
 
 
 def test_finished_batches_are_the_progress_of_a_shard_until_it_is_done(
