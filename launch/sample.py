@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -17,6 +17,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name
+from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
@@ -24,10 +25,6 @@ from launch.queue.job import Job, ranges
 from launch.queue.submitting import by_hand, describe, submit
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
-
-if TYPE_CHECKING:
-    from ddpm.run.generations import Generation
-    from ddpm.sampling.request import Request
 
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
@@ -94,8 +91,6 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
     if "sampler" in asked and "steps" not in asked:
-        from ddpm.sampling.request import usual_steps
-
         asked["steps"] = usual_steps(config, asked["sampler"])
     return reading.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
 
@@ -122,12 +117,11 @@ def existing_request(run: RunDir, set_name: str | None) -> Request | None:
     sample_set = run.sample_set(check_name(set_name, "sample set name"))
     if not sample_set.request.exists():
         return None
-    from ddpm.sampling.request import read_request
 
     return read_request(sample_set)
 
 
-def choose_generation(run: RunDir, asked: int | None) -> Generation:
+def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
     """The checkpoint of step `asked`, or the newest, verified. Raises RequestError naming the steps there are."""
     try:
         return generations.choose(run, run.latest_step() if asked is None else asked)
@@ -183,7 +177,6 @@ def main() -> int:
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
     """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
-    from ddpm.sampling.request import publish_request, withdraw_request
 
     existed = sample_set.request.exists()
     publish_request(sample_set, request)
@@ -197,7 +190,6 @@ def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
 
 def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
     """Have the missing shards made. None when they are; else the exit code to leave with."""
-    from ddpm.sampling.request import read_request
     from ddpm.sampling.shards import missing_shards
 
     job = Job("sample", run, site, set_name, tuple(missing))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import read_json, sha256_file
+from ddpm.run.generations import Generation
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
+from ddpm.sampling.request import (
+    CheckpointRef,
+    Request,
+    differences,
+    from_config,
+    precision_of,
+    publish_request,
+    read_request,
+)
 from ddpm.scoring.against import SPLITS, check_file
-
-if TYPE_CHECKING:
-    from ddpm.run.generations import Generation
-    from ddpm.sampling.request import CheckpointRef, Request
-
 
 # ---------------------------------------------------------------- names
 
@@ -70,10 +75,8 @@ def request_for(
     run: RunDir, config: Config, generation: Generation | CheckpointRef, variance: str | None = None
 ) -> Request:
     """The request that the run's config makes of one checkpoint. variance: instead of the config's."""
-    from ddpm.sampling import request
-
-    at = request.CheckpointRef(generation.step, generation.sha256)
-    return request.from_config(config, at, request.precision_of(config, run), variance)
+    at = CheckpointRef(generation.step, generation.sha256)
+    return from_config(config, at, precision_of(config, run), variance)
 
 
 def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
@@ -81,8 +84,6 @@ def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
 
     Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
     """
-    from ddpm.sampling.request import publish_request, read_request
-
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():
         return read_request(sample_set)
@@ -108,7 +109,6 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
     if not sample_set.request.exists():
         return list(range(config.sample.shards))
     from ddpm.sampling import shards
-    from ddpm.sampling.request import differences, read_request
 
     there = read_request(sample_set)
     step = finished_step(run, config) or config.train.total_steps
