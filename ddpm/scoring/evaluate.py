@@ -25,6 +25,7 @@ from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import shard_features
 from ddpm.scoring.metrics import Moments
+from ddpm.scoring.record import key_for
 from ddpm.scoring.reference import Reference, image_moments, image_record, read_statistics, reference_moments
 
 
@@ -118,7 +119,7 @@ def score(moments: Moments, reference: Reference, extractor: Extractor) -> dict[
     distance = metrics.frechet_distance(moments.mean, metrics.covariance(moments), reference.mu, reference.sigma)
     if not math.isfinite(distance):
         raise DDPMError("the Fréchet distance is not finite: features or reference hold values that are not")
-    return {"fid" if extractor.published else "frechet_distance": distance}
+    return {key_for(published=extractor.published): distance}
 
 
 def evaluate_set(
@@ -149,7 +150,7 @@ def evaluate_set(
     provenance = _provenance(request, manifests[0]["nfe"], reference_record, extractor)
     path = run.score(set_name)
     there = files.read_json(path) or {}
-    name = "fid" if extractor.published else "frechet_distance"
+    name = key_for(published=extractor.published)
     if isinstance(there.get(name), float) and {k: there.get(k) for k in provenance} == provenance:
         return there
     if statistics is None:

@@ -14,6 +14,7 @@ from ddpm.sampling.shards import missing_shards
 from ddpm.scoring import evaluate as scoring
 from ddpm.scoring.against import open_reference
 from ddpm.scoring.extractors import build_extractor
+from ddpm.scoring.record import key_of
 from launch.life import devices
 from launch.life.life import Life, run_record
 from launch.queue import chain
@@ -58,7 +59,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
             if code is None:
                 continue
             return life.leave(code, e.reason)
-        score = "fid" if "fid" in result else "frechet_distance"
+        score = key_of(result)
         say(
             "scored",
             **{score: f"{result[score]:.4f}"},

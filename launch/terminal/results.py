@@ -7,6 +7,7 @@ import statistics
 from ddpm.config.schema import Config
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
+from ddpm.scoring.record import NAMES, key_of
 from launch.queue.sets import chain_set
 
 
@@ -21,11 +22,11 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
         rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"
         rows["loss"] = f"{metrics[-1]['loss']:.4f}"
     if record:
-        what = "FID" if "fid" in record else "Fréchet distance"
+        key = key_of(record)
         against = " ".join(filter(None, [record["reference"]["name"], record["reference"].get("split")]))
-        rows[what] = (
-            f"{record.get('fid', record.get('frechet_distance')):.4f} ({record['num_samples']} samples against "
-            f"{against}, {record['extractor']['name']} features{'' if 'fid' in record else ': no FID'})"
+        rows[NAMES[key]] = (
+            f"{record[key]:.4f} ({record['num_samples']} samples against "
+            f"{against}, {record['extractor']['name']} features{'' if key == 'fid' else ': no FID'})"
         )
         rows["score"] = f"{run.score(name)}"
     if run.grid(step).exists():
