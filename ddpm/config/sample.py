@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from ddpm.config.section import Ints, Section
 
+WITH_ETA = ("ddim",)
+"""Samplers whose noise eta chooses."""
+
 
 class Sample(Section):
     num_samples: int = Field(50_000, ge=1)
@@ -38,8 +41,9 @@ class Sample(Section):
 
     @model_validator(mode="after")
     def _noise(self) -> Sample:
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"sample.eta = {self.eta}: sampler={self.sampler} has none; leave it out, or use ddim")
+        if self.eta and self.sampler not in WITH_ETA:
+            use = " or ".join(WITH_ETA)
+            raise ValueError(f"sample.eta = {self.eta}: sampler={self.sampler} has none; leave it out, or use {use}")
         return self
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ddpm.config.diffusion import VARIANCES
+from ddpm.config.sample import WITH_ETA
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, paths
@@ -61,8 +62,10 @@ class Request:
         if self.shards > self.num_samples:
             raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
         object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest
-        if self.eta and self.sampler != "ddim":
-            raise RequestError(f"eta = {self.eta}: only ddim has it; with sampler = {self.sampler} leave it out, or 0")
+        if self.eta and self.sampler not in WITH_ETA:
+            raise RequestError(
+                f"eta = {self.eta}: only {', '.join(WITH_ETA)} has it; with sampler = {self.sampler} leave it out, or 0"
+            )
         if self.variance is not None:
             if self.variance not in VARIANCES:
                 raise RequestError(f"variance = {self.variance!r}: use one of {', '.join(VARIANCES)}")
