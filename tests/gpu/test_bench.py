@@ -28,6 +28,13 @@ def test_the_bench_measures_training_sampling_and_saving_on_this_machine(tmp_pat
     assert saving["bytes"] > 1e6 and saving["blocked_ms"] > 0
 
 
+def test_a_stage_that_there_is_not_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.gpu", "--stages", "benhc", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "benhc" in done.stderr and "checks, bench, run" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_name_that_is_no_row_is_refused_with_those_there_are(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.gpu.bench", "trainning", "--out", str(tmp_path / "bench.json")]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)

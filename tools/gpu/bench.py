@@ -139,12 +139,10 @@ def training(
         sync()
         out["warm_up_s"] = time.perf_counter() - began
         marks: list[float] = []
-        host: list[float] = []
         prof: Any = None
 
         def stop_requested() -> None:
             nonlocal prof
-            host.append(time.perf_counter())
             if trainer.at.step in (warm_up, warm_up + steps):
                 sync()
                 marks.append(time.perf_counter())
