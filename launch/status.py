@@ -19,7 +19,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from ddpm.scoring.record import NAMES, key_of
+from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.cluster import environment, slurm
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import console, follow, goodput
@@ -60,7 +60,7 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     scores = {}
     for path in sorted(run.eval.glob("*.json")):
         record = read_json(path) or {}
-        score = {k: record[k] for k in (*NAMES, "num_samples") if k in record}
+        score = {k: record[k] for k in (*SCORE_NAMES, "num_samples") if k in record}
         if len(score) == 2:  # a torn file is no score
             scores[path.stem] = score
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
@@ -132,7 +132,7 @@ def table(rows: list[dict[str, Any]]) -> Any:
         t.add_column(name, justify="right" if name in ("saved", "loss", "img/s", "restarts", "goodput") else "left")
     for r in rows:
         scores = "; ".join(
-            f"{NAMES[key_of(s)].split()[0]} {s[key_of(s)]:.3f} ({s['num_samples']})" for s in r["scores"].values()
+            f"{SCORE_NAMES[key_of(s)].split()[0]} {s[key_of(s)]:.3f} ({s['num_samples']})" for s in r["scores"].values()
         )
         t.add_row(
             r["name"],

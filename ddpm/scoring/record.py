@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
+SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
 """Keys of a record, and what people call them: it has one of these."""
 
 
@@ -16,7 +16,7 @@ def key_for(*, published: bool) -> str:
 
 def key_of(record: Mapping[str, Any]) -> str:
     """Under which key the record's score stands. KeyError where it has none."""
-    for key in NAMES:
+    for key in SCORE_NAMES:
         if key in record:
             return key
     raise KeyError(f"a record without a score: {', '.join(record)}")

@@ -7,7 +7,7 @@ import statistics
 from ddpm.config.schema import Config
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
-from ddpm.scoring.record import NAMES, key_of
+from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.queue.sets import chain_set
 
 
@@ -24,7 +24,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     if record:
         key = key_of(record)
         against = " ".join(filter(None, [record["reference"]["name"], record["reference"].get("split")]))
-        rows[NAMES[key]] = (
+        rows[SCORE_NAMES[key]] = (
             f"{record[key]:.4f} ({record['num_samples']} samples against "
             f"{against}, {record['extractor']['name']} features{'' if key == 'fid' else ': no FID'})"
         )
