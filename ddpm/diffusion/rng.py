@@ -16,8 +16,8 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 _LIMIT_BITS = 48  # of step and of index: a counter word each, and half of the fourth word for what lies above it
+_LAYER_BITS, _PLACE_BITS = 8, 24  # of the first counter word, in masks: layer and place within it
 _CHUNK_CPU = 1 << 17  # counters worked on at once: on a CPU the temporaries should stay in the cache (measured),
 _CHUNK_DEVICE = 1 << 22  # elsewhere this only bounds their memory
 
@@ -66,13 +67,17 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     return int.from_bytes(_digest("seed", seed, purpose, *numbers)[:8], "little") >> 1
 
 
-def philox4x32(counter: Words, key: Key) -> Words:
+def philox4x32(counter: Words, key: Key | tuple[Tensor, Tensor]) -> Words:
     """Philox4x32-10: four random words for each counter.
+
+    key: or two int64 tensors that broadcast with the counter.
 
     counter: four int64 tensors of values in [0, 2**32) whose shapes broadcast; parts of the counter that are constant
     are best given with size 1, since the first rounds then cost next to nothing. Returns four such tensors.
     """
     c_0, c_1, c_2, c_3 = counter
+    k_0: Any
+    k_1: Any
     k_0, k_1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap, which keeps all 64 bits. Low halves stay unmasked: what they are XORed into is masked.
@@ -98,13 +103,9 @@ def normal(key: Key, index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"shape {tuple(shape)} has {num_elements} elements; at most 2**34 are allowed")
     out = torch.empty((num_rows, num_counters, 4), dtype=torch.float32, device=index.device)
     element = torch.arange(num_counters, device=index.device).unsqueeze(0)
-    # Equal chunks: a short last one would fall below what torch shares between threads.
-    limit = _CHUNK_CPU if index.device.type == "cpu" else _CHUNK_DEVICE
-    num_chunks = max(1, -(-num_rows * num_counters // limit))
-    chunk_rows = max(1, -(-num_rows // num_chunks))
-    for first in range(0, num_rows, chunk_rows):
-        w_0, w_1, w_2, w_3 = philox4x32(_counter(element, index[first : first + chunk_rows, None], step), key)
-        z = out[first : first + chunk_rows]
+    for rows in _chunks(num_rows, num_counters, index.device):
+        w_0, w_1, w_2, w_3 = philox4x32(_counter(element, index[rows, None], step), key)
+        z = out[rows]
         _box_muller(w_0, w_1, z[..., 0], z[..., 1])
         _box_muller(w_2, w_3, z[..., 2], z[..., 3])
     return out.flatten(1)[:, :num_elements].reshape(num_rows, *shape)
@@ -131,6 +132,48 @@ def coin(key: Key, index: Tensor, step: int) -> Tensor:
     return uniform_int(key, index, step, 2) == 1
 
 
+def places(key: Key, index: Tensor, step: int) -> Tensor:
+    """All that a draw depends on but for its layer and element, as a tensor: int64 (5, n) on index.device.
+
+    For what is compiled, where a number that changes with every step would be a new program. index, step: as in
+    `normal`. Rows: the last three words of the counter, and the key's two.
+    """
+    _check_index(index)
+    _, low, low_step, high = _counter(index, index, step)
+    rows = [low, low_step.expand_as(low), high]
+    return torch.stack([*rows, *(torch.full_like(low, word) for word in key)])
+
+
+def keep_mask(places: Tensor, layer: int, num: int, probability: float) -> Tensor:
+    """For dropout: False with `probability`, to a precision of 2**-16; bool (n, num) on places.device.
+
+    layer: in [0, 256), num: at most 2**27. The value of element e depends on (places[:, i], layer, e) alone: it is
+    the 16-bit number e % 8 of the four words of counter (layer * 2**24 + e // 8, …).
+    """
+    if not 0 <= layer < 1 << _LAYER_BITS or not 0 < num <= 8 << _PLACE_BITS:
+        raise ValueError(f"layer is {layer} and num is {num}; at most 255 and 2**27 are allowed")
+    bound = _dropped_of_65536(probability) - (1 << 15)  # of a signed number
+    num_rows, num_counters = places.shape[1], -(-num // 8)
+    out = torch.empty((num_rows, num_counters * 8), dtype=torch.bool, device=places.device)
+    element = torch.arange(num_counters, device=places.device).unsqueeze(0) + (layer << _PLACE_BITS)
+    for rows in _chunks(num_rows, num_counters, places.device):
+        index, step, high, key_0, key_1 = places[:, rows, None]
+        w_0, w_1, w_2, w_3 = philox4x32((element, index, step[:1], high), (key_0[:1], key_1[:1]))
+        # four 16-bit numbers in each int64, lowest first
+        packed = torch.stack([w_0 | w_1 << 32, w_2 | w_3 << 32], -1)
+        torch.ge(packed.view(torch.int16).flatten(1), bound, out=out[rows])
+    return out[:, :num].contiguous()
+
+
+def keep_share(probability: float) -> float:
+    """The share that `keep_mask` keeps."""
+    return 1.0 - _dropped_of_65536(probability) / (1 << 16)
+
+
+def _dropped_of_65536(probability: float) -> int:
+    return round(probability * (1 << 16))
+
+
 def permutation(key: Key, epoch: int, n: int) -> Tensor:
     """A permutation of 0 .. n-1, int64 (n,) on the CPU: the order of n keyed 64-bit words.
 
@@ -138,6 +181,15 @@ def permutation(key: Key, epoch: int, n: int) -> Tensor:
     """
     high, low, _, _ = _words(key, torch.arange(n), epoch)
     return torch.argsort(high << 32 | low, stable=True)
+
+
+def _chunks(num_rows: int, num_counters: int, device: torch.device) -> Iterator[slice]:
+    """Rows worked on at once. Equal chunks: a short last one would fall below what torch shares between threads."""
+    limit = _CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE
+    num_chunks = max(1, -(-num_rows * num_counters // limit))
+    chunk_rows = max(1, -(-num_rows // num_chunks))
+    for first in range(0, num_rows, chunk_rows):
+        yield slice(first, first + chunk_rows)
 
 
 def _digest(*parts: int | str) -> bytes:

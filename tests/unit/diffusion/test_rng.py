@@ -311,3 +311,54 @@ def test_keys_and_seeds_of_neighbours_have_nothing_in_common():
 def test_a_float_seed_is_refused():
     with pytest.raises(TypeError):
         rng.key(1.0, "noise")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- masks
+
+
+def _mask(index: list[int], step: int = 4, layer: int = 2, num: int = 1001, probability: float = 0.3) -> torch.Tensor:
+    return rng.keep_mask(rng.places(KEY, torch.tensor(index), step), layer, num, probability)
+
+
+def test_an_element_of_a_mask_is_the_one_its_counter_names():
+    index, step, layer = (3 << 32) + 5, (7 << 32) + 11, 9
+    kept = _mask([index], step, layer, 29, 0.3)[0]
+    for e in range(29):
+        words = _reference_philox([layer << 24 | e // 8, 5, 11, 3 << 16 | 7], list(KEY))
+        number = words[e % 8 // 2] >> 16 * (e % 2) & 0xFFFF
+        signed = number - 2**16 if number >= 2**15 else number
+        assert bool(kept[e]) is (signed >= round(0.3 * 2**16) - 2**15)
+
+
+def test_a_mask_does_not_depend_on_its_batch_or_chunks(monkeypatch):
+    index = [0, 7, 1 << 33, 12, 13]
+    whole = _mask(index)
+    monkeypatch.setattr(rng, "_CHUNK_CPU", 100)
+    assert torch.equal(_mask(index), whole)
+    for i, one in enumerate(index):
+        assert torch.equal(_mask([one])[0], whole[i])
+    assert torch.equal(_mask(index, num=300), whole[:, :300])
+
+
+@pytest.mark.parametrize("changes", [{"step": 5}, {"layer": 3}])
+def test_masks_of_other_steps_layers_and_samples_are_unrelated(changes):
+    one, other = _mask([0, 1], num=80_000, probability=0.5), _mask([0, 1], num=80_000, probability=0.5, **changes)
+    for a, b in [(one[0], one[1]), (one[0], other[0]), (one[0], other[1])]:
+        assert abs(float((a == b).float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(80_000)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.999])
+def test_a_mask_keeps_the_share_that_it_says(probability):
+    num = 1 << 20
+    kept, share = _mask([1], num=num, probability=probability), rng.keep_share(probability)
+    assert share == pytest.approx(1 - probability, abs=2**-17)
+    deviation = math.sqrt(share * (1 - share) / num)
+    assert abs(float(kept.float().mean()) - share) <= 5 * deviation
+    for bit in range(8):  # each of the eight numbers of a counter
+        assert abs(float(kept[:, bit::8].float().mean()) - share) <= 5 * deviation * math.sqrt(8)
+
+
+def test_a_mask_that_no_counter_could_name_is_refused():
+    for layer, num in ((256, 8), (-1, 8), (0, 0), (0, (1 << 27) + 1)):
+        with pytest.raises(ValueError, match="layer is"):
+            _mask([0], layer=layer, num=num)
