@@ -14,7 +14,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     """One shard of a set; publishes the set's request first where a chained job is the first to come by."""
     import torch
 
-    from ddpm.network.weights import load_network
+    from ddpm.network.weights import cast_once, load_network
     from ddpm.run import generations
     from ddpm.sampling.denoiser import Denoiser
     from ddpm.sampling.generate import generate_shard
@@ -28,6 +28,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
+    devices.check_precision(env, device, request.precision)
     try:
         generation = generations.verify(run, request.checkpoint.step)
     except FileNotFoundError:
@@ -38,6 +39,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
             f"sample into another set: python launch/sample.py {run.path} --set OTHER"
         )
     network = load_network(config, run, generation.step, request.weights, device, request.precision)
+    cast_once(network, request.precision)
     denoiser = Denoiser.of(config, network, request.precision)
     while True:
         try:

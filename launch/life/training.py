@@ -108,6 +108,7 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     run = life.run
     kept = world.share(run_record(run).get("resolved") if world.is_main else None)
     resolved = device.resolve(config, world.device, life.env.cpus, kept)
+    devices.check_precision(life.env, world.device, resolved.amp)
     device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}

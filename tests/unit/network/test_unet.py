@@ -12,8 +12,10 @@ from ddpm.config.model import Model
 from ddpm.config.unet_shape import Structure
 from ddpm.diffusion import rng
 from ddpm.network.blocks import Attention, PlainBlock, ResidualBlock, downsample, reset_parameters, upsample
+from ddpm.network.device import autocast
 from ddpm.network.dropout import Dropout
 from ddpm.network.unet import UNet, timestep_embedding
+from ddpm.network.weights import cast_once
 
 PLAIN = {"block": "plain", "downsample": "pool", "upsample": "transpose"}
 
@@ -358,6 +360,20 @@ def test_the_whole_network_is_one_compiled_graph(num_classes, options):
     arguments = (x_t, t, torch.tensor([0, 2])) if num_classes else (x_t, t)
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # fullgraph: a break is an error
     torch.testing.assert_close(compiled(*arguments), model(*arguments))
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 3}, {**PLAIN, "num_classes": 3}])
+def test_weights_cast_once_give_the_bits_of_weights_cast_at_each_evaluation(options):
+    model, (x_t, t), labels = _trained(**options).eval(), _inputs(), torch.tensor([0, 2])
+    with torch.no_grad(), autocast("bf16", torch.device("cpu")):
+        expected = model(x_t, t, labels)
+        cast_once(model, "bf16")
+        assert model.conv_in.weight.dtype == torch.bfloat16 and model.norm_out.weight.dtype == torch.float32
+        assert torch.equal(model(x_t, t, labels), expected)
+    before = _trained().state_dict()
+    other = _trained()
+    cast_once(other, "fp32")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_dropout_of_places_is_part_of_the_compiled_graph_and_its_gradient():
