@@ -10,7 +10,6 @@ import torch
 from ddpm.data.packed import PackedImages
 from ddpm.diffusion import rng
 
-
 RESIDENT_SHARE = 8
 """A dataset lies on the GPU where it takes less than this part of its free memory: CIFAR-10's 150 MB do."""
 
