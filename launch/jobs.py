@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import DamagedFile
+from ddpm.run.files import DamagedFile, not_ours
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.life import starting
@@ -91,10 +91,13 @@ def main(argv: list[str]) -> int:
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except (DDPMError, DamagedFile) as e:
         code = told(life, args.stage, e)
-    except BaseException:
-        code = 1
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
+    except BaseException as e:
+        if isinstance(e, PermissionError) and e.filename and (why := not_ours(Path(e.filename))):
+            code = told(life, args.stage, DoNotRetry(why))
+        else:
+            code = 1
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
     with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
         sys.stdout.flush()
         sys.stderr.flush()

@@ -38,9 +38,8 @@ def refuse_start(run: RunDir) -> None:
 
 
 def last_saved(events: list[dict[str, Any]]) -> int:
-    """The step that was the newest saved one when the last event was written that tells of such; else 0."""
-    steps = (_step(e) for e in reversed(events) if e.get("event") not in OF_TRAINING)
-    return next((step for step in steps if step > 0), 0)
+    """The step that the last life to save or to go on from a save had saved; else 0."""
+    return next((_step(e) for e in reversed(events) if e.get("event") in ("checkpoint", "resumed", "finished")), 0)
 
 
 def _told(run: RunDir) -> Iterator[str]:
@@ -52,7 +51,7 @@ def _told(run: RunDir) -> Iterator[str]:
         if match and int(match[1]) not in {*ours, *alone}:
             yield f"{path} has no checkpoint"
     events = read_events(run)
-    if step := last_saved(events):
+    if step := max((_step(e) for e in events if e.get("event") not in OF_TRAINING), default=0):
         yield f"events/ tells of saved step {step}"
     for path in [s.request for s in run.sample_sets()] + sorted(p for p in listed(run.eval) if p.suffix == ".json"):
         made_of = _record(path).get("checkpoint")

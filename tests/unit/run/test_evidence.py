@@ -114,6 +114,24 @@ def test_a_first_save_that_was_killed_before_its_manifest_is_begun_again(tmp_pat
     assert not (run.checkpoints / "set-aside").exists()
 
 
+def test_a_life_that_goes_on_from_an_older_step_than_was_saved_says_so_once_and_keeps_the_metrics(
+    finished: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, run.path)
+    for path in run.checkpoints.glob("*8.*"):
+        path.unlink()
+    before = run.metrics.read_bytes()
+    for restart in (100, 101):
+        with pytest.raises(Killed), Life(CONFIG, run, restart=restart) as life:
+            life.train(kill_at=8)
+    assert capsys.readouterr().out.count("a saved step is missing saved=8 going_on_from=6") == 1
+    (kept,) = run.path.glob("metrics.past-000000006.*.jsonl")
+    assert kept.read_bytes() == before
+    live(CONFIG, run)
+    assert_same_end(run, finished, 8)
+
+
 def test_checkpoints_removed_under_a_life_are_no_rollback_to_step_0(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with Life(CONFIG, run) as life:
