@@ -14,6 +14,7 @@ from ddpm import __version__
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
+from ddpm.data.labels import labels_changed, labels_record
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
 from ddpm.run.evidence import Incomplete
@@ -128,7 +129,8 @@ def cache_of(site: Site, root: Path) -> Path:
 
 
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
-    """What needs a network or a decoder, done here: data packed, weights fetched. Returns run.json's `data`."""
+    """What needs a network or a decoder, done here: data packed, weights fetched. Returns `data` and `labels` of
+    run.json."""
     cache = cache_of(site, root)
     made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
     try:
@@ -162,13 +164,14 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
-    return {
+    record = {
         "cache": str(cache / "data"),
         "key": key,
         "digest": packed.digest,
         "num_images": len(packed),
         "scratch": site.scratch,
     }
+    return {"data": record, "labels": labels_record(packed)}
 
 
 def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
@@ -190,11 +193,18 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
 def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     """A later submission: what it may change (length, intervals, resources), never the mathematics."""
     old = read_json(run.run_json) or {}
-    if old.get("data", {}).get("digest") != record["data"]["digest"]:
+    before, here = old.get("data", {}).get("digest"), record["data"]["digest"]
+    changed = labels_changed(old.get("labels"), record["labels"])
+    if before != here:
         raise RequestError(
-            f"run {run.name} was trained on other pixels (digest "
-            f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
-            f"restore the data, or choose another --name"
+            f"run {run.name} was trained on other pixels (digest {str(before)[:12]}, now {here[:12]}"
+            + (f"; {changed}" if changed else "")
+            + "); restore the data, or choose another --name"
+        )
+    if changed and config.model.num_classes:
+        raise RequestError(
+            f"run {run.name} was trained on the same images with other labels: {changed}; put them back into the "
+            f"class folders that they were in, or choose another --name"
         )
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_setup(run, record)
@@ -210,8 +220,8 @@ def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
 
 
-def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json; `resolved` is filled in by the first life."""
+def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json; `resolved` is filled in by the first life. inputs: of `prepare_inputs`."""
     from importlib.metadata import PackageNotFoundError, version
 
     def of(package: str) -> str | None:
@@ -233,7 +243,7 @@ def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> d
         },
         "command": ["python", *sys.argv],
         "resolved": {},
-        "data": data,
+        **inputs,
         "launch": site.model_dump(mode="json", exclude_defaults=True),
     }
 

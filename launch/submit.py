@@ -167,9 +167,9 @@ def main() -> int:
         print_results(run, config, stages)
         return 0
 
-    data = prepare.prepare_inputs(config, site, root, stages)
-    config = asked.resolve_length(data["num_images"])
-    record = prepare.describe(config, site, run, data)
+    inputs = prepare.prepare_inputs(config, site, root, stages)
+    config = asked.resolve_length(inputs["data"]["num_images"])
+    record = prepare.describe(config, site, run, inputs)
     if not exists:
         prepare.create_run(run, config, record)
     elif not queued:

@@ -62,7 +62,7 @@ def read_signed(path: Path) -> dict[str, Any]:
     """A signed JSON file. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
     try:
         record = json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # the latter for brackets in brackets without end
         raise DamagedFile(f"{path.name}: not JSON ({e})") from None
     if not isinstance(record, dict) or record.get("self_sha256") != sign(record)["self_sha256"]:
         raise DamagedFile(f"{path.name}: its self_sha256 does not match its content")
@@ -194,7 +194,7 @@ def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
     for line in data.decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -205,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -54,7 +54,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         return _leave_together(life, world, 0)
     while True:
         try:
-            packed = inputs.packed_data(life, config, world)
+            packed = inputs.packed_data(life, config, world, fence)
             break
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.share)) is not None:

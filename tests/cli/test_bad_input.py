@@ -316,3 +316,56 @@ def test_a_run_that_was_there_before_survives_slurms_refusal(shell: Shell) -> No
     assert done.returncode == 2, done.stderr
     assert json.loads((shell.root / "tiny" / "run.json").read_text())["created"] == created
     assert snapshot(shell.root / "tiny" / "checkpoints") == {}
+
+
+# ---------------------------------------------------------------- data that changed, or is damaged
+
+
+def classes_of(shell: Shell, *names: str) -> list[str]:
+    """Words that submit images in class folders of these names, to a model of as many classes."""
+    for i, name in enumerate(names):
+        (shell.cwd / "images" / name).mkdir(parents=True)
+        for j in range(4):
+            (shell.cwd / "images" / name / f"{j}.png").write_bytes(png(8, seed=4 * i + j))
+    return ["data.name=images", "data.path=images", f"model.num_classes={len(names)}"]
+
+
+def test_a_run_is_not_gone_on_with_where_its_images_have_other_classes(shell: Shell) -> None:
+    words = classes_of(shell, "cat", "dog")
+    assert shell.submit("--prepare", *words).returncode == 0
+    assert read(shell.root / "tiny" / "run.json")["labels"]["classes"] == {"cat": 4, "dog": 4}
+    images = shell.cwd / "images"
+    (images / "dog").rename(images / "hound")
+    frozen = snapshot(shell.root / "tiny")
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 2 and "class 1 was 'dog' and is 'hound' now; put them back" in done.stderr, done.stderr
+    (images / "hound").rename(images / "dog")
+    for j in (0, 1):  # the order of all images stays
+        (images / "dog" / f"{j}.png").rename(images / "cat" / f"{j + 4}.png")
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 2 and "'cat' had 4 images and has 6, 'dog' had 4" in done.stderr, done.stderr
+    assert snapshot(shell.root / "tiny") == frozen
+
+
+def test_a_model_without_classes_does_not_mind_what_they_are_called(shell: Shell) -> None:
+    words = [*classes_of(shell, "cat", "dog")[:2]]
+    assert shell.submit("--prepare", *words).returncode == 0
+    (shell.cwd / "images" / "dog").rename(shell.cwd / "images" / "hound")
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 0, done.stderr
+    (shell.cwd / "images" / "cat").rename(shell.cwd / "images" / "pussycat")  # the hounds come first now
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 2 and "trained on other pixels" in done.stderr and "'cat'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["images.npy", "meta.json"])
+def test_a_damaged_cache_stops_no_submission(shell: Shell, name: str) -> None:
+    assert shell.submit("--prepare").returncode == 0
+    (path,) = shell.root.glob(f".cache/data/*/{name}")
+    good = path.read_bytes()
+    path.unlink()
+    if name == "images.npy":
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    done = shell.submit("--prepare")
+    assert done.returncode == 0 and "is damaged: packing it again" in done.stdout, done.stdout + done.stderr
+    assert path.read_bytes() == good
