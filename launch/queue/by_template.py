@@ -50,6 +50,11 @@ def submit(job: Job) -> Iterator[str]:
     return map(sbatch, commands(job))
 
 
+def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
+    """Queue a job of `stage` with the options of another; returns its id. Raises SlurmError."""
+    return sbatch(["sbatch", "--parsable", *flags(options), str(template(stage)), *args])
+
+
 def sbatch(words: list[str]) -> str:
     """Run one sbatch from the project's root; returns the job id."""
     with environment.outside_allocation():

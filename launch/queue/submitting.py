@@ -16,7 +16,7 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.queue import by_submitit, by_template, local
-from launch.queue.job import HOME, Job, flags
+from launch.queue.job import HOME, Job
 
 WAYS = {"submitit": by_submitit, "sbatch": by_template}
 
@@ -77,9 +77,8 @@ def submit_successor(run: RunDir, stage: str, job: str) -> str:
     record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
     if record is None:  # submitted by hand: what SLURM says of this job
         record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
-    words = flags({"export": "ALL", **record["options"]})
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
-    new = by_template.sbatch(["sbatch", "--parsable", *words, str(by_template.template(stage)), *args])
+    new = by_template.submit_again(stage, {"export": "ALL", **record["options"]}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
                    **{k: record[k] for k in ("set", "options", "args")})  # fmt: skip
