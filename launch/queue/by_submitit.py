@@ -7,7 +7,6 @@ wait for sbatch without end, and take silence for a refusal. pyproject.toml says
 from __future__ import annotations
 
 import pkgutil
-import re
 import shlex
 import sys
 import uuid
@@ -102,11 +101,7 @@ def _submit_one(job: Job) -> str:
     script = where / f".submission_file_{uuid.uuid4().hex}.sh"
     script.write_text(script_text(job))
     with environment.outside_allocation():
-        said = slurm.run(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
-    found = re.search(r"job (\d+)", said)
-    if found is None:
-        raise slurm.SlurmError(f"sbatch: said no job's id, but {said.strip()!r}")
-    job_id = found[1]
+        job_id = slurm.submit(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
     for task_number, pickle in enumerate(pickles):
         task_id = f"{job_id}_{task_number}" if len(pickles) > 1 else job_id
         JobPaths(where, task_id).move_temporary_file(pickle, "submitted_pickle")

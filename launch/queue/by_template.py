@@ -58,5 +58,4 @@ def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) ->
 def sbatch(words: list[str]) -> str:
     """Run one sbatch from the project's root; returns the job id."""
     with environment.outside_allocation():
-        said = slurm.run(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})
-        return said.strip().split(";")[0]
+        return slurm.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})

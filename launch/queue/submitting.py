@@ -49,10 +49,11 @@ def submit(job: Job) -> list[str]:
             ids.append(job_id)
             _submitted(job.run, job_id, job.stage, job.site.via, job.world_size,
                        set=job.set_name, options=kept, args=list(job.extra_args))  # fmt: skip
-    except slurm.NoAnswer as e:
+    except (slurm.NoAnswer, slurm.NoJobId) as e:
         raise slurm.NoAnswer(
-            f"SLURM did not answer ({e}), and may have queued the {job.stage} job all the same. Once it answers, look "
-            f"with squeue --me --name {options['job-name']}, scancel what that shows, and submit again to go on"
+            f"no clear answer from SLURM, which may have queued the {job.stage} job all the same: {e}\n"
+            f"Once it answers, look with squeue --me --name {options['job-name']}, scancel what that shows, and submit "
+            f"again to go on"
         ) from None
     except Exception as e:
         if ids:

@@ -321,7 +321,7 @@ def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
 
     def show(job: str) -> slurm.Shown | None:
         if next(silences, False):
-            raise slurm.SlurmError("scontrol: Unable to contact slurm controller")
+            raise slurm.NoAnswer("scontrol: Unable to contact slurm controller")
         return answers(job)
 
     monkeypatch.setattr(slurm, "show", show)
@@ -338,7 +338,7 @@ def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_awa
     def unheard(*order: Any) -> str:
         tried.append(order[-1])
         cluster.state = "COMPLETING"
-        raise slurm.SlurmError("Unable to contact slurm controller")
+        raise slurm.NoAnswer("Unable to contact slurm controller")
 
     cluster.may_requeue = may_requeue
     monkeypatch.setattr(slurm, "requeue", unheard)
