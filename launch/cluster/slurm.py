@@ -107,6 +107,11 @@ def submit(
     return found[-1]
 
 
+def too_many(refusal: str) -> bool:
+    """Whether a refusal of sbatch's may be about how many jobs the user has, of which each task of an array is one."""
+    return bool(re.search(r"Submit\w*Limit|violates accounting/QOS policy", refusal))
+
+
 def patiently(ask: Callable[[], T], on: type[Exception] = NoAnswer, patience_s: float | None = None) -> T:
     """`ask()`, again while it raises `on`, as when slurmctld restarts; raises it in the end, others at once."""
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
