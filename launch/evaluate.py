@@ -134,7 +134,7 @@ def main() -> int:
     if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
         print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
     else:
-        ids = submit(job)
+        ids = [submit(job)]
         print(f"queued: evaluate as job {ids[0]}; the score will be {run.score(set_name)}")
     if not args.wait:
         return 0

@@ -1,7 +1,7 @@
 """The one entry of every job, by submitit, by template, or on this machine:
 
     python -m launch.jobs train RUN
-    python -m launch.jobs sample RUN SET [--shard I] [--offset O]
+    python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
@@ -25,6 +25,7 @@ from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
+from launch.queue.job import numbers, share
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,8 +33,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("stage", choices=["train", "sample", "evaluate"])
     parser.add_argument("run", type=Path)
     parser.add_argument("set_name", nargs="?", default="")
-    parser.add_argument("--shard", type=int, default=None)
-    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--shards", "--shard", type=numbers, default=None, help="as 0-2,5; what is done is left alone")
+    parser.add_argument("--tasks", type=int, default=1, help="divide them among so many tasks of an array")
+    parser.add_argument("--offset", type=int, default=0, help="without --shards: task I makes shard I + OFFSET")
     parser.add_argument("--reference", default=None)
     parser.add_argument("--round", default="")
     return parser.parse_args(argv)
@@ -52,9 +54,10 @@ def work(life: Life, args: argparse.Namespace) -> int:
     if args.stage == "sample":
         from launch.life import sampling
 
-        shard = args.shard if args.shard is not None else (life.env.array_task or 0) + args.offset
-        life.works_on(shard)
-        return sampling.sample(life, args.set_name, shard)
+        task = life.env.array_task or 0
+        shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
+        life.works_on(shards)
+        return sampling.sample(life, args.set_name, shards)
     from launch.life import scoring
 
     return scoring.evaluate(life, args.set_name, args.reference, args.round)

@@ -73,6 +73,12 @@ def _mem(text: Any) -> Any:
     return str(text)
 
 
+def _tasks(value: Any) -> Any:
+    if value == "auto" or (str(value).isdecimal() and int(value) > 0):
+        return value if value == "auto" else int(value)
+    raise ValueError(f"tasks = {value!r}: how many tasks make the shards, e.g. 8; or auto")
+
+
 Word = Annotated[str, BeforeValidator(_word)]
 
 
@@ -111,6 +117,9 @@ class Site(Section):
     a save at a stop takes: all ranks wait for rank 0 to write it."""
     max_parallel: int = Field(16, ge=1)
     """Array tasks that run at a time."""
+    tasks: Annotated[int | Literal["auto"], BeforeValidator(_tasks)] = "auto"
+    """Tasks of a sample job, each of which makes its share of the shards, one after the other. auto: as many as may run
+    at a time; fewer where SLURM takes fewer."""
 
     @property
     def is_local(self) -> bool:
@@ -138,6 +147,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
     "mem": {"metavar": "32G", "help": "memory per node"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
+    "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],

@@ -28,7 +28,7 @@ def stage_commands(job: Job) -> list[list[str]]:
     python = [sys.executable, "-u"]
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
-    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in job.shards or (None,)]
+    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in [[n] for n in job.shards] or [[]]]
 
 
 def running(run: RunDir) -> int | None:

@@ -190,6 +190,10 @@ def test_a_task_says_which_shard_it_makes_before_it_can_fail(run: RunDir) -> Non
     assert job(run, "sample", "fid", "--offset", "1000", **array).returncode == 78  # nothing is trained
     assert (run.logs / ".shard-17_3").read_text() == "1003"
     assert run.exit_marker("17_3", 0).read_text() == "78 crash"
+    assert job(run, "sample", "fid", "--shards", "0-5,9-12", "--tasks", "4", **array).returncode == 78
+    assert (run.logs / ".shard-17_3").read_text() == "3,10"
+    assert job(run, "sample", "fid", "--shard", "4", **array).returncode == 78  # as queued by older code
+    assert (run.logs / ".shard-17_3").read_text() == "4"
 
 
 def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(run: RunDir, tmp_path: Path) -> None:
