@@ -2,7 +2,7 @@
 
     python -m launch.jobs train RUN
     python -m launch.jobs sample RUN SET [--shard I] [--offset O]
-    python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
+    python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -33,6 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shard", type=int, default=None)
     parser.add_argument("--offset", type=int, default=0)
     parser.add_argument("--reference", default=None)
+    parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
     return parser.parse_args(argv)
 
@@ -55,7 +56,7 @@ def work(life: Life, args: argparse.Namespace) -> int:
         return sampling.sample(life, args.set_name, shard)
     from launch.life import scoring
 
-    return scoring.evaluate(life, args.set_name, args.reference, args.round)
+    return scoring.evaluate(life, args.set_name, args.reference, args.extractor, args.round)
 
 
 def told(life: Life, stage: str, error: Exception) -> int:
