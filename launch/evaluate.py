@@ -11,13 +11,15 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
+from ddpm.config.sample import Evaluate
 from ddpm.errors import RequestError
-from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from ddpm.scoring.against import SPLITS, check_file, check_reference
+from ddpm.scoring.record import is_signed, told
 from launch.cluster import site as sites
 from launch.queue import chain, local
 from launch.queue.job import Job
+from launch.queue.sets import score_by
 from launch.queue.submitting import describe, submit
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
@@ -38,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--extractor",
         choices=["inception", "random-inception", "pixels"],
-        help="with --images (default inception; a run's is in its config)",
+        help="whose features are compared (default: the run's config's; with --images inception)",
     )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
@@ -47,8 +49,6 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.run is None) == (args.images is None):
         parser.error("give a RUN, or --images with --reference")
-    if args.run and args.extractor:
-        parser.error("--extractor goes with --images; a run is scored by its config's evaluate.extractor")
     if args.images and not args.reference:
         parser.error("--images needs --reference: a pytorch-fid .npz, or a folder or zip of images")
     return args
@@ -94,12 +94,16 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     )
 
 
-def show(run: RunDir, set_name: str) -> int:
-    record = read_json(run.score(set_name))
-    if record is None:
+def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
+    """The score that was asked for, and on stderr what is to be said of it."""
+    score = score_by(run, set_name, asked)
+    if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
-    print(json.dumps(record, indent=1))
+    print(json.dumps(score.record, indent=1))
+    print(told(score.record), file=sys.stderr)
+    if not is_signed(score.record):
+        print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
     return 0
 
 
@@ -114,14 +118,16 @@ def main() -> int:
     check_reference(config, reference)
     if reference not in SPLITS:
         reference = str(check_file(reference).absolute())
+    asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
     site = sites.settle(site, dry_run=args.dry_run)
     waiting = jobs_in_queue(run, "sample", set_name)
-    job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference))
+    chosen = ("--extractor", asked.extractor) if args.extractor else ()
+    job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference, *chosen))
     if args.dry_run:
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    if config.evaluate.extractor == "inception":
+    if asked.extractor == "inception":
         from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
@@ -130,16 +136,16 @@ def main() -> int:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
-        return show(run, set_name)
-    if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
+        return show(run, set_name, asked)
+    if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
         print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
     else:
         ids = [submit(job)]
-        print(f"queued: evaluate as job {ids[0]}; the score will be {run.score(set_name)}")
+        print(f"queued: evaluate as job {ids[0]}; the score will be in {run.eval}")
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)
-    return show(run, set_name)
+    return show(run, set_name, asked)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """The one entry of every job, by submitit, by template, or on this machine:
 
     python -m launch.jobs train RUN
+<<<<<<< HEAD
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
+=======
+    python -m launch.jobs sample RUN SET [--shard I] [--offset O]
+    python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
+>>>>>>> scores
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -37,6 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=1, help="divide them among so many tasks of an array")
     parser.add_argument("--offset", type=int, default=0, help="without --shards: task I makes shard I + OFFSET")
     parser.add_argument("--reference", default=None)
+    parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
     return parser.parse_args(argv)
 
@@ -60,7 +66,7 @@ def work(life: Life, args: argparse.Namespace) -> int:
         return sampling.sample(life, args.set_name, shards)
     from launch.life import scoring
 
-    return scoring.evaluate(life, args.set_name, args.reference, args.round)
+    return scoring.evaluate(life, args.set_name, args.reference, args.extractor, args.round)
 
 
 def told(life: Life, stage: str, error: Exception) -> int:

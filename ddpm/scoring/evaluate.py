@@ -1,8 +1,8 @@
-"""From verified shards to a score: merges a sample set's features, refuses what is not whole, writes eval/SET.json.
+"""From verified shards to a score: merges a sample set's features, refuses what is not whole, writes the score.
 
-Owns the refusals and the score record. Must not know jobs or schedulers: a refusal names the shards, and whoever called
-decides how they are repaired. Shards are merged in order of their index, so a score does not depend on who computed
-them, or when.
+Owns the refusals and what a score says that it is of. Must not know jobs or schedulers: a refusal names the shards, and
+whoever called decides how they are repaired. Shards are merged in order of their index, so a score does not depend on
+who computed them, or when.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import shard_features
 from ddpm.scoring.metrics import Moments
-from ddpm.scoring.record import key_for
+from ddpm.scoring.record import PROVENANCE, key_for, publish_score, read_score, scores_of
 from ddpm.scoring.reference import Reference, image_moments, image_record, read_statistics, reference_moments
 
 
@@ -134,10 +134,10 @@ def evaluate_set(
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
 ) -> dict[str, Any]:
-    """Score a complete sample set and write eval/SET.json, which is returned.
+    """Score a complete sample set and publish the record, which is returned.
 
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
-    If the file already holds a score of the same samples, reference and extractor, it is returned and stays as it is.
+    If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
     """
     sample_set = run.sample_set(paths.check_name(set_name, "sample set name"))
@@ -148,19 +148,15 @@ def evaluate_set(
     statistics = read_statistics(reference, extractor) if isinstance(reference, Path) else None
     reference_record = statistics.record if statistics else image_record(reference)  # type: ignore[arg-type]
     provenance = _provenance(request, manifests[0]["nfe"], reference_record, extractor)
-    path = run.score(set_name)
-    there = files.read_json(path) or {}
-    name = key_for(published=extractor.published)
-    if isinstance(there.get(name), float) and {k: there.get(k) for k in provenance} == provenance:
-        return there
+    for there in scores_of(run, set_name):
+        if {k: there.record.get(k) for k in PROVENANCE} == provenance:
+            return there.record
     if statistics is None:
         assert not isinstance(reference, Path)
         statistics = reference_moments(reference, extractor, cache_dir, stop_requested=stop_requested, token=token)
     moments = set_moments(sample_set, request, extractor, stop_requested=stop_requested, progress=progress, token=token)
     result = {**score(moments, statistics, extractor), **provenance, "created": files.now(), "command": command}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, result, replace=True, token=token)
-    return result
+    return read_score(publish_score(run, set_name, result, token))
 
 
 def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor: Extractor) -> dict[str, Any]:

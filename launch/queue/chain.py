@@ -37,7 +37,7 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     sampled = "sample" not in stages or not sets.shards_to_make(run, config, name)
     if finished_step(run, config) is None:
         return True, stages
-    scored = "evaluate" not in stages or sets.is_scored(run, config, name)
+    scored = "evaluate" not in stages or sets.score_by(run, name, config.evaluate) is not None
     return False, [] if sampled and scored else stages
 
 
@@ -180,17 +180,17 @@ def tasks_told(job: Job, job_id: str) -> str:
 def _in_queue(job: Job, config: Config) -> list[str]:
     """Jobs that SLURM has and that do what `job` would. Raises SlurmError."""
     if job.stage == "evaluate":
-        reference = config.evaluate.reference
-        return evaluations_in_queue(job.run, job.set_name, reference, default=reference)
+        return evaluations_in_queue(job.run, job.set_name, config.evaluate, default=config.evaluate)
     return jobs_in_queue(job.run, job.stage, job.set_name)
 
 
 def fill_gaps(
-    run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str, env: JobEnvironment
+    run: RunDir, set_name: str, missing: list[int], again: tuple[str, ...], round_: str, env: JobEnvironment
 ) -> int:
     """An evaluation that came before its shards: have the missing ones made, and come again after them.
 
-    Gives up after MAX_ROUNDS rounds that added no shard. `round_` is "ROUND:MISSING" of the round before.
+    again: what that evaluation was told. Gives up after MAX_ROUNDS rounds that added no shard. `round_` is
+    "ROUND:MISSING" of the round before.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if env.scheduler != "slurm":
@@ -201,7 +201,6 @@ def fill_gaps(
         )
     before, _, had = round_.partition(":")
     site = site_of(run)
-    again = ("--reference", reference) if reference else ()
     waiting = jobs_in_queue(run, "sample", set_name)
     if not waiting:
         rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1

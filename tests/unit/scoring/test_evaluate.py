@@ -22,6 +22,7 @@ from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
 from ddpm.scoring import evaluate, extractors, features, metrics
 from ddpm.scoring.evaluate import BrokenSet
 from ddpm.scoring.extractors import Extractor
+from ddpm.scoring.record import PROVENANCE, scores_of
 from ddpm.scoring.reference import read_statistics, reference_moments
 from tests import sampling
 
@@ -215,7 +216,9 @@ def test_the_score_file_has_the_public_form(made: Made) -> None:
     reference = packed()
     result = made.evaluate(reference, command=["launch/evaluate.py", "my run"])
     assert files.read_json(made.run.eval / "fid.json") == result
+    assert files.sign(result) == result
     distance, created = result.pop("frechet_distance"), result.pop("created")
+    del result["self_sha256"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", created)
     x, y = made.extractor(set_images(made)), made.extractor(reference.images)
     expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
@@ -248,15 +251,34 @@ def test_only_the_published_weights_give_a_fid(made: Made) -> None:
         assert [k for k in ("fid", "frechet_distance") if k in result] == [name]
 
 
-def test_the_same_evaluation_returns_what_is_there_and_another_replaces_it(made: Made) -> None:
+def test_the_same_evaluation_returns_what_is_there_and_another_lies_beside_it(made: Made) -> None:
     first = made.evaluate(packed())
     count = len(made.images)
     assert made.evaluate(packed(), command=["again"]) == first and len(made.images) == count
-    second = made.evaluate(packed(seed=1))
-    assert second["frechet_distance"] != first["frechet_distance"]
-    assert files.read_json(made.run.eval / "fid.json") == second
-    (made.run.eval / "fid.json").write_text("{")
-    assert made.evaluate(packed(seed=1))["frechet_distance"] == second["frechet_distance"]
+    second, third = made.evaluate(packed(seed=1)), made.evaluate(packed(seed=2))
+    assert made.evaluate(packed()) == first and made.evaluate(packed(seed=1), command=["again"]) == second
+    there = scores_of(made.run, "fid")
+    assert [s.record for s in there] == [first, second, third]
+    assert [s.name for s in there[:2]] == ["fid", "fid/train-tiny"] and there[2].name.startswith("fid/train-tiny-")
+
+
+def test_a_damaged_score_is_computed_again_and_kept_aside(made: Made) -> None:
+    first = made.evaluate(packed())
+    path = made.run.eval / "fid.json"
+    path.write_text("{")
+    again = made.evaluate(packed())
+    assert again["frechet_distance"] == first["frechet_distance"] and files.read_json(path) == again
+    (aside,) = made.run.eval.glob("fid.json.damaged-*")
+    assert aside.read_text() == "{" and [s.name for s in scores_of(made.run, "fid")] == ["fid"]
+
+
+def test_a_score_from_before_they_were_signed_stands_for_the_same_evaluation(made: Made) -> None:
+    record = made.evaluate(packed())
+    path = made.run.eval / "fid.json"
+    old = {k: v for k, v in record.items() if k in ("frechet_distance", *PROVENANCE, "created", "command")}
+    files.write_json(path, old, replace=True)
+    before = path.read_bytes()
+    assert made.evaluate(packed()) == old and path.read_bytes() == before
 
 
 # ---------------------------------------------------------------- references
