@@ -1,13 +1,8 @@
 """The one entry of every job, by submitit, by template, or on this machine:
 
     python -m launch.jobs train RUN
-<<<<<<< HEAD
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
-    python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
-=======
-    python -m launch.jobs sample RUN SET [--shard I] [--offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
->>>>>>> scores
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
