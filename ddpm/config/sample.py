@@ -13,7 +13,7 @@ WITH_ETA = ("ddim",)
 
 
 class Sample(Section):
-    num_samples: int = Field(50_000, ge=1)
+    num_samples: int = Field(50_000, ge=1, le=10**9)
     """Images in the set."""
     sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
     """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
@@ -28,9 +28,9 @@ class Sample(Section):
     """Images of each class, summing to num_samples; null: the classes in turn."""
     clip_x_0: bool = True
     """Clip every predicted x_0 to [-1, 1], where images lie."""
-    batch: int = Field(500, ge=1)
+    batch: int = Field(500, ge=1, le=2**24)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
-    shards: int = Field(64, ge=1)
+    shards: int = Field(64, ge=1, le=1_000_000)
     """Parts that the set is made in, each a job of its own."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Sample i follows from it and from i."""

@@ -15,6 +15,9 @@ CHOICES = {
     "upsample": ("conv", "transpose"),
 }
 
+MAX_CHANNELS = 1 << 20
+"""Of a level: its convolutions alone would fill tens of terabytes."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -71,6 +74,8 @@ class Structure:
         self._need(self.base_channels % 2 == 0, "base_channels", "must be even (half sines, half cosines of t)")
         mults, levels = self.channel_mults, len(self.channel_mults)
         self._need(levels > 0 and min(mults) >= 1, "channel_mults", "needs one factor >= 1 per level")
+        most = MAX_CHANNELS // self.base_channels
+        self._need(max(mults) <= most, "channel_mults", f"at most {most} here, for {MAX_CHANNELS} channels")
         divisor = 2 ** (levels - 1)
         fits = self.image_size % divisor == 0
         self._need(fits, "image_size", f"{levels} levels halve it {levels - 1} times, so {divisor} must divide it")

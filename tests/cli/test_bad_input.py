@@ -74,6 +74,9 @@ BAD = {
         ["data.path = ~nobody-here/x"],
     ),
     "misspelt option": (["--tasks-per-nod=e", "x"], ["--tasks-per-nod"]),
+    "a number of thousands of digits": (["seed=" + "9" * 5000], ["seed=999", "a whole number of 5000 characters"]),
+    "brackets without end": (["model.channel_mults=" + "[" * 50_000], ["model.channel_mults=[[", "levels deep"]),
+    "a batch that nothing could hold": (["train.global_batch=1000000000000000"], ["train.global_batch", "less than"]),
     "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
 }
 
@@ -94,6 +97,14 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a key twice": (b"seed: 1\nseed: 2\n", "'seed' stands twice"),
     "a number as key": (b"1: 2\n", "unknown key '1'"),
     "an empty section": (b"train:\nseed: 1\n", "train = None: expected a section of keys"),
+    "a billion laughs": (
+        b"a0: &a0 [lol]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 12)),
+        "more than fits with its aliases written out",
+    ),
+    "brackets without end": (b"[" * 100_000, "levels deep"),
+    "a date that there is not": (b"name: 2020-13-45\n", "month must be in 1..12"),
+    "far too long": (b"seed: 1 # " + b"x" * 300_000, "this is no config"),
     "an unknown section": (b"trainer: {lr: 1}\n", "unknown key 'trainer'"),
 }
 
@@ -140,6 +151,8 @@ BAD_PROFILES = {
     "sbatch as a list": (b"sbatch: [nice]\n", "sbatch = ['nice']"),
     "sbatch with a number as key": (b"sbatch: {2: 3}\n", "--sbatch 2"),
     "not text": (b"\xff", "cannot be read"),
+    "braces without end": (b"{a: " * 50_000, "levels deep"),
+    "a number of thousands of digits": (b"nodes: " + b"9" * 5000, "a whole number of 5000 characters"),
 }
 
 
