@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ddpm.config.section import Ints, Section
 
 WITH_ETA = ("ddim",)
 """Samplers whose noise eta chooses."""
+
+
+def _zero(value: float) -> float:
+    """-0.0 is 0.0: one value, one request."""
+    return value + 0.0
 
 
 class Sample(Section):
@@ -19,9 +24,9 @@ class Sample(Section):
     """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: Annotated[float, AfterValidator(_zero)] = Field(0.0, ge=0, le=1)
     """`ddim` alone: its noise; 0 deterministic, 1 close to ancestral."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: Annotated[float, AfterValidator(_zero)] | None = Field(None, ge=0)
     """Weight w of classifier-free guidance: eps = (1 + w) eps(label) - w eps(no label), two evaluations a step; null:
     none. Needs a model trained with train.label_dropout."""
     class_plan: Ints | None = None

@@ -53,6 +53,10 @@ BAD = {
     "gpus against tasks": (["--gpus-per-node", "2", "--tasks-per-node", "4"], ["--tasks-per-node 4"]),
     "then": (["--then", "sample,score"], ["--then sample,score", "sample,evaluate"]),
     "then evaluate alone": (["--then", "evaluate"], ["--then evaluate", "sample,evaluate"]),
+    "one sample and its score": (
+        ["--then", "sample,evaluate", "sample.num_samples=1", "sample.shards=1"],
+        ["sample.num_samples = 1", "a score needs at least 2", "--then"],
+    ),
     "profile": (["--profile", "locale"], ["--profile locale", "did you mean local?"]),
     "reference file": (
         ["--then", "sample,evaluate", "evaluate.reference=no.npz"],
@@ -180,6 +184,11 @@ def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_tha
     assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
     assert "reference = test: digits has ['train']" in finished.refused("evaluate", "tiny", "--reference", "test")
     assert "--extractor goes with --images" in finished.refused("evaluate", "tiny", "--extractor", "pixels")
+
+
+def test_a_set_of_one_sample_is_not_scored(again: Shell) -> None:
+    assert again("sample", "tiny", "--set", "one", "--num-samples", "1", "--shards", "1", "--prepare").returncode == 0
+    assert "sample set one has 1 sample: a score needs at least 2" in again.refused("evaluate", "tiny", "--set", "one")
 
 
 def test_a_set_begun_with_another_request_is_not_taken_for_the_one_asked_for(finished: Shell) -> None:
