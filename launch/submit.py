@@ -18,6 +18,7 @@ from launch import prepare
 from launch.cluster import environment, slurm
 from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
+from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
 from launch.queue import chain, local
 from launch.queue.job import Job
@@ -106,6 +107,8 @@ def check_resources(config: Config, site: Site) -> None:
         raise RequestError(
             f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
         )
+    if warning := check_batch(config, site):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def is_at_work(run: RunDir, config: Config, site: Site) -> bool:

@@ -61,6 +61,13 @@ class Structure:
         """Channels of what a block is told of t and the class."""
         return self.time_embed_channels or 4 * self.base_channels
 
+    @property
+    def least_activation_bytes(self) -> int:
+        """What training keeps of one image at the very least: the input of every block's second convolution, in 16
+        bits. Nothing computes the gradient of its weights without."""
+        blocks = 2 * self.blocks_per_level + 1  # of the encoder and the decoder
+        return sum(2 * blocks * width * size**2 for width, size in zip(self.widths, self.sizes, strict=True))
+
     def __post_init__(self) -> None:
         for name in ("image_size", "in_channels", "base_channels", "blocks_per_level", "attention_heads"):
             self._need(getattr(self, name) >= 1, name, "must be at least 1")

@@ -81,6 +81,10 @@ BAD = {
     "a number of thousands of digits": (["seed=" + "9" * 5000], ["seed=999", "a whole number of 5000 characters"]),
     "brackets without end": (["model.channel_mults=" + "[" * 50_000], ["model.channel_mults=[[", "levels deep"]),
     "a batch that nothing could hold": (["train.global_batch=1000000000000000"], ["train.global_batch", "less than"]),
+    "a batch beyond this machine's memory": (
+        ["train.global_batch=16777216", "model.base_channels=4096"],
+        ["train.global_batch = 16777216", "keep at least", "train.micro_batch="],
+    ),
     "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
 }
 
@@ -391,3 +395,8 @@ def test_a_damaged_cache_stops_no_submission(shell: Shell, name: str) -> None:
     done = shell.submit("--prepare")
     assert done.returncode == 0 and "is damaged: packing it again" in done.stdout, done.stdout + done.stderr
     assert path.read_bytes() == good
+
+
+def test_a_batch_larger_than_the_data_is_warned_of(shell: Shell) -> None:
+    done = shell.submit("--prepare", "train.global_batch=1800")
+    assert done.returncode == 0 and "train.global_batch = 1800: the data has 1797 images" in done.stderr, done.stderr
