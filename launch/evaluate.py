@@ -14,12 +14,13 @@ from ddpm.config import reading
 from ddpm.config.sample import Evaluate
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from ddpm.scoring.record import is_signed, told
 from launch.cluster import site as sites
 from launch.queue import chain, local
 from launch.queue.job import Job
-from launch.queue.sets import score_by
+from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
@@ -114,6 +115,8 @@ def main() -> int:
     run = console.find_run(args.run, args.root)
     config = reading.load(run.config)
     set_name = choose_set(run, args.set_name)
+    if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
+        raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)
     if reference not in SPLITS:

@@ -164,6 +164,12 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
+    if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
+        print(
+            f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
+            f"of them more than once; a batch is usually a small part of the data",
+            file=sys.stderr,
+        )
     record = {
         "cache": str(cache / "data"),
         "key": key,

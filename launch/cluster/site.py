@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ddpm.config.section import Section, build
-from ddpm.config.yaml import load_yaml
+from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
@@ -176,7 +176,7 @@ def load_profile(name: str | None) -> dict[str, Any]:
             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
         )
     try:
-        tree = load_yaml(path.read_text(), str(path))
+        tree = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"--profile {name}: cannot be read: {e}") from None
     if tree is not None and not isinstance(tree, dict):

@@ -13,7 +13,7 @@ from ddpm.data.labels import labels_changed, labels_record
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, Stopped
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, write_json
+from ddpm.run.files import DamagedFile, sign, write_json
 from ddpm.run.log import say
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training.ranks import World, stop_code
@@ -90,8 +90,9 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
 def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
     """A run from before labels were kept: from now on they are compared."""
     try:
-        kept = {**run_record(life.run), "labels": labels_record(there)}
-        write_json(life.run.run_json, kept, replace=True, may_publish=fence.check)
+        record = {**run_record(life.run), "labels": labels_record(there)}
+        record = sign(record) if "self_sha256" in record else record
+        write_json(life.run.run_json, record, replace=True, may_publish=fence.check)
     except OSError as e:  # a full disk ends no training
         say("the labels of the data were not added to the run's record", error=e)
 
