@@ -114,7 +114,7 @@ def main() -> int:
     check_reference(config, reference)
     if reference not in SPLITS:
         reference = str(check_file(reference).absolute())
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
     site = sites.settle(site, dry_run=args.dry_run)
     waiting = jobs_in_queue(run, "sample", set_name)
     job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference))

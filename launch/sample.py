@@ -137,7 +137,7 @@ def main() -> int:
     run = console.find_run(args.run, args.root)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
