@@ -18,7 +18,7 @@ from ddpm.scoring.against import SPLITS, check_file, check_reference
 from launch.cluster import site as sites
 from launch.queue import chain, local
 from launch.queue.job import Job
-from launch.queue.submitting import describe, submit
+from launch.queue.submitting import describe, submit_alone
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 
@@ -134,8 +134,10 @@ def main() -> int:
     if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
         print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
     else:
-        ids = [submit(job)]
-        print(f"queued: evaluate as job {ids[0]}; the score will be {run.score(set_name)}")
+        new, waits = submit_alone(job)
+        ids = [new]
+        told = f"queued: evaluate as job {new}; the score will be {run.score(set_name)}"
+        print("\n".join([told, *filter(None, [waits])]))
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)

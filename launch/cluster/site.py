@@ -286,7 +286,7 @@ def site_of(run: RunDir) -> Site:
 def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:
     """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
 
-    stage: what the command line is about; where it is not training, it is the stage's own, before the profile's section.
+    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
     """
     tree = {**(base or {}), **load_profile(args.profile)}
     typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
