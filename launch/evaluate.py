@@ -21,7 +21,7 @@ from launch.cluster import site as sites
 from launch.queue import chain, local
 from launch.queue.job import Job
 from launch.queue.sets import LEAST_SCORED, score_by
-from launch.queue.submitting import describe, submit
+from launch.queue.submitting import describe, submit_alone
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 
@@ -122,7 +122,7 @@ def main() -> int:
     if reference not in SPLITS:
         reference = str(check_file(reference).absolute())
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
     site = sites.settle(site, dry_run=args.dry_run)
     waiting = jobs_in_queue(run, "sample", set_name)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
@@ -143,8 +143,10 @@ def main() -> int:
     if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
         print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
     else:
-        ids = [submit(job)]
-        print(f"queued: evaluate as job {ids[0]}; the score will be in {run.eval}")
+        new, waits = submit_alone(job)
+        ids = [new]
+        said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
+        print("\n".join([said, *filter(None, [waits])]))
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)

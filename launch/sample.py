@@ -23,7 +23,7 @@ from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
 from launch.queue.job import Job, ranges
-from launch.queue.submitting import by_hand, describe, submit
+from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
 
@@ -137,7 +137,7 @@ def main() -> int:
     run = console.find_run(args.run, args.root)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
@@ -211,8 +211,9 @@ def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bo
         if there := jobs_in_queue(run, "sample", set_name):
             print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         else:
-            there = [submit(job)]
-            print(f"queued: {set_name} as job {there[0]}{chain.tasks_told(job, there[0])}")
+            new, waits = submit_alone(job)
+            there = [new]
+            print("\n".join([f"queued: {set_name} as job {new}{chain.tasks_told(job, new)}", *filter(None, [waits])]))
         if not wait:
             return 0
         follow.follow_jobs(run, there)

@@ -199,25 +199,6 @@ def queued(jobs: list[str]) -> dict[str, str]:
     return {job: told.state for job, told in look_up(jobs).items()}
 
 
-@dataclass(frozen=True)
-class Partition:
-    name: str
-    gpus_per_node: int
-    is_default: bool
-
-
-def partitions() -> dict[str, Partition]:
-    """Every partition, hidden ones too, and the GPUs of its nodes. Raises SlurmError."""
-    found: dict[str, Partition] = {}
-    for line in run(["sinfo", "-a", "-h", "-o", "%P|%G"], timeout_s=10).splitlines():
-        shown, _, gres = line.partition("|")
-        name = shown.removesuffix("*")
-        counts = [int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)]
-        most = max([found[name].gpus_per_node] if name in found else [0], default=0)
-        found[name] = Partition(name, max([most, *counts]), shown != name)
-    return found
-
-
 def max_array_size() -> int:
     """One more than the largest index that an array may have; 1 where SLURM allows no arrays."""
     try:

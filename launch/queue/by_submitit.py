@@ -84,7 +84,7 @@ def submit(job: Job) -> str:
     pickles = []
     for number in range(job.num_tasks):
         task = DelayedSubmission(Named(ENTRY), job.arguments(job.shards_of(number)))  # type: ignore[arg-type]  # once it is read, it is one
-        task.set_timeout(job.site.time or 5, MAX_TIMEOUTS)
+        task.set_timeout(job.site.at(job.stage).time or 5, MAX_TIMEOUTS)
         pickles.append(where / f"{uuid.uuid4().hex}.pkl")
         task.dump(pickles[-1])
     script = where / f".submission_file_{uuid.uuid4().hex}.sh"

@@ -19,7 +19,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.cluster.site import Site, site_of
 from launch.queue import local, sets
 from launch.queue.job import Job, ranges
-from launch.queue.submitting import sent_tasks, submit
+from launch.queue.submitting import sent_tasks, submit, why_it_waits
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 
 MAX_ROUNDS = 3
@@ -133,6 +133,8 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
                     jobs, refused = smaller, None
                 elif not ids:
                     raise
+        # the later ones wait for the first, whatever they ask for
+        waits = why_it_waits(new[0], jobs[0].stage) if ids and ids[0] == new[:1] else ""
     except slurm.NoAnswer:
         raise
     except Exception:
@@ -142,6 +144,7 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
     for job, mine in zip(jobs, ids, strict=False):
         how = "queued" if mine[0] in new else "in the queue already"
         told.append(f"{how}: {job.stage} as job {' '.join(mine)}{tasks_told(job, mine[0]) if mine[0] in new else ''}")
+    told += [waits] if waits else []
     if refused is not None:
         rest = " and ".join(job.stage for job in jobs[len(ids) :])
         told.append(

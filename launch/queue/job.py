@@ -31,7 +31,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        return self.site.world_size if self.stage == "train" else 1
+        return self.site.at(self.stage).world_size
 
     @property
     def num_tasks(self) -> int:
@@ -59,9 +59,7 @@ class Job:
 
     def options(self) -> dict[str, str | bool]:
         """sbatch's long options, but for --array; True is a flag."""
-        site = self.site
-        nodes = site.nodes if self.stage == "train" else 1
-        gpus = site.gpus_per_node or 0
+        site = self.site.at(self.stage)
         lead = site.signal_lead_s if site.time is None else min(site.signal_lead_s, site.time * 60 // 3)
         values: dict[str, Any] = {
             "job-name": f"{self.run.name}-{self.stage}",
@@ -71,9 +69,9 @@ class Job:
             "constraint": site.constraint,
             "exclude": site.exclude,
             "time": site.time,
-            "nodes": nodes,
-            "ntasks-per-node": max(1, self.world_size // nodes),
-            "gpus-per-node": (gpus if self.stage == "train" else 1) if gpus else None,
+            "nodes": site.nodes,
+            "ntasks-per-node": site.ranks_per_node,
+            **site.gpu_options(),
             "cpus-per-task": site.cpus_per_task,
             "mem": site.mem,
             "requeue": True,
@@ -85,7 +83,7 @@ class Job:
         }
         if "no-requeue" in site.sbatch:
             del values["requeue"]
-        values.update(site.sbatch)
+        values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
 
 

@@ -15,6 +15,7 @@ from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
+from launch.cluster.reasons import explain
 from launch.queue import by_submitit, by_template, local
 from launch.queue.job import HOME, Job
 
@@ -85,6 +86,33 @@ def _submit(job: Job) -> str:
         slurm.cancel([job_id])
         raise
     return job_id
+
+
+def submit_alone(job: Job) -> tuple[str, str]:
+    """Queue a job that no chain of ours begins with; its id, and what it waits for. Raises as `submit` does."""
+    job_id = submit(job)
+    try:
+        return job_id, "" if job.after else why_it_waits(job_id, job.stage)
+    except RequestError:
+        slurm.cancel([job_id])
+        raise
+
+
+def why_it_waits(job_id: str, stage: str) -> str:
+    """What a job that was just queued waits for and somebody can do about it, in a line; "" where there is nothing.
+
+    Raises RequestError where SLURM has taken a request that it will never start.
+    """
+    try:
+        found = slurm.look_up([job_id]).get(job_id)
+    except slurm.SlurmError:
+        return ""
+    wait = explain(job_id, found) if found else None
+    if wait is None or not (wait.next_step or wait.start):
+        return ""
+    if wait.never:
+        raise RequestError(f"SLURM took the {stage} job, and would never start it, so it was taken back: {wait}")
+    return f"job {job_id} waits: {wait}"
 
 
 def sent_tasks(run: RunDir, job_id: str) -> int:

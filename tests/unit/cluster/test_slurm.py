@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import slurm
+from launch.cluster.partitions import partitions
 from launch.cluster.site import Site, settle
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
@@ -155,7 +156,7 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
 def test_hidden_partitions_are_seen(commands: Path) -> None:
     for command, said in (("squeue", "7 7 RUNNING"), ("sinfo", "secret|gpu:2")):
         put(commands / command, f'[ "$1" = -a ] && echo "{said}" || true')
-    assert slurm.queued(["7"]) == {"7": "RUNNING"} and list(slurm.partitions()) == ["secret"]
+    assert slurm.queued(["7"]) == {"7": "RUNNING"} and list(partitions()) == ["secret"]
     put(commands / "squeue", 'echo "$1|afterany:7"')
     assert slurm.dependents("7") == ["-a"]
 

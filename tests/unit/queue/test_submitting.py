@@ -231,6 +231,35 @@ def test_a_first_stage_that_is_refused_is_an_error(run: RunDir, cluster: Cluster
         chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
 
 
+@VIA
+def test_what_slurm_has_taken_and_will_never_start_is_taken_back_and_refused_in_its_words(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    cluster.queue = ["101 101 PENDING N/A PartitionNodeLimit", "102 102 PENDING N/A Dependency"]
+    jobs = [Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")]
+    with pytest.raises(RequestError, match=r"never start it.*PartitionNodeLimit.*--nodes"):
+        chain.queue(jobs, Config())
+    assert cluster.of("scancel") == [["scancel", "101", "102"]]
+    cluster.queue = ["103 103 PENDING N/A PartitionTimeLimit"]
+    with pytest.raises(RequestError, match="PartitionTimeLimit"):
+        submitting.submit_alone(jobs[1])
+    assert cluster.of("scancel")[1:] == [["scancel", "103"]]
+
+
+def test_what_a_queued_job_waits_for_is_told_once_where_there_is_something_to_do_or_a_time(
+    run: RunDir, cluster: Cluster
+) -> None:
+    job = Job("train", run, Site())
+    told = []
+    for number, why in enumerate(
+        ("2026-11-27T08:00:00 Priority", "N/A PartitionDown", "N/A Priority", "N/A None"), 101
+    ):
+        cluster.queue = [f"{number} {number} PENDING {why}"]
+        told.append(chain.queue([job], Config())[1])
+    assert "SLURM expects it to start at 2026-11-2" in told[0][1] and "another --partition" in told[1][1]
+    assert [len(lines) for lines in told] == [2, 2, 1, 1]
+
+
 # ---------------------------------------------------------------- tasks
 
 TOO_MANY = slurm.SlurmError(
