@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
+  python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
 """
 
 
@@ -37,7 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
-    parser.add_argument("--images", help="score this folder or zip instead of a run, here and now")
+    parser.add_argument("--images", help="score this folder, zip, .npz or .npy instead of a run, here and now")
+    parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
     parser.add_argument(
         "--extractor",
         choices=["inception", "random-inception", "pixels"],
@@ -50,36 +53,51 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.run is None) == (args.images is None):
         parser.error("give a RUN, or --images with --reference")
-    if args.images and not args.reference:
-        parser.error("--images needs --reference: a pytorch-fid .npz, or a folder or zip of images")
+    if args.run and (args.size or args.save_stats):
+        parser.error("--size and --save-stats go with --images; a run's samples have its size")
+    if args.images and bool(args.reference) == bool(args.save_stats):
+        parser.error("--images needs --reference: a pytorch-fid .npz, or images to compare with; or --save-stats")
+    if args.size is not None and args.size < 1:
+        parser.error(f"--size {args.size}: must be at least 1")
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        parser.error(f"--save-stats {args.save_stats}: name an .npz, which is what pytorch-fid reads")
     return args
 
 
 def score_images(args: argparse.Namespace) -> int:
-    """Two sets of images, on this machine."""
-    paths = Path(args.images).expanduser(), Path(args.reference).expanduser()
-    for option, path in zip(("--images", "--reference"), paths, strict=True):
-        if not path.exists():
-            raise RequestError(
-                f"{option} {path}: does not exist; give a folder or zip of images"
-                + (", or a pytorch-fid .npz" if option == "--reference" else "")
-            )
+    """Two sets of images, on this machine; or the statistics of one."""
+    images = _there("--images", args.images)
+    reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
+    name = args.extractor or "inception"
     if args.dry_run:
-        print(f"would score {paths[0]} against {paths[1]} with {args.extractor or 'inception'} on this machine")
+        what = f"score {images} against {reference}" if reference else f"write statistics of {images}"
+        print(f"would {what} with {name} on this machine")
         return 0
+    stats = Path(args.save_stats).expanduser() if args.save_stats else None
+    if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
+        raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
     import torch
 
-    from ddpm.scoring.evaluate import evaluate_images
     from ddpm.scoring.extractors import build_extractor, ensure_inception_weights
+    from ddpm.scoring.foreign import evaluate_images, save_statistics
 
-    name = args.extractor or "inception"
     if name == "inception":
         ensure_inception_weights()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = build_extractor(name, device, warn=lambda message: print(message, file=sys.stderr))
-    result = evaluate_images(*paths, extractor)
-    print(json.dumps(result, indent=1))
+    if stats:
+        num = save_statistics(images, stats, extractor, args.size)
+        print(f"{stats}: statistics of {num} images, {extractor.name} features")
+    elif reference:
+        print(json.dumps(evaluate_images(images, reference, extractor, args.size), indent=1))
     return 0
+
+
+def _there(option: str, word: str, or_else: str = "") -> Path:
+    path = Path(word).expanduser()
+    if not path.exists():
+        raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images, an .npy or .npz{or_else}")
+    return path
 
 
 def choose_set(run: RunDir, asked: str | None) -> str:

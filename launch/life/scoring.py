@@ -50,6 +50,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 reference=open_reference(config, against, cache, life.stop),
                 extractor=build_extractor(extractor or config.evaluate.extractor, device),
                 cache_dir=cache / "reference",
+                num_classes=config.model.num_classes,
                 command=command,
                 stop_requested=life.stop,
                 progress=lambda done, total: say("features", shards=f"{done}/{total}"),
