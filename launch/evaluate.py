@@ -108,7 +108,7 @@ def main() -> int:
     if args.images:
         return score_images(args)
     run = console.find_run(args.run, args.root)
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)

@@ -15,8 +15,9 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
-from ddpm.run.files import TMP_PREFIX, fsync_dir, now, read_json, write_bytes, write_json
+from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
 from ddpm.run.paths import SCHEMA, RunDir
+from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT
@@ -32,7 +33,7 @@ def num_images(config: Config, run: RunDir) -> int | None:
 
     Raises RequestError for a data.path that cannot serve.
     """
-    if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
+    if run.run_json.exists() and (known := data_of(run).get("num_images")):
         return int(known)
     from ddpm.data.packed import open_source
 
@@ -74,10 +75,10 @@ def check_existing(run: RunDir, config: Config) -> bool:
     """Whether the run exists and may go on with this config. Raises RequestError where its mathematics is another."""
     if not run.path.exists():
         return False
-    record = read_json(run.run_json)
-    if record is None or not run.config.exists():
+    if not (run.run_json.exists() or run.config.exists()):
         raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
-    there = reading.load(run.config)
+    read_run(run)
+    there = reading.of_run(run)
     if there.digest() != config.digest():
         raise RequestError(
             f"run {run.name} exists with other mathematics: {config_differences(run, config, mathematics=True)}. "
@@ -93,7 +94,7 @@ def check_existing(run: RunDir, config: Config) -> bool:
 
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
-    there = reading.load(run.config)
+    there = reading.of_run(run)
     old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
     covered = there.mathematics(), asked.mathematics()
     lines = []
@@ -170,7 +171,7 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
             (tmp / sub).mkdir()
         write_bytes(tmp / "config.yaml", config.to_yaml().encode())
         _write_setup(RunDir(tmp), record)
-        write_json(tmp / "run.json", record)
+        write_json(tmp / "run.json", sign(record))
         tmp.rename(run.path)
         fsync_dir(run.path.parent)
     finally:
@@ -179,16 +180,17 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
 
 def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     """A later submission: what it may change (length, intervals, resources), never the mathematics."""
-    old = read_json(run.run_json) or {}
-    if old.get("data", {}).get("digest") != record["data"]["digest"]:
+    old, there = read_run(run), data_of(run).get("digest")
+    if there != record["data"]["digest"]:
         raise RequestError(
             f"run {run.name} was trained on other pixels (digest "
-            f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
+            f"{str(there)[:12]}, now {record['data']['digest'][:12]}); "
             f"restore the data, or choose another --name"
         )
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_setup(run, record)
-    write_json(run.run_json, {**record, "created": old["created"], "resolved": old.get("resolved", {})}, replace=True)
+    kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
+    write_json(run.run_json, sign({**record, **kept}), replace=True)
 
 
 def _write_setup(run: RunDir, record: dict[str, Any]) -> None:

@@ -87,13 +87,13 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if there is not None:
         kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
         asked = {**{name: getattr(there, name) for name in kept}, **asked}
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
     if "sampler" in asked and "steps" not in asked:
         asked["steps"] = usual_steps(config, asked["sampler"])
-    return reading.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
+    return reading.of_run(run, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
 
 
 def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:

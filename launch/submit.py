@@ -113,7 +113,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
-    if jobs and reading.load(run.config) != config:
+    if jobs and reading.of_run(run) != config:
         raise RequestError(
             f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.config_differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"

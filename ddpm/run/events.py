@@ -6,8 +6,9 @@ import json
 import os
 from typing import Any
 
-from ddpm.run.files import now, read_json, read_jsonl
+from ddpm.run.files import now
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 
 
 class EventLog:
@@ -30,8 +31,8 @@ class EventLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as f:
             if f.tell() == 0 and self._since:
-                beat = read_json(self._run.heartbeat) or {}
-                sign = {k: beat[k] for k in ("job", "restart", "time", "step") if k in beat}
+                beat = read_heartbeat(self._run)
+                sign = {k: beat[k] for k in (*SIGN, "step") if k in beat}
                 record.update(since=self._since, last_sign=sign or None)
             line = json.dumps(record).encode() + b"\n"
             if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
@@ -41,7 +42,26 @@ class EventLog:
             os.fsync(f.fileno())
 
 
-def read_events(run: RunDir) -> list[dict[str, Any]]:
-    """Every life event of a run, in order of time. Raises OSError where it cannot look."""
-    events = [e for p in sorted(listed(run.events)) if p.suffix == ".jsonl" for e in read_jsonl(p)]
-    return sorted(events, key=lambda e: str(e.get("time", "")))
+def read_events(run: RunDir) -> list[Record]:
+    """Every life event of a run that can be read, in order of time. Raises OSError where it cannot look."""
+    return read_events_and_damage(run)[0]
+
+
+def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
+    """Every life event of a run, in order of time; and what of events/ cannot be read, a line for each file.
+
+    Raises OSError where it cannot look.
+    """
+    events: list[Record] = []
+    damage = []
+    for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl"):
+        name = f"events/{path.name}"
+        try:
+            found, wrong = parse_events(path.read_bytes(), name)
+        except FileNotFoundError:
+            continue
+        except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
+            found, wrong = [], f"{name} cannot be read ({e.strerror})"
+        events += found
+        damage += [wrong] if wrong else []
+    return sorted(events, key=lambda e: str(e["time"])), damage

@@ -23,8 +23,11 @@ from ddpm.training.telemetry import Telemetry
 class Silent:
     """Tells nothing."""
 
-    def begin(self, step: int) -> None:
-        """Before the first step of a life, and after each rollback: what was told past `step` will be told again."""
+    def begin(self, step: int, logged_step: int) -> None:
+        """Before the first step of a life, and after each rollback: what was told past `step` will be told again.
+
+        logged_step: of the last line of metrics before it.
+        """
 
     def say(self, message: str, **fields: Any) -> None:
         """A line in the job's log."""
@@ -89,7 +92,7 @@ class Chronicle(Silent):
         assert self._saver is not None, "begin first"
         return self._saver
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, logged_step: int) -> None:
         if self._telemetry is not None:
             self._telemetry.close()
         self._telemetry = Telemetry(
@@ -97,6 +100,8 @@ class Chronicle(Silent):
             step=step,
             total_steps=self.config.train.total_steps,
             owner=self.owner,
+            logged_step=logged_step,
+            every_steps=self.config.log.every_steps,
             may_publish=self.fence.check,
         )
         if self._saver is None:

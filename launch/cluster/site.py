@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field
 from ddpm.config.section import Section, build
 from ddpm.config.yaml import load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT, default_partition
 
@@ -178,11 +178,9 @@ def load_profile(name: str | None) -> dict[str, Any]:
 
 
 def site_of(run: RunDir) -> Site:
-    """Where the run was submitted to: later stages go there too unless told otherwise."""
-    record = read_json(run.run_json)
-    if record is None:
-        raise RequestError(f"{run.path} is no run directory (no run.json); see python launch/status.py for the runs")
-    return Site.model_validate(record.get("launch") or {}, strict=False)
+    """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
+    site: Site = build(Site, read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+    return site
 
 
 def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Site:

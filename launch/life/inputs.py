@@ -11,15 +11,16 @@ from ddpm.data import packed, scratch
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, Stopped
 from ddpm.run.log import say
+from ddpm.run.records import data_of
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training.ranks import World, stop_code
 from launch.cluster import environment
-from launch.life.life import Life, run_record
+from launch.life.life import Life
 
 
 def packed_data(life: Life, config: Config, world: World) -> PackedImages:
     """The packed training data, on all ranks. Raises Stopped, on all ranks; DoNotRetry where the data is another."""
-    record = run_record(life.run)["data"]
+    record = data_of(life.run)
     cache, key = Path(record["cache"]), record["key"]
     if world.share(world.is_main and not (cache / key / "meta.json").exists()):
         key = _pack_again(life, config, world, cache)

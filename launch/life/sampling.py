@@ -20,7 +20,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
     from ddpm.sampling.generate import generate_shard
 
     run, env = life.run, life.env
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if not 0 <= shard < request.shards:

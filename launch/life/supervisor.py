@@ -24,6 +24,7 @@ from launch.life.decision import Evidence, decide, not_ours, retries_without_pro
 from launch.life.life import shard_marker
 from launch.life.progress import progress
 from launch.queue.submitting import submit_successor
+from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
 SETTLE_S = 10
@@ -192,6 +193,7 @@ def _failed(log: EventLog, code: int, stage: str, reason: str) -> int:
 
 
 def main() -> int:
+    streams.make_safe()
     path, stage, code, *rest = sys.argv[1:]
     run = RunDir(Path(path))
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 
 from ddpm.config.schema import Config
-from ddpm.run.files import read_json, read_jsonl
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_metrics
 from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.queue.sets import chain_set
 
@@ -16,7 +17,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     step = run.latest_step()
     name = chain_set(run, config)
     record = read_json(run.score(name)) if "evaluate" in stages else None
-    metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
+    metrics = [m for m in read_metrics(run) if m["step"] <= step]
     rows = {"steps": f"{step}"}
     if metrics:
         rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"
