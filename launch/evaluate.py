@@ -15,9 +15,10 @@ from ddpm.errors import RequestError
 from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from ddpm.scoring.against import SPLITS, check_file, check_reference
+from launch.cluster import environment
 from launch.cluster import site as sites
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
 from launch.queue.submitting import describe, submit
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
@@ -113,8 +114,9 @@ def main() -> int:
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)
     if reference not in SPLITS:
-        reference = str(check_file(reference).absolute())
+        reference = str(environment.user_path(str(check_file(reference)), "--reference"))
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    check_path(run, site)
     site = sites.settle(site, dry_run=args.dry_run)
     waiting = jobs_in_queue(run, "sample", set_name)
     job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference))

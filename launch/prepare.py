@@ -16,6 +16,7 @@ from ddpm.config import section as sections
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
+from ddpm.run.log import plain
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
@@ -66,7 +67,7 @@ def check_data(config: Config, stages: list[str]) -> None:
 def _classes_there_are(have: list[str]) -> str:
     """What model.num_classes may be with this data, and why."""
     if len(have) > 1:
-        some = ", ".join(have[:12]) + (", …" if len(have) > 12 else "")
+        some = ", ".join(map(plain, have[:12])) + (", …" if len(have) > 12 else "")
         return f"the data has {len(have)} classes ({some}); use {len(have)}, or 0 for a model without classes"
     return "the images lie in no class folders, or all in one; sort them into CLASS/NAME.png, or use 0"
 

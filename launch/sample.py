@@ -22,7 +22,7 @@ from ddpm.sampling.request import Request, publish_request, read_request, usual_
 from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
-from launch.queue.job import Job, ranges
+from launch.queue.job import Job, check_path, ranges
 from launch.queue.submitting import by_hand, describe, submit
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
@@ -138,11 +138,14 @@ def main() -> int:
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
     set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)
     check_name(set_name, "sample set name")
+    if set_name.startswith("-"):
+        raise RequestError(f"sample set name {set_name!r}: jobs would read it as an option; do not begin with a dash")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
         site = sites.settle(site, dry_run=True)

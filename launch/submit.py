@@ -20,7 +20,7 @@ from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
 from launch.queue.submitting import by_hand, describe
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow, recipes
@@ -78,17 +78,12 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
 def with_absolute_paths(config: Config) -> Config:
     """The config with its paths as they are meant here: jobs run in the project's directory."""
 
-    def absolute(key: str, path: str) -> str:
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError:
-            raise RequestError(f"{key} = {path}: there is no such user; give the whole path") from None
-
     data, evaluate = config.data, config.evaluate
     if data.path is not None:
-        data = data.model_copy(update={"path": absolute("data.path", data.path)})
+        data = data.model_copy(update={"path": str(environment.user_path(data.path, "data.path"))})
     if evaluate.reference not in ("train", "test"):
-        evaluate = evaluate.model_copy(update={"reference": absolute("evaluate.reference", evaluate.reference)})
+        reference = environment.user_path(evaluate.reference, "evaluate.reference")
+        evaluate = evaluate.model_copy(update={"reference": str(reference)})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 
@@ -151,6 +146,7 @@ def main() -> int:
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
+    check_path(run, site)
     config = prepare.resolve_length(asked, run)
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)

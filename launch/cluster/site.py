@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from ddpm.config.section import Section, build
 from ddpm.config.yaml import load_yaml
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 from launch.cluster import slurm
@@ -62,9 +63,36 @@ def minutes(text: str | int) -> int:
 
 
 def _word(text: Any) -> Any:
-    if isinstance(text, str) and not re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text):
-        raise ValueError(f"{text!r}: no spaces, quotes or shell characters here")
+    if isinstance(text, str) and not (re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text) and text.isprintable()):
+        raise ValueError(f"{text!r}: no spaces, quotes, shell or control characters here")
     return text
+
+
+def _one_line(text: Any) -> Any:
+    if isinstance(text, str) and (has_control(text) or len(text) > 1000):
+        raise ValueError(f"{text[:80]!r}: must be one line, of at most 1000 characters")
+    return text
+
+
+def _options(options: Any) -> Any:
+    """What becomes lines of a job's script, one for each."""
+    for key, value in options.items() if isinstance(options, dict) else ():
+        try:
+            _one_line(value)
+        except ValueError as e:
+            raise ValueError(f"sbatch.{key} = {e}") from None
+    return options
+
+
+def _shell_lines(lines: Any) -> Any:
+    """Shell as it was written: an entry of several lines is as good as several entries."""
+    if not isinstance(lines, list):
+        return lines
+    split = [line for entry in lines for line in (entry.splitlines() or [""] if isinstance(entry, str) else [entry])]
+    for line in split:
+        if isinstance(line, str) and has_control(line.replace("\t", " ")):
+            raise ValueError(f"setup = {line!r}: has control characters")
+    return tuple(split)
 
 
 def _mem(text: Any) -> Any:
@@ -74,6 +102,7 @@ def _mem(text: Any) -> Any:
 
 
 Word = Annotated[str, BeforeValidator(_word)]
+Line = Annotated[str, BeforeValidator(_one_line)]
 
 
 class Site(Section):
@@ -96,13 +125,13 @@ class Site(Section):
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, BeforeValidator(_mem)] | None = None
     """Per node."""
-    sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
+    sbatch: Annotated[dict[str, str | int | bool | None], BeforeValidator(_options)] = Field(default_factory=dict)
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
-    setup: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    setup: Annotated[tuple[str, ...], BeforeValidator(_shell_lines)] = ()
     """Shell lines that every job runs first: module load …"""
-    scratch: str | None = None
+    scratch: Line | None = None
     """Node-local disk where jobs keep a copy of the packed data, e.g. /scratch/$USER."""
-    data_cache: str | None = None
+    data_cache: Line | None = None
     """Shared place of packed data; null: .cache beside the runs."""
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""

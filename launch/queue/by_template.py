@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,10 @@ def submit(job: Job) -> Iterator[str]:
 
 
 def sbatch(words: list[str]) -> str:
-    """Run one sbatch from the project's root; returns the job id."""
+    """Run one sbatch from the project's root; returns the job id. Raises SlurmError."""
     with environment.outside_allocation():
         said = slurm.run(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})
-        return said.strip().split(";")[0]
+    found = re.search(r"^(\d+)(;.*)?$", said, re.MULTILINE)
+    if found is None:
+        raise slurm.SlurmError(f"sbatch: said no job's id, but {said.strip()!r}")
+    return found[1]
