@@ -17,9 +17,10 @@ from ddpm.run.paths import RunDir
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from ddpm.scoring.record import is_signed, told
+from launch.cluster import environment
 from launch.cluster import site as sites
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
@@ -131,16 +132,17 @@ def main() -> int:
     if args.images:
         return score_images(args)
     run = console.find_run(args.run, args.root)
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)
     if reference not in SPLITS:
-        reference = str(check_file(reference).absolute())
+        reference = str(environment.user_path(str(check_file(reference)), "--reference"))
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    check_path(run, site)
     site = sites.settle(site, dry_run=args.dry_run)
     waiting = jobs_in_queue(run, "sample", set_name)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()

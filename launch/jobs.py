@@ -17,15 +17,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import DamagedFile, not_ours
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
 from launch.queue.job import numbers, share
+from launch.terminal import faults, streams
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -86,6 +86,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
 
 def main(argv: list[str]) -> int:
     """Run one stage and end the process with its exit code (submitit must not unwind past us either)."""
+    streams.make_safe()
     args = parse(argv)
     life = begin(RunDir(args.run.absolute()))
     try:
@@ -93,11 +94,10 @@ def main(argv: list[str]) -> int:
     except Stopped as e:  # before anything was computed: nothing to save
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
-    except (DDPMError, DamagedFile) as e:
-        code = told(life, args.stage, e)
     except BaseException as e:
-        if isinstance(e, PermissionError) and e.filename and (why := not_ours(Path(e.filename))):
-            code = told(life, args.stage, DoNotRetry(why))
+        known = faults.of_a_job(e)
+        if known is not None:
+            code = told(life, args.stage, known)
         else:
             code = 1
             with contextlib.suppress(OSError):

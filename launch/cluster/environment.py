@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpm.errors import RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import now
+from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -140,8 +142,24 @@ def _first_node_address(env: os._Environ[str]) -> str:
 
 
 def runs_root(option: str | None) -> Path:
-    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project."""
-    return Path(option or os.environ.get("DDPM_RUNS") or PROJECT / "runs").expanduser().absolute()
+    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project. Raises RequestError."""
+    chosen = option or os.environ.get("DDPM_RUNS")
+    user_path(str(PROJECT), "the project's folder")
+    return user_path(chosen, "--root" if option else "DDPM_RUNS") if chosen else PROJECT / "runs"
+
+
+def user_path(path: str, what: str = "path") -> Path:
+    """A path as it was typed, absolute: jobs run in the project's directory. Raises RequestError where it cannot stand
+    in a job's script and a run's files, which have lines of UTF-8."""
+    try:
+        there = Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise RequestError(f"{what} = {path}: there is no such user; give the whole path") from None
+    if has_control(str(there)):
+        raise RequestError(
+            f"{what} = {str(there)!r}: has control characters, or is no UTF-8; rename it, or use another"
+        )
+    return there
 
 
 def expand(path: str) -> Path:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import DoNotRetry
-from ddpm.run.files import read_json
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
@@ -61,10 +59,3 @@ def begin(run: RunDir) -> Life:
 def shard_marker(run: RunDir, job: str) -> Path:
     """Which shards a job makes, from its first life until it is done."""
     return run.logs / f".shard-{job}"
-
-
-def run_record(run: RunDir) -> dict[str, Any]:
-    record = read_json(run.run_json)
-    if record is None:
-        raise DoNotRetry(f"{run.run_json} is missing or no JSON: this is no run directory; submit the run again")
-    return record

@@ -13,7 +13,7 @@ from launch.queue.sets import ensure_request
 def sample(life: Life, set_name: str, shards: list[int]) -> int:
     """Those of a set that are not done; publishes its request first where a chained job is the first to come by."""
     run, env = life.run, life.env
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     for shard in shards:
