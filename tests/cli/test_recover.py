@@ -142,6 +142,7 @@ def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(
 def test_a_run_that_a_live_job_holds_is_left_alone(again: Shell, what: str) -> None:
     with (again.root / RUN / "lock").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
         lock.write(b'{"job": "17", "restart": 0, "host": "n1"}\n')
         lock.flush()
         assert "held by job 17" in again.refused("recover", RUN, what)

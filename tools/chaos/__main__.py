@@ -25,16 +25,16 @@ from rich.table import Table
 
 from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
-from tools.chaos import cluster, files, mutants, processes, slurm_faults, slurm_stops
+from tools.chaos import cluster, copies, files, mutants, processes, slurm_faults, slurm_stops
 from tools.chaos.cluster import Cluster, NotRun
 from tools.chaos.files import Result
 
-HERE = {**files.ROWS, **processes.ROWS}
+HERE = {**files.ROWS, **copies.ROWS, **processes.ROWS}
 ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
 ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
 SECONDS = {
     "kill-each-operation": 70, "power-cut": 35, "flipped-bits": 7, "failing-operations": 30, "all-damaged": 1,
-    "kill-9": 225, "resume-inside": 70, "fp16-overflow": 20, "world-sizes": 8, "non-finite-batch": 30,
+    "copies": 300, "kill-9": 225, "resume-inside": 70, "fp16-overflow": 20, "world-sizes": 8, "non-finite-batch": 30,
     "non-finite-always": 3, "startup-stops": 5, "disk-full-at-stop": 25, "pre-emptions": 745,
     "startup-pre-emptions": 155, "no-grace": 65, "preempt-cancel": 35,
     "preempt-cancel-at-once": 35, "requeue-forbidden": 35, "scancel": 270,
