@@ -176,7 +176,7 @@ class Checkpointer:
             "world_size": self._world_size,
             "fence": self._fence.token,
             "created": now(),
-            **_settled(state),
+            **settled_in(state),
         }
         write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
         with contextlib.suppress(OSError):  # the next one removes it
@@ -186,7 +186,7 @@ class Checkpointer:
         """What a generation lacks that was saved as one of many and is now to be the last."""
         if with_ema and not self._run.ema_weights(there.step).exists():
             self._write_ema(state["ema"], there.step)
-        if not (settled := _settled(state)).items() <= there.manifest.items():
+        if not (settled := settled_in(state)).items() <= there.manifest.items():
             path, manifest = self._run.manifest(there.step), sign({**there.manifest, **settled})
             write_json(path, manifest, replace=True, token=self._token, may_publish=self._fence.check)
 
@@ -245,7 +245,7 @@ class Checkpointer:
         return steps
 
 
-def _settled(state: dict[str, Any]) -> dict[str, float]:
+def settled_in(state: dict[str, Any]) -> dict[str, float]:
     """What a manifest says only where training ended early, which the step alone would not: the mean change of the loss
     at which it settled."""
     settled = state["extra"].get("early_stopped")

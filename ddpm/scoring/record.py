@@ -142,7 +142,8 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
     further = run.further_scores(set_name)
     places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{digest[:12]}.json"]
     for path in places:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (run.eval, path.parent):
+            folder.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         try:
             files.write_json(path, signed, token=token)
             return path

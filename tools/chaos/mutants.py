@@ -86,6 +86,11 @@ def _each_for_itself(real: Function) -> Function:
     return lambda world, values: values
 
 
+def _begins_again(real: Function) -> Function:
+    """refuse_start that refuses nothing."""
+    return lambda run: None
+
+
 class Mutant(NamedTuple):
     row: str
     """The row that must fail."""
@@ -100,6 +105,7 @@ MUTANTS = {
     "no-fsync-of-the-directory": Mutant("power-cut", "ddpm.run.files", "fsync_dir", lambda real: lambda path: None),
     "no-manifest-digest": Mutant("flipped-bits", "ddpm.run.generations", "read_signed", _unsigned),
     "no-checkpoint-digest": Mutant("flipped-bits", "ddpm.run.generations", "sha256_file", _as_claimed),
+    "begins-again-over-what-was-saved": Mutant("copies", "ddpm.run.evidence", "refuse_start", _begins_again),
     "no-running-guard": Mutant("scancel", "launch.life.supervisor", "slurm.show", _always_running),
     "half-a-kernel-is-trusted": Mutant("signal-in-compile", "launch.life.training", "Path.touch", _no_mark),
     "bare-array-id": Mutant("array-task-requeued", "launch.cluster.environment", "current", _array_alone),
