@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,6 +24,13 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
+
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
+PIECE_BYTES = 1 << 16
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Methods of compression by which zipfile unpacks a piece; of others a kilobyte may be a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,28 @@ def folder_or_zip(path: Path) -> Source:
 
 
 def zip_names(path: Path) -> list[str]:
-    """The files in a zip. Raises RequestError where it cannot be read."""
+    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [i.filename for i in archive.infolist() if not i.is_dir()]
-    except (zipfile.BadZipFile, OSError) as e:
+            files = [i for i in archive.infolist() if not i.is_dir()]
+    except Exception as e:  # zipfile raises some six kinds for broken bytes
         raise RequestError(
             f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
         ) from None
+    for file in files:
+        if PurePosixPath(file.filename).suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if file.file_size > MAX_IMAGE_BYTES:
+            raise RequestError(
+                f"data.path = {path}: {file.filename} would unpack to {file.file_size:,} bytes, and an image has at "
+                f"most {MAX_IMAGE_BYTES:,}; remove it"
+            )
+        if file.compress_type not in BOUNDED:
+            raise RequestError(
+                f"data.path = {path}: {file.filename} is not compressed by the usual method (deflate); zip the images "
+                f"again, or unpack it and give the folder"
+            )
+    return [file.filename for file in files]
 
 
 def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
@@ -152,7 +173,8 @@ def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.n
     try:
         for name in source.members[split]:
             try:
-                raw = archive.read(name) if archive else (source.path / name).read_bytes()
+                with archive.open(name) if archive else (source.path / name).open("rb") as file:
+                    raw = _all_of(file)
                 with Image.open(io.BytesIO(raw)) as image:
                     yield to_square(image, size), source.labels[name]
             except Exception as e:  # Pillow, zlib and zipfile raise some ten kinds for broken bytes
@@ -162,6 +184,16 @@ def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.n
     finally:
         if archive:
             archive.close()
+
+
+def _all_of(file: IO[bytes]) -> bytes:
+    """What is in the file of one image. Raises ValueError where that is more than one has, whatever an archive says."""
+    raw = bytearray()
+    while piece := file.read(PIECE_BYTES):
+        raw += piece
+        if len(raw) > MAX_IMAGE_BYTES:
+            raise ValueError(f"more than {MAX_IMAGE_BYTES:,} bytes")
+    return bytes(raw)
 
 
 def _read_digits(size: int | None) -> Iterator[tuple[np.ndarray, int]]:
