@@ -21,7 +21,7 @@ from launch.cluster.environment import PROJECT
 from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
 from launch.queue.waiting import jobs_in_queue
@@ -86,17 +86,12 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
 def with_absolute_paths(config: Config) -> Config:
     """The config with its paths as they are meant here: jobs run in the project's directory."""
 
-    def absolute(key: str, path: str) -> str:
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError:
-            raise RequestError(f"{key} = {path}: there is no such user; give the whole path") from None
-
     data, evaluate = config.data, config.evaluate
     if data.path is not None:
-        data = data.model_copy(update={"path": absolute("data.path", data.path)})
+        data = data.model_copy(update={"path": str(environment.user_path(data.path, "data.path"))})
     if evaluate.reference not in ("train", "test"):
-        evaluate = evaluate.model_copy(update={"reference": absolute("evaluate.reference", evaluate.reference)})
+        reference = environment.user_path(evaluate.reference, "evaluate.reference")
+        evaluate = evaluate.model_copy(update={"reference": str(reference)})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 
@@ -123,7 +118,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
-    if jobs and reading.load(run.config) != config:
+    if jobs and reading.of_run(run) != config:
         raise RequestError(
             f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.config_differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
@@ -161,6 +156,7 @@ def main() -> int:
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
+    check_path(run, site)
     config = prepare.resolve_length(asked, run)
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
+from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 
 
 def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
@@ -38,6 +41,24 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     for override in overrides:
         apply_override(tree, override)
     return build(Config, tree, str(path))
+
+
+def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
+    """The config of a run, which must mean the mathematics that the run began with. Raises RequestError, DamagedFile.
+
+    overrides: of what its digest does not cover. A run.json of old may not tell the digest.
+    """
+    record = read_run(run) if run.run_json.exists() else {}
+    came = f" (it was submitted with: {shlex.join(map(str, record['command']))})" if record.get("command") else ""
+    if run.config.is_file() and not run.config.read_bytes().strip():
+        raise RequestError(f"{run.config} is empty: restore it{came}")
+    config = load(run.config, overrides)
+    if (digest := record.get("config_digest")) not in (None, config.digest()):
+        raise RequestError(
+            f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "
+            f"with {digest[:12]}. Restore the file{came}, or train another run"
+        )
+    return config
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -259,7 +259,7 @@ def load_folder(path: Path) -> PackedImages:
     if len(shapes) > 1:
         raise RequestError(
             f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "
-            f"a score needs one size: resize them first"
+            f"a score needs one size: resize them first, or give --size"
         )
     array = np.stack(images)
     return PackedImages(array, np.zeros(len(array), np.int64), path.name, "all", images_digest(array))

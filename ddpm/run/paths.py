@@ -141,7 +141,12 @@ class RunDir:
         return self.path / "eval"
 
     def score(self, set_name: str) -> Path:
+        """Of the set's first score."""
         return self.eval / f"{set_name}.json"
+
+    def further_scores(self, set_name: str) -> Path:
+        """Where the set's scores lie that came after the first."""
+        return self.eval / set_name
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:09d}.pt"

@@ -15,10 +15,11 @@ from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, Stopped
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, sign, write_json
 from ddpm.run.log import say
+from ddpm.run.records import data_of, read_run
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training.ranks import World, stop_code
 from launch.cluster import environment
-from launch.life.life import Life, run_record
+from launch.life.life import Life
 
 
 def packed_data(life: Life, config: Config, world: World, fence: Fence | None = None) -> PackedImages:
@@ -26,11 +27,11 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
 
     Rank 0 reads all of it (once per machine and boot) before any rank maps it, and packs it again where it is damaged
     or gone; one rank of each node does the same with a copy on scratch.
-    fence: rank 0's, to add the labels to the record of a run from before they were kept.
+    fence: rank 0's, to add the labels to the record of a run from before they were kept. Raises DamagedFile where
+    run.json does not say which data it is.
     """
-    record = run_record(life.run)
-    data = record.get("data")
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("cache", "key", "digest")):
+    record, data = read_run(life.run), data_of(life.run)
+    if not {"key", "digest"} <= data.keys():
         raise DoNotRetry(f"{life.run.run_json} does not say where this run's data is: restore it, or submit it again")
     cache, key = Path(data["cache"]), data["key"]
     labels = record.get("labels") if config.model.num_classes else None
@@ -90,7 +91,7 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
 def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
     """A run from before labels were kept: from now on they are compared."""
     try:
-        record = {**run_record(life.run), "labels": labels_record(there)}
+        record = {**read_run(life.run), "labels": labels_record(there)}
         record = sign(record) if "self_sha256" in record else record
         write_json(life.run.run_json, record, replace=True, may_publish=fence.check)
     except OSError as e:  # a full disk ends no training

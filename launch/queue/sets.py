@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ddpm.config.sample import Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
@@ -22,7 +24,8 @@ from ddpm.sampling.request import (
     publish_request,
     read_request,
 )
-from ddpm.scoring.against import SPLITS, check_file
+from ddpm.scoring.against import SPLITS
+from ddpm.scoring.record import Score, scores_of
 
 LEAST_SCORED = 2
 """Samples: of one there is no covariance."""
@@ -139,21 +142,28 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
     return shards.missing_shards(sample_set, there)
 
 
-def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
-    """Whether the set, as it is, has a score by the config's extractor against the config's reference."""
-    score, request = read_json(run.score(set_name)) or {}, _asked(run, set_name)
-    return (
-        score.get("checkpoint") == {**request.get("checkpoint", {}), "weights": request.get("weights")}
-        and (score.get("extractor") or {}).get("name") == config.evaluate.extractor
-        and _is_against(score.get("reference") or {}, config.evaluate.reference)
-    )
+def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
+    """The score of the set, as it is, by that extractor against that reference; None where there is none that holds."""
+    request = _asked(run, set_name)
+    checkpoint = {**(request.get("checkpoint") or {}), "weights": request.get("weights")}
+    for score in scores_of(run, set_name):
+        if (
+            not score.damage
+            and score.record.get("checkpoint") == checkpoint
+            and score.record["extractor"]["name"] == evaluate.extractor
+            and _is_against(score.record["reference"], evaluate.reference)
+        ):
+            return score
+    return None
 
 
 def _is_against(record: dict[str, Any], asked: str) -> bool:
     """Whether a score's reference is the one that is asked for; a folder or zip is known by its name."""
     if asked in SPLITS:
         return record.get("split") == asked
-    path = check_file(asked)
+    path = Path(asked).expanduser()
+    if not path.exists():
+        return False
     if path.suffix == ".npz":
         return record.get("digest") == sha256_file(path)
     return (record.get("split"), record.get("name")) == ("all", path.name)

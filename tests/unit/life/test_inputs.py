@@ -17,6 +17,7 @@ from ddpm.data.labels import labels_record
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry
 from ddpm.run.fence import Fence
+from ddpm.run.files import DamagedFile
 from launch.cluster.environment import JobEnvironment
 from launch.life import inputs
 from launch.life.life import Life
@@ -141,7 +142,7 @@ def test_a_record_that_does_not_say_where_the_data_is_ends_the_job_in_a_sentence
 ) -> None:
     here = Here(tmp_path)
     here.run.run_json.write_text(json.dumps(record))
-    with pytest.raises(DoNotRetry, match="does not say where this run's data is"):
+    with pytest.raises(DamagedFile, match=r"run\.json .*restore it"):
         here.open()
 
 
