@@ -17,7 +17,7 @@ from ddpm.run.paths import RunDir
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from launch.cluster import environment
 from launch.cluster import site as sites
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.submitting import describe, submit
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
@@ -108,7 +108,7 @@ def main() -> int:
     args = parse()
     if args.images:
         return score_images(args)
-    run = console.find_run(args.run, args.root)
+    run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
     reference = args.reference or config.evaluate.reference

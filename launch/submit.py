@@ -19,7 +19,7 @@ from launch.cluster import environment, slurm
 from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.submitting import by_hand, describe
 from launch.queue.waiting import jobs_in_queue
@@ -162,6 +162,8 @@ def main() -> int:
     if not train and not left:
         print_results(run, config, stages)
         return 0
+    if exists:
+        borrowing.check_trainable(run)
 
     data = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(data["num_images"])

@@ -52,7 +52,7 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
 
     Raises OSError where it cannot look.
     """
-    events: list[Record] = []
+    files: list[list[Record]] = []
     damage = []
     for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl"):
         name = f"events/{path.name}"
@@ -62,6 +62,6 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
             continue
         except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
             found, wrong = [], f"{name} cannot be read ({e.strerror})"
-        events += found
+        files.append(found)
         damage += [wrong] if wrong else []
-    return sorted(events, key=lambda e: str(e["time"])), damage
+    return sorted((e for found in files for e in found), key=lambda e: str(e["time"])), damage

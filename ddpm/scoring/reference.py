@@ -81,16 +81,12 @@ def reference_moments(
     except (DamagedFile, KeyError) as e:
         say(f"reference={path} damaged, computing it again: {e}")
     moments = image_moments(images.images, extractor, stop_requested=stop_requested)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    write_statistics(
-        path,
-        moments,
-        images.name,
-        replace=True,
-        token=token,
-        images_digest=images.digest,
-        extractor_digest=extractor.digest,
-    )
+    digests = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_statistics(path, moments, images.name, replace=True, token=token, **digests)
+    except OSError as e:  # another's cache, or a full one
+        say(f"reference={path} not kept: {e}")
     return Reference(moments.mean, metrics.covariance(moments), image_record(images))
 
 
