@@ -39,6 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def work(life: Life, args: argparse.Namespace) -> int:
     """Do what the job is for; returns its exit code. torch is loaded here, where there is something to do."""
+    faults.check_threads(life.env.cpus + 2)  # one saves, one shows
     if args.stage == "train":
         config, why = starting.start_training(life)
         if why and life.env.world_size == 1:
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except BaseException as e:
-        known = faults.of_a_job(e)
+        known = faults.of_a_job(e, life.run.path)
         if known is not None:
             code = told(life, args.stage, known)
         else:

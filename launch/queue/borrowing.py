@@ -23,8 +23,11 @@ READ = ("checkpoints", "metrics.jsonl", "tb", "grids")
 
 def can_write(run: RunDir) -> bool:
     """Whether what is made of a run can lie in it."""
-    wanted = [run.path, *(run.path / name for name in MADE if (run.path / name).is_dir())]
-    return all(os.access(path, os.W_OK | os.X_OK) for path in wanted)
+    return all(map(_is_open, [run.path, *(run.path / name for name in MADE)]))
+
+
+def _is_open(path: Path) -> bool:
+    return not path.is_dir() or os.access(path, os.W_OK | os.X_OK)
 
 
 def reads(run: RunDir) -> str | None:
@@ -36,7 +39,7 @@ def check_trainable(run: RunDir) -> None:
     """Raises RequestError where the run may be read and sampled, and not trained."""
     if other := reads(run):
         raise RequestError(f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained")
-    if not (can_write(run) and os.access(run.checkpoints, os.W_OK | os.X_OK)):
+    if not (can_write(run) and _is_open(run.checkpoints)):
         raise RequestError(
             f"{run.path} cannot be written here: it can be sampled and scored into another root, not trained"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import threading
 
 from ddpm.errors import DDPMError, NodeUnfit
 from ddpm.run.files import DamagedFile
@@ -28,8 +29,13 @@ OF_WORDS = {
 """What libraries say in errors of their own."""
 
 
-def words(error: BaseException) -> str | None:
-    """What to tell of `error`, in a line or a few; None where it is a fault of this program."""
+def words(error: BaseException, where: object = "") -> str | None:
+    """What to tell of `error`, in a line or a few; None where it is a fault of this program.
+
+    where: what it is about, if it does not say so: a full disk does not.
+    """
+    if isinstance(error, OSError) and where:
+        error.filename = error.filename or str(where)
     if isinstance(error, DDPMError | DamagedFile):
         return str(error)
     if letter := _limit(error):
@@ -37,12 +43,23 @@ def words(error: BaseException) -> str | None:
     return _in_short(error) if isinstance(error, OSError) else None
 
 
-def of_a_job(error: BaseException) -> Exception | None:
+def of_a_job(error: BaseException, where: object) -> Exception | None:
     """The same as an exception of ours. What the machine lacked, another start may find."""
-    told = words(error)
+    told = words(error, where)
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
     return NodeUnfit(told)
+
+
+def check_threads(num: int) -> None:
+    """Raises RuntimeError where so many threads cannot be: OpenMP ends a process that gets none, without saying why."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(num)]
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        done.set()
 
 
 def _in_short(error: BaseException) -> str:
