@@ -19,7 +19,7 @@ from ddpm.scoring.against import SPLITS, check_file, check_reference
 from ddpm.scoring.record import is_signed, told
 from launch.cluster import environment
 from launch.cluster import site as sites
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
@@ -131,7 +131,7 @@ def main() -> int:
     args = parse()
     if args.images:
         return score_images(args)
-    run = console.find_run(args.run, args.root)
+    run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
