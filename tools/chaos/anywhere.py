@@ -25,9 +25,9 @@ from ddpm.run import files, generations
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling import generate
 from ddpm.sampling.denoiser import Denoiser
-from ddpm.sampling.request import CheckpointRef, Request, publish_request
+from ddpm.sampling.request import publish_request
 from tools.chaos.faults import Shim, shimmed
-from tools.chaos.files import Result, new_run, resumable, saves, state, writing
+from tools.chaos.files import REQUEST, Result, new_run, resumable, saves, state, writing
 
 ROOMS = {
     str(Path(files.__file__).parents[1] / room)
@@ -144,11 +144,6 @@ def _stale(run: RunDir) -> str:
 
 
 # ---------------------------------------------------------------- a publication
-
-REQUEST = Request(
-    checkpoint=CheckpointRef(4, "ab" * 32), weights="ema", sampler="ddim", steps=2, eta=0.0, guidance=None, seed=0,
-    num_samples=10, shards=2, batch=3, precision="fp32", class_plan=None,
-)  # fmt: skip
 
 
 def shard(sample_set: SampleSet, index: int) -> None:
