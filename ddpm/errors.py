@@ -40,6 +40,12 @@ class RunBusy(DDPMError):
     exit_code = EXIT_BUSY
 
 
+class RunGone(RunBusy):
+    """The run directory was moved, renamed or deleted under the job that has it."""
+
+    exit_code = EXIT_FATAL
+
+
 class DoNotRetry(DDPMError):
     """Starting this job again would end the same way: all checkpoints damaged, rollbacks used up."""
 

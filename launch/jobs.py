@@ -18,11 +18,13 @@ import traceback
 from pathlib import Path
 
 from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
-from ddpm.run.files import DamagedFile
+from ddpm.run.evidence import Incomplete
+from ddpm.run.files import DamagedFile, not_ours
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
+from launch.queue.chain import ways_on
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -63,13 +65,14 @@ def told(life: Life, stage: str, error: Exception) -> int:
     if isinstance(error, RunBusy):
         say(str(error))
         return life.leave(error.exit_code)
+    text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
     here = life.env.scheduler == "local"
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
-    say(str(error) if again and not here else f"failed: {error}")
-    code = life.leave(1, " ".join(str(error).split())) if again else life.leave(DoNotRetry.exit_code)
+    say(text if again and not here else f"failed: {text}")
+    code = life.leave(1, " ".join(text.split())) if again else life.leave(DoNotRetry.exit_code)
     if here and life.env.rank == 0:  # elsewhere the batch shell says so
-        why = {"stage": stage, "exit_code": code, "reason": str(error)}
+        why = {"stage": stage, "exit_code": code, "reason": text}
         with contextlib.suppress(OSError):
             life.env.events(life.run).append(
                 "failed", world_size=life.env.world_size, step=life.run.latest_step(), **why
@@ -88,10 +91,13 @@ def main(argv: list[str]) -> int:
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except (DDPMError, DamagedFile) as e:
         code = told(life, args.stage, e)
-    except BaseException:
-        code = 1
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
+    except BaseException as e:
+        if isinstance(e, PermissionError) and e.filename and (why := not_ours(Path(e.filename))):
+            code = told(life, args.stage, DoNotRetry(why))
+        else:
+            code = 1
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
     with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
         sys.stdout.flush()
         sys.stderr.flush()

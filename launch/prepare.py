@@ -15,12 +15,15 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
+from ddpm.run import generations
+from ddpm.run.evidence import Incomplete
 from ddpm.run.files import TMP_PREFIX, fsync_dir, now, read_json, write_bytes, write_json
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.scoring.against import check_reference
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
+from launch.queue.chain import ways_on
 from launch.terminal import console
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -71,7 +74,10 @@ def _classes_there_are(have: list[str]) -> str:
 
 
 def check_existing(run: RunDir, config: Config) -> bool:
-    """Whether the run exists and may go on with this config. Raises RequestError where its mathematics is another."""
+    """Whether the run exists and may go on with this config.
+
+    Raises RequestError where its mathematics is another, or where what was saved is not there.
+    """
     if not run.path.exists():
         return False
     record = read_json(run.run_json)
@@ -88,6 +94,10 @@ def check_existing(run: RunDir, config: Config) -> bool:
             f"train.total_steps = {config.train.total_steps}: run {run.name} is already at step "
             f"{run.latest_step()}; ask for more, or choose another --name"
         )
+    try:
+        generations.check_there(run)
+    except Incomplete as e:
+        raise RequestError(f"{e}. {ways_on(run)}") from None
     return True
 
 

@@ -119,7 +119,7 @@ def _state(
         return "stopped"
     if jobs:
         return "completing"
-    if age is not None and age < SILENT_AFTER_S and last in ("started", "resumed"):
+    if age is not None and abs(age) < SILENT_AFTER_S and last in ("started", "resumed"):
         return "running"
     return "prepared" if last is None else "ended"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from ddpm.run.files import now, read_json, read_jsonl
@@ -27,7 +29,7 @@ class EventLog:
     def append(self, event: str, **fields: Any) -> None:
         """Append one line and make it durable: the restart policy and goodput are computed from these."""
         record = {"event": event, "time": now(), **self._base, **fields}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         with self.path.open("ab+") as f:
             if f.tell() == 0 and self._since:
                 beat = read_json(self._run.heartbeat) or {}
@@ -42,6 +44,65 @@ class EventLog:
 
 
 def read_events(run: RunDir) -> list[dict[str, Any]]:
-    """Every life event of a run, in order of time. Raises OSError where it cannot look."""
-    events = [e for p in sorted(listed(run.events)) if p.suffix == ".jsonl" for e in read_jsonl(p)]
-    return sorted(events, key=lambda e: str(e.get("time", "")))
+    """Every life event of a run, by life and then by time. Raises OSError where it cannot look."""
+    return in_order([read_jsonl(p) for p in sorted(listed(run.events)) if p.suffix == ".jsonl"])
+
+
+def in_order(files: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The events of some files, each in the order it was written in, merged by time.
+
+    No clock puts a life before the one that it follows: a life of a job comes after those with a lower restart number
+    and after its submission, a successor after the job that it succeeds, one that trained after the life whose
+    heartbeat it found, any other after that heartbeat.
+    """
+    lives = [_File(events) for events in files if events]
+    of_life = {life.key: life for life in lives}
+    for life in sorted(lives, key=lambda life: life.times[0]):
+        life.settle(of_life)
+    placed = [(at, life.depth, e) for life in lives for at, e in zip(life.times, life.events, strict=True)]
+    return [e for *_, e in sorted(placed, key=lambda p: p[:2])]
+
+
+class _File:
+    """One file of events/: a life, or the submission of a job. `times`: where its events stand among all others."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        first = events[0]
+        self.events, self.depth, self._settled = events, 0, False
+        self.key = _life(first) if first.get("event") != "submitted" else (_life(first)[0], -1)
+        self.times = [_time(e) for e in events]
+
+    def settle(self, of_life: dict[tuple[str, int], _File]) -> None:
+        """Make `times` grow from event to event, and begin after what this follows."""
+        if self._settled:
+            return
+        self._settled = True  # before the others: they may follow this one, by damaged words of theirs
+        floor = ""
+        for before, until in self._follows(of_life):
+            before.settle(of_life)
+            floor, self.depth = max(floor, until or before.times[-1]), max(self.depth, before.depth + 1)
+        for i, at in enumerate(self.times):
+            self.times[i] = floor = max(floor, at)
+
+    def _follows(self, of_life: dict[tuple[str, int], _File]) -> Iterator[tuple[_File, str]]:
+        """The files that this one comes after, and until when: "" is their end."""
+        job, restart = self.key
+        succeeds, sign = self.events[0].get("successor_of"), self.events[0].get("last_sign")
+        for (other, number), f in of_life.items():
+            if (other == job and number < restart) or (succeeds and other == str(succeeds) != job):
+                yield f, ""
+        life = of_life.get(_life(sign)) if isinstance(sign, dict) else None
+        if life is not None and life is not self:
+            trained = any(e.get("event") in ("started", "resumed") for e in self.events)
+            yield life, "" if trained else (_time(sign or {}) or "0")
+
+
+def _life(record: dict[str, Any]) -> tuple[str, int]:
+    restart = record.get("restart")
+    return str(record.get("job")), restart if isinstance(restart, int) else 0
+
+
+def _time(record: dict[str, Any]) -> str:
+    """As `now` writes it, which sorts as text; "" where it is no time."""
+    at = record.get("time")
+    return at if isinstance(at, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", at) else ""

@@ -86,6 +86,15 @@ def lift_stop(run: RunDir) -> None:
         print(f"removed {run.stop_file}: submitting again means going on")
 
 
+def ways_on(run: RunDir) -> str:
+    """What a person can do about a run whose files are missing or damaged, as the end of a message."""
+    return (
+        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.path}/), or see what holds: python "
+        f"launch/recover.py {run.path} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
+        f"start over on purpose: python launch/recover.py {run.path} --start-over, or submit under another --name"
+    )
+
+
 # ---------------------------------------------------------------- its jobs
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
-from ddpm.run.files import DamagedFile
+from ddpm.run.files import DamagedFile, not_ours
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress
 from launch.cluster import environment
@@ -40,13 +40,18 @@ def run_script(main: Callable[[], int]) -> None:
         if e.errno == errno.EPIPE:  # `… | head` has read enough
             code = 0
         else:  # no permission, no room: the machine's, or another user's directory
-            print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
+            print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else "") + _whose(e), file=sys.stderr)
             code = EnvironmentLacks.exit_code
     try:
         sys.stdout.flush()
     except (OSError, AttributeError):
         os._exit(code)  # the interpreter would complain about the same again
     sys.exit(code)
+
+
+def _whose(error: OSError) -> str:
+    why = not_ours(Path(error.filename)) if isinstance(error, PermissionError) and error.filename else ""
+    return why and f". {why}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -43,11 +43,6 @@ def _as_claimed(real: Function) -> Function:
     return lambda path: str(json.loads(path.with_suffix(".json").read_bytes())["sha256"])
 
 
-def _starts_over(real: Function) -> Function:
-    """refuse_start that refuses nothing: a checkpoint without a manifest is none, and step 0 is fine."""
-    return lambda run: None
-
-
 def _as_the_request_says(real: Function) -> Function:
     """A digest that equals whatever it is compared with."""
     return lambda record: mock.ANY
@@ -111,6 +106,11 @@ def _each_for_itself(real: Function) -> Function:
     return lambda world, values: values
 
 
+def _begins_again(real: Function) -> Function:
+    """refuse_start that refuses nothing."""
+    return lambda run: None
+
+
 class Mutant(NamedTuple):
     row: str
     """The row that must fail."""
@@ -125,7 +125,7 @@ MUTANTS = {
     "no-fsync-of-the-directory": Mutant("power-cut", "ddpm.run.files", "fsync_dir", lambda real: lambda path: None),
     "no-manifest-digest": Mutant("flipped-bits", "ddpm.run.generations", "read_signed", _unsigned),
     "no-checkpoint-digest": Mutant("flipped-bits", "ddpm.run.generations", "sha256_file", _as_claimed),
-    "manifest-not-needed": Mutant("manifests-gone", "ddpm.run.evidence", "refuse_start", _starts_over),
+    "manifest-not-needed": Mutant("manifests-gone", "ddpm.run.evidence", "refuse_start", _begins_again),
     "request-not-verified": Mutant("request-flipped", "ddpm.run.saving", "sha256_json", _as_the_request_says),
     "labels-not-in-the-digest": Mutant("label-changed", "ddpm.data.labels", "labels_digest", _one_for_all),
     "cache-not-verified": Mutant("cache-damaged", "ddpm.data.packed", "open_verified", _mapped_unread),
