@@ -1,8 +1,8 @@
 """The one entry of every job, by submitit, by template, or on this machine:
 
     python -m launch.jobs train RUN
-    python -m launch.jobs sample RUN SET [--shard I] [--offset O]
-    python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
+    python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
+    python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -17,14 +17,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import DamagedFile, not_ours
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
+from launch.queue.job import numbers, share
+from launch.terminal import faults, streams
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,9 +33,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("stage", choices=["train", "sample", "evaluate"])
     parser.add_argument("run", type=Path)
     parser.add_argument("set_name", nargs="?", default="")
-    parser.add_argument("--shard", type=int, default=None)
-    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--shards", "--shard", type=numbers, default=None, help="as 0-2,5; what is done is left alone")
+    parser.add_argument("--tasks", type=int, default=1, help="divide them among so many tasks of an array")
+    parser.add_argument("--offset", type=int, default=0, help="without --shards: task I makes shard I + OFFSET")
     parser.add_argument("--reference", default=None)
+    parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
     return parser.parse_args(argv)
 
@@ -52,12 +55,13 @@ def work(life: Life, args: argparse.Namespace) -> int:
     if args.stage == "sample":
         from launch.life import sampling
 
-        shard = args.shard if args.shard is not None else (life.env.array_task or 0) + args.offset
-        life.works_on(shard)
-        return sampling.sample(life, args.set_name, shard)
+        task = life.env.array_task or 0
+        shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
+        life.works_on(shards)
+        return sampling.sample(life, args.set_name, shards)
     from launch.life import scoring
 
-    return scoring.evaluate(life, args.set_name, args.reference, args.round)
+    return scoring.evaluate(life, args.set_name, args.reference, args.extractor, args.round)
 
 
 def told(life: Life, stage: str, error: Exception) -> int:
@@ -82,6 +86,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
 
 def main(argv: list[str]) -> int:
     """Run one stage and end the process with its exit code (submitit must not unwind past us either)."""
+    streams.make_safe()
     args = parse(argv)
     life = begin(RunDir(args.run.absolute()))
     try:
@@ -89,11 +94,10 @@ def main(argv: list[str]) -> int:
     except Stopped as e:  # before anything was computed: nothing to save
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
-    except (DDPMError, DamagedFile) as e:
-        code = told(life, args.stage, e)
     except BaseException as e:
-        if isinstance(e, PermissionError) and e.filename and (why := not_ours(Path(e.filename))):
-            code = told(life, args.stage, DoNotRetry(why))
+        known = faults.of_a_job(e)
+        if known is not None:
+            code = told(life, args.stage, known)
         else:
             code = 1
             with contextlib.suppress(OSError):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from ddpm.run.files import now, read_json, read_jsonl
+from ddpm.run.files import now
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 
 
 class EventLog:
@@ -32,8 +32,8 @@ class EventLog:
         self.path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         with self.path.open("ab+") as f:
             if f.tell() == 0 and self._since:
-                beat = read_json(self._run.heartbeat) or {}
-                sign = {k: beat[k] for k in ("job", "restart", "time", "step") if k in beat}
+                beat = read_heartbeat(self._run)
+                sign = {k: beat[k] for k in (*SIGN, "step") if k in beat}
                 record.update(since=self._since, last_sign=sign or None)
             line = json.dumps(record).encode() + b"\n"
             if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
@@ -43,12 +43,32 @@ class EventLog:
             os.fsync(f.fileno())
 
 
-def read_events(run: RunDir) -> list[dict[str, Any]]:
-    """Every life event of a run, by life and then by time. Raises OSError where it cannot look."""
-    return in_order([read_jsonl(p) for p in sorted(listed(run.events)) if p.suffix == ".jsonl"])
+def read_events(run: RunDir) -> list[Record]:
+    """Every life event of a run that can be read, by life and then by time. Raises OSError where it cannot look."""
+    return read_events_and_damage(run)[0]
 
 
-def in_order(files: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
+    """Every life event of a run, by life and then by time; and what of events/ cannot be read, a line for each file.
+
+    Raises OSError where it cannot look.
+    """
+    files: list[list[Record]] = []
+    damage = []
+    for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl"):
+        name = f"events/{path.name}"
+        try:
+            found, wrong = parse_events(path.read_bytes(), name)
+        except FileNotFoundError:
+            continue
+        except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
+            found, wrong = [], f"{name} cannot be read ({e.strerror})"
+        files.append(found)
+        damage += [wrong] if wrong else []
+    return in_order(files), damage
+
+
+def in_order(files: list[list[Record]]) -> list[Record]:
     """The events of some files, each in the order it was written in, merged by time.
 
     No clock puts a life before the one that it follows: a life of a job comes after those with a lower restart number
@@ -66,11 +86,11 @@ def in_order(files: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 class _File:
     """One file of events/: a life, or the submission of a job. `times`: where its events stand among all others."""
 
-    def __init__(self, events: list[dict[str, Any]]) -> None:
+    def __init__(self, events: list[Record]) -> None:
         first = events[0]
         self.events, self.depth, self._settled = events, 0, False
         self.key = _life(first) if first.get("event") != "submitted" else (_life(first)[0], -1)
-        self.times = [_time(e) for e in events]
+        self.times = [e["time"] for e in events]
 
     def settle(self, of_life: dict[tuple[str, int], _File]) -> None:
         """Make `times` grow from event to event, and begin after what this follows."""
@@ -91,18 +111,11 @@ class _File:
         for (other, number), f in of_life.items():
             if (other == job and number < restart) or (succeeds and other == str(succeeds) != job):
                 yield f, ""
-        life = of_life.get(_life(sign)) if isinstance(sign, dict) else None
-        if life is not None and life is not self:
+        life = of_life.get(_life(sign)) if sign else None
+        if sign and life is not None and life is not self:
             trained = any(e.get("event") in ("started", "resumed") for e in self.events)
-            yield life, "" if trained else (_time(sign or {}) or "0")
+            yield life, "" if trained else sign["time"]
 
 
-def _life(record: dict[str, Any]) -> tuple[str, int]:
-    restart = record.get("restart")
-    return str(record.get("job")), restart if isinstance(restart, int) else 0
-
-
-def _time(record: dict[str, Any]) -> str:
-    """As `now` writes it, which sorts as text; "" where it is no time."""
-    at = record.get("time")
-    return at if isinstance(at, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", at) else ""
+def _life(record: Record) -> tuple[str, int]:
+    return str(record["job"]), record["restart"]

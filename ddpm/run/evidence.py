@@ -16,8 +16,9 @@ from typing import Any
 from ddpm.errors import DoNotRetry
 from ddpm.run import unfinished
 from ddpm.run.events import read_events
-from ddpm.run.files import read_json, read_jsonl
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import read_metrics
 
 OF_TRAINING = ("stop_requested", "rollback")
 """Events whose step is the one that training was at; that of all others had been saved."""
@@ -64,7 +65,10 @@ def _told(run: RunDir) -> Iterator[str]:
 def _reached(run: RunDir) -> int:
     """The last step that anything tells of that a life leaves before its first save."""
     drawn = (re.fullmatch(r"step-(\d{9,})\.png", p.name) for p in listed(run.grids))
-    lines = (_step(record) for record in read_jsonl(run.metrics))
+    try:
+        lines = [record["step"] for record in read_metrics(run)]
+    except OSError:  # a directory, or another user's: it tells nothing
+        lines = []
     return max(0, *lines, _step(_record(run.heartbeat)), *(int(m[1]) for m in drawn if m))
 
 

@@ -29,8 +29,11 @@ class Silent:
     def miss(self, step: int) -> None:
         """Where training goes on from `step`, and a later one had been saved: say so, keep what was told past it."""
 
-    def begin(self, step: int) -> None:
-        """Before the first step of a life, and after each rollback: what was told past `step` will be told again."""
+    def begin(self, step: int, logged_step: int) -> None:
+        """Before the first step of a life, and after each rollback: what was told past `step` will be told again.
+
+        logged_step: of the last line of metrics before it.
+        """
 
     def say(self, message: str, **fields: Any) -> None:
         """A line in the job's log."""
@@ -100,10 +103,10 @@ class Chronicle(Silent):
             return
         kept = self.run.path / f"metrics.past-{step:09d}.{self.fence.token}.jsonl"
         say("a saved step is missing", saved=saved, going_on_from=step, metrics_kept_as=kept.name)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
             write_bytes(kept, self.run.metrics.read_bytes(), token=str(self.fence.token), may_publish=self.fence.check)
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, logged_step: int) -> None:
         if self._telemetry is not None:
             self._telemetry.close()
         self._telemetry = Telemetry(
@@ -111,6 +114,8 @@ class Chronicle(Silent):
             step=step,
             total_steps=self.config.train.total_steps,
             owner=self.owner,
+            logged_step=logged_step,
+            every_steps=self.config.log.every_steps,
             may_publish=self.fence.check,
         )
         if self._saver is None:

@@ -14,7 +14,7 @@ from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry
 from ddpm.network.device import Later, Resolved
 from ddpm.run import generations
-from ddpm.run.events import EventLog, read_events
+from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -95,7 +95,10 @@ class Trainer:
             self.chronicle.say("resumed", step=step, world_size=self.world.world_size)
 
     def _attempts_told(self) -> int:
-        told = (e.get("attempt", 0) for e in read_events(self.run) if e["event"] == "rollback")
+        events, damage = read_events_and_damage(self.run)
+        for what in damage:
+            self.chronicle.say(f"{what}: left out")
+        told = (e.get("attempt", 0) for e in events if e["event"] == "rollback")
         return max(told, default=0)  # no sum: an orphan may have told of the same one
 
     def _newest(self) -> int | None:
@@ -114,7 +117,7 @@ class Trainer:
         """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
         self._finite = self._finite_before = None
         self.step.begin_attempt()
-        self.chronicle.begin(self.at.step)
+        self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.

@@ -15,18 +15,14 @@ Time in the queue is not counted: nothing was allocated.
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
+
+from ddpm.run.files import seconds
 
 LifeKey = tuple[str, int]
 
 ALIVE_S = 60.0
 """A heartbeat this near is of a life that goes on; one from the future is of a clock that errs."""
-
-
-def seconds(stamp: str) -> float:
-    """Unix time of a stamp as `ddpm.run.files.now` writes it."""
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
 def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> dict[str, float]:

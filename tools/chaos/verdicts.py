@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.run.files import parse_jsonl
+from ddpm.run.files import read_jsonl
 from tools.chaos.house import SHOWN, VERBS, House, Said
 
 BAD = "BAD"
@@ -86,7 +86,7 @@ def _steady(value: Any) -> Any:
 def _content(path: Path) -> set[str]:
     data = path.read_bytes()
     if path.suffix == ".jsonl":
-        return {_digest(json.dumps(_steady(record), sort_keys=True).encode()) for record in parse_jsonl(data)}
+        return {_digest(json.dumps(_steady(record), sort_keys=True).encode()) for record in read_jsonl(path)}
     if path.suffix == ".json":
         try:
             data = json.dumps(_steady(json.loads(data)), sort_keys=True).encode()
@@ -112,7 +112,7 @@ def _products(house: House) -> dict[str, str]:
         for what, path in (("model", run.checkpoint(steps[0])), ("ema", run.ema_weights(steps[0]))):
             found[what] = f"{steps[0]} {_digest(path.read_bytes()) if path.is_file() else '-'}"
     if run.metrics.is_file():
-        curve = [(r.get("step"), r.get("loss")) for r in parse_jsonl(run.metrics.read_bytes())]
+        curve = [(r.get("step"), r.get("loss")) for r in read_jsonl(run.metrics)]
         found["curve"] = _digest(repr(curve).encode())
     for path in sorted(run.samples.glob("*/shard-*.npz")):
         found[f"samples {path.parent.name} {path.name}"] = _digest(path.read_bytes()) if path.is_file() else "-"

@@ -52,13 +52,14 @@ def test_a_clock_that_is_set_back_within_a_life_changes_nothing_of_its_order() -
 
 
 def test_bad_times_and_lives_that_follow_each_other_end_nothing(run: RunDir) -> None:
-    one = told("17", 0, ("started", ""), ("checkpoint", "2026-11-20T09:00:00"), follows=("18", 0, "2026"))
-    other = told("18", 0, ("started", "2026-11-20T09:00:00"), follows=("17", 0, ""))
-    one[1]["time"], other[0]["restart"] = 7, None
-    assert sorted(names([one, other])) == ["17.0 checkpoint", "17.0 started", "18.None started"]
+    at = "2026-11-20T09:00:00"
+    one = told("17", 0, ("started", at), ("checkpoint", at), follows=("18", 0, at))
+    other = told("18", 0, ("started", at), follows=("17", 0, at))
+    assert sorted(names([one, other])) == ["17.0 checkpoint", "17.0 started", "18.0 started"]
     run.events.mkdir()
-    (run.events / "1.0.jsonl").write_text(json.dumps({"event": "started", "time": {}}) + "\n{}\n")
-    assert len(read_events(run)) == 2
+    lines = [{**one[0], "time": bad} for bad in ({}, 7, "", "2026", "9999999-01-01T00:00:00Z")] + [{}, one[1]]
+    (run.events / "17.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [e["event"] for e in read_events(run)] == ["checkpoint"]
 
 
 def test_a_run_that_is_gone_is_not_made_anew_by_an_event(run: RunDir) -> None:

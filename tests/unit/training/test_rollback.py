@@ -90,9 +90,9 @@ def test_a_rollback_waits_for_the_save_under_way(tmp_path: Path, monkeypatch: py
         poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
         begin = life.trainer.chronicle.begin
 
-        def spy(step: int) -> None:
+        def spy(step: int, logged_step: int) -> None:
             gone_back_to.append(step)
-            begin(step)
+            begin(step, logged_step)
 
         life.trainer.chronicle.begin = spy  # type: ignore[method-assign]
         monkeypatch.setattr(torch, "save", slow)
