@@ -11,7 +11,7 @@ from ddpm.errors import RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
-from ddpm.sampling.parts import Part, read_part, write_part
+from ddpm.sampling.parts import Part, is_whole, read_part, write_part
 from ddpm.sampling.shards import npz_bytes, publish_shard, verify_shard
 from tests.sampling import make_request, make_set
 
@@ -64,3 +64,11 @@ def test_a_twins_finished_batch_is_left_as_it_is(sample_set: SampleSet) -> None:
     there = read_part(sample_set, REQUEST, 0, 3)
     assert there is not None and there.images.tobytes() == IMAGES.tobytes()
     assert len(list(sample_set.part.iterdir())) == 1
+
+
+def test_a_part_is_whole_for_its_own_request_alone(sample_set: SampleSet) -> None:
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    path = next(sample_set.part.iterdir())
+    is_whole(path, REQUEST)
+    with pytest.raises(DamagedFile, match="does not match its check"):
+        is_whole(path, make_request(num_samples=6, shards=2, batch=3, seed=6))
