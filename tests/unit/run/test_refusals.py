@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def test_a_moved_run_is_said_to_be_one_where_nobody_knows_whereto(
         fence.check()
 
 
+def test_a_number_that_others_took_and_gave_up_meanwhile_is_not_taken_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def opened(path: Any, *args: Any, **options: Any) -> int:
+        if Path(os.fsdecode(path)).name == ".fence-1":
+            run.fence.write_text("3\n")  # by whoever came third, and has removed the claims before its own
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    late = Fence(run, OWNER, wait_s=0)
+    assert late.token == 4
+    late.release()
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -136,6 +153,19 @@ def test_a_copy_of_a_state_on_a_gpu_is_whole_when_it_is_returned(monkeypatch: py
     assert waited == [True]
 
 
+def test_what_stops_a_write_inside_of_torchs_own_is_told_as_what_it_is(run: RunDir, fence: Fence) -> None:
+    s = saver(run, fence)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            s.save({**state_at(1), "extra": {"large": torch.ones(100_000)}}, wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    s.save(state_at(2), wait=True)
+    assert run.steps_saved() == [2]
+
+
 class Unsaveable:
     def __reduce__(self) -> Any:
         raise RuntimeError("not to be pickled")
@@ -159,7 +189,8 @@ def test_a_set_whose_request_is_gone_frees_nothing(run: RunDir, fence: Fence) ->
     assert sum("missing beside its shards" in line for line in said) == 1
 
 
-def test_a_request_of_no_checkpoint_frees_all(run: RunDir, fence: Fence) -> None:
+def test_a_set_that_is_not_begun_and_a_request_of_no_checkpoint_keep_nothing(run: RunDir, fence: Fence) -> None:
+    run.sample_set("empty").path.mkdir(parents=True)
     body = {"checkpoint": None}
     run.sample_set("set").path.mkdir(parents=True)
     write_json(run.sample_set("set").request, {**body, "digest": files.sha256_json(body)})
