@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_a_refused_write_says_why_whatever_is_made_of_it() -> None:
         out = HashingFile(full)
         with pytest.raises(OSError, match="No space left"):
             out.write(b"x")
-    assert out.failed is not None and out.failed.errno == errno.ENOSPC
+    assert isinstance(out.failed, OSError) and out.failed.errno == errno.ENOSPC
 
 
 def test_a_file_is_not_published_into_a_directory_that_there_is_not(tmp_path: Path) -> None:
@@ -162,6 +163,35 @@ def test_what_stops_a_write_inside_of_torchs_own_is_told_as_what_it_is(run: RunD
             s.save({**state_at(1), "extra": {"large": torch.ones(100_000)}}, wait=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    s.save(state_at(2), wait=True)
+    assert run.steps_saved() == [2]
+
+
+def test_where_no_thread_can_be_started_a_save_is_written_all_the_same(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    said: list[str] = []
+    s = saver(run, fence, said)
+    with monkeypatch.context() as m:
+        m.setattr(threading.Thread, "start", none_left)
+        s.save(state_at(1))
+        s.save(state_at(2), wait=True)
+    s.save(state_at(3), wait=True)
+    assert run.steps_saved() == [3, 2, 1]
+    assert said[0] == "checkpoint: step=1 is written by no thread of its own: can't start new thread"
+
+
+def test_a_thread_that_dies_before_it_writes_has_not_saved(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = saver(run, fence)
+    with monkeypatch.context() as m:
+        m.setattr(threading.Thread, "run", lambda thread: None)
+        with pytest.raises(OSError, match="did not come to an end"):
+            s.save(state_at(1), wait=True)
     s.save(state_at(2), wait=True)
     assert run.steps_saved() == [2]
 

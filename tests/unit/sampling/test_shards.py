@@ -12,8 +12,9 @@ from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.parts import Part, is_whole, read_part, write_part
-from ddpm.sampling.shards import npz_bytes, publish_shard, verify_shard
+from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, shards_to_make, verify_shard
 from tests.sampling import make_request, make_set
+from tests.saves import flip_bit
 
 REQUEST = make_request(num_samples=6, shards=2, batch=3)
 IMAGES, LABELS = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3), np.full(3, -1)
@@ -48,6 +49,15 @@ def test_a_shard_that_lacks_something_is_damaged_whatever_its_manifest_says(samp
     forge(sample_set, data)
     with pytest.raises(DamagedFile, match="does not hold 3 images and labels"):
         verify_shard(sample_set, REQUEST, 0)
+
+
+def test_shards_to_make_are_those_that_are_missing_or_not_as_they_were_published(sample_set: SampleSet) -> None:
+    assert shards_to_make(sample_set, REQUEST) == [0, 1]
+    for index in range(2):
+        publish_shard(sample_set, REQUEST, index, IMAGES, LABELS, 3, "")
+    assert shards_to_make(sample_set, REQUEST) == []
+    flip_bit(sample_set.shard(1, 2), 400)
+    assert shards_to_make(sample_set, REQUEST) == [1] and missing_shards(sample_set, REQUEST) == []
 
 
 def test_a_twin_half_way_to_its_manifest_keeps_its_shard(sample_set: SampleSet) -> None:
