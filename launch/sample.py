@@ -155,9 +155,9 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
-    from ddpm.sampling.shards import missing_shards, unpack_png
+    from ddpm.sampling.shards import shards_to_make, unpack_png
 
-    missing = missing_shards(sample_set, request)
+    missing = shards_to_make(sample_set, request)
     if missing:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:
