@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
 from ddpm.config import reading
+from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
@@ -89,6 +90,9 @@ def with_absolute_paths(config: Config) -> Config:
         data = data.model_copy(update={"path": absolute("data.path", data.path)})
     if evaluate.reference not in ("train", "test"):
         evaluate = evaluate.model_copy(update={"reference": absolute("evaluate.reference", evaluate.reference)})
+    if (path := evaluate.extractor.removeprefix(FILE)) != evaluate.extractor:
+        whole = absolute("evaluate.extractor", path)
+        evaluate = evaluate.model_copy(update={"extractor": f"{FILE}{whole}"})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 
