@@ -69,7 +69,7 @@ def test_anything_but_uint8_rgb_is_refused(images: np.ndarray) -> None:
 
 
 def test_an_unknown_extractor_is_refused() -> None:
-    with pytest.raises(RequestError, match="'vgg': use one of inception, dinov2, .*, or file:PATH"):
+    with pytest.raises(RequestError, match=r"'vgg': use one of inception, dinov2, .*, or file:PATH"):
         extractors.build_extractor("vgg", "cpu")
 
 
