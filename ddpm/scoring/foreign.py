@@ -82,7 +82,11 @@ def evaluate_images(images: Path, reference: Path, extractor: Extractor, size: i
     if file is not None and "mu" in file.arrays:
         against = file.reference(extractor, None)
     else:
-        against = reference_of(load_images(reference, size), extractor, None)
+        others = load_images(reference, size)
+        sizes = [f"{h}x{w}" for h, w in (side.images.shape[1:3] for side in (packed, others))]
+        if sizes[0] != sizes[1]:
+            raise RequestError(f"{images} holds images of {sizes[0]}, {reference} of {sizes[1]}; give --size for both")
+        against = reference_of(others, extractor, None)
     return {
         **all_scores(gather_images(packed, extractor), against, published=extractor.published),
         "num_samples": len(packed),

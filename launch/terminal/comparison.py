@@ -75,7 +75,7 @@ def _told(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     if half is None:
         return f"{rounded(value, None)} ± ?"
     sign = "+" if value > 0 else ""
-    return f"{sign}{rounded(value, half)} ± {rounded(half, half)}" + ("" if means else " (none)")
+    return f"{sign}{rounded(value, half)} ± {rounded(half, half)}" + ("" if means else ", may be none")
 
 
 def _limit(record: Mapping[str, Any], limit: float) -> str:
