@@ -15,14 +15,16 @@ from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from ddpm.scoring.record import is_signed, told
 from launch import prepare
+from launch.cluster import environment
 from launch.cluster import site as sites
 from launch.queue import chain, local
-from launch.queue.job import Job
-from launch.queue.sets import score_by
-from launch.queue.submitting import describe, submit
+from launch.queue.job import Job, check_path
+from launch.queue.sets import LEAST_SCORED, score_by
+from launch.queue.submitting import describe, submit_alone
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
@@ -95,17 +97,18 @@ def score_images(args: argparse.Namespace) -> int:
     import torch
 
     from ddpm.scoring.extractors import build_extractor, ensure_weights
-    from ddpm.scoring.foreign import evaluate_images, save_statistics
+    from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
 
     ensure_weights(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = args.size or 32
+    packed = load_images(images, args.size)
+    size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
     if stats:
-        num = save_statistics(images, stats, extractor, args.size)
-        print(f"{stats}: statistics of {num} images, {extractor.name} features")
+        save_statistics(packed, stats, extractor)
+        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
-        print(json.dumps(evaluate_images(images, reference, extractor, args.size), indent=1))
+        print(json.dumps(evaluate_images(packed, reference, extractor, args.size), indent=1))
     return 0
 
 
@@ -143,7 +146,9 @@ def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
 
 
 def _whole(reference: str) -> str:
-    return reference if reference in SPLITS else str(check_file(reference).absolute())
+    if reference in SPLITS:
+        return reference
+    return str(environment.user_path(str(check_file(reference)), "--reference"))
 
 
 def main() -> int:
@@ -156,13 +161,16 @@ def main() -> int:
         print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor))
         return 0
     assert run is not None
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
+    if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
+        raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)
     reference = _whole(reference)
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    check_path(run, site)
     site = sites.settle(site, dry_run=args.dry_run)
     waiting = jobs_in_queue(run, "sample", set_name)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
@@ -180,8 +188,10 @@ def main() -> int:
     if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
         print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
     else:
-        ids = submit(job)
-        print(f"queued: evaluate as job {ids[0]}; the score will be in {run.eval}")
+        new, waits = submit_alone(job)
+        ids = [new]
+        said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
+        print("\n".join([said, *filter(None, [waits])]))
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)

@@ -22,8 +22,8 @@ from ddpm.sampling.request import Request, publish_request, read_request, usual_
 from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
-from launch.queue.job import Job, ranges
-from launch.queue.submitting import by_hand, describe, submit
+from launch.queue.job import Job, check_path, ranges
+from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
 
@@ -87,13 +87,13 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if there is not None:
         kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
         asked = {**{name: getattr(there, name) for name in kept}, **asked}
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
     if "sampler" in asked and "steps" not in asked:
         asked["steps"] = usual_steps(config, asked["sampler"])
-    return reading.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
+    return reading.of_run(run, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
 
 
 def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
@@ -137,12 +137,15 @@ def main() -> int:
     run = console.find_run(args.run, args.root)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
+    check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
     set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)
     check_name(set_name, "sample set name")
+    if set_name.startswith("-"):
+        raise RequestError(f"sample set name {set_name!r}: jobs would read it as an option; do not begin with a dash")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
         site = sites.settle(site, dry_run=True)
@@ -158,7 +161,7 @@ def main() -> int:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:
         chain.go_on(run)
-    publish(run, sample_set, request)
+    is_new = publish(run, sample_set, request)
     if args.prepare:
         lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
@@ -166,7 +169,13 @@ def main() -> int:
             + (f", with\n{lines}" if missing else "")
         )
         return 0
-    if missing and (code := make(run, site, set_name, missing, wait=args.wait)) is not None:
+    try:
+        code = make(run, site, set_name, missing, wait=args.wait) if missing else None
+    except RequestError:
+        if is_new:  # what was refused must not forbid the next try, which may ask otherwise
+            withdraw_request(sample_set)
+        raise
+    if code is not None:
         return code
     print(
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
@@ -176,9 +185,11 @@ def main() -> int:
     return 0
 
 
-def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
-    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
+def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:
+    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before.
 
+    Returns whether it is new.
+    """
     existed = sample_set.request.exists()
     publish_request(sample_set, request)
     if not existed and not run.manifest(request.checkpoint.step).exists():
@@ -187,6 +198,7 @@ def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
             f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
             f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
         )
+    return not existed
 
 
 def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
@@ -202,8 +214,9 @@ def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bo
         if there := jobs_in_queue(run, "sample", set_name):
             print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         else:
-            there = submit(job)
-            print(f"queued: {len(missing)} shards of {set_name} as job {' '.join(there)}")
+            new, waits = submit_alone(job)
+            there = [new]
+            print("\n".join([f"queued: {set_name} as job {new}{chain.tasks_told(job, new)}", *filter(None, [waits])]))
         if not wait:
             return 0
         follow.follow_jobs(run, there)

@@ -19,9 +19,11 @@ from launch import prepare
 from launch.cluster import environment, slurm
 from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
+from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
+from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow, recipes
@@ -73,25 +75,26 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    return with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs")), stages
+    config = with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs"))
+    if "evaluate" in stages and config.sample.num_samples < LEAST_SCORED:
+        raise RequestError(
+            f"sample.num_samples = {config.sample.num_samples}: a score needs at least {LEAST_SCORED} samples, as it "
+            f"compares variances; ask for more, or leave evaluate out of --then"
+        )
+    return config, stages
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The config with its paths as they are meant here: jobs run in the project's directory."""
 
-    def absolute(key: str, path: str) -> str:
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError:
-            raise RequestError(f"{key} = {path}: there is no such user; give the whole path") from None
-
     data, evaluate = config.data, config.evaluate
     if data.path is not None:
-        data = data.model_copy(update={"path": absolute("data.path", data.path)})
+        data = data.model_copy(update={"path": str(environment.user_path(data.path, "data.path"))})
     if evaluate.reference not in ("train", "test"):
-        evaluate = evaluate.model_copy(update={"reference": absolute("evaluate.reference", evaluate.reference)})
+        reference = environment.user_path(evaluate.reference, "evaluate.reference")
+        evaluate = evaluate.model_copy(update={"reference": str(reference)})
     if (path := evaluate.extractor.removeprefix(FILE)) != evaluate.extractor:
-        whole = absolute("evaluate.extractor", path)
+        whole = environment.user_path(path, "evaluate.extractor")
         evaluate = evaluate.model_copy(update={"extractor": f"{FILE}{whole}"})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
@@ -103,6 +106,8 @@ def check_resources(config: Config, site: Site) -> None:
         raise RequestError(
             f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
         )
+    if warning := check_batch(config, site):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
@@ -117,7 +122,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
-    if jobs and reading.load(run.config) != config:
+    if jobs and reading.of_run(run) != config:
         raise RequestError(
             f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.config_differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
@@ -155,6 +160,7 @@ def main() -> int:
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
+    check_path(run, site)
     config = prepare.resolve_length(asked, run)
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)
@@ -171,9 +177,9 @@ def main() -> int:
         print_results(run, config, stages)
         return 0
 
-    data = prepare.prepare_inputs(config, site, root, stages)
-    config = asked.resolve_length(data["num_images"])
-    record = prepare.describe(config, site, run, data)
+    inputs = prepare.prepare_inputs(config, site, root, stages)
+    config = asked.resolve_length(inputs["data"]["num_images"])
+    record = prepare.describe(config, site, run, inputs)
     if not exists:
         prepare.create_run(run, config, record)
     elif not queued:

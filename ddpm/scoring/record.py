@@ -18,6 +18,7 @@ from typing import Any
 
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, listed
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
@@ -170,7 +171,7 @@ def told(record: Mapping[str, Any]) -> str:
     guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
     of = f"{sampler['name']}{guided} {record['nfe']}, {against(record)}"
     features = "" if key == "fid" else f", {record['extractor']['name']} features"
-    return printable(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
+    return plain(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
 
 
 def against(record: Mapping[str, Any]) -> str:
@@ -212,8 +213,3 @@ def caution(record: Mapping[str, Any]) -> str:
     if num < dimensions:
         return f" (fewer samples than the {dimensions:,} dimensions)"
     return f" (under {FEW_SAMPLES:,} samples)" if num < FEW_SAMPLES else ""
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal: names come from files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import DoNotRetry
-from ddpm.run.files import read_json
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
 from launch.life import preemption
 from launch.life.preemption import StopFlag
+from launch.queue.job import ranges
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class Life:
         self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
 
-    def works_on(self, shard: int) -> None:
-        """Tell the batch shell which shard's progress is this job's own."""
-        self._mark(shard_marker(self.run, self.env.job), str(shard))
+    def works_on(self, shards: list[int]) -> None:
+        """Tell the batch shell which shards' progress is this job's own."""
+        self._mark(shard_marker(self.run, self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
         if self.env.rank == 0 and self.env.scheduler == "slurm":
@@ -58,12 +57,5 @@ def begin(run: RunDir) -> Life:
 
 
 def shard_marker(run: RunDir, job: str) -> Path:
-    """Which shard a job makes, from its first life until it is done."""
+    """Which shards a job makes, from its first life until it is done."""
     return run.logs / f".shard-{job}"
-
-
-def run_record(run: RunDir) -> dict[str, Any]:
-    record = read_json(run.run_json)
-    if record is None:
-        raise DoNotRetry(f"{run.run_json} is missing or no JSON: this is no run directory; submit the run again")
-    return record

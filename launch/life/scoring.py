@@ -10,6 +10,7 @@ import torch
 from ddpm.config import reading
 from ddpm.errors import Stopped
 from ddpm.run.log import say
+from ddpm.run.records import data_of
 from ddpm.sampling.shards import missing_shards
 from ddpm.scoring import evaluate as scoring
 from ddpm.scoring.against import open_reference
@@ -17,7 +18,7 @@ from ddpm.scoring.extractors import build_extractor
 from ddpm.scoring.record import key_of
 from ddpm.scoring.record import told as told_of
 from launch.life import devices
-from launch.life.life import Life, run_record
+from launch.life.life import Life
 from launch.queue import chain
 from launch.queue.sets import ensure_request
 
@@ -30,7 +31,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
     run, env = life.run, life.env
     told = {"reference": reference, "extractor": extractor}
     again = tuple(word for key, value in told.items() if value for word in (f"--{key}", value))
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if missing := missing_shards(sample_set, request):
@@ -38,7 +39,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
-    cache = Path(run_record(run)["data"]["cache"])
+    cache = Path(data_of(run)["cache"])
     against = reference or config.evaluate.reference
     command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
     command += ["--extractor", extractor] if extractor else []

@@ -17,7 +17,7 @@ from launch.queue.chain import nothing_to_train
 def start_training(life: Life) -> tuple[Config, str | None]:
     """The run's config, and why rank 0 must not train, or None. From here on the run's STOP file is watched."""
     run, env = life.run, life.env
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     why = nothing_to_train(run, config) if env.rank == 0 else None
     if env.rank == 0 and not why:
         _note_allocation(life)

@@ -8,6 +8,7 @@ What is decided, and why, is decision.py's.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from launch.life.decision import Evidence, decide, not_ours, retries_without_pro
 from launch.life.life import shard_marker
 from launch.life.progress import progress
 from launch.queue.submitting import submit_successor
+from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
 SETTLE_S = 10
@@ -61,7 +63,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
     """What is known of the job, in the order of what it costs to ask. Raises SlurmError where SLURM stays silent."""
     said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
     known = Evidence(stage, code, restart=env.restart)
-    if said.isdigit():  # empty where the disk was full
+    if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
         known = replace(known, code=int(said), reason=why)
     if known.code in (0, EXIT_FATAL):
         _forget_shard(run, env)
@@ -88,7 +90,7 @@ def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
     """The exit code and reason that rank 0 left, past srun, which may report another rank's; "" where it left none."""
     marker = run.exit_marker(env.job, env.restart)
     try:
-        said = marker.read_text()
+        said = marker.read_text(errors="replace")
     except FileNotFoundError:
         return ""
     with contextlib.suppress(OSError):
@@ -192,6 +194,7 @@ def _failed(log: EventLog, code: int, stage: str, reason: str) -> int:
 
 
 def main() -> int:
+    streams.make_safe()
     path, stage, code, *rest = sys.argv[1:]
     run = RunDir(Path(path))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import read_json, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import RunDir, fitting
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import (
     CheckpointRef,
@@ -25,6 +26,9 @@ from ddpm.sampling.request import (
 )
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.record import Score, file_extractor_name, scores_of
+
+LEAST_SCORED = 2
+"""Samples: of one there is no covariance."""
 
 # ---------------------------------------------------------------- names
 
@@ -52,13 +56,27 @@ def _planned_set(run: RunDir, config: Config) -> str:
 
 def _set_name(run: RunDir, config: Config, at: str, variance: str | None = None) -> str:
     s = config.sample
-    how = "" if s.guidance is None else f"-guided{s.guidance:g}"
-    how += "" if s.class_plan is None else "-plan"
+    how = "" if s.class_plan is None else "-plan"
     how += "" if s.clip_x_0 else "-unclipped"
     how += "" if variance in (None, config.diffusion.variance) else f"-{variance}"
-    plain, full = (f"{s.sampler}{s.steps}{eta}{how}-{at}-seed{s.seed}" for eta in ("", f"-eta{s.eta:g}"))
-    # a set with eta that was begun before eta was part of the name goes on under the one that it has
-    return full if s.eta and _asked(run, plain).get("eta") != s.eta else plain
+
+    def name(number: Callable[[float], str], eta: float) -> str:
+        noise = f"-eta{number(eta)}" if eta else ""
+        guided = "" if s.guidance is None else f"-guided{number(s.guidance)}"
+        return f"{s.sampler}{s.steps}{noise}{guided}{how}-{at}-seed{s.seed}"
+
+    # a set that was begun when eta was no part of the name, or numbers had six digits in it, goes on under its own
+    for former in (name("{:g}".format, 0.0), name("{:g}".format, s.eta)):
+        asked = _asked(run, former)
+        if [asked.get("eta"), asked.get("guidance")] == [s.eta, s.guidance]:
+            return former
+    return fitting(name(_exactly, s.eta))
+
+
+def _exactly(number: float) -> str:
+    """A number in a name: distinct ones are written distinctly, and without the + of 1e+22."""
+    short = f"{number:g}"
+    return (short if float(short) == number else repr(number)).replace("+", "")
 
 
 def _asked(run: RunDir, set_name: str) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 from ddpm.config import reading
 from ddpm.config.sample import Evaluate
 from ddpm.errors import RequestError
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
-from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, printable, rounded, scores_of
+from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
 from launch.queue.sets import score_by
 from launch.terminal import console
 
@@ -29,14 +30,14 @@ def chosen_scores(
         if of is None:
             raise RequestError(f"--compare {word}: of which run? give RUN/{word}, or the run first")
         check_name(name, "sample set name")
-        config = reading.load(of.config).evaluate
+        config = reading.of_run(of).evaluate
         asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
         score = score_by(of, name, asked)
         if score is None:
             damaged = [s.damage for s in scores_of(of, name) if s.damage]
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
-                + (f" ({printable('; '.join(damaged))})" if damaged else "")
+                + (f" ({plain('; '.join(damaged))})" if damaged else "")
                 + f": python launch/evaluate.py {of.path} --set {name}"
             )
         found[word] = score.record
@@ -60,12 +61,12 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:
         limit = record.get(f"{key}_infinity")
         cells = [record["sampler"]["name"], str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
         cells += ["" if record is first else _told(first, record), "-" if limit is None else _limit(record, limit)]
-        table.add_row(*(printable(cell) for cell in (word, *cells)))
+        table.add_row(*(plain(cell) for cell in (word, *cells)))
     terminal = Console(width=None, markup=False, highlight=False, emoji=False)
     terminal.print(table)
     for word, record in scores.items():
         if why := caution(record):
-            terminal.print(printable(f"{word}:{why}"), soft_wrap=True)
+            terminal.print(plain(f"{word}:{why}"), soft_wrap=True)
     if len({record["num_samples"] for record in scores.values()}) > 1:
         terminal.print("they are of different numbers of samples, and so biased differently: compare their limits")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 
 from ddpm.config.schema import Config
-from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_metrics
 from ddpm.scoring.record import key_of, told
 from launch.queue.sets import chain_set, score_by
 
@@ -16,7 +16,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     step = run.latest_step()
     name = chain_set(run, config)
     score = score_by(run, name, config.evaluate) if "evaluate" in stages else None
-    metrics = [m for m in read_jsonl(run.metrics) if m["step"] <= step]
+    metrics = [m for m in read_metrics(run) if m["step"] <= step]
     rows = {"steps": f"{step}"}
     if metrics:
         rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"

@@ -20,6 +20,7 @@ Answers = Callable[..., list[list[str]]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
+    (tmp_path / "run").mkdir()
     return RunDir(tmp_path / "run")
 
 

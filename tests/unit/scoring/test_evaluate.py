@@ -495,7 +495,7 @@ def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_p
     a = write_folder(tmp_path / "a", 24, 0)
     write_folder(tmp_path / "b", 24, 1)
     extractor = extractors.build_extractor("inception", "cpu")
-    result = foreign.evaluate_images(tmp_path / "a", tmp_path / "b", extractor)
+    result = foreign.evaluate_images(foreign.load_images(tmp_path / "a"), tmp_path / "b", extractor)
     assert "fid" not in result  # these weights are not the published ones
     assert result["num_samples"] == 24
     assert result["reference"] | {"digest": ""} == {"name": "b", "split": "all", "num_images": 24, "digest": ""}
