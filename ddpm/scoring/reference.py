@@ -121,6 +121,16 @@ def reference_of(
     return of_gathered(gathered, image_record(images))
 
 
+def check_size(images: PackedImages, size: int) -> None:
+    """Raises RequestError where a reference's images are not of the samples' size: features would tell that apart."""
+    height, width = images.images.shape[1:3]
+    if (height, width) != (size, size):
+        raise RequestError(
+            f"reference = {images.name}: its images are {height}x{width}, the samples {size}x{size}; bring one side to "
+            f"the size of the other"
+        )
+
+
 def image_record(images: PackedImages) -> dict[str, Any]:
     """`Reference.record` of a dataset."""
     return {"name": images.name, "split": images.split, "num_images": len(images.images), "digest": images.digest}
