@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def work(life: Life, args: argparse.Namespace) -> int:
     """Do what the job is for; returns its exit code. torch is loaded here, where there is something to do."""
+    faults.check_threads(life.env.cpus + 2)  # one saves, one shows
     if args.stage == "train":
         config, why = starting.start_training(life)
         if why and life.env.world_size == 1:
@@ -96,7 +97,11 @@ def main(argv: list[str]) -> int:
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except BaseException as e:
         gone = isinstance(e, OSError) and not life.run.path.is_dir()
-        known = RunGone(f"{life.run.path} was moved, renamed or deleted under this job") if gone else faults.of_a_job(e)
+        known = (
+            RunGone(f"{life.run.path} was moved, renamed or deleted under this job")
+            if gone
+            else faults.of_a_job(e, life.run.path)
+        )
         if known is not None:
             code = told(life, args.stage, known)
         else:

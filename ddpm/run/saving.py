@@ -102,16 +102,21 @@ class Checkpointer:
         self.wait(raising=False)
         self._fence.check()
         copied = self._copy.take(state)
+        self._error = OSError(errno.EAGAIN, "the thread that writes it did not come to an end")  # until it does
         self._thread = threading.Thread(target=self._write_guarded, args=(copied, final), name="checkpoint-writer")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as e:  # this user has no process left: training waits instead
+            self._log(f"checkpoint: step={state['step']} is written by no thread of its own: {e}")
+            self._write_guarded(copied, final)
         if wait:
             self.wait()
 
     def wait(self, *, raising: bool = True) -> None:
         """Until the write under way is over. Raises RunBusy; with `raising` also the OSError of a failed write."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None and thread.ident is not None:  # it has started
+            thread.join()
         error, self._error = self._error, None
         if isinstance(error, RunBusy) or (error is not None and (raising or not isinstance(error, OSError))):
             raise error
@@ -119,6 +124,7 @@ class Checkpointer:
     def _write_guarded(self, state: dict[str, Any], final: bool) -> None:
         try:
             self._write(state, final)
+            self._error = None
         except BaseException as e:
             self._error = e
             if isinstance(e, OSError):
