@@ -11,7 +11,7 @@ from ddpm.config.sample import Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
-from ddpm.run.files import read_json, sha256_file
+from ddpm.run.files import DamagedFile, read_json, sha256_file
 from ddpm.run.generations import Generation
 from ddpm.run.paths import RunDir, fitting
 from ddpm.run.state import finished_step
@@ -80,8 +80,14 @@ def _exactly(number: float) -> str:
 
 
 def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
-    """What the set's request.json says; nothing where the set is not begun."""
-    return read_json(run.sample_set(set_name).request) or {}
+    """What the set's request.json says; nothing where the set is not begun, or the file damaged: whoever goes on with
+    the set reads it again, and says so."""
+    record = read_json(run.sample_set(set_name).request) or {}
+    try:
+        Request.from_record(record)
+    except DamagedFile:
+        return {}
+    return record
 
 
 def _sampled_at(run: RunDir, set_name: str) -> int | None:
