@@ -109,7 +109,7 @@ class Request:
             raise DamagedFile("its digest does not match its content")
         try:
             request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
-        except (KeyError, TypeError, RequestError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, RequestError) as e:
             raise DamagedFile(f"this version cannot read it ({e})") from None
         if request.digest != record["digest"]:
             raise DamagedFile("it says what is left out of a request.json")
