@@ -1,8 +1,8 @@
 """The one entry of every job, by submitit, by template, or on this machine:
 
     python -m launch.jobs train RUN
-    python -m launch.jobs sample RUN SET [--shard I] [--offset O]
-    python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
+    python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
+    python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -18,10 +18,13 @@ import traceback
 from pathlib import Path
 
 from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
+from launch.queue.chain import ways_on
+from launch.queue.job import numbers, share
 from launch.terminal import faults, streams
 
 
@@ -30,9 +33,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("stage", choices=["train", "sample", "evaluate"])
     parser.add_argument("run", type=Path)
     parser.add_argument("set_name", nargs="?", default="")
-    parser.add_argument("--shard", type=int, default=None)
-    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--shards", "--shard", type=numbers, default=None, help="as 0-2,5; what is done is left alone")
+    parser.add_argument("--tasks", type=int, default=1, help="divide them among so many tasks of an array")
+    parser.add_argument("--offset", type=int, default=0, help="without --shards: task I makes shard I + OFFSET")
     parser.add_argument("--reference", default=None)
+    parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
     return parser.parse_args(argv)
 
@@ -51,12 +56,13 @@ def work(life: Life, args: argparse.Namespace) -> int:
     if args.stage == "sample":
         from launch.life import sampling
 
-        shard = args.shard if args.shard is not None else (life.env.array_task or 0) + args.offset
-        life.works_on(shard)
-        return sampling.sample(life, args.set_name, shard)
+        task = life.env.array_task or 0
+        shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
+        life.works_on(shards)
+        return sampling.sample(life, args.set_name, shards)
     from launch.life import scoring
 
-    return scoring.evaluate(life, args.set_name, args.reference, args.round)
+    return scoring.evaluate(life, args.set_name, args.reference, args.extractor, args.round)
 
 
 def told(life: Life, stage: str, error: Exception) -> int:
@@ -64,13 +70,14 @@ def told(life: Life, stage: str, error: Exception) -> int:
     if isinstance(error, RunBusy):
         say(str(error))
         return life.leave(error.exit_code)
+    text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
     here = life.env.scheduler == "local"
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
-    say(str(error) if again and not here else f"failed: {error}")
-    code = life.leave(1, " ".join(str(error).split())) if again else life.leave(DoNotRetry.exit_code)
+    say(text if again and not here else f"failed: {text}")
+    code = life.leave(1, " ".join(text.split())) if again else life.leave(DoNotRetry.exit_code)
     if here and life.env.rank == 0:  # elsewhere the batch shell says so
-        why = {"stage": stage, "exit_code": code, "reason": str(error)}
+        why = {"stage": stage, "exit_code": code, "reason": text}
         with contextlib.suppress(OSError):
             life.env.events(life.run).append(
                 "failed", world_size=life.env.world_size, step=life.run.latest_step(), **why

@@ -24,7 +24,7 @@ from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
 from launch.queue.job import Job, check_path, ranges
-from launch.queue.submitting import by_hand, describe, submit
+from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
 
@@ -138,7 +138,7 @@ def main() -> int:
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True))
+    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
     check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
@@ -162,7 +162,7 @@ def main() -> int:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:
         chain.go_on(run)
-    publish(run, sample_set, request)
+    is_new = publish(run, sample_set, request)
     if args.prepare:
         lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
@@ -170,7 +170,13 @@ def main() -> int:
             + (f", with\n{lines}" if missing else "")
         )
         return 0
-    if missing and (code := make(run, site, set_name, missing, wait=args.wait)) is not None:
+    try:
+        code = make(run, site, set_name, missing, wait=args.wait) if missing else None
+    except RequestError:
+        if is_new:  # what was refused must not forbid the next try, which may ask otherwise
+            withdraw_request(sample_set)
+        raise
+    if code is not None:
         return code
     print(
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
@@ -180,9 +186,11 @@ def main() -> int:
     return 0
 
 
-def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
-    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
+def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:
+    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before.
 
+    Returns whether it is new.
+    """
     existed = sample_set.request.exists()
     publish_request(sample_set, request)
     if not existed and not run.manifest(request.checkpoint.step).exists():
@@ -191,6 +199,7 @@ def publish(run: RunDir, sample_set: SampleSet, request: Request) -> None:
             f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
             f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
         )
+    return not existed
 
 
 def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
@@ -206,8 +215,9 @@ def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bo
         if there := jobs_in_queue(run, "sample", set_name):
             print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         else:
-            there = submit(job)
-            print(f"queued: {len(missing)} shards of {set_name} as job {' '.join(there)}")
+            new, waits = submit_alone(job)
+            there = [new]
+            print("\n".join([f"queued: {set_name} as job {new}{chain.tasks_told(job, new)}", *filter(None, [waits])]))
         if not wait:
             return 0
         follow.follow_jobs(run, there)

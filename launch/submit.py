@@ -18,9 +18,11 @@ from launch import prepare
 from launch.cluster import environment, slurm
 from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
+from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
+from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow, recipes
@@ -72,7 +74,13 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    return with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs")), stages
+    config = with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs"))
+    if "evaluate" in stages and config.sample.num_samples < LEAST_SCORED:
+        raise RequestError(
+            f"sample.num_samples = {config.sample.num_samples}: a score needs at least {LEAST_SCORED} samples, as it "
+            f"compares variances; ask for more, or leave evaluate out of --then"
+        )
+    return config, stages
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -94,6 +102,8 @@ def check_resources(config: Config, site: Site) -> None:
         raise RequestError(
             f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
         )
+    if warning := check_batch(config, site):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
@@ -165,9 +175,9 @@ def main() -> int:
     if exists:
         borrowing.check_trainable(run)
 
-    data = prepare.prepare_inputs(config, site, root, stages)
-    config = asked.resolve_length(data["num_images"])
-    record = prepare.describe(config, site, run, data)
+    inputs = prepare.prepare_inputs(config, site, root, stages)
+    config = asked.resolve_length(inputs["data"]["num_images"])
+    record = prepare.describe(config, site, run, inputs)
     if not exists:
         prepare.create_run(run, config, record)
     elif not queued:

@@ -11,8 +11,8 @@ from typing import Any
 from ddpm.config.schema import Config
 from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
-from ddpm.config.yaml import load_yaml
-from ddpm.errors import RequestError
+from ddpm.config.yaml import load_yaml, read_text
+from ddpm.errors import RequestError, shown
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -23,7 +23,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     shelf: where else a file may lie that was meant when `path` does not exist.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
     except FileNotFoundError:
         known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, known, 1, 0.5)
@@ -65,7 +65,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into `tree`; the value is read as YAML. One length of training replaces another."""
     key, eq, text = override.partition("=")
     if not eq or not key:
-        raise RequestError(f"{override!r} is not key=value; for example train.lr=1e-4")
+        raise RequestError(f"{shown(override)} is not key=value; for example train.lr=1e-4")
     if key not in field_keys(Config):
         raise RequestError(unknown_key(key, field_keys(Config)))
     node = tree
@@ -73,8 +73,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise RequestError(f"{section}: expected a section of keys, found {node!r}")
-    value = load_yaml(text, override)
+            raise RequestError(f"{section}: expected a section of keys, found {shown(node)}")
+    value = load_yaml(text, override if len(override) <= 200 else f"{override[:200]}…")
     if sections == ["train"] and leaf in LENGTHS and value is not None:
         for length in LENGTHS:
             node.pop(length, None)

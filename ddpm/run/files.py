@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pwd
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ def publishing(
     """
     tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{token or 'x'}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with tmp.open("wb") as raw:
+        with _opened(tmp, may_publish) as raw:
             out = HashingFile(raw)
             yield out
             raw.flush()
@@ -143,6 +144,35 @@ def publishing(
         raise
     finally:
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
+
+
+def _opened(tmp: Path, may_publish: Callable[[], None] | None) -> BinaryIO:
+    try:
+        return tmp.open("wb")
+    except FileNotFoundError:
+        if may_publish is not None:
+            may_publish()  # it knows better what has become of the directory
+        raise
+
+
+def not_ours(path: Path) -> str:
+    """Why this user may not write `path` or make files in it, where it is somebody else's; "" where it is not."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    there, me = path.stat(), os.geteuid()
+    if there.st_uid == me or me == 0:
+        return ""
+    return (
+        f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}; its "
+        f"owner can share it with the group: chmod -R g+rwX {path}"
+    )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def rename_new(tmp: Path, path: Path) -> None:

@@ -83,6 +83,8 @@ class Telemetry:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            if self._may_publish is not None:
+                self._may_publish()  # it makes every folder of its path, also of a run that was moved away
             threading.excepthook = _quiet_about_the_board
             board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
             for record in parse_metrics(self._run.metrics.read_bytes() + self._unwritten)[0]:

@@ -83,6 +83,7 @@ class Trainer:
         # a life may have been killed after a rollback and before its next save: its attempt counts all the same
         lived = self.world.of_main(self._attempts_told)
         step = self._newest()
+        self.chronicle.miss(step or 0)
         if step is None:
             self.chronicle.say("no checkpoint: starting at step 0")
         else:
@@ -227,8 +228,8 @@ class Trainer:
         if rollbacks > most:
             raise DoNotRetry(
                 f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
-                f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
-                f"train.grad_clip, or use train.amp=off in a new run"
+                f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
+                f"train.amp=off in a new run"
             )
         self.chronicle.event("rollback", at, attempt=attempt)
         step = self._newest()
@@ -239,6 +240,13 @@ class Trainer:
         self.at.rollbacks, self.at.attempt = rollbacks, attempt
         self._begin()
         self.meter.restart(self.at.step)
+
+    def _what_stays(self) -> str:
+        try:
+            step = self._newest()
+        except DoNotRetry as e:
+            return str(e)
+        return "nothing was ever saved" if step is None else f"the checkpoint of step {step} is good, and stays"
 
     def _grid(self, stop_requested: StopRequested) -> str:
         """Why no grid is drawn, or ""."""

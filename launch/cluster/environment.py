@@ -88,7 +88,8 @@ def current() -> JobEnvironment:
             int(array[1]) if array[1] else None,
             since,
         )
-    cpus = int(env.get("DDPM_CPUS") or len(os.sched_getaffinity(0)))
+    alone = "LOCAL_WORLD_SIZE" not in env  # torchrun sets OMP_NUM_THREADS, which then is nobody's wish
+    cpus = int(env.get("DDPM_CPUS") or (alone and threads_asked()) or len(os.sched_getaffinity(0)))
     if "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env:
         return JobEnvironment(
             "local",
@@ -167,10 +168,21 @@ def expand(path: str) -> Path:
 
 
 def for_jobs() -> dict[str, str]:
-    """The environment that a background job on this machine gets: ours, without a surrounding allocation's."""
+    """The environment that a background job on this machine gets: ours, without a surrounding allocation's.
+
+    Its threads sleep at their barriers, unless the user wants it otherwise: the cores are not theirs alone, and threads
+    that spin beside another such job take turns with it (a tenth of the speed, where sleeping ones have half).
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
     path = os.environ.get("PYTHONPATH")
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
+
+
+def threads_asked() -> str:
+    """How many threads the user wants of every program, "" where he has not said."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return asked if asked.isdecimal() and int(asked) > 0 else ""
 
 
 def sample_set() -> str:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ddpm.config.section import Section, build
-from ddpm.config.yaml import load_yaml
+from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT, default_partition
+from launch.cluster.partitions import Partition, gpus_of, partitions
 
 PROFILES = PROJECT / "configs" / "cluster"
 OURS = {
@@ -68,6 +69,26 @@ def _word(text: Any) -> Any:
     return text
 
 
+def _gpus(value: Any) -> Any:
+    if value is None or (isinstance(value, int) and value >= 0):
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"[\w.-]+:[1-9]\d*", value):
+        return value
+    raise ValueError(f"gpus_per_node = {value!r}: a number of GPUs, or their type and number, as 4 or a100:4")
+
+
+def _share(mem: str | None, parts: int) -> str | None:
+    """One of `parts` equal shares of an amount of memory; None for all that a node has, which has no shares."""
+    number, unit = (int(mem[:-1]), mem[-1]) if mem and not mem.isdecimal() else (int(mem or 0), "")
+    if parts == 1 or not number:
+        return mem if number else None
+    if number % parts and unit.upper() not in ("", "M", "K"):
+        number, unit = number * 1024 ** ("MGT".index(unit.upper())), "M"
+    return f"{-(-number // parts)}{unit}"
+
+
 def _one_line(text: Any) -> Any:
     if isinstance(text, str) and (has_control(text) or len(text) > 1000):
         raise ValueError(f"{text[:80]!r}: must be one line, of at most 1000 characters")
@@ -101,8 +122,35 @@ def _mem(text: Any) -> Any:
     return str(text)
 
 
+def _tasks(value: Any) -> Any:
+    if value == "auto" or (str(value).isdecimal() and int(value) > 0):
+        return value if value == "auto" else int(value)
+    raise ValueError(f"tasks = {value!r}: how many tasks make the shards, e.g. 8; or auto")
+
+
 Word = Annotated[str, BeforeValidator(_word)]
 Line = Annotated[str, BeforeValidator(_one_line)]
+
+
+Options = dict[str, str | int | bool | None]
+Gpus = Annotated[int | str | None, BeforeValidator(_gpus)]
+
+
+class Stage(Section):
+    """What differs where one stage runs; what is not given is as in training, for one rank."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    exclude: Word | None = None
+    time: Annotated[int, BeforeValidator(minutes)] | None = None
+    gpus_per_node: Gpus = None
+    """null: one where training has some. A task uses one."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    mem: Annotated[str, BeforeValidator(_mem)] | None = None
+    sbatch: Annotated[Options, BeforeValidator(_options)] = Field(default_factory=dict)
+    """Beside training's; null takes one of those away."""
 
 
 class Site(Section):
@@ -118,14 +166,17 @@ class Site(Section):
     time: Annotated[int, BeforeValidator(minutes)] | None = None
     """Time limit of one job; a run that needs longer comes back. 4h, 90m, 2d or SLURM's own form; kept in minutes."""
     nodes: int = Field(1, ge=1)
-    gpus_per_node: int | None = Field(None, ge=0)
-    """null: one where the partition has GPUs, else none."""
+    gpus_per_node: Gpus = None
+    """A number, or TYPE:NUMBER. null: one where the partition has GPUs, else none."""
+    gpu_request: Literal["auto", "gpus-per-node", "gres", "gpus-per-task", "none"] = "auto"
+    """The option by which this site wants GPUs asked for. auto: --gpus-per-node, with their type where the partition
+    has but one; none: sbatch.gres or another of the options here does."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks per node; one per GPU where there are GPUs."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, BeforeValidator(_mem)] | None = None
     """Per node."""
-    sbatch: Annotated[dict[str, str | int | bool | None], BeforeValidator(_options)] = Field(default_factory=dict)
+    sbatch: Annotated[Options, BeforeValidator(_options)] = Field(default_factory=dict)
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
     setup: Annotated[tuple[str, ...], BeforeValidator(_shell_lines)] = ()
     """Shell lines that every job runs first: module load …"""
@@ -140,14 +191,60 @@ class Site(Section):
     a save at a stop takes: all ranks wait for rank 0 to write it."""
     max_parallel: int = Field(16, ge=1)
     """Array tasks that run at a time."""
+    tasks: Annotated[int | Literal["auto"], BeforeValidator(_tasks)] = "auto"
+    """Tasks of a sample job, each of which makes its share of the shards, one after the other. auto: as many as may run
+    at a time; fewer where SLURM takes fewer."""
+    sample: Stage = Field(default_factory=Stage)
+    """What differs for tasks that sample."""
+    evaluate: Stage = Field(default_factory=Stage)
+    """What differs for the job that scores."""
 
     @property
     def is_local(self) -> bool:
         return self.cluster == "local"
 
     @property
+    def num_gpus(self) -> int:
+        """Per node."""
+        return int(str(self.gpus_per_node or 0).rpartition(":")[2])
+
+    @property
+    def gpu_type(self) -> str:
+        return str(self.gpus_per_node or "").rpartition(":")[0]
+
+    def typed(self, number: int) -> str:
+        """So many GPUs, as SLURM's options have them."""
+        return f"{self.gpu_type}:{number}" if self.gpu_type else str(number)
+
+    @property
     def ranks_per_node(self) -> int:
-        return self.tasks_per_node or self.gpus_per_node or 1
+        return self.tasks_per_node or self.num_gpus or 1
+
+    def at(self, stage: str) -> Site:
+        """Where a stage runs: training as it is; the others, of one rank, with a rank's share of its node's memory."""
+        if stage == "train":
+            return self
+        own: Stage = self.sample if stage == "sample" else self.evaluate
+        values = own.model_dump(exclude_none=True, exclude={"sbatch"})
+        values = {"mem": _share(self.mem, self.ranks_per_node), **values, "nodes": 1, "tasks_per_node": 1}
+        asked = self.model_copy(update=values)
+        sbatch = {**self.sbatch, **own.sbatch}
+        if total := sbatch.get("gpus"):
+            sbatch["gpus"] = ":".join([*str(total).split(":")[:-1], "1"])
+        gpus = asked.typed(1) if asked.num_gpus else 0
+        return asked.model_copy(update={"gpus_per_node": gpus, "sbatch": sbatch})
+
+    def gpu_options(self) -> dict[str, str]:
+        """sbatch's options that ask for the GPUs of this."""
+        others = {"gpus", "gpus-per-task", "gpus-per-socket"} & {k for k, v in self.sbatch.items() if v is not None}
+        if not self.num_gpus or self.gpu_request == "none" or others:
+            return {}
+        if self.gpu_request == "gres":
+            rest = self.sbatch.get("gres")
+            return {"gres": f"gpu:{self.typed(self.num_gpus)}" + (f",{rest}" if rest else "")}
+        if self.gpu_request == "gpus-per-task":
+            return {"gpus-per-task": self.typed(1)}
+        return {"gpus-per-node": self.typed(self.num_gpus)}
 
     @property
     def world_size(self) -> int:
@@ -162,11 +259,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "exclude": {},
     "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
     "nodes": {"type": int},
-    "gpus_per_node": {"type": int, "help": "default: 1 where the partition has GPUs, else 0"},
+    "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 where the partition has GPUs, else 0"},
     "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
     "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
     "mem": {"metavar": "32G", "help": "memory per node"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
+    "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
@@ -195,7 +293,7 @@ def load_profile(name: str | None) -> dict[str, Any]:
             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
         )
     try:
-        tree = load_yaml(path.read_text(), str(path))
+        tree = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"--profile {name}: cannot be read: {e}") from None
     if tree is not None and not isinstance(tree, dict):
@@ -212,10 +310,16 @@ def site_of(run: RunDir) -> Site:
     return site
 
 
-def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Site:
-    """Site profile, then what this run was submitted with (`base`), then the command line. Raises RequestError."""
+def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:
+    """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
+
+    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
+    """
     tree = {**(base or {}), **load_profile(args.profile)}
-    tree.update({name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None})
+    typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    tree.update(typed)
+    if stage != "train" and isinstance(tree.get(stage, {}), dict):
+        tree[stage] = {**tree.get(stage, {}), **{k: v for k, v in typed.items() if k in Stage.model_fields}}
     extra = dict(tree.get("sbatch") or {})
     for item in args.sbatch:
         key, eq, value = item.lstrip("-").partition("=")
@@ -228,15 +332,38 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> Sit
             )
         if key in OURS:
             raise RequestError(f"--sbatch {key}: this option is set by the launcher, because restarts depend on it")
+    _take_gres(tree, extra, args.gpus_per_node)
     tree["sbatch"] = extra
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
-    if site.gpus_per_node and site.tasks_per_node and site.tasks_per_node != site.gpus_per_node:
+    if site.num_gpus and site.tasks_per_node and site.tasks_per_node != site.num_gpus:
         raise RequestError(
             f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
             f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
         )
     return site
+
+
+def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:
+    """GPUs that are asked for by sbatch's gres count as --gpus-per-node, so that a stage which needs fewer can say so.
+
+    typed: --gpus-per-node of the command line.
+    """
+    gres = str(extra.get("gres") or "")
+    gpus = gpus_of(gres)
+    if len(gpus) != 1:
+        return
+    ((kind, number),) = gpus
+    if typed is not None and str(typed).rpartition(":")[2] not in ("0", str(number)):
+        raise RequestError(f"--gpus-per-node {typed} with --sbatch gres={gres}: they differ; give one of them")
+    if ":" in kind:  # of a form that --gpus-per-node has not: as it is, for every stage
+        tree["gpu_request"], tree["gpus_per_node"] = "none", number
+        return
+    rest = ",".join(entry for entry in gres.split(",") if not gpus_of(entry))
+    extra.pop("gres")
+    if rest:
+        extra["gres"] = rest
+    tree["gpus_per_node"], tree["gpu_request"] = f"{kind}:{number}" if kind else number, "gres"
 
 
 def settle(site: Site, *, dry_run: bool) -> Site:
@@ -247,7 +374,7 @@ def settle(site: Site, *, dry_run: bool) -> Site:
     """
     if site.is_local:
         return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
-    known: dict[str, slurm.Partition] = {}
+    known: dict[str, Partition] = {}
     if not slurm.available():
         if not dry_run:
             raise EnvironmentLacks(
@@ -258,25 +385,62 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         if site.via == "submitit" and not dry_run and not slurm.available("srun"):
             raise EnvironmentLacks("srun is not on this machine, and submitit needs it: use --via sbatch")
         try:
-            known = slurm.partitions()
+            known = partitions()
         except slurm.SlurmError as e:
             if not dry_run:
                 raise EnvironmentLacks(
                     f"SLURM does not answer ({e}); try again later, or run here with --cluster local"
                 ) from None
-    if known and site.partition is not None:
-        for name in site.partition.split(","):
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise RequestError(
-                    f"--partition {name}: this cluster has no such partition; "
-                    + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}")
-                )
+    for where in (site, site.sample, site.evaluate) if known else ():
+        _check_partition(where, known)
     if site.gpus_per_node is None:
-        default = [p.name for p in known.values() if p.is_default] or list(known)
-        asked = site.partition or default_partition()
-        names = [n for n in asked.split(",") if n in known] if asked else default
-        has_gpu = all(known[n].gpus_per_node for n in names) if known else True
         gpus = site.tasks_per_node or 1
-        site = site.model_copy(update={"gpus_per_node": gpus if has_gpu and names else (0 if known else gpus)})
-    return site
+        has_gpu = all(p.gpus_per_node for p in _meant(site.partition, known)) if known else True
+        site = site.model_copy(update={"gpus_per_node": gpus if has_gpu else 0})
+    return _with_types(site, known) if known else site
+
+
+def _meant(names: str | None, known: dict[str, Partition]) -> list[Partition]:
+    """The partitions that are asked for, or the one that SLURM takes."""
+    asked = names or default_partition()
+    found = [known[name] for name in asked.split(",") if name in known] if asked else []
+    return found or [p for p in known.values() if p.is_default] or list(known.values())
+
+
+def _check_partition(asked: Site | Stage, known: dict[str, Partition]) -> None:
+    """Raises RequestError for one that there is not, and for a time limit that none of those asked for allows."""
+    for name in (asked.partition or "").split(","):
+        if name and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise RequestError(
+                f"--partition {name}: this cluster has no such partition; "
+                + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}")
+            )
+    if asked.time is None or asked.qos is not None:  # a QOS may allow more
+        return
+    there = _meant(asked.partition, known)
+    limits = [minutes(p.time_limit) for p in there if p.time_limit]
+    if len(limits) == len(there) and asked.time > max(limits):
+        which = "; ".join(f"partition {p.name} allows {p.time_limit}" for p in there)
+        raise RequestError(
+            f"--time: {asked.time} minutes are more than any job may have here ({which}), so it would wait for ever; "
+            f"ask for less: the run continues in the next job"
+        )
+
+
+def _with_types(site: Site, known: dict[str, Partition]) -> Site:
+    """With the type of the GPUs where there is but one, and a stage whose own partition has none without."""
+
+    def types(names: str | None) -> set[str]:
+        return {kind for p in _meant(names, known) for kind in p.gpu_types}
+
+    update: dict[str, Any] = {}
+    (only,) = types(site.partition) if len(types(site.partition)) == 1 else ("",)
+    if site.num_gpus and not site.gpu_type and site.gpu_request == "auto" and re.fullmatch(r"[\w.-]+", only):
+        update["gpus_per_node"] = f"{only}:{site.num_gpus}"
+    for name in ("sample", "evaluate"):
+        stage: Stage = getattr(site, name)
+        if stage.partition and stage.gpus_per_node is None and types(stage.partition) != types(site.partition):
+            has_gpu = all(p.gpus_per_node for p in _meant(stage.partition, known))
+            update[name] = stage.model_copy(update={"gpus_per_node": 1 if has_gpu and site.num_gpus else 0})
+    return site.model_copy(update=update)

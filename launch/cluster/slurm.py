@@ -21,9 +21,13 @@ RETRY_S = 3
 
 NO_ANSWER = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|Connection (?:refused|reset)"
-    r"|in standby mode|Resource temporarily unavailable|Unable to establish controller"
-    r"|[Cc]ould not establish a configuration source"
+    r"|in standby mode|[Tt]emporarily un(?:available|able)|Unable to establish controller"
+    r"|[Cc]ould not establish a configuration source|Communication connection failure|Message (?:send|receive) failure"
+    r"|authentication error|try (?:again|later)"
 )
+LINES_AT_MOST = 20
+JOB_ID = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
+"""The whole of the line in which sbatch tells it, with --parsable and without."""
 USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_", "SLURM_TIME_FORMAT")
 """Variables by which a user has SLURM's commands show less, or show it otherwise: not what is asked here."""
 
@@ -38,9 +42,34 @@ class NoAnswer(SlurmError):
     """SLURM is busy or out of reach: it has refused nothing, and may answer later."""
 
 
-def failure(said: str) -> SlurmError:
-    """The error that a command's last words make."""
-    return NoAnswer(said) if NO_ANSWER.search(said) else SlurmError(said)
+class NoJobId(SlurmError):
+    """sbatch ended well and told no job's id: there is a job, perhaps, and asking again would queue another."""
+
+
+def failure(command: str, said: str) -> SlurmError:
+    """The error that a command's words make: all of them, since the last line may be the one that says least.
+
+    Whether SLURM was out of reach is in the last: what a site's plugin wrote before may be about anything.
+    """
+    lines = words(command, said)
+    unreached = lines and NO_ANSWER.search(lines[-1])
+    return (NoAnswer if unreached else SlurmError)(f"{command}: " + "\n  ".join(shortened(lines)))
+
+
+def words(command: str, said: str) -> list[str]:
+    """The lines that a command wrote, without its name, without control characters."""
+    lines = (line.rstrip().removeprefix(f"{command}: ") for line in said.splitlines())
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines if line]
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """At most LINES_AT_MOST of them: the first ones and the last ones."""
+    half = LINES_AT_MOST // 2
+    return (
+        lines
+        if len(lines) <= LINES_AT_MOST
+        else [*lines[: half - 1], f"… {len(lines) - 2 * half + 1} lines more …", *lines[-half:]]
+    )
 
 
 def available(command: str = "sbatch") -> bool:
@@ -57,16 +86,34 @@ def run(
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=env)
     except FileNotFoundError:
         raise SlurmError(f"{argv[0]}: not found on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise NoAnswer(f"{argv[0]}: no answer in {timeout_s:.0f} s") from None
+    except subprocess.TimeoutExpired as e:
+        said = e.stderr.decode(errors="replace") if isinstance(e.stderr, bytes) else e.stderr or ""
+        lines = [f"no answer in {timeout_s:.0f} s", *shortened(words(argv[0], said))]
+        raise NoAnswer(f"{argv[0]}: " + "\n  ".join(lines)) from None
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise failure(f"{argv[0]}: {said[-1].removeprefix(argv[0] + ': ')}")
+        raise failure(argv[0], done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
     return done.stdout
 
 
-def patiently(ask: Callable[[], T], on: type[Exception] = SlurmError, patience_s: float | None = None) -> T:
-    """`ask()`, again while it raises `on`, as when slurmctld restarts. Raises it in the end."""
+def submit(
+    argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
+) -> str:
+    """Run an sbatch; returns the job's id, whatever a site has it say around that. Raises SlurmError."""
+    said = run(argv, timeout_s=timeout_s, cwd=cwd, env=env)
+    found = [match[1] for line in said.splitlines() if (match := JOB_ID.fullmatch(line.strip()))]
+    if not found:
+        told = "\n  ".join(shortened(words(argv[0], said))) or "nothing"
+        raise NoJobId(f"{argv[0]} told no job's id, but: {told}")
+    return found[-1]
+
+
+def too_many(refusal: str) -> bool:
+    """Whether a refusal of sbatch's may be about how many jobs the user has, of which each task of an array is one."""
+    return bool(re.search(r"Submit\w*Limit|violates accounting/QOS policy", refusal))
+
+
+def patiently(ask: Callable[[], T], on: type[Exception] = NoAnswer, patience_s: float | None = None) -> T:
+    """`ask()`, again while it raises `on`, as when slurmctld restarts; raises it in the end, others at once."""
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:
@@ -118,38 +165,38 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
     )
 
 
-def queued(jobs: list[str]) -> dict[str, str]:
-    """State by job id of those of `jobs` that SLURM still has; of an array, of its liveliest task. Raises SlurmError.
+@dataclass(frozen=True)
+class Queued:
+    """What squeue says of a job that SLURM has; of an array, of its liveliest task."""
+
+    state: str
+    """RUNNING, PENDING, SUSPENDED, COMPLETING …"""
+    reason: str = ""
+    """Why it waits, in SLURM's words."""
+    start: str | None = None
+    """When SLURM expects that a waiting job starts: a stamp, where it says."""
+
+
+def look_up(jobs: list[str]) -> dict[str, Queued]:
+    """Those of `jobs` that SLURM still has, by one question for all of them. Raises SlurmError.
 
     COMPLETING says that a job's processes are ending, and nothing of what follows: one that is pre-empted is COMPLETING
     before it is PENDING again. Asks for all of the user's jobs: squeue fails as a whole on an unknown id.
     """
-    states: dict[str, str] = {}
-    for line in run(["squeue", "-a", "-h", "--me", "-r", "-o", "%F %i %T"]).splitlines() if jobs else []:
-        base, job, state = line.split(None, 2)
+    found: dict[str, Queued] = {}
+    for line in run(["squeue", "-a", "-h", "--me", "-r", "-o", "%F %i %T %S %r"]).splitlines() if jobs else []:
+        base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
+        waits = state == "PENDING"
+        told = Queued(state, reason.strip() if waits and reason != "None" else "", _stamp(start) if waits else None)
         for known in {base, job} & set(jobs):
-            if state == "RUNNING" or states.get(known, "COMPLETING") == "COMPLETING":
-                states[known] = state
-    return states
-
-
-@dataclass(frozen=True)
-class Partition:
-    name: str
-    gpus_per_node: int
-    is_default: bool
-
-
-def partitions() -> dict[str, Partition]:
-    """Every partition, hidden ones too, and the GPUs of its nodes. Raises SlurmError."""
-    found: dict[str, Partition] = {}
-    for line in run(["sinfo", "-a", "-h", "-o", "%P|%G"], timeout_s=10).splitlines():
-        shown, _, gres = line.partition("|")
-        name = shown.removesuffix("*")
-        counts = [int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)]
-        most = max([found[name].gpus_per_node] if name in found else [0], default=0)
-        found[name] = Partition(name, max([most, *counts]), shown != name)
+            if state == "RUNNING" or known not in found or found[known].state == "COMPLETING":
+                found[known] = told
     return found
+
+
+def queued(jobs: list[str]) -> dict[str, str]:
+    """The states of those of `jobs` that SLURM still has. Raises SlurmError."""
+    return {job: told.state for job, told in look_up(jobs).items()}
 
 
 def max_array_size() -> int:

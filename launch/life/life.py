@@ -14,6 +14,7 @@ from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
 from launch.life import preemption
 from launch.life.preemption import StopFlag
+from launch.queue.job import ranges
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Life:
         self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
 
-    def works_on(self, shard: int) -> None:
-        """Tell the batch shell which shard's progress is this job's own."""
-        self._mark(shard_marker(self.run, self.env.job), str(shard))
+    def works_on(self, shards: list[int]) -> None:
+        """Tell the batch shell which shards' progress is this job's own."""
+        self._mark(shard_marker(self.run, self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
         if self.env.rank == 0 and self.env.scheduler == "slurm":
@@ -56,5 +57,5 @@ def begin(run: RunDir) -> Life:
 
 
 def shard_marker(run: RunDir, job: str) -> Path:
-    """Which shard a job makes, from its first life until it is done."""
+    """Which shards a job makes, from its first life until it is done."""
     return run.logs / f".shard-{job}"

@@ -8,10 +8,11 @@ from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import read_request, shard_range
 from launch.life.life import shard_marker
+from launch.queue.job import numbers
 
 
 def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
-    """Saved steps; finished batches of the job's shard and the shard; or shards whose features are there.
+    """Saved steps; shards of the job's own and finished batches of them; or shards whose features are there.
 
     Raises OSError where it cannot look.
     """
@@ -21,22 +22,29 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
     if stage == "evaluate":
         return sum(n.startswith("features-") and n.endswith(".json") for n in _names(where.path))
     try:
-        shard = int(shard_marker(run, job).read_text())
+        shards = numbers(shard_marker(run, job).read_text())
     except (FileNotFoundError, ValueError):  # no life of it came so far as to say
         return 0
-    return _of_shard(where, shard)
+    return _of_shards(where, shards)
 
 
-def _of_shard(where: SampleSet, shard: int) -> int:
+def _of_shards(where: SampleSet, shards: list[int]) -> int:
+    """A shard counts as all of its batches and one more, so that what is published advances what was in parts."""
     try:
         where.request.read_bytes()  # a file system that fails for a moment is no damage: OSError
         request = read_request(where)
-        first, num = shard_range(request.num_samples, request.shards, shard)
+        ranges = {shard: shard_range(request.num_samples, request.shards, shard) for shard in shards}
     except (FileNotFoundError, RequestError):
         return 0
-    begins = (n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz"))
-    batches = sum(b.isdecimal() and first <= int(b) < first + num for b in begins)
-    return batches + where.shard_manifest(shard, request.shards).exists()
+    begins = [n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz")]
+    there = [int(b) for b in begins if b.isdecimal()]
+    count = 0
+    for shard, (first, num) in ranges.items():
+        if where.shard_manifest(shard, request.shards).exists():
+            count += -(-num // request.batch) + 1
+        else:
+            count += sum(first <= b < first + num for b in there)
+    return count
 
 
 def _names(directory: Path) -> list[str]:

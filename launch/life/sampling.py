@@ -1,33 +1,36 @@
-"""A life that makes one shard of a sample set."""
+"""A life that makes shards of a sample set, one after the other."""
 
 from __future__ import annotations
 
 from ddpm.config import reading
-from ddpm.errors import DoNotRetry, Stopped
+from ddpm.errors import DoNotRetry, RunBusy, Stopped
 from ddpm.run.log import say
 from launch.life import devices
 from launch.life.life import Life
 from launch.queue.sets import ensure_request
 
 
-def sample(life: Life, set_name: str, shard: int) -> int:
-    """One shard of a set; publishes the set's request first where a chained job is the first to come by."""
-    import torch
-
-    from ddpm.network.weights import load_network
-    from ddpm.run import generations
-    from ddpm.sampling.denoiser import Denoiser
-    from ddpm.sampling.generate import generate_shard
-
+def sample(life: Life, set_name: str, shards: list[int]) -> int:
+    """Those of a set that are not done; publishes its request first where a chained job is the first to come by."""
     run, env = life.run, life.env
     config = reading.of_run(run)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
-    if not 0 <= shard < request.shards:
-        raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
+    for shard in shards:
+        if not 0 <= shard < request.shards:
+            raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
     life.stop.watch(run.stop_file)
+
+    import torch
+
+    from ddpm.network.weights import cast_once, load_network
+    from ddpm.run import generations
+    from ddpm.sampling.denoiser import Denoiser
+    from ddpm.sampling.generate import generate_shard
+
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
+    devices.check_precision(env, device, request.precision)
     try:
         generation = generations.verify(run, request.checkpoint.step)
     except FileNotFoundError:
@@ -37,9 +40,17 @@ def sample(life: Life, set_name: str, shard: int) -> int:
             f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
             f"sample into another set: python launch/sample.py {run.path} --set OTHER"
         )
+
+    def told(done: int, total: int) -> None:
+        say(f"shard {todo[0]}", images=f"{done}/{total}")
+
     network = load_network(config, run, generation.step, request.weights, device, request.precision)
+    cast_once(network, request.precision)
     denoiser = Denoiser.of(config, network, request.precision)
-    while True:
+    todo = list(shards)
+    busy: RunBusy | None = None
+    while todo:
+        shard = todo[0]
         try:
             manifest = generate_shard(
                 sample_set,
@@ -47,7 +58,7 @@ def sample(life: Life, set_name: str, shard: int) -> int:
                 shard,
                 denoiser,
                 stop_requested=life.stop,
-                progress=lambda done, total: say(f"shard {shard}", images=f"{done}/{total}"),
+                progress=told,
                 token=f"{env.job}.{env.restart}",
             )
         except Stopped as e:
@@ -56,5 +67,13 @@ def sample(life: Life, set_name: str, shard: int) -> int:
             if code is None:
                 continue
             return life.leave(code, e.reason)
-        say("shard done", shard=f"{shard}/{request.shards}", images=manifest["num"], sha256=manifest["sha256"][:12])
-        return life.leave(0)
+        except RunBusy as e:  # a twin makes this one; the others are ours all the same
+            say(str(e))
+            busy = e
+        else:
+            sha256 = manifest["sha256"][:12]
+            say("shard done", shard=f"{shard}/{request.shards}", images=manifest["num"], sha256=sha256)
+        todo.pop(0)
+    if busy is not None:
+        raise busy
+    return life.leave(0)

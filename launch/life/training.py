@@ -55,7 +55,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         return _leave_together(life, world, 0)
     while True:
         try:
-            packed = inputs.packed_data(life, config, world)
+            packed = inputs.packed_data(life, config, world, fence)
             break
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
@@ -109,6 +109,7 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     run = life.run
     kept = world.share(read_run(run).get("resolved") if world.is_main else None)
     resolved = device.resolve(config, world.device, life.env.cpus, kept)
+    devices.check_precision(life.env, world.device, resolved.amp)
     device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}

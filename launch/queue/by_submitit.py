@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import pkgutil
-import re
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +52,17 @@ def folder(job: Job) -> Path:
 
 def command(job: Job, script: str) -> list[str]:
     """The sbatch of `script`."""
-    tasks = len(job.shards)
-    array = [f"--array={_array(job)}"] if tasks > 1 else []
-    return ["sbatch", *flags(_options(job)), *array, script]
+    array = [f"--array={_array(job)}"] if job.is_array else []
+    return ["sbatch", *flags(job.options()), *array, script]
 
 
 def script_text(job: Job) -> str:
     """The script, of the form that submitit gives it."""
-    options = _options(job)
+    options = job.options()
     told = {**HOME, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
     told |= {"DDPM_SET": job.set_name} if job.set_name else {}
-    listed = {"wckey": "submitit", **options, **({"array": _array(job)} if len(job.shards) > 1 else {})}
-    log = folder(job) / ("%A_%a_%t_log.out" if len(job.shards) > 1 else "%j_%t_log.out")
+    listed = {"wckey": "submitit", **options, **({"array": _array(job)} if job.is_array else {})}
+    log = folder(job) / ("%A_%a_%t_log.out" if job.is_array else "%j_%t_log.out")
     srun = ["srun", "--unbuffered", "--output", str(log), "--kill-on-bad-exit=1", "--open-mode=append"]
     srun += [f"--output={options['output']}", "bash", str(PROJECT / "slurm" / "rank.sh"), sys.executable]
     lines = ["#!/bin/bash", "", "# Parameters"]
@@ -76,13 +73,8 @@ def script_text(job: Job) -> str:
     return "\n".join(lines)
 
 
-def _options(job: Job) -> dict[str, str | bool]:
-    return job.options(array=len(job.shards) > 1)
-
-
 def _array(job: Job) -> str:
-    tasks = len(job.shards)
-    return f"0-{tasks - 1}%{min(tasks, job.site.max_parallel)}"
+    return f"0-{job.num_tasks - 1}%{min(job.num_tasks, job.site.max_parallel)}"
 
 
 def describe(job: Job) -> str:
@@ -90,15 +82,11 @@ def describe(job: Job) -> str:
     return f"{shlex.join(command(job, 'SCRIPT'))}\n\n{script_text(job)}"
 
 
-def submit(job: Job) -> Iterator[str]:
-    """Queues it; job ids as SLURM gives them, one for each array that fits. Raises SlurmError."""
-    size = slurm.max_array_size()
-    for i in range(0, max(1, len(job.shards)), size):
-        yield _submit_one(replace(job, shards=job.shards[i : i + size]))
+def submit(job: Job) -> str:
+    """Queues it; its id as SLURM gives it. Raises SlurmError.
 
-
-def _submit_one(job: Job) -> str:
-    """Pickles and script lie in the folder before there is a job, and get its id once there is one."""
+    Pickles and script lie in the folder before there is a job, and get its id once there is one.
+    """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
     where = folder(job)
@@ -106,19 +94,15 @@ def _submit_one(job: Job) -> str:
     where.mkdir(mode=0o700, exist_ok=True)
     where.chmod(0o700)
     pickles = []
-    for shard in job.shards or (None,):
-        task = DelayedSubmission(Named(ENTRY), job.arguments(shard))  # type: ignore[arg-type]  # once it is read, it is one
-        task.set_timeout(job.site.time or 5, MAX_TIMEOUTS)
+    for number in range(job.num_tasks):
+        task = DelayedSubmission(Named(ENTRY), job.arguments(job.shards_of(number)))  # type: ignore[arg-type]  # once it is read, it is one
+        task.set_timeout(job.site.at(job.stage).time or 5, MAX_TIMEOUTS)
         pickles.append(where / f"{uuid.uuid4().hex}.pkl")
         task.dump(pickles[-1])
     script = where / f".submission_file_{uuid.uuid4().hex}.sh"
     script.write_text(script_text(job))
     with environment.outside_allocation():
-        said = slurm.run(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
-    found = re.search(r"job (\d+)", said)
-    if found is None:
-        raise slurm.SlurmError(f"sbatch: said no job's id, but {said.strip()!r}")
-    job_id = found[1]
+        job_id = slurm.submit(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
     for task_number, pickle in enumerate(pickles):
         task_id = f"{job_id}_{task_number}" if len(pickles) > 1 else job_id
         JobPaths(where, task_id).move_temporary_file(pickle, "submitted_pickle")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 from launch.cluster import environment, slurm
@@ -17,45 +15,31 @@ def template(stage: str) -> Path:
     return PROJECT / "slurm" / f"{stage}.sbatch"
 
 
-def command(job: Job, *, offset: int | None = None, array: str = "") -> list[str]:
-    """One sbatch. offset: of a sample job, to which its array adds the number of the task."""
-    words = flags(job.options(array=bool(array))) + ([f"--array={array}"] if array else [])
-    args = [str(job.run.path), *([job.set_name] if job.set_name else [])]
-    args += list(job.extra_args) if offset is None else [str(offset)]
-    return ["sbatch", "--parsable", *words, str(template(job.stage)), *args]
-
-
-def commands(job: Job) -> list[list[str]]:
-    """Every sbatch that `job` takes: several where MaxArraySize is small, one per shard where there are no arrays."""
-    if not job.shards:
-        return [command(job)]
-    size = slurm.max_array_size() if slurm.available() else 1001
-    if size == 1:
-        return [command(job, offset=shard) for shard in job.shards]
-    blocks: dict[int, list[int]] = {}
-    for shard in job.shards:
-        blocks.setdefault(shard // size * size, []).append(shard)
-    return [
-        command(job, offset=offset, array=f"{ranges([s - offset for s in block])}%{job.site.max_parallel}")
-        for offset, block in blocks.items()
-    ]
+def command(job: Job) -> list[str]:
+    """Its sbatch. Of a sample job each task takes its share of the shards that are named."""
+    array = [f"--array=0-{job.num_tasks - 1}%{job.site.max_parallel}"] if job.is_array else []
+    args = [str(job.run.path), *([job.set_name] if job.set_name else []), *job.extra_args]
+    args += ["--shards", ranges(job.shards)] if job.shards else []
+    args += ["--tasks", str(job.num_tasks)] if job.is_array else []
+    return ["sbatch", "--parsable", *flags(job.options()), *array, str(template(job.stage)), *args]
 
 
 def describe(job: Job) -> str:
-    """What --dry-run shows: each command, and the template that it submits."""
-    return "\n".join(shlex.join(c) for c in commands(job)) + "\n\n" + template(job.stage).read_text()
+    """What --dry-run shows: the command, and the template that it submits."""
+    return f"{shlex.join(command(job))}\n\n{template(job.stage).read_text()}"
 
 
-def submit(job: Job) -> Iterator[str]:
-    """Queues it; job ids as SLURM gives them. Raises SlurmError."""
-    return map(sbatch, commands(job))
+def submit(job: Job) -> str:
+    """Queues it; its id as SLURM gives it. Raises SlurmError."""
+    return sbatch(command(job))
+
+
+def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
+    """Queue a job of `stage` with the options of another; returns its id. Raises SlurmError."""
+    return sbatch(["sbatch", "--parsable", *flags(options), str(template(stage)), *args])
 
 
 def sbatch(words: list[str]) -> str:
     """Run one sbatch from the project's root; returns the job id. Raises SlurmError."""
     with environment.outside_allocation():
-        said = slurm.run(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})
-    found = re.search(r"^(\d+)(;.*)?$", said, re.MULTILINE)
-    if found is None:
-        raise slurm.SlurmError(f"sbatch: said no job's id, but {said.strip()!r}")
-    return found[1]
+        return slurm.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})

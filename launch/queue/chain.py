@@ -19,7 +19,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.cluster.site import Site, site_of
 from launch.queue import local, sets
 from launch.queue.job import Job, ranges
-from launch.queue.submitting import submit
+from launch.queue.submitting import sent_tasks, submit, why_it_waits
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 
 MAX_ROUNDS = 3
@@ -37,7 +37,7 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     sampled = "sample" not in stages or not sets.shards_to_make(run, config, name)
     if finished_step(run, config) is None:
         return True, stages
-    scored = "evaluate" not in stages or sets.is_scored(run, config, name)
+    scored = "evaluate" not in stages or sets.score_by(run, name, config.evaluate) is not None
     return False, [] if sampled and scored else stages
 
 
@@ -86,6 +86,15 @@ def lift_stop(run: RunDir) -> None:
         print(f"removed {run.stop_file}: submitting again means going on")
 
 
+def ways_on(run: RunDir) -> str:
+    """What a person can do about a run whose files are missing or damaged, as the end of a message."""
+    return (
+        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.path}/), or see what holds: python "
+        f"launch/recover.py {run.path} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
+        f"start over on purpose: python launch/recover.py {run.path} --start-over, or submit under another --name"
+    )
+
+
 # ---------------------------------------------------------------- its jobs
 
 
@@ -103,47 +112,88 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
 def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
     """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
 
-    Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Cancels
-    what it submitted if a later part is refused; if SLURM does not answer, it stays, and a second submission finds it.
+    Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Where a
+    later part is refused the chain ends before it; where another error comes it is taken back, but not where SLURM does
+    not answer: a second submission finds what there is.
     """
-    ids: list[str] = []
+    there = [_in_queue(job, config) for job in jobs]
     new: list[str] = []
+    ids: list[list[str]] = []
     told: list[str] = []
-    after: str | None = None
+    refused: RequestError | None = None
     try:
-        for job in jobs:
-            there = _in_queue(job, config)
-            mine = there or submit(replace(job, after=after))
-            ids += mine
-            new += [] if there else mine
-            after = ":".join(mine)
-            tasks = f" ({len(job.shards)} tasks)" if job.shards and not there else ""
-            told.append(f"{'in the queue already' if there else 'queued'}: {job.stage} as job {' '.join(mine)}{tasks}")
+        while refused is None and len(ids) < len(jobs):
+            job, mine = jobs[len(ids)], there[len(ids)]
+            try:
+                ids.append(mine or [submit(replace(job, after=":".join(ids[-1]) if ids else None))])
+                new += [] if mine else ids[-1]
+            except RequestError as e:
+                refused = e
+                if smaller := _with_room(jobs, ids, new, str(e)):
+                    jobs, refused = smaller, None
+                elif not ids:
+                    raise
+        # the later ones wait for the first, whatever they ask for
+        waits = why_it_waits(new[0], jobs[0].stage) if ids and ids[0] == new[:1] else ""
     except slurm.NoAnswer:
         raise
     except Exception:
         if new:
             slurm.cancel(new)
         raise
+    for job, mine in zip(jobs, ids, strict=False):
+        how = "queued" if mine[0] in new else "in the queue already"
+        told.append(f"{how}: {job.stage} as job {' '.join(mine)}{tasks_told(job, mine[0]) if mine[0] in new else ''}")
+    told += [waits] if waits else []
+    if refused is not None:
+        rest = " and ".join(job.stage for job in jobs[len(ids) :])
+        told.append(
+            f"not queued: {rest}. {refused}\nWhat is queued stays. Add the rest, once it can be, by the same command"
+        )
     if jobs and (stop := jobs[0].run.stop_file).exists():
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
-    return ids, told
+    return [job for mine in ids for job in mine], told
+
+
+def _with_room(jobs: list[Job], ids: list[list[str]], new: list[str], refusal: str) -> list[Job] | None:
+    """Where the array before took the user's last places in the queue: it is taken back, and the chain with less of it.
+
+    None where that is not what stands in the way.
+    """
+    before = jobs[len(ids) - 1] if ids else None
+    if before is None or ids[-1][0] not in new or before.site.tasks != "auto" or not slurm.too_many(refusal):
+        return None
+    tasks = sent_tasks(before.run, ids[-1][0])
+    if tasks < 2:
+        return None
+    slurm.cancel(ids.pop())
+    new.pop()
+    at = len(ids)
+    return [*jobs[:at], before.with_tasks(tasks // 2), *jobs[at + 1 :]]
+
+
+def tasks_told(job: Job, job_id: str) -> str:
+    """Of a sample job that was just queued, "" of another."""
+    if not job.shards:
+        return ""
+    tasks = sent_tasks(job.run, job_id)
+    return f" ({len(job.shards)} shards in {tasks} task{'s' if tasks > 1 else ''})"
 
 
 def _in_queue(job: Job, config: Config) -> list[str]:
     """Jobs that SLURM has and that do what `job` would. Raises SlurmError."""
     if job.stage == "evaluate":
-        reference = config.evaluate.reference
-        return evaluations_in_queue(job.run, job.set_name, reference, default=reference)
+        return evaluations_in_queue(job.run, job.set_name, config.evaluate, default=config.evaluate)
     return jobs_in_queue(job.run, job.stage, job.set_name)
 
 
 def fill_gaps(
-    run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str, env: JobEnvironment
+    run: RunDir, set_name: str, missing: list[int], again: tuple[str, ...], round_: str, env: JobEnvironment
 ) -> int:
     """An evaluation that came before its shards: have the missing ones made, and come again after them.
 
-    Gives up after MAX_ROUNDS rounds that added no shard. `round_` is "ROUND:MISSING" of the round before.
+    again: what that evaluation was told. Gives up after MAX_ROUNDS rounds that added no shard. `round_` is
+    "ROUND:MISSING" of the round before.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if env.scheduler != "slurm":
@@ -154,7 +204,6 @@ def fill_gaps(
         )
     before, _, had = round_.partition(":")
     site = site_of(run)
-    again = ("--reference", reference) if reference else ()
     waiting = jobs_in_queue(run, "sample", set_name)
     if not waiting:
         rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
@@ -165,12 +214,12 @@ def fill_gaps(
                 flush=True,
             )
             return EXIT_FATAL
-        waiting = submit(Job("sample", run, site, set_name, tuple(missing)))
+        waiting = [submit(Job("sample", run, site, set_name, tuple(missing)))]
         round_ = f"{rounds}:{len(missing)}"
     after = ":".join(waiting)
-    ids = submit(Job("evaluate", run, site, set_name, (), after, (*again, "--round", round_)))
+    new = submit(Job("evaluate", run, site, set_name, (), after, (*again, "--round", round_)))
     print(
-        f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {ids[0]} scores after it",
+        f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {new} scores after it",
         flush=True,
     )
     return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ddpm.errors import RequestError
@@ -19,7 +20,7 @@ SBATCH_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of a run: train; sample (an array over `shards`); evaluate."""
+    """One stage of a run: train; sample (an array whose tasks divide `shards` among them); evaluate."""
 
     stage: str
     run: RunDir
@@ -32,19 +33,35 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        return self.site.world_size if self.stage == "train" else 1
+        return self.site.at(self.stage).world_size
 
-    def arguments(self, shard: int | None = None) -> list[str]:
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks make its shards: as many as are asked for, or may run at a time; 1 where it has none."""
+        asked = self.site.max_parallel if self.site.tasks == "auto" else self.site.tasks
+        return max(1, min(asked, len(self.shards)))
+
+    @property
+    def is_array(self) -> bool:
+        return self.num_tasks > 1
+
+    def with_tasks(self, at_most: int) -> Job:
+        fewer = self.site.model_copy(update={"tasks": min(self.num_tasks, at_most)})
+        return replace(self, site=fewer) if self.shards else self
+
+    def shards_of(self, task: int) -> list[int]:
+        """What one of its tasks makes."""
+        return share(self.shards, task, self.num_tasks)
+
+    def arguments(self, shards: Sequence[int] = ()) -> list[str]:
         """Of `python -m launch.jobs`."""
         where = [self.set_name] if self.set_name else []
-        chosen = [] if shard is None else ["--shard", str(shard)]
+        chosen = ["--shards", ranges(shards)] if shards else []
         return [self.stage, str(self.run.path), *where, *chosen, *self.extra_args]
 
-    def options(self, *, array: bool = True) -> dict[str, str | bool]:
-        """sbatch's long options, but for --array; True is a flag. array: whether its shards are tasks of one."""
-        site = self.site
-        nodes = site.nodes if self.stage == "train" else 1
-        gpus = site.gpus_per_node or 0
+    def options(self) -> dict[str, str | bool]:
+        """sbatch's long options, but for --array; True is a flag."""
+        site = self.site.at(self.stage)
         lead = site.signal_lead_s if site.time is None else min(site.signal_lead_s, site.time * 60 // 3)
         values: dict[str, Any] = {
             "job-name": f"{self.run.name}-{self.stage}",
@@ -54,21 +71,21 @@ class Job:
             "constraint": site.constraint,
             "exclude": site.exclude,
             "time": site.time,
-            "nodes": nodes,
-            "ntasks-per-node": max(1, self.world_size // nodes),
-            "gpus-per-node": (gpus if self.stage == "train" else 1) if gpus else None,
+            "nodes": site.nodes,
+            "ntasks-per-node": site.ranks_per_node,
+            **site.gpu_options(),
             "cpus-per-task": site.cpus_per_task,
             "mem": site.mem,
             "requeue": True,
             "export": "ALL",
             "open-mode": "append",
             "signal": f"USR2@{lead}",
-            "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.shards and array else '%j'}.out"),
+            "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.is_array else '%j'}.out"),
             "dependency": f"afterany:{self.after}" if self.after else None,
         }
         if "no-requeue" in site.sbatch:
             del values["requeue"]
-        values.update(site.sbatch)
+        values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
 
 
@@ -83,7 +100,18 @@ def flags(options: dict[str, str | bool]) -> list[str]:
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
 
 
-def ranges(numbers: list[int]) -> str:
+def share(shards: Sequence[int], task: int, tasks: int) -> list[int]:
+    """Of the shards that `tasks` tasks make, those of one."""
+    return list(shards[task::tasks])
+
+
+def numbers(text: str) -> list[int]:
+    """0-2,5 as [0, 1, 2, 5]. Raises ValueError."""
+    ends = [part.partition("-") for part in text.split(",")]
+    return [n for first, _, last in ends for n in range(int(first), int(last or first) + 1)]
+
+
+def ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] as 0-2,5."""
     parts: list[list[int]] = []
     for n in sorted(numbers):

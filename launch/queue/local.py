@@ -28,7 +28,7 @@ def stage_commands(job: Job) -> list[list[str]]:
     python = [sys.executable, "-u"]
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
-    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in job.shards or (None,)]
+    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in [[n] for n in job.shards] or [[]]]
 
 
 def running(run: RunDir) -> int | None:
@@ -48,7 +48,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     run.logs.mkdir(exist_ok=True)
     log = run.logs / f"{name}.out"
     commands = [command for job in jobs for command in stage_commands(job)]
-    chosen = jobs[0].site.cpus_per_task
+    chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
     with log.open("ab") as out:
         process = subprocess.Popen(

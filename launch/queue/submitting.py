@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from typing import Any
+from typing import Any, Protocol
 
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
+from launch.cluster.reasons import explain
 from launch.queue import by_submitit, by_template, local
-from launch.queue.job import HOME, Job, flags
+from launch.queue.job import HOME, Job
 
-WAYS = {"submitit": by_submitit, "sbatch": by_template}
+
+class Way(Protocol):
+    """How jobs come into the queue: one of the modules by_*."""
+
+    def describe(self, job: Job) -> str: ...
+    def submit(self, job: Job) -> str: ...
+
+
+WAYS: dict[str, Way] = {"submitit": by_submitit, "sbatch": by_template}
 
 
 def describe(job: Job) -> str:
     """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
     if not job.site.is_local:
-        return str(WAYS[job.site.via].describe(job))
+        return WAYS[job.site.via].describe(fitting(job))
     commands = local.stage_commands(job)
     lines = [shlex.join(command) for command in commands[:2]]
     return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
@@ -33,34 +42,84 @@ def describe(job: Job) -> str:
 def by_hand(job: Job) -> str:
     """What a person types, in any directory, to queue `job`."""
     home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
-    return "\n".join(f"{home} {shlex.join(command)}" for command in by_template.commands(job))
+    return f"{home} {shlex.join(by_template.command(fitting(job)))}"
 
 
-def submit(job: Job) -> list[str]:
-    """Queue `job`; returns its job ids (several arrays where MaxArraySize is small), or takes back what it queued.
+def fitting(job: Job) -> Job:
+    """The job with no more tasks than an array of this cluster may have."""
+    return job.with_tasks(slurm.max_array_size()) if job.is_array and slurm.available() else job
 
-    Raises RequestError with SLURM's words; NoAnswer, after which some of it may be in the queue.
+
+def submit(job: Job) -> str:
+    """Queue `job`; returns its id. Where its tasks are more than the user may have in the queue, with fewer of them.
+
+    Raises RequestError with SLURM's words; NoAnswer, after which it may be in the queue.
     """
+    job = fitting(job)
+    while True:
+        try:
+            return _submit(job)
+        except RequestError as e:
+            if job.num_tasks == 1 or not slurm.too_many(str(e)):
+                raise
+            job = job.with_tasks(job.num_tasks // 2)
+
+
+def _submit(job: Job) -> str:
     options = job.options()
     kept = {k: v for k, v in options.items() if k != "dependency"}
-    ids: list[str] = []
     try:
-        for job_id in WAYS[job.site.via].submit(job):
-            ids.append(job_id)
-            _submitted(job.run, job_id, job.stage, job.site.via, job.world_size,
-                       set=job.set_name, options=kept, args=list(job.extra_args))  # fmt: skip
-    except slurm.NoAnswer as e:
+        job_id = WAYS[job.site.via].submit(job)
+    except (slurm.NoAnswer, slurm.NoJobId) as e:
         raise slurm.NoAnswer(
-            f"SLURM did not answer ({e}), and may have queued the {job.stage} job all the same. Once it answers, look "
-            f"with squeue --me --name {options['job-name']}, scancel what that shows, and submit again to go on"
+            f"no clear answer from SLURM, which may have queued the {job.stage} job all the same: {e}\n"
+            f"Once it answers, look with squeue --me --name {options['job-name']}, scancel what that shows, and submit "
+            f"again to go on"
         ) from None
-    except Exception as e:
-        if ids:
-            slurm.cancel(ids)
-        if isinstance(e, slurm.SlurmError):
-            raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
+    except slurm.SlurmError as e:
+        raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
+    try:
+        tasks = {"tasks": job.num_tasks} if job.shards else {}
+        _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
+                   args=list(job.extra_args), **tasks)  # fmt: skip
+    except Exception:  # a job that nobody could find again
+        slurm.cancel([job_id])
         raise
-    return ids
+    return job_id
+
+
+def submit_alone(job: Job) -> tuple[str, str]:
+    """Queue a job that no chain of ours begins with; its id, and what it waits for. Raises as `submit` does."""
+    job_id = submit(job)
+    try:
+        return job_id, "" if job.after else why_it_waits(job_id, job.stage)
+    except RequestError:
+        slurm.cancel([job_id])
+        raise
+
+
+def why_it_waits(job_id: str, stage: str) -> str:
+    """What a job that was just queued waits for and somebody can do about it, in a line; "" where there is nothing.
+
+    Raises RequestError where SLURM has taken a request that it will never start.
+    """
+    try:
+        found = slurm.look_up([job_id]).get(job_id)
+    except slurm.SlurmError:
+        return ""
+    wait = explain(job_id, found) if found else None
+    if wait is None or not (wait.next_step or wait.start):
+        return ""
+    if wait.never:
+        raise RequestError(f"SLURM took the {stage} job, and would never start it, so it was taken back: {wait}")
+    return f"job {job_id} waits: {wait}"
+
+
+def sent_tasks(run: RunDir, job_id: str) -> int:
+    """With how many tasks a sample job was submitted."""
+    return next(
+        (int(e.get("tasks", 1)) for e in read_events(run) if e["event"] == "submitted" and e["job"] == job_id), 1
+    )
 
 
 def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
@@ -77,9 +136,8 @@ def submit_successor(run: RunDir, stage: str, job: str) -> str:
     record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
     if record is None:  # submitted by hand: what SLURM says of this job
         record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
-    words = flags({"export": "ALL", **record["options"]})
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
-    new = by_template.sbatch(["sbatch", "--parsable", *words, str(by_template.template(stage)), *args])
+    new = by_template.submit_again(stage, {"export": "ALL", **record["options"]}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
                    **{k: record[k] for k in ("set", "options", "args")})  # fmt: skip

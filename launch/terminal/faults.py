@@ -4,11 +4,13 @@ their words. Any other keeps its traceback."""
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import threading
+from pathlib import Path
 
-from ddpm.errors import DDPMError, NodeUnfit
-from ddpm.run.files import DamagedFile
+from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
+from ddpm.run.files import DamagedFile, not_ours
 
 LIMITS = {
     "n": (resource.RLIMIT_NOFILE, "open files"),
@@ -40,15 +42,24 @@ def words(error: BaseException, where: object = "") -> str | None:
         return str(error)
     if letter := _limit(error):
         return f"{_in_short(error)}: {_of_limit(letter)}"
-    return _in_short(error) if isinstance(error, OSError) else None
+    if not isinstance(error, OSError):
+        return None
+    return ". ".join(filter(None, [_in_short(error), _whose(error)]))
 
 
 def of_a_job(error: BaseException, where: object) -> Exception | None:
-    """The same as an exception of ours. What the machine lacked, another start may find."""
+    """The same as an exception of ours. What the machine lacked, another start may find; another user's stays his."""
     told = words(error, where)
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
-    return NodeUnfit(told)
+    return DoNotRetry(told) if _whose(error) else NodeUnfit(told)
+
+
+def _whose(error: BaseException) -> str:
+    """Whose the file is that this user may not write, "" where that is not why."""
+    if not isinstance(error, PermissionError) or not error.filename:
+        return ""
+    return not_ours(Path(os.fsdecode(error.filename)))
 
 
 def check_threads(num: int) -> None:

@@ -15,7 +15,7 @@ from ddpm.run.files import DamagedFile, read_json, read_signed, seconds
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
-from ddpm.scoring.record import SCORE_NAMES
+from ddpm.scoring.record import SCORE_NAMES, all_scores
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import faults, goodput
 
@@ -123,15 +123,13 @@ def _check_newest(run: RunDir, saved: int) -> None:
 
 
 def _scores(run: RunDir, damage: Damage) -> dict[str, Any]:
-    """What each eval/SET.json says, where it is whole."""
+    """What each score of the run says, where it holds."""
     scores = {}
-    for path in sorted(p for p in listed(run.eval) if p.suffix == ".json"):
-        record = read_json(path) or {}
-        score = {k: record[k] for k in (*SCORE_NAMES, "num_samples") if isinstance(record.get(k), int | float)}
-        if len(score) == 2:
-            scores[path.stem] = score
+    for score in all_scores(run):
+        if score.damage:
+            damage.tell(f"eval/ holds no score in {score.damage}")
         else:
-            damage.tell(f"eval/{path.name} holds no score")
+            scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
     return scores
 
 

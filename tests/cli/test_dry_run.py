@@ -224,7 +224,7 @@ def test_the_chain_is_a_training_job_an_array_over_the_shards_and_a_score(shell:
         "3",
     )
     train, sample, score = sbatch_options(text, via)
-    assert "array=0-7%3" in sample and not any(o.startswith("array") for o in train | score)
+    assert "array=0-2%3" in sample and not any(o.startswith("array") for o in train | score)
     for later in (sample, score):
         assert later >= {"nodes=1", "ntasks-per-node=1", "gpus-per-node=1", "account=lab", "requeue"}
     assert [next(o for o in job if o.startswith("job-name=")) for job in (train, sample, score)] == [
@@ -265,13 +265,13 @@ def test_dry_run_on_this_machine_shows_the_processes(shell: Shell) -> None:
     text = dry_run(shell, "tiny.yaml", "--cluster", "local", "--tasks-per-node", "2", "--then", "sample,evaluate")
     run = f"{shell.root}/tiny"
     assert "--nproc-per-node=2" in text and f"-m launch.jobs train {run}\n" in text
-    assert f"-m launch.jobs sample {run} ddim4-step400-seed0 --shard 1\n" in text
+    assert f"-m launch.jobs sample {run} ddim4-step400-seed0 --shards 1\n" in text
     assert f"-m launch.jobs evaluate {run} ddim4-step400-seed0\n" in text and "SBATCH" not in text
 
 
 def test_later_stages_show_what_would_run_where_the_run_was_submitted_to(finished: Shell) -> None:
     shown = finished("sample", "tiny", "--set", "more", "--shards", "3", "--dry-run").stdout
-    assert "--shard 1\n… and 1 more shards" in shown and "SBATCH" not in shown
+    assert "--shards 1\n… and 1 more shards" in shown and "SBATCH" not in shown
     script = finished("sample", "tiny", "--set", "more", "--shards", "3", "--cluster", "slurm", "--dry-run").stdout
     assert "#SBATCH --array=0-2%3" in script
     assert "launch.jobs evaluate" in finished("evaluate", "tiny", "--dry-run").stdout
@@ -383,11 +383,10 @@ def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submissio
     sampling = ["--set", "many", "--shards", "3", "--cluster", "slurm", *asked]
     done = again("sample", "tiny", *sampling, "--prepare")
     assert done.returncode == 0 and "3 of 3 shards to make" in done.stdout, done.stderr
-    jobs = typed(again, done.stdout)
-    for (home, *words), array, offset in zip(jobs, ("0-1%16", "0%16"), ("0", "2"), strict=True):
-        assert home == str(PROJECT) and words[-2:] == ["many", offset]
-        wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=1", f"array={array}"}
-        assert {f"--{option}" for option in wanted} <= set(words)
+    ((home, *words),) = typed(again, done.stdout)
+    assert home == str(PROJECT) and words[-5:] == ["many", "--shards", "0-2", "--tasks", "2"]
+    wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=1", "array=0-1%16"}
+    assert {f"--{option}" for option in wanted} <= set(words)
 
 
 def test_a_set_that_is_complete_needs_no_line(again: Shell) -> None:

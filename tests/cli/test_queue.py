@@ -120,10 +120,19 @@ def test_a_score_that_waits_in_the_queue_is_not_queued_a_second_time(again: Shel
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_where_slurm_has_no_arrays_each_shard_is_a_job(again: Shell, slurm: Path, size: int) -> None:
+def test_where_slurm_has_no_arrays_one_job_makes_all_shards(again: Shell, slurm: Path, size: int) -> None:
     again.put("scontrol", f'echo "MaxArraySize = {size}"')
     done = again("sample", "tiny", "--set", "many", "--shards", "3", *SLURM)
     assert done.returncode == 0, done.stderr
-    sent = submissions(slurm)
-    assert [line.split()[-2:] for line in sent] == [["many", "0"], ["many", "1"], ["many", "2"]]
-    assert not any("--array" in line or "%a" in line for line in sent)
+    (sent,) = submissions(slurm)
+    assert sent.split()[-3:] == ["many", "--shards", "0-2"] and "--array" not in sent and "%a" not in sent
+
+
+def test_a_set_whose_job_is_refused_does_not_forbid_the_next_try(again: Shell, slurm: Path) -> None:
+    words = ["tiny", "--set", "later", *SLURM]
+    again.put("sbatch", 'echo "sbatch: error: lua: ask for a type" >&2; echo "sbatch: error: Unspecified" >&2; exit 1')
+    done = again("sample", *words, "--shards", "3")
+    assert done.returncode == 2 and "lua: ask for a type" in done.stderr and "Unspecified" in done.stderr
+    again.put("sbatch", "echo 101")
+    done = again("sample", *words, "--shards", "2")
+    assert done.returncode == 0 and "queued: later as job 101" in done.stdout, done.stderr

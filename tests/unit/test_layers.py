@@ -23,6 +23,9 @@ And tools imports from launch, launch from ddpm, never back."""
 TOPS = ("ddpm", "launch", "tools")
 FOREIGN = ("SLURM", "squeue", "scontrol", "scancel", "sbatch", "DDPM_", "launch/")
 """What ddpm/ has no word of, in comments and messages either: whoever starts it says these."""
+COMMANDS = ("sbatch", "scontrol", "squeue", "scancel", "sinfo", "sacct", "sacctmgr", "srun")
+WHO_COMMANDS = ("launch/cluster/", "launch/queue/by_")
+"""The only places in launch/ where a command of the scheduler's is put together."""
 LINES = {"file": 250, "function": 60}
 """What fits in a head, and on a screen; told, not demanded."""
 
@@ -124,6 +127,18 @@ def foreign(path: Path) -> set[str]:
     return packages | variables | {word for word in FOREIGN if word in text}
 
 
+def commands_elsewhere(root: Path) -> list[str]:
+    """Lists in launch/, but for WHO_COMMANDS, that begin with a command of the scheduler's: `file: command`."""
+    told = []
+    for path in python_files(root, "launch").values():
+        where = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            first = node.elts[0] if isinstance(node, ast.List | ast.Tuple) and node.elts else None
+            if isinstance(first, ast.Constant) and first.value in COMMANDS and not where.startswith(WHO_COMMANDS):
+                told.append(f"{where}: {first.value}")
+    return told
+
+
 def long(path: Path) -> list[str]:
     """The file, and functions of it, that are longer than LINES."""
     text = path.read_text()
@@ -175,6 +190,10 @@ def test_imports_go_down_or_stay_in_their_room() -> None:
 @pytest.mark.parametrize("module", DDPM)
 def test_the_library_knows_no_launcher_no_scheduler_and_no_environment(module: str) -> None:
     assert foreign(DDPM[module]) == set()
+
+
+def test_the_schedulers_commands_are_put_together_in_one_place() -> None:
+    assert commands_elsewhere(PROJECT) == []
 
 
 def test_slurm_and_configs_are_data() -> None:
@@ -249,6 +268,12 @@ def test_an_import_from_above_is_noticed(tmp_path: Path) -> None:
 )
 def test_a_word_of_the_launchers_is_noticed(tmp_path: Path, text: str, word: str) -> None:
     assert foreign(tree(tmp_path, ddpm__x=text) / "ddpm/x.py") == {word}
+
+
+@pytest.mark.parametrize("text", ['["scancel", job]', '["sbatch", *words]', 'run(("srun", "-n1"))'])
+def test_a_command_of_the_schedulers_is_noticed(tmp_path: Path, text: str) -> None:
+    there = tree(tmp_path, launch__queue__chain=text, launch__queue__by_template=text, launch__cluster__slurm=text)
+    assert [line.split(":")[0] for line in commands_elsewhere(there)] == ["launch/queue/chain.py"]
 
 
 def test_the_tree_in_the_readme_is_read_by_its_folders() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import slurm
+from launch.cluster.partitions import partitions
 from launch.cluster.site import Site, settle
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
@@ -155,7 +156,7 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
 def test_hidden_partitions_are_seen(commands: Path) -> None:
     for command, said in (("squeue", "7 7 RUNNING"), ("sinfo", "secret|gpu:2")):
         put(commands / command, f'[ "$1" = -a ] && echo "{said}" || true')
-    assert slurm.queued(["7"]) == {"7": "RUNNING"} and list(slurm.partitions()) == ["secret"]
+    assert slurm.queued(["7"]) == {"7": "RUNNING"} and list(partitions()) == ["secret"]
     put(commands / "squeue", 'echo "$1|afterany:7"')
     assert slurm.dependents("7") == ["-a"]
 
@@ -211,3 +212,79 @@ def test_where_no_partition_is_asked_for_that_of_the_user_or_the_default_says_wh
     put(commands / "srun", "")
     put(commands / "sinfo", f'echo "gpu|gpu:2\ncpu|(null)\nhidden|(null)" | /bin/sed "s/^{default}|/{default}*|/"')
     assert settle(Site(), dry_run=False).gpus_per_node == gpus
+
+
+# ---------------------------------------------------------------- what sbatch says
+
+REFUSED = """\
+sbatch: error: lua: ===== the plugin of this site =====
+sbatch: error: lua: \x1b[31mGPUs are asked for with their type here\x1b[0m
+sbatch: error: lua: for example --gres=gpu:a100:1; see https://docs.site/gpus
+sbatch: error: Batch job submission failed: Unspecified error"""
+
+
+def test_a_refusal_is_all_that_the_command_said_without_its_name_and_control_characters(commands: Path) -> None:
+    (commands / "words").write_text(REFUSED + "\n")
+    put(commands / "sbatch", f"/bin/cat {commands}/words >&2; exit 1")
+    with pytest.raises(slurm.SlurmError) as refused:
+        slurm.submit(["sbatch"])
+    told = str(refused.value).splitlines()
+    assert len(told) == 4 and "--gres=gpu:a100:1; see https://docs.site/gpus" in told[2]
+    assert told[0].startswith("sbatch: error: lua: =====") and "Unspecified error" in told[3]
+    assert "\\x1b[31mGPUs" in told[1] and str(refused.value).count("sbatch: ") == 1
+
+
+def test_of_a_long_refusal_the_beginning_and_the_end_are_told(commands: Path) -> None:
+    put(commands / "sbatch", "/usr/bin/seq 1 500 >&2; exit 1")
+    with pytest.raises(slurm.SlurmError) as refused:
+        slurm.run(["sbatch"])
+    told = [line.strip() for line in str(refused.value).splitlines()]
+    assert len(told) == 20 and told[0] == "sbatch: 1" and told[-1] == "500" and "481 lines more" in told[9]
+
+
+def test_a_plugin_that_speaks_of_connections_has_refused_all_the_same(commands: Path) -> None:
+    put(
+        commands / "sbatch",
+        "echo 'Connection refused by policy: ask for a QOS' >&2; echo 'Unspecified error' >&2; exit 1",
+    )
+    with pytest.raises(slurm.SlurmError) as refused:
+        slurm.run(["sbatch"])
+    assert not isinstance(refused.value, slurm.NoAnswer)
+
+
+@pytest.mark.parametrize("said", [
+    "17", "17;cluster", "*** maintenance on Monday ***\nquota: 80 % of 5 TB\n17", "Submitted batch job 17",
+    "Welcome, 12 jobs\nSubmitted batch job 17 on cluster east\nyour account has 3 hours left", "12\n17;east",
+])  # fmt: skip
+def test_the_jobs_id_is_found_whatever_a_site_says_around_it(commands: Path, said: str) -> None:
+    (commands / "words").write_text(said + "\n")
+    put(commands / "sbatch", f"/bin/cat {commands}/words")
+    assert slurm.submit(["sbatch"]) == "17"
+
+
+@pytest.mark.parametrize("said", ["", "job 17 is queued, for all I know"])
+def test_a_job_whose_id_is_not_told_is_no_refusal_and_is_not_asked_for_again(commands: Path, said: str) -> None:
+    put(commands / "sbatch", f"echo '{said}'; echo x >> {commands}/count")
+    with pytest.raises(slurm.NoJobId, match=said or "nothing"):
+        slurm.patiently(lambda: slurm.submit(["sbatch"]))
+    assert (commands / "count").read_text() == "x\n"
+
+
+LIMIT = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+
+
+@pytest.mark.parametrize("words", ["", f"Batch job submission failed: {LIMIT}"])
+def test_an_answer_that_is_final_is_raised_at_once(commands: Path, words: str) -> None:
+    if words:
+        put(commands / "sbatch", f'echo "{words}" >&2; exit 1')
+    began = time.monotonic()
+    with pytest.raises(slurm.SlurmError, match="violates accounting" if words else "not found on this machine"):
+        slurm.patiently(lambda: slurm.run(["sbatch"]))
+    assert time.monotonic() - began < slurm.RETRY_S
+
+
+def test_an_sbatch_that_waits_by_itself_is_quoted(commands: Path) -> None:
+    waiting = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
+    put(commands / "sbatch", f"echo '{waiting}' >&2; exec /bin/sleep 60")
+    with pytest.raises(slurm.NoAnswer, match=r"no answer in 1 s\n.*temporarily unable to accept job"):
+        slurm.run(["sbatch"], timeout_s=1)

@@ -138,6 +138,16 @@ def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monke
     devices.check(env, cpu, tmp_path)  # none was asked for
 
 
+def test_bf16_on_a_cpu_without_it_is_refused_in_words_and_elsewhere_computed() -> None:
+    env, cpu, gpu = environment.current(), torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(NodeUnfit, match=r"bf16, which the CPU of .* has not.*sample.precision=fp32"):
+        devices.check_precision(env, cpu, "bf16", has_bf16=False)
+    devices.check_precision(env, cpu, "bf16", has_bf16=True)
+    devices.check_precision(env, gpu, "bf16", has_bf16=False)
+    for precision in ("fp32", "off", "fp16"):
+        devices.check_precision(env, cpu, precision, has_bf16=False)
+
+
 # ---------------------------------------------------------------- exit codes
 
 
@@ -180,6 +190,10 @@ def test_a_task_says_which_shard_it_makes_before_it_can_fail(run: RunDir) -> Non
     assert job(run, "sample", "fid", "--offset", "1000", **array).returncode == 78  # nothing is trained
     assert (run.logs / ".shard-17_3").read_text() == "1003"
     assert run.exit_marker("17_3", 0).read_text() == "78 crash"
+    assert job(run, "sample", "fid", "--shards", "0-5,9-12", "--tasks", "4", **array).returncode == 78
+    assert (run.logs / ".shard-17_3").read_text() == "3,10"
+    assert job(run, "sample", "fid", "--shard", "4", **array).returncode == 78  # as queued by older code
+    assert (run.logs / ".shard-17_3").read_text() == "4"
 
 
 def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(run: RunDir, tmp_path: Path) -> None:

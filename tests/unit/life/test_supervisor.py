@@ -258,7 +258,7 @@ def takes_shard(run: RunDir, job: str, shard: int, monkeypatch: pytest.MonkeyPat
     """What a task does first in each of its lives."""
     for name, value in (("SLURM_ARRAY_JOB_ID", ""), ("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", "0")):
         monkeypatch.setenv(name, value)
-    Life(run, StopFlag(), environment.current()).works_on(shard)
+    Life(run, StopFlag(), environment.current()).works_on([shard])
 
 
 def test_a_request_that_cannot_be_read_now_is_no_lack_of_progress(
@@ -288,6 +288,29 @@ def test_finished_batches_are_the_progress_of_a_shard_until_it_is_done(
         shell_ends(1, stage="sample", set_name="fid")
     assert len(cluster.requeued) == 6 and last(run)["progress"] == 6
     assert shell_ends(0, stage="sample", set_name="fid") == 0 and list(run.logs.iterdir()) == []
+
+
+def test_a_task_of_several_shards_advances_with_each_of_their_batches_and_with_each_that_is_done(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, steps = begun_set(run), []
+
+    def look() -> None:
+        steps.append(progress(run, "17", "sample", "fid"))
+
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    Life(run, StopFlag(), environment.current()).works_on([0, 1])
+    look()
+    for first in (0, 2, 18):
+        (where.part / f"{first:09d}-2.npz").touch()
+        look()
+    for path in where.part.iterdir():  # shard 0 is published, and its parts go
+        path.unlink()
+    where.shard_manifest(0, 2).touch()
+    look()
+    (where.part / f"{20:09d}-2.npz").touch()
+    look()
+    assert steps == sorted(set(steps)) and steps[0] == 0
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -323,7 +346,7 @@ def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
 
     def show(job: str) -> slurm.Shown | None:
         if next(silences, False):
-            raise slurm.SlurmError("scontrol: Unable to contact slurm controller")
+            raise slurm.NoAnswer("scontrol: Unable to contact slurm controller")
         return answers(job)
 
     monkeypatch.setattr(slurm, "show", show)
@@ -340,7 +363,7 @@ def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_awa
     def unheard(*order: Any) -> str:
         tried.append(order[-1])
         cluster.state = "COMPLETING"
-        raise slurm.SlurmError("Unable to contact slurm controller")
+        raise slurm.NoAnswer("Unable to contact slurm controller")
 
     cluster.may_requeue = may_requeue
     monkeypatch.setattr(slurm, "requeue", unheard)

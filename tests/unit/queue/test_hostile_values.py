@@ -110,7 +110,7 @@ def sbatch_lines(script: str) -> dict[str, str]:
 
 def check_scripts(there: Place, job: Job) -> None:
     """Of both ways: the lines that there should be, the words that there should be, and nothing else done."""
-    options = {k: "" if v is True else v for k, v in job.options(array=len(job.shards) > 1).items()}
+    options = {k: "" if v is True else v for k, v in job.options().items()}
     script = by_submitit.script_text(job)
     usual = by_submitit.script_text(Job(job.stage, RunDir(Path("/runs/tiny")), sites.Site(), job.set_name, job.shards))
     more = len(options) - len(Job(job.stage, job.run, sites.Site()).options())
@@ -120,15 +120,14 @@ def check_scripts(there: Place, job: Job) -> None:
     srun, python = there.told(script)
     assert srun[-3:] == ["-m", "submitit.core._submit", str(job.run.logs / "submitit")]
     assert python == ["-m", "launch.life.supervisor", str(job.run.path), job.stage, "0", job.set_name]
-    for command in by_template.commands(job):
-        flags = [word for word in command if word.startswith("--") and word not in ("--parsable",)]
-        assert [f for f in flags if not f.startswith("--array=")] == [
-            f"--{k}" + ("" if v is True else f"={v}") for k, v in job.options(array=bool(job.shards)).items()
-        ]
-        assert shlex.split(shlex.join(command)) == command
-        of_template = command[2 + len(flags) :]
-        assert of_template[:2] == [str(by_template.template(job.stage)), str(job.run.path)]
-        assert len(of_template) == 2 + 2 * bool(job.set_name)
+    command = by_template.command(job)
+    flags = [word for word in command if word.startswith("--")]
+    listed_there = [f for f in flags if f not in ("--parsable", "--shards", "--tasks") and "--array=" not in f]
+    assert listed_there == [f"--{k}" + ("" if v is True else f"={v}") for k, v in job.options().items()]
+    assert shlex.split(shlex.join(command)) == command
+    of_template = command[command.index(str(by_template.template(job.stage))) + 1 :]
+    shards = ["--shards", "0,2-3", "--tasks", "3"] if job.shards else []
+    assert of_template == [str(job.run.path), *([job.set_name] if job.set_name else []), *shards]
 
 
 @few

@@ -12,14 +12,13 @@ from submitit.core.utils import DelayedSubmission
 
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
-from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
-from launch.queue import chain, submitting
-from launch.queue.job import Job
+from launch.queue import by_template, chain, submitting
+from launch.queue.job import Job, numbers, share
 from tests.cli.harness import TINY
 
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
@@ -32,15 +31,25 @@ class Cluster:
         self.commands: list[list[str]] = []
         self.accepts = 1000
         self.otherwise: Exception = slurm.SlurmError("sbatch: error: Invalid account")
+        self.array_size = 1001
+        self.room = 10_000  # for jobs, of which each task of an array is one
+        self.queue: list[str] = []
+        self._took: dict[str, int] = {}
 
     def run(self, argv: list[str], **_: Any) -> str:
         self.commands.append(argv)
         if argv[0] == "sbatch":
             number = len(self.of("sbatch"))
-            if number > self.accepts:
+            tasks = next((int(word.split("-")[3].split("%")[0]) + 1 for word in argv if word.startswith("--array=")), 1)
+            if number > self.accepts or tasks > self.room:
                 raise self.otherwise
+            self.room -= tasks
+            self._took[str(100 + number)] = tasks
             return f"{100 + number}\n" if "--parsable" in argv else f"Submitted batch job {100 + number}\n"
-        return {"sinfo": "gpu|gpu:2\n", "scontrol": "MaxArraySize = 2\n"}.get(argv[0], "")
+        if argv[0] == "scancel":
+            self.room += sum(self._took.pop(job) for job in argv[1:])
+        there = {"sinfo": "gpu|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
+        return {**there, "squeue": "\n".join(self.queue)}.get(argv[0], "")
 
     def of(self, command: str) -> list[list[str]]:
         return [c for c in self.commands if c[0] == command]
@@ -70,7 +79,7 @@ def options_of(command: list[str]) -> set[str]:
 def test_everything_that_is_asked_for_is_a_flag(run: RunDir, cluster: Cluster, via: str) -> None:
     """SBATCH_* variables, which a user may have exported, go before the lines of a script, and flags before them."""
     job = Job("train", run, Site(via=via, account="lab", time=60, sbatch={"exclusive": True, "nice": 5}))
-    assert submitting.submit(job) == ["101"]
+    assert submitting.submit(job) == "101"
     (command,) = cluster.of("sbatch")
     assert options_of(command) == {
         "--job-name=tiny-train", "--account=lab", "--time=60", "--nodes=1", "--ntasks-per-node=1", "--requeue",
@@ -82,11 +91,10 @@ def test_everything_that_is_asked_for_is_a_flag(run: RunDir, cluster: Cluster, v
 @VIA
 def test_an_array_and_its_logs_are_named_by_flags_too(run: RunDir, cluster: Cluster, via: str) -> None:
     both = [Job("sample", run, Site(via=via, max_parallel=8), "set", shards) for shards in ((0, 1), (2,))]
-    assert [submitting.submit(job) for job in both] == [["101"], ["102"]]
+    assert [submitting.submit(job) for job in both] == ["101", "102"]
     array, single = map(options_of, cluster.of("sbatch"))
     assert f"--output={run.logs}/sample-%A_%a.out" in array and any(o.startswith("--array=0-1%") for o in array)
-    if via == "submitit":  # which makes no array of one
-        assert f"--output={run.logs}/sample-%j.out" in single and not any(o.startswith("--array") for o in single)
+    assert f"--output={run.logs}/sample-%j.out" in single and not any(o.startswith("--array") for o in single)
 
 
 def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(run: RunDir, cluster: Cluster) -> None:
@@ -118,13 +126,15 @@ PROBE = "def main(argv):\n    print('told', *argv)\n"
 
 
 @pytest.mark.parametrize(("shards", "job", "told"), [
-    ((), "101", "train RUN"), ((2,), "101", "sample RUN set --shard 2"), ((4, 5), "101_1", "sample RUN set --shard 5"),
+    ((), "101", "train RUN"), ((2,), "101", "sample RUN set --shards 2"),
+    ((4, 5), "101_1", "sample RUN set --shards 5"),
+    ((3, 4, 6, 9, 11), "101_0", "sample RUN set --shards 3,6,11"),
 ])  # fmt: skip
 def test_submitits_runner_finds_in_a_pickle_the_entry_and_what_it_is_told_and_nothing_else_of_ours(
     run: RunDir, cluster: Cluster, shards: tuple[int, ...], job: str, told: str
 ) -> None:
     stage, set_name = ("sample", "set") if shards else ("train", "")
-    submitting.submit(Job(stage, run, Site(), set_name, shards))
+    submitting.submit(Job(stage, run, Site(tasks=2), set_name, shards))
     done = run_by_submitit(run, job, PROBE)
     assert done.returncode == 0, done.stderr
     assert f"told {told.replace('RUN', str(run.path))}\n" in done.stdout
@@ -177,24 +187,6 @@ def test_a_refusal_is_the_requests_fault_and_silence_is_not(run: RunDir, cluster
 
 
 @VIA
-def test_an_array_whose_second_part_is_refused_is_taken_back(run: RunDir, cluster: Cluster, via: str) -> None:
-    cluster.accepts = 1
-    with pytest.raises(RequestError):
-        submitting.submit(Job("sample", run, Site(via=via), "set", (0, 1, 2, 3)))
-    assert cluster.of("scancel") == [["scancel", "101"]]
-
-
-@VIA
-def test_of_an_array_whose_second_part_had_no_answer_the_first_is_known(
-    run: RunDir, cluster: Cluster, via: str
-) -> None:
-    cluster.accepts, cluster.otherwise = 1, SILENCE
-    with pytest.raises(slurm.NoAnswer):
-        submitting.submit(Job("sample", run, Site(via=via), "set", (0, 1, 2, 3)))
-    assert cluster.of("scancel") == [] and [e["job"] for e in read_events(run)] == ["101"]
-
-
-@VIA
 def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: Cluster, via: str) -> None:
     run.events.rmdir()
     run.events.touch()
@@ -204,14 +196,126 @@ def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: 
 
 
 @VIA
-@pytest.mark.parametrize("error", [RequestError("no"), OSError("no"), ValueError("no"), slurm.SlurmError("no")])
-def test_a_chain_that_fails_half_way_is_taken_back_whatever_the_reason(
+@pytest.mark.parametrize("error", [OSError("no"), ValueError("no")])
+def test_a_chain_in_which_something_breaks_half_way_is_taken_back(
     run: RunDir, cluster: Cluster, via: str, error: Exception
 ) -> None:
     cluster.accepts, cluster.otherwise = 1, error
-    with pytest.raises(RequestError if isinstance(error, slurm.SlurmError) else type(error), match="no"):
+    with pytest.raises(type(error), match="no"):
         chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
     assert cluster.of("scancel") == [["scancel", "101"]]
+
+
+@VIA
+def test_a_later_stage_that_is_refused_takes_nothing_back_and_is_told_with_what_adds_it(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    cluster.accepts = 1
+    site = Site(via=via)
+    jobs = [Job("train", run, site), Job("sample", run, site, "set", (0,)), Job("evaluate", run, site, "set")]
+    ids, told = chain.queue(jobs, Config())
+    assert ids == ["101"] and cluster.of("scancel") == []
+    assert (
+        "not queued: sample and evaluate" in told[-1] and "Invalid account" in told[-1] and "same command" in told[-1]
+    )
+    cluster.accepts = 9
+    cluster.queue = ["101 101 RUNNING"]
+    ids, told = chain.queue(jobs, Config())
+    assert len(ids) == 3 and told[0] == "in the queue already: train as job 101" and cluster.of("scancel") == []
+
+
+@VIA
+def test_a_first_stage_that_is_refused_is_an_error(run: RunDir, cluster: Cluster, via: str) -> None:
+    cluster.accepts = 0
+    with pytest.raises(RequestError, match="Invalid account"):
+        chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
+
+
+@VIA
+def test_what_slurm_has_taken_and_will_never_start_is_taken_back_and_refused_in_its_words(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    cluster.queue = ["101 101 PENDING N/A PartitionNodeLimit", "102 102 PENDING N/A Dependency"]
+    jobs = [Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")]
+    with pytest.raises(RequestError, match=r"never start it.*PartitionNodeLimit.*--nodes"):
+        chain.queue(jobs, Config())
+    assert cluster.of("scancel") == [["scancel", "101", "102"]]
+    cluster.queue = ["103 103 PENDING N/A PartitionTimeLimit"]
+    with pytest.raises(RequestError, match="PartitionTimeLimit"):
+        submitting.submit_alone(jobs[1])
+    assert cluster.of("scancel")[1:] == [["scancel", "103"]]
+
+
+def test_what_a_queued_job_waits_for_is_told_once_where_there_is_something_to_do_or_a_time(
+    run: RunDir, cluster: Cluster
+) -> None:
+    job = Job("train", run, Site())
+    told = []
+    for number, why in enumerate(
+        ("2026-11-27T08:00:00 Priority", "N/A PartitionDown", "N/A Priority", "N/A None"), 101
+    ):
+        cluster.queue = [f"{number} {number} PENDING {why}"]
+        told.append(chain.queue([job], Config())[1])
+    assert "SLURM expects it to start at 2026-11-2" in told[0][1] and "another --partition" in told[1][1]
+    assert [len(lines) for lines in told] == [2, 2, 1, 1]
+
+
+# ---------------------------------------------------------------- tasks
+
+TOO_MANY = slurm.SlurmError(
+    "sbatch: error: QOSMaxSubmitJobPerUserLimit\n  error: Batch job submission failed: Job violates accounting/QOS "
+    "policy (job submit limit, user's size and/or time limits)"
+)
+
+
+def shards_of(command: list[str]) -> list[list[int]]:
+    """What each task of a template's sbatch makes, by the words that the template passes on."""
+    args = jobs.parse(["sample", *command[command.index(str(by_template.template("sample"))) + 1 :]])
+    return [share(args.shards, task, args.tasks) for task in range(args.tasks)]
+
+
+@VIA
+@pytest.mark.parametrize(("asked", "size", "tasks"), [
+    ({}, 1001, 4), ({"tasks": 3}, 1001, 3), ({"tasks": 7}, 1001, 7), ({"tasks": 50}, 1001, 7), ({}, 2, 2), ({}, 0, 1),
+    ({"tasks": 5}, 1, 1),
+])  # fmt: skip
+def test_the_tasks_of_one_array_make_each_shard_once(
+    run: RunDir, cluster: Cluster, via: str, asked: dict[str, Any], size: int, tasks: int
+) -> None:
+    shards = (0, 1, 2, 5, 6, 8, 1200)
+    cluster.array_size = size
+    submitting.submit(Job("sample", run, Site(via=via, max_parallel=4, **asked), "set", shards))
+    (command,) = cluster.of("sbatch")
+    if via == "sbatch":
+        made = shards_of(command)
+    else:
+        made = [numbers(pickle.loads(p.read_bytes()).args[0][-1]) for p in (run.logs / "submitit").glob("*.pkl")]  # noqa: S301
+    assert len(made) == tasks and sorted(n for task in made for n in task) == sorted(shards)
+    array = [o for o in command if o.startswith("--array")]
+    assert array == ([] if tasks == 1 else [f"--array=0-{tasks - 1}%{min(4, tasks) if via == 'submitit' else 4}"])
+
+
+@VIA
+def test_where_a_user_may_not_have_so_many_jobs_fewer_tasks_make_the_shards_and_the_score_has_room_too(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    cluster.room, cluster.otherwise = 9, TOO_MANY
+    site = Site(via=via)
+    sampled = Job("sample", run, site, "set", tuple(range(64)))
+    ids, told = chain.queue([Job("train", run, site), sampled, Job("evaluate", run, site, "set")], Config())
+    assert len(ids) == 3 and "64 shards in 4 tasks" in told[1] and told[2].startswith("queued: evaluate")
+    assert cluster.room == 9 - 1 - 4 - 1
+
+
+@VIA
+def test_a_number_of_tasks_that_was_asked_for_is_not_taken_back_for_the_score(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    cluster.room, cluster.otherwise = 9, TOO_MANY
+    site = Site(via=via, tasks=8)
+    sampled = Job("sample", run, site, "set", tuple(range(64)))
+    ids, told = chain.queue([Job("train", run, site), sampled, Job("evaluate", run, site, "set")], Config())
+    assert len(ids) == 2 and "not queued: evaluate" in told[-1] and cluster.of("scancel") == []
 
 
 def test_a_chain_that_is_queued_stays_though_nobody_reads_of_it(

@@ -1,0 +1,215 @@
+"""launch/cluster/site.py and partitions.py: what a site's words for GPUs, memory and limits become in a job."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.errors import RequestError
+from ddpm.run.paths import RunDir
+from launch.cluster import site as sites
+from launch.cluster import slurm
+from launch.cluster.partitions import gpus_of, partitions
+from launch.cluster.site import Site
+from launch.queue.job import Job
+
+SINFO = """\
+gpu*|gpu:a100:4(S:0-1)|1-00:00:00
+old|gpu:tesla:v100:4|infinite
+mixed|gpu:a100:no_consume:4(S:0-1)|infinite
+mixed|gpu:h100:8,lscratch:1000|infinite
+plain|gpu:2|30:00
+bare|gpu|infinite
+cpu|(null)|2-00:00:00
+memory|gpumem:80G,shard:gpu:8|infinite
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: SINFO)
+    monkeypatch.setattr(slurm, "available", lambda command="sbatch": True)
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+
+
+def resolved(tmp_path: Path, *words: str, profile: str = "", stage: str = "train", **base: Any) -> Site:
+    parser = argparse.ArgumentParser()
+    sites.add_options(parser)
+    if profile:
+        (tmp_path / "site.yaml").write_text(profile)
+        words = (*words, "--profile", str(tmp_path / "site.yaml"))
+    return sites.resolve(parser.parse_args(list(words)), base, stage)
+
+
+def options(site: Site, stage: str) -> dict[str, Any]:
+    shards = (0, 1) if stage == "sample" else ()
+    return dict(Job(stage, RunDir(Path("/runs/tiny")), site, "" if stage == "train" else "set", shards).options())
+
+
+def gpus(site: Site, stage: str) -> dict[str, Any]:
+    return {k: v for k, v in options(site, stage).items() if "gpu" in k or "gres" in k}
+
+
+@pytest.mark.parametrize(("gres", "found"), [
+    ("gpu", [("", 1)]), ("gpu:4", [("", 4)]), ("gpu:a100:4(S:0-1)", [("a100", 4)]), ("gpu:a100", [("a100", 1)]),
+    ("gpu:tesla:v100:4", [("tesla:v100", 4)]), ("gpu:a100:no_consume:4(S:0,1)", [("a100", 4)]),
+    ("(null)", []), ("", []), ("lscratch:100,gpu:h100:8(IDX:0-7)", [("h100", 8)]), ("gpumem:80G,shard:gpu:8", []),
+    ("gres/gpu=2", [("", 2)]),
+])  # fmt: skip
+def test_gpus_are_found_in_what_nodes_show_and_jobs_ask_for(gres: str, found: list[tuple[str, int]]) -> None:
+    assert gpus_of(gres) == found
+
+
+def test_a_partition_is_known_by_the_most_that_its_nodes_have(cluster: None) -> None:
+    there = partitions()
+    assert {name: p.gpus_per_node for name, p in there.items()} == {
+        "gpu": 4, "old": 4, "mixed": 8, "plain": 2, "bare": 1, "cpu": 0, "memory": 0
+    }  # fmt: skip
+    assert [name for name, p in there.items() if p.is_default] == ["gpu"]
+    assert there["mixed"].gpu_types == {"a100", "h100"} and there["gpu"].time_limit == "1-00:00:00"
+
+
+@pytest.mark.parametrize(("words", "train", "one"), [
+    (["--gpus-per-node", "4"], {"gpus-per-node": "4"}, {"gpus-per-node": "1"}),
+    (["--gpus-per-node", "a100:4"], {"gpus-per-node": "a100:4"}, {"gpus-per-node": "a100:1"}),
+    (["--gpus-per-node", "0"], {}, {}),
+    (["--sbatch", "gres=gpu:a100:4"], {"gres": "gpu:a100:4"}, {"gres": "gpu:a100:1"}),
+    (["--sbatch", "gres=gpu:4,lscratch:50"], {"gres": "gpu:4,lscratch:50"}, {"gres": "gpu:1,lscratch:50"}),
+    (["--sbatch", "gres=lscratch:50", "--gpus-per-node", "2"], {"gpus-per-node": "2", "gres": "lscratch:50"},
+     {"gpus-per-node": "1", "gres": "lscratch:50"}),
+    (["--sbatch", "gpus=a100:8", "--gpus-per-node", "4", "--nodes", "2"], {"gpus": "a100:8"}, {"gpus": "a100:1"}),
+    (["--sbatch", "gpus-per-task=a100:1", "--gpus-per-node", "4"], {"gpus-per-task": "a100:1"},
+     {"gpus-per-task": "a100:1"}),
+])  # fmt: skip
+def test_training_asks_for_its_gpus_once_and_the_other_stages_for_one(
+    tmp_path: Path, words: list[str], train: dict[str, str], one: dict[str, str]
+) -> None:
+    site = resolved(tmp_path, *words)
+    assert gpus(site, "train") == train and gpus(site, "sample") == gpus(site, "evaluate") == one
+    assert options(site, "train")["ntasks-per-node"] == str(site.num_gpus or 1)
+    assert {options(site, stage)["ntasks-per-node"] for stage in ("sample", "evaluate")} == {"1"}
+
+
+@pytest.mark.parametrize(("request_", "train", "one"), [
+    ("gres", {"gres": "gpu:a100:2"}, {"gres": "gpu:a100:1"}),
+    ("gpus-per-task", {"gpus-per-task": "a100:1"}, {"gpus-per-task": "a100:1"}),
+    ("none", {}, {}),
+    ("gpus-per-node", {"gpus-per-node": "a100:2"}, {"gpus-per-node": "a100:1"}),
+])  # fmt: skip
+def test_a_profile_says_by_which_option_its_site_wants_gpus_asked_for(
+    tmp_path: Path, request_: str, train: dict[str, str], one: dict[str, str]
+) -> None:
+    site = resolved(tmp_path, profile=f"gpus_per_node: a100:2\ngpu_request: {request_}")
+    assert gpus(site, "train") == train and gpus(site, "sample") == one and site.world_size == 2
+
+
+@pytest.mark.parametrize(("partition", "asked"), [
+    (None, "a100:1"), ("gpu", "a100:1"), ("old", "1"), ("mixed", "1"), ("plain", "1"), ("bare", "1"), ("cpu", None),
+    ("memory", None), ("gpu,mixed", "1"),
+])  # fmt: skip
+def test_what_is_asked_for_by_itself_is_what_the_partition_shows(
+    cluster: None, partition: str | None, asked: str | None
+) -> None:
+    site = sites.settle(Site(partition=partition), dry_run=False)
+    assert options(site, "train").get("gpus-per-node") == asked
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["--gpus-per-node", "four"], ["gpus_per_node", "'four'", "a100:4"]),
+    (["--gpus-per-node", "a100:0"], ["gpus_per_node", "a100:4"]),
+    (["--gpus-per-node", "-1"], ["gpus_per_node", "'-1'"]),
+    (["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"], ["--gpus-per-node 2", "gres=gpu:4", "differ"]),
+    (["--gpus-per-node", "a100:2", "--tasks-per-node", "3"], ["--tasks-per-node 3", "a100:2"]),
+    (["--tasks", "none"], ["tasks", "'none'", "auto"]), (["--tasks", "0"], ["tasks", "'0'"]),
+])  # fmt: skip
+def test_a_request_that_cannot_be_meant_names_itself_and_what_is_allowed(
+    tmp_path: Path, words: list[str], named: list[str]
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        resolved(tmp_path, *words)
+    assert [word for word in named if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(("mem", "ranks", "share"), [
+    ("32G", 4, "8G"), ("32G", 3, "10923M"), ("500M", 2, "250M"), ("1T", 3, "349526M"),
+    ("1001", 2, "501"), ("0", 4, None), ("32G", 1, "32G"), (None, 4, None),
+])  # fmt: skip
+def test_a_stage_of_one_rank_asks_for_its_share_of_a_nodes_memory(
+    mem: str | None, ranks: int, share: str | None
+) -> None:
+    site = Site(mem=mem, tasks_per_node=ranks, cpus_per_task=6)
+    assert options(site, "train").get("mem") == mem
+    for stage in ("sample", "evaluate"):
+        assert options(site, stage).get("mem") == share and options(site, stage)["cpus-per-task"] == "6"
+
+
+PROFILE = """
+partition: gpu
+time: 1d
+gpus_per_node: a100:4
+mem: 400G
+sbatch: {nice: 5, exclusive: true}
+sample: {partition: cheap, time: 2h, sbatch: {exclusive: null, qos: low}}
+evaluate: {partition: cpu, gpus_per_node: 0, mem: 64G, cpus_per_task: 16}
+"""
+
+
+def test_a_profiles_sections_say_what_differs_for_a_stage(tmp_path: Path) -> None:
+    site = resolved(tmp_path, profile=PROFILE)
+    train, sample, score = (options(site, stage) for stage in ("train", "sample", "evaluate"))
+    assert (train["partition"], train["time"], train["nice"], train["exclusive"]) == ("gpu", "1440", "5", True)
+    assert (sample["partition"], sample["time"], sample["nice"], sample["qos"]) == ("cheap", "120", "5", "low")
+    assert sample["gpus-per-node"] == "a100:1" and sample["mem"] == "100G" and "exclusive" not in sample
+    assert (score["partition"], score["mem"], score["cpus-per-task"]) == ("cpu", "64G", "16")
+    assert "gpus-per-node" not in score and score["exclusive"] is True and score["nodes"] == "1"
+
+
+def test_what_is_typed_for_a_stage_goes_before_its_section_and_what_is_typed_for_training_does_not(
+    tmp_path: Path,
+) -> None:
+    typed = ["--partition", "urgent", "--mem", "8G"]
+    site = resolved(tmp_path, *typed, profile=PROFILE, stage="sample")
+    sample = options(site, "sample")
+    assert (sample["partition"], sample["time"], sample["mem"]) == (
+        "urgent",
+        "120",
+        "8G",
+    )  # its own, and no share of it
+    site = resolved(tmp_path, *typed, profile=PROFILE)
+    assert options(site, "train")["partition"] == "urgent" and options(site, "sample")["partition"] == "cheap"
+
+
+def test_a_section_with_a_key_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"sample\.partitoin"):
+        resolved(tmp_path, profile="sample: {partitoin: x}")
+
+
+def test_what_a_run_was_submitted_with_is_kept_for_later_stages_as_it_was(tmp_path: Path) -> None:
+    site = resolved(tmp_path, profile=PROFILE)
+    kept = site.model_dump(mode="json", exclude_defaults=True)
+    assert Site.model_validate(kept, strict=False) == site
+    assert resolved(tmp_path, stage="sample", **Site.model_validate(kept, strict=False).model_dump()) == site
+
+
+@pytest.mark.parametrize(("partition", "time", "refused"), [
+    ("gpu", 1441, True), ("gpu", 1440, False), ("plain", 31, True), ("plain", 30, False), ("mixed", 99999, False),
+    ("gpu,cpu", 2880, False), ("gpu,cpu", 2881, True), (None, 1441, True),
+])  # fmt: skip
+def test_a_time_limit_that_no_partition_allows_is_refused_before_anything_is_queued(
+    cluster: None, partition: str | None, time: int, refused: bool
+) -> None:
+    site = Site(partition=partition, time=time)
+    if not refused:
+        sites.settle(site, dry_run=False)
+        return
+    with pytest.raises(RequestError, match="wait for ever") as error:
+        sites.settle(site, dry_run=False)
+    assert "allows" in str(error.value) and "ask for less" in str(error.value)
+
+
+def test_a_stages_own_partition_is_checked_and_decides_whether_it_has_a_gpu(cluster: None, tmp_path: Path) -> None:
+    site = sites.settle(resolved(tmp_path, profile="partition: gpu\nevaluate: {partition: cpu}"), dry_run=False)
+    assert gpus(site, "evaluate") == {} and gpus(site, "sample") == {"gpus-per-node": "a100:1"}
+    with pytest.raises(RequestError, match="--partition cpx"):
+        sites.settle(resolved(tmp_path, profile="evaluate: {partition: cpx}"), dry_run=False)
