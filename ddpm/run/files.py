@@ -155,9 +155,16 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None) -> BinaryIO:
         raise
 
 
+def _can_look(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder on the way is closed to this user
+        return False
+
+
 def not_ours(path: Path) -> str:
     """Why this user may not write `path` or make files in it, where it is somebody else's; "" where it is not."""
-    while not path.exists() and path != path.parent:
+    while not _can_look(path) and path != path.parent:
         path = path.parent
     there, me = path.stat(), os.geteuid()
     if there.st_uid == me or me == 0:
