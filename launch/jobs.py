@@ -17,7 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, RunGone, Stopped
 from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -96,7 +96,12 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except BaseException as e:
-        known = faults.of_a_job(e, life.run.path)
+        gone = isinstance(e, OSError) and not life.run.path.is_dir()
+        known = (
+            RunGone(f"{life.run.path} was moved, renamed or deleted under this job")
+            if gone
+            else faults.of_a_job(e, life.run.path)
+        )
         if known is not None:
             code = told(life, args.stage, known)
         else:

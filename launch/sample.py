@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
-from ddpm.config.sample import WITH_ETA
+from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
@@ -81,7 +81,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     there: the request of the set that is named, if it exists: what is not asked for is as it was.
     """
     asked: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    if "sampler" in asked and asked["sampler"] not in WITH_ETA:
+    if "sampler" in asked and not kind_of(asked["sampler"]).has_eta:
         asked.setdefault("eta", 0.0)  # the config's is for its own
     if args.no_clip:
         asked["clip_x_0"] = False
@@ -155,9 +155,9 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
-    from ddpm.sampling.shards import missing_shards, unpack_png
+    from ddpm.sampling.shards import shards_to_make, unpack_png
 
-    missing = missing_shards(sample_set, request)
+    missing = shards_to_make(sample_set, request)
     if missing:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:

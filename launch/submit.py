@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
 from ddpm.config import reading
+from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
@@ -92,6 +93,9 @@ def with_absolute_paths(config: Config) -> Config:
     if evaluate.reference not in ("train", "test"):
         reference = environment.user_path(evaluate.reference, "evaluate.reference")
         evaluate = evaluate.model_copy(update={"reference": str(reference)})
+    if (path := evaluate.extractor.removeprefix(FILE)) != evaluate.extractor:
+        whole = environment.user_path(path, "evaluate.extractor")
+        evaluate = evaluate.model_copy(update={"extractor": f"{FILE}{whole}"})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 

@@ -19,7 +19,7 @@ from ddpm.scoring.record import key_of
 from ddpm.scoring.record import told as told_of
 from launch.life import devices
 from launch.life.life import Life
-from launch.queue import borrowing, chain
+from launch.queue import chain
 from launch.queue.sets import ensure_request
 
 
@@ -49,8 +49,11 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 run,
                 set_name,
                 reference=open_reference(config, against, cache, life.stop),
-                extractor=build_extractor(extractor or config.evaluate.extractor, device),
-                cache_dir=borrowing.where_to_keep(run, cache) / "reference",
+                extractor=build_extractor(
+                    extractor or config.evaluate.extractor, device, image_size=config.data.image_size
+                ),
+                cache_dir=cache / "reference",
+                image_size=config.data.image_size,
                 num_classes=config.model.num_classes,
                 command=command,
                 stop_requested=life.stop,

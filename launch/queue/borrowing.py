@@ -30,12 +30,6 @@ def _is_open(path: Path) -> bool:
     return not path.is_dir() or os.access(path, os.W_OK | os.X_OK)
 
 
-def where_to_keep(run: RunDir, cache: Path) -> Path:
-    """`cache`, or where that takes nothing from this user, the cache of the run's own root."""
-    made = next(path for path in (cache / "reference", *(cache / "reference").parents) if path.is_dir())
-    return cache if _is_open(made) else run.path.parent / ".cache" / "data"
-
-
 def reads(run: RunDir) -> str | None:
     """Whose checkpoints the run has, where they are another's. Raises DamagedFile."""
     return read_run(run).get("reads")
