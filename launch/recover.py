@@ -32,7 +32,7 @@ What another copy of the run still has comes back with rsync -a --checksum THERE
 holds, 1 where something does not.
 """
 OF_TRAINING = ("checkpoints", "events", "tb", "grids", "samples", "eval", "heartbeat.json")
-"""What a new beginning must not find; metrics*.jsonl too. The config, where it came from and the logs stay."""
+"""What a new beginning must not find; metrics* too. The config, where it came from and the logs stay."""
 
 
 def parse() -> argparse.Namespace:
@@ -113,7 +113,7 @@ def start_over(run: RunDir) -> int:
     """Killed in between, what is left still tells that the run was saved, and the same command goes on."""
     aside = run.path / f"set-aside-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     with held(run):
-        moved = [p for p in [*(run.path / name for name in OF_TRAINING), *sorted(run.path.glob("metrics*.jsonl"))]
+        moved = [p for p in [*(run.path / name for name in OF_TRAINING), *sorted(run.path.glob("metrics*"))]
                  if p.is_file() or (p.is_dir() and any(p.iterdir()))]  # fmt: skip
         if not moved:
             print("nothing of it was trained: submit it again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ddpm.config.section import Ints, Section
 
@@ -52,8 +52,22 @@ class Sample(Section):
         return self
 
 
+EXTRACTORS = ("inception", "dinov2", "random-inception", "pixels")
+WITHOUT_WEIGHTS = ("random-inception", "pixels")
+FILE = "file:"
+"""Before the path of a network of one's own."""
+
+
 class Evaluate(Section):
-    extractor: Literal["inception", "random-inception", "pixels"] = "inception"
-    """The last two check the wiring and need no download; their numbers are no FID."""
+    extractor: str = "inception"
+    """`inception`, `dinov2`, `file:PATH` (TorchScript, or an exported .pt2), or `random-inception` and `pixels`, which
+    check the wiring and need no download. Only inception's distance is a FID."""
     reference: str = "train"
     """`train`, `test`, a pytorch-fid .npz, or a folder or zip of images."""
+
+    @field_validator("extractor")
+    @classmethod
+    def _known(cls, extractor: str) -> str:
+        if extractor not in EXTRACTORS and not (extractor.startswith(FILE) and extractor != FILE):
+            raise ValueError(f"{extractor!r}: use one of {', '.join(EXTRACTORS)}, or {FILE}PATH")
+        return extractor

@@ -139,6 +139,9 @@ def publishing(
         else:
             rename_new(tmp, path)
         fsync_dir(path.parent)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
 

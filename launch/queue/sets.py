@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.sample import Evaluate
+from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
@@ -25,7 +25,7 @@ from ddpm.sampling.request import (
     read_request,
 )
 from ddpm.scoring.against import SPLITS
-from ddpm.scoring.record import Score, scores_of
+from ddpm.scoring.record import Score, file_extractor_name, scores_of
 
 LEAST_SCORED = 2
 """Samples: of one there is no covariance."""
@@ -146,11 +146,15 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     """The score of the set, as it is, by that extractor against that reference; None where there is none that holds."""
     request = _asked(run, set_name)
     checkpoint = {**(request.get("checkpoint") or {}), "weights": request.get("weights")}
+    extractor = evaluate.extractor
+    if extractor.startswith(FILE):
+        path = Path(extractor.removeprefix(FILE)).expanduser()
+        extractor = file_extractor_name(sha256_file(path)) if path.is_file() else ""
     for score in scores_of(run, set_name):
         if (
             not score.damage
             and score.record.get("checkpoint") == checkpoint
-            and score.record["extractor"]["name"] == evaluate.extractor
+            and score.record["extractor"]["name"] == extractor
             and _is_against(score.record["reference"], evaluate.reference)
         ):
             return score

@@ -12,12 +12,14 @@ from ddpm.config import reading
 from ddpm.errors import DDPMError
 from ddpm.run import evidence, generations, unfinished
 from ddpm.run.events import read_events
-from ddpm.run.files import DamagedFile, parse_jsonl, read_json, read_signed, sha256_file
+from ddpm.run.files import DamagedFile, read_json, read_signed, sha256_file
 from ddpm.run.images import read_png
 from ddpm.run.paths import RunDir, SampleSet, listed
+from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
 from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
+from ddpm.scoring.record import read_score
 
 
 class Line(NamedTuple):
@@ -60,25 +62,36 @@ def _record(run: RunDir) -> None:
 
 def _life(run: RunDir) -> Lines:
     for path in _sorted(run.events, ".jsonl"):
-        yield from _judged(f"events/{path.name}", _lines, path, "event")
+        yield from _judged(f"events/{path.name}", _events, path)
     trained = bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
     if trained and not _sorted(run.events, ".jsonl"):
         yield Line("missing", "events/", "checkpoints are there, and no event tells of them")
-    yield from _judged("metrics.jsonl", _lines, run.metrics, "step", needed=trained)
-    yield from _judged("heartbeat.json", _object, run.heartbeat, needed=trained)
+    yield from _judged("metrics.jsonl", _metrics, run.metrics, needed=trained)
+    yield from _judged("heartbeat.json", _heartbeat, run.heartbeat, needed=trained)
     yield from _judged("fence", _fence, run, needed=trained)
 
 
-def _lines(path: Path, key: str) -> str:
-    *whole, torn = path.read_bytes().split(b"\n")
-    records = parse_jsonl(b"\n".join(whole))
-    if bad := sum(bool(line.strip()) for line in whole) - len(records):
-        raise DamagedFile(f"{bad} of its {len(whole)} lines cannot be read")
-    if any(key not in r for r in records):
-        raise DamagedFile(f"a line has no {key}")
-    if key == "step" and any(a["step"] >= b["step"] for a, b in pairwise(records)):
-        raise DamagedFile("its steps do not grow from line to line")
-    return f"{len(records)} lines" + (", and the beginning of one" if torn else "")
+def _events(path: Path) -> str:
+    records, wrong = parse_events(path.read_bytes(), path.name)
+    return _unless(wrong, f"{len(records)} lines")
+
+
+def _metrics(path: Path) -> str:
+    records, _, wrong = parse_metrics(path.read_bytes())
+    if any(a["step"] >= b["step"] for a, b in pairwise(records)):
+        wrong = wrong or "its steps do not grow from line to line"
+    return _unless(wrong, f"{len(records)} lines")
+
+
+def _heartbeat(path: Path) -> str:
+    beat, wrong = parse_heartbeat(path.read_bytes())
+    return _unless(wrong, f"step {beat.get('step')}")
+
+
+def _unless(wrong: str, more: str) -> str:
+    if wrong:
+        raise DamagedFile(wrong)
+    return more
 
 
 def _fence(run: RunDir) -> str:
@@ -160,15 +173,7 @@ def _features(path: Path) -> None:
 
 def _scores(run: RunDir) -> Lines:
     for path in sorted(run.eval.rglob("*.json")):
-        yield from _judged(str(path.relative_to(run.path)), _score, path)
-
-
-def _score(path: Path) -> None:
-    record = _object(path)
-    if "self_sha256" in record:  # older ones have none
-        read_signed(path)
-    if not isinstance(record["checkpoint"]["step"], int):
-        raise DamagedFile("names no step")
+        yield from _judged(str(path.relative_to(run.path)), read_score, path)
 
 
 def _object(path: Path) -> dict[str, Any]:
