@@ -18,7 +18,8 @@ from typing import NamedTuple
 from ddpm.errors import EXIT_FATAL
 from tools.chaos import checker, verdicts
 from tools.chaos.files import Result
-from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, as_owner, built
+from tools.chaos.forked import as_owner
+from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, built
 from tools.chaos.verdicts import BAD, Calm, judge, watch
 
 # ---------------------------------------------------------------- files
