@@ -54,7 +54,11 @@ else
     "$python" -m pytest -ra --durations=10 tests/slurm >"$log" 2>&1 &
     slurm=$!
     trap 'kill "$slurm" 2>/dev/null; wait; rm -f "$log"' EXIT
-    step 'pytest, all but SLURM' "$python" -m pytest -ra --durations=10 tests --ignore=tests/slurm
+    covered=(tests/unit/run tests/unit/sampling) # of the rooms that save, fence and publish: every branch
+    step 'pytest, all but SLURM' "$python" -m pytest -ra --durations=10 tests --ignore=tests/slurm \
+        "${covered[@]/#/--ignore=}"
+    step 'pytest, covered' "$python" -m coverage run -m pytest -ra --durations=10 "${covered[@]}"
+    step coverage "$python" -m coverage report
     step 'pytest, SLURM' wait "$slurm"
     cat "$log"
 fi

@@ -58,6 +58,15 @@ def verify_again(run: RunDir, step: int) -> Generation:
         return verify(run, step)
 
 
+def ema_damage(run: RunDir, generation: Generation) -> str | None:
+    """Why the EMA weights beside a generation are not those saved with it. None: they are, or it tells of none."""
+    expected, path = generation.manifest.get("ema_sha256"), run.ema_weights(generation.step)
+    try:
+        return None if expected in (None, sha256_file(path)) else f"{path.name}: its sha256 does not match the manifest"
+    except OSError as e:
+        return f"{path.name}: {e.strerror}"
+
+
 def newest_good(run: RunDir, log: Tell) -> Generation | None:
     """The newest generation that holds, naming each one that does not; None where none was ever saved.
 

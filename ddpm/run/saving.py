@@ -23,7 +23,7 @@ from ddpm.errors import RunBusy
 from ddpm.run import unfinished
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, now, publishing, read_json, sha256_json, sign, write_json
-from ddpm.run.generations import Generation, Tell, verify_again
+from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.paths import RunDir, listed
 
 SPARE_BYTES = 16 * 2**20
@@ -114,9 +114,9 @@ class Checkpointer:
 
     def wait(self, *, raising: bool = True) -> None:
         """Until the write under way is over. Raises RunBusy; with `raising` also the OSError of a failed write."""
-        thread, self._thread = self._thread, None
-        if thread is not None and thread.ident is not None:  # it has started
-            thread.join()
+        if self._thread is not None and self._thread.ident is not None:  # it has started
+            self._thread.join()
+        self._thread = None
         error, self._error = self._error, None
         if isinstance(error, RunBusy) or (error is not None and (raising or not isinstance(error, OSError))):
             raise error
@@ -170,8 +170,7 @@ class Checkpointer:
                 if f.failed is None:
                     raise
                 raise f.failed from None
-        if with_ema:
-            self._write_ema(state["ema"], step)
+        ema = {"ema_sha256": self._write_ema(state["ema"], step)} if with_ema else {}
         manifest = {
             "step": step,
             "images": state["images"],
@@ -182,6 +181,7 @@ class Checkpointer:
             "world_size": self._world_size,
             "fence": self._fence.token,
             "created": now(),
+            **ema,
             **settled_in(state),
         }
         write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
@@ -189,11 +189,14 @@ class Checkpointer:
             begun.unlink()
 
     def _complete(self, there: Generation, state: dict[str, Any], with_ema: bool) -> None:
-        """What a generation lacks that was saved as one of many and is now to be the last."""
-        if with_ema and not self._run.ema_weights(there.step).exists():
-            self._write_ema(state["ema"], there.step)
-        if not (settled := settled_in(state)).items() <= there.manifest.items():
-            path, manifest = self._run.manifest(there.step), sign({**there.manifest, **settled})
+        """What a generation lacks that was saved as one of many and is now to be the last, or has lost since."""
+        run, step, told = self._run, there.step, settled_in(state)
+        damage = ema_damage(run, there)
+        if with_ema and (damage or not run.ema_weights(step).exists()):
+            unfinished.set_aside(run, [run.ema_weights(step)], str(damage), self._log)
+            told = {**told, "ema_sha256": self._write_ema(state["ema"], step)}
+        if not told.items() <= there.manifest.items():
+            path, manifest = run.manifest(step), sign({**there.manifest, **told})
             write_json(path, manifest, replace=True, token=self._token, may_publish=self._fence.check)
 
     @property
@@ -207,9 +210,10 @@ class Checkpointer:
             where, gib = self._run.checkpoints, 2**30
             raise OSError(errno.ENOSPC, f"{free / gib:.2f} GiB free for a checkpoint of {needed / gib:.2f} GiB", where)
 
-    def _write_ema(self, ema: dict[str, torch.Tensor], step: int) -> None:
+    def _write_ema(self, ema: dict[str, torch.Tensor], step: int) -> str:
         with publishing(self._run.ema_weights(step), token=self._token, may_publish=self._fence.check) as f:
             f.write(safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
+        return f.sha256
 
     def _retain(self, newest: int) -> None:
         """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist.
@@ -251,7 +255,7 @@ class Checkpointer:
         return steps
 
 
-def settled_in(state: dict[str, Any]) -> dict[str, float]:
+def settled_in(state: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says only where training ended early, which the step alone would not: the mean change of the loss
     at which it settled."""
     settled = state["extra"].get("early_stopped")

@@ -42,10 +42,9 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
 
 
 def damage(run: RunDir) -> str | None:
-    """Why the last checkpoint cannot be used, all of it read; None where it can."""
+    """Why the last checkpoint cannot be used, all of it read, its EMA weights too; None where it can."""
     try:
-        generations.verify(run, run.latest_step())
-        return None
+        return generations.ema_damage(run, generations.verify(run, run.latest_step()))
     except (DamagedFile, OSError) as e:
         return str(e)
 
@@ -56,7 +55,7 @@ def nothing_to_train(run: RunDir, config: Config) -> str | None:
         step = run.latest_step()
         if (why := damage(run)) is None:
             return f"the run is complete at step {step}: nothing to do"
-        say("the last checkpoint is damaged: going on from an older one", step=step, reason=why)
+        say("the last checkpoint is damaged: going on from the newest good one", step=step, reason=why)
     if run.stop_file.exists():
         return f"{run.stop_file} forbids training: submit again, which removes it"
     return None

@@ -2,23 +2,15 @@
 
 Both are one run at two moments: stopped at half its steps, with a set scored and another half made; and ended, with the
 chain's set made and scored. They lie at one path, which a cell of the table is put back to, so that the paths in its
-records hold. What people do is done in forked processes, which start fast: this one has loaded all and started no
-threads. As root they are another user's, who is refused what modes forbid.
+records hold.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import json
 import os
-import select
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,31 +20,16 @@ from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
 from ddpm.run.paths import RunDir, SampleSet
+from tools.chaos import forked
+from tools.chaos.forked import NOBODY, Said, Work, as_owner, process
 from tools.chaos.lives import TINY, at_steps, stop
 
-NOBODY = 65534
-LONGEST_S = 60
 STEPS, HALF, EARLY = 12, 6, 3
 CONFIG = [
     *TINY, "data.name=images", "model.num_classes=2", f"train.total_steps={STEPS}", "log.every_steps=2",
     f"checkpoint.every_steps={EARLY}", f"checkpoint.milestone_every_steps={HALF}", "sample.num_samples=12",
     "sample.shards=2", "sample.batch=3", "sample.steps=2", "evaluate.extractor=pixels",
 ]  # fmt: skip
-LOADED = (
-    "PIL.PngImagePlugin", "torch._dynamo", "torch.utils.tensorboard", "ddpm.scoring.evaluate", "ddpm.training.trainer",
-    "launch.jobs", "launch.life.training", "launch.life.sampling", "launch.life.scoring",
-    "launch.submit", "launch.sample", "launch.evaluate", "launch.status",
-)  # fmt: skip
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Said:
-    """How a process ended: its exit code, negative for a signal, None where it hung; and all that was printed, by the
-    jobs too that it started."""
-
-    code: int | None
-    text: str
 
 
 @dataclass(frozen=True)
@@ -89,19 +66,9 @@ class House:
             return self.run.sample_set(f"ddim2-step{STEPS}-seed0")
         return self.run.sample_set("early" if verb in ("train", "evaluate") else "few")
 
-    def process(self, work: Work) -> Said:
-        """`work` in a process of its own, which a function that ends it, or its exit code, may end."""
-        load()
-        self.log.unlink(missing_ok=True)
-        pid = os.fork()
-        if pid == 0:
-            _become(self.log, work)
-        code = _ended(pid)
-        return Said(code, self.log.read_text(errors="replace"))
-
     def do(self, moment: str, verb: str) -> Said:
         before = self._logs()
-        said = self.process(lambda: VERBS[verb](self, moment))
+        said = process(self.log, lambda: VERBS[verb](self, moment))
         of_jobs = [text for path, text in self._logs().items() if path not in before]
         return Said(said.code, "".join([said.text, *of_jobs]))
 
@@ -109,88 +76,7 @@ class House:
         return {path: path.read_text(errors="replace") for path in sorted(self.run.logs.glob("local-*.out"))}
 
 
-def load() -> None:
-    """All that the processes need: what they load themselves takes longer than what they do."""
-    for module in LOADED:
-        importlib.import_module(module)
-
-
-@contextmanager
-def as_owner() -> Iterator[None]:
-    """Within: what this process makes is the runs' owner's."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.setegid(NOBODY)
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-
-
-def _become(log: Path, work: Work) -> None:
-    """This forked process does `work` as the owner of the runs, and ends."""
-    try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout = sys.stderr = io.TextIOWrapper(os.fdopen(out, "wb", buffering=0), write_through=True)
-        os.setsid()
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-        for key in [k for k in os.environ if k.startswith(("SLURM", "SBATCH", "DDPM"))]:
-            del os.environ[key]
-        os.environ.update(CUDA_VISIBLE_DEVICES="", DDPM_CPUS="1", HOME=str(log.parent), PATH="/nowhere")
-        work()
-        os._exit(0)
-    except SystemExit as e:
-        os._exit(e.code if isinstance(e.code, int) else 1)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
-
-
-def _ended(pid: int) -> int | None:
-    watched = os.pidfd_open(pid)
-    try:
-        if hangs := not select.select([watched], [], [], LONGEST_S)[0]:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-    finally:
-        os.close(watched)
-    _, status = os.waitpid(pid, 0)
-    return None if hangs else os.waitstatus_to_exitcode(status)
-
-
 # ---------------------------------------------------------------- what people do
-
-
-class _Forked:
-    """In Popen's place where jobs are started on this machine: they are forked, one after another, and then over."""
-
-    def __init__(self, argv: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
-        from launch import jobs
-
-        self.pid, self.returncode = os.getpid(), 0
-        for command in json.loads(argv[-1]):
-            pid = os.fork()
-            if pid == 0:
-                os.environ.update(env, DDPM_CPUS="1")
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(stdout.fileno(), 2)
-                jobs.main(command[command.index("launch.jobs") + 1 :])  # ends the process
-            _, status = os.waitpid(pid, 0)
-            self.returncode = os.waitstatus_to_exitcode(status)
-            if self.returncode:
-                break
-
-    def poll(self) -> int:
-        return self.returncode
 
 
 def script(name: str, *words: str | Path) -> None:
@@ -198,7 +84,7 @@ def script(name: str, *words: str | Path) -> None:
     from launch.queue import local
     from launch.terminal import console
 
-    local.subprocess = types.SimpleNamespace(Popen=_Forked, DEVNULL=None, STDOUT=None)  # type: ignore[assignment]
+    local.subprocess = types.SimpleNamespace(Popen=forked.Popen, DEVNULL=None, STDOUT=None)  # type: ignore[assignment]
     sys.argv = [f"launch/{name}.py", *map(str, words)]
     console.run_script(sys.modules[f"launch.{name}"].main)
 
@@ -275,7 +161,7 @@ def built() -> Iterator[House]:
 
 def _build(house: House, steps: list[tuple[Work, int]], moment: str) -> None:
     for work, code in steps:
-        said = house.process(work)
+        said = process(house.log, work)
         assert said.code == code, f"building the run for the table: exit code {said.code}: {said.text[-2000:]}"
     with as_owner():
         house.keep(moment)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddpm.errors import EXIT_FATAL
-from tools.chaos import verdicts
+from tools.chaos import checker, verdicts
 from tools.chaos.files import Result
-from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, as_owner, built
+from tools.chaos.forked import as_owner
+from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, built
 from tools.chaos.verdicts import BAD, Calm, judge, watch
 
 # ---------------------------------------------------------------- files
@@ -119,6 +120,10 @@ CELLS = [
 ]  # fmt: skip
 
 
+TOLD_OTHERWISE = {"config", "events", "metrics", "checkpoint", "manifest"}
+"""Kinds after whose damage a run may honestly tell of less, or go on from an older step."""
+
+
 def try_cell(house: House, cell: Cell, calm: Calm) -> str:
     """The cell's verdict."""
     house.put_back(cell.moment)
@@ -127,7 +132,11 @@ def try_cell(house: House, cell: Cell, calm: Calm) -> str:
         DAMAGES[cell.damage](path, random.Random("/".join(cell)))
     before = watch(house)
     said = house.do(cell.moment, cell.verb)
-    return judge(cell.verb, path, said, before, watch(house), calm)
+    verdict = judge(cell.verb, path, said, before, watch(house), calm)
+    if verdict.startswith(BAD) or cell.kind in TOLD_OTHERWISE or not house.run.config.is_file():
+        return verdict
+    unsound = checker.problems(house.run)
+    return f"{BAD}: {unsound[0]}" if unsound else verdict
 
 
 def broken_from_outside(count: int) -> Result:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.files import read_jsonl
-from tools.chaos.house import SHOWN, VERBS, House, Said
+from tools.chaos.forked import Said
+from tools.chaos.house import SHOWN, VERBS, House
 
 BAD = "BAD"
 REFUSALS = (1, 2, 3, 78)

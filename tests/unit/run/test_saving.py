@@ -13,7 +13,7 @@ import torch
 from ddpm.errors import RunBusy
 from ddpm.run import files, generations, saving
 from ddpm.run.fence import Fence
-from ddpm.run.files import read_json
+from ddpm.run.files import read_json, sha256_file, sign, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
 from tests.saves import Unreadable, ask_for_samples, flip_bit, killed_before_its_manifest, save_all, saver, state_at
@@ -36,6 +36,44 @@ def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
         "self_sha256",
     }
     assert (manifest["step"], manifest["images"], manifest["fence"]) == (5, 20, fence.token)
+    save_all(run, fence, 6, is_milestone=lambda step: True)
+    last = read_json(run.manifest(6))
+    assert last is not None and set(last) == {*manifest, "ema_sha256"}
+    assert last["ema_sha256"] == sha256_file(run.ema_weights(6))
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone", "directory", "none"])
+def test_ema_weights_that_were_damaged_are_set_aside_and_written_again_by_the_last_save(
+    run: RunDir, fence: Fence, damage: str
+) -> None:
+    said: list[str] = []
+    s = saver(run, fence, said)
+    s.save(state_at(5), wait=True, final=True)
+    path = run.ema_weights(5)
+    good, manifest = path.read_bytes(), run.manifest(5).read_bytes()
+    if damage == "flip":
+        flip_bit(path, len(good) - 3)
+    elif damage != "none":
+        path.unlink()
+    if damage == "directory":
+        path.mkdir()
+    s.save(state_at(5), wait=True, final=True)
+    assert path.read_bytes() == good and run.manifest(5).read_bytes() == manifest
+    assert [line for line in said if "ema-000000005.safetensors" in line] == [
+        line for line in said if line.startswith("set aside")
+    ]
+    assert len(said) == (damage in ("flip", "directory"))
+
+
+def test_ema_weights_from_before_they_had_a_digest_stay(run: RunDir, fence: Fence) -> None:
+    s = saver(run, fence)
+    s.save(state_at(5), wait=True, final=True)
+    old = read_json(run.manifest(5)) or {}
+    write_json(run.manifest(5), sign({k: v for k, v in old.items() if k != "ema_sha256"}), replace=True)
+    flip_bit(run.ema_weights(5), 200)
+    there = run.ema_weights(5).read_bytes()
+    s.save(state_at(5), wait=True, final=True)
+    assert run.ema_weights(5).read_bytes() == there
 
 
 @pytest.mark.parametrize("settled", [None, False, 0.0, 0.25])
