@@ -7,6 +7,7 @@ were are read as they are. Must not know how a score is computed. Loads nothing 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
@@ -144,22 +146,30 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
     signed = files.sign(dict(record))
     word = f"{_called(record['reference'])}-{record['extractor']['name']}"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
-    digest = files.sha256_json({k: record.get(k) for k in PROVENANCE})
+    of = _provenance(record)
     further = run.further_scores(set_name)
-    places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{digest[:12]}.json"]
-    for path in places:
+    for path in (
+        run.score(set_name),
+        further / f"{word}.json",
+        further / f"{word}-{files.sha256_json(of)[:12]}.json",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if _provenance(read_score(path)) == of:
+                return path  # a twin of this evaluation was faster
+            continue
+        except FileNotFoundError:
+            pass
+        except DamagedFile:
+            path.rename(path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}"))
+        with contextlib.suppress(FileExistsError):  # somebody's, who came between
             files.write_json(path, signed, token=token)
             return path
-        except FileExistsError:
-            try:
-                read_score(path)
-            except DamagedFile:
-                path.rename(path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}"))
-                files.write_json(path, signed, token=token)
-                return path
-    return places[-1]  # a twin of this evaluation was faster
+    raise RunBusy(f"other evaluations are writing the scores of {set_name}; score it again")
+
+
+def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record.get(key) for key in PROVENANCE}
 
 
 # ---------------------------------------------------------------- for people

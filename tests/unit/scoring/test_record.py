@@ -114,7 +114,7 @@ def test_every_score_of_a_set_has_a_file_and_none_is_overwritten(tmp_path: Path)
     ]
     assert relative[3].startswith(f"{further}test-inception-")
     assert [read_score(p) for p in paths] == [files.sign(r) for r in several]
-    assert publish_score(run, "ddim100-eta0.5", several[3]) == paths[3]
+    assert [publish_score(run, "ddim100-eta0.5", {**r, "created": "later"}) for r in several] == paths
     publish_score(run, "b", NEW)
     assert [s.path for s in all_scores(run)] == [run.score("b"), paths[0], paths[2], paths[1], paths[3]]
 
