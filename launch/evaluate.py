@@ -21,7 +21,7 @@ from ddpm.scoring.record import is_signed, told
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster import site as sites
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
@@ -155,12 +155,12 @@ def main() -> int:
     args = parse()
     if args.images:
         return score_images(args)
-    run = console.find_run(args.run, args.root) if args.run else None
     if args.compare:
+        run = console.find_run(args.run, args.root) if args.run else None
         reference = _whole(args.reference) if args.reference else None
         print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor))
         return 0
-    assert run is not None
+    run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:

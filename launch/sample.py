@@ -19,9 +19,10 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
+from launch.cluster import environment
 from launch.cluster import site as sites
 from launch.cluster.site import Site
-from launch.queue import chain, local, sets
+from launch.queue import borrowing, chain, local, sets
 from launch.queue.job import Job, check_path, ranges
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.waiting import jobs_in_queue
@@ -134,7 +135,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
 
 def main() -> int:
     args = parse()
-    run = console.find_run(args.run, args.root)
+    run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
@@ -154,9 +155,9 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
-    from ddpm.sampling.shards import missing_shards, unpack_png
+    from ddpm.sampling.shards import shards_to_make, unpack_png
 
-    missing = missing_shards(sample_set, request)
+    missing = shards_to_make(sample_set, request)
     if missing:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:

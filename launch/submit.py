@@ -21,7 +21,7 @@ from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
 from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
@@ -176,6 +176,8 @@ def main() -> int:
     if not train and not left:
         print_results(run, config, stages)
         return 0
+    if exists:
+        borrowing.check_trainable(run)
 
     inputs = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(inputs["data"]["num_images"])

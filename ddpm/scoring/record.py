@@ -148,12 +148,10 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
     of = _provenance(record)
     further = run.further_scores(set_name)
-    for path in (
-        run.score(set_name),
-        further / f"{word}.json",
-        further / f"{word}-{files.sha256_json(of)[:12]}.json",
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{files.sha256_json(of)[:12]}.json"]
+    for path in places:
+        for folder in (run.eval, path.parent):
+            folder.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         try:
             if _provenance(read_score(path)) == of:
                 return path  # a twin of this evaluation was faster

@@ -42,6 +42,9 @@ class StopFlag:
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
         if not self._under_slurm:
             signal.signal(signal.SIGINT, self._on_term)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+                # a terminal that closes may say so twice, by its shell and by the kernel
+                signal.signal(signal.SIGHUP, lambda *_: self._set("interrupted"))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # slurm/rank.sh kept them waiting for this
 
     @contextmanager

@@ -139,7 +139,7 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
             f"sample set {set_name} exists with another request: {differences(there, asked)}. Ask for the "
             f"same, or make another set once training has ended: python launch/sample.py {run.path} --set OTHERNAME"
         )
-    return shards.missing_shards(sample_set, there)
+    return shards.shards_to_make(sample_set, there)
 
 
 def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:

@@ -102,12 +102,14 @@ def _tell_what_lacks(
     damage: Damage,
 ) -> None:
     """What one file tells of and another lacks."""
-    damage.read(lambda: read_run(run))
+    record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
+    if record.get("reads"):
+        events = []  # they are told where its checkpoints are made
     told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
     if told_of > saved:
         damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
-    if saved and not events:
+    if saved and not events and not record.get("reads"):
         damage.tell(f"events/ tells nothing, and checkpoints/ has step {saved}")
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, saved_step=saved))
