@@ -175,11 +175,14 @@ def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def told(record: Mapping[str, Any]) -> str:
     """A score in one line, with what it is a score of: `FID 4.21, ddim 100, 50,000 vs train`."""
-    key, sampler = key_of(record), record["sampler"]
-    guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
-    of = f"{sampler['name']}{guided} {record['nfe']}, {against(record)}"
-    features = "" if key == "fid" else f", {record['extractor']['name']} features"
-    return plain(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
+    key = key_of(record)
+    words = [f"{SCORE_NAMES[key]} {number(record)}{caution(record)}"]
+    if sampler := record.get("sampler"):  # images that no run made have none
+        guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
+        words.append(f"{sampler['name']}{guided} {record['nfe']}")
+    words.append(against(record))
+    words += [] if key == "fid" else [f"{record['extractor']['name']} features"]
+    return plain(", ".join(words))
 
 
 def against(record: Mapping[str, Any]) -> str:

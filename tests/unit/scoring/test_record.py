@@ -153,6 +153,11 @@ def test_what_is_no_fid_is_not_called_so() -> None:
     )
 
 
+def test_a_score_of_images_that_no_run_made_names_no_sampler() -> None:
+    images = {k: v for k, v in NEW.items() if k not in ("sampler", "nfe", "checkpoint", "seed", "precision")}
+    assert told({**images, "num_samples": 600}) == ("FID 4.21 (fewer samples than the 2,048 dimensions), 600 vs train")
+
+
 @pytest.mark.parametrize(
     ("value", "uncertain_by", "shown"),
     [(3.1712, 0.043, "3.17"), (3.1712, 0.43, "3.2"), (317.12, 4.3, "317"), (317.12, 43.0, "320"), (0.0, None, "0.00")],
