@@ -29,6 +29,8 @@ RESIZE = {"crop": "centre square", "filter": "lanczos"}
 MAX_IMAGE_BYTES = 256 << 20
 """Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
 PIECE_BYTES = 1 << 16
+FOR_GOOD = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Why a file cannot be read, and will not be the next time; anything else that a file system says may be over then."""
 SHOWN = 20
 """Damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -168,9 +170,20 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
             try:
                 with archive.open(name) if archive else (source.path / name).open("rb") as file:
                     raw = _all_of(file)
+            except OSError as e:
+                if not isinstance(e, FOR_GOOD):
+                    raise  # the file system's fault, and over in a moment: the picture may be good
+                how.damaged[name] = e.strerror or str(e)
+                continue
+            except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes
+                how.damaged[name] = _in_a_line(e)
+                continue
+            try:
                 pixels = how.pixels(raw, size)
-            except Exception as e:  # Pillow, zlib and zipfile raise some ten kinds for broken bytes
-                how.damaged[name] = " ".join(str(e).split()) or type(e).__name__
+            except MemoryError:
+                raise
+            except Exception as e:  # so does Pillow, OSError among them
+                how.damaged[name] = _in_a_line(e)
             else:
                 yield pixels, source.labels[name]
     finally:
@@ -179,6 +192,10 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
     if how.damaged and not how.skip_damaged:
         told = told_of_damaged(how.damaged, len(source.members[split]))
         raise RequestError(f"data.path = {source.path}: {told}" + (SKIP if asked else ""))
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def told_of_damaged(damaged: Mapping[str, str], num: int) -> str:

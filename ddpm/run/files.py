@@ -157,9 +157,15 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None) -> BinaryIO:
 
 def not_ours(path: Path) -> str:
     """Why this user may not write `path` or make files in it, where it is somebody else's; "" where it is not."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    there, me = path.stat(), os.geteuid()
+    me = os.geteuid()
+    while True:
+        try:
+            there = path.stat()
+            break
+        except OSError:  # it is not there, or in a folder that may not be looked into
+            if path == path.parent:
+                return ""
+            path = path.parent
     if there.st_uid == me or me == 0:
         return ""
     return (

@@ -183,12 +183,14 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
 
 
 def read_request(sample_set: SampleSet) -> Request:
-    """The set's request. Raises RequestError where there is none, or where it is damaged."""
-    if not sample_set.request.exists():
-        raise RequestError(f"{sample_set.request}: no such sample set")
+    """The set's request. Raises RequestError where there is none, or where it is damaged; OSError where the file system
+    fails for a moment."""
     try:
-        return Request.from_record(files.read_json(sample_set.request) or {})
-    except DamagedFile as e:
+        record = files.parse_json(sample_set.request.read_bytes())
+        return Request.from_record(record if isinstance(record, dict) else {})
+    except FileNotFoundError:
+        raise RequestError(f"{sample_set.request}: no such sample set") from None
+    except (DamagedFile, ValueError, IsADirectoryError, PermissionError) as e:
         raise RequestError(
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
             f"--set OTHERNAME, or restore the file"
