@@ -108,7 +108,9 @@ def score_images(args: argparse.Namespace) -> int:
         save_statistics(packed, stats, extractor)
         print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
-        print(json.dumps(evaluate_images(packed, reference, extractor, args.size), indent=1))
+        result = evaluate_images(packed, reference, extractor, args.size)
+        print(json.dumps(result, indent=1))
+        print(told(result), file=sys.stderr)
     return 0
 
 
