@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,6 +20,7 @@ from launch.cluster import site as sites
 from launch.queue import chain, local
 from launch.queue.job import Job
 from launch.queue.submitting import describe, submit_alone
+from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 
@@ -116,9 +118,9 @@ def main() -> int:
         reference = str(check_file(reference).absolute())
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
     site = sites.settle(site, dry_run=args.dry_run)
-    waiting = jobs_in_queue(run, "sample", set_name)
-    job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference))
+    job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference))
     if args.dry_run:
+        job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
     if config.evaluate.extractor == "inception":
@@ -131,13 +133,15 @@ def main() -> int:
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
         return show(run, set_name)
-    if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
-        print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
-    else:
-        new, waits = submit_alone(job)
-        ids = [new]
-        told = f"queued: evaluate as job {new}; the score will be {run.score(set_name)}"
-        print("\n".join([told, *filter(None, [waits])]))
+    with turn(run):
+        if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
+            print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
+        else:
+            waiting = jobs_in_queue(run, "sample", set_name)
+            new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
+            ids = [new]
+            told = f"queued: evaluate as job {new}; the score will be {run.score(set_name)}"
+            print("\n".join([told, *filter(None, [waits])]))
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)

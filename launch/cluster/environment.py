@@ -155,6 +155,11 @@ def for_jobs() -> dict[str, str]:
     return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
 
 
+def stage() -> str:
+    """What this batch shell's job is for: train, sample or evaluate."""
+    return os.environ.get("DDPM_STAGE", "train")
+
+
 def sample_set() -> str:
     """The set that this batch shell's job works on, "" in training."""
     return os.environ.get("DDPM_SET", "")

@@ -276,12 +276,27 @@ def requeue(job: str) -> None:
 def dependents(job: str) -> list[str]:
     """The user's jobs and arrays that wait for `job` to end. Raises SlurmError."""
     lines = (line.split("|", 1) for line in run(["squeue", "-a", "-h", "--me", "-o", "%F|%E"]).splitlines())
-    return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}\b", waits_for)})
+    return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}(?:_\*)?(?!\w)", waits_for)})
 
 
 def make_wait(job: str, other: str) -> None:
     """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SlurmError."""
     run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])
+
+
+def cancel_waiting(job: str) -> None:
+    """Of an array: its tasks that have not begun."""
+    run(["scancel", "--state=PENDING", job])
+
+
+def any_cancelled(job: str) -> bool:
+    """Whether SLURM remembers `job`, or a task of it, as cancelled by its owner or an administrator."""
+    try:
+        return bool(re.search(r"\bJobState=CANCELLED\b", run(["scontrol", "show", "job", "-o", job])))
+    except NoAnswer:
+        raise
+    except SlurmError:  # forgotten: some minutes after its end
+        return False
 
 
 def cancel(jobs: list[str]) -> None:

@@ -12,10 +12,11 @@ from ddpm.errors import DoNotRetry
 from ddpm.run.files import read_json
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from launch.cluster import environment
+from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
 from launch.life import preemption
 from launch.life.preemption import StopFlag
+from launch.queue import chain
 from launch.queue.job import ranges
 
 
@@ -46,10 +47,30 @@ class Life:
         self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
     ) -> int | None:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
+        if reason == "preempted" and self.env.rank == 0 and self.env.scheduler == "slurm":
+            self._if_cancelled()
         code = preemption.after_stop(self.stop, reason, self.env, say, share, alive)
         if code is None:
             self.stop.clear(reason)
         return code
+
+    def _if_cancelled(self) -> None:
+        """Where it was the owner who ended this job: say so, and of a training take along what waits for it.
+
+        What SLURM says of a pre-empted job is otherwise: RUNNING, or PENDING already.
+        """
+        job = self.env.job
+        with contextlib.suppress(slurm.SlurmError, OSError):
+            shown = slurm.show(job, timeout_s=5)
+            if shown is None or shown.state != "CANCELLED":
+                return
+            stage = environment.stage()
+            took = chain.call_off(self.run, job) if stage == "train" else []
+            what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
+            say(f"cancelled by scancel{what}")
+            self.env.events(self.run).append(
+                "cancelled", world_size=self.env.world_size, step=self.run.latest_step(), stage=stage, with_it=took
+            )
 
 
 def begin(run: RunDir) -> Life:
