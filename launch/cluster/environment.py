@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -55,6 +56,25 @@ def under_slurm() -> bool:
 def num_tasks() -> int:
     """Ranks of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def num_nodes() -> int:
+    """Nodes of the job whose batch shell this is."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def memory_asked_for() -> str:
+    """By the job whose batch shell this is, in words."""
+    if per_node := os.environ.get("SLURM_MEM_PER_NODE"):
+        return f"{per_node} MB per node"
+    per_cpu = os.environ.get("SLURM_MEM_PER_CPU")
+    return f"{per_cpu} MB per CPU" if per_cpu else "no amount of its own"
+
+
+def supervisor_is_heard() -> None:
+    """Tell the batch shell that its supervisor has come so far as to begin: else it goes on without."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(int(os.environ.pop("DDPM_HEARD_FD", "")), b"heard")
 
 
 def host() -> str:

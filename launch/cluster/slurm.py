@@ -140,6 +140,8 @@ class Shown:
     preempted: bool = False
     """Whether it has been COMPLETING from the very second in which it was pre-empted: by that, unless it had a grace
     period, in which it may have been cancelled."""
+    excluded: str = ""
+    """Nodes that it is not to have, as SLURM lists them."""
 
 
 def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
@@ -150,6 +152,7 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         if "Invalid job id" in str(e):
             return None
         raise
+    excluded = _field(shown, "ExcNodeList") or "(null)"
     state, preempted_at = _field(shown, "JobState") or "", _stamp(_field(shown, "PreemptTime"))
     return Shown(
         state=state,
@@ -162,6 +165,7 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         preempted=state == "COMPLETING"
         and preempted_at is not None
         and preempted_at == _stamp(_field(shown, "EndTime")),
+        excluded="" if excluded == "(null)" else excluded,
     )
 
 
@@ -271,6 +275,18 @@ def _stamp(local_time: str | None) -> str | None:
 
 def requeue(job: str) -> None:
     run(["scontrol", "requeue", job], timeout_s=60)
+
+
+def exclude(job: str, nodes: str) -> None:
+    """`job`, which waits, is not to have these nodes. Raises SlurmError."""
+    run(["scontrol", "update", f"jobid={job}", f"excnodelist={nodes}"])
+
+
+def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
+    """How many nodes a partition has, and those of them that are not excluded. Raises SlurmError."""
+    every = set(run(["sinfo", "-a", "-h", "-N", "-p", partition, "-o", "%N"]).split())
+    without = set(run(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
+    return len(every), sorted(every - without)
 
 
 def dependents(job: str) -> list[str]:

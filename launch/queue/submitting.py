@@ -128,14 +128,18 @@ def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **f
     )
 
 
-def submit_successor(run: RunDir, stage: str, job: str) -> str:
+def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> str:
     """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError.
+
+    avoided: nodes that it is not to have.
 
     The event that it was is written where there is room for it.
     """
     record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
     if record is None:  # submitted by hand: what SLURM says of this job
         record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
+    if avoided:
+        record = {**record, "options": {**record["options"], "exclude": avoided}}
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
     new = by_template.submit_again(stage, {"export": "ALL", **record["options"]}, args)
     with contextlib.suppress(OSError):
