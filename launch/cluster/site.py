@@ -208,13 +208,15 @@ class Site(Section):
     def gpu_options(self) -> dict[str, str]:
         """sbatch's options that ask for the GPUs of this."""
         others = {"gpus", "gpus-per-task", "gpus-per-socket"} & {k for k, v in self.sbatch.items() if v is not None}
+        if "gpus-per-task" in others:
+            return {"ntasks": str(self.world_size)}
         if not self.num_gpus or self.gpu_request == "none" or others:
             return {}
         if self.gpu_request == "gres":
             rest = self.sbatch.get("gres")
             return {"gres": f"gpu:{self.typed(self.num_gpus)}" + (f",{rest}" if rest else "")}
-        if self.gpu_request == "gpus-per-task":
-            return {"gpus-per-task": self.typed(1)}
+        if self.gpu_request == "gpus-per-task":  # which SLURM takes beside --ntasks alone
+            return {"gpus-per-task": self.typed(1), "ntasks": str(self.world_size)}
         return {"gpus-per-node": self.typed(self.num_gpus)}
 
     @property

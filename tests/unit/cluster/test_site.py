@@ -88,6 +88,8 @@ def test_training_asks_for_its_gpus_once_and_the_other_stages_for_one(
     site = resolved(tmp_path, *words)
     assert gpus(site, "train") == train and gpus(site, "sample") == gpus(site, "evaluate") == one
     assert options(site, "train")["ntasks-per-node"] == str(site.num_gpus or 1)
+    if "gpus-per-task" in train:
+        assert (options(site, "train")["ntasks"], options(site, "sample")["ntasks"]) == ("4", "1")
     assert {options(site, stage)["ntasks-per-node"] for stage in ("sample", "evaluate")} == {"1"}
 
 
