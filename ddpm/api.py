@@ -106,7 +106,7 @@ def load(
 
 
 def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.device, precision: str | None) -> Model:
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     weights = weights or config.sample.weights
     chosen = generations.choose(run, step, _warn).step
     precision = precision or precision_of(config, run)

@@ -7,6 +7,8 @@ A message names the key or path, the value received, what is allowed, and the ne
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_REQUEUE = 75
 EXIT_BUSY = 76
 EXIT_FATAL = 78
@@ -40,6 +42,12 @@ class RunBusy(DDPMError):
     exit_code = EXIT_BUSY
 
 
+class RunGone(RunBusy):
+    """The run directory was moved, renamed or deleted under the job that has it."""
+
+    exit_code = EXIT_FATAL
+
+
 class DoNotRetry(DDPMError):
     """Starting this job again would end the same way: all checkpoints damaged, rollbacks used up."""
 
@@ -52,3 +60,12 @@ class Stopped(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value in a message: as Python writes it, and no more than a person reads."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

@@ -12,13 +12,17 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
+from ddpm.config.sample import Evaluate
 from ddpm.errors import RequestError
-from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
+from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_reference
+from ddpm.scoring.record import is_signed, told
+from launch.cluster import environment
 from launch.cluster import site as sites
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
+from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
@@ -28,6 +32,7 @@ EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
+  python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
 """
 
 
@@ -36,11 +41,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
-    parser.add_argument("--images", help="score this folder or zip instead of a run, here and now")
+    parser.add_argument("--images", help="score this folder, zip, .npz or .npy instead of a run, here and now")
+    parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
     parser.add_argument(
         "--extractor",
         choices=["inception", "random-inception", "pixels"],
-        help="with --images (default inception; a run's is in its config)",
+        help="whose features are compared (default: the run's config's; with --images inception)",
     )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
@@ -49,38 +56,51 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.run is None) == (args.images is None):
         parser.error("give a RUN, or --images with --reference")
-    if args.run and args.extractor:
-        parser.error("--extractor goes with --images; a run is scored by its config's evaluate.extractor")
-    if args.images and not args.reference:
-        parser.error("--images needs --reference: a pytorch-fid .npz, or a folder or zip of images")
+    if args.run and (args.size or args.save_stats):
+        parser.error("--size and --save-stats go with --images; a run's samples have its size")
+    if args.images and bool(args.reference) == bool(args.save_stats):
+        parser.error("--images needs --reference: a pytorch-fid .npz, or images to compare with; or --save-stats")
+    if args.size is not None and args.size < 1:
+        parser.error(f"--size {args.size}: must be at least 1")
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        parser.error(f"--save-stats {args.save_stats}: name an .npz, which is what pytorch-fid reads")
     return args
 
 
 def score_images(args: argparse.Namespace) -> int:
-    """Two sets of images, on this machine."""
-    paths = Path(args.images).expanduser(), Path(args.reference).expanduser()
-    for option, path in zip(("--images", "--reference"), paths, strict=True):
-        if not path.exists():
-            raise RequestError(
-                f"{option} {path}: does not exist; give a folder or zip of images"
-                + (", or a pytorch-fid .npz" if option == "--reference" else "")
-            )
+    """Two sets of images, on this machine; or the statistics of one."""
+    images = _there("--images", args.images)
+    reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
+    name = args.extractor or "inception"
     if args.dry_run:
-        print(f"would score {paths[0]} against {paths[1]} with {args.extractor or 'inception'} on this machine")
+        what = f"score {images} against {reference}" if reference else f"write statistics of {images}"
+        print(f"would {what} with {name} on this machine")
         return 0
+    stats = Path(args.save_stats).expanduser() if args.save_stats else None
+    if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
+        raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
     import torch
 
-    from ddpm.scoring.evaluate import evaluate_images
     from ddpm.scoring.extractors import build_extractor, ensure_inception_weights
+    from ddpm.scoring.foreign import evaluate_images, save_statistics
 
-    name = args.extractor or "inception"
     if name == "inception":
         ensure_inception_weights()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = build_extractor(name, device, warn=lambda message: print(message, file=sys.stderr))
-    result = evaluate_images(*paths, extractor)
-    print(json.dumps(result, indent=1))
+    if stats:
+        num = save_statistics(images, stats, extractor, args.size)
+        print(f"{stats}: statistics of {num} images, {extractor.name} features")
+    elif reference:
+        print(json.dumps(evaluate_images(images, reference, extractor, args.size), indent=1))
     return 0
+
+
+def _there(option: str, word: str, or_else: str = "") -> Path:
+    path = Path(word).expanduser()
+    if not path.exists():
+        raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images, an .npy or .npz{or_else}")
+    return path
 
 
 def choose_set(run: RunDir, asked: str | None) -> str:
@@ -96,12 +116,16 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     )
 
 
-def show(run: RunDir, set_name: str) -> int:
-    record = read_json(run.score(set_name))
-    if record is None:
+def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
+    """The score that was asked for, and on stderr what is to be said of it."""
+    score = score_by(run, set_name, asked)
+    if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
-    print(json.dumps(record, indent=1))
+    print(json.dumps(score.record, indent=1))
+    print(told(score.record), file=sys.stderr)
+    if not is_signed(score.record):
+        print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
     return 0
 
 
@@ -110,20 +134,25 @@ def main() -> int:
     if args.images:
         return score_images(args)
     run = console.find_run(args.run, args.root)
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
+    if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
+        raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)
     if reference not in SPLITS:
-        reference = str(check_file(reference).absolute())
+        reference = str(environment.user_path(str(check_file(reference)), "--reference"))
+    asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    check_path(run, site)
     site = sites.settle(site, dry_run=args.dry_run)
-    job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference))
+    chosen = ("--extractor", asked.extractor) if args.extractor else ()
+    job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
     if args.dry_run:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    if config.evaluate.extractor == "inception":
+    if asked.extractor == "inception":
         from ddpm.scoring.extractors import ensure_inception_weights
 
         ensure_inception_weights()
@@ -132,20 +161,20 @@ def main() -> int:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
-        return show(run, set_name)
+        return show(run, set_name, asked)
     with turn(run):
-        if ids := evaluations_in_queue(run, set_name, reference, config.evaluate.reference):
+        if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
             print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
         else:
             waiting = jobs_in_queue(run, "sample", set_name)
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
-            told = f"queued: evaluate as job {new}; the score will be {run.score(set_name)}"
-            print("\n".join([told, *filter(None, [waits])]))
+            said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
+            print("\n".join([said, *filter(None, [waits])]))
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)
-    return show(run, set_name)
+    return show(run, set_name, asked)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m launch.jobs train RUN
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
-    python -m launch.jobs evaluate RUN SET [--reference R] [--round N]
+    python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -17,13 +17,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddpm.errors import EXIT_REQUEUE, DDPMError, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
-from ddpm.run.files import DamagedFile
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.life import starting
 from launch.life.life import Life, begin
+from launch.queue.chain import ways_on
 from launch.queue.job import numbers, share
+from launch.terminal import faults, streams
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -35,6 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=1, help="divide them among so many tasks of an array")
     parser.add_argument("--offset", type=int, default=0, help="without --shards: task I makes shard I + OFFSET")
     parser.add_argument("--reference", default=None)
+    parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
     return parser.parse_args(argv)
 
@@ -59,7 +62,7 @@ def work(life: Life, args: argparse.Namespace) -> int:
     starting.request_of(life, args.set_name)
     from launch.life import scoring
 
-    return scoring.evaluate(life, args.set_name, args.reference, args.round)
+    return scoring.evaluate(life, args.set_name, args.reference, args.extractor, args.round)
 
 
 def told(life: Life, stage: str, error: Exception) -> int:
@@ -67,13 +70,14 @@ def told(life: Life, stage: str, error: Exception) -> int:
     if isinstance(error, RunBusy):
         say(str(error))
         return life.leave(error.exit_code)
+    text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
     here = life.env.scheduler == "local"
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
-    say(str(error) if again and not here else f"failed: {error}")
-    code = life.leave(1, " ".join(str(error).split())) if again else life.leave(DoNotRetry.exit_code)
+    say(text if again and not here else f"failed: {text}")
+    code = life.leave(1, " ".join(text.split())) if again else life.leave(DoNotRetry.exit_code)
     if here and life.env.rank == 0:  # elsewhere the batch shell says so
-        why = {"stage": stage, "exit_code": code, "reason": str(error)}
+        why = {"stage": stage, "exit_code": code, "reason": text}
         with contextlib.suppress(OSError):
             life.env.events(life.run).append(
                 "failed", world_size=life.env.world_size, step=life.run.latest_step(), **why
@@ -83,6 +87,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
 
 def main(argv: list[str]) -> int:
     """Run one stage and end the process with its exit code (submitit must not unwind past us either)."""
+    streams.make_safe()
     args = parse(argv)
     life = begin(RunDir(args.run.absolute()))
     try:
@@ -90,12 +95,14 @@ def main(argv: list[str]) -> int:
     except Stopped as e:  # before anything was computed: nothing to save
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
-    except (DDPMError, DamagedFile) as e:
-        code = told(life, args.stage, e)
-    except BaseException:
-        code = 1
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
+    except BaseException as e:
+        known = faults.of_a_job(e)
+        if known is not None:
+            code = told(life, args.stage, known)
+        else:
+            code = 1
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
     with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
         sys.stdout.flush()
         sys.stderr.flush()

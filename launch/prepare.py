@@ -14,13 +14,19 @@ from ddpm import __version__
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
+from ddpm.data.labels import labels_changed, labels_record
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
-from ddpm.run.files import TMP_PREFIX, fsync_dir, now, read_json, write_bytes, write_json
+from ddpm.run import generations
+from ddpm.run.evidence import Incomplete
+from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
+from ddpm.run.log import plain
 from ddpm.run.paths import SCHEMA, RunDir
+from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
+from launch.queue.chain import ways_on
 from launch.terminal import console
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -32,7 +38,7 @@ def num_images(config: Config, run: RunDir) -> int | None:
 
     Raises RequestError for a data.path that cannot serve.
     """
-    if known := (read_json(run.run_json) or {}).get("data", {}).get("num_images"):
+    if run.run_json.exists() and (known := data_of(run).get("num_images")):
         return int(known)
     from ddpm.data.packed import open_source
 
@@ -65,19 +71,22 @@ def check_data(config: Config, stages: list[str]) -> None:
 def _classes_there_are(have: list[str]) -> str:
     """What model.num_classes may be with this data, and why."""
     if len(have) > 1:
-        some = ", ".join(have[:12]) + (", …" if len(have) > 12 else "")
+        some = ", ".join(map(plain, have[:12])) + (", …" if len(have) > 12 else "")
         return f"the data has {len(have)} classes ({some}); use {len(have)}, or 0 for a model without classes"
     return "the images lie in no class folders, or all in one; sort them into CLASS/NAME.png, or use 0"
 
 
 def check_existing(run: RunDir, config: Config) -> bool:
-    """Whether the run exists and may go on with this config. Raises RequestError where its mathematics is another."""
+    """Whether the run exists and may go on with this config.
+
+    Raises RequestError where its mathematics is another, or where what was saved is not there.
+    """
     if not run.path.exists():
         return False
-    record = read_json(run.run_json)
-    if record is None or not run.config.exists():
+    if not (run.run_json.exists() or run.config.exists()):
         raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
-    there = reading.load(run.config)
+    read_run(run)
+    there = reading.of_run(run)
     if there.digest() != config.digest():
         raise RequestError(
             f"run {run.name} exists with other mathematics: {config_differences(run, config, mathematics=True)}. "
@@ -88,12 +97,16 @@ def check_existing(run: RunDir, config: Config) -> bool:
             f"train.total_steps = {config.train.total_steps}: run {run.name} is already at step "
             f"{run.latest_step()}; ask for more, or choose another --name"
         )
+    try:
+        generations.check_there(run)
+    except Incomplete as e:
+        raise RequestError(f"{e}. {ways_on(run)}") from None
     return True
 
 
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
-    there = reading.load(run.config)
+    there = reading.of_run(run)
     old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
     covered = there.mathematics(), asked.mathematics()
     lines = []
@@ -118,7 +131,8 @@ def cache_of(site: Site, root: Path) -> Path:
 
 
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
-    """What needs a network or a decoder, done here: data packed, weights fetched. Returns run.json's `data`."""
+    """What needs a network or a decoder, done here: data packed, weights fetched. Returns `data` and `labels` of
+    run.json."""
     cache = cache_of(site, root)
     made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
     try:
@@ -152,13 +166,20 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
-    return {
+    if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
+        print(
+            f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
+            f"of them more than once; a batch is usually a small part of the data",
+            file=sys.stderr,
+        )
+    record = {
         "cache": str(cache / "data"),
         "key": key,
         "digest": packed.digest,
         "num_images": len(packed),
         "scratch": site.scratch,
     }
+    return {"data": record, "labels": labels_record(packed)}
 
 
 def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
@@ -170,7 +191,7 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
             (tmp / sub).mkdir()
         write_bytes(tmp / "config.yaml", config.to_yaml().encode())
         _write_setup(RunDir(tmp), record)
-        write_json(tmp / "run.json", record)
+        write_json(tmp / "run.json", sign(record))
         tmp.rename(run.path)
         fsync_dir(run.path.parent)
     finally:
@@ -179,16 +200,23 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
 
 def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     """A later submission: what it may change (length, intervals, resources), never the mathematics."""
-    old = read_json(run.run_json) or {}
-    if old.get("data", {}).get("digest") != record["data"]["digest"]:
+    old, before, here = read_run(run), data_of(run).get("digest"), record["data"]["digest"]
+    changed = labels_changed(old.get("labels"), record["labels"])
+    if before != here:
         raise RequestError(
-            f"run {run.name} was trained on other pixels (digest "
-            f"{str(old.get('data', {}).get('digest'))[:12]}, now {record['data']['digest'][:12]}); "
-            f"restore the data, or choose another --name"
+            f"run {run.name} was trained on other pixels (digest {str(before)[:12]}, now {here[:12]}"
+            + (f"; {changed}" if changed else "")
+            + "); restore the data, or choose another --name"
+        )
+    if changed and config.model.num_classes:
+        raise RequestError(
+            f"run {run.name} was trained on the same images with other labels: {changed}; put them back into the "
+            f"class folders that they were in, or choose another --name"
         )
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_setup(run, record)
-    write_json(run.run_json, {**record, "created": old["created"], "resolved": old.get("resolved", {})}, replace=True)
+    kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
+    write_json(run.run_json, sign({**record, **kept}), replace=True)
 
 
 def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
@@ -200,8 +228,8 @@ def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
 
 
-def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json; `resolved` is filled in by the first life."""
+def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json; `resolved` is filled in by the first life. inputs: of `prepare_inputs`."""
     from importlib.metadata import PackageNotFoundError, version
 
     def of(package: str) -> str | None:
@@ -223,7 +251,7 @@ def describe(config: Config, site: Site, run: RunDir, data: dict[str, Any]) -> d
         },
         "command": ["python", *sys.argv],
         "resolved": {},
-        "data": data,
+        **inputs,
         "launch": site.model_dump(mode="json", exclude_defaults=True),
     }
 

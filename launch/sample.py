@@ -22,7 +22,7 @@ from ddpm.sampling.request import Request, publish_request, read_request, usual_
 from launch.cluster import site as sites
 from launch.cluster.site import Site
 from launch.queue import chain, local, sets
-from launch.queue.job import Job, ranges
+from launch.queue.job import Job, check_path, ranges
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
@@ -88,13 +88,13 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if there is not None:
         kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
         asked = {**{name: getattr(there, name) for name in kept}, **asked}
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
     if "sampler" in asked and "steps" not in asked:
         asked["steps"] = usual_steps(config, asked["sampler"])
-    return reading.load(run.config, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
+    return reading.of_run(run, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
 
 
 def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
@@ -139,11 +139,14 @@ def main() -> int:
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
+    check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
     set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)
     check_name(set_name, "sample set name")
+    if set_name.startswith("-"):
+        raise RequestError(f"sample set name {set_name!r}: jobs would read it as an option; do not begin with a dash")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
         site = sites.settle(site, dry_run=True)

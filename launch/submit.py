@@ -20,9 +20,11 @@ from launch import prepare
 from launch.cluster import environment, slurm
 from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
+from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
 from launch.queue import chain, local
-from launch.queue.job import Job
+from launch.queue.job import Job, check_path
+from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
@@ -75,23 +77,24 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    return with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs")), stages
+    config = with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs"))
+    if "evaluate" in stages and config.sample.num_samples < LEAST_SCORED:
+        raise RequestError(
+            f"sample.num_samples = {config.sample.num_samples}: a score needs at least {LEAST_SCORED} samples, as it "
+            f"compares variances; ask for more, or leave evaluate out of --then"
+        )
+    return config, stages
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The config with its paths as they are meant here: jobs run in the project's directory."""
 
-    def absolute(key: str, path: str) -> str:
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError:
-            raise RequestError(f"{key} = {path}: there is no such user; give the whole path") from None
-
     data, evaluate = config.data, config.evaluate
     if data.path is not None:
-        data = data.model_copy(update={"path": absolute("data.path", data.path)})
+        data = data.model_copy(update={"path": str(environment.user_path(data.path, "data.path"))})
     if evaluate.reference not in ("train", "test"):
-        evaluate = evaluate.model_copy(update={"reference": absolute("evaluate.reference", evaluate.reference)})
+        reference = environment.user_path(evaluate.reference, "evaluate.reference")
+        evaluate = evaluate.model_copy(update={"reference": str(reference)})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 
@@ -102,6 +105,8 @@ def check_resources(config: Config, site: Site) -> None:
         raise RequestError(
             f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
         )
+    if warning := check_batch(config, site):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
@@ -116,7 +121,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
-    if jobs and reading.load(run.config) != config:
+    if jobs and reading.of_run(run) != config:
         raise RequestError(
             f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.config_differences(run, config)}. "
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
@@ -154,6 +159,7 @@ def main() -> int:
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
+    check_path(run, site)
     config = prepare.resolve_length(asked, run)
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)
@@ -171,10 +177,10 @@ def main() -> int:
         print_results(run, config, stages)
         return 0
 
-    data = prepare.prepare_inputs(config, site, root, stages)
-    config = asked.resolve_length(data["num_images"])
+    inputs = prepare.prepare_inputs(config, site, root, stages)
+    config = asked.resolve_length(inputs["data"]["num_images"])
     with turn(run):  # two submissions at once: the second finds what the first has made and queued
-        started = begin(run, config, site, stages, data, prepare_only=args.prepare)
+        started = begin(run, config, site, stages, inputs, prepare_only=args.prepare)
     if isinstance(started, Here):
         return await_here(run, config, stages, started, wait=args.wait)
     if not args.wait or args.prepare:
@@ -191,13 +197,13 @@ class Here(NamedTuple):
 
 
 def begin(
-    run: RunDir, config: Config, site: Site, stages: list[str], data: dict[str, Any], *, prepare_only: bool
+    run: RunDir, config: Config, site: Site, stages: list[str], inputs: dict[str, Any], *, prepare_only: bool
 ) -> list[str] | Here:
     """Write the run down, and have what is left of it queued or started; job ids."""
     exists = prepare.check_existing(run, config)
     queued = exists and is_at_work(run, config, site)
     train, left = what_is_left(run, config, stages) if exists else (True, stages)
-    record = prepare.describe(config, site, run, data)
+    record = prepare.describe(config, site, run, inputs)
     if not exists:
         prepare.create_run(run, config, record)
     elif not queued:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from ddpm.run import unfinished
 from ddpm.run.fence import Fence
+from ddpm.run.files import sha256_json, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 
@@ -49,6 +51,21 @@ def save_all(run: RunDir, fence: Fence, *steps: int, **options: Any) -> Checkpoi
     for step in steps:
         s.save(state_at(step), wait=True)
     return s
+
+
+def killed_before_its_manifest(run: RunDir, step: int) -> None:
+    """What a save leaves that is killed right before its last rename."""
+    unfinished.begin(run, step, "1", lambda: None)
+    run.checkpoint(step).write_bytes(b"whole, but without a manifest")
+    run.ema_weights(step).write_bytes(b"so was this")
+
+
+def ask_for_samples(run: RunDir, name: str, step: int) -> Path:
+    """A sample set of a checkpoint; returns its request."""
+    request = {"checkpoint": {"step": step, "sha256": "x"}, "seed": 0}
+    run.sample_set(name).path.mkdir(parents=True)
+    write_json(run.sample_set(name).request, {**request, "digest": sha256_json(request)})
+    return run.sample_set(name).request
 
 
 def flip_bit(path: Path, at: int) -> None:

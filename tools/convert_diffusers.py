@@ -281,7 +281,7 @@ def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
     data = {"cache": str(cache / "data"), "key": None, "digest": None, "num_images": None, "scratch": None}
     tmp = RunDir(path.with_name(f"{TMP_PREFIX}{path.name}.converted.{os.getpid()}"))
     try:
-        prepare.create_run(tmp, config, prepare.describe(config, site, RunDir(path), data))
+        prepare.create_run(tmp, config, prepare.describe(config, site, RunDir(path), {"data": data}))
         fence = Fence(tmp, {}, wait_s=0)
         saver = Checkpointer(
             tmp,

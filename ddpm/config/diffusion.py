@@ -20,7 +20,7 @@ VARIANCES = get_args(Variance)
 
 
 class Diffusion(Section):
-    timesteps: int = Field(1000, ge=2)
+    timesteps: int = Field(1000, ge=2, le=1_000_000)
     """T; t runs 0 … T-1."""
     schedule: Literal["linear", "cosine", "dns"] = "linear"
     """`linear` (Ho et al.), `cosine` (Nichol & Dhariwal), or `dns`: the square of a line, see

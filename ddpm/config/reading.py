@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from ddpm.config.schema import Config
 from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
-from ddpm.config.yaml import load_yaml
-from ddpm.errors import RequestError
+from ddpm.config.yaml import load_yaml, read_text
+from ddpm.errors import RequestError, shown
+from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 
 
 def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
@@ -20,7 +23,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     shelf: where else a file may lie that was meant when `path` does not exist.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
     except FileNotFoundError:
         known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, known, 1, 0.5)
@@ -40,11 +43,29 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     return build(Config, tree, str(path))
 
 
+def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
+    """The config of a run, which must mean the mathematics that the run began with. Raises RequestError, DamagedFile.
+
+    overrides: of what its digest does not cover. A run.json of old may not tell the digest.
+    """
+    record = read_run(run) if run.run_json.exists() else {}
+    came = f" (it was submitted with: {shlex.join(map(str, record['command']))})" if record.get("command") else ""
+    if run.config.is_file() and not run.config.read_bytes().strip():
+        raise RequestError(f"{run.config} is empty: restore it{came}")
+    config = load(run.config, overrides)
+    if (digest := record.get("config_digest")) not in (None, config.digest()):
+        raise RequestError(
+            f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "
+            f"with {digest[:12]}. Restore the file{came}, or train another run"
+        )
+    return config
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into `tree`; the value is read as YAML. One length of training replaces another."""
     key, eq, text = override.partition("=")
     if not eq or not key:
-        raise RequestError(f"{override!r} is not key=value; for example train.lr=1e-4")
+        raise RequestError(f"{shown(override)} is not key=value; for example train.lr=1e-4")
     if key not in field_keys(Config):
         raise RequestError(unknown_key(key, field_keys(Config)))
     node = tree
@@ -52,8 +73,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise RequestError(f"{section}: expected a section of keys, found {node!r}")
-    value = load_yaml(text, override)
+            raise RequestError(f"{section}: expected a section of keys, found {shown(node)}")
+    value = load_yaml(text, override if len(override) <= 200 else f"{override[:200]}…")
     if sections == ["train"] and leaf in LENGTHS and value is not None:
         for length in LENGTHS:
             node.pop(length, None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ddpm.config.section import Ints, Section
 
@@ -12,25 +12,30 @@ WITH_ETA = ("ddim",)
 """Samplers whose noise eta chooses."""
 
 
+def _zero(value: float) -> float:
+    """-0.0 is 0.0: one value, one request."""
+    return value + 0.0
+
+
 class Sample(Section):
-    num_samples: int = Field(50_000, ge=1)
+    num_samples: int = Field(50_000, ge=1, le=10**9)
     """Images in the set."""
     sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
     """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: Annotated[float, AfterValidator(_zero)] = Field(0.0, ge=0, le=1)
     """`ddim` alone: its noise; 0 deterministic, 1 close to ancestral."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: Annotated[float, AfterValidator(_zero)] | None = Field(None, ge=0)
     """Weight w of classifier-free guidance: eps = (1 + w) eps(label) - w eps(no label), two evaluations a step; null:
     none. Needs a model trained with train.label_dropout."""
     class_plan: Ints | None = None
     """Images of each class, summing to num_samples; null: the classes in turn."""
     clip_x_0: bool = True
     """Clip every predicted x_0 to [-1, 1], where images lie."""
-    batch: int = Field(500, ge=1)
+    batch: int = Field(500, ge=1, le=2**24)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
-    shards: int = Field(64, ge=1)
+    shards: int = Field(64, ge=1, le=1_000_000)
     """Parts that the set is made in, each a job of its own."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Sample i follows from it and from i."""

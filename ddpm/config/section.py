@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
 
 
 def _listed(value: Any) -> Any:
@@ -51,9 +51,9 @@ def unknown_key(key: str, known: list[str]) -> str:
     if inside := [k for k in known if k.startswith(f"{key}.")]:
         return f"{key!r} is a section; give one of its keys: {', '.join(inside)}"
     if near:
-        return f"unknown key {key!r}; did you mean {' or '.join(map(repr, near))}?"
+        return f"unknown key {shown(key)}; did you mean {' or '.join(map(repr, near))}?"
     siblings = [k for k in known if k.startswith(section)] if section else []
-    return f"unknown key {key!r}; known: {', '.join(siblings or known)}"
+    return f"unknown key {shown(key)}; known: {', '.join(siblings or known)}"
 
 
 def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:
@@ -79,7 +79,7 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     if err["type"] == "value_error":
         return message if not loc or loc[-1] in message else f"{key} = {message}"
     if err["type"] == "model_type":
-        return f"{key} = {err['input']!r}: expected a section of keys; leave it out for the defaults"
+        return f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults"
     if err["type"] == "tuple_type":
         message = f"input should be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
     if err["type"] == "bool_type":
@@ -91,4 +91,4 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     allowed = f" (default {field.default!r})" if field is not None else ""
     if beyond and field is not None and get_origin(field.annotation) is dict:
         key, allowed = f"{key}.{beyond}", ""
-    return f"{key} = {err['input']!r}: {message[0].lower()}{message[1:]}{allowed}"
+    return f"{key} = {shown(err['input'])}: {message[0].lower()}{message[1:]}{allowed}"

@@ -24,7 +24,7 @@ class Train(Section):
     """The length in training images instead, …"""
     total_epochs: int | None = Field(None, ge=1)
     """… or in passes over the data: `Config.resolve_length` turns both into total_steps, rounding up."""
-    global_batch: int = Field(128, ge=1)
+    global_batch: int = Field(128, ge=1, le=2**24)
     """Images a step over all ranks: the unit of training."""
     micro_batch: int | None = Field(None, ge=1)
     """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share."""

@@ -15,6 +15,9 @@ CHOICES = {
     "upsample": ("conv", "transpose"),
 }
 
+MAX_CHANNELS = 1 << 20
+"""Of a level: its convolutions alone would fill tens of terabytes."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -58,6 +61,13 @@ class Structure:
         """Channels of what a block is told of t and the class."""
         return self.time_embed_channels or 4 * self.base_channels
 
+    @property
+    def least_activation_bytes(self) -> int:
+        """What training keeps of one image at the very least: the input of every block's second convolution, in 16
+        bits. Nothing computes the gradient of its weights without."""
+        blocks = 2 * self.blocks_per_level + 1  # of the encoder and the decoder
+        return sum(2 * blocks * width * size**2 for width, size in zip(self.widths, self.sizes, strict=True))
+
     def __post_init__(self) -> None:
         for name in ("image_size", "in_channels", "base_channels", "blocks_per_level", "attention_heads"):
             self._need(getattr(self, name) >= 1, name, "must be at least 1")
@@ -71,6 +81,8 @@ class Structure:
         self._need(self.base_channels % 2 == 0, "base_channels", "must be even (half sines, half cosines of t)")
         mults, levels = self.channel_mults, len(self.channel_mults)
         self._need(levels > 0 and min(mults) >= 1, "channel_mults", "needs one factor >= 1 per level")
+        most = MAX_CHANNELS // self.base_channels
+        self._need(max(mults) <= most, "channel_mults", f"at most {most} here, for {MAX_CHANNELS} channels")
         divisor = 2 ** (levels - 1)
         fits = self.image_size % divisor == 0
         self._need(fits, "image_size", f"{levels} levels halve it {levels - 1} times, so {divisor} must divide it")

@@ -1,33 +1,86 @@
-"""YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once."""
+"""YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once; and no more than fits."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
+
+MAX_CHARS = 1 << 18
+"""Of a file or value. The largest config of ours has 3,000."""
+MAX_EXPANDED_CHARS = 1 << 20
+"""With every alias written out: ten lines of ten aliases each, of the line before, are ten thousand million words."""
+MAX_DEPTH = 20
+"""Brackets in brackets; a config has five."""
+MAX_DIGITS = 40
+"""Of a whole number."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once."""
+    """YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once; and it is bounded."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._open = 0
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """Characters and depth of each node that is composed, by its id, with its aliases written out."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        self._open += 1
+        if self._open > MAX_DEPTH:  # before anything recurses as deep
+            raise self._beyond(self.peek_event(), f"more than {MAX_DEPTH} levels deep")
+        node: Any = super().compose_node(parent, index)
+        self._open -= 1
+        if alias is None:
+            self._measure(node)
+        elif id(node) not in self._sizes:
+            raise self._beyond(alias, "an alias of something that it is itself a part of")
+        return node
+
+    def _measure(self, node: Any) -> None:
+        if isinstance(node, yaml.ScalarNode):
+            children, chars = [], len(node.value)
+        else:
+            children, chars = [c for v in node.value for c in (v if isinstance(v, tuple) else (v,))], 0
+        sizes = [self._sizes[id(child)] for child in children]
+        chars += 1 + sum(size for size, _ in sizes)
+        depth = 1 + max((depth for _, depth in sizes), default=0)
+        if chars > MAX_EXPANDED_CHARS or depth > MAX_DEPTH:
+            raise self._beyond(node, "more than fits with its aliases written out")
+        self._sizes[id(node)] = chars, depth
+
+    def _beyond(self, at: Any, what: str) -> yaml.YAMLError:
+        return yaml.composer.ComposerError(None, None, what, at.start_mark)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(str(node.value)) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a whole number of {len(node.value)} characters, at most {MAX_DIGITS}", node.start_mark
+            )
+        return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if merge else self.construct_object(key_node, deep=True)
             if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{shown(key)} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} stands twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -56,8 +109,22 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of YAML. RequestError where it is far too long to be one; OSError, UnicodeDecodeError."""
+    with path.open(encoding="utf-8") as f:
+        text = f.read(MAX_CHARS + 1)
+    if len(text) > MAX_CHARS:
+        raise RequestError(f"{path}: more than {MAX_CHARS} characters: this is no config; name another file")
+    return text
+
+
 def load_yaml(text: str, where: str) -> Any:
+    """What `text` says. RequestError beginning with `where` for what is no YAML, or beyond the bounds above."""
     try:
+        if len(text) > MAX_CHARS:
+            raise ValueError(f"{len(text)} characters, at most {MAX_CHARS}")
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as e:
+    except RecursionError:
+        raise RequestError(f"{where}: not valid YAML: nested too deeply") from None
+    except Exception as e:  # its constructors raise what Python does for `2020-13-45` or `!!int word`
         raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None

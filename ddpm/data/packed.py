@@ -1,20 +1,21 @@
 """Datasets to one packed uint8 array.
 
-Any source is decoded once into CACHE/KEY/{images.npy, labels.npy, meta.json}; KEY is a digest of the source, of what
-was chosen from it and of how it was resized. The directory appears by one rename, so a killed packing leaves nothing
-that looks packed. Ranks memory-map it: the page cache of a node holds it once, and training never decodes an image.
+Any source is decoded once into CACHE/KEY/{images.npy, labels.npy, labels.json, meta.json}; KEY is a digest of the
+source, of what was chosen from it and of how it was resized. The directory appears by one rename, so a killed packing
+leaves nothing that looks packed. Ranks memory-map it: the page cache of a node holds it once, and training never
+decodes an image. So nothing in it is ever written in place: what is damaged is moved aside and packed again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +23,17 @@ import numpy as np
 
 from ddpm.config.data import Data
 from ddpm.data import celeba, sources
+from ddpm.data.labels import labels_digest
 from ddpm.data.sources import Source
+from ddpm.data.whole import PackedImages, digest_head, images_digest, open_packed, open_verified
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, read_signed, sha256_json, sign, write_json
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, sha256_json, sign, write_json
 from ddpm.run.log import say
 from ddpm.run.stopping import ShowProgress, StopRequested
 
 PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400
 Item = tuple[np.ndarray, int]
-
-
-@dataclass(frozen=True)
-class PackedImages:
-    """A dataset in memory or mapped: images uint8 (N, H, W, 3), labels int64 (N,) (0 where there are no classes)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    name: str
-    split: str
-    digest: str
-    """sha256 over dtype, shape and bytes of `images`."""
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-def _digest_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    return f"{dtype} {shape}".encode()
-
-
-def images_digest(images: np.ndarray) -> str:
-    """sha256 over dtype, shape and bytes of an image array (N, H, W, C)."""
-    digest = hashlib.sha256(_digest_head(images.dtype, images.shape))
-    for first in range(0, len(images), 4096):
-        digest.update(np.ascontiguousarray(images[first : first + 4096]).data)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- sources
@@ -113,7 +89,8 @@ def pack(
     stop_requested: StopRequested = lambda: None,
     or_else: str = "choose another place",
 ) -> tuple[str, PackedImages]:
-    """Unpack `split` of the configured data into `cache` unless it is there; returns its key and the mapped arrays.
+    """Unpack `split` of the configured data into `cache` unless it is there and whole; returns its key and the mapped
+    arrays.
 
     or_else: what a user can do where `cache` cannot be written to.
     Raises RequestError (bad path, archive or image, no such split), EnvironmentLacks (no download, no scikit-learn),
@@ -125,8 +102,12 @@ def pack(
     if split not in source.members:
         raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members)}")
     key = cache_key(data, source, split)
-    if (cache / key / "meta.json").exists():
-        return key, open_packed(cache, key)
+    labels = [source.labels[name] for name in source.members[split]]
+    try:
+        return key, open_verified(cache, key, labels=labels, stop_requested=stop_requested)
+    except (DamagedFile, OSError) as e:
+        if os.path.lexists(cache / key):
+            say(f"the packed data in {cache / key} is damaged: packing it again", reason=_in_words(e))
     if data.name == "celeba" and list(source.members) == ["train"]:
         say(f"data.path={data.path} no {celeba.PARTITION}: every image is for training")
     tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
@@ -138,19 +119,43 @@ def pack(
     try:
         num, size = source.num_images(split), data.image_size
         items = _watched(sources.read(source, split, size, cache), num, progress, stop_requested)
-        written = _write_arrays(tmp, items, (num, size, size, 3))
+        written = _write_arrays(tmp, items, (num, size, size, 3), source.classes)
         record = {"name": data.name, "split": split, "classes": source.classes, "selection": source.selection}
         write_json(tmp / "meta.json", sign({**record, **sources.RESIZE, **written}))
-        try:
-            tmp.rename(cache / key)
-            fsync_dir(cache)
-        except OSError:
-            if not (cache / key / "meta.json").exists():
-                raise
-            # another job packed the same data meanwhile: the bytes are the same
+        _publish(tmp, cache, key, labels, or_else)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return key, open_packed(cache, key)
+
+
+def _publish(tmp: Path, cache: Path, key: str, labels: list[int], or_else: str) -> None:
+    """Rename `tmp` to its key, unless another job has packed the same meanwhile; what is damaged there moves aside.
+
+    Raises EnvironmentLacks where that is not allowed, as with a colleague's in a shared cache.
+    """
+    there = cache / key
+    while True:
+        try:
+            tmp.rename(there)
+            fsync_dir(cache)
+            return
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        with contextlib.suppress(OSError, DamagedFile):
+            open_verified(cache, key, labels=labels)
+            return  # the bytes are the same
+        aside = cache / f"{TMP_PREFIX}{key}.damaged-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            there.rename(aside)  # who has it mapped, on any node, keeps its bytes
+            os.utime(aside)  # and remove_abandoned leaves them for a day
+        except FileNotFoundError:
+            pass  # another job was first
+        except OSError as e:
+            raise EnvironmentLacks(
+                f"the packed data in {there} is damaged and cannot be moved away ({e.strerror}): have its owner remove "
+                f"it, or {or_else}"
+            ) from None
 
 
 def remove_abandoned(where: Path, unchanged_s: float) -> None:
@@ -173,10 +178,14 @@ def _watched(
                 raise Stopped(reason)
 
 
-def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...]) -> dict[str, Any]:
-    """images.npy and labels.npy, an image at a time: CelebA at 128x128 is 8 GB. Returns what meta.json says of it."""
+def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], classes: Sequence[str]) -> dict[str, Any]:
+    """images.npy, labels.npy and the digest of these, an image at a time: CelebA at 128x128 is 8 GB.
+
+    Returns what meta.json says of the images. The labels' digest is in a file of its own because caches from before
+    there was one get it added.
+    """
     labels = []
-    digest = hashlib.sha256(_digest_head(np.dtype(np.uint8), shape))
+    digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
     with (where / "images.npy").open("wb") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for image, label in items:
@@ -187,30 +196,18 @@ def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...]) ->
         f.flush()
         os.fsync(f.fileno())
     assert len(labels) == shape[0], f"a source announced {shape[0]} images and gave {len(labels)}"
+    indices = np.asarray(labels, dtype=np.int64)
     with (where / "labels.npy").open("wb") as f:
-        np.save(f, np.asarray(labels, dtype=np.int64))
+        np.save(f, indices)
         f.flush()
         os.fsync(f.fileno())
+    write_json(where / "labels.json", sign({"digest": labels_digest(indices, classes)}))
     return {"num_images": len(labels), "shape": list(shape), "digest": digest.hexdigest(), "bytes": num_bytes}
 
 
-def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> PackedImages:
-    """Map a packed dataset, from its copy on `scratch` where that is whole.
-
-    Raises FileNotFoundError where it is not there, DamagedFile where it is not whole.
-    """
-    if scratch is not None:
-        with contextlib.suppress(OSError, DamagedFile):
-            return open_packed(scratch, key)
-    where = cache / key
-    meta = read_signed(where / "meta.json")
-    if (where / "images.npy").stat().st_size != meta["bytes"]:
-        raise DamagedFile(f"{where / 'images.npy'}: not the size that was packed; remove {where} and submit again")
-    try:
-        images, labels = np.load(where / "images.npy", mmap_mode="r"), np.load(where / "labels.npy")
-    except (ValueError, EOFError) as e:
-        raise DamagedFile(f"{where}: no arrays ({e}); remove it and submit again") from None
-    return PackedImages(images, labels, meta["name"], meta["split"], meta["digest"])
+def _in_words(error: Exception) -> str:
+    """Why packed data cannot be used."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def load_folder(path: Path) -> PackedImages:
@@ -227,7 +224,7 @@ def load_folder(path: Path) -> PackedImages:
     if len(shapes) > 1:
         raise RequestError(
             f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "
-            f"a score needs one size: resize them first"
+            f"a score needs one size: resize them first, or give --size"
         )
     array = np.stack(images)
     return PackedImages(array, np.zeros(len(array), np.int64), path.name, "all", images_digest(array))

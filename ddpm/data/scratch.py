@@ -8,7 +8,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ddpm.data.packed import open_packed, remove_abandoned
+from ddpm.data.packed import open_verified, remove_abandoned
 from ddpm.errors import Stopped
 from ddpm.run.files import TMP_PREFIX, DamagedFile
 from ddpm.run.stopping import StopRequested
@@ -22,10 +22,10 @@ def copy_to_scratch(cache: Path, key: str, scratch: Path, *, stop_requested: Sto
     """Copy a packed dataset to node-local `scratch`, in place of a copy that is not whole (disks of nodes are cleaned
     file by file). stop_requested is asked after each chunk.
 
-    Raises OSError (no room, no such disk), Stopped.
+    Raises OSError (no room, no such disk), DamagedFile (the disk gives back something else), Stopped.
     """
     remove_abandoned(scratch, COPY_ABANDONED_AFTER_S)
-    if _is_whole(scratch, key):
+    if _is_whole(scratch, key, stop_requested):
         return
     shutil.rmtree(scratch / key, ignore_errors=True)
     tmp = scratch / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
@@ -34,19 +34,20 @@ def copy_to_scratch(cache: Path, key: str, scratch: Path, *, stop_requested: Sto
         for path in sorted((cache / key).iterdir()):
             _copy(path, tmp / path.name, stop_requested)
         shutil.copymode(cache / key, tmp)
+        open_verified(scratch, tmp.name, stop_requested=stop_requested)
         try:
             tmp.rename(scratch / key)
         except OSError:
-            if not _is_whole(scratch, key):
+            if not _is_whole(scratch, key, stop_requested):
                 raise
             # another job was first
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # a kill leaves it to a later job
 
 
-def _is_whole(where: Path, key: str) -> bool:
+def _is_whole(where: Path, key: str, stop_requested: StopRequested) -> bool:
     with contextlib.suppress(OSError, DamagedFile):
-        open_packed(where, key)
+        open_verified(where, key, stop_requested=stop_requested)
         return True
     return False
 

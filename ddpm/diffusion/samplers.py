@@ -88,6 +88,11 @@ def ddim(schedule: Schedule, steps: int, *, eta: float = 0.0, variance: str = "f
     """Song et al.'s equation 12, with eps taken anew from the clipped x_0, so that x_0 and eps still make up x_t.
 
     eta = 0 is deterministic and never asks for noise; eta = 1 has the posterior's variance (equation 16).
+
+    diffusers' DDIMScheduler with timestep_spacing="linspace" visits these timesteps, but steps from each t to
+    t - T // S instead of to the one that it visits next: its images differ by up to 3.3 grey levels, in half of their
+    bytes. It agrees with `scheduler.num_inference_steps = Fraction(T, t - next_t)` set before each of its steps, which
+    makes that T // S the distance to the next timestep, and with use_clipped_model_output where x_0 is clipped.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm.network.dropout import Dropout
+
 
 class ResidualBlock(nn.Module):
-    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W)."""
+    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W); places: for dropout's masks."""
 
     def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
         super().__init__()
@@ -21,14 +23,14 @@ class ResidualBlock(nn.Module):
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.embed = nn.Linear(embedding, width_out)
         self.norm_2 = group_norm(width_out, groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, places: Tensor | None = None) -> Tensor:
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.embed(emb)[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h)), places))
         return self.skip(x) + h
 
 
@@ -40,14 +42,14 @@ class PlainBlock(nn.Module):
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm_1 = group_norm(width_out, groups)
         self.embed = nn.Linear(embedding, width_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.norm_2 = group_norm(width_out, groups)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, places: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm_1(self.conv_1(x)))
         h = h + self.embed(emb)[:, :, None, None]
-        return F.silu(self.norm_2(self.conv_2(self.dropout(h))))
+        return F.silu(self.norm_2(self.conv_2(self.dropout(h, places))))
 
 
 class Attention(nn.Module):

@@ -27,6 +27,9 @@ class Resolved:
     compile: bool
     deterministic: bool
     threads: int
+    dropout: str = "counted"
+    """counted: masks follow from the sample's place in the step; torch: from the rank's generator, as runs of before
+    have begun."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,6 +49,7 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
         compile=kept.get("compile", gpu) if train.compile == "auto" else train.compile,
         deterministic=kept.get("deterministic", not gpu) if train.deterministic == "auto" else train.deterministic,
         threads=kept.get("threads", threads),
+        dropout=kept.get("dropout", "torch") if kept else "counted",
     )
     if resolved.amp == "fp16" and not gpu:
         raise DoNotRetry(

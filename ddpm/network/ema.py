@@ -19,6 +19,11 @@ class EMA:
     keeps min(decay, (1 + n) / (10 + n)), so that the first weights are forgotten soon. ValueError for other values.
 
     All follows from the number of the step: a resumed run goes on exactly, with nothing more to save than the average.
+
+    The average starts at the initial weights, which it then holds decay ** n of after n updates. diffusers' EMAModel
+    forgets them: its first update copies the weights as they are after the first step. To average as it does by
+    default: start_step=2 and warmup=True. To have it average as this does by default: EMAModel(parameters, decay,
+    min_decay=decay), made before the first step, and `optimization_step = 1` set on it.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ddpm.config.unet_shape import Structure
 from ddpm.network.blocks import Attention, PlainBlock, ResidualBlock, downsample, group_norm, reset_parameters, upsample
+from ddpm.network.dropout import number_layers
 
 
 class UNet(nn.Module):
@@ -44,15 +45,16 @@ class UNet(nn.Module):
         self.norm_out = group_norm(s.widths[0], s.norm_groups)
         self.conv_out = nn.Conv2d(s.widths[0], s.in_channels, 3, padding=1)
         reset_parameters(self)
+        number_layers(self)
         nn.init.zeros_(self.conv_out.weight)
         self.set_fused_attention(fused_attention)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """x_t: (B, C, H, W) floating; t: int64 (B,), 0 .. T-1; labels: int64 (B,) in [0, num_classes).
 
         With null_label a label may be num_classes too: "no label". Returns eps, (B, C, H, W); its type is autocast's or
-        the weights'. ValueError for a wrong shape, or for labels that are missing or not wanted. Dropout draws from
-        torch's global generator in training mode.
+        the weights'. ValueError for a wrong shape, or for labels that are missing or not wanted. Dropout, in training
+        mode, draws for `places` (rng.places), or without them from torch's global generator.
         """
         if x_t.shape[1:] != (self.in_channels, self.image_size, self.image_size):
             expected = (self.in_channels, self.image_size, self.image_size)
@@ -70,16 +72,16 @@ class UNet(nn.Module):
         skips = [h]
         for level in cast(Iterable[Level], self.encoder):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(h, emb))
+                h = attention(block(h, emb, places))
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
                 skips.append(h)
         for block, attention in zip(self.bottleneck.blocks, self.bottleneck.attentions, strict=True):
-            h = attention(block(h, emb))
+            h = attention(block(h, emb, places))
         for level in cast(Iterable[Level], self.decoder):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], 1), emb))
+                h = attention(block(torch.cat([h, skips.pop()], 1), emb, places))
             if level.resample is not None:
                 h = level.resample(h)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
@@ -22,6 +22,14 @@ def load_network(config: Config, run: RunDir, step: int, weights: str, device: t
     network = build_model(config, device, precision)
     set_weights(network, generations.load(run, step)[weights], str(run.checkpoint(step)))
     return network.eval()
+
+
+def cast_once(network: UNet, precision: str) -> None:
+    """For evaluations in bf16: the weights that autocast would cast at each one, cast now. The same bits come out."""
+    if precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+                module.to(torch.bfloat16)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from ddpm.run.files import now, read_json, read_jsonl
+from ddpm.run.files import now
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 
 
 class EventLog:
@@ -27,11 +29,11 @@ class EventLog:
     def append(self, event: str, **fields: Any) -> None:
         """Append one line and make it durable: the restart policy and goodput are computed from these."""
         record = {"event": event, "time": now(), **self._base, **fields}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         with self.path.open("ab+") as f:
             if f.tell() == 0 and self._since:
-                beat = read_json(self._run.heartbeat) or {}
-                sign = {k: beat[k] for k in ("job", "restart", "time", "step") if k in beat}
+                beat = read_heartbeat(self._run)
+                sign = {k: beat[k] for k in (*SIGN, "step") if k in beat}
                 record.update(since=self._since, last_sign=sign or None)
             line = json.dumps(record).encode() + b"\n"
             if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
@@ -41,7 +43,79 @@ class EventLog:
             os.fsync(f.fileno())
 
 
-def read_events(run: RunDir) -> list[dict[str, Any]]:
-    """Every life event of a run, in order of time. Raises OSError where it cannot look."""
-    events = [e for p in sorted(listed(run.events)) if p.suffix == ".jsonl" for e in read_jsonl(p)]
-    return sorted(events, key=lambda e: str(e.get("time", "")))
+def read_events(run: RunDir) -> list[Record]:
+    """Every life event of a run that can be read, by life and then by time. Raises OSError where it cannot look."""
+    return read_events_and_damage(run)[0]
+
+
+def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
+    """Every life event of a run, by life and then by time; and what of events/ cannot be read, a line for each file.
+
+    Raises OSError where it cannot look.
+    """
+    files: list[list[Record]] = []
+    damage = []
+    for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl"):
+        name = f"events/{path.name}"
+        try:
+            found, wrong = parse_events(path.read_bytes(), name)
+        except FileNotFoundError:
+            continue
+        except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
+            found, wrong = [], f"{name} cannot be read ({e.strerror})"
+        files.append(found)
+        damage += [wrong] if wrong else []
+    return in_order(files), damage
+
+
+def in_order(files: list[list[Record]]) -> list[Record]:
+    """The events of some files, each in the order it was written in, merged by time.
+
+    No clock puts a life before the one that it follows: a life of a job comes after those with a lower restart number
+    and after its submission, a successor after the job that it succeeds, one that trained after the life whose
+    heartbeat it found, any other after that heartbeat.
+    """
+    lives = [_File(events) for events in files if events]
+    of_life = {life.key: life for life in lives}
+    for life in sorted(lives, key=lambda life: life.times[0]):
+        life.settle(of_life)
+    placed = [(at, life.depth, e) for life in lives for at, e in zip(life.times, life.events, strict=True)]
+    return [e for *_, e in sorted(placed, key=lambda p: p[:2])]
+
+
+class _File:
+    """One file of events/: a life, or the submission of a job. `times`: where its events stand among all others."""
+
+    def __init__(self, events: list[Record]) -> None:
+        first = events[0]
+        self.events, self.depth, self._settled = events, 0, False
+        self.key = _life(first) if first.get("event") != "submitted" else (_life(first)[0], -1)
+        self.times = [e["time"] for e in events]
+
+    def settle(self, of_life: dict[tuple[str, int], _File]) -> None:
+        """Make `times` grow from event to event, and begin after what this follows."""
+        if self._settled:
+            return
+        self._settled = True  # before the others: they may follow this one, by damaged words of theirs
+        floor = ""
+        for before, until in self._follows(of_life):
+            before.settle(of_life)
+            floor, self.depth = max(floor, until or before.times[-1]), max(self.depth, before.depth + 1)
+        for i, at in enumerate(self.times):
+            self.times[i] = floor = max(floor, at)
+
+    def _follows(self, of_life: dict[tuple[str, int], _File]) -> Iterator[tuple[_File, str]]:
+        """The files that this one comes after, and until when: "" is their end."""
+        job, restart = self.key
+        succeeds, sign = self.events[0].get("successor_of"), self.events[0].get("last_sign")
+        for (other, number), f in of_life.items():
+            if (other == job and number < restart) or (succeeds and other == str(succeeds) != job):
+                yield f, ""
+        life = of_life.get(_life(sign)) if sign else None
+        if sign and life is not None and life is not self:
+            trained = any(e.get("event") in ("started", "resumed") for e in self.events)
+            yield life, "" if trained else sign["time"]
+
+
+def _life(record: Record) -> tuple[str, int]:
+    return str(record["job"]), record["restart"]

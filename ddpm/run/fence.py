@@ -15,10 +15,11 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from ddpm.errors import RunBusy
-from ddpm.run.files import write_bytes
+from ddpm.errors import DoNotRetry, RunBusy, RunGone
+from ddpm.run.files import not_ours, write_bytes
 from ddpm.run.paths import RunDir
 
 
@@ -42,37 +43,55 @@ class Fence:
         is_orphan: whether the present holder is known to be an earlier life that should be gone; it is then fenced out
         although it still holds the lock: at once where it is of the owner's own job, others after `wait_s` seconds.
         how_to_end: the command by which a person ends the present holder, for the message.
-        Raises RunBusy after `wait_s` seconds.
+        Raises RunBusy after `wait_s` seconds, DoNotRetry where the run belongs to somebody who does not share it.
         """
         self._run, self._log = run, log
-        self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
+            self._place, self._lock = _identity(run.path), _identity(self._fd)
+            self._await_lock(owner, wait_s, is_orphan, how_to_end)
+            os.truncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(owner).encode(), 0)
+            self.token = self._claim()
+            write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise DoNotRetry(
+                f"run {run.name} cannot be written: {not_ours(Path(e.filename or run.path)) or e}"
+            ) from None
+        for claim in run.path.glob(".fence-*"):
+            number = claim.name.removeprefix(".fence-")
+            if number.isdecimal() and int(number) < self.token:
+                claim.unlink(missing_ok=True)
+
+    def _await_lock(
+        self,
+        owner: dict[str, Any],
+        wait_s: float,
+        is_orphan: Callable[[dict[str, Any]], bool],
+        how_to_end: Callable[[dict[str, Any]], str],
+    ) -> None:
+        """The lock, or the certainty that an orphan has it. Raises RunBusy."""
         deadline = time.monotonic() + wait_s
         said = False
         while not self._try_lock():
             other = self._holder()
             late = time.monotonic() >= deadline
             if (late or (said and other.get("job") == owner.get("job"))) and is_orphan(other):
-                log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
+                self._log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
                 break
             if late:
                 os.close(self._fd)
                 command = how_to_end(other)
                 raise RunBusy(
-                    f"run {run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
+                    f"run {self._run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
                     f"{f': {command}' if command else ''}"
                 )
             if not said:
-                log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
+                self._log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
                 said = True
             time.sleep(0.5)
-        os.truncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(owner).encode(), 0)
-        self.token = self._claim()
-        write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
-        for claim in run.path.glob(".fence-*"):
-            number = claim.name.removeprefix(".fence-")
-            if number.isdecimal() and int(number) < self.token:
-                claim.unlink(missing_ok=True)
 
     def _claim(self) -> int:
         """The next number, which nobody else has or will have."""
@@ -80,7 +99,7 @@ class Fence:
         while True:
             token += 1
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(self._run.path / f".fence-{token}", os.O_CREAT | os.O_EXCL, 0o644))
+                os.close(os.open(self._run.path / f".fence-{token}", os.O_CREAT | os.O_EXCL, 0o666))
                 if self._current() < token:  # else it was claimed before, and whoever came later has removed the claim
                     return token
 
@@ -110,8 +129,18 @@ class Fence:
             return 0
 
     def check(self) -> None:
-        """Raise RunBusy if a later writer has taken over: called before every publication."""
-        if (current := self._current()) != self.token:
+        """Raise RunBusy if a later writer has taken over: called before every publication.
+
+        RunGone where the directory is no longer the one that this writer took: what lies there now, under the old name,
+        may be a copy, whose counter says the same.
+        """
+        current = self._current()
+        if _identity(self._run.path) != self._place or _identity(self._run.lock) not in (None, self._lock):
+            raise RunGone(
+                f"{self._run.path} was moved, renamed or deleted while this job had it{self._whereto()}: nothing is "
+                f"written under the old name. Move it back or submit it where it is now; what was saved is in it"
+            )
+        if current != self.token:
             raise RunBusy(
                 f"run {self._run.name} was taken over by a later job (fence {current}, ours "
                 f"{self.token}): nothing more is written here"
@@ -119,8 +148,25 @@ class Fence:
         if not self._locked:  # the orphan that held it may be gone: a third job shall wait
             self._try_lock()
 
+    def _whereto(self) -> str:
+        """Where the directory lies now, as far as this machine knows."""
+        try:
+            lock = Path(f"/proc/self/fd/{self._fd}").readlink()
+        except OSError:
+            return ""
+        return f" (it is {lock.parent} now)" if lock.exists() and lock.parent != self._run.path else ""
+
     def release(self) -> None:
         os.close(self._fd)
+
+
+def _identity(path: Path | int) -> tuple[int, int] | None:
+    """What a file or directory stays through renames; None where there is none."""
+    try:
+        found = os.fstat(path) if isinstance(path, int) else path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _who(owner: dict[str, Any]) -> str:

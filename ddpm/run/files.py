@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pwd
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,9 +30,16 @@ def stamp(at: datetime) -> str:
     return at.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-# ---------------------------------------------------------------- digests
 def now() -> str:
     return stamp(datetime.now(timezone.utc))
+
+
+def seconds(stamp: str) -> float:
+    """Unix time of such a time. Raises ValueError, OverflowError or OSError where it is none."""
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+# ---------------------------------------------------------------- digests
 
 
 def canonical_json(value: Any) -> bytes:
@@ -60,8 +68,8 @@ def sign(record: dict[str, Any]) -> dict[str, Any]:
 def read_signed(path: Path) -> dict[str, Any]:
     """A signed JSON file. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
     try:
-        record = json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as e:
+        record = parse_json(path.read_bytes())
+    except ValueError as e:
         raise DamagedFile(f"{path.name}: not JSON ({e})") from None
     if not isinstance(record, dict) or record.get("self_sha256") != sign(record)["self_sha256"]:
         raise DamagedFile(f"{path.name}: its self_sha256 does not match its content")
@@ -119,7 +127,7 @@ def publishing(
     """
     tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{token or 'x'}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with tmp.open("wb") as raw:
+        with _opened(tmp, may_publish) as raw:
             out = HashingFile(raw)
             yield out
             raw.flush()
@@ -133,6 +141,35 @@ def publishing(
         fsync_dir(path.parent)
     finally:
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
+
+
+def _opened(tmp: Path, may_publish: Callable[[], None] | None) -> BinaryIO:
+    try:
+        return tmp.open("wb")
+    except FileNotFoundError:
+        if may_publish is not None:
+            may_publish()  # it knows better what has become of the directory
+        raise
+
+
+def not_ours(path: Path) -> str:
+    """Why this user may not write `path` or make files in it, where it is somebody else's; "" where it is not."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    there, me = path.stat(), os.geteuid()
+    if there.st_uid == me or me == 0:
+        return ""
+    return (
+        f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}; its "
+        f"owner can share it with the group: chmod -R g+rwX {path}"
+    )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def rename_new(tmp: Path, path: Path) -> None:
@@ -159,30 +196,32 @@ def write_json(path: Path, value: Any, **publish: Any) -> None:
     write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n", **publish)
 
 
-def parse_jsonl(data: bytes) -> list[dict[str, Any]]:
-    records = []
-    for line in data.decode(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+# ---------------------------------------------------------------- reading
+def parse_json(data: bytes) -> Any:
+    """Raises ValueError where it is no JSON, or nested beyond all sense."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; a torn last line (killed while appending) is left out."""
-    try:
-        return parse_jsonl(path.read_bytes())
-    except FileNotFoundError:
-        return []
+    """The JSON objects in a JSONL file, whatever they say; other lines are left out, as a torn last one is."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records

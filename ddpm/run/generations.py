@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm.errors import DoNotRetry, RequestError
+from ddpm.errors import RequestError
+from ddpm.run import evidence
+from ddpm.run.evidence import Incomplete
 from ddpm.run.files import DamagedFile, read_signed, sha256_file
 from ddpm.run.paths import RunDir
 
@@ -59,8 +61,8 @@ def verify_again(run: RunDir, step: int) -> Generation:
 def newest_good(run: RunDir, log: Tell) -> Generation | None:
     """The newest generation that holds, naming each one that does not; None where none was ever saved.
 
-    Never a silent start at 0: raises DoNotRetry where checkpoints exist and all are damaged, and OSError where none is
-    good and some could not be read, which may be otherwise the next time.
+    Never a silent start at 0: raises Incomplete where checkpoints exist and all are damaged, or none does and something
+    tells of one, and OSError where none is good and some could not be read, which may be otherwise the next time.
     """
     steps = run.steps_saved()
     unread = None
@@ -74,18 +76,32 @@ def newest_good(run: RunDir, log: Tell) -> Generation | None:
     if unread:
         raise unread
     if steps:
-        raise DoNotRetry(
-            f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above). To start this "
-            f"run over on purpose, move that directory away: mv {run.checkpoints} {run.checkpoints}.damaged"
-        )
+        raise Incomplete(f"every checkpoint in {run.checkpoints} is damaged ({len(steps)} rejected above)")
+    evidence.refuse_start(run)
     return None
+
+
+def check_there(run: RunDir) -> None:
+    """What is seen of `newest_good` without reading checkpoints. Raises Incomplete where none of them can be good."""
+    steps = run.steps_saved()
+    if not steps:
+        evidence.refuse_start(run)
+    elif not any(_has_its_size(run, step) for step in steps):
+        raise Incomplete(f"no checkpoint in {run.checkpoints} is whole ({len(steps)} have a manifest)")
+
+
+def _has_its_size(run: RunDir, step: int) -> bool:
+    try:
+        return bool(read_signed(run.manifest(step))["bytes"] == run.checkpoint(step).stat().st_size)
+    except (DamagedFile, FileNotFoundError, KeyError):
+        return False
 
 
 def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generation:
     """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
 
     Raises NothingSaved where the run has none, RequestError where `step` is not among them or cannot be used, naming
-    the others, and DoNotRetry where the newest is asked for and all are damaged.
+    the others, and Incomplete where the newest is asked for and all are damaged.
     """
     steps = run.steps_saved()
     if not steps:

@@ -13,7 +13,7 @@ from ddpm.run.files import publishing
 
 def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] | None = None) -> None:
     """Write uint8 (H, W, 3) as a PNG, whole or not at all, replacing an earlier one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
     with publishing(path, replace=True, may_publish=may_publish) as f:
         Image.fromarray(image).save(f, format="PNG")  # type: ignore[arg-type]  # write() is all it needs
 

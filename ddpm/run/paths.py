@@ -6,6 +6,7 @@ runs on a login node.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 from ddpm.errors import RequestError
 
 SCHEMA = 1
-NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,100}")
+MAX_NAME = 100
+NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
 
 
 def check_name(name: str, what: str = "run name") -> str:
@@ -23,6 +25,13 @@ def check_name(name: str, what: str = "run name") -> str:
             f"{what} {name!r} is not allowed: use 1 to 100 of A-Z a-z 0-9 . _ - and do not begin with a dot"
         )
     return name
+
+
+def fitting(name: str) -> str:
+    """A made-up name as it is allowed: one that is too long ends in a digest of all of it."""
+    return (
+        name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    )
 
 
 def listed(directory: Path) -> list[Path]:
@@ -132,7 +141,12 @@ class RunDir:
         return self.path / "eval"
 
     def score(self, set_name: str) -> Path:
+        """Of the set's first score."""
         return self.eval / f"{set_name}.json"
+
+    def further_scores(self, set_name: str) -> Path:
+        """Where the set's scores lie that came after the first."""
+        return self.eval / set_name
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:09d}.pt"

@@ -2,14 +2,14 @@
 
 A save copies the state into reused host buffers (training waits for that alone) and a thread writes them; a second save
 waits for the first. Kill points: before the .pt's rename, a stale temporary; before the .json's, a .pt that does not
-exist, removed by the next life and the next save; after it, a generation.
+exist, which the save's sign tells for its own: removed by the next life and the next save; after it, a generation. What
+has no manifest and no sign, and what was rejected, may be somebody's only copy: it is moved aside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
-import re
 import shutil
 import sys
 import threading
@@ -20,10 +20,11 @@ import safetensors.torch
 import torch
 
 from ddpm.errors import RunBusy
+from ddpm.run import unfinished
 from ddpm.run.fence import Fence
-from ddpm.run.files import TMP_PREFIX, DamagedFile, now, publishing, sign, write_json
+from ddpm.run.files import DamagedFile, now, publishing, read_json, sha256_json, sign, write_json
 from ddpm.run.generations import Generation, Tell, verify_again
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import RunDir, listed
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""
@@ -84,9 +85,10 @@ class Checkpointer:
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._not_removed = ""
         run.checkpoints.mkdir(exist_ok=True)
         try:
-            self._remove_unfinished()
+            unfinished.clear(run, fence.check, log)
         except OSError as e:
             log(f"what a failed save left cannot be removed: {e}")
 
@@ -140,15 +142,21 @@ class Checkpointer:
         self._on_saved(step)
         try:
             self._retain(step)
-        except (OSError, ValueError) as e:
-            self._log(f"checkpoint saved: step={step}; older ones cannot be removed now: {e}")
+        except (OSError, DamagedFile) as e:
+            if str(e) != self._not_removed:  # a damaged request stays so: once is enough
+                self._log(f"checkpoint saved: step={step}; older ones cannot be removed now: {e}")
+            self._not_removed = str(e)
+        else:
+            self._not_removed = ""
 
     def _publish(self, state: dict[str, Any], with_ema: bool) -> None:
         run, step = self._run, int(state["step"])
         self._fence.check()  # what lies there may be a later job's, half way to its manifest
-        run.manifest(step).unlink(missing_ok=True)
-        self._remove_unfinished()
+        unfinished.clear(run, self._fence.check, self._log)
         self._check_space(num_bytes(state) + (num_bytes(state["ema"]) if with_ema else 0))
+        rejected = [run.manifest(step), run.checkpoint(step), run.ema_weights(step)]
+        unfinished.set_aside(run, rejected, f"step {step} is saved again", self._log)
+        begun = unfinished.begin(run, step, self._token, self._fence.check)
         with publishing(run.checkpoint(step), token=self._token, may_publish=self._fence.check) as f:
             try:
                 torch.save(state, f)  # type: ignore[arg-type]  # it needs write() and flush() alone
@@ -157,7 +165,6 @@ class Checkpointer:
                     raise
                 raise f.failed from None
         if with_ema:
-            run.ema_weights(step).unlink(missing_ok=True)  # left by a save that never got its manifest
             self._write_ema(state["ema"], step)
         manifest = {
             "step": step,
@@ -172,6 +179,8 @@ class Checkpointer:
             **_settled(state),
         }
         write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
+        with contextlib.suppress(OSError):  # the next one removes it
+            begun.unlink()
 
     def _complete(self, there: Generation, state: dict[str, Any], with_ema: bool) -> None:
         """What a generation lacks that was saved as one of many and is now to be the last."""
@@ -199,47 +208,41 @@ class Checkpointer:
     def _retain(self, newest: int) -> None:
         """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist.
 
-        newest: the step just saved. Whatever lies beyond it was rejected when this history began, and must not take
-        the place of a good one. Raises OSError or ValueError, with nothing removed, where a request cannot be read.
+        newest: the step just saved. Whatever lies beyond it was rejected when this history began: it must not take the
+        place of a good one, and may be good itself where it could not be read. Raises OSError or DamagedFile, with
+        nothing removed, where a request cannot be read or is not as it was published.
         """
-        steps = self._run.steps_saved()
+        run, steps = self._run, self._run.steps_saved()
         good = [s for s in steps if s <= newest]
         keep = {*good[: self._keep_last], *self._named(), *filter(self._is_milestone, good)}
         self._fence.check()
         for step in steps:
-            if step not in keep:
-                self._run.manifest(step).unlink(missing_ok=True)
-                self._run.checkpoint(step).unlink(missing_ok=True)
-        self._remove_unfinished()
+            if step > newest and step not in keep:
+                rejected = [run.manifest(step), run.checkpoint(step), run.ema_weights(step)]
+                unfinished.set_aside(run, rejected, f"rejected, and step {newest} is saved now", self._log)
+            elif step not in keep:
+                begun = unfinished.begin(run, step, self._token, self._fence.check)
+                run.manifest(step).unlink(missing_ok=True)
+                run.checkpoint(step).unlink(missing_ok=True)
+                begun.unlink()
+        unfinished.clear(run, self._fence.check, self._log)
 
     def _named(self) -> set[Any]:
-        """Steps that sample sets are made of."""
+        """Steps that sample sets are made of. Raises DamagedFile where that cannot be told of one."""
         steps = set()
         for sample_set in self._run.sample_sets():
             try:
-                request = json.loads(sample_set.request.read_bytes())
+                sample_set.request.read_bytes()  # a file system that fails for a moment is no damage
             except FileNotFoundError:
+                if any(p.name.startswith("shard-") for p in listed(sample_set.path)):
+                    raise DamagedFile(f"{sample_set.request}: missing beside its shards") from None
                 continue
-            except ValueError as e:
-                raise ValueError(f"{sample_set.request}: {e}") from None
-            if isinstance(request, dict) and isinstance(checkpoint := request.get("checkpoint"), dict):
+            request = read_json(sample_set.request) or {}
+            if request.pop("digest", None) != sha256_json(request):
+                raise DamagedFile(f"{sample_set.request}: its digest does not match its content")
+            if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
         return steps
-
-    def _remove_unfinished(self) -> None:
-        """Remove what saves that failed or were killed have left: it would take the room of those to come.
-
-        EMA weights go with their .pt alone: what lies there without one, someone may have kept on purpose.
-        """
-        directory = self._run.checkpoints
-        names = {p.name for p in directory.iterdir()}
-        self._fence.check()  # after the look around: none of it is a later job's
-        for name in sorted(names):
-            if name.startswith(TMP_PREFIX):
-                (directory / name).unlink(missing_ok=True)
-            elif (found := re.fullmatch(r"step-(\d{9,})\.pt", name)) and f"{name[:-3]}.json" not in names:
-                self._run.ema_weights(int(found[1])).unlink(missing_ok=True)
-                (directory / name).unlink(missing_ok=True)
 
 
 def _settled(state: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from ddpm.errors import RequestError
 from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
+from ddpm.run.records import read_run
 
 USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
 """Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
@@ -133,8 +134,7 @@ def precision_of(config: Config, run: RunDir | None) -> str:
     same on every machine. run: None for weights without one."""
     if config.sample.precision != "auto":
         return config.sample.precision
-    record = (files.read_json(run.run_json) if run else None) or {}
-    trained_in = (record.get("resolved") or {}).get("amp")
+    trained_in = ((read_run(run) if run else {}).get("resolved") or {}).get("amp")
     return "bf16" if trained_in == "bf16" else "fp32"
 
 

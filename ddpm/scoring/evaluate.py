@@ -1,32 +1,35 @@
-"""From verified shards to a score: merges a sample set's features, refuses what is not whole, writes eval/SET.json.
+"""From verified shards to a score: merges a sample set's features, refuses what is not whole, writes the score.
 
-Owns the refusals and the score record. Must not know jobs or schedulers: a refusal names the shards, and whoever called
-decides how they are repaired. Shards are merged in order of their index, so a score does not depend on who computed
-them, or when.
+Owns the refusals and what a score says that it is of. Must not know jobs or schedulers: a refusal names the shards, and
+whoever called decides how they are repaired. Shards are merged in order of their index, so a score does not depend on
+who computed them, or when.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ddpm.data.packed import PackedImages, load_folder
+import numpy as np
+
+from ddpm.data.packed import PackedImages
 from ddpm.errors import DDPMError, RequestError
 from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
-from ddpm.sampling.request import Request, read_request
+from ddpm.sampling.generate import sample_labels
+from ddpm.sampling.request import Request, read_request, shard_range
 from ddpm.sampling.shards import read_manifest, withdraw_shard
-from ddpm.scoring import metrics
+from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import shard_features
-from ddpm.scoring.metrics import Moments
-from ddpm.scoring.record import key_for
-from ddpm.scoring.reference import Reference, image_moments, image_record, read_statistics, reference_moments
+from ddpm.scoring.gather import Gathered, gather
+from ddpm.scoring.record import PROVENANCE, publish_score, read_score, scores_of
+from ddpm.scoring.reference import image_record, read_statistics, reference_of
+from ddpm.scoring.scores import all_scores
 
 
 class BrokenSet(DDPMError):
@@ -78,48 +81,44 @@ def _listed(items: Sequence[str], most: int = 8) -> str:
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
-def set_moments(
+def gather_set(
     sample_set: SampleSet,
     request: Request,
     extractor: Extractor,
     *,
+    num_classes: int = 0,
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
-) -> Moments:
-    """Moments of all features of a set, merged in order of shards. progress(done, total) counts shards.
+) -> Gathered:
+    """What scores are made of, of all features of a set, in order of shards. progress(done, total) counts shards.
 
     Damaged shards are withdrawn, so that whoever repairs the set finds them missing, and named by BrokenSet at the end.
     Features that are already computed stay: a stop (Stopped) loses at most one shard's.
     """
     check_set(sample_set, request)
-    total: Moments | None = None
     problems: dict[int, str] = {}
-    for index in range(request.shards):
-        try:
-            features = shard_features(sample_set, request, index, extractor, stop_requested=stop_requested, token=token)
-        except (FileNotFoundError, DamagedFile) as e:
-            withdraw_shard(sample_set, request, index)
-            problems[index] = f"{e} (withdrawn)"
-            continue
-        moments = metrics.from_features(features)
-        total = moments if total is None else metrics.merge(total, moments)
-        progress(index + 1, request.shards)
+
+    def features() -> Iterator[np.ndarray]:
+        for index in range(request.shards):
+            try:
+                yield shard_features(sample_set, request, index, extractor, stop_requested=stop_requested, token=token)
+            except (FileNotFoundError, DamagedFile) as e:
+                withdraw_shard(sample_set, request, index)
+                problems[index] = f"{e} (withdrawn)"
+                # in its place, so that those after it are looked at too; what is gathered is then thrown away
+                yield np.zeros((shard_range(request.num_samples, request.shards, index)[1], extractor.dim), np.float32)
+                continue
+            progress(index + 1, request.shards)
+
+    labels = sample_labels(request, 0, request.num_samples, num_classes) if num_classes else None
+    gathered = gather(features(), request.num_samples, labels=labels, classifier=extractor.classifier)
     if problems:
         raise _broken(sample_set, problems)
-    assert total is not None and total.num == request.num_samples
-    return total
+    return gathered
 
 
 # ---------------------------------------------------------------- scores
-
-
-def score(moments: Moments, reference: Reference, extractor: Extractor) -> dict[str, float]:
-    """{"fid": …}, or {"frechet_distance": …} where the weights are not the published ones."""
-    distance = metrics.frechet_distance(moments.mean, metrics.covariance(moments), reference.mu, reference.sigma)
-    if not math.isfinite(distance):
-        raise DDPMError("the Fréchet distance is not finite: features or reference hold values that are not")
-    return {key_for(published=extractor.published): distance}
 
 
 def evaluate_set(
@@ -130,14 +129,16 @@ def evaluate_set(
     extractor: Extractor,
     cache_dir: Path,
     command: list[str],
+    num_classes: int = 0,
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
 ) -> dict[str, Any]:
-    """Score a complete sample set and write eval/SET.json, which is returned.
+    """Score a complete sample set and publish the record, which is returned.
 
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
-    If the file already holds a score of the same samples, reference and extractor, it is returned and stays as it is.
+    num_classes: of the run's model; with classes in the reference too there are scores by class.
+    If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
     """
     sample_set = run.sample_set(paths.check_name(set_name, "sample set name"))
@@ -145,22 +146,29 @@ def evaluate_set(
     if request.num_samples < 2:
         raise RequestError(f"sample set {set_name!r} holds {request.num_samples} sample: a score needs at least 2")
     manifests = check_set(sample_set, request)
-    statistics = read_statistics(reference, extractor) if isinstance(reference, Path) else None
-    reference_record = statistics.record if statistics else image_record(reference)  # type: ignore[arg-type]
-    provenance = _provenance(request, manifests[0]["nfe"], reference_record, extractor)
-    path = run.score(set_name)
-    there = files.read_json(path) or {}
-    name = key_for(published=extractor.published)
-    if isinstance(there.get(name), float) and {k: there.get(k) for k in provenance} == provenance:
-        return there
-    if statistics is None:
-        assert not isinstance(reference, Path)
-        statistics = reference_moments(reference, extractor, cache_dir, stop_requested=stop_requested, token=token)
-    moments = set_moments(sample_set, request, extractor, stop_requested=stop_requested, progress=progress, token=token)
-    result = {**score(moments, statistics, extractor), **provenance, "created": files.now(), "command": command}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, result, replace=True, token=token)
-    return result
+    file = read_statistics(reference) if isinstance(reference, Path) else None
+    provenance = _provenance(
+        request,
+        manifests[0]["nfe"],
+        file.record if file else image_record(reference),  # type: ignore[arg-type]
+        extractor,
+    )
+    for there in scores_of(run, set_name):
+        if {k: there.record.get(k) for k in PROVENANCE} == provenance:
+            return there.record
+    by_class = num_classes > 1 and isinstance(reference, PackedImages) and reference.split in SPLITS
+    kept: dict[str, Any] = {"stop_requested": stop_requested, "token": token}
+    if file is not None:
+        statistics = file.reference(extractor, cache_dir, **kept)
+    else:
+        assert isinstance(reference, PackedImages)
+        statistics = reference_of(reference, extractor, cache_dir, by_class=by_class, **kept)
+    gathered = gather_set(
+        sample_set, request, extractor, num_classes=num_classes if by_class else 0, progress=progress, **kept
+    )
+    scores = all_scores(gathered, statistics, published=extractor.published)
+    result = {**scores, **provenance, "created": files.now(), "command": command}
+    return read_score(publish_score(run, set_name, result, token))
 
 
 def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
@@ -168,7 +176,7 @@ def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor
     return {
         "num_samples": request.num_samples,
         "reference": reference,
-        "extractor": _extractor_record(extractor),
+        "extractor": extractor.record,
         "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
         "sampler": {
             "name": request.sampler,
@@ -183,29 +191,3 @@ def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor
         "seed": request.seed,
         "precision": request.precision,
     }
-
-
-def evaluate_images(images: Path, reference: Path, extractor: Extractor) -> dict[str, Any]:
-    """Score a folder or zip of images against an .npz of statistics, a folder or a zip. Writes nothing."""
-
-    def moments_of(path: Path) -> tuple[Moments, dict[str, Any]]:
-        packed = load_folder(path)
-        return image_moments(packed.images, extractor), image_record(packed)
-
-    if reference.suffix == ".npz":
-        statistics = read_statistics(reference, extractor)
-    else:
-        of_reference, record = moments_of(reference)
-        statistics = Reference(of_reference.mean, metrics.covariance(of_reference), record)
-    moments, _ = moments_of(images)
-    return {
-        **score(moments, statistics, extractor),
-        "num_samples": moments.num,
-        "reference": statistics.record,
-        "extractor": _extractor_record(extractor),
-        "created": files.now(),
-    }
-
-
-def _extractor_record(extractor: Extractor) -> dict[str, Any]:
-    return {"name": extractor.name, "weights_sha256": extractor.weights_sha256, "resize": extractor.resize}

@@ -51,11 +51,18 @@ class Extractor:
     forward: Callable[[Tensor], Tensor] = field(repr=False, compare=False)
     """x: (B, 3, H, W) float32 in [0, 1] on `device` -> (B, dim)."""
     device: torch.device = field(default=torch.device("cpu"), compare=False)
+    classifier: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """(classes, dim) of the network's last layer, without its bias, where features lead to an Inception Score."""
 
     @property
     def published(self) -> bool:
         """Whether the weights are the ones that FID is defined with; only then may a score be called `fid`."""
         return self.name == "inception" and (self.weights_sha256 or "").startswith(PUBLISHED_SHA256_PREFIX)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Of the score record."""
+        return {"name": self.name, "weights_sha256": self.weights_sha256, "resize": self.resize}
 
     @property
     def digest(self) -> str:
@@ -96,7 +103,9 @@ def build_extractor(name: str, device: torch.device | str, *, warn: Callable[[st
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         return network((2 * x - 1).contiguous(memory_format=torch.channels_last))
 
-    return Extractor(name, 2048, sha256, "bilinear to 299x299, align_corners=False, no antialiasing", forward, device)
+    classifier = state["fc.weight"].numpy() if name == "inception" else None
+    resize = "bilinear to 299x299, align_corners=False, no antialiasing"
+    return Extractor(name, 2048, sha256, resize, forward, device, classifier)
 
 
 def _pixels(x: Tensor) -> Tensor:

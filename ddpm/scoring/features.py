@@ -1,4 +1,4 @@
-"""Features of sample shards, on disk: samples/SET/features-*, kept while shard and extractor are the same."""
+"""Features on disk, kept while images and extractor are the same: those of sample shards are samples/SET/features-*."""
 
 from __future__ import annotations
 
@@ -55,13 +55,29 @@ def shard_features(
         "extractor_digest": extractor.digest,
         "shard_sha256": shard.manifest["sha256"],
     }
+    return kept_features(path, expected, shard.images, extractor, stop_requested, token=token)
+
+
+def kept_features(
+    path: Path,
+    expected: Mapping[str, Any],
+    images: np.ndarray,
+    extractor: Extractor,
+    stop_requested: StopRequested,
+    *,
+    token: str = "",
+) -> np.ndarray:
+    """Features float32 (n, d) of images: those at `path` if their manifest says `expected`, else new ones, kept there.
+
+    expected: what the features follow from, with `num`. Raises Stopped.
+    """
     try:
         return _read_features(path, expected, extractor.dim)
     except FileNotFoundError:
         pass
     except DamagedFile as e:
         say(f"features={path} not usable, computing them again: {e}")
-    features = extract(extractor, shard.images, stop_requested=stop_requested)
+    features = extract(extractor, images, stop_requested=stop_requested)
     manifest_path = path.with_suffix(".json")
     manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the features do not exist
     buffer = io.BytesIO()

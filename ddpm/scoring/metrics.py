@@ -1,4 +1,4 @@
-"""Features to scores: moments that merge, and the Fréchet distance between them.
+"""Moments of features, which merge, and the Fréchet distance between them.
 
 Owns the arithmetic of the scores, in float64. Must not know: images, extractors, shards, files, or torch.
 Heusel et al. 2017, "GANs trained by a two time-scale update rule …" (arXiv:1706.08500), equation 6; Dowson and Landau
@@ -7,9 +7,15 @@ Heusel et al. 2017, "GANs trained by a two time-scale update rule …" (arXiv:17
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
+
+_CHOLESKY_SPREAD = 1e-5
+"""Between the smallest and the largest of a Cholesky factor's diagonal: above, the factor loses no digit that counts"""
+_EIGENVALUE_SPREAD = 1e-13
+"""Of the product's eigenvalues: above, the smallest root is known to three digits, and the sum to far more."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,42 @@ def covariance(moments: Moments) -> np.ndarray:
     return moments.m2 / (moments.num - 1)
 
 
+def root(cov: np.ndarray) -> np.ndarray:
+    """L (d, r) with cov = L L': Cholesky's where that is well-conditioned, else of the rank that rounding leaves."""
+    with contextlib.suppress(np.linalg.LinAlgError):
+        L = np.linalg.cholesky(cov)
+        diagonal = np.diagonal(L)
+        if diagonal.min() > _CHOLESKY_SPREAD * diagonal.max():
+            return L
+    return _root_by_eigenvalues(cov)
+
+
+def _root_by_eigenvalues(cov: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(cov)
+    kept = values > noise(values)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def noise(values: np.ndarray) -> float:
+    """Below it, an eigenvalue is what rounding left of a zero."""
+    return len(values) * np.finfo(np.float64).eps * float(values.max(initial=0.0))
+
+
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """Fréchet distance of two normal distributions: |mean1 - mean2|² + tr(cov1 + cov2 - 2 (cov1 cov2)^½).
 
     mean (d,), cov (d, d) symmetric and positive semidefinite, of any rank. Returns a number >= 0.
 
     With cov1 = L L', the eigenvalues of cov1 cov2 are those of the symmetric L' cov2 L, so that no square root of a
-    non-symmetric matrix is needed. Where there are fewer images than dimensions both covariances are singular: rounding
-    then makes some eigenvalues slightly negative, and they count as the zeros they are (relative error about 1e-8).
+    non-symmetric matrix is needed. Where some are near zero, as with fewer images than dimensions, their own roots
+    would keep half of the digits: the sum of all roots is then taken as that of the singular values of L' K with
+    cov2 = K K', which are exact to rounding.
     """
-    values, vectors = np.linalg.eigh(cov1)
-    L = vectors * np.sqrt(values.clip(min=0.0))
-    trace_of_root = np.sqrt(np.linalg.eigvalsh(L.T @ cov2 @ L).clip(min=0.0)).sum()
+    L = root(cov2)
+    values = np.linalg.eigvalsh(L.T @ cov1 @ L) if L.shape == cov2.shape else np.zeros(1)
+    if values[0] > _EIGENVALUE_SPREAD * values[-1]:
+        trace_of_root = np.sqrt(values).sum()
+    else:
+        trace_of_root = np.linalg.svd(L.T @ _root_by_eigenvalues(cov1), compute_uv=False).sum()
     distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2.0 * trace_of_root
     return max(float(distance), 0.0)

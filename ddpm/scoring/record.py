@@ -1,12 +1,37 @@
-"""What a score record calls its scores, for those who write one and those who show it. Loads nothing heavy."""
+"""The scores of a sample set on disk: what they are called, where they lie, whether they hold, and one line of each.
+
+A set's first score is eval/SET.json; each further one, against another reference or by another extractor, is
+eval/SET/REFERENCE-EXTRACTOR.json. None is ever overwritten. They are signed as manifests are; those from before they
+were are read as they are. Must not know how a score is computed. Loads nothing heavy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir, listed
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
 """Keys of a record, and what people call them: it has one of these."""
+PROVENANCE = ("num_samples", "reference", "extractor", "checkpoint", "sampler", "nfe", "seed", "precision")
+"""What a set's score is a score of; the same provenance, the same score."""
+_UNSIGNED = {*SCORE_NAMES, *PROVENANCE, "created", "command"}
+"""All that a score said before scores were signed: one without a signature that says more has lost it."""
+_DIMENSIONS = {"inception": 2048, "random-inception": 2048, "pixels": 768}
+"""Of features, where a score from before it said so leaves them out."""
+_ASIDE = ".damaged-"
+"""In the name of what lay damaged where a score was to lie."""
+FEW_SAMPLES = 10_000
+"""Below, a Fréchet distance is mostly its own bias: said beside the number."""
 
 
 def key_for(*, published: bool) -> str:
@@ -20,3 +45,170 @@ def key_of(record: Mapping[str, Any]) -> str:
         if key in record:
             return key
     raise KeyError(f"a record without a score: {', '.join(record)}")
+
+
+# ---------------------------------------------------------------- on disk
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of a set as it lies there. `damage` says why it must not be shown as one; `record` is then empty."""
+
+    name: str
+    """SET, or SET/REFERENCE-EXTRACTOR."""
+    path: Path
+    record: dict[str, Any]
+    damage: str = ""
+
+
+def read_score(path: Path) -> dict[str, Any]:
+    """A score's record. Raises FileNotFoundError, or DamagedFile where its signature or its form does not hold."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise DamagedFile(f"{path.name}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        raise DamagedFile(f"{path.name}: not JSON") from None
+    if not isinstance(record, dict):
+        raise DamagedFile(f"{path.name}: not a JSON object")
+    if is_signed(record):
+        if record["self_sha256"] != files.sign(record)["self_sha256"]:
+            raise DamagedFile(f"{path.name}: its self_sha256 does not match its content")
+    elif lost := record.keys() - _UNSIGNED:
+        raise DamagedFile(f"{path.name}: it says {min(lost)} and has no self_sha256")
+    if why := _malformed(record):
+        raise DamagedFile(f"{path.name}: {why}")
+    return record
+
+
+def is_signed(record: Mapping[str, Any]) -> bool:
+    return "self_sha256" in record
+
+
+def _malformed(record: Mapping[str, Any]) -> str | None:
+    """What in a record is not what whoever shows it relies on."""
+    keys = [key for key in SCORE_NAMES if key in record]
+    if len(keys) != 1:
+        return f"it has {' and '.join(keys) or 'no score'}"
+    value = record[keys[0]]
+    if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
+        return f"its {keys[0]} is {value!r}, no number"
+    for key, kind in (("num_samples", int), ("nfe", int), ("reference", dict), ("extractor", dict), ("sampler", dict)):
+        if not isinstance(record.get(key), kind):
+            return f"its {key} is {record.get(key)!r}"
+    for key in ("reference", "extractor", "sampler"):
+        if not isinstance(record[key].get("name"), str):
+            return f"its {key} has no name"
+    return None
+
+
+def scores_of(run: RunDir, set_name: str) -> list[Score]:
+    """Every score of a set, the first one first; damaged ones too."""
+    further = (p for p in listed(run.further_scores(set_name)) if p.suffix == ".json" and p.name[0] != ".")
+    return [
+        *_read({set_name: run.score(set_name)}),
+        *_read({f"{set_name}/{p.stem}": p for p in sorted(further, key=lambda p: p.stem)}),
+    ]
+
+
+def all_scores(run: RunDir) -> list[Score]:
+    """Every score of every set of a run."""
+    names = {p.stem if p.suffix == ".json" else p.name for p in listed(run.eval) if _is_a_sets(p)}
+    return [score for name in sorted(names) for score in scores_of(run, name)]
+
+
+def _is_a_sets(path: Path) -> bool:
+    return path.name[0] != "." and (path.suffix == ".json" or (path.is_dir() and _ASIDE not in path.name))
+
+
+def _read(paths: Mapping[str, Path]) -> Iterator[Score]:
+    for name, path in paths.items():
+        try:
+            yield Score(name, path, read_score(path))
+        except FileNotFoundError:
+            pass
+        except DamagedFile as e:
+            yield Score(name, path, {}, str(e))
+
+
+def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: str = "") -> Path:
+    """Write a score where no other one is lost by it; returns where. What lies there damaged is moved aside."""
+    signed = files.sign(dict(record))
+    word = f"{record['reference'].get('split') or record['reference']['name']}-{record['extractor']['name']}"
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
+    digest = files.sha256_json({k: record.get(k) for k in PROVENANCE})
+    further = run.further_scores(set_name)
+    places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{digest[:12]}.json"]
+    for path in places:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            files.write_json(path, signed, token=token)
+            return path
+        except FileExistsError:
+            try:
+                read_score(path)
+            except DamagedFile:
+                path.rename(path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}"))
+                files.write_json(path, signed, token=token)
+                return path
+    return places[-1]  # a twin of this evaluation was faster
+
+
+# ---------------------------------------------------------------- for people
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """A score in one line, with what it is a score of: `FID 4.21, ddim 100, 50,000 vs train`."""
+    key, sampler = key_of(record), record["sampler"]
+    guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
+    of = f"{sampler['name']}{guided} {record['nfe']}, {against(record)}"
+    features = "" if key == "fid" else f", {record['extractor']['name']} features"
+    return printable(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
+
+
+def against(record: Mapping[str, Any]) -> str:
+    """`50,000 vs train`."""
+    reference = record["reference"]
+    return f"{record['num_samples']:,} vs {reference.get('split') if _is_split(reference) else reference['name']}"
+
+
+def _is_split(reference: Mapping[str, Any]) -> bool:
+    return reference.get("split") in ("train", "test")
+
+
+def number(record: Mapping[str, Any]) -> str:
+    """The score as far as its interval lets it mean anything; three digits where there is none."""
+    key = key_of(record)
+    return rounded(record[key], half_width(record))
+
+
+def half_width(record: Mapping[str, Any]) -> float | None:
+    """Of the score's interval; None for a record from before there was one."""
+    ends = record.get(f"{key_of(record)}_interval")
+    return None if not ends else (ends[1] - ends[0]) / 2
+
+
+def rounded(value: float, uncertain_by: float | None) -> str:
+    """`value` to the first digit in which it is uncertain."""
+    if not uncertain_by or not math.isfinite(uncertain_by):
+        digits = 2 if not value else 2 - math.floor(math.log10(abs(value)))
+    else:
+        digits = -math.floor(math.log10(uncertain_by))
+    digits = min(digits, 6)
+    return f"{round(value, digits):.{max(digits, 0)}f}"
+
+
+def caution(record: Mapping[str, Any]) -> str:
+    """What of the numbers of samples makes the score mean less than it seems to; begins with a blank."""
+    num = record["num_samples"]
+    dimensions = record.get("dimensions", _DIMENSIONS.get(record["extractor"]["name"], 0))
+    if num < dimensions:
+        return f" (fewer samples than the {dimensions:,} dimensions)"
+    return f" (under {FEW_SAMPLES:,} samples)" if num < FEW_SAMPLES else ""
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: names come from files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,19 +1,20 @@
 """What samples are compared with: the statistics of a reference's features, kept on disk and read from files.
 
-Owns pytorch-fid's .npz, read and written, and the cache of references by images and extractor. Must not know sample
-sets or runs.
+Owns the .npz files of pytorch-fid and guided-diffusion, and the cache of references by images and extractor. Must not
+know sample sets or runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddpm.data.packed import PackedImages
+from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
@@ -22,11 +23,12 @@ from ddpm.run.stopping import StopRequested
 from ddpm.sampling.shards import npz_bytes, parse_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import extract
+from ddpm.scoring.features import extract, kept_features
+from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
 
-_CHUNK_IMAGES = 1024
-"""Images whose features are held at once; part of the definition of a reference's rounding, so a constant."""
+PART_IMAGES = 4096
+"""Images whose features are one file of the cache: a stop loses at most as many."""
 
 
 @dataclass(frozen=True)
@@ -37,61 +39,76 @@ class Reference:
     sigma: np.ndarray
     record: dict[str, Any]
     """{"name", "split", "num_images", "digest"} of the score record; null where a file does not say."""
+    features: np.ndarray | None = None
+    """Features float32 (n, d), those of manifold.chosen; None where there are statistics alone."""
+    classes: list[Moments | None] = field(default_factory=list)
+    """By label, where they were asked for."""
 
 
-def image_moments(
-    images: np.ndarray,
-    extractor: Extractor,
-    *,
-    stop_requested: StopRequested = lambda: None,
-) -> Moments:
-    """Moments of the features of images uint8 (n, H, W, 3)."""
+# ---------------------------------------------------------------- images
+
+
+def image_features(
+    images: np.ndarray, extractor: Extractor, *, stop_requested: StopRequested = lambda: None
+) -> Iterator[np.ndarray]:
+    """Features of images uint8 (n, H, W, 3), in parts."""
     if len(images) < 2:
         raise RequestError(f"{len(images)} images: a score needs at least 2 on each side")
-    total: Moments | None = None
-    for first in range(0, len(images), _CHUNK_IMAGES):
-        chunk = images[first : first + _CHUNK_IMAGES]
-        moments = metrics.from_features(extract(extractor, chunk, stop_requested=stop_requested))
-        total = moments if total is None else metrics.merge(total, moments)
-    assert total is not None
-    return total
+    for first in range(0, len(images), PART_IMAGES):
+        yield extract(extractor, images[first : first + PART_IMAGES], stop_requested=stop_requested)
 
 
-def reference_moments(
+def of_gathered(gathered: Gathered, record: dict[str, Any]) -> Reference:
+    moments = gathered.moments
+    return Reference(moments.mean, metrics.covariance(moments), record, gathered.chosen, gathered.classes)
+
+
+def reference_of(
     images: PackedImages,
     extractor: Extractor,
-    cache_dir: Path,
+    cache_dir: Path | None,
     *,
+    by_class: bool = False,
     stop_requested: StopRequested = lambda: None,
     token: str = "",
 ) -> Reference:
     """Statistics of a dataset, kept in `cache_dir` under (digest of the images, digest of the extractor).
 
-    The file is an .npz that pytorch-fid reads. A damaged one is computed again, and said.
+    The file is an .npz that pytorch-fid reads. Features are kept in parts beside it: a stop loses little, and
+    statistics by class are made of them. What is damaged is computed again, and said. cache_dir None: nothing is kept.
     """
+    if cache_dir is None:
+        features = image_features(images.images, extractor, stop_requested=stop_requested)
+        return of_gathered(gather(features, len(images), grouped=False), image_record(images))
     path = cache_dir / f"reference-{images.digest[:20]}-{extractor.digest[:20]}.npz"
-    try:
-        arrays = parse_npz(path.read_bytes(), path.name)
-        identity = [str(arrays.get(k)) for k in ("images_digest", "extractor_digest")]
-        if identity != [images.digest, extractor.digest] or int(arrays["num"]) != len(images.images):
-            raise DamagedFile(f"{path.name}: is of other images or another extractor")
-        return Reference(arrays["mu"], arrays["sigma"], image_record(images))
-    except FileNotFoundError:
-        say(f"reference={path} images={len(images.images)} computing its statistics")
-    except (DamagedFile, KeyError) as e:
-        say(f"reference={path} damaged, computing it again: {e}")
-    moments = image_moments(images.images, extractor, stop_requested=stop_requested)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    write_statistics(
-        path,
-        moments,
-        images.name,
-        replace=True,
-        token=token,
-        images_digest=images.digest,
-        extractor_digest=extractor.digest,
-    )
-    return Reference(moments.mean, metrics.covariance(moments), image_record(images))
+    identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    if not by_class:
+        try:
+            arrays = parse_npz(path.read_bytes(), path.name)
+            if {k: str(arrays.get(k)) for k in identity} != identity or int(arrays["num"]) != len(images.images):
+                raise DamagedFile(f"{path.name}: is of other images or another extractor")
+            return Reference(arrays["mu"], arrays["sigma"], image_record(images), arrays["features"])
+        except FileNotFoundError:
+            say(f"reference={path} images={len(images.images)} computing its statistics")
+        except (DamagedFile, KeyError) as e:  # KeyError: from before features were kept
+            say(f"reference={path} not usable, computing it again: {e}")
+    num = len(images.images)
+    if num < 2:
+        raise RequestError(f"{images.name}: {num} images: a score needs at least 2 on each side")
+    parts = path.with_suffix("")
+    parts.mkdir(parents=True, exist_ok=True)
+
+    def parts_of() -> Iterator[np.ndarray]:
+        for index, first in enumerate(range(0, num, PART_IMAGES)):
+            part = images.images[first : first + PART_IMAGES]
+            expected = {"part": index, "num": len(part), **identity}
+            yield kept_features(
+                parts / f"features-{index:05d}.npy", expected, part, extractor, stop_requested, token=token
+            )
+
+    gathered = gather(parts_of(), num, labels=images.labels if by_class else None, grouped=False)
+    write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
+    return of_gathered(gathered, image_record(images))
 
 
 def image_record(images: PackedImages) -> dict[str, Any]:
@@ -99,45 +116,85 @@ def image_record(images: PackedImages) -> dict[str, Any]:
     return {"name": images.name, "split": images.split, "num_images": len(images.images), "digest": images.digest}
 
 
+# ---------------------------------------------------------------- files
+
+
 def write_statistics(
-    path: Path, moments: Moments, name: str, *, replace: bool = False, token: str = "", **extra: str
+    path: Path, gathered: Gathered, name: str, *, replace: bool = False, token: str = "", **extra: str
 ) -> None:
-    """Write pytorch-fid's .npz (mu, sigma) with `num`, `name` and `extra` beside, which it ignores."""
+    """Write pytorch-fid's .npz (mu, sigma) with `num`, `name`, `features` and `extra` beside, which it ignores."""
+    moments = gathered.moments
     arrays = {"mu": moments.mean, "sigma": metrics.covariance(moments), "num": np.int64(moments.num)}
-    data = npz_bytes(**arrays, name=name, **extra)
+    data = npz_bytes(**arrays, features=gathered.chosen, name=name, **extra)
     files.write_bytes(path, data, replace=replace, token=token)
 
 
-def read_statistics(path: Path, extractor: Extractor) -> Reference:
-    """The statistics in an .npz of ours or of pytorch-fid (keys mu, sigma). Nothing is unpickled.
+@dataclass(frozen=True)
+class StatisticsFile:
+    """An .npz that samples can be compared with: pytorch-fid's, ours, or a batch of guided-diffusion's."""
 
-    Raises RequestError if the file is missing, no such file, or says that it is another extractor's.
+    path: Path
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
+    images: PackedImages | None
+    """guided-diffusion's arr_0, or `images`."""
+
+    def reference(
+        self,
+        extractor: Extractor,
+        cache_dir: Path | None,
+        *,
+        stop_requested: StopRequested = lambda: None,
+        token: str = "",
+    ) -> Reference:
+        """With features of its images, where it has some: they are kept in `cache_dir`.
+
+        A batch's own mu and sigma, which are Inception's and of more images than it holds, count for `inception`.
+        Raises RequestError where it says that it is another extractor's, or does not fit this one.
+        """
+        of_images = None
+        if self.images is not None:
+            of_images = reference_of(self.images, extractor, cache_dir, stop_requested=stop_requested, token=token)
+            if extractor.name != "inception" or "mu" not in self.arrays:
+                return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
+        mu, sigma, d = self.arrays["mu"], self.arrays["sigma"], extractor.dim
+        if mu.shape != (d,) or sigma.shape != (d, d) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise RequestError(
+                f"reference {self.path}: mu {mu.shape} and sigma {sigma.shape} must be finite, ({d},) and "
+                f"({d}, {d}) for evaluate.extractor={extractor.name}"
+            )
+        digest = self.arrays.get("extractor_digest")
+        if digest is not None and str(digest) != extractor.digest:
+            raise RequestError(
+                f"reference {self.path}: was made with another extractor, or other weights, than "
+                f"evaluate.extractor={extractor.name}; give the images themselves"
+            )
+        features = of_images.features if of_images else self.arrays.get("features") if digest is not None else None
+        return Reference(mu.astype(np.float64), sigma.astype(np.float64), self.record, features)
+
+
+def read_statistics(path: Path) -> StatisticsFile:
+    """The statistics in an .npz of ours or of pytorch-fid (keys mu, sigma), or the images in one of guided-diffusion's
+    batches (arr_0; mu and sigma where they are there). Nothing is unpickled.
+
+    Raises RequestError if the file cannot be read or holds neither.
     """
     try:
         data = path.read_bytes()
         arrays = parse_npz(data, path.name)
     except (OSError, DamagedFile) as e:
         raise RequestError(f"reference {path} cannot be read: {e}") from None
-    mu, sigma, d = arrays.get("mu"), arrays.get("sigma"), extractor.dim
-    if mu is None or sigma is None:
+    batch = arrays.get("arr_0", arrays.get("images"))
+    is_batch = batch is not None and batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[-1] == 3
+    if ("mu" not in arrays or "sigma" not in arrays) and not is_batch:
         raise RequestError(
-            f"reference {path}: holds {sorted(arrays)}; pytorch-fid's statistics hold mu and sigma "
-            f"(`python -m pytorch_fid --save-stats FOLDER FILE.npz` makes them)"
+            f"reference {path}: holds {sorted(arrays)}; pytorch-fid's statistics hold mu and sigma (`--save-stats` "
+            f"writes them, here and there), a batch of guided-diffusion's arr_0, uint8 (N, H, W, 3)"
         )
-    if mu.shape != (d,) or sigma.shape != (d, d) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise RequestError(
-            f"reference {path}: mu {mu.shape} and sigma {sigma.shape} must be finite, ({d},) and "
-            f"({d}, {d}) for evaluate.extractor={extractor.name}"
-        )
-    if "extractor_digest" in arrays and str(arrays["extractor_digest"]) != extractor.digest:
-        raise RequestError(
-            f"reference {path}: was made with another extractor, or other weights, than "
-            f"evaluate.extractor={extractor.name}; give the images themselves"
-        )
-    record = {
-        "name": str(arrays.get("name", path.stem)),
-        "split": None,
-        "num_images": int(arrays["num"]) if "num" in arrays else None,
-        "digest": hashlib.sha256(data).hexdigest(),
-    }
-    return Reference(mu.astype(np.float64), sigma.astype(np.float64), record)
+    name = str(arrays.get("name", path.stem))
+    images = None
+    if is_batch and batch is not None:
+        images = PackedImages(batch, np.zeros(len(batch), np.int64), name, "all", images_digest(batch))
+    num = int(arrays["num"]) if "num" in arrays else len(batch) if batch is not None and "mu" not in arrays else None
+    record = {"name": name, "split": None, "num_images": num, "digest": hashlib.sha256(data).hexdigest()}
+    return StatisticsFile(path, arrays, record, images)

@@ -5,6 +5,7 @@ Every rank has a chronicle and calls it at the same places; those of the ranks a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from ddpm.config.schema import Config
-from ddpm.run.events import EventLog
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.evidence import last_saved
 from ddpm.run.fence import Fence
+from ddpm.run.files import write_bytes
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
@@ -23,8 +26,14 @@ from ddpm.training.telemetry import Telemetry
 class Silent:
     """Tells nothing."""
 
-    def begin(self, step: int) -> None:
-        """Before the first step of a life, and after each rollback: what was told past `step` will be told again."""
+    def miss(self, step: int) -> None:
+        """Where training goes on from `step`, and a later one had been saved: say so, keep what was told past it."""
+
+    def begin(self, step: int, logged_step: int) -> None:
+        """Before the first step of a life, and after each rollback: what was told past `step` will be told again.
+
+        logged_step: of the last line of metrics before it.
+        """
 
     def say(self, message: str, **fields: Any) -> None:
         """A line in the job's log."""
@@ -89,7 +98,15 @@ class Chronicle(Silent):
         assert self._saver is not None, "begin first"
         return self._saver
 
-    def begin(self, step: int) -> None:
+    def miss(self, step: int) -> None:
+        if (saved := last_saved(read_events(self.run))) <= step:
+            return
+        kept = self.run.path / f"metrics.past-{step:09d}.{self.fence.token}.jsonl"
+        say("a saved step is missing", saved=saved, going_on_from=step, metrics_kept_as=kept.name)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            write_bytes(kept, self.run.metrics.read_bytes(), token=str(self.fence.token), may_publish=self.fence.check)
+
+    def begin(self, step: int, logged_step: int) -> None:
         if self._telemetry is not None:
             self._telemetry.close()
         self._telemetry = Telemetry(
@@ -97,6 +114,8 @@ class Chronicle(Silent):
             step=step,
             total_steps=self.config.train.total_steps,
             owner=self.owner,
+            logged_step=logged_step,
+            every_steps=self.config.log.every_steps,
             may_publish=self.fence.check,
         )
         if self._saver is None:

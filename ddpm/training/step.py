@@ -58,7 +58,8 @@ class Step:
         warm_up: of the first micro-batch alone, with the ranks' exchange.
         """
         world, at = self.world, self.state.at
-        torch.manual_seed(rng.derive_seed(self.config.seed, "dropout", at.attempt, at.step, world.rank))
+        if self.resolved.dropout == "torch":
+            torch.manual_seed(rng.derive_seed(self.config.seed, "dropout", at.attempt, at.step, world.rank))
         micro = self.share // self.accumulation
         total = torch.zeros((), device=world.device)
         for i in range(1 if warm_up else self.accumulation):
@@ -81,8 +82,11 @@ class Step:
             key = rng.key(config.seed, "label", at.attempt)
             without = rng.bernoulli(key, index, at.step, config.train.label_dropout)
             labels = torch.where(without, config.model.num_classes, labels)
+        places = None
+        if config.model.dropout and self.resolved.dropout == "counted":
+            places = rng.places(rng.key(config.seed, "dropout", at.attempt), index, at.step)
         with autocast(self.resolved.amp, device):
-            eps_pred = self.network(x_t, t, labels if config.model.num_classes else None)
+            eps_pred = self.network(x_t, t, labels if config.model.num_classes else None, places)
         return self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean()
 
     def take(self) -> Later:

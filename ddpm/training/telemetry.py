@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm.run.files import now, parse_jsonl, read_jsonl, write_bytes, write_json
+from ddpm.run.files import now, seconds, write_bytes, write_json
 from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
+from ddpm.run.records import missing_lines, parse_metrics
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
@@ -26,6 +27,7 @@ BOARD_AGAIN_AFTER_S = 60.0
 class Telemetry:
     """What rank 0 tells the world about a run. Opened at the step that training goes on from.
 
+    logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told.
     may_publish: asked before a file appears; raises where a later job has taken the run over.
     """
 
@@ -36,10 +38,12 @@ class Telemetry:
         step: int,
         total_steps: int,
         owner: dict[str, Any],
+        logged_step: int = 0,
+        every_steps: int | None = None,
         may_publish: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
-        self._trim(step)
+        self._trim(step, logged_step, every_steps)
         self._metrics: BinaryIO = run.metrics.open("ab", buffering=0)
         self._unwritten = b""
         self._board: Any = None
@@ -47,14 +51,26 @@ class Telemetry:
         self._first_step = step
         self._grids: list[int] = []  # of this life
         self._heartbeat_at = 0.0
+        self._refused: dict[str, str] = {}
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
-    def _trim(self, step: int) -> None:
-        """Drop lines past the resumed step: they will be written again, equal.
+    def _trim(self, step: int, logged_step: int, every_steps: int | None) -> None:
+        """Drop lines past the resumed step: they will be written again, equal. What no line can be read of goes aside.
 
         Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
         """
-        kept = [r for r in read_jsonl(self._run.metrics) if int(r["step"]) <= step]
+        data = b""
+        with contextlib.suppress(FileNotFoundError):
+            data = self._run.metrics.read_bytes()
+        records, odd, wrong = parse_metrics(data)
+        if odd:
+            aside = self._run.metrics.with_suffix(".unread")
+            with aside.open("ab") as f:
+                f.write(b"\n".join(odd) + b"\n")
+            say(f"{wrong}: kept in {aside.name}, left out here")
+        kept = [r for r in records if r["step"] <= step]
+        if gap := missing_lines(kept, every_steps or step or 1, logged_step=logged_step):
+            say(f"{gap}: the file was damaged; training goes on without them")
         lines = "".join(json.dumps(r) + "\n" for r in kept).encode()
         write_bytes(self._run.metrics, lines, replace=True, may_publish=self._may_publish)
 
@@ -67,9 +83,11 @@ class Telemetry:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            if self._may_publish is not None:
+                self._may_publish()  # it makes every folder of its path, also of a run that was moved away
             threading.excepthook = _quiet_about_the_board
             board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
-            for record in parse_jsonl(self._run.metrics.read_bytes() + self._unwritten):
+            for record in parse_metrics(self._run.metrics.read_bytes() + self._unwritten)[0]:
                 if record["step"] > self._first_step:
                     _add_scalars(board, record)
             for step in self._grids:
@@ -108,11 +126,15 @@ class Telemetry:
             self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
     def _try(self, what: str, write: Callable[[], Any]) -> None:
-        """A full disk ends no training."""
+        """A full disk ends no training, and is told of when that begins."""
         try:
             write()
+            self._refused.pop(what, None)
         except OSError as e:
-            say(f"{what} not written", error=e)
+            why = e.strerror or str(e)
+            if self._refused.get(what) != why:
+                say(f"{what} not written", error=e)
+            self._refused[what] = why
             if what == "tensorboard":
                 self._board = None  # its writer thread is dead; another one will show all again
                 self._board_at = time.monotonic() + BOARD_AGAIN_AFTER_S
@@ -175,10 +197,9 @@ class Telemetry:
 
 def _add_scalars(board: Any, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl, at the time it was written."""
-    written_at = datetime.fromisoformat(record["time"].replace("Z", "+00:00")).timestamp()
     for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
-        if record[key] is not None:
-            board.add_scalar(f"train/{key}", record[key], record["step"], walltime=written_at)
+        if record.get(key) is not None:
+            board.add_scalar(f"train/{key}", record[key], record["step"], walltime=seconds(record["time"]))
 
 
 def _add_grid(board: Any, step: int, grid: np.ndarray) -> None:
@@ -204,7 +225,7 @@ def _bar(total: int, done: int) -> Any:
         BarColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
-        console=Console(stderr=True),
+        console=Console(file=sys.__stderr__),
     )
     bar.start()
     bar.add_task("", total=total, completed=done)

@@ -14,7 +14,7 @@ from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry
 from ddpm.network.device import Later, Resolved
 from ddpm.run import generations
-from ddpm.run.events import EventLog, read_events
+from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -83,6 +83,7 @@ class Trainer:
         # a life may have been killed after a rollback and before its next save: its attempt counts all the same
         lived = self.world.of_main(self._attempts_told)
         step = self._newest()
+        self.chronicle.miss(step or 0)
         if step is None:
             self.chronicle.say("no checkpoint: starting at step 0")
         else:
@@ -94,7 +95,10 @@ class Trainer:
             self.chronicle.say("resumed", step=step, world_size=self.world.world_size)
 
     def _attempts_told(self) -> int:
-        told = (e.get("attempt", 0) for e in read_events(self.run) if e["event"] == "rollback")
+        events, damage = read_events_and_damage(self.run)
+        for what in damage:
+            self.chronicle.say(f"{what}: left out")
+        told = (e.get("attempt", 0) for e in events if e["event"] == "rollback")
         return max(told, default=0)  # no sum: an orphan may have told of the same one
 
     def _newest(self) -> int | None:
@@ -113,7 +117,7 @@ class Trainer:
         """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
         self._finite = self._finite_before = None
         self.step.begin_attempt()
-        self.chronicle.begin(self.at.step)
+        self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
@@ -224,8 +228,8 @@ class Trainer:
         if rollbacks > most:
             raise DoNotRetry(
                 f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
-                f"train.max_rollbacks = {most}; the last good checkpoint stays. Lower train.lr, set "
-                f"train.grad_clip, or use train.amp=off in a new run"
+                f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
+                f"train.amp=off in a new run"
             )
         self.chronicle.event("rollback", at, attempt=attempt)
         step = self._newest()
@@ -236,6 +240,13 @@ class Trainer:
         self.at.rollbacks, self.at.attempt = rollbacks, attempt
         self._begin()
         self.meter.restart(self.at.step)
+
+    def _what_stays(self) -> str:
+        try:
+            step = self._newest()
+        except DoNotRetry as e:
+            return str(e)
+        return "nothing was ever saved" if step is None else f"the checkpoint of step {step} is good, and stays"
 
     def _grid(self, stop_requested: StopRequested) -> str:
         """Why no grid is drawn, or ""."""

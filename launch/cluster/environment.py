@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpm.errors import RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import now
+from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -106,7 +108,8 @@ def current() -> JobEnvironment:
             int(array[1]) if array[1] else None,
             since,
         )
-    cpus = int(env.get("DDPM_CPUS") or len(os.sched_getaffinity(0)))
+    alone = "LOCAL_WORLD_SIZE" not in env  # torchrun sets OMP_NUM_THREADS, which then is nobody's wish
+    cpus = int(env.get("DDPM_CPUS") or (alone and threads_asked()) or len(os.sched_getaffinity(0)))
     if "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env:
         return JobEnvironment(
             "local",
@@ -159,8 +162,24 @@ def _first_node_address(env: os._Environ[str]) -> str:
 
 
 def runs_root(option: str | None) -> Path:
-    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project."""
-    return Path(option or os.environ.get("DDPM_RUNS") or PROJECT / "runs").expanduser().absolute()
+    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project. Raises RequestError."""
+    chosen = option or os.environ.get("DDPM_RUNS")
+    user_path(str(PROJECT), "the project's folder")
+    return user_path(chosen, "--root" if option else "DDPM_RUNS") if chosen else PROJECT / "runs"
+
+
+def user_path(path: str, what: str = "path") -> Path:
+    """A path as it was typed, absolute: jobs run in the project's directory. Raises RequestError where it cannot stand
+    in a job's script and a run's files, which have lines of UTF-8."""
+    try:
+        there = Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise RequestError(f"{what} = {path}: there is no such user; give the whole path") from None
+    if has_control(str(there)):
+        raise RequestError(
+            f"{what} = {str(there)!r}: has control characters, or is no UTF-8; rename it, or use another"
+        )
+    return there
 
 
 def expand(path: str) -> Path:
@@ -169,15 +188,26 @@ def expand(path: str) -> Path:
 
 
 def for_jobs() -> dict[str, str]:
-    """The environment that a background job on this machine gets: ours, without a surrounding allocation's."""
+    """The environment that a background job on this machine gets: ours, without a surrounding allocation's.
+
+    Its threads sleep at their barriers, unless the user wants it otherwise: the cores are not theirs alone, and threads
+    that spin beside another such job take turns with it (a tenth of the speed, where sleeping ones have half).
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
     path = os.environ.get("PYTHONPATH")
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
 
 
 def stage() -> str:
     """What this batch shell's job is for: train, sample or evaluate."""
     return os.environ.get("DDPM_STAGE", "train")
+
+
+def threads_asked() -> str:
+    """How many threads the user wants of every program, "" where he has not said."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return asked if asked.isdecimal() and int(asked) > 0 else ""
 
 
 def sample_set() -> str:

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ddpm.config.section import Section, build
-from ddpm.config.yaml import load_yaml
+from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import read_json
+from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT, default_partition
 from launch.cluster.partitions import Partition, gpus_of, partitions
@@ -63,8 +64,8 @@ def minutes(text: str | int) -> int:
 
 
 def _word(text: Any) -> Any:
-    if isinstance(text, str) and not re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text):
-        raise ValueError(f"{text!r}: no spaces, quotes or shell characters here")
+    if isinstance(text, str) and not (re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text) and text.isprintable()):
+        raise ValueError(f"{text!r}: no spaces, quotes, shell or control characters here")
     return text
 
 
@@ -88,6 +89,33 @@ def _share(mem: str | None, parts: int) -> str | None:
     return f"{-(-number // parts)}{unit}"
 
 
+def _one_line(text: Any) -> Any:
+    if isinstance(text, str) and (has_control(text) or len(text) > 1000):
+        raise ValueError(f"{text[:80]!r}: must be one line, of at most 1000 characters")
+    return text
+
+
+def _options(options: Any) -> Any:
+    """What becomes lines of a job's script, one for each."""
+    for key, value in options.items() if isinstance(options, dict) else ():
+        try:
+            _one_line(value)
+        except ValueError as e:
+            raise ValueError(f"sbatch.{key} = {e}") from None
+    return options
+
+
+def _shell_lines(lines: Any) -> Any:
+    """Shell as it was written: an entry of several lines is as good as several entries."""
+    if not isinstance(lines, list):
+        return lines
+    split = [line for entry in lines for line in (entry.splitlines() or [""] if isinstance(entry, str) else [entry])]
+    for line in split:
+        if isinstance(line, str) and has_control(line.replace("\t", " ")):
+            raise ValueError(f"setup = {line!r}: has control characters")
+    return tuple(split)
+
+
 def _mem(text: Any) -> Any:
     if not re.fullmatch(r"\d+[KMGTkmgt]?", str(text)):
         raise ValueError(f"mem = {text!r}: not an amount of memory; for example 32G or 500M")
@@ -101,6 +129,7 @@ def _tasks(value: Any) -> Any:
 
 
 Word = Annotated[str, BeforeValidator(_word)]
+Line = Annotated[str, BeforeValidator(_one_line)]
 
 
 Options = dict[str, str | int | bool | None]
@@ -120,7 +149,7 @@ class Stage(Section):
     """null: one where training has some. A task uses one."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, BeforeValidator(_mem)] | None = None
-    sbatch: Options = Field(default_factory=dict)
+    sbatch: Annotated[Options, BeforeValidator(_options)] = Field(default_factory=dict)
     """Beside training's; null takes one of those away."""
 
 
@@ -147,13 +176,13 @@ class Site(Section):
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, BeforeValidator(_mem)] | None = None
     """Per node."""
-    sbatch: Options = Field(default_factory=dict)
+    sbatch: Annotated[Options, BeforeValidator(_options)] = Field(default_factory=dict)
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
-    setup: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    setup: Annotated[tuple[str, ...], BeforeValidator(_shell_lines)] = ()
     """Shell lines that every job runs first: module load …"""
-    scratch: str | None = None
+    scratch: Line | None = None
     """Node-local disk where jobs keep a copy of the packed data, e.g. /scratch/$USER."""
-    data_cache: str | None = None
+    data_cache: Line | None = None
     """Shared place of packed data; null: .cache beside the runs."""
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""
@@ -266,7 +295,7 @@ def load_profile(name: str | None) -> dict[str, Any]:
             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
         )
     try:
-        tree = load_yaml(path.read_text(), str(path))
+        tree = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"--profile {name}: cannot be read: {e}") from None
     if tree is not None and not isinstance(tree, dict):
@@ -278,11 +307,9 @@ def load_profile(name: str | None) -> dict[str, Any]:
 
 
 def site_of(run: RunDir) -> Site:
-    """Where the run was submitted to: later stages go there too unless told otherwise."""
-    record = read_json(run.run_json)
-    if record is None:
-        raise RequestError(f"{run.path} is no run directory (no run.json); see python launch/status.py for the runs")
-    return Site.model_validate(record.get("launch") or {}, strict=False)
+    """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
+    site: Site = build(Site, read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+    return site
 
 
 def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:

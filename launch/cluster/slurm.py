@@ -284,7 +284,7 @@ def exclude(job: str, nodes: str) -> None:
 
 def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
     """How many nodes a partition has, and those of them that are not excluded. Raises SlurmError."""
-    every = set(run(["sinfo", "-a", "-h", "-N", "-p", partition, "-o", "%N"]).split())
+    every = set(run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"]).split())
     without = set(run(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
     return len(every), sorted(every - without)
 

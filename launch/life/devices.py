@@ -30,5 +30,22 @@ def check(env: JobEnvironment, device: torch.device, gpus: Path = NVIDIA_GPUS) -
     raise NodeUnfit(f"{env.host} has GPUs for this job, but torch cannot use them. {why}")
 
 
+def check_precision(env: JobEnvironment, device: torch.device, precision: str, *, has_bf16: bool | None = None) -> None:
+    """Raises NodeUnfit where bf16 would be emulated: seventy times slower than fp32 on a CPU with AVX2 alone.
+
+    has_bf16: whether this CPU's convolutions take it; None: torch is asked.
+    """
+    if precision != "bf16" or device.type != "cpu":
+        return
+    if has_bf16 is None:
+        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not has_bf16:
+        raise NodeUnfit(
+            f"this asks for bf16, which the CPU of {env.host} has not, and there is no GPU: it would take many times "
+            f"as long as fp32. Ask for a GPU (--gpus-per-node 1) or another node (--constraint); or ask for fp32: "
+            f"train.amp=off in a new run, sample.precision=fp32 in another --set"
+        )
+
+
 def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

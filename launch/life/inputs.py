@@ -2,49 +2,100 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data import packed, scratch
+from ddpm.data.labels import labels_changed, labels_record
 from ddpm.data.packed import PackedImages
-from ddpm.errors import DoNotRetry, Stopped
+from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, Stopped
+from ddpm.run.fence import Fence
+from ddpm.run.files import DamagedFile, sign, write_json
 from ddpm.run.log import say
+from ddpm.run.records import data_of, read_run
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training.ranks import World, stop_code
 from launch.cluster import environment
-from launch.life.life import Life, run_record
+from launch.life.life import Life
 
 
-def packed_data(life: Life, config: Config, world: World) -> PackedImages:
-    """The packed training data, on all ranks. Raises Stopped, on all ranks; DoNotRetry where the data is another."""
-    record = run_record(life.run)["data"]
-    cache, key = Path(record["cache"]), record["key"]
-    if world.share(world.is_main and not (cache / key / "meta.json").exists()):
-        key = _pack_again(life, config, world, cache)
+def packed_data(life: Life, config: Config, world: World, fence: Fence | None = None) -> PackedImages:
+    """The packed training data, on all ranks. Raises Stopped, on all ranks; DoNotRetry where the data is another.
+
+    Rank 0 reads all of it (once per machine and boot) before any rank maps it, and packs it again where it is damaged
+    or gone; one rank of each node does the same with a copy on scratch.
+    fence: rank 0's, to add the labels to the record of a run from before they were kept. Raises DamagedFile where
+    run.json does not say which data it is.
+    """
+    record, data = read_run(life.run), data_of(life.run)
+    if not {"key", "digest"} <= data.keys():
+        raise DoNotRetry(f"{life.run.run_json} does not say where this run's data is: restore it, or submit it again")
+    cache, key = Path(data["cache"]), data["key"]
+    labels = record.get("labels") if config.model.num_classes else None
+
+    def bring(stop_requested: StopRequested) -> str:
+        return _bring(cache, key, config, labels, stop_requested)
+
+    key = str(world.share(together(life.stop, world, bring if world.is_main else None)))
     local = None
-    if record.get("scratch"):
-        local = environment.expand(record["scratch"]) / "ddpm-hpc"
+    if data.get("scratch"):
+        local = environment.expand(data["scratch"]) / "ddpm-hpc"
         _copy_to(local, life, world, cache, key)
     there = packed.open_packed(cache, key, scratch=local)
-    if there.digest != record["digest"]:
-        raise DoNotRetry(
-            f"the data changed under this run: digest {there.digest[:12]} now, "
-            f"{record['digest'][:12]} when it was submitted. Restore it, or train another run"
-        )
+    changed = labels_changed(labels, labels_record(there))
+    if there.digest != data["digest"] or changed:
+        pixels = f"digest {there.digest[:12]} now, {data['digest'][:12]} when it was submitted"
+        raise DoNotRetry(f"the data changed under this run: {changed or pixels}. Restore it, or train another run")
+    if fence is not None and "labels" not in record:
+        _keep_labels(life, fence, there)
     return there
 
 
-def _pack_again(life: Life, config: Config, world: World, cache: Path) -> str:
-    """Rank 0 packs. Returns the key, on all ranks."""
+def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None, stop_requested: StopRequested) -> str:
+    """The key of the run's data, whole: packed again where it is not, which gives another key where files were touched.
 
-    def pack(stop_requested: StopRequested) -> str:
+    Raises Stopped; DoNotRetry or EnvironmentLacks where it cannot be packed here.
+    """
+    why = "gone"
+    try:
+        there = packed.open_verified(cache, key, stop_requested=stop_requested)
+        if changed := labels_changed(labels, labels_record(there)):
+            raise DamagedFile(changed)  # the images themselves may tell
+        return key
+    except (DamagedFile, OSError) as e:
+        if os.path.lexists(cache / key):
+            why = f"damaged ({e})"
+    if why == "gone":
         say("the packed data is gone from the cache: packing it again", cache=cache)
-        elsewhere = environment.OTHER_CACHE
-        return packed.pack(config.data, "train", cache, stop_requested=stop_requested, or_else=elsewhere)[0]
+    elsewhere = environment.OTHER_CACHE
+    try:
+        found = packed.pack(config.data, "train", cache, stop_requested=stop_requested, or_else=elsewhere)[0]
+    except (RequestError, EnvironmentLacks) as e:
+        # where a disk or a network was lacking, another node may have it
+        kind = DoNotRetry if isinstance(e, RequestError) else EnvironmentLacks
+        raise kind(
+            f"{e}. So the packed data {cache / key}, which is {why}, cannot be packed again here: where the images or "
+            f"a network are, submit the run again (python launch/submit.py, with the same words), which packs it"
+        ) from None
+    if found != key and why != "gone":
+        say(
+            f"the packed data {cache / key} is {why}: using what the images, whose times changed, are packed as",
+            key=found,
+        )
+    return found
 
-    return str(world.share(together(life.stop, world, pack if world.is_main else None)))
+
+def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
+    """A run from before labels were kept: from now on they are compared."""
+    try:
+        record = {**read_run(life.run), "labels": labels_record(there)}
+        record = sign(record) if "self_sha256" in record else record
+        write_json(life.run.run_json, record, replace=True, may_publish=fence.check)
+    except OSError as e:  # a full disk ends no training
+        say("the labels of the data were not added to the run's record", error=e)
 
 
 def _copy_to(local: Path, life: Life, world: World, cache: Path, key: str) -> None:
@@ -53,7 +104,7 @@ def _copy_to(local: Path, life: Life, world: World, cache: Path, key: str) -> No
     def copy(stop_requested: StopRequested) -> None:
         try:
             scratch.copy_to_scratch(cache, key, local, stop_requested=stop_requested)
-        except OSError as e:
+        except (OSError, DamagedFile) as e:
             say(f"scratch {local} cannot be used ({e}); reading the data from {cache}")
 
     together(life.stop, world, copy if life.env.local_rank == 0 else None)

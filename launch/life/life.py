@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import DoNotRetry
-from ddpm.run.files import read_json
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
@@ -65,12 +63,15 @@ class Life:
             if shown is None or shown.state != "CANCELLED":
                 return
             stage = environment.stage()
-            took = chain.call_off(self.run, job) if stage == "train" else []
+            took = chain.followers(job) if stage == "train" else []
             what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
             say(f"cancelled by scancel{what}")
+            # first the word: this process is killed in a moment
             self.env.events(self.run).append(
                 "cancelled", world_size=self.env.world_size, step=self.run.latest_step(), stage=stage, with_it=took
             )
+            if took:
+                slurm.cancel(took)
 
 
 def begin(run: RunDir) -> Life:
@@ -82,10 +83,3 @@ def begin(run: RunDir) -> Life:
 def shard_marker(run: RunDir, job: str) -> Path:
     """Which shards a job makes, from its first life until it is done."""
     return run.logs / f".shard-{job}"
-
-
-def run_record(run: RunDir) -> dict[str, Any]:
-    record = read_json(run.run_json)
-    if record is None:
-        raise DoNotRetry(f"{run.run_json} is missing or no JSON: this is no run directory; submit the run again")
-    return record

@@ -21,13 +21,14 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
 
     import torch
 
-    from ddpm.network.weights import load_network
+    from ddpm.network.weights import cast_once, load_network
     from ddpm.run import generations
     from ddpm.sampling.denoiser import Denoiser
     from ddpm.sampling.generate import generate_shard
 
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
+    devices.check_precision(env, device, request.precision)
     try:
         generation = generations.verify(run, request.checkpoint.step)
     except FileNotFoundError:
@@ -42,6 +43,7 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
         say(f"shard {todo[0]}", images=f"{done}/{total}")
 
     network = load_network(config, run, generation.step, request.weights, device, request.precision)
+    cast_once(network, request.precision)
     denoiser = Denoiser.of(config, network, request.precision)
     todo = list(shards)
     busy: RunBusy | None = None

@@ -10,39 +10,48 @@ import torch
 from ddpm.config import reading
 from ddpm.errors import Stopped
 from ddpm.run.log import say
+from ddpm.run.records import data_of
 from ddpm.sampling.shards import missing_shards
 from ddpm.scoring import evaluate as scoring
 from ddpm.scoring.against import open_reference
 from ddpm.scoring.extractors import build_extractor
 from ddpm.scoring.record import key_of
+from ddpm.scoring.record import told as told_of
 from launch.life import devices
-from launch.life.life import Life, run_record
+from launch.life.life import Life
 from launch.queue import chain
 from launch.queue.sets import ensure_request
 
 
-def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> int:
-    """Score a set; where shards are missing and SLURM is here, have them made and come after them again."""
+def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | None, round_: str) -> int:
+    """Score a set; where shards are missing and SLURM is here, have them made and come after them again.
+
+    reference, extractor: instead of the config's.
+    """
     run, env = life.run, life.env
-    config = reading.load(run.config)
+    told = {"reference": reference, "extractor": extractor}
+    again = tuple(word for key, value in told.items() if value for word in (f"--{key}", value))
+    config = reading.of_run(run)
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if missing := missing_shards(sample_set, request):
-        return life.leave(chain.fill_gaps(run, set_name, missing, reference, round_, env))
+        return life.leave(chain.fill_gaps(run, set_name, missing, again, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
-    cache = Path(run_record(run)["data"]["cache"])
+    cache = Path(data_of(run)["cache"])
     against = reference or config.evaluate.reference
     command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
+    command += ["--extractor", extractor] if extractor else []
     while True:
         try:
             result = scoring.evaluate_set(
                 run,
                 set_name,
                 reference=open_reference(config, against, cache, life.stop),
-                extractor=build_extractor(config.evaluate.extractor, device),
+                extractor=build_extractor(extractor or config.evaluate.extractor, device),
                 cache_dir=cache / "reference",
+                num_classes=config.model.num_classes,
                 command=command,
                 stop_requested=life.stop,
                 progress=lambda done, total: say("features", shards=f"{done}/{total}"),
@@ -53,17 +62,12 @@ def evaluate(life: Life, set_name: str, reference: str | None, round_: str) -> i
                 raise  # nothing that computing anew would mend
             repair = f"`python launch/sample.py {shlex.quote(str(run.path))} --set {set_name}`"
             say(f"{e}; {repair} computes what is missing")
-            return life.leave(chain.fill_gaps(run, set_name, list(e.shards), reference, round_, env))
+            return life.leave(chain.fill_gaps(run, set_name, list(e.shards), again, round_, env))
         except Stopped as e:
             code = life.until_killed_or_on(e.reason)
             if code is None:
                 continue
             return life.leave(code, e.reason)
         score = key_of(result)
-        say(
-            "scored",
-            **{score: f"{result[score]:.4f}"},
-            num_samples=result["num_samples"],
-            file=run.score(set_name),
-        )
+        say(f"scored {told_of(result)}", **{score: f"{result[score]:.4f}"})
         return life.leave(0)

@@ -20,7 +20,7 @@ from launch.queue.sets import ensure_request
 def start_training(life: Life) -> tuple[Config, str | None]:
     """The run's config, and why rank 0 must not train, or None. From here on the run's STOP file is watched."""
     run, env = life.run, life.env
-    config = reading.load(run.config)
+    config = reading.of_run(run)
     why = nothing_to_train(run, config) if env.rank == 0 else None
     if env.rank == 0 and not why:
         _note_allocation(life)
@@ -33,14 +33,14 @@ def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
     """The run's config, and what is asked for of a set. Raises DoNotRetry where there is nothing to sample from; then
     what was to follow is called off too, which would find out the same, each task on a node of its own.
     """
-    config = reading.load(life.run.config)
+    config = reading.of_run(life.run)
     try:
         return config, ensure_request(life.run, config, set_name)
     except DoNotRetry as e:
         took: list[str] = []
         if life.env.scheduler == "slurm" and life.env.rank == 0:
             with contextlib.suppress(slurm.SlurmError):
-                took = call_off(life.run, life.env.job)
+                took = call_off(life.env.job)
         raise DoNotRetry(f"{e}" + (f". Cancelled, as it was to follow: job {' '.join(took)}" if took else "")) from None
 
 

@@ -8,6 +8,7 @@ What is decided, and why, is decision.py's.
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ from launch.life.last_words import LastWords, last_words
 from launch.life.life import shard_marker
 from launch.life.progress import progress
 from launch.queue.submitting import submit_successor
+from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
 SETTLE_S = 10
@@ -77,7 +79,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
     """What is known of the job, in the order of what it costs to ask. Raises SlurmError where SLURM stays silent."""
     said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
     known = Evidence(stage, code, restart=env.restart)
-    if said.isdigit():  # empty where the disk was full
+    if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
         known = replace(known, code=int(said), reason=why)
     if known.code in (0, EXIT_FATAL):
         _forget_shard(run, env)
@@ -104,7 +106,7 @@ def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
     """The exit code and reason that rank 0 left, past srun, which may report another rank's; "" where it left none."""
     marker = run.exit_marker(env.job, env.restart)
     try:
-        said = marker.read_text()
+        said = marker.read_text(errors="replace")
     except FileNotFoundError:
         return ""
     with contextlib.suppress(OSError):
@@ -148,7 +150,8 @@ def _without(bad: str, shown: slurm.Shown) -> str:
     """The nodes that the job is not to have any more, as SLURM lists them; "" where it cannot do without this one."""
     try:
         total, spare = slurm.spare_nodes(shown.partition.split(",")[0], shown.excluded)
-    except slurm.SlurmError:
+    except slurm.SlurmError as e:
+        _say(f"node {bad} is not left out, though a life died there by itself: {e}")
         return ""
     if not may_do_without(bad, total, spare, environment.num_nodes()):
         return ""
@@ -258,6 +261,7 @@ def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) ->
 
 def main() -> int:
     environment.supervisor_is_heard()
+    streams.make_safe()
     path, stage, code, *rest = sys.argv[1:]
     run = RunDir(Path(path))
     try:

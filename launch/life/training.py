@@ -16,9 +16,10 @@ from ddpm.errors import Stopped
 from ddpm.network import device
 from ddpm.network.device import Resolved
 from ddpm.run.fence import Fence
-from ddpm.run.files import write_json
+from ddpm.run.files import sign, write_json
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
@@ -26,7 +27,7 @@ from launch.cluster import slurm
 from launch.cluster.environment import JobEnvironment
 from launch.cluster.site import site_of
 from launch.life import devices, inputs
-from launch.life.life import Life, run_record
+from launch.life.life import Life
 from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
 
@@ -54,7 +55,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         return _leave_together(life, world, 0)
     while True:
         try:
-            packed = inputs.packed_data(life, config, world)
+            packed = inputs.packed_data(life, config, world, fence)
             break
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
@@ -106,13 +107,14 @@ def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
 def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> Resolved:
     """What `auto` means here, as the run's first life found it and wrote down; applied to this process."""
     run = life.run
-    kept = world.share(run_record(run).get("resolved") if world.is_main else None)
+    kept = world.share(read_run(run).get("resolved") if world.is_main else None)
     resolved = device.resolve(config, world.device, life.env.cpus, kept)
+    devices.check_precision(life.env, world.device, resolved.amp)
     device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}
-        record = {**run_record(run), "resolved": found}
-        write_json(run.run_json, record, replace=True, may_publish=fence.check)
+        record = {**read_run(run), "resolved": found}
+        write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
     return resolved
 
 

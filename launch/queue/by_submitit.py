@@ -6,6 +6,7 @@ wait for sbatch without end, and take silence for a refusal. pyproject.toml says
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import shlex
 import sys
@@ -37,7 +38,16 @@ class Named:
 
 
 def folder(job: Job) -> Path:
-    return job.run.logs / "submitit"
+    """The submitter's alone: whoever could write there would have a job load their pickle, which is to run their code.
+
+    So in a run that a group shares, each other user has one of their own.
+    """
+    where = job.run.logs / "submitit"
+    try:
+        mine = where.stat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        mine = True
+    return where if mine else where.with_name(f"submitit-{os.geteuid()}")
 
 
 def command(job: Job, script: str) -> list[str]:
@@ -80,7 +90,9 @@ def submit(job: Job) -> str:
     from submitit.core.utils import DelayedSubmission, JobPaths
 
     where = folder(job)
-    where.mkdir(parents=True, exist_ok=True)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.mkdir(mode=0o700, exist_ok=True)
+    where.chmod(0o700)
     pickles = []
     for number in range(job.num_tasks):
         task = DelayedSubmission(Named(ENTRY), job.arguments(job.shards_of(number)))  # type: ignore[arg-type]  # once it is read, it is one

@@ -40,6 +40,6 @@ def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) ->
 
 
 def sbatch(words: list[str]) -> str:
-    """Run one sbatch from the project's root; returns the job id."""
+    """Run one sbatch from the project's root; returns the job id. Raises SlurmError."""
     with environment.outside_allocation():
         return slurm.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})

@@ -39,7 +39,7 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
     sampled = "sample" not in stages or not sets.shards_to_make(run, config, name)
     if finished_step(run, config) is None:
         return True, stages
-    scored = "evaluate" not in stages or sets.is_scored(run, config, name)
+    scored = "evaluate" not in stages or sets.score_by(run, name, config.evaluate) is not None
     return False, [] if sampled and scored else stages
 
 
@@ -86,6 +86,15 @@ def lift_stop(run: RunDir) -> None:
     if run.stop_file.exists():
         run.stop_file.unlink()
         print(f"removed {run.stop_file}: submitting again means going on")
+
+
+def ways_on(run: RunDir) -> str:
+    """What a person can do about a run whose files are missing or damaged, as the end of a message."""
+    return (
+        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.path}/), or see what holds: python "
+        f"launch/recover.py {run.path} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
+        f"start over on purpose: python launch/recover.py {run.path} --start-over, or submit under another --name"
+    )
 
 
 # ---------------------------------------------------------------- its jobs
@@ -176,17 +185,17 @@ def tasks_told(job: Job, job_id: str) -> str:
 def _in_queue(job: Job, config: Config) -> list[str]:
     """Jobs that SLURM has and that do what `job` would. Raises SlurmError."""
     if job.stage == "evaluate":
-        reference = config.evaluate.reference
-        return evaluations_in_queue(job.run, job.set_name, reference, default=reference)
+        return evaluations_in_queue(job.run, job.set_name, config.evaluate, default=config.evaluate)
     return jobs_in_queue(job.run, job.stage, job.set_name)
 
 
 def fill_gaps(
-    run: RunDir, set_name: str, missing: list[int], reference: str | None, round_: str, env: JobEnvironment
+    run: RunDir, set_name: str, missing: list[int], again: tuple[str, ...], round_: str, env: JobEnvironment
 ) -> int:
     """An evaluation that came before its shards: have the missing ones made, and come again after them.
 
-    Gives up after MAX_ROUNDS rounds that added no shard. `round_` is "ROUND:MISSING" of the round before.
+    again: what that evaluation was told. Gives up after MAX_ROUNDS rounds that added no shard. `round_` is
+    "ROUND:MISSING" of the round before.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if env.scheduler != "slurm":
@@ -197,7 +206,6 @@ def fill_gaps(
         )
     before, _, had = round_.partition(":")
     site = site_of(run)
-    again = ("--reference", reference) if reference else ()
     with turn(run):
         waiting = jobs_in_queue(run, "sample", set_name)
         if not waiting:
@@ -234,19 +242,25 @@ def cancelled_samples(run: RunDir, set_name: str) -> str | None:
     return jobs[-1] if jobs and slurm.any_cancelled(jobs[-1]) else None
 
 
-def call_off(run: RunDir, job: str) -> list[str]:
-    """Cancel what waits for `job` to end, and what waits for that, and the tasks of its own array that have not begun:
-    there is nothing for them to go on from. Their ids. Raises SlurmError.
-    """
-    base, _, task = job.partition("_")
+def followers(job: str) -> list[str]:
+    """What waits for `job` to end, and what waits for that. Raises SlurmError."""
     found: list[str] = []
-    todo = [base]
+    todo = [job.partition("_")[0]]
     while todo:
         new = [other for other in slurm.dependents(todo.pop()) if other not in found]
         found += new
         todo += new
+    return found
+
+
+def call_off(job: str) -> list[str]:
+    """Cancel what follows `job`, and the tasks of its own array that have not begun: there is nothing for them to go on
+    from. Returns what followed. Raises SlurmError.
+    """
+    found = followers(job)
     if found:
         slurm.cancel(found)
+    base, _, task = job.partition("_")
     if task:
         slurm.cancel_waiting(base)
     return found

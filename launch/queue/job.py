@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
@@ -85,6 +87,12 @@ class Job:
             del values["requeue"]
         values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
+
+
+def check_path(run: RunDir, site: Site) -> None:
+    """Raises RequestError where SLURM, and submitit, would take the run's path for a pattern, and write elsewhere."""
+    if not site.is_local and re.search(r"[%\\]", str(run.path)):
+        raise RequestError(f"{run.path}: SLURM reads % and \\ in a path as a pattern; keep runs elsewhere (--root)")
 
 
 def flags(options: dict[str, str | bool]) -> list[str]:

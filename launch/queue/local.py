@@ -48,7 +48,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     run.logs.mkdir(exist_ok=True)
     log = run.logs / f"{name}.out"
     commands = [command for job in jobs for command in stage_commands(job)]
-    chosen = jobs[0].site.cpus_per_task
+    chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
     with log.open("ab") as out:
         process = subprocess.Popen(

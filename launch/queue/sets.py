@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ddpm.config.sample import Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import read_json, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import RunDir, fitting
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import (
     CheckpointRef,
@@ -21,7 +24,11 @@ from ddpm.sampling.request import (
     publish_request,
     read_request,
 )
-from ddpm.scoring.against import SPLITS, check_file
+from ddpm.scoring.against import SPLITS
+from ddpm.scoring.record import Score, scores_of
+
+LEAST_SCORED = 2
+"""Samples: of one there is no covariance."""
 
 # ---------------------------------------------------------------- names
 
@@ -49,13 +56,27 @@ def _planned_set(run: RunDir, config: Config) -> str:
 
 def _set_name(run: RunDir, config: Config, at: str, variance: str | None = None) -> str:
     s = config.sample
-    how = "" if s.guidance is None else f"-guided{s.guidance:g}"
-    how += "" if s.class_plan is None else "-plan"
+    how = "" if s.class_plan is None else "-plan"
     how += "" if s.clip_x_0 else "-unclipped"
     how += "" if variance in (None, config.diffusion.variance) else f"-{variance}"
-    plain, full = (f"{s.sampler}{s.steps}{eta}{how}-{at}-seed{s.seed}" for eta in ("", f"-eta{s.eta:g}"))
-    # a set with eta that was begun before eta was part of the name goes on under the one that it has
-    return full if s.eta and _asked(run, plain).get("eta") != s.eta else plain
+
+    def name(number: Callable[[float], str], eta: float) -> str:
+        noise = f"-eta{number(eta)}" if eta else ""
+        guided = "" if s.guidance is None else f"-guided{number(s.guidance)}"
+        return f"{s.sampler}{s.steps}{noise}{guided}{how}-{at}-seed{s.seed}"
+
+    # a set that was begun when eta was no part of the name, or numbers had six digits in it, goes on under its own
+    for former in (name("{:g}".format, 0.0), name("{:g}".format, s.eta)):
+        asked = _asked(run, former)
+        if [asked.get("eta"), asked.get("guidance")] == [s.eta, s.guidance]:
+            return former
+    return fitting(name(_exactly, s.eta))
+
+
+def _exactly(number: float) -> str:
+    """A number in a name: distinct ones are written distinctly, and without the + of 1e+22."""
+    short = f"{number:g}"
+    return (short if float(short) == number else repr(number)).replace("+", "")
 
 
 def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
@@ -121,21 +142,28 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
     return shards.missing_shards(sample_set, there)
 
 
-def is_scored(run: RunDir, config: Config, set_name: str) -> bool:
-    """Whether the set, as it is, has a score by the config's extractor against the config's reference."""
-    score, request = read_json(run.score(set_name)) or {}, _asked(run, set_name)
-    return (
-        score.get("checkpoint") == {**request.get("checkpoint", {}), "weights": request.get("weights")}
-        and (score.get("extractor") or {}).get("name") == config.evaluate.extractor
-        and _is_against(score.get("reference") or {}, config.evaluate.reference)
-    )
+def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
+    """The score of the set, as it is, by that extractor against that reference; None where there is none that holds."""
+    request = _asked(run, set_name)
+    checkpoint = {**(request.get("checkpoint") or {}), "weights": request.get("weights")}
+    for score in scores_of(run, set_name):
+        if (
+            not score.damage
+            and score.record.get("checkpoint") == checkpoint
+            and score.record["extractor"]["name"] == evaluate.extractor
+            and _is_against(score.record["reference"], evaluate.reference)
+        ):
+            return score
+    return None
 
 
 def _is_against(record: dict[str, Any], asked: str) -> bool:
     """Whether a score's reference is the one that is asked for; a folder or zip is known by its name."""
     if asked in SPLITS:
         return record.get("split") == asked
-    path = check_file(asked)
+    path = Path(asked).expanduser()
+    if not path.exists():
+        return False
     if path.suffix == ".npz":
         return record.get("digest") == sha256_file(path)
     return (record.get("split"), record.get("name")) == ("all", path.name)

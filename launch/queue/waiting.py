@@ -6,10 +6,13 @@ import sys
 import time
 from typing import Any
 
+from ddpm.config.sample import Evaluate
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import slurm
 
+EVALUATION = ("reference", "extractor")
+"""What an evaluation may be told otherwise than its run's config has it."""
 COMPLETING_POLL_S = 2.0
 COMPLETING_AT_MOST_S = 60.0
 
@@ -19,19 +22,21 @@ def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     return _in_queue(slurm_jobs(read_events(run), stage, set_name))
 
 
-def evaluations_in_queue(run: RunDir, set_name: str, reference: str, default: str) -> list[str]:
-    """Job ids of evaluations of a set against `reference` that SLURM has. Raises SlurmError.
+def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: Evaluate) -> list[str]:
+    """Job ids of the evaluations of a set, by that extractor against that reference, that SLURM has. Raises SlurmError.
 
-    default: the config's reference, which is meant where a job was told of none.
+    default: the config's, which is meant where a job was told of none.
     """
     events = read_events(run)
     told = {str(e["job"]): e.get("args") or [] for e in events if e["event"] == "submitted"}
     jobs = slurm_jobs(events, "evaluate", set_name)
-    return _in_queue([job for job in jobs if (_reference_in(told.get(job, [])) or default) == reference])
+    return _in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])
 
 
-def _reference_in(args: list[str]) -> str | None:
-    return args[args.index("--reference") + 1] if "--reference" in args else None
+def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
+    """What a job computes that was told `args`."""
+    said = {option: args[args.index(f"--{option}") + 1] for option in EVALUATION if f"--{option}" in args}
+    return default.model_copy(update=said)
 
 
 def _in_queue(jobs: list[str]) -> list[str]:

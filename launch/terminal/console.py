@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import io
 import os
 import re
 import sys
@@ -15,38 +14,43 @@ from typing import NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import RunDir
+from ddpm.run.log import plain
+from ddpm.run.paths import RunDir, listed
 from ddpm.run.stopping import ShowProgress
 from launch.cluster import environment
+from launch.terminal import faults, streams
 
 
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's main and leave with its exit code; what a user can mend is one message, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no é is no reason to die
+    streams.make_safe()
     try:
         code = main()
-    except DDPMError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = e.exit_code
-    except DamagedFile as e:
-        print(f"error: damaged: {e}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except OSError as e:
-        if e.errno == errno.EPIPE:  # `… | head` has read enough
-            code = 0
-        else:  # no permission, no room: the machine's, or another user's directory
-            print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
-            code = EnvironmentLacks.exit_code
+    except Exception as e:
+        told = faults.words(e)
+        if told is None:
+            raise
+        code = _exit_code(e)
+        if code:
+            print(f"error: {'damaged: ' if isinstance(e, DamagedFile) else ''}{told}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except (OSError, AttributeError):
+    except OSError:
         os._exit(code)  # the interpreter would complain about the same again
     sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, DDPMError):
+        return error.exit_code
+    if isinstance(error, DamagedFile):
+        return DDPMError.exit_code
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `… | head` has read enough
+        return 0
+    return EnvironmentLacks.exit_code  # no permission, no room, a limit: the machine's, or another user's directory
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +69,8 @@ def show_progress(doing: str) -> ShowProgress:
 
     def show(done: int, total: int) -> None:
         if tty:
-            print(f"\r{doing} {done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
+            end = "" if done < total else "\n"
+            print(f"\r{doing} {done}/{total} images", end=end, file=streams.below(sys.stderr), flush=True)
         elif done % 10_000 == 0:
             print(f"{doing} {done}/{total} images", flush=True)
 
@@ -73,15 +78,26 @@ def show_progress(doing: str) -> ShowProgress:
 
 
 def all_runs(root: Path) -> list[RunDir]:
-    """The runs in a directory, by name."""
-    return [RunDir(p.parent) for p in sorted(root.glob("*/run.json")) if not p.parent.name.startswith(".")]
+    """The runs in a directory, by name, and the directories in it of which it cannot be known."""
+    return [RunDir(p) for p in sorted(listed(root)) if not p.name.startswith(".") and _may_be_run(p)]
+
+
+def _may_be_run(path: Path) -> bool:
+    """Whether a run is there, or what damage has left of one."""
+    try:
+        names = {p.name for p in path.iterdir()}
+    except PermissionError:  # another user's
+        return True
+    except OSError:
+        return False
+    return "run.json" in names or {"config.yaml", "checkpoints"} <= names
 
 
 def find_run(word: str, root: str | None) -> RunDir:
     """A run by its directory or its name. Raises RequestError naming the runs there are."""
     base = environment.runs_root(root)
-    for path in (Path(word).expanduser().absolute(), base / word):
-        if (path / "run.json").is_file():
+    for path in (environment.user_path(word), base / word):
+        if _may_be_run(path):
             return RunDir(path)
-    known = ", ".join(run.name for run in all_runs(base)) or "none"
+    known = ", ".join(plain(run.name) for run in all_runs(base)) or "none"
     raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere)")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.events import read_events
-from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_heartbeat
 from launch.cluster import slurm
 from launch.queue.waiting import slurm_jobs
+from launch.terminal import streams
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
@@ -32,18 +33,18 @@ class Follower:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=Console(file=streams.below(sys.stderr)),
                 transient=True,
             )
             self._bar.start()
             self._task = self._bar.add_task("waiting", total=None)
 
     def show(self, state: str) -> None:
-        beat = read_json(self._run.heartbeat) or {}
+        beat = read_heartbeat(self._run)
         step, total = beat.get("step", 0), beat.get("total_steps")
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""

@@ -15,18 +15,14 @@ Time in the queue is not counted: nothing was allocated.
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
+
+from ddpm.run.files import seconds
 
 LifeKey = tuple[str, int]
 
 ALIVE_S = 60.0
-"""A heartbeat younger than this is of a life that goes on."""
-
-
-def seconds(stamp: str) -> float:
-    """Unix time of a stamp as `ddpm.run.files.now` writes it."""
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+"""A heartbeat this near is of a life that goes on; one from the future is of a clock that errs."""
 
 
 def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> dict[str, float]:
@@ -46,7 +42,7 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
     total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)
     for life, own in lives.items():
         last_sign = signs.get(life, 0.0)
-        alive = own[-1]["event"] not in ("finished", "failed", "requeued") and at - last_sign < ALIVE_S
+        alive = own[-1]["event"] not in ("finished", "failed", "requeued") and abs(at - last_sign) < ALIVE_S
         for kind, spent in _of_life(own, last_sign, alive).items():
             total[kind] += spent
     return total

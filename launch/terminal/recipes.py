@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from launch.terminal import streams
 
 NOTES = (
     "memory: an estimate, in GiB, of training on one GPU: weights, gradients, Adam's moments, EMA, and the activations "
@@ -82,7 +83,8 @@ def print_table(shelf: Path) -> None:
     table.add_column(names[-1])
     for row in rows:
         table.add_row(*row)
-    terminal = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False, markup=False)
+    wide = None if sys.stdout.isatty() else PIPE_COLUMNS
+    terminal = Console(file=streams.below(sys.stdout), width=wide, highlight=False, markup=False)
     terminal.width = max(terminal.width, Console(width=1000).measure(table).minimum)
     terminal.print(table)
     for note in NOTES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cluster.reasons import explain
+from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import Queued
 
 LATER = ("sample", "evaluate")
@@ -67,10 +67,9 @@ def waits(jobs: dict[str, Queued]) -> list[dict[str, Any]]:
     return [{"job": job, **wait.to_json()} for job, wait in found if wait]
 
 
-def advice(jobs: dict[str, Queued]) -> list[str]:
-    """The same for people: a line for each job of which there is more to say than that it waits."""
-    found = ((job, explain(job, told)) for job, told in jobs.items())
-    return [f"job {job}: {wait}" for job, wait in found if wait and (wait.next_step or wait.start)]
+def line(wait: dict[str, Any]) -> str:
+    """One of these for people."""
+    return str(Wait(wait["reason"], wait["words"], wait["next_step"], start=wait["expected_start"]))
 
 
 def stages_of(events: list[dict[str, Any]]) -> dict[str, str]:

@@ -8,12 +8,14 @@ import sys
 import pytest
 
 from tests.conftest import PROJECT
-from tools.chaos import files, mutants, processes
+from tools.chaos import anywhere, files, mutants, processes
+
+WRITER = {**files.ROWS, **anywhere.ROWS}
 
 
-@pytest.mark.parametrize("name", files.ROWS)
+@pytest.mark.parametrize("name", WRITER)
 def test_the_writer_keeps_its_promise_under(name: str) -> None:
-    row, _, reduced = files.ROWS[name]
+    row, _, reduced = WRITER[name]
     result = row(reduced)
     assert result.passed, result
 

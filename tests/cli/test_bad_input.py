@@ -53,6 +53,10 @@ BAD = {
     "gpus against tasks": (["--gpus-per-node", "2", "--tasks-per-node", "4"], ["--tasks-per-node 4"]),
     "then": (["--then", "sample,score"], ["--then sample,score", "sample,evaluate"]),
     "then evaluate alone": (["--then", "evaluate"], ["--then evaluate", "sample,evaluate"]),
+    "one sample and its score": (
+        ["--then", "sample,evaluate", "sample.num_samples=1", "sample.shards=1"],
+        ["sample.num_samples = 1", "a score needs at least 2", "--then"],
+    ),
     "profile": (["--profile", "locale"], ["--profile locale", "did you mean local?"]),
     "reference file": (
         ["--then", "sample,evaluate", "evaluate.reference=no.npz"],
@@ -74,6 +78,13 @@ BAD = {
         ["data.path = ~nobody-here/x"],
     ),
     "misspelt option": (["--tasks-per-nod=e", "x"], ["--tasks-per-nod"]),
+    "a number of thousands of digits": (["seed=" + "9" * 5000], ["seed=999", "a whole number of 5000 characters"]),
+    "brackets without end": (["model.channel_mults=" + "[" * 50_000], ["model.channel_mults=[[", "levels deep"]),
+    "a batch that nothing could hold": (["train.global_batch=1000000000000000"], ["train.global_batch", "less than"]),
+    "a batch beyond this machine's memory": (
+        ["train.global_batch=16777216", "model.base_channels=4096"],
+        ["train.global_batch = 16777216", "keep at least", "train.micro_batch="],
+    ),
     "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
 }
 
@@ -94,6 +105,14 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a key twice": (b"seed: 1\nseed: 2\n", "'seed' stands twice"),
     "a number as key": (b"1: 2\n", "unknown key '1'"),
     "an empty section": (b"train:\nseed: 1\n", "train = None: expected a section of keys"),
+    "a billion laughs": (
+        b"a0: &a0 [lol]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 12)),
+        "more than fits with its aliases written out",
+    ),
+    "brackets without end": (b"[" * 100_000, "levels deep"),
+    "a date that there is not": (b"name: 2020-13-45\n", "month must be in 1..12"),
+    "far too long": (b"seed: 1 # " + b"x" * 300_000, "this is no config"),
     "an unknown section": (b"trainer: {lr: 1}\n", "unknown key 'trainer'"),
 }
 
@@ -140,6 +159,8 @@ BAD_PROFILES = {
     "sbatch as a list": (b"sbatch: [nice]\n", "sbatch = ['nice']"),
     "sbatch with a number as key": (b"sbatch: {2: 3}\n", "--sbatch 2"),
     "not text": (b"\xff", "cannot be read"),
+    "braces without end": (b"{a: " * 50_000, "levels deep"),
+    "a number of thousands of digits": (b"nodes: " + b"9" * 5000, "a whole number of 5000 characters"),
 }
 
 
@@ -166,7 +187,12 @@ def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_tha
     assert "sample.steps = 51: at most diffusion.timesteps = 50" in finished.refused("sample", "tiny", "--steps", "51")
     assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
     assert "reference = test: digits has ['train']" in finished.refused("evaluate", "tiny", "--reference", "test")
-    assert "--extractor goes with --images" in finished.refused("evaluate", "tiny", "--extractor", "pixels")
+    assert "choose from" in finished.refused("evaluate", "tiny", "--extractor", "vgg")
+
+
+def test_a_set_of_one_sample_is_not_scored(again: Shell) -> None:
+    assert again("sample", "tiny", "--set", "one", "--num-samples", "1", "--shards", "1", "--prepare").returncode == 0
+    assert "sample set one has 1 sample: a score needs at least 2" in again.refused("evaluate", "tiny", "--set", "one")
 
 
 def test_a_set_begun_with_another_request_is_not_taken_for_the_one_asked_for(finished: Shell) -> None:
@@ -316,3 +342,61 @@ def test_a_run_that_was_there_before_survives_slurms_refusal(shell: Shell) -> No
     assert done.returncode == 2, done.stderr
     assert json.loads((shell.root / "tiny" / "run.json").read_text())["created"] == created
     assert snapshot(shell.root / "tiny" / "checkpoints") == {}
+
+
+# ---------------------------------------------------------------- data that changed, or is damaged
+
+
+def classes_of(shell: Shell, *names: str) -> list[str]:
+    """Words that submit images in class folders of these names, to a model of as many classes."""
+    for i, name in enumerate(names):
+        (shell.cwd / "images" / name).mkdir(parents=True)
+        for j in range(4):
+            (shell.cwd / "images" / name / f"{j}.png").write_bytes(png(8, seed=4 * i + j))
+    return ["data.name=images", "data.path=images", f"model.num_classes={len(names)}"]
+
+
+def test_a_run_is_not_gone_on_with_where_its_images_have_other_classes(shell: Shell) -> None:
+    words = classes_of(shell, "cat", "dog")
+    assert shell.submit("--prepare", *words).returncode == 0
+    assert read(shell.root / "tiny" / "run.json")["labels"]["classes"] == {"cat": 4, "dog": 4}
+    images = shell.cwd / "images"
+    (images / "dog").rename(images / "hound")
+    frozen = snapshot(shell.root / "tiny")
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 2 and "class 1 was 'dog' and is 'hound' now; put them back" in done.stderr, done.stderr
+    (images / "hound").rename(images / "dog")
+    for j in (0, 1):  # the order of all images stays
+        (images / "dog" / f"{j}.png").rename(images / "cat" / f"{j + 4}.png")
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 2 and "'cat' had 4 images and has 6, 'dog' had 4" in done.stderr, done.stderr
+    assert snapshot(shell.root / "tiny") == frozen
+
+
+def test_a_model_without_classes_does_not_mind_what_they_are_called(shell: Shell) -> None:
+    words = [*classes_of(shell, "cat", "dog")[:2]]
+    assert shell.submit("--prepare", *words).returncode == 0
+    (shell.cwd / "images" / "dog").rename(shell.cwd / "images" / "hound")
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 0, done.stderr
+    (shell.cwd / "images" / "cat").rename(shell.cwd / "images" / "pussycat")  # the hounds come first now
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 2 and "trained on other pixels" in done.stderr and "'cat'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["images.npy", "meta.json"])
+def test_a_damaged_cache_stops_no_submission(shell: Shell, name: str) -> None:
+    assert shell.submit("--prepare").returncode == 0
+    (path,) = shell.root.glob(f".cache/data/*/{name}")
+    good = path.read_bytes()
+    path.unlink()
+    if name == "images.npy":
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    done = shell.submit("--prepare")
+    assert done.returncode == 0 and "is damaged: packing it again" in done.stdout, done.stdout + done.stderr
+    assert path.read_bytes() == good
+
+
+def test_a_batch_larger_than_the_data_is_warned_of(shell: Shell) -> None:
+    done = shell.submit("--prepare", "train.global_batch=1800")
+    assert done.returncode == 0 and "train.global_batch = 1800: the data has 1797 images" in done.stderr, done.stderr

@@ -50,6 +50,36 @@ def test_statistics_in_a_pytorch_fid_file_stand_for_the_images(shell: Shell) -> 
     assert score(shell, "--images", "a", "--reference", "b.npz")["frechet_distance"] == pytest.approx(of_images)
 
 
+def test_arrays_score_like_the_pictures_they_hold_and_their_statistics_like_them(shell: Shell) -> None:
+    folder(shell.cwd / "a", range(12), size=4)
+    folder(shell.cwd / "b", range(50, 70), size=4)
+    of_images = score(shell, "--images", "a", "--reference", "b")
+    images = load_folder(shell.cwd / "a").images
+    np.save(shell.cwd / "a.npy", images)
+    np.savez(shell.cwd / "a.npz", images=images)
+    np.savez(shell.cwd / "batch.npz", arr_0=load_folder(shell.cwd / "b").images)
+    done = shell("evaluate", "--images", "b", "--extractor", "pixels", "--save-stats", "b.npz")
+    assert done.returncode == 0 and "statistics of 20 images" in done.stdout, done.stderr
+    for pair in (("a.npy", "batch.npz"), ("a.npz", "b.npz")):
+        found = score(shell, "--images", pair[0], "--reference", pair[1])
+        assert {k: found[k] for k in ("frechet_distance", "kernel_distance", "manifold")} == {
+            k: of_images[k] for k in ("frechet_distance", "kernel_distance", "manifold")
+        }
+    assert "b.npz: exists" in shell.refused(
+        "evaluate", "--images", "a", "--extractor", "pixels", "--save-stats", "b.npz"
+    )
+
+
+def test_pictures_of_several_sizes_are_brought_to_one_and_the_score_says_how(shell: Shell) -> None:
+    folder(shell.cwd / "a", range(6), size=8)
+    for seed in range(6, 12):
+        (shell.cwd / "a" / f"{seed:03d}.png").write_bytes(png(16, seed))
+    folder(shell.cwd / "b", range(50, 60), size=12)
+    found = score(shell, "--images", "a", "--reference", "b", "--size", "8")
+    assert found["resized"] == {"size": 8, "crop": "centre square", "filter": "lanczos"}
+    assert found["num_samples"] == 12 and found["reference"]["num_images"] == 10  # type: ignore[index]
+
+
 def test_bad_image_sets_are_refused_by_what_the_user_named(shell: Shell) -> None:
     folder(shell.cwd / "a", range(3))
     (shell.cwd / "empty").mkdir()
@@ -64,7 +94,12 @@ def test_bad_image_sets_are_refused_by_what_the_user_named(shell: Shell) -> None
     assert "--reference nowhere: does not exist" in refused("a", "nowhere")
     message = refused("empty", "a")
     assert message.startswith("error: empty: no images") and "data.path" not in message
-    assert "several sizes (8x8, 16x16)" in refused("mixed", "a")
+    message = refused("mixed", "a")
+    assert "several sizes (8x8, 16x16)" in message and "--size" in message
+    np.save(shell.cwd / "grey.npy", np.zeros((3, 8, 8), np.uint8))
+    assert "grey.npy: its images are uint8 (3, 8, 8)" in refused("grey.npy", "a")
+    (shell.cwd / "torn.npy").write_bytes(b"\x93NUMPY")
+    assert "torn.npy cannot be read" in refused("torn.npy", "a")
     assert "other.npz cannot be read" in refused("a", "other.npz")
 
 
@@ -72,3 +107,6 @@ def test_a_command_line_that_says_neither_or_both_is_refused(shell: Shell) -> No
     assert "give a RUN, or --images" in shell.refused("evaluate")
     assert "give a RUN, or --images" in shell.refused("evaluate", "tiny", "--images", ".")
     assert "--images needs --reference" in shell.refused("evaluate", "--images", ".")
+    assert "go with --images" in shell.refused("evaluate", "tiny", "--size", "8")
+    assert "--size 0: must be" in shell.refused("evaluate", "--images", ".", "--reference", ".", "--size", "0")
+    assert "name an .npz" in shell.refused("evaluate", "--images", ".", "--save-stats", "x.npy")

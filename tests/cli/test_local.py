@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ddpm.scoring.record import told
 from tests.cli.harness import TINY_SET, Shell, end, events, is_alive, png, read, snapshot, wait_for, write_zip
 
 
@@ -115,7 +116,7 @@ def test_submitting_a_complete_run_again_says_so_and_changes_no_file(finished: S
     before = snapshot(finished.root)
     done = finished.submit("--then", "sample,evaluate", "--wait")
     assert done.returncode == 0 and "run tiny is complete: 400 steps" in done.stdout
-    assert "Fréchet distance" in done.stdout and "(25 samples against" in done.stdout
+    assert "Fréchet distance" in done.stdout and "ddim 4, 25 vs train, pixels features: no FID" in done.stdout
     for stages in ([], ["--then", "sample"]):
         assert "is complete" in finished.submit(*stages).stdout
     assert "is complete" in finished("sample", "tiny").stdout
@@ -211,7 +212,7 @@ def test_a_run_that_ended_early_and_goes_on_is_scored_anew(shell: Shell) -> None
     done = shell.submit(*chain)
     assert done.returncode == 0 and "complete: 400 steps" in done.stdout, done.stdout + done.stderr
     score = read(run / "eval" / f"{TINY_SET}.json")
-    assert score["checkpoint"]["step"] == 400 and f"{score['frechet_distance']:.4f} (25 samples" in done.stdout
+    assert score["checkpoint"]["step"] == 400 and told(score) in done.stdout
     before = snapshot(run)
     assert f"{TINY_SET}.json" in shell.submit(bound, "train.early_stop_below=100", *chain).stdout
     assert snapshot(run) == before
@@ -240,7 +241,7 @@ def test_paths_are_those_of_where_the_command_was_typed(shell: Shell) -> None:
     words += ["--then", "sample,evaluate", "--wait"]
     shown = shell.submit(*words, "evaluate.reference=b.zip", "--dry-run").stdout
     done = shell.submit(*words, "evaluate.reference=b.zip")
-    assert done.returncode == 0 and "(25 samples against b.zip all" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "25 vs b.zip, pixels" in done.stdout, done.stdout + done.stderr
     frozen = (shell.root / "tiny" / "config.yaml").read_text()
     config = yaml.safe_load(frozen)
     assert (
@@ -250,7 +251,7 @@ def test_paths_are_those_of_where_the_command_was_typed(shell: Shell) -> None:
 
     shutil.rmtree(shell.cwd / "packed")  # a job that packs the data again finds it
     done = shell.submit(*words)
-    assert done.returncode == 0 and "(25 samples against images train" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "25 vs train, pixels" in done.stdout, done.stdout + done.stderr
 
 
 def test_slurm_is_not_asked_about_a_run_of_this_machine(again: Shell) -> None:

@@ -113,8 +113,12 @@ def test_a_finished_batch_of_an_unfinished_shard_is_good_enough_to_be_used(compl
 
 
 def check_score(found: dict[str, Any], expected: dict[str, Any], exact: bool) -> None:
+    """All that a score of the old code said stands in one of this code's, in its words; but of singular covariances, as
+    with fewer samples than dimensions, it knew the distance to 1e-8 only."""
+    found = {key: found[key] for key in expected}
     if exact:
-        assert json.dumps(found) == json.dumps(expected)
+        assert found["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-7)
+        assert json.dumps({**found, "frechet_distance": expected["frechet_distance"]}) == json.dumps(expected)
     assert_near(found, expected, "score")
 
 

@@ -149,6 +149,36 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_bits_of_one_that_was
     assert column(calm) == column(stopped)
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_replaying_the_network_as_cuda_graphs_changes_no_bit(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
+) -> None:
+    """What the trainer does not do yet, and the bench measures: the answer decides whether it may."""
+    import torch._inductor.config as inductor
+
+    changes = {**CALM, "train__amp": amp, "train__compile": True, "train__deterministic": True, "model__dropout": 0.1}
+    runs = []
+    for graphs in (False, True):
+        monkeypatch.setattr(inductor.triton, "cudagraphs", graphs)
+        torch.compiler.reset()
+        runs.append(make_run(tmp_path / str(graphs)))
+        with Life(runs[-1], device, **changes) as trainer:
+            trainer.train(lambda: None)
+    assert differences(*(generations.load(run, 30) for run in runs)) == []
+
+
+def test_the_masks_of_a_step_cost_no_run_its_bits_at_another_micro_batch(device: torch.device, tmp_path: Path) -> None:
+    """To rounding: with dropout, compiled, on the whole batch and on a quarter of it at a time."""
+    losses = []
+    for micro in (None, 2):
+        run = make_run(tmp_path / str(micro))
+        changes = {"train__global_batch": 8, "train__micro_batch": micro, "train__compile": True, "train__amp": "off"}
+        with Life(run, device, **{**CALM, **changes, "model__dropout": 0.3}) as trainer:
+            trainer.train(lambda: None)
+        losses.append(column(run))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 # ---------------------------------------------------------------- real processes
 
 OPTIONS = [

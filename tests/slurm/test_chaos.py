@@ -28,5 +28,5 @@ def site(testbed: SlurmTestbed) -> cluster.Cluster:
 def test_the_run_survives(site: cluster.Cluster, name: str, via: str) -> None:
     row, _, reduced = ROWS[name]
     site.via = via
-    result = row(site, reduced)
+    result = site.row(row, reduced)
     assert result.passed, result

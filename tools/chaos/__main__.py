@@ -25,17 +25,18 @@ from rich.table import Table
 
 from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
-from tools.chaos import cluster, files, mutants, processes, slurm_faults, slurm_stops
+from tools.chaos import anywhere, cluster, files, mutants, outside, processes, slurm_faults, slurm_stops
 from tools.chaos.cluster import Cluster, NotRun
 from tools.chaos.files import Result
 
-HERE = {**files.ROWS, **processes.ROWS}
+HERE = {**files.ROWS, **anywhere.ROWS, **processes.ROWS, **outside.ROWS}
 ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
 ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
 SECONDS = {
     "kill-each-operation": 70, "power-cut": 35, "flipped-bits": 7, "failing-operations": 30, "all-damaged": 1,
+    "save-fails-anywhere": 25, "publication-fails-anywhere": 15,
     "kill-9": 225, "resume-inside": 70, "fp16-overflow": 20, "world-sizes": 8, "non-finite-batch": 30,
-    "non-finite-always": 3, "startup-stops": 5, "disk-full-at-stop": 25, "pre-emptions": 745,
+    "outside": 300, "non-finite-always": 3, "startup-stops": 5, "disk-full-at-stop": 25, "pre-emptions": 745,
     "startup-pre-emptions": 155, "no-grace": 65, "preempt-cancel": 35,
     "preempt-cancel-at-once": 35, "requeue-forbidden": 35, "scancel": 270,
     "time-limit": 150, "one-rank-signalled": 470, "term-by-hand": 50, "stop-file": 15, "signal-in-save": 45,
@@ -50,7 +51,7 @@ def run_row(name: str, count: int, site: Cluster | None) -> Result | str:
     """One row of the table, whatever happens in it; a string is the reason why it was not run."""
     row = ROWS[name][0]
     try:
-        return row(site, count) if name in ON_SLURM else row(count)
+        return row(count) if site is None else site.row(row, count)
     except NotRun as e:
         return str(e)
     except Exception as e:
@@ -122,7 +123,7 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
     def take(name: str, site: Cluster | None) -> None:
         began, date = time.monotonic(), now()
         _, full, fewer = ROWS[name]
-        count = (args.count or (fewer if args.reduced else full)) if full else 0
+        count = (args.count or (fewer if args.reduced else full)) if fewer else 0
         result = run_row(name, count, site)
         if isinstance(result, str):
             result, outcome = Result(name, "", result, False), "not run"

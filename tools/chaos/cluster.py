@@ -19,6 +19,8 @@ from pathlib import Path
 from ddpm.run.events import read_events
 from ddpm.run.files import read_jsonl, write_bytes
 from ddpm.run.paths import RunDir
+from tools.chaos import checker
+from tools.chaos.files import Result
 from tools.chaos.lives import TINY
 from tools.slurm_testbed.harness import ENDED, SBIN_PATH, SlurmTestbed
 
@@ -90,6 +92,14 @@ class Cluster:
         assert changed == 1
         write_bytes(run.config, text.encode(), replace=True)
         run.config.chmod(0o644)
+
+    def row(self, row: Callable[[Cluster, int], Result], count: int) -> Result:
+        """A row of the table, and then a look at the lines of its runs. Raises Unsound."""
+        before = self.runs
+        result = row(self, count)
+        for number in range(before + 1, self.runs + 1):
+            checker.check(self.root, f"{self.via}{number}")
+        return result
 
     # ------------------------------------------------------------ waiting
 

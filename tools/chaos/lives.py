@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT
+from tools.chaos import checker
 
 TINY = [
     "data.name=digits", "data.image_size=8", "model.base_channels=8", "model.channel_mults=[1,2]",
@@ -39,8 +41,16 @@ Act = Callable[[Any], object]
 
 @contextmanager
 def new_root() -> Iterator[Path]:
+    """A place for runs, whose lines are checked at the end. Raises Unsound."""
     with tempfile.TemporaryDirectory(prefix="ddpm-chaos-", ignore_cleanup_errors=True) as root:
         yield Path(root)
+        checker.check(Path(root))
+
+
+def remove(run: RunDir) -> None:
+    """A run that has done its part, its lines checked. Raises Unsound."""
+    checker.check(run.path.parent, run.name)
+    shutil.rmtree(run.path)
 
 
 def prepare(root: Path, name: str, *overrides: str) -> RunDir:

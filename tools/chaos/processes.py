@@ -12,7 +12,6 @@ import math
 import os
 import pkgutil
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -41,6 +40,7 @@ from tools.chaos.lives import (
     new_root,
     prepare,
     ranks,
+    remove,
     same_end,
     steps_of,
     stop,
@@ -85,7 +85,7 @@ def killed_at_random_moments(count: int) -> Result:
             trained += len(steps_of(run, "started") + steps_of(run, "resumed")) - 1
             unreadable += code != 0
             different += code != 0 or not same_end(run, calm)
-            shutil.rmtree(run.path)
+            remove(run)
     return Result(
         "kill -9 of the trainer at random moments",
         "0 unreadable resumes, 0 acknowledged steps lost, identical end",
@@ -516,7 +516,7 @@ def disk_full(count: int) -> Result:
                                    f"exit code {after} after it, identical: {same_end(run, calm)}")  # fmt: skip
                 if (shown := on_tensorboard(run)) != [step for step, _ in curve(run)]:
                     bad.append(f"{name}: TensorBoard shows {shown}")
-                shutil.rmtree(run.path)
+                remove(run)
                 disk.free()
         finally:
             disk.unmount()

@@ -57,3 +57,25 @@ def test_what_a_job_has_is_told_as_options_that_ask_for_it(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert environment.allocation() == options
+
+
+@pytest.mark.parametrize(("asked", "cpus"), [("1", 1), ("2,1", 2), ("", 3), ("0", 3), ("many", 3)])
+def test_a_job_by_hand_takes_as_many_threads_as_the_user_wants_of_every_program(
+    monkeypatch: pytest.MonkeyPatch, asked: str, cpus: int
+) -> None:
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "DDPM_", "LOCAL_WORLD_SIZE", "TORCHELASTIC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)))
+    assert environment.current().cpus == cpus
+    monkeypatch.setenv("DDPM_CPUS", "5")
+    assert environment.current().cpus == 5
+
+
+def test_threads_of_background_jobs_sleep_at_their_barriers_unless_the_user_wants_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert environment.for_jobs()["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert environment.for_jobs()["OMP_WAIT_POLICY"] == "ACTIVE"

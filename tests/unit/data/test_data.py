@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm.config.data import Data
 from ddpm.data import sources
-from ddpm.data.batches import Batches
+from ddpm.data.batches import Batches, Mapped, Resident
 from ddpm.data.packed import PackedImages, images_digest, load_folder, open_packed, open_source, pack
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.run.files import DamagedFile, read_signed
@@ -332,7 +332,7 @@ def test_a_packed_array_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     key, _ = pack(images_at(write_zip(tmp_path / "a.zip", num_images=8)), "train", tmp_path)
     path = tmp_path / key / "images.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedFile, match=r"not the size that was packed; remove .* and submit again"):
+    with pytest.raises(DamagedFile, match=r"not readable .* submit again"):
         open_packed(tmp_path, key)
 
 
@@ -389,6 +389,13 @@ def test_rows_are_the_images_in_minus_one_to_one_flipped_or_not() -> None:
     assert torch.equal(b.rows(2, 0, 64, CPU)[0], x_0), "the coin of a place is thrown once"
     assert labels.tolist() == b.packed.labels[ids].tolist()
     assert x_0.dtype == torch.float32 and x_0.is_contiguous()
+
+
+def test_a_dataset_on_the_device_gives_the_batches_of_one_on_the_host() -> None:
+    images, ids = make_images(20), np.array([3, 19, 3, 0])
+    taken = [how(images, CPU).take(ids) for how in (Resident, Mapped)]
+    assert all(torch.equal(a, b) for a, b in zip(*taken, strict=True))
+    assert taken[0][0].numpy().tobytes() == images.images[ids].tobytes() and taken[0][1].tolist() == [1, 1, 1, 0]
 
 
 def test_the_digest_of_images_covers_shape_and_every_byte() -> None:

@@ -6,6 +6,8 @@ is off by 2e-5, and so is its posterior. Its schedulers get the float64 product 
 the timesteps that ours visit; how is said where it is done.
 """
 
+from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from ddpm.diffusion.forward import Diffusion
 from ddpm.diffusion.samplers import SamplerStep, ancestral, ddim, dpmpp_2m, sample
 from ddpm.diffusion.schedule import Schedule, cosine, dns, linear
+from ddpm.network.ema import EMA
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -180,6 +183,28 @@ def test_ddim_steps_and_trajectory_are_the_same(setup, clip, stochastic):
     assert _relative(result.x_0, x) <= LIMIT
 
 
+def test_diffusers_ddim_with_uneven_timesteps_agrees_once_it_steps_to_the_one_that_it_visits_next():
+    """As ddim's docstring has it; without that, images are grey levels apart."""
+    setup = Setup(
+        linear(1000, 1e-4, 0.02), {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}, 30, 0, 4
+    )
+    eps_model, x_T = _network(setup), _images(setup, 4, 3, 8, 8)
+    ours = sample(eps_model, ddim(setup.schedule, setup.steps), x_T, noise=_Noise(x_T.shape)).x_0
+
+    def theirs(*, mended: bool) -> Tensor:
+        scheduler = _scheduler("DDIMScheduler", setup, timestep_spacing="linspace")
+        scheduler.set_timesteps(setup.steps)
+        x, visited = x_T, [*scheduler.timesteps.tolist(), -1]
+        for t, next_t in pairwise(visited):
+            if mended:
+                scheduler.num_inference_steps = Fraction(1000, t - next_t)
+            x = scheduler.step(eps_model(x, torch.full((4,), t)), t, x, use_clipped_model_output=True).prev_sample
+        return x
+
+    assert _relative(ours, theirs(mended=True)) <= LIMIT
+    assert _relative(ours, theirs(mended=False)) > 100 * LIMIT
+
+
 @by_setup
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_ancestral_trajectory_is_the_same(setup, variance):
@@ -214,3 +239,27 @@ def test_dpmpp_2m_steps_and_trajectory_are_the_same(setup, steps):
     assert [step.t for step in seen] == scheduler.timesteps.tolist()
     assert max(_relative(ours.x_t, theirs) for ours, theirs in zip(seen, states, strict=True)) <= LIMIT
     assert _relative(result.x_0, x) <= LIMIT
+
+
+# ---------------------------------------------------------------- the average of the weights
+
+
+@pytest.mark.parametrize("as_theirs", [True, False])
+def test_averages_of_weights_agree_where_ours_is_told_to_or_theirs(as_theirs):
+    """As EMA's docstring has it."""
+    from diffusers.training_utils import EMAModel
+
+    weights = nn.Linear(3, 2)
+    if as_theirs:
+        ours, theirs = EMA(weights, 0.6, start_step=2, warmup=True), EMAModel(weights.parameters(), decay=0.6)
+    else:
+        ours, theirs = EMA(weights, 0.6), EMAModel(weights.parameters(), decay=0.6, min_decay=0.6)
+        theirs.optimization_step = 1
+    for step in range(1, 12):
+        with torch.no_grad():
+            for parameter in weights.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
+        ours.update(weights, step)
+        theirs.step(weights.parameters())
+        for a, b in zip(ours.model.parameters(), theirs.shadow_params, strict=True):
+            assert _relative(a, b) <= LIMIT

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ddpm.diffusion import rng
+from ddpm.diffusion import rng, tensor_draws
+from ddpm.diffusion.philox import philox4x32
 
 KEY = rng.key(0, "test")
 FAR = (1 << 48) - 1
@@ -25,7 +26,7 @@ def _restore_threads() -> Iterator[None]:
 
 def _philox(*words: int, key: tuple[int, int]) -> list[int]:
     counter = tuple(torch.tensor([word]) for word in words)
-    return [int(word) for word in rng.philox4x32(counter, rng.Key(*key))]
+    return [int(word) for word in philox4x32(counter, rng.Key(*key))]
 
 
 # Random123's kat_vectors, philox 4x32 10
@@ -58,7 +59,7 @@ def _reference_philox(counter: list[int], key: list[int]) -> list[int]:
 def test_philox_agrees_with_unbounded_integers_under_broadcasting():
     element = torch.tensor([[0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]])
     row = torch.tensor([[3], [0xDEADBEEF], [0xFFFFFFFF]])
-    words = rng.philox4x32((element, row, torch.tensor([[7]]), row ^ 5), KEY)
+    words = philox4x32((element, row, torch.tensor([[7]]), row ^ 5), KEY)
     for i, j in itertools.product(range(3), range(5)):
         r = int(row[i, 0])
         expected = _reference_philox([int(element[0, j]), r, 7, r ^ 5], list(KEY))
@@ -84,7 +85,7 @@ def test_normals_follow_box_and_muller_in_float64():
     index = torch.arange(64)
     element = torch.arange(1024)[None]
     counter = (element, index[:, None], torch.tensor([[9]]), torch.tensor([[0]]))
-    word_r, word_theta = rng.philox4x32(counter, KEY)[:2]
+    word_r, word_theta = philox4x32(counter, KEY)[:2]
     signed = (word_r | 1) - (word_r >= 2**31).long() * 2**32
     theta = word_theta - (word_theta >= 2**31).long() * 2**32
     u = signed.float().double() / 2**31  # rounded once: near u = 1 the radius magnifies this, and it is no error
@@ -113,10 +114,10 @@ def test_a_normal_does_not_depend_on_its_batch(shape, num_rows):
 def test_a_normal_does_not_depend_on_threads_or_chunks(shape, monkeypatch):
     index = torch.arange(201)
     results = []
-    for threads, chunk in itertools.product((1, 2), (rng._CHUNK_CPU, 4096, 33333, 1)):
+    for threads, chunk in itertools.product((1, 2), (tensor_draws.CHUNK_CPU, 4096, 33333, 1)):
         rows = index if chunk > 1 else index[:9]
         torch.set_num_threads(threads)
-        monkeypatch.setattr(rng, "_CHUNK_CPU", chunk)
+        monkeypatch.setattr(tensor_draws, "CHUNK_CPU", chunk)
         results.append(rng.normal(KEY, rows, 2, shape))
     for result in results[1:]:
         assert torch.equal(result, results[0][: len(result)])
@@ -211,7 +212,7 @@ def test_normals_at_the_ends_of_the_words_are_finite():
     words = torch.tensor([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
     word_r, word_theta = (w.flatten() for w in torch.meshgrid(words, words, indexing="ij"))
     out = torch.empty(2, len(word_r))
-    rng._box_muller(word_r, word_theta, out[0], out[1])
+    tensor_draws.box_muller(word_r, word_theta, out[0], out[1])
     assert out.isfinite().all()
     # |word_r| = 1 is the longest radius, sqrt(62 log 2)
     assert out.abs().max().item() == pytest.approx(math.sqrt(62 * math.log(2)), rel=1e-6)
@@ -278,7 +279,8 @@ def test_keys_and_seeds_are_frozen():
 
 DIGEST_OF_NORMALS = """
 import hashlib, torch
-from ddpm.diffusion import rng
+from ddpm.diffusion import rng, tensor_draws
+from ddpm.diffusion.philox import philox4x32
 bits = b"".join(
     rng.normal(rng.key(0, "noise"), torch.arange(2), 3, shape).view(torch.int32).numpy().astype("<i4").tobytes()
     for shape in [(3, 5, 7), (3, 32, 32)]
@@ -311,3 +313,54 @@ def test_keys_and_seeds_of_neighbours_have_nothing_in_common():
 def test_a_float_seed_is_refused():
     with pytest.raises(TypeError):
         rng.key(1.0, "noise")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- masks
+
+
+def _mask(index: list[int], step: int = 4, layer: int = 2, num: int = 1001, probability: float = 0.3) -> torch.Tensor:
+    return rng.keep_mask(rng.places(KEY, torch.tensor(index), step), layer, num, probability)
+
+
+def test_an_element_of_a_mask_is_the_one_its_counter_names():
+    index, step, layer = (3 << 32) + 5, (7 << 32) + 11, 9
+    kept = _mask([index], step, layer, 29, 0.3)[0]
+    for e in range(29):
+        words = _reference_philox([layer << 24 | e // 8, 5, 11, 3 << 16 | 7], list(KEY))
+        number = words[e % 8 // 2] >> 16 * (e % 2) & 0xFFFF
+        signed = number - 2**16 if number >= 2**15 else number
+        assert bool(kept[e]) is (signed >= round(0.3 * 2**16) - 2**15)
+
+
+def test_a_mask_does_not_depend_on_its_batch_or_chunks(monkeypatch):
+    index = [0, 7, 1 << 33, 12, 13]
+    whole = _mask(index)
+    monkeypatch.setattr(tensor_draws, "CHUNK_CPU", 100)
+    assert torch.equal(_mask(index), whole)
+    for i, one in enumerate(index):
+        assert torch.equal(_mask([one])[0], whole[i])
+    assert torch.equal(_mask(index, num=300), whole[:, :300])
+
+
+@pytest.mark.parametrize("changes", [{"step": 5}, {"layer": 3}])
+def test_masks_of_other_steps_layers_and_samples_are_unrelated(changes):
+    one, other = _mask([0, 1], num=80_000, probability=0.5), _mask([0, 1], num=80_000, probability=0.5, **changes)
+    for a, b in [(one[0], one[1]), (one[0], other[0]), (one[0], other[1])]:
+        assert abs(float((a == b).float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(80_000)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.999])
+def test_a_mask_keeps_the_share_that_it_says(probability):
+    num = 1 << 20
+    kept, share = _mask([1], num=num, probability=probability), rng.keep_share(probability)
+    assert share == pytest.approx(1 - probability, abs=2**-17)
+    deviation = math.sqrt(share * (1 - share) / num)
+    assert abs(float(kept.float().mean()) - share) <= 5 * deviation
+    for bit in range(8):  # each of the eight numbers of a counter
+        assert abs(float(kept[:, bit::8].float().mean()) - share) <= 5 * deviation * math.sqrt(8)
+
+
+def test_a_mask_that_no_counter_could_name_is_refused():
+    for layer, num in ((256, 8), (-1, 8), (0, 0), (0, (1 << 27) + 1)):
+        with pytest.raises(ValueError, match="layer is"):
+            _mask([0], layer=layer, num=num)

@@ -138,6 +138,16 @@ def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monke
     devices.check(env, cpu, tmp_path)  # none was asked for
 
 
+def test_bf16_on_a_cpu_without_it_is_refused_in_words_and_elsewhere_computed() -> None:
+    env, cpu, gpu = environment.current(), torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(NodeUnfit, match=r"bf16, which the CPU of .* has not.*sample.precision=fp32"):
+        devices.check_precision(env, cpu, "bf16", has_bf16=False)
+    devices.check_precision(env, cpu, "bf16", has_bf16=True)
+    devices.check_precision(env, gpu, "bf16", has_bf16=False)
+    for precision in ("fp32", "off", "fp16"):
+        devices.check_precision(env, cpu, precision, has_bf16=False)
+
+
 # ---------------------------------------------------------------- exit codes
 
 

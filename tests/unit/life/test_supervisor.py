@@ -84,7 +84,9 @@ def shell_ends(run: RunDir, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -
     """The end of the batch shell of one life: srun's exit code, and the marker that the job left."""
     restarts: dict[str, int] = {}
     ticks = itertools.count()
-    monkeypatch.setattr(events, "now", lambda: f"{next(ticks):09d}")  # lives take longer than a millisecond
+    monkeypatch.setattr(
+        events, "now", lambda: f"2026-11-20T09:00:00.{next(ticks):06d}Z"
+    )  # lives take longer than a millisecond
 
     def end(code: int, *, said: str | None = None, job: str = "17", stage: str = "train", set_name: str = "") -> int:
         restart = restarts.get(job, 0)

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from ddpm.config.model import Model
 from ddpm.config.unet_shape import Structure
+from ddpm.diffusion import rng
 from ddpm.network.blocks import Attention, PlainBlock, ResidualBlock, downsample, reset_parameters, upsample
+from ddpm.network.device import autocast
+from ddpm.network.dropout import Dropout
 from ddpm.network.unet import UNet, timestep_embedding
+from ddpm.network.weights import cast_once
 
 PLAIN = {"block": "plain", "downsample": "pool", "upsample": "transpose"}
 
@@ -358,7 +362,47 @@ def test_the_whole_network_is_one_compiled_graph(num_classes, options):
     torch.testing.assert_close(compiled(*arguments), model(*arguments))
 
 
-def test_dropout_acts_in_training_alone_and_follows_the_global_seed():
+@pytest.mark.parametrize("options", [{"num_classes": 3}, {**PLAIN, "num_classes": 3}])
+def test_weights_cast_once_give_the_bits_of_weights_cast_at_each_evaluation(options):
+    model, (x_t, t), labels = _trained(**options).eval(), _inputs(), torch.tensor([0, 2])
+    with torch.no_grad(), autocast("bf16", torch.device("cpu")):
+        expected = model(x_t, t, labels)
+        cast_once(model, "bf16")
+        assert model.conv_in.weight.dtype == torch.bfloat16 and model.norm_out.weight.dtype == torch.float32
+        assert torch.equal(model(x_t, t, labels), expected)
+    before = _trained().state_dict()
+    other = _trained()
+    cast_once(other, "fp32")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_dropout_of_places_is_part_of_the_compiled_graph_and_its_gradient():
+    model = _trained(dropout=0.5)
+    x_t, t = _inputs()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in (3, 4):  # another step is no new program
+        places = rng.places(rng.key(0, "dropout"), torch.arange(len(t)), step)
+        gradients = []
+        for network in (model, compiled):
+            model.zero_grad()
+            network(x_t, t, None, places).square().mean().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        torch.testing.assert_close(gradients[0], gradients[1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(x_t, t, None, rng.places(rng.key(0, "dropout"), torch.arange(len(t)), 5))
+
+
+def test_each_layer_drops_elements_of_its_own_whatever_the_memory_layout():
+    places = rng.places(rng.key(0, "dropout"), torch.arange(2), 7)
+    x = torch.ones(2, 6, 4, 4)
+    kept = [Dropout(0.5, layer)(x, places) for layer in (0, 1)]
+    assert not torch.equal(kept[0], kept[1]) and set(kept[0].flatten().tolist()) == {0.0, 2.0}
+    assert torch.equal(Dropout(0.5, 0)(x.to(memory_format=torch.channels_last), places), kept[0])
+    layers = [m.layer for m in _small(dropout=0.5).modules() if isinstance(m, Dropout)]
+    assert layers == list(range(len(layers))) and len(layers) > 3
+
+
+def test_dropout_acts_in_training_alone_and_without_places_follows_the_global_seed():
     model = _trained(dropout=0.5)
     x_t, t = _inputs()
     torch.manual_seed(1)

@@ -353,3 +353,18 @@ def test_a_new_run_is_kept_where_its_job_may_be_in_the_queue(
     if silent:  # and the same command goes on
         cluster.accepts = 9
         assert submit.main() == 0
+
+
+def test_pickles_are_the_submitters_alone_and_another_user_has_other_ones(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever could write there would have a job run their code."""
+    where = run.logs / "submitit"
+    where.mkdir(mode=0o775)
+    job = Job("train", run, Site())
+    submitting.submit(job)
+    assert where.stat().st_mode & 0o777 == 0o700 and list(where.glob("*.pkl"))
+    monkeypatch.setattr(os, "geteuid", lambda: where.stat().st_uid + 1)
+    before = set(where.iterdir())
+    submitting.submit(job)
+    assert set(where.iterdir()) == before and len(list(run.logs.glob("submitit-*/*.pkl"))) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.config.sample import Evaluate
 from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
@@ -19,6 +20,7 @@ Answers = Callable[..., list[list[str]]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
+    (tmp_path / "run").mkdir()
     return RunDir(tmp_path / "run")
 
 
@@ -101,11 +103,14 @@ def test_evaluations_of_a_set_are_told_apart_by_what_they_compare_with(run: RunD
     again = ["--reference", "train", "--round", "1:3"]
     told(run, "19", "submitted", stage="evaluate", via="sbatch", set="fid", args=again)
     told(run, "20", "submitted", stage="evaluate", via="sbatch", set="other", args=[])
-    answers({job: "PENDING" for job in ("17", "18", "19", "20")})
-    assert evaluations_in_queue(run, "fid", "train", default="train") == ["17", "19"]
-    assert evaluations_in_queue(run, "fid", "test", default="train") == ["18"]
-    assert evaluations_in_queue(run, "fid", "/stats.npz", default="train") == []
-    assert evaluations_in_queue(run, "other", "test", default="test") == ["20"]
+    told(run, "21", "submitted", stage="evaluate", via="sbatch", set="fid", args=["--extractor", "pixels"])
+    answers({job: "PENDING" for job in ("17", "18", "19", "20", "21")})
+    train, test = Evaluate(reference="train"), Evaluate(reference="test")
+    assert evaluations_in_queue(run, "fid", train, default=train) == ["17", "19"]
+    assert evaluations_in_queue(run, "fid", test, default=train) == ["18"]
+    assert evaluations_in_queue(run, "fid", Evaluate(reference="/stats.npz"), default=train) == []
+    assert evaluations_in_queue(run, "fid", Evaluate(extractor="pixels"), default=train) == ["21"]
+    assert evaluations_in_queue(run, "other", test, default=test) == ["20"]
 
 
 def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_answer_pass(
@@ -122,5 +127,5 @@ def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_a
 
     monkeypatch.setattr(slurm, "run", out_of_reach)
     with pytest.raises(slurm.NoAnswer):
-        chain.fill_gaps(run, "fid", [3], None, "", environment.current())
+        chain.fill_gaps(run, "fid", [3], (), "", environment.current())
     assert asked == []

@@ -1,13 +1,14 @@
 """ddpm/run/fence.py: one writer per run, whoever else believes to be it."""
 
 import os
+import shutil
 import threading
 import time
 from typing import Any
 
 import pytest
 
-from ddpm.errors import RunBusy
+from ddpm.errors import RunBusy, RunGone
 from ddpm.run import files
 from ddpm.run.fence import Fence
 from ddpm.run.paths import RunDir
@@ -146,3 +147,54 @@ def test_of_two_that_start_together_without_locks_one_may_write(run: RunDir, mon
     assert [p.name for p in run.path.glob(".fence-*")] == [".fence-3"]
     for fence in (first, *others, third):
         fence.release()
+
+
+# ---------------------------------------------------------------- a run that is no longer where it was
+
+
+def renamed(run: RunDir) -> None:
+    run.path.rename(run.path.with_name("elsewhere"))
+
+
+def deleted(run: RunDir) -> None:
+    shutil.rmtree(run.path)
+
+
+def replaced_by_a_copy(run: RunDir) -> None:
+    renamed(run)
+    shutil.copytree(run.path.with_name("elsewhere"), run.path)
+
+
+def deleted_and_restored(run: RunDir) -> None:
+    shutil.copytree(run.path, run.path.with_name("backup"))
+    shutil.rmtree(run.path)
+    shutil.copytree(run.path.with_name("backup"), run.path)
+
+
+@pytest.mark.parametrize("what", [renamed, deleted, replaced_by_a_copy, deleted_and_restored])
+def test_a_run_that_is_moved_or_deleted_is_said_to_be_and_nothing_is_written_in_its_place(
+    run: RunDir, fence: Fence, what: Any
+) -> None:
+    what(run)
+    with pytest.raises(RunGone, match="was moved, renamed or deleted") as gone:
+        fence.check()
+    assert ("elsewhere now" in str(gone.value)) == run.path.with_name("elsewhere").exists()
+    assert gone.value.exit_code == 78
+    with pytest.raises(RunGone):
+        files.write_json(run.heartbeat, {}, replace=True, may_publish=fence.check)
+    assert not run.heartbeat.exists()
+
+
+def test_a_lock_file_that_was_removed_leaves_the_run_to_whoever_has_its_number(run: RunDir, fence: Fence) -> None:
+    run.lock.unlink()
+    fence.check()
+
+
+def test_files_of_the_fence_have_the_mode_that_the_umask_says(run: RunDir) -> None:
+    before = os.umask(0o002)
+    try:
+        Fence(run, OWNER, wait_s=0).release()
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in run.path.iterdir()}
+    assert modes == dict.fromkeys(("lock", "fence", ".fence-1"), 0o664)

@@ -157,3 +157,13 @@ def test_sample_sets_are_directories_that_are_not_hidden(tmp_path: Path) -> None
         run.sample_set(name).path.mkdir(parents=True)
     (run.samples / "notes.txt").touch()
     assert [s.name for s in run.sample_sets()] == ["a", "b"]
+
+
+def test_brackets_without_end_are_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DamagedFile, match="not JSON"):
+        files.read_signed(path)
+    assert files.read_json(path) is None
+    path.write_text('{"a": 1}\n' + "[" * 100_000 + '\n{"b": 2}\n')
+    assert files.read_jsonl(path) == [{"a": 1}, {"b": 2}]

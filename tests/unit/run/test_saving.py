@@ -1,7 +1,6 @@
 """ddpm/run/saving.py: what was saved is whole, what nobody needs goes, one writer commits."""
 
 import errno
-import json
 import shutil
 import threading
 import time
@@ -14,10 +13,10 @@ import torch
 from ddpm.errors import RunBusy
 from ddpm.run import files, generations, saving
 from ddpm.run.fence import Fence
-from ddpm.run.files import read_json, write_json
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
-from tests.saves import Unreadable, flip_bit, save_all, saver, state_at
+from tests.saves import Unreadable, ask_for_samples, flip_bit, killed_before_its_manifest, save_all, saver, state_at
 from tests.training import differences, live, make_config, make_run
 
 # ---------------------------------------------------------------- what is saved
@@ -102,9 +101,7 @@ def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
 
 
 def test_retention_keeps_the_last_milestones_and_those_that_samples_name(run: RunDir, fence: Fence) -> None:
-    sample_set = run.sample_set("fid")
-    sample_set.path.mkdir(parents=True)
-    write_json(sample_set.request, {"checkpoint": {"step": 2, "sha256": "x"}})
+    ask_for_samples(run, "fid", 2)
     s = saver(run, fence, keep_last=2, is_milestone=lambda step: step == 3)
     for step in (1, 2, 3, 4, 5, 6):
         s.save(state_at(step), wait=True)
@@ -121,22 +118,37 @@ def test_a_request_that_is_no_request_ends_no_training(run: RunDir, fence: Fence
     assert run.steps_saved() == [2, 1]
 
 
-@pytest.mark.parametrize("how", ["cannot be read", "torn"])
-def test_nothing_is_removed_while_a_request_cannot_be_read(
+REQUESTS = {
+    "cannot be read": lambda whole: whole,
+    "torn": lambda whole: whole[:9],
+    "another step in it": lambda whole: whole.replace('"step": 1', '"step": 2'),
+    "another key in it": lambda whole: whole.replace("checkpoint", "checkpoins"),
+    "no digest": lambda whole: whole.replace("digest", "digess"),
+    "empty": lambda whole: "",
+    "gone": lambda whole: None,
+}
+
+
+@pytest.mark.parametrize("how", REQUESTS)
+def test_nothing_is_removed_while_a_request_is_not_as_it_was_published_and_that_is_said_once(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    request = run.sample_set("fid").request
-    request.parent.mkdir(parents=True)
-    whole = json.dumps({"checkpoint": {"step": 1, "sha256": "x"}})
+    request = ask_for_samples(run, "fid", 1)
+    (request.parent / "shard-00000-of-00001.npz").write_bytes(b"an image")
+    whole = request.read_text()
     said: list[str] = []
     with monkeypatch.context() as m:
-        request.write_text(whole if how == "cannot be read" else whole[:9])
+        if (damaged := REQUESTS[how](whole)) is None:
+            request.unlink()
+        else:
+            request.write_text(damaged)
         Unreadable(m, {request: 99 if how == "cannot be read" else 0})
         s = saver(run, fence, said, keep_last=1)
         for step in (1, 2, 3):
             s.save(state_at(step), wait=True)
     assert run.steps_saved() == [3, 2, 1]
-    assert "checkpoint saved: step=3; older ones cannot be removed now" in said[-1] and str(request) in said[-1]
+    (line,) = said
+    assert "checkpoint saved: step=1; older ones cannot be removed now" in line and str(request) in line
     request.write_text(whole)
     save_all(run, fence, 4, keep_last=1)
     assert run.steps_saved() == [4, 1]
@@ -169,8 +181,7 @@ def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fen
 def test_a_new_writer_removes_stale_temporaries_and_half_generations_alone(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5)
     (run.checkpoints / ".tmp-step-000000009.pt.1.77").write_bytes(b"half")
-    run.checkpoint(9).write_bytes(b"whole, but its writer was killed before the manifest")
-    run.ema_weights(9).write_bytes(b"so was this")
+    killed_before_its_manifest(run, 9)
     run.ema_weights(4).write_bytes(b"kept, when its generation was removed by hand")
     saver(run, fence)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [
@@ -180,10 +191,58 @@ def test_a_new_writer_removes_stale_temporaries_and_half_generations_alone(run: 
     ]
 
 
+def test_a_checkpoint_without_a_manifest_that_no_save_left_here_is_moved_aside_and_named(
+    run: RunDir, fence: Fence
+) -> None:
+    """By a copy that lacks manifests, or a clean-up of small files. A copy of a leftover tells nothing either."""
+    save_all(run, fence, 5)
+    killed_before_its_manifest(run, 9)
+    run.checkpoint(8).write_bytes(b"whose?")
+    sign = next(run.checkpoints.glob(".saving-*"))
+    copy = sign.with_name("copy")
+    copy.write_bytes(sign.read_bytes())
+    copy.rename(sign)
+    said: list[str] = []
+    s = saver(run, fence, said)
+    s.save(state_at(6), wait=True)
+    assert [line.split(" reason=")[0] for line in said] == [
+        "set aside: step-000000008.pt",
+        "set aside: step-000000009.pt, ema-000000009.safetensors",
+    ]
+    aside = run.checkpoints / "set-aside"
+    assert (aside / "step-000000008.pt").read_bytes() == b"whose?"
+    assert sorted(p.name for p in aside.iterdir()) == [
+        "ema-000000009.safetensors",
+        "step-000000008.pt",
+        "step-000000009.pt",
+    ]
+    assert run.steps_saved() == [6, 5] and not list(run.checkpoints.glob(".*"))
+
+
+def test_what_is_set_aside_takes_no_place_of_what_was_before(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 5)
+    for content in (b"one", b"two", b"three"):
+        run.checkpoint(9).write_bytes(content)
+        saver(run, fence)
+    names = {p.name: p.read_bytes() for p in (run.checkpoints / "set-aside").iterdir()}
+    assert names == {"step-000000009.pt": b"one", "step-000000009.pt.2": b"two", "step-000000009.pt.3": b"three"}
+
+
+def test_rejected_generations_are_moved_aside_and_not_removed(run: RunDir, fence: Fence) -> None:
+    """One beyond the step that training goes on from, and one of a step that is saved again: each may be good."""
+    save_all(run, fence, 5, 7, 10)
+    flip_bit(run.checkpoint(10), 100)
+    flip_bit(run.manifest(7), 20)
+    damaged = run.checkpoint(10).read_bytes(), run.manifest(7).read_bytes()
+    save_all(run, fence, 7)
+    aside = run.checkpoints / "set-aside"
+    assert ((aside / "step-000000010.pt").read_bytes(), (aside / "step-000000007.json").read_bytes()) == damaged
+    assert run.steps_saved() == [7, 5] and generations.verify(run, 7).step == 7
+
+
 def test_a_generation_half_way_to_its_manifest_is_saved_again(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5)
-    run.checkpoint(7).write_bytes(b"left by a kill between the two renames")
-    run.ema_weights(7).write_bytes(b"so was this")
+    killed_before_its_manifest(run, 7)
     run.ema_weights(9).write_bytes(b"without any .pt")
     s = saver(run, fence)
     for step in (7, 9):
@@ -326,7 +385,7 @@ def test_leftovers_that_cannot_be_removed_end_no_life(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_all(run, fence, 1)
-    run.checkpoint(2).write_bytes(b"left")
+    killed_before_its_manifest(run, 2)
 
     def refuse(path: Path, **options: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -377,7 +436,7 @@ def test_a_fenced_out_writer_publishes_nothing(run: RunDir, fence: Fence, monkey
         m.setattr(torch, "save", taken_over)
         with pytest.raises(RunBusy):
             s.save(state_at(2), wait=True)
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000000001.json", "step-000000001.pt"]
+    assert sorted(p.name for p in run.checkpoints.glob("[!.]*")) == ["step-000000001.json", "step-000000001.pt"]
 
 
 def test_an_orphan_that_wakes_deletes_nothing_of_its_heir(

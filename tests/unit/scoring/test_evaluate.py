@@ -19,10 +19,13 @@ from ddpm.run import files
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request
 from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
-from ddpm.scoring import evaluate, extractors, features, metrics
+from ddpm.scoring import evaluate, extractors, features, foreign, metrics, reference
 from ddpm.scoring.evaluate import BrokenSet
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.reference import read_statistics, reference_moments
+from ddpm.scoring.kernel_distance import kernel_distance
+from ddpm.scoring.manifold import manifold_scores
+from ddpm.scoring.record import PROVENANCE, scores_of
+from ddpm.scoring.reference import read_statistics, reference_of
 from tests import sampling
 
 NUM, SHARDS, BATCH = 60, 5, 8
@@ -39,7 +42,7 @@ class Made:
     images: list[int]
 
     def moments(self, **kwargs: Any) -> metrics.Moments:
-        return evaluate.set_moments(self.sample_set, self.request, self.extractor, **kwargs)
+        return evaluate.gather_set(self.sample_set, self.request, self.extractor, **kwargs).moments
 
     def evaluate(self, reference: PackedImages | Path, **kwargs: Any) -> dict[str, Any]:
         options: dict[str, Any] = {"extractor": self.extractor, "cache_dir": self.run.path / "cache", "command": ["x"]}
@@ -85,6 +88,11 @@ def set_images(made: Made) -> np.ndarray:
     return np.concatenate([s.images for s in shards])
 
 
+def moments_of(made: Made) -> tuple[np.ndarray, np.ndarray]:
+    moments = metrics.from_features(made.extractor(set_images(made)))
+    return moments.mean, metrics.covariance(moments)
+
+
 def flip_last_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -103,12 +111,14 @@ def test_the_moments_of_a_set_are_those_of_all_its_images(made: Made) -> None:
     np.testing.assert_allclose(got.m2, whole.m2, rtol=1e-10, atol=1e-12)
 
 
-def test_the_score_is_exact_whoever_computed_the_features_and_rounds_with_other_shards(tmp_path: Path) -> None:
+def test_a_score_is_the_same_to_the_last_bit_whoever_computed_features_and_in_whatever_shards(
+    tmp_path: Path,
+) -> None:
     a, b, c = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", shards=3)
     for index in (4, 0, 2):
         features.shard_features(b.sample_set, b.request, index, b.extractor)
-    score = [m.evaluate(packed())["frechet_distance"] for m in (a, b, c)]
-    assert score[0] == score[1] and score[2] == pytest.approx(score[0], rel=1e-10)
+    score = [{k: v for k, v in m.evaluate(packed()).items() if k not in ("created", "self_sha256")} for m in (a, b, c)]
+    assert score[0] == score[1] == score[2]
 
 
 def test_a_stop_keeps_the_features_of_finished_shards(made: Made) -> None:
@@ -212,17 +222,27 @@ def test_a_set_that_does_not_exist_is_refused(made: Made) -> None:
 
 
 def test_the_score_file_has_the_public_form(made: Made) -> None:
-    reference = packed()
-    result = made.evaluate(reference, command=["launch/evaluate.py", "my run"])
+    real = packed()
+    result = made.evaluate(real, command=["launch/evaluate.py", "my run"])
     assert files.read_json(made.run.eval / "fid.json") == result
+    assert files.sign(result) == result
     distance, created = result.pop("frechet_distance"), result.pop("created")
+    del result["self_sha256"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", created)
-    x, y = made.extractor(set_images(made)), made.extractor(reference.images)
+    x, y = made.extractor(set_images(made)), made.extractor(real.images)
     expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
     assert distance == pytest.approx(expected, rel=1e-4) and distance > 0  # expected's means are float32
+    (low, high), limit = result.pop("frechet_distance_interval"), result.pop("frechet_distance_infinity")
+    assert low < distance < high and low < limit < high
+    kernel = kernel_distance(x, y)
+    assert [result.pop(f"kernel_distance{k}") for k in ("", "_std", "_subset_size")] == pytest.approx(kernel, rel=1e-6)
+    manifold = result.pop("manifold")
+    assert (manifold.pop("num_samples"), manifold.pop("num_reference")) == (NUM, 50)
+    assert manifold == manifold_scores(x, y)._asdict()  # type: ignore[union-attr]
     assert result == {
+        "dimensions": 4,
         "num_samples": NUM,
-        "reference": {"name": "cifar10", "split": "train", "num_images": 50, "digest": reference.digest},
+        "reference": {"name": "cifar10", "split": "train", "num_images": 50, "digest": real.digest},
         "extractor": {"name": "tiny", "weights_sha256": None, "resize": "none"},
         "checkpoint": {"step": 12, "sha256": "ab" * 32, "weights": "ema"},
         "sampler": {"name": "ddim", "steps": 1, "eta": 0.0, "guidance": None},
@@ -248,15 +268,34 @@ def test_only_the_published_weights_give_a_fid(made: Made) -> None:
         assert [k for k in ("fid", "frechet_distance") if k in result] == [name]
 
 
-def test_the_same_evaluation_returns_what_is_there_and_another_replaces_it(made: Made) -> None:
+def test_the_same_evaluation_returns_what_is_there_and_another_lies_beside_it(made: Made) -> None:
     first = made.evaluate(packed())
     count = len(made.images)
     assert made.evaluate(packed(), command=["again"]) == first and len(made.images) == count
-    second = made.evaluate(packed(seed=1))
-    assert second["frechet_distance"] != first["frechet_distance"]
-    assert files.read_json(made.run.eval / "fid.json") == second
-    (made.run.eval / "fid.json").write_text("{")
-    assert made.evaluate(packed(seed=1))["frechet_distance"] == second["frechet_distance"]
+    second, third = made.evaluate(packed(seed=1)), made.evaluate(packed(seed=2))
+    assert made.evaluate(packed()) == first and made.evaluate(packed(seed=1), command=["again"]) == second
+    there = scores_of(made.run, "fid")
+    assert [s.record for s in there] == [first, second, third]
+    assert [s.name for s in there[:2]] == ["fid", "fid/train-tiny"] and there[2].name.startswith("fid/train-tiny-")
+
+
+def test_a_damaged_score_is_computed_again_and_kept_aside(made: Made) -> None:
+    first = made.evaluate(packed())
+    path = made.run.eval / "fid.json"
+    path.write_text("{")
+    again = made.evaluate(packed())
+    assert again["frechet_distance"] == first["frechet_distance"] and files.read_json(path) == again
+    (aside,) = made.run.eval.glob("fid.json.damaged-*")
+    assert aside.read_text() == "{" and [s.name for s in scores_of(made.run, "fid")] == ["fid"]
+
+
+def test_a_score_from_before_they_were_signed_stands_for_the_same_evaluation(made: Made) -> None:
+    record = made.evaluate(packed())
+    path = made.run.eval / "fid.json"
+    old = {k: v for k, v in record.items() if k in ("frechet_distance", *PROVENANCE, "created", "command")}
+    files.write_json(path, old, replace=True)
+    before = path.read_bytes()
+    assert made.evaluate(packed()) == old and path.read_bytes() == before
 
 
 # ---------------------------------------------------------------- references
@@ -265,39 +304,70 @@ def test_the_same_evaluation_returns_what_is_there_and_another_replaces_it(made:
 def test_reference_statistics_are_kept_by_images_and_extractor(made: Made, tmp_path: Path) -> None:
     a, seen = tiny_extractor()
     b, seen_b = tiny_extractor(weights_sha256="other")
-    first = reference_moments(packed(), a, tmp_path)
-    again = reference_moments(packed(), a, tmp_path)
+    first = reference_of(packed(), a, tmp_path)
+    again = reference_of(packed(), a, tmp_path)
     assert seen == [50]
     np.testing.assert_array_equal(first.sigma, again.sigma)
     np.testing.assert_array_equal(first.mu, again.mu)
     assert first.record == again.record
-    reference_moments(packed(), b, tmp_path)
-    reference_moments(packed(seed=1), a, tmp_path)
+    reference_of(packed(), b, tmp_path)
+    reference_of(packed(seed=1), a, tmp_path)
     assert (seen, seen_b) == ([50, 50], [50]) and len(list(tmp_path.glob("*.npz"))) == 3
 
 
 def test_a_damaged_reference_is_computed_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     extractor, seen = tiny_extractor()
-    first = reference_moments(packed(), extractor, tmp_path)
+    first = reference_of(packed(), extractor, tmp_path)
     path = next(tmp_path.glob("*.npz"))
     data = bytearray(path.read_bytes())
     data[data.index(first.mu.tobytes()) + 3] ^= 1  # inside a number
     path.write_bytes(data)
-    again = reference_moments(packed(), extractor, tmp_path)
-    assert len(seen) == 2 and "damaged" in capsys.readouterr().out
+    again = reference_of(packed(), extractor, tmp_path)
+    assert seen == [50] and "not usable" in capsys.readouterr().out  # its features are kept, and verified
     np.testing.assert_array_equal(again.mu, first.mu)
+    flip_last_byte(next(tmp_path.glob("*/features-00000.npy")))
+    path.unlink()
+    np.testing.assert_array_equal(reference_of(packed(), extractor, tmp_path).sigma, first.sigma)
+    assert seen == [50, 50] and "its sha256 is not" in capsys.readouterr().out
+
+
+def test_a_stop_keeps_the_finished_parts_of_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "PART_IMAGES", 20)
+    extractor, seen = tiny_extractor()
+    polls = iter([None, None, "SIGTERM"])
+    with pytest.raises(Stopped, match="SIGTERM"):
+        reference_of(packed(), extractor, tmp_path, stop_requested=lambda: next(polls))
+    assert seen == [20, 20] and not list(tmp_path.glob("*.npz"))
+    made = reference_of(packed(), extractor, tmp_path)
+    assert seen == [20, 20, 10]
+    np.testing.assert_allclose(made.mu, extractor(packed().images).mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(made.features, extractor(packed().images))
+    assert seen == [20, 20, 10, 50, 50]
+    again = reference_of(packed(), extractor, tmp_path)
+    np.testing.assert_array_equal(again.features, made.features)
+
+
+def test_statistics_from_before_features_were_kept_give_way_to_whole_ones(tmp_path: Path) -> None:
+    extractor, seen = tiny_extractor()
+    first = reference_of(packed(), extractor, tmp_path)
+    path = next(tmp_path.glob("*.npz"))
+    with np.load(path) as whole:
+        old = {k: whole[k] for k in whole.files if k != "features"}
+    np.savez(path, **old)
+    assert reference_of(packed(), extractor, tmp_path).features is not None and seen == [50]
+    np.testing.assert_array_equal(np.load(path)["features"], first.features)
 
 
 def test_references_and_pytorch_fids_files_are_interchangeable(tmp_path: Path) -> None:
     from pytorch_fid.fid_score import compute_statistics_of_path
 
     extractor, _ = tiny_extractor()
-    ours = reference_moments(packed(), extractor, tmp_path)
+    ours = reference_of(packed(), extractor, tmp_path)
     mu, sigma = compute_statistics_of_path(str(next(tmp_path.glob("*.npz"))), None, 1, 4, "cpu")
     np.testing.assert_array_equal(mu, ours.mu)
     np.testing.assert_array_equal(sigma, ours.sigma)
     np.savez_compressed(tmp_path / "theirs.npz", mu=mu, sigma=sigma)  # as its --save-stats writes it
-    read = read_statistics(tmp_path / "theirs.npz", extractor)
+    read = read_statistics(tmp_path / "theirs.npz").reference(extractor, None)
     np.testing.assert_array_equal(read.sigma, ours.sigma)
     assert read.record == {
         "name": "theirs",
@@ -305,7 +375,7 @@ def test_references_and_pytorch_fids_files_are_interchangeable(tmp_path: Path) -
         "num_images": None,
         "digest": files.sha256_file(tmp_path / "theirs.npz"),
     }
-    assert read_statistics(next(tmp_path.glob("reference-*.npz")), extractor).record["num_images"] == 50
+    assert read_statistics(next(tmp_path.glob("reference-*.npz"))).record["num_images"] == 50
 
 
 def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> None:
@@ -330,12 +400,51 @@ def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> 
 def test_a_file_that_is_no_reference_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(RequestError, match=message):
-        read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
+        read_statistics(tmp_path / "r.npz").reference(tiny_extractor()[0], None)
 
 
 def test_a_missing_reference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot be read"):
-        read_statistics(tmp_path / "r.npz", tiny_extractor()[0])
+        read_statistics(tmp_path / "r.npz").reference(tiny_extractor()[0], None)
+
+
+def test_a_batch_of_guided_diffusion_stands_for_its_images_and_lends_its_statistics_to_inception(
+    made: Made, tmp_path: Path
+) -> None:
+    images = packed().images
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(7))
+    by_images = made.evaluate(packed())
+    inception, _ = tiny_extractor(name="inception")
+    for file, extractor in (("images", made.extractor), ("both", made.extractor), ("images", inception)):
+        by_file = made.evaluate(tmp_path / f"{file}.npz", extractor=extractor)
+        assert by_file["frechet_distance"] == by_images["frechet_distance"]
+        assert by_file["manifold"] == by_images["manifold"] and by_file["extractor"]["name"] == extractor.name
+    lent = made.evaluate(tmp_path / "both.npz", extractor=inception)
+    mu, cov = moments_of(made)
+    assert lent["frechet_distance"] == pytest.approx(metrics.frechet_distance(mu, cov, np.zeros(4), np.eye(4)))
+    assert lent["kernel_distance"] == by_images["kernel_distance"] and lent["reference"]["num_images"] is None
+
+
+def test_statistics_alone_give_the_distance_and_its_interval_alone(made: Made, tmp_path: Path) -> None:
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(4), sigma=np.eye(4))
+    scores = made.evaluate(tmp_path / "theirs.npz").keys() - {*PROVENANCE, "created", "command", "self_sha256"}
+    names = {"frechet_distance", "frechet_distance_interval", "frechet_distance_infinity", "dimensions"}
+    assert scores == names
+
+
+def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> None:
+    made, real = make(tmp_path), packed()
+    labels = np.arange(len(real)) % 3
+    labels[labels == 2] = np.where(np.arange((labels == 2).sum()) == 0, 2, 1)  # one image is too few
+    conditional = dataclasses.replace(real, labels=labels)
+    by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
+    mine, theirs = made.extractor(set_images(made)), made.extractor(real.images)
+    assert by_class[2] is None
+    for label in (0, 1):
+        x, y = mine[np.arange(NUM) % 3 == label].astype(float), theirs[labels == label].astype(float)
+        expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+        assert by_class[label] == pytest.approx(expected, rel=1e-9)
 
 
 # ---------------------------------------------------------------- against pytorch-fid
@@ -374,7 +483,7 @@ def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_p
     a = write_folder(tmp_path / "a", 24, 0)
     write_folder(tmp_path / "b", 24, 1)
     extractor = extractors.build_extractor("inception", "cpu")
-    result = evaluate.evaluate_images(tmp_path / "a", tmp_path / "b", extractor)
+    result = foreign.evaluate_images(tmp_path / "a", tmp_path / "b", extractor)
     assert "fid" not in result  # these weights are not the published ones
     assert result["num_samples"] == 24
     assert result["reference"] | {"digest": ""} == {"name": "b", "split": "all", "num_images": 24, "digest": ""}

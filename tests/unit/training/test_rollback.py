@@ -13,6 +13,7 @@ from ddpm.errors import DoNotRetry
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events
 from ddpm.training.trainer import Outcome
+from tests.saves import flip_bit
 from tests.training import (
     Killed,
     Life,
@@ -89,9 +90,9 @@ def test_a_rollback_waits_for_the_save_under_way(tmp_path: Path, monkeypatch: py
         poison(life.trainer, lambda t: t.at.step == 3 and t.at.attempt == 0)
         begin = life.trainer.chronicle.begin
 
-        def spy(step: int) -> None:
+        def spy(step: int, logged_step: int) -> None:
             gone_back_to.append(step)
-            begin(step)
+            begin(step, logged_step)
 
         life.trainer.chronicle.begin = spy  # type: ignore[method-assign]
         monkeypatch.setattr(torch, "save", slow)
@@ -140,12 +141,29 @@ def test_poison_that_always_comes_back_ends_with_do_not_retry_and_keeps_the_last
     config, run = make_config(checkpoint__every_steps=3, train__max_rollbacks=2), make_run(tmp_path)
     with Life(config, run) as life:
         poison(life.trainer, lambda t: t.at.step == 4)
-        with pytest.raises(DoNotRetry, match=r"non-finite 3 times .*train\.max_rollbacks = 2"):
+        with pytest.raises(DoNotRetry, match=r"3 times .*train\.max_rollbacks = 2; the checkpoint of step 3 is good"):
             life.train()
     assert events(run).count("rollback") == 2
     good = generations.newest_good(run, print)
     assert good is not None and good.step == 3
     assert all(torch.isfinite(v).all() for v in generations.load(run, 3)["model"].values())
+
+
+def test_rollbacks_used_up_before_any_save_say_that_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    with Life(make_config(train__max_rollbacks=0), make_run(tmp_path)) as life:
+        poison(life.trainer, lambda t: t.at.step == 1)
+        with pytest.raises(DoNotRetry, match=r"max_rollbacks = 0; nothing was ever saved\. Lower train\.lr"):
+            life.train()
+
+
+def test_rollbacks_used_up_say_that_what_was_saved_is_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with Life(make_config(checkpoint__every_steps=3, train__max_rollbacks=0), run) as life:
+        poison(life.trainer, lambda t: t.at.step == 4)
+        life.train(stop_at=[3])
+        flip_bit(run.checkpoint(3), 5000)
+        with pytest.raises(DoNotRetry, match=r"max_rollbacks = 0; every checkpoint in .* is damaged"):
+            life.train()
 
 
 def test_a_rollback_before_any_save_forgets_skipped_steps_and_the_scale_of_losses(tmp_path: Path) -> None:

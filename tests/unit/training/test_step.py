@@ -50,10 +50,10 @@ def test_labels_are_dropped_as_often_as_asked_and_by_step_and_sample_alone(tmp_p
         with Life(config, make_run(tmp_path / name), images=make_images(64)) as life:
             network = life.trainer.step.network
 
-            def spy(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            def spy(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, places: None) -> torch.Tensor:
                 step = life.trainer.at.step
                 seen[step:] = [[*(seen[step] if step < len(seen) else []), *labels.tolist()]]
-                return network(x_t, t, labels)  # type: ignore[no-any-return]
+                return network(x_t, t, labels, places)  # type: ignore[no-any-return]
 
             life.trainer.step.network = spy
             life.train()

@@ -60,6 +60,46 @@ def test_a_torn_last_line_does_not_spoil_the_next(run: RunDir) -> None:
     assert [json.loads(text)["step"] for text in run.metrics.read_text().splitlines()] == [1, 2]
 
 
+def test_a_line_that_cannot_be_read_is_named_once_and_kept_aside(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = opened(run, 0)
+    for step in (1, 2, 3):
+        first.log(line(step))
+    first.close()
+    lines = run.metrics.read_bytes().split(b"\n")
+    run.metrics.write_bytes(b"\n".join([lines[0], b'{"loss": 1}', lines[1].replace(b"1.0", b'"x"', 1), *lines[2:]]))
+    capsys.readouterr()
+    opened(run, 3).close()
+    told = capsys.readouterr().out
+    assert told.count("line 2 of metrics.jsonl cannot be used (no step), nor 1 more") == 1
+    assert steps(run) == [1, 3]
+    aside = run.path / "metrics.unread"
+    assert aside.read_bytes().startswith(b'{"loss": 1}\n{"step": 2,')
+    opened(run, 3).close()
+    assert "cannot be used" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kept", "gap"), [([1, 2], "from 2 to 3"), ([1, 3], "from 1 to 3"), ([], "from 0 to 3")])
+def test_lines_that_are_missing_before_the_resumed_step_are_told(
+    run: RunDir, capsys: pytest.CaptureFixture[str], kept: list[int], gap: str
+) -> None:
+    run.metrics.write_text("".join(json.dumps({**line(s), "time": "2026-11-20T09:00:00.000Z"}) + "\n" for s in kept))
+    Telemetry(run, step=3, total_steps=9, owner={}, logged_step=3, every_steps=1).close()
+    assert f"metrics.jsonl lacks lines of the steps {gap}" in capsys.readouterr().out
+    run.metrics.unlink()
+    Telemetry(run, step=0, total_steps=9, owner={}, logged_step=0, every_steps=1).close()
+    assert "lacks" not in capsys.readouterr().out
+
+
+def test_what_stays_unwritable_is_told_when_it_begins(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run.heartbeat.mkdir()
+    t = opened(run, 0)
+    for step in (1, 2, 3):
+        t.heartbeat(step, {}, force=True)
+    assert capsys.readouterr().out.count("heartbeat not written") == 1
+
+
 def test_an_orphan_that_still_writes_adds_nothing_to_its_heirs_lines(run: RunDir) -> None:
     orphan = opened(run, 0)
     orphan.log(line(1))

@@ -11,12 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.network.device import resolve
+from ddpm.network.dropout import Dropout
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.training import ranks
 from ddpm.training.trainer import Outcome
 from tests.saves import flip_bit
 from tests.training import (
+    CPU,
     Killed,
     Life,
     assert_same_end,
@@ -214,6 +217,46 @@ def test_ranks_that_come_and_go_see_the_samples_of_one_rank(tmp_path: Path) -> N
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert {**ours, "loss": 0, "grad_norm": 0} == {**theirs, "loss": 0, "grad_norm": 0}
     assert [e["world_size"] for e in read_events(run) if e["event"] in ("started", "resumed")] == [2, 1, 2]
+
+
+def test_steps_are_the_same_on_any_ranks_and_micro_batches_with_dropout(tmp_path: Path) -> None:
+    """The first step has zeros behind its masks, and moves them away from zero."""
+    changes = {"train__global_batch": 8, "model__dropout": 0.3, "log__every_steps": 1, "train__total_steps": 3}
+    reference = make_run(tmp_path / "whole")
+    live(make_config(**changes), reference)
+    for num_ranks, micro in [(1, 4), (1, 1), (2, None), (2, 2), (4, None)]:
+        run = make_run(tmp_path / f"{num_ranks}-{micro}")
+        config = make_config(**changes, train__micro_batch=micro)
+        if num_ranks == 1:
+            live(config, run)
+        else:
+            live_on_ranks(num_ranks, config, run)
+        for ours, theirs in zip(lines(run), lines(reference), strict=True):
+            # sums of eight terms in another order, and what Adam makes of them in two steps; other masks: over 1e-4
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (num_ranks, micro)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (num_ranks, micro)
+
+
+def test_the_masks_of_another_step_and_of_another_seed_are_others(tmp_path: Path) -> None:
+    def outputs(seed: int) -> list[torch.Tensor]:
+        config = make_config(model__dropout=0.5, seed=seed, train__lr=1e-12, train__total_steps=2)
+        seen = []
+        with Life(config, make_run(tmp_path / str(seed))) as life:
+            block = next(m for m in life.trainer.state.model.modules() if isinstance(m, Dropout))
+            block.register_forward_hook(lambda module, inputs, output: seen.append(output == 0))
+            life.train()
+        return seen
+
+    (one, two), (other, _) = outputs(0), outputs(1)
+    assert not torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_a_run_that_began_before_masks_were_counted_keeps_those_that_it_had(tmp_path: Path) -> None:
+    config = make_config(model__dropout=0.3)
+    here = resolve(config, CPU, 1)
+    before = {k: v for k, v in here.as_dict().items() if k != "dropout"}
+    assert here.dropout == "counted" and resolve(config, CPU, 1, before).dropout == "torch"
+    assert resolve(config, CPU, 1, here.as_dict()) == here
 
 
 def test_three_ranks_stopped_and_resumed_end_bit_identical(tmp_path: Path) -> None:

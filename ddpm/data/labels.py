@@ -1,0 +1,63 @@
+"""Labels and classes as a part of the data: their digest, what a run keeps of them, and what of them has changed.
+
+The digest of the pixels (whole.py) covers which images there are, and their order. Labels and the names of classes
+change no step of a model without classes, so that whoever compares asks for them only where `model.num_classes` is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddpm.run.files import sha256_json
+
+if TYPE_CHECKING:
+    from ddpm.data.whole import PackedImages
+
+SHOWN = 4
+"""Classes that a message names."""
+
+
+def labels_digest(labels: np.ndarray, classes: Sequence[str]) -> str:
+    """sha256 over the label of every image, and over the names of the classes in their order."""
+    indices = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+    return sha256_json({"classes": list(classes), "labels": indices})
+
+
+def labels_record(packed: PackedImages) -> dict[str, Any]:
+    """What run.json keeps: the digest, and each class with its number of images, in the order of their indices."""
+    counts = np.bincount(packed.labels[packed.labels >= 0], minlength=len(packed.classes)).tolist()
+    named = dict(zip(packed.classes, counts, strict=False))
+    return {"digest": labels_digest(packed.labels, packed.classes), "classes": named}
+
+
+def labels_changed(kept: dict[str, Any] | None, here: dict[str, Any]) -> str | None:
+    """How the labels of the data differ from those that a run keeps, both as `labels_record` gives them: for a message.
+    None: not at all, or nothing is kept, as by runs from before labels were."""
+    if not kept or here["digest"] == kept.get("digest"):
+        return None
+    old, new = kept.get("classes") or {}, here["classes"]
+    if list(old) != list(new):
+        moved = [(i, a, b) for i, (a, b) in enumerate(_side_by_side(list(old), list(new))) if a != b]
+        told = [f"class {i} was {_word(a)} and is {_word(b)} now" for i, a, b in moved[:SHOWN]]
+        return "its classes changed: " + ", ".join(told) + _more(len(moved))
+    counts = [f"{name!r} had {old[name]} images and has {new[name]}" for name in old if old[name] != new[name]]
+    if counts:
+        return "images changed their class: " + ", ".join(counts[:SHOWN]) + _more(len(counts))
+    return "images changed their class, and no class its number of images"
+
+
+def _side_by_side(old: list[str], new: list[str]) -> list[tuple[str | None, str | None]]:
+    num = max(len(old), len(new))
+    return [(old[i] if i < len(old) else None, new[i] if i < len(new) else None) for i in range(num)]
+
+
+def _word(name: str | None) -> str:
+    return "none" if name is None else repr(name)
+
+
+def _more(num: int) -> str:
+    return f" (and {num - SHOWN} more)" if num > SHOWN else ""

@@ -1,0 +1,158 @@
+"""A packed dataset as it lies on disk: mapped, and known to be what was packed.
+
+Its pixels are all read, once per machine and boot. What was found whole is marked by an empty file on the machine's own
+disk, whose name is a digest of the boot, of the file's identity, size and times, and of the pixels: so there is nothing
+to read back, and a changed file has no mark. Must not know: how anything comes to be packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.data.labels import labels_digest
+from ddpm.errors import Stopped
+from ddpm.run.files import DamagedFile, read_signed, sha256_json, sign, write_json
+from ddpm.run.stopping import StopRequested
+
+CHUNK_BYTES = 16 << 20
+SETTLED_S = 2.0
+"""A file that changed later than this before it was read is not marked: times of files are too coarse to tell a change
+right after from none."""
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """A dataset in memory or mapped: images uint8 (N, H, W, 3), labels int64 (N,) (0 where there are no classes)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    name: str
+    split: str
+    digest: str
+    """sha256 over dtype, shape and bytes of `images`."""
+    classes: Sequence[str] = ()
+    """Their names, by label."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def digest_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{dtype} {shape}".encode()
+
+
+def images_digest(images: np.ndarray) -> str:
+    """sha256 over dtype, shape and bytes of an image array (N, H, W, C)."""
+    digest = hashlib.sha256(digest_head(images.dtype, images.shape))
+    for first in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[first : first + 4096]).data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> PackedImages:
+    """Map a packed dataset, from its copy on `scratch` where that looks whole: all but its pixels is checked.
+
+    Raises OSError where it is not there or cannot be read, DamagedFile where it is not whole.
+    """
+    if scratch is not None:
+        with contextlib.suppress(OSError, DamagedFile):
+            return open_packed(scratch, key)
+    where = cache / key
+    meta = read_signed(where / "meta.json")
+    try:
+        images, labels = (np.lib.format.open_memmap(where / f"{name}.npy", mode="r") for name in ("images", "labels"))
+        packed = PackedImages(images, np.array(labels), meta["name"], meta["split"], meta["digest"], meta["classes"])
+        form = [images.dtype, list(images.shape), images.flags.c_contiguous, (where / "images.npy").stat().st_size]
+        packed_as = [np.uint8, meta["shape"], True, meta["bytes"]]
+    except OSError:
+        raise
+    except Exception as e:  # numpy, and the parser of Python that it reads headers with, raise a dozen kinds
+        raise DamagedFile(f"{where}: not readable ({e}); submit again, which packs it again") from None
+    if form != packed_as:
+        raise DamagedFile(f"{where / 'images.npy'}: not of the size or form that was packed; submit again")
+    _check_labels(where / "labels.json", packed)
+    return packed
+
+
+def _check_labels(digest_file: Path, packed: PackedImages) -> None:
+    """Raises DamagedFile where the labels cannot be those that were packed; all that a cache without their digest
+    tells is what they may be."""
+    labels, num, classes = packed.labels, len(packed), packed.classes
+    whole = labels.dtype == np.int64 and labels.shape == (num,) and num > 0
+    whole = whole and -1 <= labels.min() <= labels.max() < len(classes)
+    if whole:
+        with contextlib.suppress(FileNotFoundError):
+            whole = read_signed(digest_file).get("digest") == labels_digest(labels, classes)
+    if not whole:
+        raise DamagedFile(f"{digest_file.with_name('labels.npy')}: these are not the labels that were packed")
+
+
+def open_verified(
+    cache: Path, key: str, *, labels: Sequence[int] = (), stop_requested: StopRequested = lambda: None
+) -> PackedImages:
+    """`open_packed` of data whose pixels are known to be those that were packed: read once per machine and boot.
+
+    labels: what they must be, where the images have told.
+    A cache from before labels had a digest gets it added, of the labels that it has.
+    Raises Stopped besides.
+    """
+    packed, where = open_packed(cache, key), cache / key
+    if labels and packed.labels.tolist() != list(labels):
+        raise DamagedFile(f"{where / 'labels.npy'}: these are not the labels of the images")
+    images: Any = packed.images
+    head = hashlib.sha256(digest_head(images.dtype, images.shape))
+    _check_bytes(where / "images.npy", images.offset, head, packed.digest, stop_requested)
+    if not (where / "labels.json").exists():
+        with contextlib.suppress(OSError):  # read-only, or another job's
+            write_json(where / "labels.json", sign({"digest": labels_digest(packed.labels, packed.classes)}))
+    return packed
+
+
+def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_requested: StopRequested) -> None:
+    """Read `path` from byte `first` on into `digest`, unless it was found whole before.
+
+    By read(2), not by a map: a block that the disk has lost is an OSError then, and no SIGBUS.
+    Raises DamagedFile where the digest is not `expected`; OSError, Stopped.
+    """
+    with path.open("rb") as f:
+        stat, began = os.fstat(f.fileno()), time.time()
+        mark = _mark(stat, expected)
+        if mark is not None and mark.exists():
+            return
+        f.seek(first)
+        while chunk := f.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if reason := stop_requested():
+                raise Stopped(reason)
+    if digest.hexdigest() != expected:
+        raise DamagedFile(f"{path}: these are not the pixels that were packed")
+    if mark is not None and max(stat.st_mtime, stat.st_ctime) < began - SETTLED_S:
+        with contextlib.suppress(OSError):
+            mark.touch()
+
+
+def _mark(stat: os.stat_result, expected: str) -> Path | None:
+    """Where it is noted that this file was whole. None: nowhere on this machine, so it is read each time."""
+    marks = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        marks.mkdir(mode=0o700, exist_ok=True)
+        if marks.lstat().st_uid != os.getuid():
+            return None  # somebody else's
+    except OSError:
+        return None
+    identity = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return marks / sha256_json([boot, *identity, expected])

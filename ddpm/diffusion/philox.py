@@ -1,0 +1,97 @@
+"""Philox4x32-10: keys, counters and words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", 3.3).
+
+Owns: the generator, how a key follows from (seed, purpose, attempt), and where index and step stand in a counter.
+"""
+
+import hashlib
+import json
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+WORD = 0xFFFFFFFF
+LIMIT_BITS = 48  # of step and of index: a counter word each, and half of the fourth word for what lies above it
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+class Key(NamedTuple):
+    """The two uint32 words that key Philox."""
+
+    word_0: int
+    word_1: int
+
+
+def key(seed: int, purpose: str, attempt: int = 0) -> Key:
+    """The key of one stream: the first 64 bits of the sha256 of (seed, purpose, attempt).
+
+    A hash, because sums such as seed + offset make one stream's seed another one's neighbour: (0, offset 1) and
+    (1, offset 0) would be the same numbers. Distinct triples share a key with probability 2**-64.
+    """
+    words = _digest("key", seed, purpose, attempt)
+    return Key(int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little"))
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """A seed in [0, 2**63) for generators that keep a state (torch.manual_seed), hashed like `key`."""
+    return int.from_bytes(_digest("seed", seed, purpose, *numbers)[:8], "little") >> 1
+
+
+def philox4x32(counter: Words, key: Key | tuple[Tensor, Tensor]) -> Words:
+    """Philox4x32-10: four random words for each counter.
+
+    key: or two int64 tensors that broadcast with the counter.
+
+    counter: four int64 tensors of values in [0, 2**32) whose shapes broadcast; parts of the counter that are constant
+    are best given with size 1, since the first rounds then cost next to nothing. Returns four such tensors.
+    """
+    c_0, c_1, c_2, c_3 = counter
+    k_0: Any
+    k_1: Any
+    k_0, k_1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap, which keeps all 64 bits. Low halves stay unmasked: what they are XORed into is masked.
+        low_0, low_1 = c_0 * _MULTIPLIERS[0], c_2 * _MULTIPLIERS[1]
+        c_0 = ((low_1 >> 32) ^ c_1).bitwise_xor_(k_0).bitwise_and_(WORD)
+        c_2 = ((low_0 >> 32) ^ c_3).bitwise_xor_(k_1).bitwise_and_(WORD)
+        c_1, c_3 = low_1, low_0
+        k_0, k_1 = (k_0 + _KEY_STEPS[0]) & WORD, (k_1 + _KEY_STEPS[1]) & WORD
+    return c_0, c_1 & WORD, c_2, c_3 & WORD
+
+
+def counter(element: Tensor, index: Tensor, step: int) -> Words:
+    """(element, low words of index and step, their high halves side by side): nothing wraps."""
+    # full_like, not torch.tensor: no copy from the host, so nothing waits for the device
+    low_step = torch.full_like(index[:1], checked_step(step) & WORD)
+    return element, index & WORD, low_step, (index >> 32 << 16) | (step >> 32)
+
+
+def words(key: Key, index: Tensor, step: int) -> Words:
+    """Those of element 0 of each row."""
+    return philox4x32(counter(torch.zeros_like(index), index, step), key)
+
+
+def checked_step(step: int) -> int:
+    if not 0 <= step < 1 << LIMIT_BITS:
+        raise ValueError(f"step is {step}; it must lie in [0, 2**{LIMIT_BITS})")
+    return step
+
+
+def check_index(index: Tensor) -> None:
+    """Int64 (n,); its values are looked at on a CPU only, since a look elsewhere would wait for the device."""
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise ValueError(f"index is {index.dtype} of shape {tuple(index.shape)}; it must be int64 of shape (n,)")
+    if index.device.type == "cpu" and len(index):
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low < 0 or high >= 1 << LIMIT_BITS:
+            raise ValueError(f"index runs from {low} to {high}; it must lie in [0, 2**{LIMIT_BITS})")
+
+
+def _digest(*parts: int | str) -> bytes:
+    """sha256 of an unambiguous text of the parts; operator.index refuses floats, which would read differently."""
+    return hashlib.sha256(json.dumps([p if isinstance(p, str) else operator.index(p) for p in parts]).encode()).digest()

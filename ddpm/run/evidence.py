@@ -1,0 +1,87 @@
+"""Whether a run without checkpoints was ever saved: a start at step 0 where it was would lose what somebody has yet.
+
+A life that was killed before its first save leaves events and lines of metrics, and honestly begins at 0 again. So what
+counts is what tells of saved steps: a .pt or EMA weights that no save left here unfinished, an event of a save or after
+one, samples and scores of a checkpoint; and metrics where the life that wrote them has no event. A copy may lack any
+of it. How to get back what is missing is the caller's to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import DoNotRetry
+from ddpm.run import unfinished
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json
+from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import read_metrics
+
+OF_TRAINING = ("stop_requested", "rollback")
+"""Events whose step is the one that training was at; that of all others had been saved."""
+
+
+class Incomplete(DoNotRetry):
+    """Files are missing or damaged without which training would lose what was saved."""
+
+
+def refuse_start(run: RunDir) -> None:
+    """Raise Incomplete where a start at step 0 would be one over what was saved. OSError where it cannot look."""
+    found = list(_told(run))
+    if found and not run.steps_saved():  # a life may have saved its first while this was read
+        raise Incomplete(
+            f"run {run.name} has no checkpoint with a manifest, and was saved before: {'; '.join(found)}. It is not "
+            f"begun again at step 0, and nothing was changed"
+        )
+
+
+def last_saved(events: list[dict[str, Any]]) -> int:
+    """The step that the last life to save or to go on from a save had saved; else 0."""
+    return next((_step(e) for e in reversed(events) if e.get("event") in ("checkpoint", "resumed", "finished")), 0)
+
+
+def _told(run: RunDir) -> Iterator[str]:
+    alone = unfinished.alone(run)
+    yield from (f"{run.checkpoint(step)} has no manifest" for step in alone)
+    ours = {sign.step for sign in unfinished.signs(run) if sign.is_ours}
+    for path in sorted(listed(run.checkpoints)):
+        match = re.fullmatch(r"ema-(\d{9,})\.safetensors", path.name)
+        if match and int(match[1]) not in {*ours, *alone}:
+            yield f"{path} has no checkpoint"
+    events = read_events(run)
+    if step := max((_step(e) for e in events if e.get("event") not in OF_TRAINING), default=0):
+        yield f"events/ tells of saved step {step}"
+    for path in [s.request for s in run.sample_sets()] + sorted(p for p in listed(run.eval) if p.suffix == ".json"):
+        made_of = _record(path).get("checkpoint")
+        if isinstance(made_of, dict) and (step := _step(made_of)):
+            yield f"{path} is of step {step}"
+    if (step := _reached(run)) and not _has_events(run, events):
+        yield f"metrics.jsonl, heartbeat.json or grids/ tell of step {step}, and no event of the life that wrote them"
+
+
+def _reached(run: RunDir) -> int:
+    """The last step that anything tells of that a life leaves before its first save."""
+    drawn = (re.fullmatch(r"step-(\d{9,})\.png", p.name) for p in listed(run.grids))
+    try:
+        lines = [record["step"] for record in read_metrics(run)]
+    except OSError:  # a directory, or another user's: it tells nothing
+        lines = []
+    return max(0, *lines, _step(_record(run.heartbeat)), *(int(m[1]) for m in drawn if m))
+
+
+def _has_events(run: RunDir, events: list[dict[str, Any]]) -> bool:
+    lives = {(str(e.get("job")), e.get("restart")) for e in events if e.get("event") in ("started", "resumed")}
+    beat = _record(run.heartbeat)
+    return (str(beat["job"]), beat.get("restart")) in lives if "job" in beat else bool(lives)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return read_json(path) or {}
+
+
+def _step(record: dict[str, Any]) -> int:
+    step = record.get("step")
+    return step if isinstance(step, int) else 0

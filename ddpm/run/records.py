@@ -1,0 +1,216 @@
+"""What events/, metrics.jsonl, heartbeat.json and run.json say: what is no good of it is left out, and named.
+
+Jobs die while they write these files, disks err, and people open them. Whoever takes a record from here need not guard
+against that: what every record of its kind has is there, in its type, and a time is one; what some have is good, or not
+there. Must not know what a record is for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from ddpm.run.files import DamagedFile, parse_json, seconds, sign
+from ddpm.run.paths import RunDir
+
+Record = dict[str, Any]
+Kind = Mapping[str, Callable[[Any], bool]]
+"""Keys, and what their values may be."""
+
+
+# ---------------------------------------------------------------- what a value may be
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_job(value: Any) -> bool:
+    return _is_text(value) or _is_count(value)
+
+
+def _is_number(value: Any) -> bool:
+    """A loss may have been infinite, or none."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and seconds(value) > 0
+    except (ValueError, OverflowError, OSError):
+        return False
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_options(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(v) or v is True for v in value.values())
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_sign(value: Any) -> bool:
+    return _checked(value, SIGN)[1] == ""
+
+
+SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
+"""Of a life: what an event keeps of a heartbeat."""
+EVENT: Kind = {"event": _is_text, **SIGN}
+EVENT_TOO: Kind = {
+    **dict.fromkeys(("host", "stage", "set", "via", "reason", "successor_of"), _is_text),
+    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid"), _is_count),
+    **dict.fromkeys(("since", "former_life_ended"), _is_time),
+    **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
+}
+METRICS: Kind = {
+    **{"step": _is_count, "time": _is_time},
+    **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
+}
+METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number}
+BEAT: Kind = {**SIGN, "step": _is_count}
+BEAT_TOO: Kind = {"total_steps": _is_count, "host": _is_text, "loss": _is_number, "images_per_s": _is_number}
+RUN_TOO: Kind = {
+    **dict.fromkeys(("config_digest", "created"), _is_text),
+    **dict.fromkeys(("launch", "resolved"), _is_tree),
+    "command": _is_words,
+    "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
+}
+DATA: Kind = {"cache": _is_text}
+DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
+
+
+def _checked(record: Any, needed: Kind, too: Kind | None = None) -> tuple[Record | None, str]:
+    """The record without what is no good in it, None where that is needed; and what that is, or ""."""
+    if not isinstance(record, dict):
+        return None, "no JSON object"
+    for key, is_good in needed.items():
+        if key not in record:
+            return None, f"no {key}"
+        if not is_good(record[key]):
+            return None, f"{key} = {_short(record[key])}"
+    bad = [k for k, is_good in (too or {}).items() if record.get(k) is not None and not is_good(record[k])]
+    return {k: v for k, v in record.items() if k not in bad}, ", ".join(f"{k} = {_short(record[k])}" for k in bad)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "{…}" if isinstance(value, dict) else "[…]"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "a number beyond all bounds"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+# ---------------------------------------------------------------- lines
+
+
+def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[Record], list[bytes], str]:
+    """The records in a JSONL file; the lines that do not hold all they should; and what is wrong with it, or "".
+
+    A torn last line is left out without a word: its writer was killed, or is at it.
+    """
+    *lines, last = data.split(b"\n")
+    records, lost, told = [], [], []
+    for number, line in enumerate([*lines, last], start=1):
+        try:
+            record, wrong = _checked(parse_json(line), needed, too) if line.strip() else (None, "")
+        except ValueError:
+            record, wrong = None, "" if number > len(lines) else "no JSON"
+        if record is not None:
+            records.append(record)
+        if wrong:
+            lost.append(line)
+            told.append(f"line {number} of {name} {'cannot be used' if record is None else 'is odd'} ({wrong})")
+    more = f", nor {len(told) - 1} more" if told[1:] else ""
+    return records, lost, told[0] + more if told else ""
+
+
+def parse_events(data: bytes, name: str) -> tuple[list[Record], str]:
+    """The events in a file of events/, and what is wrong with it, or ""."""
+    records, _, wrong = parse_lines(data, name, EVENT, EVENT_TOO)
+    return records, wrong
+
+
+def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
+    """The records of metrics.jsonl; the lines that do not hold all they should; and what is wrong with it, or ""."""
+    return parse_lines(data, "metrics.jsonl", METRICS, METRICS_TOO)
+
+
+def read_metrics(run: RunDir) -> list[Record]:
+    """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look."""
+    try:
+        return parse_metrics(run.metrics.read_bytes())[0]
+    except FileNotFoundError:
+        return []
+
+
+def missing_lines(records: Sequence[Record], every_steps: int, *, saved_step: int = 0, logged_step: int = 0) -> str:
+    """Where lines of metrics are missing, or "".
+
+    every_steps: from line to line, as the config says now; what it once said is a distance that is found three times.
+    saved_step: a checkpoint's, which promises the lines before it. logged_step: of the last of them, where it is known.
+    """
+    steps = [0, *(r["step"] for r in records)]
+    found = Counter(b - a for a, b in pairwise(steps))
+    usual = max([every_steps, *(distance for distance, times in found.items() if times >= 3)])
+    gaps = [(a, b) for a, b in pairwise(steps) if b - a > usual]
+    if logged_step > steps[-1] or saved_step >= steps[-1] + usual:
+        gaps.append((steps[-1], max(logged_step, saved_step)))
+    more = f", nor of {len(gaps) - 1} more such gaps" if gaps[1:] else ""
+    return f"metrics.jsonl lacks lines of the steps from {gaps[0][0]} to {gaps[0][1]}{more}" if gaps else ""
+
+
+def parse_heartbeat(data: bytes) -> tuple[Record, str]:
+    """What a heartbeat says, {} where that is no good; and what is wrong with it, or ""."""
+    try:
+        record, wrong = _checked(parse_json(data), BEAT, BEAT_TOO)
+    except ValueError:
+        record, wrong = None, "no JSON"
+    return record or {}, f"heartbeat.json cannot be used ({wrong})" if wrong else ""
+
+
+def read_heartbeat(run: RunDir) -> Record:
+    """What the heartbeat says, {} where there is none that can be read."""
+    try:
+        return parse_heartbeat(run.heartbeat.read_bytes())[0]
+    except OSError:
+        return {}
+
+
+def read_run(run: RunDir) -> Record:
+    """What run.json says. Raises DamagedFile where it is missing or not what was written; that of an old run is not
+    signed."""
+    try:
+        record, wrong = _checked(parse_json(run.run_json.read_bytes()), {}, RUN_TOO)
+    except FileNotFoundError:
+        raise DamagedFile(f"{run.run_json} is missing: restore it, or this is no run directory") from None
+    except ValueError as e:
+        record, wrong = None, f"no JSON: {e}"
+    if record is None or wrong:
+        raise DamagedFile(f"{run.run_json} cannot be used ({wrong}): restore it")
+    if "self_sha256" in record and sign(record)["self_sha256"] != record["self_sha256"]:
+        raise DamagedFile(
+            f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
+        )
+    return record
+
+
+def data_of(run: RunDir) -> Record:
+    """What run.json says of the run's packed data; of weights that were trained elsewhere, only where it would lie.
+
+    Raises DamagedFile.
+    """
+    data = read_run(run).get("data")
+    if data is None:
+        raise DamagedFile(f"{run.run_json} does not say which data the run has: restore it")
+    return dict(data)

@@ -1,0 +1,104 @@
+"""What lies in checkpoints/ without a manifest: a save's own leftover goes, everything else is moved aside.
+
+A save says what it begins in `.saving-step-K.TOKEN`, durable before its .pt has a name, removed after its manifest has.
+The file holds its own inode number, so a copy of it says nothing: what lies beside that may be somebody's only copy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm.run.files import TMP_PREFIX, fsync_dir, publishing
+from ddpm.run.paths import RunDir, listed
+
+SIGN = ".saving-"
+ASIDE = "set-aside"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A save's word that it began."""
+
+    path: Path
+    step: int
+    is_ours: bool
+    """Whether it was written here, and is no copy."""
+
+
+def begin(run: RunDir, step: int, token: str, may_publish: Callable[[], None]) -> Path:
+    """Say that the generation of `step` is being saved; returns what to unlink when its manifest is there."""
+    path = run.checkpoints / f"{SIGN}{run.checkpoint(step).stem}.{token}"
+    with publishing(path, token=token, replace=True, may_publish=may_publish) as f:
+        f.write(f"{os.fstat(f.raw.fileno()).st_ino}\n".encode())
+    return path
+
+
+def signs(run: RunDir) -> list[Sign]:
+    found = []
+    for path in sorted(listed(run.checkpoints)):
+        if match := re.fullmatch(rf"{re.escape(SIGN)}step-(\d{{9,}})\..*", path.name):
+            try:
+                is_ours = path.read_text() == f"{path.stat().st_ino}\n"
+            except (OSError, ValueError):
+                is_ours = False
+            found.append(Sign(path, int(match[1]), is_ours))
+    return found
+
+
+def alone(run: RunDir) -> list[int]:
+    """Steps of which a .pt lies there without a manifest, and no save has left it here."""
+    names = {p.name for p in listed(run.checkpoints)}
+    found = (re.fullmatch(r"step-(\d{9,})\.pt", name) for name in sorted(names))
+    steps = [int(m[1]) for m in found if m and f"{m[0][:-3]}.json" not in names]
+    ours = {sign.step for sign in signs(run) if sign.is_ours}
+    return [step for step in steps if step not in ours]
+
+
+def clear(run: RunDir, may_remove: Callable[[], None], log: Callable[[str], None]) -> None:
+    """Remove what saves that failed or were killed have left, which would take the room of those to come.
+
+    EMA weights without a .pt or a sign stay: someone may have kept them on purpose. may_remove: asked after the look
+    around; it raises where a later job has the run, whose any of it may be. Raises OSError.
+    """
+    names = sorted(p.name for p in listed(run.checkpoints))
+    begun, others = signs(run), alone(run)
+    may_remove()
+    for name in names:
+        if name.startswith(TMP_PREFIX):
+            (run.checkpoints / name).unlink(missing_ok=True)
+    for step in (sign.step for sign in begun if sign.is_ours and run.manifest(sign.step).name not in names):
+        run.ema_weights(step).unlink(missing_ok=True)
+        run.checkpoint(step).unlink(missing_ok=True)
+    for step in others:
+        why = "no manifest, and no save has left it here"
+        set_aside(run, [run.checkpoint(step), run.ema_weights(step)], why, log)
+    for sign in begun:
+        sign.path.unlink(missing_ok=True)
+
+
+def set_aside(run: RunDir, paths: list[Path], why: str, log: Callable[[str], None]) -> None:
+    """Move what may be somebody's only copy out of the way, into checkpoints/set-aside/, and say so once.
+
+    Nothing there counts as a checkpoint, and nobody but people removes it. Raises OSError.
+    """
+    there = [p for p in paths if os.path.lexists(p)]
+    if not there:
+        return
+    aside = run.checkpoints / ASIDE
+    aside.mkdir(exist_ok=True)
+    number = 1
+    while any(os.path.lexists(aside / _numbered(p.name, number)) for p in there):
+        number += 1
+    for path in there:
+        path.rename(aside / _numbered(path.name, number))
+    fsync_dir(aside)
+    fsync_dir(run.checkpoints)
+    log(f"set aside: {', '.join(p.name for p in there)} reason={why} moved_to={aside}")
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}.{number}"

@@ -1,0 +1,111 @@
+"""Images that no run of ours made: a folder, a zip, an .npz or an .npy, read and scored where they lie.
+
+Owns which forms there are and that all images of a set have one size. Must not know runs or sample sets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.config.data import Data
+from ddpm.data import sources
+from ddpm.data.packed import PackedImages, images_digest, load_folder, open_source
+from ddpm.errors import RequestError
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
+from ddpm.sampling.shards import parse_npz
+from ddpm.scoring.extractors import Extractor
+from ddpm.scoring.gather import Gathered, gather
+from ddpm.scoring.reference import image_features, read_statistics, reference_of, write_statistics
+from ddpm.scoring.scores import all_scores
+
+ARRAYS = (".npz", ".npy")
+
+
+def load_images(path: Path, size: int | None = None) -> PackedImages:
+    """The images of a folder or zip, or an array uint8 (N, H, W, 3): an .npy, or an .npz's `images` or `arr_0`.
+
+    size: crop and resize them to so many pixels, as data is packed; None: as they are, which must be all of one size.
+    Raises RequestError.
+    """
+    if path.suffix not in ARRAYS:
+        return load_folder(path) if size is None else _resized(path, size)
+    images = _array(path)
+    if size is not None and images.shape[1:3] != (size, size):
+        from PIL import Image
+
+        images = np.stack([sources.to_square(Image.fromarray(image), size) for image in images])
+    return _packed(images, path)
+
+
+def _packed(images: np.ndarray, path: Path) -> PackedImages:
+    return PackedImages(images, np.zeros(len(images), np.int64), path.name, "all", images_digest(images))
+
+
+def _resized(path: Path, size: int) -> PackedImages:
+    try:
+        source = open_source(Data(name="images", path=str(path)))
+        splits = sorted(source.members)
+        images = [image for split in splits for image, _ in sources.read(source, split, size, path)]
+    except RequestError as e:
+        raise RequestError(str(e).removeprefix("data.path = ")) from None
+    return _packed(np.stack(images), path)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        if path.suffix == ".npy":
+            images = np.load(path, allow_pickle=False, mmap_mode="r")
+        else:
+            arrays = parse_npz(path.read_bytes(), path.name)
+            images = arrays.get("images", arrays.get("arr_0", np.empty(0)))
+    except (OSError, ValueError, EOFError, DamagedFile) as e:
+        raise RequestError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise RequestError(f"{path}: its images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
+    return images
+
+
+# ---------------------------------------------------------------- their scores
+
+
+def evaluate_images(images: Path, reference: Path, extractor: Extractor, size: int | None = None) -> dict[str, Any]:
+    """Score a set of images against another, or against an .npz of statistics. Writes nothing.
+
+    size: images on both sides are cropped and resized to it, and the record says how.
+    """
+    packed = load_images(images, size)
+    file = read_statistics(reference) if reference.suffix == ".npz" else None
+    if file is not None and "mu" in file.arrays:
+        against = file.reference(extractor, None)
+    else:
+        against = reference_of(load_images(reference, size), extractor, None)
+    return {
+        **all_scores(gather_images(packed, extractor), against, published=extractor.published),
+        "num_samples": len(packed),
+        **({} if size is None else {"resized": {"size": size, **sources.RESIZE}}),
+        "reference": against.record,
+        "extractor": extractor.record,
+        "created": files.now(),
+    }
+
+
+def gather_images(images: PackedImages, extractor: Extractor) -> Gathered:
+    return gather(image_features(images.images, extractor), len(images), classifier=extractor.classifier)
+
+
+def save_statistics(images: Path, path: Path, extractor: Extractor, size: int | None = None) -> int:
+    """Write a set's statistics as pytorch-fid's .npz, with its features beside; returns how many images there are.
+
+    Raises RequestError where `path` is there already, or is in no directory.
+    """
+    packed = load_images(images, size)
+    gathered = gather_images(packed, extractor)
+    try:
+        write_statistics(path, gathered, packed.name, images_digest=packed.digest, extractor_digest=extractor.digest)
+    except FileExistsError:
+        raise RequestError(f"{path}: exists, and is left as it is; name another file, or remove it") from None
+    return len(packed)

@@ -1,0 +1,61 @@
+"""Whether a batch can fit where it is to run, as far as that is known before. Refuses nothing that might work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ddpm.config.schema import Config
+from ddpm.config.train import divisors
+from ddpm.config.unet_shape import Structure
+from ddpm.errors import RequestError
+from launch.cluster.site import Site
+
+NO_GPU, NO_GPU_HAS = "no GPU has", 1 << 40
+LARGE_GPU = 80 << 30
+"""Bytes; most are smaller."""
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def check_batch(config: Config, site: Site) -> str | None:
+    """Raises RequestError where the images that a rank holds at a time cannot fit; returns a warning, or None.
+
+    What an image needs is a lower bound; tools/inspect_config.py estimates what it takes in fp32, but needs torch.
+    """
+    share = config.train.global_batch // site.world_size
+    images = config.train.micro_batch or share
+    each = Structure(image_size=config.data.image_size, **config.model.model_dump()).least_activation_bytes
+    limit, where = _memory(site)
+    key = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
+    told = (
+        f"{key} = {getattr(config.train, key.partition('.')[2])}: {images} images at a time on each rank keep at least "
+        f"{_gib(images * each)}"
+    )
+    if images * each > limit:
+        fits = [n for n in divisors(share) if n * each <= limit]
+        instead = f"train.micro_batch={fits[-1]}, which changes no step," if fits else "a smaller network"
+        raise RequestError(f"{told}, and {where} {_gib(limit)}; use {instead} or more memory")
+    if images * each > LARGE_GPU and where == NO_GPU:
+        fits = [n for n in divisors(share) if n * each <= LARGE_GPU]
+        return (
+            f"{told}, which few GPUs have; train.micro_batch={fits[-1] if fits else 1} changes no step and needs less"
+        )
+    return None
+
+
+def _memory(site: Site) -> tuple[int, str]:
+    """Bytes that a rank can have at most, and who has no more."""
+    on_gpu = Path("/dev/nvidiactl").exists() if site.is_local else site.gpus_per_node != 0
+    if on_gpu:  # null: one where the partition has GPUs
+        return NO_GPU_HAS, NO_GPU
+    if site.is_local:
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return whole // site.ranks_per_node, "a rank's share of this machine is"
+    if site.mem is None or int(site.mem.rstrip("KMGTkmgt")) == 0:  # 0: all of the node
+        return NO_GPU_HAS, "no node has for a rank"
+    unit = UNITS.get(site.mem[-1].upper(), 1 << 20)
+    return int(site.mem.rstrip("KMGTkmgt")) * unit // site.ranks_per_node, f"a rank's share of --mem {site.mem} is"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

@@ -1,0 +1,83 @@
+"""Which exceptions are no fault of this program, but the request's, a file's or the machine's: a person can act on
+their words. Any other keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+
+from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
+from ddpm.run.files import DamagedFile, not_ours
+
+LIMITS = {
+    "n": (resource.RLIMIT_NOFILE, "open files"),
+    "u": (resource.RLIMIT_NPROC, "processes and threads"),
+    "v": (resource.RLIMIT_AS, "memory"),
+}
+"""By ulimit's letter."""
+OF_ERRNO = {errno.EMFILE: "n", errno.EAGAIN: "u", errno.ENOMEM: "v"}
+OF_WORDS = {
+    "too many open files": "n",
+    "can't start new thread": "u",
+    "pthread_create failed": "u",
+    "cannot allocate memory": "v",
+    "failed to map segment": "v",
+    "can't allocate memory": "v",
+    "not enough memory": "v",
+}
+"""What libraries say in errors of their own."""
+
+
+def words(error: BaseException) -> str | None:
+    """What to tell of `error`, in a line or a few; None where it is a fault of this program."""
+    if isinstance(error, DDPMError | DamagedFile):
+        return str(error)
+    if letter := _limit(error):
+        return f"{_in_short(error)}: {_of_limit(letter)}"
+    if not isinstance(error, OSError):
+        return None
+    return ". ".join(filter(None, [_in_short(error), _whose(error)]))
+
+
+def of_a_job(error: BaseException) -> Exception | None:
+    """The same as an exception of ours. What the machine lacked, another start may find; another user's stays his."""
+    told = words(error)
+    if isinstance(error, DDPMError | DamagedFile) or told is None:
+        return error if isinstance(error, Exception) and told is not None else None
+    return DoNotRetry(told) if _whose(error) else NodeUnfit(told)
+
+
+def _whose(error: BaseException) -> str:
+    """Whose the file is that this user may not write, "" where that is not why."""
+    if not isinstance(error, PermissionError) or not error.filename:
+        return ""
+    return not_ours(Path(os.fsdecode(error.filename)))
+
+
+def _in_short(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+
+
+def _limit(error: BaseException) -> str | None:
+    """The letter of the limit that the error tells of."""
+    if isinstance(error, MemoryError):
+        return "v"
+    if isinstance(error, OSError) and error.errno in OF_ERRNO:
+        return OF_ERRNO[error.errno]
+    if isinstance(error, OSError | ImportError | RuntimeError):
+        said = str(error).lower()
+        return next((letter for mark, letter in OF_WORDS.items() if mark in said), None)
+    return None
+
+
+def _of_limit(letter: str) -> str:
+    number, what = LIMITS[letter]
+    soft = resource.getrlimit(number)[0]
+    if soft == resource.RLIM_INFINITY:
+        return f"this machine has no more {what}"
+    allowed = f"{soft // 1024} KiB of" if letter == "v" else str(soft)
+    return f"this shell allows a process {allowed} {what} (ulimit -{letter}): raise it"

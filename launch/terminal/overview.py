@@ -1,0 +1,166 @@
+"""One run as plain values, whatever of it exists: what cannot be read of it is told in words beside the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.errors import EXIT_BUSY, RequestError
+from ddpm.run.events import read_events_and_damage
+from ddpm.run.files import DamagedFile, read_json, read_signed, seconds
+from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
+from ddpm.run.state import finished_step
+from ddpm.scoring.record import SCORE_NAMES, all_scores
+from launch.cluster.slurm import Queued
+from launch.queue.waiting import slurm_jobs
+from launch.terminal import faults, goodput, standing
+
+SILENT_AFTER_S = 60.0
+TRAINING = ("submitted", "started", "resumed", "finished", "failed")
+
+T = TypeVar("T")
+
+
+class Damage:
+    """What of a run cannot be read, in words; the rest of it is shown all the same."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def tell(self, what: str) -> None:
+        if what and what not in self.told:
+            self.told.append(what)
+
+    def read(self, ask: Callable[[], T]) -> T | None:
+        """What `ask` says; None where its files are not to be had, which is told unless they do not exist."""
+        try:
+            return ask()
+        except FileNotFoundError:
+            return None
+        except (OSError, DamagedFile) as e:
+            self.tell(faults.words(e) or str(e))
+            return None
+
+
+def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
+    """One run as plain values, whatever of it exists. queued: what SLURM has, of all runs; None: it does not answer."""
+    damage = Damage()
+    closed = damage.read(lambda: listed(run.path)) is None
+    every, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
+    # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
+    events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
+    beat, no_beat = damage.read(lambda: parse_heartbeat(run.heartbeat.read_bytes())) or ({}, "")
+    metrics, _, no_metrics = damage.read(lambda: parse_metrics(run.metrics.read_bytes())) or ([], [], "")
+    last = metrics[-1] if metrics else {}
+    saved = damage.read(run.latest_step) or 0
+    config = _config(run, damage)
+    for what in (*odd, no_beat, no_metrics):
+        damage.tell(what)
+    _tell_what_lacks(run, config, every, metrics, saved, damage)
+    jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(events) if job in queued}
+    age = time.time() - seconds(beat["time"]) if beat else None
+    spent = goodput.breakdown(every, beat, time.time())
+    state = damage.read(lambda: _state(run, events, config, jobs, age)) or "unreadable"
+    latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
+    failed = latest.get("event") == "failed" and state not in ("running", "queued", "suspended", "held")
+    samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
+    scores = damage.read(lambda: _scores(run, damage)) or {}
+    problems = [latest.get("reason") if failed else None, *damage.told[: 1 if closed else None]]
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "state": state,
+        "step": max(saved, beat.get("step", 0)),
+        "saved_step": saved,
+        "total_steps": config.train.total_steps if config else 0,
+        "loss": last.get("loss"),
+        "images_per_s": last.get("images_per_s"),
+        "epoch": last.get("epoch"),
+        "jobs": {job: told.state for job, told in (jobs or {}).items()},
+        "waits": standing.waits(jobs or {}),
+        "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
+        "restarts": max(0, len({(e["job"], e["restart"]) for e in events if e["event"] in ("started", "resumed")}) - 1),
+        "goodput": goodput.share(spent),
+        "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
+        "heartbeat_age_s": None if age is None else round(age, 1),
+        "host": beat.get("host"),
+        "samples": samples,
+        "scores": scores,
+        "problem": "; ".join(filter(None, problems)) or None,
+    }
+
+
+def _tell_what_lacks(
+    run: RunDir,
+    config: Config | None,
+    events: list[dict[str, Any]],
+    metrics: list[dict[str, Any]],
+    saved: int,
+    damage: Damage,
+) -> None:
+    """What one file tells of and another lacks."""
+    damage.read(lambda: read_run(run))
+    damage.read(lambda: _check_newest(run, saved))
+    told = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
+    if told > saved:
+        damage.tell(f"its events tell of a checkpoint at step {told}, and checkpoints/ has none after step {saved}")
+    if saved and not events:
+        damage.tell(f"events/ tells nothing, and checkpoints/ has step {saved}")
+    if config:
+        damage.tell(missing_lines(metrics, config.log.every_steps, saved_step=saved))
+
+
+def _check_newest(run: RunDir, saved: int) -> None:
+    """Raises DamagedFile where the newest checkpoint cannot be whole; its content is not read."""
+    if saved:
+        manifest, file = read_signed(run.manifest(saved)), run.checkpoint(saved)
+        if not file.is_file() or file.stat().st_size != manifest.get("bytes"):
+            raise DamagedFile(f"{file.name} is not whole: {manifest.get('bytes')} bytes were saved")
+
+
+def _scores(run: RunDir, damage: Damage) -> dict[str, Any]:
+    """What each score of the run says, where it holds."""
+    scores = {}
+    for score in all_scores(run):
+        if score.damage:
+            damage.tell(f"eval/ holds no score in {score.damage}")
+        else:
+            scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
+    return scores
+
+
+def _config(run: RunDir, damage: Damage) -> Config | None:
+    """The run's config; None where it cannot be read, as one that is torn, or another version's."""
+    try:
+        config = reading.of_run(run)
+    except (RequestError, DamagedFile, OSError) as e:
+        damage.tell(str(e).splitlines()[0])
+        return None
+    if config.train.total_steps is None:
+        damage.tell("its config has no length in steps")
+        return None
+    return config
+
+
+def _shards(request: Path, where: Path) -> str:
+    asked = (read_json(request) or {}).get("shards")
+    there = sum(p.name.startswith("shard-") and p.suffix == ".json" for p in listed(where))
+    return f"{there}/{asked if isinstance(asked, int) else '?'}"
+
+
+def _state(
+    run: RunDir,
+    events: list[dict[str, Any]],
+    config: Config | None,
+    jobs: dict[str, Queued] | None,
+    age: float | None,
+) -> str:
+    """How the run stands, by its directory and SLURM: standing.py has the words."""
+    finished = config is not None and finished_step(run, config) is not None
+    beats = age is not None and abs(age) < SILENT_AFTER_S
+    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats))

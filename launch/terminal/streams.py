@@ -1,0 +1,48 @@
+"""Standard streams as this process can use them: there, and harmless to the terminal behind them."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+from ddpm.run.log import plain_lines
+
+
+class Plain:
+    """A stream that shows control characters, where the one below would send them to a terminal, which obeys."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(plain_lines(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def below(stream: Any) -> Any:
+    """For what draws on a terminal: the stream itself."""
+    return stream._stream if isinstance(stream, Plain) else stream
+
+
+def make_safe() -> None:
+    """Call it first. A stream that whoever started us has closed goes nowhere: else the next file that is opened has
+    its number, and what is printed lands there."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: PTH123 - open for as long as we live
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no é is no reason to die
+        if not isinstance(stream, Plain):
+            setattr(sys, name, Plain(stream))

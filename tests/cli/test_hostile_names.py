@@ -1,0 +1,89 @@
+"""Names and values that a terminal, rich, a shell or SLURM would obey: shown as they are, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.harness import Shell, png, write_zip
+from tests.conftest import PROJECT
+
+ESCAPE = "\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--sbatch", "comment=a\n#SBATCH --wrap=x"], r"sbatch.comment = 'a\n#SBATCH --wrap=x': must be one line"),
+        (["--partition", f"gpu{ESCAPE}"], r"partition = 'gpu\x1b[31m'"),
+        (["--root", "runs\n#SBATCH --wrap=x"], r"runs\n#SBATCH --wrap=x': has control characters"),
+        (["data.path=\udcff", "data.name=images"], "data.path"),
+        (["--root", "runs%j"], "SLURM reads % and \\ in a path as a pattern"),
+    ],
+)
+def test_what_would_be_a_second_line_of_a_script_is_refused(shell: Shell, args: list[str], told: str) -> None:
+    shell.put("sbatch", "exit 9")
+    said = shell.refused("submit", "tiny.yaml", "--dry-run", *args)
+    assert told in said and said.replace("\n", "").isprintable()
+
+
+def test_a_profile_whose_values_have_several_lines_is_refused_and_its_setup_may_have_them(shell: Shell) -> None:
+    (shell.cwd / "site.yaml").write_text('scratch: "/a\\nb"\n')
+    assert "scratch" in shell.refused("submit", "tiny.yaml", "--dry-run", "--profile", "site.yaml")
+    (shell.cwd / "site.yaml").write_text('setup: ["module load a\\nmodule load b", "export C=1"]\n')
+    done = shell("submit", "tiny.yaml", "--prepare", "--cluster", "local", "--profile", "site.yaml")
+    assert done.returncode == 0, done.stderr
+    assert (shell.root / "tiny" / "setup.sh").read_text() == "module load a\nmodule load b\nexport C=1\n"
+
+
+def test_classes_with_control_characters_are_shown_without_them(shell: Shell) -> None:
+    write_zip(shell.cwd / "images.zip", {f"{ESCAPE}{c}\n/x{i}.png": png(8, i) for i, c in enumerate("ab")})
+    said = shell.refused(
+        "submit", "tiny.yaml", "--cluster", "local", "data.name=images", "data.path=images.zip", "model.num_classes=3"
+    )
+    assert said.rstrip("\n").isprintable(), said
+
+
+def test_a_run_whose_folder_has_an_odd_name_is_shown_with_it(again: Shell) -> None:
+    odd = ["[red]x", f"a{ESCAPE}b", ":smile:", "c\nd", "é\udcff"]
+    for name in odd:
+        shutil.copytree(again.root / "tiny", again.root / name)
+    done = again("status")
+    assert done.returncode == 0 and done.stdout.replace("\n", "").isprintable(), done.stderr
+    shown = {line.split()[0] for line in done.stdout.splitlines() if "400/400" in line}
+    assert shown == {"tiny", "[red]x", "a\\x1b[31mb", ":smile:", "c\\nd", "é\\udcff"}
+    rows = json.loads(again("status", "--json").stdout)
+    assert {row["name"] for row in rows} == {"tiny", *odd}
+
+
+def test_a_reason_with_control_characters_is_shown_without_them(again: Shell) -> None:
+    event = {"event": "failed", "time": "2100-01-01T00:00:00.000Z", "job": f"9{ESCAPE}", "restart": 2}
+    (again.root / "tiny" / "events" / "9.2.jsonl").write_text(json.dumps({**event, "reason": f"{ESCAPE}\r\nok"}))
+    for args in ([], ["--events"]):
+        done = again("status", *args)
+        assert done.returncode == 0 and r"\x1b[31m\r\nok" in done.stdout
+        assert done.stdout.replace("\n", "").isprintable()
+
+
+def test_a_set_whose_name_is_an_option_is_refused(finished: Shell) -> None:
+    assert "do not begin with a dash" in finished.refused("sample", "tiny", "--set=-png", "--cluster", "local")
+
+
+@pytest.mark.parametrize("folder", ["a b'$(touch CANARY)\"", "ä;touch CANARY #"])
+def test_the_project_may_lie_in_a_folder_with_an_odd_name(shell: Shell, folder: str, tmp_path: Path) -> None:
+    project = tmp_path / folder
+    for name in ("ddpm", "launch", "slurm", "configs"):
+        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    _, options = shell.command("submit")
+    options["env"] |= {"PYTHONPATH": ""}
+    argv = [sys.executable, str(project / "launch" / "submit.py"), "tiny.yaml", "--dry-run"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=240, **options)
+    assert done.returncode == 0, done.stderr
+    script = done.stdout[done.stdout.index("#!/bin/bash") :].split('. "$DDPM_HOME')[0] + 'printf %s "$DDPM_HOME"'
+    checked = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert checked.stdout == str(project) and not list(tmp_path.rglob("CANARY"))

@@ -1,0 +1,155 @@
+"""launch/life/inputs.py: a life trains on the data that the run was submitted with, whole, or says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm.config.schema import Config
+from ddpm.data import packed
+from ddpm.data.labels import labels_record
+from ddpm.data.packed import PackedImages
+from ddpm.errors import DoNotRetry
+from ddpm.run.fence import Fence
+from ddpm.run.files import DamagedFile
+from launch.cluster.environment import JobEnvironment
+from launch.life import inputs
+from launch.life.life import Life
+from tests.images import write_zip
+from tests.training import ALONE, make_config, make_run
+
+
+class Here:
+    """A run of folders of images, two classes, with its packed data and its record."""
+
+    def __init__(self, tmp_path: Path, num_classes: int = 2, **data: Any) -> None:
+        self.source = tmp_path / "images"
+        shutil.unpack_archive(write_zip(tmp_path / "a.zip", num_images=8, splits=("train",)), self.source)
+        there = {"data__name": "images", "data__path": str(self.source)}
+        self.config: Config = make_config(**there, model__num_classes=num_classes)
+        self.cache, self.run = tmp_path / "cache", make_run(tmp_path / "run")
+        self.key, self.good = packed.pack(self.config.data, "train", self.cache)
+        self.images = self.good.images.copy()
+        self.data = {"cache": str(self.cache), "key": self.key, "digest": self.good.digest, "scratch": None, **data}
+        self.record(labels=labels_record(self.good))
+
+    def record(self, **more: Any) -> None:
+        self.run.run_json.write_text(json.dumps({"data": self.data, **more}))
+
+    @property
+    def kept(self) -> Any:
+        return json.loads(self.run.run_json.read_text()).get("labels")
+
+    def open(self, fence: Fence | None = None) -> PackedImages:
+        env = JobEnvironment("local", "1", 0, "n1", 0, 1, 0, "", 0, 1, None, "")
+        return inputs.packed_data(Life(self.run, lambda: None, env), self.config, ALONE, fence)  # type: ignore[arg-type]
+
+    def flip_pixel(self) -> None:
+        path = self.cache / self.key / "images.npy"
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+    def flip_label(self) -> None:
+        labels = np.load(self.cache / self.key / "labels.npy")
+        labels[0] ^= 1
+        np.save(self.cache / self.key / "labels.npy", labels)
+
+
+DAMAGES: dict[str, tuple[Callable[[Here], object], str]] = {
+    "a pixel": (Here.flip_pixel, "is damaged.*these are not the pixels"),
+    "a label": (Here.flip_label, "is damaged.*these are not the labels"),
+    "no meta.json": (lambda h: (h.cache / h.key / "meta.json").unlink(), "is damaged.*meta.json"),
+    "gone": (lambda h: shutil.rmtree(h.cache), "is gone"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_data_that_is_damaged_or_gone_is_packed_again_by_the_job(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Here(tmp_path)
+    damage, words = DAMAGES[case]
+    damage(here)
+    there = here.open()
+    assert (there.images == here.images).all() and (there.labels == here.good.labels).all()
+    out = capsys.readouterr().out
+    assert all(word in out for word in words.split(".*")) and "packing it again" in out
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_where_it_cannot_be_packed_again_the_job_ends_for_good_with_what_to_do(tmp_path: Path, case: str) -> None:
+    here = Here(tmp_path)
+    DAMAGES[case][0](here)
+    shutil.rmtree(here.source)
+    with pytest.raises(
+        DoNotRetry, match=r"images: does not exist.* cannot be packed again here: .*submit the run again"
+    ):
+        here.open()
+
+
+def test_a_flipped_label_in_a_cache_of_before_is_found_by_what_the_run_keeps_and_mended(tmp_path: Path) -> None:
+    here = Here(tmp_path)
+    (here.cache / here.key / "labels.json").unlink()
+    here.flip_label()
+    assert (here.open().labels == here.good.labels).all()
+    (here.cache / here.key / "labels.json").unlink()
+    here.flip_label()
+    shutil.rmtree(here.source)
+    with pytest.raises(DoNotRetry, match=r"does not exist.*'across' had 4 images and has 3.* cannot be packed again"):
+        here.open()
+
+
+def renamed(here: Here) -> None:
+    """A file of each class goes to the other: the same images in the same order, with other labels."""
+    shutil.rmtree(here.cache)
+    here.source.joinpath("train", "across").rename(here.source / "train" / "along")
+
+
+@pytest.mark.parametrize("num_classes", [2, 0])
+def test_a_job_does_not_train_on_with_other_classes_unless_the_model_has_none(tmp_path: Path, num_classes: int) -> None:
+    here = Here(tmp_path, num_classes)
+    renamed(here)
+    if num_classes:
+        with pytest.raises(DoNotRetry, match=r"class 0 was 'across' and is 'along' now\. Restore it"):
+            here.open()
+    else:
+        assert (here.open().images == here.images).all()
+
+
+def test_a_run_of_before_gets_its_labels_at_its_next_start_and_they_are_compared_from_then_on(tmp_path: Path) -> None:
+    here = Here(tmp_path)
+    here.record(other="stays")
+    fence = Fence(here.run, {"job": "1", "restart": 0, "host": "n1"}, wait_s=0)
+    try:
+        here.open(fence)
+        assert here.kept == labels_record(here.good)
+        assert json.loads(here.run.run_json.read_text())["other"] == "stays"
+        renamed(here)
+        with pytest.raises(DoNotRetry, match="class 0 was 'across' and is 'along' now"):
+            here.open(fence)
+    finally:
+        fence.release()
+
+
+@pytest.mark.parametrize("record", [{}, {"data": 1}, {"data": {}}, {"data": {"cache": 1, "key": "k", "digest": "d"}}])
+def test_a_record_that_does_not_say_where_the_data_is_ends_the_job_in_a_sentence(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    here = Here(tmp_path)
+    here.run.run_json.write_text(json.dumps(record))
+    with pytest.raises(DamagedFile, match=r"run\.json .*restore it"):
+        here.open()
+
+
+def test_a_damaged_copy_on_scratch_is_made_anew_by_the_job(tmp_path: Path) -> None:
+    here = Here(tmp_path, scratch=str(tmp_path / "scratch"))
+    here.open()
+    copy = tmp_path / "scratch" / "ddpm-hpc" / here.key / "images.npy"
+    copy.write_bytes(copy.read_bytes()[:-1] + bytes([copy.read_bytes()[-1] ^ 1]))
+    there = here.open()
+    assert there.images.filename == copy and (there.images == here.images).all()  # type: ignore[attr-defined]

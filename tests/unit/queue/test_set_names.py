@@ -1,0 +1,74 @@
+"""The name of a sample set: allowed whatever is asked for, another for each value, and that of before for old sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.config.schema import Config
+from ddpm.run.paths import RunDir, check_name
+from launch.queue.sets import set_of
+from tests.training import make_config, make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+def asking(**sample: Any) -> Config:
+    guided = {"model__num_classes": 10, "train__label_dropout": 0.1}
+    return make_config(**guided, **{f"sample__{key}": value for key, value in sample.items()})
+
+
+ODD = (1e-7, 1e22, 1e300, 5e-324, 0.0, 1.5, 2.0, 1.2345678, 1.23456789012345, 0.1 + 0.2, 0.3, 123456.7, 123456.8)
+
+
+def test_every_guidance_and_eta_has_a_name_of_its_own_that_is_allowed(run: RunDir) -> None:
+    guided = [set_of(run, asking(guidance=value), 8) for value in ODD]
+    noisy = [set_of(run, asking(sampler="ddim", eta=value), 8) for value in (0.1, 1 / 3, 0.333333, 1e-7, 0.0)]
+    assert len({*guided, *noisy}) == len(ODD) + 5
+    for name in (*guided, *noisy):
+        check_name(name)
+
+
+def test_usual_numbers_are_named_as_ever(run: RunDir) -> None:
+    assert set_of(run, asking(guidance=1.5), 8) == "ddim4-guided1.5-step8-seed0"
+    assert set_of(run, asking(guidance=2), 8) == "ddim4-guided2-step8-seed0"
+    assert set_of(run, asking(sampler="ddim", eta=0.5, guidance=0.25), 8) == "ddim4-eta0.5-guided0.25-step8-seed0"
+
+
+def test_minus_zero_is_zero(run: RunDir) -> None:
+    minus, zero = asking(guidance=-0.0, eta=-0.0), asking(guidance=0.0, eta=0.0)
+    assert str(minus.sample.guidance) == str(minus.sample.eta) == "0.0"
+    assert set_of(run, minus, 8) == set_of(run, zero, 8)
+
+
+def test_a_name_that_would_be_too_long_is_made_to_fit_and_stays_its_own(run: RunDir) -> None:
+    long = {"sampler": "ddim", "eta": 0.1 + 0.2, "clip_x_0": False, "class_plan": [4, *[0] * 9], "seed": 2**63 - 1}
+    names = [
+        set_of(run, asking(**long, guidance=value), 10**9) for value in (1.2345678901234567e-10, 1.234567890123e-10)
+    ]
+    assert len(set(names)) == 2
+    for name in names:
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("former", "eta", "guidance"),
+    [
+        ("ddim4-step8-seed0", 0.5, None),
+        ("ddim4-guided1.23457-step8-seed0", 0.0, 1.2345678),
+        ("ddim4-eta0.333333-step8-seed0", 1 / 3, None),
+    ],
+)
+def test_a_set_of_before_goes_on_under_its_name(run: RunDir, former: str, eta: float, guidance: float | None) -> None:
+    config = asking(sampler="ddim", eta=eta, guidance=guidance)
+    assert set_of(run, config, 8) != former
+    (run.samples / former).mkdir(parents=True)
+    (run.samples / former / "request.json").write_text(json.dumps({"eta": eta, "guidance": guidance}))
+    assert set_of(run, config, 8) == former
+    assert set_of(run, asking(sampler="ddim", eta=0.25, guidance=guidance), 8) != former

@@ -1,0 +1,72 @@
+"""ddpm/run/events.py: the lives of a run in their order, whatever clocks and files say."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from ddpm.run.events import EventLog, in_order, read_events
+from ddpm.run.paths import RunDir
+
+
+def told(job: str, restart: int, *events: tuple[str, str], follows: tuple[str, int, str] | None = None) -> Any:
+    lines: list[dict[str, Any]] = [
+        {"event": event, "time": f"{at}.000Z" if at else at, "job": job, "restart": restart} for event, at in events
+    ]
+    if follows:
+        lines[0]["last_sign"] = {"job": follows[0], "restart": follows[1], "time": f"{follows[2]}.000Z"}
+    return lines
+
+
+def names(files: list[Any]) -> list[str]:
+    return [f"{e['job']}.{e['restart']} {e['event']}" for e in in_order(files)]
+
+
+def test_events_of_several_writers_are_merged_by_time() -> None:
+    life = told("17", 0, ("started", "2026-11-20T09:00:00"), ("checkpoint", "2026-11-20T09:10:00"))
+    sampling = told("18", 0, ("allocated", "2026-11-20T09:05:00"), follows=("17", 0, "2026-11-20T09:04:00"))
+    assert names([life, sampling]) == ["17.0 started", "18.0 allocated", "17.0 checkpoint"]
+
+
+def test_a_node_whose_clock_is_behind_does_not_put_a_life_before_the_one_it_follows() -> None:
+    submitted = told("17", 0, ("submitted", "2026-11-20T08:00:00"))
+    first = told("17", 0, ("started", "2026-11-20T07:30:00"), ("requeued", "2026-11-20T09:10:00"))
+    second = told("17", 1, ("resumed", "2026-11-20T08:40:00"), ("checkpoint", "2026-11-20T08:50:00"))
+    other = told(
+        "3", 0, ("resumed", "2026-11-20T08:10:00"), ("finished", "2026-11-20T08:20:00"),
+        follows=("17", 1, "2026-11-20T08:55:00"),
+    )  # fmt: skip
+    expected = ["17.0 submitted", "17.0 started", "17.0 requeued", "17.1 resumed", "17.1 checkpoint",
+                "3.0 resumed", "3.0 finished"]  # fmt: skip
+    files = [submitted, first, second, other]
+    for _ in range(5):
+        random.shuffle(files)
+        assert names(files) == expected
+
+
+def test_a_clock_that_is_set_back_within_a_life_changes_nothing_of_its_order() -> None:
+    life = told("17", 0, ("started", "2030-01-01T00:00:00"), ("checkpoint", "2026-11-20T09:00:00"))
+    heir = told("17", 1, ("resumed", "2026-11-20T09:10:00"))
+    assert names([heir, life]) == ["17.0 started", "17.0 checkpoint", "17.1 resumed"]
+
+
+def test_bad_times_and_lives_that_follow_each_other_end_nothing(run: RunDir) -> None:
+    at = "2026-11-20T09:00:00"
+    one = told("17", 0, ("started", at), ("checkpoint", at), follows=("18", 0, at))
+    other = told("18", 0, ("started", at), follows=("17", 0, at))
+    assert sorted(names([one, other])) == ["17.0 checkpoint", "17.0 started", "18.0 started"]
+    run.events.mkdir()
+    lines = [{**one[0], "time": bad} for bad in ({}, 7, "", "2026", "9999999-01-01T00:00:00Z")] + [{}, one[1]]
+    (run.events / "17.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [e["event"] for e in read_events(run)] == ["checkpoint"]
+
+
+def test_a_run_that_is_gone_is_not_made_anew_by_an_event(run: RunDir) -> None:
+    log = EventLog(run, "17", 0, "n1")
+    run.path.rename(run.path.with_name("moved"))
+    try:
+        log.append("checkpoint", step=3)
+    except FileNotFoundError:
+        pass
+    assert not run.path.exists()

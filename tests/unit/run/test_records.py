@@ -1,0 +1,96 @@
+"""ddpm/run/records.py: what is no good in a run's small files is left out and named, and never copied on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.run.events import EventLog, read_events, read_events_and_damage
+from ddpm.run.files import DamagedFile, sign
+from ddpm.run.paths import RunDir
+from ddpm.run.records import missing_lines, parse_metrics, read_heartbeat, read_run
+
+BEAT = {"time": "2026-11-20T09:00:00.000Z", "step": 3, "total_steps": 9, "job": "17", "restart": 0, "host": "n1"}
+
+
+@pytest.mark.parametrize("bad", [{"time": "soon"}, {"time": 17}, {"restart": "x"}, {"job": None}, {"step": 1.5}])
+def test_a_heartbeat_that_is_no_good_is_not_copied_into_an_event(tmp_path: Path, bad: dict[str, Any]) -> None:
+    run = RunDir(tmp_path)
+    for beat, sign_of_life in (
+        (BEAT, {k: BEAT[k] for k in ("job", "restart", "time", "step")}),
+        ({**BEAT, **bad}, None),
+    ):
+        run.heartbeat.write_text(json.dumps(beat))
+        EventLog(run, str(beat.get("job")), 1, "n1", since=BEAT["time"]).append("allocated")
+        assert read_events(run)[-1]["last_sign"] == sign_of_life
+        for path in run.events.iterdir():
+            path.unlink()
+    assert read_heartbeat(run) == {}
+
+
+def test_an_odd_field_that_not_every_event_has_is_left_out_and_the_event_stays(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    EventLog(run, "17", 0, "n1").append("requeued", step=4, progress="far", reason="crash")
+    events, damage = read_events_and_damage(run)
+    assert [(e["reason"], "progress" in e) for e in events] == [("crash", False)]
+    assert damage == ["line 1 of events/17.0.jsonl is odd (progress = 'far')"]
+
+
+def test_a_torn_last_line_is_no_damage_and_any_other_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    log = EventLog(run, "17", 0, "n1")
+    log.append("started", step=0)
+    with log.path.open("ab") as f:
+        f.write(b'{"event": "check')
+    assert read_events_and_damage(run)[1] == []
+    log.append("resumed", step=4)
+    events, damage = read_events_and_damage(run)
+    assert [e["event"] for e in events] == ["started", "resumed"]
+    assert damage == ["line 2 of events/17.0.jsonl cannot be used (no JSON)"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "saved", "logged", "told"),
+    [
+        ([], 100, 0, 0, ""),
+        ([], 100, 99, 0, ""),
+        ([], 100, 100, 0, "from 0 to 100"),
+        ([100, 200, 300], 100, 350, 0, ""),
+        ([100, 200, 250], 100, 250, 0, ""),  # the end of an earlier total
+        ([100, 200, 300], 100, 400, 0, "from 300 to 400"),
+        ([100, 200, 300], 100, 350, 350, "from 300 to 350"),
+        ([100, 300, 400], 100, 400, 0, "from 100 to 300"),
+        ([200, 400, 600, 650, 700], 50, 700, 0, ""),  # the config once said 200
+        ([10, 20, 30, 60, 70, 110], 10, 119, 0, "from 30 to 60, nor of 1 more"),
+    ],
+)
+def test_lines_of_metrics_that_are_missing_are_found(
+    steps: list[int], every: int, saved: int, logged: int, told: str
+) -> None:
+    found = missing_lines([{"step": s} for s in steps], every, saved_step=saved, logged_step=logged)
+    assert found == "" if not told else told in found
+
+
+def test_a_loss_that_was_infinite_is_a_number_and_a_word_is_none() -> None:
+    line = {**dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), float("inf")), "step": 1}
+    line["time"] = BEAT["time"]
+    good, bad = json.dumps(line), json.dumps({**line, "lr": "low"})
+    records, odd, told = parse_metrics(f"{good}\n{bad}\n".encode())
+    assert (len(records), odd) == (1, [bad.encode()]) and "line 2" in told and "lr = 'low'" in told
+
+
+def test_a_run_json_that_was_changed_is_not_trusted_unless_it_was_never_signed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(DamagedFile, match=r"run\.json is missing"):
+        read_run(run)
+    record = {"name": "a", "data": {"cache": "/c", "key": "k", "digest": "d", "num_images": 3}}
+    run.run_json.write_text(json.dumps(sign(record)))
+    assert read_run(run)["data"]["num_images"] == 3
+    run.run_json.write_text(json.dumps(sign(record)).replace('"a"', '"b"'))
+    with pytest.raises(DamagedFile, match="not as it was written"):
+        read_run(run)
+    run.run_json.write_text(json.dumps(record))
+    assert read_run(run) == record

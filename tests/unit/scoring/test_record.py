@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir
+from ddpm.scoring import record as records
+from ddpm.scoring.record import all_scores, publish_score, read_score, scores_of, told
+
+OLD: dict[str, Any] = {
+    "fid": 4.2134,
+    "num_samples": 50_000,
+    "reference": {"name": "cifar10", "split": "train", "num_images": 50_000, "digest": "ab" * 32},
+    "extractor": {"name": "inception", "weights_sha256": "6726825d" + "0" * 56, "resize": "bilinear"},
+    "checkpoint": {"step": 800_000, "sha256": "cd" * 32, "weights": "ema"},
+    "sampler": {"name": "ddim", "steps": 100, "eta": 0.0, "guidance": None},
+    "nfe": 100,
+    "seed": 0,
+    "precision": "fp32",
+    "created": "2026-11-26T17:17:32.624Z",
+    "command": ["python"],
+}
+"""A score as they were before they were signed."""
+NEW = {**OLD, "fid_interval": [4.15, 4.27], "dimensions": 2048}
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+# ---------------------------------------------------------------- whether one holds
+
+
+def test_a_score_is_read_as_it_was_published(tmp_path: Path) -> None:
+    path = publish_score(RunDir(tmp_path), "a", NEW)
+    assert path == tmp_path / "eval" / "a.json" and read_score(path) == files.sign(NEW)
+
+
+def test_a_score_with_any_bit_changed_is_damaged(tmp_path: Path) -> None:
+    path = publish_score(RunDir(tmp_path), "a", NEW)
+    whole = path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(whole)), 600):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            assert read_score(path) == files.sign(NEW)  # a blank that became another one
+        except DamagedFile:
+            pass
+
+
+def test_a_score_from_before_they_were_signed_is_read_as_it_is(tmp_path: Path) -> None:
+    assert read_score(write(tmp_path / "a.json", OLD)) == OLD
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({**files.sign(NEW), "fid": 2.0}, "self_sha256 does not match"),
+        (NEW, "has no self_sha256"),
+        ({**OLD, "fid": "4.2"}, "its fid is '4.2', no number"),
+        ({**OLD, "fid": True}, "its fid is True"),
+        ({**OLD, "fid": float("nan")}, "its fid is nan"),
+        ({k: v for k, v in OLD.items() if k != "fid"}, "it has no score"),
+        ({k: v for k, v in OLD.items() if k != "num_samples"}, "its num_samples is None"),
+        ({**OLD, "sampler": "ddim"}, "its sampler is 'ddim'"),
+        ({**OLD, "reference": {}}, "its reference has no name"),
+        ([OLD], "not a JSON object"),
+        ("4.2", "not a JSON object"),
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"fid": 4.2', "not JSON"),
+    ],
+)
+def test_what_does_not_hold_is_named_and_is_no_score(tmp_path: Path, value: Any, why: str) -> None:
+    (tmp_path / "eval").mkdir()
+    write(tmp_path / "eval" / "a.json", value)
+    with pytest.raises(DamagedFile, match=f"a.json: .*{why}"):
+        read_score(tmp_path / "eval" / "a.json")
+    (score,) = all_scores(RunDir(tmp_path))
+    assert (score.name, score.record) == ("a", {}) and why in score.damage
+
+
+def test_a_directory_in_a_scores_place_is_damage_and_makes_room(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (run.score("a") / "kept").mkdir(parents=True)
+    assert "cannot be read" in scores_of(run, "a")[0].damage
+    assert read_score(publish_score(run, "a", NEW)) == files.sign(NEW)
+    assert [s.damage for s in all_scores(run)] == [""] and list(run.eval.glob("a.json.damaged-*/kept"))
+
+
+# ---------------------------------------------------------------- many of them
+
+
+def test_every_score_of_a_set_has_a_file_and_none_is_overwritten(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    test = {"name": "cifar10", "split": "test", "num_images": 10_000, "digest": "ef" * 32}
+    mine = {"name": "my statistics?/..", "split": None, "num_images": None, "digest": "01" * 32}
+    several = [NEW, {**NEW, "reference": test}, {**NEW, "reference": mine}, {**NEW, "reference": test, "seed": 1}]
+    paths = [publish_score(run, "ddim100-eta0.5", record) for record in several]
+    relative = [str(p.relative_to(run.eval)) for p in paths]
+    further = "ddim100-eta0.5/"
+    assert relative[:3] == [
+        "ddim100-eta0.5.json",
+        f"{further}test-inception.json",
+        f"{further}my-statistics-..-inception.json",
+    ]
+    assert relative[3].startswith(f"{further}test-inception-")
+    assert [read_score(p) for p in paths] == [files.sign(r) for r in several]
+    assert publish_score(run, "ddim100-eta0.5", several[3]) == paths[3]
+    publish_score(run, "b", NEW)
+    assert [s.path for s in all_scores(run)] == [run.score("b"), paths[0], paths[2], paths[1], paths[3]]
+
+
+def test_a_run_without_scores_has_none(tmp_path: Path) -> None:
+    assert all_scores(RunDir(tmp_path)) == [] and scores_of(RunDir(tmp_path), "a") == []
+
+
+# ---------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "FID 4.21, ddim 100, 50,000 vs train"),
+        ({"fid_interval": [3.8, 4.6]}, "FID 4.2, ddim 100, 50,000 vs train"),
+        ({"fid": 4.2134, "fid_interval": [-46.0, 54.0]}, "FID 0, ddim 100, 50,000 vs train"),
+        ({"num_samples": 5_000}, "FID 4.21 (under 10,000 samples), ddim 100, 5,000 vs train"),
+        ({"num_samples": 600}, "FID 4.21 (fewer samples than the 2,048 dimensions), ddim 100, 600 vs train"),
+        ({"reference": {"name": "b\x1b[2J", "split": None}}, r"FID 4.21, ddim 100, 50,000 vs b\x1b[2J"),
+        (
+            {"sampler": {"name": "ddim", "guidance": 1.5}, "nfe": 200},
+            "FID 4.21, ddim guided 1.5 200, 50,000 vs train",
+        ),
+    ],
+)
+def test_a_score_says_what_it_is_of_and_no_more_than_it_means(changes: dict[str, Any], line: str) -> None:
+    assert told({**NEW, **changes}) == line
+
+
+def test_what_is_no_fid_is_not_called_so() -> None:
+    other = {k: v for k, v in OLD.items() if k != "fid"}
+    other |= {"frechet_distance": 165.287, "extractor": {"name": "pixels"}, "num_samples": 600}
+    assert told(other) == (
+        "Fréchet distance 165 (fewer samples than the 768 dimensions), ddim 100, 600 vs train, pixels features"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "uncertain_by", "shown"),
+    [(3.1712, 0.043, "3.17"), (3.1712, 0.43, "3.2"), (317.12, 4.3, "317"), (317.12, 43.0, "320"), (0.0, None, "0.00")],
+)
+def test_numbers_are_shown_to_the_first_digit_that_is_uncertain(value: float, uncertain_by: float, shown: str) -> None:
+    assert records.rounded(value, uncertain_by) == shown

@@ -1,0 +1,304 @@
+"""A run with everything that a run can hold, half-done and finished, and what people do with it.
+
+Both are one run at two moments: stopped at half its steps, with a set scored and another half made; and ended, with the
+chain's set made and scored. They lie at one path, which a cell of the table is put back to, so that the paths in its
+records hold. What people do is done in forked processes, which start fast: this one has loaded all and started no
+threads. As root they are another user's, who is refused what modes forbid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import EXIT_REQUEUE
+from ddpm.run.paths import RunDir, SampleSet
+from tools.chaos.lives import TINY, at_steps, stop
+
+NOBODY = 65534
+LONGEST_S = 60
+STEPS, HALF, EARLY = 12, 6, 3
+CONFIG = [
+    *TINY, "data.name=images", "model.num_classes=2", f"train.total_steps={STEPS}", "log.every_steps=2",
+    f"checkpoint.every_steps={EARLY}", f"checkpoint.milestone_every_steps={HALF}", "sample.num_samples=12",
+    "sample.shards=2", "sample.batch=3", "sample.steps=2", "evaluate.extractor=pixels",
+]  # fmt: skip
+LOADED = (
+    "PIL.PngImagePlugin", "torch._dynamo", "torch.utils.tensorboard", "ddpm.scoring.evaluate", "ddpm.training.trainer",
+    "launch.jobs", "launch.life.training", "launch.life.sampling", "launch.life.scoring",
+    "launch.submit", "launch.sample", "launch.evaluate", "launch.status",
+)  # fmt: skip
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a process ended: its exit code, negative for a signal, None where it hung; and all that was printed, by the
+    jobs too that it started."""
+
+    code: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class House:
+    """Where the run lies, and its trees at the two moments."""
+
+    where: Path
+
+    @property
+    def root(self) -> Path:
+        return self.where / "runs"
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.root / "run")
+
+    @property
+    def log(self) -> Path:
+        return self.where / "said"
+
+    def keep(self, moment: str) -> None:
+        shutil.copytree(self.root, self.where / moment)
+
+    def put_back(self, moment: str) -> None:
+        """The tree of that moment, as its owner made it."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        with as_owner():
+            shutil.copytree(self.where / moment, self.root)
+
+    def set_at(self, moment: str, verb: str = "") -> SampleSet:
+        """The set that a verb is about: of the half-done run the half-made one, or for a score the one that has one."""
+        if moment == "finished":
+            return self.run.sample_set(f"ddim2-step{STEPS}-seed0")
+        return self.run.sample_set("early" if verb == "evaluate" else "few")
+
+    def process(self, work: Work) -> Said:
+        """`work` in a process of its own, which a function that ends it, or its exit code, may end."""
+        load()
+        self.log.unlink(missing_ok=True)
+        pid = os.fork()
+        if pid == 0:
+            _become(self.log, work)
+        code = _ended(pid)
+        return Said(code, self.log.read_text(errors="replace"))
+
+    def do(self, moment: str, verb: str) -> Said:
+        before = self._logs()
+        said = self.process(lambda: VERBS[verb](self, moment))
+        of_jobs = [text for path, text in self._logs().items() if path not in before]
+        return Said(said.code, "".join([said.text, *of_jobs]))
+
+    def _logs(self) -> dict[Path, str]:
+        return {path: path.read_text(errors="replace") for path in sorted(self.run.logs.glob("local-*.out"))}
+
+
+def load() -> None:
+    """All that the processes need: what they load themselves takes longer than what they do."""
+    for module in LOADED:
+        importlib.import_module(module)
+
+
+@contextmanager
+def as_owner() -> Iterator[None]:
+    """Within: what this process makes is the runs' owner's."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def _become(log: Path, work: Work) -> None:
+    """This forked process does `work` as the owner of the runs, and ends."""
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = sys.stderr = io.TextIOWrapper(os.fdopen(out, "wb", buffering=0), write_through=True)
+        os.setsid()
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        for key in [k for k in os.environ if k.startswith(("SLURM", "SBATCH", "DDPM"))]:
+            del os.environ[key]
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DDPM_CPUS="1", HOME=str(log.parent), PATH="/nowhere")
+        work()
+        os._exit(0)
+    except SystemExit as e:
+        os._exit(e.code if isinstance(e.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _ended(pid: int) -> int | None:
+    watched = os.pidfd_open(pid)
+    try:
+        if hangs := not select.select([watched], [], [], LONGEST_S)[0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+    finally:
+        os.close(watched)
+    _, status = os.waitpid(pid, 0)
+    return None if hangs else os.waitstatus_to_exitcode(status)
+
+
+# ---------------------------------------------------------------- what people do
+
+
+class _Forked:
+    """In Popen's place where jobs are started on this machine: they are forked, one after another, and then over."""
+
+    def __init__(self, argv: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
+        from launch import jobs
+
+        self.pid, self.returncode = os.getpid(), 0
+        for command in json.loads(argv[-1]):
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update(env, DDPM_CPUS="1")
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(stdout.fileno(), 2)
+                jobs.main(command[command.index("launch.jobs") + 1 :])  # ends the process
+            _, status = os.waitpid(pid, 0)
+            self.returncode = os.waitstatus_to_exitcode(status)
+            if self.returncode:
+                break
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def script(name: str, *words: str | Path) -> None:
+    """A script of launch/ as it is typed; what it starts in the background is forked."""
+    from launch.queue import local
+    from launch.terminal import console
+
+    local.subprocess = types.SimpleNamespace(Popen=_Forked, DEVNULL=None, STDOUT=None)  # type: ignore[assignment]
+    sys.argv = [f"launch/{name}.py", *map(str, words)]
+    console.run_script(sys.modules[f"launch.{name}"].main)
+
+
+def job(house: House, stage: str, *words: str) -> None:
+    from launch import jobs
+
+    jobs.main([stage, str(house.run.path), *words])
+
+
+def submit(house: House, name: str, *words: str) -> None:
+    script("submit", house.where / "config.yaml", *CONFIG, f"data.path={house.where / 'pictures'}",
+           "--root", house.root, "--name", name, "--cluster", "local", *words)  # fmt: skip
+
+
+def sample(house: House, set_name: str, *words: str | int) -> None:
+    script("sample", house.run.path, "--set", set_name, *map(str, words))
+
+
+def evaluate(house: House, set_name: str) -> None:
+    script("evaluate", house.run.path, "--set", set_name)
+
+
+def status(house: House) -> None:
+    """Each way of showing, one after another."""
+    codes = []
+    for words in SHOWN:
+        print(f"$ status {' '.join(words)}", flush=True)
+        try:
+            script("status", *words, "--root", house.root)
+        except SystemExit as e:
+            codes.append(int(e.code or 0))
+    sys.exit(max(codes))
+
+
+VERBS: dict[str, Callable[[House, str], object]] = {
+    "submit": lambda house, moment: submit(house, "run", "--then", "sample,evaluate", "--wait"),
+    "train": lambda house, moment: job(house, "train"),
+    "sample": lambda house, moment: sample(house, house.set_at(moment).name),
+    "evaluate": lambda house, moment: evaluate(house, house.set_at(moment, "evaluate").name),
+    "status": lambda house, moment: status(house),
+}
+MOMENTS = ("half", "finished")
+SHOWN: tuple[list[str], ...] = (["run"], [], ["run", "--events"], ["--json"])
+
+
+# ---------------------------------------------------------------- building
+
+
+@contextmanager
+def built() -> Iterator[House]:
+    """Both moments. Raises AssertionError where the undisturbed run does not get there."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-chaos-", ignore_cleanup_errors=True) as where:
+        house = House(Path(where))
+        if os.geteuid() == 0:
+            os.chown(where, NOBODY, NOBODY)
+        with as_owner():
+            _pictures(house.where / "pictures")
+            (house.where / "config.yaml").write_text("name: run\n")
+        steps: list[tuple[Work, int]] = [
+            (lambda: submit(house, "beside", "--prepare"), 0),  # nothing is done to it, and status shows it always
+            (lambda: submit(house, "run", "--prepare"), 0),
+            (lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE),
+            (lambda: sample(house, "early", "--step", EARLY), 0),
+            (lambda: evaluate(house, "early"), 0),
+            (lambda: sample(house, "few", "--prepare"), 0),
+            (lambda: job(house, "sample", "few", "--shard", "0"), 0),
+            (lambda: (_stop_after_a_batch(), job(house, "sample", "few", "--shard", "1")), EXIT_REQUEUE),
+        ]
+        _build(house, steps, "half")
+        _build(house, [(lambda: VERBS["submit"](house, ""), 0)], "finished")
+        yield house
+
+
+def _build(house: House, steps: list[tuple[Work, int]], moment: str) -> None:
+    for work, code in steps:
+        said = house.process(work)
+        assert said.code == code, f"building the run for the table: exit code {said.code}: {said.text[-2000:]}"
+    with as_owner():
+        house.keep(moment)
+
+
+def _stop_after_a_batch() -> None:
+    from ddpm.sampling import generate
+
+    real = generate.write_part
+
+    def then_stop(*args: Any) -> None:
+        real(*args)
+        stop(None)
+
+    generate.write_part = then_stop  # type: ignore[assignment]
+
+
+def _pictures(folder: Path) -> None:
+    """24 pictures in two class folders: with few, another label or pixel is in every batch."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(3).integers(0, 256, size=(24, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        path = folder / "train" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)

@@ -1,0 +1,158 @@
+"""Broken from outside: every file of a run, damaged in every way, and what people then do with the run.
+
+Each cell of the table (moment, kind of file, damage, verb) puts the run back as it was, damages the file, and does the
+verb once. Its verdict is computed by verdicts.py, from the same verb on the undamaged run. What is flipped or garbled
+depends on the cell alone: a cell that passes passes again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.chaos import verdicts
+from tools.chaos.files import Result
+from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, as_owner, built
+from tools.chaos.verdicts import BAD, Calm, judge, watch
+
+# ---------------------------------------------------------------- files
+
+
+def _newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern), key=lambda p: p.stat().st_mtime_ns)
+
+
+def _step(moment: str) -> int:
+    return HALF if moment == "half" else STEPS
+
+
+def _packed(house: House, name: str) -> Path:
+    return next(house.root.glob(f".cache/data/*/{name}"))
+
+
+Find = Callable[[House, str, str], Path]
+"""(house, moment, verb) -> the file; StopIteration or ValueError where there is none at that moment."""
+KINDS: dict[str, Find] = {
+    "config": lambda h, m, v: h.run.config,
+    "run.json": lambda h, m, v: h.run.run_json,
+    "events": lambda h, m, v: _newest(h.run.events, "local-*.jsonl"),
+    "metrics": lambda h, m, v: h.run.metrics,
+    "heartbeat": lambda h, m, v: h.run.heartbeat,
+    "lock": lambda h, m, v: h.run.lock,
+    "fence": lambda h, m, v: h.run.fence,
+    "checkpoint": lambda h, m, v: h.run.checkpoint(_step(m)),
+    "manifest": lambda h, m, v: h.run.manifest(_step(m)),
+    "ema": lambda h, m, v: h.run.ema_weights(_step(m)),
+    "tb": lambda h, m, v: _newest(h.run.tensorboard, "events.out.*"),
+    "request": lambda h, m, v: h.set_at(m, v).request,
+    "shard": lambda h, m, v: h.set_at(m, v).shard(0, 2),
+    "shard manifest": lambda h, m, v: h.set_at(m, v).shard_manifest(0, 2),
+    "part": lambda h, m, v: next(h.set_at(m).part.iterdir()),
+    "features": lambda h, m, v: h.set_at(m, "evaluate").features("pixels", 0, 2),
+    "features manifest": lambda h, m, v: h.set_at(m, "evaluate").features_manifest("pixels", 0, 2),
+    "score": lambda h, m, v: h.run.score(h.set_at(m, "evaluate").name),
+    "images": lambda h, m, v: _packed(h, "images.npy"),
+    "labels": lambda h, m, v: _packed(h, "labels.npy"),
+    "packed meta": lambda h, m, v: _packed(h, "meta.json"),
+    "reference": lambda h, m, v: next(h.root.glob(".cache/data/reference/*.npz")),
+}
+
+# ---------------------------------------------------------------- damages
+
+
+def _flip(path: Path, chosen: random.Random) -> None:
+    """One bit. What carries no digest can only be seen to be damaged where its form is: there, of its form. Of a config
+    it is one of the mathematics, whose digest run.json holds: what else it says is the user's to change."""
+    raw = bytearray(path.read_bytes())
+    places = range(len(raw))
+    if path.suffix == ".jsonl" or path.name == "heartbeat.json":
+        places = [i for i, byte in enumerate(raw) if byte in b'{}":,']  # type: ignore[assignment]
+    elif path.name == "config.yaml":
+        places = range(raw.index(b"\nmodel:"), raw.index(b"\ncheckpoint:"))
+    raw[chosen.choice(places)] ^= 1 << chosen.randrange(7)
+    path.write_bytes(raw)
+
+
+def _half(path: Path, _: random.Random) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+
+
+def _directory(path: Path, _: random.Random) -> None:
+    """With something in it: whoever makes room for the file must not remove that."""
+    path.unlink()
+    path.mkdir()
+    (path / "kept").write_text("somebody's")
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], object]] = {
+    "bit flip": _flip,
+    "half": _half,
+    "empty": lambda path, chosen: path.write_bytes(b""),
+    "garbage": lambda path, chosen: path.write_bytes(chosen.randbytes(max(64, path.stat().st_size))),
+    "gone": lambda path, chosen: path.unlink(),
+    "directory": _directory,
+    "unreadable": lambda path, chosen: path.chmod(0),  # for who is not root: see house.py
+}
+
+# ---------------------------------------------------------------- the table
+
+
+class Cell(NamedTuple):
+    moment: str
+    kind: str
+    damage: str
+    verb: str
+
+
+CELLS = [
+    Cell(moment, kind, damage, verb)
+    for moment in MOMENTS for kind in KINDS if (moment, kind) != ("finished", "part")
+    for damage in DAMAGES for verb in VERBS
+]  # fmt: skip
+
+
+def try_cell(house: House, cell: Cell, calm: Calm) -> str:
+    """The cell's verdict."""
+    house.put_back(cell.moment)
+    path = KINDS[cell.kind](house, cell.moment, cell.verb)
+    with as_owner():
+        DAMAGES[cell.damage](path, random.Random("/".join(cell)))
+    before = watch(house)
+    said = house.do(cell.moment, cell.verb)
+    return judge(cell.verb, path, said, before, watch(house), calm)
+
+
+def broken_from_outside(count: int, seed: int | None = None, kinds: str = "") -> Result:
+    """Every kind of file × damage × verb, on a half-done and on a finished run; fewer are chosen by a seed."""
+    seed = int(time.time()) if seed is None else seed
+    cells = [c for c in CELLS if not kinds or kinds in "/".join(c)]
+    if count < len(cells):
+        cells = random.Random(seed).sample(cells, count)
+    told: Counter[str] = Counter()
+    bad: list[str] = []
+    with built() as house:
+        calm = {(m, v): verdicts.undisturbed(house, m, v) for m, v in {(c.moment, c.verb) for c in cells}}
+        for cell in cells:
+            verdict = try_cell(house, cell, calm[cell.moment, cell.verb])
+            told[verdict.partition(":")[0]] += 1
+            if verdict.startswith(BAD):
+                bad.append(f"{' / '.join(cell)}: {verdict}")
+                print(bad[-1], flush=True)
+    counts = ", ".join(f"{num} {verdict}" for verdict, num in told.most_common())
+    few = f", chosen by seed {seed}" if len(cells) < len(CELLS) else ""
+    return Result(
+        f"broken from outside, {len(cells)} of {len(CELLS)} cells{few}",
+        "same bits, named and mended, or refused in one sentence; nothing less on disk",
+        counts + (f"; first bad: {bad[0]}" if bad else ""), not bad,
+    )  # fmt: skip
+
+
+ROWS = {
+    # name: (row, full count, reduced count)
+    "outside": (broken_from_outside, len(CELLS), len(CELLS) // 10),
+}
