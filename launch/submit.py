@@ -161,7 +161,7 @@ def main() -> int:
     check_resources(asked, site)
     check_path(run, site)
     config = prepare.resolve_length(asked, run)
-    for warning in config.warnings():
+    for warning in [*config.warnings(), *([] if site.is_local else site.warnings())]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         prepare.check_existing(run, config)
