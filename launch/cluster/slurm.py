@@ -295,6 +295,17 @@ def dependents(job: str) -> list[str]:
     return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}(?:_\*)?(?!\w)", waits_for)})
 
 
+def followers(job: str) -> list[str]:
+    """What waits for `job` to end, and what waits for that. Raises SlurmError."""
+    found: list[str] = []
+    todo = [job.partition("_")[0]]
+    while todo:
+        new = [other for other in dependents(todo.pop()) if other not in found]
+        found += new
+        todo += new
+    return found
+
+
 def make_wait(job: str, other: str) -> None:
     """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SlurmError."""
     run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])

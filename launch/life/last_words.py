@@ -19,6 +19,8 @@ OWN = re.compile(
 )
 HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
 GPU_MEMORY = re.compile(r"CUDA out of memory|cuda\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
+SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
+"""SLURM's word to a job that somebody cancels; to others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
 TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): tasks? [\d,-]+: ", re.M)
 
 
@@ -30,6 +32,8 @@ class LastWords:
     """memory or GPU memory, where one of them ran out."""
     node: str = ""
     """Of the rank that died first, where srun says so."""
+    cancelled: bool = False
+    """Whether SLURM says that it was cancelled, and by nothing but scancel."""
 
     def told(self, stage: str, host: str, mem: str) -> str:
         """Where it ended and why, for a message. mem: what the job had asked for."""
@@ -62,4 +66,4 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
     lacked = "GPU memory" if GPU_MEMORY.search(said) else "memory" if HOST_MEMORY.search(said) else ""
     died = TASK_DIED.search(said)
-    return LastWords(path, error[:CHARACTERS], lacked, died[1] if died else "")
+    return LastWords(path, error[:CHARACTERS], lacked, died[1] if died else "", bool(SCANCEL.search(said)))

@@ -13,8 +13,8 @@ from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
 from launch.life import preemption
+from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
-from launch.queue import chain
 from launch.queue.job import ranges
 
 
@@ -55,15 +55,16 @@ class Life:
     def _if_cancelled(self) -> None:
         """Where it was the owner who ended this job: say so, and of a training take along what waits for it.
 
-        What SLURM says of a pre-empted job is otherwise: RUNNING, or PENDING already.
+        SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
         """
-        job = self.env.job
+        job, stage = self.env.job, environment.stage()
         with contextlib.suppress(slurm.SlurmError, OSError):
             shown = slurm.show(job, timeout_s=5)
-            if shown is None or shown.state != "CANCELLED":
+            if shown is None or shown.state not in ("COMPLETING", "CANCELLED") or shown.preempted:
                 return
-            stage = environment.stage()
-            took = chain.followers(job) if stage == "train" else []
+            if not last_words(self.run, stage, self.env).cancelled:
+                return
+            took = slurm.followers(job) if stage == "train" else []
             what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
             say(f"cancelled by scancel{what}")
             # first the word: this process is killed in a moment

@@ -192,7 +192,7 @@ def _exclude(env: JobEnvironment, avoided: str) -> None:
     base = env.job.partition("_")[0]
     try:
         slurm.exclude(env.job, avoided)
-        others = [*([base] if base != env.job else []), *slurm.dependents(base)]
+        others = [*([base] if base != env.job else []), *slurm.followers(base)]
     except slurm.SlurmError as e:
         _say(f"{avoided} could not be excluded: {e}")
         return

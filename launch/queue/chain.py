@@ -242,22 +242,11 @@ def cancelled_samples(run: RunDir, set_name: str) -> str | None:
     return jobs[-1] if jobs and slurm.any_cancelled(jobs[-1]) else None
 
 
-def followers(job: str) -> list[str]:
-    """What waits for `job` to end, and what waits for that. Raises SlurmError."""
-    found: list[str] = []
-    todo = [job.partition("_")[0]]
-    while todo:
-        new = [other for other in slurm.dependents(todo.pop()) if other not in found]
-        found += new
-        todo += new
-    return found
-
-
 def call_off(job: str) -> list[str]:
     """Cancel what follows `job`, and the tasks of its own array that have not begun: there is nothing for them to go on
     from. Returns what followed. Raises SlurmError.
     """
-    found = followers(job)
+    found = slurm.followers(job)
     if found:
         slurm.cancel(found)
     base, _, task = job.partition("_")

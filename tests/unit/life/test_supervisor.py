@@ -502,9 +502,9 @@ def dies_on(run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, nod
 def test_a_life_that_died_by_itself_is_put_back_elsewhere_with_what_waits_for_it(
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.waits, cluster.excluded = {"18": "17"}, "n9"
+    cluster.waits, cluster.excluded = {"18": "17", "19": "18"}, "n9"
     dies_on(run, shell_ends, monkeypatch, "n1", 127, "bash: python: command not found")
-    assert cluster.requeued == ["17"] and cluster.avoided == [("17", "n9,n1"), ("18", "n9,n1")]
+    assert cluster.requeued == ["17"] and cluster.avoided == [(job, "n9,n1") for job in ("17", "18", "19")]
     assert (last(run)["bad_node"], last(run)["error"]) == ("n1", "bash: python: command not found")
 
 

@@ -57,23 +57,32 @@ def life_of(run: RunDir, monkeypatch: pytest.MonkeyPatch, **variables: str) -> L
     return Life(run, StopFlag(), environment.current())
 
 
-@pytest.mark.parametrize(("stage", "state", "cancelled"), [
-    ("train", "CANCELLED", [["102", "103"]]), ("train", "RUNNING", []), ("train", "PENDING", []),
-    ("sample", "CANCELLED", []),
+BY_SCANCEL = "slurmstepd-n1: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-26T21:18:47 ***"
+
+
+@pytest.mark.parametrize(("stage", "state", "log", "cancelled"), [
+    ("train", "COMPLETING", BY_SCANCEL, [["102", "103"]]), ("train", "RUNNING", BY_SCANCEL, []),
+    ("train", "COMPLETING", BY_SCANCEL.replace("47 ***", "47 DUE TO JOB REQUEUE ***"), []),
+    ("train", "COMPLETING", BY_SCANCEL.replace("47 ***", "47 DUE TO TIME LIMIT ***"), []),
+    ("train", "COMPLETING", BY_SCANCEL.replace("47 ***", "47 DUE to SIGNAL Terminated ***"), [["102", "103"]]),
+    ("train", "PENDING", BY_SCANCEL, []), ("train", "COMPLETING", BY_SCANCEL.replace("JOB 101", "STEP 101.0"), []),
+    ("sample", "COMPLETING", BY_SCANCEL, []),
 ])  # fmt: skip
 def test_a_training_that_its_owner_cancels_takes_along_what_waits_for_it_and_says_so(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    stage: str, state: str, cancelled: list[list[str]],
+    stage: str, state: str, log: str, cancelled: list[list[str]],
 ) -> None:  # fmt: skip
     cluster.state = state
+    (run.logs / f"{stage}-101.out").write_text(f"[batch] now restart=0 stage={stage}\n{log}\n")
     life = life_of(run, monkeypatch, SLURM_JOB_ID="101", DDPM_STAGE=stage)
     monkeypatch.setattr("launch.life.preemption.time.monotonic", iter(range(0, 10_000, 100)).__next__)
     life.until_killed_or_on("preempted")
     assert cluster.cancelled == cancelled
     told = [e for e in read_events(run) if e["event"] == "cancelled"]
     with_it = [job for ids in cancelled for job in ids]
-    assert [(e["stage"], e["with_it"]) for e in told] == ([(stage, with_it)] if state == "CANCELLED" else [])
-    assert ("cancelled by scancel" in capsys.readouterr().out) == (state == "CANCELLED")
+    was = bool(cancelled) or stage == "sample"
+    assert [(e["stage"], e["with_it"]) for e in told] == ([(stage, with_it)] if was else [])
+    assert ("cancelled by scancel" in capsys.readouterr().out) == was
 
 
 def test_a_task_that_finds_no_training_to_go_on_from_calls_off_its_siblings_and_the_score(
