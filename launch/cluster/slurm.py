@@ -218,41 +218,67 @@ class Mercy:
     requeues: bool
     grace_s: int
     kill_wait_s: int
+    known: bool = True
+    """Whether SLURM says so; else it is what it mostly does."""
 
 
-def mercy(job: str) -> Mercy:
-    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once."""
+def mercy(job: str, by_qos: dict[str, str] | None = None) -> Mercy:
+    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once.
+
+    by_qos: what qos_table() was on the login node: accounting is often out of a node's reach.
+    """
     try:
         shown = show(job)
         config = run(["scontrol", "show", "config"], timeout_s=10)
         if shown is None:
-            return Mercy(True, 0, 30)
+            return Mercy(True, 0, 30, known=False)
+        known = True
         if "qos" in (_setting(config, "PreemptType") or ""):
-            try:
-                mode, grace_s = _of_qos(shown.qos)
-            except SlurmError:  # accounting is often out of a node's reach
-                mode, grace_s = "", 0
+            mode, grace_s, known = _of_qos(shown.qos, by_qos or {})
         else:
             part = run(["scontrol", "-a", "show", "partition", "-o", shown.partition], timeout_s=10)
             mode, grace_s = _field(part, "PreemptMode") or "", int(_field(part, "GraceTime") or 0)
     except SlurmError:
-        return Mercy(True, 0, 30)
+        return Mercy(True, 0, 30, known=False)
     if mode.lower() in ("", "cluster"):
         mode = _setting(config, "PreemptMode") or ""
     return Mercy(
         requeues=shown.may_requeue and "CANCEL" not in mode.upper(),
         grace_s=grace_s,
         kill_wait_s=int(re.sub(r"\D.*", "", _setting(config, "KillWait") or "30")),
+        known=known,
     )
 
 
-def _of_qos(name: str) -> tuple[str, int]:
-    """PreemptMode and GraceTime in seconds, from accounting. Raises SlurmError."""
-    said = run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
+def _of_qos(name: str, table: dict[str, str]) -> tuple[str, int, bool]:
+    """PreemptMode and GraceTime in seconds, and whether both are known: from accounting, or from what it once said;
+    else the mode from slurmctld, which keeps the grace time to itself.
+    """
+    try:
+        said = run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
+    except SlurmError:
+        said = table.get(name, "")
+    if not said:
+        try:
+            shown = run(["scontrol", "show", "assoc_mgr", "flags=qos", f"qos={name}"], timeout_s=10)
+        except SlurmError:
+            shown = ""
+        return _field(shown, "PreemptMode") or "", 0, False
     mode, _, grace = said.partition("|")
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", grace)
     days, hours, minutes, seconds = (int(n or 0) for n in match.groups()) if match else (0, 0, 0, 0)
-    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds, True
+
+
+def qos_table() -> dict[str, str]:
+    """PreemptMode|GraceTime of each QOS, where SLURM pre-empts by it and accounting answers; else nothing."""
+    try:
+        if "qos" not in (_setting(run(["scontrol", "show", "config"], timeout_s=10), "PreemptType") or ""):
+            return {}
+        said = run(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
+    except SlurmError:
+        return {}
+    return dict(line.split("|", 1) for line in said.splitlines() if "|" in line)
 
 
 def _setting(config: str, key: str) -> str | None:

@@ -16,6 +16,7 @@ from launch.life import preemption
 from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
 from launch.queue.job import ranges
+from launch.queue.waiting import mercy_for
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Life:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
         if reason == "preempted" and self.env.rank == 0 and self.env.scheduler == "slurm":
             self._if_cancelled()
-        code = preemption.after_stop(self.stop, reason, self.env, say, share, alive)
+        code = preemption.after_stop(
+            self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)
+        )
         if code is None:
             self.stop.clear(reason)
         return code

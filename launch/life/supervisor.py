@@ -36,6 +36,7 @@ from launch.life.last_words import LastWords, last_words
 from launch.life.life import shard_marker
 from launch.life.progress import progress
 from launch.queue.submitting import submit_successor
+from launch.queue.waiting import mercy_for
 from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
@@ -93,7 +94,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
         time.sleep(SETTLE_S)
     known = _read(lambda: _of_the_run(known, run, env, set_name)) or _unreadable(known, run, env)
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
-        known = replace(known, mercy=slurm.mercy(env.job))
+        known = replace(known, mercy=mercy_for(run, env.job))
     return known
 
 

@@ -79,7 +79,9 @@ def _submit(job: Job) -> str:
     except slurm.SlurmError as e:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     try:
-        tasks = {"tasks": job.num_tasks} if job.shards else {}
+        tasks: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
+        if table := slurm.qos_table():  # for nodes that cannot ask
+            tasks["qos"] = table
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
                    args=list(job.extra_args), **tasks)  # fmt: skip
     except Exception:  # a job that nobody could find again
@@ -144,7 +146,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     new = by_template.submit_again(stage, {"export": "ALL", **record["options"]}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **{k: record[k] for k in ("set", "options", "args")})  # fmt: skip
+                   **{k: record[k] for k in ("set", "options", "args", "qos") if k in record})  # fmt: skip
     return new
 
 

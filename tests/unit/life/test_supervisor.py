@@ -64,7 +64,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
         return shown if c.state else None
 
     monkeypatch.setattr(slurm, "show", show)
-    monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
+    monkeypatch.setattr(slurm, "mercy", lambda job, by_qos: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
 
     def spare(partition: str, excluded: str) -> tuple[int, list[str]]:
         return len(c.nodes), [node for node in c.nodes if node not in excluded.split(",")]
