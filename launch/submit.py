@@ -172,8 +172,7 @@ def main() -> int:
     site = sites.settle(site, dry_run=False)  # from here on it is about what the environment lacks
     if exists:
         is_at_work(run, config, site)
-    train, left = what_is_left(run, config, stages) if exists else (True, stages)
-    if not train and not left:
+    if exists and chain.remaining(run, config, stages) == (False, []) and chain.damage(run) is None:
         print_results(run, config, stages)
         return 0
 

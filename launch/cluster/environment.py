@@ -146,7 +146,7 @@ def _port(job: str, restart: int) -> int:
 def _first_node_address(env: os._Environ[str]) -> str:
     """The address of rank 0's node, which is the first of the step's node list."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes, count=1).split(",")[0]
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]: the first of each
     try:
         return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
     except OSError:
