@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import socket
+import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 
+SIOCGIFADDR = 0x8915
 PROJECT = Path(__file__).resolve().parents[2]
 OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"
 """What a user can do where packed data cannot be written."""
@@ -159,6 +162,22 @@ def _first_node_address(env: os._Environ[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         pass
     return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this node reaches another one, or itself; None where that cannot be said.
+
+    A host's own name often resolves to 127.0.1.1, which nobody else reaches.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((address, 9))  # of a datagram: nothing is sent
+        own = s.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(s.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None
 
 
 def runs_root(option: str | None) -> Path:

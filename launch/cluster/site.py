@@ -214,6 +214,8 @@ class Site(Section):
     """Node-local disk where jobs keep a copy of the packed data, e.g. /scratch/$USER."""
     data_cache: Line | None = None
     """Shared place of packed data; null: .cache beside the runs."""
+    network_interface: Word | None = None
+    """By which ranks on several nodes reach each other, e.g. ib0; null: the one that leads to the first of them."""
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""
     rank_timeout_s: int = Field(600, ge=10)

@@ -1,6 +1,7 @@
 """launch/cluster/environment.py: what a process learns of its job. The variables are given here, as SLURM sets them."""
 
 import os
+import socket
 
 import pytest
 
@@ -100,3 +101,16 @@ def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
         monkeypatch.setenv(f"SLURM_STEP_{name}", value)
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert environment.current().master_addr == "10.0.0.1" and asked == [first]
+
+
+def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
+    assert environment.interface_towards("127.0.0.1") == "lo"
+    assert environment.interface_towards("no-such-node.invalid") is None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))
+        except OSError:
+            return  # a machine without a network
+        own = s.getsockname()[0]
+    outward = environment.interface_towards("192.0.2.1")
+    assert outward not in (None, "lo") and environment.interface_towards(own) == outward
