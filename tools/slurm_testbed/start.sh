@@ -4,8 +4,10 @@ set -Eeuo pipefail
 umask 022
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
-PACKAGES=(slurmctld slurmd slurm-client munge slurmdbd mariadb-server)
-COMMANDS=(slurmctld slurmd sbatch munged slurmdbd mariadbd)
+PACKAGES=(slurmctld slurmd slurm-client munge)
+COMMANDS=(slurmctld slurmd sbatch munged)
+ACCOUNTING_PACKAGES=(slurmdbd mariadb-server)
+ACCOUNTING_COMMANDS=(slurmdbd mariadbd)
 
 usage() {
     cat <<'TEXT'
@@ -58,7 +60,11 @@ install_packages() {
 DIR=
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
-    --install) install_packages; exit 0 ;;
+    --install)
+        install_packages
+        PACKAGES=("${ACCOUNTING_PACKAGES[@]}") COMMANDS=("${ACCOUNTING_COMMANDS[@]}")
+        install_packages
+        exit 0 ;;
     -*) usage >&2; die 2 "unknown option $1" ;;
 esac
 [ $# -le 1 ] || { usage >&2; die 2 "one DIR at most, got: $*"; }
@@ -93,6 +99,9 @@ if [ -s "$DIR/slurmctld.pid" ] && alive "$(cat "$DIR/slurmctld.pid")"; then
 fi
 [ "$(id -u)" = 0 ] || die 3 "must be root: slurmd starts jobs as their users"
 [ ! -e "$DIR" ] || [ "$(stat -c %u "$DIR")" = 0 ] || die 2 "$DIR does not belong to root"
+if [ "$ACCOUNTING" != 0 ]; then
+    PACKAGES+=("${ACCOUNTING_PACKAGES[@]}") COMMANDS+=("${ACCOUNTING_COMMANDS[@]}")
+fi
 install_packages
 
 # First of `$1` ports in a row on which nobody listens, below the range that the kernel hands out itself.
