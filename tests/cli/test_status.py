@@ -103,6 +103,23 @@ def test_a_job_that_was_submitted_by_hand_is_shown_once_it_had_its_nodes(again: 
     assert state_with(again, {"event": "allocated"}, "9 9 PENDING") == ("queued", {"9": "PENDING"})
 
 
+def test_why_a_run_waits_is_told_with_what_to_do(again: Shell) -> None:
+    submitted = {"event": "submitted", "stage": "train", "via": "sbatch"}
+    (again.root / "tiny" / "checkpoints" / "step-000000400.json").unlink()
+    for squeue, state in (
+        ("9 9 PENDING N/A JobHeldUser", "held"), ("9 9 SUSPENDED 2026-11-26T20:13:42 None", "suspended"),
+        ("9 9 PENDING N/A launch failed requeued held", "held"), ("9 9 PENDING N/A Priority", "queued"),
+    ):  # fmt: skip
+        assert state_with(again, submitted, squeue)[0] == state
+    assert state_with(again, submitted, "9 9 PENDING N/A PartitionTimeLimit")[0] == "queued"
+    (row,) = json.loads(again("status", "--json").stdout)
+    (wait,) = row["waits"]
+    assert (wait["job"], wait["reason"], wait["can_start"]) == ("9", "PartitionTimeLimit", False)
+    said = " ".join(again("status").stdout.split())
+    assert "tiny: job 9 waits: its time limit is above what the partition allows (PartitionTimeLimit)" in said
+    assert "shorter --time" in said
+
+
 def test_where_there_are_no_runs_status_says_how_to_start_one(shell: Shell) -> None:
     done = shell("status")
     assert done.returncode == 0 and f"no runs in {shell.root}" in done.stdout and "launch/submit.py" in done.stdout
