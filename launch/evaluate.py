@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,6 +26,7 @@ from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
+from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
@@ -108,7 +110,9 @@ def score_images(args: argparse.Namespace) -> int:
         save_statistics(packed, stats, extractor)
         print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
-        print(json.dumps(evaluate_images(packed, reference, extractor, args.size), indent=1))
+        result = evaluate_images(packed, reference, extractor, args.size)
+        print(json.dumps(result, indent=1))
+        print(told(result), file=sys.stderr)
     return 0
 
 
@@ -172,10 +176,10 @@ def main() -> int:
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
     check_path(run, site)
     site = sites.settle(site, dry_run=args.dry_run)
-    waiting = jobs_in_queue(run, "sample", set_name)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
-    job = Job("evaluate", run, site, set_name, (), ":".join(waiting) or None, ("--reference", reference, *chosen))
+    job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
     if args.dry_run:
+        job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
     prepare.ensure_weights(asked.extractor)
@@ -185,13 +189,15 @@ def main() -> int:
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
         return show(run, set_name, asked)
-    if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
-        print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
-    else:
-        new, waits = submit_alone(job)
-        ids = [new]
-        said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
-        print("\n".join([said, *filter(None, [waits])]))
+    with turn(run):
+        if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
+            print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
+        else:
+            waiting = jobs_in_queue(run, "sample", set_name)
+            new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
+            ids = [new]
+            said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
+            print("\n".join([said, *filter(None, [waits])]))
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)

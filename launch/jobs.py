@@ -60,6 +60,7 @@ def work(life: Life, args: argparse.Namespace) -> int:
         shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
         life.works_on(shards)
         return sampling.sample(life, args.set_name, shards)
+    starting.request_of(life, args.set_name)
     from launch.life import scoring
 
     return scoring.evaluate(life, args.set_name, args.reference, args.extractor, args.round)

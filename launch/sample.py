@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
-from ddpm.config.sample import WITH_ETA
+from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
@@ -25,6 +25,7 @@ from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
 from launch.queue.job import Job, check_path, ranges
 from launch.queue.submitting import by_hand, describe, submit_alone
+from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
 
@@ -81,7 +82,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     there: the request of the set that is named, if it exists: what is not asked for is as it was.
     """
     asked: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    if "sampler" in asked and asked["sampler"] not in WITH_ETA:
+    if "sampler" in asked and not kind_of(asked["sampler"]).has_eta:
         asked.setdefault("eta", 0.0)  # the config's is for its own
     if args.no_clip:
         asked["clip_x_0"] = False
@@ -162,20 +163,15 @@ def main() -> int:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:
         chain.go_on(run)
-    is_new = publish(run, sample_set, request)
     if args.prepare:
+        publish(run, sample_set, request)
         lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
             + (f", with\n{lines}" if missing else "")
         )
         return 0
-    try:
-        code = make(run, site, set_name, missing, wait=args.wait) if missing else None
-    except RequestError:
-        if is_new:  # what was refused must not forbid the next try, which may ask otherwise
-            withdraw_request(sample_set)
-        raise
+    code = make(run, site, sample_set, request, missing, wait=args.wait)
     if code is not None:
         return code
     print(
@@ -202,30 +198,48 @@ def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:
     return not existed
 
 
-def make(run: RunDir, site: Site, set_name: str, missing: list[int], *, wait: bool) -> int | None:
-    """Have the missing shards made. None when they are; else the exit code to leave with."""
+def make(
+    run: RunDir, site: Site, sample_set: SampleSet, request: Request, missing: list[int], *, wait: bool
+) -> int | None:
+    """Publish the request, and have the missing shards made. None when they are; else the exit code to leave with."""
     from ddpm.sampling.shards import missing_shards
 
+    if not missing:
+        publish(run, sample_set, request)
+        return None
+    set_name = sample_set.name
     job = Job("sample", run, site, set_name, tuple(missing))
     if site.is_local:
+        publish(run, sample_set, request)
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
     else:
-        if there := jobs_in_queue(run, "sample", set_name):
-            print(f"shards of {set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
-        else:
-            new, waits = submit_alone(job)
-            there = [new]
-            print("\n".join([f"queued: {set_name} as job {new}{chain.tasks_told(job, new)}", *filter(None, [waits])]))
+        with turn(run):
+            is_new = publish(run, sample_set, request)
+            try:
+                there = queue_once(job)
+            except RequestError:
+                if is_new:  # what was refused must not forbid the next try, which may ask otherwise
+                    withdraw_request(sample_set)
+                raise
         if not wait:
             return 0
         follow.follow_jobs(run, there)
-    sample_set = run.sample_set(set_name)
-    if left := missing_shards(sample_set, read_request(sample_set)):
+    if left := missing_shards(sample_set, request):
         print(f"error: shards {ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)
         return 1
     return None
+
+
+def queue_once(job: Job) -> list[str]:
+    """The jobs that make a set: those in the queue, or a new one."""
+    if there := jobs_in_queue(job.run, "sample", job.set_name):
+        print(f"shards of {job.set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
+        return there
+    new, waits = submit_alone(job)
+    print("\n".join([f"queued: {job.set_name} as job {new}{chain.tasks_told(job, new)}", *filter(None, [waits])]))
+    return [new]
 
 
 if __name__ == "__main__":

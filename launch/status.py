@@ -17,7 +17,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.queue.waiting import slurm_jobs
-from launch.terminal import console, follow, streams
+from launch.terminal import console, follow, standing, streams
 from launch.terminal.overview import Damage, describe
 
 EXAMPLES = """examples:
@@ -68,12 +68,12 @@ def _number(value: float | None, form: str) -> str:
 def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
     """Each run, described; whatever befalls one of them, the others are shown."""
     jobs = [job for r in runs for job in slurm_jobs(_events(r)[0])]
+    queued: dict[str, slurm.Queued] | None = None
     try:
-        states = slurm.queued(jobs) if slurm.available() else {}
+        queued = slurm.look_up(jobs) if slurm.available() else None
     except slurm.SlurmError as e:
         print(f"SLURM does not answer: {e}", file=sys.stderr)
-        states = {}
-    return [describe(r, states) for r in runs]
+    return [describe(r, queued) for r in runs]
 
 
 def where_time_went(row: dict[str, Any]) -> str:
@@ -142,6 +142,11 @@ def _print_more(rows: list[dict[str, Any]], terminal: Any, *, details: bool) -> 
     for row in rows:
         if details and any(row["allocated_s"].values()):
             terminal.print(plain(where_time_went(row)), highlight=False)
+        for wait in row["waits"]:
+            if wait["next_step"] or wait["expected_start"]:
+                terminal.print(plain(f"{row['name']}: job {wait['job']} waits: {standing.line(wait)}"), highlight=False)
+        if row["bad_nodes"] and details:
+            terminal.print(plain(f"{row['name']}: lives of it died by themselves on {', '.join(row['bad_nodes'])}"))
         if row["problem"]:
             terminal.print(plain(f"{row['name']}: {row['problem']}"), style="red")
 

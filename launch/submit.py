@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
@@ -25,6 +27,7 @@ from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
+from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow, recipes
 from launch.terminal.results import print_results
@@ -162,7 +165,7 @@ def main() -> int:
     check_resources(asked, site)
     check_path(run, site)
     config = prepare.resolve_length(asked, run)
-    for warning in config.warnings():
+    for warning in [*config.warnings(), *([] if site.is_local else site.warnings())]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         prepare.check_existing(run, config)
@@ -171,9 +174,9 @@ def main() -> int:
     prepare.check_data(config, stages)
     exists = prepare.check_existing(run, config)
     site = sites.settle(site, dry_run=False)  # from here on it is about what the environment lacks
-    queued = exists and is_at_work(run, config, site)
-    train, left = what_is_left(run, config, stages) if exists else (True, stages)
-    if not train and not left:
+    if exists:
+        is_at_work(run, config, site)
+    if exists and chain.remaining(run, config, stages) == (False, []) and chain.damage(run) is None:
         print_results(run, config, stages)
         return 0
     if exists:
@@ -181,6 +184,30 @@ def main() -> int:
 
     inputs = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(inputs["data"]["num_images"])
+    with turn(run):  # two submissions at once: the second finds what the first has made and queued
+        started = begin(run, config, site, stages, inputs, prepare_only=args.prepare)
+    if isinstance(started, Here):
+        return await_here(run, config, stages, started, wait=args.wait)
+    if not args.wait or args.prepare:
+        return 0
+    follow.follow_jobs(run, started)
+    return _outcome(run, config, stages)
+
+
+class Here(NamedTuple):
+    """What was started on this machine."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def begin(
+    run: RunDir, config: Config, site: Site, stages: list[str], inputs: dict[str, Any], *, prepare_only: bool
+) -> list[str] | Here:
+    """Write the run down, and have what is left of it queued or started; job ids."""
+    exists = prepare.check_existing(run, config)
+    queued = exists and is_at_work(run, config, site)
+    train, left = what_is_left(run, config, stages) if exists else (True, stages)
     record = prepare.describe(config, site, run, inputs)
     if not exists:
         prepare.create_run(run, config, record)
@@ -188,12 +215,12 @@ def main() -> int:
         prepare.update_run(run, config, record)
         chain.lift_stop(run)
     print(f"run: {run.path}")
-    if args.prepare:
+    if prepare_only:
         print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")
-        return 0
+        return []
     jobs = chain.jobs_of(run, config, site, left, train=train)
     if site.is_local:
-        return start_here(run, config, stages, jobs, wait=args.wait)
+        return Here(*local.start(run, jobs))
     try:
         ids, told = chain.queue(jobs, config)
     except slurm.NoAnswer:
@@ -204,10 +231,7 @@ def main() -> int:
         raise
     print("\n".join(told))
     print(f"watch it with: python launch/status.py {run.name} --watch")
-    if not args.wait:
-        return 0
-    follow.follow_jobs(run, ids)
-    return _outcome(run, config, stages)
+    return ids
 
 
 def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
@@ -219,8 +243,8 @@ def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, 
     return True, stages
 
 
-def start_here(run: RunDir, config: Config, stages: list[str], jobs: list[Job], *, wait: bool) -> int:
-    process, log = local.start(run, jobs)
+def await_here(run: RunDir, config: Config, stages: list[str], started: Here, *, wait: bool) -> int:
+    process, log = started
     if not wait:
         print(f"running in the background as pid {process.pid}; follow it with: tail -f {log}")
         return 0

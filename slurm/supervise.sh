@@ -18,18 +18,75 @@ export DDPM_HOME DDPM_PYTHON DDPM_RUN DDPM_SINCE PYTHONPATH="$DDPM_HOME${PYTHONP
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 export SLURM_EXPORT_ENV=ALL   # where the user has SBATCH_EXPORT=NONE, srun would pass nothing on
 mkdir -p "$DDPM_RUN/logs"
-# shellcheck source=/dev/null
-[ ! -f "$DDPM_RUN/setup.sh" ] || . "$DDPM_RUN/setup.sh"   # the site profile's `setup` lines: module load …
+[ -z "${DDPM_LOG:-}" ] || exec >>"$DDPM_RUN/logs/$DDPM_LOG" 2>&1
+ddpm_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+ddpm_node=${SLURMD_NODENAME:-$(hostname)}
 
+# From here on whatever ends this shell is looked into, by Python of ours where this node has it.
 # The shell must outlive its ranks, which answer the signals: a command trap makes bash wait for srun, then go on.
 trap : TERM USR2 CONT
 ddpm_end() {
-  local code=$?
+  local code=$? heard
   trap - EXIT
-  "$DDPM_PYTHON" -m launch.life.supervisor "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}"
-  exit $?
+  { heard=$(DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
+      "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
+  local end=$?
+  [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code"
+  exit "$end"
+}
+ddpm_end_without_python() {   # puts the job back elsewhere, three times at most: only SLURM and this shell are asked
+  local code=$1 lives="$DDPM_RUN/logs/.without-python-$ddpm_job" times=0 total without reason
+  echo "error: $DDPM_PYTHON does not run on node $ddpm_node (or $DDPM_HOME is not there)"
+  [ ! -f "$lives" ] || times=$(wc -l <"$lives")
+  reason="$DDPM_PYTHON does not run on node $ddpm_node"
+  if [ "$(squeue -h -j "$ddpm_job" -o %T 2>/dev/null | head -n 1)" != RUNNING ]; then
+    echo "[batch] SLURM does not call the job RUNNING: leaving it to SLURM"
+    return
+  fi
+  if [ -e "$DDPM_RUN/STOP" ] || [ "$times" -ge 3 ] || ! echo "$ddpm_node" >>"$lives"; then
+    ddpm_event failed "$code" "$reason; tried $((times + 1)) times: mend the environment, then submit again"
+    echo "[batch] failed: $reason; see $DDPM_RUN/logs"
+    rm -f "$lives"
+    return
+  fi
+  ddpm_event requeued "$code" "$reason"
+  echo "[batch] requeueing job $ddpm_job, without node $ddpm_node"
+  trap '' TERM   # SLURM ends this shell once the job is put back, and the node is yet to be excluded
+  scontrol requeue "$ddpm_job" || return
+  total=$(sinfo -h -N -p "${SLURM_JOB_PARTITION:-}" -o %N 2>/dev/null | sort -u | wc -l)
+  if [ "$total" -gt $((${SLURM_JOB_NUM_NODES:-1} + times)) ]; then
+    without=$(scontrol show job -o "$ddpm_job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+    [ "$without" != "(null)" ] || without=
+    scontrol update jobid="$ddpm_job" excnodelist="${without:+$without,}$ddpm_node"
+  fi
+  sleep 300
+}
+ddpm_event() {   # a line as launch/ writes them, by hand; a full disk must not keep the job from its return
+  printf '{"event": "%s", "time": "%s", "job": "%s", "restart": %d, "host": "%s", "stage": "%s", "exit_code": %d, %s}\n' \
+    "$1" "$(date -u +%FT%T.%3NZ)" "$ddpm_job" "${SLURM_RESTART_COUNT:-0}" "$ddpm_node" "$DDPM_STAGE" "$2" \
+    "\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
+    >>"$DDPM_RUN/events/$ddpm_job.${SLURM_RESTART_COUNT:-0}.jsonl" || true
 }
 trap ddpm_end EXIT
-echo "[batch] $(date -u +%FT%TZ) job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" \
+echo "[batch] $(date -u +%FT%TZ) job=$ddpm_job" \
      "restart=${SLURM_RESTART_COUNT:-0} stage=$DDPM_STAGE nodes=$SLURM_JOB_NODELIST run=$DDPM_RUN"
+
+# The site profile's `setup` lines: module load … One that fails ends this life, before it runs in another environment
+# than was meant; lines that are no command by themselves, as of an `if`, are taken together.
+if [ -f "$DDPM_RUN/setup.sh" ]; then
+  ddpm_lines=
+  while IFS= read -r ddpm_line <&9 || [ -n "$ddpm_line" ]; do
+    ddpm_lines=$ddpm_lines${ddpm_lines:+$'\n'}$ddpm_line
+    case $ddpm_line in *\\) continue ;; esac
+    bash -n -c "$ddpm_lines" 2>/dev/null || continue
+    eval "$ddpm_lines" || { ddpm_code=$?
+      echo "setup failed on $ddpm_node (exit code $ddpm_code): $ddpm_lines"
+      exit "$ddpm_code"; }
+    ddpm_lines=
+  done 9<"$DDPM_RUN/setup.sh"
+  if [ -n "$ddpm_lines" ]; then
+    echo "setup failed on $ddpm_node: no whole command: $ddpm_lines"
+    exit 2
+  fi
+fi
 :   # the echo fails where the log's disk is full, and the caller takes that for a missing file

@@ -65,6 +65,11 @@ class _Loader(yaml.SafeLoader):
             )
         return int(super().construct_yaml_int(node))
 
+    def construct_yaml_float(self, node: Any) -> float:
+        value = float(super().construct_yaml_float(node))
+        whole = re.fullmatch(r"[-+]?[0-9][0-9_]*[eE]\+?[0-9]{1,2}", node.value) and abs(value) < 2**53
+        return int(value) if whole else value  # 1e6 is a number of steps
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -81,8 +86,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
@@ -95,6 +101,9 @@ _FLOAT = (
     [*"-+0123456789."],
 )
 _Loader.add_implicit_resolver(*_FLOAT)
+# as in YAML 1.2: 12:00 and 2026-12-01 are words, and so is 00123, whose zeros may matter
+_INT = ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)$"), [*"-+0123456789"])
+_Loader.add_implicit_resolver(*_INT)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import math
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ import numpy as np
 
 from ddpm.config.data import Data
 from ddpm.data import celeba, sources
+from ddpm.data.arrays import Item, write_arrays
 from ddpm.data.decoding import Decoding
-from ddpm.data.labels import labels_digest
 from ddpm.data.sources import Source
-from ddpm.data.whole import PackedImages, digest_head, images_digest, open_packed, open_verified
+from ddpm.data.whole import PackedImages, images_digest, open_packed, open_verified
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, sha256_json, sign, write_json
 from ddpm.run.log import say
@@ -35,7 +33,6 @@ from ddpm.run.stopping import ShowProgress, StopRequested
 
 PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400
-Item = tuple[np.ndarray, int]
 
 
 # ---------------------------------------------------------------- sources
@@ -124,7 +121,7 @@ def pack(
     try:
         num, size, how = source.num_images(split), data.image_size, Decoding(data.background, data.skip_damaged)
         items = _watched(sources.read(source, split, size, cache, how), num, progress, stop_requested)
-        written = _write_arrays(tmp, items, (num, size, size, 3), source.classes)
+        written = write_arrays(tmp, items, (num, size, size, 3), source.classes)
         record = {"name": data.name, "split": split, "classes": source.classes, "selection": source.selection}
         record |= _tell(how, num)
         write_json(tmp / "meta.json", sign({**record, **sources.RESIZE, **written}))
@@ -194,50 +191,6 @@ def _watched(
                 progress(done, num)
             if reason := stop_requested():
                 raise Stopped(reason)
-
-
-def _shortened(path: Path, shape: tuple[int, ...], num_bytes: int) -> Any:
-    """The digest of images.npy once its header says how many images came. Raises RequestError where none did."""
-    if not shape[0]:
-        raise RequestError("data.skip_damaged=true: not one image can be decoded, so that there is nothing to train on")
-    with path.open("r+b") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        header = f.tell()
-        assert header + math.prod(shape) == num_bytes, "a header that has grown"
-        os.fsync(f.fileno())
-        digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest
-
-
-def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], classes: Sequence[str]) -> dict[str, Any]:
-    """images.npy, labels.npy and the digest of these, an image at a time: CelebA at 128x128 is 8 GB.
-
-    Returns what meta.json says of the images. The labels' digest is in a file of its own because caches from before
-    there was one get it added.
-    """
-    labels = []
-    digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
-    with (where / "images.npy").open("wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for image, label in items:
-            digest.update(image.tobytes())
-            f.write(image.tobytes())
-            labels.append(label)
-        num_bytes = f.tell()
-        f.flush()
-        os.fsync(f.fileno())
-    if len(labels) != shape[0]:  # some were left out
-        shape = (len(labels), *shape[1:])
-        digest = _shortened(where / "images.npy", shape, num_bytes)
-    indices = np.asarray(labels, dtype=np.int64)
-    with (where / "labels.npy").open("wb") as f:
-        np.save(f, indices)
-        f.flush()
-        os.fsync(f.fileno())
-    write_json(where / "labels.json", sign({"digest": labels_digest(indices, classes)}))
-    return {"num_images": len(labels), "shape": list(shape), "digest": digest.hexdigest(), "bytes": num_bytes}
 
 
 def _in_words(error: Exception) -> str:

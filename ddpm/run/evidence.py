@@ -33,8 +33,8 @@ def refuse_start(run: RunDir) -> None:
     found = list(_told(run))
     if found and not run.steps_saved():  # a life may have saved its first while this was read
         raise Incomplete(
-            f"run {run.name} has no checkpoint with a manifest, and was saved before: {'; '.join(found)}. It is not "
-            f"begun again at step 0, and nothing was changed"
+            f"run {run.name} has no checkpoint with a manifest, and was saved before: {'; '.join(found)}. A start at "
+            f"step 0 would lose that; nothing was changed"
         )
 
 

@@ -48,7 +48,7 @@ class Fence:
         self._run, self._log = run, log
         try:
             self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
-            self._place, self._lock = _identity(run.path), _identity(self._fd)
+            self._lock = _identity(self._fd)
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
             os.truncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps(owner).encode(), 0)
@@ -131,14 +131,15 @@ class Fence:
     def check(self) -> None:
         """Raise RunBusy if a later writer has taken over: called before every publication.
 
-        RunGone where the directory is no longer the one that this writer took: what lies there now, under the old name,
-        may be a copy, whose counter says the same.
+        RunGone where the lock there is not the one that this writer holds: what lies under the old name may be a copy,
+        whose counter says the same. A lock that a person has removed is no such sign while the counter is there.
         """
         current = self._current()
-        if _identity(self._run.path) != self._place or _identity(self._run.lock) not in (None, self._lock):
+        there = _identity(self._run.lock)
+        if there != self._lock and not (there is None and current):
             raise RunGone(
                 f"{self._run.path} was moved, renamed or deleted while this job had it{self._whereto()}: nothing is "
-                f"written under the old name. Move it back or submit it where it is now; what was saved is in it"
+                f"written under the old name. Move it back, or submit it where it is now"
             )
         if current != self.token:
             raise RunBusy(
@@ -161,7 +162,7 @@ class Fence:
 
 
 def _identity(path: Path | int) -> tuple[int, int] | None:
-    """What a file or directory stays through renames; None where there is none."""
+    """What a file stays through renames, and no copy of it is; None where there is none."""
     try:
         found = os.fstat(path) if isinstance(path, int) else path.stat()
     except FileNotFoundError:

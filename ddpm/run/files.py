@@ -43,8 +43,12 @@ def seconds(stamp: str) -> float:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte form of a JSON value that digests are taken of: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    """The one byte form of a JSON value that digests are taken of: sorted keys, no spaces. Raises DamagedFile for one
+    that is nested beyond all sense, which none of ours is."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    except RecursionError:
+        raise DamagedFile("nested too deep") from None
 
 
 def sha256_json(value: Any) -> str:

@@ -110,10 +110,14 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
     """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
 
     Raises NothingSaved where the run has none, RequestError where `step` is not among them or cannot be used, naming
-    the others, and Incomplete where the newest is asked for and all are damaged.
+    the others, or where those it had are missing, and Incomplete where the newest is asked for and all are damaged.
     """
     steps = run.steps_saved()
     if not steps:
+        try:
+            evidence.refuse_start(run)
+        except Incomplete as e:
+            raise RequestError(str(e)) from None
         raise NothingSaved(f"run {run.name} has no checkpoint yet: train it first")
     if step is None:
         generation = newest_good(run, log)

@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ddpm.config.diffusion import VARIANCES
-from ddpm.config.sample import WITH_ETA
+from ddpm.config.sample import SAMPLERS, kind_of, names_with
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.records import read_run
-
-USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
-"""Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +60,21 @@ class Request:
         if self.shards > self.num_samples:
             raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
         object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest
-        if self.eta and self.sampler not in WITH_ETA:
+        if self.sampler not in SAMPLERS:
+            raise RequestError(f"sampler = {self.sampler!r}: use one of {', '.join(SAMPLERS)}")
+        kind = SAMPLERS[self.sampler]
+        if self.eta and not kind.has_eta:
+            those = ", ".join(names_with("has_eta"))
             raise RequestError(
-                f"eta = {self.eta}: only {', '.join(WITH_ETA)} has it; with sampler = {self.sampler} leave it out, or 0"
+                f"eta = {self.eta}: only {those} has it; with sampler = {self.sampler} leave it out, or 0"
             )
         if self.variance is not None:
             if self.variance not in VARIANCES:
                 raise RequestError(f"variance = {self.variance!r}: use one of {', '.join(VARIANCES)}")
-            if self.sampler != "ancestral":
+            if not kind.has_variance:
+                those = ", ".join(names_with("has_variance"))
                 raise RequestError(
-                    f"variance = {self.variance}: only ancestral has one; with sampler = {self.sampler} leave it out"
+                    f"variance = {self.variance}: only {those} has one; with sampler = {self.sampler} leave it out"
                 )
         if self.guidance is not None:
             if not 0.0 <= self.guidance < math.inf:
@@ -107,7 +109,7 @@ class Request:
             raise DamagedFile("its digest does not match its content")
         try:
             request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
-        except (KeyError, TypeError, RequestError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, RequestError) as e:
             raise DamagedFile(f"this version cannot read it ({e})") from None
         if request.digest != record["digest"]:
             raise DamagedFile("it says what is left out of a request.json")
@@ -126,7 +128,7 @@ def usual_steps(config: Config, sampler: str) -> int:
     if sampler == config.sample.sampler:
         return config.sample.steps
     timesteps = config.diffusion.timesteps
-    return min(USUAL_STEPS.get(sampler, timesteps), timesteps)
+    return min(kind_of(sampler).usual_steps or timesteps, timesteps)
 
 
 def precision_of(config: Config, run: RunDir | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request, shard_range
+
+MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
+"""An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 
 
 class Shard(NamedTuple):
@@ -161,6 +165,10 @@ def npz_bytes(**arrays: Any) -> bytes:
 def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile. Never unpickles."""
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            whole = sum(member.file_size for member in members.infolist())
+        if whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * len(data):
+            raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm.config.data import Data
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.stopping import StopRequested
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ddpm.data.packed import PackedImages
 
 SPLITS = ("train", "test")
+ARRAYS = (".npz", ".npy")
 
 
 def open_reference(config: Config, name: str, cache: Path, stop_requested: StopRequested) -> PackedImages | Path:
@@ -26,15 +28,26 @@ def open_reference(config: Config, name: str, cache: Path, stop_requested: StopR
 
 
 def check_reference(config: Config, name: str) -> None:
-    """Raises RequestError where `name` is a split that the run's data does not have, or no such file."""
-    if name not in SPLITS:
-        check_file(name)
-        return
+    """Raises RequestError where `name` is a split that the run's data does not have, no such file, or one image."""
     from ddpm.data.packed import open_source
 
-    splits = sorted(open_source(config.data).members)
-    if name not in splits:
-        raise RequestError(f"reference = {name}: {config.data.name} has {splits} here; or give a file or folder")
+    if name in SPLITS:
+        members = open_source(config.data).members
+        if name not in members:
+            have = sorted(members)
+            raise RequestError(f"reference = {name}: {config.data.name} has {have} here; or give a file or folder")
+        listed = members[name]
+    else:
+        path = check_file(name)
+        if path.suffix in ARRAYS:
+            return
+        try:
+            found = open_source(Data(name="images", path=str(path))).members
+        except RequestError as e:
+            raise RequestError(f"reference = {str(e).removeprefix('data.path = ')}") from None
+        listed = [image for names in found.values() for image in names]
+    if len(listed) == 1:  # none are listed where a library reads them
+        raise RequestError(f"reference = {name}: has one image; a score needs at least 2 on each side")
 
 
 def check_file(name: str) -> Path:

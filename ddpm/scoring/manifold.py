@@ -5,8 +5,8 @@ Precision and recall: Kynkäänniemi et al. 2019, "Improved precision and recall
 diversity metrics for generative models" (arXiv:2002.09797), k = 5, equal to prdc's. A ball reaches to the k-th
 neighbour of its centre; that its edge belongs to it in the first pair and not in the second is theirs.
 
-Distances cost their number squared, so at most MOST features of each side are compared, chosen at random: 12 seconds
-on two cores at 2048 dimensions, where 50,000 would take 25 times as long. Memory: both sides in float64 and a block of
+Distances cost their number squared, so at most MOST features of each side are compared, chosen at random: 1.2e12
+operations at 2048 dimensions, where 50,000 would take 25 times as many. Memory: both sides in float64 and a block of
 distances, 400 MB. Must not know where features come from.
 """
 

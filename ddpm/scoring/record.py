@@ -7,6 +7,7 @@ were are read as they are. Must not know how a score is computed. Loads nothing 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
@@ -144,23 +146,28 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
     signed = files.sign(dict(record))
     word = f"{_called(record['reference'])}-{record['extractor']['name']}"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
-    digest = files.sha256_json({k: record.get(k) for k in PROVENANCE})
+    of = _provenance(record)
     further = run.further_scores(set_name)
-    places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{digest[:12]}.json"]
+    places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{files.sha256_json(of)[:12]}.json"]
     for path in places:
         for folder in (run.eval, path.parent):
             folder.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         try:
+            if _provenance(read_score(path)) == of:
+                return path  # a twin of this evaluation was faster
+            continue
+        except FileNotFoundError:
+            pass
+        except DamagedFile:
+            path.rename(path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}"))
+        with contextlib.suppress(FileExistsError):  # somebody's, who came between
             files.write_json(path, signed, token=token)
             return path
-        except FileExistsError:
-            try:
-                read_score(path)
-            except DamagedFile:
-                path.rename(path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}"))
-                files.write_json(path, signed, token=token)
-                return path
-    return places[-1]  # a twin of this evaluation was faster
+    raise RunBusy(f"other evaluations are writing the scores of {set_name}; score it again")
+
+
+def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record.get(key) for key in PROVENANCE}
 
 
 # ---------------------------------------------------------------- for people
@@ -168,11 +175,14 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
 
 def told(record: Mapping[str, Any]) -> str:
     """A score in one line, with what it is a score of: `FID 4.21, ddim 100, 50,000 vs train`."""
-    key, sampler = key_of(record), record["sampler"]
-    guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
-    of = f"{sampler['name']}{guided} {record['nfe']}, {against(record)}"
-    features = "" if key == "fid" else f", {record['extractor']['name']} features"
-    return plain(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
+    key = key_of(record)
+    words = [f"{SCORE_NAMES[key]} {number(record)}{caution(record)}"]
+    if sampler := record.get("sampler"):  # images that no run made have none
+        guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
+        words.append(f"{sampler['name']}{guided} {record['nfe']}")
+    words.append(against(record))
+    words += [] if key == "fid" else [f"{record['extractor']['name']} features"]
+    return plain(", ".join(words))
 
 
 def against(record: Mapping[str, Any]) -> str:

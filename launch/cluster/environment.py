@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import socket
+import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 
+SIOCGIFADDR = 0x8915
 PROJECT = Path(__file__).resolve().parents[2]
 OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"
 """What a user can do where packed data cannot be written."""
@@ -57,6 +61,25 @@ def under_slurm() -> bool:
 def num_tasks() -> int:
     """Ranks of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def num_nodes() -> int:
+    """Nodes of the job whose batch shell this is."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def memory_asked_for() -> str:
+    """By the job whose batch shell this is, in words."""
+    if per_node := os.environ.get("SLURM_MEM_PER_NODE"):
+        return f"{per_node} MB per node"
+    per_cpu = os.environ.get("SLURM_MEM_PER_CPU")
+    return f"{per_cpu} MB per CPU" if per_cpu else "no amount of its own"
+
+
+def supervisor_is_heard() -> None:
+    """Tell the batch shell that its supervisor has come so far as to begin: else it goes on without."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(int(os.environ.pop("DDPM_HEARD_FD", "")), b"heard")
 
 
 def host() -> str:
@@ -126,7 +149,7 @@ def _port(job: str, restart: int) -> int:
 def _first_node_address(env: os._Environ[str]) -> str:
     """The address of rank 0's node, which is the first of the step's node list."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes, count=1).split(",")[0]
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]: the first of each
     try:
         return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
     except OSError:
@@ -139,6 +162,22 @@ def _first_node_address(env: os._Environ[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         pass
     return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this node reaches another one, or itself; None where that cannot be said.
+
+    A host's own name often resolves to 127.0.1.1, which nobody else reaches.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((address, 9))  # of a datagram: nothing is sent
+        own = s.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(s.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None
 
 
 def runs_root(option: str | None) -> Path:
@@ -182,6 +221,11 @@ def for_jobs() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH")
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
+
+
+def stage() -> str:
+    """What this batch shell's job is for: train, sample or evaluate."""
+    return os.environ.get("DDPM_STAGE", "train")
 
 
 def threads_asked() -> str:

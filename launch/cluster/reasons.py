@@ -65,7 +65,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("PartitionNodeLimit", "it asks for more nodes, or fewer, than the partition allows",
      ASK_LESS + "with other --nodes, or in another --partition (scontrol show partition)", "never"),
     ("PartitionConfig", "the partition does not allow what it asks for",
-     ASK_LESS + "for less, or in another --partition (scontrol show partition)", "never"),
+     ASK_LESS + "with a shorter --time, fewer --nodes, or in another --partition (scontrol show partition)", "never"),
     ("PartitionDown", "the partition is down", "wait for the administrators, or take another --partition", ""),
     ("PartitionInactive", "the partition takes no jobs now",
      "wait for the administrators, or take another --partition", ""),

@@ -41,6 +41,8 @@ OURS = {
     "test-only",
     "chdir",
 }
+MEMORIES = ("mem", "mem_per_cpu", "mem_per_gpu")
+LEAST_WORK_S = 120
 UNIT_MIN = {"m": 1, "min": 1, "h": 60, "d": 1440}
 
 
@@ -51,19 +53,33 @@ def minutes(text: str | int) -> int:
         return int(text)
     if re.fullmatch(r"(?:\d+(?:min|[mhd]))+", text):
         total = sum(int(n) * UNIT_MIN[u] for n, u in re.findall(r"(\d+)(min|[mhd])", text))
-    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text):
-        days, first, second, third = (int(g) if g else 0 for g in match.groups())
-        if match.group(1) is None and match.group(4) is None:
-            first, second, third = 0, first, second  # SLURM reads A:B as minutes and seconds
-        total = days * 1440 + first * 60 + second + (third > 0)
     else:
-        total = 0
+        total = slurm_minutes(text)
     if total < 1:
         raise ValueError(f"time = {text!r}: not a time limit; for example 4h, 90m, 2d, 04:00:00 or 1-12:00:00")
+    if (match := re.fullmatch(r"(\d{1,2}):(\d\d)", text)) and int(match[1]) < 24:
+        a, b = int(match[1]), int(match[2])
+        raise ValueError(
+            f"time = {text!r}: {a} minutes and {b} seconds to SLURM, {a} hours and {b} minutes to people; write "
+            f"{a * 60 + b}m, or 00:{a:02}:{b:02}"
+        )
     return total
 
 
+def slurm_minutes(text: str) -> int:
+    """A time limit as SLURM writes it, in minutes, begun ones too; 0 where it is none. A:B is minutes and seconds."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text)
+    if match is None:
+        return 0
+    days, first, second, third = (int(g) if g else 0 for g in match.groups())
+    if match.group(1) is None and match.group(4) is None:
+        first, second, third = 0, first, second
+    return days * 1440 + first * 60 + second + (third > 0)
+
+
 def _word(text: Any) -> Any:
+    if isinstance(text, int) and not isinstance(text, bool):
+        return str(text)  # an account may be called 123
     if isinstance(text, str) and not (re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text) and text.isprintable()):
         raise ValueError(f"{text!r}: no spaces, quotes, shell or control characters here")
     return text
@@ -117,9 +133,18 @@ def _shell_lines(lines: Any) -> Any:
 
 
 def _mem(text: Any) -> Any:
-    if not re.fullmatch(r"\d+[KMGTkmgt]?", str(text)):
-        raise ValueError(f"mem = {text!r}: not an amount of memory; for example 32G or 500M")
+    if text in (None, "none"):
+        return None
+    if not re.fullmatch(r"(?:0|[1-9]\d*)[KMGTkmgt]?", str(text)):
+        raise ValueError(f"{text!r}: not an amount of memory; for example 32G or 500M, or none for the site's own")
     return str(text)
+
+
+def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """A profile's section or a command line, which may ask for memory in one way, whatever went before it."""
+    if len(given := [name for name in MEMORIES if layer.get(name) is not None]) > 1:
+        raise RequestError(f"{where}: {' and '.join(given)}: SLURM takes one of them; give one")
+    return {**dict.fromkeys(MEMORIES, None), **layer} if given else layer
 
 
 def _tasks(value: Any) -> Any:
@@ -133,6 +158,7 @@ Line = Annotated[str, BeforeValidator(_one_line)]
 
 
 Options = dict[str, str | int | bool | None]
+Memory = Annotated[str | None, BeforeValidator(_mem)]
 Gpus = Annotated[int | str | None, BeforeValidator(_gpus)]
 
 
@@ -148,7 +174,9 @@ class Stage(Section):
     gpus_per_node: Gpus = None
     """null: one where training has some. A task uses one."""
     cpus_per_task: int | None = Field(None, ge=1)
-    mem: Annotated[str, BeforeValidator(_mem)] | None = None
+    mem: Memory = None
+    mem_per_cpu: Memory = None
+    mem_per_gpu: Memory = None
     sbatch: Annotated[Options, BeforeValidator(_options)] = Field(default_factory=dict)
     """Beside training's; null takes one of those away."""
 
@@ -174,8 +202,10 @@ class Site(Section):
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks per node; one per GPU where there are GPUs."""
     cpus_per_task: int | None = Field(None, ge=1)
-    mem: Annotated[str, BeforeValidator(_mem)] | None = None
-    """Per node."""
+    mem: Memory = None
+    """Per node. One of these three; none unsets what a profile has."""
+    mem_per_cpu: Memory = None
+    mem_per_gpu: Memory = None
     sbatch: Annotated[Options, BeforeValidator(_options)] = Field(default_factory=dict)
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
     setup: Annotated[tuple[str, ...], BeforeValidator(_shell_lines)] = ()
@@ -184,6 +214,8 @@ class Site(Section):
     """Node-local disk where jobs keep a copy of the packed data, e.g. /scratch/$USER."""
     data_cache: Line | None = None
     """Shared place of packed data; null: .cache beside the runs."""
+    network_interface: Word | None = None
+    """By which ranks on several nodes reach each other, e.g. ib0; null: the one that leads to the first of them."""
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""
     rank_timeout_s: int = Field(600, ge=10)
@@ -202,6 +234,18 @@ class Site(Section):
     @property
     def is_local(self) -> bool:
         return self.cluster == "local"
+
+    def warnings(self) -> list[str]:
+        """What would be queued as it is asked for, and is hardly meant."""
+        told = []
+        for stage in ("train", "sample", "evaluate"):
+            limit = self.at(stage).time
+            if limit is not None and limit * 60 < self.signal_lead_s + LEAST_WORK_S:
+                told.append(
+                    f"time = {limit} minutes leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work before "
+                    f"they save, {self.signal_lead_s} s before their end (signal_lead_s): ask for more"
+                )
+        return list(dict.fromkeys(told))[:1]
 
     @property
     def num_gpus(self) -> int:
@@ -226,7 +270,10 @@ class Site(Section):
             return self
         own: Stage = self.sample if stage == "sample" else self.evaluate
         values = own.model_dump(exclude_none=True, exclude={"sbatch"})
-        values = {"mem": _share(self.mem, self.ranks_per_node), **values, "nodes": 1, "tasks_per_node": 1}
+        memory: dict[str, Any] = {"mem": _share(self.mem, self.ranks_per_node)}
+        if any(name in values for name in MEMORIES):
+            memory = dict.fromkeys(MEMORIES, None)
+        values = {**memory, **values, "nodes": 1, "tasks_per_node": 1}
         asked = self.model_copy(update=values)
         sbatch = {**self.sbatch, **own.sbatch}
         if total := sbatch.get("gpus"):
@@ -237,13 +284,15 @@ class Site(Section):
     def gpu_options(self) -> dict[str, str]:
         """sbatch's options that ask for the GPUs of this."""
         others = {"gpus", "gpus-per-task", "gpus-per-socket"} & {k for k, v in self.sbatch.items() if v is not None}
+        if "gpus-per-task" in others:
+            return {"ntasks": str(self.world_size)}
         if not self.num_gpus or self.gpu_request == "none" or others:
             return {}
         if self.gpu_request == "gres":
             rest = self.sbatch.get("gres")
             return {"gres": f"gpu:{self.typed(self.num_gpus)}" + (f",{rest}" if rest else "")}
-        if self.gpu_request == "gpus-per-task":
-            return {"gpus-per-task": self.typed(1)}
+        if self.gpu_request == "gpus-per-task":  # which SLURM takes beside --ntasks alone
+            return {"gpus-per-task": self.typed(1), "ntasks": str(self.world_size)}
         return {"gpus-per-node": self.typed(self.num_gpus)}
 
     @property
@@ -262,7 +311,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 where the partition has GPUs, else 0"},
     "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
     "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
-    "mem": {"metavar": "32G", "help": "memory per node"},
+    "mem": {"metavar": "32G", "help": "memory per node; none: the site's own"},
+    "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
+    "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
     "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
@@ -315,9 +366,10 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
 
     stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
     """
-    tree = {**(base or {}), **load_profile(args.profile)}
     typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    tree.update(typed)
+    profile, typed = (_one_of_memories(layer, where) for layer, where in (
+        (load_profile(args.profile), f"profile {args.profile}"), (typed, "options")))  # fmt: skip
+    tree = {**(base or {}), **profile, **typed}
     if stage != "train" and isinstance(tree.get(stage, {}), dict):
         tree[stage] = {**tree.get(stage, {}), **{k: v for k, v in typed.items() if k in Stage.model_fields}}
     extra = dict(tree.get("sbatch") or {})
@@ -419,7 +471,7 @@ def _check_partition(asked: Site | Stage, known: dict[str, Partition]) -> None:
     if asked.time is None or asked.qos is not None:  # a QOS may allow more
         return
     there = _meant(asked.partition, known)
-    limits = [minutes(p.time_limit) for p in there if p.time_limit]
+    limits = [slurm_minutes(p.time_limit) for p in there if p.time_limit]
     if len(limits) == len(there) and asked.time > max(limits):
         which = "; ".join(f"partition {p.name} allows {p.time_limit}" for p in there)
         raise RequestError(

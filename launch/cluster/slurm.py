@@ -140,6 +140,8 @@ class Shown:
     preempted: bool = False
     """Whether it has been COMPLETING from the very second in which it was pre-empted: by that, unless it had a grace
     period, in which it may have been cancelled."""
+    excluded: str = ""
+    """Nodes that it is not to have, as SLURM lists them."""
 
 
 def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
@@ -150,6 +152,7 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         if "Invalid job id" in str(e):
             return None
         raise
+    excluded = _field(shown, "ExcNodeList") or "(null)"
     state, preempted_at = _field(shown, "JobState") or "", _stamp(_field(shown, "PreemptTime"))
     return Shown(
         state=state,
@@ -162,6 +165,7 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         preempted=state == "COMPLETING"
         and preempted_at is not None
         and preempted_at == _stamp(_field(shown, "EndTime")),
+        excluded="" if excluded == "(null)" else excluded,
     )
 
 
@@ -214,41 +218,67 @@ class Mercy:
     requeues: bool
     grace_s: int
     kill_wait_s: int
+    known: bool = True
+    """Whether SLURM says so; else it is what it mostly does."""
 
 
-def mercy(job: str) -> Mercy:
-    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once."""
+def mercy(job: str, by_qos: dict[str, str] | None = None) -> Mercy:
+    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once.
+
+    by_qos: what qos_table() was on the login node: accounting is often out of a node's reach.
+    """
     try:
         shown = show(job)
         config = run(["scontrol", "show", "config"], timeout_s=10)
         if shown is None:
-            return Mercy(True, 0, 30)
+            return Mercy(True, 0, 30, known=False)
+        known = True
         if "qos" in (_setting(config, "PreemptType") or ""):
-            try:
-                mode, grace_s = _of_qos(shown.qos)
-            except SlurmError:  # accounting is often out of a node's reach
-                mode, grace_s = "", 0
+            mode, grace_s, known = _of_qos(shown.qos, by_qos or {})
         else:
             part = run(["scontrol", "-a", "show", "partition", "-o", shown.partition], timeout_s=10)
             mode, grace_s = _field(part, "PreemptMode") or "", int(_field(part, "GraceTime") or 0)
     except SlurmError:
-        return Mercy(True, 0, 30)
+        return Mercy(True, 0, 30, known=False)
     if mode.lower() in ("", "cluster"):
         mode = _setting(config, "PreemptMode") or ""
     return Mercy(
         requeues=shown.may_requeue and "CANCEL" not in mode.upper(),
         grace_s=grace_s,
         kill_wait_s=int(re.sub(r"\D.*", "", _setting(config, "KillWait") or "30")),
+        known=known,
     )
 
 
-def _of_qos(name: str) -> tuple[str, int]:
-    """PreemptMode and GraceTime in seconds, from accounting. Raises SlurmError."""
-    said = run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
+def _of_qos(name: str, table: dict[str, str]) -> tuple[str, int, bool]:
+    """PreemptMode and GraceTime in seconds, and whether both are known: from accounting, or from what it once said;
+    else the mode from slurmctld, which keeps the grace time to itself.
+    """
+    try:
+        said = run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
+    except SlurmError:
+        said = table.get(name, "")
+    if not said:
+        try:
+            shown = run(["scontrol", "show", "assoc_mgr", "flags=qos", f"qos={name}"], timeout_s=10)
+        except SlurmError:
+            shown = ""
+        return _field(shown, "PreemptMode") or "", 0, False
     mode, _, grace = said.partition("|")
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", grace)
     days, hours, minutes, seconds = (int(n or 0) for n in match.groups()) if match else (0, 0, 0, 0)
-    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds, True
+
+
+def qos_table() -> dict[str, str]:
+    """PreemptMode|GraceTime of each QOS, where SLURM pre-empts by it and accounting answers; else nothing."""
+    try:
+        if "qos" not in (_setting(run(["scontrol", "show", "config"], timeout_s=10), "PreemptType") or ""):
+            return {}
+        said = run(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
+    except SlurmError:
+        return {}
+    return dict(line.split("|", 1) for line in said.splitlines() if "|" in line)
 
 
 def _setting(config: str, key: str) -> str | None:
@@ -273,15 +303,53 @@ def requeue(job: str) -> None:
     run(["scontrol", "requeue", job], timeout_s=60)
 
 
+def exclude(job: str, nodes: str) -> None:
+    """`job`, which waits, is not to have these nodes. Raises SlurmError."""
+    run(["scontrol", "update", f"jobid={job}", f"excnodelist={nodes}"])
+
+
+def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
+    """How many nodes a partition has, and those of them that are not excluded. Raises SlurmError."""
+    every = set(run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"]).split())
+    without = set(run(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
+    return len(every), sorted(every - without)
+
+
 def dependents(job: str) -> list[str]:
     """The user's jobs and arrays that wait for `job` to end. Raises SlurmError."""
     lines = (line.split("|", 1) for line in run(["squeue", "-a", "-h", "--me", "-o", "%F|%E"]).splitlines())
-    return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}\b", waits_for)})
+    return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}(?:_\*)?(?!\w)", waits_for)})
+
+
+def followers(job: str) -> list[str]:
+    """What waits for `job` to end, and what waits for that. Raises SlurmError."""
+    found: list[str] = []
+    todo = [job.partition("_")[0]]
+    while todo:
+        new = [other for other in dependents(todo.pop()) if other not in found]
+        found += new
+        todo += new
+    return found
 
 
 def make_wait(job: str, other: str) -> None:
     """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SlurmError."""
     run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])
+
+
+def cancel_waiting(job: str) -> None:
+    """Of an array: its tasks that have not begun."""
+    run(["scancel", "--state=PENDING", job])
+
+
+def any_cancelled(job: str) -> bool:
+    """Whether SLURM remembers `job`, or a task of it, as cancelled by its owner or an administrator."""
+    try:
+        return bool(re.search(r"\bJobState=CANCELLED\b", run(["scontrol", "show", "job", "-o", job])))
+    except NoAnswer:
+        raise
+    except SlurmError:  # forgotten: some minutes after its end
+        return False
 
 
 def cancel(jobs: list[str]) -> None:

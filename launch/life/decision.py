@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ddpm.errors import EXIT_BUSY, EXIT_FATAL
+from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from launch.cluster.slurm import Mercy, Shown
 
 MAX_RETRIES = 3
@@ -65,7 +65,7 @@ def decide(e: Evidence) -> Decision:
         return Decision("leave", why)  # an orphan, which its own job's later life has fenced out
     if e.code in (EXIT_BUSY, EXIT_FATAL):
         why = "another job holds the run" if e.code == EXIT_BUSY else "starting again would end the same way"
-        return Decision("fail", f"exit code {e.code}: {why}; the log above says more")
+        return Decision("fail", f"exit code {e.code}: {why}")
     if (why := not_ours(e.shown, e.restart, or_preempted=True)) or e.shown is None:
         return Decision("leave", why)
     if e.stop_file:
@@ -74,7 +74,7 @@ def decide(e: Evidence) -> Decision:
         return Decision(
             "fail",
             f"{e.retries + 1} lives in a row ended ({e.reason}, exit code {e.code}) without progress "
-            f"beyond {e.progress}; see the log, mend the cause, submit again",
+            f"beyond {e.progress}; mend the cause, submit again",
         )
     # Where pre-emption means cancelling, SLURM lets a job requeue itself but remembers that it was to end it.
     cancels = e.mercy is not None and not e.mercy.requeues
@@ -109,6 +109,21 @@ def not_ours(shown: Shown | None, restart: int, *, or_preempted: bool = False) -
     return ""
 
 
+NO_FAULT_OF_ITS_OWN = ("preempted", "time_limit", "interrupted", "STOP", "save_failed", "out_of_memory")
+"""Reasons to leave that say nothing against the node."""
+
+
+def blames_its_node(e: Evidence) -> bool:
+    """Whether this life died by itself in a way that another node may not see."""
+    return e.code not in (0, EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE) and e.reason not in NO_FAULT_OF_ITS_OWN
+
+
+def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
+    """Whether enough nodes of a partition are left without one: those that are needed, and half of them all."""
+    left = len([other for other in spare if other != node])
+    return node in spare and left >= max(needed, total // 2)
+
+
 # ---------------------------------------------------------------- counting
 
 
@@ -130,3 +145,13 @@ def uncounted_lives(events: list[dict[str, Any]], job: str, restart: int) -> int
     """How many lives of the job began since the last that had room to tell what became of it."""
     told = (e for e in events if e.get("job") == job and e["event"] != "allocated")
     return restart - max((int(e["restart"]) for e in told), default=0)
+
+
+def bad_nodes(events: list[dict[str, Any]], job: str) -> list[str]:
+    """Nodes on which lives of the job, or of those it succeeds, died by themselves; in their order."""
+    lives = {job}
+    for event in reversed(events):
+        if event.get("job") in lives and event.get("successor_of"):
+            lives.add(event["successor_of"])
+    named = (str(e["bad_node"]) for e in events if e.get("bad_node") and e.get("job") in lives)
+    return list(dict.fromkeys(named))

@@ -10,11 +10,13 @@ from typing import Any
 
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from launch.cluster import environment
+from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
 from launch.life import preemption
+from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
 from launch.queue.job import ranges
+from launch.queue.waiting import mercy_for
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,36 @@ class Life:
         self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
     ) -> int | None:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
-        code = preemption.after_stop(self.stop, reason, self.env, say, share, alive)
+        if reason == "preempted" and self.env.rank == 0 and self.env.scheduler == "slurm":
+            self._if_cancelled()
+        code = preemption.after_stop(
+            self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)
+        )
         if code is None:
             self.stop.clear(reason)
         return code
+
+    def _if_cancelled(self) -> None:
+        """Where it was the owner who ended this job: say so, and of a training take along what waits for it.
+
+        SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
+        """
+        job, stage = self.env.job, environment.stage()
+        with contextlib.suppress(slurm.SlurmError, OSError):
+            shown = slurm.show(job, timeout_s=5)
+            if shown is None or shown.state not in ("COMPLETING", "CANCELLED") or shown.preempted:
+                return
+            if not last_words(self.run, stage, self.env).cancelled:
+                return
+            took = slurm.followers(job) if stage == "train" else []
+            what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
+            say(f"cancelled by scancel{what}")
+            # first the word: this process is killed in a moment
+            self.env.events(self.run).append(
+                "cancelled", world_size=self.env.world_size, step=self.run.latest_step(), stage=stage, with_it=took
+            )
+            if took:
+                slurm.cancel(took)
 
 
 def begin(run: RunDir) -> Life:

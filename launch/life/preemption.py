@@ -94,18 +94,20 @@ def after_stop(
     say: Callable[[str], None],
     share: Callable[[Any], Any],
     alive: Callable[[], None],
+    ask: Callable[[], slurm.Mercy],
 ) -> int | None:
     """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
 
     Called on all ranks; `share` gives rank 0's word to all. May block until SLURM kills the job; calls `alive`
-    meanwhile. The ranks wait in step, so that none of them takes the others' waiting for death.
+    meanwhile. The ranks wait in step, so that none of them takes the others' waiting for death. ask: what SLURM does to
+    jobs that it pre-empts.
     """
     if reason == "STOP":
         return 0
     if env.scheduler != "slurm" or reason == "time_limit":
         return EXIT_REQUEUE
     is_main = env.rank == 0
-    mercy = share(slurm.mercy(env.job) if is_main else None)
+    mercy = share(ask() if is_main else None)
     if not mercy.requeues or mercy.grace_s > REQUEUE_AT_ONCE_ABOVE_S:
         # the batch shell submits a successor, or requeues without wasting the grace period; only while RUNNING
         return EXIT_REQUEUE
@@ -122,5 +124,6 @@ def after_stop(
         if over:
             break
     if is_main:
-        say("still alive: nobody meant to end this job; going on")
+        unknown = "how long SLURM waits before it ends a job could not be asked here"
+        say("still alive: " + ("nobody meant to end this job" if mercy.known else unknown) + "; going on")
     return None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from ddpm.config import reading
 from ddpm.errors import DoNotRetry, RunBusy, Stopped
 from ddpm.run.log import say
 from launch.life import devices
 from launch.life.life import Life
-from launch.queue.sets import ensure_request
+from launch.life.starting import request_of
 
 
 def sample(life: Life, set_name: str, shards: list[int]) -> int:
     """Those of a set that are not done; publishes its request first where a chained job is the first to come by."""
     run, env = life.run, life.env
-    config = reading.of_run(run)
+    config, request = request_of(life, set_name)
     sample_set = run.sample_set(set_name)
-    request = ensure_request(run, config, set_name)
     for shard in shards:
         if not 0 <= shard < request.shards:
             raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")

@@ -1,4 +1,4 @@
-"""What a life of training does before it loads torch, which takes seconds: is there anything to do?"""
+"""What a life does before it loads torch, which takes seconds: is there anything to do?"""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from ddpm.errors import DoNotRetry
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
+from ddpm.sampling.request import Request
 from launch.cluster import environment, slurm
 from launch.life.life import Life
 from launch.queue import borrowing
-from launch.queue.chain import nothing_to_train
+from launch.queue.chain import call_off, nothing_to_train
+from launch.queue.sets import ensure_request
 
 
 def start_training(life: Life) -> tuple[Config, str | None]:
@@ -27,6 +30,21 @@ def start_training(life: Life) -> tuple[Config, str | None]:
     life.stop.watch(run.stop_file)
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels_of(run)))
     return config, why
+
+
+def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
+    """The run's config, and what is asked for of a set. Raises DoNotRetry where there is nothing to sample from; then
+    what was to follow is called off too, which would find out the same, each task on a node of its own.
+    """
+    config = reading.of_run(life.run)
+    try:
+        return config, ensure_request(life.run, config, set_name)
+    except DoNotRetry as e:
+        took: list[str] = []
+        if life.env.scheduler == "slurm" and life.env.rank == 0:
+            with contextlib.suppress(slurm.SlurmError):
+                took = call_off(life.env.job)
+        raise DoNotRetry(f"{e}" + (f". Cancelled, as it was to follow: job {' '.join(took)}" if took else "")) from None
 
 
 def kernels_of(run: RunDir) -> Path:

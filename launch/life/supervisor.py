@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +22,21 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
-from launch.life.decision import Evidence, decide, not_ours, retries_without_progress, uncounted_lives
+from launch.life.decision import (
+    Evidence,
+    bad_nodes,
+    blames_its_node,
+    decide,
+    may_do_without,
+    not_ours,
+    retries_without_progress,
+    uncounted_lives,
+)
+from launch.life.last_words import LastWords, last_words
 from launch.life.life import shard_marker
 from launch.life.progress import progress
 from launch.queue.submitting import submit_successor
+from launch.queue.waiting import mercy_for
 from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
@@ -39,18 +51,23 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     env = environment.current()
     log = env.events(run)
     known = gather(run, env, stage, code, set_name)
+    words = last_words(run, stage, env) if known.code else LastWords()
+    if known.reason == "crash" and words.lacked:
+        known = replace(known, reason="out_of_memory")
     decision = decide(known)
+    bad = (words.node or env.host) if decision.goes_on and blames_its_node(known) else ""
     if decision.goes_on and known.can_tell:
         fields = {"reason": known.reason, "exit_code": known.code, "progress": known.progress, "stage": stage}
-        if not _note(log, "requeued", **fields):
+        if not _note(log, "requeued", **fields, **({"bad_node": bad, "error": words.error} if bad else {})):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
         _forget_shard(run, env)
-        return _failed(log, known.code, stage, decision.why)
+        return _failed(log, known.code, stage, decision.why, words)
+    avoided = _without(bad, known.shown) if bad and known.shown else ""
     if decision.what == "succeed":
-        _have_a_successor(run, env, stage, decision.why)
+        _have_a_successor(run, env, stage, decision.why, avoided)
     elif decision.what == "requeue":
-        _put_back(env, decision.why)
+        _put_back(env, decision.why, avoided)
     elif decision.why:
         _say(decision.why)
     return known.code
@@ -77,7 +94,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
         time.sleep(SETTLE_S)
     known = _read(lambda: _of_the_run(known, run, env, set_name)) or _unreadable(known, run, env)
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
-        known = replace(known, mercy=slurm.mercy(env.job))
+        known = replace(known, mercy=mercy_for(run, env.job))
     return known
 
 
@@ -130,7 +147,20 @@ def _read(ask: Callable[[], T]) -> T | None:
 # ---------------------------------------------------------------- what is done
 
 
-def _put_back(env: JobEnvironment, told: str) -> None:
+def _without(bad: str, shown: slurm.Shown) -> str:
+    """The nodes that the job is not to have any more, as SLURM lists them; "" where it cannot do without this one."""
+    try:
+        total, spare = slurm.spare_nodes(shown.partition.split(",")[0], shown.excluded)
+    except slurm.SlurmError as e:
+        _say(f"node {bad} is not left out, though a life died there by itself: {e}")
+        return ""
+    if not may_do_without(bad, total, spare, environment.num_nodes()):
+        return ""
+    _say(f"node {bad} is left out from now on: a life of this job died there by itself")
+    return ",".join(filter(None, [shown.excluded, bad]))
+
+
+def _put_back(env: JobEnvironment, told: str, avoided: str) -> None:
     def order() -> bool:
         if not _still_ours(env):
             return False
@@ -138,13 +168,43 @@ def _put_back(env: JobEnvironment, told: str) -> None:
         return True
 
     _say(f"{told} requeueing job {env.job}")
-    if slurm.patiently(order):
+    with _undisturbed():  # SLURM ends this shell as soon as it has put the job back, and the node is yet to be excluded
+        is_back = slurm.patiently(order)
+        if is_back:
+            _exclude(env, avoided)
+    if is_back:
         time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
 
 
-def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str) -> None:
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within: SIGTERM does not end this process."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exclude(env: JobEnvironment, avoided: str) -> None:
+    """From this job, which waits again; from its siblings; and from what waits for it."""
+    if not avoided:
+        return
+    base = env.job.partition("_")[0]
+    try:
+        slurm.exclude(env.job, avoided)
+        others = [*([base] if base != env.job else []), *slurm.followers(base)]
+    except slurm.SlurmError as e:
+        _say(f"{avoided} could not be excluded: {e}")
+        return
+    for other in others:
+        with contextlib.suppress(slurm.SlurmError):  # tasks that run cannot be changed, the others are
+            slurm.exclude(other, avoided)
+
+
+def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, avoided: str) -> None:
     def order() -> str | None:
-        return submit_successor(run, stage, env.job) if _still_ours(env, or_preempted=True) else None
+        return submit_successor(run, stage, env.job, avoided) if _still_ours(env, or_preempted=True) else None
 
     successor = slurm.patiently(order)
     if successor is not None:
@@ -187,21 +247,30 @@ def _note(log: EventLog, event: str, **fields: object) -> bool:
     return True
 
 
-def _failed(log: EventLog, code: int, stage: str, reason: str) -> int:
-    _note(log, "failed", stage=stage, exit_code=code, reason=reason)
+def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) -> int:
+    env = environment.current()
+    reason = f"{why}: {words.told(stage, env.host, environment.memory_asked_for())}"
+    run = RunDir(log.path.parent.parent)
+    with contextlib.suppress(OSError):
+        if nodes := bad_nodes(read_events(run), env.job):
+            reason += f"; lives of it died on {', '.join(nodes)} before"
+    fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
+    _note(log, "failed", stage=stage, exit_code=code, reason=reason, **fields)
     _say(f"failed: {reason}")
     return code
 
 
 def main() -> int:
+    environment.supervisor_is_heard()
     streams.make_safe()
     path, stage, code, *rest = sys.argv[1:]
     run = RunDir(Path(path))
     try:
         return end(run, stage, int(code), rest[0] if rest else "")
     except (slurm.SlurmError, OSError) as e:
-        log = environment.current().events(run)
-        return _failed(log, int(code) or EXIT_REQUEUE, stage, f"could not be put back: {e}; submit the run again")
+        env = environment.current()
+        why = f"could not be put back: {e}; submit the run again"
+        return _failed(env.events(run), int(code) or EXIT_REQUEUE, stage, why, last_words(run, stage, env))
 
 
 if __name__ == "__main__":

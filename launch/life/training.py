@@ -23,7 +23,7 @@ from ddpm.run.records import read_run
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
-from launch.cluster import slurm
+from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
 from launch.cluster.site import site_of
 from launch.life import devices, inputs
@@ -36,7 +36,10 @@ def train(life: Life, config: Config, why: str | None) -> int:
     """Train on all ranks; returns the exit code. why: rank 0 must not, as it has found already."""
     run, env = life.run, life.env
     devices.one_device(env)  # a rank without one must not let the others wait for it
-    timeout_s = site_of(run).rank_timeout_s
+    site = site_of(run)
+    timeout_s = site.rank_timeout_s
+    if env.scheduler == "slurm" and env.world_size > 1:
+        _choose_network(site.network_interface, env.master_addr)
     world = ranks.join(
         rank=env.rank,
         world_size=env.world_size,
@@ -72,6 +75,14 @@ def train(life: Life, config: Config, why: str | None) -> int:
     )
     trainer.resume()
     return _until_the_end(life, world, trainer)
+
+
+def _choose_network(asked: str | None, rank_0: str) -> None:
+    """By which interface gloo listens; NCCL finds its own unless one is asked for."""
+    if asked:
+        environment.set_defaults(NCCL_SOCKET_IFNAME=asked)
+    if name := asked or environment.interface_towards(rank_0):
+        environment.set_defaults(GLOO_SOCKET_IFNAME=name)
 
 
 def _take(life: Life, wait_s: float) -> Fence:

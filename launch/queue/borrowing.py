@@ -36,13 +36,18 @@ def reads(run: RunDir) -> str | None:
 
 
 def check_trainable(run: RunDir) -> None:
-    """Raises RequestError where the run may be read and sampled, and not trained."""
+    """Raises RequestError where the run may be read and sampled, and not trained, or where something is in the way."""
     if other := reads(run):
         raise RequestError(f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained")
     if not (can_write(run) and _is_open(run.checkpoints)):
         raise RequestError(
             f"{run.path} cannot be written here: it can be sampled and scored into another root, not trained"
         )
+    for path in (run.metrics, run.lock, run.fence):
+        if path.is_dir():
+            raise RequestError(f"{path} is a directory, where training has a file: move it away")
+    if run.metrics.exists() and not os.access(run.metrics, os.R_OK):
+        raise RequestError(f"{run.metrics} cannot be read, and training would go on from it: give it back its mode")
 
 
 def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.run import generations
+from ddpm.run.events import read_events
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -20,7 +21,8 @@ from launch.cluster.site import Site, site_of
 from launch.queue import local, sets
 from launch.queue.job import Job, ranges
 from launch.queue.submitting import sent_tasks, submit, why_it_waits
-from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
+from launch.queue.turns import turn
+from launch.queue.waiting import evaluations_in_queue, jobs_in_queue, slurm_jobs
 
 MAX_ROUNDS = 3
 
@@ -203,22 +205,50 @@ def fill_gaps(
         )
     before, _, had = round_.partition(":")
     site = site_of(run)
-    waiting = jobs_in_queue(run, "sample", set_name)
-    if not waiting:
-        rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
-        if rounds > MAX_ROUNDS:
-            print(
-                f"failed: {len(missing)} shards of {set_name} are still missing ({ranges(missing)}) after "
-                f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}",
-                flush=True,
-            )
-            return EXIT_FATAL
-        waiting = [submit(Job("sample", run, site, set_name, tuple(missing)))]
-        round_ = f"{rounds}:{len(missing)}"
-    after = ":".join(waiting)
-    new = submit(Job("evaluate", run, site, set_name, (), after, (*again, "--round", round_)))
+    with turn(run):
+        waiting = jobs_in_queue(run, "sample", set_name)
+        if not waiting:
+            if job := cancelled_samples(run, set_name):
+                raise DoNotRetry(
+                    f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}), because job {job} was "
+                    f"cancelled, and so they stay: {repair} makes them"
+                )
+            rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
+            if rounds > MAX_ROUNDS:
+                print(
+                    f"failed: {len(missing)} shards of {set_name} are still missing ({ranges(missing)}) after "
+                    f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}",
+                    flush=True,
+                )
+                return EXIT_FATAL
+            waiting = [submit(Job("sample", run, site, set_name, tuple(missing)))]
+            round_ = f"{rounds}:{len(missing)}"
+        after = ":".join(waiting)
+        new = submit(Job("evaluate", run, site, set_name, (), after, (*again, "--round", round_)))
     print(
         f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {new} scores after it",
         flush=True,
     )
     return 0
+
+
+# ---------------------------------------------------------------- cancelled
+
+
+def cancelled_samples(run: RunDir, set_name: str) -> str | None:
+    """The job that last made shards of a set, if its owner cancelled it or a task of it."""
+    jobs = slurm_jobs(read_events(run), "sample", set_name)
+    return jobs[-1] if jobs and slurm.any_cancelled(jobs[-1]) else None
+
+
+def call_off(job: str) -> list[str]:
+    """Cancel what follows `job`, and the tasks of its own array that have not begun: there is nothing for them to go on
+    from. Returns what followed. Raises SlurmError.
+    """
+    found = slurm.followers(job)
+    if found:
+        slurm.cancel(found)
+    base, _, task = job.partition("_")
+    if task:
+        slurm.cancel_waiting(base)
+    return found

@@ -76,6 +76,8 @@ class Job:
             **site.gpu_options(),
             "cpus-per-task": site.cpus_per_task,
             "mem": site.mem,
+            "mem-per-cpu": site.mem_per_cpu,
+            "mem-per-gpu": site.mem_per_gpu,
             "requeue": True,
             "export": "ALL",
             "open-mode": "append",

@@ -79,7 +79,9 @@ def _submit(job: Job) -> str:
     except slurm.SlurmError as e:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     try:
-        tasks = {"tasks": job.num_tasks} if job.shards else {}
+        tasks: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
+        if table := slurm.qos_table():  # for nodes that cannot ask
+            tasks["qos"] = table
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
                    args=list(job.extra_args), **tasks)  # fmt: skip
     except Exception:  # a job that nobody could find again
@@ -128,19 +130,23 @@ def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **f
     )
 
 
-def submit_successor(run: RunDir, stage: str, job: str) -> str:
+def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> str:
     """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError.
+
+    avoided: nodes that it is not to have.
 
     The event that it was is written where there is room for it.
     """
     record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
     if record is None:  # submitted by hand: what SLURM says of this job
         record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
+    if avoided:
+        record = {**record, "options": {**record["options"], "exclude": avoided}}
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
     new = by_template.submit_again(stage, {"export": "ALL", **record["options"]}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **{k: record[k] for k in ("set", "options", "args")})  # fmt: skip
+                   **{k: record[k] for k in ("set", "options", "args", "qos") if k in record})  # fmt: skip
     return new
 
 

@@ -67,3 +67,14 @@ def slurm_jobs(events: list[dict[str, Any]], stage: str | None = None, set_name:
     told = (e for e in events if e["event"] in ("submitted", "allocated") and str(e["job"])[:1].isdigit())
     wanted = (e for e in told if stage is None or (e.get("stage", "train"), e.get("set", "")) == (stage, set_name))
     return list(dict.fromkeys(str(e["job"]) for e in wanted))
+
+
+def mercy_for(run: RunDir, job: str) -> slurm.Mercy:
+    """What SLURM does with a job of the run when it takes its nodes, by what is known here and was at submission."""
+    base = job.partition("_")[0]
+    try:
+        told = [e for e in read_events(run) if e["event"] == "submitted" and str(e["job"]) == base]
+    except OSError:
+        told = []
+    table = told[-1].get("qos") if told else None
+    return slurm.mercy(job, table if isinstance(table, dict) else {})

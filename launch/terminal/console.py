@@ -47,7 +47,7 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, DDPMError):
         return error.exit_code
     if isinstance(error, DamagedFile):
-        return DDPMError.exit_code
+        return RequestError.exit_code  # of what is not there as it was nothing can be asked
     if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `… | head` has read enough
         return 0
     return EnvironmentLacks.exit_code  # no permission, no room, a limit: the machine's, or another user's directory

@@ -48,11 +48,12 @@ def words(error: BaseException, where: object = "") -> str | None:
 
 
 def of_a_job(error: BaseException, where: object) -> Exception | None:
-    """The same as an exception of ours. What the machine lacked, another start may find; another user's stays his."""
+    """The same as an exception of ours. What the machine lacked, another start may find; what is in the way stays."""
     told = words(error, where)
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
-    return DoNotRetry(told) if _whose(error) else NodeUnfit(told)
+    in_the_way = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
+    return DoNotRetry(told) if in_the_way else NodeUnfit(told)
 
 
 def _whose(error: BaseException) -> str:

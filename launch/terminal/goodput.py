@@ -22,7 +22,7 @@ from ddpm.run.files import seconds
 LifeKey = tuple[str, int]
 
 ALIVE_S = 60.0
-"""A heartbeat this near is of a life that goes on; one from the future is of a clock that errs."""
+"""A heartbeat this near is of a life that goes on; one from the future is no sign of it."""
 
 
 def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> dict[str, float]:
@@ -30,7 +30,7 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
     lives: dict[LifeKey, list[dict[str, Any]]] = {}
     signs: dict[LifeKey, float] = {}
     for sign in [*(e["last_sign"] for e in events if e.get("last_sign")), beat]:
-        if "time" in sign and "job" in sign:
+        if "time" in sign and "job" in sign and seconds(sign["time"]) < at + ALIVE_S:
             life = str(sign["job"]), int(sign["restart"])
             signs[life] = max(signs.get(life, 0.0), seconds(sign["time"]))
     for e in events:
@@ -42,7 +42,7 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
     total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)
     for life, own in lives.items():
         last_sign = signs.get(life, 0.0)
-        alive = own[-1]["event"] not in ("finished", "failed", "requeued") and abs(at - last_sign) < ALIVE_S
+        alive = own[-1]["event"] not in ("finished", "failed", "requeued") and at - last_sign < ALIVE_S
         for kind, spent in _of_life(own, last_sign, alive).items():
             total[kind] += spent
     return total

@@ -104,8 +104,12 @@ def _fence(run: RunDir) -> str:
 
 def _checkpoints(run: RunDir) -> Lines:
     for step in reversed(run.steps_saved()):
-        yield from _judged(f"checkpoints/step-{step:09d}", _generation, run, step)
-        yield from _judged(f"checkpoints/{run.ema_weights(step).name}", _ema, run, step, needed=False)
+        lines = [
+            *_judged(f"checkpoints/step-{step:09d}", _generation, run, step),
+            *_judged(f"checkpoints/{run.ema_weights(step).name}", _ema, run, step, needed=False),
+        ]
+        if step in run.steps_saved():  # else a run at work has retired it meanwhile
+            yield from lines
     for step in unfinished.alone(run):
         yield Line("damaged", f"checkpoints/step-{step:09d}", "no manifest; --rebuild makes one where it proves itself")
     try:

@@ -16,8 +16,9 @@ from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
+from launch.cluster.slurm import Queued
 from launch.queue.waiting import slurm_jobs
-from launch.terminal import faults, goodput
+from launch.terminal import faults, goodput, standing
 
 SILENT_AFTER_S = 60.0
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
@@ -46,8 +47,8 @@ class Damage:
             return None
 
 
-def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
-    """One run as plain values, whatever of it exists."""
+def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
+    """One run as plain values, whatever of it exists. queued: what SLURM has, of all runs; None: it does not answer."""
     damage = Damage()
     closed = damage.read(lambda: listed(run.path)) is None
     every, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
@@ -61,12 +62,12 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
     for what in (*odd, no_beat, no_metrics):
         damage.tell(what)
     _tell_what_lacks(run, config, every, metrics, saved, damage)
-    jobs = {job: states[job] for job in slurm_jobs(events) if job in states}
+    jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(events) if job in queued}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
     state = damage.read(lambda: _state(run, events, config, jobs, age)) or "unreadable"
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
-    failed = latest.get("event") == "failed" and state not in ("running", "queued")
+    failed = latest.get("event") == "failed" and state not in ("running", "queued", "suspended", "held")
     samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
     problems = [latest.get("reason") if failed else None, *damage.told[: 1 if closed else None]]
@@ -80,7 +81,9 @@ def describe(run: RunDir, states: dict[str, str]) -> dict[str, Any]:
         "loss": last.get("loss"),
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
-        "jobs": jobs,
+        "jobs": {job: told.state for job, told in (jobs or {}).items()},
+        "waits": standing.waits(jobs or {}),
+        "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
         "restarts": max(0, len({(e["job"], e["restart"]) for e in events if e["event"] in ("started", "resumed")}) - 1),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
@@ -155,24 +158,13 @@ def _shards(request: Path, where: Path) -> str:
 
 
 def _state(
-    run: RunDir, events: list[dict[str, Any]], config: Config | None, jobs: dict[str, str], age: float | None
+    run: RunDir,
+    events: list[dict[str, Any]],
+    config: Config | None,
+    jobs: dict[str, Queued] | None,
+    age: float | None,
 ) -> str:
-    """complete | running | queued | failed | stopped | completing | prepared | ended, by the run directory and SLURM.
-
-    completing: SLURM is ending the last job there is, and does not say whether it comes back, as a pre-empted one does.
-    """
-    alive = {state for state in jobs.values() if state != "COMPLETING"}
-    last = next((e["event"] for e in reversed(events) if e["event"] not in ("allocated", "checkpoint")), None)
-    if config is not None and finished_step(run, config) is not None and not alive:
-        return "complete"
-    if alive:
-        return "running" if "RUNNING" in alive else "queued"
-    if last == "failed":
-        return "failed"
-    if run.stop_file.exists():
-        return "stopped"
-    if jobs:
-        return "completing"
-    if age is not None and abs(age) < SILENT_AFTER_S and last in ("started", "resumed"):
-        return "running"
-    return "prepared" if last is None else "ended"
+    """How the run stands, by its directory and SLURM: standing.py has the words."""
+    finished = config is not None and finished_step(run, config) is not None
+    beats = age is not None and abs(age) < SILENT_AFTER_S
+    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats))

@@ -62,6 +62,14 @@ BAD = {
         ["--then", "sample,evaluate", "evaluate.reference=no.npz"],
         ["reference = /", "/elsewhere/no.npz"],
     ),
+    "reference of one image": (
+        ["--then", "sample,evaluate", "evaluate.reference=one"],
+        ["/elsewhere/one: has one image", "at least 2"],
+    ),
+    "reference without images": (
+        ["--then", "sample,evaluate", "evaluate.reference=none"],
+        ["reference = /", "no images in this folder"],
+    ),
     "split": (["--then", "sample,evaluate", "evaluate.reference=test"], ["reference = test", "['train']"]),
     "no epochs": (["train.total_epochs=0"], ["train.total_epochs", "0", "greater than or equal to 1"]),
     "no length": (["train.total_steps=null"], ["train.total_steps", "total_epochs"]),
@@ -92,6 +100,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_options_are_refused_before_anything_is_written(shell: Shell, case: str) -> None:
     args, wanted = BAD[case]
+    for folder in ("one", "none"):
+        (shell.cwd / folder).mkdir()
+    (shell.cwd / "one" / "0.png").write_bytes(png())
     message = shell.refused("submit", "tiny.yaml", "--cluster", "local", *args)
     assert [w for w in wanted if w not in message] == [], message
     assert not shell.root.exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from ddpm.run.files import sign
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
 
@@ -20,6 +22,25 @@ def test_a_second_reference_and_a_second_extractor_leave_the_first_score_as_it_i
     assert (scores / f"{TINY_SET}.json").read_bytes() == first
     before = snapshot(scores)
     assert again("evaluate", "tiny", "--reference", "b.zip").returncode == 0 and snapshot(scores) == before
+
+
+def test_a_network_from_a_file_scores_a_run_and_other_words_are_refused(again: Shell) -> None:
+    network = torch.export.export(
+        torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten()),
+        (torch.zeros(2, 3, 8, 8),),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    torch.export.save(network, again.cwd / "means.pt2")
+    assert "no such file" in again.refused("evaluate", "tiny", "--extractor", "file:none.pt2")
+    for word in ("file:", "vgg"):
+        assert f"{word!r}: use one of inception" in again.refused("evaluate", "tiny", "--extractor", word)
+    done = again("evaluate", "tiny", "--extractor", "file:means.pt2")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert record["dimensions"] == 12 and record["extractor"]["name"].startswith("file-")
+    assert read(again.root / "tiny" / "eval" / TINY_SET / f"train-{record['extractor']['name']}.json") == record
+    (row,) = json.loads(again("status", "--json").stdout)
+    assert len(row["scores_told"]) == 2 and all("25 vs train" in line for line in row["scores_told"].values())
 
 
 def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell) -> None:

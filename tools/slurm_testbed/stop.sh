@@ -42,7 +42,7 @@ end_daemons() {
         pid=$(cat "$file" 2>/dev/null)
         [ -n "$pid" ] || continue
         case $(cat "/proc/$pid/comm" 2>/dev/null) in
-            slurmd | slurmctld | munged) kill "$pid" 2>/dev/null && pids+=("$pid") ;;
+            slurmd | slurmctld | slurmdbd | mariadbd | munged) kill "$pid" 2>/dev/null && pids+=("$pid") ;;
         esac
     done
     for pid in ${pids[@]+"${pids[@]}"}; do
@@ -60,7 +60,7 @@ end_orphans() {
         pid=${environ//[^0-9]/}
         [ "/proc/$pid/root" -ef / ] || continue
         case $(cat "/proc/$pid/comm" 2>/dev/null) in
-            slurmstepd | slurmd | slurmctld | munged) kill -9 "$pid" 2>/dev/null ;;
+            slurmstepd | slurmd | slurmctld | slurmdbd | mariadbd | munged) kill -9 "$pid" 2>/dev/null ;;
             *) ! grep -qz '^SLURM_JOB_ID=' "$environ" 2>/dev/null || kill -9 "$pid" 2>/dev/null ;;
         esac
     done
@@ -77,6 +77,8 @@ if [ -s "$DIR/slurmctld.pid" ] && alive "$(cat "$DIR/slurmctld.pid")"; then
 fi
 end_daemons "$DIR"/slurmd.n*.pid
 end_daemons "$DIR/slurmctld.pid"
+end_daemons "$DIR/slurmdbd.pid"
+end_daemons "$DIR/mariadbd.pid"
 end_daemons "$DIR/munge/pid"
 end_orphans
 rm -f "$DIR/munge/socket" "$DIR/munge/socket.lock"

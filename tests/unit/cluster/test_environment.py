@@ -1,6 +1,7 @@
 """launch/cluster/environment.py: what a process learns of its job. The variables are given here, as SLURM sets them."""
 
 import os
+import socket
 
 import pytest
 
@@ -79,3 +80,37 @@ def test_threads_of_background_jobs_sleep_at_their_barriers_unless_the_user_want
     assert environment.for_jobs()["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert environment.for_jobs()["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize(("nodes", "first"), [
+    ("n[1-4]", "n1"), ("n1", "n1"), ("a[3,5-7],b[1-2]", "a3"),
+    ("rack[1-2]-node[03,05]", "rack1-node03"), ("x1,x2", "x1"),
+    ("r[07-09]c[1-2]n[004-006]", "r07c1n004"),
+])  # fmt: skip
+def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, first: str
+) -> None:
+    asked = []
+
+    def resolve(name: str, *_: object) -> list[tuple[object, ...]]:
+        asked.append(name)
+        return [(0, 0, 0, "", ("10.0.0.1", 0))]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    for name, value in {"NUM_TASKS": "2", "NODELIST": nodes, "TASKS_PER_NODE": "1(x2)"}.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert environment.current().master_addr == "10.0.0.1" and asked == [first]
+
+
+def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
+    assert environment.interface_towards("127.0.0.1") == "lo"
+    assert environment.interface_towards("no-such-node.invalid") is None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))
+        except OSError:
+            return  # a machine without a network
+        own = s.getsockname()[0]
+    outward = environment.interface_towards("192.0.2.1")
+    assert outward not in (None, "lo") and environment.interface_towards(own) == outward

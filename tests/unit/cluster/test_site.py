@@ -88,6 +88,8 @@ def test_training_asks_for_its_gpus_once_and_the_other_stages_for_one(
     site = resolved(tmp_path, *words)
     assert gpus(site, "train") == train and gpus(site, "sample") == gpus(site, "evaluate") == one
     assert options(site, "train")["ntasks-per-node"] == str(site.num_gpus or 1)
+    if "gpus-per-task" in train:
+        assert (options(site, "train")["ntasks"], options(site, "sample")["ntasks"]) == ("4", "1")
     assert {options(site, stage)["ntasks-per-node"] for stage in ("sample", "evaluate")} == {"1"}
 
 
@@ -213,3 +215,63 @@ def test_a_stages_own_partition_is_checked_and_decides_whether_it_has_a_gpu(clus
     assert gpus(site, "evaluate") == {} and gpus(site, "sample") == {"gpus-per-node": "a100:1"}
     with pytest.raises(RequestError, match="--partition cpx"):
         sites.settle(resolved(tmp_path, profile="evaluate: {partition: cpx}"), dry_run=False)
+
+
+# ---------------------------------------------------------------- as people write it
+
+
+@pytest.mark.parametrize(("profile", "words", "asked"), [
+    ("mem_per_cpu: 4G", [], {"mem-per-cpu": "4G"}),
+    ("mem: 32G", ["--mem-per-gpu", "40G"], {"mem-per-gpu": "40G"}),
+    ("mem_per_gpu: 40G", ["--mem", "8G"], {"mem": "8G"}),
+    ("mem: 32G", ["--mem", "none"], {}),
+    ("mem: 0", [], {"mem": "0"}),
+    ("", [], {}),
+])  # fmt: skip
+def test_memory_is_asked_for_in_one_way_that_of_the_last_who_said_it(
+    tmp_path: Path, profile: str, words: list[str], asked: dict[str, str]
+) -> None:
+    site = resolved(tmp_path, *words, profile=profile)
+    assert {k: v for k, v in options(site, "train").items() if k.startswith("mem")} == asked
+
+
+def test_memory_of_two_kinds_is_refused_and_a_sections_own_goes_before_trainings(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="mem and mem_per_cpu"):
+        resolved(tmp_path, profile="mem: 1G\nmem_per_cpu: 1G")
+    site = resolved(tmp_path, profile="mem_per_gpu: 40G\nevaluate: {mem: 9G}")
+    memory = {stage: {k for k in options(site, stage) if k.startswith("mem")} for stage in ("sample", "evaluate")}
+    assert memory == {"sample": {"mem-per-gpu"}, "evaluate": {"mem"}}
+
+
+@pytest.mark.parametrize(("written", "minutes"), [
+    ("12:00:00", 720), ("90:00", 90), ("1-00:00:00", 1440), ("30", 30), ("4h", 240), ("'30:00'", 30),
+])  # fmt: skip
+def test_a_profiles_time_is_what_it_says(tmp_path: Path, written: str, minutes: int) -> None:
+    assert resolved(tmp_path, profile=f"time: {written}").time == minutes
+
+
+@pytest.mark.parametrize("words", [["--time", "1:30"], ["--time", "10:00"]])
+def test_a_time_that_slurm_and_people_read_otherwise_is_refused_with_both_readings(
+    tmp_path: Path, words: list[str]
+) -> None:
+    with pytest.raises(RequestError, match=r"minutes and .* to SLURM, .* hours and .* to people; write \d+m, or 00:"):
+        resolved(tmp_path, *words)
+
+
+def test_numbers_in_a_profile_are_the_words_that_they_are_written_as(tmp_path: Path) -> None:
+    site = resolved(tmp_path, profile="account: 00123\nqos: 7\nsbatch: {begin: 16:00, deadline: 2026-12-01}")
+    asked = options(site, "train")
+    assert (asked["account"], asked["qos"], asked["begin"], asked["deadline"]) == ("00123", "7", "16:00", "2026-12-01")
+    with pytest.raises(RequestError, match="nodes = '010'"):
+        resolved(tmp_path, profile="nodes: 010")
+
+
+def test_a_section_may_be_merged_from_another(tmp_path: Path) -> None:
+    site = resolved(tmp_path, profile="sample: &one {time: 1h, mem: 4G}\nevaluate: {<<: *one, mem: 8G}")
+    assert (options(site, "evaluate")["time"], options(site, "evaluate")["mem"]) == ("60", "8G")
+
+
+@pytest.mark.parametrize(("time", "lead", "warned"), [(2, 120, True), (3, 120, True), (4, 120, False), (3, 60, False)])
+def test_a_limit_that_leaves_no_time_to_work_is_warned_of(time: int, lead: int, warned: bool) -> None:
+    told = Site(time=time, signal_lead_s=lead).warnings()
+    assert bool(told) == warned and all("ask for more" in line and f"{lead} s" in line for line in told)

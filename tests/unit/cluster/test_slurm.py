@@ -70,16 +70,34 @@ def test_a_qos_says_so_where_slurm_pre_empts_by_it(
     assert slurm.mercy("17") == mercy
 
 
-def test_where_accounting_does_not_answer_the_cluster_says_what_pre_emption_does(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("by_qos", "assoc", "mercy"), [
+    ({}, "", slurm.Mercy(False, 0, 30, known=False)),  # the cluster says what pre-emption does
+    ({}, "QOS=normal(1)\n    MinTRESPJ=\n    PreemptMode=REQUEUE\n", slurm.Mercy(True, 0, 30, known=False)),
+    ({"normal": "requeue|00:02:00", "high": "cancel|00:00:01"}, "PreemptMode=CANCEL", slurm.Mercy(True, 120, 30)),
+])  # fmt: skip
+def test_where_accounting_does_not_answer_what_it_said_at_submission_holds_or_slurmctld_says_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch, by_qos: dict[str, str], assoc: str, mercy: slurm.Mercy
 ) -> None:
     def run(argv: list[str], **_: object) -> str:
-        if argv[0] == "sacctmgr":
+        if argv[0] == "sacctmgr" or ("assoc_mgr" in argv and not assoc):
             raise slurm.SlurmError("sacctmgr: not found on this machine")
+        if "assoc_mgr" in argv:
+            return assoc
         return CONFIG.format(mode="CANCEL", by="qos") if "config" in argv else JOB.format(qos="normal", requeue="1")
 
     monkeypatch.setattr(slurm, "run", run)
-    assert slurm.mercy("17") == slurm.Mercy(False, 0, 30)
+    assert slurm.mercy("17", by_qos) == mercy
+
+
+@pytest.mark.parametrize(("by", "table"), [
+    ("qos", {"normal": "requeue|00:00:10", "high": "cluster|00:00:00"}), ("partition_prio", {}),
+])  # fmt: skip
+def test_the_login_node_tells_what_each_qos_does_where_slurm_pre_empts_by_it(
+    monkeypatch: pytest.MonkeyPatch, by: str, table: dict[str, str]
+) -> None:
+    answers(monkeypatch, show_config=CONFIG.format(mode="REQUEUE", by=by),
+            show_qos="normal|requeue|00:00:10\nhigh|cluster|00:00:00\n")  # fmt: skip
+    assert slurm.qos_table() == table
 
 
 def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ BAD = {
     "a: [": ["not valid YAML"],
     "seed: 1\nseed: 2": ["'seed'", "twice"],
     "train: {lr: 1.0, lr: 2.0}": ["'lr'", "twice"],
-    "seed: 1e3": ["seed", "1000.0", "integer"],
+    "seed: 1.5e3": ["seed", "1500.0", "integer"],
     "seed: -1": ["seed", "-1", "greater than or equal to 0"],
     "name: 17": ["name", "17", "string"],
     "name: a/b": ["'a/b'", "A-Z"],
@@ -448,3 +448,15 @@ def test_a_batch_that_does_not_divide_lists_what_does() -> None:
 def test_build_names_where_a_tree_came_from() -> None:
     with pytest.raises(RequestError, match=r"^somewhere: unknown key"):
         build(Config, {"lrr": 1}, "somewhere")
+
+
+@pytest.mark.parametrize(("written", "steps"), [("1e6", 1_000_000), ("1_000_000", 1_000_000), ("2E+3", 2000)])
+def test_a_number_of_steps_may_be_written_as_people_do(written: str, steps: int) -> None:
+    config = load(PROJECT / "configs" / "cifar10.yaml", [f"train.total_steps={written}", "train.lr=1e0"])
+    assert config.train.total_steps == steps and config.train.lr == 1.0
+
+
+@pytest.mark.parametrize("written", ["12:00", "010", "1.5e0", "2026-12-01", "1e-6"])
+def test_what_is_no_number_of_steps_is_not_read_as_another(written: str) -> None:
+    with pytest.raises(RequestError, match=r"train\.total_steps"):
+        load(PROJECT / "configs" / "cifar10.yaml", [f"train.total_steps={written}"])

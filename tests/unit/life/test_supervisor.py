@@ -17,7 +17,7 @@ from ddpm.run.paths import RunDir
 from ddpm.sampling import request as requests
 from launch.cluster import environment, slurm
 from launch.cluster.environment import PROJECT
-from launch.life import supervisor
+from launch.life import last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.progress import progress
@@ -35,6 +35,8 @@ class Cluster:
         self.requeued: list[str] = []
         self.successors: list[str] = []
         self.waits: dict[str, str] = {}
+        self.nodes, self.excluded = ["n1", "n2", "n3", "n4"], ""
+        self.avoided: list[tuple[str, str]] = []
 
 
 @pytest.fixture
@@ -49,7 +51,8 @@ def run(tmp_path: Path) -> RunDir:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     c = Cluster()
 
-    def successor(run: RunDir, stage: str, job: str) -> str:
+    def successor(run: RunDir, stage: str, job: str, avoided: str = "") -> str:
+        c.avoided.append(("successor", avoided))
         c.successors.append(job)
         new = str(100 + len(c.successors))
         EventLog(run, new, 0, "node", prefix="submit-").append("submitted", successor_of=job)
@@ -57,11 +60,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     def show(job: str) -> slurm.Shown | None:
         life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
-        shown = slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted)
+        shown = slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted, c.excluded)
         return shown if c.state else None
 
     monkeypatch.setattr(slurm, "show", show)
-    monkeypatch.setattr(slurm, "mercy", lambda job: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
+    monkeypatch.setattr(slurm, "mercy", lambda job, by_qos: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
+
+    def spare(partition: str, excluded: str) -> tuple[int, list[str]]:
+        return len(c.nodes), [node for node in c.nodes if node not in excluded.split(",")]
+
+    monkeypatch.setattr(slurm, "spare_nodes", spare)
+    monkeypatch.setattr(slurm, "exclude", lambda job, nodes: c.avoided.append((job, nodes)))
     monkeypatch.setattr(slurm, "requeue", c.requeued.append)
     monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
     monkeypatch.setattr(slurm, "make_wait", c.waits.__setitem__)
@@ -361,7 +370,7 @@ def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_awa
     tried: list[str] = []
 
     def unheard(*order: Any) -> str:
-        tried.append(order[-1])
+        tried.append(order[0] if len(order) == 1 else order[2])
         cluster.state = "COMPLETING"
         raise slurm.NoAnswer("Unable to contact slurm controller")
 
@@ -478,3 +487,105 @@ def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends
 def test_the_shells_of_jobs_that_had_begun_under_the_earlier_name_find_it(run: RunDir) -> None:
     done = subprocess.run([sys.executable, "-m", "launch.supervisor", str(run.path), "train", "0"], cwd=PROJECT)
     assert done.returncode == 0
+
+
+# ---------------------------------------------------------------- bad nodes
+
+
+def dies_on(run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, node: str, code: int, log: str) -> int:
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    with (run.logs / "train-17.out").open("a") as f:
+        f.write(log + "\n")
+    return shell_ends(code)
+
+
+def test_a_life_that_died_by_itself_is_put_back_elsewhere_with_what_waits_for_it(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.waits, cluster.excluded = {"18": "17", "19": "18"}, "n9"
+    dies_on(run, shell_ends, monkeypatch, "n1", 127, "bash: python: command not found")
+    assert cluster.requeued == ["17"] and cluster.avoided == [(job, "n9,n1") for job in ("17", "18", "19")]
+    assert (last(run)["bad_node"], last(run)["error"]) == ("n1", "bash: python: command not found")
+
+
+@pytest.mark.parametrize(("nodes", "excluded", "avoided"), [
+    (["n1"], "", False), (["n1", "n2"], "", True), (["n1", "n2"], "n2", False), (["n1", "n2", "n3", "n4"], "n2", True),
+    (["n1", "n2", "n3", "n4"], "n2,n3", False),
+])  # fmt: skip
+def test_half_of_a_partition_and_what_a_job_needs_of_it_is_never_given_up(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch,
+    nodes: list[str], excluded: str, avoided: bool,
+) -> None:  # fmt: skip
+    cluster.nodes, cluster.excluded = nodes, excluded
+    dies_on(run, shell_ends, monkeypatch, "n1", 1, "x")
+    assert cluster.requeued == ["17"] and bool(cluster.avoided) == avoided
+
+
+@pytest.mark.parametrize(("code", "said"), [
+    (75, "75 preempted"), (75, "75 time_limit"), (75, "75 save_failed"), (137, None)
+])  # fmt: skip
+def test_a_node_is_not_blamed_for_what_is_not_its_fault(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, code: int, said: str | None
+) -> None:
+    if said is None:  # memory ran out
+        (run.logs / "train-17.out").write_text("slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=17.0.\n")
+    shell_ends(code, said=said)
+    assert cluster.requeued == ["17"] and cluster.avoided == [] and "bad_node" not in last(run)
+
+
+def test_the_node_whose_rank_died_first_is_left_out_and_a_successor_leaves_it_out_too(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.may_requeue = False
+    log = "srun: error: n3: task 2: Exited with exit code 1\nsrun: error: n2: tasks 0-1: Killed"
+    dies_on(run, shell_ends, monkeypatch, "n2", 143, log)
+    assert cluster.avoided == [("successor", "n3")] and cluster.successors == ["17"]
+
+
+ENDS = """\
+[batch] 2026-11-26T20:00:00Z job=17 restart=0 stage=train nodes=n1 run=/runs/tiny
+OldError: of another life
+[batch] 2026-11-26T20:01:00Z job=17 restart=3 stage=train nodes=n4 run=/runs/tiny
+2026-11-26T20:01:02.000Z step=5/100 loss=0.5
+Traceback (most recent call last):
+  File "x.py", line 3, in f
+{}
+srun: error: n4: task 0: Exited with exit code 1
+"""
+
+
+def test_what_has_failed_names_stage_node_log_its_last_error_and_where_it_was_tried(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in ("n1", "n2", "n3"):
+        dies_on(run, shell_ends, monkeypatch, node, 1, "")
+    dies_on(run, shell_ends, monkeypatch, "n4", 1, ENDS.format("RuntimeError: no \x1b[1m luck"))
+    failed = last(run)
+    assert failed["event"] == "failed" and failed["log_file"] == str(run.logs / "train-17.out")
+    for word in ("stage train on node n4", "train-17.out", "RuntimeError: no  [1m luck", "n1, n2, n3 before"):
+        assert word in failed["reason"]
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of GPU memory"),
+    ("slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=17.0.", "out of memory (it had asked for 4000 MB"),
+])  # fmt: skip
+def test_out_of_memory_is_called_so_with_how_much_was_asked_for(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, line: str, told: str
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4000")
+    for _ in range(4):
+        dies_on(run, shell_ends, monkeypatch, "n1", 137, line)
+    assert told in last(run)["reason"] and "out_of_memory" in last(run)["reason"] and cluster.avoided == []
+
+
+@pytest.mark.parametrize(("line", "error"), [
+    ("2026-11-26T20:01:03.000Z failed: the request is gone", "the request is gone"),
+    ("ValueError", "ValueError"), ("ModuleNotFoundError: No module named 'torch'", "No module named 'torch'"),
+    ("setup failed on n1 (exit code 1): module load cuda/99", "module load cuda/99"),
+    ("/usr/bin/python: cannot execute binary file", "cannot execute"), ("2026-11-26T20:01:03.000Z step=6 loss=0.1", ""),
+    ("Segmentation fault (core dumped)", "Segmentation fault"),
+])  # fmt: skip
+def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, line: str, error: str) -> None:
+    words = last_words.read(tmp_path / "log", ENDS.format(line), 3)
+    assert error in words.error and bool(words.error) == bool(error) and words.node == "n4"

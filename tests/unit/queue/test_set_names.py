@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 
 from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run.files import sha256_json
 from ddpm.run.paths import RunDir, check_name
-from launch.queue.sets import set_of
+from ddpm.sampling.request import CheckpointRef, publish_request, read_request
+from launch.queue.sets import chain_set, request_for, set_of, shards_to_make
 from tests.training import make_config, make_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    return make_run(tmp_path / "run")
+    made = make_run(tmp_path / "run")
+    made.run_json.write_text("{}")
+    return made
 
 
 def asking(**sample: Any) -> Config:
@@ -68,7 +73,36 @@ def test_a_name_that_would_be_too_long_is_made_to_fit_and_stays_its_own(run: Run
 def test_a_set_of_before_goes_on_under_its_name(run: RunDir, former: str, eta: float, guidance: float | None) -> None:
     config = asking(sampler="ddim", eta=eta, guidance=guidance)
     assert set_of(run, config, 8) != former
-    (run.samples / former).mkdir(parents=True)
-    (run.samples / former / "request.json").write_text(json.dumps({"eta": eta, "guidance": guidance}))
+    publish_request(run.sample_set(former), request_for(run, config, CheckpointRef(8, "0" * 64)))
     assert set_of(run, config, 8) == former
     assert set_of(run, asking(sampler="ddim", eta=0.25, guidance=guidance), 8) != former
+
+
+def signed(**body: Any) -> str:
+    return json.dumps({**body, "digest": sha256_json(body)})
+
+
+HOSTILE = {
+    "a checkpoint of another type": signed(checkpoint=5),
+    "a list": signed(checkpoint=[1, 2], eta=[], guidance={}),
+    "a word for a number": None,
+    "a number beyond floats": None,
+    "digits without end": '{"eta": ' + "9" * 5000 + "}",
+    "brackets without end": "[" * 100_000,
+    **{f"{depth} brackets": '{"a": ' + "[" * depth + "]" * depth + ', "digest": ""}' for depth in range(900, 1000, 10)},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_request_is_refused_in_a_sentence(run: RunDir, case: str) -> None:
+    config = make_config()
+    name = chain_set(run, config)
+    request = request_for(run, config, CheckpointRef(8, "0" * 64))
+    publish_request(run.sample_set(name), request)
+    body = {k: v for k, v in request.to_record().items() if k != "digest"}
+    eta = {"a word for a number": "x", "a number beyond floats": 10**400}.get(case)
+    run.sample_set(name).request.write_text(HOSTILE[case] or signed(**{**body, "eta": eta}))
+    assert chain_set(run, config) == name == set_of(run, config, 8)
+    for read in (lambda: read_request(run.sample_set(name)), lambda: shards_to_make(run, config, name)):
+        with pytest.raises(RequestError, match=r"request\.json is damaged"):
+            read()

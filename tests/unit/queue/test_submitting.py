@@ -17,7 +17,7 @@ from launch import jobs, submit
 from launch.cluster import slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
-from launch.queue import by_template, chain, submitting
+from launch.queue import by_template, chain, submitting, waiting
 from launch.queue.job import Job, numbers, share
 from tests.cli.harness import TINY
 
@@ -368,3 +368,14 @@ def test_pickles_are_the_submitters_alone_and_another_user_has_other_ones(
     before = set(where.iterdir())
     submitting.submit(job)
     assert set(where.iterdir()) == before and len(list(run.logs.glob("submitit-*/*.pkl"))) == 1
+
+
+def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and_its_successors(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "qos_table", lambda: {"normal": "requeue|00:02:00"})
+    submitting.submit(Job("train", run, Site(via="sbatch")))
+    monkeypatch.setattr(slurm, "qos_table", dict)
+    heir = submitting.submit_successor(run, "train", "101")
+    monkeypatch.setattr(slurm, "mercy", lambda job, by_qos: by_qos)
+    assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [{"normal": "requeue|00:02:00"}] * 2 + [{}]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, RequestError
+from ddpm.run import generations
 from ddpm.run.paths import RunDir
 from tests.saves import ask_for_samples, killed_before_its_manifest
 from tests.training import Killed, Life, assert_same_end, live, make_config, make_run
@@ -77,6 +78,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = make_run(tmp_path_factory.mktemp("evidence") / "run")
     live(CONFIG, run)
     return run
+
+
+def test_what_is_to_be_sampled_is_said_to_be_missing_and_not_to_be_untrained(finished: RunDir, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, run.path)
+    no_manifests(run)
+    with pytest.raises(RequestError, match=r"step-000000008\.pt has no manifest"):
+        generations.choose(run)
 
 
 @pytest.mark.parametrize("how", PARTIAL)

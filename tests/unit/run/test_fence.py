@@ -171,7 +171,12 @@ def deleted_and_restored(run: RunDir) -> None:
     shutil.copytree(run.path.with_name("backup"), run.path)
 
 
-@pytest.mark.parametrize("what", [renamed, deleted, replaced_by_a_copy, deleted_and_restored])
+def another_in_its_place(run: RunDir) -> None:
+    renamed(run)
+    run.path.mkdir()
+
+
+@pytest.mark.parametrize("what", [renamed, deleted, replaced_by_a_copy, deleted_and_restored, another_in_its_place])
 def test_a_run_that_is_moved_or_deleted_is_said_to_be_and_nothing_is_written_in_its_place(
     run: RunDir, fence: Fence, what: Any
 ) -> None:

@@ -268,6 +268,18 @@ def test_only_the_published_weights_give_a_fid(made: Made) -> None:
         assert [k for k in ("fid", "frechet_distance") if k in result] == [name]
 
 
+def test_kid_and_inception_score_are_called_so_with_the_published_weights_alone(made: Made) -> None:
+    published = {"weights_sha256": "6726825d" + "0" * 56, "classifier": np.eye(3, 4) * 8, "name": "inception"}
+    extractor, _ = tiny_extractor(**published)
+    record = made.evaluate(packed(), extractor=extractor)
+    names = {k for k in record if k.startswith(("fid", "kid", "inception_score", "frechet", "kernel"))}
+    kid = {"kid", "kid_std", "kid_subset_size"}
+    assert names == {"fid", "fid_interval", "fid_infinity", "inception_score", "inception_score_std"} | kid
+    assert 1.0 < record["inception_score"] < 3.0
+    other, _ = tiny_extractor(**{**published, "weights_sha256": "00" * 32})
+    assert not made.evaluate(packed(), extractor=other).keys() & names
+
+
 def test_the_same_evaluation_returns_what_is_there_and_another_lies_beside_it(made: Made) -> None:
     first = made.evaluate(packed())
     count = len(made.images)

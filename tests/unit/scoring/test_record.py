@@ -114,7 +114,7 @@ def test_every_score_of_a_set_has_a_file_and_none_is_overwritten(tmp_path: Path)
     ]
     assert relative[3].startswith(f"{further}test-inception-")
     assert [read_score(p) for p in paths] == [files.sign(r) for r in several]
-    assert publish_score(run, "ddim100-eta0.5", several[3]) == paths[3]
+    assert [publish_score(run, "ddim100-eta0.5", {**r, "created": "later"}) for r in several] == paths
     publish_score(run, "b", NEW)
     assert [s.path for s in all_scores(run)] == [run.score("b"), paths[0], paths[2], paths[1], paths[3]]
 
@@ -151,6 +151,11 @@ def test_what_is_no_fid_is_not_called_so() -> None:
     assert told(other) == (
         "Fréchet distance 165 (fewer samples than the 768 dimensions), ddim 100, 600 vs train, pixels features"
     )
+
+
+def test_a_score_of_images_that_no_run_made_names_no_sampler() -> None:
+    images = {k: v for k, v in NEW.items() if k not in ("sampler", "nfe", "checkpoint", "seed", "precision")}
+    assert told({**images, "num_samples": 600}) == ("FID 4.21 (fewer samples than the 2,048 dimensions), 600 vs train")
 
 
 @pytest.mark.parametrize(

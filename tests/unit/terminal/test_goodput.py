@@ -104,3 +104,11 @@ def test_time_in_the_queue_and_other_stages_do_not_count() -> None:
     events = life(0, 0, (1, "submitted"))
     events += [{**e, "stage": "sample"} for e in life(1, 5, (30, "requeued"))]
     assert breakdown(events, {}, NOW) == pytest.approx(kinds())
+
+
+def test_a_heartbeat_from_the_future_is_no_sign_of_life_and_costs_no_years() -> None:
+    events = life(0, 0, (10, "started"), (40, "checkpoint"))
+    whole = kinds(start_up=10, kept=30)
+    assert breakdown(events, beat(0, 10_000 + 3e8), NOW) == pytest.approx(whole)
+    events += life(1, 200, (205, "resumed"), (255, "checkpoint"), (255, "finished"), last_sign=beat(0, 3e8))
+    assert breakdown(events, beat(1, 255), NOW) == pytest.approx(kinds(start_up=15, kept=80))

@@ -1,0 +1,67 @@
+"""The arrays of a packed dataset as they are written: an image at a time, in numpy's own form, with their digests.
+
+Must not know where images come from, nor where the arrays come to lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.data.labels import labels_digest
+from ddpm.data.whole import digest_head
+from ddpm.errors import RequestError
+from ddpm.run.files import sign, write_json
+
+Item = tuple[np.ndarray, int]
+"""An image, uint8 (H, W, 3), and its label."""
+
+
+def write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], classes: Sequence[str]) -> dict[str, Any]:
+    """images.npy, labels.npy and the digest of these, an image at a time: CelebA at 128x128 is 8 GB.
+
+    Returns what meta.json says of the images. The labels' digest is in a file of its own because caches from before
+    there was one get it added.
+    """
+    labels = []
+    digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
+    with (where / "images.npy").open("wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for image, label in items:
+            digest.update(image.tobytes())
+            f.write(image.tobytes())
+            labels.append(label)
+        num_bytes = f.tell()
+        f.flush()
+        os.fsync(f.fileno())
+    if len(labels) != shape[0]:  # some were left out
+        shape = (len(labels), *shape[1:])
+        digest = _shortened(where / "images.npy", shape, num_bytes)
+    indices = np.asarray(labels, dtype=np.int64)
+    with (where / "labels.npy").open("wb") as f:
+        np.save(f, indices)
+        f.flush()
+        os.fsync(f.fileno())
+    write_json(where / "labels.json", sign({"digest": labels_digest(indices, classes)}))
+    return {"num_images": len(labels), "shape": list(shape), "digest": digest.hexdigest(), "bytes": num_bytes}
+
+
+def _shortened(path: Path, shape: tuple[int, ...], num_bytes: int) -> Any:
+    """The digest of images.npy once its header says how many images came. Raises RequestError where none did."""
+    if not shape[0]:
+        raise RequestError("data.skip_damaged=true: not one image can be decoded, so that there is nothing to train on")
+    with path.open("r+b") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        header = f.tell()
+        assert header + math.prod(shape) == num_bytes, "a header that has grown"
+        os.fsync(f.fileno())
+        digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest

@@ -1,0 +1,69 @@
+"""What the log of a life says about its end: the last error of its own, whether memory ran out, where it went wrong."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm.run.paths import RunDir
+from launch.cluster.environment import JobEnvironment
+
+TAIL_BYTES = 256 * 1024
+CHARACTERS = 300
+OTHERS = ("srun:", "slurmstepd", "[batch]", "submitit ")
+"""How lines begin that are not the work's own."""
+OWN = re.compile(
+    r"^\S+Z failed: |^setup failed|^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Unfit|Lacks)\b"
+    r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
+)
+HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
+GPU_MEMORY = re.compile(r"CUDA out of memory|cuda\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
+SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
+"""SLURM's word to a job that somebody cancels; to others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
+TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): tasks? [\d,-]+: ", re.M)
+
+
+@dataclass(frozen=True)
+class LastWords:
+    log: Path | None = None
+    error: str = ""
+    lacked: str = ""
+    """memory or GPU memory, where one of them ran out."""
+    node: str = ""
+    """Of the rank that died first, where srun says so."""
+    cancelled: bool = False
+    """Whether SLURM says that it was cancelled, and by nothing but scancel."""
+
+    def told(self, stage: str, host: str, mem: str) -> str:
+        """Where it ended and why, for a message. mem: what the job had asked for."""
+        what = f"out of {self.lacked}" if self.lacked else ""
+        what += f" (it had asked for {mem}: ask for more, --mem)" if self.lacked == "memory" else ""
+        parts = [what, f"stage {stage} on node {self.node or host}", f"log {self.log}" if self.log else "",
+                 f"its last error: {self.error}" if self.error else ""]  # fmt: skip
+        return "; ".join(filter(None, parts))
+
+
+def last_words(run: RunDir, stage: str, env: JobEnvironment) -> LastWords:
+    """Of the life that ends now. Nothing where the log cannot be read."""
+    names = (f"{stage}-{env.job}.out", f"{stage}-{env.job}_0.out")  # the second by hand, without an array
+    try:
+        there = [path for path in (run.logs / name for name in names) if path.exists()]
+        path = max(there, key=lambda p: p.stat().st_mtime)
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            return read(path, f.read().decode(errors="replace"), env.restart)
+    except (OSError, ValueError):
+        return LastWords()
+
+
+def read(path: Path, text: str, restart: int) -> LastWords:
+    """What is said in the log's tail since this life began."""
+    began = list(re.finditer(rf"^\[batch\] .* restart={restart} ", text, re.M))
+    said = text[began[-1].start() :] if began else text
+    own = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(OTHERS)]
+    error = next((line for line in reversed(own) if OWN.search(line)), "")
+    error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
+    lacked = "GPU memory" if GPU_MEMORY.search(said) else "memory" if HOST_MEMORY.search(said) else ""
+    died = TASK_DIED.search(said)
+    return LastWords(path, error[:CHARACTERS], lacked, died[1] if died else "", bool(SCANCEL.search(said)))

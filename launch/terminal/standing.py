@@ -1,0 +1,97 @@
+"""How a run stands, in one word, by its events and what SLURM has of its jobs; and what its waiting jobs wait for.
+
+A pure function: who calls it has read the run and asked SLURM, once for all runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from launch.cluster.reasons import Wait, explain
+from launch.cluster.slurm import Queued
+
+LATER = ("sample", "evaluate")
+BETWEEN = ("allocated", "checkpoint")
+"""Events that tell nothing of how a life began or ended."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run."""
+
+    events: list[dict[str, Any]]
+    jobs: dict[str, Queued] | None
+    """Those of its jobs that SLURM has; None: it was not asked, or did not answer."""
+    finished: bool = False
+    """Whether training is."""
+    stop_file: bool = False
+    beats: bool = False
+    """Whether a trainer has given a sign of life just now, wherever it runs."""
+
+
+def word(f: Facts) -> str:
+    """complete | running | suspended | queued | held | failed | cancelled | stopped | completing | prepared | ended
+
+    held: it waits until somebody releases it. completing: SLURM is ending the last job there is, and does not say
+    whether it comes back, as a pre-empted one does. ended: otherwise, without a word.
+    """
+    jobs = f.jobs or {}
+    stages = stages_of(f.events)
+    active = {job: told for job, told in jobs.items() if told.state != "COMPLETING"}
+    of_training = {job: told for job, told in active.items() if stages.get(job, "train") not in LATER}
+    if of_training or (f.finished and active):
+        return _in_queue(of_training or active)
+    tale = [e for e in f.events if (_stage(e, stages) in LATER) == f.finished and e["event"] not in BETWEEN]
+    last: dict[str, Any] = tale[-1] if tale else {}
+    if last.get("event") in ("failed", "cancelled"):
+        return str(last["event"])
+    if f.finished:
+        return "complete"
+    if f.stop_file or (last.get("event"), last.get("reason")) == ("stop_requested", "STOP"):
+        return "stopped"
+    if active:  # what is to follow a training of which nobody knows how it ended
+        return _in_queue(active)
+    if jobs:
+        return "completing"
+    if f.beats and last.get("event") in ("started", "resumed"):
+        return "running"
+    if f.jobs is not None and _never_began(f.events, last):
+        return "cancelled"
+    return "ended" if last else "prepared"
+
+
+def waits(jobs: dict[str, Queued]) -> list[dict[str, Any]]:
+    """Of each job that waits: what for, and what to do; for --json."""
+    found = ((job, explain(job, told)) for job, told in jobs.items())
+    return [{"job": job, **wait.to_json()} for job, wait in found if wait]
+
+
+def line(wait: dict[str, Any]) -> str:
+    """One of these for people."""
+    return str(Wait(wait["reason"], wait["words"], wait["next_step"], start=wait["expected_start"]))
+
+
+def stages_of(events: list[dict[str, Any]]) -> dict[str, str]:
+    """Job id -> what it was submitted for."""
+    return {str(e["job"]): str(e.get("stage", "train")) for e in events if e["event"] == "submitted"}
+
+
+def _stage(event: dict[str, Any], stages: dict[str, str]) -> str:
+    base = str(event.get("job", "")).partition("_")[0]
+    return str(event.get("stage") or stages.get(base, "train"))
+
+
+def _in_queue(active: dict[str, Queued]) -> str:
+    states = {told.state for told in active.values()}
+    if "RUNNING" in states or "SUSPENDED" in states:
+        return "running" if "RUNNING" in states else "suspended"
+    waiting = [explain(job, told) for job, told in active.items()]
+    return "held" if all(wait is not None and wait.held for wait in waiting) else "queued"
+
+
+def _never_began(events: list[dict[str, Any]], last: dict[str, Any]) -> bool:
+    """Whether the job that was submitted last is gone without a word: it was cancelled while it waited."""
+    job = last.get("job")
+    told = [e["event"] for e in events if e.get("job") == job]
+    return last.get("event") == "submitted" and last.get("via") != "local" and told == ["submitted"]

@@ -1,0 +1,134 @@
+"""A site that is strict: limits and QOS pre-emption by accounting, GPUs with their type behind a submit plugin, and one
+node on which every job's first line fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from ddpm.run.events import read_events
+from ddpm.run.files import read_json
+from tests.conftest import PROJECT, requires
+from tests.images import write_zip
+from tests.slurm.test_life import Site
+from tools.slurm_testbed.harness import ACCOUNTING, SlurmTestbed, missing
+
+PLUGIN = """\
+function slurm_job_submit(desc, parts, uid)
+  local asked = desc.tres_per_node or ""
+  if uid ~= 0 and string.find(asked, "gpu") and not string.find(asked, "gpu:a100") then
+    slurm.log_user("GPUs are asked for with their type here: --gres=gpu:a100:1")
+    slurm.log_user("see https://docs.site/gpus")
+    return slurm.ERROR
+  end
+  return slurm.SUCCESS
+end
+function slurm_job_modify(desc, rec, parts, uid) return slurm.SUCCESS end
+return slurm.SUCCESS
+"""
+CONF = "PreemptType=preempt/qos\nPreemptMode=REQUEUE\nPartitionName=brief MaxTime=10\n"
+PROFILE = """\
+setup: ['[ "$SLURMD_NODENAME" != n1 ]', 'export PATH={bin}:$PATH']
+sample: {{mem: 500M}}
+"""
+"""Of a site: here its black hole, and a node's lack of sacctmgr."""
+
+
+@pytest.fixture(scope="module")
+def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    lacking = missing(ACCOUNTING)
+    requires(not lacking, f"{', '.join(lacking)} missing", "on Debian as root: tools/slurm_testbed/start.sh --install")
+    there = tmp_path_factory.mktemp("conf")
+    (there / "submit.lua").write_text(PLUGIN)
+    (there / "extra.conf").write_text(CONF)
+    knobs = {"ACCOUNTING": "1", "GPU_TYPE": "a100"}
+    bed = SlurmTestbed(PROJECT, sys.executable, SUBMIT_LUA=str(there / "submit.lua"),
+                       EXTRA_CONF=str(there / "extra.conf"), **knobs)  # fmt: skip
+    try:
+        bed.start()
+        bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPU=10", "PreemptMode=REQUEUE"])
+        bed.admin(["sacctmgr", "-i", "add", "qos", "short", "MaxWall=10"])
+        bed.admin(["sacctmgr", "-i", "modify", "user", "nobody", "set", "qos+=short"])
+        images = write_zip(bed.workdir / "images.zip")
+        images.chmod(0o644)
+        nothing = bed.mkdir("bin") / "sacctmgr"
+        nothing.write_text("#!/bin/sh\nexit 127\n")
+        nothing.chmod(0o755)
+        (bed.workdir / "site.yaml").write_text(PROFILE.format(bin=nothing.parent))
+        yield Site(bed, bed.mkdir("runs"), images)
+    finally:
+        bed.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(strict: Site) -> Iterator[None]:
+    yield
+    strict.bed.end_all_jobs()
+
+
+SHORT = ["train.total_steps=10", "sample.num_samples=64", "sample.shards=64", "sample.steps=2", "sample.batch=8"]
+
+
+def profile(site: Site) -> list[str]:
+    return ["--profile", str(site.bed.workdir / "site.yaml")]
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_room_for_ten_jobs(
+    strict: Site, via: str
+) -> None:
+    name = f"whole-{via}"
+    jobs = strict.submit(name, *profile(strict), *SHORT, "--then", "sample,evaluate", "--via", via)
+    assert len(jobs) == 3
+    train, sample, _ = jobs
+    assert len(strict.bed.job_states(sample)) in (1, 8)  # one record while none has begun
+    for job in jobs:
+        assert strict.bed.wait_state(job, timeout_s=240) == "COMPLETED", strict.log(name)
+    run = strict.run_dir(name)
+    record = read_json(run.eval / "ddim2-step10-seed0.json") or {}
+    assert record["num_samples"] == 64
+    blamed = [e for e in read_events(run) if e.get("bad_node")]
+    assert {e["bad_node"] for e in blamed} == {"n1"} and {e["job"] for e in blamed} == {train}
+    assert "setup failed on n1" in strict.log(name)
+    for job in jobs:
+        assert {r["ExcNodeList"] for r in strict.bed.records(job)} == {"n1"}
+        assert all("gres:gpu:a100:1" in r["TresPerNode"] for r in strict.bed.records(job))
+
+
+def refused(site: Site, name: str, *words: str) -> str:
+    said = site.script("submit", "--name", name, f"data.path={site.images}", *SMALL_WORDS, *words, code=2)
+    assert not site.run_dir(name).path.exists() and site.bed.squeue() == ""
+    return said
+
+
+SMALL_WORDS = ["data.name=images", "data.image_size=16", "train.total_steps=10", "--via", "sbatch"]
+
+
+def test_what_the_site_refuses_or_would_never_start_is_refused_in_its_own_words(strict: Site) -> None:
+    (strict.bed.workdir / "gres.yaml").write_text("gpu_request: gres\npartition: gpu\n")
+    said = refused(strict, "untyped", "--profile", str(strict.bed.workdir / "gres.yaml"), "--gpus-per-node", "1")
+    assert "with their type here: --gres=gpu:a100:1" in said and "see https://docs.site/gpus" in said
+    said = refused(strict, "long", "--partition", "gpu", "--qos", "short", "--time", "1h")
+    assert "QOSMaxWallDurationPerJobLimit" in said and "never start" in said and "--qos" in said
+    said = refused(strict, "brief", "--partition", "brief", "--time", "1h")
+    assert "allows 10:00" in said and "ask for less" in said
+    said = refused(strict, "account", "--partition", "gpu", "--account", "nobodys")
+    assert "Invalid account" in said
+    said = refused(strict, "crowd", "--partition", "gpu", "--nodes", "9", "train.global_batch=18")
+    assert "Requested node configuration is not available" in said or "PartitionConfig" in said
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+def test_a_training_that_is_cancelled_takes_its_chain_along(strict: Site, via: str) -> None:
+    name = f"cancelled-{via}"
+    words = ["train.total_steps=100000", "--gpus-per-node", "0", "--exclude", "n1"]
+    train, *later = strict.submit(name, *words, "--then", "sample,evaluate", "--via", via)
+    strict.wait_logged(name, 1)
+    strict.bed.cancel(train)
+    for job in (train, *later):
+        assert strict.bed.wait_state(job, timeout_s=60) == "CANCELLED", strict.log(name)
+    (told,) = (e for e in read_events(strict.run_dir(name)) if e["event"] == "cancelled")
+    assert (told["stage"], told["with_it"]) == ("train", later)

@@ -1,0 +1,136 @@
+"""slurm/supervise.sh: what a batch shell does about a node on which the profile's lines, or Python, do not run.
+
+SLURM's commands are played here; that it obeys them as they are given is tests/slurm's.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
+from launch.cluster.environment import PROJECT
+from launch.life.decision import bad_nodes
+
+
+@dataclass
+class Shell:
+    """A batch shell of a job, its SLURM, and the run."""
+
+    bin: Path
+    run: RunDir
+    said: str = ""
+    restart: int = 0
+
+    def put(self, name: str, script: str) -> None:
+        path = self.bin / name
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1") -> int:
+        (self.run.path / "setup.sh").write_text(setup)
+        env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
+               "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
+               "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
+               "PATH": f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
+        script = f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+        self.restart += 1
+        self.said = done.stdout + done.stderr + (self.run.logs / "train-17.out").read_text()
+        return done.returncode
+
+    def orders(self) -> list[str]:
+        path = self.bin / "orders"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    run = RunDir(tmp_path / "tiny")
+    for path in (tmp_path / "bin", run.logs, run.events, run.checkpoints):
+        path.mkdir(parents=True)
+    run.config.touch()
+    s = Shell(tmp_path / "bin", run)
+    s.put("squeue", "echo RUNNING")
+    s.put("sinfo", "printf 'n1\\nn2\\nn3\\nn4\\n'")
+    s.put("sleep", "")
+    shown = "JobId=17 JobState=PENDING ReqNodeList=(null) ExcNodeList=$(cat {0}/excluded 2>/dev/null || echo '(null)')"
+    s.put("scontrol", f'[ "$1" != show ] || {{ echo "{shown.format(s.bin)}"; exit; }}\necho "$*" >> {s.bin}/orders\n'
+          f'case "$*" in update*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
+    return s
+
+
+def last(run: RunDir) -> dict[str, Any]:
+    return read_events(run)[-1]
+
+
+def test_a_node_without_python_puts_the_job_back_elsewhere_and_after_four_of_them_it_has_failed(shell: Shell) -> None:
+    for node in ("n1", "n2", "n3"):
+        assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node=node) == 127
+        assert (last(shell.run)["event"], last(shell.run)["bad_node"]) == ("requeued", node)
+    assert shell.orders() == [
+        "requeue 17", "update jobid=17 excnodelist=n1",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3",
+    ]  # fmt: skip
+    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 6
+    assert (
+        last(shell.run)["event"] == "failed" and "/nowhere/python does not run on node n4" in last(shell.run)["reason"]
+    )
+    assert bad_nodes(read_events(shell.run), "17") == ["n1", "n2", "n3", "n4"]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "PENDING", ""])
+def test_without_python_too_a_job_that_slurm_ends_is_slurms(shell: Shell, state: str) -> None:
+    shell.put("squeue", f"echo {state}")
+    shell.life("exit 1")
+    assert shell.orders() == [] and read_events(shell.run) == []
+
+
+def test_a_partitions_only_node_is_not_excluded(shell: Shell) -> None:
+    shell.put("sinfo", "echo n1")
+    shell.life("exit 1")
+    assert shell.orders() == ["requeue 17"]
+
+
+def test_a_supervisor_that_is_heard_decides_alone(shell: Shell) -> None:
+    shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into $*"; exit 9')
+    assert shell.life("exit 3", python=str(shell.bin / "python")) == 9
+    assert shell.orders() == [] and f"looked into -m launch.life.supervisor {shell.run.path} train 3" in shell.said
+
+
+def test_our_supervisor_is_heard(shell: Shell) -> None:
+    shell.run.exit_marker("17", 0).write_text("78 crash")
+    assert shell.life("exit 78", python=sys.executable) == 78
+    assert shell.orders() == [] and last(shell.run)["event"] == "failed", shell.said
+
+
+def test_work_that_is_done_needs_nobody_to_look_into_it(shell: Shell) -> None:
+    shell.life("true")
+    assert shell.orders() == [] and read_events(shell.run) == []
+
+
+@pytest.mark.parametrize("setup", [
+    "export A=1\nfalse\necho never >&2\n", "module load cuda/99\n", "export A=1\ncd /nowhere\n",
+    "if true; then\nfalse\nfi\n", "if true; then\n", "echo 'open\n", "exit 5\n",
+])  # fmt: skip
+def test_a_setup_line_that_fails_ends_the_life_named_and_the_job_is_put_back(shell: Shell, setup: str) -> None:
+    code = shell.life("echo worked on", setup=setup)
+    assert code != 0 and "worked on" not in shell.said and "never\n" not in shell.said
+    assert shell.orders()[0] == "requeue 17"
+    if "exit" not in setup:
+        line = next(line for line in setup.splitlines() if line.split()[0] in ("false", "module", "cd", "if", "echo"))
+        assert "setup failed on n1" in shell.said and line in shell.said
+
+
+def test_setup_lines_act_on_the_shell_that_the_work_runs_in(shell: Shell) -> None:
+    setup = (
+        "export A='1 2'\nif [ -z \"$B\" ]; then\n  export B=3\nfi\nfalse || true\nexport C=4 \\\n  D=5\n"
+        "f() {\n  echo from f\n}\nread -r E < <(echo 6)\n# a comment\n\nset -- x\nexport F=7"
+    )
+    assert shell.life('echo "$A-$B-$C-$D-$E-$F"; f; exit 0', setup=setup, python="true") == 0
+    assert "1 2-3-4-5-6-7" in shell.said and "from f" in shell.said

@@ -1,0 +1,81 @@
+"""launch/terminal/standing.py: in what word a run stands."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launch.cluster.slurm import Queued
+from launch.terminal.standing import Facts, line, waits, word
+
+HELD, PRIORITY = Queued("PENDING", "JobHeldUser"), Queued("PENDING", "Priority", "2026-11-27T08:00:00.000Z")
+RUNNING, SUSPENDED, ENDING = Queued("RUNNING"), Queued("SUSPENDED"), Queued("COMPLETING")
+WAITS = Queued("PENDING", "Dependency")
+
+
+def event(name: str, job: str = "101", **fields: Any) -> dict[str, Any]:
+    return {"event": name, "job": job, "restart": 0, **fields}
+
+
+CHAIN = [
+    event("submitted", "101", stage="train", via="sbatch"),
+    event("submitted", "102", stage="sample", via="sbatch", set="fid"),
+    event("submitted", "103", stage="evaluate", via="sbatch", set="fid"),
+]
+BEGUN = [*CHAIN, event("allocated"), event("started")]
+FAILED = event("failed", stage="train", reason="x")
+FOLLOWS = {"102": WAITS, "103": WAITS}
+DONE = [*BEGUN, event("finished")]
+
+
+@pytest.mark.parametrize(("stands", "facts"), [
+    ("prepared", Facts([], {})),
+    ("queued", Facts(CHAIN, {"101": PRIORITY, **FOLLOWS})),
+    ("held", Facts(CHAIN, {"101": HELD, **FOLLOWS})),
+    ("running", Facts(BEGUN, {"101": RUNNING, **FOLLOWS})),
+    ("suspended", Facts(BEGUN, {"101": SUSPENDED, **FOLLOWS})),
+    ("failed", Facts([*BEGUN, FAILED], {})),
+    ("failed", Facts([*BEGUN, FAILED], FOLLOWS)),  # though an array waits
+    ("queued", Facts([*BEGUN, FAILED, event("submitted", "110", stage="train")], {"110": PRIORITY})),
+    ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], {})),
+    ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], FOLLOWS)),
+    ("cancelled", Facts(CHAIN, {})),  # while it waited
+    ("ended", Facts(CHAIN, None)),  # SLURM does not answer
+    ("stopped", Facts([*BEGUN, event("stop_requested", reason="STOP")], {})),
+    ("stopped", Facts(BEGUN, {}, stop_file=True)),
+    ("ended", Facts([*BEGUN, event("stop_requested", reason="preempted")], {})),
+    ("completing", Facts(BEGUN, {"101": ENDING})),
+    ("running", Facts(BEGUN, {}, beats=True)),
+    ("queued", Facts(DONE, FOLLOWS, finished=True)),
+    ("running", Facts(DONE, {"102": RUNNING, "103": WAITS}, finished=True)),
+    ("complete", Facts(DONE, {}, finished=True)),
+    ("complete", Facts(DONE, {"101": ENDING}, finished=True)),
+    ("failed", Facts([*DONE, event("failed", "103", stage="evaluate")], {}, finished=True)),
+    ("failed", Facts([*DONE, event("failed", "102_7", stage="sample")], {}, finished=True)),
+    ("complete", Facts([*DONE, event("failed", "103", stage="evaluate"), event("submitted", "104", stage="evaluate")],
+                       {}, finished=True)),
+    ("cancelled", Facts([*DONE, event("cancelled", "102_7", stage="sample")], {}, finished=True)),
+    ("complete", Facts([*BEGUN, FAILED, event("resumed"), event("finished")], {}, finished=True)),
+    ("queued", Facts([event("allocated", "9")], {"9": PRIORITY})),  # submitted by hand
+])  # fmt: skip
+def test_a_run_stands(stands: str, facts: Facts) -> None:
+    assert word(facts) == stands
+
+
+def test_a_run_here_that_was_killed_at_once_was_not_cancelled_in_a_queue() -> None:
+    assert word(Facts([event("submitted", "local-1", stage="train+sample", via="local")], {})) == "ended"
+
+
+def test_what_waits_is_told_with_what_to_do_for_scripts_and_for_people() -> None:
+    jobs = {"101": PRIORITY, "102": HELD, "103": RUNNING, "104": WAITS}
+    told = {wait["job"]: wait for wait in waits(jobs)}
+    assert set(told) == {"101", "102", "104"}
+    assert set(told["101"]) == {"job", "reason", "words", "next_step", "can_start", "held", "expected_start"}
+    assert told["101"]["expected_start"] == "2026-11-27T08:00:00.000Z" and told["102"]["held"]
+    assert "expects it to start at 2026-11-27T08:00Z" in line(told["101"])
+    assert line(told["102"]).endswith(": scontrol release 102")
+
+
+def test_what_can_never_start_is_told_so() -> None:
+    jobs = {"101": replace(PRIORITY, reason="PartitionTimeLimit")}
+    assert waits(jobs)[0]["can_start"] is False
