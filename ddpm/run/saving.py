@@ -212,7 +212,7 @@ class Checkpointer:
 
     def _write_ema(self, ema: dict[str, torch.Tensor], step: int) -> str:
         with publishing(self._run.ema_weights(step), token=self._token, may_publish=self._fence.check) as f:
-            f.write(safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)}))
+            f.write(ema_bytes(ema, step))
         return f.sha256
 
     def _retain(self, newest: int) -> None:
@@ -253,6 +253,11 @@ class Checkpointer:
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
         return steps
+
+
+def ema_bytes(ema: dict[str, torch.Tensor], step: int) -> bytes:
+    """What a file of EMA weights holds; equal weights give equal bytes."""
+    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)})
 
 
 def settled_in(state: dict[str, Any]) -> dict[str, Any]:

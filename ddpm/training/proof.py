@@ -6,6 +6,7 @@ archive, its loading without code, and that step, config digest and every shape 
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from typing import Any
 
@@ -18,7 +19,7 @@ from ddpm.run.events import read_events
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, now, sha256_file, sign, write_json
 from ddpm.run.paths import RunDir
-from ddpm.run.saving import settled_in
+from ddpm.run.saving import ema_bytes, settled_in
 
 
 def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence) -> None:
@@ -26,6 +27,9 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence) -> No
     state = _proved(run, step, config)
     path = run.checkpoint(step)
     told = [e for e in read_events(run) if e.get("event") == "checkpoint" and e.get("step") == step]
+    ema = {}
+    if run.ema_weights(step).exists():  # whatever it holds: what it must hold is known
+        ema = {"ema_sha256": hashlib.sha256(ema_bytes(state["ema"], step)).hexdigest()}
     manifest = {
         "step": step,
         "images": state["images"],
@@ -37,6 +41,7 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence) -> No
         "fence": fence.token,
         "created": now(),
         "rebuilt": True,
+        **ema,
         **settled_in(state),
     }
     write_json(run.manifest(step), sign(manifest), token=str(fence.token), may_publish=fence.check)

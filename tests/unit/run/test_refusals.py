@@ -16,7 +16,7 @@ from ddpm.errors import DoNotRetry, RunBusy, RunGone
 from ddpm.run import files, generations, unfinished
 from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
-from ddpm.run.files import HashingFile, write_json
+from ddpm.run.files import DamagedFile, HashingFile, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
 from ddpm.run.state import finished_step
@@ -117,6 +117,23 @@ def test_somebody_elses_directory_is_named_with_its_owner_and_what_opens_it(
     said = files.not_ours(tmp_path / "no" / "such" / "file")
     assert said.startswith(f"{tmp_path} belongs to ") and "this is uid 54321" in said
     assert f"chmod -R g+rwX {tmp_path}" in said
+
+
+def test_where_nothing_can_be_looked_at_nobody_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(path: Path, **_: Any) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "stat", unknown)
+        assert files.not_ours(tmp_path / "file") == ""
+
+
+def test_a_record_nested_beyond_all_sense_has_no_digest_and_is_damaged() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(DamagedFile, match="nested too deep"):
+        files.sha256_json(nested)
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
