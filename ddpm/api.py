@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm.config import reading, section
-from ddpm.config.sample import WITH_ETA
+from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.data.packed import pack
@@ -212,7 +212,7 @@ class Model:
         changes: dict[str, Any] = {"num_samples": num, "shards": 1, "class_plan": None}
         if "sampler" in asked:
             changes["steps"] = usual_steps(self.config, asked["sampler"])
-            if asked["sampler"] not in WITH_ETA:
+            if not kind_of(asked["sampler"]).has_eta:
                 changes["eta"] = 0.0  # the config's is for its own
         tree["sample"] |= {**changes, **asked}
         config = section.build(Config, tree, "sample()")

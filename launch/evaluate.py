@@ -12,25 +12,29 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
-from ddpm.config.sample import Evaluate
+from ddpm.config import section as sections
+from ddpm.config.sample import FILE, Evaluate
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_reference
 from ddpm.scoring.record import is_signed, told
+from launch import prepare
 from launch.cluster import environment
 from launch.cluster import site as sites
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
+from launch.terminal.comparison import chosen_scores, print_comparison
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
+  python launch/evaluate.py cifar10 --compare paper fast              two sets side by side; RUN/SET names another run's
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
   python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
 """
@@ -42,20 +46,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
     parser.add_argument("--images", help="score this folder, zip, .npz or .npy instead of a run, here and now")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"
+    )
     parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
     parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
     parser.add_argument(
         "--extractor",
-        choices=["inception", "random-inception", "pixels"],
-        help="whose features are compared (default: the run's config's; with --images inception)",
+        help="inception, dinov2, file:PATH, random-inception or pixels (default: the run's config's; else inception)",
     )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     sites.add_options(parser)
     args = parser.parse_args()
-    if (args.run is None) == (args.images is None):
+    if (args.run is None) == (args.images is None) and not (args.compare and args.images is None):
         parser.error("give a RUN, or --images with --reference")
+    if args.compare and (args.set_name or args.size or args.save_stats):
+        parser.error("--compare names its sets, and shows scores that there are")
+    if args.extractor:
+        args.extractor = extractor_of(args.extractor)
     if args.run and (args.size or args.save_stats):
         parser.error("--size and --save-stats go with --images; a run's samples have its size")
     if args.images and bool(args.reference) == bool(args.save_stats):
@@ -65,6 +75,13 @@ def parse() -> argparse.Namespace:
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats}: name an .npz, which is what pytorch-fid reads")
     return args
+
+
+def extractor_of(word: str) -> str:
+    """As jobs understand it, which run in another directory. Raises RequestError for another name."""
+    word = sections.build(Evaluate, {"extractor": word}, "--extractor").extractor
+    path = word.removeprefix(FILE)
+    return word if path == word else f"{FILE}{Path(path).expanduser().absolute()}"
 
 
 def score_images(args: argparse.Namespace) -> int:
@@ -81,18 +98,19 @@ def score_images(args: argparse.Namespace) -> int:
         raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
     import torch
 
-    from ddpm.scoring.extractors import build_extractor, ensure_inception_weights
-    from ddpm.scoring.foreign import evaluate_images, save_statistics
+    from ddpm.scoring.extractors import build_extractor, ensure_weights
+    from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
 
-    if name == "inception":
-        ensure_inception_weights()
+    ensure_weights(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    extractor = build_extractor(name, device, warn=lambda message: print(message, file=sys.stderr))
+    packed = load_images(images, args.size)
+    size = packed.images.shape[1]
+    extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
     if stats:
-        num = save_statistics(images, stats, extractor, args.size)
-        print(f"{stats}: statistics of {num} images, {extractor.name} features")
+        save_statistics(packed, stats, extractor)
+        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
-        print(json.dumps(evaluate_images(images, reference, extractor, args.size), indent=1))
+        print(json.dumps(evaluate_images(packed, reference, extractor, args.size), indent=1))
     return 0
 
 
@@ -129,19 +147,29 @@ def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
     return 0
 
 
+def _whole(reference: str) -> str:
+    if reference in SPLITS:
+        return reference
+    return str(environment.user_path(str(check_file(reference)), "--reference"))
+
+
 def main() -> int:
     args = parse()
     if args.images:
         return score_images(args)
-    run = console.find_run(args.run, args.root)
+    if args.compare:
+        run = console.find_run(args.run, args.root) if args.run else None
+        reference = _whole(args.reference) if args.reference else None
+        print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor))
+        return 0
+    run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_reference(config, reference)
-    if reference not in SPLITS:
-        reference = str(environment.user_path(str(check_file(reference)), "--reference"))
+    reference = _whole(reference)
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
     check_path(run, site)
@@ -152,10 +180,7 @@ def main() -> int:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    if asked.extractor == "inception":
-        from ddpm.scoring.extractors import ensure_inception_weights
-
-        ensure_inception_weights()
+    prepare.ensure_weights(asked.extractor)
     chain.go_on(run)
     if site.is_local:
         process, log = local.start(run, [job])

@@ -17,7 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, Stopped
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, RunGone, Stopped
 from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def work(life: Life, args: argparse.Namespace) -> int:
     """Do what the job is for; returns its exit code. torch is loaded here, where there is something to do."""
+    faults.check_threads(life.env.cpus + 2)  # one saves, one shows
     if args.stage == "train":
         config, why = starting.start_training(life)
         if why and life.env.world_size == 1:
@@ -96,7 +97,12 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except BaseException as e:
-        known = faults.of_a_job(e)
+        gone = isinstance(e, OSError) and not life.run.path.is_dir()
+        known = (
+            RunGone(f"{life.run.path} was moved, renamed or deleted under this job")
+            if gone
+            else faults.of_a_job(e, life.run.path)
+        )
         if known is not None:
             code = told(life, args.stage, known)
         else:

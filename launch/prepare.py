@@ -13,6 +13,7 @@ from typing import Any
 from ddpm import __version__
 from ddpm.config import reading
 from ddpm.config import section as sections
+from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
 from ddpm.data.labels import labels_changed, labels_record
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
@@ -150,13 +151,19 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
         raise
 
 
+def ensure_weights(extractor: str) -> None:
+    """What an extractor needs is on this machine, downloaded if need be. Loads torch where it needs anything."""
+    if extractor not in WITHOUT_WEIGHTS:
+        from ddpm.scoring import extractors
+
+        extractors.ensure_weights(extractor)
+
+
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
     from ddpm.data import packed as data
 
-    if "evaluate" in stages and config.evaluate.extractor == "inception":
-        from ddpm.scoring.extractors import ensure_inception_weights
-
-        ensure_inception_weights()
+    if "evaluate" in stages:
+        ensure_weights(config.evaluate.extractor)
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     if "evaluate" in stages and config.evaluate.reference == "test":

@@ -13,15 +13,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
-from ddpm.config.sample import WITH_ETA
+from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
+from launch.cluster import environment
 from launch.cluster import site as sites
 from launch.cluster.site import Site
-from launch.queue import chain, local, sets
+from launch.queue import borrowing, chain, local, sets
 from launch.queue.job import Job, check_path, ranges
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
@@ -81,7 +82,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     there: the request of the set that is named, if it exists: what is not asked for is as it was.
     """
     asked: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    if "sampler" in asked and asked["sampler"] not in WITH_ETA:
+    if "sampler" in asked and not kind_of(asked["sampler"]).has_eta:
         asked.setdefault("eta", 0.0)  # the config's is for its own
     if args.no_clip:
         asked["clip_x_0"] = False
@@ -135,7 +136,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
 
 def main() -> int:
     args = parse()
-    run = console.find_run(args.run, args.root)
+    run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
@@ -155,9 +156,9 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
-    from ddpm.sampling.shards import missing_shards, unpack_png
+    from ddpm.sampling.shards import shards_to_make, unpack_png
 
-    missing = missing_shards(sample_set, request)
+    missing = shards_to_make(sample_set, request)
     if missing:
         site = sites.settle(site, dry_run=args.prepare)
     if missing and not args.prepare:

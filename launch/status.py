@@ -15,7 +15,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.run.events import read_events_and_damage
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
-from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.cluster import environment, slurm
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import console, follow, standing, streams
@@ -46,9 +45,6 @@ def table(rows: list[dict[str, Any]]) -> Any:
     for name in ("run", "state", "step", "saved", "loss", "img/s", "restarts", "goodput", "jobs", "samples", "score"):
         t.add_column(name, justify="right" if name in ("saved", "loss", "img/s", "restarts", "goodput") else "left")
     for r in rows:
-        scores = "; ".join(
-            f"{SCORE_NAMES[key_of(s)].split()[0]} {s[key_of(s)]:.3f} ({s['num_samples']})" for s in r["scores"].values()
-        )
         t.add_row(
             plain(r["name"]),
             r["state"],
@@ -60,7 +56,7 @@ def table(rows: list[dict[str, Any]]) -> Any:
             _number(r["goodput"], ".0%"),
             " ".join(plain(f"{j}:{s}") for j, s in r["jobs"].items()),
             " ".join(r["samples"].values()),
-            scores,
+            "\n".join(r["scores_told"].values()),
         )
     return t
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
 from ddpm.config import reading
+from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
@@ -22,7 +23,7 @@ from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
 from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
-from launch.queue import chain, local
+from launch.queue import borrowing, chain, local
 from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
@@ -95,6 +96,9 @@ def with_absolute_paths(config: Config) -> Config:
     if evaluate.reference not in ("train", "test"):
         reference = environment.user_path(evaluate.reference, "evaluate.reference")
         evaluate = evaluate.model_copy(update={"reference": str(reference)})
+    if (path := evaluate.extractor.removeprefix(FILE)) != evaluate.extractor:
+        whole = environment.user_path(path, "evaluate.extractor")
+        evaluate = evaluate.model_copy(update={"extractor": f"{FILE}{whole}"})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
 
 
@@ -175,6 +179,8 @@ def main() -> int:
     if exists and chain.remaining(run, config, stages) == (False, []) and chain.damage(run) is None:
         print_results(run, config, stages)
         return 0
+    if exists:
+        borrowing.check_trainable(run)
 
     inputs = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(inputs["data"]["num_images"])

@@ -25,6 +25,11 @@ class Data(Section):
     """`celeba` alone: keep the images that have (true) or lack (false) each of these, e.g. {Smiling: true}."""
     label_attributes: Strs = ()
     """`celeba` alone: bit i of the label says whether an image has the i-th; so num_classes = 2**their number."""
+    background: str = Field("white", pattern="^(white|black|gray|#[0-9a-fA-F]{6})$")
+    """What transparent pictures are laid upon: white, black, gray or #rrggbb."""
+    skip_damaged: bool = False
+    """Leave out pictures that cannot be decoded, and keep a list of them beside the packed data; else they are an
+    error, all of them named."""
 
     @model_validator(mode="after")
     def _images_need_a_path(self) -> Data:

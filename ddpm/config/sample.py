@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ddpm.config.section import Ints, Section
 
-WITH_ETA = ("ddim",)
-"""Samplers whose noise eta chooses."""
+
+class Kind(NamedTuple):
+    """What may be asked of a sampler."""
+
+    usual_steps: int | None = None
+    """Where it is asked for without its steps; None: all timesteps."""
+    has_eta: bool = False
+    """Whether eta chooses its noise."""
+    has_variance: bool = False
+    """Whether diffusion.variance does."""
+
+
+SAMPLERS = {"ancestral": Kind(has_variance=True), "ddim": Kind(100, has_eta=True), "dpmpp_2m": Kind(20)}
+"""By the names of `sampler`; diffusion/samplers.py has what each of them does."""
+
+
+def kind_of(sampler: str) -> Kind:
+    """Of a name that nobody has checked yet, too."""
+    return SAMPLERS.get(sampler, Kind())
+
+
+def names_with(what: str) -> tuple[str, ...]:
+    """The samplers that have it: has_eta, has_variance."""
+    return tuple(name for name, kind in SAMPLERS.items() if getattr(kind, what))
 
 
 def _zero(value: float) -> float:
@@ -46,14 +68,28 @@ class Sample(Section):
 
     @model_validator(mode="after")
     def _noise(self) -> Sample:
-        if self.eta and self.sampler not in WITH_ETA:
-            use = " or ".join(WITH_ETA)
+        if self.eta and not SAMPLERS[self.sampler].has_eta:
+            use = " or ".join(names_with("has_eta"))
             raise ValueError(f"sample.eta = {self.eta}: sampler={self.sampler} has none; leave it out, or use {use}")
         return self
 
 
+EXTRACTORS = ("inception", "dinov2", "random-inception", "pixels")
+WITHOUT_WEIGHTS = ("random-inception", "pixels")
+FILE = "file:"
+"""Before the path of a network of one's own."""
+
+
 class Evaluate(Section):
-    extractor: Literal["inception", "random-inception", "pixels"] = "inception"
-    """The last two check the wiring and need no download; their numbers are no FID."""
+    extractor: str = "inception"
+    """`inception`, `dinov2`, `file:PATH` (TorchScript, or an exported .pt2), or `random-inception` and `pixels`, which
+    check the wiring and need no download. Only inception's distance is a FID."""
     reference: str = "train"
     """`train`, `test`, a pytorch-fid .npz, or a folder or zip of images."""
+
+    @field_validator("extractor")
+    @classmethod
+    def _known(cls, extractor: str) -> str:
+        if extractor not in EXTRACTORS and not (extractor.startswith(FILE) and extractor != FILE):
+            raise ValueError(f"{extractor!r}: use one of {', '.join(EXTRACTORS)}, or {FILE}PATH")
+        return extractor

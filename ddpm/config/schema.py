@@ -133,10 +133,12 @@ class Config(Section):
         """What changes the mathematics of training, by section; a field that came later is there unless at its default.
 
         Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
-        scoring, and where the data lies (its pixels have a digest of their own, kept in run.json).
+        scoring, and where the data lies and how its pictures are read (the pixels that come of it have a digest of
+        their own, kept in run.json).
         """
         record = self.model_dump(mode="json", include={"seed", "data", "model", "diffusion", "train"})
-        del record["data"]["path"]
+        for key in ("path", "background", "skip_damaged"):
+            del record["data"][key]
         length = {key: record["train"].pop(key) for key in LENGTHS}
         for key in UNLEARNED:
             del record["train"][key]

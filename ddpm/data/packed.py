@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 
 from ddpm.config.data import Data
 from ddpm.data import celeba, sources
+from ddpm.data.decoding import Decoding
 from ddpm.data.labels import labels_digest
 from ddpm.data.sources import Source
 from ddpm.data.whole import PackedImages, digest_head, images_digest, open_packed, open_verified
@@ -77,6 +79,9 @@ def cache_key(data: Data, source: Source, split: str) -> str:
     }
     if source.selection is not None:
         record["selection"] = source.selection
+    if source.path is not None and source.kind in ("zip", "folder"):  # the others have pixels, and no pictures
+        record |= {"background": data.background} if data.background != "white" else {}
+        record |= {"skip_damaged": True} if data.skip_damaged else {}
     return sha256_json(record)[:32]
 
 
@@ -102,7 +107,7 @@ def pack(
     if split not in source.members:
         raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members)}")
     key = cache_key(data, source, split)
-    labels = [source.labels[name] for name in source.members[split]]
+    labels = [] if data.skip_damaged else [source.labels[name] for name in source.members[split]]
     try:
         return key, open_verified(cache, key, labels=labels, stop_requested=stop_requested)
     except (DamagedFile, OSError) as e:
@@ -117,15 +122,28 @@ def pack(
     except OSError as e:
         raise EnvironmentLacks(f"cannot write the data cache {cache} ({e.strerror}); {or_else}") from None
     try:
-        num, size = source.num_images(split), data.image_size
-        items = _watched(sources.read(source, split, size, cache), num, progress, stop_requested)
+        num, size, how = source.num_images(split), data.image_size, Decoding(data.background, data.skip_damaged)
+        items = _watched(sources.read(source, split, size, cache, how), num, progress, stop_requested)
         written = _write_arrays(tmp, items, (num, size, size, 3), source.classes)
         record = {"name": data.name, "split": split, "classes": source.classes, "selection": source.selection}
+        record |= _tell(how, num)
         write_json(tmp / "meta.json", sign({**record, **sources.RESIZE, **written}))
         _publish(tmp, cache, key, labels, or_else)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return key, open_packed(cache, key)
+
+
+def _tell(how: Decoding, num: int) -> dict[str, Any]:
+    """Say what was done to pictures and which were left out, a line each; what meta.json keeps of that."""
+    record: dict[str, Any] = {}
+    if how.converted:
+        record["converted"] = dict(how.converted)
+        say(f"of {num} pictures: " + ", ".join(f"{count} {what}" for what, count in how.converted.items()))
+    if how.damaged:
+        record["skipped"] = how.damaged
+        say(f"data.skip_damaged: going on without these: {sources.told_of_damaged(how.damaged, num)}")
+    return record
 
 
 def _publish(tmp: Path, cache: Path, key: str, labels: list[int], or_else: str) -> None:
@@ -178,6 +196,21 @@ def _watched(
                 raise Stopped(reason)
 
 
+def _shortened(path: Path, shape: tuple[int, ...], num_bytes: int) -> Any:
+    """The digest of images.npy once its header says how many images came. Raises RequestError where none did."""
+    if not shape[0]:
+        raise RequestError("data.skip_damaged=true: not one image can be decoded, so that there is nothing to train on")
+    with path.open("r+b") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        header = f.tell()
+        assert header + math.prod(shape) == num_bytes, "a header that has grown"
+        os.fsync(f.fileno())
+        digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest
+
+
 def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], classes: Sequence[str]) -> dict[str, Any]:
     """images.npy, labels.npy and the digest of these, an image at a time: CelebA at 128x128 is 8 GB.
 
@@ -195,7 +228,9 @@ def _write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], cl
         num_bytes = f.tell()
         f.flush()
         os.fsync(f.fileno())
-    assert len(labels) == shape[0], f"a source announced {shape[0]} images and gave {len(labels)}"
+    if len(labels) != shape[0]:  # some were left out
+        shape = (len(labels), *shape[1:])
+        digest = _shortened(where / "images.npy", shape, num_bytes)
     indices = np.asarray(labels, dtype=np.int64)
     with (where / "labels.npy").open("wb") as f:
         np.save(f, indices)

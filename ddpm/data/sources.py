@@ -6,15 +6,15 @@ time, so that no set has to fit in memory. What is done with the pixels is packe
 
 from __future__ import annotations
 
-import io
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from ddpm.data.decoding import Decoding, to_square
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import sha256_file, sha256_json
 
@@ -24,6 +24,18 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
+
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
+PIECE_BYTES = 1 << 16
+FOR_GOOD = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Why a file cannot be read, and will not be the next time; anything else that a file system says may be over then."""
+SHOWN = 20
+"""Damaged images that a message names."""
+SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Methods of compression by which zipfile unpacks a piece; of others a kilobyte may be a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +85,28 @@ def folder_or_zip(path: Path) -> Source:
 
 
 def zip_names(path: Path) -> list[str]:
-    """The files in a zip. Raises RequestError where it cannot be read."""
+    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [i.filename for i in archive.infolist() if not i.is_dir()]
-    except (zipfile.BadZipFile, OSError) as e:
+            files = [i for i in archive.infolist() if not i.is_dir()]
+    except Exception as e:  # zipfile raises some six kinds for broken bytes
         raise RequestError(
             f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
         ) from None
+    for file in files:
+        if PurePosixPath(file.filename).suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if file.file_size > MAX_IMAGE_BYTES:
+            raise RequestError(
+                f"data.path = {path}: {file.filename} would unpack to {file.file_size:,} bytes, and an image has at "
+                f"most {MAX_IMAGE_BYTES:,}; remove it"
+            )
+        if file.compress_type not in BOUNDED:
+            raise RequestError(
+                f"data.path = {path}: {file.filename} is not compressed by the usual method (deflate); zip the images "
+                f"again, or unpack it and give the folder"
+            )
+    return [file.filename for file in files]
 
 
 def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
@@ -120,48 +146,79 @@ def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
 # ---------------------------------------------------------------- decoding
 
 
-def to_square(image: Any, size: int | None) -> np.ndarray:
-    """A PIL image as uint8 (size, size, 3): RGB, centre-cropped to a square, resized with Lanczos; None keeps it."""
-    from PIL import Image
-
-    image = image.convert("RGB")
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def read(source: Source, split: str, size: int | None, downloads: Path) -> Iterator[tuple[np.ndarray, int]]:
+def read(
+    source: Source, split: str, size: int | None, downloads: Path, how: Decoding | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
     """Each image of a split, uint8 (size, size, 3), and its class. downloads: where what has no path is kept.
 
-    Raises RequestError naming an image that cannot be decoded, EnvironmentLacks (no download, no scikit-learn).
+    how: what to do with pictures, and where to tell what was done.
+    Raises RequestError naming all images that cannot be decoded, EnvironmentLacks (no download, no scikit-learn).
     """
     if source.kind == "digits":
         return _read_digits(size)
     if source.kind == "cifar10":
         return _read_cifar10(source.path or downloads / "cifar10", split, size)
-    return _decode(source, split, size)
+    return _decode(source, split, size, how)
 
 
-def _decode(source: Source, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    from PIL import Image
-
+def _decode(source: Source, split: str, size: int | None, asked: Decoding | None) -> Iterator[tuple[np.ndarray, int]]:
     assert source.path is not None
+    how = asked or Decoding()
     archive = zipfile.ZipFile(source.path) if source.kind == "zip" else None
     try:
         for name in source.members[split]:
             try:
-                raw = archive.read(name) if archive else (source.path / name).read_bytes()
-                with Image.open(io.BytesIO(raw)) as image:
-                    yield to_square(image, size), source.labels[name]
-            except Exception as e:  # Pillow, zlib and zipfile raise some ten kinds for broken bytes
-                raise RequestError(
-                    f"data.path = {source.path}: {name} cannot be decoded ({e}); replace or remove it"
-                ) from None
+                with archive.open(name) if archive else (source.path / name).open("rb") as file:
+                    raw = _all_of(file)
+            except OSError as e:
+                if not isinstance(e, FOR_GOOD):
+                    raise  # the file system's fault, and over in a moment: the picture may be good
+                how.damaged[name] = e.strerror or str(e)
+                continue
+            except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes
+                how.damaged[name] = _in_a_line(e)
+                continue
+            try:
+                pixels = how.pixels(raw, size)
+            except MemoryError:
+                raise
+            except Exception as e:  # so does Pillow, OSError among them
+                how.damaged[name] = _in_a_line(e)
+            else:
+                yield pixels, source.labels[name]
     finally:
         if archive:
             archive.close()
+    if how.damaged and not how.skip_damaged:
+        told = told_of_damaged(how.damaged, len(source.members[split]))
+        raise RequestError(f"data.path = {source.path}: {told}" + (SKIP if asked else ""))
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def told_of_damaged(damaged: Mapping[str, str], num: int) -> str:
+    """Which of `num` images cannot be decoded, each with why: SHOWN of them, and how many more."""
+    if len(damaged) == 1:
+        ((name, why),) = damaged.items()
+        return f"{name} cannot be decoded ({why}); replace or remove it"
+    lines = [f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN]]
+    more = [f"and {len(damaged) - SHOWN} more"] if len(damaged) > SHOWN else []
+    listed = "\n  ".join([*lines, *more])
+    return f"{len(damaged)} of {num} images cannot be decoded; replace or remove them:\n  {listed}"
+
+
+def _all_of(file: IO[bytes]) -> bytes:
+    """What is in the file of one image. Raises ValueError where that is more than one has, whatever an archive says."""
+    raw = bytearray()
+    while piece := file.read(PIECE_BYTES):
+        raw += piece
+        if len(raw) > MAX_IMAGE_BYTES:
+            raise ValueError(f"more than {MAX_IMAGE_BYTES:,} bytes")
+    if not raw:
+        raise ValueError("the file is empty")
+    return bytes(raw)
 
 
 def _read_digits(size: int | None) -> Iterator[tuple[np.ndarray, int]]:

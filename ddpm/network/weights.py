@@ -16,6 +16,9 @@ from ddpm.network.unet import UNet
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
 
+MAX_HEADER_BYTES = 8 << 20
+"""A tensor takes a hundred bytes there, and a network has some hundreds."""
+
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
     """The run's network at a verified step, in eval mode. weights: ema | model."""
@@ -35,11 +38,16 @@ def cast_once(network: UNet, precision: str) -> None:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
     try:
+        with path.open("rb") as raw:
+            header = int.from_bytes(raw.read(8), "little")
+        if header > MAX_HEADER_BYTES:  # before a hundred megabytes of it become gigabytes of names
+            raise ValueError(f"its header says to have {header:,} bytes, at most {MAX_HEADER_BYTES:,}")
         with safe_open(path, "pt") as f:
             state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except SafetensorError as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
-    return state, int(metadata.get("step", 0))
+    step = metadata.get("step", "")
+    return state, int(step) if step.isdecimal() and len(step) < 19 else 0
 
 
 def set_weights(network: UNet, state: Mapping[str, Tensor], source: str) -> None:

@@ -93,7 +93,7 @@ class HashingFile:
         self.raw = raw
         self._digest = hashlib.sha256()
         self.size = 0
-        self.failed: OSError | None = None
+        self.failed: Exception | None = None
         """Why a write failed: torch.save turns it into a RuntimeError that no longer says "disk full"."""
 
     def write(self, data: Any) -> int:
@@ -101,7 +101,7 @@ class HashingFile:
         self.size += len(memoryview(data).cast("B"))
         try:
             self.raw.write(data)
-        except OSError as e:
+        except Exception as e:
             self.failed = e
             raise
         return len(data)
@@ -139,6 +139,9 @@ def publishing(
         else:
             rename_new(tmp, path)
         fsync_dir(path.parent)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
 
@@ -154,9 +157,15 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None) -> BinaryIO:
 
 def not_ours(path: Path) -> str:
     """Why this user may not write `path` or make files in it, where it is somebody else's; "" where it is not."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    there, me = path.stat(), os.geteuid()
+    me = os.geteuid()
+    while True:
+        try:
+            there = path.stat()
+            break
+        except OSError:  # it is not there, or in a folder that may not be looked into
+            if path == path.parent:
+                return ""
+            path = path.parent
     if there.st_uid == me or me == 0:
         return ""
     return (

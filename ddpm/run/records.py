@@ -80,7 +80,7 @@ METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {"total_steps": _is_count, "host": _is_text, "loss": _is_number, "images_per_s": _is_number}
 RUN_TOO: Kind = {
-    **dict.fromkeys(("config_digest", "created"), _is_text),
+    **dict.fromkeys(("config_digest", "created", "reads"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",

@@ -102,16 +102,21 @@ class Checkpointer:
         self.wait(raising=False)
         self._fence.check()
         copied = self._copy.take(state)
+        self._error = OSError(errno.EAGAIN, "the thread that writes it did not come to an end")  # until it does
         self._thread = threading.Thread(target=self._write_guarded, args=(copied, final), name="checkpoint-writer")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as e:  # this user has no process left: training waits instead
+            self._log(f"checkpoint: step={state['step']} is written by no thread of its own: {e}")
+            self._write_guarded(copied, final)
         if wait:
             self.wait()
 
     def wait(self, *, raising: bool = True) -> None:
         """Until the write under way is over. Raises RunBusy; with `raising` also the OSError of a failed write."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None and thread.ident is not None:  # it has started
+            thread.join()
         error, self._error = self._error, None
         if isinstance(error, RunBusy) or (error is not None and (raising or not isinstance(error, OSError))):
             raise error
@@ -119,6 +124,7 @@ class Checkpointer:
     def _write_guarded(self, state: dict[str, Any], final: bool) -> None:
         try:
             self._write(state, final)
+            self._error = None
         except BaseException as e:
             self._error = e
             if isinstance(e, OSError):
@@ -176,7 +182,7 @@ class Checkpointer:
             "world_size": self._world_size,
             "fence": self._fence.token,
             "created": now(),
-            **_settled(state),
+            **settled_in(state),
         }
         write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
         with contextlib.suppress(OSError):  # the next one removes it
@@ -186,7 +192,7 @@ class Checkpointer:
         """What a generation lacks that was saved as one of many and is now to be the last."""
         if with_ema and not self._run.ema_weights(there.step).exists():
             self._write_ema(state["ema"], there.step)
-        if not (settled := _settled(state)).items() <= there.manifest.items():
+        if not (settled := settled_in(state)).items() <= there.manifest.items():
             path, manifest = self._run.manifest(there.step), sign({**there.manifest, **settled})
             write_json(path, manifest, replace=True, token=self._token, may_publish=self._fence.check)
 
@@ -245,7 +251,7 @@ class Checkpointer:
         return steps
 
 
-def _settled(state: dict[str, Any]) -> dict[str, float]:
+def settled_in(state: dict[str, Any]) -> dict[str, float]:
     """What a manifest says only where training ended early, which the step alone would not: the mean change of the loss
     at which it settled."""
     settled = state["extra"].get("early_stopped")

@@ -39,12 +39,15 @@ def is_last(step: int, settled_at: float | None, config: Config) -> bool:
 
 
 def finished_step(run: RunDir, config: Config) -> int | None:
-    """The step at which training has ended, by its end or early; None where it has not."""
+    """The step at which training has ended, by its end or early; None where it has not.
+
+    Raises OSError where the file system fails for a moment: an answer would be a guess, by which jobs end for good.
+    """
     try:
         step = run.latest_step()
         manifest = read_signed(run.manifest(step))
         whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
-    except (DamagedFile, OSError):
+    except (DamagedFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
         return None
     # without its EMA weights it was saved as one of many, and has only later become the last
     done = whole and is_last(step, manifest.get("early_stopped"), config) and run.ema_weights(step).exists()

@@ -44,6 +44,14 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
     return None
 
 
+def is_whole(path: Path, request: Request) -> None:
+    """Raises DamagedFile where a part is not one of this request's, as it was written; removes nothing."""
+    arrays = parse_npz(path.read_bytes(), path.name)
+    part = Part(arrays["images"], int(arrays["nfe"]))
+    if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):
+        raise DamagedFile("its content does not match its check")
+
+
 def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:
     sample_set.part.mkdir(exist_ok=True)
     data = npz_bytes(images=part.images, nfe=part.nfe, check=_check(request, first, part))

@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ddpm.config.diffusion import VARIANCES
-from ddpm.config.sample import WITH_ETA
+from ddpm.config.sample import SAMPLERS, kind_of, names_with
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.records import read_run
-
-USUAL_STEPS = {"ddim": 100, "dpmpp_2m": 20}
-"""Of a sampler that is asked for without its steps; ancestral takes all timesteps."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +60,21 @@ class Request:
         if self.shards > self.num_samples:
             raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
         object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest
-        if self.eta and self.sampler not in WITH_ETA:
+        if self.sampler not in SAMPLERS:
+            raise RequestError(f"sampler = {self.sampler!r}: use one of {', '.join(SAMPLERS)}")
+        kind = SAMPLERS[self.sampler]
+        if self.eta and not kind.has_eta:
+            those = ", ".join(names_with("has_eta"))
             raise RequestError(
-                f"eta = {self.eta}: only {', '.join(WITH_ETA)} has it; with sampler = {self.sampler} leave it out, or 0"
+                f"eta = {self.eta}: only {those} has it; with sampler = {self.sampler} leave it out, or 0"
             )
         if self.variance is not None:
             if self.variance not in VARIANCES:
                 raise RequestError(f"variance = {self.variance!r}: use one of {', '.join(VARIANCES)}")
-            if self.sampler != "ancestral":
+            if not kind.has_variance:
+                those = ", ".join(names_with("has_variance"))
                 raise RequestError(
-                    f"variance = {self.variance}: only ancestral has one; with sampler = {self.sampler} leave it out"
+                    f"variance = {self.variance}: only {those} has one; with sampler = {self.sampler} leave it out"
                 )
         if self.guidance is not None:
             if not 0.0 <= self.guidance < math.inf:
@@ -126,7 +128,7 @@ def usual_steps(config: Config, sampler: str) -> int:
     if sampler == config.sample.sampler:
         return config.sample.steps
     timesteps = config.diffusion.timesteps
-    return min(USUAL_STEPS.get(sampler, timesteps), timesteps)
+    return min(kind_of(sampler).usual_steps or timesteps, timesteps)
 
 
 def precision_of(config: Config, run: RunDir | None) -> str:
@@ -183,12 +185,14 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
 
 
 def read_request(sample_set: SampleSet) -> Request:
-    """The set's request. Raises RequestError where there is none, or where it is damaged."""
-    if not sample_set.request.exists():
-        raise RequestError(f"{sample_set.request}: no such sample set")
+    """The set's request. Raises RequestError where there is none, or where it is damaged; OSError where the file system
+    fails for a moment."""
     try:
-        return Request.from_record(files.read_json(sample_set.request) or {})
-    except DamagedFile as e:
+        record = files.parse_json(sample_set.request.read_bytes())
+        return Request.from_record(record if isinstance(record, dict) else {})
+    except FileNotFoundError:
+        raise RequestError(f"{sample_set.request}: no such sample set") from None
+    except (DamagedFile, ValueError, IsADirectoryError, PermissionError) as e:
         raise RequestError(
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
             f"--set OTHERNAME, or restore the file"

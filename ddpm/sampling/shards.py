@@ -58,6 +58,17 @@ def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
     return missing
 
 
+def shards_to_make(sample_set: SampleSet, request: Request) -> list[int]:
+    """The missing ones, and those that are not as they were published: every byte of the others is read."""
+    missing = set(missing_shards(sample_set, request))
+    for index in set(range(request.shards)) - missing:
+        try:
+            verify_shard(sample_set, request, index)
+        except (FileNotFoundError, DamagedFile):
+            missing.add(index)
+    return sorted(missing)
+
+
 def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
     """A published shard, every byte checked. Raises FileNotFoundError if there is none, DamagedFile with a reason."""
     manifest = read_manifest(sample_set, request, index)

@@ -28,7 +28,7 @@ from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import shard_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.record import PROVENANCE, publish_score, read_score, scores_of
-from ddpm.scoring.reference import image_record, read_statistics, reference_of
+from ddpm.scoring.reference import check_size, image_record, read_statistics, reference_of
 from ddpm.scoring.scores import all_scores
 
 
@@ -130,6 +130,7 @@ def evaluate_set(
     cache_dir: Path,
     command: list[str],
     num_classes: int = 0,
+    image_size: int | None = None,
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
@@ -137,7 +138,8 @@ def evaluate_set(
     """Score a complete sample set and publish the record, which is returned.
 
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
-    num_classes: of the run's model; with classes in the reference too there are scores by class.
+    image_size: the samples', which a reference's images must have. num_classes: of the run's model; with classes in
+    the reference too there are scores by class.
     If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
     """
@@ -145,6 +147,8 @@ def evaluate_set(
     request = read_request(sample_set)
     if request.num_samples < 2:
         raise RequestError(f"sample set {set_name!r} holds {request.num_samples} sample: a score needs at least 2")
+    if isinstance(reference, PackedImages) and image_size is not None:
+        check_size(reference, image_size)
     manifests = check_set(sample_set, request)
     file = read_statistics(reference) if isinstance(reference, Path) else None
     provenance = _provenance(

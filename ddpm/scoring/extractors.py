@@ -3,7 +3,8 @@
 Owns the extractors and what identifies their features. Must not know scores, sample sets, runs or jobs.
 
 `inception` is pytorch-fid's network (Seitzer 2020; the weights of Heusel et al. 2017, arXiv:1706.08500) with its exact
-preprocessing, in float32. `random-inception` is the same network with seeded random weights, `pixels` no network at
+preprocessing, in float32. `dinov2` is the transformer of dinov2.py, `file:PATH` a network of the user's, named by its
+sha256. `random-inception` is the same network with seeded random weights, `pixels` no network at
 all: both check the wiring offline, and their numbers are no FID.
 """
 
@@ -23,9 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.config.sample import EXTRACTORS, FILE
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run import files
 from ddpm.run.log import say
+from ddpm.scoring import dinov2, network_file
+from ddpm.scoring.record import file_extractor_name
 
 VERSION = 1
 """Of the features: raised when a change here changes their values, so that none are reused."""
@@ -79,24 +83,34 @@ class Extractor:
             return self.forward(x).float().cpu().numpy()
 
 
-def build_extractor(name: str, device: torch.device | str, *, warn: Callable[[str], None] = say) -> Extractor:
-    """The extractor `inception`, `random-inception` or `pixels` on `device`. Downloads nothing.
+def build_extractor(
+    name: str, device: torch.device | str, *, image_size: int = 32, warn: Callable[[str], None] = say
+) -> Extractor:
+    """The extractor of that name (ddpm/config/sample.py lists them) on `device`. Downloads nothing.
 
-    warn: is told where the weights are not the published ones. Raises RequestError for another name, EnvironmentLacks
-    where the weights file is missing or unreadable.
+    image_size: of the images, for a file's network, which may know no other. warn: is told where the weights are not
+    the published ones. Raises RequestError for another name, EnvironmentLacks where the weights file is missing or
+    unreadable.
     """
     device = torch.device(device)
+    if name.startswith(FILE):
+        own, sha256, dim = network_file.load(Path(name.removeprefix(FILE)).expanduser(), device, image_size)
+        return Extractor(file_extractor_name(sha256), dim, sha256, "its own", own, device)
+    if name == "dinov2":
+        state, sha256 = _load_weights(dinov2_weights_path(), dinov2.WEIGHTS_URL)
+        transformer = dinov2.build(state).to(device)
+        return Extractor(name, state["cls_token"].shape[-1], sha256, dinov2.RESIZE, transformer, device)
     if name == "pixels":
         return Extractor(name, 3 * 16 * 16, None, "box to 16x16", _pixels, device)
     if name == "inception":
-        state, sha256 = _load_weights()
+        state, sha256 = _load_weights(inception_weights_path(), WEIGHTS_URL)
         if not sha256.startswith(PUBLISHED_SHA256_PREFIX):
             where = inception_weights_path()
             warn(f"weights={where} sha256={sha256} not the published ones: scores are frechet_distance, not fid")
     elif name == "random-inception":
         state, sha256 = random_weights()
     else:
-        raise RequestError(f"evaluate.extractor = {name!r}: use inception, random-inception or pixels")
+        raise RequestError(f"evaluate.extractor = {name!r}: use one of {', '.join(EXTRACTORS)}, or {FILE}PATH")
     network = _inception(state).to(memory_format=torch.channels_last).to(device)
 
     def forward(x: Tensor) -> Tensor:
@@ -191,28 +205,47 @@ def ensure_inception_weights() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=PUBLISHED_SHA256_PREFIX, progress=False)
     except (OSError, RuntimeError) as e:  # RuntimeError: the hash differs
-        raise EnvironmentLacks(_lacking(path, f"could not be downloaded ({e})")) from None
+        raise EnvironmentLacks(_lacking(path, WEIGHTS_URL, f"could not be downloaded ({e})")) from None
     finally:
         socket.setdefaulttimeout(timeout)
     return path
 
 
-def _lacking(path: Path, problem: str) -> str:
+def dinov2_weights_path() -> Path:
+    """Where torch's hub keeps the authors' file."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / dinov2.WEIGHTS_FILE
+
+
+def ensure_weights(name: str) -> None:
+    """What an extractor needs is on this machine, downloaded if need be: for the login node.
+
+    Raises EnvironmentLacks, or RequestError for a file that there is not.
+    """
+    if name == "inception":
+        ensure_inception_weights()
+    elif name == "dinov2" and not (path := dinov2_weights_path()).exists():
+        raise EnvironmentLacks(_lacking(path, dinov2.WEIGHTS_URL, f"are not at {path}"))
+    elif name.startswith(FILE) and not Path(name.removeprefix(FILE)).expanduser().is_file():
+        raise RequestError(f"evaluate.extractor = {name}: no such file")
+
+
+def _lacking(path: Path, url: str, problem: str) -> str:
+    which = "Inception" if url == WEIGHTS_URL else "DINOv2"
     return (
-        f"the Inception weights {problem}; fetch {WEIGHTS_URL} on a machine with a network and put it at {path}. To "
+        f"the {which} weights {problem}; fetch {url} on a machine with a network and put it at {path}. To "
         f"check the wiring without them: evaluate.extractor=random-inception or evaluate.extractor=pixels (no FID)"
     )
 
 
-def _load_weights() -> tuple[dict[str, Tensor], str]:
-    path = inception_weights_path()
+def _load_weights(path: Path, url: str) -> tuple[dict[str, Tensor], str]:
     try:
         sha256 = files.sha256_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or any(not isinstance(v, Tensor) for v in state.values()):
             raise pickle.UnpicklingError("not a dict of tensors")
     except FileNotFoundError:
-        raise EnvironmentLacks(_lacking(path, f"are not at {path}")) from None
+        raise EnvironmentLacks(_lacking(path, url, f"are not at {path}")) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise EnvironmentLacks(_lacking(path, f"at {path} cannot be read ({' '.join(str(e).split())[:200]})")) from None
+        problem = f"at {path} cannot be read ({' '.join(str(e).split())[:200]})"
+        raise EnvironmentLacks(_lacking(path, url, problem)) from None
     return state, sha256

@@ -72,20 +72,27 @@ def _array(path: Path) -> np.ndarray:
 # ---------------------------------------------------------------- their scores
 
 
-def evaluate_images(images: Path, reference: Path, extractor: Extractor, size: int | None = None) -> dict[str, Any]:
+def evaluate_images(
+    images: PackedImages, reference: Path, extractor: Extractor, size: int | None = None
+) -> dict[str, Any]:
     """Score a set of images against another, or against an .npz of statistics. Writes nothing.
 
-    size: images on both sides are cropped and resized to it, and the record says how.
+    size: what `images` were cropped and resized to, and the reference's are; the record says how.
     """
-    packed = load_images(images, size)
     file = read_statistics(reference) if reference.suffix == ".npz" else None
     if file is not None and "mu" in file.arrays:
         against = file.reference(extractor, None)
     else:
-        against = reference_of(load_images(reference, size), extractor, None)
+        others = load_images(reference, size)
+        sizes = [f"{h}x{w}" for h, w in (side.images.shape[1:3] for side in (images, others))]
+        if sizes[0] != sizes[1]:
+            raise RequestError(
+                f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; give --size for both"
+            )
+        against = reference_of(others, extractor, None)
     return {
-        **all_scores(gather_images(packed, extractor), against, published=extractor.published),
-        "num_samples": len(packed),
+        **all_scores(gather_images(images, extractor), against, published=extractor.published),
+        "num_samples": len(images),
         **({} if size is None else {"resized": {"size": size, **sources.RESIZE}}),
         "reference": against.record,
         "extractor": extractor.record,
@@ -97,15 +104,13 @@ def gather_images(images: PackedImages, extractor: Extractor) -> Gathered:
     return gather(image_features(images.images, extractor), len(images), classifier=extractor.classifier)
 
 
-def save_statistics(images: Path, path: Path, extractor: Extractor, size: int | None = None) -> int:
-    """Write a set's statistics as pytorch-fid's .npz, with its features beside; returns how many images there are.
+def save_statistics(images: PackedImages, path: Path, extractor: Extractor) -> None:
+    """Write a set's statistics as pytorch-fid's .npz, with its features beside.
 
     Raises RequestError where `path` is there already, or is in no directory.
     """
-    packed = load_images(images, size)
-    gathered = gather_images(packed, extractor)
+    gathered = gather_images(images, extractor)
     try:
-        write_statistics(path, gathered, packed.name, images_digest=packed.digest, extractor_digest=extractor.digest)
+        write_statistics(path, gathered, images.name, images_digest=images.digest, extractor_digest=extractor.digest)
     except FileExistsError:
         raise RequestError(f"{path}: exists, and is left as it is; name another file, or remove it") from None
-    return len(packed)

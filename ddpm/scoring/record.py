@@ -18,6 +18,7 @@ from typing import Any
 
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, listed
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
@@ -45,6 +46,11 @@ def key_of(record: Mapping[str, Any]) -> str:
         if key in record:
             return key
     raise KeyError(f"a record without a score: {', '.join(record)}")
+
+
+def file_extractor_name(sha256: str) -> str:
+    """What features of a network from a file are called: the path may come to mean another."""
+    return f"file-{sha256[:12]}"
 
 
 # ---------------------------------------------------------------- on disk
@@ -136,13 +142,14 @@ def _read(paths: Mapping[str, Path]) -> Iterator[Score]:
 def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: str = "") -> Path:
     """Write a score where no other one is lost by it; returns where. What lies there damaged is moved aside."""
     signed = files.sign(dict(record))
-    word = f"{record['reference'].get('split') or record['reference']['name']}-{record['extractor']['name']}"
+    word = f"{_called(record['reference'])}-{record['extractor']['name']}"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
     digest = files.sha256_json({k: record.get(k) for k in PROVENANCE})
     further = run.further_scores(set_name)
     places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{digest[:12]}.json"]
     for path in places:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (run.eval, path.parent):
+            folder.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         try:
             files.write_json(path, signed, token=token)
             return path
@@ -165,17 +172,17 @@ def told(record: Mapping[str, Any]) -> str:
     guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
     of = f"{sampler['name']}{guided} {record['nfe']}, {against(record)}"
     features = "" if key == "fid" else f", {record['extractor']['name']} features"
-    return printable(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
+    return plain(f"{SCORE_NAMES[key]} {number(record)}{caution(record)}, {of}{features}")
 
 
 def against(record: Mapping[str, Any]) -> str:
     """`50,000 vs train`."""
-    reference = record["reference"]
-    return f"{record['num_samples']:,} vs {reference.get('split') if _is_split(reference) else reference['name']}"
+    return f"{record['num_samples']:,} vs {_called(record['reference'])}"
 
 
-def _is_split(reference: Mapping[str, Any]) -> bool:
-    return reference.get("split") in ("train", "test")
+def _called(reference: Mapping[str, Any]) -> str:
+    split = reference.get("split")
+    return str(split if split in ("train", "test") else reference["name"])
 
 
 def number(record: Mapping[str, Any]) -> str:
@@ -207,8 +214,3 @@ def caution(record: Mapping[str, Any]) -> str:
     if num < dimensions:
         return f" (fewer samples than the {dimensions:,} dimensions)"
     return f" (under {FEW_SAMPLES:,} samples)" if num < FEW_SAMPLES else ""
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal: names come from files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -6,7 +6,9 @@ know sample sets or runs.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +98,15 @@ def reference_of(
     if num < 2:
         raise RequestError(f"{images.name}: {num} images: a score needs at least 2 on each side")
     parts = path.with_suffix("")
-    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        if not os.access(parts, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parts))
+    except OSError as e:  # another's cache
+        say(f"reference={path} not kept: {e}")
+        features = image_features(images.images, extractor, stop_requested=stop_requested)
+        labels = images.labels if by_class else None
+        return of_gathered(gather(features, num, labels=labels, grouped=False), image_record(images))
 
     def parts_of() -> Iterator[np.ndarray]:
         for index, first in enumerate(range(0, num, PART_IMAGES)):
@@ -109,6 +119,16 @@ def reference_of(
     gathered = gather(parts_of(), num, labels=images.labels if by_class else None, grouped=False)
     write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
     return of_gathered(gathered, image_record(images))
+
+
+def check_size(images: PackedImages, size: int) -> None:
+    """Raises RequestError where a reference's images are not of the samples' size: features would tell that apart."""
+    height, width = images.images.shape[1:3]
+    if (height, width) != (size, size):
+        raise RequestError(
+            f"reference = {images.name}: its images are {height}x{width}, the samples {size}x{size}; bring one side to "
+            f"the size of the other"
+        )
 
 
 def image_record(images: PackedImages) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Owns which scores there are, their names, and which of them need what. Must not 
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
 
 from ddpm.errors import DDPMError
 from ddpm.scoring import interval, metrics
@@ -23,10 +24,10 @@ def all_scores(of: Gathered, reference: Reference, *, published: bool) -> dict[s
     published: whether the features are those that FID, KID and Inception Score are defined with.
     """
     fid, kid = key_for(published=published), "kid" if published else "kernel_distance"
+    if not all(np.isfinite(values).all() for values in (of.moments.m2, reference.mu, reference.sigma)):
+        raise DDPMError("the Fréchet distance is not finite: features or reference hold values that are not")
     cov = metrics.covariance(of.moments)
     distance = metrics.frechet_distance(of.moments.mean, cov, reference.mu, reference.sigma)
-    if not math.isfinite(distance):
-        raise DDPMError("the Fréchet distance is not finite: features or reference hold values that are not")
     scores: dict[str, Any] = {fid: distance}
     if of.groups:
         trust = interval.trust(of.groups, reference.mu, reference.sigma)

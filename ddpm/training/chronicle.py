@@ -149,7 +149,7 @@ class Chronicle(Silent):
         drawn = self.run.grid(step)
         try:  # after a rollback it may be of weights that were given up
             return drawn.exists() and (attempt == 0 or _mtime(drawn) >= _mtime(self.run.manifest(step)))
-        except FileNotFoundError:
+        except OSError:  # gone meanwhile, or a file system that fails for a moment: drawn again, at worst
             return False
 
     def grid_again(self, step: int) -> None:

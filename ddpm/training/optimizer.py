@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,12 +17,17 @@ def build(config: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.opt
     return torch.optim.Adam(parameters, lr=config.train.lr, fused=True)
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+"""By the names of train.lr_schedule: the share of train.lr after warm-up, when `done` of the rest is done, 0 to 1."""
+
+
 def learning_rate(config: Config, step: int) -> float:
-    """Of the update that ends step `step` (0-based): linear warm-up, then constant or half a cosine to 0."""
+    """Of the update that ends step `step` (0-based): linear warm-up, then as the schedule says."""
     train = config.train
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
-    if train.lr_schedule == "cosine":
-        done = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
-        return train.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return train.lr
+    done = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
+    return train.lr * SCHEDULES[train.lr_schedule](done)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.errors import RequestError
+from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import now
 from ddpm.run.log import has_control
@@ -202,8 +202,13 @@ def user_path(path: str, what: str = "path") -> Path:
 
 
 def expand(path: str) -> Path:
-    """A path of the site profile with $VARIABLES and ~ as they are on this machine."""
-    return Path(os.path.expandvars(path)).expanduser()
+    """A path of the site profile with $VARIABLES and ~ as they are on this machine. Raises EnvironmentLacks."""
+    there = os.path.expandvars(path)
+    if unset := re.search(r"\$\w+|\$\{[^}]*\}", there):
+        raise EnvironmentLacks(
+            f"{path}: {unset[0]} is not set on {host()}; have `setup` set it, or give the path itself"
+        )
+    return Path(there).expanduser()
 
 
 def for_jobs() -> dict[str, str]:

@@ -42,7 +42,10 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
     key = str(world.share(together(life.stop, world, bring if world.is_main else None)))
     local = None
     if data.get("scratch"):
-        local = environment.expand(data["scratch"]) / "ddpm-hpc"
+        try:
+            local = environment.expand(data["scratch"]) / "ddpm-hpc"
+        except EnvironmentLacks as e:
+            say(f"scratch cannot be used ({e}); reading the data from {cache}")
         _copy_to(local, life, world, cache, key)
     there = packed.open_packed(cache, key, scratch=local)
     changed = labels_changed(labels, labels_record(there))
@@ -98,16 +101,17 @@ def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
         say("the labels of the data were not added to the run's record", error=e)
 
 
-def _copy_to(local: Path, life: Life, world: World, cache: Path, key: str) -> None:
+def _copy_to(local: Path | None, life: Life, world: World, cache: Path, key: str) -> None:
     """One rank of each node copies; where it cannot, its node reads the cache."""
 
     def copy(stop_requested: StopRequested) -> None:
+        assert local is not None
         try:
             scratch.copy_to_scratch(cache, key, local, stop_requested=stop_requested)
         except (OSError, DamagedFile) as e:
             say(f"scratch {local} cannot be used ({e}); reading the data from {cache}")
 
-    together(life.stop, world, copy if life.env.local_rank == 0 else None)
+    together(life.stop, world, copy if local and life.env.local_rank == 0 else None)
 
 
 def together(stop: StopRequested, world: World, work: Callable[[StopRequested], Any] | None) -> Any:

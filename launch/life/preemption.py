@@ -7,6 +7,7 @@ means save and go (exit 75), and the end of the batch shell puts the job back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -42,6 +43,9 @@ class StopFlag:
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
         if not self._under_slurm:
             signal.signal(signal.SIGINT, self._on_term)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+                # a terminal that closes may say so twice, by its shell and by the kernel
+                signal.signal(signal.SIGHUP, lambda *_: self._set("interrupted"))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # slurm/rank.sh kept them waiting for this
 
     @contextmanager
@@ -72,8 +76,9 @@ class StopFlag:
         """Why to stop, or None. Polls the STOP file at most once a second: a shared file system feels every stat."""
         if self._stop_file is not None and time.monotonic() - self._polled_at >= STOP_POLL_S:
             self._polled_at = time.monotonic()
-            if self._stop_file.exists():
-                self.reason = "STOP"
+            with contextlib.suppress(OSError):  # a stale handle is no STOP, and ends no training
+                if self._stop_file.exists():
+                    self.reason = "STOP"
         return self.reason
 
     def clear(self, answered: str) -> None:

@@ -49,8 +49,11 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 run,
                 set_name,
                 reference=open_reference(config, against, cache, life.stop),
-                extractor=build_extractor(extractor or config.evaluate.extractor, device),
+                extractor=build_extractor(
+                    extractor or config.evaluate.extractor, device, image_size=config.data.image_size
+                ),
                 cache_dir=cache / "reference",
+                image_size=config.data.image_size,
                 num_classes=config.model.num_classes,
                 command=command,
                 stop_requested=life.stop,

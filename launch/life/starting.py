@@ -13,6 +13,7 @@ from ddpm.run.paths import RunDir
 from ddpm.sampling.request import Request
 from launch.cluster import environment, slurm
 from launch.life.life import Life
+from launch.queue import borrowing
 from launch.queue.chain import call_off, nothing_to_train
 from launch.queue.sets import ensure_request
 
@@ -22,6 +23,8 @@ def start_training(life: Life) -> tuple[Config, str | None]:
     run, env = life.run, life.env
     config = reading.of_run(run)
     why = nothing_to_train(run, config) if env.rank == 0 else None
+    if not why:
+        borrowing.check_trainable(run)
     if env.rank == 0 and not why:
         _note_allocation(life)
     life.stop.watch(run.stop_file)

@@ -67,7 +67,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
 
 
 def main() -> int:
-    """Run the commands in turn, until one fails or STOP is there. SIGTERM and SIGINT go to the one that runs."""
+    """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs."""
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     child: subprocess.Popen[bytes] | None = None
     unheard: list[int] = []  # by a command: none was running
@@ -80,6 +80,8 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, forward)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, forward)
     for command in commands:
         if unheard:
             return 128 + unheard[0]

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.sample import Evaluate
+from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
-from ddpm.run.files import read_json, sha256_file
+from ddpm.run.files import parse_json, sha256_file
 from ddpm.run.generations import Generation
 from ddpm.run.paths import RunDir, fitting
 from ddpm.run.state import finished_step
@@ -25,7 +25,7 @@ from ddpm.sampling.request import (
     read_request,
 )
 from ddpm.scoring.against import SPLITS
-from ddpm.scoring.record import Score, scores_of
+from ddpm.scoring.record import Score, file_extractor_name, scores_of
 
 LEAST_SCORED = 2
 """Samples: of one there is no covariance."""
@@ -80,8 +80,12 @@ def _exactly(number: float) -> str:
 
 
 def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
-    """What the set's request.json says; nothing where the set is not begun."""
-    return read_json(run.sample_set(set_name).request) or {}
+    """What the set's request.json says; nothing where the set is not begun. Raises OSError where it cannot look."""
+    try:
+        record = parse_json(run.sample_set(set_name).request.read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _sampled_at(run: RunDir, set_name: str) -> int | None:
@@ -139,18 +143,22 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
             f"sample set {set_name} exists with another request: {differences(there, asked)}. Ask for the "
             f"same, or make another set once training has ended: python launch/sample.py {run.path} --set OTHERNAME"
         )
-    return shards.missing_shards(sample_set, there)
+    return shards.shards_to_make(sample_set, there)
 
 
 def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     """The score of the set, as it is, by that extractor against that reference; None where there is none that holds."""
     request = _asked(run, set_name)
     checkpoint = {**(request.get("checkpoint") or {}), "weights": request.get("weights")}
+    extractor = evaluate.extractor
+    if extractor.startswith(FILE):
+        path = Path(extractor.removeprefix(FILE)).expanduser()
+        extractor = file_extractor_name(sha256_file(path)) if path.is_file() else ""
     for score in scores_of(run, set_name):
         if (
             not score.damage
             and score.record.get("checkpoint") == checkpoint
-            and score.record["extractor"]["name"] == evaluate.extractor
+            and score.record["extractor"]["name"] == extractor
             and _is_against(score.record["reference"], evaluate.reference)
         ):
             return score

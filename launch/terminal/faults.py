@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
@@ -30,8 +31,13 @@ OF_WORDS = {
 """What libraries say in errors of their own."""
 
 
-def words(error: BaseException) -> str | None:
-    """What to tell of `error`, in a line or a few; None where it is a fault of this program."""
+def words(error: BaseException, where: object = "") -> str | None:
+    """What to tell of `error`, in a line or a few; None where it is a fault of this program.
+
+    where: what it is about, if it does not say so: a full disk does not.
+    """
+    if isinstance(error, OSError) and where:
+        error.filename = error.filename or str(where)
     if isinstance(error, DDPMError | DamagedFile):
         return str(error)
     if letter := _limit(error):
@@ -41,9 +47,9 @@ def words(error: BaseException) -> str | None:
     return ". ".join(filter(None, [_in_short(error), _whose(error)]))
 
 
-def of_a_job(error: BaseException) -> Exception | None:
+def of_a_job(error: BaseException, where: object) -> Exception | None:
     """The same as an exception of ours. What the machine lacked, another start may find; another user's stays his."""
-    told = words(error)
+    told = words(error, where)
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
     return DoNotRetry(told) if _whose(error) else NodeUnfit(told)
@@ -54,6 +60,17 @@ def _whose(error: BaseException) -> str:
     if not isinstance(error, PermissionError) or not error.filename:
         return ""
     return not_ours(Path(os.fsdecode(error.filename)))
+
+
+def check_threads(num: int) -> None:
+    """Raises RuntimeError where so many threads cannot be: OpenMP ends a process that gets none, without saying why."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(num)]
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        done.set()
 
 
 def _in_short(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from ddpm.run.files import DamagedFile, read_json, read_signed, seconds
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
-from ddpm.scoring.record import SCORE_NAMES, all_scores
+from ddpm.scoring.record import SCORE_NAMES, all_scores, told
 from launch.cluster.slurm import Queued
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import faults, goodput, standing
@@ -69,7 +69,7 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in ("running", "queued", "suspended", "held")
     samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
-    scores = damage.read(lambda: _scores(run, damage)) or {}
+    scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
     problems = [latest.get("reason") if failed else None, *damage.told[: 1 if closed else None]]
     return {
         "name": run.name,
@@ -91,6 +91,7 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
         "host": beat.get("host"),
         "samples": samples,
         "scores": scores,
+        "scores_told": score_lines,
         "problem": "; ".join(filter(None, problems)) or None,
     }
 
@@ -104,12 +105,14 @@ def _tell_what_lacks(
     damage: Damage,
 ) -> None:
     """What one file tells of and another lacks."""
-    damage.read(lambda: read_run(run))
+    record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
-    told = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
-    if told > saved:
-        damage.tell(f"its events tell of a checkpoint at step {told}, and checkpoints/ has none after step {saved}")
-    if saved and not events:
+    if record.get("reads"):
+        events = []  # they are told where its checkpoints are made
+    told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
+    if told_of > saved:
+        damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
+    if saved and not events and not record.get("reads"):
         damage.tell(f"events/ tells nothing, and checkpoints/ has step {saved}")
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, saved_step=saved))
@@ -123,15 +126,16 @@ def _check_newest(run: RunDir, saved: int) -> None:
             raise DamagedFile(f"{file.name} is not whole: {manifest.get('bytes')} bytes were saved")
 
 
-def _scores(run: RunDir, damage: Damage) -> dict[str, Any]:
-    """What each score of the run says, where it holds."""
-    scores = {}
+def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each score of the run that holds, by its name: its number, and a line with what it is of."""
+    scores, lines = {}, {}
     for score in all_scores(run):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
         else:
             scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
-    return scores
+            lines[score.name] = told(score.record)
+    return scores, lines
 
 
 def _config(run: RunDir, damage: Damage) -> Config | None:

@@ -54,6 +54,8 @@ class Shell:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DDPM"))}
         env |= {"PATH": str(self.bin), "DDPM_RUNS": str(self.root)}
         cpu = min(os.sched_getaffinity(0))
+        if script == "jobs":  # is a module
+            return [sys.executable, "-m", "launch.jobs", *args], {**self.command("")[1], "cwd": PROJECT}
         argv = [sys.executable, str(PROJECT / "launch" / f"{script}.py"), *args]
         return argv, {"cwd": self.cwd, "env": env, "preexec_fn": lambda: os.sched_setaffinity(0, {cpu})}
 

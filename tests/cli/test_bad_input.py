@@ -187,7 +187,7 @@ def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_tha
     assert "sample.steps = 51: at most diffusion.timesteps = 50" in finished.refused("sample", "tiny", "--steps", "51")
     assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
     assert "reference = test: digits has ['train']" in finished.refused("evaluate", "tiny", "--reference", "test")
-    assert "choose from" in finished.refused("evaluate", "tiny", "--extractor", "vgg")
+    assert "use one of inception" in finished.refused("evaluate", "tiny", "--extractor", "vgg")
 
 
 def test_a_set_of_one_sample_is_not_scored(again: Shell) -> None:

@@ -170,7 +170,7 @@ def test_a_folder_of_another_user_is_a_line_beside_the_others(again: Shell) -> N
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["tiny"]["state"] == "complete" and rows["tiny"]["problem"] is None
     assert rows["theirs"]["state"] == "unreadable"
-    assert rows["theirs"]["problem"] == f"Permission denied: {again.root / 'theirs'}"
+    assert rows["theirs"]["problem"].startswith(f"Permission denied: {again.root / 'theirs'}")
 
 
 @pytest.mark.parametrize("streams", [">&- 2>&- <&-", ">&-", "2>&-", "<&-"])

@@ -94,6 +94,8 @@ def test_bad_image_sets_are_refused_by_what_the_user_named(shell: Shell) -> None
     assert "--reference nowhere: does not exist" in refused("a", "nowhere")
     message = refused("empty", "a")
     assert message.startswith("error: empty: no images") and "data.path" not in message
+    folder(shell.cwd / "large", range(3), size=12)
+    assert "a holds images of 8x8, large of 12x12; give --size" in refused("a", "large")
     message = refused("mixed", "a")
     assert "several sizes (8x8, 16x16)" in message and "--size" in message
     np.save(shell.cwd / "grey.npy", np.zeros((3, 8, 8), np.uint8))

@@ -25,14 +25,14 @@ from ddpm.run import files, generations
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling import generate
 from ddpm.sampling.denoiser import Denoiser
-from ddpm.sampling.request import CheckpointRef, Request, publish_request
-from tools.chaos.faults import Shim, shimmed
-from tools.chaos.files import Result, new_run, resumable, saves, state, writing
+from ddpm.sampling.request import publish_request
+from tools.chaos.faults import Operation, Shim, shimmed
+from tools.chaos.files import REQUEST, Result, new_run, resumable, saves, state, writing
 
 ROOMS = {
     str(Path(files.__file__).parents[1] / room)
     for room in ("run/saving.py", "run/files.py", "run/fence.py", "run/generations.py",
-                 "sampling/shards.py", "sampling/parts.py")
+                 "run/unfinished.py", "sampling/shards.py", "sampling/parts.py")
 }  # fmt: skip
 ERRORS: dict[str, Callable[[], Exception]] = {
     "no memory": MemoryError,
@@ -120,7 +120,7 @@ def save_fails_anywhere(count: int) -> Result:
 def _try_save(do: Do) -> str:
     with new_run() as run:
         saves(run, 1, 2, 3, 4)
-        run.checkpoint(7).write_bytes(b"a save that was killed")
+        _half_a_save(run)
         with writing(run) as saver:
             done = do(lambda: saver.save(state(8), wait=True))
             try:
@@ -134,6 +134,21 @@ def _try_save(do: Do) -> str:
         return _stale(run)
 
 
+def _half_a_save(run: RunDir) -> None:
+    """A disk that can only be read from the moment at which the .pt of step 7 has its name."""
+    shim = _ReadOnlyAfter(run.checkpoints, error=errno.EROFS, keep_failing=True)
+    with writing(run) as saver, shimmed(shim):
+        attempted(lambda: saver.save(state(7), wait=True))
+    assert run.checkpoint(7).exists() and not run.manifest(7).exists()
+
+
+class _ReadOnlyAfter(Shim):
+    def note(self, operation: Operation) -> None:
+        super().note(operation)
+        if operation.other.endswith(".pt"):
+            self.fault_at = len(self.operations)
+
+
 def _stale(run: RunDir) -> str:
     """What lies in checkpoints/ and is no part of a generation."""
     left = {p.name for p in run.checkpoints.iterdir()}
@@ -144,11 +159,6 @@ def _stale(run: RunDir) -> str:
 
 
 # ---------------------------------------------------------------- a publication
-
-REQUEST = Request(
-    checkpoint=CheckpointRef(4, "ab" * 32), weights="ema", sampler="ddim", steps=2, eta=0.0, guidance=None, seed=0,
-    num_samples=10, shards=2, batch=3, precision="fp32", class_plan=None,
-)  # fmt: skip
 
 
 def shard(sample_set: SampleSet, index: int) -> None:

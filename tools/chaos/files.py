@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from ddpm.run import generations, saving
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
+from ddpm.sampling.request import CheckpointRef, Request, publish_request
 from tools.chaos.faults import Shim, crash_state, shimmed
+
+REQUEST = Request(
+    checkpoint=CheckpointRef(4, "ab" * 32), weights="ema", sampler="ddim", steps=2, eta=0.0, guidance=None, seed=0,
+    num_samples=10, shards=2, batch=3, precision="fp32", class_plan=None,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,31 @@ def flipped_bits_and_truncations(count: int) -> Result:
     return Result("single-bit flips and truncations", f"{count} noticed, named, fallen back from", seen, not missed)
 
 
+def flipped_requests(count: int) -> Result:
+    """Single bits flipped in the request of a set that is made of the oldest checkpoint, half of them where it says so;
+    then saves, and retention. What cannot be verified keeps, and never frees."""
+    chosen = random.Random(3)
+    lost: list[str] = []
+    with new_run() as pristine:
+        saves(pristine, 1)
+        sha256 = generations.verify(pristine, 1).sha256
+        publish_request(pristine.sample_set("set"), replace(REQUEST, checkpoint=CheckpointRef(1, sha256)))
+        saves(pristine, 2, 3)
+        raw = pristine.sample_set("set").request.read_bytes()
+        says = raw.index(b'"checkpoint"'), raw.index(b'"sha256"')
+        for i in range(count):
+            with new_run() as run:
+                shutil.copytree(pristine.path, run.path, dirs_exist_ok=True)
+                at, bit = chosen.randrange(*says) if i % 2 else chosen.randrange(len(raw)), chosen.randrange(8)
+                flipped = raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :]
+                run.sample_set("set").request.write_bytes(flipped)
+                saves(run, 5, 6, 7)
+                if not run.checkpoint(1).exists() or not run.manifest(1).exists():
+                    lost.append(f"bit {bit} of byte {at}")
+    seen = f"{len(lost)} lost" + (f", the first by {lost[0]}" if lost else "")
+    return Result("single-bit flips in a set's request", f"{count} flips, 0 checkpoints lost", seen, not lost)
+
+
 def failing_operations(_: int) -> Result:
     """Disk full, I/O error and read-only at each operation of a save: the last good one stays, the next save works."""
     bad: list[str] = []
@@ -254,6 +285,7 @@ ROWS: dict[str, tuple[Callable[[int], Result], int, int]] = {
     "kill-each-operation": (killed_at_each_operation, 0, 0),
     "power-cut": (unsynced_writes_lost_or_reordered, 1000, 100),
     "flipped-bits": (flipped_bits_and_truncations, 400, 40),
+    "request-flipped": (flipped_requests, 400, 40),
     "failing-operations": (failing_operations, 0, 0),
     "all-damaged": (all_generations_damaged, 0, 0),
 }

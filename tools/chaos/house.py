@@ -83,10 +83,11 @@ class House:
             shutil.copytree(self.where / moment, self.root)
 
     def set_at(self, moment: str, verb: str = "") -> SampleSet:
-        """The set that a verb is about: of the half-done run the half-made one, or for a score the one that has one."""
+        """The set that a verb is about. Of the half-done run it is the half-made one; for a score the one that has one,
+        which is of the oldest checkpoint, so that training must keep that for it."""
         if moment == "finished":
             return self.run.sample_set(f"ddim2-step{STEPS}-seed0")
-        return self.run.sample_set("early" if verb == "evaluate" else "few")
+        return self.run.sample_set("early" if verb in ("train", "evaluate") else "few")
 
     def process(self, work: Work) -> Said:
         """`work` in a process of its own, which a function that ends it, or its exit code, may end."""

@@ -43,6 +43,26 @@ def _as_claimed(real: Function) -> Function:
     return lambda path: str(json.loads(path.with_suffix(".json").read_bytes())["sha256"])
 
 
+def _as_the_request_says(real: Function) -> Function:
+    """A digest that equals whatever it is compared with."""
+    return lambda record: mock.ANY
+
+
+def _one_for_all(real: Function) -> Function:
+    return lambda labels, classes: "0" * 64
+
+
+def _mapped_unread(real: Function) -> Function:
+    """open_verified that looks at the sizes alone."""
+
+    def open_verified(cache: Path, key: str, **_: Any) -> Any:
+        from ddpm.data.whole import open_packed
+
+        return open_packed(cache, key)
+
+    return open_verified
+
+
 def _always_running(real: Function) -> Function:
     def show(*args: Any, **options: Any) -> Any:
         shown = real(*args, **options)
@@ -86,6 +106,11 @@ def _each_for_itself(real: Function) -> Function:
     return lambda world, values: values
 
 
+def _begins_again(real: Function) -> Function:
+    """refuse_start that refuses nothing."""
+    return lambda run: None
+
+
 class Mutant(NamedTuple):
     row: str
     """The row that must fail."""
@@ -100,6 +125,10 @@ MUTANTS = {
     "no-fsync-of-the-directory": Mutant("power-cut", "ddpm.run.files", "fsync_dir", lambda real: lambda path: None),
     "no-manifest-digest": Mutant("flipped-bits", "ddpm.run.generations", "read_signed", _unsigned),
     "no-checkpoint-digest": Mutant("flipped-bits", "ddpm.run.generations", "sha256_file", _as_claimed),
+    "manifest-not-needed": Mutant("manifests-gone", "ddpm.run.evidence", "refuse_start", _begins_again),
+    "request-not-verified": Mutant("request-flipped", "ddpm.run.saving", "sha256_json", _as_the_request_says),
+    "labels-not-in-the-digest": Mutant("label-changed", "ddpm.data.labels", "labels_digest", _one_for_all),
+    "cache-not-verified": Mutant("cache-damaged", "ddpm.data.packed", "open_verified", _mapped_unread),
     "no-running-guard": Mutant("scancel", "launch.life.supervisor", "slurm.show", _always_running),
     "half-a-kernel-is-trusted": Mutant("signal-in-compile", "launch.life.training", "Path.touch", _no_mark),
     "bare-array-id": Mutant("array-task-requeued", "launch.cluster.environment", "current", _array_alone),

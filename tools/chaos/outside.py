@@ -8,12 +8,14 @@ depends on the cell alone: a cell that passes passes again.
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ddpm.errors import EXIT_FATAL
 from tools.chaos import verdicts
 from tools.chaos.files import Result
 from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, as_owner, built
@@ -57,6 +59,7 @@ KINDS: dict[str, Find] = {
     "score": lambda h, m, v: h.run.score(h.set_at(m, "evaluate").name),
     "images": lambda h, m, v: _packed(h, "images.npy"),
     "labels": lambda h, m, v: _packed(h, "labels.npy"),
+    "labels' digest": lambda h, m, v: _packed(h, "labels.json"),
     "packed meta": lambda h, m, v: _packed(h, "meta.json"),
     "reference": lambda h, m, v: next(h.root.glob(".cache/data/reference/*.npz")),
 }
@@ -127,12 +130,21 @@ def try_cell(house: House, cell: Cell, calm: Calm) -> str:
     return judge(cell.verb, path, said, before, watch(house), calm)
 
 
-def broken_from_outside(count: int, seed: int | None = None, kinds: str = "") -> Result:
+def broken_from_outside(count: int) -> Result:
     """Every kind of file × damage × verb, on a half-done and on a finished run; fewer are chosen by a seed."""
-    seed = int(time.time()) if seed is None else seed
-    cells = [c for c in CELLS if not kinds or kinds in "/".join(c)]
+    return _tried(CELLS, count, int(time.time()))
+
+
+def cache_damaged(count: int) -> Result:
+    """A bit of the packed data, or half of it, and training and scoring with it."""
+    packed, damages, verbs = ("images", "labels", "packed meta"), ("bit flip", "half"), ("train", "evaluate")
+    return _tried([c for c in CELLS if c.kind in packed and c.damage in damages and c.verb in verbs], count)
+
+
+def _tried(cells: list[Cell], count: int, seed: int = 0) -> Result:
+    few = ""
     if count < len(cells):
-        cells = random.Random(seed).sample(cells, count)
+        cells, few = random.Random(seed).sample(cells, count), f" of {len(cells)}, chosen by seed {seed}"
     told: Counter[str] = Counter()
     bad: list[str] = []
     with built() as house:
@@ -144,15 +156,51 @@ def broken_from_outside(count: int, seed: int | None = None, kinds: str = "") ->
                 bad.append(f"{' / '.join(cell)}: {verdict}")
                 print(bad[-1], flush=True)
     counts = ", ".join(f"{num} {verdict}" for verdict, num in told.most_common())
-    few = f", chosen by seed {seed}" if len(cells) < len(CELLS) else ""
     return Result(
-        f"broken from outside, {len(cells)} of {len(CELLS)} cells{few}",
+        f"broken from outside, {len(cells)} cells{few}",
         "same bits, named and mended, or refused in one sentence; nothing less on disk",
         counts + (f"; first bad: {bad[0]}" if bad else ""), not bad,
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------- more than one file
+
+
+def manifests_gone(_: int) -> Result:
+    """A copy that ended before the manifests: training does not start over, and removes nothing."""
+    with built() as house:
+        house.put_back("half")
+        for manifest in house.run.checkpoints.glob("*.json"):
+            manifest.unlink()
+        before = verdicts.watch(house)
+        said = house.do("half", "train")
+        after = verdicts.watch(house)
+    less = sorted(path for path, content in before.content.items() if content - set().union(*after.content.values()))
+    passed = said.code == EXIT_FATAL and "Traceback" not in said.text and not less
+    return Result("a copy without its manifests", f"exit {EXIT_FATAL}, all that is there stays",
+                  f"exit {said.code}, gone: {', '.join(less) or 'nothing'}", passed)  # fmt: skip
+
+
+def one_label_changed(_: int) -> Result:
+    """The last picture of one class becomes the first of the next: the same pixels in the same order, another label."""
+    seen, passed = [], True
+    with built() as house:
+        (house.where / "pictures/train/a/22.png").rename(house.where / "pictures/train/b/00.png")
+        for verb in ("train", "submit"):
+            house.put_back("half")
+            shutil.rmtree(house.root / ".cache/data")
+            said = house.do("half", verb)
+            model = verdicts.watch(house).products["model"]
+            refused = bool(said.code) and "class" in said.text and "Traceback" not in said.text
+            passed = passed and refused and model.startswith(f"{HALF} ")
+            seen.append(f"{verb}: exit {said.code}, at step {model.split()[0]}")
+    return Result("a picture moves to another class", "refused by name, not trained on", "; ".join(seen), passed)
+
+
 ROWS = {
     # name: (row, full count, reduced count)
     "outside": (broken_from_outside, len(CELLS), len(CELLS) // 10),
+    "cache-damaged": (cache_damaged, 24, 24),
+    "manifests-gone": (manifests_gone, 0, 0),
+    "label-changed": (one_label_changed, 0, 0),
 }

@@ -24,7 +24,8 @@ from ddpm.run.files import read_jsonl
 from tools.chaos.house import SHOWN, VERBS, House, Said
 
 BAD = "BAD"
-REFUSALS = (2, 3, 78)
+REFUSALS = (1, 2, 3, 78)
+"""1 is a refusal where it comes with its sentence: of a job, another start may find what this one could not read."""
 OFTEN_REPLACED = {"lock", "fence", "heartbeat.json"}
 """Signs of the present alone: the next life writes its own."""
 VOLATILE = {

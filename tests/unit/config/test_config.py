@@ -230,6 +230,8 @@ def test_numbers_survive_the_frozen_file(tmp_path: Path) -> None:
 
 
 UNAFFECTED: dict[str, Any] = {
+    "data__background": "black",
+    "data__skip_damaged": True,
     "name": "other",
     "data__path": "/elsewhere",
     "train__total_steps": 99,

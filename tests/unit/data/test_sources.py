@@ -1,5 +1,8 @@
 """ddpm/data/sources.py: which folder is an image's class, and what becomes of it."""
 
+import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from ddpm.config.data import Data
 from ddpm.data import sources
 from ddpm.data.packed import PackedImages, open_source, pack
+from ddpm.errors import RequestError
 from tests.cli.harness import png, write_zip
 from tools import unpack_data
 
@@ -64,3 +68,72 @@ def test_an_image_whose_folder_is_no_class_is_unpacked_without_one(tmp_path: Pat
     images = PackedImages(np.zeros((2, 8, 8, 3), np.uint8), np.array([1, -1]), "x", "test", "")
     unpack_data.unpack(images, tmp_path / "out", [0, 1], ["cat", "dog"])
     assert (tmp_path / "out" / "dog" / "000000.png").exists() and (tmp_path / "out" / "000001.png").exists()
+
+
+# ---------------------------------------------------------------- files that are larger than any image
+
+
+class Peak:
+    """How much memory a block took, as Python allocates it."""
+
+    def __enter__(self) -> "Peak":
+        tracemalloc.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
+def bomb(path: Path, *, how: int = zipfile.ZIP_DEFLATED, size: int = 40 << 20, said: int | None = None) -> Path:
+    """A zip of an image, and of a `size` of zeros that says to be `said` bytes."""
+    with zipfile.ZipFile(path, "w", how) as archive:
+        archive.writestr("a/1.png", png())
+        archive.writestr("a/2.png", bytes(size))
+    if said is not None:
+        raw = path.read_bytes()
+        path.write_bytes(raw.replace(struct.pack("<L", size), struct.pack("<L", said)))
+    return path
+
+
+def test_a_member_that_unpacks_to_more_than_an_image_is_refused_by_its_name_when_it_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    path = bomb(tmp_path / "a.zip")
+    with (
+        Peak() as peak,
+        pytest.raises(RequestError, match=r"a/2\.png would unpack to 41,943,040 bytes.* 4,194"),
+    ):
+        open_source(Data(name="images", path=str(path), image_size=8))
+    assert peak.bytes < 4 << 20
+
+
+@pytest.mark.parametrize("said", [40 << 20, 1000])
+def test_a_member_is_unpacked_in_pieces_whatever_it_says_of_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: int
+) -> None:
+    path = bomb(tmp_path / "a.zip", said=said)
+    there = open_source(Data(name="images", path=str(path), image_size=8))
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    with Peak() as peak, pytest.raises(RequestError, match=r"a/2\.png cannot be decoded"):
+        list(sources.read(there, "train", 8, tmp_path))
+    assert peak.bytes < 16 << 20
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_cannot_be_unpacked_in_pieces_is_refused_when_it_is_listed(tmp_path: Path, how: int) -> None:
+    path = bomb(tmp_path / "a.zip", how=how, said=1000)
+    with pytest.raises(RequestError, match=r"a/1\.png is not compressed by the usual method .* zip the images again"):
+        open_source(Data(name="images", path=str(path), image_size=8))
+
+
+def test_a_file_that_is_larger_than_an_image_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / "1.png").open("wb") as f:
+        f.truncate(10 << 30)  # sparse
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    there = open_source(Data(name="images", path=str(tmp_path), image_size=8))
+    with Peak() as peak, pytest.raises(RequestError, match=r"a/1\.png cannot be decoded \(more than 4,194,304 bytes"):
+        list(sources.read(there, "train", 8, tmp_path))
+    assert peak.bytes < 16 << 20

@@ -153,3 +153,14 @@ def test_a_damaged_copy_on_scratch_is_made_anew_by_the_job(tmp_path: Path) -> No
     copy.write_bytes(copy.read_bytes()[:-1] + bytes([copy.read_bytes()[-1] ^ 1]))
     there = here.open()
     assert there.images.filename == copy and (there.images == here.images).all()  # type: ignore[attr-defined]
+
+
+def test_a_scratch_whose_variable_is_not_set_here_is_said_and_the_cache_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOCAL_SCRATCH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = Here(tmp_path, scratch="$LOCAL_SCRATCH")
+    assert len(here.open()) == len(here.good)
+    assert "$LOCAL_SCRATCH is not set" in capsys.readouterr().out
+    assert not (tmp_path / "$LOCAL_SCRATCH").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from launch.cluster import environment
 from launch.cluster.environment import PROJECT, JobEnvironment
 from launch.life import devices, inputs
 from launch.life.life import Life
+from launch.life.preemption import StopFlag
 from launch.life.training import compiling
 from tests.training import make_config, make_run, on_ranks
 
@@ -136,6 +138,22 @@ def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monke
         devices.check(env, cpu, tmp_path)
     monkeypatch.delenv("SLURM_STEP_GPUS")
     devices.check(env, cpu, tmp_path)  # none was asked for
+
+
+def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, polled = StopFlag(), []
+
+    def stale(path: Path, **options: Any) -> Any:
+        polled.append(path)
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    stop.watch(tmp_path / "STOP")
+    with monkeypatch.context() as m:
+        m.setattr(Path, "stat", stale)
+        assert stop() is None
+    assert polled == [tmp_path / "STOP"]
 
 
 def test_bf16_on_a_cpu_without_it_is_refused_in_words_and_elsewhere_computed() -> None:

@@ -8,6 +8,7 @@ import pytest
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step, settled
+from tests.saves import Unreadable
 from tests.training import Life, events, lines, live, make_config, make_run
 
 TOTAL = 8
@@ -130,3 +131,15 @@ def test_a_run_cut_short_at_a_step_that_was_saved_ends_as_if_planned_so(tmp_path
     assert lines(cut) == lines(planned) and [r["step"] for r in lines(cut)] == [3, 5]
     assert cut.ema_weights(5).read_bytes() == planned.ema_weights(5).read_bytes()
     assert cut.grid(5).read_bytes() == planned.grid(5).read_bytes()
+
+
+def test_a_file_system_that_fails_for_a_moment_gives_no_answer_by_which_jobs_would_end(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    live(config, run)
+    with monkeypatch.context() as m:
+        Unreadable(m, {run.manifest(TOTAL): 1})
+        with pytest.raises(OSError, match="Stale file handle"):
+            finished_step(run, config)
+        assert finished_step(run, config) == TOTAL

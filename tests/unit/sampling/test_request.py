@@ -11,6 +11,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request, publish_request, read_request
 from tests.sampling import make_request, make_set
+from tests.saves import Unreadable
 
 
 def test_a_request_is_published_once(tmp_path: Path) -> None:
@@ -135,3 +136,13 @@ def test_a_set_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -
     with pytest.raises(RequestError, match="sample set name"):
         publish_request(SampleSet(tmp_path / name), make_request())
     assert not (tmp_path / name).exists()
+
+
+def test_a_request_that_cannot_be_read_for_a_moment_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample_set = make_set(tmp_path / "run", make_request())
+    Unreadable(monkeypatch, {sample_set.request: 1})
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_request(sample_set)
+    assert read_request(sample_set) == make_request()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm.data.packed import PackedImages, images_digest
-from ddpm.errors import RequestError, Stopped
+from ddpm.errors import DDPMError, RequestError, Stopped
 from ddpm.run import files
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request
@@ -426,6 +426,18 @@ def test_a_batch_of_guided_diffusion_stands_for_its_images_and_lends_its_statist
     assert lent["kernel_distance"] == by_images["kernel_distance"] and lent["reference"]["num_images"] is None
 
 
+def test_a_reference_of_another_size_is_refused_by_name(made: Made) -> None:
+    with pytest.raises(RequestError, match="reference = cifar10: its images are 4x4, the samples 8x8"):
+        made.evaluate(packed(), image_size=8)
+    assert scores_of(made.run, "fid") == [] and made.evaluate(packed(), image_size=4)
+
+
+def test_features_that_are_no_numbers_are_said_to_be(made: Made) -> None:
+    broken, _ = tiny_extractor(forward=lambda x: x.flatten(1)[:, :4] / 0)
+    with pytest.raises(DDPMError, match="not finite"):
+        made.evaluate(packed(), extractor=broken)
+
+
 def test_statistics_alone_give_the_distance_and_its_interval_alone(made: Made, tmp_path: Path) -> None:
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(4), sigma=np.eye(4))
     scores = made.evaluate(tmp_path / "theirs.npz").keys() - {*PROVENANCE, "created", "command", "self_sha256"}
@@ -483,7 +495,7 @@ def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_p
     a = write_folder(tmp_path / "a", 24, 0)
     write_folder(tmp_path / "b", 24, 1)
     extractor = extractors.build_extractor("inception", "cpu")
-    result = foreign.evaluate_images(tmp_path / "a", tmp_path / "b", extractor)
+    result = foreign.evaluate_images(foreign.load_images(tmp_path / "a"), tmp_path / "b", extractor)
     assert "fid" not in result  # these weights are not the published ones
     assert result["num_samples"] == 24
     assert result["reference"] | {"digest": ""} == {"name": "b", "split": "all", "num_images": 24, "digest": ""}

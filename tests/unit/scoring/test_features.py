@@ -1,7 +1,9 @@
 import dataclasses
+import importlib.util
 import io
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ddpm.scoring import extractors
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import extract, shard_features
 from tests import sampling
+from tests.conftest import requires
 
 
 def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
@@ -66,7 +69,7 @@ def test_anything_but_uint8_rgb_is_refused(images: np.ndarray) -> None:
 
 
 def test_an_unknown_extractor_is_refused() -> None:
-    with pytest.raises(RequestError, match="'vgg': use inception, random-inception or pixels"):
+    with pytest.raises(RequestError, match=r"'vgg': use one of inception, dinov2, .*, or file:PATH"):
         extractors.build_extractor("vgg", "cpu")
 
 
@@ -261,3 +264,118 @@ def test_kept_features_do_not_hide_a_damaged_shard(made: tuple[SampleSet, Reques
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DamagedFile, match=r"shard-00001-of-00002.npz: its sha256"):
         shard_features(sample_set, request, 1, extractor)
+
+
+# ---------------------------------------------------------------- a network of one's own, and DINOv2
+
+
+class Halves(torch.nn.Module):
+    """Means of the upper and the lower half."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (2, -1)).mean((3, 4)).flatten(1)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_a_network_from_a_file_makes_features_and_is_named_by_its_sha256(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"halves{suffix}"
+    if suffix == ".pt":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.jit.save(torch.jit.script(Halves()), path)
+    else:
+        batch = ({0: torch.export.Dim("batch")},)
+        torch.export.save(torch.export.export(Halves(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=batch), path)
+    extractor = extractors.build_extractor(f"file:{path}", "cpu", image_size=8)
+    sha256 = files.sha256_file(path)
+    assert (extractor.name, extractor.weights_sha256, extractor.dim) == (f"file-{sha256[:12]}", sha256, 6)
+    images = random_images(5, 8)
+    expected = images.reshape(5, 2, 4, 8, 3).mean((2, 3)).transpose(0, 2, 1).reshape(5, 6) / 255
+    np.testing.assert_allclose(extractor(images), expected, atol=1e-6)
+    assert not extractor.published and extractor.classifier is None
+
+
+def test_a_file_that_is_no_network_or_makes_no_features_is_refused(tmp_path: Path) -> None:
+    for name in ("a.pt", "a.pt2"):
+        (tmp_path / name).write_bytes(b"no network")
+        with pytest.raises(RequestError, match=f"file:.*{name} cannot be used"):
+            extractors.build_extractor(f"file:{tmp_path / name}", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "relu.pt")
+    with pytest.raises(RequestError, match=r"it makes no features \(2, d\)"):
+        extractors.build_extractor(f"file:{tmp_path / 'relu.pt'}", "cpu")
+    with pytest.raises(RequestError, match="no such file"):
+        extractors.ensure_weights(f"file:{tmp_path / 'none.pt'}")
+
+
+def transformer(state: dict[str, torch.Tensor], x: torch.Tensor, heads: int) -> torch.Tensor:
+    """DINOv2 written down once more, without timm: a class token (B, d) of x (B, 3, H, W), normalised."""
+    d = state["cls_token"].shape[-1]
+
+    def linear(name: str, y: torch.Tensor) -> torch.Tensor:
+        return y @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name: str, y: torch.Tensor) -> torch.Tensor:
+        centred = y - y.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return centred * scale * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    patches = x.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    tokens = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
+    y = torch.cat([state["cls_token"].expand(len(x), 1, d), tokens], 1) + state["pos_embed"]
+    for block in (f"blocks.{i}" for i in range(2)):
+        q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", y)).unflatten(-1, (3, heads, -1)).unbind(2)
+        weights = torch.einsum("bnhc,bmhc->bhnm", q, k).div((d // heads) ** 0.5).softmax(-1)
+        attended = linear(f"{block}.attn.proj", torch.einsum("bhnm,bmhc->bnhc", weights, v).flatten(2))
+        y = y + attended * state[f"{block}.ls1.gamma"]
+        h = linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", y))
+        h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
+        y = y + linear(f"{block}.mlp.fc2", h) * state[f"{block}.ls2.gamma"]
+    return norm("norm", y)[:, 0]
+
+
+def random_dinov2(d: int, side: int) -> dict[str, torch.Tensor]:
+    shapes = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + side**2, d), "mask_token": (1, d)}
+    shapes |= {"patch_embed.proj.weight": (d, 3, 14, 14), "patch_embed.proj.bias": (d,)}
+    for block in ("blocks.0", "blocks.1"):
+        sizes = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d)}
+        for name, (out, into) in sizes.items():
+            shapes |= {f"{block}.{name}.weight": (out, into), f"{block}.{name}.bias": (out,)}
+        shapes |= {f"{block}.{n}.{w}": (d,) for n in ("norm1", "norm2") for w in ("weight", "bias")}
+        shapes |= {f"{block}.ls{i}.gamma": (d,) for i in (1, 2)}
+    shapes |= {"norm.weight": (d,), "norm.bias": (d,)}
+    generator = torch.Generator().manual_seed(0)
+    return {k: torch.randn(shape, generator=generator) / d**0.5 for k, shape in shapes.items()}
+
+
+def test_dinov2s_features_are_those_of_another_implementation_with_the_same_weights(hub: Path) -> None:
+    requires(importlib.util.find_spec("timm"), "timm is not installed", "pip install 'ddpm-hpc[dinov2]'")
+    state = random_dinov2(128, 37)
+    path = hub.with_name("dinov2_vitl14_pretrain.pth")
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    extractor = extractors.build_extractor("dinov2", "cpu")
+    assert (extractor.dim, extractor.weights_sha256) == (128, files.sha256_file(path))
+    images = random_images(2, 32)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    x = torch.nn.functional.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    grid = state["pos_embed"][:, 1:].reshape(1, 37, 37, 128).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, scale_factor=(16.1 / 37, 16.1 / 37), mode="bicubic", antialias=False)
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    expected = transformer(state, (x - mean) / std, heads=2).numpy()
+    assert np.abs(extractor(images) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_dinov2_without_its_weights_or_with_others_is_explained(hub: Path) -> None:
+    with pytest.raises(
+        EnvironmentLacks, match=r"the DINOv2 weights are not at .*; fetch https://dl.fbaipublicfiles.com"
+    ):
+        extractors.ensure_weights("dinov2")
+    requires(importlib.util.find_spec("timm"), "timm is not installed", "pip install 'ddpm-hpc[dinov2]'")
+    path = hub.with_name("dinov2_vitl14_pretrain.pth")
+    path.parent.mkdir(parents=True)
+    torch.save({"cls_token": torch.zeros(1, 1, 128)}, path)
+    with pytest.raises(RequestError, match="not DINOv2's"):
+        extractors.build_extractor("dinov2", "cpu")

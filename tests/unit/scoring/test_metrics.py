@@ -58,6 +58,14 @@ def test_frechet_distance_agrees_with_sqrtm_on_full_rank() -> None:
     assert metrics.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-10)
 
 
+def test_frechet_distance_is_that_of_pytorch_fids_function() -> None:
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    (m1, s1), (m2, s2) = (moments_and_cov(features(900, 120, seed).clip(min=0)) for seed in (8, 9))  # as after a ReLU
+    theirs = calculate_frechet_distance(m1, s1, m2, s2)
+    assert metrics.frechet_distance(m1, s1, m2, s2) == pytest.approx(theirs, rel=1e-8)
+
+
 @pytest.mark.parametrize(("n1", "n2"), [(30, 20), (500, 20), (20, 500), (2, 2)])
 def test_frechet_distance_of_rank_deficient_data_is_the_closed_form(n1: int, n2: int) -> None:
     # with cov = A'A, tr (cov1 cov2)^1/2 is the sum of the singular values of A1 A2' (no square root of a matrix at all)

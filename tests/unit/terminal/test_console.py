@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ddpm.run.events import EventLog
+from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import slurm
-from launch.terminal import console, follow
+from launch.terminal import console, faults, follow
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.ENOSPC, 3)])
@@ -57,3 +59,22 @@ def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
     monkeypatch.setattr(follow, "POLL_S", 0)
     follow.follow_jobs(RunDir(tmp_path), ["17"])
     assert next(asked) > 100
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "/a"), r"^Too many open files: /a: .*open files.*"),
+        (RuntimeError("can't start new thread"), r"^can't start new thread: .*processes and threads.*"),
+        (MemoryError(), r"^out of memory: .*memory.*"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), r"^libtorch.so: failed.*memory.*"),
+        (OSError(errno.ENOSPC, "No space left on device"), r"^No space left on device: /run$"),
+        (DamagedFile("step-1.pt: short"), r"^step-1.pt: short$"),
+        (RuntimeError("of our own"), None),
+        (ImportError("No module named x"), None),
+        (ValueError("x"), None),
+    ],
+)
+def test_what_is_no_fault_of_ours_has_words_and_what_is_keeps_its_traceback(error: Exception, told: str | None) -> None:
+    said = faults.words(error, "/run")
+    assert said is None if told is None else re.search(told, said or ""), said

@@ -1,0 +1,132 @@
+"""One picture to pixels: what cameras, scanners and editors write, as 8-bit sRGB without transparency.
+
+Owns what becomes of each kind of picture, and counts what was changed in it; eight bits of RGB stay as they are. Must
+not know where pictures come from. https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+MOST_PIXELS = 1 << 30
+"""Of a picture; it takes four gigabytes, whatever its file has."""
+ORIENTATION = 0x0112
+"""EXIF's tag of which way up a camera was held."""
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What turns a picture of each of its values upright, in Pillow's words."""
+
+
+@dataclass
+class Decoding:
+    """How pictures become pixels, and what came of it."""
+
+    background: str = "white"
+    """What transparent pixels lie upon: a colour that Pillow knows."""
+    skip_damaged: bool = False
+    """Whether pictures that cannot be decoded are left out."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Those, by name, each with why."""
+    converted: Counter[str] = field(default_factory=Counter)
+    """How many pictures were changed how."""
+
+    def pixels(self, raw: bytes, size: int | None) -> np.ndarray:
+        """The picture in a file's bytes as `to_square` gives it. Raises what Pillow does for one that is damaged, and
+        ValueError for one whose pixels could be any."""
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = None  # ours is below, and larger
+        with Image.open(io.BytesIO(raw)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
+            rgb = self._rgb(image)
+        if size is not None and rgb.width != rgb.height:
+            self.converted["cropped to their middle"] += 1
+        if size is not None and min(rgb.size) < size:
+            self.converted["enlarged"] += 1
+        return to_square(rgb, size)
+
+    def _rgb(self, image: Any) -> Any:
+        from PIL import Image
+
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's, which holds its preview too
+            raise ValueError(f"it has {image.n_frames} frames or pages; keep one of them as a file of its own")
+        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+            raise ValueError("its pixels do not say what is white; store them with 8 or 16 bits")
+        profile = image.info.get("icc_profile")
+        if (turned := _orientation(image)) in UPRIGHT:
+            self.converted["turned as their EXIF says"] += 1
+            image = image.transpose(Image.Transpose[UPRIGHT[turned]])
+        if image.mode.startswith("I"):
+            self.converted["scaled from 16 bits"] += 1
+            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        rgb = self._srgb(image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB"), profile)
+        if alpha is not None and alpha.getextrema()[0] < 255:
+            self.converted[f"laid upon {self.background}"] += 1
+            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, self.background), alpha)
+        return rgb
+
+    def _srgb(self, image: Any, profile: bytes | None) -> Any:
+        from PIL import ImageCms
+
+        if image.mode == "CMYK":
+            self.converted["converted from CMYK"] += 1
+        if profile is not None and (transform := _transform(profile, image.mode)) is not None:
+            self.converted["converted to sRGB"] += 1
+            return ImageCms.applyTransform(image, transform)
+        return image.convert("RGB")
+
+
+def _orientation(image: Any) -> int:
+    """What EXIF says, 1 where it says nothing or is no good: such a picture is shown as it lies, everywhere."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # struct's, Pillow's and Python's
+        return 1
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> Any:
+    """From a profile's colours to sRGB's; None where they are the same to a level, or the profile is no good."""
+    from PIL import Image, ImageCms
+
+    try:
+        there = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform: Any = ImageCms.buildTransform(there, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return transform
+        levels = np.linspace(0, 255, 6).astype(np.uint8)
+        colours = np.stack(np.meshgrid(*[levels] * 3), -1).reshape(-1, 1, 3)
+        sample = Image.fromarray(colours).convert(mode)
+        moved = np.asarray(ImageCms.applyTransform(sample, transform)).astype(int) - np.asarray(sample.convert("RGB"))
+    except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):
+        return None
+    return transform if np.abs(moved).max() > 1 else None
+
+
+def to_square(image: Any, size: int | None) -> np.ndarray:
+    """A PIL image as uint8 (size, size, 3): RGB, centre-cropped to a square, resized with Lanczos; None keeps it."""
+    from PIL import Image
+
+    image = image.convert("RGB")
+    if size is not None and image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.uint8)

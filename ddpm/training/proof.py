@@ -1,0 +1,85 @@
+"""Whether a checkpoint without a manifest proves itself, and the manifest that is then made for it.
+
+A manifest's sha256 is the only proof that bytes are those that were saved. Without it there are: the checksums of the
+archive, its loading without code, and that step, config digest and every shape are what the run's must be.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from typing import Any
+
+import torch
+
+from ddpm.config.schema import Config
+from ddpm.network.build import build_model
+from ddpm.run import generations
+from ddpm.run.events import read_events
+from ddpm.run.fence import Fence
+from ddpm.run.files import DamagedFile, now, sha256_file, sign, write_json
+from ddpm.run.paths import RunDir
+from ddpm.run.saving import settled_in
+
+
+def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence) -> None:
+    """Publish a manifest, marked as rebuilt, for the .pt of `step`. Raises DamagedFile where that proves nothing."""
+    state = _proved(run, step, config)
+    path = run.checkpoint(step)
+    told = [e for e in read_events(run) if e.get("event") == "checkpoint" and e.get("step") == step]
+    manifest = {
+        "step": step,
+        "images": state["images"],
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+        "config_digest": state["config_digest"],
+        "world_size": told[-1].get("world_size") if told else None,
+        "fence": fence.token,
+        "created": now(),
+        "rebuilt": True,
+        **settled_in(state),
+    }
+    write_json(run.manifest(step), sign(manifest), token=str(fence.token), may_publish=fence.check)
+
+
+def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
+    path = run.checkpoint(step)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        state = generations.load(run, step)
+    except OSError:
+        raise
+    except Exception as e:  # zipfile, pickle and torch raise a dozen kinds, depending on which bit flipped
+        raise DamagedFile(f"{path.name}: does not load ({type(e).__name__}: {e})") from None
+    if bad is not None:
+        raise DamagedFile(f"{path.name}: the checksum of {bad} in it does not hold")
+    try:
+        wrong = _wrong(state, step, config)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise DamagedFile(f"{path.name}: is no state of training ({type(e).__name__}: {e})") from None
+    if wrong:
+        raise DamagedFile(f"{path.name}: {wrong}")
+    return state
+
+
+def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
+    """What of a loaded state is not as this run's must be at `step`, or ""."""
+    if state["step"] != step or state["images"] != step * config.train.global_batch:
+        return f"holds step {state['step']} after {state['images']} images"
+    if state["config_digest"] != config.digest():
+        return f"belongs to other mathematics (config digest {state['config_digest'][:12]})"
+    model = build_model(config, torch.device("meta"), "off")
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for part in ("model", "ema"):
+        if {name: value.shape for name, value in state[part].items()} != shapes:
+            return f"its {part} is not of the config's shapes"
+        if not all(bool(value.isfinite().all()) for value in state[part].values()):
+            return f"its {part} is not finite"
+    moments, of = state["optimizer"]["state"], [p.shape for p in model.parameters()]
+    if len(moments) not in (0, len(of)) or any(
+        value.shape not in (of[i], ()) for i, named in moments.items() for value in named.values()
+    ):
+        return "its optimizer is not of the config's shapes"
+    whole = state["extra"].keys() >= {"attempt", "rollbacks", "skipped_steps", "window"}
+    return "" if whole else "its extra is not whole"

@@ -1,0 +1,90 @@
+"""A run that may only be read: somebody else's, or on a file system that takes no more.
+
+It is sampled and scored into a root of one's own. There it gets a directory of its name, which holds what is made
+(sets, scores, logs, events) and links to what is read: its checkpoints, metrics and pictures. `reads` in its run.json
+says whose they are. It cannot be trained: two directories, two locks, one set of checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from ddpm.config import reading
+from ddpm.errors import RequestError
+from ddpm.run.files import TMP_PREFIX, fsync_dir, sign, write_bytes, write_json
+from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
+
+MADE = ("events", "logs", "samples", "eval")
+READ = ("checkpoints", "metrics.jsonl", "tb", "grids")
+
+
+def can_write(run: RunDir) -> bool:
+    """Whether what is made of a run can lie in it."""
+    return all(map(_is_open, [run.path, *(run.path / name for name in MADE)]))
+
+
+def _is_open(path: Path) -> bool:
+    return not path.is_dir() or os.access(path, os.W_OK | os.X_OK)
+
+
+def reads(run: RunDir) -> str | None:
+    """Whose checkpoints the run has, where they are another's. Raises DamagedFile."""
+    return read_run(run).get("reads")
+
+
+def check_trainable(run: RunDir) -> None:
+    """Raises RequestError where the run may be read and sampled, and not trained."""
+    if other := reads(run):
+        raise RequestError(f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained")
+    if not (can_write(run) and _is_open(run.checkpoints)):
+        raise RequestError(
+            f"{run.path} cannot be written here: it can be sampled and scored into another root, not trained"
+        )
+
+
+def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
+    """The run itself where it can be written, else the directory in `root` that stands for it, made unless `dry_run`.
+
+    Raises RequestError where it cannot be there.
+    """
+    if can_write(run):
+        return run
+    mine = RunDir(root / run.name)
+    if mine.path == run.path:
+        raise RequestError(
+            f"{run.path} cannot be written: give its path, and with --root a place of your own for what is made of it"
+        )
+    if mine.path.exists():
+        if reads(mine) != str(run.path):
+            raise RequestError(
+                f"{mine.path} is another run than {run.path}, which cannot be written: give another --root"
+            )
+        return mine
+    print(f"{run.path} cannot be written: what is made of it goes to {mine.path}", flush=True)
+    if dry_run:
+        return run
+    reading.of_run(run)
+    _make(mine, run)
+    return mine
+
+
+def _make(mine: RunDir, run: RunDir) -> None:
+    """Whole or not at all."""
+    tmp = mine.path.with_name(f"{TMP_PREFIX}{mine.name}.{os.getpid()}")
+    try:
+        tmp.mkdir(parents=True)
+        for name in MADE:
+            (tmp / name).mkdir()
+        for name in READ:
+            (tmp / name).symlink_to(run.path / name)
+        write_bytes(RunDir(tmp).config, run.config.read_bytes())
+        if (setup := run.path / "setup.sh").exists():
+            write_bytes(tmp / setup.name, setup.read_bytes())
+        write_json(RunDir(tmp).run_json, sign({**read_run(run), "reads": str(run.path)}))
+        tmp.rename(mine.path)
+        fsync_dir(mine.path.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

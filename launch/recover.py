@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""What of a run holds, file by file; and two ways on for one that was copied in part, purged or damaged."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from os import getpid
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ddpm.config import reading
+from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
+from ddpm.run import unfinished
+from ddpm.run.fence import Fence
+from ddpm.run.files import DamagedFile, fsync_dir, read_signed
+from ddpm.run.paths import RunDir
+from launch.cluster import environment
+from launch.queue import chain
+from launch.terminal import console, inspection
+
+EXAMPLES = """examples:
+  python launch/recover.py cifar10                  a line for each file: holds, damaged, missing; changes nothing
+  python launch/recover.py cifar10 --rebuild        make manifests for checkpoints that prove themselves
+  python launch/recover.py cifar10 --start-over     move what training wrote into runs/cifar10/set-aside-TIME/
+
+What another copy of the run still has comes back with rsync -a --checksum THERE/ runs/cifar10/. Exit code 0 where all
+holds, 1 where something does not.
+"""
+OF_TRAINING = ("checkpoints", "events", "tb", "grids", "samples", "eval", "heartbeat.json")
+"""What a new beginning must not find; metrics* too. The config, where it came from and the logs stay."""
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a name or a directory")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rebuild", action="store_true", help="manifests for checkpoints whose content proves itself")
+    what.add_argument("--start-over", action="store_true", help="set aside what training wrote, and lose nothing")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    return parser.parse_args()
+
+
+def find(word: str, root: str | None) -> RunDir:
+    """A run, also one that has lost its run.json. Raises RequestError."""
+    for path in (Path(word).expanduser().absolute(), environment.runs_root(root) / word):
+        if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+            return RunDir(path)
+    return console.find_run(word, root)
+
+
+@contextmanager
+def held(run: RunDir) -> Iterator[Fence]:
+    """Within: no job writes the run. Raises RequestError where one does or will."""
+    if chain.is_training(run):
+        raise RequestError(f"run {run.name} is at work or in the queue: end it first (touch {run.stop_file})")
+    try:
+        fence = Fence(run, {"job": f"recover-{getpid()}", "restart": 0, "host": environment.host()}, wait_s=0)
+    except RunBusy as e:
+        raise RequestError(str(e)) from None
+    except DoNotRetry as e:
+        raise EnvironmentLacks(str(e)) from None
+    try:
+        yield fence
+    finally:
+        fence.release()
+
+
+def check(run: RunDir) -> int:
+    bad = 0
+    for line in inspection.look(run):
+        bad += line.verdict in ("damaged", "missing")
+        print(f"{line.verdict:8} {line.what}{f': {line.why}' if line.why else ''}", flush=True)
+    if bad:
+        print(f"{bad} of these do not hold. {chain.ways_on(run)}")
+    return 1 if bad else 0
+
+
+def rebuild(run: RunDir) -> int:
+    """Manifests for each .pt that has none, or a damaged one, and proves itself."""
+    config, failed = reading.load(run.config), 0
+    with held(run) as fence:
+        steps = sorted(int(p.stem[5:]) for p in run.checkpoints.glob("step-*.pt") if p.stem[5:].isdecimal())
+        lacking = [step for step in steps if not _has_manifest(run, step)]
+        if lacking:
+            from ddpm.training.proof import rebuild_manifest
+        for step in lacking:
+            path = run.manifest(step)
+            try:
+                unfinished.set_aside(run, [path], "damaged", print)
+                rebuild_manifest(run, step, config, fence)
+                print(f"rebuilt  {path}")
+            except DamagedFile as e:
+                failed += 1
+                print(f"damaged  {e}: left as it is")
+    if not lacking:
+        print("every checkpoint has its manifest: nothing to rebuild")
+    return 1 if failed else 0
+
+
+def _has_manifest(run: RunDir, step: int) -> bool:
+    try:
+        return bool(read_signed(run.manifest(step)))
+    except (DamagedFile, FileNotFoundError):
+        return False
+
+
+def start_over(run: RunDir) -> int:
+    """Killed in between, what is left still tells that the run was saved, and the same command goes on."""
+    aside = run.path / f"set-aside-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    with held(run):
+        moved = [p for p in [*(run.path / name for name in OF_TRAINING), *sorted(run.path.glob("metrics*"))]
+                 if p.is_file() or (p.is_dir() and any(p.iterdir()))]  # fmt: skip
+        if not moved:
+            print("nothing of it was trained: submit it again")
+            return 0
+        aside.mkdir()
+        for path in moved:
+            path.rename(aside / path.name)
+            if path.suffix == "":
+                path.mkdir()
+        fsync_dir(aside)
+        fsync_dir(run.path)
+    print(f"set aside in {aside}: {', '.join(p.name for p in moved)}")
+    print("submit the run again, and it begins at step 0; nothing removes what was set aside")
+    return 0
+
+
+def main() -> int:
+    args = parse()
+    run = find(args.run, args.root)
+    if args.rebuild:
+        return rebuild(run)
+    return start_over(run) if args.start_over else check(run)
+
+
+if __name__ == "__main__":
+    console.run_script(main)

@@ -1,0 +1,84 @@
+"""`evaluate.py --compare`: scores of several sets as a table, each against the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ddpm.config import reading
+from ddpm.config.sample import Evaluate
+from ddpm.errors import RequestError
+from ddpm.run.log import plain
+from ddpm.run.paths import RunDir, check_name
+from ddpm.scoring.compare import check_comparable, difference
+from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
+from launch.queue.sets import score_by
+from launch.terminal import console
+
+
+def chosen_scores(
+    run: RunDir | None, words: list[str], root: str | None, reference: str | None, extractor: str | None
+) -> dict[str, dict[str, Any]]:
+    """The record of each SET (of `run`) or RUN/SET, by its word. Raises RequestError where there is no such score.
+
+    reference, extractor: which of a set's scores; as its run's config has it, where they are not given.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        where, slash, name = word.rpartition("/")
+        of = console.find_run(where, root) if slash else run
+        if of is None:
+            raise RequestError(f"--compare {word}: of which run? give RUN/{word}, or the run first")
+        check_name(name, "sample set name")
+        config = reading.of_run(of).evaluate
+        asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
+        score = score_by(of, name, asked)
+        if score is None:
+            damaged = [s.damage for s in scores_of(of, name) if s.damage]
+            raise RequestError(
+                f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
+                + (f" ({plain('; '.join(damaged))})" if damaged else "")
+                + f": python launch/evaluate.py {of.path} --set {name}"
+            )
+        found[word] = score.record
+    if len(found) < 2:
+        raise RequestError("--compare: give at least two different sets")
+    return found
+
+
+def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises RequestError where they cannot be compared."""
+    check_comparable(scores)
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(scores.values()))
+    key = key_of(first)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("set", "sampler", "evaluations", "samples", SCORE_NAMES[key], "difference, 95 %", "limit"):
+        table.add_column(name, justify="left" if name in ("set", "sampler") else "right")
+    for word, record in scores.items():
+        limit = record.get(f"{key}_infinity")
+        cells = [record["sampler"]["name"], str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
+        cells += ["" if record is first else _told(first, record), "-" if limit is None else _limit(record, limit)]
+        table.add_row(*(plain(cell) for cell in (word, *cells)))
+    terminal = Console(width=None, markup=False, highlight=False, emoji=False)
+    terminal.print(table)
+    for word, record in scores.items():
+        if why := caution(record):
+            terminal.print(plain(f"{word}:{why}"), soft_wrap=True)
+    if len({record["num_samples"] for record in scores.values()}) > 1:
+        terminal.print("they are of different numbers of samples, and so biased differently: compare their limits")
+
+
+def _told(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    value, half, means = *(d := difference(a, b)), d.means_something
+    if half is None:
+        return f"{rounded(value, None)} ± ?"
+    sign = "+" if value > 0 else ""
+    return f"{sign}{rounded(value, half)} ± {rounded(half, half)}" + ("" if means else ", may be none")
+
+
+def _limit(record: Mapping[str, Any], limit: float) -> str:
+    low, high = record[f"{key_of(record)}_interval"]
+    return rounded(limit, (high - low) / 2)

@@ -1,0 +1,187 @@
+"""What of a run holds: each file read and verified, nothing changed. Loads torch where there are EMA weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddpm.config import reading
+from ddpm.errors import DDPMError
+from ddpm.run import evidence, generations, unfinished
+from ddpm.run.events import read_events
+from ddpm.run.files import DamagedFile, read_json, read_signed, sha256_file
+from ddpm.run.images import read_png
+from ddpm.run.paths import RunDir, SampleSet, listed
+from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
+from ddpm.sampling.parts import is_whole
+from ddpm.sampling.request import Request, read_request
+from ddpm.sampling.shards import verify_shard
+from ddpm.scoring.record import read_score
+
+
+class Line(NamedTuple):
+    verdict: str  # holds | damaged | missing | aside
+    what: str
+    why: str = ""
+
+
+Lines = Iterator[Line]
+
+
+def look(run: RunDir) -> Lines:
+    """Every file of the run that can be told good from bad."""
+    for part in (_records, _life, _checkpoints, _grids, _samples, _scores):
+        yield from part(run)
+
+
+def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = True) -> Lines:
+    """check(*args) raises where the file does not hold; a text that it returns says more of it."""
+    try:
+        more = check(*args)
+        yield Line("holds", what, more if isinstance(more, str) else "")
+    except FileNotFoundError as e:
+        if needed:
+            yield Line("missing", what, f"there is no {e.filename or what}")
+    except (DamagedFile, DDPMError, OSError, KeyError, TypeError, ValueError) as e:
+        yield Line("damaged", what, (str(e).splitlines() or [type(e).__name__])[0])
+
+
+def _records(run: RunDir) -> Lines:
+    yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
+    yield from _judged("run.json", _record, run)
+
+
+def _record(run: RunDir) -> None:
+    digest, here = _object(run.run_json)["config_digest"], reading.load(run.config).digest()
+    if here != digest:
+        raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
+
+
+def _life(run: RunDir) -> Lines:
+    for path in _sorted(run.events, ".jsonl"):
+        yield from _judged(f"events/{path.name}", _events, path)
+    trained = bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
+    if trained and not _sorted(run.events, ".jsonl"):
+        yield Line("missing", "events/", "checkpoints are there, and no event tells of them")
+    yield from _judged("metrics.jsonl", _metrics, run.metrics, needed=trained)
+    yield from _judged("heartbeat.json", _heartbeat, run.heartbeat, needed=trained)
+    yield from _judged("fence", _fence, run, needed=trained)
+
+
+def _events(path: Path) -> str:
+    records, wrong = parse_events(path.read_bytes(), path.name)
+    return _unless(wrong, f"{len(records)} lines")
+
+
+def _metrics(path: Path) -> str:
+    records, _, wrong = parse_metrics(path.read_bytes())
+    if any(a["step"] >= b["step"] for a, b in pairwise(records)):
+        wrong = wrong or "its steps do not grow from line to line"
+    return _unless(wrong, f"{len(records)} lines")
+
+
+def _heartbeat(path: Path) -> str:
+    beat, wrong = parse_heartbeat(path.read_bytes())
+    return _unless(wrong, f"step {beat.get('step')}")
+
+
+def _unless(wrong: str, more: str) -> str:
+    if wrong:
+        raise DamagedFile(wrong)
+    return more
+
+
+def _fence(run: RunDir) -> str:
+    token = int(run.fence.read_text())
+    known = [(read_json(run.manifest(step)) or {}).get("fence", 0) for step in run.steps_saved()]
+    if token < max(known, default=0):
+        raise DamagedFile(f"says {token}, and a checkpoint was written under {max(known)}")
+    return f"{token} writers so far"
+
+
+def _checkpoints(run: RunDir) -> Lines:
+    for step in reversed(run.steps_saved()):
+        yield from _judged(f"checkpoints/step-{step:09d}", _generation, run, step)
+        yield from _judged(f"checkpoints/{run.ema_weights(step).name}", _ema, run, step, needed=False)
+    for step in unfinished.alone(run):
+        yield Line("damaged", f"checkpoints/step-{step:09d}", "no manifest; --rebuild makes one where it proves itself")
+    try:
+        evidence.refuse_start(run)
+    except evidence.Incomplete as e:
+        yield Line("missing", "checkpoints/", str(e))
+    if run.latest_step() and (saved := evidence.last_saved(read_events(run))) > run.latest_step():
+        yield Line("missing", f"checkpoints/step-{saved:09d}", "events/ tells that it was saved")
+    if aside := listed(run.checkpoints / unfinished.ASIDE):
+        yield Line("aside", f"checkpoints/{unfinished.ASIDE}/", f"{len(aside)} files; what is moved back counts again")
+
+
+def _generation(run: RunDir, step: int) -> str:
+    return "rebuilt manifest" if generations.verify(run, step).manifest.get("rebuilt") else ""
+
+
+def _ema(run: RunDir, step: int) -> None:
+    """The weights are those in the checkpoint beside them."""
+    data = run.ema_weights(step).read_bytes()
+    import safetensors.torch
+    import torch
+
+    try:
+        weights, saved = safetensors.torch.load(data), generations.load(run, step)["ema"]
+    except Exception as e:  # safetensors and torch have their own kinds
+        raise DamagedFile(f"cannot be compared with its checkpoint: {e}") from None
+    if weights.keys() != saved.keys() or not all(torch.equal(weights[k], saved[k]) for k in saved):
+        raise DamagedFile("is not the average that the checkpoint holds")
+
+
+def _grids(run: RunDir) -> Lines:
+    for path in _sorted(run.grids, ".png"):
+        yield from _judged(f"grids/{path.name}", read_png, path)
+
+
+def _samples(run: RunDir) -> Lines:
+    for where in run.sample_sets():
+        name = f"samples/{where.name}"
+        if not listed(where.path):
+            continue
+        try:
+            request = read_request(where)
+        except DDPMError as e:
+            yield Line("damaged", f"{name}/request.json", str(e))
+            continue
+        yield Line("holds", f"{name}/request.json", f"of step {request.checkpoint.step}")
+        yield from _shards(where, request, name)
+
+
+def _shards(where: SampleSet, request: Request, name: str) -> Lines:
+    for i in range(request.shards):
+        shard = where.shard(i, request.shards)
+        if shard.exists() or where.shard_manifest(i, request.shards).exists():
+            yield from _judged(f"{name}/{shard.name}", verify_shard, where, request, i)
+    for path in _sorted(where.part, ".npz"):
+        yield from _judged(f"{name}/part/{path.name}", is_whole, path, request)
+    for path in _sorted(where.path, ".npy"):
+        yield from _judged(f"{name}/{path.name}", _features, path)
+
+
+def _features(path: Path) -> None:
+    if read_signed(path.with_suffix(".json"))["sha256"] != sha256_file(path):
+        raise DamagedFile("its sha256 is not the one in its manifest")
+
+
+def _scores(run: RunDir) -> Lines:
+    for path in sorted(run.eval.rglob("*.json")):
+        yield from _judged(str(path.relative_to(run.path)), read_score, path)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict):
+        raise DamagedFile("is no JSON object")
+    return record
+
+
+def _sorted(directory: Path, suffix: str) -> list[Path]:
+    return sorted(p for p in listed(directory) if p.suffix == suffix and not p.name.startswith("."))

@@ -1,0 +1,69 @@
+"""A run that a user may read and not write: shown, sampled and scored into a root of their own, never trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.harness import TINY_SET, Shell, as_a_user, read, snapshot
+
+
+@pytest.fixture
+def theirs(again: Shell) -> Iterator[Path]:
+    """The finished run, which nobody may write any more."""
+    run = again.root / "tiny"
+    (run / "samples" / TINY_SET / "request.json").unlink()
+    for path in [run, *run.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield run
+    for path in [run, *run.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_it_is_sampled_and_scored_into_ones_own_root(again: Shell, theirs: Path, tmp_path: Path) -> None:
+    before, own = snapshot(again.root), tmp_path / "own"
+    local = ["--root", str(own), "--cluster", "local"]
+    done = as_a_user(again, "sample", str(theirs), "--set", "mine", *local, "--dry-run")
+    assert done.returncode == 0 and not own.exists(), done.stderr
+    done = as_a_user(again, "sample", str(theirs), "--set", "mine", *local)
+    assert done.returncode == 0 and f"goes to {own / 'tiny'}" in done.stdout, done.stdout + done.stderr
+    first = read(theirs / "checkpoints" / "step-000000400.json")["sha256"]
+    assert read(own / "tiny" / "samples" / "mine" / "request.json")["checkpoint"] == {"step": 400, "sha256": first}
+    for run in (str(theirs), "tiny"):  # by its own name too, once it is there
+        done = as_a_user(again, "evaluate", run, "--set", "mine", *local)
+        assert done.returncode == 0 and '"frechet_distance"' in done.stdout, done.stdout + done.stderr
+    shown = as_a_user(again, "status", "--root", str(own))
+    assert "400/400" in shown.stdout and "2/2" in shown.stdout and len(shown.stdout.splitlines()) == 2, shown.stdout
+    assert snapshot(again.root) == before
+
+
+def test_it_is_shown_and_not_sampled_where_it_lies(again: Shell, theirs: Path) -> None:
+    done = as_a_user(again, "status")
+    assert done.returncode == 0 and "complete" in done.stdout and len(done.stdout.splitlines()) == 2
+    assert as_a_user(again, "board", "tiny", "--dry-run").returncode == 0
+    done = as_a_user(again, "sample", "tiny", "--set", "mine", "--cluster", "local")
+    assert done.returncode == 2 and "with --root a place of your own" in done.stderr
+
+
+def test_it_is_not_trained_and_a_sentence_says_why(again: Shell, theirs: Path, tmp_path: Path) -> None:
+    longer = ["train.total_steps=500", "--cluster", "local"]
+    before, own = snapshot(again.root), tmp_path / "own"
+    done = as_a_user(again, "submit", "tiny.yaml", *longer)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not trained" in done.stderr, done.stderr
+    as_a_user(again, "sample", str(theirs), "--set", "mine", "--root", str(own), "--prepare")
+    done = as_a_user(again, "submit", "tiny.yaml", *longer, "--root", str(own))
+    assert done.returncode == 2 and f"has the checkpoints of {theirs}" in done.stderr, done.stderr
+    assert snapshot(again.root) == before
+
+
+def test_a_job_that_finds_it_so_ends_with_a_sentence(again: Shell, theirs: Path) -> None:
+    theirs.joinpath("config.yaml").chmod(0o644)
+    text = theirs.joinpath("config.yaml").read_text()
+    theirs.joinpath("config.yaml").write_text(text.replace("total_steps: 400", "total_steps: 500"))
+    theirs.joinpath("config.yaml").chmod(0o444)
+    before = snapshot(again.root)
+    done = as_a_user(again, "jobs", "train", str(theirs))
+    assert done.returncode == 78 and "not trained" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr and snapshot(again.root) == before

@@ -1,0 +1,164 @@
+"""recover.py: what of a run holds, line by line; manifests rebuilt; a new beginning that loses nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.harness import Shell, is_alive, read, snapshot, wait_for
+from tests.saves import flip_bit
+
+RUN = "tiny"
+
+
+def lines(shell: Shell, code: int, *args: str) -> dict[str, tuple[str, str]]:
+    """What it says of each file: verdict and reason."""
+    before = snapshot(shell.root)
+    done = shell("recover", RUN, *args)
+    assert done.returncode == code and done.stderr == "", done.stdout + done.stderr
+    assert snapshot(shell.root) == before
+    told = {}
+    for line in done.stdout.splitlines():
+        verdict, _, rest = line.partition(" ")
+        what, _, why = rest.strip().partition(": ")
+        told[what] = verdict, why
+    return told
+
+
+def test_of_a_finished_run_every_file_holds(finished: Shell) -> None:
+    told = lines(finished, 0)
+    assert {verdict for verdict, _ in told.values()} == {"holds"}
+    names = " ".join(told)
+    for part in ("config.yaml", "run.json", "events/", "metrics.jsonl", "heartbeat.json", "fence", "step-000000400",
+                 "ema-000000400", "request.json", "shard-00001", "features-pixels-00001", "eval/"):  # fmt: skip
+        assert part in names, part
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def flipped(path: Path) -> None:
+    flip_bit(path, path.stat().st_size // 2)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+SET = "samples/ddim4-step400-seed0"
+DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    # what: the file, what is done to it, the verdict
+    "checkpoints/step-000000400": ("checkpoints/step-000000400.pt", flipped, "damaged"),
+    "checkpoints/step-000000200": ("checkpoints/step-000000200.json", emptied, "damaged"),
+    "checkpoints/ema-000000400.safetensors": ("checkpoints/ema-000000400.safetensors", flipped, "damaged"),
+    "run.json": ("run.json", emptied, "damaged"),
+    "config.yaml": ("config.yaml", gone, "damaged"),
+    "metrics.jsonl": ("metrics.jsonl", gone, "missing"),
+    "fence": ("fence", emptied, "damaged"),
+    f"{SET}/request.json": (f"{SET}/request.json", flipped, "damaged"),
+    f"{SET}/shard-00000-of-00002.npz": (f"{SET}/shard-00000-of-00002.npz", flipped, "damaged"),
+    f"{SET}/features-pixels-00000-of-00002.npy": (f"{SET}/features-pixels-00000-of-00002.npy", flipped, "damaged"),
+}
+
+
+def test_each_file_that_does_not_hold_is_named_with_its_reason_and_the_ways_on(again: Shell) -> None:
+    run = again.root / RUN
+    for what, (file, damage, verdict) in DAMAGE.items():
+        kept = (run / file).read_bytes()
+        damage(run / file)
+        told = lines(again, 1)
+        assert told[what][0] == verdict and told[what][1], (what, told)
+        (run / file).write_bytes(kept)
+    assert lines(again, 0)
+
+
+def test_a_copy_without_manifests_is_refused_by_submit_and_mended_by_rebuilding_them(again: Shell) -> None:
+    run = again.root / RUN
+    manifests = {p: p.read_bytes() for p in (run / "checkpoints").glob("step-*.json")}
+    for path in manifests:
+        path.unlink()
+    message = again.refused("submit", "tiny.yaml", "--cluster", "local")
+    assert "step-000000400.pt has no manifest" in message
+    assert "rsync -a --checksum" in message and "launch/recover.py" in message and "--start-over" in message
+    told = lines(again, 1)
+    assert told["checkpoints/step-000000400"] == ("damaged", "no manifest; --rebuild makes one where it proves itself")
+    done = again("recover", RUN, "--rebuild")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path, before in manifests.items():
+        here, then = read(path), json.loads(before)
+        assert here["rebuilt"] is True
+        differ = {k for k in here.keys() | then.keys() if here.get(k) != then.get(k)}
+        assert differ == {"rebuilt", "fence", "created", "self_sha256"}
+    assert "rebuilt manifest" in lines(again, 0)["checkpoints/step-000000400"][1]
+    done = again.submit("--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert again("recover", RUN, "--rebuild").stdout == "every checkpoint has its manifest: nothing to rebuild\n"
+
+
+def test_a_checkpoint_that_does_not_prove_itself_gets_no_manifest(again: Shell) -> None:
+    checkpoints = again.root / RUN / "checkpoints"
+    flipped(checkpoints / "step-000000400.pt")
+    (checkpoints / "step-000000400.json").unlink()
+    (checkpoints / "step-000000200.pt").rename(checkpoints / "step-000000300.pt")
+    (checkpoints / "step-000000200.json").unlink()
+    done = again("recover", RUN, "--rebuild")
+    assert done.returncode == 1 and not list(checkpoints.glob("*.json")), done.stdout
+    assert "step-000000300.pt: holds step 200" in done.stdout and done.stdout.count("left as it is") == 2
+    (again.root / RUN / "config.yaml").write_text(
+        (again.root / RUN / "config.yaml").read_text().replace("seed: 0", "seed: 1", 1)
+    )
+    (checkpoints / "step-000000300.pt").rename(checkpoints / "step-000000200.pt")
+    assert "belongs to other mathematics" in again("recover", RUN, "--rebuild").stdout
+
+
+def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(again: Shell) -> None:
+    run = again.root / RUN
+    shutil.rmtree(run / "checkpoints")
+    before = {p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in ("lock", "fence")}
+    assert "events/ tells of saved step 400" in again.refused("submit", "tiny.yaml", "--cluster", "local")
+    done = again("recover", RUN, "--start-over")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert before <= {p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    (aside,) = run.glob("set-aside-*")
+    assert {p.name for p in aside.iterdir()} == {
+        "events", "tb", "grids", "samples", "eval", "heartbeat.json", "metrics.jsonl",
+    }  # fmt: skip
+    done = again.submit("--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 20
+    losses = [[r["loss"] for r in map(json.loads, where.read_text().splitlines())]
+              for where in (run / "metrics.jsonl", aside / "metrics.jsonl")]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("what", ["--rebuild", "--start-over"])
+def test_a_run_that_a_live_job_holds_is_left_alone(again: Shell, what: str) -> None:
+    with (again.root / RUN / "lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(b'{"job": "17", "restart": 0, "host": "n1"}\n')
+        lock.flush()
+        assert "held by job 17" in again.refused("recover", RUN, what)
+
+
+def test_a_run_at_work_is_checked_and_not_changed(shell: Shell) -> None:
+    done = shell.submit("train.total_steps=100000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    pid = int(done.stdout.split("pid ")[1].split(";")[0])
+    run = shell.root / RUN
+    wait_for(lambda: (run / "heartbeat.json").exists(), "training")
+    assert "is at work or in the queue" in shell("recover", RUN, "--start-over").stderr
+    os.kill(pid, 15)
+    wait_for(lambda: not is_alive(pid), "the end")
+
+
+def test_what_is_no_run_is_said(shell: Shell) -> None:
+    shell.root.mkdir()
+    assert "no run 'nothing'" in shell.refused("recover", "nothing")

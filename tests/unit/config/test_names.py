@@ -1,0 +1,22 @@
+"""What the config names, the rooms above it do: no name without its work, and no work without a name."""
+
+from typing import get_args
+
+from ddpm.config import sample as of_samples
+from ddpm.config.train import BY_LENGTH, Train
+from ddpm.diffusion import samplers
+from ddpm.training import optimizer
+
+
+def names(section: type, field: str) -> set[str]:
+    return set(get_args(section.model_fields[field].annotation))  # type: ignore[attr-defined]
+
+
+def test_every_sampler_that_may_be_asked_for_is_there() -> None:
+    assert names(of_samples.Sample, "sampler") == of_samples.SAMPLERS.keys() == samplers.SAMPLERS.keys()
+
+
+def test_every_learning_rate_schedule_that_may_be_asked_for_is_there() -> None:
+    assert names(Train, "lr_schedule") == optimizer.SCHEDULES.keys()
+    moving = {name for name, share in optimizer.SCHEDULES.items() if share(0.25) != share(0.75)}
+    assert moving == set(BY_LENGTH)  # what depends on the length is part of the mathematics

@@ -1,0 +1,250 @@
+"""ddpm/data/decoding.py: any picture that people have becomes what they see of it, or is refused by its name."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from ddpm.config.data import Data
+from ddpm.data import decoding, sources
+from ddpm.data.decoding import Decoding
+from ddpm.data.packed import load_folder, open_source, pack
+from ddpm.errors import RequestError
+from ddpm.run.files import read_signed
+from tests.saves import Unreadable
+
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def decoded(raw: bytes, size: int | None = None, **how: Any) -> tuple[np.ndarray, dict[str, int]]:
+    told = Decoding(**how)
+    return told.pixels(raw, size), dict(told.converted)
+
+
+# ---------------------------------------------------------------- what stays as it is
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        encoded(Image.fromarray(NOISE)),
+        encoded(Image.fromarray(NOISE), "BMP"),
+        encoded(Image.fromarray(NOISE), "TIFF"),
+        encoded(Image.fromarray(NOISE), "WEBP", lossless=True),
+        encoded(Image.fromarray(NOISE).convert("RGBA")),
+        encoded(Image.fromarray(NOISE), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+        encoded(Image.fromarray(NOISE), icc_profile=b"no profile at all"),
+        encoded(Image.fromarray(NOISE), exif=b"Exif\0\0no exif at all"),
+    ],
+    ids=["png", "bmp", "tiff", "webp", "opaque", "sRGB profile", "broken profile", "broken exif"],
+)
+def test_eight_bits_of_rgb_stay_as_they_are(raw: bytes) -> None:
+    pixels, told = decoded(raw)
+    assert np.array_equal(pixels, NOISE) and told == {}
+
+
+def test_a_jpeg_is_what_pillow_makes_of_it() -> None:
+    raw = encoded(Image.fromarray(NOISE), "JPEG")
+    assert np.array_equal(decoded(raw)[0], np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_few_colours_are_the_same_in_rgb(mode: str) -> None:
+    image = Image.fromarray(NOISE).convert(mode)
+    pixels, told = decoded(encoded(image))
+    assert np.array_equal(pixels, np.asarray(image.convert("RGB"))) and told == {}
+
+
+# ---------------------------------------------------------------- what is converted
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_says(orientation: int) -> None:
+    upright = Image.fromarray(NOISE[:, :6])
+    lying = upright
+    for method in {  # how a camera that was held so lays the picture down
+        1: (),
+        2: ("FLIP_LEFT_RIGHT",),
+        3: ("ROTATE_180",),
+        4: ("FLIP_TOP_BOTTOM",),
+        5: ("TRANSPOSE",),
+        6: ("ROTATE_90",),
+        7: ("TRANSVERSE",),
+        8: ("ROTATE_270",),
+    }[orientation]:
+        lying = lying.transpose(Image.Transpose[method])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, told = decoded(encoded(lying, exif=exif))
+    assert np.array_equal(pixels, NOISE[:, :6])
+    assert told == ({} if orientation == 1 else {"turned as their EXIF says": 1})
+
+
+@pytest.mark.parametrize(("background", "colour"), [("white", 255), ("black", 0), ("#808080", 128)])
+def test_transparency_lies_upon_the_background(background: str, colour: int) -> None:
+    image = Image.new("RGBA", (4, 4), (200, 100, 0, 255))
+    image.putpixel((0, 0), (200, 100, 0, 0))
+    image.putpixel((1, 0), (200, 100, 0, 51))
+    pixels, told = decoded(encoded(image), background=background)
+    assert pixels[0, 0].tolist() == [colour] * 3 and pixels[3, 3].tolist() == [200, 100, 0]
+    assert np.abs(pixels[0, 1] - (0.2 * np.array([200, 100, 0]) + 0.8 * colour)).max() <= 1
+    assert told == {f"laid upon {background}": 1}
+
+
+def test_transparency_of_greys_and_palettes_is_seen_too() -> None:
+    grey = Image.new("LA", (2, 1), (50, 255))
+    grey.putpixel((0, 0), (50, 0))
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    for raw in (encoded(grey), encoded(palette, transparency=0), encoded(Image.new("L", (2, 1), 0), transparency=0)):
+        assert decoded(raw)[0][0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled(kind: str) -> None:
+    levels = np.array([[0, 257, 32768, 65535]], np.uint16)
+    pixels, told = decoded(encoded(Image.fromarray(levels), kind))
+    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255] and told == {"scaled from 16 bits": 1}
+
+
+def wide_gamut() -> bytes:
+    """A profile whose red and green are swapped against sRGB's: as other as colours can be."""
+    raw = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(int.from_bytes(raw[128:132], "big")):
+        tag = 132 + 12 * i
+        raw[tag : tag + 4] = {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}.get(bytes(raw[tag : tag + 4]), raw[tag : tag + 4])
+    return bytes(raw)
+
+
+def test_colours_of_another_profile_become_srgbs() -> None:
+    raw = encoded(Image.new("RGB", (2, 2), (255, 0, 0)), icc_profile=wide_gamut())
+    pixels, told = decoded(raw)
+    assert pixels[0, 0, 1] > 250 > 5 > pixels[0, 0, 0] and told == {"converted to sRGB": 1}
+
+
+def test_cmyk_becomes_rgb() -> None:
+    pixels, told = decoded(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 6 and told == {"converted from CMYK": 1}
+
+
+def test_what_is_cropped_or_enlarged_is_counted() -> None:
+    assert decoded(encoded(Image.new("RGB", (9, 8))), 8)[1] == {"cropped to their middle": 1}
+    assert decoded(encoded(Image.new("RGB", (4, 4))), 8)[1] == {"enlarged": 1}
+    assert decoded(encoded(Image.new("RGB", (16, 16))), 8)[1] == {}
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+FRAMES = [Image.fromarray(NOISE), Image.fromarray(255 - NOISE)]
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "animated png": (lambda: encoded(FRAMES[0], save_all=True, append_images=FRAMES[1:]), "2 frames or pages"),
+    "animated webp": (lambda: encoded(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "2 frames"),
+    "pages": (lambda: encoded(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "2 frames or pages"),
+    "floats": (lambda: encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "do not say what is white"),
+    "32 bits": (lambda: encoded(Image.fromarray(np.zeros((8, 8), np.int32)), "TIFF"), "do not say what is white"),
+    "empty": (lambda: b"", "the file is empty"),
+    "text": (lambda: b"hello", "cannot identify image file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_one_meaning_is_refused_by_its_name(tmp_path: Path, case: str) -> None:
+    make, why = REFUSED[case]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(make())
+    there = open_source(Data(name="images", path=str(tmp_path)))
+    with pytest.raises(RequestError, match=rf"a/x\.png cannot be decoded \(.*{why}"):
+        list(sources.read(there, "train", 8, tmp_path))
+
+
+def test_a_picture_of_more_pixels_than_fit_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = encoded(Image.new("1", (20_000, 10_000)))  # more than Pillow's own limit
+    assert decoded(large, 8)[0].shape == (8, 8, 3)
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 10**8)
+    with pytest.raises(ValueError, match="20000x10000 pixels, more than 100,000,000"):
+        decoded(large, 8)
+
+
+# ---------------------------------------------------------------- packing them
+
+
+def folder(path: Path, num: int, damaged: int) -> Data:
+    for i in range(num):
+        where = path / "ab"[i % 2] / f"{i:02d}.png"
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_bytes(encoded(Image.new("RGB", (8, 8), (i, 0, 0))) if i >= damaged else (b"x" if i else b""))
+    return Data(name="images", path=str(path), image_size=8)
+
+
+def test_all_damaged_files_are_listed_in_one_pass(tmp_path: Path) -> None:
+    data = folder(tmp_path / "f", 40, 30)
+    with pytest.raises(RequestError, match="30 of 40 images cannot be decoded; replace or remove them") as e:
+        pack(data, "train", tmp_path / "cache")
+    lines = str(e.value).splitlines()
+    assert lines[1] == "  a/00.png (the file is empty)" and lines[-2] == "  and 10 more" and len(lines) == 23
+    assert "data.skip_damaged=true" in lines[-1] and list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(RequestError) as e:
+        load_folder(tmp_path / "f")
+    assert "30 of 40 images" in str(e.value) and "skip_damaged" not in str(e.value)
+
+
+def test_the_rest_is_packed_on_request_and_the_list_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(tmp_path / "f", 12, 3).model_copy(update={"skip_damaged": True})
+    key, packed = pack(data, "train", tmp_path / "cache")
+    assert packed.images[:, 0, 0, 0].tolist() == [4, 6, 8, 10, 3, 5, 7, 9, 11]  # of a, then of b
+    assert packed.labels.tolist() == [0] * 4 + [1] * 5
+    meta = read_signed(tmp_path / "cache" / key / "meta.json")
+    assert list(meta["skipped"]) == ["a/00.png", "a/02.png", "b/01.png"] and meta["num_images"] == 9
+    assert "3 of 12 images cannot be decoded" in capsys.readouterr().out
+    np.save(tmp_path / "again.npy", packed.images)
+    assert (tmp_path / "cache" / key / "images.npy").read_bytes() == (tmp_path / "again.npy").read_bytes()
+    assert pack(data, "train", tmp_path / "cache")[1].digest == packed.digest
+    assert capsys.readouterr().out == ""
+    with pytest.raises(RequestError, match="3 of 12"):
+        pack(data.model_copy(update={"skip_damaged": False}), "train", tmp_path / "cache")
+
+
+def test_a_file_system_that_fails_for_a_moment_costs_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped for good, it would be a smaller data set under the same key."""
+    data = folder(tmp_path / "f", 4, 1).model_copy(update={"skip_damaged": True})
+    with monkeypatch.context() as m:
+        Unreadable(m, {max((tmp_path / "f").rglob("*.png")): 1})
+        with pytest.raises(OSError, match="Stale file handle"):
+            pack(data, "train", tmp_path / "cache")
+    assert len(pack(data, "train", tmp_path / "cache")[1]) == 3
+
+
+def test_where_nothing_can_be_decoded_nothing_is_packed(tmp_path: Path) -> None:
+    data = folder(tmp_path / "f", 3, 3).model_copy(update={"skip_damaged": True})
+    with pytest.raises(RequestError, match="not one image can be decoded"):
+        pack(data, "train", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_was_converted_is_said_in_one_line_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(tmp_path / "f", 4, 0)
+    (tmp_path / "f" / "a" / "alpha.png").write_bytes(encoded(Image.new("RGBA", (9, 8), (1, 2, 3, 0))))
+    key, packed = pack(data, "train", tmp_path / "cache")
+    assert packed.images[2].min() == 255
+    assert "of 5 pictures: 1 laid upon white, 1 cropped to their middle" in capsys.readouterr().out
+    kept = read_signed(tmp_path / "cache" / key / "meta.json")["converted"]
+    assert kept == {"laid upon white": 1, "cropped to their middle": 1}
+    black, dark = pack(data.model_copy(update={"background": "black"}), "train", tmp_path / "cache")
+    assert black != key and dark.images[2].max() == 0

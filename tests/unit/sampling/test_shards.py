@@ -1,0 +1,84 @@
+"""ddpm/sampling/{shards,parts}.py: what is no shard, and two jobs that publish the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm.errors import RunBusy
+from ddpm.run import files
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import SampleSet
+from ddpm.sampling.parts import Part, is_whole, read_part, write_part
+from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, shards_to_make, verify_shard
+from tests.sampling import make_request, make_set
+from tests.saves import flip_bit
+
+REQUEST = make_request(num_samples=6, shards=2, batch=3)
+IMAGES, LABELS = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3), np.full(3, -1)
+
+
+@pytest.fixture
+def sample_set(tmp_path: Path) -> SampleSet:
+    return make_set(tmp_path / "run", REQUEST)
+
+
+def forge(sample_set: SampleSet, data: bytes) -> None:
+    """Other bytes in shard 0, with a manifest that says so."""
+    path = sample_set.shard(0, 2)
+    manifest = files.read_signed(path.with_suffix(".json"))
+    path.write_bytes(data)
+    signed = files.sign({**manifest, "sha256": files.sha256_file(path)})
+    files.write_json(path.with_suffix(".json"), signed, replace=True)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npz_bytes(images=IMAGES[:2], labels=LABELS[:2], first=0),
+        npz_bytes(images=IMAGES, labels=LABELS[:2], first=0),
+        npz_bytes(images=IMAGES, first=0),
+        npz_bytes(labels=LABELS, first=0),
+    ],
+    ids=["fewer images", "fewer labels", "no labels", "no images"],
+)
+def test_a_shard_that_lacks_something_is_damaged_whatever_its_manifest_says(sample_set: SampleSet, data: bytes) -> None:
+    publish_shard(sample_set, REQUEST, 0, IMAGES, LABELS, 3, "")
+    forge(sample_set, data)
+    with pytest.raises(DamagedFile, match="does not hold 3 images and labels"):
+        verify_shard(sample_set, REQUEST, 0)
+
+
+def test_shards_to_make_are_those_that_are_missing_or_not_as_they_were_published(sample_set: SampleSet) -> None:
+    assert shards_to_make(sample_set, REQUEST) == [0, 1]
+    for index in range(2):
+        publish_shard(sample_set, REQUEST, index, IMAGES, LABELS, 3, "")
+    assert shards_to_make(sample_set, REQUEST) == []
+    flip_bit(sample_set.shard(1, 2), 400)
+    assert shards_to_make(sample_set, REQUEST) == [1] and missing_shards(sample_set, REQUEST) == []
+
+
+def test_a_twin_half_way_to_its_manifest_keeps_its_shard(sample_set: SampleSet) -> None:
+    half = sample_set.shard(0, 2)
+    half.write_bytes(b"of a twin")
+    with pytest.raises(RunBusy, match="another job is publishing shard 0"):
+        publish_shard(sample_set, REQUEST, 0, IMAGES, LABELS, 3, "")
+    assert half.read_bytes() == b"of a twin" and not sample_set.shard_manifest(0, 2).exists()
+
+
+def test_a_twins_finished_batch_is_left_as_it_is(sample_set: SampleSet) -> None:
+    for _ in range(2):
+        write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    there = read_part(sample_set, REQUEST, 0, 3)
+    assert there is not None and there.images.tobytes() == IMAGES.tobytes()
+    assert len(list(sample_set.part.iterdir())) == 1
+
+
+def test_a_part_is_whole_for_its_own_request_alone(sample_set: SampleSet) -> None:
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    path = next(sample_set.part.iterdir())
+    is_whole(path, REQUEST)
+    with pytest.raises(DamagedFile, match="does not match its check"):
+        is_whole(path, make_request(num_samples=6, shards=2, batch=3, seed=6))
