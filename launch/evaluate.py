@@ -22,8 +22,8 @@ from ddpm.scoring.record import is_signed, told
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster import site as sites
+from launch.cluster.job import Job, check_path
 from launch.queue import borrowing, chain, local
-from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn

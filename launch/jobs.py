@@ -21,10 +21,10 @@ from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, R
 from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
+from launch.cluster.job import numbers, share
 from launch.life import starting
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
-from launch.queue.job import numbers, share
 from launch.terminal import faults, streams
 
 

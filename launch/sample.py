@@ -21,9 +21,9 @@ from ddpm.run.paths import RunDir, SampleSet, check_name
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch.cluster import environment
 from launch.cluster import site as sites
+from launch.cluster.job import Job, check_path, ranges
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
-from launch.queue.job import Job, check_path, ranges
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue

@@ -21,10 +21,10 @@ from launch import prepare
 from launch.cluster import environment, slurm
 from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
-from launch.queue.job import Job, check_path
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
 from launch.queue.turns import turn

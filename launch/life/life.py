@@ -12,10 +12,10 @@ from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
+from launch.cluster.job import ranges
 from launch.life import preemption
 from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
-from launch.queue.job import ranges
 from launch.queue.waiting import mercy_for
 
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import by_submitit, by_template, environment, slurm
+from launch.cluster.job import HOME, Job
 from launch.cluster.reasons import explain
-from launch.queue import by_submitit, by_template, local
-from launch.queue.job import HOME, Job
+from launch.queue import local
 
 
 class Way(Protocol):

@@ -24,8 +24,8 @@ TOPS = ("ddpm", "launch", "tools")
 FOREIGN = ("SLURM", "squeue", "scontrol", "scancel", "sbatch", "DDPM_", "launch/")
 """What ddpm/ has no word of, in comments and messages either: whoever starts it says these."""
 COMMANDS = ("sbatch", "scontrol", "squeue", "scancel", "sinfo", "sacct", "sacctmgr", "srun")
-WHO_COMMANDS = ("launch/cluster/", "launch/queue/by_")
-"""The only places in launch/ where a command of the scheduler's is put together."""
+WHO_COMMANDS = ("launch/cluster/",)
+"""The only place in launch/ where a command of the scheduler's is put together."""
 LINES = {"file": 250, "function": 60}
 """What fits in a head, and on a screen; told, not demanded."""
 
@@ -241,7 +241,7 @@ def test_an_import_from_above_is_noticed(tmp_path: Path) -> None:
         ddpm__config__schema="from ddpm.run import files",
         ddpm__run__files="import launch.status",
         launch__status="from ddpm import api",
-        launch__queue__job="from launch import status",
+        launch__queue__chain="from launch import status",
         launch__cluster__slurm="import tools.unpack_data",
         tools__unpack_data="from launch import status",
         ddpm__api="import ddpm",
@@ -250,7 +250,7 @@ def test_an_import_from_above_is_noticed(tmp_path: Path) -> None:
         "ddpm.run.files -> launch.status",
         "ddpm.run.state -> ddpm.config.schema",
         "launch.cluster.slurm -> tools.unpack_data",
-        "launch.queue.job -> launch.status",
+        "launch.queue.chain -> launch.status",
     ]
 
 
@@ -272,7 +272,7 @@ def test_a_word_of_the_launchers_is_noticed(tmp_path: Path, text: str, word: str
 
 @pytest.mark.parametrize("text", ['["scancel", job]', '["sbatch", *words]', 'run(("srun", "-n1"))'])
 def test_a_command_of_the_schedulers_is_noticed(tmp_path: Path, text: str) -> None:
-    there = tree(tmp_path, launch__queue__chain=text, launch__queue__by_template=text, launch__cluster__slurm=text)
+    there = tree(tmp_path, launch__queue__chain=text, launch__cluster__by_template=text, launch__cluster__slurm=text)
     assert [line.split(":")[0] for line in commands_elsewhere(there)] == ["launch/queue/chain.py"]
 
 

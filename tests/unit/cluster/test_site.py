@@ -10,9 +10,9 @@ from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from launch.cluster import site as sites
 from launch.cluster import slurm
+from launch.cluster.job import Job
 from launch.cluster.partitions import gpus_of, partitions
 from launch.cluster.site import Site
-from launch.queue.job import Job
 
 SINFO = """\
 gpu*|gpu:a100:4(S:0-1)|1-00:00:00

@@ -25,10 +25,9 @@ from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run import log
 from ddpm.run.paths import RunDir, check_name
-from launch.cluster import environment
+from launch.cluster import by_submitit, by_template, environment
 from launch.cluster import site as sites
-from launch.queue import by_submitit, by_template
-from launch.queue.job import HOME, Job, check_path
+from launch.cluster.job import HOME, Job, check_path
 
 PIECES = [
     *("a", "B", "7", "-", "--", ".", "..", "../", "/", "_", "=", ":", ",", "#", "ü", "а", "\u202e", "\u2028", "\x85"),

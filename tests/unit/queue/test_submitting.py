@@ -14,11 +14,11 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
-from launch.cluster import slurm
+from launch.cluster import by_template, slurm
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job, numbers, share
 from launch.cluster.site import Site
-from launch.queue import by_template, chain, submitting, waiting
-from launch.queue.job import Job, numbers, share
+from launch.queue import chain, submitting, waiting
 from tests.cli.harness import TINY
 
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
@@ -153,7 +153,8 @@ def test_a_job_that_the_version_before_queued_starts(run: RunDir) -> None:
 def test_what_submits_does_not_load_what_runs(run: RunDir, cluster: Cluster) -> None:
     code = (
         "import sys; from launch import submit, sample, evaluate, status, supervisor; "
-        "from launch.queue import by_submitit; from pickle import dumps; dumps(by_submitit.Named(by_submitit.ENTRY)); "
+        "from launch.cluster import by_submitit; from pickle import dumps; "
+        "dumps(by_submitit.Named(by_submitit.ENTRY)); "
         "sys.exit('launch.jobs' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.cluster import environment, slurm
 from launch.cluster.environment import PROJECT
-from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, flags
+from launch.cluster.job import HOME, SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.cluster import environment, slurm
 from launch.cluster.environment import PROJECT
-from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, flags, ranges
+from launch.cluster.job import HOME, SBATCH_TIMEOUT_S, Job, flags, ranges
 
 
 def template(stage: str) -> Path:
