@@ -19,10 +19,11 @@ from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
 from launch.cluster import environment, slurm
-from launch.cluster import site as sites
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
+from launch.cluster.options import add_options, resolve
+from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
 from launch.queue.sets import LEAST_SCORED
@@ -60,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until all is done, showing progress")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact job script")
     parser.add_argument("--prepare", action="store_true", help="all but queueing: data, checks, run directory")
-    sites.add_options(parser)
+    add_options(parser)
     return parser.parse_intermixed_args()
 
 
@@ -159,7 +160,7 @@ def main() -> int:
         recipes.print_table(PROJECT / "configs")
         return 0
     asked, stages = read_command_line(args)
-    site = sites.resolve(args)
+    site = resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
@@ -169,11 +170,11 @@ def main() -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         prepare.check_existing(run, config)
-        print_dry_run(config, sites.settle(site, dry_run=True), run, stages)
+        print_dry_run(config, settle(site, dry_run=True), run, stages)
         return 0
     prepare.check_data(config, stages)
     exists = prepare.check_existing(run, config)
-    site = sites.settle(site, dry_run=False)  # from here on it is about what the environment lacks
+    site = settle(site, dry_run=False)  # from here on it is about what the environment lacks
     if exists:
         is_at_work(run, config, site)
     if exists and chain.remaining(run, config, stages) == (False, []) and chain.damage(run) is None:

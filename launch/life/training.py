@@ -25,11 +25,11 @@ from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster import environment, slurm
 from launch.cluster.environment import JobEnvironment
-from launch.cluster.site import site_of
 from launch.life import devices, inputs
 from launch.life.life import Life
 from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
+from launch.queue.submitting import site_of
 
 
 def train(life: Life, config: Config, why: str | None) -> int:

@@ -11,12 +11,15 @@ import contextlib
 import shlex
 from typing import Any, Protocol
 
+from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 from launch.cluster import by_submitit, by_template, environment, slurm
 from launch.cluster.job import HOME, Job
 from launch.cluster.reasons import explain
+from launch.cluster.site import Site
 from launch.queue import local
 
 
@@ -28,6 +31,12 @@ class Way(Protocol):
 
 
 WAYS: dict[str, Way] = {"submitit": by_submitit, "sbatch": by_template}
+
+
+def site_of(run: RunDir) -> Site:
+    """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
+    site: Site = build(Site, read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+    return site
 
 
 def describe(job: Job) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from launch.cluster import slurm
 from launch.cluster.partitions import partitions
-from launch.cluster.site import Site, settle
+from launch.cluster.settling import settle
+from launch.cluster.site import Site
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
 CONFIG = """Configuration data as of 2026-01-01T00:00:00
