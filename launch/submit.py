@@ -18,16 +18,17 @@ from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
 from launch.cluster.options import add_options, resolve
+from launch.cluster.scheduler import by_hand
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
 from launch.queue.sets import LEAST_SCORED
-from launch.queue.submitting import by_hand, describe
+from launch.queue.submitting import describe
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow, recipes
@@ -224,7 +225,7 @@ def begin(
         return Here(*local.start(run, jobs))
     try:
         ids, told = chain.queue(jobs, config)
-    except slurm.NoAnswer:
+    except scheduler.NoAnswer:
         raise  # with a job in the queue, perhaps, which needs the directory
     except Exception:
         if not exists:

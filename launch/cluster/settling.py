@@ -8,6 +8,7 @@ from typing import Any
 
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import slurm
+from launch.cluster.answers import SchedulerError
 from launch.cluster.environment import default_partition
 from launch.cluster.partitions import Partition, partitions
 from launch.cluster.site import Site, Stage
@@ -34,7 +35,7 @@ def settle(site: Site, *, dry_run: bool) -> Site:
             raise EnvironmentLacks("srun is not on this machine, and submitit needs it: use --via sbatch")
         try:
             known = partitions()
-        except slurm.SlurmError as e:
+        except SchedulerError as e:
             if not dry_run:
                 raise EnvironmentLacks(
                     f"SLURM does not answer ({e}); try again later, or run here with --cluster local"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.cluster.job import ranges
 from launch.life import preemption
@@ -61,13 +61,13 @@ class Life:
         SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
         """
         job, stage = self.env.job, environment.stage()
-        with contextlib.suppress(slurm.SlurmError, OSError):
-            shown = slurm.show(job, timeout_s=5)
+        with contextlib.suppress(scheduler.SchedulerError, OSError):
+            shown = scheduler.show(job, timeout_s=5)
             if shown is None or shown.state not in ("COMPLETING", "CANCELLED") or shown.preempted:
                 return
             if not last_words(self.run, stage, self.env).cancelled:
                 return
-            took = slurm.followers(job) if stage == "train" else []
+            took = scheduler.followers(job) if stage == "train" else []
             what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
             say(f"cancelled by scancel{what}")
             # first the word: this process is killed in a moment
@@ -75,7 +75,7 @@ class Life:
                 "cancelled", world_size=self.env.world_size, step=self.run.latest_step(), stage=stage, with_it=took
             )
             if took:
-                slurm.cancel(took)
+                scheduler.cancel(took)
 
 
 def begin(run: RunDir) -> Life:

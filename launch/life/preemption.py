@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -94,7 +94,7 @@ def after_stop(
     say: Callable[[str], None],
     share: Callable[[Any], Any],
     alive: Callable[[], None],
-    ask: Callable[[], slurm.Mercy],
+    ask: Callable[[], scheduler.Mercy],
 ) -> int | None:
     """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
 

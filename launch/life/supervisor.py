@@ -20,7 +20,7 @@ from typing import TypeVar
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life.decision import (
     Evidence,
@@ -77,7 +77,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
 
 
 def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: str) -> Evidence:
-    """What is known of the job, in the order of what it costs to ask. Raises SlurmError where SLURM stays silent."""
+    """What is known of the job, in the order of what it costs to ask. SchedulerError where SLURM stays silent."""
     said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
     known = Evidence(stage, code, restart=env.restart)
     if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
@@ -86,11 +86,11 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
         _forget_shard(run, env)
         return known
     asked_at = time.monotonic()
-    shown = slurm.patiently(lambda: slurm.show(env.job))
+    shown = scheduler.patiently(lambda: scheduler.show(env.job))
     known = replace(known, shown=shown)
     if known.code == EXIT_BUSY or shown is None or not_ours(shown, env.restart, or_preempted=True):
         return known
-    if time.monotonic() - asked_at > slurm.RETRY_S:  # a slurmctld that has just come back may lose a requeue
+    if time.monotonic() - asked_at > scheduler.RETRY_S:  # a slurmctld that has just come back may lose a requeue
         time.sleep(SETTLE_S)
     known = _read(lambda: _of_the_run(known, run, env, set_name)) or _unreadable(known, run, env)
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
@@ -138,7 +138,7 @@ def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
 def _read(ask: Callable[[], T]) -> T | None:
     """What the run directory says; None where its file system fails for long: before a time limit there is little."""
     try:
-        return slurm.patiently(ask, OSError, min(slurm.PATIENCE_S, READ_PATIENCE_S))
+        return scheduler.patiently(ask, OSError, min(scheduler.PATIENCE_S, READ_PATIENCE_S))
     except OSError as e:
         _say(f"the run directory cannot be read: {e}")
         return None
@@ -147,11 +147,11 @@ def _read(ask: Callable[[], T]) -> T | None:
 # ---------------------------------------------------------------- what is done
 
 
-def _without(bad: str, shown: slurm.Shown) -> str:
+def _without(bad: str, shown: scheduler.Shown) -> str:
     """The nodes that the job is not to have any more, as SLURM lists them; "" where it cannot do without this one."""
     try:
-        total, spare = slurm.spare_nodes(shown.partition.split(",")[0], shown.excluded)
-    except slurm.SlurmError as e:
+        total, spare = scheduler.spare_nodes(shown.partition.split(",")[0], shown.excluded)
+    except scheduler.SchedulerError as e:
         _say(f"node {bad} is not left out, though a life died there by itself: {e}")
         return ""
     if not may_do_without(bad, total, spare, environment.num_nodes()):
@@ -164,12 +164,12 @@ def _put_back(env: JobEnvironment, told: str, avoided: str) -> None:
     def order() -> bool:
         if not _still_ours(env):
             return False
-        slurm.requeue(env.job)
+        scheduler.requeue(env.job)
         return True
 
     _say(f"{told} requeueing job {env.job}")
     with _undisturbed():  # SLURM ends this shell as soon as it has put the job back, and the node is yet to be excluded
-        is_back = slurm.patiently(order)
+        is_back = scheduler.patiently(order)
         if is_back:
             _exclude(env, avoided)
     if is_back:
@@ -192,29 +192,29 @@ def _exclude(env: JobEnvironment, avoided: str) -> None:
         return
     base = env.job.partition("_")[0]
     try:
-        slurm.exclude(env.job, avoided)
-        others = [*([base] if base != env.job else []), *slurm.followers(base)]
-    except slurm.SlurmError as e:
+        scheduler.exclude(env.job, avoided)
+        others = [*([base] if base != env.job else []), *scheduler.followers(base)]
+    except scheduler.SchedulerError as e:
         _say(f"{avoided} could not be excluded: {e}")
         return
     for other in others:
-        with contextlib.suppress(slurm.SlurmError):  # tasks that run cannot be changed, the others are
-            slurm.exclude(other, avoided)
+        with contextlib.suppress(scheduler.SchedulerError):  # tasks that run cannot be changed, the others are
+            scheduler.exclude(other, avoided)
 
 
 def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, avoided: str) -> None:
     def order() -> str | None:
         return submit_successor(run, stage, env.job, avoided) if _still_ours(env, or_preempted=True) else None
 
-    successor = slurm.patiently(order)
+    successor = scheduler.patiently(order)
     if successor is not None:
         _chain_waits_for(successor, env.job)
         _say(f"{told} requeue is forbidden: successor job {successor}")
 
 
 def _still_ours(env: JobEnvironment, *, or_preempted: bool = False) -> bool:
-    """Whether this life is still to be put back: asked right before each such order. Raises SlurmError."""
-    why = not_ours(slurm.show(env.job), env.restart, or_preempted=or_preempted)
+    """Whether this life is still to be put back: asked right before each such order. Raises SchedulerError."""
+    why = not_ours(scheduler.show(env.job), env.restart, or_preempted=or_preempted)
     if why:
         _say(why)
     return not why
@@ -223,10 +223,10 @@ def _still_ours(env: JobEnvironment, *, or_preempted: bool = False) -> bool:
 def _chain_waits_for(successor: str, job: str) -> None:
     """What was to follow this job follows its successor; otherwise it would start on unfinished work."""
     try:
-        for waiting in slurm.dependents(job):
-            slurm.make_wait(waiting, successor)
+        for waiting in scheduler.dependents(job):
+            scheduler.make_wait(waiting, successor)
             _say(f"job {waiting} now waits for {successor}")
-    except slurm.SlurmError as e:
+    except scheduler.SchedulerError as e:
         _say(f"what waits for this job could not be made to wait for {successor}: {e}")
 
 
@@ -267,7 +267,7 @@ def main() -> int:
     run = RunDir(Path(path))
     try:
         return end(run, stage, int(code), rest[0] if rest else "")
-    except (slurm.SlurmError, OSError) as e:
+    except (scheduler.SchedulerError, OSError) as e:
         env = environment.current()
         why = f"could not be put back: {e}; submit the run again"
         return _failed(env.events(run), int(code) or EXIT_REQUEUE, stage, why, last_words(run, stage, env))

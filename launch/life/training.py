@@ -23,7 +23,7 @@ from ddpm.run.records import read_run
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life import devices, inputs
 from launch.life.life import Life
@@ -109,9 +109,9 @@ def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
-        shown = slurm.show(str(other["job"]))
+        shown = scheduler.show(str(other["job"]))
         return shown is None or shown.state not in ("RUNNING", "COMPLETING", "SUSPENDED")
-    except slurm.SlurmError:
+    except scheduler.SchedulerError:
         return False
 
 
