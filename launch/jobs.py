@@ -72,7 +72,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
         say(str(error))
         return life.leave(error.exit_code)
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
-    here = life.env.scheduler == "local"
+    here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
     say(text if again and not here else f"failed: {text}")

@@ -47,6 +47,11 @@ class JobEnvironment:
     since: str
     """When this life of the job got its nodes."""
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a scheduler has started this job, and can put it back."""
+        return self.scheduler != "local"
+
     def events(self, run: RunDir) -> EventLog:
         return EventLog(run, self.job, self.restart, self.host, since=self.since)
 
@@ -54,7 +59,8 @@ class JobEnvironment:
         return {"job": self.job, "restart": self.restart, "host": self.host}
 
 
-def under_slurm() -> bool:
+def is_scheduled() -> bool:
+    """Whether this process is in a job of the scheduler's."""
     return "SLURM_JOB_ID" in os.environ
 
 

@@ -37,7 +37,7 @@ class Life:
         self._mark(shard_marker(self.run, self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
-        if self.env.rank == 0 and self.env.scheduler == "slurm":
+        if self.env.rank == 0 and self.env.is_scheduled:
             with contextlib.suppress(OSError):  # of an exit code srun has one too; without a shard there is no progress
                 self.run.logs.mkdir(exist_ok=True)
                 path.write_text(text)
@@ -46,7 +46,7 @@ class Life:
         self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
     ) -> int | None:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
-        if reason == "preempted" and self.env.rank == 0 and self.env.scheduler == "slurm":
+        if reason == "preempted" and self.env.rank == 0 and self.env.is_scheduled:
             self._if_cancelled()
         code = preemption.after_stop(
             self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)

@@ -41,7 +41,7 @@ def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
         return config, ensure_request(life.run, config, set_name)
     except DoNotRetry as e:
         took: list[str] = []
-        if life.env.scheduler == "slurm" and life.env.rank == 0:
+        if life.env.is_scheduled and life.env.rank == 0:
             with contextlib.suppress(scheduler.SchedulerError):
                 took = call_off(life.env.job)
         raise DoNotRetry(f"{e}" + (f". Cancelled, as it was to follow: job {' '.join(took)}" if took else "")) from None
@@ -59,7 +59,7 @@ def _note_allocation(life: Life) -> None:
     """
     run, env = life.run, life.env
     shown = None
-    if env.scheduler == "slurm" and env.restart > 0:
+    if env.is_scheduled and env.restart > 0:
         with contextlib.suppress(scheduler.SchedulerError):
             shown = scheduler.show(env.job, timeout_s=5)
     former = {"former_life_ended": shown.queued_at} if shown and shown.queued_at else {}

@@ -38,7 +38,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     devices.one_device(env)  # a rank without one must not let the others wait for it
     site = site_of(run)
     timeout_s = site.rank_timeout_s
-    if env.scheduler == "slurm" and env.world_size > 1:
+    if env.is_scheduled and env.world_size > 1:
         _choose_network(site.network_interface, env.master_addr)
     world = ranks.join(
         rank=env.rank,
@@ -104,7 +104,7 @@ def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
-    if env.scheduler != "slurm" or not str(other.get("job", ""))[:1].isdigit():
+    if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart

@@ -197,7 +197,7 @@ def fill_gaps(
     "ROUND:MISSING" of the round before.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
-    if env.scheduler != "slurm":
+    if not env.is_scheduled:
         raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}): {repair}")
     if run.stop_file.exists():
         raise DoNotRetry(

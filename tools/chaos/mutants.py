@@ -88,7 +88,7 @@ def _leaves_at_once(real: Function) -> Function:
     """after_stop that does not wait for SLURM, which requeues a pre-empted job and ends a cancelled one."""
 
     def after_stop(stop: Any, reason: str, env: Any, *args: Any) -> Any:
-        waits = env.scheduler == "slurm" and reason not in ("time_limit", "STOP")
+        waits = env.is_scheduled and reason not in ("time_limit", "STOP")
         return 0 if waits else real(stop, reason, env, *args)
 
     return after_stop
