@@ -25,8 +25,9 @@ from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.queue import borrowing, chain, local
+from launch.queue.directory import site_of
 from launch.queue.sets import LEAST_SCORED, score_by
-from launch.queue.submitting import describe, site_of, submit_alone
+from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow

@@ -26,7 +26,8 @@ from launch.cluster.scheduler import by_hand
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
-from launch.queue.submitting import describe, site_of, submit_alone
+from launch.queue.directory import site_of
+from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow

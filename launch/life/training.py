@@ -29,7 +29,7 @@ from launch.life import devices, inputs
 from launch.life.life import Life
 from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
-from launch.queue.submitting import site_of
+from launch.queue.directory import site_of
 
 
 def train(life: Life, config: Config, why: str | None) -> int:

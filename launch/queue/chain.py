@@ -20,7 +20,8 @@ from launch.cluster.environment import JobEnvironment
 from launch.cluster.job import Job, ranges
 from launch.cluster.site import Site
 from launch.queue import local, sets
-from launch.queue.submitting import sent_tasks, site_of, submit, why_it_waits
+from launch.queue.directory import site_of
+from launch.queue.submitting import sent_tasks, submit, why_it_waits
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue, slurm_jobs
 

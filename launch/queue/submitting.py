@@ -11,21 +11,12 @@ import contextlib
 import shlex
 from typing import Any
 
-from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from ddpm.run.records import read_run
 from launch.cluster import environment, scheduler
 from launch.cluster.job import Job
-from launch.cluster.site import Site
 from launch.queue import local
-
-
-def site_of(run: RunDir) -> Site:
-    """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
-    site: Site = build(Site, read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
-    return site
 
 
 def describe(job: Job) -> str:
