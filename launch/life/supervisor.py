@@ -8,42 +8,31 @@ What is decided, and why, is decision.py's.
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
+from ddpm.errors import EXIT_REQUEUE
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life.decision import (
-    Evidence,
     bad_nodes,
     blames_its_node,
     decide,
     may_do_without,
     not_ours,
-    retries_without_progress,
-    uncounted_lives,
 )
+from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
-from launch.life.life import shard_marker
-from launch.life.progress import progress
 from launch.queue.submitting import submit_successor
-from launch.queue.waiting import mercy_for
 from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
-SETTLE_S = 10
-READ_PATIENCE_S = 15
-
-T = TypeVar("T")
 
 
 def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
@@ -61,7 +50,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         if not _note(log, "requeued", **fields, **({"bad_node": bad, "error": words.error} if bad else {})):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
-        _forget_shard(run, env)
+        forget_shard(run, env)
         return _failed(log, known.code, stage, decision.why, words)
     avoided = _without(bad, known.shown) if bad and known.shown else ""
     if decision.what == "succeed":
@@ -69,79 +58,8 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     elif decision.what == "requeue":
         _put_back(env, decision.why, avoided)
     elif decision.why:
-        _say(decision.why)
+        say(decision.why)
     return known.code
-
-
-# ---------------------------------------------------------------- the evidence
-
-
-def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: str) -> Evidence:
-    """What is known of the job, in the order of what it costs to ask. SchedulerError where SLURM stays silent."""
-    said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
-    known = Evidence(stage, code, restart=env.restart)
-    if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
-        known = replace(known, code=int(said), reason=why)
-    if known.code in (0, EXIT_FATAL):
-        _forget_shard(run, env)
-        return known
-    asked_at = time.monotonic()
-    shown = scheduler.patiently(lambda: scheduler.show(env.job))
-    known = replace(known, shown=shown)
-    if known.code == EXIT_BUSY or shown is None or not_ours(shown, env.restart, or_preempted=True):
-        return known
-    if time.monotonic() - asked_at > scheduler.RETRY_S:  # a slurmctld that has just come back may lose a requeue
-        time.sleep(SETTLE_S)
-    known = _read(lambda: _of_the_run(known, run, env, set_name)) or _unreadable(known, run, env)
-    if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
-        known = replace(known, mercy=mercy_for(run, env.job))
-    return known
-
-
-def _forget_shard(run: RunDir, env: JobEnvironment) -> None:
-    with contextlib.suppress(OSError):
-        shard_marker(run, env.job).unlink(missing_ok=True)
-
-
-def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
-    """The exit code and reason that rank 0 left, past srun, which may report another rank's; "" where it left none."""
-    marker = run.exit_marker(env.job, env.restart)
-    try:
-        said = marker.read_text(errors="replace")
-    except FileNotFoundError:
-        return ""
-    with contextlib.suppress(OSError):
-        marker.unlink()
-    return said
-
-
-def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str) -> Evidence:
-    """With what the run directory says. Raises OSError."""
-    here, events = progress(run, env.job, known.stage, set_name), read_events(run)
-    return replace(
-        known,
-        stop_file=run.stop_file.exists(),
-        progress=here,
-        retries=retries_without_progress(events, env.job, here),
-        uncounted=uncounted_lives(events, env.job, env.restart),
-    )
-
-
-def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
-    try:
-        events = read_events(run)
-    except OSError:
-        events = []
-    return replace(known, can_tell=False, uncounted=uncounted_lives(events, env.job, env.restart))
-
-
-def _read(ask: Callable[[], T]) -> T | None:
-    """What the run directory says; None where its file system fails for long: before a time limit there is little."""
-    try:
-        return scheduler.patiently(ask, OSError, min(scheduler.PATIENCE_S, READ_PATIENCE_S))
-    except OSError as e:
-        _say(f"the run directory cannot be read: {e}")
-        return None
 
 
 # ---------------------------------------------------------------- what is done
@@ -152,11 +70,11 @@ def _without(bad: str, shown: scheduler.Shown) -> str:
     try:
         total, spare = scheduler.spare_nodes(shown.partition.split(",")[0], shown.excluded)
     except scheduler.SchedulerError as e:
-        _say(f"node {bad} is not left out, though a life died there by itself: {e}")
+        say(f"node {bad} is not left out, though a life died there by itself: {e}")
         return ""
     if not may_do_without(bad, total, spare, environment.num_nodes()):
         return ""
-    _say(f"node {bad} is left out from now on: a life of this job died there by itself")
+    say(f"node {bad} is left out from now on: a life of this job died there by itself")
     return ",".join(filter(None, [shown.excluded, bad]))
 
 
@@ -167,7 +85,7 @@ def _put_back(env: JobEnvironment, told: str, avoided: str) -> None:
         scheduler.requeue(env.job)
         return True
 
-    _say(f"{told} requeueing job {env.job}")
+    say(f"{told} requeueing job {env.job}")
     with _undisturbed():  # SLURM ends this shell as soon as it has put the job back, and the node is yet to be excluded
         is_back = scheduler.patiently(order)
         if is_back:
@@ -195,7 +113,7 @@ def _exclude(env: JobEnvironment, avoided: str) -> None:
         scheduler.exclude(env.job, avoided)
         others = [*([base] if base != env.job else []), *scheduler.followers(base)]
     except scheduler.SchedulerError as e:
-        _say(f"{avoided} could not be excluded: {e}")
+        say(f"{avoided} could not be excluded: {e}")
         return
     for other in others:
         with contextlib.suppress(scheduler.SchedulerError):  # tasks that run cannot be changed, the others are
@@ -209,14 +127,14 @@ def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, a
     successor = scheduler.patiently(order)
     if successor is not None:
         _chain_waits_for(successor, env.job)
-        _say(f"{told} requeue is forbidden: successor job {successor}")
+        say(f"{told} requeue is forbidden: successor job {successor}")
 
 
 def _still_ours(env: JobEnvironment, *, or_preempted: bool = False) -> bool:
     """Whether this life is still to be put back: asked right before each such order. Raises SchedulerError."""
     why = not_ours(scheduler.show(env.job), env.restart, or_preempted=or_preempted)
     if why:
-        _say(why)
+        say(why)
     return not why
 
 
@@ -225,15 +143,9 @@ def _chain_waits_for(successor: str, job: str) -> None:
     try:
         for waiting in scheduler.dependents(job):
             scheduler.make_wait(waiting, successor)
-            _say(f"job {waiting} now waits for {successor}")
+            say(f"job {waiting} now waits for {successor}")
     except scheduler.SchedulerError as e:
-        _say(f"what waits for this job could not be made to wait for {successor}: {e}")
-
-
-def _say(text: str) -> None:
-    """A line in the job's log; where the log's disk is full, the job is put back without a word."""
-    with contextlib.suppress(OSError):
-        print(f"[batch] {text}", flush=True)
+        say(f"what waits for this job could not be made to wait for {successor}: {e}")
 
 
 def _note(log: EventLog, event: str, **fields: object) -> bool:
@@ -242,7 +154,7 @@ def _note(log: EventLog, event: str, **fields: object) -> bool:
     try:
         log.append(event, world_size=environment.num_tasks(), step=run.latest_step(), **fields)
     except OSError as e:
-        _say(f"event {event} not written: {e}")
+        say(f"event {event} not written: {e}")
         return False
     return True
 
@@ -256,7 +168,7 @@ def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) ->
             reason += f"; lives of it died on {', '.join(nodes)} before"
     fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
     _note(log, "failed", stage=stage, exit_code=code, reason=reason, **fields)
-    _say(f"failed: {reason}")
+    say(f"failed: {reason}")
     return code
 
 

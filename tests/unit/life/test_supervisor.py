@@ -17,7 +17,7 @@ from ddpm.run.paths import RunDir
 from ddpm.sampling import request as requests
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import PROJECT
-from launch.life import last_words, supervisor
+from launch.life import gathering, last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.progress import progress
@@ -435,7 +435,8 @@ def break_file_system(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
         return look
 
-    for owner, name in ((Path, "read_text"), (RunDir, "latest_step"), (supervisor, "read_events")):
+    readers = [(owner, "read_events") for owner in (gathering, supervisor)]
+    for owner, name in ((Path, "read_text"), (RunDir, "latest_step"), *readers):
         monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
 
 
