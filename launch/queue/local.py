@@ -20,7 +20,7 @@ from types import FrameType
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
-from launch.queue.job import Job
+from launch.cluster.job import Job
 
 
 def stage_commands(job: Job) -> list[list[str]]:

@@ -11,7 +11,7 @@ import pytest
 from ddpm.config.sample import Evaluate
 from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler, slurm
 from launch.queue import chain, waiting
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 
@@ -40,8 +40,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
             asked.append(jobs)
             return {job: state for job, state in next(turns).items() if job in jobs}
 
-        monkeypatch.setattr(slurm, "available", lambda: True)
-        monkeypatch.setattr(slurm, "queued", queued)
+        monkeypatch.setattr(scheduler, "available", lambda: True)
+        monkeypatch.setattr(scheduler, "queued", queued)
         monkeypatch.setattr(waiting, "COMPLETING_POLL_S", 0.001)
         monkeypatch.setattr(waiting, "COMPLETING_AT_MOST_S", 0.2)
         return asked
@@ -123,9 +123,9 @@ def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_a
     asked = answers({"19": "RUNNING"})
 
     def out_of_reach(argv: list[str], **_: object) -> str:
-        raise slurm.NoAnswer("sbatch: Socket timed out on send/recv operation")
+        raise scheduler.NoAnswer("sbatch: Socket timed out on send/recv operation")
 
     monkeypatch.setattr(slurm, "run", out_of_reach)
-    with pytest.raises(slurm.NoAnswer):
+    with pytest.raises(scheduler.NoAnswer):
         chain.fill_gaps(run, "fid", [3], (), "", environment.current())
     assert asked == []
