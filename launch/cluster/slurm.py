@@ -28,6 +28,8 @@ NO_ANSWER = re.compile(
 LINES_AT_MOST = 20
 JOB_ID = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
 """The whole of the line in which sbatch tells it, with --parsable and without."""
+OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
+"""How the names of jobs end that are queued here, or by the templates."""
 USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_", "SLURM_TIME_FORMAT")
 """Variables by which a user has SLURM's commands show less, or show it otherwise: not what is asked here."""
 
@@ -185,10 +187,14 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
     """Those of `jobs` that SLURM still has, by one question for all of them. Raises SlurmError.
 
     COMPLETING says that a job's processes are ending, and nothing of what follows: one that is pre-empted is COMPLETING
-    before it is PENDING again. Asks for all of the user's jobs: squeue fails as a whole on an unknown id.
+    before it is PENDING again. Jobs of other users are told too, where the site shows them: a group may share a run.
     """
     found: dict[str, Queued] = {}
-    for line in run(["squeue", "-a", "-h", "--me", "-r", "-o", "%F %i %T %S %r"]).splitlines() if jobs else []:
+    for line in _squeue(jobs):
+        line, _, whose = line.partition("|")
+        owner, _, name = whose.partition("|")
+        if owner not in ("", str(os.geteuid())) and not OUR_NAME.search(name):
+            continue  # ids begin anew on a cluster that is set up anew
         base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
         waits = state == "PENDING"
         told = Queued(state, reason.strip() if waits and reason != "None" else "", _stamp(start) if waits else None)
@@ -196,6 +202,17 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
             if state == "RUNNING" or known not in found or found[known].state == "COMPLETING":
                 found[known] = told
     return found
+
+
+def _squeue(jobs: list[str]) -> list[str]:
+    """Its lines about these. Of one id alone it says that it is unknown; of several it leaves out those that are."""
+    try:
+        asked = ["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", ",".join(jobs)]
+        return run(asked).splitlines() if jobs else []
+    except SlurmError as e:
+        if "Invalid job id" in str(e):
+            return []
+        raise
 
 
 def queued(jobs: list[str]) -> dict[str, str]:
