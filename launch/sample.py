@@ -22,12 +22,11 @@ from ddpm.sampling.request import Request, publish_request, read_request, usual_
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path, ranges
 from launch.cluster.options import add_options, resolve
-from launch.cluster.scheduler import by_hand
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
 from launch.queue.directory import site_of
-from launch.queue.submitting import describe, submit_alone
+from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow

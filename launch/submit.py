@@ -23,12 +23,11 @@ from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
 from launch.cluster.options import add_options, resolve
-from launch.cluster.scheduler import by_hand
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, directory, local
 from launch.queue.sets import LEAST_SCORED
-from launch.queue.submitting import describe
+from launch.queue.submitting import by_hand, describe
 from launch.queue.turns import turn
 from launch.terminal import console, follow, recipes
 from launch.terminal.results import print_results

@@ -67,10 +67,11 @@ SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
 """Of a life: what an event keeps of a heartbeat."""
 EVENT: Kind = {"event": _is_text, **SIGN}
 EVENT_TOO: Kind = {
-    **dict.fromkeys(("host", "stage", "set", "via", "reason", "successor_of"), _is_text),
-    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid"), _is_count),
+    **dict.fromkeys(("host", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
+    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks"), _is_count),
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
+    **{"successor_of": _is_job, "launch": _is_tree, "qos": lambda v: _is_tree(v) and all(map(_is_text, v.values()))},
 }
 METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},
@@ -138,7 +139,14 @@ def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[R
 def parse_events(data: bytes, name: str) -> tuple[list[Record], str]:
     """The events in a file of events/, and what is wrong with it, or ""."""
     records, _, wrong = parse_lines(data, name, EVENT, EVENT_TOO)
-    return records, wrong
+    return [_by_words(record) for record in records], wrong
+
+
+def _by_words(event: Record) -> Record:
+    """The event with each job's id as text, which some once were not."""
+    sign = event.get("last_sign")
+    ids = {key: str(event[key]) for key in ("job", "successor_of") if event.get(key) is not None}
+    return {**event, **ids, **({"last_sign": {**sign, "job": str(sign["job"])}} if sign else {})}
 
 
 def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:

@@ -30,6 +30,8 @@ class Job:
     after: str | None = None
     """A job id that must have ended, however it ended: the run directory says whether its work is done."""
     extra_args: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    """Nodes that it is not to have, beside those that the site says."""
 
     @property
     def world_size(self) -> int:
@@ -85,9 +87,10 @@ class Job:
             "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.is_array else '%j'}.out"),
             "dependency": f"afterany:{self.after}" if self.after else None,
         }
-        if "no-requeue" in site.sbatch:
+        if site.sbatch.get("no-requeue") not in (None, False):
             del values["requeue"]
         values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
+        values["exclude"] = ",".join(filter(None, [values["exclude"], *self.without])) or None
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
 
 

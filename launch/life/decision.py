@@ -118,12 +118,6 @@ def blames_its_node(e: Evidence) -> bool:
     return e.code not in (0, EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE) and e.reason not in NO_FAULT_OF_ITS_OWN
 
 
-def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
-    """Whether enough nodes of a partition are left without one: those that are needed, and half of them all."""
-    left = len([other for other in spare if other != node])
-    return node in spare and left >= max(needed, total // 2)
-
-
 # ---------------------------------------------------------------- counting
 
 

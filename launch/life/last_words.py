@@ -46,7 +46,7 @@ class LastWords:
 
 def last_words(run: RunDir, stage: str, env: JobEnvironment) -> LastWords:
     """Of the life that ends now. Nothing where the log cannot be read."""
-    names = (f"{stage}-{env.job}.out", f"{stage}-{env.job}_0.out")  # the second by hand, without an array
+    names = (f"{stage}-{env.job}.out", f"{stage}-{env.job}_0.out")  # the second by hand, without an array, once
     try:
         there = [path for path in (run.logs / name for name in names) if path.exists()]
         path = max(there, key=lambda p: p.stat().st_mtime)

@@ -24,11 +24,11 @@ from launch.life.decision import (
     bad_nodes,
     blames_its_node,
     decide,
-    may_do_without,
     not_ours,
 )
 from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
+from launch.queue.nodes import may_do_without
 from launch.queue.submitting import submit_successor
 from launch.terminal import streams
 
@@ -54,7 +54,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         return _failed(log, known.code, stage, decision.why, words)
     avoided = _without(bad, known.shown) if bad and known.shown else ""
     if decision.what == "succeed":
-        _have_a_successor(run, env, stage, decision.why, avoided)
+        _have_a_successor(run, env, stage, decision.why, avoided or (known.shown.excluded if known.shown else ""))
     elif decision.what == "requeue":
         _put_back(env, decision.why, avoided)
     elif decision.why:

@@ -68,7 +68,12 @@ def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
 
 def site_of(run: RunDir) -> Site:
     """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
-    site: Site = build(Site, read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+    return of_record(read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+
+
+def of_record(launch: dict[str, Any], where: str) -> Site:
+    """What was once written down of a submission. Raises as `build` does."""
+    site: Site = build(Site, launch, where)
     return site
 
 

@@ -16,11 +16,14 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from ddpm.errors import EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.cluster.job import Job
+from launch.queue.waiting import is_of
 
 
 def stage_commands(job: Job) -> list[list[str]]:
@@ -34,12 +37,21 @@ def stage_commands(job: Job) -> list[list[str]]:
 def running(run: RunDir) -> int | None:
     """The background process on this machine that trains the run, or will, if there is one."""
     for e in reversed(read_events(run)):
-        here = e["event"] == "submitted" and e.get("via") == "local" and e["host"] == environment.host()
-        if here and "train" in e.get("stage", "").split("+"):
-            with contextlib.suppress(OSError):  # it has ended, or the number is another user's process now
-                if f"DDPM_JOB={e['job']}".encode() in Path(f"/proc/{e['pid']}/environ").read_bytes().split(b"\0"):
+        here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
+        if here and "train" in (e.get("stage") or "").split("+") and e.get("pid") and is_of(run, e):
+            with contextlib.suppress(OSError):  # it has ended
+                if _is_at_work(Path(f"/proc/{e['pid']}"), e):
                     return int(e["pid"])
     return None
+
+
+def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
+    """Whether a process is the one that was begun then, and not a later one of its number. Raises OSError."""
+    try:
+        return f"DDPM_JOB={submitted['job']}".encode() in (process / "environ").read_bytes().split(b"\0")
+    except PermissionError:  # another user's, whose words can be read
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        return b"launch.queue.local" in words and str(submitted.get("run")).encode() in words
 
 
 def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
@@ -60,9 +72,20 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
             cwd=environment.PROJECT,
             env={**environment.for_jobs(), "DDPM_JOB": name, **cpus},
         )
-    EventLog(run, name, 0, environment.host(), prefix="submit-").append(
-        "submitted", stage="+".join(job.stage for job in jobs), via="local", pid=process.pid
-    )
+    events = EventLog(run, name, 0, environment.host(), prefix="submit-")
+    stages = "+".join(job.stage for job in jobs)
+    try:
+        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path))
+    except BaseException as e:  # nobody could find it again
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(e, OSError):
+            raise
+        raise EnvironmentLacks(
+            f"{events.path} cannot be written ({e.strerror}), so what was started for it was ended: make room there, "
+            f"or make it writable, and submit again"
+        ) from None
     return process, log
 
 

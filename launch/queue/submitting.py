@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from ddpm.errors import RequestError
@@ -16,16 +17,29 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.job import Job
-from launch.queue import local
+from launch.cluster.site import Site
+from launch.queue import local, nodes
+from launch.queue.directory import of_record
 
 
 def describe(job: Job) -> str:
     """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
     if not job.site.is_local:
-        return scheduler.describe(job)
+        return scheduler.describe(fitting(job))
     commands = local.stage_commands(job)
     lines = [shlex.join(command) for command in commands[:2]]
     return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
+
+
+def by_hand(job: Job) -> str:
+    """What a person types, in any directory, to queue `job`."""
+    return scheduler.by_hand(fitting(job))
+
+
+def fitting(job: Job) -> Job:
+    """The job as this cluster, and what the run has seen of it, want it: no more tasks than an array may have, and
+    without nodes on which lives of the run died by themselves."""
+    return replace(scheduler.fitting(job), without=nodes.to_avoid(job)) if scheduler.available() else job
 
 
 def submit(job: Job) -> str:
@@ -33,7 +47,7 @@ def submit(job: Job) -> str:
 
     Raises RequestError with SLURM's words; NoAnswer, after which it may be in the queue.
     """
-    job = scheduler.fitting(job)
+    job = fitting(job)
     while True:
         try:
             return _submit(job)
@@ -58,6 +72,8 @@ def _submit(job: Job) -> str:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     try:
         tasks: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
+        if job.stage == "evaluate":  # which may have shards made
+            tasks["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
         if table := scheduler.qos_table():  # for nodes that cannot ask
             tasks["qos"] = table
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
@@ -97,14 +113,25 @@ def why_it_waits(job_id: str, stage: str) -> str:
 
 def sent_tasks(run: RunDir, job_id: str) -> int:
     """With how many tasks a sample job was submitted."""
-    return next(
-        (int(e.get("tasks", 1)) for e in read_events(run) if e["event"] == "submitted" and e["job"] == job_id), 1
-    )
+    return int(_submission(run, job_id).get("tasks") or 1)
+
+
+def sent_where(run: RunDir, job_id: str) -> Site | None:
+    """What an evaluation was submitted with; None where its event does not say."""
+    try:
+        return of_record(_submission(run, job_id)["launch"], f"the submission of job {job_id}")
+    except (KeyError, TypeError, RequestError):
+        return None
+
+
+def _submission(run: RunDir, job_id: str) -> dict[str, Any]:
+    """The event of a job's submission; nothing where there is none."""
+    return next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job_id), {})
 
 
 def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
     EventLog(run, job, 0, environment.host(), prefix="submit-").append(
-        "submitted", world_size=world_size, step=run.latest_step(), stage=stage, via=via, **fields
+        "submitted", world_size=world_size, step=run.latest_step(), stage=stage, via=via, run=str(run.path), **fields
     )
 
 
@@ -115,16 +142,14 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
 
     The event that it was is written where there is room for it.
     """
-    record = next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job), None)
-    if record is None:  # submitted by hand: what SLURM says of this job
-        record = {"options": _as_it_is(job), "set": environment.sample_set(), "args": []}
-    if avoided:
-        record = {**record, "options": {**record["options"], "exclude": avoided}}
+    told = _submission(run, job)  # of one by hand there is none, and any of it may be lost
+    options = {**(told.get("options") or _as_it_is(job)), **({"exclude": avoided} if avoided else {})}
+    record = {"set": told.get("set", environment.sample_set()), "options": options, "args": told.get("args") or []}
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
-    new = scheduler.submit_again(stage, {"export": "ALL", **record["options"]}, args)
+    new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **{k: record[k] for k in ("set", "options", "args", "qos") if k in record})  # fmt: skip
+                   **record, **{k: told[k] for k in ("qos", "launch") if k in told})  # fmt: skip
     return new
 
 

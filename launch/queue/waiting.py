@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ddpm.config.sample import Evaluate
@@ -19,7 +20,22 @@ COMPLETING_AT_MOST_S = 60.0
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that SLURM has. Raises SchedulerError."""
-    return _in_queue(slurm_jobs(read_events(run), stage, set_name))
+    return _in_queue(slurm_jobs(events_here(run), stage, set_name))
+
+
+def events_here(run: RunDir) -> list[dict[str, Any]]:
+    """The run's events without those of jobs that were submitted for another one, of which this is a copy."""
+    events = read_events(run)
+    elsewhere = {e["job"] for e in events if e["event"] == "submitted" and not is_of(run, e)}
+    return [e for e in events if e["job"] not in elsewhere]
+
+
+def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
+    """Whether a submission may have been for this run: for none, at least, that still lies elsewhere."""
+    try:
+        return Path(submitted.get("run") or run.path).samefile(run.path)
+    except (OSError, ValueError):  # moved since, or mounted otherwise on this machine
+        return True
 
 
 def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: Evaluate) -> list[str]:
@@ -27,7 +43,7 @@ def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: E
 
     default: the config's, which is meant where a job was told of none.
     """
-    events = read_events(run)
+    events = events_here(run)
     told = {str(e["job"]): e.get("args") or [] for e in events if e["event"] == "submitted"}
     jobs = slurm_jobs(events, "evaluate", set_name)
     return _in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])

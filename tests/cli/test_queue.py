@@ -8,12 +8,11 @@ import re
 import signal
 import socket
 import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.cli.harness import TINY_SET, Shell, events, is_alive, read, snapshot, wait_for
+from tests.cli.harness import TINY_SET, Shell, events, is_alive, png, read, snapshot, wait_for, write_zip
 
 SLURM = ("--cluster", "slurm", "--partition", "gpu", "--via", "sbatch")
 
@@ -108,8 +107,7 @@ def test_a_set_with_eta_that_was_begun_under_the_name_of_one_without_goes_on_und
 
 
 def test_a_score_that_waits_in_the_queue_is_not_queued_a_second_time(again: Shell, slurm: Path) -> None:
-    with zipfile.ZipFile(again.cwd / "other.zip", "w"):
-        pass
+    write_zip(again.cwd / "other.zip", {f"{i}.png": png(8, i) for i in range(3)})
     done = again("evaluate", "tiny", *SLURM)
     assert done.returncode == 0 and "queued: evaluate as job 101" in done.stdout, done.stderr
     done = again("evaluate", "tiny", *SLURM, "--reference", "train")

@@ -141,6 +141,27 @@ def test_of_a_jobs_tasks_the_liveliest_counts_and_one_that_is_completing_is_stil
     assert scheduler.queued(["5", "6", "7", "9"]) == {"5": "PENDING", "6": "RUNNING", "7": "COMPLETING"}
 
 
+def test_jobs_of_all_users_are_asked_for_by_their_ids_and_a_strangers_that_has_one_of_before_is_none(
+    commands: Path,
+) -> None:
+    me = os.geteuid()
+    put(
+        commands / "squeue",
+        'case "$*" in *--me*|*-u*) exit 1;; *"-j 5,6,7,8"*) ;; *) exit 2;; esac\n'
+        f'echo "5 5 PENDING N/A Priority|{me}|anything"; echo "6 6 RUNNING N/A None|{me + 1}|tiny-train"\n'
+        f'echo "7 7 RUNNING N/A None|{me + 1}|gaussian 16"; echo "9 9 RUNNING N/A None|{me}|other"',
+    )
+    assert slurm.queued(["5", "6", "7", "8"]) == {"5": "PENDING", "6": "RUNNING"}
+
+
+def test_one_id_that_slurm_has_forgotten_is_no_failure(commands: Path) -> None:
+    put(commands / "squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    assert slurm.queued(["5"]) == {}
+    put(commands / "squeue", 'echo "slurm_load_jobs error: Access/permission denied" >&2; exit 1')
+    with pytest.raises(slurm.SlurmError, match="denied"):
+        slurm.queued(["5"])
+
+
 @pytest.mark.parametrize(("printed", "size"), [("1001", 1001), ("0", 1)])
 def test_an_array_has_room_for_one_task_where_arrays_are_disabled(
     monkeypatch: pytest.MonkeyPatch, printed: str, size: int

@@ -545,6 +545,14 @@ def test_the_node_whose_rank_died_first_is_left_out_and_a_successor_leaves_it_ou
     assert cluster.avoided == [("successor", "n3")] and cluster.successors == ["17"]
 
 
+def test_a_successor_does_without_the_nodes_that_its_predecessor_was_to_do_without(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    cluster.may_requeue, cluster.excluded = False, "n1,n4"
+    shell_ends(75, said="75 time_limit")
+    assert cluster.avoided == [("successor", "n1,n4")]
+
+
 ENDS = """\
 [batch] 2026-11-26T20:00:00Z job=17 restart=0 stage=train nodes=n1 run=/runs/tiny
 OldError: of another life

@@ -1,5 +1,6 @@
 """launch/queue: how a job, and a chain of them, is submitted. SLURM's answers are given here."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -12,12 +13,14 @@ from submitit.core.utils import DelayedSubmission
 
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
+from ddpm.run.events import EventLog, read_events
+from ddpm.run.files import now
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
 from launch.cluster import by_template, scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, numbers, share
-from launch.cluster.site import Site
+from launch.cluster.site import Site, Stage
 from launch.queue import chain, submitting, waiting
 from tests.cli.harness import TINY
 
@@ -34,6 +37,7 @@ class Cluster:
         self.array_size = 1001
         self.room = 10_000  # for jobs, of which each task of an array is one
         self.queue: list[str] = []
+        self.nodes: list[str] | None = ["n1"]
         self._took: dict[str, int] = {}
 
     def run(self, argv: list[str], **_: Any) -> str:
@@ -48,7 +52,13 @@ class Cluster:
             return f"{100 + number}\n" if "--parsable" in argv else f"Submitted batch job {100 + number}\n"
         if argv[0] == "scancel":
             self.room += sum(self._took.pop(job) for job in argv[1:])
-        there = {"sinfo": "gpu|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
+        if argv[:2] == ["sinfo", "-h"]:
+            if self.nodes is None:
+                raise slurm.NoAnswer("sinfo: no answer")
+            return "\n".join(self.nodes)
+        if "hostnames" in argv:
+            return "\n".join(argv[-1].split(","))
+        there = {"sinfo": "gpu*|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
         return {**there, "squeue": "\n".join(self.queue)}.get(argv[0], "")
 
     def of(self, command: str) -> list[list[str]]:
@@ -103,6 +113,77 @@ def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(r
         events.write_text(events.read_text().replace('"export": "ALL"', '"account": "lab"'))
     submitting.submit_successor(run, "train", "101")
     assert {"--export=ALL", "--account=lab"} <= options_of(cluster.of("sbatch")[1])
+
+
+@pytest.mark.parametrize("odd", ['"options": 7', '"options": null', '"set": 7', '"args": "x"', '"job": 101'])
+def test_a_job_whose_submission_is_odd_has_a_successor_all_the_same(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """What its event does not tell any more is as SLURM has it."""
+    submitting.submit(Job("train", run, Site(via="sbatch", account="lab")))
+    monkeypatch.setenv("SLURM_JOB_ACCOUNT", "lab")
+    key = odd.partition(":")[0].strip('"')
+    for path in run.events.iterdir():
+        event = json.loads(path.read_text())
+        path.write_text(json.dumps({**event, key: json.loads(f"{{{odd}}}")[key]}) + "\n")
+    assert submitting.submit_successor(run, "train", "101") == "102"
+    options = options_of(cluster.of("sbatch")[1])
+    assert "--account=lab" in options and ("--job-name=tiny-train" in options) == (key != "options")
+    assert [e["successor_of"] for e in read_events(run) if e["job"] == "102"] == ["101"]
+
+
+def test_a_number_of_tasks_that_is_odd_counts_as_one(run: RunDir, cluster: Cluster) -> None:
+    submitting.submit(Job("sample", run, Site(), "set", (0, 1)))
+    assert submitting.sent_tasks(run, "101") == 2
+    for path in run.events.iterdir():
+        path.write_text(path.read_text().replace('"tasks": 2', '"tasks": "many"'))
+    assert submitting.sent_tasks(run, "101") == 1
+
+
+@pytest.mark.parametrize(("value", "requeue"), [(None, True), (False, True), (True, False)])
+def test_an_option_that_a_stage_takes_away_is_none_of_its(run: RunDir, value: bool | None, requeue: bool) -> None:
+    site = Site(sbatch={"no-requeue": True}, evaluate=Stage(sbatch={"no-requeue": value}))
+    options = Job("evaluate", run, site, "set").options()
+    assert ("requeue" in options, "no-requeue" in options) == (requeue, not requeue)
+    assert "requeue" not in Job("train", run, site).options()
+
+
+# ---------------------------------------------------------------- nodes that are left out
+
+
+def died_on(run: RunDir, node: str, when: str) -> None:
+    EventLog(run, "7", 0, "host").append("requeued", bad_node=node, time=when)
+
+
+@VIA
+@pytest.mark.parametrize(("nodes", "asked", "excluded"), [
+    (["n1", "n2", "n3", "n4"], {}, "n2"), (["n1", "n2", "n3", "n4"], {"exclude": "n1"}, "n1,n2"), (["n2"], {}, ""),
+    (["n1", "n3"], {}, ""), (["n1", "n2", "n3"], {"nodes": 3}, ""),
+    (["n1", "n2", "n3", "n4"], {"exclude": "n1,n3"}, "n1,n3"),
+    (["n1", "n2", "n3", "n4"], {"sbatch": {"exclude": "n1"}}, "n1,n2"),
+])  # fmt: skip
+def test_a_new_job_does_without_a_node_on_which_a_life_of_the_run_died_by_itself(
+    run: RunDir, cluster: Cluster, via: str, nodes: list[str], asked: dict[str, Any], excluded: str
+) -> None:
+    """By the rule of a job that is put back: never without half of a partition, nor what the job needs of it."""
+    died_on(run, "n2", now())
+    died_on(run, "n4", "2020-01-01T00:00:00.000Z")  # mended since, for all that anybody knows
+    cluster.nodes = nodes
+    train = Job("train", run, Site(via=via, partition="gpu", **asked))
+    for job in (train, Job("sample", run, Site(via=via, **asked), "s", (1,))):
+        needs_less = job.stage == "sample" and "nodes" in asked
+        submitting.submit(job)
+        options = options_of(cluster.of("sbatch")[-1])
+        wanted = "n2" if needs_less else excluded
+        assert [o for o in options if "exclude" in o] == ([f"--exclude={wanted}"] if wanted else [])
+    if excluded:
+        assert f"--exclude={excluded}" in submitting.by_hand(train)
+
+
+def test_where_slurm_does_not_tell_its_nodes_a_new_job_is_queued_all_the_same(run: RunDir, cluster: Cluster) -> None:
+    died_on(run, "n2", now())
+    cluster.nodes = None
+    assert submitting.submit(Job("train", run, Site(partition="gpu"))) == "101"
 
 
 # ---------------------------------------------------------------- submitit
@@ -380,3 +461,22 @@ def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and
     heir = submitting.submit_successor(run, "train", "101")
     monkeypatch.setattr(scheduler, "mercy", lambda job, by_qos: by_qos)
     assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [{"normal": "requeue|00:02:00"}] * 2 + [{}]
+
+
+@pytest.mark.parametrize("shards", [(2,), (0, 1)])
+def test_a_sample_jobs_template_writes_to_the_log_that_the_options_of_a_job_name(
+    run: RunDir, tmp_path: Path, shards: tuple[int, ...]
+) -> None:
+    """What SLURM itself says of a job goes there: a reader must not have to look in two files."""
+    run.config.touch()
+    (tmp_path / "srun").write_text("#!/bin/sh\necho made\n")
+    (tmp_path / "srun").chmod(0o755)
+    job = Job("sample", run, Site(), "set", shards)
+    ids = {"SLURM_ARRAY_JOB_ID": "101", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "102"}
+    env = {"SLURM_JOB_ID": "101"} if not job.is_array else ids
+    env |= {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "/bin/true", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    argv = ["bash", str(by_template.template("sample")), str(run.path), "set"]
+    assert subprocess.run(argv, env={**env, "SLURM_JOB_NODELIST": "n1"}, timeout=60).returncode == 0
+    (log,) = run.logs.iterdir()
+    said = str(job.options()["output"]).replace("%j", "101").replace("%A_%a", "101_1")
+    assert str(log) == said and "made" in log.read_text()

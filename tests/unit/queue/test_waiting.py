@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from ddpm.config.sample import Evaluate
 from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler, slurm
-from launch.queue import chain, waiting
+from launch.cluster.job import Job
+from launch.cluster.site import Site, Stage
+from launch.queue import chain, submitting, waiting
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 
 Answers = Callable[..., list[list[str]]]
@@ -24,7 +28,7 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def told(run: RunDir, job: str, event: str, **fields: object) -> None:
+def told(run: RunDir, job: str, event: str, /, **fields: object) -> None:
     EventLog(run, job, 0, "host").append(event, **fields)
 
 
@@ -129,3 +133,45 @@ def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_a
     with pytest.raises(scheduler.NoAnswer):
         chain.fill_gaps(run, "fid", [3], (), "", environment.current())
     assert asked == []
+
+
+def test_a_copy_of_a_run_has_none_of_the_originals_jobs_and_a_run_by_another_name_its_own(
+    run: RunDir, answers: Answers
+) -> None:
+    told(run, "17", "submitted", stage="train", via="sbatch", run=str(run.path))
+    told(run, "17", "allocated")
+    told(run, "18", "submitted", stage="train", via="sbatch")  # as it was told once
+    answers({"17": "PENDING", "18": "PENDING"})
+    copy, link = RunDir(run.path.with_name("copy")), RunDir(run.path.with_name("link"))
+    shutil.copytree(run.path, copy.path)
+    link.path.symlink_to(run.path)
+    assert [jobs_in_queue(r, "train") for r in (run, link, copy)] == [["17", "18"], ["17", "18"], ["18"]]
+    run.path.rename(run.path.with_name("elsewhere"))  # who knows whether that was a move
+    assert jobs_in_queue(copy, "train") == ["17", "18"]
+
+
+def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_the_run_was(
+    run: RunDir, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of somebody else's is scored under one's own account."""
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    theirs = {"launch": {"account": "theirs", "via": "sbatch"}}
+    run.run_json.write_text(json.dumps(theirs))
+    run.checkpoints.mkdir()
+    answers({})
+    sent: list[list[str]] = []
+
+    def sbatch(argv: list[str], **_: object) -> str:
+        sent.extend([argv] if argv[0] == "sbatch" else [])
+        return f"{100 + len(sent)}"
+
+    monkeypatch.setattr(slurm, "run", sbatch)
+    mine = Site(account="mine", via="sbatch", sample=Stage(qos="long"), setup=("module load x",))
+    submitting.submit(Job("evaluate", run, mine, "fid", extra_args=("--reference", "train")))
+    for job in ("101", submitting.submit_successor(run, "evaluate", "101"), "7"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        before = len(sent)
+        chain.fill_gaps(run, "fid", [3], (), "", environment.current())
+        account = "theirs" if job == "7" else "mine"  # of an earlier one nothing is known
+        assert [f"--account={account}" in argv for argv in sent[before:]] == [True, True]
+        assert ("--qos=long" in sent[before]) == (job != "7")

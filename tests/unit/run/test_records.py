@@ -94,3 +94,23 @@ def test_a_run_json_that_was_changed_is_not_trusted_unless_it_was_never_signed(t
         read_run(run)
     run.run_json.write_text(json.dumps(record))
     assert read_run(run) == record
+
+
+def test_a_job_is_its_id_in_words_however_an_event_has_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    EventLog(run, "18", 0, "n1", prefix="submit-").append("submitted", successor_of=17)
+    sign = {"job": 16, "restart": 0, "time": BEAT["time"]}
+    EventLog(run, "17", 0, "n1").append("requeued", job=17, last_sign=sign)
+    events, damage = read_events_and_damage(run)
+    assert [(e["job"], e.get("successor_of")) for e in events] == [("17", None), ("18", "17")] and damage == []
+    assert events[0]["last_sign"]["job"] == "16"
+
+
+@pytest.mark.parametrize(
+    "odd", [{"tasks": "four"}, {"qos": {"normal": 1}}, {"bad_node": 3}, {"run": 1}, {"launch": "gpu"}, {"pid": -1}]
+)
+def test_what_a_submission_tells_is_of_its_kind_or_left_out(tmp_path: Path, odd: dict[str, Any]) -> None:
+    run = RunDir(tmp_path)
+    EventLog(run, "17", 0, "n1", prefix="submit-").append("submitted", **odd)
+    events, damage = read_events_and_damage(run)
+    assert not odd.keys() & events[0].keys() and len(damage) == 1

@@ -1,0 +1,55 @@
+"""Nodes on which lives of a run died by themselves, and whether a job can do without them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+
+from ddpm.run.events import read_events
+from ddpm.run.files import seconds
+from launch.cluster import scheduler
+from launch.cluster.environment import default_partition
+from launch.cluster.job import Job
+from launch.cluster.partitions import partitions
+
+MENDED_AFTER_S = 7 * 86_400
+"""A node that has not been tried for so long may be as good as another."""
+
+
+def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
+    """Whether enough nodes of a partition are left without one: those that are needed, and half of them all."""
+    left = len([other for other in spare if other != node])
+    return node in spare and left >= max(needed, total // 2)
+
+
+def to_avoid(job: Job) -> tuple[str, ...]:
+    """The nodes that a new job of the run is not to have, beside those that its site says.
+
+    None where SLURM does not tell its nodes or the run what befell it, or where the job names those that it wants.
+    """
+    events = []
+    with contextlib.suppress(OSError):
+        events = read_events(job.run)
+    lately = (e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S)
+    bad = list(dict.fromkeys(e["bad_node"] for e in lately))
+    options = job.options()
+    if not bad or "nodelist" in options:
+        return ()
+    site = job.site.at(job.stage)
+    try:
+        default = "" if site.partition else next((p.name for p in partitions().values() if p.is_default), "")
+        partition = (site.partition or default_partition() or default).split(",")[0]
+        total, spare = scheduler.spare_nodes(partition, str(options.get("exclude", "")))
+    except scheduler.SchedulerError:
+        return ()
+    found: list[str] = []
+    for node in bad:
+        if may_do_without(node, total, spare, site.nodes):
+            spare.remove(node)
+            found.append(node)
+    if found:
+        with contextlib.suppress(OSError):  # nobody may read it
+            print(f"{job.stage} job without node {', '.join(found)}: a life of the run died there by itself within a "
+                  f"week", file=sys.stderr, flush=True)  # fmt: skip
+    return tuple(found)

@@ -1,0 +1,96 @@
+"""launch/queue/local.py: what runs in the background on this machine is known as that run's, or ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from launch.queue.job import Job
+
+from ddpm.errors import EnvironmentLacks
+from ddpm.run.events import EventLog
+from ddpm.run.paths import RunDir
+from launch.cluster import environment
+from launch.cluster.site import Site
+from launch.queue import local
+from tests.cli.harness import is_alive, wait_for
+from tests.conftest import PROJECT, requires
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "tiny")
+    for path in (run.checkpoints, run.logs, run.events):
+        path.mkdir(parents=True)
+    return run
+
+
+def pids_of(run: RunDir) -> list[int]:
+    """Processes that have the run's path among their words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(run.path).encode() in words and is_alive(int(path.parent.name)):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_process_that_could_not_be_noted_down_is_ended_and_that_is_said(run: RunDir) -> None:
+    run.events.rmdir()
+    run.events.touch()
+    with pytest.raises(EnvironmentLacks, match=r"events.*ended"):
+        local.start(run, [Job("train", run, Site(cluster="local"))])
+    assert pids_of(run) == []
+
+
+def noted(run: RunDir, **odd: object) -> None:
+    fields = {"stage": "train", "via": "local", "run": str(run.path), "pid": os.getpid(), **odd}
+    EventLog(run, "local-1", 0, environment.host()).append("submitted", **fields)
+
+
+@pytest.mark.parametrize("odd", [{"pid": "x"}, {"pid": None}, {"host": 7}, {"stage": None}])
+def test_a_submission_that_does_not_say_which_process_it_began_tells_of_none(
+    run: RunDir, odd: dict[str, object]
+) -> None:
+    noted(run, **odd)
+    assert local.running(run) is None
+
+
+def started_on(run: RunDir, user: int | None = None) -> subprocess.Popen[bytes]:
+    """Stands there as a process of the run's does, and does nothing."""
+    argv = [sys.executable, "-c", "import time; time.sleep(300)", "-m", "launch.queue.local", str(run.path), "[]"]
+    process = subprocess.Popen(argv, env={**os.environ, "DDPM_JOB": "local-1"}, user=user)
+    noted(run, pid=process.pid)
+    wait_for(lambda: pids_of(run) == [process.pid], "the process")
+    return process
+
+
+def test_a_process_trains_the_run_that_it_was_started_on_and_no_copy_of_it(run: RunDir, tmp_path: Path) -> None:
+    with started_on(run) as process:
+        copy = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
+        found = (local.running(run), local.running(copy))
+        process.kill()
+    assert found == (process.pid, None) and local.running(run) is None
+
+
+def test_a_process_of_another_users_has_the_run_too(run: RunDir) -> None:
+    """Its environment cannot be read, its words can."""
+    requires(os.geteuid() == 0, "other users are needed", "run the tests as root")
+    with tempfile.TemporaryDirectory() as where:
+        Path(where).chmod(0o755)
+        theirs = RunDir(shutil.copytree(run.path, Path(where) / "theirs"))
+        ask = "import sys, pathlib; from ddpm.run.paths import RunDir; from launch.queue import local; "
+        ask += "print(local.running(RunDir(pathlib.Path(sys.argv[1]))))"
+        with started_on(theirs, user=61001) as process:
+            argv = [sys.executable, "-c", ask, str(theirs.path)]
+            done = subprocess.run(argv, user=61002, capture_output=True, text=True, timeout=60, cwd=PROJECT)
+            process.kill()
+        assert done.stdout == f"{process.pid}\n", done.stderr
