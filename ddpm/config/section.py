@@ -6,6 +6,7 @@ Owns: that, for any pydantic model. Must not know: which keys there are (the fil
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, get_origin
 
@@ -77,7 +78,8 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         return unknown_key(key, known)
     message = str(err["msg"]).removeprefix("Value error, ")
     if err["type"] == "value_error":
-        return message if not loc or loc[-1] in message else f"{key} = {message}"
+        is_named = bool(loc) and re.search(rf"\b{re.escape(loc[-1])}\b", message)
+        return message if not loc or is_named else f"{key} = {message}"
     if err["type"] == "model_type":
         return f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults"
     if err["type"] == "tuple_type":

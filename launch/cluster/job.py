@@ -64,7 +64,6 @@ class Job:
     def options(self) -> dict[str, str | bool]:
         """sbatch's long options, but for --array; True is a flag."""
         site = self.site.at(self.stage)
-        lead = site.signal_lead_s if site.time is None else min(site.signal_lead_s, site.time * 60 // 3)
         values: dict[str, Any] = {
             "job-name": f"{self.run.name}-{self.stage}",
             "partition": site.partition,
@@ -83,7 +82,7 @@ class Job:
             "requeue": True,
             "export": "ALL",
             "open-mode": "append",
-            "signal": f"USR2@{lead}",
+            "signal": f"USR2@{site.lead_s}",
             "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.is_array else '%j'}.out"),
             "dependency": f"afterany:{self.after}" if self.after else None,
         }

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from launch.cluster import by_submitit, by_template
 from launch.cluster.answers import Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
 from launch.cluster.job import HOME, Job
+from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import available
 from launch.cluster.slurm_orders import cancel, cancel_waiting, exclude, make_wait, requeue, too_many
@@ -50,6 +51,7 @@ __all__ = [
     "make_wait",
     "max_array_size",
     "mercy",
+    "partitions",
     "patiently",
     "qos_table",
     "queued",

@@ -86,15 +86,20 @@ class Site(Section):
     def is_local(self) -> bool:
         return self.cluster == "local"
 
+    @property
+    def lead_s(self) -> int:
+        """How long before its time limit a job is told to save: at most a third of the limit."""
+        return self.signal_lead_s if self.time is None else min(self.signal_lead_s, self.time * 60 // 3)
+
     def warnings(self) -> list[str]:
         """What would be queued as it is asked for, and is hardly meant."""
         told = []
         for stage in ("train", "sample", "evaluate"):
-            limit = self.at(stage).time
-            if limit is not None and limit * 60 < self.signal_lead_s + LEAST_WORK_S:
+            site = self.at(stage)
+            if site.time is not None and site.time * 60 < site.lead_s + LEAST_WORK_S:
                 told.append(
-                    f"time = {limit} minutes leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work before "
-                    f"they save, {self.signal_lead_s} s before their end (signal_lead_s): ask for more"
+                    f"time = {site.time} minutes leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work "
+                    f"before they save, {site.lead_s} s before their end: ask for more"
                 )
         return list(dict.fromkeys(told))[:1]
 

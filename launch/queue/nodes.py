@@ -11,7 +11,6 @@ from ddpm.run.files import seconds
 from launch.cluster import scheduler
 from launch.cluster.environment import default_partition
 from launch.cluster.job import Job
-from launch.cluster.partitions import partitions
 
 MENDED_AFTER_S = 7 * 86_400
 """A node that has not been tried for so long may be as good as another."""
@@ -38,7 +37,7 @@ def to_avoid(job: Job) -> tuple[str, ...]:
         return ()
     site = job.site.at(job.stage)
     try:
-        default = "" if site.partition else next((p.name for p in partitions().values() if p.is_default), "")
+        default = "" if site.partition else next((p.name for p in scheduler.partitions().values() if p.is_default), "")
         partition = (site.partition or default_partition() or default).split(",")[0]
         total, spare = scheduler.spare_nodes(partition, str(options.get("exclude", "")))
     except scheduler.SchedulerError:

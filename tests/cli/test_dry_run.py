@@ -86,6 +86,7 @@ def test_what_the_help_of_sampling_shows_can_be_asked_of_the_recipe(
 ) -> None:
     run = RunDir(tmp_path)
     shutil.copy(PROJECT / "configs" / f"{words[0]}.yaml", run.config)
+    run.run_json.write_text("{}")
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
     args = sample.parse()
     config = sample.sampling_config(args, run, None)
@@ -236,7 +237,9 @@ def test_the_chain_is_a_training_job_an_array_over_the_shards_and_a_score(shell:
 
 @pytest.mark.parametrize(("limit", "lead"), [("4h", 120), ("6m", 120), ("3m", 60), ("1m", 20)])
 def test_the_early_signal_takes_at_most_a_third_of_a_short_limit(shell: Shell, limit: str, lead: int) -> None:
-    assert f"signal=USR2@{lead}" in sbatch_options(dry_run(shell, "tiny.yaml", "--time", limit), "submitit")[0]
+    done = shell("submit", "tiny.yaml", "--time", limit, "--dry-run")
+    assert f"signal=USR2@{lead}" in sbatch_options(done.stdout, "submitit")[0]
+    assert ("ask for more" in done.stderr) is (limit == "1m"), done.stderr
 
 
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
