@@ -21,9 +21,11 @@ from ddpm.scoring.against import SPLITS, check_file, check_reference
 from ddpm.scoring.record import is_signed, told
 from launch import prepare
 from launch.cluster import environment
-from launch.cluster import site as sites
+from launch.cluster.job import Job, check_path
+from launch.cluster.options import add_options, resolve
+from launch.cluster.settling import settle
 from launch.queue import borrowing, chain, local
-from launch.queue.job import Job, check_path
+from launch.queue.directory import site_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
-    sites.add_options(parser)
+    add_options(parser)
     args = parser.parse_args()
     if (args.run is None) == (args.images is None) and not (args.compare and args.images is None):
         parser.error("give a RUN, or --images with --reference")
@@ -173,9 +175,9 @@ def main() -> int:
     check_reference(config, reference)
     reference = _whole(reference)
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
     check_path(run, site)
-    site = sites.settle(site, dry_run=args.dry_run)
+    site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
     if args.dry_run:

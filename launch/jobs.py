@@ -21,10 +21,10 @@ from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, R
 from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
+from launch.cluster.job import numbers, share
 from launch.life import starting
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
-from launch.queue.job import numbers, share
 from launch.terminal import faults, streams
 
 
@@ -72,7 +72,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
         say(str(error))
         return life.leave(error.exit_code)
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
-    here = life.env.scheduler == "local"
+    here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
     say(text if again and not here else f"failed: {text}")

@@ -1,33 +1,29 @@
-"""What a submission checks and writes before anything is queued: inputs, data, the run directory and its record."""
+"""What a submission checks, packs and fetches before anything is queued."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from ddpm import __version__
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
-from ddpm.data.labels import labels_changed, labels_record
+from ddpm.data.labels import labels_record
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
 from ddpm.run.log import plain
-from ddpm.run.paths import SCHEMA, RunDir
+from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
 from launch.cluster import environment
-from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
+from launch.queue import local
 from launch.queue.chain import ways_on
+from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -103,6 +99,26 @@ def check_existing(run: RunDir, config: Config) -> bool:
     except Incomplete as e:
         raise RequestError(f"{e}. {ways_on(run)}") from None
     return True
+
+
+def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
+    """Whether SLURM has the run's training already.
+
+    Raises RequestError where that goes by another config, or where a process on this machine has the run: it must not
+    change under either.
+    """
+    if (pid := local.running(run)) is not None:
+        raise RequestError(
+            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.name} "
+            f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
+        )
+    jobs = [] if site.is_local else jobs_in_queue(run, "train")
+    if jobs and reading.of_run(run) != config:
+        raise RequestError(
+            f"run {run.name} is in the queue as job {' '.join(jobs)} with {config_differences(run, config)}. "
+            f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
+        )
+    return bool(jobs)
 
 
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
@@ -187,91 +203,3 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "scratch": site.scratch,
     }
     return {"data": record, "labels": labels_record(packed)}
-
-
-def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
-    """Make the run directory whole: built beside its place, then renamed there."""
-    tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
-    try:
-        tmp.mkdir(parents=True)
-        for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
-            (tmp / sub).mkdir()
-        write_bytes(tmp / "config.yaml", config.to_yaml().encode())
-        _write_setup(RunDir(tmp), record)
-        write_json(tmp / "run.json", sign(record))
-        tmp.rename(run.path)
-        fsync_dir(run.path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
-    """A later submission: what it may change (length, intervals, resources), never the mathematics."""
-    old, before, here = read_run(run), data_of(run).get("digest"), record["data"]["digest"]
-    changed = labels_changed(old.get("labels"), record["labels"])
-    if before != here:
-        raise RequestError(
-            f"run {run.name} was trained on other pixels (digest {str(before)[:12]}, now {here[:12]}"
-            + (f"; {changed}" if changed else "")
-            + "); restore the data, or choose another --name"
-        )
-    if changed and config.model.num_classes:
-        raise RequestError(
-            f"run {run.name} was trained on the same images with other labels: {changed}; put them back into the "
-            f"class folders that they were in, or choose another --name"
-        )
-    write_bytes(run.config, config.to_yaml().encode(), replace=True)
-    _write_setup(run, record)
-    kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
-    write_json(run.run_json, sign({**record, **kept}), replace=True)
-
-
-def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
-    """The profile's shell lines, as a file that every batch shell sources."""
-    path = run.path / "setup.sh"
-    if lines := record["launch"].get("setup"):
-        write_bytes(path, ("\n".join(lines) + "\n").encode(), replace=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json; `resolved` is filled in by the first life. inputs: of `prepare_inputs`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "schema": SCHEMA,
-        "name": run.name,
-        "created": now(),
-        "config_digest": config.digest(),
-        "git": _git(),
-        "versions": {
-            "ddpm-hpc": __version__,
-            "python": sys.version.split()[0],
-            **{p: of(p) for p in ("torch", "torchvision", "numpy", "submitit")},
-        },
-        "command": ["python", *sys.argv],
-        "resolved": {},
-        **inputs,
-        "launch": site.model_dump(mode="json", exclude_defaults=True),
-    }
-
-
-def _git() -> str | None:
-    """Commit of the project, with `+dirty` where files differ from it."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

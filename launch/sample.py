@@ -20,10 +20,12 @@ from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch.cluster import environment
-from launch.cluster import site as sites
+from launch.cluster.job import Job, check_path, ranges
+from launch.cluster.options import add_options, resolve
+from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
-from launch.queue.job import Job, check_path, ranges
+from launch.queue.directory import site_of
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
@@ -72,7 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until the shards are done")
     parser.add_argument("--dry-run", action="store_true", help="print the request and the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
-    sites.add_options(parser)
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -139,7 +141,7 @@ def main() -> int:
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = sites.resolve(args, sites.site_of(run).model_dump(exclude_defaults=True), "sample")
+    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "sample")
     check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
@@ -150,7 +152,7 @@ def main() -> int:
         raise RequestError(f"sample set name {set_name!r}: jobs would read it as an option; do not begin with a dash")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
-        site = sites.settle(site, dry_run=True)
+        site = settle(site, dry_run=True)
         print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}")
         print(describe(Job("sample", run, site, set_name, tuple(range(request.shards)))))
         print("# dry run: nothing was written or queued")
@@ -160,7 +162,7 @@ def main() -> int:
 
     missing = shards_to_make(sample_set, request)
     if missing:
-        site = sites.settle(site, dry_run=args.prepare)
+        site = settle(site, dry_run=args.prepare)
     if missing and not args.prepare:
         chain.go_on(run)
     if args.prepare:

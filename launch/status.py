@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.run.events import read_events_and_damage
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import console, follow, standing, streams
 from launch.terminal.overview import Damage, describe
@@ -68,10 +68,10 @@ def _number(value: float | None, form: str) -> str:
 def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
     """Each run, described; whatever befalls one of them, the others are shown."""
     jobs = [job for r in runs for job in slurm_jobs(r, _events(r)[0])]
-    queued: dict[str, slurm.Queued] | None = None
+    queued: dict[str, scheduler.Queued] | None = None
     try:
-        queued = slurm.look_up(jobs) if slurm.available() else None
-    except slurm.SlurmError as e:
+        queued = scheduler.look_up(jobs) if scheduler.available() else None
+    except scheduler.SchedulerError as e:
         print(f"SLURM does not answer: {e}", file=sys.stderr)
     return [describe(r, queued) for r in runs]
 

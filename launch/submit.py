@@ -18,17 +18,17 @@ from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
-from launch.cluster import environment, slurm
-from launch.cluster import site as sites
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
+from launch.cluster.options import add_options, resolve
+from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue import borrowing, chain, local
-from launch.queue.job import Job, check_path
+from launch.queue import borrowing, chain, directory, local
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand, describe
 from launch.queue.turns import turn
-from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow, recipes
 from launch.terminal.results import print_results
 
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="stay until all is done, showing progress")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact job script")
     parser.add_argument("--prepare", action="store_true", help="all but queueing: data, checks, run directory")
-    sites.add_options(parser)
+    add_options(parser)
     return parser.parse_intermixed_args()
 
 
@@ -113,26 +113,6 @@ def check_resources(config: Config, site: Site) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
-    """Whether SLURM has the run's training already.
-
-    Raises RequestError where that goes by another config, or where a process on this machine has the run: it must not
-    change under either.
-    """
-    if (pid := local.running(run)) is not None:
-        raise RequestError(
-            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.name} "
-            f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
-        )
-    jobs = [] if site.is_local else jobs_in_queue(run, "train")
-    if jobs and reading.of_run(run) != config:
-        raise RequestError(
-            f"run {run.name} is in the queue as job {' '.join(jobs)} with {prepare.config_differences(run, config)}. "
-            f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
-        )
-    return bool(jobs)
-
-
 def print_dry_run(config: Config, site: Site, run: RunDir, stages: list[str]) -> None:
     known = config.train.total_steps is not None
     print(f"# run directory: {run.path}")
@@ -159,7 +139,7 @@ def main() -> int:
         recipes.print_table(PROJECT / "configs")
         return 0
     asked, stages = read_command_line(args)
-    site = sites.resolve(args)
+    site = resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
     check_resources(asked, site)
@@ -169,13 +149,13 @@ def main() -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         prepare.check_existing(run, config)
-        print_dry_run(config, sites.settle(site, dry_run=True), run, stages)
+        print_dry_run(config, settle(site, dry_run=True), run, stages)
         return 0
     prepare.check_data(config, stages)
     exists = prepare.check_existing(run, config)
-    site = sites.settle(site, dry_run=False)  # from here on it is about what the environment lacks
+    site = settle(site, dry_run=False)  # from here on it is about what the environment lacks
     if exists:
-        is_at_work(run, config, site)
+        prepare.is_at_work(run, config, site)
     if exists and chain.remaining(run, config, stages) == (False, []) and chain.damage(run) is None:
         print_results(run, config, stages)
         return 0
@@ -206,13 +186,13 @@ def begin(
 ) -> list[str] | Here:
     """Write the run down, and have what is left of it queued or started; job ids."""
     exists = prepare.check_existing(run, config)
-    queued = exists and is_at_work(run, config, site)
+    queued = exists and prepare.is_at_work(run, config, site)
     train, left = what_is_left(run, config, stages) if exists else (True, stages)
-    record = prepare.describe(config, site, run, inputs)
+    record = directory.describe(config, site, run, inputs)
     if not exists:
-        prepare.create_run(run, config, record)
+        directory.create_run(run, config, record)
     elif not queued:
-        prepare.update_run(run, config, record)
+        directory.update_run(run, config, record)
         chain.lift_stop(run)
     print(f"run: {run.path}")
     if prepare_only:
@@ -223,7 +203,7 @@ def begin(
         return Here(*local.start(run, jobs))
     try:
         ids, told = chain.queue(jobs, config)
-    except slurm.NoAnswer:
+    except scheduler.NoAnswer:
         raise  # with a job in the queue, perhaps, which needs the directory
     except Exception:
         if not exists:

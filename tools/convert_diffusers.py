@@ -24,6 +24,7 @@ from ddpm.run.paths import RunDir, check_name  # noqa: E402
 from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
 from launch.cluster.site import Site  # noqa: E402
+from launch.queue import directory  # noqa: E402
 from launch.terminal import console  # noqa: E402
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
     data = {"cache": str(cache / "data"), "key": None, "digest": None, "num_images": None, "scratch": None}
     tmp = RunDir(path.with_name(f"{TMP_PREFIX}{path.name}.converted.{os.getpid()}"))
     try:
-        prepare.create_run(tmp, config, prepare.describe(config, site, RunDir(path), {"data": data}))
+        directory.create_run(tmp, config, directory.describe(config, site, RunDir(path), {"data": data}))
         fence = Fence(tmp, {}, wait_s=0)
         saver = Checkpointer(
             tmp,

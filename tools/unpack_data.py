@@ -17,7 +17,8 @@ from ddpm.errors import RequestError  # noqa: E402
 from ddpm.run.files import TMP_PREFIX, read_signed  # noqa: E402
 from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
-from launch.cluster.site import Site, load_profile  # noqa: E402
+from launch.cluster.options import load_profile  # noqa: E402
+from launch.cluster.site import Site  # noqa: E402
 from launch.terminal import console  # noqa: E402
 
 EXAMPLES = """examples:

@@ -6,6 +6,8 @@ time, so that no set has to fit in memory. What is done with the pixels is packe
 
 from __future__ import annotations
 
+import errno
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,8 +31,11 @@ RESIZE = {"crop": "centre square", "filter": "lanczos"}
 MAX_IMAGE_BYTES = 256 << 20
 """Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
 PIECE_BYTES = 1 << 16
-FOR_GOOD = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Why a file cannot be read, and will not be the next time; anything else that a file system says may be over then."""
+PASSING = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+     errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
+)  # fmt: skip
+"""What a file system says that may be over in a moment, and tells nothing of the picture."""
 SHOWN = 20
 """Damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -60,9 +65,17 @@ class Source:
         if self.kind == "zip" and self.path is not None:
             return sha256_file(self.path)
         if self.kind == "folder" and self.path is not None:
-            stats = ((name, (self.path / name).stat()) for names in self.members.values() for name in names)
+            stats = ((name, _stat(self.path / name)) for names in self.members.values() for name in names)
             return sha256_json([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
         return self.kind
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Of what a link leads to; of the link itself where that is nowhere."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return path.lstat()
 
 
 def digits() -> Source:
@@ -80,8 +93,28 @@ def folder_or_zip(path: Path) -> Source:
     Raises RequestError where there are none.
     """
     if path.is_dir():
-        return _from_names("folder", path, (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+        return _from_names("folder", path, _files_in(path))
     return _from_names("zip", path, zip_names(path))
+
+
+def _files_in(path: Path) -> Iterator[str]:
+    """Files below a folder, through links to other folders as well; not through one that leads back to where it lies.
+
+    Raises RequestError for a folder that cannot be looked into: its images would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise RequestError(f"data.path = {path}: {error.filename}: {error.strerror}; make it readable, or remove it")
+
+    for folder, below, files in os.walk(path, followlinks=True, onerror=refuse):
+        here = Path(folder)
+        links = [name for name in below if (here / name).is_symlink()]
+        back = {name for name in links if here.resolve().is_relative_to((here / name).resolve())}
+        below[:] = sorted(set(below) - back)
+        for name in files:
+            there = here / name
+            if there.is_file() or there.is_symlink():  # one that leads nowhere is named when it is read
+                yield there.relative_to(path).as_posix()
 
 
 def zip_names(path: Path) -> list[str]:
@@ -171,8 +204,8 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
                 with archive.open(name) if archive else (source.path / name).open("rb") as file:
                     raw = _all_of(file)
             except OSError as e:
-                if not isinstance(e, FOR_GOOD):
-                    raise  # the file system's fault, and over in a moment: the picture may be good
+                if e.errno in PASSING:
+                    raise
                 how.damaged[name] = e.strerror or str(e)
                 continue
             except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes

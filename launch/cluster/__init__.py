@@ -1,4 +1,6 @@
-"""The machine: what this process was started as, what SLURM says, what the site is like.
+"""The cluster: what this process was started as, what the site is like, and all that is known of its scheduler.
 
-Must not know how jobs of ours are made, or what they do.
+Owns what a job of ours asks for, how it is queued, and every question and order to SLURM. The others come in by
+scheduler.py; another scheduler is another set of these files behind it (slurm*, by_*, reasons, partitions), and of the
+templates in slurm/. Must not know which jobs a run needs (launch/queue/), or what a job does (launch/life/).
 """

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
-import struct
-import subprocess
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +17,8 @@ from ddpm.run.events import EventLog
 from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
+from launch.cluster.addresses import first_node_address
 
-SIOCGIFADDR = 0x8915
 PROJECT = Path(__file__).resolve().parents[2]
 OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"
 """What a user can do where packed data cannot be written."""
@@ -47,6 +44,11 @@ class JobEnvironment:
     since: str
     """When this life of the job got its nodes."""
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a scheduler has started this job, and can put it back."""
+        return self.scheduler != "local"
+
     def events(self, run: RunDir) -> EventLog:
         return EventLog(run, self.job, self.restart, self.host, since=self.since)
 
@@ -54,7 +56,8 @@ class JobEnvironment:
         return {"job": self.job, "restart": self.restart, "host": self.host}
 
 
-def under_slurm() -> bool:
+def is_scheduled() -> bool:
+    """Whether this process is in a job of the scheduler's."""
     return "SLURM_JOB_ID" in os.environ
 
 
@@ -105,7 +108,7 @@ def current() -> JobEnvironment:
             rank,
             world_size,
             int(env.get("SLURM_LOCALID", "0")) if in_step else 0,
-            _first_node_address(env) if world_size > 1 else here,
+            first_node_address(env) if world_size > 1 else here,
             _port(job, restart),
             _cpus_of_rank(env) if in_step else 1,
             int(array[1]) if array[1] else None,
@@ -144,40 +147,6 @@ def _cpus_of_rank(env: os._Environ[str]) -> int:
 def _port(job: str, restart: int) -> int:
     """A rendezvous port below the ephemeral range, different for each life: an orphan cannot answer for its heir."""
     return 10_000 + zlib.crc32(f"{job}.{restart}".encode()) % 20_000
-
-
-def _first_node_address(env: os._Environ[str]) -> str:
-    """The address of rank 0's node, which is the first of the step's node list."""
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]: the first of each
-    try:
-        return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
-    except OSError:
-        pass
-    # a cluster whose node names do not resolve: slurmctld knows their addresses, srun the one it started from
-    try:
-        shown = subprocess.run(["scontrol", "show", "node", "-o", first], capture_output=True, text=True, timeout=20)
-        if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
-            return str(socket.getaddrinfo(match.group(1), None, socket.AF_INET)[0][4][0])
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
-
-
-def interface_towards(address: str) -> str | None:
-    """The network interface by which this node reaches another one, or itself; None where that cannot be said.
-
-    A host's own name often resolves to 127.0.1.1, which nobody else reaches.
-    """
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((address, 9))  # of a datagram: nothing is sent
-        own = s.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                answer = fcntl.ioctl(s.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(answer[20:24]) == own:
-                    return name
-    return None
 
 
 def runs_root(option: str | None) -> Path:

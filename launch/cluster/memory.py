@@ -10,11 +10,11 @@ from ddpm.config.train import divisors
 from ddpm.config.unet_shape import Structure
 from ddpm.errors import RequestError
 from launch.cluster.site import Site
+from launch.cluster.values import memory_bytes
 
 NO_GPU, NO_GPU_HAS = "no GPU has", 1 << 40
 LARGE_GPU = 80 << 30
 """Bytes; most are smaller."""
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def check_batch(config: Config, site: Site) -> str | None:
@@ -51,10 +51,9 @@ def _memory(site: Site) -> tuple[int, str]:
     if site.is_local:
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return whole // site.ranks_per_node, "a rank's share of this machine is"
-    if site.mem is None or int(site.mem.rstrip("KMGTkmgt")) == 0:  # 0: all of the node
+    if site.mem is None or memory_bytes(site.mem) == 0:  # 0: all of the node
         return NO_GPU_HAS, "no node has for a rank"
-    unit = UNITS.get(site.mem[-1].upper(), 1 << 20)
-    return int(site.mem.rstrip("KMGTkmgt")) * unit // site.ranks_per_node, f"a rank's share of --mem {site.mem} is"
+    return memory_bytes(site.mem) // site.ranks_per_node, f"a rank's share of --mem {site.mem} is"
 
 
 def _gib(size: int) -> str:

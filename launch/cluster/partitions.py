@@ -21,7 +21,7 @@ class Partition:
 
 
 def partitions() -> dict[str, Partition]:
-    """Every partition, hidden ones too. Raises SlurmError."""
+    """Every partition, hidden ones too. Raises SchedulerError."""
     found: dict[str, Partition] = {}
     for line in slurm.run(["sinfo", "-a", "-h", "-o", "%P|%G|%l"], timeout_s=10).splitlines():
         shown, gres, limit = (*line.split("|"), "", "")[:3]

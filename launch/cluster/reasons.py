@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cluster.slurm import Queued
+from launch.cluster.answers import Queued
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
-from launch.cluster.slurm import Mercy, Shown
+from launch.cluster.scheduler import Mercy, Shown
 
 MAX_RETRIES = 3
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
+from launch.cluster.job import ranges
 from launch.life import preemption
 from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
-from launch.queue.job import ranges
 from launch.queue.waiting import mercy_for
 
 
@@ -37,7 +37,7 @@ class Life:
         self._mark(shard_marker(self.run, self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
-        if self.env.rank == 0 and self.env.scheduler == "slurm":
+        if self.env.rank == 0 and self.env.is_scheduled:
             with contextlib.suppress(OSError):  # of an exit code srun has one too; without a shard there is no progress
                 self.run.logs.mkdir(exist_ok=True)
                 path.write_text(text)
@@ -46,7 +46,7 @@ class Life:
         self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
     ) -> int | None:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
-        if reason == "preempted" and self.env.rank == 0 and self.env.scheduler == "slurm":
+        if reason == "preempted" and self.env.rank == 0 and self.env.is_scheduled:
             self._if_cancelled()
         code = preemption.after_stop(
             self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)
@@ -61,13 +61,13 @@ class Life:
         SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
         """
         job, stage = self.env.job, environment.stage()
-        with contextlib.suppress(slurm.SlurmError, OSError):
-            shown = slurm.show(job, timeout_s=5)
+        with contextlib.suppress(scheduler.SchedulerError, OSError):
+            shown = scheduler.show(job, timeout_s=5)
             if shown is None or shown.state not in ("COMPLETING", "CANCELLED") or shown.preempted:
                 return
             if not last_words(self.run, stage, self.env).cancelled:
                 return
-            took = slurm.followers(job) if stage == "train" else []
+            took = scheduler.followers(job) if stage == "train" else []
             what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
             say(f"cancelled by scancel{what}")
             # first the word: this process is killed in a moment
@@ -75,7 +75,7 @@ class Life:
                 "cancelled", world_size=self.env.world_size, step=self.run.latest_step(), stage=stage, with_it=took
             )
             if took:
-                slurm.cancel(took)
+                scheduler.cancel(took)
 
 
 def begin(run: RunDir) -> Life:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -32,7 +32,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._under_slurm = environment.under_slurm()
+        self._scheduled = environment.is_scheduled()
         self._stop_file: Path | None = None
         self._polled_at = 0.0
 
@@ -41,7 +41,7 @@ class StopFlag:
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR2, lambda *_: self._set("time_limit"))
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
-        if not self._under_slurm:
+        if not self._scheduled:
             signal.signal(signal.SIGINT, self._on_term)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
                 # a terminal that closes may say so twice, by its shell and by the kernel
@@ -64,9 +64,9 @@ class StopFlag:
         self._stop_file = stop_file
 
     def _on_term(self, signum: int, _: FrameType | None) -> None:
-        if not self._under_slurm and self.reason is not None:
+        if not self._scheduled and self.reason is not None:
             os._exit(128 + signum)  # asked twice: leave at once
-        self._set("preempted" if self._under_slurm else "interrupted")
+        self._set("preempted" if self._scheduled else "interrupted")
 
     def _set(self, reason: str) -> None:
         if self.reason is None or reason == "time_limit":  # the last word: SLURM requeues nobody at the time limit
@@ -94,7 +94,7 @@ def after_stop(
     say: Callable[[str], None],
     share: Callable[[Any], Any],
     alive: Callable[[], None],
-    ask: Callable[[], slurm.Mercy],
+    ask: Callable[[], scheduler.Mercy],
 ) -> int | None:
     """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
 
@@ -104,7 +104,7 @@ def after_stop(
     """
     if reason == "STOP":
         return 0
-    if env.scheduler != "slurm" or reason == "time_limit":
+    if not env.is_scheduled or reason == "time_limit":
         return EXIT_REQUEUE
     is_main = env.rank == 0
     mercy = share(ask() if is_main else None)

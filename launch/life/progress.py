@@ -7,8 +7,8 @@ from pathlib import Path
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import read_request, shard_range
+from launch.cluster.job import numbers
 from launch.life.life import shard_marker
-from launch.queue.job import numbers
 
 
 def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:

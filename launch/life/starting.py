@@ -11,7 +11,7 @@ from ddpm.errors import DoNotRetry
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import Request
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.life.life import Life
 from launch.queue import borrowing
 from launch.queue.chain import call_off, nothing_to_train
@@ -41,8 +41,8 @@ def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
         return config, ensure_request(life.run, config, set_name)
     except DoNotRetry as e:
         took: list[str] = []
-        if life.env.scheduler == "slurm" and life.env.rank == 0:
-            with contextlib.suppress(slurm.SlurmError):
+        if life.env.is_scheduled and life.env.rank == 0:
+            with contextlib.suppress(scheduler.SchedulerError):
                 took = call_off(life.env.job)
         raise DoNotRetry(f"{e}" + (f". Cancelled, as it was to follow: job {' '.join(took)}" if took else "")) from None
 
@@ -59,9 +59,9 @@ def _note_allocation(life: Life) -> None:
     """
     run, env = life.run, life.env
     shown = None
-    if env.scheduler == "slurm" and env.restart > 0:
-        with contextlib.suppress(slurm.SlurmError):
-            shown = slurm.show(env.job, timeout_s=5)
+    if env.is_scheduled and env.restart > 0:
+        with contextlib.suppress(scheduler.SchedulerError):
+            shown = scheduler.show(env.job, timeout_s=5)
     former = {"former_life_ended": shown.queued_at} if shown and shown.queued_at else {}
     try:
         env.events(run).append("allocated", world_size=env.world_size, step=run.latest_step(), **former)

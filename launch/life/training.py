@@ -23,13 +23,13 @@ from ddpm.run.records import read_run
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
-from launch.cluster import environment, slurm
+from launch.cluster import addresses, environment, scheduler
 from launch.cluster.environment import JobEnvironment
-from launch.cluster.site import site_of
 from launch.life import devices, inputs
 from launch.life.life import Life
 from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
+from launch.queue.directory import site_of
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -38,7 +38,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     devices.one_device(env)  # a rank without one must not let the others wait for it
     site = site_of(run)
     timeout_s = site.rank_timeout_s
-    if env.scheduler == "slurm" and env.world_size > 1:
+    if env.is_scheduled and env.world_size > 1:
         _choose_network(site.network_interface, env.master_addr)
     world = ranks.join(
         rank=env.rank,
@@ -81,7 +81,7 @@ def _choose_network(asked: str | None, rank_0: str) -> None:
     """By which interface gloo listens; NCCL finds its own unless one is asked for."""
     if asked:
         environment.set_defaults(NCCL_SOCKET_IFNAME=asked)
-    if name := asked or environment.interface_towards(rank_0):
+    if name := asked or addresses.interface_towards(rank_0):
         environment.set_defaults(GLOO_SOCKET_IFNAME=name)
 
 
@@ -104,14 +104,14 @@ def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
-    if env.scheduler != "slurm" or not str(other.get("job", ""))[:1].isdigit():
+    if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
-        shown = slurm.show(str(other["job"]))
+        shown = scheduler.show(str(other["job"]))
         return shown is None or shown.state not in ("RUNNING", "COMPLETING", "SUSPENDED")
-    except slurm.SlurmError:
+    except scheduler.SchedulerError:
         return False
 
 

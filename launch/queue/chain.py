@@ -15,11 +15,12 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from launch.cluster import slurm
+from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
-from launch.cluster.site import Site, site_of
+from launch.cluster.job import Job, ranges
+from launch.cluster.site import Site
 from launch.queue import local, sets
-from launch.queue.job import Job, ranges
+from launch.queue.directory import site_of
 from launch.queue.submitting import sent_tasks, sent_where, submit, why_it_waits
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue, slurm_jobs
@@ -64,12 +65,12 @@ def nothing_to_train(run: RunDir, config: Config) -> str | None:
 
 
 def is_training(run: RunDir) -> bool:
-    """Whether jobs of SLURM or of this machine have it. Raises SlurmError."""
+    """Whether jobs of SLURM or of this machine have it. Raises SchedulerError."""
     return local.running(run) is not None or bool(jobs_in_queue(run, "train"))
 
 
 def go_on(run: RunDir) -> None:
-    """Lift STOP for what is to follow now. RequestError where it is there to end a training at work; SlurmError."""
+    """Lift STOP for what is to follow now. RequestError where it is there to end a training at work; SchedulerError."""
     if not run.stop_file.exists():
         return
     if is_training(run):
@@ -136,11 +137,11 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
                     raise
         # the later ones wait for the first, whatever they ask for
         waits = why_it_waits(new[0], jobs[0].stage) if ids and ids[0] == new[:1] else ""
-    except slurm.NoAnswer:
+    except scheduler.NoAnswer:
         raise
     except Exception:
         if new:
-            slurm.cancel(new)
+            scheduler.cancel(new)
         raise
     for job, mine in zip(jobs, ids, strict=False):
         how = "queued" if mine[0] in new else "in the queue already"
@@ -162,12 +163,12 @@ def _with_room(jobs: list[Job], ids: list[list[str]], new: list[str], refusal: s
     None where that is not what stands in the way.
     """
     before = jobs[len(ids) - 1] if ids else None
-    if before is None or ids[-1][0] not in new or before.site.tasks != "auto" or not slurm.too_many(refusal):
+    if before is None or ids[-1][0] not in new or before.site.tasks != "auto" or not scheduler.too_many(refusal):
         return None
     tasks = sent_tasks(before.run, ids[-1][0])
     if tasks < 2:
         return None
-    slurm.cancel(ids.pop())
+    scheduler.cancel(ids.pop())
     new.pop()
     at = len(ids)
     return [*jobs[:at], before.with_tasks(tasks // 2), *jobs[at + 1 :]]
@@ -182,7 +183,7 @@ def tasks_told(job: Job, job_id: str) -> str:
 
 
 def _in_queue(job: Job, config: Config) -> list[str]:
-    """Jobs that SLURM has and that do what `job` would. Raises SlurmError."""
+    """Jobs that SLURM has and that do what `job` would. Raises SchedulerError."""
     if job.stage == "evaluate":
         return evaluations_in_queue(job.run, job.set_name, config.evaluate, default=config.evaluate)
     return jobs_in_queue(job.run, job.stage, job.set_name)
@@ -197,7 +198,7 @@ def fill_gaps(
     "ROUND:MISSING" of the round before.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
-    if env.scheduler != "slurm":
+    if not env.is_scheduled:
         raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}): {repair}")
     if run.stop_file.exists():
         raise DoNotRetry(
@@ -238,17 +239,17 @@ def fill_gaps(
 def cancelled_samples(run: RunDir, set_name: str) -> str | None:
     """The job that last made shards of a set, if its owner cancelled it or a task of it."""
     jobs = slurm_jobs(run, read_events(run), "sample", set_name)
-    return jobs[-1] if jobs and slurm.any_cancelled(jobs[-1]) else None
+    return jobs[-1] if jobs and scheduler.any_cancelled(jobs[-1]) else None
 
 
 def call_off(job: str) -> list[str]:
     """Cancel what follows `job`, and the tasks of its own array that have not begun: there is nothing for them to go on
-    from. Returns what followed. Raises SlurmError.
+    from. Returns what followed. Raises SchedulerError.
     """
-    found = slurm.followers(job)
+    found = scheduler.followers(job)
     if found:
-        slurm.cancel(found)
+        scheduler.cancel(found)
     base, _, task = job.partition("_")
     if task:
-        slurm.cancel_waiting(base)
+        scheduler.cancel_waiting(base)
     return found

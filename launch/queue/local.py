@@ -22,7 +22,7 @@ from ddpm.errors import EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
-from launch.queue.job import Job
+from launch.cluster.job import Job
 from launch.queue.waiting import is_of
 
 

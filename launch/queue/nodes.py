@@ -8,10 +8,9 @@ import time
 
 from ddpm.run.events import read_events
 from ddpm.run.files import seconds
-from launch.cluster import slurm
+from launch.cluster import scheduler
 from launch.cluster.environment import default_partition
-from launch.cluster.partitions import partitions
-from launch.queue.job import Job
+from launch.cluster.job import Job
 
 MENDED_AFTER_S = 7 * 86_400
 """A node that has not been tried for so long may be as good as another."""
@@ -38,10 +37,10 @@ def to_avoid(job: Job) -> tuple[str, ...]:
         return ()
     site = job.site.at(job.stage)
     try:
-        default = "" if site.partition else next((p.name for p in partitions().values() if p.is_default), "")
+        default = "" if site.partition else next((p.name for p in scheduler.partitions().values() if p.is_default), "")
         partition = (site.partition or default_partition() or default).split(",")[0]
-        total, spare = slurm.spare_nodes(partition, str(options.get("exclude", "")))
-    except slurm.SlurmError:
+        total, spare = scheduler.spare_nodes(partition, str(options.get("exclude", "")))
+    except scheduler.SchedulerError:
         return ()
     found: list[str] = []
     for node in bad:

@@ -10,33 +10,22 @@ from __future__ import annotations
 import contextlib
 import shlex
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
-from launch.cluster import site as sites
-from launch.cluster.reasons import explain
+from launch.cluster import environment, scheduler
+from launch.cluster.job import Job
 from launch.cluster.site import Site
-from launch.queue import by_submitit, by_template, local, nodes
-from launch.queue.job import HOME, Job
-
-
-class Way(Protocol):
-    """How jobs come into the queue: one of the modules by_*."""
-
-    def describe(self, job: Job) -> str: ...
-    def submit(self, job: Job) -> str: ...
-
-
-WAYS: dict[str, Way] = {"submitit": by_submitit, "sbatch": by_template}
+from launch.queue import local, nodes
+from launch.queue.directory import of_record
 
 
 def describe(job: Job) -> str:
     """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
     if not job.site.is_local:
-        return WAYS[job.site.via].describe(fitting(job))
+        return scheduler.describe(fitting(job))
     commands = local.stage_commands(job)
     lines = [shlex.join(command) for command in commands[:2]]
     return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
@@ -44,17 +33,13 @@ def describe(job: Job) -> str:
 
 def by_hand(job: Job) -> str:
     """What a person types, in any directory, to queue `job`."""
-    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
-    return f"{home} {shlex.join(by_template.command(fitting(job)))}"
+    return scheduler.by_hand(fitting(job))
 
 
 def fitting(job: Job) -> Job:
     """The job as this cluster, and what the run has seen of it, want it: no more tasks than an array may have, and
     without nodes on which lives of the run died by themselves."""
-    if not slurm.available():
-        return job
-    job = job.with_tasks(slurm.max_array_size()) if job.is_array else job
-    return replace(job, without=nodes.to_avoid(job))
+    return replace(scheduler.fitting(job), without=nodes.to_avoid(job)) if scheduler.available() else job
 
 
 def submit(job: Job) -> str:
@@ -67,7 +52,7 @@ def submit(job: Job) -> str:
         try:
             return _submit(job)
         except RequestError as e:
-            if job.num_tasks == 1 or not slurm.too_many(str(e)):
+            if job.num_tasks == 1 or not scheduler.too_many(str(e)):
                 raise
             job = job.with_tasks(job.num_tasks // 2)
 
@@ -76,25 +61,25 @@ def _submit(job: Job) -> str:
     options = job.options()
     kept = {k: v for k, v in options.items() if k != "dependency"}
     try:
-        job_id = WAYS[job.site.via].submit(job)
-    except (slurm.NoAnswer, slurm.NoJobId) as e:
-        raise slurm.NoAnswer(
+        job_id = scheduler.submit(job)
+    except (scheduler.NoAnswer, scheduler.NoJobId) as e:
+        raise scheduler.NoAnswer(
             f"no clear answer from SLURM, which may have queued the {job.stage} job all the same: {e}\n"
             f"Once it answers, look with squeue --me --name {options['job-name']}, scancel what that shows, and submit "
             f"again to go on"
         ) from None
-    except slurm.SlurmError as e:
+    except scheduler.SchedulerError as e:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     try:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.stage == "evaluate":  # which may have shards made
             more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
-        if table := slurm.qos_table():  # for nodes that cannot ask
+        if table := scheduler.qos_table():  # for nodes that cannot ask
             more["qos"] = table
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
                    args=list(job.extra_args), **more)  # fmt: skip
     except Exception:  # a job that nobody could find again
-        slurm.cancel([job_id])
+        scheduler.cancel([job_id])
         raise
     return job_id
 
@@ -105,7 +90,7 @@ def submit_alone(job: Job) -> tuple[str, str]:
     try:
         return job_id, "" if job.after else why_it_waits(job_id, job.stage)
     except RequestError:
-        slurm.cancel([job_id])
+        scheduler.cancel([job_id])
         raise
 
 
@@ -115,10 +100,10 @@ def why_it_waits(job_id: str, stage: str) -> str:
     Raises RequestError where SLURM has taken a request that it will never start.
     """
     try:
-        found = slurm.look_up([job_id]).get(job_id)
-    except slurm.SlurmError:
+        found = scheduler.look_up([job_id]).get(job_id)
+    except scheduler.SchedulerError:
         return ""
-    wait = explain(job_id, found) if found else None
+    wait = scheduler.explain(job_id, found) if found else None
     if wait is None or not (wait.next_step or wait.start):
         return ""
     if wait.never:
@@ -134,7 +119,7 @@ def sent_tasks(run: RunDir, job_id: str) -> int:
 def sent_where(run: RunDir, job_id: str) -> Site | None:
     """What an evaluation was submitted with; None where its event does not say."""
     try:
-        return sites.of_record(_submission(run, job_id)["launch"], f"the submission of job {job_id}")
+        return of_record(_submission(run, job_id)["launch"], f"the submission of job {job_id}")
     except (KeyError, TypeError, RequestError):
         return None
 
@@ -151,7 +136,7 @@ def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **f
 
 
 def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> str:
-    """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SlurmError.
+    """Where requeue is forbidden: submit what `job` was submitted with once more, by template. Raises SchedulerError.
 
     avoided: nodes that it is not to have.
 
@@ -161,7 +146,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     options = {**(told.get("options") or _as_it_is(job)), **({"exclude": avoided} if avoided else {})}
     record = {"set": told.get("set", environment.sample_set()), "options": options, "args": told.get("args") or []}
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
-    new = by_template.submit_again(stage, {"export": "ALL", **options}, args)
+    new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
                    **record, **{k: told[k] for k in ("qos", "launch") if k in told})  # fmt: skip
@@ -169,9 +154,9 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
 
 
 def _as_it_is(job: str) -> dict[str, str | bool]:
-    """sbatch options that ask for what the job has in which this runs. Raises SlurmError."""
+    """sbatch options that ask for what the job has in which this runs. Raises SchedulerError."""
     options: dict[str, str | bool] = {**environment.allocation()}
-    if shown := slurm.show(job):
+    if shown := scheduler.show(job):
         told: dict[str, str | bool] = {"time": shown.time_limit, "no-requeue": not shown.may_requeue}
         options |= {key: value for key, value in told.items() if value}
     return options

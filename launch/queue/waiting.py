@@ -10,7 +10,7 @@ from typing import Any
 from ddpm.config.sample import Evaluate
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import slurm
+from launch.cluster import scheduler
 
 EVALUATION = ("reference", "extractor")
 """What an evaluation may be told otherwise than its run's config has it."""
@@ -19,7 +19,7 @@ COMPLETING_AT_MOST_S = 60.0
 
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
-    """Job ids of this stage that SLURM has. Raises SlurmError."""
+    """Job ids of this stage that SLURM has. Raises SchedulerError."""
     return _in_queue(slurm_jobs(run, read_events(run), stage, set_name))
 
 
@@ -32,7 +32,7 @@ def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
 
 
 def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: Evaluate) -> list[str]:
-    """Job ids of the evaluations of a set, by that extractor against that reference, that SLURM has. Raises SlurmError.
+    """Job ids of the evaluations of a set, by that extractor against that reference, that SLURM has. SchedulerError.
 
     default: the config's, which is meant where a job was told of none.
     """
@@ -54,11 +54,11 @@ def _in_queue(jobs: list[str]) -> list[str]:
     A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.
     One that stays so, as on a node that is out of reach, counts as gone; should it come back, the run is locked.
     """
-    if not jobs or not slurm.available():
+    if not jobs or not scheduler.available():
         return []
     asked_at, polls = time.monotonic(), 0
     while True:
-        states = slurm.queued(jobs)
+        states = scheduler.queued(jobs)
         ending = [job for job, state in states.items() if state == "COMPLETING"]
         if not ending or time.monotonic() - asked_at > COMPLETING_AT_MOST_S:
             return [job for job in states if job not in ending]
@@ -81,7 +81,7 @@ def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = No
     return list(dict.fromkeys(e["job"] for e in wanted))
 
 
-def mercy_for(run: RunDir, job: str) -> slurm.Mercy:
+def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
     """What SLURM does with a job of the run when it takes its nodes, by what is known here and was at submission."""
     base = job.partition("_")[0]
     try:
@@ -89,4 +89,4 @@ def mercy_for(run: RunDir, job: str) -> slurm.Mercy:
     except OSError:
         told = []
     table = told[-1].get("qos") if told else None
-    return slurm.mercy(job, table if isinstance(table, dict) else {})
+    return scheduler.mercy(job, table if isinstance(table, dict) else {})

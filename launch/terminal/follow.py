@@ -11,7 +11,7 @@ from typing import Any
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_heartbeat
-from launch.cluster import slurm
+from launch.cluster import scheduler
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import streams
 
@@ -96,8 +96,8 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
         while quiet < 3:  # a job that comes back is away for a moment
             known |= set(slurm_jobs(run, read_events(run)))
             try:
-                states = slurm.queued(sorted(known))
-            except slurm.SlurmError:
+                states = scheduler.queued(sorted(known))
+            except scheduler.SchedulerError:
                 time.sleep(POLL_S)
                 continue
             ending = ending + 1 if set(states.values()) == {"COMPLETING"} else 0

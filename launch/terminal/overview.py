@@ -16,7 +16,7 @@ from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
-from launch.cluster.slurm import Queued
+from launch.cluster.scheduler import Queued
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import faults, goodput, standing
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cluster.reasons import Wait, explain
-from launch.cluster.slurm import Queued
+from launch.cluster.scheduler import Queued, Wait, explain
 
 LATER = ("sample", "evaluate")
 BETWEEN = ("allocated", "checkpoint")

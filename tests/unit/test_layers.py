@@ -24,8 +24,12 @@ TOPS = ("ddpm", "launch", "tools")
 FOREIGN = ("SLURM", "squeue", "scontrol", "scancel", "sbatch", "DDPM_", "launch/")
 """What ddpm/ has no word of, in comments and messages either: whoever starts it says these."""
 COMMANDS = ("sbatch", "scontrol", "squeue", "scancel", "sinfo", "sacct", "sacctmgr", "srun")
-WHO_COMMANDS = ("launch/cluster/", "launch/queue/by_")
-"""The only places in launch/ where a command of the scheduler's is put together."""
+WHO_COMMANDS = ("launch/cluster/",)
+"""The only place in launch/ where a command of the scheduler's is put together."""
+BEHIND = tuple(f"launch.cluster.{name}" for name in ("slurm", "by_", "reasons", "partitions"))
+"""How the names of the modules begin that stand behind launch/cluster/scheduler.py, by which alone others come in."""
+SCHEDULERS = ("slurm",)
+"""Names that only launch/cluster/ compares anything with: the others ask whether a job is scheduled."""
 LINES = {"file": 250, "function": 60}
 """What fits in a head, and on a screen; told, not demanded."""
 
@@ -139,6 +143,24 @@ def commands_elsewhere(root: Path) -> list[str]:
     return told
 
 
+def past_the_door(edges: dict[str, set[str]]) -> list[str]:
+    """Imports of what is BEHIND from outside its room: `a -> b`."""
+    outside = [module for module in sorted(edges) if not module.startswith("launch.cluster.")]
+    return [f"{m} -> {n}" for m in outside for n in sorted(edges[m]) if n.startswith(BEHIND)]
+
+
+def compared_elsewhere(root: Path) -> list[str]:
+    """Comparisons with a scheduler's name in launch/ and tools/, but for launch/cluster/: `file: comparison`."""
+    told = []
+    for path in python_files(root, "launch", "tools").values():
+        where = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.MatchValue) and not where.startswith("launch/cluster/"):
+                words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                told += [f"{where}: {ast.unparse(node)}"] if words & set(SCHEDULERS) else []
+    return told
+
+
 def long(path: Path) -> list[str]:
     """The file, and functions of it, that are longer than LINES."""
     text = path.read_text()
@@ -196,6 +218,15 @@ def test_the_schedulers_commands_are_put_together_in_one_place() -> None:
     assert commands_elsewhere(PROJECT) == []
 
 
+def test_whoever_asks_the_scheduler_comes_in_by_one_door() -> None:
+    edges = graph(PROJECT)
+    assert past_the_door(edges) == [] and any(n.startswith(BEHIND) for n in edges["launch.cluster.scheduler"])
+
+
+def test_nobody_else_asks_which_scheduler_it_is() -> None:
+    assert compared_elsewhere(PROJECT) == []
+
+
 def test_slurm_and_configs_are_data() -> None:
     assert not [p for d in ("slurm", "configs") for p in (PROJECT / d).rglob("*.py")]
 
@@ -241,7 +272,7 @@ def test_an_import_from_above_is_noticed(tmp_path: Path) -> None:
         ddpm__config__schema="from ddpm.run import files",
         ddpm__run__files="import launch.status",
         launch__status="from ddpm import api",
-        launch__queue__job="from launch import status",
+        launch__queue__chain="from launch import status",
         launch__cluster__slurm="import tools.unpack_data",
         tools__unpack_data="from launch import status",
         ddpm__api="import ddpm",
@@ -250,7 +281,7 @@ def test_an_import_from_above_is_noticed(tmp_path: Path) -> None:
         "ddpm.run.files -> launch.status",
         "ddpm.run.state -> ddpm.config.schema",
         "launch.cluster.slurm -> tools.unpack_data",
-        "launch.queue.job -> launch.status",
+        "launch.queue.chain -> launch.status",
     ]
 
 
@@ -272,8 +303,35 @@ def test_a_word_of_the_launchers_is_noticed(tmp_path: Path, text: str, word: str
 
 @pytest.mark.parametrize("text", ['["scancel", job]', '["sbatch", *words]', 'run(("srun", "-n1"))'])
 def test_a_command_of_the_schedulers_is_noticed(tmp_path: Path, text: str) -> None:
-    there = tree(tmp_path, launch__queue__chain=text, launch__queue__by_template=text, launch__cluster__slurm=text)
+    there = tree(tmp_path, launch__queue__chain=text, launch__cluster__by_template=text, launch__cluster__slurm=text)
     assert [line.split(":")[0] for line in commands_elsewhere(there)] == ["launch/queue/chain.py"]
+
+
+def test_a_way_around_the_door_is_noticed(tmp_path: Path) -> None:
+    there = tree(
+        tmp_path,
+        launch__status="from launch.cluster import scheduler, slurm",
+        launch__queue__chain="def f():\n    from launch.cluster.by_template import submit\n",
+        launch__cluster__scheduler="from launch.cluster import slurm, by_template",
+        launch__cluster__slurm="",
+        launch__cluster__by_template="",
+        tools__chaos="from launch.cluster.slurm_orders import cancel",
+        launch__cluster__slurm_orders="",
+    )
+    assert past_the_door(graph(there)) == [
+        "launch.queue.chain -> launch.cluster.by_template",
+        "launch.status -> launch.cluster.slurm",
+        "tools.chaos -> launch.cluster.slurm_orders",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['x == "slurm"', 'x.scheduler != "slurm"', 'x in ("local", "slurm")', 'match x:\n    case "slurm":\n        pass'],
+)
+def test_a_comparison_with_a_schedulers_name_is_noticed(tmp_path: Path, text: str) -> None:
+    there = tree(tmp_path, launch__life=text, launch__cluster__environment=text, tools__a='X = "slurm"')
+    assert [line.split(":")[0] for line in compared_elsewhere(there)] == ["launch/life.py"]
 
 
 def test_the_tree_in_the_readme_is_read_by_its_folders() -> None:

@@ -88,7 +88,7 @@ def _leaves_at_once(real: Function) -> Function:
     """after_stop that does not wait for SLURM, which requeues a pre-empted job and ends a cancelled one."""
 
     def after_stop(stop: Any, reason: str, env: Any, *args: Any) -> Any:
-        waits = env.scheduler == "slurm" and reason not in ("time_limit", "STOP")
+        waits = env.is_scheduled and reason not in ("time_limit", "STOP")
         return 0 if waits else real(stop, reason, env, *args)
 
     return after_stop
@@ -129,7 +129,7 @@ MUTANTS = {
     "request-not-verified": Mutant("request-flipped", "ddpm.run.saving", "sha256_json", _as_the_request_says),
     "labels-not-in-the-digest": Mutant("label-changed", "ddpm.data.labels", "labels_digest", _one_for_all),
     "cache-not-verified": Mutant("cache-damaged", "ddpm.data.packed", "open_verified", _mapped_unread),
-    "no-running-guard": Mutant("scancel", "launch.life.supervisor", "slurm.show", _always_running),
+    "no-running-guard": Mutant("scancel", "launch.life.supervisor", "scheduler.show", _always_running),
     "half-a-kernel-is-trusted": Mutant("signal-in-compile", "launch.life.training", "Path.touch", _no_mark),
     "bare-array-id": Mutant("array-task-requeued", "launch.cluster.environment", "current", _array_alone),
     "leaves-in-the-grace-period": Mutant("pre-emptions", "launch.life.preemption", "after_stop", _leaves_at_once),

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from launch.cluster import environment
+from launch.cluster import addresses, environment
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +104,13 @@ def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
 
 
 def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
-    assert environment.interface_towards("127.0.0.1") == "lo"
-    assert environment.interface_towards("no-such-node.invalid") is None
+    assert addresses.interface_towards("127.0.0.1") == "lo"
+    assert addresses.interface_towards("no-such-node.invalid") is None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             s.connect(("192.0.2.1", 9))
         except OSError:
             return  # a machine without a network
         own = s.getsockname()[0]
-    outward = environment.interface_towards("192.0.2.1")
-    assert outward not in (None, "lo") and environment.interface_towards(own) == outward
+    outward = addresses.interface_towards("192.0.2.1")
+    assert outward not in (None, "lo") and addresses.interface_towards(own) == outward

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.cluster import reasons, slurm
+from launch.cluster import reasons, scheduler, slurm
 
 SAID = """\
 18 18 PENDING N/A PartitionTimeLimit
@@ -32,7 +32,7 @@ SAID = """\
 def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, reasons.Wait | None]:
     asked = []
     monkeypatch.setattr(slurm, "run", lambda argv, **_: asked.append(argv) or SAID)
-    found = slurm.look_up([str(job) for job in range(18, 41)])
+    found = scheduler.look_up([str(job) for job in range(18, 41)])
     assert len(asked) == 1  # however many jobs there are
     return {job: reasons.explain(job, told) for job, told in found.items()}
 

@@ -1,4 +1,4 @@
-"""launch/cluster/site.py and partitions.py: what a site's words for GPUs, memory and limits become in a job."""
+"""launch/cluster: what a site's words for GPUs, memory and limits become in a job."""
 
 import argparse
 from pathlib import Path
@@ -8,11 +8,12 @@ import pytest
 
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
-from launch.cluster import site as sites
 from launch.cluster import slurm
+from launch.cluster.job import Job
+from launch.cluster.options import add_options, resolve
 from launch.cluster.partitions import gpus_of, partitions
+from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue.job import Job
 
 SINFO = """\
 gpu*|gpu:a100:4(S:0-1)|1-00:00:00
@@ -35,11 +36,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def resolved(tmp_path: Path, *words: str, profile: str = "", stage: str = "train", **base: Any) -> Site:
     parser = argparse.ArgumentParser()
-    sites.add_options(parser)
+    add_options(parser)
     if profile:
         (tmp_path / "site.yaml").write_text(profile)
         words = (*words, "--profile", str(tmp_path / "site.yaml"))
-    return sites.resolve(parser.parse_args(list(words)), base, stage)
+    return resolve(parser.parse_args(list(words)), base, stage)
 
 
 def options(site: Site, stage: str) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def test_a_profile_says_by_which_option_its_site_wants_gpus_asked_for(
 def test_what_is_asked_for_by_itself_is_what_the_partition_shows(
     cluster: None, partition: str | None, asked: str | None
 ) -> None:
-    site = sites.settle(Site(partition=partition), dry_run=False)
+    site = settle(Site(partition=partition), dry_run=False)
     assert options(site, "train").get("gpus-per-node") == asked
 
 
@@ -203,18 +204,18 @@ def test_a_time_limit_that_no_partition_allows_is_refused_before_anything_is_que
 ) -> None:
     site = Site(partition=partition, time=time)
     if not refused:
-        sites.settle(site, dry_run=False)
+        settle(site, dry_run=False)
         return
     with pytest.raises(RequestError, match="wait for ever") as error:
-        sites.settle(site, dry_run=False)
+        settle(site, dry_run=False)
     assert "allows" in str(error.value) and "ask for less" in str(error.value)
 
 
 def test_a_stages_own_partition_is_checked_and_decides_whether_it_has_a_gpu(cluster: None, tmp_path: Path) -> None:
-    site = sites.settle(resolved(tmp_path, profile="partition: gpu\nevaluate: {partition: cpu}"), dry_run=False)
+    site = settle(resolved(tmp_path, profile="partition: gpu\nevaluate: {partition: cpu}"), dry_run=False)
     assert gpus(site, "evaluate") == {} and gpus(site, "sample") == {"gpus-per-node": "a100:1"}
     with pytest.raises(RequestError, match="--partition cpx"):
-        sites.settle(resolved(tmp_path, profile="evaluate: {partition: cpx}"), dry_run=False)
+        settle(resolved(tmp_path, profile="evaluate: {partition: cpx}"), dry_run=False)
 
 
 # ---------------------------------------------------------------- as people write it

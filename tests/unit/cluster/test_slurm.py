@@ -1,4 +1,4 @@
-"""launch/cluster/slurm.py: what is read from SLURM's answers, given here as SLURM 22.05 and 24.11 print them."""
+"""launch/cluster/slurm*.py: what is read from SLURM's answers, given here as SLURM 22.05 and 24.11 print them."""
 
 import os
 import subprocess
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import slurm
+from launch.cluster import scheduler, slurm, slurm_orders
 from launch.cluster.partitions import partitions
-from launch.cluster.site import Site, settle
+from launch.cluster.settling import settle
+from launch.cluster.site import Site
 
 JOB = "JobId=17 JobName=x QOS={qos} JobState=RUNNING Requeue={requeue} Restarts=2 TimeLimit=01:00:00 Partition=gpu"
 CONFIG = """Configuration data as of 2026-01-01T00:00:00
@@ -31,13 +32,13 @@ def answers(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
 @pytest.mark.parametrize(
     ("requeue", "mode", "mercy"),
     [
-        ("1", "REQUEUE", slurm.Mercy(True, 90, 30)),
-        ("0", "REQUEUE", slurm.Mercy(False, 90, 30)),
-        ("1", "CANCEL", slurm.Mercy(False, 90, 30)),
+        ("1", "REQUEUE", scheduler.Mercy(True, 90, 30)),
+        ("0", "REQUEUE", scheduler.Mercy(False, 90, 30)),
+        ("1", "CANCEL", scheduler.Mercy(False, 90, 30)),
     ],
 )
 def test_a_partition_says_what_pre_emption_does(
-    monkeypatch: pytest.MonkeyPatch, requeue: str, mode: str, mercy: slurm.Mercy
+    monkeypatch: pytest.MonkeyPatch, requeue: str, mode: str, mercy: scheduler.Mercy
 ) -> None:
     answers(
         monkeypatch,
@@ -45,20 +46,20 @@ def test_a_partition_says_what_pre_emption_does(
         show_config=CONFIG.format(mode="REQUEUE", by="partition_prio"),
         show_partition=f"PartitionName=gpu GraceTime=90 PreemptMode={mode} MaxTime=UNLIMITED",
     )
-    assert slurm.mercy("17") == mercy
+    assert scheduler.mercy("17") == mercy
 
 
 @pytest.mark.parametrize(
     ("qos", "cluster", "mercy"),
     [
-        ("cancel|00:01:30", "REQUEUE", slurm.Mercy(False, 90, 30)),
-        ("cluster|1-00:00:05", "REQUEUE", slurm.Mercy(True, 86405, 30)),
-        ("cluster|00:00:00", "CANCEL", slurm.Mercy(False, 0, 30)),
-        ("requeue|", "CANCEL", slurm.Mercy(True, 0, 30)),
+        ("cancel|00:01:30", "REQUEUE", scheduler.Mercy(False, 90, 30)),
+        ("cluster|1-00:00:05", "REQUEUE", scheduler.Mercy(True, 86405, 30)),
+        ("cluster|00:00:00", "CANCEL", scheduler.Mercy(False, 0, 30)),
+        ("requeue|", "CANCEL", scheduler.Mercy(True, 0, 30)),
     ],
 )
 def test_a_qos_says_so_where_slurm_pre_empts_by_it(
-    monkeypatch: pytest.MonkeyPatch, qos: str, cluster: str, mercy: slurm.Mercy
+    monkeypatch: pytest.MonkeyPatch, qos: str, cluster: str, mercy: scheduler.Mercy
 ) -> None:
     answers(
         monkeypatch,
@@ -67,26 +68,26 @@ def test_a_qos_says_so_where_slurm_pre_empts_by_it(
         show_qos_scavenger=f"{qos}\n",
         show_partition="PartitionName=gpu GraceTime=0 PreemptMode=OFF",
     )
-    assert slurm.mercy("17") == mercy
+    assert scheduler.mercy("17") == mercy
 
 
 @pytest.mark.parametrize(("by_qos", "assoc", "mercy"), [
-    ({}, "", slurm.Mercy(False, 0, 30, known=False)),  # the cluster says what pre-emption does
-    ({}, "QOS=normal(1)\n    MinTRESPJ=\n    PreemptMode=REQUEUE\n", slurm.Mercy(True, 0, 30, known=False)),
-    ({"normal": "requeue|00:02:00", "high": "cancel|00:00:01"}, "PreemptMode=CANCEL", slurm.Mercy(True, 120, 30)),
+    ({}, "", scheduler.Mercy(False, 0, 30, known=False)),  # the cluster says what pre-emption does
+    ({}, "QOS=normal(1)\n    MinTRESPJ=\n    PreemptMode=REQUEUE\n", scheduler.Mercy(True, 0, 30, known=False)),
+    ({"normal": "requeue|00:02:00", "high": "cancel|00:00:01"}, "PreemptMode=CANCEL", scheduler.Mercy(True, 120, 30)),
 ])  # fmt: skip
 def test_where_accounting_does_not_answer_what_it_said_at_submission_holds_or_slurmctld_says_what_it_knows(
-    monkeypatch: pytest.MonkeyPatch, by_qos: dict[str, str], assoc: str, mercy: slurm.Mercy
+    monkeypatch: pytest.MonkeyPatch, by_qos: dict[str, str], assoc: str, mercy: scheduler.Mercy
 ) -> None:
     def run(argv: list[str], **_: object) -> str:
         if argv[0] == "sacctmgr" or ("assoc_mgr" in argv and not assoc):
-            raise slurm.SlurmError("sacctmgr: not found on this machine")
+            raise scheduler.SchedulerError("sacctmgr: not found on this machine")
         if "assoc_mgr" in argv:
             return assoc
         return CONFIG.format(mode="CANCEL", by="qos") if "config" in argv else JOB.format(qos="normal", requeue="1")
 
     monkeypatch.setattr(slurm, "run", run)
-    assert slurm.mercy("17", by_qos) == mercy
+    assert scheduler.mercy("17", by_qos) == mercy
 
 
 @pytest.mark.parametrize(("by", "table"), [
@@ -97,20 +98,20 @@ def test_the_login_node_tells_what_each_qos_does_where_slurm_pre_empts_by_it(
 ) -> None:
     answers(monkeypatch, show_config=CONFIG.format(mode="REQUEUE", by=by),
             show_qos="normal|requeue|00:00:10\nhigh|cluster|00:00:00\n")  # fmt: skip
-    assert slurm.qos_table() == table
+    assert scheduler.qos_table() == table
 
 
 def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + " SubmitTime=2026-11-20T09:00:01")
     local = time.mktime((2026, 11, 20, 9, 0, 1, 0, 0, -1))
     utc = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(local))
-    assert slurm.show("17") == slurm.Shown("RUNNING", 2, False, "gpu", "normal", "01:00:00", utc)
+    assert scheduler.show("17") == scheduler.Shown("RUNNING", 2, False, "gpu", "normal", "01:00:00", utc)
 
 
 @pytest.mark.parametrize("written", ["Today", "2026-11-20 09:00:01", "Unknown"])
 def test_a_job_is_shown_though_its_times_are_written_otherwise(monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + f" SubmitTime={written}")
-    shown = slurm.show("17")
+    shown = scheduler.show("17")
     assert shown is not None and shown.state == "RUNNING" and shown.queued_at is None
 
 
@@ -128,7 +129,7 @@ def test_a_job_that_pre_emption_ends_is_told_from_one_that_is_cancelled(
 ) -> None:
     job = JOB.format(qos="normal", requeue="0").replace("RUNNING", state)
     answers(monkeypatch, show_job=f"{job} EndTime={ended} PreemptEligibleTime={ended} PreemptTime={preempted}")
-    shown = slurm.show("17")
+    shown = scheduler.show("17")
     assert shown is not None and shown.preempted == by_pre_emption
 
 
@@ -137,7 +138,7 @@ def test_of_a_jobs_tasks_the_liveliest_counts_and_one_that_is_completing_is_stil
 ) -> None:
     tasks = ["5 5_1 PENDING", "5 5_2 COMPLETING", "6 6_1 COMPLETING", "6 6_2 RUNNING", "6 6_3 PENDING", "8 8 RUNNING"]
     answers(monkeypatch, squeue="\n".join(["7 7 COMPLETING", *tasks]))
-    assert slurm.queued(["5", "6", "7", "9"]) == {"5": "PENDING", "6": "RUNNING", "7": "COMPLETING"}
+    assert scheduler.queued(["5", "6", "7", "9"]) == {"5": "PENDING", "6": "RUNNING", "7": "COMPLETING"}
 
 
 def test_jobs_of_all_users_are_asked_for_by_their_ids_and_a_strangers_that_has_one_of_before_is_none(
@@ -150,15 +151,15 @@ def test_jobs_of_all_users_are_asked_for_by_their_ids_and_a_strangers_that_has_o
         f'echo "5 5 PENDING N/A Priority|{me}|anything"; echo "6 6 RUNNING N/A None|{me + 1}|tiny-train"\n'
         f'echo "7 7 RUNNING N/A None|{me + 1}|gaussian 16"; echo "9 9 RUNNING N/A None|{me}|other"',
     )
-    assert slurm.queued(["5", "6", "7", "7_1", "8"]) == {"5": "PENDING", "6": "RUNNING"}
+    assert scheduler.queued(["5", "6", "7", "7_1", "8"]) == {"5": "PENDING", "6": "RUNNING"}
 
 
 def test_one_id_that_slurm_has_forgotten_is_no_failure(commands: Path) -> None:
     put(commands / "squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
-    assert slurm.queued(["5"]) == {}
+    assert scheduler.queued(["5"]) == {}
     put(commands / "squeue", 'echo "slurm_load_jobs error: Access/permission denied" >&2; exit 1')
-    with pytest.raises(slurm.SlurmError, match="denied"):
-        slurm.queued(["5"])
+    with pytest.raises(scheduler.SchedulerError, match="denied"):
+        scheduler.queued(["5"])
 
 
 @pytest.mark.parametrize(("printed", "size"), [("1001", 1001), ("0", 1)])
@@ -166,7 +167,7 @@ def test_an_array_has_room_for_one_task_where_arrays_are_disabled(
     monkeypatch: pytest.MonkeyPatch, printed: str, size: int
 ) -> None:
     answers(monkeypatch, show_config=f"MaxArraySize            = {printed}")
-    assert slurm.max_array_size() == size
+    assert scheduler.max_array_size() == size
 
 
 @pytest.fixture
@@ -195,9 +196,9 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
 def test_hidden_partitions_are_seen(commands: Path) -> None:
     for command, said in (("squeue", "7 7 RUNNING"), ("sinfo", "secret|gpu:2")):
         put(commands / command, f'[ "$1" = -a ] && echo "{said}" || true')
-    assert slurm.queued(["7"]) == {"7": "RUNNING"} and list(partitions()) == ["secret"]
+    assert scheduler.queued(["7"]) == {"7": "RUNNING"} and list(partitions()) == ["secret"]
     put(commands / "squeue", 'echo "$1|afterany:7"')
-    assert slurm.dependents("7") == ["-a"]
+    assert scheduler.dependents("7") == ["-a"]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_hidden_partitions_are_seen(commands: Path) -> None:
 )
 def test_a_slurm_that_is_out_of_reach_has_refused_nothing(commands: Path, said: str) -> None:
     put(commands / "sbatch", f'echo "{said}" >&2; exit 1')
-    with pytest.raises(slurm.NoAnswer, match=said.rpartition(": ")[2][:20]):
+    with pytest.raises(scheduler.NoAnswer, match=said.rpartition(": ")[2][:20]):
         slurm.run(["sbatch"])
 
 
@@ -220,24 +221,24 @@ def test_a_refusal_is_no_lack_of_an_answer_and_a_command_that_hangs_is(
     commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(commands / "sbatch", 'echo "sbatch: error: Batch job submission failed: Invalid qos specification" >&2; exit 1')
-    with pytest.raises(slurm.SlurmError) as refused:
+    with pytest.raises(scheduler.SchedulerError) as refused:
         slurm.run(["sbatch"])
-    assert not isinstance(refused.value, slurm.NoAnswer)
+    assert not isinstance(refused.value, scheduler.NoAnswer)
 
     def hang(*_: object, **__: object) -> None:
         raise subprocess.TimeoutExpired("sbatch", 30)
 
     monkeypatch.setattr(slurm.subprocess, "run", hang)
-    with pytest.raises(slurm.NoAnswer, match="no answer in 30 s"):
+    with pytest.raises(scheduler.NoAnswer, match="no answer in 30 s"):
         slurm.run(["sbatch"])
 
 
 def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object, **__: object) -> str:
-        raise slurm.SlurmError("scontrol: slurm_load_jobs error: Invalid job id specified")
+        raise scheduler.SchedulerError("scontrol: slurm_load_jobs error: Invalid job id specified")
 
     monkeypatch.setattr(slurm, "run", run)
-    assert slurm.show("17") is None
+    assert scheduler.show("17") is None
 
 
 @pytest.mark.parametrize(
@@ -265,8 +266,8 @@ sbatch: error: Batch job submission failed: Unspecified error"""
 def test_a_refusal_is_all_that_the_command_said_without_its_name_and_control_characters(commands: Path) -> None:
     (commands / "words").write_text(REFUSED + "\n")
     put(commands / "sbatch", f"/bin/cat {commands}/words >&2; exit 1")
-    with pytest.raises(slurm.SlurmError) as refused:
-        slurm.submit(["sbatch"])
+    with pytest.raises(scheduler.SchedulerError) as refused:
+        slurm_orders.submit(["sbatch"])
     told = str(refused.value).splitlines()
     assert len(told) == 4 and "--gres=gpu:a100:1; see https://docs.site/gpus" in told[2]
     assert told[0].startswith("sbatch: error: lua: =====") and "Unspecified error" in told[3]
@@ -275,7 +276,7 @@ def test_a_refusal_is_all_that_the_command_said_without_its_name_and_control_cha
 
 def test_of_a_long_refusal_the_beginning_and_the_end_are_told(commands: Path) -> None:
     put(commands / "sbatch", "/usr/bin/seq 1 500 >&2; exit 1")
-    with pytest.raises(slurm.SlurmError) as refused:
+    with pytest.raises(scheduler.SchedulerError) as refused:
         slurm.run(["sbatch"])
     told = [line.strip() for line in str(refused.value).splitlines()]
     assert len(told) == 20 and told[0] == "sbatch: 1" and told[-1] == "500" and "481 lines more" in told[9]
@@ -286,9 +287,9 @@ def test_a_plugin_that_speaks_of_connections_has_refused_all_the_same(commands: 
         commands / "sbatch",
         "echo 'Connection refused by policy: ask for a QOS' >&2; echo 'Unspecified error' >&2; exit 1",
     )
-    with pytest.raises(slurm.SlurmError) as refused:
+    with pytest.raises(scheduler.SchedulerError) as refused:
         slurm.run(["sbatch"])
-    assert not isinstance(refused.value, slurm.NoAnswer)
+    assert not isinstance(refused.value, scheduler.NoAnswer)
 
 
 @pytest.mark.parametrize("said", [
@@ -298,14 +299,14 @@ def test_a_plugin_that_speaks_of_connections_has_refused_all_the_same(commands: 
 def test_the_jobs_id_is_found_whatever_a_site_says_around_it(commands: Path, said: str) -> None:
     (commands / "words").write_text(said + "\n")
     put(commands / "sbatch", f"/bin/cat {commands}/words")
-    assert slurm.submit(["sbatch"]) == "17"
+    assert slurm_orders.submit(["sbatch"]) == "17"
 
 
 @pytest.mark.parametrize("said", ["", "job 17 is queued, for all I know"])
 def test_a_job_whose_id_is_not_told_is_no_refusal_and_is_not_asked_for_again(commands: Path, said: str) -> None:
     put(commands / "sbatch", f"echo '{said}'; echo x >> {commands}/count")
-    with pytest.raises(slurm.NoJobId, match=said or "nothing"):
-        slurm.patiently(lambda: slurm.submit(["sbatch"]))
+    with pytest.raises(scheduler.NoJobId, match=said or "nothing"):
+        scheduler.patiently(lambda: slurm_orders.submit(["sbatch"]))
     assert (commands / "count").read_text() == "x\n"
 
 
@@ -317,13 +318,13 @@ def test_an_answer_that_is_final_is_raised_at_once(commands: Path, words: str) -
     if words:
         put(commands / "sbatch", f'echo "{words}" >&2; exit 1')
     began = time.monotonic()
-    with pytest.raises(slurm.SlurmError, match="violates accounting" if words else "not found on this machine"):
-        slurm.patiently(lambda: slurm.run(["sbatch"]))
-    assert time.monotonic() - began < slurm.RETRY_S
+    with pytest.raises(scheduler.SchedulerError, match="violates accounting" if words else "not found on this machine"):
+        scheduler.patiently(lambda: slurm.run(["sbatch"]))
+    assert time.monotonic() - began < scheduler.RETRY_S
 
 
 def test_an_sbatch_that_waits_by_itself_is_quoted(commands: Path) -> None:
     waiting = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
     put(commands / "sbatch", f"echo '{waiting}' >&2; exec /bin/sleep 60")
-    with pytest.raises(slurm.NoAnswer, match=r"no answer in 1 s\n.*temporarily unable to accept job"):
+    with pytest.raises(scheduler.NoAnswer, match=r"no answer in 1 s\n.*temporarily unable to accept job"):
         slurm.run(["sbatch"], timeout_s=1)

@@ -10,7 +10,7 @@ import pytest
 from ddpm.config.reading import load
 from ddpm.config.yaml import MAX_CHARS, dump_yaml, load_yaml
 from ddpm.errors import RequestError, shown
-from launch.cluster.site import load_profile
+from launch.cluster.options import load_profile
 
 LAUGHS = "\n".join(["a0: &a0 [lol, lol]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))])
 LONG_WORD = f"word: &w {'x' * 50_000}\nmany: [{', '.join(['*w'] * 1000)}]"

@@ -1,5 +1,7 @@
 """ddpm/data/sources.py: which folder is an image's class, and what becomes of it."""
 
+import errno
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -137,3 +139,45 @@ def test_a_file_that_is_larger_than_an_image_is_not_read_whole(tmp_path: Path, m
     with Peak() as peak, pytest.raises(RequestError, match=r"a/1\.png cannot be decoded \(more than 4,194,304 bytes"):
         list(sources.read(there, "train", 8, tmp_path))
     assert peak.bytes < 16 << 20
+
+
+def write_folder(path: Path, *names: str) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(png())
+    return path
+
+
+def test_class_folders_that_are_links_are_followed_and_links_back_are_not(tmp_path: Path) -> None:
+    store = write_folder(tmp_path / "store", "dog/0.png", "dog/1.png")
+    pets = write_folder(tmp_path / "pets", "cat/0.png", "emu/0.png")
+    (pets / "dog").symlink_to(store / "dog")
+    (pets / "cat" / "all").symlink_to(pets)
+    (pets / "cat" / "self").symlink_to(pets / "cat")
+    source = sources.folder_or_zip(pets)
+    assert source.members == {"train": ["cat/0.png", "dog/0.png", "dog/1.png", "emu/0.png"]}
+    assert [source.labels[name] for name in source.members["train"]] == [0, 1, 1, 2]
+
+
+def test_a_link_to_nowhere_is_named_and_no_image_less(tmp_path: Path) -> None:
+    pets = write_folder(tmp_path / "pets", "cat/0.png", "dog/0.png")
+    (pets / "dog" / "1.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(RequestError, match=r"dog/1\.png cannot be decoded \(No such file"):
+        pack(Data(name="images", path=str(pets), image_size=8), "train", tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may look into any: what the operating system says is put there."""
+    pets = write_folder(tmp_path / "pets", "cat/0.png", "dog/0.png")
+    scandir = os.scandir
+
+    def scan(path: str) -> object:
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(RequestError, match=r"pets/dog: Permission denied; make it readable"):
+        sources.folder_or_zip(pets)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.cluster.slurm import Mercy, Shown
+from launch.cluster.scheduler import Mercy, Shown
 from launch.life.decision import MAX_RETRIES, Evidence, decide, not_ours, retries_without_progress, uncounted_lives
 
 RUNNING = Shown("RUNNING", 0, True, "gpu", "normal", "1:00:00", None)

@@ -15,9 +15,9 @@ from ddpm.run import events, paths
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from ddpm.sampling import request as requests
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import PROJECT
-from launch.life import last_words, supervisor
+from launch.life import gathering, last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.progress import progress
@@ -58,22 +58,24 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
         EventLog(run, new, 0, "node", prefix="submit-").append("submitted", successor_of=job)
         return new
 
-    def show(job: str) -> slurm.Shown | None:
+    def show(job: str) -> scheduler.Shown | None:
         life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
-        shown = slurm.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted, c.excluded)
+        shown = scheduler.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted, c.excluded)
         return shown if c.state else None
 
-    monkeypatch.setattr(slurm, "show", show)
-    monkeypatch.setattr(slurm, "mercy", lambda job, by_qos: slurm.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5))
+    monkeypatch.setattr(scheduler, "show", show)
+    monkeypatch.setattr(
+        scheduler, "mercy", lambda job, by_qos: scheduler.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5)
+    )
 
     def spare(partition: str, excluded: str) -> tuple[int, list[str]]:
         return len(c.nodes), [node for node in c.nodes if node not in excluded.split(",")]
 
-    monkeypatch.setattr(slurm, "spare_nodes", spare)
-    monkeypatch.setattr(slurm, "exclude", lambda job, nodes: c.avoided.append((job, nodes)))
-    monkeypatch.setattr(slurm, "requeue", c.requeued.append)
-    monkeypatch.setattr(slurm, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
-    monkeypatch.setattr(slurm, "make_wait", c.waits.__setitem__)
+    monkeypatch.setattr(scheduler, "spare_nodes", spare)
+    monkeypatch.setattr(scheduler, "exclude", lambda job, nodes: c.avoided.append((job, nodes)))
+    monkeypatch.setattr(scheduler, "requeue", c.requeued.append)
+    monkeypatch.setattr(scheduler, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
+    monkeypatch.setattr(scheduler, "make_wait", c.waits.__setitem__)
     monkeypatch.setattr(supervisor, "submit_successor", successor)
     monkeypatch.setattr(supervisor.time, "sleep", lambda s: None)
     return c
@@ -351,14 +353,14 @@ def test_an_evaluation_is_not_put_back_for_shards_that_others_make(
 def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers, silences = slurm.show, iter([True, True])
+    answers, silences = scheduler.show, iter([True, True])
 
-    def show(job: str) -> slurm.Shown | None:
+    def show(job: str) -> scheduler.Shown | None:
         if next(silences, False):
-            raise slurm.NoAnswer("scontrol: Unable to contact slurm controller")
+            raise scheduler.NoAnswer("scontrol: Unable to contact slurm controller")
         return answers(job)
 
-    monkeypatch.setattr(slurm, "show", show)
+    monkeypatch.setattr(scheduler, "show", show)
     shell_ends(1)
     assert cluster.requeued == ["17"]
 
@@ -372,10 +374,10 @@ def test_a_job_that_is_cancelled_while_slurm_does_not_answer_the_order_stays_awa
     def unheard(*order: Any) -> str:
         tried.append(order[0] if len(order) == 1 else order[2])
         cluster.state = "COMPLETING"
-        raise slurm.NoAnswer("Unable to contact slurm controller")
+        raise scheduler.NoAnswer("Unable to contact slurm controller")
 
     cluster.may_requeue = may_requeue
-    monkeypatch.setattr(slurm, "requeue", unheard)
+    monkeypatch.setattr(scheduler, "requeue", unheard)
     monkeypatch.setattr(supervisor, "submit_successor", unheard)
     shell_ends(1)
     assert tried == ["17"]
@@ -409,11 +411,11 @@ def test_a_requeue_that_slurm_refuses_is_told(
     run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(job: str) -> None:
-        raise slurm.SlurmError("scontrol: Requested operation is presently disabled")
+        raise scheduler.SchedulerError("scontrol: Requested operation is presently disabled")
 
-    monkeypatch.setattr(slurm, "requeue", refuse)
-    monkeypatch.setattr(slurm, "PATIENCE_S", 0)
-    with pytest.raises(slurm.SlurmError):
+    monkeypatch.setattr(scheduler, "requeue", refuse)
+    monkeypatch.setattr(scheduler, "PATIENCE_S", 0)
+    with pytest.raises(scheduler.SchedulerError):
         shell_ends(75, said="75 time_limit")
     monkeypatch.setattr(supervisor.sys, "argv", ["supervisor", str(run.path), "train", "75"])
     assert supervisor.main() == 75
@@ -433,7 +435,8 @@ def break_file_system(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
         return look
 
-    for owner, name in ((Path, "read_text"), (RunDir, "latest_step"), (supervisor, "read_events")):
+    readers = [(owner, "read_events") for owner in (gathering, supervisor)]
+    for owner, name in ((Path, "read_text"), (RunDir, "latest_step"), *readers):
         monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
 
 
@@ -452,7 +455,7 @@ def test_lives_whose_run_directory_cannot_be_read_are_put_back_as_often_as_a_cra
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     break_file_system(monkeypatch, 10**6)
-    monkeypatch.setattr(slurm, "PATIENCE_S", 0)
+    monkeypatch.setattr(scheduler, "PATIENCE_S", 0)
     codes = [shell_ends(1, said="75 time_limit") for _ in range(6)]
     assert cluster.requeued == ["17"] * 3 and codes == [1] * 6
     assert "failed: its lives cannot be counted while nothing can be read" in capfd.readouterr().out

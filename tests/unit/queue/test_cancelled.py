@@ -8,7 +8,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler, slurm
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.starting import request_of
@@ -36,7 +36,7 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     c = Cluster()
     monkeypatch.setattr(slurm, "run", c.run)
-    monkeypatch.setattr(slurm, "available", lambda command="sbatch": True)
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": True)
     for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(key, raising=False)
     return c

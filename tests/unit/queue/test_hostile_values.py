@@ -25,10 +25,10 @@ from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run import log
 from ddpm.run.paths import RunDir, check_name
-from launch.cluster import environment
-from launch.cluster import site as sites
-from launch.queue import by_submitit, by_template
-from launch.queue.job import HOME, Job, check_path
+from launch.cluster import by_submitit, by_template, environment
+from launch.cluster.job import HOME, Job, check_path
+from launch.cluster.options import add_options, resolve
+from launch.cluster.site import Site
 
 PIECES = [
     *("a", "B", "7", "-", "--", ".", "..", "../", "/", "_", "=", ":", ",", "#", "ü", "а", "\u202e", "\u2028", "\x85"),
@@ -89,11 +89,11 @@ def place(folders: str = "runs", name: str = "tiny") -> Iterator[Place]:
             yield Place(path, run)
 
 
-def resolved(*options: str) -> sites.Site:
+def resolved(*options: str) -> Site:
     """The site that these options ask for. Raises RequestError."""
     parser = argparse.ArgumentParser(exit_on_error=False)
-    sites.add_options(parser)
-    return sites.resolve(parser.parse_args(list(options)))
+    add_options(parser)
+    return resolve(parser.parse_args(list(options)))
 
 
 def sbatch_lines(script: str) -> dict[str, str]:
@@ -112,8 +112,8 @@ def check_scripts(there: Place, job: Job) -> None:
     """Of both ways: the lines that there should be, the words that there should be, and nothing else done."""
     options = {k: "" if v is True else v for k, v in job.options().items()}
     script = by_submitit.script_text(job)
-    usual = by_submitit.script_text(Job(job.stage, RunDir(Path("/runs/tiny")), sites.Site(), job.set_name, job.shards))
-    more = len(options) - len(Job(job.stage, job.run, sites.Site()).options())
+    usual = by_submitit.script_text(Job(job.stage, RunDir(Path("/runs/tiny")), Site(), job.set_name, job.shards))
+    more = len(options) - len(Job(job.stage, job.run, Site()).options())
     assert script.count("\n") == len(script.splitlines()) == len(usual.splitlines()) + more
     listed = sbatch_lines(script)
     assert {k: listed[k] for k in options} == options and listed.keys() - options.keys() <= {"wckey", "array"}
@@ -178,12 +178,12 @@ def test_a_run_may_lie_anywhere_where_its_path_can_be_written_in_a_line(folders:
         with place(folders) as there:
             try:
                 path = environment.user_path(str(there.run.path), "--root")
-                check_path(RunDir(path), sites.Site())
+                check_path(RunDir(path), Site())
             except RequestError as e:
                 assert "--root" in str(e)
                 return
             stage = ("train", "", ()) if via else ("sample", "fid", (0, 2, 3))
-            check_scripts(there, Job(stage[0], RunDir(path), sites.Site(), stage[1], stage[2]))
+            check_scripts(there, Job(stage[0], RunDir(path), Site(), stage[1], stage[2]))
     except (OSError, ValueError, UnicodeEncodeError) as e:
         assert isinstance(e, UnicodeEncodeError | OSError) or "null" in str(e)  # no file can be called so
 

@@ -15,9 +15,9 @@ from ddpm.errors import EnvironmentLacks
 from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
+from launch.cluster.job import Job
 from launch.cluster.site import Site
 from launch.queue import local
-from launch.queue.job import Job
 from tests.cli.harness import is_alive, wait_for
 from tests.conftest import PROJECT, requires
 

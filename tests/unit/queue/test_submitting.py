@@ -17,11 +17,11 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import now
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
-from launch.cluster import slurm
+from launch.cluster import by_template, scheduler, slurm
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job, numbers, share
 from launch.cluster.site import Site, Stage
-from launch.queue import by_template, chain, submitting, waiting
-from launch.queue.job import Job, numbers, share
+from launch.queue import chain, submitting, waiting
 from tests.cli.harness import TINY
 
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
@@ -33,7 +33,7 @@ class Cluster:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.accepts = 1000
-        self.otherwise: Exception = slurm.SlurmError("sbatch: error: Invalid account")
+        self.otherwise: Exception = scheduler.SchedulerError("sbatch: error: Invalid account")
         self.array_size = 1001
         self.room = 10_000  # for jobs, of which each task of an array is one
         self.queue: list[str] = []
@@ -69,7 +69,7 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     c = Cluster()
     monkeypatch.setattr(slurm, "run", c.run)
-    monkeypatch.setattr(slurm, "available", lambda command="sbatch": True)
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": True)
     return c
 
 
@@ -234,7 +234,8 @@ def test_a_job_that_the_version_before_queued_starts(run: RunDir) -> None:
 def test_what_submits_does_not_load_what_runs(run: RunDir, cluster: Cluster) -> None:
     code = (
         "import sys; from launch import submit, sample, evaluate, status, supervisor; "
-        "from launch.queue import by_submitit; from pickle import dumps; dumps(by_submitit.Named(by_submitit.ENTRY)); "
+        "from launch.cluster import by_submitit; from pickle import dumps; "
+        "dumps(by_submitit.Named(by_submitit.ENTRY)); "
         "sys.exit('launch.jobs' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
@@ -252,7 +253,7 @@ def test_the_script_of_a_submitit_job_lies_under_its_id(run: RunDir, cluster: Cl
 
 # ---------------------------------------------------------------- refusals and silence
 
-SILENCE = slurm.NoAnswer("sbatch: error: Batch job submission failed: Unable to contact slurm controller")
+SILENCE = scheduler.NoAnswer("sbatch: error: Batch job submission failed: Unable to contact slurm controller")
 
 
 @VIA
@@ -261,7 +262,7 @@ def test_a_refusal_is_the_requests_fault_and_silence_is_not(run: RunDir, cluster
     with pytest.raises(RequestError, match="Invalid account"):
         submitting.submit(Job("train", run, Site(via=via)))
     cluster.otherwise = SILENCE
-    with pytest.raises(slurm.NoAnswer, match="squeue --me --name tiny-train") as caught:
+    with pytest.raises(scheduler.NoAnswer, match="squeue --me --name tiny-train") as caught:
         submitting.submit(Job("train", run, Site(via=via)))
     assert caught.value.exit_code == 3 and "Unable to contact" in str(caught.value)
     assert cluster.of("scancel") == []
@@ -343,7 +344,7 @@ def test_what_a_queued_job_waits_for_is_told_once_where_there_is_something_to_do
 
 # ---------------------------------------------------------------- tasks
 
-TOO_MANY = slurm.SlurmError(
+TOO_MANY = scheduler.SchedulerError(
     "sbatch: error: QOSMaxSubmitJobPerUserLimit\n  error: Batch job submission failed: Job violates accounting/QOS "
     "policy (job submit limit, user's size and/or time limits)"
 )
@@ -412,7 +413,7 @@ def test_a_chain_that_is_queued_stays_though_nobody_reads_of_it(
 
 def test_a_chain_in_which_slurm_falls_silent_stays(run: RunDir, cluster: Cluster) -> None:
     cluster.accepts, cluster.otherwise = 1, SILENCE
-    with pytest.raises(slurm.NoAnswer, match="tiny-evaluate"):
+    with pytest.raises(scheduler.NoAnswer, match="tiny-evaluate"):
         chain.queue([Job("train", run, Site()), Job("evaluate", run, Site(), "set")], Config())
     assert cluster.of("scancel") == []
 
@@ -428,7 +429,7 @@ def test_a_new_run_is_kept_where_its_job_may_be_in_the_queue(
     cluster.accepts = 0
     if silent:
         cluster.otherwise = SILENCE
-    with pytest.raises(slurm.NoAnswer if silent else RequestError):
+    with pytest.raises(scheduler.NoAnswer if silent else RequestError):
         submit.main()
     assert (tmp_path / "runs" / "tiny").exists() == silent
     if silent:  # and the same command goes on
@@ -454,11 +455,11 @@ def test_pickles_are_the_submitters_alone_and_another_user_has_other_ones(
 def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and_its_successors(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "qos_table", lambda: {"normal": "requeue|00:02:00"})
+    monkeypatch.setattr(scheduler, "qos_table", lambda: {"normal": "requeue|00:02:00"})
     submitting.submit(Job("train", run, Site(via="sbatch")))
-    monkeypatch.setattr(slurm, "qos_table", dict)
+    monkeypatch.setattr(scheduler, "qos_table", dict)
     heir = submitting.submit_successor(run, "train", "101")
-    monkeypatch.setattr(slurm, "mercy", lambda job, by_qos: by_qos)
+    monkeypatch.setattr(scheduler, "mercy", lambda job, by_qos: by_qos)
     assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [{"normal": "requeue|00:02:00"}] * 2 + [{}]
 
 

@@ -13,10 +13,10 @@ import pytest
 from ddpm.config.sample import Evaluate
 from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, slurm
+from launch.cluster import environment, scheduler, slurm
+from launch.cluster.job import Job
 from launch.cluster.site import Site, Stage
 from launch.queue import chain, submitting, waiting
-from launch.queue.job import Job
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import overview
 
@@ -45,8 +45,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
             asked.append(jobs)
             return {job: state for job, state in next(turns).items() if job in jobs}
 
-        monkeypatch.setattr(slurm, "available", lambda: True)
-        monkeypatch.setattr(slurm, "queued", queued)
+        monkeypatch.setattr(scheduler, "available", lambda: True)
+        monkeypatch.setattr(scheduler, "queued", queued)
         monkeypatch.setattr(waiting, "COMPLETING_POLL_S", 0.001)
         monkeypatch.setattr(waiting, "COMPLETING_AT_MOST_S", 0.2)
         return asked
@@ -128,10 +128,10 @@ def test_an_evaluation_does_not_wait_for_itself_and_lets_a_slurm_that_does_not_a
     asked = answers({"19": "RUNNING"})
 
     def out_of_reach(argv: list[str], **_: object) -> str:
-        raise slurm.NoAnswer("sbatch: Socket timed out on send/recv operation")
+        raise scheduler.NoAnswer("sbatch: Socket timed out on send/recv operation")
 
     monkeypatch.setattr(slurm, "run", out_of_reach)
-    with pytest.raises(slurm.NoAnswer):
+    with pytest.raises(scheduler.NoAnswer):
         chain.fill_gaps(run, "fid", [3], (), "", environment.current())
     assert asked == []
 
@@ -182,5 +182,5 @@ def test_the_overview_of_a_copy_shows_none_of_the_originals_jobs(run: RunDir) ->
     told(run, "17", "submitted", stage="train", via="sbatch", run=str(run.path))
     copy = RunDir(run.path.with_name("copy"))
     shutil.copytree(run.path, copy.path)
-    queued = {"17": slurm.Queued("PENDING")}
+    queued = {"17": scheduler.Queued("PENDING")}
     assert [overview.describe(r, queued)["jobs"] for r in (run, copy)] == [{"17": "PENDING"}, {}]

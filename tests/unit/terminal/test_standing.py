@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.cluster.slurm import Queued
+from launch.cluster.scheduler import Queued
 from launch.terminal.standing import Facts, line, waits, word
 
 HELD, PRIORITY = Queued("PENDING", "JobHeldUser"), Queued("PENDING", "Priority", "2026-11-27T08:00:00.000Z")

@@ -6,9 +6,9 @@ import os
 import shlex
 from pathlib import Path
 
-from launch.cluster import environment, slurm
+from launch.cluster import environment, slurm_orders
 from launch.cluster.environment import PROJECT
-from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, flags, ranges
+from launch.cluster.job import HOME, SBATCH_TIMEOUT_S, Job, flags, ranges
 
 
 def template(stage: str) -> Path:
@@ -30,16 +30,16 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Queues it; its id as SLURM gives it. Raises SlurmError."""
+    """Queues it; its id as SLURM gives it. Raises SchedulerError."""
     return sbatch(command(job))
 
 
 def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
-    """Queue a job of `stage` with the options of another; returns its id. Raises SlurmError."""
+    """Queue a job of `stage` with the options of another; returns its id. Raises SchedulerError."""
     return sbatch(["sbatch", "--parsable", *flags(options), str(template(stage)), *args])
 
 
 def sbatch(words: list[str]) -> str:
-    """Run one sbatch from the project's root; returns the job id. Raises SlurmError."""
+    """Run one sbatch from the project's root; returns the job id. Raises SchedulerError."""
     with environment.outside_allocation():
-        return slurm.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})
+        return slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})

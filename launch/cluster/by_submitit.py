@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import environment, slurm
+from launch.cluster import environment, slurm_orders
 from launch.cluster.environment import PROJECT
-from launch.queue.job import HOME, SBATCH_TIMEOUT_S, Job, flags
+from launch.cluster.job import HOME, SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3
@@ -83,7 +83,7 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Queues it; its id as SLURM gives it. Raises SlurmError.
+    """Queues it; its id as SLURM gives it. Raises SchedulerError.
 
     Pickles and script lie in the folder before there is a job, and get its id once there is one.
     """
@@ -102,7 +102,7 @@ def submit(job: Job) -> str:
     script = where / f".submission_file_{uuid.uuid4().hex}.sh"
     script.write_text(script_text(job))
     with environment.outside_allocation():
-        job_id = slurm.submit(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
+        job_id = slurm_orders.submit(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
     for task_number, pickle in enumerate(pickles):
         task_id = f"{job_id}_{task_number}" if len(pickles) > 1 else job_id
         JobPaths(where, task_id).move_temporary_file(pickle, "submitted_pickle")

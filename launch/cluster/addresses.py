@@ -1,0 +1,47 @@
+"""How the nodes of a job find each other: the first one's address, and the interface that leads there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import socket
+import struct
+import subprocess
+from collections.abc import Mapping
+
+SIOCGIFADDR = 0x8915
+
+
+def first_node_address(env: Mapping[str, str]) -> str:
+    """The address of rank 0's node, which is the first of the step's node list."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]: the first of each
+    try:
+        return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
+    except OSError:
+        pass
+    # a cluster whose node names do not resolve: slurmctld knows their addresses, srun the one it started from
+    try:
+        shown = subprocess.run(["scontrol", "show", "node", "-o", first], capture_output=True, text=True, timeout=20)
+        if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
+            return str(socket.getaddrinfo(match.group(1), None, socket.AF_INET)[0][4][0])
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this node reaches another one, or itself; None where that cannot be said.
+
+    A host's own name often resolves to 127.0.1.1, which nobody else reaches.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((address, 9))  # of a datagram: nothing is sent
+        own = s.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(s.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None

@@ -1,0 +1,155 @@
+"""The options of a command line that say where it runs, over a site profile: checked before anything is queued."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from ddpm.config.section import build
+from ddpm.config.yaml import load_yaml, read_text
+from ddpm.errors import RequestError
+from launch.cluster.environment import PROJECT
+from launch.cluster.partitions import gpus_of
+from launch.cluster.site import MEMORIES, Site, Stage
+
+PROFILES = PROJECT / "configs" / "cluster"
+OURS = {
+    "array",
+    "time",
+    "nodes",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "job-name",
+    "signal",
+    "partition",
+    "dependency",
+    "export",
+    "output",
+    "error",
+    "open-mode",
+    "parsable",
+    "wrap",
+    "wait",
+    "test-only",
+    "chdir",
+}
+FLAGS: dict[str, dict[str, Any]] = {
+    "partition": {},
+    "account": {},
+    "qos": {},
+    "constraint": {},
+    "exclude": {},
+    "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
+    "nodes": {"type": int},
+    "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 where the partition has GPUs, else 0"},
+    "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
+    "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
+    "mem": {"metavar": "32G", "help": "memory per node; none: the site's own"},
+    "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
+    "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
+    "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
+    "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
+    "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
+    "cluster": {
+        "choices": ["auto", "slurm", "local"],
+        "help": "auto is SLURM; local runs the same jobs as processes on this machine",
+    },
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where it runs (defaults come from the site profile)")
+    for name, spec in FLAGS.items():
+        group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
+    group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
+    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(PROJECT)}/, or a path")
+
+
+def load_profile(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
+        near = difflib.get_close_matches(name, known, 1)
+        raise RequestError(
+            f"--profile {name}: no such site profile; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+        )
+    try:
+        tree = load_yaml(read_text(path), str(path))
+    except (OSError, UnicodeDecodeError) as e:
+        raise RequestError(f"--profile {name}: cannot be read: {e}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise RequestError(f"{path}: expected keys and values")
+    options = (tree or {}).get("sbatch") or {}
+    if not isinstance(options, dict):
+        raise RequestError(f"{path}: sbatch = {options!r}: expected options and values, e.g. {{nice: 100}}")
+    return tree or {}
+
+
+def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:
+    """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
+
+    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
+    """
+    typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    profile, typed = (_one_of_memories(layer, where) for layer, where in (
+        (load_profile(args.profile), f"profile {args.profile}"), (typed, "options")))  # fmt: skip
+    tree = {**(base or {}), **profile, **typed}
+    if stage != "train" and isinstance(tree.get(stage, {}), dict):
+        tree[stage] = {**tree.get(stage, {}), **{k: v for k, v in typed.items() if k in Stage.model_fields}}
+    extra = dict(tree.get("sbatch") or {})
+    for item in args.sbatch:
+        key, eq, value = item.lstrip("-").partition("=")
+        extra[key] = value if eq else True
+    for key in extra:
+        if not re.fullmatch(r"[a-z][a-z-]*", str(key)):
+            raise RequestError(
+                f"--sbatch {key}: not an sbatch option; write it long and without dashes, "
+                f"e.g. --sbatch reservation=course"
+            )
+        if key in OURS:
+            raise RequestError(f"--sbatch {key}: this option is set by the launcher, because restarts depend on it")
+    _take_gres(tree, extra, args.gpus_per_node)
+    tree["sbatch"] = extra
+    where = f"profile {args.profile} and options" if args.profile else "options"
+    site: Site = build(Site, tree, where)
+    if site.num_gpus and site.tasks_per_node and site.tasks_per_node != site.num_gpus:
+        raise RequestError(
+            f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
+            f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
+        )
+    return site
+
+
+def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """A profile's section or a command line, which may ask for memory in one way, whatever went before it."""
+    if len(given := [name for name in MEMORIES if layer.get(name) is not None]) > 1:
+        raise RequestError(f"{where}: {' and '.join(given)}: SLURM takes one of them; give one")
+    return {**dict.fromkeys(MEMORIES, None), **layer} if given else layer
+
+
+def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:
+    """GPUs that are asked for by sbatch's gres count as --gpus-per-node, so that a stage which needs fewer can say so.
+
+    typed: --gpus-per-node of the command line.
+    """
+    gres = str(extra.get("gres") or "")
+    gpus = gpus_of(gres)
+    if len(gpus) != 1:
+        return
+    ((kind, number),) = gpus
+    if typed is not None and str(typed).rpartition(":")[2] not in ("0", str(number)):
+        raise RequestError(f"--gpus-per-node {typed} with --sbatch gres={gres}: they differ; give one of them")
+    if ":" in kind:  # of a form that --gpus-per-node has not: as it is, for every stage
+        tree["gpu_request"], tree["gpus_per_node"] = "none", number
+        return
+    rest = ",".join(entry for entry in gres.split(",") if not gpus_of(entry))
+    extra.pop("gres")
+    if rest:
+        extra["gres"] = rest
+    tree["gpus_per_node"], tree["gpu_request"] = f"{kind}:{number}" if kind else number, "gres"

@@ -1,0 +1,133 @@
+"""The door to the scheduler: what the rest of launch/ asks of it, orders, and queues with it.
+
+Another scheduler is another set of the files behind this one, which nobody else imports.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from launch.cluster import by_submitit, by_template
+from launch.cluster.answers import Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
+from launch.cluster.job import HOME, Job
+from launch.cluster.partitions import partitions
+from launch.cluster.reasons import Wait, explain
+from launch.cluster.slurm import available
+from launch.cluster.slurm_orders import cancel, cancel_waiting, exclude, make_wait, requeue, too_many
+from launch.cluster.slurm_questions import (
+    any_cancelled,
+    dependents,
+    look_up,
+    max_array_size,
+    mercy,
+    qos_table,
+    show,
+    spare_nodes,
+)
+
+__all__ = [
+    "Mercy",
+    "NoAnswer",
+    "NoJobId",
+    "Queued",
+    "SchedulerError",
+    "Shown",
+    "Wait",
+    "any_cancelled",
+    "available",
+    "by_hand",
+    "cancel",
+    "cancel_waiting",
+    "dependents",
+    "describe",
+    "exclude",
+    "explain",
+    "fitting",
+    "followers",
+    "look_up",
+    "make_wait",
+    "max_array_size",
+    "mercy",
+    "partitions",
+    "patiently",
+    "qos_table",
+    "queued",
+    "requeue",
+    "show",
+    "spare_nodes",
+    "submit",
+    "submit_again",
+    "too_many",
+]
+
+PATIENCE_S = 90
+RETRY_S = 3
+
+T = TypeVar("T")
+
+
+class Way(Protocol):
+    """How jobs come into the queue: one of the modules by_*."""
+
+    def describe(self, job: Job) -> str: ...
+    def submit(self, job: Job) -> str: ...
+
+
+WAYS: dict[str, Way] = {"submitit": by_submitit, "sbatch": by_template}
+
+
+def describe(job: Job) -> str:
+    """What --dry-run shows of a job: the exact script that SLURM would get."""
+    return WAYS[job.site.via].describe(fitting(job))
+
+
+def by_hand(job: Job) -> str:
+    """What a person types, in any directory, to queue `job`."""
+    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
+    return f"{home} {shlex.join(by_template.command(fitting(job)))}"
+
+
+def fitting(job: Job) -> Job:
+    """The job with no more tasks than an array of this cluster may have."""
+    return job.with_tasks(max_array_size()) if job.is_array and available() else job
+
+
+def submit(job: Job) -> str:
+    """Queue `job`, which fits, as it is; returns its id. Raises SchedulerError."""
+    return WAYS[job.site.via].submit(job)
+
+
+def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
+    """Queue a job of `stage` with the options of another; returns its id. Raises SchedulerError."""
+    return by_template.submit_again(stage, options, args)
+
+
+def queued(jobs: list[str]) -> dict[str, str]:
+    """The states of those of `jobs` that SLURM still has. Raises SchedulerError."""
+    return {job: told.state for job, told in look_up(jobs).items()}
+
+
+def followers(job: str) -> list[str]:
+    """What waits for `job` to end, and what waits for that. Raises SchedulerError."""
+    found: list[str] = []
+    todo = [job.partition("_")[0]]
+    while todo:
+        new = [other for other in dependents(todo.pop()) if other not in found]
+        found += new
+        todo += new
+    return found
+
+
+def patiently(ask: Callable[[], T], on: type[Exception] = NoAnswer, patience_s: float | None = None) -> T:
+    """`ask()`, again while it raises `on`, as when slurmctld restarts; raises it in the end, others at once."""
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
+    while True:
+        try:
+            return ask()
+        except on:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_S)

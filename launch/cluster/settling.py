@@ -1,0 +1,95 @@
+"""A site's words against what the partitions of this cluster have and allow."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from ddpm.errors import EnvironmentLacks, RequestError
+from launch.cluster import slurm
+from launch.cluster.answers import SchedulerError
+from launch.cluster.environment import default_partition
+from launch.cluster.partitions import Partition, partitions
+from launch.cluster.site import Site, Stage
+from launch.cluster.values import slurm_minutes
+
+
+def settle(site: Site, *, dry_run: bool) -> Site:
+    """Fill in what only the scheduler knows, and check the partition against it.
+
+    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition that does not exist. A dry run does
+    without a scheduler and then assumes a GPU per node.
+    """
+    if site.is_local:
+        return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
+    known: dict[str, Partition] = {}
+    if not slurm.available():
+        if not dry_run:
+            raise EnvironmentLacks(
+                "sbatch is not on this machine: log in to the cluster's login node, load its slurm "
+                "module, or run here with --cluster local"
+            )
+    else:
+        if site.via == "submitit" and not dry_run and not slurm.available("srun"):
+            raise EnvironmentLacks("srun is not on this machine, and submitit needs it: use --via sbatch")
+        try:
+            known = partitions()
+        except SchedulerError as e:
+            if not dry_run:
+                raise EnvironmentLacks(
+                    f"SLURM does not answer ({e}); try again later, or run here with --cluster local"
+                ) from None
+    for where in (site, site.sample, site.evaluate) if known else ():
+        _check_partition(where, known)
+    if site.gpus_per_node is None:
+        gpus = site.tasks_per_node or 1
+        has_gpu = all(p.gpus_per_node for p in _meant(site.partition, known)) if known else True
+        site = site.model_copy(update={"gpus_per_node": gpus if has_gpu else 0})
+    return _with_types(site, known) if known else site
+
+
+def _meant(names: str | None, known: dict[str, Partition]) -> list[Partition]:
+    """The partitions that are asked for, or the one that SLURM takes."""
+    asked = names or default_partition()
+    found = [known[name] for name in asked.split(",") if name in known] if asked else []
+    return found or [p for p in known.values() if p.is_default] or list(known.values())
+
+
+def _check_partition(asked: Site | Stage, known: dict[str, Partition]) -> None:
+    """Raises RequestError for one that there is not, and for a time limit that none of those asked for allows."""
+    for name in (asked.partition or "").split(","):
+        if name and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise RequestError(
+                f"--partition {name}: this cluster has no such partition; "
+                + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}")
+            )
+    if asked.time is None or asked.qos is not None:  # a QOS may allow more
+        return
+    there = _meant(asked.partition, known)
+    limits = [slurm_minutes(p.time_limit) for p in there if p.time_limit]
+    if len(limits) == len(there) and asked.time > max(limits):
+        which = "; ".join(f"partition {p.name} allows {p.time_limit}" for p in there)
+        raise RequestError(
+            f"--time: {asked.time} minutes are more than any job may have here ({which}), so it would wait for ever; "
+            f"ask for less: the run continues in the next job"
+        )
+
+
+def _with_types(site: Site, known: dict[str, Partition]) -> Site:
+    """With the type of the GPUs where there is but one, and a stage whose own partition has none without."""
+
+    def types(names: str | None) -> set[str]:
+        return {kind for p in _meant(names, known) for kind in p.gpu_types}
+
+    update: dict[str, Any] = {}
+    (only,) = types(site.partition) if len(types(site.partition)) == 1 else ("",)
+    if site.num_gpus and not site.gpu_type and site.gpu_request == "auto" and re.fullmatch(r"[\w.-]+", only):
+        update["gpus_per_node"] = f"{only}:{site.num_gpus}"
+    for name in ("sample", "evaluate"):
+        stage: Stage = getattr(site, name)
+        if stage.partition and stage.gpus_per_node is None and types(stage.partition) != types(site.partition):
+            has_gpu = all(p.gpus_per_node for p in _meant(stage.partition, known))
+            update[name] = stage.model_copy(update={"gpus_per_node": 1 if has_gpu and site.num_gpus else 0})
+    return site.model_copy(update=update)

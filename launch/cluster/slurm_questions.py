@@ -1,0 +1,181 @@
+"""Questions to SLURM, and how its answers are read. Knows no run."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import datetime
+
+from ddpm.run.files import stamp
+from launch.cluster import slurm
+from launch.cluster.answers import Mercy, NoAnswer, Queued, SchedulerError, Shown
+from launch.cluster.slurm import TIMEOUT_S
+
+OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
+"""How the names of jobs end that are queued here, or by the templates."""
+
+
+def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
+    """None where SLURM knows no such job (any more). Raises SchedulerError."""
+    try:
+        shown = slurm.run(["scontrol", "show", "job", "-o", job], timeout_s=timeout_s)
+    except SchedulerError as e:
+        if "Invalid job id" in str(e):
+            return None
+        raise
+    excluded = _field(shown, "ExcNodeList") or "(null)"
+    state, preempted_at = _field(shown, "JobState") or "", _stamp(_field(shown, "PreemptTime"))
+    return Shown(
+        state=state,
+        restarts=int(_field(shown, "Restarts") or 0),
+        may_requeue=_field(shown, "Requeue") != "0",
+        partition=_field(shown, "Partition") or "",
+        qos=_field(shown, "QOS") or "",
+        time_limit=_field(shown, "TimeLimit") or "",
+        queued_at=_stamp(_field(shown, "SubmitTime")),
+        preempted=state == "COMPLETING"
+        and preempted_at is not None
+        and preempted_at == _stamp(_field(shown, "EndTime")),
+        excluded="" if excluded == "(null)" else excluded,
+    )
+
+
+def look_up(jobs: list[str]) -> dict[str, Queued]:
+    """Those of `jobs` that SLURM still has, by one question for all of them. Raises SchedulerError.
+
+    COMPLETING says that a job's processes are ending, and nothing of what follows: one that is pre-empted is COMPLETING
+    before it is PENDING again. Jobs of other users are told too, where the site shows them: a group may share a run.
+    """
+    found: dict[str, Queued] = {}
+    for line in _squeue(jobs):
+        line, _, whose = line.partition("|")
+        owner, _, name = whose.partition("|")
+        if owner not in ("", str(os.geteuid())) and not OUR_NAME.search(name):
+            continue  # ids begin anew on a cluster that is set up anew
+        base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
+        waits = state == "PENDING"
+        told = Queued(state, reason.strip() if waits and reason != "None" else "", _stamp(start) if waits else None)
+        for known in {base, job} & set(jobs):
+            if state == "RUNNING" or known not in found or found[known].state == "COMPLETING":
+                found[known] = told
+    return found
+
+
+def _squeue(jobs: list[str]) -> list[str]:
+    """Its lines about these. Of one id alone it says that it is unknown; of several it leaves out those that are."""
+    ids = ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))  # an array's stands for all of its tasks
+    try:
+        asked = ["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", ids]
+        return slurm.run(asked).splitlines() if jobs else []
+    except SchedulerError as e:
+        if "Invalid job id" in str(e):
+            return []
+        raise
+
+
+def dependents(job: str) -> list[str]:
+    """The user's jobs and arrays that wait for `job` to end. Raises SchedulerError."""
+    lines = (line.split("|", 1) for line in slurm.run(["squeue", "-a", "-h", "--me", "-o", "%F|%E"]).splitlines())
+    return sorted({base for base, waits_for in lines if re.search(rf"\bafterany:{job}(?:_\*)?(?!\w)", waits_for)})
+
+
+def any_cancelled(job: str) -> bool:
+    """Whether SLURM remembers `job`, or a task of it, as cancelled by its owner or an administrator."""
+    try:
+        return bool(re.search(r"\bJobState=CANCELLED\b", slurm.run(["scontrol", "show", "job", "-o", job])))
+    except NoAnswer:
+        raise
+    except SchedulerError:  # forgotten: some minutes after its end
+        return False
+
+
+def max_array_size() -> int:
+    """One more than the largest index that an array may have; 1 where SLURM allows no arrays."""
+    try:
+        return max(1, int(_setting(slurm.run(["scontrol", "show", "config"]), "MaxArraySize") or 1001))
+    except SchedulerError:
+        return 1001
+
+
+def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
+    """How many nodes a partition has, and those of them that are not excluded. Raises SchedulerError."""
+    every = set(slurm.run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"]).split())
+    without = set(slurm.run(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
+    return len(every), sorted(every - without)
+
+
+def mercy(job: str, by_qos: dict[str, str] | None = None) -> Mercy:
+    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once.
+
+    by_qos: what qos_table() was on the login node: accounting is often out of a node's reach.
+    """
+    try:
+        shown = show(job)
+        config = slurm.run(["scontrol", "show", "config"], timeout_s=10)
+        if shown is None:
+            return Mercy(True, 0, 30, known=False)
+        known = True
+        if "qos" in (_setting(config, "PreemptType") or ""):
+            mode, grace_s, known = _of_qos(shown.qos, by_qos or {})
+        else:
+            part = slurm.run(["scontrol", "-a", "show", "partition", "-o", shown.partition], timeout_s=10)
+            mode, grace_s = _field(part, "PreemptMode") or "", int(_field(part, "GraceTime") or 0)
+    except SchedulerError:
+        return Mercy(True, 0, 30, known=False)
+    if mode.lower() in ("", "cluster"):
+        mode = _setting(config, "PreemptMode") or ""
+    return Mercy(
+        requeues=shown.may_requeue and "CANCEL" not in mode.upper(),
+        grace_s=grace_s,
+        kill_wait_s=int(re.sub(r"\D.*", "", _setting(config, "KillWait") or "30")),
+        known=known,
+    )
+
+
+def _of_qos(name: str, table: dict[str, str]) -> tuple[str, int, bool]:
+    """PreemptMode and GraceTime in seconds, and whether both are known: from accounting, or from what it once said;
+    else the mode from slurmctld, which keeps the grace time to itself.
+    """
+    try:
+        said = slurm.run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
+    except SchedulerError:
+        said = table.get(name, "")
+    if not said:
+        try:
+            shown = slurm.run(["scontrol", "show", "assoc_mgr", "flags=qos", f"qos={name}"], timeout_s=10)
+        except SchedulerError:
+            shown = ""
+        return _field(shown, "PreemptMode") or "", 0, False
+    mode, _, grace = said.partition("|")
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", grace)
+    days, hours, minutes, seconds = (int(n or 0) for n in match.groups()) if match else (0, 0, 0, 0)
+    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds, True
+
+
+def qos_table() -> dict[str, str]:
+    """PreemptMode|GraceTime of each QOS, where SLURM pre-empts by it and accounting answers; else nothing."""
+    try:
+        if "qos" not in (_setting(slurm.run(["scontrol", "show", "config"], timeout_s=10), "PreemptType") or ""):
+            return {}
+        said = slurm.run(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
+    except SchedulerError:
+        return {}
+    return dict(line.split("|", 1) for line in said.splitlines() if "|" in line)
+
+
+def _setting(config: str, key: str) -> str | None:
+    match = re.search(rf"^{key}\s*=\s*(\S+)", config, re.M)
+    return match.group(1) if match else None
+
+
+def _field(shown: str, key: str) -> str | None:
+    match = re.search(rf"\b{key}=(\S+)", shown)
+    return match.group(1) if match else None
+
+
+def _stamp(local_time: str | None) -> str | None:
+    """Of a local time as SLURM writes it; None for anything else, such as None and Unknown."""
+    try:
+        return stamp(datetime.strptime(local_time or "", "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None

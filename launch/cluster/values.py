@@ -1,0 +1,136 @@
+"""How the values of a site profile and of its options are read and checked: times, memory, GPUs, words, lines."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from ddpm.run.log import has_control
+
+UNIT_MIN = {"m": 1, "min": 1, "h": 60, "d": 1440}
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+"""Of memory, in bytes; an amount without one is in M."""
+
+
+def minutes(text: str | int) -> int:
+    """A time limit in minutes from 4h, 90m, 2d, 1d12h, minutes, or SLURM's own [D-]HH:MM[:SS]."""
+    text = str(text).strip()
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    if re.fullmatch(r"(?:\d+(?:min|[mhd]))+", text):
+        total = sum(int(n) * UNIT_MIN[u] for n, u in re.findall(r"(\d+)(min|[mhd])", text))
+    else:
+        total = slurm_minutes(text)
+    if total < 1:
+        raise ValueError(f"time = {text!r}: not a time limit; for example 4h, 90m, 2d, 04:00:00 or 1-12:00:00")
+    if (match := re.fullmatch(r"(\d{1,2}):(\d\d)", text)) and int(match[1]) < 24:
+        a, b = int(match[1]), int(match[2])
+        raise ValueError(
+            f"time = {text!r}: {a} minutes and {b} seconds to SLURM, {a} hours and {b} minutes to people; write "
+            f"{a * 60 + b}m, or 00:{a:02}:{b:02}"
+        )
+    return total
+
+
+def slurm_minutes(text: str) -> int:
+    """A time limit as SLURM writes it, in minutes, begun ones too; 0 where it is none. A:B is minutes and seconds."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text)
+    if match is None:
+        return 0
+    days, first, second, third = (int(g) if g else 0 for g in match.groups())
+    if match.group(1) is None and match.group(4) is None:
+        first, second, third = 0, first, second
+    return days * 1440 + first * 60 + second + (third > 0)
+
+
+def _mem(text: Any) -> Any:
+    if text in (None, "none"):
+        return None
+    if not re.fullmatch(r"(?:0|[1-9]\d*)[KMGTkmgt]?", str(text)):
+        raise ValueError(f"{text!r}: not an amount of memory; for example 32G or 500M, or none for the site's own")
+    return str(text)
+
+
+def _amount(mem: str) -> tuple[int, str]:
+    """(32, "G") of 32G; "" where no unit is given."""
+    number = mem.rstrip("KMGTkmgt")
+    return int(number), mem[len(number) :]
+
+
+def memory_bytes(mem: str) -> int:
+    """0: all that a node has."""
+    number, unit = _amount(mem)
+    return number * UNITS[unit.upper() or "M"]
+
+
+def memory_share(mem: str | None, parts: int) -> str | None:
+    """One of `parts` equal shares of an amount of memory; None for all that a node has, which has no shares."""
+    number, unit = _amount(mem or "0")
+    if parts == 1 or not number:
+        return mem if number else None
+    if number % parts and unit.upper() in ("G", "T"):
+        number, unit = number * UNITS[unit.upper()] // UNITS["M"], "M"
+    return f"{-(-number // parts)}{unit}"
+
+
+def _gpus(value: Any) -> Any:
+    if value is None or (isinstance(value, int) and value >= 0):
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"[\w.-]+:[1-9]\d*", value):
+        return value
+    raise ValueError(f"gpus_per_node = {value!r}: a number of GPUs, or their type and number, as 4 or a100:4")
+
+
+def _word(text: Any) -> Any:
+    if isinstance(text, int) and not isinstance(text, bool):
+        return str(text)  # an account may be called 123
+    if isinstance(text, str) and not (re.fullmatch(r"[^\s'\"\\;$`]{1,200}", text) and text.isprintable()):
+        raise ValueError(f"{text!r}: no spaces, quotes, shell or control characters here")
+    return text
+
+
+def _one_line(text: Any) -> Any:
+    if isinstance(text, str) and (has_control(text) or len(text) > 1000):
+        raise ValueError(f"{text[:80]!r}: must be one line, of at most 1000 characters")
+    return text
+
+
+def _options(options: Any) -> Any:
+    """What becomes lines of a job's script, one for each."""
+    for key, value in options.items() if isinstance(options, dict) else ():
+        try:
+            _one_line(value)
+        except ValueError as e:
+            raise ValueError(f"sbatch.{key} = {e}") from None
+    return options
+
+
+def _shell_lines(lines: Any) -> Any:
+    """Shell as it was written: an entry of several lines is as good as several entries."""
+    if not isinstance(lines, list):
+        return lines
+    split = [line for entry in lines for line in (entry.splitlines() or [""] if isinstance(entry, str) else [entry])]
+    for line in split:
+        if isinstance(line, str) and has_control(line.replace("\t", " ")):
+            raise ValueError(f"setup = {line!r}: has control characters")
+    return tuple(split)
+
+
+def _tasks(value: Any) -> Any:
+    if value == "auto" or (str(value).isdecimal() and int(value) > 0):
+        return value if value == "auto" else int(value)
+    raise ValueError(f"tasks = {value!r}: how many tasks make the shards, e.g. 8; or auto")
+
+
+Word = Annotated[str, BeforeValidator(_word)]
+Line = Annotated[str, BeforeValidator(_one_line)]
+Minutes = Annotated[int, BeforeValidator(minutes)]
+Options = Annotated[dict[str, str | int | bool | None], BeforeValidator(_options)]
+ShellLines = Annotated[tuple[str, ...], BeforeValidator(_shell_lines)]
+Memory = Annotated[str | None, BeforeValidator(_mem)]
+Gpus = Annotated[int | str | None, BeforeValidator(_gpus)]
+Tasks = Annotated[int | Literal["auto"], BeforeValidator(_tasks)]

@@ -1,0 +1,99 @@
+"""The evidence at the end of a batch shell: what is known of its job, as far as it can be read and asked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from ddpm.errors import EXIT_BUSY, EXIT_FATAL
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir
+from launch.cluster import scheduler
+from launch.cluster.environment import JobEnvironment
+from launch.life.decision import Evidence, not_ours, retries_without_progress, uncounted_lives
+from launch.life.life import shard_marker
+from launch.life.progress import progress
+from launch.queue.waiting import mercy_for
+
+SETTLE_S = 10
+READ_PATIENCE_S = 15
+
+T = TypeVar("T")
+
+
+def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: str) -> Evidence:
+    """What is known of the job, in the order of what it costs to ask. SchedulerError where SLURM stays silent."""
+    said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
+    known = Evidence(stage, code, restart=env.restart)
+    if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
+        known = replace(known, code=int(said), reason=why)
+    if known.code in (0, EXIT_FATAL):
+        forget_shard(run, env)
+        return known
+    asked_at = time.monotonic()
+    shown = scheduler.patiently(lambda: scheduler.show(env.job))
+    known = replace(known, shown=shown)
+    if known.code == EXIT_BUSY or shown is None or not_ours(shown, env.restart, or_preempted=True):
+        return known
+    if time.monotonic() - asked_at > scheduler.RETRY_S:  # a slurmctld that has just come back may lose a requeue
+        time.sleep(SETTLE_S)
+    known = _read(lambda: _of_the_run(known, run, env, set_name)) or _unreadable(known, run, env)
+    if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
+        known = replace(known, mercy=mercy_for(run, env.job))
+    return known
+
+
+def forget_shard(run: RunDir, env: JobEnvironment) -> None:
+    with contextlib.suppress(OSError):
+        shard_marker(run, env.job).unlink(missing_ok=True)
+
+
+def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
+    """The exit code and reason that rank 0 left, past srun, which may report another rank's; "" where it left none."""
+    marker = run.exit_marker(env.job, env.restart)
+    try:
+        said = marker.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+    with contextlib.suppress(OSError):
+        marker.unlink()
+    return said
+
+
+def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str) -> Evidence:
+    """With what the run directory says. Raises OSError."""
+    here, events = progress(run, env.job, known.stage, set_name), read_events(run)
+    return replace(
+        known,
+        stop_file=run.stop_file.exists(),
+        progress=here,
+        retries=retries_without_progress(events, env.job, here),
+        uncounted=uncounted_lives(events, env.job, env.restart),
+    )
+
+
+def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
+    try:
+        events = read_events(run)
+    except OSError:
+        events = []
+    return replace(known, can_tell=False, uncounted=uncounted_lives(events, env.job, env.restart))
+
+
+def _read(ask: Callable[[], T]) -> T | None:
+    """What the run directory says; None where its file system fails for long: before a time limit there is little."""
+    try:
+        return scheduler.patiently(ask, OSError, min(scheduler.PATIENCE_S, READ_PATIENCE_S))
+    except OSError as e:
+        say(f"the run directory cannot be read: {e}")
+        return None
+
+
+def say(text: str) -> None:
+    """A line in the job's log; where the log's disk is full, the job is put back without a word."""
+    with contextlib.suppress(OSError):
+        print(f"[batch] {text}", flush=True)

@@ -1,0 +1,119 @@
+"""The run directory as submissions write it: made whole, and changed by later ones; what they were, read again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from ddpm import __version__
+from ddpm.config.schema import Config
+from ddpm.config.section import build
+from ddpm.data.labels import labels_changed
+from ddpm.errors import RequestError
+from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
+from ddpm.run.paths import SCHEMA, RunDir
+from ddpm.run.records import data_of, read_run
+from launch.cluster.environment import PROJECT
+from launch.cluster.site import Site
+
+
+def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
+    """Make the run directory whole: built beside its place, then renamed there."""
+    tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
+    try:
+        tmp.mkdir(parents=True)
+        for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
+            (tmp / sub).mkdir()
+        write_bytes(tmp / "config.yaml", config.to_yaml().encode())
+        _write_setup(RunDir(tmp), record)
+        write_json(tmp / "run.json", sign(record))
+        tmp.rename(run.path)
+        fsync_dir(run.path.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
+    """A later submission: what it may change (length, intervals, resources), never the mathematics."""
+    old, before, here = read_run(run), data_of(run).get("digest"), record["data"]["digest"]
+    changed = labels_changed(old.get("labels"), record["labels"])
+    if before != here:
+        raise RequestError(
+            f"run {run.name} was trained on other pixels (digest {str(before)[:12]}, now {here[:12]}"
+            + (f"; {changed}" if changed else "")
+            + "); restore the data, or choose another --name"
+        )
+    if changed and config.model.num_classes:
+        raise RequestError(
+            f"run {run.name} was trained on the same images with other labels: {changed}; put them back into the "
+            f"class folders that they were in, or choose another --name"
+        )
+    write_bytes(run.config, config.to_yaml().encode(), replace=True)
+    _write_setup(run, record)
+    kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
+    write_json(run.run_json, sign({**record, **kept}), replace=True)
+
+
+def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
+    """The profile's shell lines, as a file that every batch shell sources."""
+    path = run.path / "setup.sh"
+    if lines := record["launch"].get("setup"):
+        write_bytes(path, ("\n".join(lines) + "\n").encode(), replace=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def site_of(run: RunDir) -> Site:
+    """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
+    return of_record(read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+
+
+def of_record(launch: dict[str, Any], where: str) -> Site:
+    """What was once written down of a submission. Raises as `build` does."""
+    site: Site = build(Site, launch, where)
+    return site
+
+
+def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json; `resolved` is filled in by the first life. inputs: of `prepare_inputs`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "schema": SCHEMA,
+        "name": run.name,
+        "created": now(),
+        "config_digest": config.digest(),
+        "git": _git(),
+        "versions": {
+            "ddpm-hpc": __version__,
+            "python": sys.version.split()[0],
+            **{p: of(p) for p in ("torch", "torchvision", "numpy", "submitit")},
+        },
+        "command": ["python", *sys.argv],
+        "resolved": {},
+        **inputs,
+        "launch": site.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def _git() -> str | None:
+    """Commit of the project, with `+dirty` where files differ from it."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
