@@ -67,7 +67,7 @@ def _number(value: float | None, form: str) -> str:
 
 def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
     """Each run, described; whatever befalls one of them, the others are shown."""
-    jobs = [job for r in runs for job in slurm_jobs(_events(r)[0])]
+    jobs = [job for r in runs for job in slurm_jobs(r, _events(r)[0])]
     queued: dict[str, scheduler.Queued] | None = None
     try:
         queued = scheduler.look_up(jobs) if scheduler.available() else None

@@ -63,8 +63,9 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
 
 def _squeue(jobs: list[str]) -> list[str]:
     """Its lines about these. Of one id alone it says that it is unknown; of several it leaves out those that are."""
+    ids = ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))  # an array's stands for all of its tasks
     try:
-        asked = ["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", ",".join(jobs)]
+        asked = ["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", ids]
         return slurm.run(asked).splitlines() if jobs else []
     except SchedulerError as e:
         if "Invalid job id" in str(e):

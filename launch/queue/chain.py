@@ -10,6 +10,7 @@ from dataclasses import replace
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.run import generations
+from ddpm.run.events import read_events
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -22,7 +23,7 @@ from launch.queue import local, sets
 from launch.queue.directory import site_of
 from launch.queue.submitting import sent_tasks, sent_where, submit, why_it_waits
 from launch.queue.turns import turn
-from launch.queue.waiting import evaluations_in_queue, events_here, jobs_in_queue, slurm_jobs
+from launch.queue.waiting import evaluations_in_queue, jobs_in_queue, slurm_jobs
 
 MAX_ROUNDS = 3
 
@@ -237,7 +238,7 @@ def fill_gaps(
 
 def cancelled_samples(run: RunDir, set_name: str) -> str | None:
     """The job that last made shards of a set, if its owner cancelled it or a task of it."""
-    jobs = slurm_jobs(events_here(run), "sample", set_name)
+    jobs = slurm_jobs(run, read_events(run), "sample", set_name)
     return jobs[-1] if jobs and scheduler.any_cancelled(jobs[-1]) else None
 
 

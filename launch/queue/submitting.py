@@ -71,13 +71,13 @@ def _submit(job: Job) -> str:
     except scheduler.SchedulerError as e:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     try:
-        tasks: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
+        more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.stage == "evaluate":  # which may have shards made
-            tasks["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
+            more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
         if table := scheduler.qos_table():  # for nodes that cannot ask
-            tasks["qos"] = table
+            more["qos"] = table
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
-                   args=list(job.extra_args), **tasks)  # fmt: skip
+                   args=list(job.extra_args), **more)  # fmt: skip
     except Exception:  # a job that nobody could find again
         scheduler.cancel([job_id])
         raise

@@ -20,14 +20,7 @@ COMPLETING_AT_MOST_S = 60.0
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that SLURM has. Raises SchedulerError."""
-    return _in_queue(slurm_jobs(events_here(run), stage, set_name))
-
-
-def events_here(run: RunDir) -> list[dict[str, Any]]:
-    """The run's events without those of jobs that were submitted for another one, of which this is a copy."""
-    events = read_events(run)
-    elsewhere = {e["job"] for e in events if e["event"] == "submitted" and not is_of(run, e)}
-    return [e for e in events if e["job"] not in elsewhere]
+    return _in_queue(slurm_jobs(run, read_events(run), stage, set_name))
 
 
 def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
@@ -43,9 +36,9 @@ def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: E
 
     default: the config's, which is meant where a job was told of none.
     """
-    events = events_here(run)
-    told = {str(e["job"]): e.get("args") or [] for e in events if e["event"] == "submitted"}
-    jobs = slurm_jobs(events, "evaluate", set_name)
+    events = read_events(run)
+    told = {e["job"]: e.get("args") or [] for e in events if e["event"] == "submitted"}
+    jobs = slurm_jobs(run, events, "evaluate", set_name)
     return _in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])
 
 
@@ -75,21 +68,24 @@ def _in_queue(jobs: list[str]) -> list[str]:
         time.sleep(COMPLETING_POLL_S)
 
 
-def slurm_jobs(events: list[dict[str, Any]], stage: str | None = None, set_name: str = "") -> list[str]:
-    """Ids of the SLURM jobs that the events tell of, of one stage or of all.
+def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = None, set_name: str = "") -> list[str]:
+    """Ids of the SLURM jobs that the run's events tell of, of one stage or of all, but for those of the run of which
+    this is a copy.
 
     A training job that was submitted by hand is first told of when it has its nodes.
     """
-    told = (e for e in events if e["event"] in ("submitted", "allocated") and str(e["job"])[:1].isdigit())
+    others = {e["job"] for e in events if e["event"] == "submitted" and not is_of(run, e)}
+    told = (e for e in events if e["event"] in ("submitted", "allocated") and e["job"][:1].isdigit())
+    told = (e for e in told if e["job"] not in others)
     wanted = (e for e in told if stage is None or (e.get("stage", "train"), e.get("set", "")) == (stage, set_name))
-    return list(dict.fromkeys(str(e["job"]) for e in wanted))
+    return list(dict.fromkeys(e["job"] for e in wanted))
 
 
 def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
     """What SLURM does with a job of the run when it takes its nodes, by what is known here and was at submission."""
     base = job.partition("_")[0]
     try:
-        told = [e for e in read_events(run) if e["event"] == "submitted" and str(e["job"]) == base]
+        told = [e for e in read_events(run) if e["event"] == "submitted" and e["job"] == base]
     except OSError:
         told = []
     table = told[-1].get("qos") if told else None

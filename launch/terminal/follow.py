@@ -94,7 +94,7 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
     known = set(jobs)
     try:
         while quiet < 3:  # a job that comes back is away for a moment
-            known |= set(slurm_jobs(read_events(run)))
+            known |= set(slurm_jobs(run, read_events(run)))
             try:
                 states = scheduler.queued(sorted(known))
             except scheduler.SchedulerError:

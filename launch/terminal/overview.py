@@ -62,7 +62,7 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
     for what in (*odd, no_beat, no_metrics):
         damage.tell(what)
     _tell_what_lacks(run, config, every, metrics, saved, damage)
-    jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(events) if job in queued}
+    jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
     state = damage.read(lambda: _state(run, events, config, jobs, age)) or "unreadable"

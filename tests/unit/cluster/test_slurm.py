@@ -151,7 +151,7 @@ def test_jobs_of_all_users_are_asked_for_by_their_ids_and_a_strangers_that_has_o
         f'echo "5 5 PENDING N/A Priority|{me}|anything"; echo "6 6 RUNNING N/A None|{me + 1}|tiny-train"\n'
         f'echo "7 7 RUNNING N/A None|{me + 1}|gaussian 16"; echo "9 9 RUNNING N/A None|{me}|other"',
     )
-    assert scheduler.queued(["5", "6", "7", "8"]) == {"5": "PENDING", "6": "RUNNING"}
+    assert scheduler.queued(["5", "6", "7", "7_1", "8"]) == {"5": "PENDING", "6": "RUNNING"}
 
 
 def test_one_id_that_slurm_has_forgotten_is_no_failure(commands: Path) -> None:

@@ -18,6 +18,7 @@ from launch.cluster.job import Job
 from launch.cluster.site import Site, Stage
 from launch.queue import chain, submitting, waiting
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
+from launch.terminal import overview
 
 Answers = Callable[..., list[list[str]]]
 
@@ -175,3 +176,11 @@ def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_
         account = "theirs" if job == "7" else "mine"  # of an earlier one nothing is known
         assert [f"--account={account}" in argv for argv in sent[before:]] == [True, True]
         assert ("--qos=long" in sent[before]) == (job != "7")
+
+
+def test_the_overview_of_a_copy_shows_none_of_the_originals_jobs(run: RunDir) -> None:
+    told(run, "17", "submitted", stage="train", via="sbatch", run=str(run.path))
+    copy = RunDir(run.path.with_name("copy"))
+    shutil.copytree(run.path, copy.path)
+    queued = {"17": scheduler.Queued("PENDING")}
+    assert [overview.describe(r, queued)["jobs"] for r in (run, copy)] == [{"17": "PENDING"}, {}]
