@@ -36,8 +36,8 @@ def check_set_name(name: str) -> str:
     check_name(name, "sample set name")
     if name.endswith(".json") or ASIDE in name:
         raise RequestError(
-            f"sample set name {name!r} is not allowed: a file of another set's scores is called so; choose one that does "
-            f"not end in .json, and has no {ASIDE!r} in it"
+            f"sample set name {name!r} is not allowed: a file of another set's scores is called so; choose one that "
+            f"does not end in .json, and has no {ASIDE!r} in it"
         )
     return name
 

@@ -36,8 +36,6 @@ def test_what_is_shown_is_the_score_against_the_images_that_lie_there_now(again:
         done = again("evaluate", "tiny", "--reference", str(where))
         assert done.returncode == 0, done.stderr
         shown.append(json.loads(done.stdout[done.stdout.index("{\n") :]))
-        score = shown[-1]["frechet_distance"]
-        assert f"frechet_distance={score:.4f}" in done.stdout + done.stderr
     assert len({record["reference"]["digest"] for record in shown}) == 3
 
 
