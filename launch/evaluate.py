@@ -17,7 +17,7 @@ from ddpm.config.sample import FILE, Evaluate
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import read_request
-from ddpm.scoring.against import SPLITS, check_file, check_reference
+from ddpm.scoring.against import SPLITS, check_file, check_for_run
 from ddpm.scoring.record import is_signed, told
 from launch import prepare
 from launch.cluster import environment
@@ -172,7 +172,7 @@ def main() -> int:
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
-    check_reference(config, reference)
+    check_for_run(run, config, reference)
     reference = _whole(reference)
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
     site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")

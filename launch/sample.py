@@ -17,7 +17,7 @@ from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
-from ddpm.run.paths import RunDir, SampleSet, check_name
+from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path, ranges
@@ -147,7 +147,8 @@ def main() -> int:
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
     set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)
-    check_name(set_name, "sample set name")
+    if there is None:
+        check_set_name(set_name)
     if set_name.startswith("-"):
         raise RequestError(f"sample set name {set_name!r}: jobs would read it as an option; do not begin with a dash")
     sample_set = run.sample_set(set_name)

@@ -18,11 +18,26 @@ MAX_NAME = 100
 NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
 
 
+ASIDE = ".damaged-"
+"""In the name of what lay damaged where a score was to lie."""
+
+
 def check_name(name: str, what: str = "run name") -> str:
     """Return `name`, or raise RequestError: names become directories, job names and log lines."""
     if not isinstance(name, str) or not NAME_RE.fullmatch(name) or name.startswith("."):
         raise RequestError(
             f"{what} {name!r} is not allowed: use 1 to 100 of A-Z a-z 0-9 . _ - and do not begin with a dot"
+        )
+    return name
+
+
+def check_set_name(name: str) -> str:
+    """Of a new sample set. Sets of before go on under what they are called."""
+    check_name(name, "sample set name")
+    if name.endswith(".json") or ASIDE in name:
+        raise RequestError(
+            f"sample set name {name!r} is not allowed: a file of another set's scores is called so; choose one that "
+            f"does not end in .json, and has no {ASIDE!r} in it"
         )
     return name
 

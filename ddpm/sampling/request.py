@@ -170,7 +170,8 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
 
     Raises RequestError if the set already has another one, naming every field that differs.
     """
-    paths.check_name(sample_set.name, "sample set name")
+    if not sample_set.request.exists():
+        paths.check_set_name(sample_set.name)
     sample_set.path.mkdir(parents=True, exist_ok=True)
     try:
         files.write_json(sample_set.request, request.to_record())
@@ -197,6 +198,25 @@ def read_request(sample_set: SampleSet) -> Request:
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
             f"--set OTHERNAME, or restore the file"
         ) from None
+
+
+def samples_record(request: Request) -> dict[str, Any]:
+    """What a score says of the samples that it is of: all of the request but how they are divided."""
+    return {
+        "num_samples": request.num_samples,
+        "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
+        "sampler": {
+            "name": request.sampler,
+            "steps": request.steps,
+            "eta": request.eta,
+            "guidance": request.guidance,
+            **({} if request.clip_x_0 else {"clip_x_0": False}),
+            **({} if request.variance is None else {"variance": request.variance}),
+            **({} if request.class_plan is None else {"class_plan": list(request.class_plan)}),
+        },
+        "seed": request.seed,
+        "precision": request.precision,
+    }
 
 
 def withdraw_request(sample_set: SampleSet) -> None:

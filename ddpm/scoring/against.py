@@ -2,29 +2,113 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ddpm.config import reading
 from ddpm.config.data import Data
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir
+from ddpm.run.records import data_of, read_run
 from ddpm.run.stopping import StopRequested
+from ddpm.scoring.statistics_file import read_statistics
 
 if TYPE_CHECKING:
     from ddpm.data.packed import PackedImages
 
 SPLITS = ("train", "test")
-ARRAYS = (".npz", ".npy")
 
 
-def open_reference(config: Config, name: str, cache: Path, stop_requested: StopRequested) -> PackedImages | Path:
-    """The split as trained on, packed in `cache`; or the statistics' file; or the images. Raises RequestError."""
+def open_reference(run: RunDir, config: Config, name: str, stop_requested: StopRequested) -> PackedImages | Path:
+    """What the run was trained on, or its data's test split; or the statistics' file; or the images.
+
+    Raises RequestError, also where the data is no longer what the run was trained on; DamagedFile where run.json does
+    not say which data it is; EnvironmentLacks, Stopped.
+    """
     from ddpm.data.packed import load_folder, pack
 
-    if name in SPLITS:
-        return pack(config.data, name, cache, stop_requested=stop_requested)[1]
+    if name == "train":
+        return _trained_on(run, config, stop_requested)
+    if name == "test":
+        packed = pack(config.data, name, Path(data_of(run)["cache"]), stop_requested=stop_requested)[1]
+        _check_classes(run, config, packed)
+        return packed
     path = check_file(name)
     return path if path.suffix == ".npz" else load_folder(path)
+
+
+def _trained_on(run: RunDir, config: Config, stop_requested: StopRequested) -> PackedImages:
+    """The packed data that run.json tells of; packed again where that is gone and the images are still the same."""
+    from ddpm.data.packed import open_verified, pack
+
+    data = data_of(run)
+    cache = Path(data["cache"])
+    if not {"key", "digest"} <= data.keys():  # weights that were trained elsewhere
+        return pack(config.data, "train", cache, stop_requested=stop_requested)[1]
+    try:
+        packed = open_verified(cache, data["key"], stop_requested=stop_requested)
+        _check_trained_on(run, config, packed)
+        return packed
+    except (DamagedFile, OSError, RequestError) as e:
+        why = f"damaged ({e})" if os.path.lexists(cache / data["key"]) else "gone"
+    try:
+        packed = pack(config.data, "train", cache, stop_requested=stop_requested)[1]
+    except RequestError as e:
+        raise RequestError(
+            f"reference = train: the packed data {cache / data['key']} that the run was trained on is {why}, and "
+            f"cannot be packed again: {e}. Restore the data, or give another --reference"
+        ) from None
+    _check_trained_on(run, config, packed)
+    return packed
+
+
+def _check_trained_on(run: RunDir, config: Config, packed: PackedImages) -> None:
+    """Raises RequestError where this is not the data that the run was trained on, by what run.json tells of it."""
+    from ddpm.data.labels import labels_changed, labels_record
+
+    record, data = read_run(run), data_of(run)
+    labels = record.get("labels") if config.model.num_classes else None
+    changed = labels_changed(labels, labels_record(packed))
+    if data.get("digest") not in (None, packed.digest):
+        changed = f"digest {packed.digest[:12]} now, {data['digest'][:12]} then" + (f"; {changed}" if changed else "")
+    if changed:
+        raise RequestError(
+            f"reference = train: the data is not what run {run.name} was trained on: {changed}. Restore it, or give "
+            f"the images to compare with by their path"
+        )
+
+
+def _check_classes(run: RunDir, config: Config, packed: PackedImages) -> None:
+    """Raises RequestError where the model's classes are called otherwise here: scores by class would be of others."""
+    then = list((read_run(run).get("labels") or {}).get("classes") or {})
+    if config.model.num_classes and then and then != list(packed.classes):
+        raise RequestError(
+            f"reference = {packed.split}: its classes are {', '.join(packed.classes)}, and run {run.name} was trained "
+            f"on {', '.join(then)}. Restore the data, or give the images to compare with by their path"
+        )
+
+
+def check_for_run(run: RunDir, config: Config, name: str) -> None:
+    """`check_reference` for a run that there is: what it was trained on may be packed, and the images gone."""
+    from ddpm.data.packed import open_packed
+
+    data = data_of(run)
+    if name != "train" or "key" not in data:
+        check_reference(config, name)
+        return
+    try:
+        packed = open_packed(Path(data["cache"]), data["key"])
+    except (DamagedFile, OSError):
+        check_reference(config, name)  # packed again by the job
+        return
+    if len(packed) < 2:
+        raise RequestError(f"reference = {name}: has one image; a score needs at least 2 on each side")
 
 
 def check_reference(config: Config, name: str) -> None:
@@ -39,7 +123,8 @@ def check_reference(config: Config, name: str) -> None:
         listed = members[name]
     else:
         path = check_file(name)
-        if path.suffix in ARRAYS:
+        if path.suffix == ".npz":
+            read_statistics(path)
             return
         try:
             found = open_source(Data(name="images", path=str(path))).members
@@ -59,3 +144,41 @@ def check_file(name: str) -> Path:
             f"or zip of images"
         )
     return path
+
+
+# ---------------------------------------------------------------- which images a reference is
+
+
+def digest_of_split(run: RunDir, split: str) -> str | None:
+    """Of the images that `split` means for the run; None where nothing tells. Reads no image."""
+    from ddpm.data.packed import cache_key, open_packed, open_source
+
+    try:
+        data = data_of(run)
+        if split == "train" and "digest" in data:
+            return str(data["digest"])
+        config = reading.of_run(run)
+        key = cache_key(config.data, open_source(config.data), split)
+        return open_packed(Path(data["cache"]), key).digest
+    except (RequestError, DamagedFile, OSError, KeyError):
+        return None
+
+
+def folder_digest(path: Path) -> str:
+    """Of the images in a folder or zip, as a score keeps it; "" where they cannot be read. One image at a time."""
+    from ddpm.data.packed import open_source
+    from ddpm.data.sources import read
+    from ddpm.data.whole import digest_head
+
+    digest = None
+    try:
+        source = open_source(Data(name="images", path=str(path)))
+        splits = sorted(source.members)
+        num = sum(source.num_images(split) for split in splits)
+        for split in splits:
+            for image, _ in read(source, split, None, path):
+                digest = digest or hashlib.sha256(digest_head(image.dtype, (num, *image.shape)))
+                digest.update(np.ascontiguousarray(image).data)
+    except RequestError:
+        return ""
+    return digest.hexdigest() if digest else ""

@@ -8,7 +8,6 @@ who computed them, or when.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,16 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.generate import sample_labels
-from ddpm.sampling.request import Request, read_request, shard_range
+from ddpm.sampling.request import Request, read_request, samples_record, shard_range
 from ddpm.sampling.shards import read_manifest, withdraw_shard
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import shard_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.record import PROVENANCE, publish_score, read_score, scores_of
-from ddpm.scoring.reference import check_size, image_record, read_statistics, reference_of
+from ddpm.scoring.reference import check_size, image_record, reference_of
 from ddpm.scoring.scores import all_scores
+from ddpm.scoring.statistics_file import read_statistics
 
 
 class BrokenSet(DDPMError):
@@ -147,10 +147,11 @@ def evaluate_set(
     request = read_request(sample_set)
     if request.num_samples < 2:
         raise RequestError(f"sample set {set_name!r} holds {request.num_samples} sample: a score needs at least 2")
-    if isinstance(reference, PackedImages) and image_size is not None:
-        check_size(reference, image_size)
-    manifests = check_set(sample_set, request)
     file = read_statistics(reference) if isinstance(reference, Path) else None
+    images = file.images if file else reference
+    if isinstance(images, PackedImages) and image_size is not None:
+        check_size(images, image_size)
+    manifests = check_set(sample_set, request)
     provenance = _provenance(
         request,
         manifests[0]["nfe"],
@@ -177,21 +178,5 @@ def evaluate_set(
 
 def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
     """What a set's score is a score of; the same provenance, the same score."""
-    return {
-        "num_samples": request.num_samples,
-        "reference": reference,
-        "extractor": extractor.record,
-        "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
-        "sampler": {
-            "name": request.sampler,
-            "steps": request.steps,
-            "eta": request.eta,
-            "guidance": request.guidance,
-            **({} if request.clip_x_0 else {"clip_x_0": False}),
-            **({} if request.variance is None else {"variance": request.variance}),
-            **({} if request.class_plan is None else {"class_plan": list(request.class_plan)}),
-        },
-        "nfe": nfe,
-        "seed": request.seed,
-        "precision": request.precision,
-    }
+    said = {**samples_record(request), "reference": reference, "extractor": extractor.record, "nfe": nfe}
+    return {key: said[key] for key in PROVENANCE}

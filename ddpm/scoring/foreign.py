@@ -19,8 +19,9 @@ from ddpm.run.files import DamagedFile
 from ddpm.sampling.shards import parse_npz
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
-from ddpm.scoring.reference import image_features, read_statistics, reference_of, write_statistics
+from ddpm.scoring.reference import image_features, reference_of, write_statistics
 from ddpm.scoring.scores import all_scores
+from ddpm.scoring.statistics_file import read_statistics
 
 ARRAYS = (".npz", ".npy")
 
@@ -64,7 +65,7 @@ def _array(path: Path) -> np.ndarray:
             images = arrays.get("images", arrays.get("arr_0", np.empty(0)))
     except (OSError, ValueError, EOFError, DamagedFile) as e:
         raise RequestError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise RequestError(f"{path}: its images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
     return images
 
@@ -81,14 +82,12 @@ def evaluate_images(
     """
     file = read_statistics(reference) if reference.suffix == ".npz" else None
     if file is not None and "mu" in file.arrays:
+        if file.images is not None:
+            _check_one_size(images, file.images, reference, "resize one side")
         against = file.reference(extractor, None)
     else:
         others = load_images(reference, size)
-        sizes = [f"{h}x{w}" for h, w in (side.images.shape[1:3] for side in (images, others))]
-        if sizes[0] != sizes[1]:
-            raise RequestError(
-                f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; give --size for both"
-            )
+        _check_one_size(images, others, reference, "give --size for both")
         against = reference_of(others, extractor, None)
     return {
         **all_scores(gather_images(images, extractor), against, published=extractor.published),
@@ -98,6 +97,12 @@ def evaluate_images(
         "extractor": extractor.record,
         "created": files.now(),
     }
+
+
+def _check_one_size(images: PackedImages, others: PackedImages, reference: Path, way_on: str) -> None:
+    sizes = [f"{h}x{w}" for h, w in (side.images.shape[1:3] for side in (images, others))]
+    if sizes[0] != sizes[1]:
+        raise RequestError(f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; {way_on}")
 
 
 def gather_images(images: PackedImages, extractor: Extractor) -> Gathered:

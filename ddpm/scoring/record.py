@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import RunBusy
+from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.paths import ASIDE, RunDir, listed
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
 """Keys of a record, and what people call them: it has one of these."""
@@ -31,8 +31,6 @@ _UNSIGNED = {*SCORE_NAMES, *PROVENANCE, "created", "command"}
 """All that a score said before scores were signed: one without a signature that says more has lost it."""
 _DIMENSIONS = {"inception": 2048, "random-inception": 2048, "pixels": 768}
 """Of features, where a score from before it said so leaves them out."""
-_ASIDE = ".damaged-"
-"""In the name of what lay damaged where a score was to lie."""
 FEW_SAMPLES = 10_000
 """Below, a Fréchet distance is mostly its own bias: said beside the number."""
 
@@ -114,21 +112,36 @@ def _malformed(record: Mapping[str, Any]) -> str | None:
 
 def scores_of(run: RunDir, set_name: str) -> list[Score]:
     """Every score of a set, the first one first; damaged ones too."""
-    further = (p for p in listed(run.further_scores(set_name)) if p.suffix == ".json" and p.name[0] != ".")
+    first, further = run.score(set_name), run.further_scores(set_name)
     return [
-        *_read({set_name: run.score(set_name)}),
-        *_read({f"{set_name}/{p.stem}": p for p in sorted(further, key=lambda p: p.stem)}),
+        *_read({} if _has_scores(first) else {set_name: first}),
+        *_read({f"{set_name}/{p.stem}": p for p in sorted(_scores_in(further), key=lambda p: p.stem)}),
     ]
+
+
+def _scores_in(further: Path) -> list[Path]:
+    """The files of scores in a directory; none where it is the first score of a set that is called like it, less .json,
+    as sets may be that are older than the rule against such names."""
+    if not further.is_dir():
+        return []
+    return [p for p in listed(further) if p.suffix == ".json" and p.name[0] != "."]
+
+
+def _has_scores(first: Path) -> bool:
+    """Whether the further scores of a set that is called NAME.json lie where the first one of NAME would."""
+    return bool(_scores_in(first))
 
 
 def all_scores(run: RunDir) -> list[Score]:
     """Every score of every set of a run."""
-    names = {p.stem if p.suffix == ".json" else p.name for p in listed(run.eval) if _is_a_sets(p)}
+    names = {
+        p.stem if p.suffix == ".json" and not _has_scores(p) else p.name for p in listed(run.eval) if _is_a_sets(p)
+    }
     return [score for name in sorted(names) for score in scores_of(run, name)]
 
 
 def _is_a_sets(path: Path) -> bool:
-    return path.name[0] != "." and (path.suffix == ".json" or (path.is_dir() and _ASIDE not in path.name))
+    return path.name[0] != "." and (path.suffix == ".json" or (path.is_dir() and ASIDE not in path.name))
 
 
 def _read(paths: Mapping[str, Path]) -> Iterator[Score]:
@@ -150,6 +163,13 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
     further = run.further_scores(set_name)
     places = [run.score(set_name), further / f"{word}.json", further / f"{word}-{files.sha256_json(of)[:12]}.json"]
     for path in places:
+        if _has_scores(path):
+            continue
+        if path.parent.is_file():
+            raise RequestError(
+                f"{path.parent} is a score of set {path.parent.stem}, where further scores of set {set_name} would "
+                f"lie: sample into a set of another name, with --set OTHERNAME, and score that"
+            )
         for folder in (run.eval, path.parent):
             folder.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         try:
@@ -159,7 +179,7 @@ def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: 
         except FileNotFoundError:
             pass
         except DamagedFile:
-            path.rename(path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}"))
+            path.rename(path.with_name(f"{path.name}{ASIDE}{secrets.token_hex(4)}"))
         with contextlib.suppress(FileExistsError):  # somebody's, who came between
             files.write_json(path, signed, token=token)
             return path

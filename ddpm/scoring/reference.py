@@ -1,13 +1,12 @@
-"""What samples are compared with: the statistics of a reference's features, kept on disk and read from files.
+"""What samples are compared with: the statistics of a reference's features, kept on disk by images and extractor.
 
-Owns the .npz files of pytorch-fid and guided-diffusion, and the cache of references by images and extractor. Must not
-know sample sets or runs.
+The files are .npz that pytorch-fid reads; those that others give are read in statistics_file.py. Must not know sample
+sets or runs.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.data.packed import PackedImages, images_digest
+from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
@@ -92,7 +91,7 @@ def reference_of(
             return Reference(arrays["mu"], arrays["sigma"], image_record(images), arrays["features"])
         except FileNotFoundError:
             say(f"reference={path} images={len(images.images)} computing its statistics")
-        except (DamagedFile, KeyError) as e:  # KeyError: from before features were kept
+        except (DamagedFile, KeyError, TypeError, ValueError) as e:  # KeyError: from before features were kept
             say(f"reference={path} not usable, computing it again: {e}")
     num = len(images.images)
     if num < 2:
@@ -147,74 +146,3 @@ def write_statistics(
     arrays = {"mu": moments.mean, "sigma": metrics.covariance(moments), "num": np.int64(moments.num)}
     data = npz_bytes(**arrays, features=gathered.chosen, name=name, **extra)
     files.write_bytes(path, data, replace=replace, token=token)
-
-
-@dataclass(frozen=True)
-class StatisticsFile:
-    """An .npz that samples can be compared with: pytorch-fid's, ours, or a batch of guided-diffusion's."""
-
-    path: Path
-    arrays: dict[str, np.ndarray]
-    record: dict[str, Any]
-    images: PackedImages | None
-    """guided-diffusion's arr_0, or `images`."""
-
-    def reference(
-        self,
-        extractor: Extractor,
-        cache_dir: Path | None,
-        *,
-        stop_requested: StopRequested = lambda: None,
-        token: str = "",
-    ) -> Reference:
-        """With features of its images, where it has some: they are kept in `cache_dir`.
-
-        A batch's own mu and sigma, which are Inception's and of more images than it holds, count for `inception`.
-        Raises RequestError where it says that it is another extractor's, or does not fit this one.
-        """
-        of_images = None
-        if self.images is not None:
-            of_images = reference_of(self.images, extractor, cache_dir, stop_requested=stop_requested, token=token)
-            if extractor.name != "inception" or "mu" not in self.arrays:
-                return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
-        mu, sigma, d = self.arrays["mu"], self.arrays["sigma"], extractor.dim
-        if mu.shape != (d,) or sigma.shape != (d, d) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise RequestError(
-                f"reference {self.path}: mu {mu.shape} and sigma {sigma.shape} must be finite, ({d},) and "
-                f"({d}, {d}) for evaluate.extractor={extractor.name}"
-            )
-        digest = self.arrays.get("extractor_digest")
-        if digest is not None and str(digest) != extractor.digest:
-            raise RequestError(
-                f"reference {self.path}: was made with another extractor, or other weights, than "
-                f"evaluate.extractor={extractor.name}; give the images themselves"
-            )
-        features = of_images.features if of_images else self.arrays.get("features") if digest is not None else None
-        return Reference(mu.astype(np.float64), sigma.astype(np.float64), self.record, features)
-
-
-def read_statistics(path: Path) -> StatisticsFile:
-    """The statistics in an .npz of ours or of pytorch-fid (keys mu, sigma), or the images in one of guided-diffusion's
-    batches (arr_0; mu and sigma where they are there). Nothing is unpickled.
-
-    Raises RequestError if the file cannot be read or holds neither.
-    """
-    try:
-        data = path.read_bytes()
-        arrays = parse_npz(data, path.name)
-    except (OSError, DamagedFile) as e:
-        raise RequestError(f"reference {path} cannot be read: {e}") from None
-    batch = arrays.get("arr_0", arrays.get("images"))
-    is_batch = batch is not None and batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[-1] == 3
-    if ("mu" not in arrays or "sigma" not in arrays) and not is_batch:
-        raise RequestError(
-            f"reference {path}: holds {sorted(arrays)}; pytorch-fid's statistics hold mu and sigma (`--save-stats` "
-            f"writes them, here and there), a batch of guided-diffusion's arr_0, uint8 (N, H, W, 3)"
-        )
-    name = str(arrays.get("name", path.stem))
-    images = None
-    if is_batch and batch is not None:
-        images = PackedImages(batch, np.zeros(len(batch), np.int64), name, "all", images_digest(batch))
-    num = int(arrays["num"]) if "num" in arrays else len(batch) if batch is not None and "mu" not in arrays else None
-    record = {"name": name, "split": None, "num_images": num, "digest": hashlib.sha256(data).hexdigest()}
-    return StatisticsFile(path, arrays, record, images)

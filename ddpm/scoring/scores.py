@@ -5,6 +5,7 @@ Owns which scores there are, their names, and which of them need what. Must not 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -48,4 +49,12 @@ def all_scores(of: Gathered, reference: Reference, *, published: bool) -> dict[s
             else metrics.frechet_distance(a.mean, metrics.covariance(a), b.mean, metrics.covariance(b))
             for a, b in zip(of.classes, reference.classes, strict=True)
         ]
+    if bad := [name for name, value in scores.items() if not _is_finite(value)]:
+        raise DDPMError(f"{', '.join(bad)}: not finite, so there is no score: features or reference are beyond all use")
     return {**scores, "dimensions": len(reference.mu)}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return value is None or math.isfinite(value)

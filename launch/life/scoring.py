@@ -48,7 +48,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
             result = scoring.evaluate_set(
                 run,
                 set_name,
-                reference=open_reference(config, against, cache, life.stop),
+                reference=open_reference(run, config, against, life.stop),
                 extractor=build_extractor(
                     extractor or config.evaluate.extractor, device, image_size=config.data.image_size
                 ),

@@ -23,8 +23,9 @@ from ddpm.sampling.request import (
     precision_of,
     publish_request,
     read_request,
+    samples_record,
 )
-from ddpm.scoring.against import SPLITS
+from ddpm.scoring.against import SPLITS, digest_of_split, folder_digest
 from ddpm.scoring.record import Score, file_extractor_name, scores_of
 
 LEAST_SCORED = 2
@@ -149,31 +150,49 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
 
 
 def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
-    """The score of the set, as it is, by that extractor against that reference; None where there is none that holds."""
-    request = _asked(run, set_name)
-    checkpoint = {**(request.get("checkpoint") or {}), "weights": request.get("weights")}
+    """The score of the set, as it is, by that extractor against that reference, as that is; None where there is none
+    that holds."""
+    if not (request := _asked(run, set_name)):
+        return None
+    samples = samples_record(Request.from_record(request))
     extractor = evaluate.extractor
     if extractor.startswith(FILE):
         path = Path(extractor.removeprefix(FILE)).expanduser()
         extractor = file_extractor_name(sha256_file(path)) if path.is_file() else ""
-    for score in scores_of(run, set_name):
-        if (
-            not score.damage
-            and score.record.get("checkpoint") == checkpoint
-            and score.record["extractor"]["name"] == extractor
-            and _is_against(score.record["reference"], evaluate.reference)
-        ):
-            return score
-    return None
+    found = [
+        score
+        for score in scores_of(run, set_name)
+        if not score.damage
+        and all(score.record.get(key, value) == value for key, value in samples.items())
+        and score.record["extractor"]["name"] == extractor
+    ]
+    is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
+    return next((score for score in found if is_it(score.record["reference"])), None)
 
 
-def _is_against(record: dict[str, Any], asked: str) -> bool:
-    """Whether a score's reference is the one that is asked for; a folder or zip is known by its name."""
+def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
+    """What tells whether a score's reference is the one that is asked for. Its images decide, where they can be told:
+    those of a folder may have changed, and another one may be called the same.
+
+    there: all of them: where none can be it, no image is read.
+    """
     if asked in SPLITS:
-        return record.get("split") == asked
-    path = Path(asked).expanduser()
-    if not path.exists():
-        return False
-    if path.suffix == ".npz":
-        return record.get("digest") == sha256_file(path)
-    return (record.get("split"), record.get("name")) == ("all", path.name)
+        name = {"split": asked}
+        digest = digest_of_split(run, asked) if any(r.get("split") == asked for r in there) else None
+        if digest is not None:
+            name["digest"] = digest
+    else:
+        path = Path(asked).expanduser()
+        if not path.exists():
+            return lambda record: False
+        if path.suffix == ".npz":
+            name = {"digest": sha256_file(path)}
+        else:
+            name = {"split": "all", "name": path.name}
+            if any(_has(record, name) for record in there):
+                name["digest"] = folder_digest(path)
+    return lambda record: _has(record, name)
+
+
+def _has(record: dict[str, Any], of: dict[str, str]) -> bool:
+    return all(record.get(key) == value for key, value in of.items())

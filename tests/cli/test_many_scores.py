@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import torch
 
 from ddpm.run.files import sign
@@ -22,6 +24,37 @@ def test_a_second_reference_and_a_second_extractor_leave_the_first_score_as_it_i
     assert (scores / f"{TINY_SET}.json").read_bytes() == first
     before = snapshot(scores)
     assert again("evaluate", "tiny", "--reference", "b.zip").returncode == 0 and snapshot(scores) == before
+
+
+def test_what_is_shown_is_the_score_against_the_images_that_lie_there_now(again: Shell) -> None:
+    shown = []
+    for folder, seed in (("A", 50), ("B", 70), ("A", 90)):
+        where = again.cwd / folder / "ref"
+        where.mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            (where / f"{i}.png").write_bytes(png(8, seed + i))
+        done = again("evaluate", "tiny", "--reference", str(where))
+        assert done.returncode == 0, done.stderr
+        shown.append(json.loads(done.stdout[done.stdout.index("{\n") :]))
+    assert len({record["reference"]["digest"] for record in shown}) == 3
+
+
+def test_a_reference_that_is_none_is_refused_before_and_in_a_job(again: Shell) -> None:
+    def npz(name: str, **arrays: Any) -> str:
+        np.savez(again.cwd / name, **arrays)
+        return str(again.cwd / name)
+
+    no_covariance = npz("negative.npz", mu=np.zeros(768), sigma=-np.eye(768))
+    assert "eigenvalue -1" in again.refused("evaluate", "tiny", "--reference", no_covariance)
+    many = npz("many.npz", mu=np.zeros(768), sigma=np.eye(768), num="many")
+    assert "num = 'many'" in again.refused("evaluate", "tiny", "--reference", many)
+    larger = npz("larger.npz", arr_0=np.zeros((3, 64, 64, 3), np.uint8))
+    before = snapshot(again.root / "tiny" / "eval")
+    for file, why in ((many, "num = 'many'"), (larger, "its images are 64x64, the samples 8x8")):
+        job = again("jobs", "evaluate", str(again.root / "tiny"), TINY_SET, "--reference", file)
+        assert job.returncode == 78 and why in job.stdout, job.stdout + job.stderr
+        assert "Traceback" not in job.stdout + job.stderr
+    assert snapshot(again.root / "tiny" / "eval") == before
 
 
 def test_a_network_from_a_file_scores_a_run_and_other_words_are_refused(again: Shell) -> None:
@@ -49,7 +82,7 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     assert "at least two" in again.refused("evaluate", "tiny", "--compare", TINY_SET)
     assert "no score against train by pixels" in again.refused("evaluate", "tiny", "--compare", TINY_SET, "other")
     near = {"frechet_distance_interval": [60.0, 64.0], "frechet_distance_infinity": 50.0}
-    for name, changes in (("a", {"frechet_distance": 62.0}), ("b", {"frechet_distance": 66.0}), ("c", {"seed": 1})):
+    for name, changes in (("a", {"frechet_distance": 62.0}), ("b", {"frechet_distance": 66.0}), ("c", {})):
         if name == "c":
             changes |= {"frechet_distance": 62.5, "reference": {**mine["reference"], "digest": "00"}}  # type: ignore[dict-item]
         (scores / f"{name}.json").write_text(json.dumps(sign({**mine, **near, **changes})))
@@ -60,7 +93,8 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     done = again("evaluate", "--compare", "tiny/a", "tiny/b")
     assert done.returncode == 0, done.stderr
     assert "+4 ± 3" in done.stdout and "62" in done.stdout and "fewer samples than the 768 dimensions" in done.stdout
-    assert "their reference differs" in again.refused("evaluate", "tiny", "--compare", "a", "c")
+    other = again.refused("evaluate", "tiny", "--compare", "a", "c")  # of what the run was not trained on
+    assert "c: no score against train" in other
     (scores / "b.json").write_text(json.dumps({**read(scores / "b.json"), "frechet_distance": 1.0}))
     assert "self_sha256 does not match" in again.refused("evaluate", "tiny", "--compare", "a", "b")
     assert "of which run?" in again.refused("evaluate", "--compare", "a", "b")

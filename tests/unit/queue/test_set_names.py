@@ -78,6 +78,17 @@ def test_a_set_of_before_goes_on_under_its_name(run: RunDir, former: str, eta: f
     assert set_of(run, asking(sampler="ddim", eta=0.25, guidance=guidance), 8) != former
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.json.damaged-98e98456"])
+def test_a_new_set_is_not_called_like_a_score_of_another_and_an_old_one_goes_on(run: RunDir, name: str) -> None:
+    request, sample_set = request_for(run, make_config(), CheckpointRef(8, "0" * 64)), run.sample_set(name)
+    with pytest.raises(RequestError, match="a file of another set's scores is called so"):
+        publish_request(sample_set, request)
+    assert not sample_set.path.exists()
+    publish_request(run.sample_set("old"), request)
+    run.sample_set("old").path.rename(sample_set.path)
+    assert publish_request(sample_set, request) == request
+
+
 def signed(**body: Any) -> str:
     return json.dumps({**body, "digest": sha256_json(body)})
 

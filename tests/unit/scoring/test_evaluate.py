@@ -25,7 +25,8 @@ from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.kernel_distance import kernel_distance
 from ddpm.scoring.manifold import manifold_scores
 from ddpm.scoring.record import PROVENANCE, scores_of
-from ddpm.scoring.reference import read_statistics, reference_of
+from ddpm.scoring.reference import reference_of
+from ddpm.scoring.statistics_file import read_statistics
 from tests import sampling
 
 NUM, SHARDS, BATCH = 60, 5, 8

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
@@ -94,6 +95,31 @@ def test_a_directory_in_a_scores_place_is_damage_and_makes_room(tmp_path: Path) 
     assert "cannot be read" in scores_of(run, "a")[0].damage
     assert read_score(publish_score(run, "a", NEW)) == files.sign(NEW)
     assert [s.damage for s in all_scores(run)] == [""] and list(run.eval.glob("a.json.damaged-*/kept"))
+
+
+def test_sets_of_which_one_is_called_like_the_others_file_lose_no_score(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    other = {**NEW, "reference": {"name": "b", "split": None}}
+    kept = [publish_score(run, "q.json", NEW), publish_score(run, "q.json", other)]
+    before = {path: path.read_bytes() for path in kept}
+    mine = publish_score(run, "q", NEW)
+    assert {path: path.read_bytes() for path in kept} == before
+    assert [(s.name, s.damage) for s in all_scores(run)] == [
+        ("q/train-inception", ""), ("q.json", ""), ("q.json/b-inception", "")
+    ]  # fmt: skip
+    assert publish_score(run, "q", NEW) == mine and [s.path for s in scores_of(run, "q")] == [mine]
+
+
+def test_a_set_whose_further_scores_have_no_place_is_told_so(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    publish_score(run, "q", NEW)
+    publish_score(run, "q.json", NEW)
+    with pytest.raises(
+        RequestError, match=r"q\.json is a score of set q, where further scores of set q\.json would lie"
+    ):
+        publish_score(run, "q.json", {**NEW, "seed": 1})
+    assert [s.name for s in all_scores(run)] == ["q", "q.json"]
+    assert [s.name for s in scores_of(run, "q.json")] == ["q.json"]
 
 
 # ---------------------------------------------------------------- many of them
