@@ -1,4 +1,4 @@
-"""launch/life/supervisor.py: which ends of a job put it back. SLURM's answers are given here."""
+"""launch/life/{gathering,supervisor}.py: which ends of a job put it back. SLURM's answers are given here."""
 
 import errno
 import itertools
