@@ -189,7 +189,7 @@ def test_a_run_can_be_queued_by_hand_from_anywhere_as_printed_and_from_the_proje
         assert site.bed.wait_state(job, timeout_s=60) == "COMPLETED", site.log("hand")
         assert (site.run_dir("hand").logs / f"train-{job}.out").exists()
     assert site.run_dir("hand").latest_step() == 10 and "nothing to do" in site.log("hand")
-    ask = "from launch.cluster.slurm import queued; print(queued(['999999']), queued(['999998', '999999']))"
+    ask = "from launch.cluster.scheduler import queued; print(queued(['999999']), queued(['999998', '999999']))"
     known = site.bed.run([site.bed.python, "-c", ask], check=True, cwd=site.bed.project)
     assert known.stdout == "{} {}\n"  # ids that SLURM does not know are no failure
 
