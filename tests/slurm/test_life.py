@@ -118,16 +118,9 @@ def samples_of(run: RunDir, set_name: str) -> bytes:
 
 def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(site: Site) -> None:
     train, sample, evaluate = site.submit(
-        "chain",
-        "--gpus-per-node",
-        "0",
-        "train.total_steps=30",
-        "sample.steps=60",
-        "--then",
-        "sample,evaluate",
-        "--max-parallel",
-        "2",
-    )
+        "chain", "--gpus-per-node", "0", "train.total_steps=30", "sample.steps=60", "sample.num_samples=256",
+        "sample.shards=4", "--then", "sample,evaluate", "--max-parallel", "2",
+    )  # fmt: skip
     bed = site.bed
     run = site.run_dir("chain")
     scripts = [p.read_text() for p in (run.logs / "submitit").glob("*.sh")]
@@ -145,7 +138,7 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     assert bed.wait_state(evaluate, timeout_s=60) == "COMPLETED", site.log("chain")
     assert sum(r["Restarts"] != "0" for r in bed.records(sample)) >= 1
     record = read_json(run.eval / "ddim60-step30-seed0.json") or {}
-    assert record["num_samples"] == 512 and record["checkpoint"]["step"] == 30 and record["seed"] == 0
+    assert record["num_samples"] == 256 and record["checkpoint"]["step"] == 30 and record["seed"] == 0
     assert record["sampler"] == {"name": "ddim", "steps": 60, "eta": 0.0, "guidance": None}
     assert record["reference"]["split"] == "train" and record["extractor"]["name"] == "pixels"
     assert "fid" not in record and record["frechet_distance"] > 0
@@ -196,7 +189,7 @@ def test_a_run_can_be_queued_by_hand_from_anywhere_as_printed_and_from_the_proje
         assert site.bed.wait_state(job, timeout_s=60) == "COMPLETED", site.log("hand")
         assert (site.run_dir("hand").logs / f"train-{job}.out").exists()
     assert site.run_dir("hand").latest_step() == 10 and "nothing to do" in site.log("hand")
-    ask = "from launch.cluster.slurm import queued; print(queued(['999999']), queued(['999998', '999999']))"
+    ask = "from launch.cluster.scheduler import queued; print(queued(['999999']), queued(['999998', '999999']))"
     known = site.bed.run([site.bed.python, "-c", ask], check=True, cwd=site.bed.project)
     assert known.stdout == "{} {}\n"  # ids that SLURM does not know are no failure
 
