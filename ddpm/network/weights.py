@@ -21,9 +21,18 @@ MAX_HEADER_BYTES = 8 << 20
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
-    """The run's network at a verified step, in eval mode. weights: ema | model."""
+    """The run's network at a verified step, in eval mode. weights: ema | model.
+
+    Raises RequestError where they were trained with other mathematics, which the shapes of tensors do not tell.
+    """
     network = build_model(config, device, precision)
-    set_weights(network, generations.load(run, step)[weights], str(run.checkpoint(step)))
+    saved, here = generations.load(run, step), config.digest()
+    if saved["config_digest"] != here:
+        raise RequestError(
+            f"{run.checkpoint(step)}: belongs to other mathematics (config digest {saved['config_digest'][:12]}, and "
+            f"{here[:12]} is that of {run.config}); bring back the config that it was trained with"
+        )
+    set_weights(network, saved[weights], str(run.checkpoint(step)))
     return network.eval()
 
 

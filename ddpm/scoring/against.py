@@ -138,6 +138,10 @@ def check_reference(config: Config, name: str) -> None:
 def check_file(name: str) -> Path:
     """The file or folder of that name. Raises RequestError."""
     path = Path(name).expanduser()
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe has no end
+        raise RequestError(
+            f"reference = {name}: neither a file nor a folder; give a .npz, or a folder or zip of images"
+        )
     if not path.exists():
         raise RequestError(
             f"reference = {name}: not train, not test, and no such file; a pytorch-fid .npz, or a folder "

@@ -15,7 +15,7 @@ from ddpm.data.packed import PackedImages, load_folder, pack
 from ddpm.errors import RequestError
 from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
-from ddpm.scoring.against import check_for_run, folder_digest, open_reference
+from ddpm.scoring.against import check_file, check_for_run, folder_digest, open_reference
 from tests.cli.harness import png, write_zip
 from tests.training import make_config, make_run
 
@@ -105,3 +105,8 @@ def test_the_digest_of_a_folder_is_that_of_its_images(pics: Path, tmp_path: Path
     assert folder_digest(pics) == load_folder(pics).digest
     (pics / "train" / "cat" / "0.png").write_bytes(b"no picture")
     assert folder_digest(pics) == "" and np.size(load_folder(archive).images)
+
+
+def test_what_has_no_end_is_no_reference() -> None:
+    with pytest.raises(RequestError, match="/dev/zero: neither a file nor a folder"):
+        check_file("/dev/zero")
