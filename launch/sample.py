@@ -103,7 +103,9 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
 def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
     """The counts that --class-plan means; their number and sum are the config's to check. Raises RequestError."""
     if text == "balanced":
-        if not num_classes or num_samples % num_classes:
+        if not num_classes:
+            raise RequestError("--class-plan balanced: the model has no classes (model.num_classes = 0); leave it out")
+        if num_samples % num_classes:
             raise RequestError(
                 f"--class-plan balanced: num_samples = {num_samples} must be a multiple of the model's "
                 f"{num_classes} classes (model.num_classes)"

@@ -58,6 +58,8 @@ def _told(run: RunDir) -> Iterator[str]:
         made_of = _record(path).get("checkpoint")
         if isinstance(made_of, dict) and (step := _step(made_of)):
             yield f"{path} is of step {step}"
+    if not _has_events(run, events) and any(p.name.startswith("events.out") for p in listed(run.tensorboard)):
+        yield "tb/ tells of a life, and no event of it is there"
     if (step := _reached(run)) and not _has_events(run, events):
         yield f"metrics.jsonl, heartbeat.json or grids/ tell of step {step}, and no event of the life that wrote them"
 

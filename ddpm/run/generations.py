@@ -37,6 +37,8 @@ def verify(run: RunDir, step: int) -> Generation:
     """Check one generation in full. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
     manifest = read_signed(run.manifest(step))
     path = run.checkpoint(step)
+    if lost := {"step", "file", "bytes", "sha256"} - manifest.keys():
+        raise DamagedFile(f"{run.manifest(step).name}: says no {min(lost)}")
     if manifest["step"] != step or manifest["file"] != path.name:
         raise DamagedFile(f"{run.manifest(step).name}: is the manifest of {manifest['file']}")
     try:

@@ -46,7 +46,7 @@ def finished_step(run: RunDir, config: Config) -> int | None:
     try:
         step = run.latest_step()
         manifest = read_signed(run.manifest(step))
-        whole = manifest["bytes"] == run.checkpoint(step).stat().st_size
+        whole = manifest.get("bytes") == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
         return None
     # without its EMA weights it was saved as one of many, and has only later become the last

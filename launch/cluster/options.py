@@ -35,6 +35,9 @@ OURS = {
     "wait",
     "test-only",
     "chdir",
+    "ntasks",
+    "uid",
+    "gid",
 }
 FLAGS: dict[str, dict[str, Any]] = {
     "partition": {},
@@ -112,8 +115,12 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
                 f"--sbatch {key}: not an sbatch option; write it long and without dashes, "
                 f"e.g. --sbatch reservation=course"
             )
-        if key in OURS:
-            raise RequestError(f"--sbatch {key}: this option is set by the launcher, because restarts depend on it")
+        # sbatch takes the beginning of an option's name for it
+        if of_ours := sorted(name for name in OURS if name.startswith(key)):
+            raise RequestError(
+                f"--sbatch {key}: {of_ours[0]} is set by the launcher, because restarts depend on it"
+                + ("" if key in OURS else "; write another option's name out")
+            )
     _take_gres(tree, extra, args.gpus_per_node)
     tree["sbatch"] = extra
     where = f"profile {args.profile} and options" if args.profile else "options"

@@ -17,6 +17,7 @@ from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
 from launch.cluster.scheduler import Queued
+from launch.queue import local
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import faults, goodput, standing
 
@@ -67,7 +68,7 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
     spent = goodput.breakdown(every, beat, time.time())
     state = damage.read(lambda: _state(run, events, config, jobs, age)) or "unreadable"
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
-    failed = latest.get("event") == "failed" and state not in ("running", "queued", "suspended", "held")
+    failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
     samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
     problems = [latest.get("reason") if failed else None, *damage.told[: 1 if closed else None]]
@@ -167,4 +168,5 @@ def _state(
     """How the run stands, by its directory and SLURM: standing.py has the words."""
     finished = config is not None and finished_step(run, config) is not None
     beats = age is not None and abs(age) < SILENT_AFTER_S
-    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats))
+    here = local.running(run) is not None
+    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, here))

@@ -27,10 +27,13 @@ class Facts:
     stop_file: bool = False
     beats: bool = False
     """Whether a trainer has given a sign of life just now, wherever it runs."""
+    here: bool = False
+    """Whether a background process of this machine trains it, or will."""
 
 
 def word(f: Facts) -> str:
-    """complete | running | suspended | queued | held | failed | cancelled | stopped | completing | prepared | ended
+    """complete | running | starting | suspended | queued | held | failed | cancelled | stopped | completing | prepared
+    | ended
 
     held: it waits until somebody releases it. completing: SLURM is ending the last job there is, and does not say
     whether it comes back, as a pre-empted one does. ended: otherwise, without a word.
@@ -55,6 +58,8 @@ def word(f: Facts) -> str:
         return "completing"
     if f.beats and last.get("event") in ("started", "resumed"):
         return "running"
+    if f.here:
+        return "starting"
     if f.jobs is not None and _never_began(f.events, last):
         return "cancelled"
     return "ended" if last else "prepared"

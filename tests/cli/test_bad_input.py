@@ -50,6 +50,7 @@ BAD = {
     "partition with a space": (["--partition", "a b"], ["partition = 'a b'", "no spaces"]),
     "sbatch key": (["--sbatch", "Reservation=x"], ["--sbatch Reservation", "reservation=course"]),
     "sbatch key of ours": (["--sbatch", "output=x"], ["--sbatch output", "restarts"]),
+    "beginning of a key of ours": (["--sbatch", "wra=true"], ["--sbatch wra", "wrap is set by the launcher"]),
     "gpus against tasks": (["--gpus-per-node", "2", "--tasks-per-node", "4"], ["--tasks-per-node 4"]),
     "then": (["--then", "sample,score"], ["--then sample,score", "sample,evaluate"]),
     "then evaluate alone": (["--then", "evaluate"], ["--then evaluate", "sample,evaluate"]),

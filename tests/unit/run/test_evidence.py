@@ -56,6 +56,11 @@ def heartbeat_alone(run: RunDir) -> None:
     run.heartbeat.write_bytes(metrics_alone_but)
 
 
+def tensorboard_alone(run: RunDir) -> None:
+    metrics_alone(run)
+    run.metrics.unlink()
+
+
 def a_sample_set(run: RunDir) -> None:
     metrics_alone(run)
     run.metrics.unlink()
@@ -69,6 +74,7 @@ PARTIAL: dict[str, tuple[Callable[[RunDir], None], str]] = {
     "with metrics alone": (metrics_alone, "tell of step 8, and no event of the life"),
     "with a heartbeat alone": (heartbeat_alone, "tell of step 8, and no event of the life"),
     "without the events of its last life": (events_of_another_life, "tell of step 8, and no event of the life"),
+    "with TensorBoard's files alone": (tensorboard_alone, "tb/ tells of a life"),
     "with a sample set alone": (a_sample_set, r"request\.json is of step 8"),
 }
 

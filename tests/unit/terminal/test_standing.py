@@ -37,6 +37,9 @@ DONE = [*BEGUN, event("finished")]
     ("failed", Facts([*BEGUN, FAILED], {})),
     ("failed", Facts([*BEGUN, FAILED], FOLLOWS)),  # though an array waits
     ("queued", Facts([*BEGUN, FAILED, event("submitted", "110", stage="train")], {"110": PRIORITY})),
+    ("starting", Facts(CHAIN[:1], {}, here=True)),
+    ("starting", Facts([*CHAIN[:1], event("allocated")], {}, here=True)),
+    ("running", Facts(BEGUN, {}, beats=True, here=True)),
     ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], {})),
     ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], FOLLOWS)),
     ("cancelled", Facts(CHAIN, {})),  # while it waited
