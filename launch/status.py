@@ -96,9 +96,9 @@ def print_events(runs: list[RunDir], as_json: bool) -> None:
         events, damage = _events(run)
         for e in events:
             if as_json:
-                print(json.dumps({"run": run.name, **e}))
+                print(json.dumps({**e, "run": run.name}))
                 continue
-            known = ("event", "time", "job", "restart", "host", "options", "args")
+            known = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run")
             rest = " ".join(f"{k}={v}" for k, v in e.items() if k not in known)
             print(plain(f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}"))
         for what in damage:

@@ -34,9 +34,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
         raise RequestError(f"config file {path} cannot be read: {e}") from None
     tree = load_yaml(text, str(path))
     if tree is None:
-        raise RequestError(
-            f"{path} is empty: a config says at least one key, such as `seed: 0`; the others have defaults"
-        )
+        tree = {}
     if not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
     tree.setdefault("name", path.stem)

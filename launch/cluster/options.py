@@ -39,6 +39,8 @@ OURS = {
     "uid",
     "gid",
 }
+WHOLE = {"gpus"}
+"""Options of sbatch's whose names are the beginning of one of these."""
 FLAGS: dict[str, dict[str, Any]] = {
     "partition": {},
     "account": {},
@@ -116,7 +118,7 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
                 f"e.g. --sbatch reservation=course"
             )
         # sbatch takes the beginning of an option's name for it
-        if of_ours := sorted(name for name in OURS if name.startswith(key)):
+        if of_ours := sorted(name for name in OURS if name.startswith(key) and key not in WHOLE):
             raise RequestError(
                 f"--sbatch {key}: {of_ours[0]} is set by the launcher, because restarts depend on it"
                 + ("" if key in OURS else "; write another option's name out")
