@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from os import getpid
 from pathlib import Path
@@ -20,7 +20,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, read_signed
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
-from launch.queue import chain
+from launch.queue import borrowing, chain
 from launch.terminal import console, inspection
 
 EXAMPLES = """examples:
@@ -53,9 +53,25 @@ def find(word: str, root: str | None) -> RunDir:
     return console.find_run(word, root)
 
 
+def check_own(run: RunDir) -> None:
+    """Raises RequestError where the checkpoints are another run's: its lock and fence guard them, not this one's."""
+    other: str | Path | None = None
+    with suppress(DamagedFile):
+        other = borrowing.reads(run)
+    there = run.checkpoints.resolve().parent
+    if other is None and there != run.path.resolve() and (there / "config.yaml").is_file():
+        other = there  # without its run.json too
+    if other is not None:
+        raise RequestError(
+            f"{run.path} has the checkpoints of {other}: nothing was changed; whoever may write that one recovers it "
+            f"there, and what was made of it here (samples, eval) stays as it is"
+        )
+
+
 @contextmanager
 def held(run: RunDir) -> Iterator[Fence]:
-    """Within: no job writes the run. Raises RequestError where one does or will."""
+    """Within: no job writes the run. Raises RequestError where one does or will, or where it is another's."""
+    check_own(run)
     if chain.is_training(run):
         raise RequestError(f"run {run.name} is at work or in the queue: end it first (touch {run.stop_file})")
     try:

@@ -75,3 +75,21 @@ def test_a_job_that_finds_it_so_ends_with_a_sentence(again: Shell, theirs: Path)
     done = as_a_user(again, "jobs", "train", str(theirs))
     assert done.returncode == 78 and "not trained" in done.stdout, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr and snapshot(again.root) == before
+
+
+@pytest.mark.parametrize("what", ["--rebuild", "--start-over"])
+@pytest.mark.parametrize("told", [True, False], ids=["told by run.json", "told by its links alone"])
+def test_it_is_recovered_where_it_lies_and_not_through_the_links_to_it(
+    again: Shell, theirs: Path, tmp_path: Path, what: str, told: bool
+) -> None:
+    own = tmp_path / "own"
+    as_a_user(again, "sample", str(theirs), "--set", "mine", "--root", str(own), "--prepare")
+    manifest = theirs / "checkpoints" / "step-000000200.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(b"")
+    if not told:
+        (own / "tiny" / "run.json").unlink()
+    before, here = snapshot(again.root), snapshot(own)
+    done = again("recover", str(own / "tiny"), what)
+    assert done.returncode == 2 and f"has the checkpoints of {theirs}" in done.stderr, done.stdout + done.stderr
+    assert snapshot(again.root) == before and snapshot(own) == here
