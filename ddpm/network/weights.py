@@ -21,9 +21,11 @@ MAX_HEADER_BYTES = 8 << 20
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
-    """The run's network at a verified step, in eval mode. weights: ema | model."""
+    """The run's network at a verified step, in eval mode. weights: ema | model. RequestError where it is another's."""
+    state = generations.load(run, step)
+    generations.check_mathematics(run.checkpoint(step), state, config.digest())
     network = build_model(config, device, precision)
-    set_weights(network, generations.load(run, step)[weights], str(run.checkpoint(step)))
+    set_weights(network, state[weights], str(run.checkpoint(step)))
     return network.eval()
 
 
