@@ -15,7 +15,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
-from ddpm.run import unfinished
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, read_signed
 from ddpm.run.paths import RunDir
@@ -98,7 +97,7 @@ def check(run: RunDir) -> int:
 
 def rebuild(run: RunDir) -> int:
     """Manifests for each .pt that has none, or a damaged one, and proves itself."""
-    config, failed = reading.load(run.config), 0
+    config, failed = reading.of_run(run), 0
     with held(run) as fence:
         steps = sorted(int(p.stem[5:]) for p in run.checkpoints.glob("step-*.pt") if p.stem[5:].isdecimal())
         lacking = [step for step in steps if not _has_manifest(run, step)]
@@ -107,8 +106,7 @@ def rebuild(run: RunDir) -> int:
         for step in lacking:
             path = run.manifest(step)
             try:
-                unfinished.set_aside(run, [path], "damaged", print)
-                rebuild_manifest(run, step, config, fence)
+                rebuild_manifest(run, step, config, fence, print)
                 print(f"rebuilt  {path}")
             except DamagedFile as e:
                 failed += 1
