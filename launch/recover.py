@@ -99,8 +99,14 @@ def rebuild(run: RunDir) -> int:
     """Manifests for each .pt that has none, or a damaged one, and proves itself."""
     config, failed = reading.of_run(run), 0
     with held(run) as fence:
-        steps = sorted(int(p.stem[5:]) for p in run.checkpoints.glob("step-*.pt") if p.stem[5:].isdecimal())
-        lacking = [step for step in steps if not _has_manifest(run, step)]
+        lacking = []
+        for path in sorted(run.checkpoints.glob("step-*.pt")):
+            digits = path.stem[5:]
+            step = int(digits) if digits.isdecimal() and len(digits) < 19 else -1
+            if path != run.checkpoint(step):
+                print(f"odd      {path}: no checkpoint is called that, left as it is")
+            elif not _has_manifest(run, step):
+                lacking.append(step)
         if lacking:
             from ddpm.training.proof import rebuild_manifest
         for step in lacking:
@@ -108,7 +114,7 @@ def rebuild(run: RunDir) -> int:
             try:
                 rebuild_manifest(run, step, config, fence, print)
                 print(f"rebuilt  {path}")
-            except DamagedFile as e:
+            except (DamagedFile, OSError) as e:  # a link to nothing too
                 failed += 1
                 print(f"damaged  {e}: left as it is")
     if not lacking:
@@ -119,7 +125,7 @@ def rebuild(run: RunDir) -> int:
 def _has_manifest(run: RunDir, step: int) -> bool:
     try:
         return bool(read_signed(run.manifest(step)))
-    except (DamagedFile, FileNotFoundError):
+    except (DamagedFile, OSError):
         return False
 
 

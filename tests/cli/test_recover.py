@@ -136,6 +136,21 @@ def test_what_proves_nothing_is_left_as_it_is_with_its_damaged_manifest(again: S
     assert read(checkpoints / "step-000000200.json")["rebuilt"] is True
 
 
+def test_one_odd_name_does_not_keep_the_others_from_being_rebuilt(again: Shell) -> None:
+    checkpoints = again.root / RUN / "checkpoints"
+    for step in (200, 400):
+        (checkpoints / f"step-{step:09d}.json").unlink()
+    (checkpoints / "step-000000001.pt").symlink_to("nowhere")
+    (checkpoints / "step-000000002.pt").mkdir()
+    odd = ["step-300.pt", "step-٣.pt", "step-٠٠٠٠٠٠٣٠٠.pt"]
+    for name in odd:
+        shutil.copy(checkpoints / "step-000000200.pt", checkpoints / name)
+    done = again("recover", RUN, "--rebuild")
+    assert done.returncode == 1 and done.stderr == "", done.stdout + done.stderr
+    assert done.stdout.count("rebuilt  ") == 2 and done.stdout.count("left as it is") == 5, done.stdout
+    assert all(name in done.stdout for name in [*odd, "step-000000001.pt", "step-000000002.pt"])
+
+
 def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(again: Shell) -> None:
     run = again.root / RUN
     shutil.rmtree(run / "checkpoints")
