@@ -139,15 +139,32 @@ def start_over(run: RunDir) -> int:
             print("nothing of it was trained: submit it again")
             return 0
         aside.mkdir()
-        for path in moved:
-            path.rename(aside / path.name)
-            if path.suffix == "":
-                path.mkdir()
+        for path in sorted(moved, key=lambda p: not p.is_symlink()):  # what may fail comes before anything is moved
+            if path.is_symlink():
+                _set_aside_beyond(path, aside)
+            else:
+                path.rename(aside / path.name)
+                if path.suffix == "":
+                    path.mkdir()
         fsync_dir(aside)
         fsync_dir(run.path)
     print(f"set aside in {aside}: {', '.join(p.name for p in moved)}")
     print("submit the run again, and it begins at step 0; nothing removes what was set aside")
     return 0
+
+
+def _set_aside_beyond(link: Path, aside: Path) -> None:
+    """What lies elsewhere stays on its disk: a folder gets another name there, and the link leads to an empty one."""
+    there = link.resolve()
+    if there.is_dir():
+        kept = there.with_name(f"{there.name}-{aside.name}")
+        there.rename(kept)
+        there.mkdir()
+        fsync_dir(there.parent)
+    else:
+        kept = there
+        link.unlink()
+    (aside / link.name).symlink_to(kept)
 
 
 def main() -> int:

@@ -171,6 +171,23 @@ def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(
     assert losses[0] == losses[1]
 
 
+def test_folders_that_are_kept_elsewhere_stay_there_and_what_is_set_aside_can_be_reached(again: Shell) -> None:
+    run, scratch = again.root / RUN, again.root.parent / "scratch"
+    scratch.mkdir()
+    for name in ("checkpoints", "metrics.jsonl"):
+        (run / name).rename(scratch / name)
+        (run / name).symlink_to(Path("../../scratch") / name)
+    before = {p.name: p.read_bytes() for p in (scratch / "checkpoints").iterdir()}
+    lines = (scratch / "metrics.jsonl").read_bytes()
+    done = again("recover", RUN, "--start-over")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (aside,) = run.glob("set-aside-*")
+    assert {p.name: p.read_bytes() for p in (aside / "checkpoints").iterdir()} == before
+    assert (aside / "metrics.jsonl").read_bytes() == lines and not (run / "metrics.jsonl").exists()
+    assert (run / "checkpoints").resolve() == (scratch / "checkpoints").resolve()
+    assert (run / "checkpoints").is_dir() and not list((run / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("what", ["--rebuild", "--start-over"])
 def test_a_run_that_a_live_job_holds_is_left_alone(again: Shell, what: str) -> None:
     with (again.root / RUN / "lock").open("r+b") as lock:
