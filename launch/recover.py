@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from os import getpid
 from pathlib import Path
@@ -15,12 +15,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ddpm.config import reading
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
-from ddpm.run import unfinished
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, read_signed
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
-from launch.queue import chain
+from launch.queue import borrowing, chain
 from launch.terminal import console, inspection
 
 EXAMPLES = """examples:
@@ -53,9 +52,25 @@ def find(word: str, root: str | None) -> RunDir:
     return console.find_run(word, root)
 
 
+def check_own(run: RunDir) -> None:
+    """Raises RequestError where the checkpoints are another run's: its lock and fence guard them, not this one's."""
+    other: str | Path | None = None
+    with suppress(DamagedFile):
+        other = borrowing.reads(run)
+    there = run.checkpoints.resolve().parent
+    if other is None and there != run.path.resolve() and (there / "config.yaml").is_file():
+        other = there  # without its run.json too
+    if other is not None:
+        raise RequestError(
+            f"{run.path} has the checkpoints of {other}: nothing was changed; whoever may write that one recovers it "
+            f"there, and what was made of it here (samples, eval) stays as it is"
+        )
+
+
 @contextmanager
 def held(run: RunDir) -> Iterator[Fence]:
-    """Within: no job writes the run. Raises RequestError where one does or will."""
+    """Within: no job writes the run. Raises RequestError where one does or will, or where it is another's."""
+    check_own(run)
     if chain.is_training(run):
         raise RequestError(f"run {run.name} is at work or in the queue: end it first (touch {run.stop_file})")
     try:
@@ -82,19 +97,24 @@ def check(run: RunDir) -> int:
 
 def rebuild(run: RunDir) -> int:
     """Manifests for each .pt that has none, or a damaged one, and proves itself."""
-    config, failed = reading.load(run.config), 0
+    config, failed = reading.of_run(run), 0
     with held(run) as fence:
-        steps = sorted(int(p.stem[5:]) for p in run.checkpoints.glob("step-*.pt") if p.stem[5:].isdecimal())
-        lacking = [step for step in steps if not _has_manifest(run, step)]
+        lacking = []
+        for path in sorted(run.checkpoints.glob("step-*.pt")):
+            digits = path.stem[5:]
+            step = int(digits) if digits.isdecimal() and len(digits) < 19 else -1
+            if path != run.checkpoint(step):
+                print(f"odd      {path}: no checkpoint is called that, left as it is")
+            elif not _has_manifest(run, step):
+                lacking.append(step)
         if lacking:
             from ddpm.training.proof import rebuild_manifest
         for step in lacking:
             path = run.manifest(step)
             try:
-                unfinished.set_aside(run, [path], "damaged", print)
-                rebuild_manifest(run, step, config, fence)
+                rebuild_manifest(run, step, config, fence, print)
                 print(f"rebuilt  {path}")
-            except DamagedFile as e:
+            except (DamagedFile, OSError) as e:  # a link to nothing too
                 failed += 1
                 print(f"damaged  {e}: left as it is")
     if not lacking:
@@ -105,7 +125,7 @@ def rebuild(run: RunDir) -> int:
 def _has_manifest(run: RunDir, step: int) -> bool:
     try:
         return bool(read_signed(run.manifest(step)))
-    except (DamagedFile, FileNotFoundError):
+    except (DamagedFile, OSError):
         return False
 
 
@@ -119,15 +139,32 @@ def start_over(run: RunDir) -> int:
             print("nothing of it was trained: submit it again")
             return 0
         aside.mkdir()
-        for path in moved:
-            path.rename(aside / path.name)
-            if path.suffix == "":
-                path.mkdir()
+        for path in sorted(moved, key=lambda p: not p.is_symlink()):  # what may fail comes before anything is moved
+            if path.is_symlink():
+                _set_aside_beyond(path, aside)
+            else:
+                path.rename(aside / path.name)
+                if path.suffix == "":
+                    path.mkdir()
         fsync_dir(aside)
         fsync_dir(run.path)
     print(f"set aside in {aside}: {', '.join(p.name for p in moved)}")
     print("submit the run again, and it begins at step 0; nothing removes what was set aside")
     return 0
+
+
+def _set_aside_beyond(link: Path, aside: Path) -> None:
+    """What lies elsewhere stays on its disk: a folder gets another name there, and the link leads to an empty one."""
+    there = link.resolve()
+    if there.is_dir():
+        kept = there.with_name(f"{there.name}-{aside.name}")
+        there.rename(kept)
+        there.mkdir()
+        fsync_dir(there.parent)
+    else:
+        kept = there
+        link.unlink()
+    (aside / link.name).symlink_to(kept)
 
 
 def main() -> int:

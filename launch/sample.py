@@ -146,6 +146,7 @@ def main() -> int:
     site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "sample")
     check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
+    generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
     variance = args.variance or (there.variance if there and args.sampler in (None, there.sampler) else None)
     request = sets.request_for(run, config, generation, variance)
     set_name = args.set_name or sets.set_of(run, config, generation.step, request.variance)

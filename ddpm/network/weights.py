@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 8 << 20
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
+<<<<<<< HEAD
     """The run's network at a verified step, in eval mode. weights: ema | model.
 
     Raises RequestError where they were trained with other mathematics, which the shapes of tensors do not tell.
@@ -33,6 +34,13 @@ def load_network(config: Config, run: RunDir, step: int, weights: str, device: t
             f"{here[:12]} is that of {run.config}); bring back the config that it was trained with"
         )
     set_weights(network, saved[weights], str(run.checkpoint(step)))
+=======
+    """The run's network at a verified step, in eval mode. weights: ema | model. RequestError where it is another's."""
+    state = generations.load(run, step)
+    generations.check_mathematics(run.checkpoint(step), state, config.digest())
+    network = build_model(config, device, precision)
+    set_weights(network, state[weights], str(run.checkpoint(step)))
+>>>>>>> fixrec
     return network.eval()
 
 

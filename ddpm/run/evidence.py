@@ -48,7 +48,7 @@ def _told(run: RunDir) -> Iterator[str]:
     yield from (f"{run.checkpoint(step)} has no manifest" for step in alone)
     ours = {sign.step for sign in unfinished.signs(run) if sign.is_ours}
     for path in sorted(listed(run.checkpoints)):
-        match = re.fullmatch(r"ema-(\d{9,})\.safetensors", path.name)
+        match = re.fullmatch(r"ema-([0-9]{9,})\.safetensors", path.name)
         if match and int(match[1]) not in {*ours, *alone}:
             yield f"{path} has no checkpoint"
     events = read_events(run)
@@ -66,7 +66,7 @@ def _told(run: RunDir) -> Iterator[str]:
 
 def _reached(run: RunDir) -> int:
     """The last step that anything tells of that a life leaves before its first save."""
-    drawn = (re.fullmatch(r"step-(\d{9,})\.png", p.name) for p in listed(run.grids))
+    drawn = (re.fullmatch(r"step-([0-9]{9,})\.png", p.name) for p in listed(run.grids))
     try:
         lines = [record["step"] for record in read_metrics(run)]
     except OSError:  # a directory, or another user's: it tells nothing

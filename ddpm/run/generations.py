@@ -7,8 +7,9 @@ choosing a generation to sample stays cheap on a login node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ddpm.errors import RequestError
@@ -132,6 +133,16 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
     except DamagedFile as e:
         others = [s for s in steps if s != step]
         raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: {others}") from None
+
+
+def check_mathematics(path: Path, saved: Mapping[str, Any], digest: str) -> None:
+    """saved: a checkpoint's state or manifest. Raises RequestError where it was trained with another config's
+    mathematics than those of `digest`: its weights may fit all the same."""
+    if (there := saved.get("config_digest")) not in (None, digest):
+        raise RequestError(
+            f"{path} belongs to other mathematics (config digest {str(there)[:12]}, the run's config.yaml has "
+            f"{digest[:12]}): restore the config that it was trained with, or the run's own checkpoints"
+        )
 
 
 def load(run: RunDir, step: int) -> dict[str, Any]:

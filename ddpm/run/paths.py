@@ -187,7 +187,7 @@ class RunDir:
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""
-        found = (re.fullmatch(r"step-(\d{9,})\.json", p.name) for p in listed(self.checkpoints))
+        found = (re.fullmatch(r"step-([0-9]{9,})\.json", p.name) for p in listed(self.checkpoints))
         return sorted((int(m.group(1)) for m in found if m), reverse=True)
 
     def latest_step(self) -> int:

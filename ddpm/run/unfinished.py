@@ -40,7 +40,7 @@ def begin(run: RunDir, step: int, token: str, may_publish: Callable[[], None]) -
 def signs(run: RunDir) -> list[Sign]:
     found = []
     for path in sorted(listed(run.checkpoints)):
-        if match := re.fullmatch(rf"{re.escape(SIGN)}step-(\d{{9,}})\..*", path.name):
+        if match := re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name):
             try:
                 is_ours = path.read_text() == f"{path.stat().st_ino}\n"
             except (OSError, ValueError):
@@ -52,7 +52,7 @@ def signs(run: RunDir) -> list[Sign]:
 def alone(run: RunDir) -> list[int]:
     """Steps of which a .pt lies there without a manifest, and no save has left it here."""
     names = {p.name for p in listed(run.checkpoints)}
-    found = (re.fullmatch(r"step-(\d{9,})\.pt", name) for name in sorted(names))
+    found = (re.fullmatch(r"step-([0-9]{9,})\.pt", name) for name in sorted(names))
     steps = [int(m[1]) for m in found if m and f"{m[0][:-3]}.json" not in names]
     ours = {sign.step for sign in signs(run) if sign.is_ours}
     return [step for step in steps if step not in ours]

@@ -129,13 +129,18 @@ def withdraw_shard(sample_set: SampleSet, request: Request, index: int) -> None:
 def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path:
     """Write every sample as `directory`/000007.png, for tools that want files; returns `directory`.
 
-    The directory appears whole: a kill leaves a temporary beside it. One that already holds all of them is left alone.
-    Raises RequestError for a directory with other content, DamagedFile for a shard that is not good.
+    The directory appears whole: a kill leaves a temporary beside it. It says in .unpacked what it holds; one that
+    already holds all of them is left alone. Raises RequestError for a directory with other content, FileNotFoundError
+    or DamagedFile for a shard that is not good.
     """
     from PIL import Image  # a login node that unpacks nothing does without
 
+    shas = [read_manifest(sample_set, request, index)["sha256"] for index in range(request.shards)]
+    content = files.sha256_json([request.digest, shas]).encode()
+    sign = directory / ".unpacked"
     if directory.exists():
-        if len(list(directory.glob("*.png"))) == request.num_samples:
+        alike = sign.read_bytes() == content if sign.exists() else _begins_alike(sample_set, request, directory)
+        if alike and len(list(directory.glob("*.png"))) == request.num_samples:
             return directory
         raise RequestError(
             f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
@@ -149,10 +154,23 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
             shard = verify_shard(sample_set, request, index)
             for i, image in enumerate(shard.images, start=shard.first):
                 Image.fromarray(image).save(tmp / f"{i:06d}.png")
+        (tmp / sign.name).write_bytes(content)
         tmp.rename(directory)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return directory
+
+
+def _begins_alike(sample_set: SampleSet, request: Request, directory: Path) -> bool:
+    """Whether the first picture of each shard is that of the shard: of a directory of old, which does not say more."""
+    from ddpm.run.images import read_png  # loads Pillow
+
+    for index in range(request.shards):
+        shard = verify_shard(sample_set, request, index)
+        path = directory / f"{shard.first:06d}.png"
+        if not path.exists() or not np.array_equal(read_png(path), shard.images[0]):
+            return False
+    return True
 
 
 def npz_bytes(**arrays: Any) -> bytes:

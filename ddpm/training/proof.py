@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ddpm.config.schema import Config
 from ddpm.network.build import build_model
-from ddpm.run import generations
+from ddpm.run import generations, unfinished
 from ddpm.run.events import read_events
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, now, sha256_file, sign, write_json
@@ -22,8 +23,11 @@ from ddpm.run.paths import RunDir
 from ddpm.run.saving import ema_bytes, settled_in
 
 
-def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence) -> None:
-    """Publish a manifest, marked as rebuilt, for the .pt of `step`. Raises DamagedFile where that proves nothing."""
+def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: Callable[[str], None]) -> None:
+    """Publish a manifest, marked as rebuilt, for the .pt of `step`; a damaged one is set aside for it.
+
+    Raises DamagedFile, with nothing changed, where the .pt proves nothing.
+    """
     state = _proved(run, step, config)
     path = run.checkpoint(step)
     told = [e for e in read_events(run) if e.get("event") == "checkpoint" and e.get("step") == step]
@@ -44,6 +48,8 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence) -> No
         **ema,
         **settled_in(state),
     }
+    fence.check()
+    unfinished.set_aside(run, [run.manifest(step)], "damaged", log)
     write_json(run.manifest(step), sign(manifest), token=str(fence.token), may_publish=fence.check)
 
 

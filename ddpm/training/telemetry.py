@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -44,7 +44,7 @@ class Telemetry:
     ) -> None:
         self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
         self._trim(step, logged_step, every_steps)
-        self._metrics: BinaryIO = run.metrics.open("ab", buffering=0)
+        self._metrics: BinaryIO = run.metrics.open("a+b", buffering=0)
         self._unwritten = b""
         self._board: Any = None
         self._board_at = 0.0
@@ -59,6 +59,13 @@ class Telemetry:
 
         Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
         """
+        kept = self._there(step)
+        if gap := missing_lines(kept, every_steps or step or 1, logged_step=logged_step):
+            say(f"{gap}: the file was damaged; training goes on without them")
+        self._rewrite(kept)
+
+    def _there(self, step: int) -> list[dict[str, Any]]:
+        """The lines up to `step` of the file that has the name."""
         data = b""
         with contextlib.suppress(FileNotFoundError):
             data = self._run.metrics.read_bytes()
@@ -68,11 +75,24 @@ class Telemetry:
             with aside.open("ab") as f:
                 f.write(b"\n".join(odd) + b"\n")
             say(f"{wrong}: kept in {aside.name}, left out here")
-        kept = [r for r in records if r["step"] <= step]
-        if gap := missing_lines(kept, every_steps or step or 1, logged_step=logged_step):
-            say(f"{gap}: the file was damaged; training goes on without them")
-        lines = "".join(json.dumps(r) + "\n" for r in kept).encode()
+        return [r for r in records if r["step"] <= step]
+
+    def _rewrite(self, records: Iterable[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(r) + "\n" for r in records).encode()
         write_bytes(self._run.metrics, lines, replace=True, may_publish=self._may_publish)
+
+    def _take_along(self) -> None:
+        """Where another file has taken the name since (an older copy, an editor's): this life's lines go there too."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._metrics.fileno()), self._run.metrics.stat()):
+                return
+        self._metrics.seek(0)
+        known = {r["step"]: r for r in parse_metrics(self._metrics.read() + self._unwritten)[0]}
+        known |= {r["step"]: r for r in self._there(self._first_step)}
+        self._rewrite(known[step] for step in sorted(known))
+        self._metrics.close()
+        self._metrics, self._unwritten = self._run.metrics.open("a+b", buffering=0), b""
+        say("metrics.jsonl was replaced under this job: the lines of this life were written to the new one too")
 
     @property
     def board(self) -> Any:
@@ -122,6 +142,7 @@ class Telemetry:
             self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
 
     def _write(self) -> None:
+        self._take_along()
         while self._unwritten:  # what a full disk refuses waits for the next line
             self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
@@ -146,14 +167,8 @@ class Telemetry:
         if not force and time.monotonic() - self._heartbeat_at < HEARTBEAT_EVERY_S:
             return
         self._heartbeat_at = time.monotonic()
-        record = {
-            "time": now(),
-            "step": step,
-            "total_steps": self._total_steps,
-            **self._owner,
-            "loss": latest.get("loss"),
-            "images_per_s": latest.get("images_per_s"),
-        }
+        record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner}
+        record |= {key: latest.get(key) for key in ("loss", "images_per_s")}
         self._try(
             "heartbeat",
             lambda: write_json(self._run.heartbeat, record, replace=True, may_publish=self._may_publish),

@@ -56,6 +56,8 @@ def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
     Raises RequestError where it cannot be there.
     """
     if can_write(run):
+        if other := reads(run):
+            _check_same(run, RunDir(Path(other)))
         return run
     mine = RunDir(root / run.name)
     if mine.path == run.path:
@@ -67,6 +69,7 @@ def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
             raise RequestError(
                 f"{mine.path} is another run than {run.path}, which cannot be written: give another --root"
             )
+        _check_same(mine, run)
         return mine
     print(f"{run.path} cannot be written: what is made of it goes to {mine.path}", flush=True)
     if dry_run:
@@ -74,6 +77,19 @@ def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
     reading.of_run(run)
     _make(mine, run)
     return mine
+
+
+def _check_same(mine: RunDir, run: RunDir) -> None:
+    """Raises RequestError where the run that is read is another by now than when `mine` was made of it. Where it is
+    gone, what was made of it is still there to be scored."""
+    if not run.run_json.is_file():
+        return
+    here, there = (read_run(r).get("config_digest") for r in (mine, run))
+    if here and there and here != there:
+        raise RequestError(
+            f"{mine.path} was made of {run.path} when its mathematics had the digest {here[:12]}; now {run.path} has "
+            f"{there[:12]}: give another --root for what is made of it now, or move {mine.path} away"
+        )
 
 
 def _make(mine: RunDir, run: RunDir) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.run.files import sign
 from tests.cli.harness import TINY_SET, Shell, as_a_user, read, snapshot
 
 
@@ -75,3 +76,43 @@ def test_a_job_that_finds_it_so_ends_with_a_sentence(again: Shell, theirs: Path)
     done = as_a_user(again, "jobs", "train", str(theirs))
     assert done.returncode == 78 and "not trained" in done.stdout, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr and snapshot(again.root) == before
+
+
+@pytest.mark.parametrize("what", ["--rebuild", "--start-over"])
+@pytest.mark.parametrize("told", [True, False], ids=["told by run.json", "told by its links alone"])
+def test_it_is_recovered_where_it_lies_and_not_through_the_links_to_it(
+    again: Shell, theirs: Path, tmp_path: Path, what: str, told: bool
+) -> None:
+    own = tmp_path / "own"
+    as_a_user(again, "sample", str(theirs), "--set", "mine", "--root", str(own), "--prepare")
+    manifest = theirs / "checkpoints" / "step-000000200.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(b"")
+    if not told:
+        (own / "tiny" / "run.json").unlink()
+    before, here = snapshot(again.root), snapshot(own)
+    done = again("recover", str(own / "tiny"), what)
+    assert done.returncode == 2 and f"has the checkpoints of {theirs}" in done.stderr, done.stdout + done.stderr
+    assert snapshot(again.root) == before and snapshot(own) == here
+
+
+def test_one_that_was_trained_anew_with_other_mathematics_is_not_sampled_as_what_it_was(
+    again: Shell, theirs: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    ask = ["--set", "mine", "--root", str(own), "--prepare"]
+    assert as_a_user(again, "sample", str(theirs), *ask).returncode == 0
+    record = {**read(theirs / "run.json"), "config_digest": "c" * 64}
+    theirs.joinpath("run.json").chmod(0o644)
+    theirs.joinpath("run.json").write_text(json.dumps(record))
+    theirs.joinpath("run.json").chmod(0o444)
+    for run in (str(theirs), "tiny"):
+        done = as_a_user(again, "sample", run, *ask)
+        assert done.returncode == 2 and str(own / "tiny") in done.stderr, done.stdout + done.stderr
+        assert f"now {theirs} has cccccccccccc" in done.stderr, done.stderr
+
+
+def test_a_copied_checkpoint_of_other_mathematics_is_refused_before_anything_is_asked_of_it(again: Shell) -> None:
+    for path in (again.root / "tiny" / "checkpoints").glob("*.json"):
+        path.write_text(json.dumps(sign({**read(path), "config_digest": "c" * 64})))
+    assert "belongs to other mathematics" in again.refused("sample", "tiny", "--set", "new", "--cluster", "local")

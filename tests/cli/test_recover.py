@@ -111,11 +111,44 @@ def test_a_checkpoint_that_does_not_prove_itself_gets_no_manifest(again: Shell) 
     done = again("recover", RUN, "--rebuild")
     assert done.returncode == 1 and not list(checkpoints.glob("*.json")), done.stdout
     assert "step-000000300.pt: holds step 200" in done.stdout and done.stdout.count("left as it is") == 2
-    (again.root / RUN / "config.yaml").write_text(
-        (again.root / RUN / "config.yaml").read_text().replace("seed: 0", "seed: 1", 1)
-    )
-    (checkpoints / "step-000000300.pt").rename(checkpoints / "step-000000200.pt")
+
+
+def test_a_config_that_was_changed_is_named_before_any_checkpoint_is_held_against_it(again: Shell) -> None:
+    config = again.root / RUN / "config.yaml"
+    (again.root / RUN / "checkpoints" / "step-000000400.json").unlink()
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1", 1))
+    assert "config.yaml was changed" in again.refused("recover", RUN, "--rebuild")
+    (again.root / RUN / "run.json").unlink()  # nothing tells of it then but the checkpoints
     assert "belongs to other mathematics" in again("recover", RUN, "--rebuild").stdout
+
+
+def test_what_proves_nothing_is_left_as_it_is_with_its_damaged_manifest(again: Shell) -> None:
+    checkpoints = again.root / RUN / "checkpoints"
+    flipped(checkpoints / "step-000000400.pt")
+    for step in (200, 400):
+        manifest = checkpoints / f"step-{step:09d}.json"
+        manifest.write_text(manifest.read_text().replace('"created": "2', '"created": "3'))
+    before = manifest.read_bytes()
+    done = again("recover", RUN, "--rebuild")
+    assert done.returncode == 1 and "step-000000400.pt" in done.stdout and "left as it is" in done.stdout, done.stdout
+    assert manifest.read_bytes() == before
+    assert [p.name for p in (checkpoints / "set-aside").iterdir()] == ["step-000000200.json"]
+    assert read(checkpoints / "step-000000200.json")["rebuilt"] is True
+
+
+def test_one_odd_name_does_not_keep_the_others_from_being_rebuilt(again: Shell) -> None:
+    checkpoints = again.root / RUN / "checkpoints"
+    for step in (200, 400):
+        (checkpoints / f"step-{step:09d}.json").unlink()
+    (checkpoints / "step-000000001.pt").symlink_to("nowhere")
+    (checkpoints / "step-000000002.pt").mkdir()
+    odd = ["step-300.pt", "step-٣.pt", "step-٠٠٠٠٠٠٣٠٠.pt"]
+    for name in odd:
+        shutil.copy(checkpoints / "step-000000200.pt", checkpoints / name)
+    done = again("recover", RUN, "--rebuild")
+    assert done.returncode == 1 and done.stderr == "", done.stdout + done.stderr
+    assert done.stdout.count("rebuilt  ") == 2 and done.stdout.count("left as it is") == 5, done.stdout
+    assert all(name in done.stdout for name in [*odd, "step-000000001.pt", "step-000000002.pt"])
 
 
 def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(again: Shell) -> None:
@@ -136,6 +169,23 @@ def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(
     losses = [[r["loss"] for r in map(json.loads, where.read_text().splitlines())]
               for where in (run / "metrics.jsonl", aside / "metrics.jsonl")]  # fmt: skip
     assert losses[0] == losses[1]
+
+
+def test_folders_that_are_kept_elsewhere_stay_there_and_what_is_set_aside_can_be_reached(again: Shell) -> None:
+    run, scratch = again.root / RUN, again.root.parent / "scratch"
+    scratch.mkdir()
+    for name in ("checkpoints", "metrics.jsonl"):
+        (run / name).rename(scratch / name)
+        (run / name).symlink_to(Path("../../scratch") / name)
+    before = {p.name: p.read_bytes() for p in (scratch / "checkpoints").iterdir()}
+    lines = (scratch / "metrics.jsonl").read_bytes()
+    done = again("recover", RUN, "--start-over")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (aside,) = run.glob("set-aside-*")
+    assert {p.name: p.read_bytes() for p in (aside / "checkpoints").iterdir()} == before
+    assert (aside / "metrics.jsonl").read_bytes() == lines and not (run / "metrics.jsonl").exists()
+    assert (run / "checkpoints").resolve() == (scratch / "checkpoints").resolve()
+    assert (run / "checkpoints").is_dir() and not list((run / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("what", ["--rebuild", "--start-over"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,6 +114,14 @@ def test_weights_of_other_mathematics_are_refused_though_they_fit(run: RunDir) -
 
 
 # ---------------------------------------------------------------- names
+
+
+def test_weights_that_fit_and_were_trained_with_other_mathematics_are_refused(run: RunDir) -> None:
+    other = make_run(run.path.parent / "other", make_config(diffusion__beta_end=4.0e-4))
+    for path in other.checkpoints.glob("step-*"):
+        shutil.copy(path, run.checkpoints)
+    with pytest.raises(RequestError, match=r"step-000000020\.pt belongs to other mathematics"):
+        load(run.path)
 
 
 def test_importing_the_package_loads_no_torch_and_its_names_do():

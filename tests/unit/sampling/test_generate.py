@@ -440,13 +440,29 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
         run_shard(sample_set, request, index)
     unpack_png(sample_set, request, tmp_path / "png")
     images = np.concatenate([verify_shard(sample_set, request, i).images for i in range(2)])
-    assert len(list((tmp_path / "png").iterdir())) == 9
+    assert len(list((tmp_path / "png").glob("*"))) == 9 + 1  # and .unpacked, which says what they are
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / f"{i:06d}.png")), image)
     assert unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"  # again: nothing to do
     (tmp_path / "png" / "000003.png").unlink()
     with pytest.raises(RequestError, match="does not hold this set's 9 images"):
         unpack_png(sample_set, request, tmp_path / "png")
+
+
+@pytest.mark.parametrize("of_old", [False, True], ids=["says what it holds", "of old"])
+def test_the_pngs_of_another_request_are_not_taken_for_this_ones(tmp_path: Path, of_old: bool) -> None:
+    sets = []
+    for seed in (5, 6):
+        request = make_request(num_samples=9, shards=2, batch=4, seed=seed)
+        sets.append((make_set(tmp_path / f"run{seed}", request), request))
+        for index in range(2):
+            run_shard(*sets[-1], index)
+    unpack_png(*sets[0], tmp_path / "png")
+    if of_old:
+        (tmp_path / "png" / ".unpacked").unlink()
+    assert unpack_png(*sets[0], tmp_path / "png") == tmp_path / "png"
+    with pytest.raises(RequestError, match="does not hold this set's 9 images"):
+        unpack_png(*sets[1], tmp_path / "png")
 
 
 def test_importing_what_a_login_node_needs_loads_no_torch() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddpm.errors import RunBusy
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training import telemetry
@@ -132,7 +133,7 @@ class MetricsDisk:
         monkeypatch.setattr(Path, "open", lambda path, *how, **options: self.over(real(path, *how, **options), path))
 
     def over(self, file: Any, path: Path) -> Any:
-        return _OnDisk(self, file) if path.name == "metrics.jsonl" and not file.readable() else file
+        return _OnDisk(self, file) if path.name == "metrics.jsonl" and file.writable() else file
 
 
 class _OnDisk:
@@ -236,3 +237,67 @@ def test_a_heartbeat_says_who_is_alive_and_where(run: RunDir, monkeypatch: pytes
     monkeypatch.setattr(telemetry, "HEARTBEAT_EVERY_S", 0)
     t.heartbeat(6, {})
     assert (read_json(run.heartbeat) or {})["step"] == 6
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["an older copy", "removed"])
+def test_lines_go_on_where_another_file_takes_the_place_of_the_one_they_went_to(
+    run: RunDir, capsys: pytest.CaptureFixture[str], gone: bool
+) -> None:
+    earlier = opened(run, 0)
+    earlier.log(line(1))
+    earlier.close()
+    t = opened(run, 1)
+    copy = run.metrics.read_bytes()
+    for step in (2, 3):
+        t.log(line(step))
+    run.metrics.unlink()
+    if not gone:
+        run.metrics.write_bytes(copy)
+    capsys.readouterr()
+    for step in (4, 5):
+        t.log(line(step))
+    assert steps(run) == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("metrics.jsonl was replaced under this job") == 1
+    t.close()
+
+
+def test_a_file_that_was_replaced_is_whole_before_a_checkpoint_promises_its_lines(run: RunDir) -> None:
+    t = opened(run, 0)
+    for step in (1, 2):
+        t.log(line(step))
+    edited = [{**r, "loss": 0.5} for r in read_jsonl(run.metrics)][:1]
+    run.metrics.unlink()
+    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in edited))
+    t.sync()
+    assert steps(run) == [1, 2]
+    t.close()
+
+
+def test_a_line_half_of_which_a_full_disk_took_is_whole_in_the_file_that_replaces_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = MetricsDisk(monkeypatch)
+    t = opened(run, 0)
+    disk.room = 30
+    t.log(line(1))
+    disk.room = None
+    run.metrics.unlink()
+    t.log(line(2))
+    assert [json.loads(text)["step"] for text in run.metrics.read_text().splitlines()] == [1, 2]
+    t.close()
+
+
+def test_an_orphan_takes_nothing_along_once_it_may_not_publish(run: RunDir) -> None:
+    def lost() -> None:
+        if run.fence.exists():
+            raise RunBusy("a later job has it")
+
+    orphan = Telemetry(run, step=0, total_steps=9, owner={}, may_publish=lost)
+    orphan.log(line(1))
+    run.fence.touch()
+    heir = opened(run, 0)
+    before = run.metrics.read_bytes()
+    with pytest.raises(RunBusy):
+        orphan.log(line(2))
+    assert run.metrics.read_bytes() == before
+    heir.close()
