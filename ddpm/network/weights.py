@@ -14,6 +14,7 @@ from ddpm.errors import RequestError
 from ddpm.network.build import build_model
 from ddpm.network.unet import UNet
 from ddpm.run import generations
+from ddpm.run.files import DamagedFile, open_file
 from ddpm.run.paths import RunDir
 
 MAX_HEADER_BYTES = 8 << 20
@@ -38,13 +39,13 @@ def cast_once(network: UNet, precision: str) -> None:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
     try:
-        with path.open("rb") as raw:
+        with open_file(path) as raw:
             header = int.from_bytes(raw.read(8), "little")
         if header > MAX_HEADER_BYTES:  # before a hundred megabytes of it become gigabytes of names
             raise ValueError(f"its header says to have {header:,} bytes, at most {MAX_HEADER_BYTES:,}")
         with safe_open(path, "pt") as f:
             state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, DamagedFile) as e:
         raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
     step = metadata.get("step", "")
     return state, int(step) if step.isdecimal() and len(step) < 19 else 0
