@@ -113,7 +113,9 @@ def _malformed(record: Mapping[str, Any]) -> str | None:
 
 def scores_of(run: RunDir, set_name: str) -> list[Score]:
     """Every score of a set, the first one first; damaged ones too."""
-    further = (p for p in listed(run.further_scores(set_name)) if p.suffix == ".json" and p.name[0] != ".")
+    folder = run.further_scores(set_name)
+    there = listed(folder) if folder.is_dir() else []  # a file may be the first score of a set that is named otherwise
+    further = (p for p in there if p.suffix == ".json" and p.name[0] != ".")
     return [
         *_read({set_name: run.score(set_name)}),
         *_read({f"{set_name}/{p.stem}": p for p in sorted(further, key=lambda p: p.stem)}),
