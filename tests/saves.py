@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +77,20 @@ def flip_bit(path: Path, at: int) -> None:
 
 
 class Unreadable:
-    """Some files of a run fail to be read, the first so many times."""
+    """Some files of a run fail to be opened, the first so many times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: dict[Path, int]) -> None:
-        real = Path.open
+        for owner in (os, Path):
+            monkeypatch.setattr(owner, "open", self._failing(owner.open, times))
+        monkeypatch.setattr(Path, "read_bytes", lambda path: path.open("rb").read())
 
-        def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            if "r" in mode and times.get(path, 0):
-                times[path] -= 1
+    def _failing(self, real: Callable[..., Any], times: dict[Path, int]) -> Callable[..., Any]:
+        def opened(path: Any, *args: Any, **options: Any) -> Any:
+            how = args[0] if args else options.get("mode", "r")
+            reads = how & os.O_ACCMODE == os.O_RDONLY if isinstance(how, int) else "r" in how
+            if reads and isinstance(path, str | Path) and times.get(Path(path), 0):
+                times[Path(path)] -= 1
                 raise OSError(errno.ESTALE, "Stale file handle", str(path))
-            return real(path, mode, *args, **options)
+            return real(path, *args, **options)
 
-        monkeypatch.setattr(Path, "open", opened)
-        monkeypatch.setattr(Path, "read_bytes", lambda path: opened(path, "rb").read())
+        return opened

@@ -13,6 +13,7 @@ from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
+from ddpm.run.files import read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -50,7 +51,7 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
     """
     record = read_run(run) if run.run_json.exists() else {}
     came = f" (it was submitted with: {shlex.join(map(str, record['command']))})" if record.get("command") else ""
-    if run.config.is_file() and not run.config.read_bytes().strip():
+    if run.config.is_file() and not read_bytes(run.config).strip():
         raise RequestError(f"{run.config} is empty: restore it{came}")
     config = load(run.config, overrides)
     if (digest := record.get("config_digest")) not in (None, config.digest()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from ddpm.errors import RequestError, shown
+from ddpm.run.files import DamagedFile, open_file
 
 MAX_CHARS = 1 << 18
 """Of a file or value. The largest config of ours has 3,000."""
@@ -119,9 +121,13 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of YAML. RequestError where it is far too long to be one; OSError, UnicodeDecodeError."""
-    with path.open(encoding="utf-8") as f:
-        text = f.read(MAX_CHARS + 1)
+    """The text of a file of YAML. RequestError where it is none, or far too long to be one; OSError,
+    UnicodeDecodeError."""
+    try:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8") as f:
+            text = f.read(MAX_CHARS + 1)
+    except DamagedFile as e:
+        raise RequestError(f"{path.parent / str(e)}: this is no config; name another file") from None
     if len(text) > MAX_CHARS:
         raise RequestError(f"{path}: more than {MAX_CHARS} characters: this is no config; name another file")
     return text

@@ -112,6 +112,9 @@ def pack(
             say(f"the packed data in {cache / key} is damaged: packing it again", reason=_in_words(e))
     if data.name == "celeba" and list(source.members) == ["train"]:
         say(f"data.path={data.path} no {celeba.PARTITION}: every image is for training")
+    if source.not_taken:
+        told = ", ".join(f"{num} {suffix}" for suffix, num in source.not_taken.items())
+        say(f"data.path={data.path} pictures of these kinds are left out: {told}; save them as .png to have them")
     tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         tmp.mkdir(parents=True)

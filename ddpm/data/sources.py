@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,12 +17,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from ddpm.data import layout
 from ddpm.data.decoding import Decoding, to_square
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import sha256_file, sha256_json
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
+"""Of pictures that are left out, which is said."""
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
@@ -56,6 +59,8 @@ class Source:
     """name -> index into `classes`; -1 in a folder that no training image lies in."""
     selection: Any = None
     """What else decided which images there are and what their labels mean (JSON): the cache key covers it."""
+    not_taken: Mapping[str, int] = field(default_factory=dict)
+    """How many files there are of each suffix of pictures that are not taken."""
 
     def num_images(self, split: str) -> int:
         return len(self.members[split]) or NUM_IMAGES[self.kind, split]
@@ -118,7 +123,8 @@ def _files_in(path: Path) -> Iterator[str]:
 
 
 def zip_names(path: Path) -> list[str]:
-    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any."""
+    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any, or there
+    twice."""
     try:
         with zipfile.ZipFile(path) as archive:
             files = [i for i in archive.infolist() if not i.is_dir()]
@@ -127,7 +133,7 @@ def zip_names(path: Path) -> list[str]:
             f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
         ) from None
     for file in files:
-        if PurePosixPath(file.filename).suffix.lower() not in IMAGE_SUFFIXES:
+        if _suffix(file.filename) not in IMAGE_SUFFIXES:
             continue
         if file.file_size > MAX_IMAGE_BYTES:
             raise RequestError(
@@ -139,41 +145,47 @@ def zip_names(path: Path) -> list[str]:
                 f"data.path = {path}: {file.filename} is not compressed by the usual method (deflate); zip the images "
                 f"again, or unpack it and give the folder"
             )
-    return [file.filename for file in files]
+    names = [file.filename for file in files]
+    layout.refuse_twice(path, [name for name in names if _suffix(name) in IMAGE_SUFFIXES])
+    return names
 
 
 def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
-    images = sorted(
-        n
-        for n in names
-        if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
+    pictures = sorted(
+        n for n in names if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
     )
+    images = [n for n in pictures if _suffix(n) in IMAGE_SUFFIXES]
+    not_taken = Counter(_suffix(n) for n in pictures if _suffix(n) in NOT_TAKEN)
     if not images:
         raise RequestError(
             f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
             f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
         )
-    depth = 0  # folders that wrap the whole archive say nothing
-    while (
-        len({PurePosixPath(n).parts[depth] for n in images}) == 1
-        and all(len(PurePosixPath(n).parts) > depth + 2 for n in images)
-        and PurePosixPath(images[0]).parts[depth] not in SPLITS
-    ):
-        depth += 1
+    depth = layout.wrappers(images)
+    layout.refuse_unclear(path, images, depth)
     members: dict[str, list[str]] = {}
     class_of: dict[str, str] = {}
     nested = False
     for n in images:
         *folders, _ = PurePosixPath(n).parts[depth:]
-        split = SPLITS[folders.pop(0)] if folders and folders[0] in SPLITS else "train"
-        members.setdefault(split, []).append(n)
-        class_of[n] = folders[0] if folders else ""  # a split's own folder is no class
+        split = (folders and layout.split_of(folders[0])) or ""
+        members.setdefault(split or "train", []).append(n)
+        folders = folders[1:] if split else folders  # a split's own folder is no class
+        class_of[n] = folders[0] if folders else ""
         nested |= len(folders) > 1
     classes = sorted({class_of[n] for n in members.get("train", images)})
     label_of = {name: label for label, name in enumerate(classes)}
-    selection = {"class": "outermost folder"} if nested else None
-    return Source(kind, path, members, classes, {n: label_of.get(name, -1) for n, name in class_of.items()}, selection)
+    selection: dict[str, Any] = {"class": "outermost folder"} if nested else {}
+    if splits := list(layout.new_splits(images, depth)):
+        selection["splits"] = splits
+    if any(_suffix(n) == ".jfif" for n in images):  # once they were left out
+        selection["suffixes"] = [".jfif"]
+    labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
+    return Source(kind, path, members, classes, labels, selection or None, not_taken)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 # ---------------------------------------------------------------- decoding

@@ -14,6 +14,7 @@ from ddpm.errors import RequestError
 from ddpm.network.build import build_model
 from ddpm.network.unet import UNet
 from ddpm.run import generations
+from ddpm.run.files import DamagedFile, open_file
 from ddpm.run.paths import RunDir
 
 MAX_HEADER_BYTES = 8 << 20
@@ -21,26 +22,11 @@ MAX_HEADER_BYTES = 8 << 20
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
-<<<<<<< HEAD
-    """The run's network at a verified step, in eval mode. weights: ema | model.
-
-    Raises RequestError where they were trained with other mathematics, which the shapes of tensors do not tell.
-    """
-    network = build_model(config, device, precision)
-    saved, here = generations.load(run, step), config.digest()
-    if saved["config_digest"] != here:
-        raise RequestError(
-            f"{run.checkpoint(step)}: belongs to other mathematics (config digest {saved['config_digest'][:12]}, and "
-            f"{here[:12]} is that of {run.config}); bring back the config that it was trained with"
-        )
-    set_weights(network, saved[weights], str(run.checkpoint(step)))
-=======
     """The run's network at a verified step, in eval mode. weights: ema | model. RequestError where it is another's."""
     state = generations.load(run, step)
     generations.check_mathematics(run.checkpoint(step), state, config.digest())
     network = build_model(config, device, precision)
     set_weights(network, state[weights], str(run.checkpoint(step)))
->>>>>>> fixrec
     return network.eval()
 
 
@@ -55,13 +41,13 @@ def cast_once(network: UNet, precision: str) -> None:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
     try:
-        with path.open("rb") as raw:
+        with open_file(path) as raw:
             header = int.from_bytes(raw.read(8), "little")
         if header > MAX_HEADER_BYTES:  # before a hundred megabytes of it become gigabytes of names
             raise ValueError(f"its header says to have {header:,} bytes, at most {MAX_HEADER_BYTES:,}")
         with safe_open(path, "pt") as f:
             state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, DamagedFile) as e:
         raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
     step = metadata.get("step", "")
     return state, int(step) if step.isdecimal() and len(step) < 19 else 0

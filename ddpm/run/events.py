@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ddpm.run.files import now
+from ddpm.run.files import LINES_BYTES, DamagedFile, now, read_bytes
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 
@@ -58,11 +58,13 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
     for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl"):
         name = f"events/{path.name}"
         try:
-            found, wrong = parse_events(path.read_bytes(), name)
+            found, wrong = parse_events(read_bytes(path, LINES_BYTES), name)
         except FileNotFoundError:
             continue
         except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
             found, wrong = [], f"{name} cannot be read ({e.strerror})"
+        except DamagedFile as e:
+            found, wrong = [], f"{name} cannot be read ({e})"
         files.append(found)
         damage += [wrong] if wrong else []
     return in_order(files), damage

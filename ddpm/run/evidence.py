@@ -16,7 +16,7 @@ from typing import Any
 from ddpm.errors import DoNotRetry
 from ddpm.run import unfinished
 from ddpm.run.events import read_events
-from ddpm.run.files import read_json
+from ddpm.run.files import DamagedFile, read_json
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import read_metrics
 
@@ -69,7 +69,7 @@ def _reached(run: RunDir) -> int:
     drawn = (re.fullmatch(r"step-([0-9]{9,})\.png", p.name) for p in listed(run.grids))
     try:
         lines = [record["step"] for record in read_metrics(run)]
-    except OSError:  # a directory, or another user's: it tells nothing
+    except (OSError, DamagedFile):  # a directory, or another user's: it tells nothing
         lines = []
     return max(0, *lines, _step(_record(run.heartbeat)), *(int(m[1]) for m in drawn if m))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DoNotRetry, RunBusy, RunGone
-from ddpm.run.files import not_ours, write_bytes
+from ddpm.run.files import not_ours, read_bytes, write_bytes
 from ddpm.run.paths import RunDir
 
 
@@ -124,7 +124,7 @@ class Fence:
 
     def _current(self) -> int:
         try:
-            return int(self._run.fence.read_text())
+            return int(read_bytes(self._run.fence))
         except (FileNotFoundError, ValueError):
             return 0
 

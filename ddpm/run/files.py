@@ -7,11 +7,13 @@ with ".tmp-". Must not know: which files a run has.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pwd
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -19,6 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TMP_PREFIX = ".tmp-"
+RECORD_BYTES = 8 << 20
+"""What a JSON record or a line of one has at most: thousands of times what ours have."""
+LINES_BYTES = 1 << 30
+"""What a file of JSON lines has at most: metrics of millions of steps, each logged."""
+ARRAYS_BYTES = 32 << 30
+"""What the images of a shard have at most, or their features: 160,000 images of 256x256."""
 
 
 class DamagedFile(Exception):
@@ -57,7 +65,7 @@ def sha256_json(value: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as f:
+    with open_file(path) as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -72,7 +80,7 @@ def sign(record: dict[str, Any]) -> dict[str, Any]:
 def read_signed(path: Path) -> dict[str, Any]:
     """A signed JSON file. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
     try:
-        record = parse_json(path.read_bytes())
+        record = parse_json(read_bytes(path))
     except ValueError as e:
         raise DamagedFile(f"{path.name}: not JSON ({e})") from None
     if not isinstance(record, dict) or record.get("self_sha256") != sign(record)["self_sha256"]:
@@ -210,8 +218,46 @@ def write_json(path: Path, value: Any, **publish: Any) -> None:
 
 
 # ---------------------------------------------------------------- reading
+def open_file(path: Path) -> BinaryIO:
+    """A file to read, never waiting for a writer of it. Raises OSError, DamagedFile where it is no file but a FIFO,
+    a socket or a device."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as e:
+        if e.errno == errno.ENXIO:  # so does a socket answer, and a device that is not there
+            raise DamagedFile(f"{path.name}: a socket or a device, and no file") from None
+        raise
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise DamagedFile(f"{path.name}: a {'FIFO' if stat.S_ISFIFO(mode) else 'device'}, and no file")
+        os.set_blocking(fd, True)  # a file system that fetches from tape may take the other way for "try again"
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_bytes(path: Path, at_most: int = RECORD_BYTES) -> bytes:
+    """What is in a file. Raises OSError, DamagedFile where it is no file, or larger than any of its kind: neither a
+    status view nor a job waits for ever, or takes all memory, for what lies in a file's place."""
+    with open_file(path) as f:
+        pieces, size, too_large = [], 0, os.fstat(f.fileno()).st_size > at_most
+        while not too_large and (piece := f.read(1 << 20)):
+            pieces.append(piece)
+            size += len(piece)
+            too_large = size > at_most  # it grows, or did not say its size
+    if too_large:
+        raise DamagedFile(f"{path.name}: more than {at_most:,} bytes, which none of its kind has")
+    return b"".join(pieces)
+
+
 def parse_json(data: bytes) -> Any:
-    """Raises ValueError where it is no JSON, or nested beyond all sense."""
+    """Raises ValueError where it is no JSON, or long or nested beyond all sense."""
+    if len(data) > RECORD_BYTES:
+        raise ValueError(f"more than {RECORD_BYTES:,} bytes")
     try:
         return json.loads(data)
     except RecursionError:
@@ -221,8 +267,8 @@ def parse_json(data: bytes) -> Any:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
     try:
-        value = parse_json(path.read_bytes())
-    except (OSError, ValueError):
+        value = parse_json(read_bytes(path))
+    except (OSError, ValueError, DamagedFile):
         return None
     return value if isinstance(value, dict) else None
 
@@ -230,7 +276,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The JSON objects in a JSONL file, whatever they say; other lines are left out, as a torn last one is."""
     records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for line in read_bytes(path, LINES_BYTES).split(b"\n") if path.exists() else []:
         try:
             record = parse_json(line)
         except ValueError:

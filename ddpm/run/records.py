@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ddpm.run.files import DamagedFile, parse_json, seconds, sign
+from ddpm.run.files import LINES_BYTES, DamagedFile, parse_json, read_bytes, seconds, sign
 from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
@@ -155,9 +155,10 @@ def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
 
 
 def read_metrics(run: RunDir) -> list[Record]:
-    """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look."""
+    """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look, DamagedFile where it is no such
+    file."""
     try:
-        return parse_metrics(run.metrics.read_bytes())[0]
+        return parse_metrics(read_bytes(run.metrics, LINES_BYTES))[0]
     except FileNotFoundError:
         return []
 
@@ -190,8 +191,8 @@ def parse_heartbeat(data: bytes) -> tuple[Record, str]:
 def read_heartbeat(run: RunDir) -> Record:
     """What the heartbeat says, {} where there is none that can be read."""
     try:
-        return parse_heartbeat(run.heartbeat.read_bytes())[0]
-    except OSError:
+        return parse_heartbeat(read_bytes(run.heartbeat))[0]
+    except (OSError, DamagedFile):
         return {}
 
 
@@ -199,11 +200,13 @@ def read_run(run: RunDir) -> Record:
     """What run.json says. Raises DamagedFile where it is missing or not what was written; that of an old run is not
     signed."""
     try:
-        record, wrong = _checked(parse_json(run.run_json.read_bytes()), {}, RUN_TOO)
+        record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
         raise DamagedFile(f"{run.run_json} is missing: restore it, or this is no run directory") from None
     except ValueError as e:
         record, wrong = None, f"no JSON: {e}"
+    except DamagedFile as e:
+        record, wrong = None, str(e)
     if record is None or wrong:
         raise DamagedFile(f"{run.run_json} cannot be used ({wrong}): restore it")
     if "self_sha256" in record and sign(record)["self_sha256"] != record["self_sha256"]:

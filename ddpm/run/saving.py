@@ -22,7 +22,7 @@ import torch
 from ddpm.errors import RunBusy
 from ddpm.run import unfinished
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, now, publishing, read_json, sha256_json, sign, write_json
+from ddpm.run.files import DamagedFile, now, publishing, read_bytes, read_json, sha256_json, sign, write_json
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.paths import RunDir, listed
 
@@ -242,7 +242,7 @@ class Checkpointer:
         steps = set()
         for sample_set in self._run.sample_sets():
             try:
-                sample_set.request.read_bytes()  # a file system that fails for a moment is no damage
+                read_bytes(sample_set.request)  # a file system that fails for a moment is no damage
             except FileNotFoundError:
                 if any(p.name.startswith("shard-") for p in listed(sample_set.path)):
                     raise DamagedFile(f"{sample_set.request}: missing beside its shards") from None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.run.files import TMP_PREFIX, fsync_dir, publishing
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, publishing, read_bytes
 from ddpm.run.paths import RunDir, listed
 
 SIGN = ".saving-"
@@ -42,8 +42,8 @@ def signs(run: RunDir) -> list[Sign]:
     for path in sorted(listed(run.checkpoints)):
         if match := re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name):
             try:
-                is_ours = path.read_text() == f"{path.stat().st_ino}\n"
-            except (OSError, ValueError):
+                is_ours = read_bytes(path) == f"{path.stat().st_ino}\n".encode()
+            except (OSError, DamagedFile):
                 is_ours = False
             found.append(Sign(path, int(match[1]), is_ours))
     return found

@@ -189,7 +189,7 @@ def read_request(sample_set: SampleSet) -> Request:
     """The set's request. Raises RequestError where there is none, or where it is damaged; OSError where the file system
     fails for a moment."""
     try:
-        record = files.parse_json(sample_set.request.read_bytes())
+        record = files.parse_json(files.read_bytes(sample_set.request))
         return Request.from_record(record if isinstance(record, dict) else {})
     except FileNotFoundError:
         raise RequestError(f"{sample_set.request}: no such sample set") from None

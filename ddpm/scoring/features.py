@@ -93,7 +93,7 @@ def _read_features(path: Path, expected: Mapping[str, Any], dim: int) -> np.ndar
     for key, value in expected.items():
         if manifest.get(key) != value:
             raise DamagedFile(f"{path.name}: made with another {key}")
-    data = path.read_bytes()
+    data = files.read_bytes(path, files.ARRAYS_BYTES)
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 is not the one in its manifest")
     features = np.load(io.BytesIO(data), allow_pickle=False)

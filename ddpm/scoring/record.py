@@ -8,7 +8,6 @@ were are read as they are. Must not know how a score is computed. Loads nothing 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import secrets
@@ -70,12 +69,12 @@ class Score:
 def read_score(path: Path) -> dict[str, Any]:
     """A score's record. Raises FileNotFoundError, or DamagedFile where its signature or its form does not hold."""
     try:
-        record = json.loads(path.read_bytes())
+        record = files.parse_json(files.read_bytes(path))
     except FileNotFoundError:
         raise
     except OSError as e:
         raise DamagedFile(f"{path.name}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise DamagedFile(f"{path.name}: not JSON") from None
     if not isinstance(record, dict):
         raise DamagedFile(f"{path.name}: not a JSON object")

@@ -16,7 +16,7 @@ from ddpm.config.schema import Config
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.evidence import last_saved
 from ddpm.run.fence import Fence
-from ddpm.run.files import write_bytes
+from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, write_bytes
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
@@ -103,8 +103,13 @@ class Chronicle(Silent):
             return
         kept = self.run.path / f"metrics.past-{step:09d}.{self.fence.token}.jsonl"
         say("a saved step is missing", saved=saved, going_on_from=step, metrics_kept_as=kept.name)
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-            write_bytes(kept, self.run.metrics.read_bytes(), token=str(self.fence.token), may_publish=self.fence.check)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError, DamagedFile):
+            write_bytes(
+                kept,
+                read_bytes(self.run.metrics, LINES_BYTES),
+                token=str(self.fence.token),
+                may_publish=self.fence.check,
+            )
 
     def begin(self, step: int, logged_step: int) -> None:
         if self._telemetry is not None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm.run.files import now, seconds, write_bytes, write_json
+from ddpm.run.files import LINES_BYTES, now, read_bytes, seconds, write_bytes, write_json
 from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
@@ -68,7 +68,7 @@ class Telemetry:
         """The lines up to `step` of the file that has the name."""
         data = b""
         with contextlib.suppress(FileNotFoundError):
-            data = self._run.metrics.read_bytes()
+            data = read_bytes(self._run.metrics, LINES_BYTES)
         records, odd, wrong = parse_metrics(data)
         if odd:
             aside = self._run.metrics.with_suffix(".unread")
@@ -107,7 +107,7 @@ class Telemetry:
                 self._may_publish()  # it makes every folder of its path, also of a run that was moved away
             threading.excepthook = _quiet_about_the_board
             board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
-            for record in parse_metrics(self._run.metrics.read_bytes() + self._unwritten)[0]:
+            for record in parse_metrics(read_bytes(self._run.metrics, LINES_BYTES) + self._unwritten)[0]:
                 if record["step"] > self._first_step:
                     _add_scalars(board, record)
             for step in self._grids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddpm.errors import RequestError
+from ddpm.run.files import DamagedFile, read_bytes
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import read_request, shard_range
 from launch.cluster.job import numbers
@@ -31,10 +32,10 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
 def _of_shards(where: SampleSet, shards: list[int]) -> int:
     """A shard counts as all of its batches and one more, so that what is published advances what was in parts."""
     try:
-        where.request.read_bytes()  # a file system that fails for a moment is no damage: OSError
+        read_bytes(where.request)  # a file system that fails for a moment is no damage: OSError
         request = read_request(where)
         ranges = {shard: shard_range(request.num_samples, request.shards, shard) for shard in shards}
-    except (FileNotFoundError, RequestError):
+    except (FileNotFoundError, RequestError, DamagedFile):
         return 0
     begins = [n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz")]
     there = [int(b) for b in begins if b.isdecimal()]

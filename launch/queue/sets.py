@@ -11,7 +11,7 @@ from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
-from ddpm.run.files import DamagedFile, parse_json, sha256_file
+from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
 from ddpm.run.paths import RunDir, fitting
 from ddpm.run.state import finished_step
@@ -84,7 +84,7 @@ def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
     """What the set's request.json says; nothing where the set is not begun, or the file damaged: whoever goes on with
     the set reads it again, and says so. Raises OSError where it cannot look."""
     try:
-        record = parse_json(run.sample_set(set_name).request.read_bytes())
+        record = parse_json(read_bytes(run.sample_set(set_name).request))
         Request.from_record(record if isinstance(record, dict) else {})
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError, DamagedFile):
         return {}

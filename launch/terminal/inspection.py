@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,16 @@ from ddpm.config import reading
 from ddpm.errors import DDPMError
 from ddpm.run import evidence, generations, unfinished
 from ddpm.run.events import read_events
-from ddpm.run.files import DamagedFile, read_json, read_signed, sha256_file
+from ddpm.run.files import (
+    LINES_BYTES,
+    DamagedFile,
+    open_file,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_signed,
+    sha256_file,
+)
 from ddpm.run.images import read_png
 from ddpm.run.paths import RunDir, SampleSet, listed
 from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
@@ -72,19 +80,19 @@ def _life(run: RunDir) -> Lines:
 
 
 def _events(path: Path) -> str:
-    records, wrong = parse_events(path.read_bytes(), path.name)
+    records, wrong = parse_events(read_bytes(path, LINES_BYTES), path.name)
     return _unless(wrong, f"{len(records)} lines")
 
 
 def _metrics(path: Path) -> str:
-    records, _, wrong = parse_metrics(path.read_bytes())
+    records, _, wrong = parse_metrics(read_bytes(path, LINES_BYTES))
     if any(a["step"] >= b["step"] for a, b in pairwise(records)):
         wrong = wrong or "its steps do not grow from line to line"
     return _unless(wrong, f"{len(records)} lines")
 
 
 def _heartbeat(path: Path) -> str:
-    beat, wrong = parse_heartbeat(path.read_bytes())
+    beat, wrong = parse_heartbeat(read_bytes(path))
     return _unless(wrong, f"step {beat.get('step')}")
 
 
@@ -95,7 +103,7 @@ def _unless(wrong: str, more: str) -> str:
 
 
 def _fence(run: RunDir) -> str:
-    token = int(run.fence.read_text())
+    token = int(read_bytes(run.fence))
     known = [(read_json(run.manifest(step)) or {}).get("fence", 0) for step in run.steps_saved()]
     if token < max(known, default=0):
         raise DamagedFile(f"says {token}, and a checkpoint was written under {max(known)}")
@@ -128,7 +136,8 @@ def _generation(run: RunDir, step: int) -> str:
 
 def _ema(run: RunDir, step: int) -> None:
     """The weights are those in the checkpoint beside them."""
-    data = run.ema_weights(step).read_bytes()
+    with open_file(run.ema_weights(step)) as file:
+        data = file.read()
     import safetensors.torch
     import torch
 
@@ -181,7 +190,7 @@ def _scores(run: RunDir) -> Lines:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    record = json.loads(path.read_bytes())
+    record = parse_json(read_bytes(path))
     if not isinstance(record, dict):
         raise DamagedFile("is no JSON object")
     return record

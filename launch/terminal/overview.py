@@ -11,7 +11,7 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.events import read_events_and_damage
-from ddpm.run.files import DamagedFile, read_json, read_signed, seconds
+from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, read_json, read_signed, seconds
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
@@ -55,8 +55,8 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
     every, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
-    beat, no_beat = damage.read(lambda: parse_heartbeat(run.heartbeat.read_bytes())) or ({}, "")
-    metrics, _, no_metrics = damage.read(lambda: parse_metrics(run.metrics.read_bytes())) or ([], [], "")
+    beat, no_beat = damage.read(lambda: parse_heartbeat(read_bytes(run.heartbeat))) or ({}, "")
+    metrics, _, no_metrics = damage.read(lambda: parse_metrics(read_bytes(run.metrics, LINES_BYTES))) or ([], [], "")
     last = metrics[-1] if metrics else {}
     saved = damage.read(run.latest_step) or 0
     config = _config(run, damage)

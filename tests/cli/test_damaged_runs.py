@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -181,3 +182,53 @@ def test_closed_standard_streams_harm_nobody(again: Shell, streams: str) -> None
     done = subprocess.run(["/bin/sh", "-c", f"exec {line} {streams}"], capture_output=True, text=True, **options)
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
     assert snapshot(again.root) == before
+
+
+READ_WHOLE = {
+    **{"config.yaml": "config.yaml", "run.json": "run.json", BEAT: BEAT, "metrics.jsonl": "metrics.jsonl"},
+    **{"events/9.0.jsonl": "events/9.0.jsonl", f"{NEWEST}.json": "step-000000400.json", SCORE: f"{TINY_SET}.json"},
+}
+"""Files of a run, and by which name it is told that one is damaged."""
+
+
+def a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def of_six_gigabytes(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 6 << 30)
+
+
+@pytest.mark.parametrize("make", [a_fifo, endless, of_six_gigabytes])
+def test_nobody_waits_for_what_lies_in_a_files_place_nor_reads_it_without_end(
+    finished: Shell, shell: Shell, make: Break
+) -> None:
+    for file in READ_WHOLE:
+        run = shell.root / file.replace("/", "-")
+        shutil.copytree(finished.root / "tiny", run)
+        (run / file).unlink(missing_ok=True)
+        make(run / file)
+    argv, options = shell.command("status", "--json")
+    limited = ["/bin/sh", "-c", 'ulimit -v 6000000; exec "$@"', "sh", *argv]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, **options)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    told = {row["name"]: row["problem"] or "" for row in json.loads(done.stdout)}
+    assert [f for f, name in READ_WHOLE.items() if name not in told[f.replace("/", "-")]] == [], told
+
+
+def test_a_job_ends_with_a_word_where_a_fifo_lies_in_a_files_place(again: Shell) -> None:
+    for file in ("config.yaml", "run.json", "fence", f"{NEWEST}.json"):
+        path = again.root / "tiny" / file
+        whole = path.read_bytes()
+        path.unlink()
+        a_fifo(path)
+        argv, options = again.command("recover", "tiny")
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, **options)
+        assert "Traceback" not in done.stderr and f"{path.name}: a FIFO" in done.stdout + done.stderr
+        path.unlink()
+        path.write_bytes(whole)

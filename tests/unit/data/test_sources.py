@@ -181,3 +181,55 @@ def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(
     monkeypatch.setattr(os, "scandir", scan)
     with pytest.raises(RequestError, match=r"pets/dog: Permission denied; make it readable"):
         sources.folder_or_zip(pets)
+
+
+# ---------------------------------------------------------------- names that mean something else than they seem to
+
+
+def test_a_name_that_is_twice_in_a_zip_is_refused_with_how_often(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for name in ("cat/a.png", "cat/b.png", "cat/a.png", "cat/a.png", "notes.txt", "notes.txt"):
+            archive.writestr(name, png())
+    with pytest.raises(RequestError, match=r"more than once: cat/a\.png \(3 times\); make the zip anew"):
+        sources.folder_or_zip(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("wrapper", ["", "pets/"])
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "Val"), ("training", "validation")])
+def test_splits_are_splits_however_they_are_written(tmp_path: Path, wrapper: str, train: str, test: str) -> None:
+    names = [f"{wrapper}{split}/{kind}/0.png" for split in (train, test) for kind in ("cat", "dog")]
+    source = source_of(tmp_path, names)
+    assert source.classes == ["cat", "dog"] and source.members == {"train": names[:2], "test": names[2:]}
+    assert source.selection is not None  # what was packed of the same files once is something else
+    assert source_of(tmp_path, ["train/cat/0.png", "test/cat/0.png"]).selection is None
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["train/cat/0.png", "test/cat/0.png", "preview.png"], r"no folder \(1\), test/ \(1\), train/ \(1\)"),
+        (["ds/train/0.png", "ds/test/0.png", "ds/preview.png"], r"ds/ \(1\), ds/test/ \(1\), ds/train/ \(1\)"),
+        (["ds/train/0.png", "ds/test/0.png", "preview.png"], r"ds/test/ \(1\), ds/train/ \(1\), no folder \(1\)"),
+        (["ds/train/cat/0.png", "ds/train/dog/0.png", "preview.png"], r"ds/train/ \(2\), no folder \(1\)"),
+        (["ds/cat/0.png", "ds/train/cat/0.png", "ds/test/cat/0.png"], r"cat/ \(1\), test/ \(1\), train/ \(1\)"),
+        (["cat/train/0.png", "cat/test/0.png", "dog/0.png"], r"cat/test/ \(1\), cat/train/ \(1\), dog/ \(1\)"),
+        (["boat/0.png", "train/0.png"], r"boat/ \(1\), train/ \(1\)"),
+    ],
+)
+def test_splits_beside_other_images_are_refused_with_what_was_understood(
+    tmp_path: Path, names: list[str], told: str
+) -> None:
+    with pytest.raises(RequestError, match=rf"cannot be told; they lie in {told}; put all into"):
+        source_of(tmp_path, names)
+
+
+def test_pictures_that_are_not_taken_are_counted_and_a_jfif_is_a_jpeg(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["cat/0.png", "cat/1.jfif", "dog/0.gif", "dog/1.GIF", "dog/2.avif", "dog/.3.jp2", "notes.txt"]
+    archive = write_zip(tmp_path / "a.zip", {name: png() for name in names})
+    source = sources.folder_or_zip(archive)
+    assert source.members == {"train": names[:2]} and source.selection == {"suffixes": [".jfif"]}
+    pack(Data(name="images", path=str(archive), image_size=8), "train", tmp_path / "cache")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert "2 .gif, 1 .avif" in line

@@ -21,6 +21,7 @@ from launch.life import gathering, last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.progress import progress
+from tests.saves import Unreadable
 
 Shell = Callable[..., int]
 
@@ -277,14 +278,7 @@ def test_a_request_that_cannot_be_read_now_is_no_lack_of_progress(
 ) -> None:
     begun_set(run)
     takes_shard(run, "17", 1, monkeypatch)
-    real = Path.read_bytes
-
-    def stale(path: Path) -> bytes:
-        if path.name == "request.json":
-            raise OSError(116, "Stale file handle")
-        return real(path)
-
-    monkeypatch.setattr(Path, "read_bytes", stale)
+    Unreadable(monkeypatch, {run.sample_set("fid").request: 1})
     with pytest.raises(OSError, match="Stale"):
         progress(run, "17", "sample", "fid")
 

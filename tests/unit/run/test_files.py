@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import events, files, paths
 from ddpm.run.events import EventLog, read_events
-from ddpm.run.files import DamagedFile, publishing, read_signed, sign, write_bytes
+from ddpm.run.files import DamagedFile, publishing, read_bytes, read_json, read_signed, sign, write_bytes
 from ddpm.run.paths import RunDir
 
 
@@ -167,3 +168,30 @@ def test_brackets_without_end_are_a_damaged_file(tmp_path: Path) -> None:
     assert files.read_json(path) is None
     path.write_text('{"a": 1}\n' + "[" * 100_000 + '\n{"b": 2}\n')
     assert files.read_jsonl(path) == [{"a": 1}, {"b": 2}]
+
+
+def test_what_is_no_file_is_damaged_by_name_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(tmp_path / "socket.json"))
+    for name, why in (("fifo.json", "a FIFO"), ("zero.json", "a device"), ("socket.json", "a socket")):
+        for read in (read_bytes, read_signed, files.sha256_file):
+            with pytest.raises(DamagedFile, match=f"{name}: {why}"):
+                read(tmp_path / name)
+        assert read_json(tmp_path / name) is None
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        read_bytes(tmp_path)
+
+
+def test_a_file_beyond_the_bound_of_its_kind_is_damaged_by_name_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(b"x" * 8)
+    assert read_bytes(path, 8) == b"x" * 8
+    with pytest.raises(DamagedFile, match=r"run\.json: more than 7 bytes"):
+        read_bytes(path, 7)
+    os.truncate(path, 6 << 30)
+    with pytest.raises(DamagedFile, match=r"run\.json: more than 8,388,608 bytes"):
+        read_signed(path)
+    with pytest.raises(DamagedFile, match=r"stat: more than 3 bytes"):
+        read_bytes(Path("/proc/self/stat"), 3)  # it does not say its size

@@ -190,3 +190,13 @@ def test_a_score_of_images_that_no_run_made_names_no_sampler() -> None:
 )
 def test_numbers_are_shown_to_the_first_digit_that_is_uncertain(value: float, uncertain_by: float, shown: str) -> None:
     assert records.rounded(value, uncertain_by) == shown
+
+
+def test_a_set_that_is_named_as_anothers_score_hides_no_score(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.eval.mkdir(parents=True)
+    (run.eval / "q").mkdir()
+    for path in ("q.json", "q/ref-pixels.json", "q.json.json"):  # the first is where further ones of q.json would lie
+        write(run.eval / path, OLD)
+    assert [score.name for score in all_scores(run)] == ["q", "q/ref-pixels", "q.json"]
+    assert [score.name for score in scores_of(run, "q.json")] == ["q.json"]

@@ -1,0 +1,73 @@
+"""What the folders of a set of images mean: splits, classes, what merely wraps them; what cannot be told is refused.
+
+Must not know: what is in a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from ddpm.errors import RequestError
+
+SPLITS = {
+    **{"train": "train", "training": "train"},
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
+}
+OF_OLD = {"train", "test", "val", "valid"}
+"""Folders that were splits in every version."""
+SHOWN = 8
+"""Folders and duplicates that a message names."""
+
+
+def split_of(folder: str) -> str | None:
+    """Which split a folder of that name holds, however it is written; None where it is another."""
+    return SPLITS.get(folder.lower())
+
+
+def wrappers(images: Sequence[str]) -> int:
+    """How many folders wrap all the images: they say nothing."""
+    parts = [PurePosixPath(name).parts for name in images]
+    depth = 0
+    while (
+        len({p[depth] for p in parts}) == 1 and all(len(p) > depth + 2 for p in parts) and not split_of(parts[0][depth])
+    ):
+        depth += 1
+    return depth
+
+
+def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
+    """Raise RequestError where some images lie in a split for training and others beside it, or splits lie in what
+    would be a class: images of a test split would be trained on. depth: of `wrappers`."""
+    folders = [PurePosixPath(name).parts[depth:-1] for name in images]
+    outer = {split_of(f[0]) if f else None for f in folders}
+    inner = [f for f in folders if len(f) > 1 and split_of(f[1]) and not split_of(f[0])]
+    both = {split_of(f[1]) for f in inner} == {"train", "test"}
+    if not outer >= {"train", None} and not both and not any(len(f) > 2 for f in inner):
+        return
+    there = Counter("/".join(f[:2] if inner else f[:1]) for f in folders)
+    told = [f"{f'{name}/' if name else 'no folder'} ({num})" for name, num in there.items()]
+    more = [f"{len(told) - SHOWN} more"] if len(told) > SHOWN else []
+    raise RequestError(
+        f"data.path = {path}: which images are for training cannot be told; they lie in "
+        f"{', '.join([*told[:SHOWN], *more])}; put all into train/CLASS/ and test/CLASS/, move what belongs to "
+        f"neither away, and rename a class that is called as a split is ({' '.join(SPLITS)})"
+    )
+
+
+def refuse_twice(path: Path, images: Sequence[str]) -> None:
+    """Raise RequestError where a zip has several images of one name: all but the last could not be reached."""
+    twice = [f"{name} ({num} times)" for name, num in Counter(images).items() if num > 1]
+    if twice:
+        more = [f"{len(twice) - SHOWN} more"] if len(twice) > SHOWN else []
+        raise RequestError(
+            f"data.path = {path}: names that are in this zip more than once: {', '.join([*twice[:SHOWN], *more])}; "
+            f"make the zip anew, each image under a name of its own"
+        )
+
+
+def new_splits(images: Sequence[str], depth: int) -> Iterator[str]:
+    """Folders that are splits now and were classes once: what was packed of them then is something else."""
+    found = {PurePosixPath(name).parts[depth] for name in images}
+    return (name for name in sorted(found) if split_of(name) and name not in OF_OLD)
