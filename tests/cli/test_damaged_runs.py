@@ -222,13 +222,14 @@ def test_nobody_waits_for_what_lies_in_a_files_place_nor_reads_it_without_end(
 
 
 def test_a_job_ends_with_a_word_where_a_fifo_lies_in_a_files_place(again: Shell) -> None:
-    for file in ("config.yaml", "run.json", "fence", f"{NEWEST}.json"):
-        path = again.root / "tiny" / file
-        whole = path.read_bytes()
-        path.unlink()
-        a_fifo(path)
-        argv, options = again.command("recover", "tiny")
+    run = again.root / "tiny"
+    (run / f"{NEWEST}.json").unlink()  # else there is nothing to do
+    for file in ("config.yaml", "run.json", "fence", "metrics.jsonl"):
+        whole = (run / file).read_bytes()
+        (run / file).unlink()
+        a_fifo(run / file)
+        argv, options = again.command("jobs", "train", str(run))
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, **options)
-        assert "Traceback" not in done.stderr and f"{path.name}: a FIFO" in done.stdout + done.stderr
-        path.unlink()
-        path.write_bytes(whole)
+        assert done.returncode == 78 and f"{file}: a FIFO, and no file" in done.stdout, done.stdout + done.stderr
+        (run / file).unlink()
+        (run / file).write_bytes(whole)
