@@ -1,6 +1,6 @@
 """The door to the scheduler: what the rest of launch/ asks of it, orders, and queues with it.
 
-Another scheduler is another set of the files behind this one, which nobody else imports.
+Outside this room nobody imports the files behind it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.errors import RequestError
-from ddpm.run.files import TMP_PREFIX, fsync_dir, sign, write_bytes, write_json
+from ddpm.run.files import TMP_PREFIX, fsync_dir, not_ours, sign, write_bytes, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -40,8 +40,10 @@ def check_trainable(run: RunDir) -> None:
     if other := reads(run):
         raise RequestError(f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained")
     if not (can_write(run) and _is_open(run.checkpoints)):
+        why = not_ours(run.path)
         raise RequestError(
             f"{run.path} cannot be written here: it can be sampled and scored into another root, not trained"
+            + (f". {why}" if why else "")
         )
     for path in (run.metrics, run.lock, run.fence):
         if path.is_dir():
