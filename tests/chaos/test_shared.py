@@ -85,7 +85,7 @@ def test_a_colleague_who_may_not_write_a_run_is_told_whose_it_is_and_how_to_shar
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
     code, log = life(run, BOB, 0o002)
     assert code == 78 and "Traceback" not in log, log
-    assert f"belongs to uid {ALICE} (mode 0755), and this is uid {BOB}" in log and "chmod -R g+rwX" in log
+    assert f"belongs to uid {ALICE} (mode 2755), and this is uid {BOB}" in log and "chmod -R g+rwX" in log
     done = submit(BOB, 0o002, root)
     assert done.returncode == 2 and f"belongs to uid {ALICE}" in done.stderr and "Traceback" not in done.stderr
     assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*")} == before
