@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ddpm.run.files import sha256_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ddpm.data.whole import PackedImages
 
 SHOWN = 4
@@ -23,12 +23,16 @@ SHOWN = 4
 
 def labels_digest(labels: np.ndarray, classes: Sequence[str]) -> str:
     """sha256 over the label of every image, and over the names of the classes in their order."""
+    import numpy as np  # not where scripts begin
+
     indices = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
     return sha256_json({"classes": list(classes), "labels": indices})
 
 
 def labels_record(packed: PackedImages) -> dict[str, Any]:
     """What run.json keeps: the digest, and each class with its number of images, in the order of their indices."""
+    import numpy as np
+
     counts = np.bincount(packed.labels[packed.labels >= 0], minlength=len(packed.classes)).tolist()
     named = dict(zip(packed.classes, counts, strict=False))
     return {"digest": labels_digest(packed.labels, packed.classes), "classes": named}

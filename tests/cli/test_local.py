@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ddpm.run.files import sign
 from ddpm.scoring.record import told
 from tests.cli.harness import TINY_SET, Shell, end, events, is_alive, png, read, snapshot, wait_for, write_zip
 
@@ -62,7 +64,7 @@ def test_a_finished_run_holds_what_the_design_promises(finished: Shell) -> None:
     manifest = read(run / "checkpoints" / "step-000000400.json")
     assert set(manifest) == {
         *("step", "images", "file", "bytes", "sha256", "config_digest", "world_size", "fence", "created"),
-        "self_sha256",
+        *("ema_sha256", "self_sha256"),
     }
     assert set(state(run, 400)) == {
         *("model", "ema", "optimizer", "scaler", "step", "images", "config_digest", "extra"),
@@ -281,7 +283,8 @@ def test_a_job_that_fails_makes_waiting_fail_and_shows_the_log(shell: Shell) -> 
     assert shell.submit("--prepare").returncode == 0
     shutil.rmtree(shell.root / "tiny" / "checkpoints")
     (shell.root / "tiny" / "checkpoints").mkdir()
-    for suffix, content in ((".json", "{}"), (".pt", "x")):
+    of_other_bytes = {"step": 7, "file": "step-000000007.pt", "bytes": 1, "sha256": "0" * 64}
+    for suffix, content in ((".json", json.dumps(sign(of_other_bytes))), (".pt", "x")):
         (shell.root / "tiny" / "checkpoints" / f"step-000000007{suffix}").write_text(content)
     done = shell.submit("--wait")
     assert done.returncode == 1
