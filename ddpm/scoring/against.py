@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ddpm.config import reading
 from ddpm.config.data import Data
 from ddpm.config.schema import Config
@@ -17,7 +15,6 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.run.stopping import StopRequested
-from ddpm.scoring.statistics_file import read_statistics
 
 if TYPE_CHECKING:
     from ddpm.data.packed import PackedImages
@@ -114,6 +111,7 @@ def check_for_run(run: RunDir, config: Config, name: str) -> None:
 def check_reference(config: Config, name: str) -> None:
     """Raises RequestError where `name` is a split that the run's data does not have, no such file, or one image."""
     from ddpm.data.packed import open_source
+    from ddpm.scoring.statistics_file import read_statistics
 
     if name in SPLITS:
         members = open_source(config.data).members
@@ -170,6 +168,8 @@ def digest_of_split(run: RunDir, split: str) -> str | None:
 
 def folder_digest(path: Path) -> str:
     """Of the images in a folder or zip, as a score keeps it; "" where they cannot be read. One image at a time."""
+    import numpy as np
+
     from ddpm.data.packed import open_source
     from ddpm.data.sources import read
     from ddpm.data.whole import digest_head
