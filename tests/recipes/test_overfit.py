@@ -120,10 +120,10 @@ def no_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "build_model", build_model)
 
 
-def _zeros_after(width: int, _: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    x, emb = inputs
+def _zeros_after(width: int, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *others = inputs
     assert x.shape[1] > width
-    return torch.cat([x[:, :width], torch.zeros_like(x[:, width:])], 1), emb
+    return torch.cat([x[:, :width], torch.zeros_like(x[:, width:])], 1), *others
 
 
 @pytest.mark.parametrize("mutate", [mixed_up_alpha_bar, no_skips], ids=lambda m: m.__name__)
