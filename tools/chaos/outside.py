@@ -208,7 +208,7 @@ def one_label_changed(_: int) -> Result:
 
 ROWS = {
     # name: (row, full count, reduced count)
-    "outside": (broken_from_outside, len(CELLS), len(CELLS) // 10),
+    "outside": (broken_from_outside, len(CELLS), len(CELLS) // 20),
     "cache-damaged": (cache_damaged, 24, 24),
     "manifests-gone": (manifests_gone, 0, 0),
     "label-changed": (one_label_changed, 0, 0),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm.errors import DoNotRetry, RunBusy, RunGone
+from ddpm.errors import DoNotRetry, RequestError, RunBusy, RunGone
 from ddpm.run import files, generations, unfinished
 from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
@@ -251,3 +251,22 @@ def test_a_sign_that_says_nothing_is_no_saves(run: RunDir, fence: Fence) -> None
     (run.checkpoints / f"{unfinished.SIGN}step-000000002.7").write_bytes(b"\xff")
     save_all(run, fence, 3)
     assert (run.checkpoints / unfinished.ASIDE / "step-000000002.pt").read_bytes() == b"somebody's"
+
+
+def test_a_sign_that_cannot_be_read_is_no_saves(run: RunDir, fence: Fence) -> None:
+    """What lies beside it then is moved aside, and not removed."""
+    run.checkpoints.mkdir(exist_ok=True)
+    (run.checkpoints / ".saving-step-000000004.1").mkdir()
+    assert [(sign.step, sign.is_ours) for sign in unfinished.signs(run)] == [(4, False)]
+
+
+def test_a_checkpoint_of_other_mathematics_is_refused_and_one_that_does_not_say_is_not(run: RunDir) -> None:
+    for saved in ({"config_digest": "ab" * 32}, {}):
+        generations.check_mathematics(run.checkpoint(3), saved, "ab" * 32)
+    with pytest.raises(RequestError, match=r"step-000000003\.pt belongs to other mathematics"):
+        generations.check_mathematics(run.checkpoint(3), {"config_digest": "cd" * 32}, "ab" * 32)
+
+
+def test_a_record_beyond_all_sense_is_not_parsed() -> None:
+    with pytest.raises(ValueError, match="more than"):
+        files.parse_json(b" " * (files.RECORD_BYTES + 1))
