@@ -46,7 +46,7 @@ def _trained_on(run: RunDir, config: Config, stop_requested: StopRequested) -> P
 
     data = data_of(run)
     cache = Path(data["cache"])
-    if not {"key", "digest"} <= data.keys():  # weights that were trained elsewhere
+    if not (data.get("key") and data.get("digest")):  # weights that were trained elsewhere
         return pack(config.data, "train", cache, stop_requested=stop_requested)[1]
     try:
         packed = open_verified(cache, data["key"], stop_requested=stop_requested)
@@ -157,7 +157,7 @@ def digest_of_split(run: RunDir, split: str) -> str | None:
 
     try:
         data = data_of(run)
-        if split == "train" and "digest" in data:
+        if split == "train" and data.get("digest"):
             return str(data["digest"])
         config = reading.of_run(run)
         key = cache_key(config.data, open_source(config.data), split)

@@ -31,7 +31,7 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
     run.json does not say which data it is.
     """
     record, data = read_run(life.run), data_of(life.run)
-    if not {"key", "digest"} <= data.keys():
+    if not (data.get("key") and data.get("digest")):
         raise DoNotRetry(f"{life.run.run_json} does not say where this run's data is: restore it, or submit it again")
     cache, key = Path(data["cache"]), data["key"]
     labels = record.get("labels") if config.model.num_classes else None
