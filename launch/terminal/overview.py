@@ -113,8 +113,9 @@ def _tell_what_lacks(
     told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
     if told_of > saved:
         damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
-    if saved and not events and not record.get("reads"):
-        damage.tell(f"events/ tells nothing, and checkpoints/ has step {saved}")
+    lived = any(e["event"] in ("started", "resumed") for e in events)
+    if saved and not lived and not record.get("reads"):
+        damage.tell(f"events/ tells {'of no life' if events else 'nothing'}, and checkpoints/ has step {saved}")
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, saved_step=saved))
 
