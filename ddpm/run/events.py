@@ -59,6 +59,8 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
         name = f"events/{path.name}"
         try:
             found, wrong = parse_events(read_bytes(path, LINES_BYTES), name)
+            if not found and not wrong:
+                wrong = f"{name} tells nothing"
         except FileNotFoundError:
             continue
         except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
