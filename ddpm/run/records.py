@@ -137,9 +137,22 @@ def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[R
 
 
 def parse_events(data: bytes, name: str) -> tuple[list[Record], str]:
-    """The events in a file of events/, and what is wrong with it, or ""."""
+    """The events in a file of events/, and what is wrong with it, or "".
+
+    Unlike a line of metrics, an event that is not whole is told: how a life ended may stand in it.
+    """
     records, _, wrong = parse_lines(data, name, EVENT, EVENT_TOO)
+    if not wrong and not _is_json(data.rpartition(b"\n")[2] or b"0"):
+        wrong = f"{name} ends inside a line: what its life told last is lost"
     return [_by_words(record) for record in records], wrong
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        parse_json(data)
+    except ValueError:
+        return False
+    return True
 
 
 def _by_words(event: Record) -> Record:

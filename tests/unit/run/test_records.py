@@ -11,7 +11,7 @@ import pytest
 from ddpm.run.events import EventLog, read_events, read_events_and_damage
 from ddpm.run.files import DamagedFile, sign
 from ddpm.run.paths import RunDir
-from ddpm.run.records import missing_lines, parse_metrics, read_heartbeat, read_run
+from ddpm.run.records import missing_lines, parse_events, parse_metrics, read_heartbeat, read_run
 
 BEAT = {"time": "2026-11-20T09:00:00.000Z", "step": 3, "total_steps": 9, "job": "17", "restart": 0, "host": "n1"}
 
@@ -39,13 +39,13 @@ def test_an_odd_field_that_not_every_event_has_is_left_out_and_the_event_stays(t
     assert damage == ["line 1 of events/17.0.jsonl is odd (progress = 'far')"]
 
 
-def test_a_torn_last_line_is_no_damage_and_any_other_is(tmp_path: Path) -> None:
+def test_a_torn_line_of_events_is_told_before_the_next_is_written_and_after(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     log = EventLog(run, "17", 0, "n1")
     log.append("started", step=0)
     with log.path.open("ab") as f:
         f.write(b'{"event": "check')
-    assert read_events_and_damage(run)[1] == []
+    assert read_events_and_damage(run)[1] == ["events/17.0.jsonl ends inside a line: what its life told last is lost"]
     log.append("resumed", step=4)
     events, damage = read_events_and_damage(run)
     assert [e["event"] for e in events] == ["started", "resumed"]
@@ -114,3 +114,12 @@ def test_what_a_submission_tells_is_of_its_kind_or_left_out(tmp_path: Path, odd:
     EventLog(run, "17", 0, "n1", prefix="submit-").append("submitted", **odd)
     events, damage = read_events_and_damage(run)
     assert not odd.keys() & events[0].keys() and len(damage) == 1
+
+
+def test_an_event_that_is_not_whole_is_told_and_one_without_its_newline_is_whole() -> None:
+    line = b'{"event": "finished", "job": "1", "restart": 0, "time": "2026-11-20T09:00:00.000Z"}'
+    assert parse_events(line + b"\n" + line[:30], "events/1.0.jsonl") == (
+        parse_events(line, "")[0],
+        "events/1.0.jsonl ends inside a line: what its life told last is lost",
+    )
+    assert parse_events(line + b"\n" + line, "x")[1] == parse_events(line + b"\n", "x")[1] == ""
