@@ -33,7 +33,7 @@ class Stage(Section):
 
 
 class Site(Section):
-    """A site profile (configs/cluster/NAME.yaml); every field may be given on the command line instead."""
+    """A site profile (configs/cluster/NAME.yaml); what options.FLAGS names, the command line may say instead."""
 
     cluster: Literal["auto", "slurm", "local"] = "auto"
     via: Literal["submitit", "sbatch"] = "submitit"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RunBusy, Stopped
 from ddpm.run.log import say
+from ddpm.sampling.request import Request
 from launch.life import devices
 from launch.life.life import Life
 from launch.life.starting import request_of
+
+if TYPE_CHECKING:
+    from ddpm.sampling.denoiser import Denoiser
 
 
 def sample(life: Life, set_name: str, shards: list[int]) -> int:
@@ -19,33 +26,14 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
             raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
     life.stop.watch(run.stop_file)
 
-    import torch
-
-    from ddpm.network.weights import cast_once, load_network
-    from ddpm.run import generations
-    from ddpm.sampling.denoiser import Denoiser
     from ddpm.sampling.generate import generate_shard
 
-    torch.set_num_threads(env.cpus)
-    device = devices.one_device(env)
-    devices.check_precision(env, device, request.precision)
-    try:
-        generation = generations.verify(run, request.checkpoint.step)
-    except FileNotFoundError:
-        raise DoNotRetry(f"the checkpoint of step {request.checkpoint.step} that {set_name} samples is gone") from None
-    if generation.sha256 != request.checkpoint.sha256:
-        raise DoNotRetry(
-            f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
-            f"sample into another set: python launch/sample.py {run.path} --set OTHER"
-        )
+    denoiser = _denoiser(life, set_name, config, request)
+    todo = list(shards)
 
     def told(done: int, total: int) -> None:
         say(f"shard {todo[0]}", images=f"{done}/{total}")
 
-    network = load_network(config, run, generation.step, request.weights, device, request.precision)
-    cast_once(network, request.precision)
-    denoiser = Denoiser.of(config, network, request.precision)
-    todo = list(shards)
     busy: RunBusy | None = None
     while todo:
         shard = todo[0]
@@ -75,3 +63,32 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
     if busy is not None:
         raise busy
     return life.leave(0)
+
+
+def _denoiser(life: Life, set_name: str, config: Config, request: Request) -> Denoiser:
+    """The request's weights on this job's device. Raises NodeUnfit, DamagedFile; DoNotRetry where they are others."""
+    import torch
+
+    from ddpm.network.weights import cast_once, load_network
+    from ddpm.run import generations
+    from ddpm.sampling.denoiser import Denoiser
+
+    run, env = life.run, life.env
+    torch.set_num_threads(env.cpus)
+    device = devices.one_device(env)
+    devices.check_precision(env, device, request.precision)
+    try:
+        generation = generations.verify(run, request.checkpoint.step)
+    except FileNotFoundError:
+        raise DoNotRetry(
+            f"the checkpoint of step {request.checkpoint.step} that {set_name} samples is gone: bring it back, or "
+            f"sample another one: python launch/sample.py {run.path} --set OTHER"
+        ) from None
+    if generation.sha256 != request.checkpoint.sha256:
+        raise DoNotRetry(
+            f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
+            f"sample into another set: python launch/sample.py {run.path} --set OTHER"
+        )
+    network = load_network(config, run, generation.step, request.weights, device, request.precision)
+    cast_once(network, request.precision)
+    return Denoiser.of(config, network, request.precision)
