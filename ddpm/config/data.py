@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ddpm.config.attributes import NAMES, unknown_name
 from ddpm.config.section import Section, Strs
+
+
+def _colour(text: str) -> str:
+    if not re.fullmatch(r"white|black|gray|#[0-9a-fA-F]{6}", text):
+        raise ValueError(f"{text!r}: use white, black, gray, or a colour as #20c0ff")
+    return text
 
 
 class Data(Section):
@@ -25,7 +32,7 @@ class Data(Section):
     """`celeba` alone: keep the images that have (true) or lack (false) each of these, e.g. {Smiling: true}."""
     label_attributes: Strs = ()
     """`celeba` alone: bit i of the label says whether an image has the i-th; so num_classes = 2**their number."""
-    background: str = Field("white", pattern="^(white|black|gray|#[0-9a-fA-F]{6})$")
+    background: Annotated[str, AfterValidator(_colour)] = "white"
     """What transparent pictures are laid upon: white, black, gray or #rrggbb."""
     skip_damaged: bool = False
     """Leave out pictures that cannot be decoded, and keep a list of them beside the packed data; else they are an

@@ -98,6 +98,7 @@ BAD = {
     "model: {norm_groups: 0}": ["model.norm_groups", "0", "greater than or equal to 1"],
     "model: {time_embed_channels: 0}": ["model.time_embed_channels", "0", "greater than or equal to 1"],
     "model: {dropout: 1.0}": ["model.dropout", "1.0", "less than 1"],
+    "data: {background: plaid}": ["data.background = 'plaid'", "white, black, gray, or a colour as #20c0ff"],
     "diffusion: {beta_start: 0.5, beta_end: 0.1}": ["diffusion.beta_start", "0.5", "below"],
     "diffusion: {timesteps: 10}": ["diffusion.timesteps", "10", "at least 21"],
     "diffusion: {schedule: sigmoid}": ["diffusion.schedule", "'sigmoid'", "'linear', 'cosine' or 'dns'"],
