@@ -16,8 +16,8 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-# what a shell starts in the background ignores ctrl-C, and under nohup a closed terminal too; so would every script that
-# a test starts and interrupts
+# What a shell starts in the background ignores ctrl-C, and under nohup a closed terminal too; so would every script
+# that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
