@@ -28,6 +28,7 @@ from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring.record import read_score
+from launch.cluster import code
 
 
 class Line(NamedTuple):
@@ -60,12 +61,19 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
+    yield from _judged("code.zip", _code, run, needed=False)
 
 
 def _record(run: RunDir) -> None:
     digest, here = _object(run.run_json)["config_digest"], reading.load(run.config).digest()
     if here != digest:
         raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
+
+
+def _code(run: RunDir) -> str:
+    if (kept := code.of_run(run)) is None:
+        raise FileNotFoundError
+    return code.digest(kept)
 
 
 def _life(run: RunDir) -> Lines:
