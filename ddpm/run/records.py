@@ -229,6 +229,12 @@ def read_run(run: RunDir) -> Record:
     return record
 
 
+def lost_signature(record: Record) -> bool:
+    """Whether what a run.json says is not signed, though what wrote it signs: only a record from before says no labels,
+    and whoever adds them to one signs it."""
+    return "labels" in record and "self_sha256" not in record
+
+
 def data_of(run: RunDir) -> Record:
     """What run.json says of the run's packed data; of weights that were trained elsewhere, only where it would lie.
 

@@ -40,7 +40,8 @@ class Shell:
         (self.run.path / "setup.sh").write_text(setup)
         env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
-               "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "SLURM_SUBMIT_DIR": str(PROJECT), "DDPM_LOG": "train-17.out",
+               "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
+               "SLURM_SUBMIT_DIR": str(PROJECT),
                "PATH": f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
         script = command if alone else f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
         done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
