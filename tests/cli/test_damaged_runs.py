@@ -71,6 +71,16 @@ def gone(name: str) -> Break:
     return lambda run: shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
 
 
+def link(name: str) -> Break:
+    """To what is not there, as where a disk is not mounted."""
+
+    def change(run: Path) -> None:
+        gone(name)(run)
+        (run / name).symlink_to("/nowhere")
+
+    return change
+
+
 def replace(name: str, before: str, after: str) -> Break:
     def change(run: Path) -> None:
         assert before in (run / name).read_text()
@@ -121,6 +131,7 @@ DAMAGES: dict[str, tuple[Break, str]] = {
     "score-folder": (folder(SCORE), "holds no score"),
     "scores-file": (file("eval"), "Not a directory"),
     "samples-file": (file("samples"), "Not a directory"),
+    **{f"{name}-link": (link(name), "a link to /nowhere, where") for name in ("samples", "eval", "run.json")},
     "run-unknown-key": (record("run.json", launch={"colour": "red"}, self_sha256="gone"), "is signed no more"),
     "run-edited": (record("run.json", name="other"), "not as it was written"),
     "run-no-data": (record("run.json", data=[]), "data = […]"),
