@@ -150,8 +150,8 @@ class Fence:
         if current < self.token or lock not in (None, our_lock):
             raise RunGone(
                 f"{self._run.path} has another lock or fence than this job's (fence {current or 'none'}, ours "
-                f"{self.token}), as where a copy is put over a run: nothing more is written here. See that it is whole, "
-                f"then submit it again"
+                f"{self.token}), as where a copy is put over a run: nothing more is written here. See that it is "
+                f"whole, then submit it again"
             )
         if not self._locked:  # the orphan that held it may be gone: a third job shall wait
             self._try_lock()
