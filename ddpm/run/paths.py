@@ -6,12 +6,14 @@ runs on a login node.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.errors import RequestError
+from ddpm.run.files import link_to_nothing
 
 SCHEMA = 1
 MAX_NAME = 100
@@ -50,10 +52,13 @@ def fitting(name: str) -> str:
 
 
 def listed(directory: Path) -> list[Path]:
-    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look."""
+    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look, also
+    of a link to nothing: what it led to may be missing for a while alone."""
     try:
         return list(directory.iterdir())
     except FileNotFoundError:
+        if why := link_to_nothing(directory):
+            raise NotADirectoryError(errno.ENOTDIR, why, str(directory)) from None
         return []
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ddpm.run.files import LINES_BYTES, DamagedFile, parse_json, read_bytes, seconds, sign
+from ddpm.run.files import LINES_BYTES, DamagedFile, link_to_nothing, parse_json, read_bytes, seconds, sign
 from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
@@ -215,7 +215,8 @@ def read_run(run: RunDir) -> Record:
     try:
         record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
-        raise DamagedFile(f"{run.run_json} is missing: restore it, or this is no run directory") from None
+        why = link_to_nothing(run.run_json) or "missing"
+        raise DamagedFile(f"{run.run_json} is {why}: restore it, or this is no run directory") from None
     except ValueError as e:
         record, wrong = None, f"no JSON: {e}"
     except DamagedFile as e:
@@ -227,6 +228,12 @@ def read_run(run: RunDir) -> Record:
             f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
         )
     return record
+
+
+def lost_signature(record: Record) -> bool:
+    """Whether what a run.json says is not signed, though what wrote it signs: only a record from before says no labels,
+    and whoever adds them to one signs it."""
+    return "labels" in record and "self_sha256" not in record
 
 
 def data_of(run: RunDir) -> Record:

@@ -5,6 +5,7 @@ Owns which forms there are and that all images of a set have one size. Must not 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from ddpm.data import sources
 from ddpm.data.packed import PackedImages, images_digest, load_folder, open_source
 from ddpm.errors import RequestError
 from ddpm.run import files
-from ddpm.run.files import DamagedFile
-from ddpm.sampling.shards import parse_npz
+from ddpm.sampling.shards import check_header, read_npz
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.reference import image_features, reference_of, write_statistics
@@ -57,13 +57,18 @@ def _resized(path: Path, size: int) -> PackedImages:
 
 
 def _array(path: Path) -> np.ndarray:
+    images: np.ndarray
     try:
         if path.suffix == ".npy":
-            images = np.load(path, allow_pickle=False, mmap_mode="r")
+            with files.open_file(path) as f:
+                check_header(f, os.fstat(f.fileno()).st_size)
+            images = np.lib.format.open_memmap(path, mode="r")
         else:
-            arrays = parse_npz(path.read_bytes(), path.name)
+            arrays, _ = read_npz(path)
             images = arrays.get("images", arrays.get("arr_0", np.empty(0)))
-    except (OSError, ValueError, EOFError, DamagedFile) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # numpy, and the parser of Python that it reads headers with, raise a dozen kinds
         raise RequestError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise RequestError(f"{path}: its images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")

@@ -21,7 +21,7 @@ from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.stopping import StopRequested
-from ddpm.sampling.shards import npz_bytes, parse_npz
+from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import extract, kept_features
@@ -85,7 +85,7 @@ def reference_of(
     identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
     if not by_class:
         try:
-            arrays = parse_npz(path.read_bytes(), path.name)
+            arrays, _ = read_npz(path)
             if {k: str(arrays.get(k)) for k in identity} != identity or int(arrays["num"]) != len(images.images):
                 raise DamagedFile(f"{path.name}: is of other images or another extractor")
             return Reference(arrays["mu"], arrays["sigma"], image_record(images), arrays["features"])

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddpm.data.packed import PackedImages, images_digest
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
 from ddpm.run.files import DamagedFile
 from ddpm.run.stopping import StopRequested
-from ddpm.sampling.shards import parse_npz
+from ddpm.sampling.shards import read_npz
 
 if TYPE_CHECKING:
     from typing import Any
@@ -82,8 +82,7 @@ def read_statistics(path: Path) -> StatisticsFile:
     Raises RequestError if the file cannot be read, holds neither, or holds what no images can have.
     """
     try:
-        data = path.read_bytes()
-        arrays = parse_npz(data, path.name)
+        arrays, data = read_npz(path)
     except (OSError, DamagedFile) as e:
         raise RequestError(f"reference {path} cannot be read: {e}") from None
     batch = arrays.get("arr_0", arrays.get("images"))
@@ -92,7 +91,7 @@ def read_statistics(path: Path) -> StatisticsFile:
     if not has_moments and not is_batch:
         shape = "" if batch is None else f" ({batch.dtype} {batch.shape})"
         raise RequestError(
-            f"reference {path}: holds {sorted(arrays)}{shape}; pytorch-fid's statistics hold mu and sigma "
+            f"reference {path}: holds {shown(sorted(arrays))}{shape}; pytorch-fid's statistics hold mu and sigma "
             f"(`--save-stats` writes them, here and there), a batch of guided-diffusion's arr_0, uint8 (N, H, W, 3)"
         )
     if has_moments:

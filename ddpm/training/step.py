@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm.config.schema import Config, check_world_size
 from ddpm.data.batches import Batches
-from ddpm.data.packed import PackedImages
+from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
@@ -39,6 +39,7 @@ class Step:
             devices = [world.device] if world.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         self.network = network
+        self.data = Watch(packed)
         self.batches = self._batches()
 
     def _batches(self) -> Batches:

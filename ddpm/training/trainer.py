@@ -11,7 +11,7 @@ from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, EnvironmentLacks
 from ddpm.network.device import Later, Resolved
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
@@ -139,7 +139,8 @@ class Trainer:
     def train(self, stop_requested: StopRequested) -> Outcome:
         """Steps until the end or an agreed stop; both leave a verified checkpoint.
 
-        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out). A stop whose save failed is
+        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
+        overwritten while it was mapped). A stop whose save failed is
         reported as `saved=False`.
         """
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
@@ -178,8 +179,16 @@ class Trainer:
         # the clock is rank 0's
         save_due = self.due.save(step, time.monotonic() - self._saved_at if self.world.is_main else 0)
         code, any_bad, any_save = self.world.agree([stop_code(stop_requested), int(bad), int(save_due)])
-        if (code or any_save or self.due.log(step) or self.due.grid(step)) and not any_bad:
-            any_bad = self.world.agree([int(_is_bad(self._finite))])[0]  # nothing is kept of a step not known as good
+        if (code or any_save or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
+            # nothing is kept of a step not known as good
+            damage = self.step.data.damage()
+            any_bad, damaged = self.world.agree([int(_is_bad(self._finite)), int(bool(damage))])
+            if damaged:
+                raise EnvironmentLacks(
+                    f"{damage or 'what another rank reads was overwritten while it was mapped'}: nothing is saved of "
+                    f"step {step}, whose images may have been others. The next life packs the data again, and goes on "
+                    f"from the checkpoint before"
+                )
         return STOP_REASONS[code], bool(any_bad), bool(any_save)
 
     def alive(self) -> None:

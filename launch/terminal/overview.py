@@ -13,11 +13,12 @@ from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.events import read_events_and_damage
 from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, read_json, read_signed, seconds
 from ddpm.run.paths import RunDir, listed
-from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
+from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
 from launch.cluster.scheduler import Queued
 from launch.queue import local
+from launch.queue.sets import of_other_samples
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import faults, goodput, standing
 
@@ -108,6 +109,8 @@ def _tell_what_lacks(
     """What one file tells of and another lacks."""
     record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
+    if lost_signature(record):
+        damage.tell("run.json is signed no more, as where it was edited by hand")
     if record.get("reads"):
         events = []  # they are told where its checkpoints are made
     told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
@@ -134,6 +137,8 @@ def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]
     for score in all_scores(run):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
+        elif why := of_other_samples(run, score):
+            damage.tell(why)
         else:
             scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
             lines[score.name] = told(score.record)
