@@ -1,4 +1,4 @@
-"""What this project costs, and how exact it is: `python -m tools.bench`, and scripts of their own for what takes long."""
+"""What this project costs, and how exact it is: `python -m tools.bench`; what takes long has scripts of its own."""
 
 from pathlib import Path
 

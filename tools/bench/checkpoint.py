@@ -56,6 +56,7 @@ def row(bench: Bench) -> Result:
                    at_most=bench.goal(cpu=60, gpu=50)),
             Figure("for the first, which allocates its buffers", first * 1e3, "ms"),
             Figure("costs in the background", background, "s", limit=statistics.median(cost["waiting"])),
-            Figure("of the time, at one every ten minutes", 100 * background / INTERVAL_S, "%", at_most=bench.goal(cpu=1, gpu=1)),
+            Figure("of the time, at one every ten minutes", 100 * background / INTERVAL_S, "%",
+                   at_most=bench.goal(cpu=1, gpu=1)),
             Figure("verifying and loading it", load, "s"),
         ])  # fmt: skip

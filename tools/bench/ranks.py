@@ -19,9 +19,12 @@ from tools.bench.figures import Figure, Result, ratio
 from tools.bench.measure import Bench
 from tools.bench.workloads import own_step, trainer_of
 
+LIMIT_S = 300
+
 
 def _rank(rank: int, port: int, bench: Bench, batch: int, rounds: int, out: Path) -> None:
-    world = ranks.join(rank=rank, world_size=2, local_rank=rank, master_addr="127.0.0.1", master_port=port, timeout_s=300)
+    here = {"master_addr": "127.0.0.1", "master_port": port, "timeout_s": LIMIT_S}
+    world = ranks.join(rank=rank, world_size=2, local_rank=rank, **here)  # type: ignore[arg-type]
     found: dict[str, list[float]] = {"one": [], "two": [], "agreement": []}
     with trainer_of(bench, f"train.global_batch={2 * batch}", world=world, threads=1) as both:
         both.warm_up(lambda: None)
@@ -52,7 +55,7 @@ def row(bench: Bench) -> Result:
         processes = [context.Process(target=_rank, args=(r, port, cpu, batch, rounds, out)) for r in range(2)]
         for p in processes:
             p.start()
-        ends = time.monotonic() + 300
+        ends = time.monotonic() + LIMIT_S
         for p in processes:
             p.join(max(0.0, ends - time.monotonic()))
         for p in processes:

@@ -66,7 +66,8 @@ def frechet(bench: Bench) -> Result:
     return Result([
         Figure(f"Fréchet distance at {d}", statistics.median(times["ours"]), "s"),
         ratio("against pytorch-fid", times["theirs"], times["ours"], at_least=goal),
-        Figure("relative difference", abs(values["ours"] / values["theirs"] - 1), at_most=bench.goal(cpu=1e-6, gpu=1e-6)),
+        Figure("relative difference", abs(values["ours"] / values["theirs"] - 1),
+               at_most=bench.goal(cpu=1e-6, gpu=1e-6)),
     ])  # fmt: skip
 
 

@@ -30,7 +30,12 @@ RUN = (
     "log.every_steps=1",
     "log.grid_every_steps=null",
 )
-NETWORK = ("model.base_channels=8", "model.channel_mults=[1]", "model.blocks_per_level=1", "model.attention_resolutions=[]")
+NETWORK = (
+    "model.base_channels=8",
+    "model.channel_mults=[1]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[]",
+)
 """What a CPU compiles in half a minute."""
 
 

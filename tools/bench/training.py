@@ -72,22 +72,19 @@ def parts(bench: Bench) -> Result:
         with parts_of(trainer, counted), counted:
             step()
             bench.sync()
-        found: dict[str, Any] = {}
         with profiled(bench.device) as prof, parts_of(trainer, Operations()):
             step()
             bench.sync()
         found = dict(launched(prof))
-        timed = Operations()
+        timed, steps = Operations(), bench.pick(gpu=20, cpu=2, small=1)
         with parts_of(trainer, timed):
-            for _ in range(bench.pick(gpu=20, cpu=2, small=1)):
+            for _ in range(steps):
                 step()
-        steps = bench.pick(gpu=20, cpu=2, small=1)
     for part in sorted(counted.started, key=lambda p: -timed.seconds[p]):
-        waits = f", {counted.waits[part]} waits" if counted.waits[part] else ""
-        kernels = f", {found[part]} launches" if part in found else ""
-        result.figures.append(
-            Figure(f"{part}: {counted.started[part]} operations{kernels}{waits}", timed.seconds[part] / steps * 1e3, "ms")
-        )
+        told = [f"{counted.started[part]} operations"]
+        told += [f"{found[part]} launches"] if part in found else []
+        told += [f"{counted.waits[part]} waits"] if counted.waits[part] else []
+        result.figures.append(Figure(f"{part}: {', '.join(told)}", timed.seconds[part] / steps * 1e3, "ms"))
     outside = sum(counted.started[p] for p in OUTSIDE)
     waits = sum(counted.waits.values())
     result.figures += [

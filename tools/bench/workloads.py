@@ -45,10 +45,8 @@ def noise_images(num: int = 50_000) -> data.PackedImages:
 
 
 @contextmanager
-def trainer_of(
-    bench: Bench, *overrides: str, world: World | None = None, threads: int = 0, images: data.PackedImages | None = None
-) -> Iterator[Trainer]:
-    """A trainer of the default recipe in a run of its own, ready to step; `with_run` alone if it is to save."""
+def trainer_of(bench: Bench, *overrides: str, world: World | None = None, threads: int = 0) -> Iterator[Trainer]:
+    """A trainer of the default recipe in a run of its own, ready to step."""
     asked = cifar10(bench, *CALM, *overrides)
     world = world or World(0, 1, bench.device)
     resolved: Resolved = resolve(asked, bench.device, threads or bench.threads)
@@ -59,7 +57,7 @@ def trainer_of(
         main = world.is_main
         fence = Fence(run, owner) if main else None
         events = EventLog(run, "bench", 0, "here") if main else None
-        images = images or noise_images(bench.pick(gpu=50_000, cpu=5_000, small=500))
+        images = noise_images(bench.pick(gpu=50_000, cpu=5_000, small=500))
         trainer = Trainer(asked, run, world, images, resolved, fence=fence, events=events, owner=owner)
         trainer.resume()
         try:
@@ -97,7 +95,7 @@ def diffusers_unet(bench: Bench) -> Any:
     from diffusers import UNet2DModel
 
     base = width(bench)
-    return UNet2DModel(
+    network: Any = UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
@@ -112,7 +110,8 @@ def diffusers_unet(bench: Bench) -> Any:
         dropout=0.1,
         norm_eps=1e-6,
         norm_num_groups=32 if base == 128 else 8,
-    ).to(bench.device)
+    )
+    return network.to(bench.device)
 
 
 def diffusers_step(bench: Bench, batch: int, *, amp: bool = False, compiled: bool = False) -> Callable[[], None]:
