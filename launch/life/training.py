@@ -72,6 +72,9 @@ def train(life: Life, config: Config, why: str | None) -> int:
         events=env.events(run) if world.is_main else None,
     )
     trainer.resume()
+    found = trainer.fit()
+    if fence is not None and found is not None:
+        _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
     return _until_the_end(life, world, trainer, fence)
 
 
@@ -122,9 +125,13 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}
-        record = {**read_run(run), "resolved": found}
-        write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
+        _keep(run, fence, found)
     return resolved
+
+
+def _keep(run: RunDir, fence: Fence, resolved: dict[str, Any]) -> None:
+    record = {**read_run(run), "resolved": resolved}
+    write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
 
 
 def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> int:
