@@ -50,9 +50,12 @@ def work(life: Life, args: argparse.Namespace) -> int:
         if why and life.env.world_size == 1:
             say(why)
             return life.leave(0)
-        from launch.life import training
+        from launch.life import compiled, training
 
-        return training.train(life, config, why)
+        try:
+            return training.train(life, config, why)
+        finally:
+            compiled.leave()
     if args.stage == "sample":
         from launch.life import sampling
 

@@ -138,6 +138,11 @@ class RunDir:
         return self.path / "fence"
 
     @property
+    def compiled(self) -> Path:
+        """The compiled network, for the next life."""
+        return self.path / "compiled.zip"
+
+    @property
     def stop_file(self) -> Path:
         return self.path / "STOP"
 

@@ -19,7 +19,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
-from ddpm.training import grids
+from ddpm.training import fitting, grids
 from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
@@ -65,7 +65,7 @@ class Trainer:
             self.chronicle = Chronicle(
                 config, run, fence, events, owner=owner, world_size=size, is_milestone=is_milestone
             )
-        self.warm = False
+        self.warm = self._stepped = False
         self._beginning = "started"
         # whether the last step was finite, and the one before it: values of a device, read one step late
         self._finite: Later | None = None
@@ -119,6 +119,17 @@ class Trainer:
         self.step.begin_attempt()
         self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
+    def fit(self) -> int | None:
+        """What train.micro_batch=auto is here, where no earlier life has found it; else None. On all ranks.
+
+        Raises DoNotRetry where not one image fits.
+        """
+        if self.config.train.micro_batch != "auto" or self.resolved.micro_batch is not None:
+            return None
+        found = fitting.fit(self.step)
+        self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
+        return found
+
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
@@ -130,7 +141,7 @@ class Trainer:
         wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
-        self.step.gradients(warm_up=True)
+        fitting.first(self.step, lambda: self.step.gradients(warm_up=True))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.warm = True
 
@@ -152,7 +163,8 @@ class Trainer:
             return self._stop(reason)
         self.meter.restart(self.at.step)
         while not self.state.is_last:
-            self._finite_before, self._finite = self._finite, self.step.take()
+            taken = self.step.take() if self._stepped else fitting.first(self.step, self.step.take)
+            self._finite_before, self._finite, self._stepped = self._finite, taken, True
             at_total = self.at.step >= self.config.train.total_steps
             reason, bad, save_due = self._agree(stop_requested, at_total)
             if bad:

@@ -250,6 +250,11 @@ def set_defaults(**values: str) -> None:
         os.environ.setdefault(key, value)
 
 
+def compiler_folder() -> str | None:
+    """Where torch keeps what it compiles, if somebody has said."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
 def default_partition() -> str | None:
     """What sbatch takes where no partition is asked for, if the user has exported one."""
     return os.environ.get("SBATCH_PARTITION")
