@@ -64,7 +64,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
 ddpm_event() {   # a line as launch/ writes them, by hand; a full disk must not keep the job from its return
   printf '{"event": "%s", "time": "%s", "job": "%s", "restart": %d, "host": "%s", "stage": "%s", "exit_code": %d, %s}\n' \
     "$1" "$(date -u +%FT%T.%3NZ)" "$ddpm_job" "${SLURM_RESTART_COUNT:-0}" "$ddpm_node" "$DDPM_STAGE" "$2" \
-    "\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
+    "${SLURM_CLUSTER_NAME:+\"cluster\": \"${SLURM_CLUSTER_NAME,,}\", }\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
     >>"$DDPM_RUN/events/$ddpm_job.${SLURM_RESTART_COUNT:-0}.jsonl" || true
 }
 trap ddpm_end EXIT

@@ -19,6 +19,7 @@ from launch.cluster.slurm import available
 from launch.cluster.slurm_orders import cancel, cancel_waiting, exclude, make_wait, requeue, too_many
 from launch.cluster.slurm_questions import (
     any_cancelled,
+    cluster_name,
     dependents,
     look_up,
     max_array_size,
@@ -41,6 +42,7 @@ __all__ = [
     "by_hand",
     "cancel",
     "cancel_waiting",
+    "cluster_name",
     "dependents",
     "describe",
     "exclude",

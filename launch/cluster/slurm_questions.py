@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from datetime import datetime
+from functools import cache
+from pathlib import Path
 
 from ddpm.run.files import stamp
-from launch.cluster import slurm
+from launch.cluster import environment, slurm
 from launch.cluster.answers import Mercy, NoAnswer, Queued, SchedulerError, Shown
 from launch.cluster.slurm import TIMEOUT_S
 
+CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
+"""Where it lies by default, and where slurmd keeps what it was sent."""
+NAMED = re.compile(r"^\s*ClusterName\s*=\s*([^\s#]+)", re.M | re.I)
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of jobs end that are queued here, or by the templates."""
 
@@ -87,6 +93,24 @@ def any_cancelled(job: str) -> bool:
         raise
     except SchedulerError:  # forgotten: some minutes after its end
         return False
+
+
+def cluster_name() -> str:
+    """This cluster's, in lower case: a job knows it, else its configuration or slurmctld says; "" where neither does."""
+    return environment.cluster() or (_name_of_the_cluster() if slurm.available("squeue") else "")
+
+
+@cache
+def _name_of_the_cluster() -> str:
+    said = ""
+    for path in (os.environ.get("SLURM_CONF") or CONFS[0], *CONFS[1:]):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            said = Path(path).read_text()
+            break
+    if (match := NAMED.search(said)) is None:
+        with contextlib.suppress(SchedulerError):
+            match = NAMED.search(slurm.run(["scontrol", "show", "config"], timeout_s=10))
+    return match[1].lower() if match else ""
 
 
 def max_array_size() -> int:

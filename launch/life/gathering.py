@@ -17,7 +17,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, not_ours, retries_without_progress, uncounted_lives
 from launch.life.life import shard_marker
 from launch.life.progress import progress
-from launch.queue.waiting import mercy_for
+from launch.queue.waiting import mercy_for, of_this_cluster
 
 SETTLE_S = 10
 READ_PATIENCE_S = 15
@@ -66,7 +66,7 @@ def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
 
 def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str) -> Evidence:
     """With what the run directory says. Raises OSError."""
-    here, events = progress(run, env.job, known.stage, set_name), read_events(run)
+    here, events = progress(run, env.job, known.stage, set_name), of_this_cluster(read_events(run))
     return replace(
         known,
         stop_file=run.stop_file.exists(),
@@ -78,7 +78,7 @@ def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str
 
 def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
     try:
-        events = read_events(run)
+        events = of_this_cluster(read_events(run))
     except OSError:
         events = []
     return replace(known, can_tell=False, uncounted=uncounted_lives(events, env.job, env.restart))

@@ -30,6 +30,7 @@ from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
 from launch.queue.nodes import may_do_without
 from launch.queue.submitting import submit_successor
+from launch.queue.waiting import of_this_cluster
 from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
@@ -164,7 +165,7 @@ def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) ->
     reason = f"{why}: {words.told(stage, env.host, environment.memory_asked_for())}"
     run = RunDir(log.path.parent.parent)
     with contextlib.suppress(OSError):
-        if nodes := bad_nodes(read_events(run), env.job):
+        if nodes := bad_nodes(of_this_cluster(read_events(run)), env.job):
             reason += f"; lives of it died on {', '.join(nodes)} before"
     fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
     _note(log, "failed", stage=stage, exit_code=code, reason=reason, **fields)

@@ -98,14 +98,17 @@ def _take(life: Life, wait_s: float) -> Fence:
 
 
 def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
-    job = str(other.get("job", "JOB"))
-    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}"
+    job, cluster = str(other.get("job", "JOB")), other.get("cluster")
+    where = f" (on cluster {cluster})" if cluster and cluster != scheduler.cluster_name() else ""
+    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}{where}"
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
+    if env.cluster and other.get("cluster", env.cluster) != env.cluster:
+        return False  # nor is another cluster's, whose job may have this one's id
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:

@@ -20,6 +20,7 @@ from launch.cluster.job import Job
 from launch.cluster.site import Site
 from launch.queue import local, nodes
 from launch.queue.directory import of_record
+from launch.queue.waiting import of_this_cluster
 
 
 def describe(job: Job) -> str:
@@ -126,11 +127,12 @@ def sent_where(run: RunDir, job_id: str) -> Site | None:
 
 def _submission(run: RunDir, job_id: str) -> dict[str, Any]:
     """The event of a job's submission; nothing where there is none."""
-    return next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job_id), {})
+    events = of_this_cluster(read_events(run))
+    return next((e for e in reversed(events) if e["event"] == "submitted" and e["job"] == job_id), {})
 
 
 def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
-    EventLog(run, job, 0, environment.host(), prefix="submit-").append(
+    EventLog(run, job, 0, environment.host(), prefix="submit-", cluster=scheduler.cluster_name()).append(
         "submitted", world_size=world_size, step=run.latest_step(), stage=stage, via=via, run=str(run.path), **fields
     )
 
