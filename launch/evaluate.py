@@ -16,6 +16,7 @@ from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.run.records import data_of
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
 from ddpm.scoring.record import is_signed, told
@@ -184,7 +185,7 @@ def main() -> int:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    prepare.ensure_weights(asked.extractor)
+    prepare.ensure_weights(asked.extractor, Path(data_of(run)["cache"]))
     chain.go_on(run)
     if site.is_local:
         process, log = local.start(run, [job])

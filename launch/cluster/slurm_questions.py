@@ -96,7 +96,7 @@ def any_cancelled(job: str) -> bool:
 
 
 def cluster_name() -> str:
-    """This cluster's, in lower case: a job knows it, else its configuration or slurmctld says; "" where neither does."""
+    """This cluster's, in lower case: a job knows it, else slurm.conf or slurmctld says; "" where neither does."""
     return environment.cluster() or (_name_of_the_cluster() if slurm.available("squeue") else "")
 
 
