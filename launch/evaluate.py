@@ -26,7 +26,7 @@ from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.queue import borrowing, chain, local
-from launch.queue.directory import site_of
+from launch.queue.directory import site_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
@@ -197,6 +197,7 @@ def main() -> int:
             print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
         else:
             waiting = jobs_in_queue(run, "sample", set_name)
+            use_shell_of(run, site)
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
             said = f"queued: evaluate as job {new}; the score will be in {run.eval}"

@@ -39,7 +39,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
   echo "error: $DDPM_PYTHON does not run on node $ddpm_node (or $DDPM_HOME is not there)"
   [ ! -f "$lives" ] || times=$(wc -l <"$lives")
   reason="$DDPM_PYTHON does not run on node $ddpm_node"
-  if [ "$(squeue -h -j "$ddpm_job" -o %T 2>/dev/null | head -n 1)" != RUNNING ]; then
+  if [ "$(scontrol show job -o "$ddpm_job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')" != RUNNING ]; then
     echo "[batch] SLURM does not call the job RUNNING: leaving it to SLURM"
     return
   fi
@@ -71,6 +71,10 @@ trap ddpm_end EXIT
 echo "[batch] $(date -u +%FT%TZ) job=$ddpm_job" \
      "restart=${SLURM_RESTART_COUNT:-0} stage=$DDPM_STAGE nodes=$SLURM_JOB_NODELIST run=$DDPM_RUN"
 
+# What a rank's command begins with, and srun's options: the site profile's `container` has others.
+ddpm_srun=() ddpm_python=("$DDPM_PYTHON")
+[ ! -f "$DDPM_RUN/container.sh" ] || . "$DDPM_RUN/container.sh"
+
 # The site profile's `setup` lines: module load … One that fails ends this life, before it runs in another environment
 # than was meant; lines that are no command by themselves, as of an `if`, are taken together.
 if [ -f "$DDPM_RUN/setup.sh" ]; then
@@ -89,4 +93,7 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
     exit 2
   fi
 fi
+command -v scontrol >/dev/null || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \
+  "pre-empts it, but nothing does after a crash or at its time limit. Have the profile's setup lines bring SLURM's" \
+  "commands, or submit the run again when it has ended"
 :   # the echo fails where the log's disk is full, and the caller takes that for a missing file

@@ -79,6 +79,11 @@ def num_nodes() -> int:
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
 
 
+def partition_and_qos() -> tuple[str, str]:
+    """Of the job in which this process runs."""
+    return os.environ.get("SLURM_JOB_PARTITION", ""), os.environ.get("SLURM_JOB_QOS", "")
+
+
 def memory_asked_for() -> str:
     """By the job whose batch shell this is, in words."""
     if per_node := os.environ.get("SLURM_MEM_PER_NODE"):

@@ -24,7 +24,7 @@ from launch.cluster.slurm_questions import (
     look_up,
     max_array_size,
     mercy,
-    qos_table,
+    preemption,
     show,
     spare_nodes,
 )
@@ -55,7 +55,7 @@ __all__ = [
     "mercy",
     "partitions",
     "patiently",
-    "qos_table",
+    "preemption",
     "queued",
     "requeue",
     "show",

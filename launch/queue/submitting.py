@@ -75,8 +75,8 @@ def _submit(job: Job) -> str:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.stage == "evaluate":  # which may have shards made
             more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
-        if table := scheduler.qos_table():  # for nodes that cannot ask
-            more["qos"] = table
+        if told := scheduler.preemption(str(options.get("partition") or "") or None):  # for nodes that cannot ask
+            more["preemption"] = told
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
                    args=list(job.extra_args), **more)  # fmt: skip
     except Exception:  # a job that nobody could find again
@@ -151,7 +151,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **record, **{k: told[k] for k in ("qos", "launch") if k in told})  # fmt: skip
+                   **record, **{k: told[k] for k in ("qos", "preemption", "launch") if k in told})  # fmt: skip
     return new
 
 

@@ -95,5 +95,9 @@ def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
         told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]
     except OSError:
         told = []
-    table = told[-1].get("qos") if told else None
-    return scheduler.mercy(job, table if isinstance(table, dict) else {})
+    last = told[-1] if told else {}
+    once = {f"qos {name}": said for name, said in (last.get("qos") or {}).items()}  # as it was written before
+    known = {**once, **(last.get("preemption") or {})}
+    if "no-requeue" in (last.get("options") or {}):
+        known["no-requeue"] = "1"
+    return scheduler.mercy(job, known)

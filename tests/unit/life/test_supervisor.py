@@ -66,7 +66,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     monkeypatch.setattr(scheduler, "show", show)
     monkeypatch.setattr(
-        scheduler, "mercy", lambda job, by_qos: scheduler.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5)
+        scheduler, "mercy", lambda job, told: scheduler.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5)
     )
 
     def spare(partition: str, excluded: str) -> tuple[int, list[str]]:
