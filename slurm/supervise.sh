@@ -59,6 +59,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
     [ "$without" != "(null)" ] || without=
     scontrol update jobid="$ddpm_job" excnodelist="${without:+$without,}$ddpm_node"
   fi
+  [ "$times" = 0 ] || scontrol update jobid="$ddpm_job" starttime=now+60
   sleep 300
 }
 ddpm_event() {   # a line as launch/ writes them, by hand; a full disk must not keep the job from its return

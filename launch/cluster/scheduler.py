@@ -16,7 +16,7 @@ from launch.cluster.job import HOME, Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import available
-from launch.cluster.slurm_orders import cancel, cancel_waiting, exclude, make_wait, requeue, too_many
+from launch.cluster.slurm_orders import cancel, cancel_waiting, delay, exclude, make_wait, requeue, too_many
 from launch.cluster.slurm_questions import (
     any_cancelled,
     cluster_name,
@@ -43,6 +43,7 @@ __all__ = [
     "cancel",
     "cancel_waiting",
     "cluster_name",
+    "delay",
     "dependents",
     "describe",
     "exclude",

@@ -43,6 +43,7 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         and preempted_at is not None
         and preempted_at == _stamp(_field(shown, "EndTime")),
         excluded="" if excluded == "(null)" else excluded,
+        suspended_at=_stamp(_field(shown, "SuspendTime")),
     )
 
 

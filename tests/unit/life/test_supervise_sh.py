@@ -63,7 +63,7 @@ def shell(tmp_path: Path) -> Shell:
         "ReqNodeList=(null) ExcNodeList=$(cat {0}/excluded 2>/dev/null || echo '(null)')"
     )
     s.put("scontrol", f'[ "$1" != show ] || {{ echo "{shown.format(s.bin)}"; exit; }}\necho "$*" >> {s.bin}/orders\n'
-          f'case "$*" in update*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
+          f'case "$*" in *exc*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
     return s
 
 
@@ -77,10 +77,10 @@ def test_a_node_without_python_puts_the_job_back_elsewhere_and_after_four_of_the
         assert (last(shell.run)["event"], last(shell.run)["bad_node"]) == ("requeued", node)
     assert shell.orders() == [
         "requeue 17", "update jobid=17 excnodelist=n1",
-        "requeue 17", "update jobid=17 excnodelist=n1,n2",
-        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2", "update jobid=17 starttime=now+60",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3", "update jobid=17 starttime=now+60",
     ]  # fmt: skip
-    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 6
+    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 8
     assert (
         last(shell.run)["event"] == "failed" and "/nowhere/python does not run on node n4" in last(shell.run)["reason"]
     )
