@@ -30,6 +30,9 @@ from launch.life.life import Life
 from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
+from launch.queue.waiting import mercy_for
+
+TRY_TO_SAVE_S = 30
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -75,6 +78,15 @@ def train(life: Life, config: Config, why: str | None) -> int:
     )
     trainer.resume()
     return _until_the_end(life, world, trainer)
+
+
+def save_patience_s(life: Life, reason: str) -> float:
+    """How long a stop may try to save: while its job has time, less what a save takes, and the other ranks wait."""
+    ranks_wait = site_of(life.run).rank_timeout_s / 2
+    if reason != "preempted":  # USR2 comes at least 54 s before the end where 60 were asked for
+        return min(ranks_wait, TRY_TO_SAVE_S)
+    mercy = mercy_for(life.run, life.env.job)
+    return min(ranks_wait, max(mercy.grace_s + mercy.kill_wait_s, 10))
 
 
 def _choose_network(asked: str | None, rank_0: str) -> None:
@@ -138,7 +150,7 @@ def _until_the_end(life: Life, world: World, trainer: Trainer) -> int:
             # compilers that start here must not die of a signal meant for us
             with life.stop.held(), compiling(kernels_of(life.run), world, trainer.resolved.compile):
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop)
+        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason))
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:
