@@ -16,6 +16,7 @@ from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.run.records import data_of
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
 from ddpm.scoring.record import is_signed, told
@@ -25,7 +26,7 @@ from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.queue import borrowing, chain, local
-from launch.queue.directory import site_of
+from launch.queue.directory import site_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
@@ -184,7 +185,7 @@ def main() -> int:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    prepare.ensure_weights(asked.extractor)
+    prepare.ensure_weights(asked.extractor, Path(data_of(run)["cache"]))
     prepare.settle_code(run, new=args.code == "new")
     chain.go_on(run)
     if site.is_local:
@@ -197,6 +198,7 @@ def main() -> int:
             print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
         else:
             waiting = jobs_in_queue(run, "sample", set_name)
+            use_shell_of(run, site)
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
             said = f"queued: evaluate as job {new}; the score will be in {run.eval}"

@@ -205,19 +205,20 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
         raise
 
 
-def ensure_weights(extractor: str) -> None:
-    """What an extractor needs is on this machine, downloaded if need be. Loads torch where it needs anything."""
+def ensure_weights(extractor: str, cache: Path) -> None:
+    """What an extractor needs lies beside the folder of packed data, where jobs see it, downloaded if need be. Loads
+    torch where it needs anything."""
     if extractor not in WITHOUT_WEIGHTS:
         from ddpm.scoring import extractors
 
-        extractors.ensure_weights(extractor)
+        extractors.ensure_weights(extractor, extractors.beside(cache))
 
 
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
     from ddpm.data import packed as data
 
     if "evaluate" in stages:
-        ensure_weights(config.evaluate.extractor)
+        ensure_weights(config.evaluate.extractor, cache / "data")
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     if "evaluate" in stages and config.evaluate.reference == "test":

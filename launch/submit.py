@@ -18,7 +18,7 @@ from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
-from launch.cluster import environment, scheduler
+from launch.cluster import container, environment, scheduler
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
@@ -130,6 +130,9 @@ def print_dry_run(config: Config, site: Site, run: RunDir, stages: list[str]) ->
             after = " (after the job before has ended)" if job.stage != "train" else ""
             print(f"# {job.stage} job{after}, via {site.via}:")
         print(describe(job))
+    if site.container.image and not site.is_local:
+        print("# container.sh of the run, by which slurm/supervise.sh has ranks started in their container:")
+        print("\n".join(container.lines(site.container, [run.path.parent, prepare.cache_of(site, run.path.parent)])))
     print("# dry run: nothing was written or queued")
 
 

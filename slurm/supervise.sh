@@ -46,7 +46,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
   echo "error: $DDPM_PYTHON does not run on node $ddpm_node (or $DDPM_HOME is not there)"
   [ ! -f "$lives" ] || times=$(wc -l <"$lives")
   reason="$DDPM_PYTHON does not run on node $ddpm_node"
-  if [ "$(squeue -h -j "$ddpm_job" -o %T 2>/dev/null | head -n 1)" != RUNNING ]; then
+  if [ "$(scontrol show job -o "$ddpm_job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')" != RUNNING ]; then
     echo "[batch] SLURM does not call the job RUNNING: leaving it to SLURM"
     return
   fi
@@ -66,17 +66,22 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
     [ "$without" != "(null)" ] || without=
     scontrol update jobid="$ddpm_job" excnodelist="${without:+$without,}$ddpm_node"
   fi
+  [ "$times" = 0 ] || scontrol update jobid="$ddpm_job" starttime=now+60
   sleep 300
 }
 ddpm_event() {   # a line as launch/ writes them, by hand; a full disk must not keep the job from its return
   printf '{"event": "%s", "time": "%s", "job": "%s", "restart": %d, "host": "%s", "stage": "%s", "exit_code": %d, %s}\n' \
     "$1" "$(date -u +%FT%T.%3NZ)" "$ddpm_job" "${SLURM_RESTART_COUNT:-0}" "$ddpm_node" "$DDPM_STAGE" "$2" \
-    "\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
+    "${SLURM_CLUSTER_NAME:+\"cluster\": \"${SLURM_CLUSTER_NAME,,}\", }\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
     >>"$DDPM_RUN/events/$ddpm_job.${SLURM_RESTART_COUNT:-0}.jsonl" || true
 }
 trap ddpm_end EXIT
 echo "[batch] $(date -u +%FT%TZ) job=$ddpm_job" \
      "restart=${SLURM_RESTART_COUNT:-0} stage=$DDPM_STAGE nodes=$SLURM_JOB_NODELIST run=$DDPM_RUN"
+
+# What a rank's command begins with, and srun's options: the site profile's `container` has others.
+ddpm_srun=() ddpm_python=("$DDPM_PYTHON")
+[ ! -f "$DDPM_RUN/container.sh" ] || . "$DDPM_RUN/container.sh"
 
 # The site profile's `setup` lines; what they make of this script's own words ends with them.
 if [ -f "$DDPM_RUN/setup.sh" ]; then
@@ -86,4 +91,7 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   trap : TERM USR2 CONT
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
+command -v scontrol >/dev/null || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \
+  "pre-empts it, but nothing does after a crash or at its time limit. Have the profile's setup lines bring SLURM's" \
+  "commands, or submit the run again when it has ended"
 :   # the echo fails where the log's disk is full, and the caller takes that for a missing file

@@ -67,19 +67,24 @@ SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
 """Of a life: what an event keeps of a heartbeat."""
 EVENT: Kind = {"event": _is_text, **SIGN}
 EVENT_TOO: Kind = {
-    **dict.fromkeys(("host", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
-    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks"), _is_count),
+    **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
+    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks", "wait_s"), _is_count),
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
-    **{"successor_of": _is_job, "launch": _is_tree, "qos": lambda v: _is_tree(v) and all(map(_is_text, v.values()))},
+    **{"successor_of": _is_job, "launch": _is_tree},
+    **dict.fromkeys(("qos", "preemption"), lambda v: _is_tree(v) and all(map(_is_text, v.values()))),
 }
 METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},
     **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
 }
-METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number}
+METRICS_TOO: Kind = {**dict.fromkeys(("images", "skipped_steps"), _is_count), "gpu_memory_gib": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
-BEAT_TOO: Kind = {"total_steps": _is_count, "host": _is_text, "loss": _is_number, "images_per_s": _is_number}
+BEAT_TOO: Kind = {
+    "total_steps": _is_count,
+    **dict.fromkeys(("host", "cluster"), _is_text),
+    **dict.fromkeys(("loss", "images_per_s"), _is_number),
+}
 RUN_TOO: Kind = {
     **dict.fromkeys(("config_digest", "created", "reads"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),

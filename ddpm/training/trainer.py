@@ -6,6 +6,7 @@ Asks `stop_requested()` and knows no signal; reads no environment; tells through
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,7 @@ class Trainer:
         self._finite: Later | None = None
         self._finite_before: Later | None = None
         self._saved_at = time.monotonic()
+        self._patience_s: Callable[[str], float] = lambda reason: 0.0
 
     @property
     def at(self) -> Progress:
@@ -147,13 +149,17 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def train(self, stop_requested: StopRequested) -> Outcome:
+    def train(self, stop_requested: StopRequested, patience_s: Callable[[str], float] = lambda reason: 0.0) -> Outcome:
         """Steps until the end or an agreed stop; both leave a verified checkpoint.
+
+        patience_s: for how long a stop for that reason may try to save; asked on rank 0 once a save has met an error
+        that may pass.
 
         Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
         overwritten while it was mapped). A stop whose save failed is
         reported as `saved=False`.
         """
+        self._patience_s = patience_s
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)
@@ -212,15 +218,17 @@ class Trainer:
 
     # ------------------------------------------------------------ saving, stopping, rolling back
 
-    def save(self, *, wait: bool = False, final: bool = False) -> bool:
+    def save(
+        self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0
+    ) -> bool:
         """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
         self._saved_at = time.monotonic()
-        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final)
+        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, patience_s=patience_s)
 
     def _stop(self, reason: str) -> Outcome:
         step = self.at.step
         self.chronicle.event("stop_requested", step, reason=reason)
-        saved = self.world.share(self.save(wait=True))
+        saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
         return Outcome(False, step, reason, saved)

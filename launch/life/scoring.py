@@ -14,7 +14,7 @@ from ddpm.run.records import data_of
 from ddpm.sampling.shards import missing_shards
 from ddpm.scoring import evaluate as scoring
 from ddpm.scoring.against import open_reference
-from ddpm.scoring.extractors import build_extractor
+from ddpm.scoring.extractors import beside, build_extractor
 from ddpm.scoring.record import key_of
 from ddpm.scoring.record import told as told_of
 from launch.life import devices
@@ -50,7 +50,10 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 set_name,
                 reference=open_reference(run, config, against, life.stop),
                 extractor=build_extractor(
-                    extractor or config.evaluate.extractor, device, image_size=config.data.image_size
+                    extractor or config.evaluate.extractor,
+                    device,
+                    image_size=config.data.image_size,
+                    shared=beside(cache),
                 ),
                 cache_dir=cache / "reference",
                 image_size=config.data.image_size,

@@ -28,6 +28,9 @@ from launch.life import compiled, devices, inputs
 from launch.life.life import Life
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
+from launch.queue.waiting import mercy_for
+
+TRY_TO_SAVE_S = 30
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -78,6 +81,15 @@ def train(life: Life, config: Config, why: str | None) -> int:
     return _until_the_end(life, world, trainer, fence)
 
 
+def save_patience_s(life: Life, reason: str) -> float:
+    """How long a stop may try to save: while its job has time, less what a save takes, and the other ranks wait."""
+    ranks_wait = site_of(life.run).rank_timeout_s / 2
+    if reason != "preempted":  # USR2 comes at least 54 s before the end where 60 were asked for
+        return min(ranks_wait, TRY_TO_SAVE_S)
+    mercy = mercy_for(life.run, life.env.job)
+    return min(ranks_wait, max(mercy.grace_s + mercy.kill_wait_s, 10))
+
+
 def _choose_network(asked: str | None, rank_0: str) -> None:
     """By which interface gloo listens; NCCL finds its own unless one is asked for."""
     if asked:
@@ -99,14 +111,17 @@ def _take(life: Life, wait_s: float) -> Fence:
 
 
 def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
-    job = str(other.get("job", "JOB"))
-    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}"
+    job, cluster = str(other.get("job", "JOB")), other.get("cluster")
+    where = f" (on cluster {cluster})" if cluster and cluster != scheduler.cluster_name() else ""
+    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}{where}"
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
+    if env.cluster and other.get("cluster", env.cluster) != env.cluster:
+        return False  # nor is another cluster's, whose job may have this one's id
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
@@ -140,7 +155,7 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
             # compilers that start here must not die of a signal meant for us
             with life.stop.held(), _compiling(life, world, trainer, fence):
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop)
+        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason))
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:

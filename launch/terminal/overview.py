@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
-from ddpm.run.events import read_events_and_damage
+from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, read_json, read_signed, seconds
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, parse_metrics, read_run
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
-from launch.cluster.scheduler import Queued
+from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local
 from launch.queue.sets import of_other_samples
 from launch.queue.waiting import slurm_jobs
@@ -86,7 +86,7 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
         "jobs": {job: told.state for job, told in (jobs or {}).items()},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
-        "restarts": max(0, len({(e["job"], e["restart"]) for e in events if e["event"] in ("started", "resumed")}) - 1),
+        "restarts": max(0, len({life_of(e) for e in events if e["event"] in ("started", "resumed")}) - 1),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
         "heartbeat_age_s": None if age is None else round(age, 1),
@@ -175,4 +175,4 @@ def _state(
     finished = config is not None and finished_step(run, config) is not None
     beats = age is not None and abs(age) < SILENT_AFTER_S
     here = local.running(run) is not None
-    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, here))
+    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, here, cluster_name()))

@@ -28,6 +28,7 @@ class Shell:
     run: RunDir
     said: str = ""
     restart: int = 0
+    path: str = ""
 
     def put(self, name: str, script: str) -> None:
         path = self.bin / name
@@ -41,10 +42,9 @@ class Shell:
         env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
                "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
-               "SLURM_SUBMIT_DIR": str(PROJECT),
-               "PATH": f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
+               "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
         script = command if alone else f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
-        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
         self.restart += 1
         self.said = done.stdout + done.stderr + (self.run.logs / "train-17.out").read_text()
         return done.returncode
@@ -61,12 +61,14 @@ def shell(tmp_path: Path) -> Shell:
         path.mkdir(parents=True)
     run.config.touch()
     s = Shell(tmp_path / "bin", run)
-    s.put("squeue", "echo RUNNING")
     s.put("sinfo", "printf 'n1\\nn2\\nn3\\nn4\\n'")
     s.put("sleep", "")
-    shown = "JobId=17 JobState=PENDING ReqNodeList=(null) ExcNodeList=$(cat {0}/excluded 2>/dev/null || echo '(null)')"
+    shown = (
+        "JobId=17 JobState=$(cat {0}/state 2>/dev/null || echo RUNNING) Reason=None "
+        "ReqNodeList=(null) ExcNodeList=$(cat {0}/excluded 2>/dev/null || echo '(null)')"
+    )
     s.put("scontrol", f'[ "$1" != show ] || {{ echo "{shown.format(s.bin)}"; exit; }}\necho "$*" >> {s.bin}/orders\n'
-          f'case "$*" in update*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
+          f'case "$*" in *exc*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
     return s
 
 
@@ -80,10 +82,10 @@ def test_a_node_without_python_puts_the_job_back_elsewhere_and_after_four_of_the
         assert (last(shell.run)["event"], last(shell.run)["bad_node"]) == ("requeued", node)
     assert shell.orders() == [
         "requeue 17", "update jobid=17 excnodelist=n1",
-        "requeue 17", "update jobid=17 excnodelist=n1,n2",
-        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2", "update jobid=17 starttime=now+60",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3", "update jobid=17 starttime=now+60",
     ]  # fmt: skip
-    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 6
+    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 8
     assert (
         last(shell.run)["event"] == "failed" and "/nowhere/python does not run on node n4" in last(shell.run)["reason"]
     )
@@ -92,9 +94,20 @@ def test_a_node_without_python_puts_the_job_back_elsewhere_and_after_four_of_the
 
 @pytest.mark.parametrize("state", ["COMPLETING", "PENDING", ""])
 def test_without_python_too_a_job_that_slurm_ends_is_slurms(shell: Shell, state: str) -> None:
-    shell.put("squeue", f"echo {state}")
+    (shell.bin / "state").write_text(state)
     shell.life("exit 1")
     assert shell.orders() == [] and read_events(shell.run) == []
+
+
+def test_on_a_node_without_scontrol_it_is_said_what_is_lost(shell: Shell) -> None:
+    assert shell.life("exit 0", python="true") == 0 and "no scontrol" not in shell.said
+    (shell.bin / "scontrol").unlink()
+    (shell.bin / "date").symlink_to("/bin/date")
+    for name in ("hostname", "mkdir", "bash", "env", "sed", "cat", "wc", "head", "sort", "rm"):
+        (shell.bin / name).symlink_to(f"/bin/{name}")
+    shell.path = str(shell.bin)
+    assert shell.life("exit 1") != 0 and shell.orders() == []
+    assert "no scontrol on node n1" in shell.said and "submit the run again when it has ended" in shell.said
 
 
 def test_a_partitions_only_node_is_not_excluded(shell: Shell) -> None:

@@ -16,7 +16,8 @@ from ddpm.network.device import resolve
 from ddpm.network.dropout import Dropout
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
-from ddpm.training import ranks
+from ddpm.run.saving import Checkpointer
+from ddpm.training import chronicle, ranks
 from ddpm.training.trainer import Outcome
 from tests.images import write_zip
 from tests.saves import flip_bit
@@ -395,6 +396,30 @@ def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         assert life.train(stop_at=[5]) == Outcome(False, 5, "preempted", False)
         assert run.steps_saved() == [4, 2]
         assert life.train().finished  # nobody killed us, and there is room again
+
+
+@pytest.mark.parametrize(("code", "patience_s", "saved"), [
+    (errno.ESTALE, 60, True), (errno.EIO, 60, True), (errno.EDQUOT, 0, False), (errno.EACCES, 60, False),
+])  # fmt: skip
+def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, patience_s: float, saved: bool
+) -> None:
+    run, tries = make_run(tmp_path), 0
+    monkeypatch.setattr(chronicle, "SAVE_AGAIN_S", 0.01)
+    publish = Checkpointer._publish
+
+    def failing(self: Checkpointer, *args: Any) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise OSError(code, "of the file system")
+        publish(self, *args)
+
+    monkeypatch.setattr(Checkpointer, "_publish", failing)
+    with Life(make_config(), run) as life:
+        outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None, lambda _: patience_s)
+    assert outcome == Outcome(False, 3, "preempted", saved) and tries == (4 if saved else 1)
+    assert run.steps_saved() == ([3] if saved else [])
 
 
 def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
