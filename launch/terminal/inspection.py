@@ -60,12 +60,19 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
+    if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
+        yield from _judged(run.start.name, _start, run, began)
 
 
 def _record(run: RunDir) -> None:
     digest, here = _object(run.run_json)["config_digest"], reading.load(run.config).digest()
     if here != digest:
         raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
+
+
+def _start(run: RunDir, began: dict[str, Any]) -> None:
+    if sha256_file(run.start) != began["start_sha256"]:
+        raise DamagedFile("is not what the run was to start from")
 
 
 def _life(run: RunDir) -> Lines:
