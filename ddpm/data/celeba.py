@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ddpm.config.attributes import unknown_name
 from ddpm.config.data import Data
-from ddpm.data.sources import Source, zip_names
+from ddpm.data.listing import zip_names
+from ddpm.data.sources import Source
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import TMP_PREFIX, sha256_file
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddpm.config.data import Data
-from ddpm.data import sources
+from ddpm.data import listing, sources
 from ddpm.data.packed import PackedImages, open_source, pack
 from ddpm.errors import RequestError
 from tests.cli.harness import png, write_zip
@@ -26,7 +26,7 @@ TINY_IMAGENET = [
 
 
 def source_of(path: Path, names: list[str]) -> sources.Source:
-    return sources.folder_or_zip(write_zip(path / "a.zip", {name: png() for name in names}))
+    return sources.images(write_zip(path / "a.zip", {name: png() for name in names}))
 
 
 @pytest.mark.parametrize("wrapper", ["", "pets/", "train/", "pets/train/"])
@@ -101,7 +101,7 @@ def bomb(path: Path, *, how: int = zipfile.ZIP_DEFLATED, size: int = 40 << 20, s
 def test_a_member_that_unpacks_to_more_than_an_image_is_refused_by_its_name_when_it_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    monkeypatch.setattr(listing, "MAX_IMAGE_BYTES", 4 << 20)
     path = bomb(tmp_path / "a.zip")
     with (
         Peak() as peak,
@@ -117,7 +117,7 @@ def test_a_member_is_unpacked_in_pieces_whatever_it_says_of_its_size(
 ) -> None:
     path = bomb(tmp_path / "a.zip", said=said)
     there = open_source(Data(name="images", path=str(path), image_size=8))
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    monkeypatch.setattr(listing, "MAX_IMAGE_BYTES", 4 << 20)
     with Peak() as peak, pytest.raises(RequestError, match=r"a/2\.png cannot be decoded"):
         list(sources.read(there, "train", 8, tmp_path))
     assert peak.bytes < 16 << 20
@@ -134,7 +134,7 @@ def test_a_file_that_is_larger_than_an_image_is_not_read_whole(tmp_path: Path, m
     (tmp_path / "a").mkdir()
     with (tmp_path / "a" / "1.png").open("wb") as f:
         f.truncate(10 << 30)  # sparse
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    monkeypatch.setattr(listing, "MAX_IMAGE_BYTES", 4 << 20)
     there = open_source(Data(name="images", path=str(tmp_path), image_size=8))
     with Peak() as peak, pytest.raises(RequestError, match=r"a/1\.png cannot be decoded \(more than 4,194,304 bytes"):
         list(sources.read(there, "train", 8, tmp_path))
@@ -154,7 +154,7 @@ def test_class_folders_that_are_links_are_followed_and_links_back_are_not(tmp_pa
     (pets / "dog").symlink_to(store / "dog")
     (pets / "cat" / "all").symlink_to(pets)
     (pets / "cat" / "self").symlink_to(pets / "cat")
-    source = sources.folder_or_zip(pets)
+    source = sources.images(pets)
     assert source.members == {"train": ["cat/0.png", "dog/0.png", "dog/1.png", "emu/0.png"]}
     assert [source.labels[name] for name in source.members["train"]] == [0, 1, 1, 2]
 
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(
 
     monkeypatch.setattr(os, "scandir", scan)
     with pytest.raises(RequestError, match=r"pets/dog: Permission denied; make it readable"):
-        sources.folder_or_zip(pets)
+        sources.images(pets)
 
 
 # ---------------------------------------------------------------- names that mean something else than they seem to
@@ -191,7 +191,7 @@ def test_a_name_that_is_twice_in_a_zip_is_refused_with_how_often(tmp_path: Path)
         for name in ("cat/a.png", "cat/b.png", "cat/a.png", "cat/a.png", "notes.txt", "notes.txt"):
             archive.writestr(name, png())
     with pytest.raises(RequestError, match=r"more than once: cat/a\.png \(3 times\); make the zip anew"):
-        sources.folder_or_zip(tmp_path / "a.zip")
+        sources.images(tmp_path / "a.zip")
 
 
 @pytest.mark.parametrize("wrapper", ["", "pets/"])
@@ -228,7 +228,7 @@ def test_pictures_that_are_not_taken_are_counted_and_a_jfif_is_a_jpeg(
 ) -> None:
     names = ["cat/0.png", "cat/1.jfif", "dog/0.gif", "dog/1.GIF", "dog/2.avif", "dog/.3.jp2", "notes.txt"]
     archive = write_zip(tmp_path / "a.zip", {name: png() for name in names})
-    source = sources.folder_or_zip(archive)
+    source = sources.images(archive)
     assert source.members == {"train": names[:2]} and source.selection == {"suffixes": [".jfif"]}
     pack(Data(name="images", path=str(archive), image_size=8), "train", tmp_path / "cache")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
