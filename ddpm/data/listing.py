@@ -69,3 +69,8 @@ def zip_names(path: Path) -> list[str]:
 
 def suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
+
+
+def readable(name: str) -> str:
+    """The name of a file as text that can be written, whatever its bytes: those that are no UTF-8 as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

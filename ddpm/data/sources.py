@@ -7,6 +7,7 @@ time, so that no set has to fit in memory. What is done with the pixels is packe
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import zipfile
 from collections import Counter
@@ -17,12 +18,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from ddpm.data import array_file, layout, listing
+from ddpm.data import array_file, dataset_json, layout, listing
 from ddpm.data.array_file import ArrayFile
 from ddpm.data.decoding import Decoding, to_square
-from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, suffix, zip_names
+from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import sha256_file, sha256_json
+from ddpm.run.files import read_bytes, sha256_file, sha256_json
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
@@ -36,6 +37,7 @@ PASSING = frozenset(
      errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
 )  # fmt: skip
 """What a file system says that may be over in a moment, and tells nothing of the picture."""
+BACKSLASH = "\\"
 SHOWN = 20
 """Damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -69,7 +71,7 @@ class Source:
             return self.array.fingerprint()
         if self.kind == "folder" and self.path is not None:
             stats = ((name, _stat(self.path / name)) for names in self.members.values() for name in names)
-            return sha256_json([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
+            return sha256_json([[readable(name), s.st_size, s.st_mtime_ns] for name, s in stats])
         return self.kind
 
 
@@ -115,8 +117,9 @@ def _of_array(path: Path) -> Source:
 
 
 def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
+    meant = {name: _as_meant(kind, name) for name in names}
     pictures = sorted(
-        n for n in names if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
+        n for n, m in meant.items() if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(m).parts)
     )
     images = [n for n in pictures if suffix(n) in IMAGE_SUFFIXES]
     not_taken = Counter(suffix(n) for n in pictures if suffix(n) in NOT_TAKEN)
@@ -125,27 +128,64 @@ def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
             f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
             f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
         )
-    depth = layout.wrappers(images)
-    layout.refuse_unclear(path, images, depth)
+    places = [meant[n] for n in images]
+    layout.refuse_twice(path, places)
+    depth = layout.wrappers(places)
+    selection: dict[str, Any] = {}
+    theirs = _said_beside(kind, path, {meant[n]: n for n in pictures}, places, selection)
+    if theirs is None:
+        layout.refuse_unclear(path, places, depth)
     members: dict[str, list[str]] = {}
     class_of: dict[str, str] = {}
     nested = False
     for n in images:
-        *folders, _ = PurePosixPath(n).parts[depth:]
+        *folders, _ = PurePosixPath(meant[n]).parts[depth:]
         split = (folders and layout.split_of(folders[0])) or ""
         members.setdefault(split or "train", []).append(n)
         folders = folders[1:] if split else folders  # a split's own folder is no class
-        class_of[n] = folders[0] if folders else ""
+        class_of[n] = theirs[meant[n]] if theirs else folders[0] if folders else ""
         nested |= len(folders) > 1
-    classes = sorted({class_of[n] for n in members.get("train", images)})
+    classes = sorted({class_of[n] for n in members.get("train", images)}, key=_by_number if theirs else None)
     label_of = {name: label for label, name in enumerate(classes)}
-    selection: dict[str, Any] = {"class": "outermost folder"} if nested else {}
-    if splits := list(layout.new_splits(images, depth)):
+    if nested and not theirs:
+        selection["class"] = "outermost folder"
+    if splits := list(layout.new_splits(places, depth)):
         selection["splits"] = splits
     if any(suffix(n) == ".jfif" for n in images):  # once they were left out
         selection["suffixes"] = [".jfif"]
+    if kind == "zip" and places != images:  # once they were in no folder
+        selection["separator"] = BACKSLASH
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)
+
+
+def _as_meant(kind: str, name: str) -> str:
+    """A name as text, with its folders: in a zip of Windows they may be told by backslashes."""
+    return name.replace(BACKSLASH, "/") if kind == "zip" else readable(name)
+
+
+def _by_number(name: str) -> int:
+    return int(name or 0)
+
+
+def _said_beside(
+    kind: str, path: Path, pictures: Mapping[str, str], places: list[str], selection: dict[str, Any]
+) -> dict[str, str] | None:
+    """The class of each image where a dataset.json says it, which the selection then has. pictures: names by place."""
+    if (where := dataset_json.place(list(pictures), places)) is None:
+        return None
+    try:
+        if kind == "zip":
+            with zipfile.ZipFile(path) as archive, archive.open(pictures[where]) as file:
+                raw = file.read(dataset_json.MOST_BYTES)
+        else:
+            raw = read_bytes(path / pictures[where], dataset_json.MOST_BYTES)
+    except Exception as e:  # zipfile raises some six kinds for broken bytes
+        raise RequestError(f"data.path = {path}: {where} cannot be read ({e}); copy it again, or remove it") from None
+    found = dataset_json.classes(raw, path, where, places)
+    if found is not None:
+        selection[dataset_json.NAME] = hashlib.sha256(raw).hexdigest()
+    return found
 
 
 # ---------------------------------------------------------------- decoding
@@ -180,17 +220,17 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
             except OSError as e:
                 if e.errno in PASSING:
                     raise
-                how.damaged[name] = e.strerror or str(e)
+                how.damaged[readable(name)] = e.strerror or str(e)
                 continue
             except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes
-                how.damaged[name] = _in_a_line(e)
+                how.damaged[readable(name)] = _in_a_line(e)
                 continue
             try:
                 pixels = how.pixels(raw, size)
             except MemoryError:
                 raise
             except Exception as e:  # so does Pillow, OSError among them
-                how.damaged[name] = _in_a_line(e)
+                how.damaged[readable(name)] = _in_a_line(e)
             else:
                 yield pixels, source.labels[name]
     finally:

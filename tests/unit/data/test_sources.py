@@ -1,6 +1,7 @@
 """ddpm/data/sources.py: which folder is an image's class, and what becomes of it."""
 
 import errno
+import json
 import os
 import struct
 import tracemalloc
@@ -233,3 +234,111 @@ def test_pictures_that_are_not_taken_are_counted_and_a_jfif_is_a_jpeg(
     pack(Data(name="images", path=str(archive), image_size=8), "train", tmp_path / "cache")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "2 .gif, 1 .avif" in line
+
+
+# ---------------------------------------------------------------- folders and zips as people and their tools make them
+
+
+def made(path: Path, files: dict[str, bytes], *, zipped: bool) -> Path:
+    """Those files in a folder, or in a zip."""
+    if zipped:
+        return write_zip(path.with_suffix(".zip"), files)
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def chosen(path: Path) -> Data:
+    return Data(name="images", path=str(path), image_size=8)
+
+
+STRAY = {
+    "pets/README.txt": b"text",
+    "pets/Thumbs.db": b"db",
+    "pets/cat/Thumbs.db": b"db",
+    "pets/.DS_Store": b"mac",
+    "pets/cat/._0.png": b"mac",
+    "__MACOSX/pets/cat/._0.png": b"mac",
+    "__MACOSX/pets/cat/0.png": b"mac",
+    "pets/dog/desktop.ini": b"ini",
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_wrapping_folder_and_stray_files_change_nothing(tmp_path: Path, zipped: bool) -> None:
+    images = {f"{kind}/{i}.png": png(8, i) for kind in ("cat", "dog") for i in range(2)}
+    plain = made(tmp_path / "plain", images, zipped=zipped)
+    wrapped = made(tmp_path / "wrapped", {**{f"pets/{n}": d for n, d in images.items()}, **STRAY}, zipped=zipped)
+    one, other = (pack(chosen(path), "train", tmp_path / "cache")[1] for path in (plain, wrapped))
+    assert one.digest == other.digest and one.classes == other.classes == ["cat", "dog"]
+    assert one.labels.tolist() == other.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_zip_with_backslashes_has_the_folders_that_they_tell(tmp_path: Path) -> None:
+    names = [
+        f"pets\\{split}\\{kind}\\{i}.png" for split in ("Train", "Test") for kind in ("cat", "dog") for i in range(2)
+    ]
+    path = write_zip(tmp_path / "a.zip", {name: png(8, i) for i, name in enumerate(names)})
+    source = open_source(chosen(path))
+    assert source.classes == ["cat", "dog"] and source.selection["separator"] == "\\"
+    assert source.members == {"train": names[:4], "test": names[4:]}
+    assert pack(chosen(path), "train", tmp_path / "cache")[1].labels.tolist() == [0, 0, 1, 1]
+    mixed = write_zip(tmp_path / "b.zip", {"cat/0.png": png(), "cat\\0.png": png()})
+    with pytest.raises(RequestError, match=r"more than once: cat/0\.png \(2 times\)"):
+        open_source(chosen(mixed))
+
+
+def test_names_that_are_no_utf_8_are_packed_and_told(tmp_path: Path) -> None:
+    files = [b"caf\xe9/\xff0.png", b"caf\xe9/\xff1.png", b"tea/\xff0.png", b"tea/\xff1.png"]
+    made(tmp_path / "a", {os.fsdecode(name): png(8, i) for i, name in enumerate(files)}, zipped=False)
+    there = pack(chosen(tmp_path / "a"), "train", tmp_path / "cache")[1]
+    assert there.classes == ["caf\\xe9", "tea"] and there.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "a" / os.fsdecode(files[-1])).write_bytes(b"no picture")
+    with pytest.raises(RequestError, match=r"tea/\\xff1\.png cannot be decoded"):
+        pack(chosen(tmp_path / "a"), "train", tmp_path / "cache")
+
+
+EDM = [f"{i // 4:05d}/img{i:08d}.png" for i in range(12)]
+"""As dataset_tool.py writes images, a thousand to a folder."""
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("wrapper", ["", "cifar10/"])
+def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
+    tmp_path: Path, zipped: bool, wrapper: str
+) -> None:
+    labels = [[name, (7, 12, 3)[i % 3]] for i, name in enumerate(EDM)]
+    files = {wrapper + name: png(8, i) for i, name in enumerate(EDM)}
+
+    def packed(said: object) -> PackedImages:
+        beside = {f"{wrapper}dataset.json": json.dumps(said).encode()}
+        return pack(chosen(made(tmp_path / "a", {**files, **beside}, zipped=zipped)), "train", tmp_path / "cache")[1]
+
+    one = packed({"labels": labels})
+    assert one.classes == ["3", "7", "12"] and one.labels.tolist() == [1, 2, 0] * 4
+    changed = packed({"labels": [[name, 0] for name in EDM]})
+    assert changed.classes == ["0"] and changed.digest == one.digest
+    assert packed({"labels": None}).classes == [""]
+    assert packed({"licence": "none"}).classes == ["00000", "00001", "00002"]  # of something else
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"{", r"dataset\.json: not JSON \(.*\); copy it again, or remove it"),
+        (
+            b'{"labels": [["00000/img00000000.png", [0, 1]]]}',
+            r"a label is \[0, 1\]; expected pairs of a name and a whole",
+        ),
+        (
+            b'{"labels": [["00000/img00000000.png", 1]]}',
+            r"11 of 12 images have no label in it, such as 00000/img00000001",
+        ),
+        (b'{"labels": {"a": 1}}', "expected pairs of a name and a whole number"),
+    ],
+)
+def test_labels_that_are_not_of_the_images_are_refused(tmp_path: Path, said: bytes, told: str) -> None:
+    path = made(tmp_path / "a", {**{name: png() for name in EDM}, "dataset.json": said}, zipped=True)
+    with pytest.raises(RequestError, match=told):
+        open_source(chosen(path))
