@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
-    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
+    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or images: a folder, zip, .npz or .npy")
     parser.add_argument("--images", help="score this folder, zip, .npz or .npy instead of a run, here and now")
     parser.add_argument(
         "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"

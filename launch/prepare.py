@@ -11,7 +11,7 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
-from ddpm.data.labels import labels_record
+from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
 from ddpm.run.events import read_events
@@ -228,6 +228,9 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
+    labels = labels_record(packed)
+    if told := told_of_classes(labels):
+        print(told, flush=True)
     if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
         print(
             f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
@@ -241,4 +244,4 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "num_images": len(packed),
         "scratch": site.scratch,
     }
-    return {"data": record, "labels": labels_record(packed)}
+    return {"data": record, "labels": labels}

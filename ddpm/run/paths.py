@@ -118,6 +118,11 @@ class RunDir:
         return self.path / "code.zip"
 
     @property
+    def start(self) -> Path:
+        """The weights that the run starts from, where those are another's."""
+        return self.path / "start.safetensors"
+
+    @property
     def events(self) -> Path:
         return self.path / "events"
 

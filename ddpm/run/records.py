@@ -90,7 +90,10 @@ RUN_TOO: Kind = {
     **dict.fromkeys(("launch", "resolved"), _is_tree),
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
+    "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
 }
+FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
+FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
 DATA: Kind = {"cache": _is_text}
 DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
 

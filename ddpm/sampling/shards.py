@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import shutil
 import zipfile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm.data.sources import BOUNDED
+from ddpm.data.bounded import check_members
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request, shard_range
-
-MOST_HEADER_BYTES = 64 << 10
-"""Of an .npy: numpy itself parses no more than 10,000."""
-MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
-"""An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 
 
 class Shard(NamedTuple):
@@ -195,29 +189,8 @@ def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
     than its file can hold. Never unpickles."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
-            whole = sum(member.file_size for member in members.infolist())
-            if whole > files.ARRAYS_BYTES or (whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * len(data)):
-                raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
-            for member in members.infolist():
-                if member.compress_type not in BOUNDED:
-                    raise ValueError(f"{member.filename} is compressed as no .npz is")
-                with members.open(member) as f:
-                    check_header(f, member.file_size)
+            check_members(members, len(data))
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped
         raise DamagedFile(f"{name}: not a readable .npz ({type(e).__name__}: {e})") from None
-
-
-def check_header(file: IO[bytes], num_bytes: int) -> None:
-    """Of an .npy, whole or a member of an .npz, of so many bytes. Raises ValueError where it is none, or its header
-    tells of another size: numpy would take the memory before it looks for the bytes."""
-    head = io.BytesIO(file.read(MOST_HEADER_BYTES))  # else as much memory as it says that its header takes
-    version = np.lib.format.read_magic(head)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"an .npy of version {version}, which no plain array has")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(head)
-    there = num_bytes - head.tell()
-    if (due := math.prod(shape) * dtype.itemsize) != there and not dtype.hasobject:  # numpy refuses those itself
-        raise ValueError(f"its header tells of {dtype} {shape}, which takes {due:,} bytes, and it holds {there:,}")

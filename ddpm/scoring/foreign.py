@@ -1,11 +1,10 @@
 """Images that no run of ours made: a folder, a zip, an .npz or an .npy, read and scored where they lie.
 
-Owns which forms there are and that all images of a set have one size. Must not know runs or sample sets.
+Owns that all images of a set have one size. Must not know runs or sample sets.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +12,36 @@ import numpy as np
 
 from ddpm.config.data import Data
 from ddpm.data import sources
-from ddpm.data.packed import PackedImages, images_digest, load_folder, open_source
+from ddpm.data.packed import PackedImages, as_they_are, load_folder, open_source
 from ddpm.errors import RequestError
 from ddpm.run import files
-from ddpm.sampling.shards import check_header, read_npz
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.reference import image_features, reference_of, write_statistics
 from ddpm.scoring.scores import all_scores
 from ddpm.scoring.statistics_file import read_statistics
 
-ARRAYS = (".npz", ".npy")
-
 
 def load_images(path: Path, size: int | None = None) -> PackedImages:
-    """The images of a folder or zip, or an array uint8 (N, H, W, 3): an .npy, or an .npz's `images` or `arr_0`.
+    """The images of a folder, a zip or an array file.
 
     size: crop and resize them to so many pixels, as data is packed; None: as they are, which must be all of one size.
     Raises RequestError.
     """
-    if path.suffix not in ARRAYS:
-        return load_folder(path) if size is None else _resized(path, size)
-    images = _array(path)
-    if size is not None and images.shape[1:3] != (size, size):
-        from PIL import Image
-
-        images = np.stack([sources.to_square(Image.fromarray(image), size) for image in images])
-    return _packed(images, path)
-
-
-def _packed(images: np.ndarray, path: Path) -> PackedImages:
-    return PackedImages(images, np.zeros(len(images), np.int64), path.name, "all", images_digest(images))
+    return load_folder(path) if size is None else _resized(path, size)
 
 
 def _resized(path: Path, size: int) -> PackedImages:
     try:
         source = open_source(Data(name="images", path=str(path)))
         splits = sorted(source.members)
-        images = [image for split in splits for image, _ in sources.read(source, split, size, path)]
+        images = np.empty((sum(map(source.num_images, splits)), size, size, 3), np.uint8)
+        each = (image for split in splits for image, _ in sources.read(source, split, size, path))
+        for index, image in enumerate(each):
+            images[index] = image
     except RequestError as e:
         raise RequestError(str(e).removeprefix("data.path = ")) from None
-    return _packed(np.stack(images), path)
-
-
-def _array(path: Path) -> np.ndarray:
-    images: np.ndarray
-    try:
-        if path.suffix == ".npy":
-            with files.open_file(path) as f:
-                check_header(f, os.fstat(f.fileno()).st_size)
-            images = np.lib.format.open_memmap(path, mode="r")
-        else:
-            arrays, _ = read_npz(path)
-            images = arrays.get("images", arrays.get("arr_0", np.empty(0)))
-    except MemoryError:
-        raise
-    except Exception as e:  # numpy, and the parser of Python that it reads headers with, raise a dozen kinds
-        raise RequestError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise RequestError(f"{path}: its images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
-    return images
+    return as_they_are(images, path)
 
 
 # ---------------------------------------------------------------- their scores

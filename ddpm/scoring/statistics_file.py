@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddpm.data import array_file
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import RequestError, shown
 from ddpm.run.files import DamagedFile
@@ -37,7 +38,7 @@ class StatisticsFile:
     arrays: dict[str, np.ndarray]
     record: dict[str, Any]
     images: PackedImages | None
-    """guided-diffusion's arr_0, or `images`."""
+    """guided-diffusion's arr_0, or what else array_file.IMAGES are called."""
 
     def reference(
         self,
@@ -85,7 +86,7 @@ def read_statistics(path: Path) -> StatisticsFile:
         arrays, data = read_npz(path)
     except (OSError, DamagedFile) as e:
         raise RequestError(f"reference {path} cannot be read: {e}") from None
-    batch = arrays.get("arr_0", arrays.get("images"))
+    batch = next((arrays[key] for key in array_file.IMAGES if key in arrays), None)
     is_batch = batch is not None and batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[-1] == 3 and batch.size
     has_moments = "mu" in arrays and "sigma" in arrays
     if not has_moments and not is_batch:

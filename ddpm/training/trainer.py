@@ -14,6 +14,7 @@ from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
 from ddpm.network.device import Later, Resolved
+from ddpm.network.start import read_start
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
@@ -41,7 +42,8 @@ class Outcome:
 
 
 class Trainer:
-    """One life of one run on one rank. `fence`, `events` are rank 0's alone."""
+    """One life of one run on one rank. `fence`, `events` are rank 0's alone. `start`: what run.json says of the weights
+    that the run starts from; None: those of its seed."""
 
     def __init__(
         self,
@@ -54,7 +56,9 @@ class Trainer:
         fence: Fence | None,
         events: EventLog | None,
         owner: dict[str, Any],
+        start: dict[str, Any] | None = None,
     ) -> None:
+        self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
@@ -87,7 +91,9 @@ class Trainer:
         step = self._newest()
         self.chronicle.miss(step or 0)
         if step is None:
-            self.chronicle.say("no checkpoint: starting at step 0")
+            came = {"weights_of": self._start["source"], "step": self._start["step"]} if self._start else {}
+            self.chronicle.say("no checkpoint: starting at step 0", **came)
+            self._begin_with_start()
         else:
             self._restore(step)
         self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
@@ -114,6 +120,10 @@ class Trainer:
                 f"{saved['config_digest'][:12]}, now {self.config.digest()[:12]}): restore {self.run.config}"
             )
         self.state.load_state_dict(saved)
+
+    def _begin_with_start(self) -> None:
+        if self._start is not None:
+            self.state.begin_with(read_start(self.run, self._start))
 
     def _begin(self) -> None:
         """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
@@ -264,6 +274,7 @@ class Trainer:
         step = self._newest()
         if step is None:
             self.state.start_over()
+            self._begin_with_start()
         else:
             self._restore(step)
         self.at.rollbacks, self.at.attempt = rollbacks, attempt

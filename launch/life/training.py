@@ -73,6 +73,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         fence=fence,
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
+        start=read_run(run).get("from"),
     )
     trainer.resume()
     found = trainer.fit()

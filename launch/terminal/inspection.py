@@ -62,6 +62,8 @@ def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
     yield from _judged("code.zip", _code, run, needed=False)
+    if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
+        yield from _judged(run.start.name, _start, run, began)
 
 
 def _record(run: RunDir) -> None:
@@ -74,6 +76,11 @@ def _code(run: RunDir) -> str:
     if (kept := code.of_run(run)) is None:
         raise FileNotFoundError
     return code.digest(kept)
+
+
+def _start(run: RunDir, began: dict[str, Any]) -> None:
+    if sha256_file(run.start) != began["start_sha256"]:
+        raise DamagedFile("is not what the run was to start from")
 
 
 def _life(run: RunDir) -> Lines:
