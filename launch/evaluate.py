@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +15,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
-from ddpm.scoring.record import is_signed, told
+from ddpm.scoring.record import Score, is_signed, scores_of, told
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
-from launch.queue import borrowing, chain, local
+from launch.cluster.site import Site
+from launch.queue import borrowing, bounds, chain, local
 from launch.queue.directory import site_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
@@ -36,6 +39,7 @@ from launch.terminal.comparison import chosen_scores, print_comparison
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
+  python launch/evaluate.py cifar10 --bits-per-dim                    of the test images; --num-images 500 for a part
   python launch/evaluate.py cifar10 --compare paper fast              two sets side by side; RUN/SET names another run's
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
   python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
@@ -57,6 +61,15 @@ def parse() -> argparse.Namespace:
         "--extractor",
         help="inception, dinov2, file:PATH, random-inception or pixels (default: the run's config's; else inception)",
     )
+    parser.add_argument(
+        "--bits-per-dim",
+        action="store_true",
+        help="the variational bound of the test images (or of --reference train), as Ho et al. report it",
+    )
+    parser.add_argument("--step", type=int, help="with --bits-per-dim: of which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--num-images", type=int, help="with --bits-per-dim: of so many, chosen by sample.seed (default: all)"
+    )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
@@ -66,6 +79,10 @@ def parse() -> argparse.Namespace:
         parser.error("give a RUN, or --images with --reference")
     if args.compare and (args.set_name or args.size or args.save_stats):
         parser.error("--compare names its sets, and shows scores that there are")
+    if args.bits_per_dim and (args.run is None or args.compare or args.set_name or args.extractor):
+        parser.error("--bits-per-dim is of a RUN; --reference, --step and --num-images say more")
+    if not args.bits_per_dim and not (args.step is None and args.num_images is None):
+        parser.error("--step and --num-images go with --bits-per-dim")
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
     if args.run and (args.size or args.save_stats):
@@ -138,9 +155,8 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     )
 
 
-def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
+def show(run: RunDir, set_name: str, score: Score | None) -> int:
     """The score that was asked for, and on stderr what is to be said of it."""
-    score = score_by(run, set_name, asked)
     if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
@@ -168,6 +184,10 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
+    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    check_path(run, site)
+    if args.bits_per_dim:
+        return score_bound(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
@@ -175,8 +195,6 @@ def main() -> int:
     check_for_run(run, config, reference)
     reference = _whole(reference)
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
-    check_path(run, site)
     site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
@@ -185,25 +203,52 @@ def main() -> int:
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
     prepare.ensure_weights(asked.extractor)
+
+    def in_queue() -> list[str]:
+        return evaluations_in_queue(run, set_name, asked, config.evaluate)
+
+    return do(job, in_queue, lambda: score_by(run, set_name, asked), wait=args.wait)
+
+
+def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
+    """Bits per dimension: published as a request here, computed by a job, whose tasks share its parts."""
+    request, parts = bounds.request_for(run, config, args.reference or "test", args.step, args.num_images)
+    name = request.name
+    job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=("--bits-per-dim",), parts=parts)
+    if args.dry_run:
+        print(f"# {bounds.cost(request, config)}\n{describe(job)}\n# dry run: nothing was written or queued")
+        return 0
+    bounds.publish(run, request)
+    print(bounds.cost(request, config), file=sys.stderr)
+
+    def found() -> Score | None:
+        return next((score for score in scores_of(run, name) if not score.damage), None)
+
+    return do(job, lambda: jobs_in_queue(run, "evaluate", name), found, wait=args.wait)
+
+
+def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], *, wait: bool) -> int:
+    """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
+    run, name = job.run, job.set_name
     chain.go_on(run)
-    if site.is_local:
+    if job.site.is_local:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
-        return show(run, set_name, asked)
+        return show(run, name, score())
     with turn(run):
-        if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
-            print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
+        if ids := in_queue():
+            print(f"the score of {name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
         else:
-            waiting = jobs_in_queue(run, "sample", set_name)
+            waiting = jobs_in_queue(run, "sample", name)
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
             said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
             print("\n".join([said, *filter(None, [waits])]))
-    if not args.wait:
+    if not wait:
         return 0
     follow.follow_jobs(run, ids)
-    return show(run, set_name, asked)
+    return show(run, name, score())
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
         for score in scores_of(run, set_name)
         if not score.damage
         and all(score.record.get(key, value) == value for key, value in samples.items())
-        and score.record["extractor"]["name"] == extractor
+        and (score.record.get("extractor") or {}).get("name") == extractor
     ]
     is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
     return next((score for score in found if is_it(score.record["reference"])), None)

@@ -7,7 +7,7 @@ import statistics
 from ddpm.config.schema import Config
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_metrics
-from ddpm.scoring.record import key_of, told
+from ddpm.scoring.record import all_scores, key_of, told
 from launch.queue.sets import chain_set, score_by
 
 
@@ -24,6 +24,9 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     if score:
         rows["score"] = told(score.record) + ("" if key_of(score.record) == "fid" else ": no FID")
         rows["score file"] = f"{score.path}"
+    for bound in all_scores(run):
+        if "bits_per_dim" in bound.record and bound.record["checkpoint"]["step"] == step:
+            rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
     print(f"run {run.name} is complete: {step} steps")
