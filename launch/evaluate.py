@@ -198,6 +198,8 @@ def main() -> int:
     site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
+    if args.tasks and site.tasks != "auto":
+        job = replace(job, parts=site.tasks)
     if args.dry_run:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")

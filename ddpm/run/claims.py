@@ -23,19 +23,23 @@ POLL_S = 0.5
 BUSY = (errno.EAGAIN, errno.EACCES)
 
 
+class OthersAtWork(Exception):
+    """Other processes make the parts that are left."""
+
+
 def work_through(
     directory: Path,
     parts: Sequence[int],
     is_there: Callable[[int], bool],
-    make: Callable[[int], None],
+    make: Callable[[int], object],
     *,
     stop_requested: StopRequested = lambda: None,
     stay: bool = True,
-) -> bool:
-    """Make those of `parts` that are not there and nobody else is making; whether all have been seen to.
+) -> None:
+    """Make those of `parts` that are not there and nobody else is making.
 
     is_there: cheap; asked again before a part is made. stay: wait for those that others make, and make them should the
-    others die; otherwise False is returned where there are some. Raises Stopped while waiting.
+    others die; otherwise OthersAtWork is raised where there are some. Raises Stopped while waiting.
     """
     todo, said = [part for part in parts if not is_there(part)], False
     while todo:
@@ -48,7 +52,7 @@ def work_through(
                     make(part)
         if len(busy) == len(todo):
             if not stay:
-                return False
+                raise OthersAtWork(f"others make the {len(busy)} parts in {directory} that are left")
             if not said:
                 say(f"waiting for others, who make {len(busy)} of the parts in {directory}")
                 said = True
@@ -56,7 +60,6 @@ def work_through(
                 raise Stopped(reason)
             time.sleep(POLL_S)
         todo = [part for part in busy if not is_there(part)]
-    return True
 
 
 @contextmanager

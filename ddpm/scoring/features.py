@@ -51,14 +51,19 @@ def shard_features(
     """
     shard = verify_shard(sample_set, request, index)
     path = sample_set.features(extractor.name, index, request.shards)
-    expected = {
-        "shard": index,
-        "num": len(shard.images),
+    expected = expected_features(request, shard.manifest, extractor)
+    return kept_features(path, expected, shard.images, extractor, stop_requested, token=token)
+
+
+def expected_features(request: Request, shard: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
+    """What the manifest of a shard's features says. shard: its own manifest."""
+    return {
+        "shard": shard["shard"],
+        "num": shard["num"],
         "request_digest": request.digest,
         "extractor_digest": extractor.digest,
-        "shard_sha256": shard.manifest["sha256"],
+        "shard_sha256": shard["sha256"],
     }
-    return kept_features(path, expected, shard.images, extractor, stop_requested, token=token)
 
 
 def kept_features(

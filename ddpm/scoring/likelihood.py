@@ -45,12 +45,13 @@ def bits_per_dim(
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
     stay: bool = True,
-) -> dict[str, Any] | None:
-    """Compute what is missing, merge, and publish the record, which is returned; None where others are at the rest.
+) -> dict[str, Any]:
+    """Compute what is missing, merge, and publish the record, which is returned.
 
     images: the request's split. make_denoiser: of the request's checkpoint, asked once, where a part is missing.
-    timesteps: evaluations of an image. progress: counts images. stay: wait for parts that other processes make.
-    Raises Stopped; RequestError for the images; DoNotRetry where the network's output is not finite.
+    timesteps: evaluations of an image. progress: counts images. stay: wait for parts that other processes make; else
+    OthersAtWork is raised where there are some. Raises Stopped; RequestError for the images; DoNotRetry where the
+    network's output is not finite.
     """
     where, batch = run.bound_set(request.name), request.batch
     index = chosen(request, images)
@@ -75,8 +76,7 @@ def bits_per_dim(
     def there(part: int) -> bool:
         return is_kept(where.part(part), expected(part))
 
-    if not work_through(where.path, range(len(parts)), there, make, stop_requested=stop_requested, stay=stay):
-        return None
+    work_through(where.path, range(len(parts)), there, make, stop_requested=stop_requested, stay=stay)
     record = {
         **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
         "num_samples": len(index),

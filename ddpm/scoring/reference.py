@@ -18,13 +18,14 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
 from ddpm.run import files
+from ddpm.run.claims import work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.shards import npz_bytes, parse_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import extract, kept_features
+from ddpm.scoring.features import extract, is_kept, kept_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
 
@@ -72,11 +73,14 @@ def reference_of(
     by_class: bool = False,
     stop_requested: StopRequested = lambda: None,
     token: str = "",
+    stay: bool = True,
 ) -> Reference:
     """Statistics of a dataset, kept in `cache_dir` under (digest of the images, digest of the extractor).
 
     The file is an .npz that pytorch-fid reads. Features are kept in parts beside it: a stop loses little, and
-    statistics by class are made of them. What is damaged is computed again, and said. cache_dir None: nothing is kept.
+    statistics by class are made of them, and processes that compute them at once share the parts. What is damaged is
+    computed again, and said. cache_dir None: nothing is kept. stay: wait for parts that others compute; else
+    OthersAtWork is raised where there are some.
     """
     if cache_dir is None:
         features = image_features(images.images, extractor, stop_requested=stop_requested)
@@ -107,15 +111,19 @@ def reference_of(
         labels = images.labels if by_class else None
         return of_gathered(gather(features, num, labels=labels, grouped=False), image_record(images))
 
-    def parts_of() -> Iterator[np.ndarray]:
-        for index, first in enumerate(range(0, num, PART_IMAGES)):
-            part = images.images[first : first + PART_IMAGES]
-            expected = {"part": index, "num": len(part), **identity}
-            yield kept_features(
-                parts / f"features-{index:05d}.npy", expected, part, extractor, stop_requested, token=token
-            )
+    of_parts = range(-(-num // PART_IMAGES))
 
-    gathered = gather(parts_of(), num, labels=images.labels if by_class else None, grouped=False)
+    def place(index: int) -> tuple[Path, dict[str, Any], np.ndarray]:
+        part = images.images[index * PART_IMAGES :][:PART_IMAGES]
+        return parts / f"features-{index:05d}.npy", {"part": index, "num": len(part), **identity}, part
+
+    def features_of(index: int) -> np.ndarray:
+        return kept_features(*place(index), extractor, stop_requested, token=token)
+
+    work_through(
+        parts, of_parts, lambda i: is_kept(*place(i)[:2]), features_of, stop_requested=stop_requested, stay=stay
+    )
+    gathered = gather(map(features_of, of_parts), num, labels=images.labels if by_class else None, grouped=False)
     write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
     return of_gathered(gathered, image_record(images))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddpm.config import reading
 from ddpm.data.packed import PackedImages
 from ddpm.errors import Stopped
+from ddpm.run.claims import OthersAtWork
 from ddpm.run.log import say
 from ddpm.scoring import bound_request
 from ddpm.scoring.against import open_reference
@@ -52,5 +53,8 @@ def evaluate(life: Life, name: str) -> int:
             if code is None:
                 continue
             return life.leave(code, e.reason)
-        say("other tasks are at the rest" if result is None else f"computed {told_of(result)}")
+        except OthersAtWork as e:  # the first task merges
+            say(str(e))
+            return life.leave(0)
+        say(f"computed {told_of(result)}")
         return life.leave(0)
