@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +58,9 @@ def parse() -> argparse.Namespace:
         "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"
     )
     parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="with --images: keep features there; processes with the same one share the work"
+    )
     parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
     parser.add_argument(
         "--extractor",
@@ -85,8 +90,8 @@ def parse() -> argparse.Namespace:
         parser.error("--step and --num-images go with --bits-per-dim")
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
-    if args.run and (args.size or args.save_stats):
-        parser.error("--size and --save-stats go with --images; a run's samples have its size")
+    if not args.images and (args.size or args.save_stats or args.keep):
+        parser.error("--size, --save-stats and --keep go with --images; a run's samples have its size")
     if args.images and bool(args.reference) == bool(args.save_stats):
         parser.error("--images needs --reference: a pytorch-fid .npz, or images to compare with; or --save-stats")
     if args.size is not None and args.size < 1:
@@ -115,6 +120,9 @@ def score_images(args: argparse.Namespace) -> int:
     stats = Path(args.save_stats).expanduser() if args.save_stats else None
     if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
         raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
+    keep = Path(args.keep).expanduser() if args.keep else None
+    if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
+        raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
     import torch
 
     from ddpm.scoring.extractors import build_extractor, ensure_weights
@@ -126,10 +134,11 @@ def score_images(args: argparse.Namespace) -> int:
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
     if stats:
-        save_statistics(packed, stats, extractor)
+        save_statistics(packed, stats, extractor, keep)
         print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
-        result = evaluate_images(packed, reference, extractor, args.size)
+        with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
+            result = evaluate_images(packed, reference, extractor, args.size, keep)
         print(json.dumps(result, indent=1))
         print(told(result), file=sys.stderr)
     return 0

@@ -107,25 +107,43 @@ def reference_of(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parts))
     except OSError as e:  # another's cache
         say(f"reference={path} not kept: {e}")
-        features = image_features(images.images, extractor, stop_requested=stop_requested)
+        made = image_features(images.images, extractor, stop_requested=stop_requested)
         labels = images.labels if by_class else None
-        return of_gathered(gather(features, num, labels=labels, grouped=False), image_record(images))
+        return of_gathered(gather(made, num, labels=labels, grouped=False), image_record(images))
+    features = kept_in_parts(parts, images, extractor, stop_requested=stop_requested, token=token, stay=stay)
+    gathered = gather(features, num, labels=images.labels if by_class else None, grouped=False)
+    write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
+    return of_gathered(gathered, image_record(images))
 
-    of_parts = range(-(-num // PART_IMAGES))
+
+def kept_in_parts(
+    directory: Path,
+    images: PackedImages,
+    extractor: Extractor,
+    *,
+    stop_requested: StopRequested = lambda: None,
+    token: str = "",
+    stay: bool = True,
+) -> Iterator[np.ndarray]:
+    """Features of a dataset, in parts that are kept in `directory`, and shared among the processes that make them.
+
+    All are there when this returns. Raises OthersAtWork where others make some and `stay` is not wanted, Stopped.
+    """
 
     def place(index: int) -> tuple[Path, dict[str, Any], np.ndarray]:
         part = images.images[index * PART_IMAGES :][:PART_IMAGES]
-        return parts / f"features-{index:05d}.npy", {"part": index, "num": len(part), **identity}, part
+        of = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+        return directory / f"features-{index:05d}.npy", {"part": index, "num": len(part), **of}, part
 
     def features_of(index: int) -> np.ndarray:
         return kept_features(*place(index), extractor, stop_requested, token=token)
 
-    work_through(
-        parts, of_parts, lambda i: is_kept(*place(i)[:2]), features_of, stop_requested=stop_requested, stay=stay
-    )
-    gathered = gather(map(features_of, of_parts), num, labels=images.labels if by_class else None, grouped=False)
-    write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
-    return of_gathered(gathered, image_record(images))
+    def there(index: int) -> bool:
+        return is_kept(*place(index)[:2])
+
+    parts = range(-(-len(images) // PART_IMAGES))
+    work_through(directory, parts, there, features_of, stop_requested=stop_requested, stay=stay)
+    return map(features_of, parts)
 
 
 def check_size(images: PackedImages, size: int) -> None:

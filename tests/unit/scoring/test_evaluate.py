@@ -379,6 +379,20 @@ def test_evaluations_at_once_share_the_work_and_none_is_done_twice(made: Made, t
     assert sum(value is not None for _, value in told) >= 2
 
 
+def test_features_of_images_that_no_run_made_are_kept_where_that_is_asked_for(made: Made, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        np.save(tmp_path / f"{name}.npy", packed(seed=seed).images)
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    images, scores = foreign.load_images(tmp_path / "a.npy"), []
+    for where in (None, keep, keep):
+        scores.append(foreign.evaluate_images(images, tmp_path / "b.npy", made.extractor, keep=where))
+        del scores[-1]["created"]
+    assert scores[0] == scores[1] == scores[2] and made.images == [50] * 4
+    foreign.save_statistics(images, tmp_path / "a-stats.npz", made.extractor, keep)
+    assert made.images == [50] * 4 and read_statistics(tmp_path / "a-stats.npz").arrays["num"] == 50
+
+
 def test_a_stop_keeps_the_finished_parts_of_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "PART_IMAGES", 20)
     extractor, seen = tiny_extractor()
