@@ -95,6 +95,24 @@ class SampleSet:
 
 
 @dataclass(frozen=True)
+class BoundSet:
+    """Paths of bits-per-dim/NAME: what is asked for, and its parts."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def request(self) -> Path:
+        return self.path / "request.json"
+
+    def part(self, index: int) -> Path:
+        return self.path / f"part-{index:05d}.npy"
+
+
+@dataclass(frozen=True)
 class RunDir:
     """Paths of one run. The layout is public: users script against it."""
 
@@ -204,6 +222,13 @@ class RunDir:
 
     def sample_sets(self) -> list[SampleSet]:
         return [SampleSet(p) for p in sorted(listed(self.samples)) if p.is_dir() and not p.name.startswith(".")]
+
+    def bound_set(self, name: str) -> BoundSet:
+        return BoundSet(self.path / "bits-per-dim" / name)
+
+    def bound_sets(self) -> list[BoundSet]:
+        found = sorted(listed(self.path / "bits-per-dim"))
+        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".")]
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""

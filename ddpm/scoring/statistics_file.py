@@ -47,6 +47,7 @@ class StatisticsFile:
         *,
         stop_requested: StopRequested = lambda: None,
         token: str = "",
+        stay: bool = True,
     ) -> Reference:
         """With features of its images, where it has some: they are kept in `cache_dir`.
 
@@ -57,7 +58,9 @@ class StatisticsFile:
 
         of_images = None
         if self.images is not None:
-            of_images = reference_of(self.images, extractor, cache_dir, stop_requested=stop_requested, token=token)
+            of_images = reference_of(
+                self.images, extractor, cache_dir, stop_requested=stop_requested, token=token, stay=stay
+            )
             if extractor.name != "inception" or "mu" not in self.arrays:
                 return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
         mu, sigma, d = self.arrays["mu"], self.arrays["sigma"], extractor.dim

@@ -161,7 +161,8 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     found = [
         score
         for score in scores_of(run, set_name)
-        if not (score.damage or of_other_samples(run, score)) and score.record["extractor"]["name"] == extractor
+        if not (score.damage or of_other_samples(run, score))
+        and (score.record.get("extractor") or {}).get("name") == extractor
     ]
     is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
     return next((score for score in found if is_it(score.record["reference"])), None)

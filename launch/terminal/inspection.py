@@ -22,11 +22,12 @@ from ddpm.run.files import (
     sha256_file,
 )
 from ddpm.run.images import read_png
-from ddpm.run.paths import RunDir, SampleSet, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
 from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
+from ddpm.scoring import bound_request
 from ddpm.scoring.record import read_score
 from launch.cluster import code
 
@@ -42,7 +43,7 @@ Lines = Iterator[Line]
 
 def look(run: RunDir) -> Lines:
     """Every file of the run that can be told good from bad."""
-    for part in (_records, _life, _checkpoints, _grids, _samples, _scores):
+    for part in (_records, _life, _checkpoints, _grids, _samples, _bounds, _scores):
         yield from part(run)
 
 
@@ -192,6 +193,18 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
         yield from _judged(f"{name}/part/{path.name}", is_whole, path, request)
     for path in _sorted(where.path, ".npy"):
         yield from _judged(f"{name}/{path.name}", _features, path)
+
+
+def _bounds(run: RunDir) -> Lines:
+    for where in run.bound_sets():
+        name = f"bits-per-dim/{where.name}"
+        yield from _judged(f"{name}/request.json", _bound, where)
+        for path in _sorted(where.path, ".npy"):
+            yield from _judged(f"{name}/{path.name}", _features, path)
+
+
+def _bound(where: BoundSet) -> str:
+    return f"of step {bound_request.read(where).checkpoint.step}"
 
 
 def _features(path: Path) -> None:
