@@ -79,7 +79,10 @@ METRICS: Kind = {
 }
 METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
-BEAT_TOO: Kind = {"total_steps": _is_count, "host": _is_text, "loss": _is_number, "images_per_s": _is_number}
+BEAT_TOO: Kind = {
+    **{"total_steps": _is_count, "inode": _is_count, "host": _is_text},
+    **{"loss": _is_number, "images_per_s": _is_number},
+}
 RUN_TOO: Kind = {
     **dict.fromkeys(("config_digest", "created", "reads"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),
@@ -199,6 +202,11 @@ def parse_heartbeat(data: bytes) -> tuple[Record, str]:
     except ValueError:
         record, wrong = None, "no JSON"
     return record or {}, f"heartbeat.json cannot be used ({wrong})" if wrong else ""
+
+
+def place_of(run: RunDir) -> int:
+    """What tells a run directory from its copies: a heartbeat says where it was written. Raises OSError."""
+    return run.path.stat().st_ino % 2**63
 
 
 def read_heartbeat(run: RunDir) -> Record:

@@ -36,13 +36,19 @@ def stage_commands(job: Job) -> list[list[str]]:
 
 def running(run: RunDir) -> int | None:
     """The background process on this machine that trains the run, or will, if there is one."""
+    return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
+
+
+def at_work(run: RunDir) -> dict[str, tuple[int, list[str]]]:
+    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first."""
+    found = {}
     for e in reversed(read_events(run)):
         here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
-        if here and "train" in (e.get("stage") or "").split("+") and e.get("pid") and is_of(run, e):
+        if here and e.get("pid") and is_of(run, e):
             with contextlib.suppress(OSError):  # it has ended
                 if _is_at_work(Path(f"/proc/{e['pid']}"), e):
-                    return int(e["pid"])
-    return None
+                    found[str(e["job"])] = int(e["pid"]), (e.get("stage") or "").split("+")
+    return found
 
 
 def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:

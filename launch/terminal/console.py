@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,11 @@ def show_progress(doing: str) -> ShowProgress:
             print(f"{doing} {done}/{total} images", flush=True)
 
     return show
+
+
+def same_root(option: str | None) -> str:
+    """What a command in a message needs, to find what this one found."""
+    return f" --root {shlex.quote(option)}" if option else ""
 
 
 def all_runs(root: Path) -> list[RunDir]:
