@@ -185,6 +185,7 @@ def main() -> int:
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
     prepare.ensure_weights(asked.extractor)
+    prepare.settle_code(run, new=args.code == "new")
     chain.go_on(run)
     if site.is_local:
         process, log = local.start(run, [job])

@@ -14,16 +14,18 @@ from ddpm.config.schema import Config
 from ddpm.data.labels import labels_record
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
+from ddpm.run.events import read_events
 from ddpm.run.evidence import Incomplete
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
-from launch.cluster import environment
+from launch.cluster import code, environment
 from launch.cluster.site import Site
 from launch.queue import local
 from launch.queue.chain import ways_on
-from launch.queue.waiting import jobs_in_queue
+from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
 from launch.terminal import console
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -119,6 +121,42 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
         )
     return bool(jobs)
+
+
+def settle_code(run: RunDir, *, new: bool) -> None:
+    """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
+    with `--code new`. Raises RequestError where jobs are at work by the old one.
+    """
+    here = code.of_checkout()
+    try:
+        had = code.of_run(run)
+    except DamagedFile:
+        if not new:
+            raise
+        had = {}
+    told = code.differences(had or {}, here) if had is not None else ""
+    if had is None or (told and new):
+        jobs = _at_work(run) if had is not None else ""
+        if jobs:
+            raise RequestError(
+                f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
+                f"end it (nothing is lost), then submit again"
+            )
+        code.check(here)
+        code.keep(run, here)
+        if had is not None:
+            print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
+    elif told:
+        print(f"code: run {run.name} keeps its own, {code.digest(had)}; this checkout has {told}. --code new takes it")
+    code.unpack(run)
+
+
+def _at_work(run: RunDir) -> str:
+    """What of the run is running or queued, in words; "" where nothing is. Raises SchedulerError."""
+    if (pid := local.running(run)) is not None:
+        return f"pid {pid}"
+    jobs = in_queue(slurm_jobs(run, read_events(run)))
+    return f"job {' '.join(jobs)}" if jobs else ""
 
 
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:

@@ -165,7 +165,7 @@ def main() -> int:
     inputs = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(inputs["data"]["num_images"])
     with turn(run):  # two submissions at once: the second finds what the first has made and queued
-        started = begin(run, config, site, stages, inputs, prepare_only=args.prepare)
+        started = begin(run, config, site, stages, inputs, prepare_only=args.prepare, new_code=args.code == "new")
     if isinstance(started, Here):
         return await_here(run, config, stages, started, wait=args.wait)
     if not args.wait or args.prepare:
@@ -182,8 +182,9 @@ class Here(NamedTuple):
 
 
 def begin(
-    run: RunDir, config: Config, site: Site, stages: list[str], inputs: dict[str, Any], *, prepare_only: bool
-) -> list[str] | Here:
+    run: RunDir, config: Config, site: Site, stages: list[str], inputs: dict[str, Any], *,
+    prepare_only: bool, new_code: bool,
+) -> list[str] | Here:  # fmt: skip
     """Write the run down, and have what is left of it queued or started; job ids."""
     exists = prepare.check_existing(run, config)
     queued = exists and prepare.is_at_work(run, config, site)
@@ -194,6 +195,7 @@ def begin(
     elif not queued:
         directory.update_run(run, config, record)
         chain.lift_stop(run)
+    prepare.settle_code(run, new=new_code)
     print(f"run: {run.path}")
     if prepare_only:
         print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")

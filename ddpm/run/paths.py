@@ -108,6 +108,11 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def code(self) -> Path:
+        """What its jobs run."""
+        return self.path / "code.zip"
+
+    @property
     def events(self) -> Path:
         return self.path / "events"
 

@@ -6,15 +6,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
-from launch.cluster.environment import PROJECT
+from launch.cluster import code
 from launch.cluster.site import Site
 
-HOME = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
-"""What every batch shell is told of this project."""
 SBATCH_TIMEOUT_S = 60
 
 
@@ -32,6 +31,11 @@ class Job:
     extra_args: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     """Nodes that it is not to have, beside those that the site says."""
+
+    @property
+    def home(self) -> dict[str, str]:
+        """What its batch shell is told: where the run's code lies, and the Python that runs it. Raises DamagedFile."""
+        return at_home(code.home(self.run))
 
     @property
     def world_size(self) -> int:
@@ -91,6 +95,11 @@ class Job:
         values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
         values["exclude"] = ",".join(filter(None, [values["exclude"], *self.without])) or None
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
+
+
+def at_home(home: Path) -> dict[str, str]:
+    """What a batch shell is told that runs the code which lies there."""
+    return {"DDPM_HOME": str(home), "DDPM_PYTHON": sys.executable}
 
 
 def check_path(run: RunDir, site: Site) -> None:

@@ -70,6 +70,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, spec in FLAGS.items():
         group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
+    group.add_argument(
+        "--code", choices=["kept", "new"], default="kept",
+        help="jobs of a run go on with the code it was begun with; new: with this checkout's",
+    )  # fmt: skip
     group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(PROJECT)}/, or a path")
 
 

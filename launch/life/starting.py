@@ -11,7 +11,7 @@ from ddpm.errors import DoNotRetry
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import Request
-from launch.cluster import environment, scheduler
+from launch.cluster import code, environment, scheduler
 from launch.life.life import Life
 from launch.queue import borrowing
 from launch.queue.chain import call_off, nothing_to_train
@@ -63,6 +63,7 @@ def _note_allocation(life: Life) -> None:
         with contextlib.suppress(scheduler.SchedulerError):
             shown = scheduler.show(env.job, timeout_s=5)
     former = {"former_life_ended": shown.queued_at} if shown and shown.queued_at else {}
+    former["code"] = code.digest(code.of_checkout())
     try:
         env.events(run).append("allocated", world_size=env.world_size, step=run.latest_step(), **former)
     except OSError as e:  # a full disk ends no training

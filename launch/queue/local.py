@@ -21,7 +21,7 @@ from typing import Any
 from ddpm.errors import EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment
+from launch.cluster import code, environment
 from launch.cluster.job import Job
 from launch.queue.waiting import is_of
 
@@ -68,6 +68,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     commands = [command for job in jobs for command in stage_commands(job)]
     chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
+    home = code.unpack(run)
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "launch.queue.local", str(run.path), json.dumps(commands)],
@@ -75,13 +76,13 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            cwd=environment.PROJECT,
-            env={**environment.for_jobs(), "DDPM_JOB": name, **cpus},
+            cwd=home,
+            env={**environment.for_jobs(home), "DDPM_JOB": name, **cpus},
         )
     events = EventLog(run, name, 0, environment.host(), prefix="submit-")
     stages = "+".join(job.stage for job in jobs)
     try:
-        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path))
+        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path), code=home.name)
     except BaseException as e:  # nobody could find it again
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -132,10 +133,10 @@ def main() -> int:
         child = started
         while unheard:
             child.send_signal(unheard.pop())
-        code = child.wait()
+        ended = child.wait()
         child = None
-        if code:
-            return code if code > 0 else 128 - code
+        if ended:
+            return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:
             _note(run, "stage_done", command)
     return 0

@@ -1,5 +1,4 @@
-"""What is at work for a run, or waits to be, wherever it is: jobs of the scheduler's, processes here, a trainer's beat.
-"""
+"""What is at work for a run, or waits to be, wherever it is: the scheduler's jobs, processes here, a trainer's beat."""
 
 from __future__ import annotations
 
@@ -20,36 +19,34 @@ BEATS_S = 60.0
 
 @dataclass(frozen=True)
 class Work:
-    waiting: list[str]
-    """Jobs of SLURM's that have tasks which have not begun."""
-    running: list[str]
-    """Those that have nodes; one whose tasks do both is among both."""
+    jobs: dict[str, str]
+    """The scheduler's: their states, of an array that of its liveliest task."""
     here: dict[str, int]
-    """Background jobs of this machine, and their processes."""
+    """Background jobs of this machine: their processes."""
     elsewhere: str = ""
-    """Who trains the run as none of these, if somebody has given a sign of life just now."""
+    """Who trains the run as none of these, if somebody has just given a sign of life."""
 
     def __bool__(self) -> bool:
-        return bool(self.waiting or self.running or self.here or self.elsewhere)
+        return bool(self.jobs or self.here or self.elsewhere)
 
     def __str__(self) -> str:
-        told = [f"job {job}" for job in dict.fromkeys([*self.running, *self.waiting])]
-        told += [f"{job} (pid {pid})" for job, pid in self.here.items()]
+        told = [f"job {job} ({state.lower()})" for job, state in self.jobs.items()]
+        told += [f"pid {pid} on this machine" for pid in self.here.values()]
         return ", ".join([*told, *([self.elsewhere] if self.elsewhere else [])])
 
 
 def of_run(run: RunDir) -> Work:
     """Raises SchedulerError where SLURM does not answer."""
     jobs = slurm_jobs(run, read_events(run))
-    states = scheduler.states(jobs) if jobs and scheduler.available() else {}
-    waiting = [job for job, of_tasks in states.items() if "PENDING" in of_tasks]
-    running = [job for job, of_tasks in states.items() if of_tasks - {"PENDING"}]
+    states = scheduler.queued(jobs) if jobs and scheduler.available() else {}
     here = {job: pid for job, (pid, _) in local.at_work(run).items()}
-    return Work(waiting, running, here, "" if running or here else _beats(run))
+    return Work(states, here, "" if states or here else _beats(run))
 
 
 def _beats(run: RunDir) -> str:
     beat = read_heartbeat(run)
-    if not beat or abs(time.time() - seconds(beat["time"])) > BEATS_S or beat.get("inode", place_of(run)) != place_of(run):
+    here = place_of(run)
+    age = time.time() - seconds(beat["time"]) if beat else BEATS_S
+    if abs(age) >= BEATS_S or beat.get("inode", here) != here:
         return ""
-    return f"job {beat['job']} on {beat.get('host')}, which was alive {abs(time.time() - seconds(beat['time'])):.0f} s ago"
+    return f"job {beat['job']} on {beat.get('host', 'some host')}, {abs(age):.0f} s ago"
