@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, RunBusy
+from ddpm.run.fence import Fence
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
 from ddpm.run.log import amount
 from ddpm.run.paths import RunDir, listed
@@ -44,9 +45,8 @@ def check(run: RunDir, root: Path) -> None:
     if run.path.is_symlink():
         raise RequestError(f"{run.path} is a link to {run.path.resolve()}: give that, or remove the link yourself")
     if found := work.of_run(run):
-        raise RequestError(
-            f"run {run.name} is not done with: {found}. End it first: python launch/cancel.py {shlex.quote(str(run.path))}"
-        )
+        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
+        raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {how}")
     if who := list(_borrowers(run, root)):
         raise RequestError(
             f"run {run.name} is read by {', '.join(map(str, who))}, whose checkpoints are its own: remove that first"
@@ -87,7 +87,12 @@ def tell(run: RunDir) -> None:
 
 
 def remove(run: RunDir) -> None:
-    """Out of sight at once, then file by file."""
+    """Out of sight at once, then file by file. Raises RequestError where a job that nobody else tells of holds it."""
+    if run.config.is_file() and not borrowing.reads(run):
+        try:
+            Fence(run, {"job": f"remove-{os.getpid()}", "restart": 0, "host": environment.host()}, wait_s=0).release()
+        except RunBusy as e:
+            raise RequestError(str(e)) from None
     gone = run.path.with_name(f"{TMP_PREFIX}removed-{run.name}.{os.getpid()}")
     run.path.rename(gone)
     fsync_dir(run.path.parent)

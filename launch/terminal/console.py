@@ -64,6 +64,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {hint}\n")
 
 
+def warn(message: str) -> None:
+    """What a result is not made of."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def show_progress(doing: str) -> ShowProgress:
     """A function (done, total) that says so: one line that changes on a terminal, else a line per 10,000 images."""
     tty = sys.stderr.isatty()
