@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -44,12 +45,19 @@ def stop(run: RunDir) -> work.Work:
     return found
 
 
-def wait(run: RunDir) -> work.Work:
-    """Until nothing is at work any more, or patience ends; what still is. Raises SchedulerError."""
+def wait(run: RunDir, found: work.Work) -> work.Work:
+    """Until nothing is at work any more, or patience ends; what still is. Raises SchedulerError.
+
+    A beat tells of life for a minute after its end: it counts where it alone was found.
+    """
     deadline = time.monotonic() + PATIENCE_S
-    while (left := work.of_run(run)) and time.monotonic() < deadline:
+    while True:
+        left = work.of_run(run)
+        if not found.elsewhere:
+            left = replace(left, elsewhere="")
+        if not left or time.monotonic() > deadline:
+            return left
         time.sleep(POLL_S)
-    return left
 
 
 def main() -> int:
@@ -69,7 +77,7 @@ def main() -> int:
     sys.stdout.flush()
     before = run.latest_step()
     try:
-        left = wait(run)
+        left = wait(run, found)
     except KeyboardInterrupt:
         print(f"no longer waiting; {run.stop_file} ends what still runs", file=sys.stderr)
         return 130

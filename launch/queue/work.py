@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from ddpm.run.events import read_events
 from ddpm.run.files import seconds
 from ddpm.run.paths import RunDir
 from ddpm.run.records import place_of, read_heartbeat
-from launch.cluster import scheduler
+from launch.cluster import environment, scheduler
 from launch.queue import local
 from launch.queue.waiting import slurm_jobs
 
 BEATS_S = 60.0
 """A trainer gives a sign of life more often."""
+OVER = ("finished", "failed", "requeued", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,20 @@ class Work:
 
 def of_run(run: RunDir) -> Work:
     """Raises SchedulerError where SLURM does not answer."""
-    jobs = slurm_jobs(run, read_events(run))
+    events = read_events(run)
+    jobs = slurm_jobs(run, events)
     states = scheduler.queued(jobs) if jobs and scheduler.available() else {}
     here = {job: pid for job, (pid, _) in local.at_work(run).items()}
-    return Work(states, here, "" if states or here else _beats(run))
+    return Work(states, here, "" if states or here else _beats(run, events))
 
 
-def _beats(run: RunDir) -> str:
-    beat = read_heartbeat(run)
-    here = place_of(run)
-    age = time.time() - seconds(beat["time"]) if beat else BEATS_S
-    if abs(age) >= BEATS_S or beat.get("inode", here) != here:
+def _beats(run: RunDir, events: list[dict[str, Any]]) -> str:
+    """Who has just given a sign of life and not of its end, and is no process of this machine, which would be known."""
+    beat, place = read_heartbeat(run), place_of(run)
+    age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S
+    if age >= BEATS_S or beat.get("inode", place) != place:
         return ""
-    return f"job {beat['job']} on {beat.get('host', 'some host')}, {abs(age):.0f} s ago"
+    of_life = [e for e in events if (e["job"], e["restart"]) == (str(beat["job"]), beat["restart"])]
+    over = any(e["event"] in OVER for e in of_life)
+    ours = any(e["event"] == "submitted" and e.get("host") == environment.host() and e.get("pid") for e in of_life)
+    return "" if over or ours else f"job {beat['job']} on {beat.get('host', 'some host')}, alive {age:.0f} s ago"
