@@ -20,6 +20,8 @@ MAX_NAME = 100
 NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
 
 
+EXPORTED_WEIGHTS, EXPORTED_CONFIG = "model.safetensors", "config.yaml"
+"""A model without its run: two files of one folder."""
 ASIDE = ".damaged-"
 """In the name of what lay damaged where a score was to lie."""
 

@@ -81,7 +81,7 @@ METRICS: Kind = {
 METRICS_TOO: Kind = {**dict.fromkeys(("images", "skipped_steps"), _is_count), "gpu_memory_gib": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {
-    "total_steps": _is_count,
+    **dict.fromkeys(("total_steps", "inode"), _is_count),
     **dict.fromkeys(("host", "cluster"), _is_text),
     **dict.fromkeys(("loss", "images_per_s"), _is_number),
 }
@@ -207,6 +207,11 @@ def parse_heartbeat(data: bytes) -> tuple[Record, str]:
     except ValueError:
         record, wrong = None, "no JSON"
     return record or {}, f"heartbeat.json cannot be used ({wrong})" if wrong else ""
+
+
+def place_of(run: RunDir) -> int:
+    """What tells a run directory from its copies: a heartbeat says where it was written. Raises OSError."""
+    return run.path.stat().st_ino % 2**63
 
 
 def read_heartbeat(run: RunDir) -> Record:

@@ -36,13 +36,19 @@ def stage_commands(job: Job) -> list[list[str]]:
 
 def running(run: RunDir) -> int | None:
     """The background process on this machine that trains the run, or will, if there is one."""
+    return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
+
+
+def at_work(run: RunDir) -> dict[str, tuple[int, list[str]]]:
+    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first."""
+    found = {}
     for e in reversed(read_events(run)):
         here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
-        if here and "train" in (e.get("stage") or "").split("+") and e.get("pid") and is_of(run, e):
+        if here and e.get("pid") and is_of(run, e):
             with contextlib.suppress(OSError):  # it has ended
                 if _is_at_work(Path(f"/proc/{e['pid']}"), e):
-                    return int(e["pid"])
-    return None
+                    found[str(e["job"])] = int(e["pid"]), (e.get("stage") or "").split("+")
+    return found
 
 
 def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
@@ -90,9 +96,19 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     return process, log
 
 
+def _note(run: RunDir, event: str, command: list[str]) -> None:
+    """When samples or a score began and were done: training tells of itself, in the file of the job's name."""
+    stage, _, *of = command[command.index("launch.jobs") + 1 :]
+    if stage != "train":
+        log = EventLog(run, f"{environment.current().job}-then", 0, environment.host())
+        with contextlib.suppress(OSError):  # a full disk ends nothing
+            log.append(event, stage=stage, set=of[0] if of else "", step=run.latest_step())
+
+
 def main() -> int:
     """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs."""
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
+    stages = [command[command.index("launch.jobs") + 1] for command in commands]
     child: subprocess.Popen[bytes] | None = None
     unheard: list[int] = []  # by a command: none was running
 
@@ -106,11 +122,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, forward)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, forward)
-    for command in commands:
+    for i, command in enumerate(commands):
         if unheard:
             return 128 + unheard[0]
         if run.stop_file.exists():  # it ended the command before; what would follow that has nothing to go on
             return 0
+        if stages[i] not in stages[:i]:
+            _note(run, "stage_began", command)
         started = subprocess.Popen(command)
         child = started
         while unheard:
@@ -119,6 +137,8 @@ def main() -> int:
         child = None
         if ended:
             return ended if ended > 0 else 128 - ended
+        if stages[i] not in stages[i + 1 :]:
+            _note(run, "stage_done", command)
     return 0
 
 

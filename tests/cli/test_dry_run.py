@@ -17,7 +17,7 @@ from launch.queue.sets import request_for
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export"]
 SHELL_SCRIPTS = sorted([*PROJECT.glob("slurm/*"), *PROJECT.glob("tools/**/*.sh")])
 
 

@@ -386,6 +386,8 @@ def test_a_full_disk_costs_one_save_and_no_training(
     assert saved == [2]
     assert run.steps_saved() == [8, 6, 2]
     assert "checkpoint failed: step=4" in capsys.readouterr().out
+    (told,) = [e for e in read_events(run) if e["event"] == "save_failed"]
+    assert (told["step"], told["at_step"], told["reason"]) == (2, 4, "No space left on device")
     assert not list(run.checkpoints.glob(".tmp-*"))
 
 
