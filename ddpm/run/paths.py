@@ -216,7 +216,7 @@ class RunDir:
         return self.grids / f"step-{step:09d}.png"
 
     def exit_marker(self, job: str, restart: int) -> Path:
-        """The job's own exit code, past srun, which may report another rank's."""
+        """The job's own exit code, past what starts its ranks, which may report another's."""
         return self.logs / f".exit-{job}.{restart}"
 
     def sample_set(self, name: str) -> SampleSet:

@@ -7,9 +7,8 @@ there. Must not know what a record is for.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from ddpm.run.files import LINES_BYTES, DamagedFile, link_to_nothing, parse_json, read_bytes, seconds, sign
@@ -187,12 +186,12 @@ def read_metrics(run: RunDir) -> list[Record]:
 def missing_lines(records: Sequence[Record], every_steps: int, *, saved_step: int = 0, logged_step: int = 0) -> str:
     """Where lines of metrics are missing, or "".
 
-    every_steps: from line to line, as the config says now; what it once said is a distance that is found three times.
+    every_steps: from line to line, as the config says now; what it once said is a distance found three times in a row.
     saved_step: a checkpoint's, which promises the lines before it. logged_step: of the last of them, where it is known.
     """
     steps = [0, *(r["step"] for r in records)]
-    found = Counter(b - a for a, b in pairwise(steps))
-    usual = max([every_steps, *(distance for distance, times in found.items() if times >= 3)])
+    distances = groupby(b - a for a, b in pairwise(steps))
+    usual = max([every_steps, *(distance for distance, found in distances if len(list(found)) >= 3)])
     gaps = [(a, b) for a, b in pairwise(steps) if b - a > usual]
     if logged_step > steps[-1] or saved_step >= steps[-1] + usual:
         gaps.append((steps[-1], max(logged_step, saved_step)))

@@ -45,7 +45,7 @@ class Silent:
         """A line in the job's log."""
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """A life event; a full disk ends no training."""
+        """A life event; a full disk ends no training. Raises RunBusy, as all that is written."""
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
@@ -102,6 +102,7 @@ class Chronicle(Silent):
         self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
         self._latest: dict[str, Any] = {}
         self._telemetry: Telemetry | None = None
+        self._gap = ""
         self._saver: Checkpointer | None = None
         self._fails = False  # saves do
 
@@ -138,8 +139,10 @@ class Chronicle(Silent):
             owner=self.owner,
             logged_step=logged_step,
             every_steps=self.config.log.every_steps,
+            gap=self._gap,
             may_publish=self.fence.check,
         )
+        self._gap = self._telemetry.gap
         if self._saver is None:
             self._saver = Checkpointer(
                 self.run,
@@ -167,6 +170,7 @@ class Chronicle(Silent):
         say(message, **fields)
 
     def event(self, event: str, step: int, **fields: Any) -> None:
+        self.fence.check()  # what lies under the run's name may be another, of which this would tell saved steps
         try:
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:

@@ -65,6 +65,7 @@ def test_a_torn_line_of_events_is_told_before_the_next_is_written_and_after(tmp_
         ([100, 300, 400], 100, 400, 0, "from 100 to 300"),
         ([200, 400, 600, 650, 700], 50, 700, 0, ""),  # the config once said 200
         ([10, 20, 30, 60, 70, 110], 10, 119, 0, "from 30 to 60, nor of 1 more"),
+        ([10, 30, 40, 60, 70, 90, 100], 10, 100, 0, "from 10 to 30, nor of 2 more"),  # never three in a row
     ],
 )
 def test_lines_of_metrics_that_are_missing_are_found(

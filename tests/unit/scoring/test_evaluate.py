@@ -511,7 +511,7 @@ def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> N
     made, real = make(tmp_path), packed()
     labels = np.arange(len(real)) % 3
     labels[labels == 2] = np.where(np.arange((labels == 2).sum()) == 0, 2, 1)  # one image is too few
-    conditional = dataclasses.replace(real, labels=labels)
+    conditional = dataclasses.replace(real, labels=labels, classes=["a", "b", "c"])
     by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
     mine, theirs = made.extractor(set_images(made)), made.extractor(real.images)
     assert by_class[2] is None
@@ -519,6 +519,13 @@ def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> N
         x, y = mine[np.arange(NUM) % 3 == label].astype(float), theirs[labels == label].astype(float)
         expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
         assert by_class[label] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_last_class_that_the_reference_has_nothing_of_has_no_score_and_the_others_have(tmp_path: Path) -> None:
+    made, real = make(tmp_path), packed()
+    conditional = dataclasses.replace(real, labels=np.arange(len(real)) % 2, classes=["a", "b", "c"])
+    by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
+    assert len(by_class) == 3 and by_class[2] is None and None not in by_class[:2]
 
 
 # ---------------------------------------------------------------- against pytorch-fid
