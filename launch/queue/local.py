@@ -34,9 +34,10 @@ def stage_commands(job: Job) -> list[list[str]]:
     return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in [[n] for n in job.shards] or [[]]]
 
 
-def running(run: RunDir) -> int | None:
-    """The background process on this machine that trains the run, or will, if there is one."""
-    for e in reversed(read_events(run)):
+def running(run: RunDir, events: list[dict[str, Any]] | None = None) -> int | None:
+    """The background process on this machine that trains the run, or will, if there is one. events: the run's, where
+    they have been read."""
+    for e in reversed(read_events(run) if events is None else events):
         here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
         if here and "train" in (e.get("stage") or "").split("+") and e.get("pid") and is_of(run, e):
             with contextlib.suppress(OSError):  # it has ended
