@@ -30,7 +30,7 @@ from ddpm.network.device import Device, as_device
 from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_safetensors, set_weights
 from ddpm.run import generations
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.sampling.denoiser import Denoiser, eps_of
 from ddpm.sampling.generate import sample_batch, sample_labels
 from ddpm.sampling.request import CheckpointRef, Request, from_config, precision_of, usual_steps
@@ -82,7 +82,8 @@ def load(
     device: Device = None,
     precision: str | None = None,
 ) -> Model:
-    """The trained model in a run directory, or in a .safetensors file of EMA weights with the `config` they belong to.
+    """The trained model in a run directory, in a folder that was exported from one, or in a .safetensors file of EMA
+    weights with the `config` they belong to.
 
     step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16. None is what
     a sampling job takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
@@ -97,6 +98,8 @@ def load(
         raise RequestError(f"precision = {precision!r}: use one of {', '.join(PRECISIONS)}")
     if path.is_file():
         return _load_file(path, config, step, weights, as_device(device), precision)
+    if (path / EXPORTED_WEIGHTS).is_file() and config is None:
+        return _load_file(path / EXPORTED_WEIGHTS, path / EXPORTED_CONFIG, step, weights, as_device(device), precision)
     run = RunDir(path)
     if not run.config.is_file():
         raise RequestError(f"{path}: no run directory (it has no config.yaml), and no file of weights")

@@ -11,19 +11,21 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
-from ddpm.data.labels import labels_record
+from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
+from ddpm.run.events import read_events
 from ddpm.run.evidence import Incomplete
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
-from launch.cluster import environment
+from launch.cluster import code, environment
 from launch.cluster.site import Site
 from launch.queue import local
 from launch.queue.chain import ways_on
-from launch.queue.waiting import jobs_in_queue
+from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
 from launch.terminal import console
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -121,6 +123,42 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     return bool(jobs)
 
 
+def settle_code(run: RunDir, *, new: bool) -> None:
+    """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
+    with `--code new`. Raises RequestError where jobs are at work by the old one.
+    """
+    here = code.of_checkout()
+    try:
+        had = code.of_run(run)
+    except DamagedFile:
+        if not new:
+            raise
+        had = {}
+    told = code.differences(had or {}, here) if had is not None else ""
+    if had is None or (told and new):
+        jobs = _at_work(run) if had is not None else ""
+        if jobs:
+            raise RequestError(
+                f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
+                f"end it (nothing is lost), then submit again"
+            )
+        code.check(here)
+        code.keep(run, here)
+        if had is not None:
+            print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
+    elif told:
+        print(f"code: run {run.name} keeps its own, {code.digest(had)}; this checkout has {told}. --code new takes it")
+    code.unpack(run)
+
+
+def _at_work(run: RunDir) -> str:
+    """What of the run is running or queued, in words; "" where nothing is. Raises SchedulerError."""
+    if (pid := local.running(run)) is not None:
+        return f"pid {pid}"
+    jobs = in_queue(slurm_jobs(run, read_events(run)))
+    return f"job {' '.join(jobs)}" if jobs else ""
+
+
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
     there = reading.of_run(run)
@@ -190,6 +228,9 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
+    labels = labels_record(packed)
+    if told := told_of_classes(labels):
+        print(told, flush=True)
     if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
         print(
             f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
@@ -203,4 +244,4 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "num_images": len(packed),
         "scratch": site.scratch,
     }
-    return {"data": record, "labels": labels_record(packed)}
+    return {"data": record, "labels": labels}

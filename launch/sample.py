@@ -19,6 +19,7 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
+from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path, ranges
 from launch.cluster.options import add_options, resolve
@@ -167,6 +168,7 @@ def main() -> int:
     missing = shards_to_make(sample_set, request)
     if missing:
         site = settle(site, dry_run=args.prepare)
+        prepare.settle_code(run, new=args.code == "new")
     if missing and not args.prepare:
         chain.go_on(run)
     if args.prepare:

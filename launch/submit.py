@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
@@ -17,8 +17,8 @@ from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
-from launch import prepare
-from launch.cluster import container, environment, scheduler
+from launch import origin, prepare
+from launch.cluster import code, container, environment, scheduler
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
@@ -32,12 +32,16 @@ from launch.queue.turns import turn
 from launch.terminal import console, follow, recipes
 from launch.terminal.results import print_results
 
+if TYPE_CHECKING:
+    from ddpm.network.start import Start
+
 EXAMPLES = """examples:
   python launch/submit.py --partition gpu                               the whole command: Ho et al.'s CIFAR-10 model
   python launch/submit.py configs/cifar10.yaml train.lr=1e-4 --name low-lr --partition gpu --nodes 2 --gpus-per-node 4
   python launch/submit.py --partition gpu --time 4h --then sample,evaluate    … then 50,000 images, and their FID
   python launch/submit.py --list                                        the recipes in configs/
   python launch/submit.py --partition gpu --dry-run                     show config and job script; touch nothing
+  python launch/submit.py configs/mine.yaml --partition gpu --from cifar10@400000      … starting from another's weights
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
 The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
@@ -56,6 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="show the recipes in configs/, and leave")
     parser.add_argument("--name", help="the run's name (default: the config's)")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument(
+        "--from", dest="origin", metavar="RUN|FILE[@STEP]", help="start a new run from these weights, not from its seed"
+    )
+    parser.add_argument("--from-weights", choices=("ema", "model"), help="which of a run's (default: ema)")
     parser.add_argument("--then", default="", metavar="sample,evaluate", help="what to do when training is done")
     parser.add_argument("--wait", action="store_true", help="stay until all is done, showing progress")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact job script")
@@ -142,6 +150,7 @@ def main() -> int:
         recipes.print_table(PROJECT / "configs")
         return 0
     asked, stages = read_command_line(args)
+    source = origin.asked(args.origin, args.from_weights, args.root)
     site = resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
@@ -151,11 +160,17 @@ def main() -> int:
     for warning in [*config.warnings(), *([] if site.is_local else site.warnings())]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
-        prepare.check_existing(run, config)
+        if prepare.check_existing(run, config):
+            origin.check_same(run, source)
+        elif source is not None:
+            origin.read(source, config)
         print_dry_run(config, settle(site, dry_run=True), run, stages)
         return 0
     prepare.check_data(config, stages)
     exists = prepare.check_existing(run, config)
+    if exists:
+        origin.check_same(run, source)
+    start = origin.read(source, config) if source is not None and not exists else None
     site = settle(site, dry_run=False)  # from here on it is about what the environment lacks
     if exists:
         prepare.is_at_work(run, config, site)
@@ -168,7 +183,12 @@ def main() -> int:
     inputs = prepare.prepare_inputs(config, site, root, stages)
     config = asked.resolve_length(inputs["data"]["num_images"])
     with turn(run):  # two submissions at once: the second finds what the first has made and queued
-        started = begin(run, config, site, stages, inputs, prepare_only=args.prepare)
+        if run.path.exists():
+            origin.check_same(run, source)
+        elif exists and source is not None:
+            raise RequestError(f"run {run.name} was removed meanwhile: submit it again")
+        new_code = args.code == "new"
+        started = begin(run, config, site, stages, inputs, start, prepare_only=args.prepare, new_code=new_code)
     if isinstance(started, Here):
         return await_here(run, config, stages, started, wait=args.wait)
     if not args.wait or args.prepare:
@@ -185,18 +205,36 @@ class Here(NamedTuple):
 
 
 def begin(
-    run: RunDir, config: Config, site: Site, stages: list[str], inputs: dict[str, Any], *, prepare_only: bool
+    run: RunDir,
+    config: Config,
+    site: Site,
+    stages: list[str],
+    inputs: dict[str, Any],
+    start: Start | None = None,
+    *,
+    prepare_only: bool,
+    new_code: bool,
 ) -> list[str] | Here:
     """Write the run down, and have what is left of it queued or started; job ids."""
     exists = prepare.check_existing(run, config)
     queued = exists and prepare.is_at_work(run, config, site)
+    if exists:
+        prepare.settle_code(run, new=new_code)
+    else:
+        code.check(code.of_checkout())
     train, left = what_is_left(run, config, stages) if exists else (True, stages)
     record = directory.describe(config, site, run, inputs)
-    if not exists:
+    if not exists and start is not None:
+        directory.create_run(run, config, {**record, "from": start.record}, start=start.data)
+        came = start.record
+        print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
+    elif not exists:
         directory.create_run(run, config, record)
     elif not queued:
         directory.update_run(run, config, record)
         chain.lift_stop(run)
+    if not exists:
+        prepare.settle_code(run, new=False)
     print(f"run: {run.path}")
     if prepare_only:
         print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")

@@ -25,13 +25,20 @@ ddpm_node=${SLURMD_NODENAME:-$(hostname)}
 # From here on whatever ends this shell is looked into, by Python of ours where this node has it.
 # The shell must outlive its ranks, which answer the signals: a command trap makes bash wait for srun, then go on.
 trap : TERM USR2 CONT
+ddpm_setup= ddpm_at_end=
 ddpm_end() {
   local code=$? heard
+  set +eu
   trap - EXIT
+  if [ -n "$ddpm_setup" ]; then
+    echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
+    [ "$code" != 0 ] || code=1
+  fi
   { heard=$(DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
       "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
   local end=$?
   [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code"
+  eval "$ddpm_at_end"
   exit "$end"
 }
 ddpm_end_without_python() {   # puts the job back elsewhere, three times at most: only SLURM and this shell are asked
@@ -76,23 +83,13 @@ echo "[batch] $(date -u +%FT%TZ) job=$ddpm_job" \
 ddpm_srun=() ddpm_python=("$DDPM_PYTHON")
 [ ! -f "$DDPM_RUN/container.sh" ] || . "$DDPM_RUN/container.sh"
 
-# The site profile's `setup` lines: module load … One that fails ends this life, before it runs in another environment
-# than was meant; lines that are no command by themselves, as of an `if`, are taken together.
+# The site profile's `setup` lines; what they make of this script's own words ends with them.
 if [ -f "$DDPM_RUN/setup.sh" ]; then
-  ddpm_lines=
-  while IFS= read -r ddpm_line <&9 || [ -n "$ddpm_line" ]; do
-    ddpm_lines=$ddpm_lines${ddpm_lines:+$'\n'}$ddpm_line
-    case $ddpm_line in *\\) continue ;; esac
-    bash -n -c "$ddpm_lines" 2>/dev/null || continue
-    eval "$ddpm_lines" || { ddpm_code=$?
-      echo "setup failed on $ddpm_node (exit code $ddpm_code): $ddpm_lines"
-      exit "$ddpm_code"; }
-    ddpm_lines=
-  done 9<"$DDPM_RUN/setup.sh"
-  if [ -n "$ddpm_lines" ]; then
-    echo "setup failed on $ddpm_node: no whole command: $ddpm_lines"
-    exit 2
-  fi
+  ddpm_words=("$@")
+  . "$DDPM_HOME/slurm/setup.sh"
+  [ -z "$ddpm_setup" ] || exit 0   # a line of them has returned: ddpm_end knows
+  trap : TERM USR2 CONT
+  set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
 command -v scontrol >/dev/null || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \
   "pre-empts it, but nothing does after a crash or at its time limit. Have the profile's setup lines bring SLURM's" \

@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ddpm.run.files import LINES_BYTES, DamagedFile, open_file, parse_json, read_bytes, seconds, sign
+from ddpm.run.files import (
+    LINES_BYTES,
+    DamagedFile,
+    link_to_nothing,
+    open_file,
+    parse_json,
+    read_bytes,
+    seconds,
+    sign,
+)
 from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
@@ -84,7 +93,7 @@ METRICS: Kind = {
 METRICS_TOO: Kind = {**dict.fromkeys(("images", "skipped_steps"), _is_count), "gpu_memory_gib": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {
-    "total_steps": _is_count,
+    **dict.fromkeys(("total_steps", "inode"), _is_count),
     **dict.fromkeys(("host", "cluster"), _is_text),
     **dict.fromkeys(("loss", "images_per_s"), _is_number),
 }
@@ -93,7 +102,10 @@ RUN_TOO: Kind = {
     **dict.fromkeys(("launch", "resolved"), _is_tree),
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
+    "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
 }
+FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
+FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
 DATA: Kind = {"cache": _is_text}
 DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
 
@@ -232,6 +244,11 @@ def parse_heartbeat(data: bytes) -> tuple[Record, str]:
     return record or {}, f"heartbeat.json cannot be used ({wrong})" if wrong else ""
 
 
+def place_of(run: RunDir) -> int:
+    """What tells a run directory from its copies: a heartbeat says where it was written. Raises OSError."""
+    return run.path.stat().st_ino % 2**63
+
+
 def read_heartbeat(run: RunDir) -> Record:
     """What the heartbeat says, {} where there is none that can be read."""
     try:
@@ -246,7 +263,8 @@ def read_run(run: RunDir) -> Record:
     try:
         record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
-        raise DamagedFile(f"{run.run_json} is missing: restore it, or this is no run directory") from None
+        why = link_to_nothing(run.run_json) or "missing"
+        raise DamagedFile(f"{run.run_json} is {why}: restore it, or this is no run directory") from None
     except ValueError as e:
         record, wrong = None, f"no JSON: {e}"
     except DamagedFile as e:
@@ -258,6 +276,12 @@ def read_run(run: RunDir) -> Record:
             f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
         )
     return record
+
+
+def lost_signature(record: Record) -> bool:
+    """Whether what a run.json says is not signed, though what wrote it signs: only a record from before says no labels,
+    and whoever adds them to one signs it."""
+    return "labels" in record and "self_sha256" not in record
 
 
 def data_of(run: RunDir) -> Record:

@@ -103,6 +103,7 @@ class Chronicle(Silent):
         self._latest: dict[str, Any] = {}
         self._telemetry: Telemetry | None = None
         self._saver: Checkpointer | None = None
+        self._fails = False  # saves do
 
     @property
     def telemetry(self) -> Telemetry:
@@ -147,8 +148,20 @@ class Chronicle(Silent):
                 is_milestone=self.is_milestone,
                 world_size=self.world_size,
                 log=say,
-                on_saved=lambda step: self.event("checkpoint", step),
+                on_saved=self._saved,
+                on_failed=self._not_saved,
             )
+
+    def _saved(self, step: int) -> None:
+        self._fails = False
+        self.event("checkpoint", step)
+
+    def _not_saved(self, step: int, why: str) -> None:
+        """Of several saves in a row that fail, the first is told. An event's step is one that was saved."""
+        if not self._fails:
+            self._fails = True
+            with contextlib.suppress(OSError):
+                self.event("save_failed", self.run.latest_step(), at_step=step, reason=why)
 
     def say(self, message: str, **fields: Any) -> None:
         say(message, **fields)
@@ -198,6 +211,7 @@ class Chronicle(Silent):
                 again = deadline is not None and e.errno in PASSING and time.monotonic() + SAVE_AGAIN_S < deadline
                 say("checkpoint failed", step=state["step"], error=e, **({"again_in_s": SAVE_AGAIN_S} if again else {}))
                 if not again:
+                    self._not_saved(state["step"], e.strerror or str(e))
                     return False
                 time.sleep(SAVE_AGAIN_S)
             else:

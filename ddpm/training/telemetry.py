@@ -17,7 +17,7 @@ from ddpm.run.files import LINES_BYTES, now, read_bytes, seconds, write_bytes, w
 from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from ddpm.run.records import missing_lines, parse_metrics
+from ddpm.run.records import missing_lines, parse_metrics, place_of
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
@@ -51,6 +51,7 @@ class Telemetry:
         self._first_step = step
         self._grids: list[int] = []  # of this life
         self._heartbeat_at = 0.0
+        self._inode = place_of(run)
         self._refused: dict[str, str] = {}
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
@@ -167,7 +168,7 @@ class Telemetry:
         if not force and time.monotonic() - self._heartbeat_at < HEARTBEAT_EVERY_S:
             return
         self._heartbeat_at = time.monotonic()
-        record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner}
+        record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner, "inode": self._inode}
         record |= {key: latest.get(key) for key in ("loss", "images_per_s")}
         self._try(
             "heartbeat",

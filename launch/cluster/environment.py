@@ -194,8 +194,10 @@ def expand(path: str) -> Path:
     return Path(there).expanduser()
 
 
-def for_jobs() -> dict[str, str]:
+def for_jobs(home: Path) -> dict[str, str]:
     """The environment that a background job on this machine gets: ours, without a surrounding allocation's.
+
+    home: where its code lies.
 
     Its threads sleep at their barriers, unless the user wants it otherwise: the cores are not theirs alone, and threads
     that spin beside another such job take turns with it (a tenth of the speed, where sleeping ones have half).
@@ -203,7 +205,7 @@ def for_jobs() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
     path = os.environ.get("PYTHONPATH")
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
+    return {**kept, "PYTHONPATH": f"{home}:{path}" if path else str(home), "PYTHONUNBUFFERED": "1"}
 
 
 def stage() -> str:
@@ -260,6 +262,11 @@ def set_defaults(**values: str) -> None:
     """Set variables that libraries read, unless the user has."""
     for key, value in values.items():
         os.environ.setdefault(key, value)
+
+
+def compiler_folder() -> str | None:
+    """Where torch keeps what it compiles, if somebody has said."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
 
 def default_partition() -> str | None:

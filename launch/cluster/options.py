@@ -56,7 +56,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
-    "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
+    "tasks": {
+        "metavar": "N",
+        "help": "tasks that divide a sample job's shards (default auto), or an evaluation's",
+    },
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
@@ -70,6 +73,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, spec in FLAGS.items():
         group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
+    group.add_argument(
+        "--code", choices=["kept", "new"], default="kept",
+        help="jobs of a run go on with the code it was begun with; new: with this checkout's",
+    )  # fmt: skip
     group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(PROJECT)}/, or a path")
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from launch.cluster import by_submitit, by_template
 from launch.cluster.answers import Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
-from launch.cluster.job import HOME, Job
+from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import available
@@ -89,7 +89,7 @@ def describe(job: Job) -> str:
 
 def by_hand(job: Job) -> str:
     """What a person types, in any directory, to queue `job`."""
-    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
+    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in job.home.items())
     return f"{home} {shlex.join(by_template.command(fitting(job)))}"
 
 

@@ -5,11 +5,10 @@ What comes before torch is starting.py's.
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
 
 from ddpm.config.schema import Config
 from ddpm.errors import Stopped
@@ -25,9 +24,8 @@ from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster import addresses, environment, scheduler
 from launch.cluster.environment import JobEnvironment
-from launch.life import devices, inputs
+from launch.life import compiled, devices, inputs
 from launch.life.life import Life
-from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
 from launch.queue.waiting import mercy_for
@@ -75,9 +73,13 @@ def train(life: Life, config: Config, why: str | None) -> int:
         fence=fence,
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
+        start=read_run(run).get("from"),
     )
     trainer.resume()
-    return _until_the_end(life, world, trainer)
+    found = trainer.fit()
+    if fence is not None and found is not None:
+        _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
+    return _until_the_end(life, world, trainer, fence)
 
 
 def save_patience_s(life: Life, reason: str) -> float:
@@ -139,16 +141,20 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}
-        record = {**read_run(run), "resolved": found}
-        write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
+        _keep(run, fence, found)
     return resolved
 
 
-def _until_the_end(life: Life, world: World, trainer: Trainer) -> int:
+def _keep(run: RunDir, fence: Fence, resolved: dict[str, Any]) -> None:
+    record = {**read_run(run), "resolved": resolved}
+    write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
+
+
+def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> int:
     while True:
         if not trainer.warm:
             # compilers that start here must not die of a signal meant for us
-            with life.stop.held(), compiling(kernels_of(life.run), world, trainer.resolved.compile):
+            with life.stop.held(), _compiling(life, world, trainer, fence):
                 trainer.warm_up(life.stop)
         outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason))
         if not outcome.saved:
@@ -160,28 +166,29 @@ def _until_the_end(life: Life, world: World, trainer: Trainer) -> int:
             return _leave_together(life, world, code, outcome.reason)
 
 
-@contextlib.contextmanager
-def compiling(kernels: Path, world: World, wanted: bool) -> Iterator[None]:
-    """Within: the network is compiled, on all ranks, or loaded from where an earlier life left it compiled.
+def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:
+    if not trainer.resolved.compile:
+        return nullcontext()
+    return compiled.compiling(
+        life.run,
+        _kind(trainer.resolved, world),
+        may_publish=fence.check if fence is not None else None,
+        anew=lambda: _compiled_anew() if trainer.warm else None,
+    )
 
-    A linker writes in place, so a life that dies here may leave half a library, which ends each later life that loads
-    it. What a life found in the folder, or left there, is trusted once that life is past this.
-    """
-    if not wanted:
-        yield
-        return
-    unproven = kernels.parent / f".unproven-{kernels.name}"  # no run's name begins with a dot
-    if world.is_main:
-        if unproven.exists():
-            say("an earlier life did not get past compiling: compiling anew", removed=kernels)
-            shutil.rmtree(kernels, ignore_errors=True)
-        unproven.parent.mkdir(parents=True, exist_ok=True)
-        unproven.touch()
-    world.barrier()
-    yield
-    world.barrier()
-    if world.is_main:
-        unproven.unlink(missing_ok=True)
+
+def _kind(resolved: Resolved, world: World) -> str:
+    """What compiled code is for."""
+    name = devices.name(world.device) if world.device.type == "cuda" else compiled.this_cpu()
+    return f"torch {torch.__version__}, {resolved.amp}, {name}"
+
+
+def _compiled_anew() -> bool:
+    """Whether this process's compiler found less than all of what it was to make."""
+    from torch._dynamo.utils import counters
+
+    told = counters["inductor"]
+    return told["fxgraph_cache_miss"] > 0 or not told["fxgraph_cache_hit"]
 
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:

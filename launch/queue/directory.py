@@ -22,8 +22,8 @@ from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
 
 
-def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
-    """Make the run directory whole: built beside its place, then renamed there."""
+def create_run(run: RunDir, config: Config, record: dict[str, Any], *, start: bytes | None = None) -> None:
+    """Make the run directory whole: built beside its place, then renamed there. start: of start.safetensors."""
     tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
     shell = _shell(run, of_record(record["launch"], "launch"), record)
     try:
@@ -32,6 +32,8 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
             (tmp / sub).mkdir()
         write_bytes(tmp / "config.yaml", config.to_yaml().encode())
         _write_shell(RunDir(tmp), shell)
+        if start is not None:
+            write_bytes(RunDir(tmp).start, start)
         write_json(tmp / "run.json", sign(record))
         tmp.rename(run.path)
         fsync_dir(run.path.parent)
@@ -58,6 +60,7 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_shell(run, shell)
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
+    kept |= {"from": old["from"]} if "from" in old else {}
     write_json(run.run_json, sign({**record, **kept}), replace=True)
 
 

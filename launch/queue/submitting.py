@@ -15,7 +15,7 @@ from typing import Any
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, scheduler
+from launch.cluster import code, environment, scheduler
 from launch.cluster.job import Job
 from launch.cluster.site import Site
 from launch.queue import local, nodes
@@ -61,6 +61,7 @@ def submit(job: Job) -> str:
 def _submit(job: Job) -> str:
     options = job.options()
     kept = {k: v for k, v in options.items() if k != "dependency"}
+    home = code.unpack(job.run)
     try:
         job_id = scheduler.submit(job)
     except (scheduler.NoAnswer, scheduler.NoJobId) as e:
@@ -78,7 +79,7 @@ def _submit(job: Job) -> str:
         if told := scheduler.preemption(str(options.get("partition") or "") or None):  # for nodes that cannot ask
             more["preemption"] = told
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
-                   args=list(job.extra_args), **more)  # fmt: skip
+                   code=home.name, args=list(job.extra_args), **more)  # fmt: skip
     except Exception:  # a job that nobody could find again
         scheduler.cancel([job_id])
         raise
@@ -151,7 +152,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **record, **{k: told[k] for k in ("qos", "preemption", "launch") if k in told})  # fmt: skip
+                   **record, **{k: told[k] for k in ("qos", "preemption", "launch", "code") if k in told})  # fmt: skip
     return new
 
 

@@ -20,7 +20,7 @@ COMPLETING_AT_MOST_S = 60.0
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that SLURM has. Raises SchedulerError."""
-    return _in_queue(slurm_jobs(run, read_events(run), stage, set_name))
+    return in_queue(slurm_jobs(run, read_events(run), stage, set_name))
 
 
 def of_this_cluster(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: E
     events = of_this_cluster(read_events(run))
     told = {e["job"]: e.get("args") or [] for e in events if e["event"] == "submitted"}
     jobs = slurm_jobs(run, events, "evaluate", set_name)
-    return _in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])
+    return in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])
 
 
 def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
@@ -54,7 +54,7 @@ def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
     return default.model_copy(update=said)
 
 
-def _in_queue(jobs: list[str]) -> list[str]:
+def in_queue(jobs: list[str]) -> list[str]:
     """Those of `jobs` that SLURM has.
 
     A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.

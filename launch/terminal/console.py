@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {hint}\n")
 
 
+def warn(message: str) -> None:
+    """What a result is not made of."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def show_progress(doing: str) -> ShowProgress:
     """A function (done, total) that says so: one line that changes on a terminal, else a line per 10,000 images."""
     tty = sys.stderr.isatty()
@@ -75,6 +81,11 @@ def show_progress(doing: str) -> ShowProgress:
             print(f"{doing} {done}/{total} images", flush=True)
 
     return show
+
+
+def same_root(option: str | None) -> str:
+    """What a command in a message needs, to find what this one found."""
+    return f" --root {shlex.quote(option)}" if option else ""
 
 
 def all_runs(root: Path) -> list[RunDir]:

@@ -11,7 +11,7 @@ from typing import Any
 from launch.cluster.scheduler import Queued, Wait, explain
 
 LATER = ("sample", "evaluate")
-BETWEEN = ("allocated", "checkpoint")
+BETWEEN = ("allocated", "checkpoint", "save_failed", "stage_began", "stage_done")
 """Events that tell nothing of how a life began or ended."""
 
 
@@ -29,6 +29,8 @@ class Facts:
     """Whether a trainer has given a sign of life just now, wherever it runs."""
     here: bool = False
     """Whether a background process of this machine trains it, or will."""
+    works_here: bool = False
+    """Whether one does anything for it: trains, samples or scores."""
     cluster: str = ""
     """Of which `jobs` are; "" where it has no name."""
 
@@ -53,6 +55,8 @@ def word(f: Facts) -> str:
     of_training = {job: told for job, told in active.items() if stages.get((job, f.cluster), "train") not in LATER}
     if of_training or (f.finished and active):
         return _in_queue(of_training or active)
+    if f.finished and f.works_here:
+        return "running"
     tale = [e for e in f.events if (stage_of(e) in LATER) == f.finished and e["event"] not in BETWEEN]
     last: dict[str, Any] = tale[-1] if tale else {}
     if last.get("event") in ("failed", "cancelled"):

@@ -17,7 +17,7 @@ from launch.queue.sets import request_for
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export"]
 SHELL_SCRIPTS = sorted([*PROJECT.glob("slurm/*"), *PROJECT.glob("tools/**/*.sh")])
 
 
@@ -361,8 +361,9 @@ def test_the_line_that_prepare_prints_for_training_works_anywhere(shell: Shell) 
     done = shell.submit("--root", str(root), "--account", "lab", "--prepare")
     assert done.returncode == 0, done.stderr
     ((home, *words),) = typed(shell, done.stdout)
-    assert home == str(PROJECT) and {"--account=lab", "--export=ALL", "--requeue"} <= set(words)
-    assert words[-2:] == [str(PROJECT / "slurm" / "train.sbatch"), str(root / "tiny")]
+    assert Path(home).parent == root / ".cache" / "code"
+    assert {"--account=lab", "--export=ALL", "--requeue"} <= set(words)
+    assert words[-2:] == [f"{home}/slurm/train.sbatch", str(root / "tiny")] and Path(words[-2]).is_file()
 
 
 def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submission_would(again: Shell) -> None:
@@ -387,7 +388,8 @@ def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submissio
     done = again("sample", "tiny", *sampling, "--prepare")
     assert done.returncode == 0 and "3 of 3 shards to make" in done.stdout, done.stderr
     ((home, *words),) = typed(again, done.stdout)
-    assert home == str(PROJECT) and words[-5:] == ["many", "--shards", "0-2", "--tasks", "2"]
+    assert Path(home).parent == again.root / ".cache" / "code"
+    assert words[-5:] == ["many", "--shards", "0-2", "--tasks", "2"]
     wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=1", "array=0-1%16"}
     assert {f"--{option}" for option in wanted} <= set(words)
 

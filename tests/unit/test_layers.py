@@ -193,7 +193,7 @@ def listed(readme: str) -> set[str]:
 FILES = python_files(PROJECT, *TOPS)
 DDPM = {module: path for module, path in FILES.items() if module.split(".")[0] == "ddpm"}
 HEAVY = ("ddpm.run.saving", "ddpm.run.images")  # for who has tensors and pictures
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export"]
 
 
 def test_there_is_something_to_check() -> None:

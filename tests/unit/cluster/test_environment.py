@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -78,9 +79,9 @@ def test_threads_of_background_jobs_sleep_at_their_barriers_unless_the_user_want
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert environment.for_jobs()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment.for_jobs(Path("/code"))["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert environment.for_jobs()["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert environment.for_jobs(Path("/code"))["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize(("nodes", "first"), [

@@ -13,7 +13,10 @@ import pytest
 
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
+from launch.cluster import by_submitit, by_template
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job
+from launch.cluster.site import Site
 from launch.life.decision import bad_nodes
 
 
@@ -32,13 +35,15 @@ class Shell:
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
 
-    def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1") -> int:
+    def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1",
+             alone: bool = False) -> int:  # fmt: skip
+        """alone: `command` begins with supervise.sh itself."""
         (self.run.path / "setup.sh").write_text(setup)
         env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
                "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
-               "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
-        script = f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
+               "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
+        script = command if alone else f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
         done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
         self.restart += 1
         self.said = done.stdout + done.stderr + (self.run.logs / "train-17.out").read_text()
@@ -139,6 +144,28 @@ def test_a_setup_line_that_fails_ends_the_life_named_and_the_job_is_put_back(she
     if "exit" not in setup:
         line = next(line for line in setup.splitlines() if line.split()[0] in ("false", "module", "cd", "if", "echo"))
         assert "setup failed on n1" in shell.said and line in shell.said
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+@pytest.mark.parametrize("line", ["exit 0", "exec true", "return 0", ". /dev/stdin <<<'exit 0'", "return 1"])
+def test_a_setup_line_that_ends_the_shell_in_silence_has_failed_too_and_nothing_is_done(
+    shell: Shell, via: str, line: str
+) -> None:
+    shell.put("srun", "echo worked on")
+    job = Job("train", shell.run, Site())
+    script = by_template.template("train").read_text() if via == "sbatch" else by_submitit.script_text(job)
+    (shell.bin / "job.sh").write_text(script.replace(sys.executable, "/nowhere/python"))
+    code = shell.life(f"exec bash {shell.bin}/job.sh {shell.run.path}", setup=f"export A=1\n{line}\n", alone=True)
+    assert code != 0 and "worked on" not in shell.said
+    assert "setup failed on n1" in shell.said and f": {line}" in shell.said
+    assert shell.orders()[0] == "requeue 17" and last(shell.run)["exit_code"] != 0
+
+
+def test_what_setup_makes_of_the_shell_does_not_take_its_end_from_it(shell: Shell) -> None:
+    setup = "set -e -u\nexec 8>&1\ntrap 'echo swept' EXIT\ntrap - TERM\necho $(exec echo from a subshell)\n"
+    assert shell.life("set -- a b\necho through >&8; false", setup=setup) == 127
+    assert all(told in shell.said for told in ("from a subshell", "through", "swept")), shell.said
+    assert shell.orders()[0] == "requeue 17" and shell.said.index("requeueing") < shell.said.index("swept")
 
 
 def test_setup_lines_act_on_the_shell_that_the_work_runs_in(shell: Shell) -> None:

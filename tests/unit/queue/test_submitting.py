@@ -17,7 +17,7 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import now
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
-from launch.cluster import by_template, scheduler, slurm
+from launch.cluster import scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, numbers, share
 from launch.cluster.site import Site, Stage
@@ -352,7 +352,8 @@ TOO_MANY = scheduler.SchedulerError(
 
 def shards_of(command: list[str]) -> list[list[int]]:
     """What each task of a template's sbatch makes, by the words that the template passes on."""
-    args = jobs.parse(["sample", *command[command.index(str(by_template.template("sample"))) + 1 :]])
+    (at,) = (n for n, word in enumerate(command) if word.endswith("/slurm/sample.sbatch"))
+    args = jobs.parse(["sample", *command[at + 1 :]])
     return [share(args.shards, task, args.tasks) for task in range(args.tasks)]
 
 
@@ -479,7 +480,7 @@ def test_a_sample_jobs_template_writes_to_the_log_that_the_options_of_a_job_name
     ids = {"SLURM_ARRAY_JOB_ID": "101", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "102"}
     env = {"SLURM_JOB_ID": "101"} if not job.is_array else ids
     env |= {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "/bin/true", "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    argv = ["bash", str(by_template.template("sample")), str(run.path), "set"]
+    argv = ["bash", str(PROJECT / "slurm" / "sample.sbatch"), str(run.path), "set"]
     assert subprocess.run(argv, env={**env, "SLURM_JOB_NODELIST": "n1"}, timeout=60).returncode == 0
     (log,) = run.logs.iterdir()
     said = str(job.options()["output"]).replace("%j", "101").replace("%A_%a", "101_1")
