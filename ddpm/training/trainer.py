@@ -266,7 +266,7 @@ class Trainer:
         self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
             raise DoNotRetry(
-                f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                f"loss or gradients were non-finite {rollbacks} times (last near step {at}), more than "
                 f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
                 f"train.amp=off in a new run"
             )

@@ -39,10 +39,13 @@ def running(run: RunDir) -> int | None:
     return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
 
 
-def at_work(run: RunDir) -> dict[str, tuple[int, list[str]]]:
-    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first."""
+def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str, tuple[int, list[str]]]:
+    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first.
+
+    events: the run's, where they have been read.
+    """
     found = {}
-    for e in reversed(read_events(run)):
+    for e in reversed(read_events(run) if events is None else events):
         here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
         if here and e.get("pid") and is_of(run, e):
             with contextlib.suppress(OSError):  # it has ended
