@@ -13,7 +13,7 @@ import errno
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -259,9 +259,9 @@ class Checkpointer:
         return steps
 
 
-def ema_bytes(ema: dict[str, torch.Tensor], step: int) -> bytes:
-    """What a file of EMA weights holds; equal weights give equal bytes."""
-    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)})
+def ema_bytes(ema: Mapping[str, torch.Tensor], step: int, **said: str) -> bytes:
+    """What a file of EMA weights holds, and says besides; equal weights give equal bytes."""
+    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step), **said})
 
 
 def settled_in(state: dict[str, Any]) -> dict[str, Any]:
