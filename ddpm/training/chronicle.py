@@ -69,7 +69,8 @@ class Silent:
 
 
 class Chronicle(Silent):
-    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good."""
+    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good;
+    on_milestone: called by the thread that has saved one."""
 
     def __init__(
         self,
@@ -81,7 +82,9 @@ class Chronicle(Silent):
         owner: dict[str, Any],
         world_size: int,
         is_milestone: Callable[[int], bool],
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_milestone = on_milestone
         self.config, self.run, self.fence, self.events = config, run, fence, events
         self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
         self._latest: dict[str, Any] = {}
@@ -131,8 +134,13 @@ class Chronicle(Silent):
                 is_milestone=self.is_milestone,
                 world_size=self.world_size,
                 log=say,
-                on_saved=lambda step: self.event("checkpoint", step),
+                on_saved=self._saved,
             )
+
+    def _saved(self, step: int) -> None:
+        self.event("checkpoint", step)
+        if self.is_milestone(step):
+            self._on_milestone()
 
     def say(self, message: str, **fields: Any) -> None:
         say(message, **fields)

@@ -6,6 +6,7 @@ Asks `stop_requested()` and knows no signal; reads no environment; tells through
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,7 @@ class Trainer:
         fence: Fence | None,
         events: EventLog | None,
         owner: dict[str, Any],
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
@@ -63,7 +65,14 @@ class Trainer:
         if fence is not None and events is not None:
             size, is_milestone = world.world_size, self.due.milestone
             self.chronicle = Chronicle(
-                config, run, fence, events, owner=owner, world_size=size, is_milestone=is_milestone
+                config,
+                run,
+                fence,
+                events,
+                owner=owner,
+                world_size=size,
+                is_milestone=is_milestone,
+                on_milestone=on_milestone,
             )
         self.warm = False
         self._beginning = "started"

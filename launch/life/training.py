@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from launch.life.life import Life
 from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
+
+QUEUE_AT_MOST_S = 120.0
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -72,6 +76,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         fence=fence,
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
+        on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
     return _until_the_end(life, world, trainer)
@@ -139,10 +144,29 @@ def _until_the_end(life: Life, world: World, trainer: Trainer) -> int:
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:
+            if world.is_main and (asked := score_milestones(life, trainer.config)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    asked.wait(QUEUE_AT_MOST_S)
             return _leave_together(life, world, 0)
         code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
         if code is not None:
             return _leave_together(life, world, code, outcome.reason)
+
+
+def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | None:
+    """Have milestones sampled and scored by jobs beside this one, where the config wants it: queued by a process of its
+    own, which training does not wait for. On this machine they would take what training computes with: not here."""
+    if config.evaluate.milestones is None or not life.env.is_scheduled:
+        return None
+    command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
+    try:
+        with (life.run.logs / "milestones.out").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--all-milestones"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+    except OSError as e:  # it ends no training; what is not queued now is at the next milestone
+        say("milestones are not queued", error=e)
+        return None
 
 
 @contextlib.contextmanager
