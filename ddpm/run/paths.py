@@ -195,6 +195,11 @@ class RunDir:
     def eval(self) -> Path:
         return self.path / "eval"
 
+    @property
+    def milestones(self) -> Path:
+        """The scores of milestones, and which of them is best."""
+        return self.path / "milestones.json"
+
     def score(self, set_name: str) -> Path:
         """Of the set's first score."""
         return self.eval / f"{set_name}.json"

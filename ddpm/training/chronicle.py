@@ -85,7 +85,8 @@ class Silent:
 
 
 class Chronicle(Silent):
-    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good."""
+    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good;
+    on_milestone: called by the thread that has saved one."""
 
     def __init__(
         self,
@@ -97,7 +98,9 @@ class Chronicle(Silent):
         owner: dict[str, Any],
         world_size: int,
         is_milestone: Callable[[int], bool],
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_milestone = on_milestone
         self.config, self.run, self.fence, self.events = config, run, fence, events
         self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
         self._latest: dict[str, Any] = {}
@@ -158,6 +161,8 @@ class Chronicle(Silent):
     def _saved(self, step: int) -> None:
         self._fails = False
         self.event("checkpoint", step)
+        if self.is_milestone(step):
+            self._on_milestone()
 
     def _not_saved(self, step: int, why: str) -> None:
         """Of several saves in a row that fail, the first is told. An event's step is one that was saved."""

@@ -172,21 +172,24 @@ def test_a_shard_that_stands_twice_is_refused(made: Made) -> None:
     repaired(made, [3])
 
 
-def test_an_overlapping_shard_is_refused(made: Made) -> None:
+@pytest.mark.parametrize(("key", "value", "here"), [("first", 6, 12), ("num", 11, 12)])
+def test_a_shard_that_overlaps_or_has_too_few_is_refused(made: Made, key: str, value: int, here: int) -> None:
     path = made.sample_set.shard_manifest(1, SHARDS)
-    files.write_json(path, files.sign({**files.read_signed(path), "first": 6}), replace=True)
+    files.write_json(path, files.sign({**files.read_signed(path), key: value}), replace=True)
     error = refused(made)
-    assert error.shards == [1] and "its first is 6, this shard's is 12" in str(error)
+    assert error.shards == [1] and f"its {key} is {value}, this shard's is {here}" in str(error)
     repaired(made, [1])
 
 
-def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path) -> None:
-    other = make(tmp_path / "other", checkpoint=CheckpointRef(99, "cd" * 32))
+@pytest.mark.parametrize("of", [{"checkpoint": CheckpointRef(99, "cd" * 32)}, {"seed": 4}])
+def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path, of: dict[str, Any]) -> None:
+    other = make(tmp_path / "other", **of)
     for name in ("shard", "shard_manifest"):
         source = getattr(other.sample_set, name)(4, SHARDS)
         (made.sample_set.path / source.name).write_bytes(source.read_bytes())
     error = refused(made)
     assert error.shards == [4] and "its request_digest is" in str(error)
+    assert "of another checkpoint, seed or sampler" in str(error)
     repaired(made, [4])
 
 
