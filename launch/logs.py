@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.errors import RequestError
 from launch.terminal import console, logfiles
 

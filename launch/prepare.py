@@ -213,6 +213,16 @@ def ensure_weights(extractor: str) -> None:
         extractors.ensure_weights(extractor)
 
 
+def warn_of_batch(config: Config, num_images: int | None) -> None:
+    """Epochs run across batches, so that training works."""
+    if num_images is not None and (batch := config.train.global_batch) > num_images:
+        print(
+            f"warning: train.global_batch = {batch}: the data has {num_images} images, so that every step shows some "
+            f"of them more than once; a batch is usually a small part of the data",
+            file=sys.stderr,
+        )
+
+
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
     from ddpm.data import packed as data
 
@@ -227,12 +237,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
-    if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
-        print(
-            f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
-            f"of them more than once; a batch is usually a small part of the data",
-            file=sys.stderr,
-        )
+    warn_of_batch(config, len(packed))
     record = {
         "cache": str(cache / "data"),
         "key": key,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
 from ddpm.run.fence import Fence

@@ -11,6 +11,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
@@ -26,10 +27,11 @@ from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, directory, local
+from launch.queue.naming import name_of
 from launch.queue.sets import LEAST_SCORED
-from launch.queue.submitting import by_hand, describe
+from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
-from launch.terminal import console, follow, recipes
+from launch.terminal import console, follow, plan, recipes
 from launch.terminal.results import print_results
 
 EXAMPLES = """examples:
@@ -37,7 +39,7 @@ EXAMPLES = """examples:
   python launch/submit.py configs/cifar10.yaml train.lr=1e-4 --name low-lr --partition gpu --nodes 2 --gpus-per-node 4
   python launch/submit.py --partition gpu --time 4h --then sample,evaluate    … then 50,000 images, and their FID
   python launch/submit.py --list                                        the recipes in configs/
-  python launch/submit.py --partition gpu --dry-run                     show config and job script; touch nothing
+  python launch/submit.py --partition gpu --dry-run                     what it would ask for; touches nothing
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
 The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
@@ -54,18 +56,19 @@ def parse() -> argparse.Namespace:
         help="a config file (default configs/cifar10.yaml) and any of its keys, e.g. train.lr=1e-4",
     )
     parser.add_argument("--list", action="store_true", help="show the recipes in configs/, and leave")
-    parser.add_argument("--name", help="the run's name (default: the config's)")
+    parser.add_argument("--name", help="the run's name (default: the config's; after the data where that is another)")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     parser.add_argument("--then", default="", metavar="sample,evaluate", help="what to do when training is done")
     parser.add_argument("--wait", action="store_true", help="stay until all is done, showing progress")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the exact job script")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be asked for, and the resolved config")
+    parser.add_argument("--verbose", action="store_true", help="with --dry-run: the exact job scripts too")
     parser.add_argument("--prepare", action="store_true", help="all but queueing: data, checks, run directory")
     add_options(parser)
     return parser.parse_intermixed_args()
 
 
-def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The config and the stages that the command line asks for. Raises RequestError."""
+def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str], recipes.Recipe | None]:
+    """The config and the stages that the command line asks for, and the file of the config. Raises RequestError."""
     files = [w for w in args.words if "=" not in w]
     overrides = [w for w in args.words if "=" in w]
     if "" in files:
@@ -79,12 +82,25 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str]]:
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
     config = with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs"))
+    recipe = _recipe(path)
+    if not any(o.startswith("name=") for o in overrides):
+        own = with_absolute_paths(recipe.config).data if recipe else None
+        name = name_of(config, own, environment.runs_root(args.root))
+        config = config.model_copy(update={"name": check_name(name)})
     if "evaluate" in stages and config.sample.num_samples < LEAST_SCORED:
         raise RequestError(
             f"sample.num_samples = {config.sample.num_samples}: a score needs at least {LEAST_SCORED} samples, as it "
             f"compares variances; ask for more, or leave evaluate out of --then"
         )
-    return config, stages
+    return config, stages, recipe
+
+
+def _recipe(path: Path) -> recipes.Recipe | None:
+    """A config file as it stands; None where it is no config by itself."""
+    try:
+        return recipes.read(path)
+    except RequestError:
+        return None
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -113,32 +129,12 @@ def check_resources(config: Config, site: Site) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def print_dry_run(config: Config, site: Site, run: RunDir, stages: list[str]) -> None:
-    known = config.train.total_steps is not None
-    print(f"# run directory: {run.path}")
-    print(f"# config, resolved (digest {config.digest()[:12]}):" if known else "# config:")
-    print(config.to_yaml())
-    if not known:
-        print(f"# length: {config.train.total_epochs} epochs (steps known once the data is packed)")
-        if stages:
-            print(f"# after training: {', '.join(stages)}, of a set that is named after the last step")
-    jobs = chain.jobs_of(run, config, site, stages if known else [])
-    if site.is_local:
-        print("# processes on this machine, one after another:")
-    for job in jobs:
-        if not site.is_local:
-            after = " (after the job before has ended)" if job.stage != "train" else ""
-            print(f"# {job.stage} job{after}, via {site.via}:")
-        print(describe(job))
-    print("# dry run: nothing was written or queued")
-
-
 def main() -> int:
     args = parse()
     if args.list:
         recipes.print_table(PROJECT / "configs")
         return 0
-    asked, stages = read_command_line(args)
+    asked, stages, recipe = read_command_line(args)
     site = resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
@@ -148,8 +144,12 @@ def main() -> int:
     for warning in [*config.warnings(), *([] if site.is_local else site.warnings())]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
-        prepare.check_existing(run, config)
-        print_dry_run(config, settle(site, dry_run=True), run, stages)
+        if not prepare.check_existing(run, config) and config.data.path:
+            prepare.check_data(config, stages)
+        num = prepare.num_images(config, run)
+        prepare.warn_of_batch(config, num)
+        site = settle(site, dry_run=True)
+        plan.print_dry_run(config, site, run, stages, num, recipe, scripts=args.verbose)
         return 0
     prepare.check_data(config, stages)
     exists = prepare.check_existing(run, config)

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ def run_script(main: Callable[[], int]) -> None:
     """Run a script's main and leave with its exit code; what a user can mend is one message, never a traceback."""
     streams.make_safe()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while everything was loaded
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
