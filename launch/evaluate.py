@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +18,21 @@ import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.run.records import data_of
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
-from ddpm.scoring.record import is_signed, told
+from ddpm.scoring.record import Score, is_signed, scores_of, told
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
-from launch.queue import borrowing, chain, local
-from launch.queue.directory import site_of
+from launch.cluster.site import Site
+from launch.queue import borrowing, bounds, chain, local
+from launch.queue.directory import site_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
@@ -37,6 +43,7 @@ from launch.terminal.comparison import chosen_scores, print_comparison
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
+  python launch/evaluate.py cifar10 --bits-per-dim                    of the test images; --num-images 500 for a part
   python launch/evaluate.py cifar10 --compare paper fast              two sets side by side; RUN/SET names another run's
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
   python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
@@ -47,16 +54,28 @@ def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
-    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
+    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or images: a folder, zip, .npz or .npy")
     parser.add_argument("--images", help="score this folder, zip, .npz or .npy instead of a run, here and now")
     parser.add_argument(
         "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"
     )
     parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="with --images: keep features there; processes with the same one share the work"
+    )
     parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
     parser.add_argument(
         "--extractor",
         help="inception, dinov2, file:PATH, random-inception or pixels (default: the run's config's; else inception)",
+    )
+    parser.add_argument(
+        "--bits-per-dim",
+        action="store_true",
+        help="the variational bound of the test images (or of --reference train), as Ho et al. report it",
+    )
+    parser.add_argument("--step", type=int, help="with --bits-per-dim: of which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--num-images", type=int, help="with --bits-per-dim: of so many, chosen by sample.seed (default: all)"
     )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
@@ -67,10 +86,14 @@ def parse() -> argparse.Namespace:
         parser.error("give a RUN, or --images with --reference")
     if args.compare and (args.set_name or args.size or args.save_stats):
         parser.error("--compare names its sets, and shows scores that there are")
+    if args.bits_per_dim and (args.run is None or args.compare or args.set_name or args.extractor):
+        parser.error("--bits-per-dim is of a RUN; --reference, --step and --num-images say more")
+    if not args.bits_per_dim and not (args.step is None and args.num_images is None):
+        parser.error("--step and --num-images go with --bits-per-dim")
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
-    if args.run and (args.size or args.save_stats):
-        parser.error("--size and --save-stats go with --images; a run's samples have its size")
+    if not args.images and (args.size or args.save_stats or args.keep):
+        parser.error("--size, --save-stats and --keep go with --images; a run's samples have its size")
     if args.images and bool(args.reference) == bool(args.save_stats):
         parser.error("--images needs --reference: a pytorch-fid .npz, or images to compare with; or --save-stats")
     if args.size is not None and args.size < 1:
@@ -99,6 +122,9 @@ def score_images(args: argparse.Namespace) -> int:
     stats = Path(args.save_stats).expanduser() if args.save_stats else None
     if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
         raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
+    keep = Path(args.keep).expanduser() if args.keep else None
+    if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
+        raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
     import torch
 
     from ddpm.scoring.extractors import build_extractor, ensure_weights
@@ -110,10 +136,11 @@ def score_images(args: argparse.Namespace) -> int:
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
     if stats:
-        save_statistics(packed, stats, extractor)
+        save_statistics(packed, stats, extractor, keep)
         print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
-        result = evaluate_images(packed, reference, extractor, args.size)
+        with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
+            result = evaluate_images(packed, reference, extractor, args.size, keep)
         print(json.dumps(result, indent=1))
         print(told(result), file=sys.stderr)
     return 0
@@ -139,9 +166,8 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     )
 
 
-def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
+def show(run: RunDir, set_name: str, score: Score | None) -> int:
     """The score that was asked for, and on stderr what is to be said of it."""
-    score = score_by(run, set_name, asked)
     if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
@@ -169,6 +195,10 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
+    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    check_path(run, site)
+    if args.bits_per_dim:
+        return score_bound(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
@@ -176,28 +206,56 @@ def main() -> int:
     check_for_run(run, config, reference)
     reference = _whole(reference)
     asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
-    check_path(run, site)
     site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
+    if args.tasks and site.tasks != "auto":
+        job = replace(job, parts=site.tasks)
     if args.dry_run:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    prepare.ensure_weights(asked.extractor)
+    prepare.ensure_weights(asked.extractor, Path(data_of(run)["cache"]))
+
+    def in_queue() -> list[str]:
+        return evaluations_in_queue(run, set_name, asked, config.evaluate)
+
+    return do(job, in_queue, lambda: score_by(run, set_name, asked), args)
+
+
+def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
+    """Bits per dimension: published as a request here, computed by a job, whose tasks share its parts."""
+    request, parts = bounds.request_for(run, config, args.reference or "test", args.step, args.num_images)
+    name = request.name
+    job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=("--bits-per-dim",), parts=parts)
+    if args.dry_run:
+        print(f"# {bounds.cost(request, config)}\n{describe(job)}\n# dry run: nothing was written or queued")
+        return 0
+    bounds.publish(run, request)
+    print(bounds.cost(request, config), file=sys.stderr)
+
+    def found() -> Score | None:
+        return next((score for score in scores_of(run, name) if not score.damage), None)
+
+    return do(job, lambda: jobs_in_queue(run, "evaluate", name), found, args)
+
+
+def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
+    """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
+    run, name = job.run, job.set_name
     prepare.settle_code(run, new=args.code == "new")
     chain.go_on(run)
-    if site.is_local:
+    if job.site.is_local:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
-        return show(run, set_name, asked)
+        return show(run, name, score())
     with turn(run):
-        if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
-            print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
+        if ids := in_queue():
+            print(f"the score of {name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
         else:
-            waiting = jobs_in_queue(run, "sample", set_name)
+            waiting = jobs_in_queue(run, "sample", name)
+            use_shell_of(run, job.site)
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
             said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
@@ -205,7 +263,7 @@ def main() -> int:
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)
-    return show(run, set_name, asked)
+    return show(run, name, score())
 
 
 if __name__ == "__main__":

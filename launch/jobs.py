@@ -3,6 +3,7 @@
     python -m launch.jobs train RUN
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
+    python -m launch.jobs evaluate RUN NAME --bits-per-dim
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -39,6 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference", default=None)
     parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
+    parser.add_argument("--bits-per-dim", action="store_true", help="of bits-per-dim/NAME/request.json")
     return parser.parse_args(argv)
 
 
@@ -50,9 +52,12 @@ def work(life: Life, args: argparse.Namespace) -> int:
         if why and life.env.world_size == 1:
             say(why)
             return life.leave(0)
-        from launch.life import training
+        from launch.life import compiled, training
 
-        return training.train(life, config, why)
+        try:
+            return training.train(life, config, why)
+        finally:
+            compiled.leave()
     if args.stage == "sample":
         from launch.life import sampling
 
@@ -60,6 +65,10 @@ def work(life: Life, args: argparse.Namespace) -> int:
         shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
         life.works_on(shards)
         return sampling.sample(life, args.set_name, shards)
+    if args.bits_per_dim:
+        from launch.life import likelihood
+
+        return likelihood.evaluate(life, args.set_name)
     starting.request_of(life, args.set_name)
     from launch.life import scoring
 

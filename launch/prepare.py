@@ -11,7 +11,7 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
-from ddpm.data.labels import labels_record
+from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
 from ddpm.run.events import read_events
@@ -205,12 +205,13 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
         raise
 
 
-def ensure_weights(extractor: str) -> None:
-    """What an extractor needs is on this machine, downloaded if need be. Loads torch where it needs anything."""
+def ensure_weights(extractor: str, cache: Path) -> None:
+    """What an extractor needs lies beside the folder of packed data, where jobs see it, downloaded if need be. Loads
+    torch where it needs anything."""
     if extractor not in WITHOUT_WEIGHTS:
         from ddpm.scoring import extractors
 
-        extractors.ensure_weights(extractor)
+        extractors.ensure_weights(extractor, extractors.beside(cache))
 
 
 def warn_of_batch(config: Config, num_images: int | None) -> None:
@@ -227,7 +228,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     from ddpm.data import packed as data
 
     if "evaluate" in stages:
-        ensure_weights(config.evaluate.extractor)
+        ensure_weights(config.evaluate.extractor, cache / "data")
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     if "evaluate" in stages and config.evaluate.reference == "test":
@@ -237,6 +238,9 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         f"digest {packed.digest[:12]}",
         flush=True,
     )
+    labels = labels_record(packed)
+    if told := told_of_classes(labels):
+        print(told, flush=True)
     warn_of_batch(config, len(packed))
     record = {
         "cache": str(cache / "data"),
@@ -245,4 +249,4 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "num_images": len(packed),
         "scratch": site.scratch,
     }
-    return {"data": record, "labels": labels_record(packed)}
+    return {"data": record, "labels": labels}

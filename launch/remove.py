@@ -20,7 +20,6 @@ from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
 from ddpm.run.log import amount
 from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
-from launch.life.starting import kernels_of
 from launch.queue import borrowing, work
 from launch.queue.turns import turn
 from launch.terminal import console
@@ -97,7 +96,6 @@ def remove(run: RunDir) -> None:
     gone = run.path.with_name(f"{TMP_PREFIX}removed-{run.name}.{os.getpid()}")
     run.path.rename(gone)
     fsync_dir(run.path.parent)
-    shutil.rmtree(kernels_of(run), ignore_errors=True)
     shutil.rmtree(gone)
 
 

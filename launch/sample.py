@@ -27,7 +27,7 @@ from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, sets
-from launch.queue.directory import site_of
+from launch.queue.directory import site_of, use_shell_of
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
@@ -174,6 +174,7 @@ def main() -> int:
         chain.go_on(run)
     if args.prepare:
         publish(run, sample_set, request)
+        use_shell_of(run, site)
         lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
@@ -225,6 +226,7 @@ def make(
             return code if code == 130 else 1
     else:
         with turn(run):
+            use_shell_of(run, site)
             is_new = publish(run, sample_set, request)
             try:
                 there = queue_once(job)

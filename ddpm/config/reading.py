@@ -13,7 +13,7 @@ from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
-from ddpm.run.files import read_bytes
+from ddpm.run.files import link_to_nothing, read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -26,6 +26,8 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     try:
         text = read_text(path)
     except FileNotFoundError:
+        if why := link_to_nothing(path):
+            raise RequestError(f"config file {path} is {why}: bring that back, or restore the file") from None
         known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, known, 1, 0.5)
         there = ", ".join(map(str, known.values())) or "none"

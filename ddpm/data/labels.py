@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddpm.run.files import sha256_json
+from ddpm.run.log import plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SHOWN = 4
 """Classes that a message names."""
+TOLD = 40
+"""Classes that are listed when they are packed."""
 
 
 def labels_digest(labels: np.ndarray, classes: Sequence[str]) -> str:
@@ -36,6 +39,13 @@ def labels_record(packed: PackedImages) -> dict[str, Any]:
     counts = np.bincount(packed.labels[packed.labels >= 0], minlength=len(packed.classes)).tolist()
     named = dict(zip(packed.classes, counts, strict=False))
     return {"digest": labels_digest(packed.labels, packed.classes), "classes": named}
+
+
+def told_of_classes(record: dict[str, Any]) -> str:
+    """The classes of a `labels_record` with their indices and numbers of images, in a line; "" where there is one."""
+    each = [f"{i} {plain(name) or 'no folder'} ({num:,})" for i, (name, num) in enumerate(record["classes"].items())]
+    more = f", and {len(each) - TOLD} more" if len(each) > TOLD else ""
+    return f"classes: {', '.join(each[:TOLD])}{more}" if len(each) > 1 else ""
 
 
 def labels_changed(kept: dict[str, Any] | None, here: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ddpm.run.files import LINES_BYTES, DamagedFile, parse_json, read_bytes, seconds, sign
+from ddpm.run.files import LINES_BYTES, DamagedFile, link_to_nothing, parse_json, read_bytes, seconds, sign
 from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
@@ -67,28 +67,33 @@ SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
 """Of a life: what an event keeps of a heartbeat."""
 EVENT: Kind = {"event": _is_text, **SIGN}
 EVENT_TOO: Kind = {
-    **dict.fromkeys(("host", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
-    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks"), _is_count),
+    **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
+    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks", "wait_s"), _is_count),
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
-    **{"successor_of": _is_job, "launch": _is_tree, "qos": lambda v: _is_tree(v) and all(map(_is_text, v.values()))},
+    **{"successor_of": _is_job, "launch": _is_tree},
+    **dict.fromkeys(("qos", "preemption"), lambda v: _is_tree(v) and all(map(_is_text, v.values()))),
 }
 METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},
     **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
 }
-METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number}
+METRICS_TOO: Kind = {**dict.fromkeys(("images", "skipped_steps"), _is_count), "gpu_memory_gib": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {
-    **{"total_steps": _is_count, "inode": _is_count, "host": _is_text},
-    **{"loss": _is_number, "images_per_s": _is_number},
+    **dict.fromkeys(("total_steps", "inode"), _is_count),
+    **dict.fromkeys(("host", "cluster"), _is_text),
+    **dict.fromkeys(("loss", "images_per_s"), _is_number),
 }
 RUN_TOO: Kind = {
     **dict.fromkeys(("config_digest", "created", "reads"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
+    "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
 }
+FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
+FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
 DATA: Kind = {"cache": _is_text}
 DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
 
@@ -223,7 +228,8 @@ def read_run(run: RunDir) -> Record:
     try:
         record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
-        raise DamagedFile(f"{run.run_json} is missing: restore it, or this is no run directory") from None
+        why = link_to_nothing(run.run_json) or "missing"
+        raise DamagedFile(f"{run.run_json} is {why}: restore it, or this is no run directory") from None
     except ValueError as e:
         record, wrong = None, f"no JSON: {e}"
     except DamagedFile as e:
@@ -235,6 +241,12 @@ def read_run(run: RunDir) -> Record:
             f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
         )
     return record
+
+
+def lost_signature(record: Record) -> bool:
+    """Whether what a run.json says is not signed, though what wrote it signs: only a record from before says no labels,
+    and whoever adds them to one signs it."""
+    return "labels" in record and "self_sha256" not in record
 
 
 def data_of(run: RunDir) -> Record:

@@ -25,7 +25,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, now, publishing, read_bytes, read_json, sha256_json, sign, write_json
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""
@@ -241,18 +241,19 @@ class Checkpointer:
         unfinished.clear(run, self._fence.check, self._log)
 
     def _named(self) -> set[Any]:
-        """Steps that sample sets are made of. Raises DamagedFile where that cannot be told of one."""
+        """Steps that sample sets and bounds are made of. Raises DamagedFile where that cannot be told of one."""
         steps = set()
-        for sample_set in self._run.sample_sets():
+        sets: list[SampleSet | BoundSet] = [*self._run.sample_sets(), *self._run.bound_sets()]
+        for made in sets:
             try:
-                read_bytes(sample_set.request)  # a file system that fails for a moment is no damage
+                read_bytes(made.request)  # a file system that fails for a moment is no damage
             except FileNotFoundError:
-                if any(p.name.startswith("shard-") for p in listed(sample_set.path)):
-                    raise DamagedFile(f"{sample_set.request}: missing beside its shards") from None
+                if any(p.name.startswith(("shard-", "part-")) for p in listed(made.path)):
+                    raise DamagedFile(f"{made.request}: missing beside its shards") from None
                 continue
-            request = read_json(sample_set.request) or {}
+            request = read_json(made.request) or {}
             if request.pop("digest", None) != sha256_json(request):
-                raise DamagedFile(f"{sample_set.request}: its digest does not match its content")
+                raise DamagedFile(f"{made.request}: its digest does not match its content")
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
         return steps

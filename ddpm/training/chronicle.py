@@ -6,6 +6,8 @@ Every rank has a chronicle and calls it at the same places; those of the ranks a
 from __future__ import annotations
 
 import contextlib
+import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 from ddpm.training.telemetry import Telemetry
+
+PASSING = (errno.EIO, errno.ESTALE, errno.EDQUOT)
+"""Errors of a shared file system that may be over in a moment."""
+SAVE_AGAIN_S = 2
 
 
 class Silent:
@@ -57,8 +63,18 @@ class Silent:
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a grid, uint8 (H, W, 3)."""
 
-    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> bool:
-        """Start a save of `state`, and with `wait` see it through. False: it is known to have failed."""
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        wait: bool = False,
+        final: bool = False,
+        patience_s: Callable[[], float] = lambda: 0.0,
+    ) -> bool:
+        """Start a save of `state`, and with `wait` see it through. False: it is known to have failed.
+
+        patience_s: for how long, once an error has come that may be over in a moment, it is tried again.
+        """
         return True
 
     def settle(self) -> None:
@@ -176,15 +192,30 @@ class Chronicle(Silent):
     def grid(self, step: int, grid: np.ndarray) -> None:
         self.telemetry.grid(step, grid)
 
-    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> bool:
-        try:
-            self.telemetry.sync()  # a checkpoint promises the lines before it
-            self.saver.save(state, wait=wait, final=final)
-        except OSError as e:
-            say("checkpoint failed", step=state["step"], error=e)
-            self._not_saved(state["step"], e.strerror or str(e))
-            return False
-        return True
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        wait: bool = False,
+        final: bool = False,
+        patience_s: Callable[[], float] = lambda: 0.0,
+    ) -> bool:
+        deadline: float | None = None
+        while True:
+            try:
+                self.telemetry.sync()  # a checkpoint promises the lines before it
+                self.saver.save(state, wait=wait, final=final)
+            except OSError as e:
+                if e.errno in PASSING and deadline is None:
+                    deadline = time.monotonic() + patience_s()
+                again = deadline is not None and e.errno in PASSING and time.monotonic() + SAVE_AGAIN_S < deadline
+                say("checkpoint failed", step=state["step"], error=e, **({"again_in_s": SAVE_AGAIN_S} if again else {}))
+                if not again:
+                    self._not_saved(state["step"], e.strerror or str(e))
+                    return False
+                time.sleep(SAVE_AGAIN_S)
+            else:
+                return True
 
     def settle(self) -> None:
         self.saver.wait(raising=False)

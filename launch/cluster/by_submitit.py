@@ -63,12 +63,16 @@ def script_text(job: Job) -> str:
     listed = {"wckey": "submitit", **options, **({"array": _array(job)} if job.is_array else {})}
     log = folder(job) / ("%A_%a_%t_log.out" if job.is_array else "%j_%t_log.out")
     srun = ["srun", "--unbuffered", "--output", str(log), "--kill-on-bad-exit=1", "--open-mode=append"]
-    srun += [f"--output={options['output']}", "bash", f"{told['DDPM_HOME']}/slurm/rank.sh", sys.executable]
+    srun += [f"--output={options['output']}"]
+    ours = '"${ddpm_srun[@]}" ' if job.site.container.image else ""
+    python = '"${ddpm_python[@]}"' if job.site.container.image else shlex.quote(sys.executable)
+    rank = ["bash", f"{told['DDPM_HOME']}/slurm/rank.sh"]
+    runner = ["-u", "-m", "submitit.core._submit", str(folder(job))]
     lines = ["#!/bin/bash", "", "# Parameters"]
     lines += [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in sorted(listed.items())]
     lines += ["", "# setup", *(f"export {k}={shlex.quote(v)}" for k, v in told.items())]
     lines += ['. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command", "export SUBMITIT_EXECUTOR=slurm"]
-    lines += [shlex.join([*srun, "-u", "-m", "submitit.core._submit", str(folder(job))]), ""]
+    lines += [f"{shlex.join(srun)} {ours}{shlex.join(rank)} {python} {shlex.join(runner)}", ""]
     return "\n".join(lines)
 
 

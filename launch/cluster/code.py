@@ -13,6 +13,7 @@ import io
 import shutil
 import uuid
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,8 +50,11 @@ def of_run(run: RunDir) -> Code | None:
             members = archive.infolist()
             if sum(m.file_size for m in members) > MAX_BYTES or not all(map(_is_ours, archive.namelist())):
                 raise DamagedFile(f"{run.code} holds what is no code of ours")
-            return {m.filename: archive.read(m) for m in members}
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+            code = {m.filename: archive.read(m) for m in members}
+            if archive.comment.decode(errors="replace") != digest(code):
+                raise zipfile.BadZipFile("it is not what it says that it is")
+            return code
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as e:
         raise DamagedFile(f"{run.code} is damaged ({e}): bring it back, or submit with --code new") from None
 
 
@@ -91,6 +95,7 @@ def keep(run: RunDir, code: Code) -> None:
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(code.items()):
             archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+        archive.comment = digest(code).encode()
     write_bytes(run.code, packed.getvalue(), replace=True)
 
 

@@ -43,6 +43,8 @@ class JobEnvironment:
     array_task: int | None
     since: str
     """When this life of the job got its nodes."""
+    cluster: str = ""
+    """The name of the scheduler's cluster, in lower case; "" where it has none."""
 
     @property
     def is_scheduled(self) -> bool:
@@ -50,15 +52,21 @@ class JobEnvironment:
         return self.scheduler != "local"
 
     def events(self, run: RunDir) -> EventLog:
-        return EventLog(run, self.job, self.restart, self.host, since=self.since)
+        return EventLog(run, self.job, self.restart, self.host, since=self.since, cluster=self.cluster)
 
     def owner(self) -> dict[str, object]:
-        return {"job": self.job, "restart": self.restart, "host": self.host}
+        named = {"cluster": self.cluster} if self.cluster else {}
+        return {"job": self.job, "restart": self.restart, "host": self.host, **named}
 
 
 def is_scheduled() -> bool:
     """Whether this process is in a job of the scheduler's."""
     return "SLURM_JOB_ID" in os.environ
+
+
+def cluster() -> str:
+    """The name of the cluster whose job this is, as SLURM keeps it: in lower case. "" outside of jobs."""
+    return os.environ.get("SLURM_CLUSTER_NAME", "").lower() if is_scheduled() else ""
 
 
 def num_tasks() -> int:
@@ -69,6 +77,11 @@ def num_tasks() -> int:
 def num_nodes() -> int:
     """Nodes of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def partition_and_qos() -> tuple[str, str]:
+    """Of the job in which this process runs."""
+    return os.environ.get("SLURM_JOB_PARTITION", ""), os.environ.get("SLURM_JOB_QOS", "")
 
 
 def memory_asked_for() -> str:
@@ -113,6 +126,7 @@ def current() -> JobEnvironment:
             _cpus_of_rank(env) if in_step else 1,
             int(array[1]) if array[1] else None,
             since,
+            cluster(),
         )
     alone = "LOCAL_WORLD_SIZE" not in env  # torchrun sets OMP_NUM_THREADS, which then is nobody's wish
     cpus = int(env.get("DDPM_CPUS") or (alone and threads_asked()) or len(os.sched_getaffinity(0)))
@@ -248,6 +262,11 @@ def set_defaults(**values: str) -> None:
     """Set variables that libraries read, unless the user has."""
     for key, value in values.items():
         os.environ.setdefault(key, value)
+
+
+def compiler_folder() -> str | None:
+    """Where torch keeps what it compiles, if somebody has said."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
 
 def default_partition() -> str | None:

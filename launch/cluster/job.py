@@ -19,7 +19,8 @@ SBATCH_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of a run: train; sample (an array whose tasks divide `shards` among them); evaluate."""
+    """One stage of a run: train; sample (an array whose tasks divide `shards` among them); evaluate (one, or an array
+    whose tasks share `parts`, whoever comes first)."""
 
     stage: str
     run: RunDir
@@ -31,6 +32,8 @@ class Job:
     extra_args: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     """Nodes that it is not to have, beside those that the site says."""
+    parts: int = 1
+    """Into how many an evaluation falls that several tasks may work on."""
 
     @property
     def home(self) -> dict[str, str]:
@@ -43,9 +46,9 @@ class Job:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks make its shards: as many as are asked for, or may run at a time; 1 where it has none."""
+        """How many tasks make its shards or parts: as many as are asked for, or may run at a time."""
         asked = self.site.max_parallel if self.site.tasks == "auto" else self.site.tasks
-        return max(1, min(asked, len(self.shards)))
+        return max(1, min(asked, len(self.shards) or self.parts))
 
     @property
     def is_array(self) -> bool:
@@ -53,7 +56,7 @@ class Job:
 
     def with_tasks(self, at_most: int) -> Job:
         fewer = self.site.model_copy(update={"tasks": min(self.num_tasks, at_most)})
-        return replace(self, site=fewer) if self.shards else self
+        return replace(self, site=fewer) if self.is_array else self
 
     def shards_of(self, task: int) -> list[int]:
         """What one of its tasks makes."""

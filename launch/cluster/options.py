@@ -56,7 +56,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
-    "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
+    "tasks": {
+        "metavar": "N",
+        "help": "tasks that divide a sample job's shards (default auto), or an evaluation's",
+    },
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],

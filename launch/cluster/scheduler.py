@@ -16,14 +16,15 @@ from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import available
-from launch.cluster.slurm_orders import cancel, cancel_waiting, exclude, make_wait, requeue, too_many
+from launch.cluster.slurm_orders import cancel, cancel_waiting, delay, exclude, make_wait, requeue, too_many
 from launch.cluster.slurm_questions import (
     any_cancelled,
+    cluster_name,
     dependents,
     look_up,
     max_array_size,
     mercy,
-    qos_table,
+    preemption,
     show,
     spare_nodes,
 )
@@ -41,6 +42,8 @@ __all__ = [
     "by_hand",
     "cancel",
     "cancel_waiting",
+    "cluster_name",
+    "delay",
     "dependents",
     "describe",
     "exclude",
@@ -53,7 +56,7 @@ __all__ = [
     "mercy",
     "partitions",
     "patiently",
-    "qos_table",
+    "preemption",
     "queued",
     "requeue",
     "show",

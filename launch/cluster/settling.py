@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from typing import Any
 
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import slurm
 from launch.cluster.answers import SchedulerError
+from launch.cluster.container import check_image
 from launch.cluster.environment import default_partition
 from launch.cluster.partitions import Partition, partitions
 from launch.cluster.site import Site, Stage
@@ -18,9 +20,13 @@ from launch.cluster.values import slurm_minutes
 def settle(site: Site, *, dry_run: bool) -> Site:
     """Fill in what only the scheduler knows, and check the partition against it.
 
-    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition that does not exist. A dry run does
-    without a scheduler and then assumes a GPU per node.
+    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition or an image that does not exist. A dry
+    run does without a scheduler and then assumes a GPU per node.
     """
+    if site.container.image and site.is_local:
+        print("warning: the profile's container is for SLURM's jobs: here the run uses this Python", file=sys.stderr)
+    elif site.container.image and not dry_run:
+        check_image(site.container)
     if site.is_local:
         return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
     known: dict[str, Partition] = {}

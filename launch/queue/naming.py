@@ -1,4 +1,4 @@
-"""What a run is called where nobody says: after its recipe, and after its data where the recipe is another data's."""
+"""What a run is called where nobody says: after its recipe, and after its data where that recipe is another data's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ NAMED = ("cifar10", "celeba", "digits")
 """Data that runs are called after."""
 
 
-def name_of(config: Config, recipe: Data | None, root: Path) -> str:
-    """config: with the name that its file has. recipe: the file's own `data`, where it is valid by itself.
+def name_of(config: Config, root: Path) -> str:
+    """The config's own name, but where that is of other data than it has: a run is not called cifar10 that is of cats.
 
-    A run that has the file's name and this data was begun when that was enough, and goes on under it.
+    A run that has the config's name and this data was begun when that was enough, and goes on under it.
     """
     name, called = config.name, _called(config.data)
     other = next((d for d in NAMED if re.match(rf"{d}(?![a-z0-9])", name) and d != called), None)
-    changed = recipe is not None and _of(recipe) != _of(config.data)
-    if (other is None and not changed) or _is_of(RunDir(root / name), config.data):
+    if other is None or _is_of(RunDir(root / name), config.data):
         return name
-    return fitting(called + name.removeprefix(other) if other else f"{name}-{called}")
+    return fitting(called + name.removeprefix(other))
 
 
 def _called(data: Data) -> str:

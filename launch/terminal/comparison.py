@@ -12,7 +12,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
 from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
-from launch.queue.sets import score_by
+from launch.queue.sets import of_other_samples, score_by
 from launch.terminal import console
 
 
@@ -34,7 +34,7 @@ def chosen_scores(
         asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
         score = score_by(of, name, asked)
         if score is None:
-            damaged = [s.damage for s in scores_of(of, name) if s.damage]
+            damaged = list(filter(None, (s.damage or of_other_samples(of, s) for s in scores_of(of, name))))
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
                 + (f" ({plain('; '.join(damaged))})" if damaged else "")

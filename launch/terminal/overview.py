@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
-from ddpm.run.events import read_events_and_damage
+from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
 from ddpm.run.paths import RunDir, listed
-from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, place_of, read_run
+from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, parse_metrics, place_of, read_run
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
-from launch.cluster.scheduler import Queued
+from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local
+from launch.queue.sets import of_other_samples
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, standing
 
@@ -96,7 +97,7 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
         "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
-        "restarts": max(0, len({(e["job"], e["restart"]) for e in events if _lived(e)}) - 1),
+        "restarts": max(0, len({life_of(e) for e in events if _lived(e)}) - 1),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
         "heartbeat_age_s": None if age is None else round(age, 1),
@@ -159,6 +160,8 @@ def _tell_what_lacks(
     """What one file tells of and another lacks."""
     record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
+    if lost_signature(record):
+        damage.tell("run.json is signed no more, as where it was edited by hand")
     if record.get("reads"):
         events = []  # they are told where its checkpoints are made
     told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
@@ -185,6 +188,8 @@ def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]
     for score in sorted(all_scores(run), key=lambda score: str(score.record.get("created", ""))):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
+        elif why := of_other_samples(run, score):
+            damage.tell(why)
         else:
             scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
             lines[score.name] = told(score.record)
@@ -221,5 +226,6 @@ def _state(
     """How the run stands, by its directory, SLURM and this machine's processes: standing.py has the words."""
     finished = config is not None and finished_step(run, config) is not None
     stages = {stage for _, of_one in here.values() for stage in of_one}
-    facts = standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, "train" in stages, bool(stages))
+    at_work = "train" in stages, bool(stages)
+    facts = standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, *at_work, cluster=cluster_name())
     return standing.word(facts)

@@ -5,7 +5,7 @@ Must not know: torch, or any file of a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ddpm.config.model import Model
 from ddpm.config.schema import Config
@@ -21,9 +21,12 @@ MEASURED = {(Model(dropout=0.1), 32): (2231, "one H100 80GB, bf16, compiled")}
 
 def print_dry_run(
     config: Config, site: Site, run: RunDir, stages: list[str], num_images: int | None, recipe: recipes.Recipe | None,
-    *, scripts: bool,
+    *, scripts: bool, in_container: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """num_images: where it is known without packing; recipe: the file of the config; scripts: those of its jobs too."""
+    """num_images: where it is known without packing; recipe: the file of the config; scripts: those of its jobs too.
+
+    in_container: what the run keeps of how ranks are started in one.
+    """
     same = recipe is not None and _network(recipe.config) == _network(config)
     for line in lines(config, site, num_images, recipe.num_parameters if same and recipe else None):
         print(f"# {line}")
@@ -44,6 +47,9 @@ def print_dry_run(
             after = " (after the job before has ended)" if job.stage != "train" else ""
             print(f"# {job.stage} job{after}, via {site.via}:")
         print(describe(job))
+    if in_container and not site.is_local:
+        print("# container.sh of the run, by which slurm/supervise.sh has ranks started in their container:")
+        print("\n".join(in_container))
     print("# dry run: nothing was written or queued")
 
 

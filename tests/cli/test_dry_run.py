@@ -103,7 +103,7 @@ def test_a_run_is_called_after_its_data_and_recipe_where_nobody_says(shell: Shel
     assert (
         name(*cats) == "my-cats" and name(str(PROJECT / "configs" / "cifar10-cosine.yaml"), *cats) == "my-cats-cosine"
     )
-    assert name("tiny.yaml") == "tiny" and name("tiny.yaml", *cats) == "tiny-my-cats"
+    assert name("tiny.yaml") == "tiny" and name("tiny.yaml", *cats) == "tiny"
     assert name(*cats, "--name", "cifar10") == "cifar10" and name(*cats, "name=cifar10") == "cifar10"
     (shell.cwd / "torchvision").mkdir()
     assert name("data.path=torchvision") == "cifar10"  # the same images elsewhere
@@ -113,7 +113,7 @@ def test_a_run_is_called_after_its_data_and_recipe_where_nobody_says(shell: Shel
     config = reading.load(
         PROJECT / "configs" / "cifar10.yaml", ["data.name=images", f"data.path={shell.cwd}/my cats.zip"]
     )
-    assert name_of(config, None, shell.root) == "cifar10" and name_of(config, None, shell.cwd) == "my-cats"
+    assert name_of(config, shell.root) == "cifar10" and name_of(config, shell.cwd) == "my-cats"
 
 
 def test_a_dry_run_refuses_data_that_is_not_there(shell: Shell) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ddpm.run.files import sign
+from ddpm.run.paths import RunDir
+from launch.terminal import inspection, overview
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
 
 
@@ -99,3 +101,24 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     assert "self_sha256 does not match" in again.refused("evaluate", "tiny", "--compare", "a", "b")
     assert "of which run?" in again.refused("evaluate", "--compare", "a", "b")
     assert set(snapshot(again.root)) == set(before)
+
+
+def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:
+    assert "digits has no such images, and has train" in again.refused("evaluate", "tiny", "--bits-per-dim")
+    words = ["tiny", "--bits-per-dim", "--reference", "train", "--step", "400", "--num-images"]
+    assert "--num-images 0: must be from 1 to" in again.refused("evaluate", *words, "0")
+    done = again("evaluate", *words, "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout[done.stdout.index("{\n") :])
+    name = "bits-per-dim-train-20-step400-seed0"
+    assert read(again.root / "tiny" / "eval" / f"{name}.json") == record and 0 < record["bits_per_dim"] < 20
+    assert "50 evaluations of the network for each of 20 images (seed 0) of train" in done.stderr
+    assert "bits/dim, bound of 20 of the" in done.stderr
+    run = RunDir(again.root / "tiny")
+    scores, lines = overview._scores(run, overview.Damage())
+    assert scores[name] == {"bits_per_dim": record["bits_per_dim"], "num_samples": 20} and "bits/dim" in lines[name]
+    part = run.bound_set(name).part(1)
+    part.write_bytes(part.read_bytes()[:-1])
+    verdicts = {line.what: line.verdict for line in inspection.look(run) if line.what.startswith("bits-per-dim/")}
+    assert verdicts.pop(f"bits-per-dim/{name}/{part.name}") == "damaged"
+    assert list(verdicts.values()) == ["holds"] * 3

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from tests.images import write_zip
-from tools.chaos import lives
+from tools.chaos import cluster, lives
 from tools.slurm_testbed.harness import SlurmTestbed
 
 SMALL = [
@@ -107,6 +109,41 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
     stops = [e["step"] for e in events if e["event"] == "stop_requested"]
     assert [e["step"] for e in events if e["event"] == "resumed"] == stops and len(stops) == 2  # no step lost
     assert {e["job"] for e in events} == {job}
+
+
+APPTAINER = """\
+#!/bin/bash
+[ "$1 $2 $3" = "exec --nv --bind" ] || exit 9
+echo "$5" >>"$(dirname "$0")/entered"
+python=$(command -v "$6")
+shift 6
+exec /usr/bin/env PATH="$(dirname "$python")" "$python" "$@"
+"""
+"""Plays it: what runs inside has none of SLURM's commands."""
+
+
+def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
+    there = site.bed.mkdir("container")
+    (there / "apptainer").write_text(APPTAINER)
+    (there / "apptainer").chmod(0o755)
+    image = there / "torch.sif"
+    image.touch()
+    profile = site.bed.workdir / "container.yaml"
+    profile.write_text(f"rank_timeout_s: 10\nsetup: ['export PATH={there}:$PATH']\ncontainer: {{image: {image}}}\n")
+    (job,) = site.submit("suspended", *TWO_RANKS, "--profile", str(profile), "train.total_steps=100")
+    site.wait_logged("suspended", 2)
+    site.bed.admin(["scontrol", "suspend", job])
+    time.sleep(12)
+    (row,) = json.loads(site.script("status", "suspended", "--json"))
+    site.bed.admin(["scontrol", "resume", job])
+    # what a rank that takes the other for dead does
+    os.kill(cluster.Cluster(site.bed, site.root, "submitit").ranks(site.run_dir("suspended"))[1].pid, signal.SIGKILL)
+    assert row["state"] == "suspended" and (there / "entered").read_text().split() == [str(image)] * 2
+    assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log("suspended")
+    events = read_events(site.run_dir("suspended"))
+    (told,) = (e for e in events if e["event"] in ("requeued", "failed"))
+    assert (told["event"], told["reason"], told.get("bad_node")) == ("requeued", "suspended", None)
+    assert {e["cluster"] for e in events} == {"testbed"}
 
 
 def samples_of(run: RunDir, set_name: str) -> bytes:

@@ -1,5 +1,5 @@
 """A site that is strict: limits and QOS pre-emption by accounting, GPUs with their type behind a submit plugin, and one
-node on which every job's first line fails.
+node on which every job's first line ends its shell.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ return slurm.SUCCESS
 """
 CONF = "PreemptType=preempt/qos\nPreemptMode=REQUEUE\nPartitionName=brief MaxTime=10\n"
 PROFILE = """\
-setup: ['[ "$SLURMD_NODENAME" != n1 ]', 'export PATH={bin}:$PATH']
+setup: ['[ "$SLURMD_NODENAME" != n1 ] || exit 0', 'export PATH={bin}:$PATH']
 sample: {{mem: 500M}}
 """
 """Of a site: here its black hole, and a node's lack of sacctmgr."""

@@ -86,6 +86,21 @@ def test_a_damaged_archive_is_named_with_what_to_do(run: RunDir) -> None:
             code.unpack(run)
 
 
+def test_no_flipped_bit_of_it_changes_what_is_run(run: RunDir) -> None:
+    small = {"ddpm/a.py": b"x = 1\n" * 9, "slurm/b.sh": b""}
+    code.keep(run, small)
+    whole, noticed = run.code.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        run.code.write_bytes(data)
+        try:
+            assert code.of_run(run) == small
+        except DamagedFile:
+            noticed += 1
+    assert noticed > 4 * len(whole)
+
+
 def test_where_it_cannot_be_laid_out_the_place_is_named(run: RunDir) -> None:
     (run.path.parent / ".cache").write_text("in the way")
     with pytest.raises(EnvironmentLacks, match=r"\.cache/code"):

@@ -456,12 +456,16 @@ def test_pickles_are_the_submitters_alone_and_another_user_has_other_ones(
 def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and_its_successors(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "qos_table", lambda: {"normal": "requeue|00:02:00"})
-    submitting.submit(Job("train", run, Site(via="sbatch")))
-    monkeypatch.setattr(scheduler, "qos_table", dict)
+    told = {"qos normal": "requeue|00:02:00"}
+    monkeypatch.setattr(scheduler, "preemption", lambda partitions: told if partitions == "gpu" else {})
+    submitting.submit(Job("train", run, Site(via="sbatch", partition="gpu", sbatch={"no-requeue": True})))
+    monkeypatch.setattr(scheduler, "preemption", lambda partitions: {})
     heir = submitting.submit_successor(run, "train", "101")
-    monkeypatch.setattr(scheduler, "mercy", lambda job, by_qos: by_qos)
-    assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [{"normal": "requeue|00:02:00"}] * 2 + [{}]
+    before = {"options": {}, "stage": "train", "qos": {"normal": "requeue|00:02:00"}}  # as versions before wrote it
+    EventLog(run, "90", 0, "host").append("submitted", **before)
+    monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
+    kept = {**told, "no-requeue": "1"}
+    assert [waiting.mercy_for(run, job) for job in ("101", heir, "90", "7")] == [kept, kept, told, {}]
 
 
 @pytest.mark.parametrize("shards", [(2,), (0, 1)])

@@ -16,6 +16,9 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import read_json, sha256_file, sign, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
+from ddpm.sampling.request import CheckpointRef
+from ddpm.scoring import bound_request
+from ddpm.scoring.bound_request import BoundRequest
 from tests.saves import Unreadable, ask_for_samples, flip_bit, killed_before_its_manifest, save_all, saver, state_at
 from tests.training import differences, live, make_config, make_run
 
@@ -138,13 +141,16 @@ def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
 # ---------------------------------------------------------------- retention
 
 
-def test_retention_keeps_the_last_milestones_and_those_that_samples_name(run: RunDir, fence: Fence) -> None:
+def test_retention_keeps_the_last_milestones_and_those_that_samples_or_a_bound_name(run: RunDir, fence: Fence) -> None:
     ask_for_samples(run, "fid", 2)
+    at = CheckpointRef(1, "ab" * 32)
+    bound = BoundRequest(at, "ema", "test", None, 0, 8, "fp32", "fixed_large", True)
+    bound_request.publish(run.bound_set(bound.name), bound)
     s = saver(run, fence, keep_last=2, is_milestone=lambda step: step == 3)
     for step in (1, 2, 3, 4, 5, 6):
         s.save(state_at(step), wait=True)
-    assert run.steps_saved() == [6, 5, 3, 2]
-    assert sorted(p.stem for p in run.checkpoints.glob("*.pt")) == [f"step-{k:09d}" for k in (2, 3, 5, 6)]
+    assert run.steps_saved() == [6, 5, 3, 2, 1]
+    assert sorted(p.stem for p in run.checkpoints.glob("*.pt")) == [f"step-{k:09d}" for k in (1, 2, 3, 5, 6)]
     assert run.ema_weights(3).exists()
 
 

@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import DDPMError, RequestError, Stopped
 from ddpm.run import files
+from ddpm.run.claims import OthersAtWork
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request
 from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
@@ -342,6 +346,51 @@ def test_a_damaged_reference_is_computed_again_and_said(tmp_path: Path, capsys: 
     path.unlink()
     np.testing.assert_array_equal(reference_of(packed(), extractor, tmp_path).sigma, first.sigma)
     assert seen == [50, 50] and "its sha256 is not" in capsys.readouterr().out
+
+
+def _evaluation(made: Made, stay: bool, answers: Any) -> None:
+    reference.PART_IMAGES = 7
+    torch.set_num_threads(1)
+    forward, record = made.extractor.forward, None
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return forward(x)
+
+    made.extractor = dataclasses.replace(made.extractor, forward=slow)
+    with contextlib.suppress(OthersAtWork):
+        record = made.evaluate(packed(), stay=stay)
+    answers.put((sum(made.images), record and record["frechet_distance"]))
+
+
+def test_evaluations_at_once_share_the_work_and_none_is_done_twice(made: Made, tmp_path: Path) -> None:
+    """50 images of the reference in 8 parts and 60 samples in 5 shards, each once over all processes."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=_evaluation, args=(made, i < 2, answers)) for i in range(3)]
+    for process in processes:
+        process.start()
+    told = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sum(images for images, _ in told) == 50 + NUM, told
+    alone = make(tmp_path / "alone")
+    assert {value for _, value in told if value} == {alone.evaluate(packed())["frechet_distance"]}
+    assert sum(value is not None for _, value in told) >= 2
+
+
+def test_features_of_images_that_no_run_made_are_kept_where_that_is_asked_for(made: Made, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        np.save(tmp_path / f"{name}.npy", packed(seed=seed).images)
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    images, scores = foreign.load_images(tmp_path / "a.npy"), []
+    for where in (None, keep, keep):
+        scores.append(foreign.evaluate_images(images, tmp_path / "b.npy", made.extractor, keep=where))
+        del scores[-1]["created"]
+    assert scores[0] == scores[1] == scores[2] and made.images == [50] * 4
+    foreign.save_statistics(images, tmp_path / "a-stats.npz", made.extractor, keep)
+    assert made.images == [50] * 4 and read_statistics(tmp_path / "a-stats.npz").arrays["num"] == 50
 
 
 def test_a_stop_keeps_the_finished_parts_of_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
