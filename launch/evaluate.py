@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, bounds, chain, local
-from launch.queue.directory import site_of, use_shell_of
+from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
@@ -141,7 +140,7 @@ def score_images(args: argparse.Namespace) -> int:
     elif reference:
         with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
             result = evaluate_images(packed, reference, extractor, args.size, keep)
-        print(json.dumps(result, indent=1))
+        print(console.as_json(result))
         print(told(result), file=sys.stderr)
     return 0
 
@@ -159,7 +158,7 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     if asked in names or (asked is None and len(names) == 1):
         return asked or names[0]
     if not names:
-        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.name}")
+        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
         f"choose one with --set"
@@ -171,7 +170,7 @@ def show(run: RunDir, set_name: str, score: Score | None) -> int:
     if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
-    print(json.dumps(score.record, indent=1))
+    print(console.as_json(score.record))
     print(told(score.record), file=sys.stderr)
     if not is_signed(score.record):
         print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
@@ -195,7 +194,7 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    site = resolve(args, base_of(run, args), "evaluate")
     check_path(run, site)
     if args.bits_per_dim:
         return score_bound(run, config, site, args)

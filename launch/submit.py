@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -248,7 +249,7 @@ def begin(
             shutil.rmtree(run.path, ignore_errors=True)
         raise
     print("\n".join(told))
-    print(f"watch it with: python launch/status.py {run.name} --watch")
+    print(f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch")
     return ids
 
 
