@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import environment
 from launch.terminal import console

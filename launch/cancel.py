@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.queue import work

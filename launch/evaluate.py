@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
@@ -30,7 +30,7 @@ from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, bounds, chain, local, milestones
-from launch.queue.directory import site_of, use_shell_of
+from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
@@ -123,7 +123,7 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     if asked in names or (asked is None and len(names) == 1):
         return asked or names[0]
     if not names:
-        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.name}")
+        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
         f"choose one with --set"
@@ -135,7 +135,7 @@ def show(run: RunDir, set_name: str, score: Score | None) -> int:
     if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
-    print(json.dumps(score.record, indent=1))
+    print(console.as_json(score.record))
     print(told(score.record), file=sys.stderr)
     if not is_signed(score.record):
         print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
@@ -159,7 +159,7 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
+    site = resolve(args, base_of(run, args), "evaluate")
     check_path(run, site)
     if args.bits_per_dim:
         return score_bound(run, config, site, args)

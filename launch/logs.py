@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.errors import RequestError
 from launch.terminal import console, logfiles
 
@@ -46,7 +47,7 @@ def main() -> int:
         what = f"no {args.stage} job" if args.stage else "no job"
         raise RequestError(
             f"{what} of run {run.name} has said anything yet (looked in {run.logs}): python launch/status.py "
-            f"{run.name}{console.same_root(args.root)} shows whether one waits"
+            f"{run.path} shows whether one waits"
         )
     print(f"==> {files[-1]} <==", file=sys.stderr, flush=True)
     logfiles.show(files[-1], keep)

@@ -11,6 +11,7 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
+from ddpm.config.train import LENGTHS
 from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
@@ -94,7 +95,7 @@ def check_existing(run: RunDir, config: Config) -> bool:
     if there.digest() != config.digest():
         raise RequestError(
             f"run {run.name} exists with other mathematics: {config_differences(run, config, mathematics=True)}. "
-            f"Choose another --name, or submit it with what it has"
+            f"{_why_fixed(there, config)}Choose another --name, or submit it with what it has"
         )
     if config.train.total_steps < run.latest_step():
         raise RequestError(
@@ -108,6 +109,20 @@ def check_existing(run: RunDir, config: Config) -> bool:
     return True
 
 
+def _why_fixed(there: Config, asked: Config) -> str:
+    """Where it is the length alone that may not be another."""
+    old, new = there.mathematics(), asked.mathematics()
+    for tree in (old, new):
+        for key in LENGTHS:
+            tree["train"].pop(key, None)
+    if old != new:
+        return ""
+    return (
+        f"With train.lr_schedule={asked.train.lr_schedule} the learning rate of every step follows from the length, so "
+        f"that a run cannot be made longer. "
+    )
+
+
 def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     """Whether SLURM has the run's training already.
 
@@ -116,7 +131,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     """
     if (pid := local.running(run)) is not None:
         raise RequestError(
-            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.name} "
+            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.path} "
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
@@ -219,6 +234,16 @@ def ensure_weights(extractor: str, cache: Path) -> None:
         extractors.ensure_weights(extractor, extractors.beside(cache))
 
 
+def warn_of_batch(config: Config, num_images: int | None) -> None:
+    """Epochs run across batches, so that training works."""
+    if num_images is not None and (batch := config.train.global_batch) > num_images:
+        print(
+            f"warning: train.global_batch = {batch}: the data has {num_images} images, so that every step shows some "
+            f"of them more than once; a batch is usually a small part of the data",
+            file=sys.stderr,
+        )
+
+
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
     from ddpm.data import packed as data
 
@@ -236,12 +261,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     labels = labels_record(packed)
     if told := told_of_classes(labels):
         print(told, flush=True)
-    if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
-        print(
-            f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
-            f"of them more than once; a batch is usually a small part of the data",
-            file=sys.stderr,
-        )
+    warn_of_batch(config, len(packed))
     record = {
         "cache": str(cache / "data"),
         "key": key,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run.fence import Fence
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir

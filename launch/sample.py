@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of
@@ -26,7 +28,7 @@ from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, milestones, sets
-from launch.queue.directory import site_of, use_shell_of
+from launch.queue.directory import base_of, use_shell_of
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
@@ -151,7 +153,7 @@ def main() -> int:
     args.step = milestones.best_step(run) if args.step == "best" else args.step
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "sample")
+    site = resolve(args, base_of(run, args), "sample")
     check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
@@ -181,7 +183,7 @@ def main() -> int:
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)
-        lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
+        lines = _by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
             + (f", with\n{lines}" if missing else "")
@@ -196,6 +198,12 @@ def main() -> int:
     if args.png:
         print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png')}")
     return 0
+
+
+def _by_hand(job: Job) -> str:
+    if job.site.is_local:
+        return f"python launch/sample.py {shlex.quote(str(job.run.path))} --set {job.set_name}"
+    return by_hand(job)
 
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import shlex
 from collections.abc import Iterable
@@ -46,9 +47,16 @@ def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
     tree.setdefault("name", path.stem)
+    own = copy.deepcopy(tree)
     for override in overrides:
         apply_override(tree, override)
-    return build(Config, tree, str(path))
+    try:
+        return build(Config, tree, str(path))
+    except RequestError:
+        if own == tree:
+            raise
+        build(Config, own, str(path))  # the file's own fault is told as that
+        return build(Config, tree, "command line")
 
 
 def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:

@@ -236,9 +236,7 @@ class Trainer:
 
     # ------------------------------------------------------------ saving, stopping, rolling back
 
-    def save(
-        self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0
-    ) -> bool:
+    def save(self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0) -> bool:
         """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
         self._saved_at = time.monotonic()
         return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, patience_s=patience_s)

@@ -39,6 +39,12 @@ OURS = {
     "uid",
     "gid",
 }
+BARE = {
+    *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "no-kill", "no-requeue", "overcommit"),
+    *("oversubscribe", "propagate", "quiet", "reboot", "requeue", "resv-ports", "share", "spread-job", "stepmgr"),
+    *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
+}
+"""Options of sbatch's that stand without a value, or may."""
 WHOLE = {"gpus"}
 """Options of sbatch's whose names are the beginning of one of these."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -117,6 +123,12 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
     extra = dict(tree.get("sbatch") or {})
     for item in args.sbatch:
         key, eq, value = item.lstrip("-").partition("=")
+        if not eq and re.fullmatch(r"[a-z][a-z-]*", key) and key not in BARE and key not in OURS:
+            near = difflib.get_close_matches(key, BARE, 1)
+            raise RequestError(
+                f"--sbatch {item}: needs a value, as in --sbatch {key}=VALUE; without one sbatch takes "
+                + (f"{near[0]}, and others" if near else f"{', '.join(sorted(BARE)[:4])} and others")
+            )
         extra[key] = value if eq else True
     for key in extra:
         if not re.fullmatch(r"[a-z][a-z-]*", str(key)):

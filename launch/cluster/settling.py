@@ -52,6 +52,13 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         gpus = site.tasks_per_node or 1
         has_gpu = all(p.gpus_per_node for p in _meant(site.partition, known)) if known else True
         site = site.model_copy(update={"gpus_per_node": gpus if has_gpu else 0})
+    there = _meant(site.partition, known)
+    most = max((p.gpus_per_node for p in there), default=0)
+    if most and site.num_gpus > most:
+        raise RequestError(
+            f"--gpus-per-node {site.gpus_per_node}: no node of {', '.join(p.name for p in there)} has more than "
+            f"{most}; ask for {most}, on more --nodes"
+        )
     return _with_types(site, known) if known else site
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -92,6 +93,15 @@ def _write_shell(run: RunDir, shell: dict[str, list[str]]) -> None:
 def site_of(run: RunDir) -> Site:
     """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
     return of_record(read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+
+
+def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
+    """What a later stage's options go on top of: what the run was submitted with; not that it was made on this machine,
+    where they name a partition or a site."""
+    base = site_of(run).model_dump(exclude_defaults=True)
+    if base.get("cluster") == "local" and args.cluster is None and (args.partition or args.profile):
+        base = {key: value for key, value in base.items() if key not in ("cluster", "gpus_per_node")}
+    return base
 
 
 def of_record(launch: dict[str, Any], where: str) -> Site:

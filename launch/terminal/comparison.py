@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,12 +39,18 @@ def chosen_scores(
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
                 + (f" ({plain('; '.join(damaged))})" if damaged else "")
-                + f": python launch/evaluate.py {of.path} --set {name}"
+                + f": python launch/evaluate.py {of.path} --set {name}{_asked(asked, config)}"
             )
         found[word] = score.record
     if len(found) < 2:
         raise RequestError("--compare: give at least two different sets")
     return found
+
+
+def _asked(asked: Evaluate, default: Evaluate) -> str:
+    """The options that make the score which was looked for."""
+    pairs = (("reference", asked.reference, default.reference), ("extractor", asked.extractor, default.extractor))
+    return "".join(f" --{option} {shlex.quote(value)}" for option, value, usual in pairs if value != usual)
 
 
 def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
 
 from ddpm.errors import RequestError
 from ddpm.scoring.record import told
+from launch.terminal import console
 
 
 def score_images(args: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def score_images(args: argparse.Namespace) -> int:
     elif reference:
         with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
             result = evaluate_images(packed, reference, extractor, args.size, keep)
-        print(json.dumps(result, indent=1))
+        print(console.as_json(result))
         print(told(result), file=sys.stderr)
     return 0
 

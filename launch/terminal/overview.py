@@ -231,7 +231,6 @@ def _state(
     """How the run stands, by its directory, SLURM and this machine's processes: standing.py has the words."""
     finished = config is not None and finished_step(run, config) is not None
     stages = {stage for _, of_one in here.values() for stage in of_one}
-    facts = standing.Facts(
-        events, jobs, finished, run.stop_file.exists(), beats, "train" in stages, bool(stages), cluster_name()
-    )
+    at_work = "train" in stages, bool(stages)
+    facts = standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, *at_work, cluster=cluster_name())
     return standing.word(facts)

@@ -58,7 +58,7 @@ def test_logs_that_are_followed_go_on_in_the_next_jobs(again: Shell, logs: Path)
 
 def test_without_a_word_logs_say_where_they_looked(again: Shell) -> None:
     shutil.rmtree(again.root / "tiny" / "logs")
-    assert "python launch/status.py tiny" in again.refused("logs", "tiny")
+    assert f"python launch/status.py {again.root}/tiny" in again.refused("logs", "tiny")
 
 
 def test_removing_says_what_it_would_free_and_frees_it_with_yes(again: Shell) -> None:

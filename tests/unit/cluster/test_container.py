@@ -28,7 +28,7 @@ def started(run: RunDir, via: str, site: Site) -> list[str]:
         script.write_text(by_submitit.script_text(Job("train", run, site)))
     played = run.path / "bin" / "srun"
     played.parent.mkdir(exist_ok=True)
-    played.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\" >\"$DDPM_RUN/words\"\n")
+    played.write_text('#!/bin/bash\nprintf \'%s\\n\' "$@" >"$DDPM_RUN/words"\n')
     played.chmod(0o755)
     env = {"PATH": f"{played.parent}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(PROJECT)}
     env["DDPM_PYTHON"] = sys.executable
