@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddpm.data import bounded
 from ddpm.errors import RequestError
 from ddpm.run.files import DamagedFile
-from ddpm.sampling import shards
 from ddpm.sampling.shards import npz_bytes, parse_npz
 from ddpm.scoring.foreign import load_images
 from ddpm.scoring.statistics_file import read_statistics
@@ -56,7 +56,7 @@ def test_arrays_are_read_however_well_they_are_compressed() -> None:
     zeros = np.zeros((1000, 32, 32, 3), np.uint8)
     out = io.BytesIO()
     np.savez_compressed(out, a=zeros)
-    assert len(out.getvalue()) * shards.MOST_TIMES < zeros.nbytes
+    assert len(out.getvalue()) * bounded.MOST_TIMES < zeros.nbytes
     for raw in (out.getvalue(), npz_bytes(a=zeros)):
         assert np.array_equal(parse_npz(raw, "a.npz")["a"], zeros)
 
