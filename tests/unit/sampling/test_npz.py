@@ -84,6 +84,7 @@ ABSURD = {
     "short": npy((20, 8, 8, 3), bytes(100)),
     "true": npy((True, 8, 8, 3), bytes(192)),
     "no-header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b"{" * 100,
+    "version-3": b"\x93NUMPY\x03\x00" + npy((1,), b"x")[8:],
     "nested": b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"(" * 9000,
     "a-zip": npz(npy((2, 4, 4, 3), bytes(96))),
 }
