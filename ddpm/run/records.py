@@ -77,7 +77,7 @@ METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},
     **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
 }
-METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number}
+METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number, "mfu": _is_number}
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {"total_steps": _is_count, "host": _is_text, "loss": _is_number, "images_per_s": _is_number}
 RUN_TOO: Kind = {
