@@ -156,6 +156,7 @@ def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) 
     return compiled.compiling(
         life.run,
         _kind(trainer.resolved, world),
+        world=world,
         may_publish=fence.check if fence is not None else None,
         anew=lambda: _compiled_anew() if trainer.warm else None,
     )
