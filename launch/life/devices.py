@@ -45,7 +45,3 @@ def check_precision(env: JobEnvironment, device: torch.device, precision: str, *
             f"as long as fp32. Ask for a GPU (--gpus-per-node 1) or another node (--constraint); or ask for fp32: "
             f"train.amp=off in a new run, sample.precision=fp32 in another --set"
         )
-
-
-def name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
