@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ class Life:
     run: RunDir
     stop: StopFlag
     env: JobEnvironment
+    speaks: bool = True
+    """Whether rank 0 speaks for all of them in its word to the batch shell; else srun does."""
+
+    def alone(self) -> Life:
+        """Of a rank that has work of its own, and waits for none of the others."""
+        return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
 
     def leave(self, code: int, reason: str = "") -> int:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
@@ -37,7 +43,7 @@ class Life:
         self._mark(shard_marker(self.run, self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
-        if self.env.rank == 0 and self.env.is_scheduled:
+        if self.env.rank == 0 and self.env.is_scheduled and self.speaks:
             with contextlib.suppress(OSError):  # of an exit code srun has one too; without a shard there is no progress
                 self.run.logs.mkdir(exist_ok=True)
                 path.write_text(text)

@@ -14,7 +14,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import read_json
 from tests.conftest import PROJECT, requires
 from tests.images import write_zip
-from tests.slurm.test_life import Site
+from tests.slurm.test_life import APPTAINER, Site
 from tools.slurm_testbed.harness import ACCOUNTING, SlurmTestbed, missing
 
 PLUGIN = """\
@@ -38,6 +38,9 @@ sample: {{mem: 500M}}
 """Of a site: here its black hole, and a node's lack of sacctmgr."""
 
 
+CONTAINER = "container: {{image: {bin}/torch.sif}}\n"
+
+
 @pytest.fixture(scope="module")
 def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     lacking = missing(ACCOUNTING)
@@ -58,7 +61,11 @@ def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> I
         nothing = bed.mkdir("bin") / "sacctmgr"
         nothing.write_text("#!/bin/sh\nexit 127\n")
         nothing.chmod(0o755)
-        (bed.workdir / "site.yaml").write_text(PROFILE.format(bin=nothing.parent))
+        for name, more in (("site", ""), ("contained", CONTAINER)):
+            (bed.workdir / f"{name}.yaml").write_text((PROFILE + more).format(bin=nothing.parent))
+        (nothing.parent / "torch.sif").touch()
+        (nothing.parent / "apptainer").write_text(APPTAINER)
+        (nothing.parent / "apptainer").chmod(0o755)
         yield Site(bed, bed.mkdir("runs"), images)
     finally:
         bed.stop()
@@ -73,16 +80,13 @@ def _no_job_is_left(strict: Site) -> Iterator[None]:
 SHORT = ["train.total_steps=10", "sample.num_samples=64", "sample.shards=64", "sample.steps=2", "sample.batch=8"]
 
 
-def profile(site: Site) -> list[str]:
-    return ["--profile", str(site.bed.workdir / "site.yaml")]
-
-
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize(("via", "profile"), [("submitit", "site"), ("sbatch", "contained")])
 def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_room_for_ten_jobs(
-    strict: Site, via: str
+    strict: Site, via: str, profile: str
 ) -> None:
     name = f"whole-{via}"
-    jobs = strict.submit(name, *profile(strict), *SHORT, "--then", "sample,evaluate", "--via", via)
+    chosen = str(strict.bed.workdir / f"{profile}.yaml")
+    jobs = strict.submit(name, "--profile", chosen, *SHORT, "--then", "sample,evaluate", "--via", via)
     assert len(jobs) == 3
     train, sample, _ = jobs
     assert len(strict.bed.job_states(sample)) in (1, 8)  # one record while none has begun
