@@ -79,6 +79,11 @@ def num_nodes() -> int:
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
 
 
+def batch_shell_can_ask() -> bool:
+    """Whether the batch shell of this job has SLURM's commands, whatever its ranks run in."""
+    return bool(os.environ.get("DDPM_SHELL_ASKS"))
+
+
 def partition_and_qos() -> tuple[str, str]:
     """Of the job in which this process runs."""
     return os.environ.get("SLURM_JOB_PARTITION", ""), os.environ.get("SLURM_JOB_QOS", "")

@@ -129,7 +129,8 @@ def test_what_the_site_refuses_or_would_never_start_is_refused_in_its_own_words(
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
 def test_a_training_that_is_cancelled_takes_its_chain_along(strict: Site, via: str) -> None:
     name = f"cancelled-{via}"
-    words = ["train.total_steps=100000", "--gpus-per-node", "0", "--exclude", "n1"]
+    inside = ["--profile", str(strict.bed.workdir / "contained.yaml")] if via == "sbatch" else []
+    words = [*inside, "train.total_steps=100000", "--gpus-per-node", "0", "--exclude", "n1"]
     train, *later = strict.submit(name, *words, "--then", "sample,evaluate", "--via", via)
     strict.wait_logged(name, 1)
     strict.bed.cancel(train)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config.sample import Evaluate
+from ddpm.errors import DoNotRetry
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler, slurm, slurm_questions
@@ -178,6 +179,15 @@ def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_
         account = "theirs" if job == "7" else "mine"  # of an earlier one nothing is known
         assert [f"--account={account}" in argv for argv in sent[before:]] == [True, True]
         assert ("--qos=long" in sent[before]) == (job != "7")
+
+
+def test_in_a_container_without_sbatch_it_is_said_who_makes_missing_shards(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    with pytest.raises(DoNotRetry, match=r"2 shards .*\(3-4\).* on a login node python launch/sample.py .*evaluate.py"):
+        chain.fill_gaps(run, "fid", [3, 4], (), "", environment.current())
 
 
 def test_the_overview_of_a_copy_shows_none_of_the_originals_jobs(run: RunDir) -> None:
