@@ -65,8 +65,10 @@ def is_scheduled() -> bool:
 
 
 def cluster() -> str:
-    """The name of the cluster whose job this is, as SLURM keeps it: in lower case. "" outside of jobs."""
-    return os.environ.get("SLURM_CLUSTER_NAME", "").lower() if is_scheduled() else ""
+    """The name, in lower case, of the cluster whose job this is, or that the user has SLURM's commands ask; "" where
+    nothing says so."""
+    asked = os.environ.get("SLURM_CLUSTER_NAME" if is_scheduled() else "SLURM_CLUSTERS", "").lower()
+    return "" if "," in asked or asked == "all" else asked
 
 
 def num_tasks() -> int:

@@ -55,7 +55,9 @@ def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> I
         bed.start()
         bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPU=10", "PreemptMode=REQUEUE"])
         bed.admin(["sacctmgr", "-i", "add", "qos", "short", "MaxWall=10"])
-        bed.admin(["sacctmgr", "-i", "modify", "user", "nobody", "set", "qos+=short"])
+        bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "GraceTime=10"])
+        bed.admin(["sacctmgr", "-i", "add", "qos", "urgent", "Priority=100", "Preempt=normal"])
+        bed.admin(["sacctmgr", "-i", "modify", "user", "nobody", "set", "qos+=short,urgent"])
         images = write_zip(bed.workdir / "images.zip")
         images.chmod(0o644)
         nothing = bed.mkdir("bin") / "sacctmgr"
@@ -124,6 +126,20 @@ def test_what_the_site_refuses_or_would_never_start_is_refused_in_its_own_words(
     assert "Invalid account" in said
     said = refused(strict, "crowd", "--partition", "gpu", "--nodes", "9", "train.global_batch=18")
     assert "Requested node configuration is not available" in said or "PartitionConfig" in said
+
+
+def test_a_run_that_a_qos_pre_empts_saves_in_its_grace_period_and_comes_back(strict: Site) -> None:
+    """Nodes cannot ask how long that is: there is no sacctmgr."""
+    words = ["--gpus-per-node", "0", "--exclude", "n1", "train.total_steps=60"]
+    (job,) = strict.submit("qos", "--profile", str(strict.bed.workdir / "site.yaml"), *words)
+    strict.wait_logged("qos", 2)
+    node = strict.bed.node_of(job) or ""
+    strict.bed.sbatch("-p", "gpu", "--qos", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", command="sleep 1")
+    strict.wait_running(job, 1)
+    assert strict.bed.wait_state(job, timeout_s=120) == "COMPLETED", strict.log("qos")
+    events = read_events(strict.run_dir("qos"))
+    (stop,), (back,) = ([e for e in events if e["event"] == name] for name in ("stop_requested", "resumed"))
+    assert stop["step"] == back["step"] and "waiting up to 45 s for SLURM" in strict.log("qos")
 
 
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])

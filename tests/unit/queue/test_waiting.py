@@ -233,7 +233,8 @@ def test_another_clusters_job_is_no_orphan_of_this_ones_though_it_has_its_id(mon
 def test_a_clusters_name_is_in_its_configuration_or_slurmctld_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTERS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(slurm, "available", lambda command="": True)
     monkeypatch.setattr(slurm, "run", lambda argv, **_: "SlurmctldPort = 1\nClusterName             = Told\n")
     conf = tmp_path / "slurm.conf"
@@ -242,4 +243,6 @@ def test_a_clusters_name_is_in_its_configuration_or_slurmctld_says_it(
         monkeypatch.setenv("SLURM_CONF", str(conf))
         slurm_questions._name_of_the_cluster.cache_clear()
         assert slurm_questions.cluster_name() == name
+    monkeypatch.setenv("SLURM_CLUSTERS", "Other")
+    assert slurm_questions.cluster_name() == "other"
     slurm_questions._name_of_the_cluster.cache_clear()
