@@ -315,7 +315,7 @@ EDM = [f"{i // 4:05d}/img{i:08d}.png" for i in range(12)]
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("wrapper", ["", "cifar10/"])
 def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
-    tmp_path: Path, zipped: bool, wrapper: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], zipped: bool, wrapper: str
 ) -> None:
     labels = [[name, (7, 12, 3)[i % 3]] for i, name in enumerate(EDM)]
     files = {wrapper + name: png(8, i) for i, name in enumerate(EDM)}
@@ -330,6 +330,7 @@ def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
     assert changed.classes == ["0"] and changed.digest == one.digest
     assert packed({"labels": None}).classes == [""]
     assert packed({"licence": "none"}).classes == ["00000", "00001", "00002"]  # of something else
+    assert "damaged" not in capsys.readouterr().out  # each of these is packed apart
 
 
 @pytest.mark.parametrize(
