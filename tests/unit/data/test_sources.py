@@ -319,10 +319,12 @@ def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
 ) -> None:
     labels = [[name, (7, 12, 3)[i % 3]] for i, name in enumerate(EDM)]
     files = {wrapper + name: png(8, i) for i, name in enumerate(EDM)}
+    made(tmp_path / "a", files, zipped=zipped)
 
     def packed(said: object) -> PackedImages:
         beside = {f"{wrapper}dataset.json": json.dumps(said).encode()}
-        return pack(chosen(made(tmp_path / "a", {**files, **beside}, zipped=zipped)), "train", tmp_path / "cache")[1]
+        path = made(tmp_path / "a", {**files, **beside} if zipped else beside, zipped=zipped)  # images keep their times
+        return pack(chosen(path), "train", tmp_path / "cache")[1]
 
     one = packed({"labels": labels})
     assert one.classes == ["3", "7", "12"] and one.labels.tolist() == [1, 2, 0] * 4
