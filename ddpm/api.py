@@ -33,7 +33,7 @@ from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_metadata, read_safetensors, set_weights
 from ddpm.run import generations
 from ddpm.run.files import write_bytes
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from ddpm.run.saving import ema_bytes
 from ddpm.sampling.denoiser import Denoiser, eps_of
@@ -111,8 +111,8 @@ def load(
     device: Device = None,
     precision: str | None = None,
 ) -> Model:
-    """The trained model in a run directory, or in a .safetensors file of EMA weights with the `config` they belong to,
-    which `save` may have kept in it.
+    """The trained model in a run directory, in a folder that was exported from one, or in a .safetensors file of EMA
+    weights with the `config` they belong to, which `save` may have kept in it.
 
     step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16. None is what
     a sampling job takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
@@ -127,6 +127,8 @@ def load(
         raise RequestError(f"precision = {precision!r}: use one of {', '.join(PRECISIONS)}")
     if path.is_file():
         return _load_file(path, config, step, weights, as_device(device), precision)
+    if (path / EXPORTED_WEIGHTS).is_file() and config is None:
+        return _load_file(path / EXPORTED_WEIGHTS, path / EXPORTED_CONFIG, step, weights, as_device(device), precision)
     run = RunDir(path)
     if not run.config.is_file():
         raise RequestError(f"{path}: no run directory (it has no config.yaml), and no file of weights")

@@ -130,7 +130,8 @@ def activation_bytes(model: UNet) -> int:
 
 def memory(config: Config, model: UNet) -> dict[str, int]:
     """Bytes on one GPU that trains the config alone, by what they are for."""
-    images = config.train.micro_batch or config.train.global_batch
+    micro = config.train.micro_batch
+    images = micro if isinstance(micro, int) else config.train.global_batch
     exact = {name: size * num_parameters(model) for name, size in BYTES_PER_PARAMETER.items()}
     return {**exact, f"activations of {images} images": images * activation_bytes(model)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import shlex
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
-from ddpm.run.files import read_bytes
+from ddpm.run.files import link_to_nothing, read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -26,6 +27,8 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     try:
         text = read_text(path)
     except FileNotFoundError:
+        if why := link_to_nothing(path):
+            raise RequestError(f"config file {path} is {why}: bring that back, or restore the file") from None
         known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, known, 1, 0.5)
         there = ", ".join(map(str, known.values())) or "none"
@@ -44,9 +47,16 @@ def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
     tree.setdefault("name", path.stem)
+    own = copy.deepcopy(tree)
     for override in overrides:
         apply_override(tree, override)
-    return build(Config, tree, str(path))
+    try:
+        return build(Config, tree, str(path))
+    except RequestError:
+        if own == tree:
+            raise
+        build(Config, own, str(path))  # the file's own fault is told as that
+        return build(Config, tree, "command line")
 
 
 def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:

@@ -169,7 +169,7 @@ def check_world_size(config: Config, world_size: int) -> int:
             f"{max(1, round(batch / world_size)) * world_size}"
         )
     share = batch // world_size
-    if micro is None:
+    if not isinstance(micro, int):
         return 1
     if share % micro:
         raise RequestError(

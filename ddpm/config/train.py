@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,8 +26,9 @@ class Train(Section):
     """… or in passes over the data: `Config.resolve_length` turns both into total_steps, rounding up."""
     global_batch: int = Field(128, ge=1, le=2**24)
     """Images a step over all ranks: the unit of training."""
-    micro_batch: int | None = Field(None, ge=1)
-    """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share;
+    auto: as much of it as fits the GPU, found when the run first starts."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Both with PyTorch's betas and epsilon."""
     weight_decay: float = Field(0.0, ge=0)
@@ -77,7 +78,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _micro(self) -> Train:
-        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+        if isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.micro_batch = {self.micro_batch} does not divide train.global_batch = "
                 f"{self.global_batch}; these do: {divisors(self.global_batch)}"

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ddpm.data.bounded import check_members, read_header
 from ddpm.errors import RequestError
 from ddpm.run.files import sha256_file
 
@@ -47,7 +48,7 @@ class ArrayFile(NamedTuple):
         """uint8 (H, W, 3) each. Raises RequestError where the file ends before its last."""
         num, *shape = self.shape
         with _opened(self.path, self.key) as file:
-            _header(file, self.path)
+            _skip_header(file)
             for index in range(num):
                 raw = _read(file, math.prod(shape))
                 if len(raw) < math.prod(shape):
@@ -71,6 +72,7 @@ def open_array(path: Path) -> ArrayFile:
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
+                check_members(archive, path.stat().st_size)
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
             key = next((key for key in IMAGES if key in names), None)
             if key is None:
@@ -79,8 +81,7 @@ def open_array(path: Path) -> ArrayFile:
                     f"{', '.join(IMAGES[:-1])} or {IMAGES[-1]}, uint8 (N, H, W, 3)"
                 )
         with _opened(path, key) as file:
-            shape, fortran, dtype = _header(file, path)
-            first = file.tell()
+            shape, fortran, dtype = read_header(file, _size(path, key))
     except OSError as e:
         raise _unreadable(path, e.strerror or str(e)) from None
     except RequestError:
@@ -93,9 +94,6 @@ def open_array(path: Path) -> ArrayFile:
         raise RequestError(
             f"data.path = {path}: its images are {dtype} {shape}; expected uint8 (N, H, W, 3){last}{order}"
         )
-    whole, there = first + math.prod(shape), _size(path, key)
-    if whole != there:
-        raise _unreadable(path, f"its header tells of {whole:,} bytes, and there are {there:,}")
     labels, beside = _labels(path, key, shape[0])
     return ArrayFile(path, key, shape, labels, beside)
 
@@ -116,6 +114,8 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
     for beside in (path.with_name(name) for name in names):
         if beside.is_file():
             try:
+                with beside.open("rb") as file:
+                    read_header(file, beside.stat().st_size)
                 found = np.load(beside, allow_pickle=False, mmap_mode="r")
             except (OSError, ValueError, EOFError) as e:
                 raise _unreadable(beside, str(e)) from None
@@ -162,13 +162,10 @@ def _size(path: Path, key: str | None) -> int:
         return archive.getinfo(f"{key}.npy").file_size
 
 
-def _header(file: IO[bytes], path: Path) -> Any:
-    """Shape, whether it is in Fortran's order, and type."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"numpy's format {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+def _skip_header(file: IO[bytes]) -> None:
+    """Of a file that `open_array` has looked at."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
 
 
 def _read(file: IO[bytes], num: int) -> bytes:

@@ -81,8 +81,8 @@ class Batches:
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 float32 (num, 3, H, W) in [-1, 1], flipped, and labels int64 (num,), both on `device`."""
         raw, labels = self._store(device).take(self.sample_ids(step, first, num))
+        raw = raw.permute(0, 3, 1, 2).contiguous()  # while they are bytes
         if self.flip:
             index = torch.arange(first, first + num, device=device)
-            raw = torch.where(rng.coin(self._flip, index, step)[:, None, None, None], raw.flip(2), raw)
-        x_0 = raw.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        return x_0.contiguous(), labels
+            raw = torch.where(rng.coin(self._flip, index, step)[:, None, None, None], raw.flip(3), raw)
+        return raw.float().div_(127.5).sub_(1), labels

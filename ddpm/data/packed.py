@@ -51,13 +51,13 @@ def open_source(data: Data) -> Source:
         )
     if data.name == "celeba":
         return celeba.open_source(data)
-    if data.name == "cifar10" and (path is None or _is_torchvisions(path)):
+    if data.name == "cifar10" and (path is None or is_torchvisions(path)):
         return sources.cifar10(path)
     assert path is not None
     return sources.images(path)
 
 
-def _is_torchvisions(root: Path) -> bool:
+def is_torchvisions(root: Path) -> bool:
     """Whether CIFAR-10's own archive lies there, or may be downloaded to it."""
     return root.is_dir() and (not any(root.iterdir()) or any(root.glob("cifar-10-*")))
 

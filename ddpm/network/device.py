@@ -30,9 +30,11 @@ class Resolved:
     dropout: str = "counted"
     """counted: masks follow from the sample's place in the step; torch: from the rank's generator, as runs of before
     have begun."""
+    micro_batch: int | None = None
+    """What train.micro_batch=auto was found to be."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("micro_batch", None)}
 
 
 def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, Any] | None = None) -> Resolved:
@@ -50,6 +52,7 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
         deterministic=kept.get("deterministic", not gpu) if train.deterministic == "auto" else train.deterministic,
         threads=kept.get("threads", threads),
         dropout=kept.get("dropout", "torch") if kept else "counted",
+        micro_batch=kept.get("micro_batch") if train.micro_batch == "auto" else None,
     )
     if resolved.amp == "fp16" and not gpu:
         raise DoNotRetry(

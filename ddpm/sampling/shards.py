@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm.data.bounded import check_members
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request, shard_range
-
-MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
-"""An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 
 
 class Shard(NamedTuple):
@@ -45,7 +43,8 @@ def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[s
     expected = {"request_digest": request.digest, "shard": index, "first": first, "num": num}
     for key, value in expected.items():
         if manifest.get(key) != value:
-            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}")
+            why = ": of another checkpoint, seed or sampler" if key == "request_digest" else ""
+            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}{why}")
     if not sample_set.shard(index, request.shards).exists():
         raise DamagedFile(f"{path.with_suffix('.npz').name}: missing, though its manifest is there")
     return manifest
@@ -180,13 +179,18 @@ def npz_bytes(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
+def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
+    """The arrays of an .npz, and the bytes of the file. Raises as `parse_npz`, and OSError."""
+    data = files.read_bytes(path, files.ARRAYS_BYTES)
+    return parse_npz(data, path.name), data
+
+
 def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile. Never unpickles."""
+    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile, also where more memory is asked for
+    than its file can hold. Never unpickles."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
-            whole = sum(member.file_size for member in members.infolist())
-        if whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * len(data):
-            raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
+            check_members(members, len(data))
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped

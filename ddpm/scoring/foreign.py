@@ -17,7 +17,7 @@ from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
-from ddpm.scoring.reference import image_features, reference_of, write_statistics
+from ddpm.scoring.reference import image_features, kept_in_parts, reference_of, write_statistics
 from ddpm.scoring.scores import all_scores
 from ddpm.scoring.statistics_file import read_statistics
 
@@ -48,23 +48,25 @@ def _resized(path: Path, size: int) -> PackedImages:
 
 
 def evaluate_images(
-    images: PackedImages, reference: Path, extractor: Extractor, size: int | None = None
+    images: PackedImages, reference: Path, extractor: Extractor, size: int | None = None, keep: Path | None = None
 ) -> dict[str, Any]:
-    """Score a set of images against another, or against an .npz of statistics. Writes nothing.
+    """Score a set of images against another, or against an .npz of statistics.
 
-    size: what `images` were cropped and resized to, and the reference's are; the record says how.
+    size: what `images` were cropped and resized to, and the reference's are; the record says how. keep: a directory for
+    features, in parts: a broken-off evaluation goes on, and processes that are given the same one share the work; None:
+    nothing is written.
     """
     file = read_statistics(reference) if reference.suffix == ".npz" else None
     if file is not None and "mu" in file.arrays:
         if file.images is not None:
             _check_one_size(images, file.images, reference, "resize one side")
-        against = file.reference(extractor, None)
+        against = file.reference(extractor, keep)
     else:
         others = load_images(reference, size)
         _check_one_size(images, others, reference, "give --size for both")
-        against = reference_of(others, extractor, None)
+        against = reference_of(others, extractor, keep)
     return {
-        **all_scores(gather_images(images, extractor), against, published=extractor.published),
+        **all_scores(gather_images(images, extractor, keep), against, published=extractor.published),
         "num_samples": len(images),
         **({} if size is None else {"resized": {"size": size, **sources.RESIZE}}),
         "reference": against.record,
@@ -79,16 +81,22 @@ def _check_one_size(images: PackedImages, others: PackedImages, reference: Path,
         raise RequestError(f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; {way_on}")
 
 
-def gather_images(images: PackedImages, extractor: Extractor) -> Gathered:
-    return gather(image_features(images.images, extractor), len(images), classifier=extractor.classifier)
+def gather_images(images: PackedImages, extractor: Extractor, keep: Path | None = None) -> Gathered:
+    if keep is None or len(images) < 2:
+        features = image_features(images.images, extractor)
+    else:
+        parts = keep / f"images-{images.digest[:20]}-{extractor.digest[:20]}"
+        parts.mkdir(parents=True, exist_ok=True)
+        features = kept_in_parts(parts, images, extractor)
+    return gather(features, len(images), classifier=extractor.classifier)
 
 
-def save_statistics(images: PackedImages, path: Path, extractor: Extractor) -> None:
+def save_statistics(images: PackedImages, path: Path, extractor: Extractor, keep: Path | None = None) -> None:
     """Write a set's statistics as pytorch-fid's .npz, with its features beside.
 
     Raises RequestError where `path` is there already, or is in no directory.
     """
-    gathered = gather_images(images, extractor)
+    gathered = gather_images(images, extractor, keep)
     try:
         write_statistics(path, gathered, images.name, images_digest=images.digest, extractor_digest=extractor.digest)
     except FileExistsError:

@@ -15,10 +15,10 @@ import numpy as np
 
 from ddpm.data import array_file
 from ddpm.data.packed import PackedImages, images_digest
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
 from ddpm.run.files import DamagedFile
 from ddpm.run.stopping import StopRequested
-from ddpm.sampling.shards import parse_npz
+from ddpm.sampling.shards import read_npz
 
 if TYPE_CHECKING:
     from typing import Any
@@ -47,6 +47,7 @@ class StatisticsFile:
         *,
         stop_requested: StopRequested = lambda: None,
         token: str = "",
+        stay: bool = True,
     ) -> Reference:
         """With features of its images, where it has some: they are kept in `cache_dir`.
 
@@ -57,7 +58,9 @@ class StatisticsFile:
 
         of_images = None
         if self.images is not None:
-            of_images = reference_of(self.images, extractor, cache_dir, stop_requested=stop_requested, token=token)
+            of_images = reference_of(
+                self.images, extractor, cache_dir, stop_requested=stop_requested, token=token, stay=stay
+            )
             if extractor.name != "inception" or "mu" not in self.arrays:
                 return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
         mu, sigma, d = self.arrays["mu"], self.arrays["sigma"], extractor.dim
@@ -83,8 +86,7 @@ def read_statistics(path: Path) -> StatisticsFile:
     Raises RequestError if the file cannot be read, holds neither, or holds what no images can have.
     """
     try:
-        data = path.read_bytes()
-        arrays = parse_npz(data, path.name)
+        arrays, data = read_npz(path)
     except (OSError, DamagedFile) as e:
         raise RequestError(f"reference {path} cannot be read: {e}") from None
     batch = next((arrays[key] for key in array_file.IMAGES if key in arrays), None)
@@ -93,7 +95,7 @@ def read_statistics(path: Path) -> StatisticsFile:
     if not has_moments and not is_batch:
         shape = "" if batch is None else f" ({batch.dtype} {batch.shape})"
         raise RequestError(
-            f"reference {path}: holds {sorted(arrays)}{shape}; pytorch-fid's statistics hold mu and sigma "
+            f"reference {path}: holds {shown(sorted(arrays))}{shape}; pytorch-fid's statistics hold mu and sigma "
             f"(`--save-stats` writes them, here and there), a batch of guided-diffusion's arr_0, uint8 (N, H, W, 3)"
         )
     if has_moments:

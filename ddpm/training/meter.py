@@ -40,6 +40,8 @@ class Meter:
             "images_per_s": (step - self._first) * batch / max(seconds, 1e-9),
             "gpu_memory_gib": torch.cuda.max_memory_allocated(world.device) / 2**30 if gpu else None,
         }
+        if state.scaler.is_enabled():
+            record["skipped_steps"] = int(state.skipped)
         state.window = Window.empty(world.device)
         state.at.early_stop_losses = [*state.at.early_stop_losses, loss][-config.train.early_stop_window :]
         self.restart(step)

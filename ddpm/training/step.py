@@ -14,14 +14,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm.config.schema import Config, check_world_size
+from ddpm.config.train import divisors
 from ddpm.data.batches import Batches
-from ddpm.data.packed import PackedImages
+from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
 from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.state import TrainingState
+
+MOST_SKIPPED = 100
+"""Steps in a row whose fp16 gradients overflow, each at half the scale of the one before: it is not the scale then."""
 
 
 class Step:
@@ -31,15 +35,18 @@ class Step:
         self, config: Config, world: World, packed: PackedImages, resolved: Resolved, state: TrainingState
     ) -> None:
         self.config, self.world, self.packed, self.resolved, self.state = config, world, packed, resolved, state
-        self.accumulation = check_world_size(config, world.world_size)
         self.share = config.train.global_batch // world.world_size
+        self.micro = self.share // check_world_size(config, world.world_size)
+        if resolved.micro_batch is not None:  # found at another number of ranks, perhaps
+            self.micro = max(d for d in divisors(self.share) if d <= resolved.micro_batch)
         self.diffusion = Diffusion(schedule.build(config.diffusion)).to(world.device)
         network: Any = torch.compile(state.model) if resolved.compile else state.model
         if world.world_size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         self.network = network
-        self.batches = self._batches()
+        self.data = Watch(packed)
+        self.begin_attempt()
 
     def _batches(self) -> Batches:
         train, data = self.config.train, self.config.data
@@ -51,26 +58,40 @@ class Step:
     def begin_attempt(self) -> None:
         """Draw as the state's attempt says from here on: called when a life takes it up, and after a rollback."""
         self.batches = self._batches()
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.world.device)
 
     def gradients(self, *, warm_up: bool = False) -> torch.Tensor:
         """Gradients of the mean loss over the global batch of the state's step; returns this rank's loss, float32 ().
 
         warm_up: of the first micro-batch alone, with the ranks' exchange.
         """
-        world, at = self.world, self.state.at
+        world, at, accumulation = self.world, self.state.at, self.share // self.micro
         if self.resolved.dropout == "torch":
             torch.manual_seed(rng.derive_seed(self.config.seed, "dropout", at.attempt, at.step, world.rank))
-        micro = self.share // self.accumulation
         total = torch.zeros((), device=world.device)
-        for i in range(1 if warm_up else self.accumulation):
-            last = i == self.accumulation - 1 or warm_up
+        for i in range(1 if warm_up else accumulation):
+            last = i == accumulation - 1 or warm_up
             with self.network.no_sync() if world.world_size > 1 and not last else nullcontext():
-                loss = self._loss(world.rank * self.share + i * micro, micro) / self.accumulation
+                loss = self._loss(self.network, world.rank * self.share + i * self.micro, self.micro) / accumulation
                 self.state.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
-    def _loss(self, first: int, num: int) -> torch.Tensor:
+    def try_out(self, num: int) -> None:
+        """Forward and backward of `num` images on this rank alone, not compiled, with room for the optimizer's moments.
+
+        Raises torch.OutOfMemoryError. Leaves no gradient behind.
+        """
+        state = self.state
+        weights = () if state.optimizer.state else state.model.parameters()
+        room = [(torch.empty_like(p), torch.empty_like(p)) for p in weights]
+        try:
+            self._loss(state.model, self.world.rank * self.share, num).backward()
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+            del room
+
+    def _loss(self, network: Any, first: int, num: int) -> torch.Tensor:
         """The mean loss of places first … first+num-1 of the global batch (equation 14)."""
         config, device, at = self.config, self.world.device, self.state.at
         x_0, labels = self.batches.rows(at.step, first, num, device)
@@ -86,7 +107,7 @@ class Step:
         if config.model.dropout and self.resolved.dropout == "counted":
             places = rng.places(rng.key(config.seed, "dropout", at.attempt), index, at.step)
         with autocast(self.resolved.amp, device):
-            eps_pred = self.network(x_t, t, labels if config.model.num_classes else None, places)
+            eps_pred = network(x_t, t, labels if config.model.num_classes else None, places)
         return self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean()
 
     def take(self) -> Later:
@@ -110,8 +131,10 @@ class Step:
         if state.scaler.is_enabled():
             state.scaler.step(state.optimizer)  # masks and counts an overflow by itself
             state.scaler.update()
-            state.skipped += ~torch.isfinite(norm)
-            return torch.isfinite(loss)
+            overflow = ~torch.isfinite(norm)
+            state.skipped += overflow
+            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * overflow
+            return torch.isfinite(loss) & (self._skipped_in_a_row < MOST_SKIPPED)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         # the fused kernels take the mask that GradScaler would give them
         state.optimizer.grad_scale, state.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]

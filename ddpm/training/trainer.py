@@ -6,12 +6,13 @@ Asks `stop_requested()` and knows no signal; reads no environment; tells through
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, EnvironmentLacks
 from ddpm.network.device import Later, Resolved
 from ddpm.network.start import read_start
 from ddpm.run import generations
@@ -20,7 +21,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
-from ddpm.training import grids
+from ddpm.training import fitting, grids
 from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
@@ -56,6 +57,7 @@ class Trainer:
         events: EventLog | None,
         owner: dict[str, Any],
         start: dict[str, Any] | None = None,
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
         self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
@@ -67,14 +69,22 @@ class Trainer:
         if fence is not None and events is not None:
             size, is_milestone = world.world_size, self.due.milestone
             self.chronicle = Chronicle(
-                config, run, fence, events, owner=owner, world_size=size, is_milestone=is_milestone
+                config,
+                run,
+                fence,
+                events,
+                owner=owner,
+                world_size=size,
+                is_milestone=is_milestone,
+                on_milestone=on_milestone,
             )
-        self.warm = False
+        self.warm = self._stepped = False
         self._beginning = "started"
         # whether the last step was finite, and the one before it: values of a device, read one step late
         self._finite: Later | None = None
         self._finite_before: Later | None = None
         self._saved_at = time.monotonic()
+        self._patience_s: Callable[[str], float] = lambda reason: 0.0
 
     @property
     def at(self) -> Progress:
@@ -129,6 +139,17 @@ class Trainer:
         self.step.begin_attempt()
         self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
+    def fit(self) -> int | None:
+        """What train.micro_batch=auto is here, where no earlier life has found it; else None. On all ranks.
+
+        Raises DoNotRetry where not one image fits.
+        """
+        if self.config.train.micro_batch != "auto" or self.resolved.micro_batch is not None:
+            return None
+        found = fitting.fit(self.step)
+        self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
+        return found
+
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
@@ -140,18 +161,23 @@ class Trainer:
         wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
-        self.step.gradients(warm_up=True)
+        fitting.first(self.step, lambda: self.step.gradients(warm_up=True))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.warm = True
 
     # ------------------------------------------------------------ the loop
 
-    def train(self, stop_requested: StopRequested) -> Outcome:
+    def train(self, stop_requested: StopRequested, patience_s: Callable[[str], float] = lambda reason: 0.0) -> Outcome:
         """Steps until the end or an agreed stop; both leave a verified checkpoint.
 
-        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out). A stop whose save failed is
+        patience_s: for how long a stop for that reason may try to save; asked on rank 0 once a save has met an error
+        that may pass.
+
+        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
+        overwritten while it was mapped). A stop whose save failed is
         reported as `saved=False`.
         """
+        self._patience_s = patience_s
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)
@@ -161,7 +187,8 @@ class Trainer:
             return self._stop(reason)
         self.meter.restart(self.at.step)
         while not self.state.is_last:
-            self._finite_before, self._finite = self._finite, self.step.take()
+            taken = self.step.take() if self._stepped else fitting.first(self.step, self.step.take)
+            self._finite_before, self._finite, self._stepped = self._finite, taken, True
             at_total = self.at.step >= self.config.train.total_steps
             reason, bad, save_due = self._agree(stop_requested, at_total)
             if bad:
@@ -188,8 +215,16 @@ class Trainer:
         # the clock is rank 0's
         save_due = self.due.save(step, time.monotonic() - self._saved_at if self.world.is_main else 0)
         code, any_bad, any_save = self.world.agree([stop_code(stop_requested), int(bad), int(save_due)])
-        if (code or any_save or self.due.log(step) or self.due.grid(step)) and not any_bad:
-            any_bad = self.world.agree([int(_is_bad(self._finite))])[0]  # nothing is kept of a step not known as good
+        if (code or any_save or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
+            # nothing is kept of a step not known as good
+            damage = self.step.data.damage()
+            any_bad, damaged = self.world.agree([int(_is_bad(self._finite)), int(bool(damage))])
+            if damaged:
+                raise EnvironmentLacks(
+                    f"{damage or 'what another rank reads was overwritten while it was mapped'}: nothing is saved of "
+                    f"step {step}, whose images may have been others. The next life packs the data again, and goes on "
+                    f"from the checkpoint before"
+                )
         return STOP_REASONS[code], bool(any_bad), bool(any_save)
 
     def alive(self) -> None:
@@ -201,15 +236,15 @@ class Trainer:
 
     # ------------------------------------------------------------ saving, stopping, rolling back
 
-    def save(self, *, wait: bool = False, final: bool = False) -> bool:
+    def save(self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0) -> bool:
         """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
         self._saved_at = time.monotonic()
-        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final)
+        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, patience_s=patience_s)
 
     def _stop(self, reason: str) -> Outcome:
         step = self.at.step
         self.chronicle.event("stop_requested", step, reason=reason)
-        saved = self.world.share(self.save(wait=True))
+        saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
         return Outcome(False, step, reason, saved)
@@ -237,7 +272,7 @@ class Trainer:
         self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
             raise DoNotRetry(
-                f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                f"loss or gradients were non-finite {rollbacks} times (last near step {at}), more than "
                 f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
                 f"train.amp=off in a new run"
             )

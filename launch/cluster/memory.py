@@ -23,10 +23,11 @@ def check_batch(config: Config, site: Site) -> str | None:
     What an image needs is a lower bound; tools/inspect_config.py estimates what it takes in fp32, but needs torch.
     """
     share = config.train.global_batch // site.world_size
-    images = config.train.micro_batch or share
+    micro = config.train.micro_batch
+    images = 1 if micro == "auto" else micro or share
     each = Structure(image_size=config.data.image_size, **config.model.model_dump()).least_activation_bytes
     limit, where = _memory(site)
-    key = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
+    key = "train.micro_batch" if micro else "train.global_batch"
     told = (
         f"{key} = {getattr(config.train, key.partition('.')[2])}: {images} images at a time on each rank keep at least "
         f"{_gib(images * each)}"

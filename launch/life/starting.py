@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry
 from ddpm.run.log import say
-from ddpm.run.paths import RunDir
 from ddpm.sampling.request import Request
-from launch.cluster import environment, scheduler
+from launch.cluster import code, environment, scheduler
+from launch.life import compiled
 from launch.life.life import Life
 from launch.queue import borrowing
 from launch.queue.chain import call_off, nothing_to_train
@@ -28,7 +27,9 @@ def start_training(life: Life) -> tuple[Config, str | None]:
     if env.rank == 0 and not why:
         _note_allocation(life)
     life.stop.watch(run.stop_file)
-    environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_CACHE_DIR=str(kernels_of(run)))
+    environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if config.train.compile:
+        compiled.choose_folder()
     return config, why
 
 
@@ -47,11 +48,6 @@ def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
         raise DoNotRetry(f"{e}" + (f". Cancelled, as it was to follow: job {' '.join(took)}" if took else "")) from None
 
 
-def kernels_of(run: RunDir) -> Path:
-    """Where the compiled network is kept from life to life."""
-    return run.path.parent / ".cache" / "inductor" / run.name
-
-
 def _note_allocation(life: Life) -> None:
     """Tell goodput of this life, which may die before it trains, and when SLURM had freed the nodes of the one before.
 
@@ -63,6 +59,7 @@ def _note_allocation(life: Life) -> None:
         with contextlib.suppress(scheduler.SchedulerError):
             shown = scheduler.show(env.job, timeout_s=5)
     former = {"former_life_ended": shown.queued_at} if shown and shown.queued_at else {}
+    former["code"] = code.digest(code.of_checkout())
     try:
         env.events(run).append("allocated", world_size=env.world_size, step=run.latest_step(), **former)
     except OSError as e:  # a full disk ends no training

@@ -5,11 +5,12 @@ What comes before torch is starting.py's.
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
+
+import torch
 
 from ddpm.config.schema import Config
 from ddpm.errors import Stopped
@@ -25,11 +26,15 @@ from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster import addresses, environment, scheduler
 from launch.cluster.environment import JobEnvironment
-from launch.life import devices, inputs
+from launch.life import compiled, devices, inputs
 from launch.life.life import Life
-from launch.life.starting import kernels_of
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
+from launch.queue.waiting import mercy_for
+
+TRY_TO_SAVE_S = 30
+
+QUEUE_AT_MOST_S = 120.0
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -73,9 +78,22 @@ def train(life: Life, config: Config, why: str | None) -> int:
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
         start=read_run(run).get("from"),
+        on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
-    return _until_the_end(life, world, trainer)
+    found = trainer.fit()
+    if fence is not None and found is not None:
+        _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
+    return _until_the_end(life, world, trainer, fence)
+
+
+def save_patience_s(life: Life, reason: str) -> float:
+    """How long a stop may try to save: while its job has time, less what a save takes, and the other ranks wait."""
+    ranks_wait = site_of(life.run).rank_timeout_s / 2
+    if reason != "preempted":  # USR2 comes at least 54 s before the end where 60 were asked for
+        return min(ranks_wait, TRY_TO_SAVE_S)
+    mercy = mercy_for(life.run, life.env.job)
+    return min(ranks_wait, max(mercy.grace_s + mercy.kill_wait_s, 10))
 
 
 def _choose_network(asked: str | None, rank_0: str) -> None:
@@ -99,14 +117,17 @@ def _take(life: Life, wait_s: float) -> Fence:
 
 
 def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
-    job = str(other.get("job", "JOB"))
-    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}"
+    job, cluster = str(other.get("job", "JOB")), other.get("cluster")
+    where = f" (on cluster {cluster})" if cluster and cluster != scheduler.cluster_name() else ""
+    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}{where}"
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
+    if env.cluster and other.get("cluster", env.cluster) != env.cluster:
+        return False  # nor is another cluster's, whose job may have this one's id
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
@@ -125,49 +146,73 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     device.apply(resolved)
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}
-        record = {**read_run(run), "resolved": found}
-        write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
+        _keep(run, fence, found)
     return resolved
 
 
-def _until_the_end(life: Life, world: World, trainer: Trainer) -> int:
+def _keep(run: RunDir, fence: Fence, resolved: dict[str, Any]) -> None:
+    record = {**read_run(run), "resolved": resolved}
+    write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
+
+
+def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> int:
     while True:
         if not trainer.warm:
             # compilers that start here must not die of a signal meant for us
-            with life.stop.held(), compiling(kernels_of(life.run), world, trainer.resolved.compile):
+            with life.stop.held(), _compiling(life, world, trainer, fence):
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop)
+        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason))
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:
+            if world.is_main and (asked := score_milestones(life, trainer.config)):
+                with suppress(subprocess.TimeoutExpired):
+                    asked.wait(QUEUE_AT_MOST_S)
             return _leave_together(life, world, 0)
         code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
         if code is not None:
             return _leave_together(life, world, code, outcome.reason)
 
 
-@contextlib.contextmanager
-def compiling(kernels: Path, world: World, wanted: bool) -> Iterator[None]:
-    """Within: the network is compiled, on all ranks, or loaded from where an earlier life left it compiled.
+def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | None:
+    """Have milestones sampled and scored by jobs beside this one, where the config wants it: queued by a process of its
+    own, which training does not wait for. On this machine they would take what training computes with: not here."""
+    if config.evaluate.milestones is None or not life.env.is_scheduled:
+        return None
+    command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
+    try:
+        with (life.run.logs / "milestones.out").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--all-milestones"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+    except OSError as e:  # it ends no training; what is not queued now is at the next milestone
+        say("milestones are not queued", error=e)
+        return None
 
-    A linker writes in place, so a life that dies here may leave half a library, which ends each later life that loads
-    it. What a life found in the folder, or left there, is trusted once that life is past this.
-    """
-    if not wanted:
-        yield
-        return
-    unproven = kernels.parent / f".unproven-{kernels.name}"  # no run's name begins with a dot
-    if world.is_main:
-        if unproven.exists():
-            say("an earlier life did not get past compiling: compiling anew", removed=kernels)
-            shutil.rmtree(kernels, ignore_errors=True)
-        unproven.parent.mkdir(parents=True, exist_ok=True)
-        unproven.touch()
-    world.barrier()
-    yield
-    world.barrier()
-    if world.is_main:
-        unproven.unlink(missing_ok=True)
+
+def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:
+    if not trainer.resolved.compile:
+        return nullcontext()
+    return compiled.compiling(
+        life.run,
+        _kind(trainer.resolved, world),
+        may_publish=fence.check if fence is not None else None,
+        anew=lambda: _compiled_anew() if trainer.warm else None,
+    )
+
+
+def _kind(resolved: Resolved, world: World) -> str:
+    """What compiled code is for."""
+    name = devices.name(world.device) if world.device.type == "cuda" else compiled.this_cpu()
+    return f"torch {torch.__version__}, {resolved.amp}, {name}"
+
+
+def _compiled_anew() -> bool:
+    """Whether this process's compiler found less than all of what it was to make."""
+    from torch._dynamo.utils import counters
+
+    told = counters["inductor"]
+    return told["fxgraph_cache_miss"] > 0 or not told["fxgraph_cache_hit"]
 
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:

@@ -22,12 +22,14 @@ from ddpm.run.files import (
     sha256_file,
 )
 from ddpm.run.images import read_png
-from ddpm.run.paths import RunDir, SampleSet, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
 from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
+from ddpm.scoring import bound_request
 from ddpm.scoring.record import read_score
+from launch.cluster import code
 
 
 class Line(NamedTuple):
@@ -41,7 +43,7 @@ Lines = Iterator[Line]
 
 def look(run: RunDir) -> Lines:
     """Every file of the run that can be told good from bad."""
-    for part in (_records, _life, _checkpoints, _grids, _samples, _scores):
+    for part in (_records, _life, _checkpoints, _grids, _samples, _bounds, _scores):
         yield from part(run)
 
 
@@ -60,6 +62,7 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
+    yield from _judged("code.zip", _code, run, needed=False)
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
 
@@ -68,6 +71,12 @@ def _record(run: RunDir) -> None:
     digest, here = _object(run.run_json)["config_digest"], reading.load(run.config).digest()
     if here != digest:
         raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
+
+
+def _code(run: RunDir) -> str:
+    if (kept := code.of_run(run)) is None:
+        raise FileNotFoundError
+    return code.digest(kept)
 
 
 def _start(run: RunDir, began: dict[str, Any]) -> None:
@@ -186,12 +195,25 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
         yield from _judged(f"{name}/{path.name}", _features, path)
 
 
+def _bounds(run: RunDir) -> Lines:
+    for where in run.bound_sets():
+        name = f"bits-per-dim/{where.name}"
+        yield from _judged(f"{name}/request.json", _bound, where)
+        for path in _sorted(where.path, ".npy"):
+            yield from _judged(f"{name}/{path.name}", _features, path)
+
+
+def _bound(where: BoundSet) -> str:
+    return f"of step {bound_request.read(where).checkpoint.step}"
+
+
 def _features(path: Path) -> None:
     if read_signed(path.with_suffix(".json"))["sha256"] != sha256_file(path):
         raise DamagedFile("its sha256 is not the one in its manifest")
 
 
 def _scores(run: RunDir) -> Lines:
+    yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
     for path in sorted(run.eval.rglob("*.json")):
         yield from _judged(str(path.relative_to(run.path)), read_score, path)
 

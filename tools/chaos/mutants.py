@@ -71,11 +71,6 @@ def _always_running(real: Function) -> Function:
     return show
 
 
-def _no_mark(real: Function) -> Function:
-    """Path.touch that leaves no word of a compilation that has begun."""
-    return lambda path, *args, **options: None if "unproven" in path.name else real(path, *args, **options)
-
-
 def _array_alone(real: Function) -> Function:
     def current() -> Any:
         env = real()
@@ -130,7 +125,6 @@ MUTANTS = {
     "labels-not-in-the-digest": Mutant("label-changed", "ddpm.data.labels", "labels_digest", _one_for_all),
     "cache-not-verified": Mutant("cache-damaged", "ddpm.data.packed", "open_verified", _mapped_unread),
     "no-running-guard": Mutant("scancel", "launch.life.supervisor", "scheduler.show", _always_running),
-    "half-a-kernel-is-trusted": Mutant("signal-in-compile", "launch.life.training", "Path.touch", _no_mark),
     "bare-array-id": Mutant("array-task-requeued", "launch.cluster.environment", "current", _array_alone),
     "leaves-in-the-grace-period": Mutant("pre-emptions", "launch.life.preemption", "after_stop", _leaves_at_once),
     "handler-that-saves": Mutant("one-rank-signalled", "ddpm.training.trainer", "Trainer.train", _saves_in_the_handler),

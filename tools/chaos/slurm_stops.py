@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json, sha256_file
 from ddpm.run.paths import RunDir
+from launch.life.compiled import PREFIX
 from launch.terminal.goodput import breakdown
 from tools.chaos.cluster import LONG, Cluster, Loss, NotRun, last_logged, metrics_whole, send, steps_at
 from tools.chaos.files import Result
@@ -298,17 +300,13 @@ def signal_in_compiling(c: Cluster, count: int) -> Result:
         began = time.time()
         seen = "main.so" if by == "pre-emption" else "cpp"
         c.bed.wait_for(
-            lambda began=began, seen=seen: any(t > began for t, _ in _compiled(c, seen)), 240, "the compiler at work"
+            lambda began=began, seen=seen: any(t > began for t in _compiled(seen)), 240, "the compiler at work"
         )
         trained += last_logged(run) > 0
         c.strike(job, by)
         c.bed.wait_for(lambda times=times: c.bed.restart_count(job) == times, 400, f"stop {times}")
-        libraries = _compiled(c, "main.so")
-        if by == "pre-emption" and libraries:
-            os.truncate(libraries[-1][1], 4096)  # the newest: as a linker leaves it that dies
-        elif by != "pre-emption":
-            for _, library in libraries:  # all was compiled before that stop: or there would be nothing to do
-                shutil.rmtree(library.parents[1], ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # all was compiled before that stop: or there is nothing to do
+            os.truncate(run.compiled, 4096)  # and what is harmed is compiled anew
     c.wait_steps(run, 3, timeout_s=400)
     starts = c.bed.restart_count(job) - count  # SLURM 24.11 adds one after the end
     state = c.stop(run, job)
@@ -317,13 +315,13 @@ def signal_in_compiling(c: Cluster, count: int) -> Result:
                   f"{count + starts} restarts, {state}; {trained} came after a first step", passed)  # fmt: skip
 
 
-def _compiled(c: Cluster, suffix: str) -> list[tuple[float, Path]]:
-    """The compiler's files, the newest last, with the time of their last change."""
+def _compiled(suffix: str) -> list[float]:
+    """When the files of compilers that are at work on this host last changed."""
     found = []
-    for path in c.root.glob(f"**/.cache/inductor/**/*.{suffix}"):
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/*/*.{suffix}"):
         with contextlib.suppress(FileNotFoundError):
-            found.append((path.stat().st_mtime, path))
-    return sorted(found)
+            found.append(path.stat().st_mtime)
+    return found
 
 
 def _lives(run: RunDir) -> int:

@@ -1,5 +1,1 @@
 """What a GPU has to say about this project, in one command that ends in time: `python -m tools.gpu`."""
-
-from pathlib import Path
-
-PROJECT = Path(__file__).resolve().parents[2]

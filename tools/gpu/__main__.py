@@ -4,7 +4,7 @@
     python -m tools.gpu --stages bench --minutes 5       one stage
 
 checks   the tests in tests/gpu/: the same draws as on a CPU, every precision, overflows, stops and kills, no host waits
-bench    tools/gpu/bench.py: training, peers, sampling, features, checkpoints
+bench    python -m tools.bench: training, peers, sampling, features, checkpoints
 run      configs/cifar10.yaml on images given as --data FOLDER_OR_ZIP, saved every 15 s, killed once and resumed
 
 Without a GPU the bench runs smaller and the checks say what they lack. Exit code: 0 if every stage that ran
@@ -24,10 +24,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
-from tools.gpu import PROJECT
+from tools.bench import PROJECT
 
 STAGES = ("checks", "bench", "run")
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
@@ -60,8 +62,13 @@ def checks(out: Path, limit_s: float) -> int:
 
 
 def bench(out: Path, limit_s: float, rows: list[str]) -> int:
-    command = [sys.executable, "-m", "tools.gpu.bench", "--out", str(out / "bench.json"), *rows]
-    return bounded([*command, "--minutes", f"{(limit_s - 40) / 60:.2f}"], out / "bench.log", limit_s)
+    """Its rows on this GPU; a goal that is missed is no failure here, where all figures are wanted."""
+    small = [] if torch.cuda.is_available() else ["--small"]
+    command = [sys.executable, "-m", "tools.bench", *rows, *small, "--json", str(out / "bench.json")]
+    code = bounded([*command, "--minutes", f"{(limit_s - 40) / 60:.2f}"], out / "bench.log", limit_s)
+    record = read_json(out / "bench.json") or {}
+    notes = [note for row in record.get("rows", {}).values() for note in row["notes"]]
+    return int(code not in (0, 1) or not record or any(note.startswith("failed") for note in notes))
 
 
 def run(out: Path, limit_s: float, data: Path, root: Path) -> int:
@@ -130,7 +137,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, default=PROJECT / "runs" / "gpu")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of checks,bench,run")
-    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of the bench; quick: the first of them")
+    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of the bench; quick: those that say most")
     parser.add_argument("--data", type=Path, help="images for the run: a folder or zip with train/CLASS/*")
     args = parser.parse_args()
     stages = args.stages.split(",")
@@ -145,7 +152,7 @@ def main() -> int:
             if stage == "checks":
                 codes[stage] = checks(args.out, left)
             elif stage == "bench":
-                codes[stage] = bench(args.out, left, ["--quick" if r == "quick" else r for r in args.rows])
+                codes[stage] = bench(args.out, left, args.rows)
             elif args.data is None:
                 print("run: not run, there are no images: give --data")
             else:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from ddpm.data import packed, scratch
 from ddpm.errors import NodeUnfit, Stopped
@@ -23,29 +30,107 @@ from ddpm.run.stopping import StopRequested
 from ddpm.training.ranks import World
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT, JobEnvironment
-from launch.life import devices, inputs
+from launch.life import compiled, devices, inputs, pace, training
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
-from launch.life.training import compiling
 from tests.training import make_config, make_run, on_ranks
 
 
-def test_what_a_life_compiled_is_kept_once_it_got_past_that_and_dropped_where_it_did_not(tmp_path: Path) -> None:
-    kernels, world = tmp_path / "run.v2", World(0, 1, torch.device("cpu"))
-    library = kernels / "ab" / "kernel.so"
+@pytest.fixture
+def on_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """One life's compiling there, in a folder of its own: on_a_node(run, work, kind=, anew=)."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
 
-    with compiling(kernels, world, True):
-        library.parent.mkdir(parents=True)
-        library.write_bytes(b"whole")
-    with compiling(kernels, world, True):
-        assert library.read_bytes() == b"whole"
+    def life(
+        run: RunDir, work: Callable[[Path], Any], *, kind: str = "here", main: bool = True, anew: Any = True
+    ) -> Any:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        compiled.choose_folder()
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        asked = anew if callable(anew) else lambda: anew
+        try:
+            with compiled.compiling(run, kind, may_publish=(lambda: None) if main else None, anew=asked):
+                return work(folder)
+        finally:
+            compiled.leave()
+            assert not folder.exists()
 
-    with pytest.raises(OSError, match="short"), compiling(kernels, world, True):
-        library.write_bytes(b"wh")
+    return life
+
+
+def test_what_a_life_compiled_is_one_file_of_the_run_and_half_of_one_is_never_found(
+    tmp_path: Path, on_a_node: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+
+    def build(folder: Path) -> None:
+        (folder / "ab").mkdir()
+        (folder / "ab" / "kernel.so").write_bytes(b"whole" * 1000)
+        (folder / "ab" / "busy.lock").touch()
+
+    def found(folder: Path) -> list[str]:
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+
+    def die(folder: Path) -> None:
+        build(folder)
         raise OSError("file too short")
-    with compiling(kernels, world, True):
-        assert not library.exists()
-    assert list(tmp_path.iterdir()) == []
+
+    with pytest.raises(OSError, match="short"):
+        on_a_node(run, die)
+    on_a_node(run, build, main=False)
+    on_a_node(run, build, anew=None)  # a stop came first
+    assert not run.compiled.exists()
+    on_a_node(run, build)
+    assert "compiled code: compiled anew" in capsys.readouterr().out
+    assert on_a_node(run, found, anew=False) == ["ab/kernel.so"]
+    assert "compiled code: from the run's file" in capsys.readouterr().out
+    whole = run.compiled.read_bytes()
+    assert on_a_node(run, found, kind="another GPU") == []
+    assert "another kind of node" in capsys.readouterr().out
+    for harmed in (
+        whole[:-100],
+        whole[:40],
+        whole[:-200] + b"?" + whole[-199:],
+        b"",
+        whole.replace(b"sha256", b"sha512"),
+    ):
+        run.compiled.write_bytes(harmed)
+        assert on_a_node(run, found) == []
+        assert "damaged" in capsys.readouterr().out
+
+
+def test_what_a_killed_life_left_on_a_node_is_removed_and_what_a_living_one_has_is_not(
+    tmp_path: Path, on_a_node: Callable[..., Any]
+) -> None:
+    node = tmp_path / "node"
+    for name in ("dead", "alive"):
+        (node / f"{compiled.PREFIX}{name}").mkdir()
+        (node / f"{compiled.PREFIX}{name}" / ".lock").touch()
+    with (node / f"{compiled.PREFIX}alive" / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        on_a_node(make_run(tmp_path / "run"), lambda folder: None, anew=None)
+    assert [p.name for p in node.iterdir()] == [f"{compiled.PREFIX}alive"]
+
+
+def test_the_compiler_itself_finds_what_another_node_compiled(
+    tmp_path: Path, on_a_node: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+
+    def compile_it(folder: Path) -> torch.Tensor:
+        torch.compiler.reset()
+        counters.clear()
+        work = torch.compile(lambda x: x @ x, options={"cpp.simdlen": 1})  # which needs no g++
+        with mock.patch.object(inductor_config, "compile_threads", 1):
+            return work(torch.arange(9.0).view(3, 3))
+
+    first = on_a_node(run, compile_it, anew=training._compiled_anew)
+    again = on_a_node(run, compile_it, anew=training._compiled_anew)
+    assert torch.equal(first, again) and counters["inductor"]["fxgraph_cache_hit"] == 1
+    told = capsys.readouterr().out
+    assert told.index("compiled anew") < told.index("from the run's file")
 
 
 # ---------------------------------------------------------------- data
@@ -219,3 +304,13 @@ def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(run: RunDi
     (tmp_path / "torch.py").write_text("raise ImportError('torch is loaded')")
     done = job(run, "train", SLURM_JOB_ID="17", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "forbids training" in done.stdout, done.stderr
+
+
+def test_the_pace_is_that_of_the_last_steps_and_says_when_the_end_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.1, 0.2, *range(1, 31)])
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    told, work = [], pace.Pace()
+    for done in (1000, 2000, 3000, *range(3010, 3310, 10)):  # what was there comes at once
+        told.append(work.told(done, 3300))
+    assert told[0] == {} and told[-1] == {"images_per_s": "10"}
+    assert told[-2]["images_per_s"] == "10" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told[-2]["ends"])

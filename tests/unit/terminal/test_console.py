@@ -7,13 +7,16 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import slurm
+from launch.queue import chain
 from launch.terminal import console, faults, follow
 
 
@@ -78,3 +81,27 @@ def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
 def test_what_is_no_fault_of_ours_has_words_and_what_is_keeps_its_traceback(error: Exception, told: str | None) -> None:
     said = faults.words(error, "/run")
     assert said is None if told is None else re.search(told, said or ""), said
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.read_bytes])
+def test_a_link_to_nothing_is_said_to_be_one_and_another_start_is_no_use(tmp_path: Path, make: Any) -> None:
+    (tmp_path / "samples").symlink_to("/nowhere/at/all")
+    with pytest.raises(OSError) as error:
+        make(tmp_path / "samples")
+    told = f"a link to /nowhere/at/all, where nothing is: {tmp_path / 'samples'}"
+    assert faults.words(error.value) == told
+    assert isinstance(faults.of_a_job(error.value, tmp_path), DoNotRetry)
+    with pytest.raises(NotADirectoryError) as error:
+        RunDir(tmp_path).sample_sets()
+    assert faults.words(error.value) == told
+
+
+def test_stop_that_is_a_directory_is_lifted_too_but_never_with_what_is_in_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.stop_file.mkdir()
+    chain.lift_stop(run)
+    assert not run.stop_file.exists()
+    (run.stop_file / "kept").mkdir(parents=True)
+    with pytest.raises(RequestError, match=r"STOP forbids training and cannot be removed \(Directory not empty\)"):
+        chain.lift_stop(run)
+    assert (run.stop_file / "kept").exists()

@@ -1,18 +1,26 @@
 """ddpm/training/step.py: what one step computes, and from what."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
+from ddpm.errors import DoNotRetry
+from ddpm.network.device import resolve
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
+from ddpm.training import fitting
 from ddpm.training.optimizer import learning_rate
+from ddpm.training.ranks import World
+from ddpm.training.step import Step
 from tests.training import (
     Life,
     differences,
+    lines,
+    live,
     make_config,
     make_images,
     make_run,
@@ -93,3 +101,70 @@ def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -
         life.train()
     late = generations.load(run, TOTAL)
     assert differences(early["model"], early["ema"]) == [] and differences(late["model"], late["ema"])
+
+
+# ---------------------------------------------------------------- how many images at a time
+
+
+def with_room_for(life: Life, most: int) -> list[int]:
+    """The life's device holds `most` images at a time. Returns a list that collects how many it was given."""
+    given: list[int] = []
+    network = life.trainer.state.model.forward
+
+    def forward(x_t: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        given.append(len(x_t))
+        if len(x_t) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
+        return network(x_t, *more)  # type: ignore[no-any-return]
+
+    life.trainer.step.network = life.trainer.state.model.forward = forward
+    return given
+
+
+def test_the_most_that_fits_is_found_once_and_changes_no_step(tmp_path: Path) -> None:
+    config = make_config(train__micro_batch="auto")
+    with Life(config, make_run(tmp_path / "auto")) as life:
+        assert life.trainer.fit() == 4  # on a CPU all of the share, tried by nobody
+        given = with_room_for(life, 2)
+        step = life.trainer.step
+        before = [p.clone() for p in life.trainer.state.model.parameters()]
+        assert fitting.largest([4, 2, 1], step.try_out, life.trainer.world) == 2
+        assert fitting.largest([4], step.try_out, life.trainer.world) is None
+        assert given == [4, 2, 4] and all(p.grad is None for p in life.trainer.state.model.parameters())
+        assert all(map(torch.equal, before, life.trainer.state.model.parameters()))
+
+
+def test_what_was_found_is_kept_and_divides_the_share_of_other_ranks(tmp_path: Path) -> None:
+    config, cpu = make_config(train__micro_batch="auto", train__global_batch=12), torch.device("cpu")
+    assert "micro_batch" not in resolve(config, cpu, 1).as_dict()
+    kept = resolve(config, cpu, 1, {"amp": "off", "micro_batch": 4})
+    assert kept.as_dict()["micro_batch"] == 4
+    assert resolve(make_config(), cpu, 1, kept.as_dict()).micro_batch is None  # no longer asked for
+    with Life(config, make_run(tmp_path / "run")) as life:
+        trainer = life.trainer
+        for world_size, micro in ((1, 4), (2, 3), (3, 4), (12, 1)):
+            world = World(0, world_size, cpu)
+            with mock.patch("ddpm.training.step.DistributedDataParallel", lambda network, **_: network):
+                step = Step(config, world, trainer.step.packed, kept, trainer.state)
+            assert step.micro == micro
+    # the same losses as of a run that was given it
+    live(config, make_run(tmp_path / "a"), before_resume=lambda trainer: setattr(trainer.step, "micro", 3))
+    live(make_config(train__micro_batch=3, train__global_batch=12), make_run(tmp_path / "b"))
+    assert lines(RunDir(tmp_path / "a")) == lines(RunDir(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(("room", "told"), [(2, r"2 do: use train\.micro_batch=2, or auto"), (0, "not one image fits")])
+def test_a_first_step_without_memory_says_what_fits(tmp_path: Path, room: int, told: str) -> None:
+    with Life(make_config(), make_run(tmp_path / "run")) as life:
+        with_room_for(life, room)
+        with pytest.raises(DoNotRetry, match=rf"^4 images at a time .*Tried to allocate 2 GiB\); {told}"):
+            life.train()
+        assert life.trainer.at.step == 0
+
+
+def test_memory_that_is_gone_later_is_a_crash_as_any(tmp_path: Path) -> None:
+    with Life(make_config(), make_run(tmp_path / "run")) as life:
+        life.train(stop_at=[2])
+        with_room_for(life, 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            life.train()

@@ -1,0 +1,145 @@
+"""Compiled code: kept from life to life as one file of the run, and brought to each node's own disk.
+
+A life compiles in a folder that is its own, on the node's disk, and brings there first what the run's file holds. Once
+it is past compiling rank 0 makes that file of the folder, whole or not at all, with its digest in its first line. So
+what a life left that died within a library is never found, and what is damaged, or was made for another kind of node,
+is compiled anew. No torch here: which folder it is has to be said before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import platform
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ddpm.run.files import DamagedFile, canonical_json, open_file, parse_json, sha256_json, sign, write_bytes
+from ddpm.run.log import say
+from ddpm.run.paths import RunDir
+from launch.cluster import environment
+
+PREFIX = "ddpm-hpc-compiled-"
+HEADER_BYTES = 1 << 12
+MOST_BYTES = 4 << 30
+_LOCK = ".lock"
+_held: list[tuple[Path, BinaryIO]] = []
+"""This process's folder, and the lock that tells others that it lives."""
+
+
+def choose_folder() -> None:
+    """Have the compiler work in a new folder of this node, unless the user has given it one."""
+    if _held or environment.compiler_folder() is not None:
+        return
+    try:
+        _remove_left(Path(tempfile.gettempdir()))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        lock = (folder / _LOCK).open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as e:  # torch chooses then
+        say("no folder for compiled code on this node", error=e)
+        return
+    _held.append((folder, lock))
+    environment.set_defaults(TORCHINDUCTOR_CACHE_DIR=str(folder))
+
+
+def leave() -> None:
+    """Remove this process's folder."""
+    while _held:
+        folder, lock = _held.pop()
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _remove_left(where: Path) -> None:
+    """What lives that were killed have left there."""
+    for lock in where.glob(f"{PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), lock.open("ab") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where its process lives
+            shutil.rmtree(lock.parent)
+
+
+@contextmanager
+def compiling(
+    run: RunDir, kind: str, *, may_publish: Callable[[], None] | None, anew: Callable[[], bool | None]
+) -> Iterator[None]:
+    """Within: the network is compiled, or what the run's file holds is loaded. On each rank.
+
+    kind: what compiled code is for. may_publish: rank 0's check that the run is still its own; None on the others.
+    anew: whether something was compiled, asked afterwards; None: it did not come to that.
+    """
+    if not _held:
+        yield
+        return
+    folder, began = _held[0][0], time.monotonic()
+    why = _bring(run.compiled, folder, kind)
+    yield
+    took = f"{time.monotonic() - began:.0f} s"
+    if may_publish is None or (was_compiled := anew()) is None:
+        return
+    if not was_compiled:
+        say(f"compiled code: from the run's file, {took}")
+        return
+    say(f"compiled code: compiled anew, {took}" + (f" ({why})" if why else ""))
+    try:
+        write_bytes(run.compiled, pack(folder, kind), replace=True, may_publish=may_publish)
+    except OSError as e:  # a full disk ends no training
+        say("compiled code is not kept", error=e)
+
+
+def pack(folder: Path, kind: str) -> bytes:
+    """The content of the run's file: a line that signs the rest, and a zip archive of the folder."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix != ".lock" and path.name != _LOCK:
+                archive.writestr(str(path.relative_to(folder)), path.read_bytes())
+    body = out.getvalue()
+    return canonical_json(sign({"kind": kind, "sha256": hashlib.sha256(body).hexdigest()})) + b"\n" + body
+
+
+def unpack(file: Path, folder: Path, kind: str) -> None:
+    """What `pack` made, into the folder. Raises DamagedFile with the reason, OSError."""
+    with open_file(file) as f:
+        if os.fstat(f.fileno()).st_size > MOST_BYTES:
+            raise DamagedFile(f"{file.name}: larger than any of its kind")
+        header, body = f.readline(HEADER_BYTES), f.read()
+    try:
+        record: Any = parse_json(header)
+        if record["self_sha256"] != sign(record)["self_sha256"] or record["sha256"] != hashlib.sha256(body).hexdigest():
+            raise ValueError("other bytes than its digest is of")
+        if record["kind"] != kind:
+            raise DamagedFile("the run's file is of another kind of node, or of another torch")
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            archive.extractall(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
+        raise DamagedFile(f"{file.name} is damaged: {e}") from None
+
+
+def _bring(file: Path, folder: Path, kind: str) -> str:
+    """Why it is not in the folder now, or ""."""
+    try:
+        unpack(file, folder, kind)
+    except FileNotFoundError:
+        return ""
+    except (DamagedFile, OSError) as e:
+        return str(e)
+    return ""
+
+
+def this_cpu() -> str:
+    """What libraries are compiled for that compute on it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return sha256_json(sorted(line.partition(":")[2].split()))
+    return platform.machine()

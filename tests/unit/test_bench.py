@@ -1,0 +1,92 @@
+"""`python -m tools.bench`: figures are judged by their goals, pairs have their interval, and its rows run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import PROJECT
+from tools.bench import __main__ as bench
+from tools.bench.counting import Operations, launched, profiled
+from tools.bench.figures import Figure, Result, interval, ratio
+
+
+def test_a_pairs_ratio_has_its_median_and_an_interval_where_there_are_enough() -> None:
+    found = ratio("a to b", [2.0, 4.0, 6.0, 9.0, 8.0, 1e9], [1.0, 2.0, 3.0, 3.0, 4.0, 1.0])
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 1e9)
+    assert interval([1.0] * 5) == (None, None)
+    assert interval(list(map(float, range(12)))) == (2.0, 9.0)  # 96 %, as tables of the sign test have it
+
+
+@pytest.mark.parametrize(("value", "code"), [(1.2, 0), (1.1, 1), (float("nan"), 1)])
+def test_a_goal_that_is_missed_is_shown_and_ends_with_1(
+    value: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = bench.Row("made-up", "", lambda _: Result([Figure("speed", value, "x", at_least=1.15, limit=3.0)]))
+    monkeypatch.setattr(bench, "ROWS", (row,))
+    (tmp_path / "before").write_text(json.dumps({"rows": {"made-up": {"figures": {"speed": {"value": 0.6}}}}}))
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / "now"), "--against", str(tmp_path / "before")])
+    assert bench.main() == code
+    shown = capsys.readouterr().out
+    assert ("MISSED" in shown) == bool(code) and ">= 1.15" in shown and "(before 0.6, now" in shown
+    assert json.loads((tmp_path / "now").read_text())["rows"]["made-up"]["figures"]["speed"]["at_least"] == 1.15
+
+
+def test_a_row_that_fails_is_named_and_a_peer_that_is_not_there_fails_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code in ((ImportError("no module named peer"), 0), (RuntimeError("broken"), 1)):
+
+        def run(_: object, error: Exception = error) -> Result:
+            raise error
+
+        monkeypatch.setattr(bench, "ROWS", (bench.Row("made-up", "", run),))
+        monkeypatch.setattr(sys, "argv", ["bench"])
+        assert bench.main() == code
+        assert str(error) in capsys.readouterr().out
+
+
+def test_operations_and_launches_are_put_down_to_their_parts() -> None:
+    x = torch.ones(3)
+    with Operations() as counted:
+        y = x.view(3, 1) + 1  # a view starts nothing
+        with counted.within("part"):
+            y.mul_(2)
+            y.sum().item()
+    assert dict(counted.started) == {"rest": 1, "part": 3} and dict(+counted.waits) == {"part": 1}
+    with profiled(torch.device("cpu")) as prof, Operations().within("part"):
+        x.mul(2)
+    assert launched(prof, ("aten::mul",)) == {"part": 1}
+
+
+def test_rows_run_on_this_machine_rehearsed(tmp_path: Path) -> None:
+    rows = ["sampler", "checkpoint"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench", *rows, "--small", "--device", "cpu", "--json", str(tmp_path / "f.json")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "f.json").read_text())
+    assert list(told["rows"]) == rows and told["name"] and told["cores"]
+    figures = {name: value for row in told["rows"].values() for name, value in row["figures"].items()}
+    assert figures["ddim: operations of a step"]["value"] == 5
+    assert figures["verifying and loading it"]["value"] > 0
+    assert "DDIM" not in done.stdout and "ancestral: operations" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["trainning"], ["--against", "/nowhere"]])
+def test_what_there_is_not_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    with pytest.raises(SystemExit) as refused:
+        bench.main()
+    assert refused.value.code == 2 and words[-1] in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""What this project does on this machine, beside its limits, its peers and its goals.
+
+    python -m tools.bench                              all rows for this machine, in ten minutes
+    python -m tools.bench training scores --json F     some of them, kept
+    python -m tools.bench --against F                  beside what an earlier call kept
+
+Peers are taken in turns with ours in one process; a ratio is the median of its pairs, with its 95 % interval. Exit
+code: 1 where a goal is missed or a row failed, 0 else; a row for which there was no time is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm.run.files import read_json
+from tools.bench import checkpoint, feed, machine, ranks, sampling, scores, starting, training
+from tools.bench.figures import HEAD, Result, lines
+from tools.bench.measure import Bench
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    what: str
+    run: Callable[[Bench], Result]
+    on: str = "cpu cuda"
+    """Where it is run unasked."""
+
+
+def _loop(batch: int, *overrides: str, goal: float | None = None, **options: Any) -> Callable[[Bench], Result]:
+    """A row of the trainer's loop: at `batch` on a GPU, rehearsed with 4 images elsewhere."""
+
+    def run(bench: Bench) -> Result:
+        eager = () if bench.gpu else (training.EAGER,)
+        return training.loop(bench, batch if bench.gpu else 4, *eager, *overrides, goal=bench.goal(gpu=goal), **options)
+
+    return run
+
+
+ROWS = (
+    Row("peaks", "this machine's, and the roofline from them", machine.row),
+    Row("loop", "the trainer's loop at batch 128", _loop(128, profile=True, goal=6000)),
+    Row("training", "a step beside those of others", training.against_others),
+    Row("network", "an evaluation and DDIM beside diffusers'", sampling.against_diffusers),
+    Row("parts", "of a step: time, operations, launches, waits", training.parts),
+    Row("sampler", "operations of its steps beside the network", sampling.beside_the_network),
+    Row("frechet", "the distance at 2048 beside pytorch-fid's", scores.frechet),
+    Row("inception", "features beside pytorch-fid's", scores.inception),
+    Row("checkpoint", "what training waits for, and reading one", checkpoint.row),
+    Row("feed", "batches beside an ImageFolder's", feed.row),
+    Row("start", "from a job's start to its first step", starting.start),
+    Row("ranks", "two beside twice one", ranks.row, "cpu"),
+    Row("compile", "a small network's, cold and kept", starting.compiling),
+    Row("sampling-compiled", "DDIM, the network compiled", sampling.compiled, "cuda"),
+    Row("graphs", "the loop replayed as CUDA graphs", _loop(128, graphs=True), "cuda"),
+    Row("batch-512", "the loop", _loop(512, goal=7600), "cuda"),
+    Row("batch-16", "the loop", _loop(16, profile=True, goal=3500), "cuda"),
+    Row("eager", "the loop, not compiled", _loop(128, training.EAGER, profile=True), "cuda"),
+    Row("deterministic", "the loop", _loop(128, "train.deterministic=true"), "cuda"),
+    Row("batch-1024", "the loop", _loop(1024), "cuda"),
+)
+"""In order of their worth: what does not fit the time is left out, and said."""
+QUICK = ("peaks", "loop", "training", "network", "inception", "checkpoint")
+
+
+def run_row(row: Row, bench: Bench) -> tuple[Result, bool]:
+    """Whether it came to an end, besides."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a trainer tells is no part of the table
+            return row.run(bench), True
+    except ImportError as e:
+        return Result(notes=[f"not run: {e}"]), True
+    except Exception as e:
+        traceback.print_exc()
+        return Result(notes=[f"failed: {type(e).__name__}: {e}"]), False
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {_isa()}"
+    return {"device": device.type, "name": name, "torch": torch.__version__, "cuda": torch.version.cuda,
+            "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}  # fmt: skip
+
+
+def _isa() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def main() -> int:
+    rows = {row.name: row for row in ROWS}
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="rows:\n" + "\n".join(f"  {r.name:20}{r.what}" for r in ROWS))  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows (default: all; quick: {', '.join(QUICK)})")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=10, help="no row is begun after them (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="F", help="keep all figures here, rewritten after each row")
+    parser.add_argument("--against", type=Path, metavar="F", help="what --json kept: shown beside")
+    parser.add_argument("--small", action="store_true", help="a quarter of the width, one round: a rehearsal, no goals")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    names = [name for asked in args.names for name in (QUICK if asked == "quick" else [asked])]
+    if unknown := [name for name in names if name not in rows]:
+        parser.error(f"no row {', '.join(unknown)}; there are: {', '.join(rows)}")
+    before = read_json(args.against) if args.against else {}
+    if before is None or not isinstance(before.get("rows", {}), dict):
+        parser.error(f"--against {args.against}: not what --json keeps")
+    device = torch.device(args.device)
+    chosen = [rows[name] for name in names] or [row for row in ROWS if args.device in row.on]
+    record: dict[str, Any] = {**about(device), "small": args.small, "rows": {}}
+    print(" ".join(f"{k}={v}" for k, v in record.items() if k != "rows"))
+    if before and (before.get("name"), before.get("small")) != (record["name"], record["small"]):
+        print(f"--against is of another machine or size: {before.get('name')}, small={before.get('small')}")
+    print(HEAD, flush=True)
+    ends, good = time.monotonic() + args.minutes * 60, True
+    for i, row in enumerate(chosen):
+        began = time.monotonic()
+        if began > ends:
+            print(f"no time left: {', '.join(r.name for r in chosen[i:])}")
+            break
+        bench = Bench(device, args.small, min(ends, began + max(20.0, (ends - began) / 3)))
+        result, ran = run_row(row, bench)
+        good = good and ran and not any(f.missed for f in result.figures)
+        record["rows"][row.name] = {**result.as_record(), "took_s": time.monotonic() - began}
+        then = before.get("rows", {}).get(row.name, {}).get("figures")
+        print("\n".join(lines(f"{row.name} ({time.monotonic() - began:.0f} s)", result, then)), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+        if bench.gpu:
+            torch.cuda.empty_cache()
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
