@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +29,7 @@ from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue import borrowing, bounds, chain, local
+from launch.queue import borrowing, bounds, chain, local, milestones
 from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
@@ -38,11 +37,13 @@ from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
+from launch.terminal.images import score_images
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
   python launch/evaluate.py cifar10 --bits-per-dim                    of the test images; --num-images 500 for a part
+  python launch/evaluate.py cifar10 --all-milestones                  samples and a score of each milestone
   python launch/evaluate.py cifar10 --compare paper fast              two sets side by side; RUN/SET names another run's
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
   python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
@@ -76,6 +77,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--num-images", type=int, help="with --bits-per-dim: of so many, chosen by sample.seed (default: all)"
     )
+    parser.add_argument(
+        "--all-milestones", action="store_true", help="sample and score each milestone that has no score yet"
+    )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
@@ -89,6 +93,10 @@ def parse() -> argparse.Namespace:
         parser.error("--bits-per-dim is of a RUN; --reference, --step and --num-images say more")
     if not args.bits_per_dim and not (args.step is None and args.num_images is None):
         parser.error("--step and --num-images go with --bits-per-dim")
+    if args.all_milestones and (
+        args.run is None or args.compare or args.set_name or args.extractor or args.reference or args.bits_per_dim
+    ):
+        parser.error("--all-milestones is of a RUN, as its config has it (sample, evaluate)")
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
     if not args.images and (args.size or args.save_stats or args.keep):
@@ -107,49 +115,6 @@ def extractor_of(word: str) -> str:
     word = sections.build(Evaluate, {"extractor": word}, "--extractor").extractor
     path = word.removeprefix(FILE)
     return word if path == word else f"{FILE}{Path(path).expanduser().absolute()}"
-
-
-def score_images(args: argparse.Namespace) -> int:
-    """Two sets of images, on this machine; or the statistics of one."""
-    images = _there("--images", args.images)
-    reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
-    name = args.extractor or "inception"
-    if args.dry_run:
-        what = f"score {images} against {reference}" if reference else f"write statistics of {images}"
-        print(f"would {what} with {name} on this machine")
-        return 0
-    stats = Path(args.save_stats).expanduser() if args.save_stats else None
-    if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
-        raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
-    keep = Path(args.keep).expanduser() if args.keep else None
-    if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
-        raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
-    import torch
-
-    from ddpm.scoring.extractors import build_extractor, ensure_weights
-    from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
-
-    ensure_weights(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packed = load_images(images, args.size)
-    size = packed.images.shape[1]
-    extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
-    if stats:
-        save_statistics(packed, stats, extractor, keep)
-        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
-    elif reference:
-        with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
-            result = evaluate_images(packed, reference, extractor, args.size, keep)
-        print(console.as_json(result))
-        print(told(result), file=sys.stderr)
-    return 0
-
-
-def _there(option: str, word: str, or_else: str = "") -> Path:
-    path = Path(word).expanduser()
-    if not path.exists():
-        raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images, an .npy or .npz{or_else}")
-    return path
 
 
 def choose_set(run: RunDir, asked: str | None) -> str:
@@ -198,13 +163,16 @@ def main() -> int:
     check_path(run, site)
     if args.bits_per_dim:
         return score_bound(run, config, site, args)
+    if args.all_milestones:
+        return score_milestones(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_for_run(run, config, reference)
     reference = _whole(reference)
-    asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
+    change = {"reference": reference, "extractor": args.extractor or config.evaluate.extractor}
+    asked = config.evaluate.model_copy(update=change)
     site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
@@ -239,7 +207,42 @@ def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespac
     return do(job, lambda: jobs_in_queue(run, "evaluate", name), found, args)
 
 
-def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
+def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
+    """Samples and scores of each milestone that has none, in jobs that do not wait for one another."""
+    site = settle(site, dry_run=args.dry_run)
+    check_for_run(run, config, config.evaluate.reference)
+    if not args.dry_run:
+        prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
+        prepare.settle_code(run, new=args.code == "new")
+        chain.go_on(run)
+    ids: list[str] = []
+    with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
+        chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)
+        if args.dry_run:
+            print("\n\n".join(describe(job) for jobs in chains for job in jobs))
+            print("# dry run: nothing was written or queued")
+            return 0
+        for jobs in [] if site.is_local else chains:
+            use_shell_of(run, site)
+            queued, told = chain.queue(jobs, config)
+            ids += queued
+            print("\n".join(f"{jobs[0].set_name}: {line}" for line in told))
+    if not chains:
+        print(f"run {run.name}: each of its {len(milestones.steps(run))} milestones has a score ({run.milestones})")
+    elif site.is_local:
+        process, log = local.start(run, [job for jobs in chains for job in jobs])
+        if code := follow.follow_process(run, process, log):
+            return code if code == 130 else 1
+    if ids and args.wait:
+        follow.follow_jobs(run, ids)
+    if run.milestones.exists() and not (ids and not args.wait):
+        print(run.milestones.read_text(), end="")
+    return 0
+
+
+def do(
+    job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace
+) -> int:
     """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
     run, name = job.run, job.set_name
     prepare.settle_code(run, new=args.code == "new")

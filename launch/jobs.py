@@ -24,6 +24,7 @@ from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster.job import numbers, share
 from launch.life import starting
+from launch.life.decision import GONE
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
 from launch.terminal import faults, streams
@@ -82,7 +83,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
     """Say what a person can act on; returns the exit code that it becomes."""
     if isinstance(error, RunBusy):
         say(str(error))
-        return life.leave(error.exit_code)
+        return life.leave(error.exit_code, GONE if isinstance(error, RunGone) else "")
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
     here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well

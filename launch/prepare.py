@@ -64,8 +64,13 @@ def check_data(config: Config, stages: list[str]) -> None:
     source = open_source(config.data)
     if config.model.num_classes not in (0, len(source.classes)):
         raise RequestError(f"model.num_classes = {config.model.num_classes}: {_classes_there_are(source.classes)}")
-    if "evaluate" in stages:
+    if _scores(config, stages):
         check_reference(config, config.evaluate.reference)
+
+
+def _scores(config: Config, stages: list[str]) -> bool:
+    """Whether jobs will score: at the end, or milestones meanwhile."""
+    return "evaluate" in stages or config.evaluate.milestones is not None
 
 
 def _classes_there_are(have: list[str]) -> str:
@@ -242,11 +247,11 @@ def warn_of_batch(config: Config, num_images: int | None) -> None:
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
     from ddpm.data import packed as data
 
-    if "evaluate" in stages:
+    if _scores(config, stages):
         ensure_weights(config.evaluate.extractor, cache / "data")
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
-    if "evaluate" in stages and config.evaluate.reference == "test":
+    if _scores(config, stages) and config.evaluate.reference == "test":
         data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     print(
         f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "

@@ -29,7 +29,7 @@ from launch.cluster.job import Job, check_path, ranges
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue import borrowing, chain, local, sets
+from launch.queue import borrowing, chain, local, milestones, sets
 from launch.queue.directory import base_of, use_shell_of
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
@@ -73,7 +73,9 @@ def parse() -> argparse.Namespace:
         help="of ancestral sampling; default: the config's diffusion.variance",
     )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--step", type=step_of, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
+    )
     parser.add_argument("--png", action="store_true", help="unpack the finished set to samples/SET/png/")
     parser.add_argument("--prepare", action="store_true", help="publish the request, queue nothing")
     parser.add_argument("--wait", action="store_true", help="stay until the shards are done")
@@ -81,6 +83,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     add_options(parser)
     return parser.parse_args()
+
+
+def step_of(word: str) -> int | str:
+    return word if word == "best" else int(word)
 
 
 def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:
@@ -146,6 +152,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
 def main() -> int:
     args = parse()
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
+    args.step = milestones.best_step(run) if args.step == "best" else args.step
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = resolve(args, base_of(run, args), "sample")

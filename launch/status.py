@@ -13,13 +13,12 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import launch.first  # noqa: F401
-from ddpm.run.events import read_events_and_damage
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import console, history, view
-from launch.terminal.overview import Damage, describe
+from launch.terminal.overview import describe, read_life
 
 EXAMPLES = """examples:
   python launch/status.py                      all runs
@@ -42,25 +41,21 @@ def parse() -> argparse.Namespace:
 
 def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
     """Each run, described; whatever befalls one of them, the others are shown."""
-    jobs = [job for r in runs for job in slurm_jobs(r, _events(r)[0])]
+    lives = [read_life(r) for r in runs]
+    jobs = [job for r, (events, _) in zip(runs, lives, strict=True) for job in slurm_jobs(r, events)]
     queued: dict[str, scheduler.Queued] | None = None
     try:
         queued = scheduler.look_up(jobs) if scheduler.available() else None
     except scheduler.SchedulerError as e:
         print(f"SLURM does not answer: {e}", file=sys.stderr)
-    return [describe(r, queued) for r in runs]
+    return [describe(r, queued, life) for r, life in zip(runs, lives, strict=True)]
 
 
-def _events(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:
-    """Those that can be read, and what cannot."""
-    damage = Damage()
-    events, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
-    return events, [*damage.told, *odd]
 
 
 def print_events(runs: list[RunDir], as_json: bool) -> None:
     for run in runs:
-        events, damage = _events(run)
+        events, damage = read_life(run)
         for line in (json.dumps({**e, "run": run.name}) for e in events) if as_json else history.lines(run, events):
             print(plain(line))
         for what in damage:

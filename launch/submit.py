@@ -21,7 +21,7 @@ from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import origin, prepare
 from launch.cluster import code, container, environment, scheduler
-from launch.cluster.environment import PROJECT
+from launch.cluster.environment import SHIPPED
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
 from launch.cluster.options import add_options, resolve
@@ -84,13 +84,13 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str], reci
         raise RequestError("an empty word where a config file or key=value was expected: an unset shell variable?")
     if len(files) > 1:
         raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value")
-    path = Path(files[0]) if files else PROJECT / "configs" / "cifar10.yaml"
+    path = Path(files[0]) if files else SHIPPED / "configs" / "cifar10.yaml"
     if args.name is not None:
         overrides = [o for o in overrides if not o.startswith("name=")] + [f"name={check_name(args.name)!r}"]
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
         raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
-    config = with_absolute_paths(reading.load(path, overrides, shelf=PROJECT / "configs"))
+    config = with_absolute_paths(reading.load(path, overrides, shelf=SHIPPED / "configs"))
     if not any(o.startswith("name=") for o in overrides):
         name = name_of(config, environment.runs_root(args.root))
         config = config.model_copy(update={"name": check_name(name)})
@@ -139,7 +139,7 @@ def check_resources(config: Config, site: Site) -> None:
 def main() -> int:
     args = parse()
     if args.list:
-        recipes.print_table(PROJECT / "configs")
+        recipes.print_table(SHIPPED / "configs")
         return 0
     asked, stages, recipe = read_command_line(args)
     source = origin.asked(args.origin, args.from_weights, args.root)

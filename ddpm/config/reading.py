@@ -36,6 +36,11 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
         raise RequestError(f"config file {path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"config file {path} cannot be read: {e}") from None
+    return of_text(text, path, overrides)
+
+
+def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config in the YAML that stands in `path`. Raises RequestError."""
     tree = load_yaml(text, str(path))
     if tree is None:
         tree = {}

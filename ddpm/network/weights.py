@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,29 @@ def cast_once(network: UNet, precision: str) -> None:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
+    with _opened(path) as f:
+        state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    step = metadata.get("step", "")
+    return state, int(step) if step.isdecimal() and len(step) < 19 else 0
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says beside its tensors. Raises as `read_safetensors`."""
+    with _opened(path) as f:
+        return dict(f.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with open_file(path) as raw:
             header = int.from_bytes(raw.read(8), "little")
         if header > MAX_HEADER_BYTES:  # before a hundred megabytes of it become gigabytes of names
             raise ValueError(f"its header says to have {header:,} bytes, at most {MAX_HEADER_BYTES:,}")
         with safe_open(path, "pt") as f:
-            state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            yield f
     except (SafetensorError, OSError, ValueError, DamagedFile) as e:
         raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
-    step = metadata.get("step", "")
-    return state, int(step) if step.isdecimal() and len(step) < 19 else 0
 
 
 def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:

@@ -195,6 +195,11 @@ class RunDir:
     def eval(self) -> Path:
         return self.path / "eval"
 
+    @property
+    def milestones(self) -> Path:
+        """The scores of milestones, and which of them is best."""
+        return self.path / "milestones.json"
+
     def score(self, set_name: str) -> Path:
         """Of the set's first score."""
         return self.eval / f"{set_name}.json"
@@ -216,7 +221,7 @@ class RunDir:
         return self.grids / f"step-{step:09d}.png"
 
     def exit_marker(self, job: str, restart: int) -> Path:
-        """The job's own exit code, past srun, which may report another rank's."""
+        """The job's own exit code, past what starts its ranks, which may report another's."""
         return self.logs / f".exit-{job}.{restart}"
 
     def sample_set(self, name: str) -> SampleSet:

@@ -7,15 +7,26 @@ there. Must not know what a record is for.
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
-from ddpm.run.files import LINES_BYTES, DamagedFile, link_to_nothing, parse_json, read_bytes, seconds, sign
+from ddpm.run.files import (
+    LINES_BYTES,
+    DamagedFile,
+    link_to_nothing,
+    open_file,
+    parse_json,
+    read_bytes,
+    seconds,
+    sign,
+)
 from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
+SKIMMED_BYTES = 4096
+"""Of a long metrics.jsonl, at its end: some twenty lines."""
 Kind = Mapping[str, Callable[[Any], bool]]
 """Keys, and what their values may be."""
 
@@ -107,7 +118,9 @@ def _checked(record: Any, needed: Kind, too: Kind | None = None) -> tuple[Record
             return None, f"no {key}"
         if not is_good(record[key]):
             return None, f"{key} = {_short(record[key])}"
-    bad = [k for k, is_good in (too or {}).items() if record.get(k) is not None and not is_good(record[k])]
+    bad = [k for k, value in record.items() if value is not None and too and k in too and not too[k](value)]
+    if not bad:
+        return record, ""
     return {k: v for k, v in record.items() if k not in bad}, ", ".join(f"{k} = {_short(record[k])}" for k in bad)
 
 
@@ -175,6 +188,25 @@ def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
     return parse_lines(data, "metrics.jsonl", METRICS, METRICS_TOO)
 
 
+def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
+    """For a view of many runs: the last records of metrics.jsonl; the step of the one before them, 0 before the first;
+    and what is wrong with the file, or "". Of a long file that begins and ends as it should nothing else is read.
+
+    Raises OSError, DamagedFile where it is no such file.
+    """
+    with open_file(run.metrics) as f:
+        size = os.fstat(f.fileno()).st_size
+        if 2 * SKIMMED_BYTES < size <= LINES_BYTES:
+            head = parse_metrics(f.readline(SKIMMED_BYTES) + f.readline(SKIMMED_BYTES))[0]
+            f.seek(size - SKIMMED_BYTES)
+            tail, _, wrong = parse_metrics(f.read(SKIMMED_BYTES).partition(b"\n")[2])
+            every = head[0]["step"] if len(head) == 2 else 0
+            if tail and not wrong and every and head[1]["step"] == 2 * every and tail[0]["step"] % every == 0:
+                return tail, tail[0]["step"] - every, ""
+    records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
+    return records, 0, wrong
+
+
 def read_metrics(run: RunDir) -> list[Record]:
     """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look, DamagedFile where it is no such
     file."""
@@ -184,15 +216,17 @@ def read_metrics(run: RunDir) -> list[Record]:
         return []
 
 
-def missing_lines(records: Sequence[Record], every_steps: int, *, saved_step: int = 0, logged_step: int = 0) -> str:
-    """Where lines of metrics are missing, or "".
+def missing_lines(
+    records: Sequence[Record], every_steps: int, *, begin: int = 0, saved_step: int = 0, logged_step: int = 0
+) -> str:
+    """Where lines of metrics are missing after step `begin`, or "".
 
-    every_steps: from line to line, as the config says now; what it once said is a distance that is found three times.
+    every_steps: from line to line, as the config says now; what it once said is a distance found three times in a row.
     saved_step: a checkpoint's, which promises the lines before it. logged_step: of the last of them, where it is known.
     """
-    steps = [0, *(r["step"] for r in records)]
-    found = Counter(b - a for a, b in pairwise(steps))
-    usual = max([every_steps, *(distance for distance, times in found.items() if times >= 3)])
+    steps = [begin, *(r["step"] for r in records)]
+    distances = groupby(b - a for a, b in pairwise(steps))
+    usual = max([every_steps, *(distance for distance, found in distances if len(list(found)) >= 3)])
     gaps = [(a, b) for a, b in pairwise(steps) if b - a > usual]
     if logged_step > steps[-1] or saved_step >= steps[-1] + usual:
         gaps.append((steps[-1], max(logged_step, saved_step)))

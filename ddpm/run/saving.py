@@ -13,7 +13,7 @@ import errno
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -22,7 +22,17 @@ import torch
 from ddpm.errors import RunBusy
 from ddpm.run import unfinished
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, now, publishing, read_bytes, read_json, sha256_json, sign, write_json
+from ddpm.run.files import (
+    DamagedFile,
+    now,
+    publishing,
+    read_bytes,
+    read_json,
+    read_signed,
+    sha256_json,
+    sign,
+    write_json,
+)
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
@@ -241,7 +251,8 @@ class Checkpointer:
         unfinished.clear(run, self._fence.check, self._log)
 
     def _named(self) -> set[Any]:
-        """Steps that sample sets and bounds are made of. Raises DamagedFile where that cannot be told of one."""
+        """Steps that sample sets and bounds are made of, and the best milestone. Raises DamagedFile where one of them
+        cannot be told."""
         steps = set()
         sets: list[SampleSet | BoundSet] = [*self._run.sample_sets(), *self._run.bound_sets()]
         for made in sets:
@@ -256,12 +267,16 @@ class Checkpointer:
                 raise DamagedFile(f"{made.request}: its digest does not match its content")
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
+        try:
+            steps.add((read_signed(self._run.milestones).get("best") or {}).get("step"))
+        except FileNotFoundError:
+            pass
         return steps
 
 
-def ema_bytes(ema: dict[str, torch.Tensor], step: int) -> bytes:
-    """What a file of EMA weights holds; equal weights give equal bytes."""
-    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)})
+def ema_bytes(ema: Mapping[str, torch.Tensor], step: int, **said: str) -> bytes:
+    """What a file of EMA weights holds, and says besides; equal weights give equal bytes."""
+    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step), **said})
 
 
 def settled_in(state: dict[str, Any]) -> dict[str, Any]:

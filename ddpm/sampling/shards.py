@@ -45,7 +45,8 @@ def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[s
     expected = {"request_digest": request.digest, "shard": index, "first": first, "num": num}
     for key, value in expected.items():
         if manifest.get(key) != value:
-            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}")
+            why = ": of another checkpoint, seed or sampler" if key == "request_digest" else ""
+            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}{why}")
     if not sample_set.shard(index, request.shards).exists():
         raise DamagedFile(f"{path.with_suffix('.npz').name}: missing, though its manifest is there")
     return manifest

@@ -128,7 +128,9 @@ def gather_set(
             progress(index + 1, request.shards)
 
     labels = sample_labels(request, 0, request.num_samples, num_classes) if num_classes else None
-    gathered = gather(features(), request.num_samples, labels=labels, classifier=extractor.classifier)
+    gathered = gather(
+        features(), request.num_samples, labels=labels, num_classes=num_classes, classifier=extractor.classifier
+    )
     if problems:
         raise _broken(sample_set, problems)
     return gathered

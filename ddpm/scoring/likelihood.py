@@ -28,7 +28,7 @@ from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.features import is_kept, kept_array
-from ddpm.scoring.record import publish_score, read_score
+from ddpm.scoring.record import publish_score, read_score, scores_of
 from ddpm.scoring.reference import image_record
 
 
@@ -46,7 +46,7 @@ def bits_per_dim(
     token: str = "",
     stay: bool = True,
 ) -> dict[str, Any]:
-    """Compute what is missing, merge, and publish the record, which is returned.
+    """Compute what is missing, merge, and publish the record, which is returned; at once where it is there already.
 
     images: the request's split. make_denoiser: of the request's checkpoint, asked once, where a part is missing.
     timesteps: evaluations of an image. progress: counts images. stay: wait for parts that other processes make; else
@@ -76,9 +76,7 @@ def bits_per_dim(
     def there(part: int) -> bool:
         return is_kept(where.part(part), expected(part))
 
-    work_through(where.path, range(len(parts)), there, make, stop_requested=stop_requested, stay=stay)
-    record = {
-        **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
+    said = {
         "num_samples": len(index),
         "reference": image_record(images),
         "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
@@ -86,6 +84,14 @@ def bits_per_dim(
         "nfe": timesteps,
         "seed": request.seed,
         "precision": request.precision,
+    }
+    for published in scores_of(run, request.name):
+        if {key: published.record.get(key) for key in said} == said:
+            return published.record
+    work_through(where.path, range(len(parts)), there, make, stop_requested=stop_requested, stay=stay)
+    record = {
+        **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
+        **said,
         "created": files.now(),
         "command": command,
     }

@@ -100,6 +100,7 @@ def reference_of(
     num = len(images.images)
     if num < 2:
         raise RequestError(f"{images.name}: {num} images: a score needs at least 2 on each side")
+    classes: dict[str, Any] = {"labels": images.labels, "num_classes": len(images.classes)} if by_class else {}
     parts = path.with_suffix("")
     try:
         parts.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,9 @@ def reference_of(
     except OSError as e:  # another's cache
         say(f"reference={path} not kept: {e}")
         made = image_features(images.images, extractor, stop_requested=stop_requested)
-        labels = images.labels if by_class else None
-        return of_gathered(gather(made, num, labels=labels, grouped=False), image_record(images))
+        return of_gathered(gather(made, num, grouped=False, **classes), image_record(images))
     features = kept_in_parts(parts, images, extractor, stop_requested=stop_requested, token=token, stay=stay)
-    gathered = gather(features, num, labels=images.labels if by_class else None, grouped=False)
+    gathered = gather(features, num, grouped=False, **classes)
     write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
     return of_gathered(gathered, image_record(images))
 

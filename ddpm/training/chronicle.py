@@ -45,7 +45,7 @@ class Silent:
         """A line in the job's log."""
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """A life event; a full disk ends no training."""
+        """A life event; a full disk ends no training. Raises RunBusy, as all that is written."""
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
@@ -85,7 +85,8 @@ class Silent:
 
 
 class Chronicle(Silent):
-    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good."""
+    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good;
+    on_milestone: called by the thread that has saved one."""
 
     def __init__(
         self,
@@ -97,11 +98,14 @@ class Chronicle(Silent):
         owner: dict[str, Any],
         world_size: int,
         is_milestone: Callable[[int], bool],
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_milestone = on_milestone
         self.config, self.run, self.fence, self.events = config, run, fence, events
         self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
         self._latest: dict[str, Any] = {}
         self._telemetry: Telemetry | None = None
+        self._gap = ""
         self._saver: Checkpointer | None = None
         self._fails = False  # saves do
 
@@ -138,8 +142,10 @@ class Chronicle(Silent):
             owner=self.owner,
             logged_step=logged_step,
             every_steps=self.config.log.every_steps,
+            gap=self._gap,
             may_publish=self.fence.check,
         )
+        self._gap = self._telemetry.gap
         if self._saver is None:
             self._saver = Checkpointer(
                 self.run,
@@ -155,6 +161,8 @@ class Chronicle(Silent):
     def _saved(self, step: int) -> None:
         self._fails = False
         self.event("checkpoint", step)
+        if self.is_milestone(step):
+            self._on_milestone()
 
     def _not_saved(self, step: int, why: str) -> None:
         """Of several saves in a row that fail, the first is told. An event's step is one that was saved."""
@@ -167,6 +175,7 @@ class Chronicle(Silent):
         say(message, **fields)
 
     def event(self, event: str, step: int, **fields: Any) -> None:
+        self.fence.check()  # what lies under the run's name may be another, of which this would tell saved steps
         try:
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:

@@ -27,7 +27,8 @@ BOARD_AGAIN_AFTER_S = 60.0
 class Telemetry:
     """What rank 0 tells the world about a run. Opened at the step that training goes on from.
 
-    logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told.
+    logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told,
+    unless it is `gap`, which this life has told before.
     may_publish: asked before a file appears; raises where a later job has taken the run over.
     """
 
@@ -40,9 +41,11 @@ class Telemetry:
         owner: dict[str, Any],
         logged_step: int = 0,
         every_steps: int | None = None,
+        gap: str = "",
         may_publish: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
+        self.gap = gap
         self._trim(step, logged_step, every_steps)
         self._metrics: BinaryIO = run.metrics.open("a+b", buffering=0)
         self._unwritten = b""
@@ -61,8 +64,10 @@ class Telemetry:
         Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
         """
         kept = self._there(step)
-        if gap := missing_lines(kept, every_steps or step or 1, logged_step=logged_step):
+        gap = missing_lines(kept, every_steps or step or 1, logged_step=logged_step)
+        if gap and gap != self.gap:
             say(f"{gap}: the file was damaged; training goes on without them")
+            self.gap = gap
         self._rewrite(kept)
 
     def _there(self, step: int) -> list[dict[str, Any]]:

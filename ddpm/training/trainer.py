@@ -57,6 +57,7 @@ class Trainer:
         events: EventLog | None,
         owner: dict[str, Any],
         start: dict[str, Any] | None = None,
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
         self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
@@ -68,7 +69,14 @@ class Trainer:
         if fence is not None and events is not None:
             size, is_milestone = world.world_size, self.due.milestone
             self.chronicle = Chronicle(
-                config, run, fence, events, owner=owner, world_size=size, is_milestone=is_milestone
+                config,
+                run,
+                fence,
+                events,
+                owner=owner,
+                world_size=size,
+                is_milestone=is_milestone,
+                on_milestone=on_milestone,
             )
         self.warm = self._stepped = False
         self._beginning = "started"
@@ -264,7 +272,7 @@ class Trainer:
         self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
             raise DoNotRetry(
-                f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                f"loss or gradients were non-finite {rollbacks} times (last near step {at}), more than "
                 f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
                 f"train.amp=off in a new run"
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import TMP_PREFIX, DamagedFile, read_bytes, sha256_json, write_bytes
 from ddpm.run.paths import RunDir
-from launch.cluster.environment import PROJECT
+from launch.cluster.environment import PROJECT, SHIPPED
 
 TREES = ("ddpm", "launch", "slurm")
 SUFFIXES = (".py", ".sh", ".sbatch")
@@ -35,8 +35,13 @@ Code = Mapping[str, bytes]
 
 def of_checkout() -> Code:
     """What is submitted with, as it is now."""
-    files = (p for tree in TREES for p in (PROJECT / tree).rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    return {str(p.relative_to(PROJECT)): p.read_bytes() for p in sorted(files)}
+    found = {}
+    for tree in TREES:
+        place = SHIPPED if tree == "slurm" else PROJECT
+        for path in sorted((place / tree).rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file():
+                found[str(path.relative_to(place))] = path.read_bytes()
+    return found
 
 
 def of_run(run: RunDir) -> Code | None:

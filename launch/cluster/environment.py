@@ -20,6 +20,10 @@ from ddpm.run.paths import RunDir
 from launch.cluster.addresses import first_node_address
 
 PROJECT = Path(__file__).resolve().parents[2]
+"""Where the packages lie: a checkout, a run's code, or where pip has put them."""
+_SHARED = (p / "share" / "ddpm-hpc" for p in (PROJECT, *PROJECT.parents[2:3]))
+SHIPPED = next((p for p in (PROJECT, *_SHARED) if (p / "slurm").is_dir()), PROJECT)
+"""Where configs/ and slurm/ lie: there, or in the share/ of what pip has installed into."""
 OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"
 """What a user can do where packed data cannot be written."""
 
@@ -164,10 +168,12 @@ def _port(job: str, restart: int) -> int:
 
 
 def runs_root(option: str | None) -> Path:
-    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project. Raises RequestError."""
+    """Where runs lie: --root, DDPM_RUNS, or runs/ in the checkout; where there is none, here. Raises RequestError."""
     chosen = option or os.environ.get("DDPM_RUNS")
     user_path(str(PROJECT), "the project's folder")
-    return user_path(chosen, "--root" if option else "DDPM_RUNS") if chosen else PROJECT / "runs"
+    if chosen:
+        return user_path(chosen, "--root" if option else "DDPM_RUNS")
+    return (PROJECT if SHIPPED == PROJECT else Path.cwd()) / "runs"
 
 
 def user_path(path: str, what: str = "path") -> Path:

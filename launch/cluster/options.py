@@ -11,11 +11,11 @@ from typing import Any
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
-from launch.cluster.environment import PROJECT
+from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
 from launch.cluster.site import MEMORIES, Site, Stage
 
-PROFILES = PROJECT / "configs" / "cluster"
+PROFILES = SHIPPED / "configs" / "cluster"
 OURS = {
     "array",
     "time",
@@ -83,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--code", choices=["kept", "new"], default="kept",
         help="jobs of a run go on with the code it was begun with; new: with this checkout's",
     )  # fmt: skip
-    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(PROJECT)}/, or a path")
+    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(SHIPPED)}/, or a path")
 
 
 def load_profile(name: str | None) -> dict[str, Any]:

@@ -21,6 +21,8 @@ WAIT_S = (0, 60, 300)
 file system that is away, may be over by then."""
 UNCOUNTED = ("preempted", "suspended")
 """Reasons to come back that are no retry."""
+GONE = "gone"
+"""Why a life left whose run was moved away: what lies under its name is not told how it ended."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def decide(e: Evidence) -> Decision:
         return Decision("leave")
     if e.code == EXIT_BUSY and (why := not_ours(e.shown, e.restart)):
         return Decision("leave", why)  # an orphan, which its own job's later life has fenced out
+    if e.reason == GONE:
+        return Decision("leave", "the run is not here any more: submit it where it is")
     if e.code in (EXIT_BUSY, EXIT_FATAL):
         why = "another job holds the run" if e.code == EXIT_BUSY else "starting again would end the same way"
         return Decision("fail", f"exit code {e.code}: {why}")

@@ -5,7 +5,9 @@ What comes before torch is starting.py's.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from launch.queue.directory import site_of
 from launch.queue.waiting import mercy_for
 
 TRY_TO_SAVE_S = 30
+
+QUEUE_AT_MOST_S = 120.0
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -74,6 +78,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
         start=read_run(run).get("from"),
+        on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
     found = trainer.fit()
@@ -160,10 +165,29 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:
+            if world.is_main and (asked := score_milestones(life, trainer.config)):
+                with suppress(subprocess.TimeoutExpired):
+                    asked.wait(QUEUE_AT_MOST_S)
             return _leave_together(life, world, 0)
         code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
         if code is not None:
             return _leave_together(life, world, code, outcome.reason)
+
+
+def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | None:
+    """Have milestones sampled and scored by jobs beside this one, where the config wants it: queued by a process of its
+    own, which training does not wait for. On this machine they would take what training computes with: not here."""
+    if config.evaluate.milestones is None or not life.env.is_scheduled:
+        return None
+    command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
+    try:
+        with (life.run.logs / "milestones.out").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--all-milestones"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+    except OSError as e:  # it ends no training; what is not queued now is at the next milestone
+        say("milestones are not queued", error=e)
+        return None
 
 
 def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:

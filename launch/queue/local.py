@@ -26,12 +26,12 @@ from launch.cluster.job import Job
 from launch.queue.waiting import is_of
 
 
-def stage_commands(job: Job) -> list[list[str]]:
-    """The processes that `job` is here: one, or one per shard; torchrun starts the ranks of a training job."""
+def stage_command(job: Job) -> list[str]:
+    """The process that `job` is here, which makes all of its shards; torchrun starts the ranks of a training job."""
     python = [sys.executable, "-u"]
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
-    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in [[n] for n in job.shards] or [[]]]
+    return [*python, "-m", "launch.jobs", *job.arguments(job.shards)]
 
 
 def running(run: RunDir) -> int | None:
@@ -39,10 +39,13 @@ def running(run: RunDir) -> int | None:
     return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
 
 
-def at_work(run: RunDir) -> dict[str, tuple[int, list[str]]]:
-    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first."""
+def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str, tuple[int, list[str]]]:
+    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first.
+
+    events: the run's, where they have been read.
+    """
     found = {}
-    for e in reversed(read_events(run)):
+    for e in reversed(read_events(run) if events is None else events):
         here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
         if here and e.get("pid") and is_of(run, e):
             with contextlib.suppress(OSError):  # it has ended
@@ -65,7 +68,7 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
     run.logs.mkdir(exist_ok=True)
     log = run.logs / f"{name}.out"
-    commands = [command for job in jobs for command in stage_commands(job)]
+    commands = [stage_command(job) for job in jobs]
     chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
     home = code.unpack(run)

@@ -40,6 +40,11 @@ def set_of(run: RunDir, config: Config, step: int, variance: str | None = None) 
     return chain if not variance and _sampled_at(run, own) is None and _sampled_at(run, chain) == step else own
 
 
+def own_set(run: RunDir, config: Config, step: int) -> str:
+    """The name that a set of `step` has by itself, whatever the chain made there."""
+    return _set_name(run, config, f"step{step}")
+
+
 def chain_set(run: RunDir, config: Config) -> str:
     """The name of the set that is made when training ends: one for each step at which it has ended."""
     planned, step = _planned_set(run, config), finished_step(run, config)

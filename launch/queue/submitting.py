@@ -27,9 +27,7 @@ def describe(job: Job) -> str:
     """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
     if not job.site.is_local:
         return scheduler.describe(fitting(job))
-    commands = local.stage_commands(job)
-    lines = [shlex.join(command) for command in commands[:2]]
-    return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
+    return shlex.join(local.stage_command(job))
 
 
 def by_hand(job: Job) -> str:

@@ -213,6 +213,7 @@ def _features(path: Path) -> None:
 
 
 def _scores(run: RunDir) -> Lines:
+    yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
     for path in sorted(run.eval.rglob("*.json")):
         yield from _judged(str(path.relative_to(run.path)), read_score, path)
 

@@ -12,9 +12,9 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
-from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
+from ddpm.run.files import DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
 from ddpm.run.paths import RunDir, listed
-from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, parse_metrics, place_of, read_run
+from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
 from launch.cluster.scheduler import Queued, cluster_name
@@ -54,23 +54,37 @@ class Damage:
             return None
 
 
-def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
-    """One run as plain values, whatever of it exists. queued: what SLURM has, of all runs; None: it does not answer."""
+def read_life(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of a run that can be read, and what cannot."""
+    damage = Damage()
+    events, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
+    return events, [*damage.told, *odd]
+
+
+def describe(
+    run: RunDir, queued: dict[str, Queued] | None, life: tuple[list[dict[str, Any]], list[str]] | None = None
+) -> dict[str, Any]:
+    """One run as plain values, whatever of it exists. queued: what SLURM has, of all runs; None: it does not answer.
+
+    life: what read_life() has said of it, where it was asked.
+    """
     damage = Damage()
     closed = damage.read(lambda: listed(run.path)) is None
-    every, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
+    every, odd = life or read_life(run)
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat, no_beat = damage.read(lambda: parse_heartbeat(read_bytes(run.heartbeat))) or ({}, "")
-    metrics, _, no_metrics = damage.read(lambda: parse_metrics(read_bytes(run.metrics, LINES_BYTES))) or ([], [], "")
+    metrics, begin, no_metrics = damage.read(lambda: skim_metrics(run)) or ([], 0, "")
     last = metrics[-1] if metrics else {}
     saved = damage.read(run.latest_step) or 0
     config = _config(run, damage)
     for what in (*odd, no_beat, no_metrics):
         damage.tell(what)
-    _tell_what_lacks(run, config, every, metrics, saved, damage)
+    if config:
+        damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
+    _tell_what_lacks(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
-    here = damage.read(lambda: local.at_work(run)) or {}
+    here = damage.read(lambda: local.at_work(run, every)) or {}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
     beats = age is not None and abs(age) < SILENT_AFTER_S and _is_own(run, every, beat)
@@ -149,14 +163,7 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
     return late if minutes > OVERDUE * every + 1 else None
 
 
-def _tell_what_lacks(
-    run: RunDir,
-    config: Config | None,
-    events: list[dict[str, Any]],
-    metrics: list[dict[str, Any]],
-    saved: int,
-    damage: Damage,
-) -> None:
+def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> None:
     """What one file tells of and another lacks."""
     record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
@@ -170,8 +177,6 @@ def _tell_what_lacks(
     lived = any(e["event"] in ("started", "resumed") for e in events)
     if saved and not lived and not record.get("reads"):
         damage.tell(f"events/ tells {'of no life' if events else 'nothing'}, and checkpoints/ has step {saved}")
-    if config:
-        damage.tell(missing_lines(metrics, config.log.every_steps, saved_step=saved))
 
 
 def _check_newest(run: RunDir, saved: int) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpm.config import reading
 from ddpm.run.files import sign
 from ddpm.run.paths import RunDir
+from launch.cluster.site import Site
+from launch.queue import milestones
 from launch.terminal import inspection, overview
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
 
@@ -103,6 +106,20 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     assert "self_sha256 does not match" in again.refused("evaluate", "tiny", "--compare", "a", "b")
     assert "of which run?" in again.refused("evaluate", "--compare", "a", "b")
     assert set(snapshot(again.root)) == set(before)
+
+
+def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: Shell) -> None:
+    run = RunDir(again.root / "tiny")
+    run.config.write_text(run.config.read_text().replace("milestones: null", "milestones: {num_samples: 12}"))
+    done = again("evaluate", "tiny", "--all-milestones")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = read(run.milestones)
+    name = "milestone12-ddim4-step400-seed0"
+    assert [(p["step"], p["images"], p["set"]) for p in record["curve"]] == [(400, 3200, name)]
+    assert record["best"]["frechet_distance"] == read(run.score(name))["frechet_distance"]
+    assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "milestones").glob("events*"))
+    assert milestones.best_step(run) == 400
+    assert not milestones.jobs_of(run, reading.of_run(run), Site(cluster="local"))
 
 
 def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:

@@ -8,13 +8,13 @@ import json
 import os
 import pty
 import re
+import resource
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import termios
-
-import pytest
 
 from tests.cli.harness import TINY_SET, Shell, snapshot, wait_for
 
@@ -193,6 +193,32 @@ def test_why_a_run_waits_is_told_with_what_to_do(again: Shell) -> None:
     assert "shorter --time" in said
 
 
+def test_many_long_runs_are_shown_by_one_question_to_slurm_and_without_reading_their_curves(again: Shell) -> None:
+    """200 runs of 800,000 steps took 12 s of processor time when each curve was read whole."""
+    tiny, calls = again.root / "tiny", again.cwd / "calls"
+    kept = json.loads((tiny / "metrics.jsonl").read_text().splitlines()[0])
+    (tiny / "metrics.jsonl").write_text(
+        "".join(json.dumps({**kept, "step": step}) + "\n" for step in range(20, 160_020, 20))
+    )
+    again.put("squeue", f"echo squeue >> {calls}")
+    for name in ("sbatch", "scontrol", "sinfo", "sacctmgr"):
+        again.put(name, f"echo {name} >> {calls}")
+    told = {"event": "submitted", "time": "2026-11-20T09:00:00.000Z", "restart": 0, "stage": "train", "via": "sbatch"}
+    for i in range(60):
+        run = again.root / f"r{i}"
+        shutil.copytree(tiny, run, copy_function=os.link, ignore=shutil.ignore_patterns("samples", "tb", "logs"))
+        (run / "events" / "submit-9.0.jsonl").write_text(json.dumps({**told, "job": f"{i}", "cluster": "here"}) + "\n")
+    conf = again.cwd / "slurm.conf"
+    conf.write_text("ClusterName=here\n")
+    argv, options = again.command("status", "--json")
+    options["env"]["SLURM_CONF"] = str(conf)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(argv, capture_output=True, text=True, **options)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert len(json.loads(done.stdout)) == 61 and calls.read_text().split() == ["squeue"], done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # 4 s once
+
+
 def test_where_there_are_no_runs_status_says_how_to_start_one(shell: Shell) -> None:
     done = shell("status")
     assert done.returncode == 0 and f"no runs in {shell.root}" in done.stdout and "launch/submit.py" in done.stdout
@@ -218,7 +244,9 @@ def test_board_refuses_a_port_that_is_taken_and_a_place_without_runs(finished: S
     assert "no runs in" in shell.refused("board", "--dry-run")
 
 
-@pytest.mark.parametrize("args", [["tiny", "--dry-run"], ["--dry-run"]])
-def test_board_shows_one_run_or_all(finished: Shell, args: list[str]) -> None:
-    where = finished("board", *args).stdout.split("--logdir ")[1].strip()
-    assert where == (f"{finished.root}/tiny/tb" if args[0] == "tiny" else str(finished.root))
+def test_board_watches_the_curves_of_one_run_or_of_all_and_nothing_that_lies_beside_them(again: Shell) -> None:
+    tiny, other = again.root / "tiny", again.root / "other"
+    shutil.copytree(tiny, other, copy_function=os.link)
+    assert again("board", "tiny", "--dry-run").stdout.split("--logdir ")[1].strip() == f"{tiny}/tb"
+    both = f"other:{other}/tb,tiny:{tiny}/tb"
+    assert again("board", "--dry-run").stdout.split("--logdir_spec ")[1].strip() == both

@@ -244,3 +244,22 @@ def test_what_a_hand_made_job_has_can_be_asked_for_again_and_its_ranks_share_the
     (options, cpus), *ranks = (json.loads(line) for line in out.read_text().splitlines() if line.startswith("["))
     assert (options["gpus-per-node"], options["mem"], cpus) == ("2", "4000", 1)
     assert [cpus for _, cpus in ranks] == [1, 1]
+
+
+def test_milestones_are_scored_by_jobs_beside_training_and_tasks_share_a_bound(site: Site) -> None:
+    short = ["diffusion.timesteps=25", "sample.steps=5", "train.total_steps=20", "checkpoint.milestone_every_steps=20"]
+    site.submit("curve", "--gpus-per-node", "0", *short, "evaluate.milestones={num_samples: 64}")
+    run = site.run_dir("curve")
+
+    def curve() -> list[int]:
+        return [point["step"] for point in (read_json(run.milestones) or {}).get("curve", [])]
+
+    site.bed.wait_for(lambda: curve() == [20], 120, f"the milestone in {run.milestones}")
+    asked = ["curve", "--bits-per-dim", "--reference", "train", "--num-images", "80"]
+    (job,) = re.findall(r"as job (\d+)", site.script("evaluate", *asked, "--wait"))
+    bound = read_json(run.score("bits-per-dim-train-80-step20-seed0"))
+    assert bound is not None and bound["num_samples"] == 80
+    logs = [path.read_text() for path in run.logs.glob(f"evaluate-{job}_*.out")]
+    # queued when it was saved, asked for again at the end
+    assert sum(e["event"] == "submitted" and e["stage"] == "sample" for e in read_events(run)) == 1
+    assert len(logs) == 3 and sum(log.count("bits per dimension images=") for log in logs) == 3, logs

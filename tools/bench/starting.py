@@ -43,10 +43,12 @@ def life(run: RunDir) -> tuple[float, str]:
     """Until a step is logged, then stopped with a save. Its seconds, and what it said of compiled code."""
     known = len(read_jsonl(run.metrics))
     run.logs.mkdir(exist_ok=True)
+    # torch, where it was loaded, has said where it compiles
+    variables = {k: v for k, v in environment.for_jobs().items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     with (run.logs / "bench.out").open("w+") as out:
         began = time.monotonic()
         job = subprocess.Popen([sys.executable, "-m", "launch.jobs", "train", str(run.path)], cwd=PROJECT, stdout=out,
-                               stderr=subprocess.STDOUT, env=environment.for_jobs())  # fmt: skip
+                               stderr=subprocess.STDOUT, env=variables)  # fmt: skip
         while len(read_jsonl(run.metrics)) <= known and job.poll() is None and time.monotonic() < began + LIMIT_S:
             time.sleep(0.01)
         took = time.monotonic() - began

@@ -11,7 +11,7 @@ import pytest
 from ddpm.config.section import build
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir
-from launch.cluster import by_submitit
+from launch.cluster import by_submitit, code
 from launch.cluster.container import check_image, lines
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
@@ -40,7 +40,8 @@ def started(run: RunDir, via: str, site: Site) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setattr(code, "home", lambda run: PROJECT)
     run = RunDir(tmp_path / "my runs" / "tiny")
     run.logs.mkdir(parents=True)
     run.config.touch()

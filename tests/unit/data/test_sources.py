@@ -215,6 +215,10 @@ def test_splits_are_splits_however_they_are_written(tmp_path: Path, wrapper: str
         (["ds/cat/0.png", "ds/train/cat/0.png", "ds/test/cat/0.png"], r"cat/ \(1\), test/ \(1\), train/ \(1\)"),
         (["cat/train/0.png", "cat/test/0.png", "dog/0.png"], r"cat/test/ \(1\), cat/train/ \(1\), dog/ \(1\)"),
         (["boat/0.png", "train/0.png"], r"boat/ \(1\), train/ \(1\)"),
+        (["cat/0.png", "cat/test/0.png"], r"cat/ \(1\), cat/test/ \(1\)"),
+        (["training_set/cat/0.png", "test_set/cat/0.png"], r"test_set/ \(1\), training_set/ \(1\)"),
+        (["ds/trainset/0.png", "ds/valset/0.png"], r"trainset/ \(1\), valset/ \(1\)"),
+        (["ds/cifar10-test/0.png", "ds/cifar10-train/0.png", "0.png"], r"no folder \(1\), ds/ \(2\)"),
     ],
 )
 def test_splits_beside_other_images_are_refused_with_what_was_understood(
@@ -222,6 +226,11 @@ def test_splits_beside_other_images_are_refused_with_what_was_understood(
 ) -> None:
     with pytest.raises(RequestError, match=rf"cannot be told; they lie in {told}; put all into"):
         source_of(tmp_path, names)
+
+
+def test_classes_that_hold_a_splits_word_are_classes(tmp_path: Path) -> None:
+    names = [f"{name}/0.png" for name in ("contest", "freight train", "test tube", "valley")]
+    assert source_of(tmp_path, names).classes == ["contest", "freight train", "test tube", "valley"]
 
 
 def test_pictures_that_are_not_taken_are_counted_and_a_jfif_is_a_jpeg(

@@ -153,6 +153,13 @@ def test_what_would_end_the_same_way_is_not_put_back(
     assert last(run)["event"] == "failed" and str(code) in last(run)["reason"]
 
 
+def test_a_job_whose_run_was_moved_tells_nothing_to_what_lies_under_its_name(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    assert shell_ends(0, said="78 gone") == 78
+    assert cluster.requeued == [] and read_events(run) == []
+
+
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
 def test_a_job_that_is_not_running_is_slurms(run: RunDir, cluster: Cluster, shell_ends: Shell, state: str) -> None:
     cluster.state = state

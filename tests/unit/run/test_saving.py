@@ -154,6 +154,16 @@ def test_retention_keeps_the_last_milestones_and_those_that_samples_or_a_bound_n
     assert run.ema_weights(3).exists()
 
 
+def test_the_best_milestone_is_kept_and_nothing_is_removed_while_it_cannot_be_told(run: RunDir, fence: Fence) -> None:
+    write_json(run.milestones, sign({"best": {"step": 1}}))
+    save_all(run, fence, 1, 2, 3, keep_last=1)
+    assert run.steps_saved() == [3, 1]
+    run.milestones.write_text(run.milestones.read_text().replace('"step": 1', '"step": 2'))
+    log: list[str] = []
+    save_all(run, fence, 4, keep_last=1, log=log)
+    assert run.steps_saved() == [4, 3, 1] and "milestones.json: its self_sha256" in log[-1]
+
+
 def test_a_request_that_is_no_request_ends_no_training(run: RunDir, fence: Fence) -> None:
     for name, content in (("a", "{}"), ("b", "not json"), ("c", '{"checkpoint": null}')):
         run.sample_set(name).path.mkdir(parents=True)

@@ -172,21 +172,24 @@ def test_a_shard_that_stands_twice_is_refused(made: Made) -> None:
     repaired(made, [3])
 
 
-def test_an_overlapping_shard_is_refused(made: Made) -> None:
+@pytest.mark.parametrize(("key", "value", "here"), [("first", 6, 12), ("num", 11, 12)])
+def test_a_shard_that_overlaps_or_has_too_few_is_refused(made: Made, key: str, value: int, here: int) -> None:
     path = made.sample_set.shard_manifest(1, SHARDS)
-    files.write_json(path, files.sign({**files.read_signed(path), "first": 6}), replace=True)
+    files.write_json(path, files.sign({**files.read_signed(path), key: value}), replace=True)
     error = refused(made)
-    assert error.shards == [1] and "its first is 6, this shard's is 12" in str(error)
+    assert error.shards == [1] and f"its {key} is {value}, this shard's is {here}" in str(error)
     repaired(made, [1])
 
 
-def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path) -> None:
-    other = make(tmp_path / "other", checkpoint=CheckpointRef(99, "cd" * 32))
+@pytest.mark.parametrize("of", [{"checkpoint": CheckpointRef(99, "cd" * 32)}, {"seed": 4}])
+def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path, of: dict[str, Any]) -> None:
+    other = make(tmp_path / "other", **of)
     for name in ("shard", "shard_manifest"):
         source = getattr(other.sample_set, name)(4, SHARDS)
         (made.sample_set.path / source.name).write_bytes(source.read_bytes())
     error = refused(made)
     assert error.shards == [4] and "its request_digest is" in str(error)
+    assert "of another checkpoint, seed or sampler" in str(error)
     repaired(made, [4])
 
 
@@ -511,7 +514,7 @@ def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> N
     made, real = make(tmp_path), packed()
     labels = np.arange(len(real)) % 3
     labels[labels == 2] = np.where(np.arange((labels == 2).sum()) == 0, 2, 1)  # one image is too few
-    conditional = dataclasses.replace(real, labels=labels)
+    conditional = dataclasses.replace(real, labels=labels, classes=["a", "b", "c"])
     by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
     mine, theirs = made.extractor(set_images(made)), made.extractor(real.images)
     assert by_class[2] is None
@@ -519,6 +522,13 @@ def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> N
         x, y = mine[np.arange(NUM) % 3 == label].astype(float), theirs[labels == label].astype(float)
         expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
         assert by_class[label] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_last_class_that_the_reference_has_nothing_of_has_no_score_and_the_others_have(tmp_path: Path) -> None:
+    made, real = make(tmp_path), packed()
+    conditional = dataclasses.replace(real, labels=np.arange(len(real)) % 2, classes=["a", "b", "c"])
+    by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
+    assert len(by_class) == 3 and by_class[2] is None and None not in by_class[:2]
 
 
 # ---------------------------------------------------------------- against pytorch-fid
