@@ -51,6 +51,16 @@ def test_under_nohup_a_job_goes_on(shell: Shell) -> None:
     assert job.wait(60) == 75
 
 
+def test_what_was_to_follow_a_training_that_stop_ended_does_not_fail(again: Shell) -> None:
+    run = again.root / "tiny"
+    (run / "checkpoints" / "step-000000400.json").unlink()  # as if it had ended at 200
+    (run / "STOP").touch()
+    for job in (["sample", str(run), "new", "--shards", "0-1"], ["evaluate", str(run), "new"]):
+        done = again("jobs", *job)
+        assert done.returncode == 0 and f"{run}/STOP ends this too" in done.stdout, done.stdout + done.stderr
+    assert not [e for e in events(run) if e["event"] == "failed"] and not (run / "samples" / "new").exists()
+
+
 def limited(shell: Shell, kind: int, most: int, script: str, *args: str, user: int | None = None) -> str:
     """What a command says that fails for its limit, in a line."""
     argv, options = shell.command(script, *args)
