@@ -32,7 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="what to train (default configs/cifar10.yaml)")
     parser.add_argument("--probe", action="store_true", help="ask a node too, by a job on it")
     parser.add_argument("--wait-s", type=float, default=300, help="how long to wait for that job (default 300)")
-    parser.add_argument("--write-profile", metavar="NAME", help="draft configs/cluster/NAME.yaml of what was seen")
+    parser.add_argument(
+        "--write-profile", metavar="NAME", help="draft configs/cluster/NAME.yaml, or a path, of what was seen"
+    )
     parser.add_argument("--root", help="where runs will lie (default: DDPM_RUNS, or runs/ in the project)")
     add_options(parser)
     return parser.parse_args()
@@ -44,7 +46,7 @@ def main() -> int:
     site = resolve(args)
     if site.is_local:
         raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")
-    draft = PROFILES / f"{check_name(args.write_profile, '--write-profile')}.yaml" if args.write_profile else None
+    draft = _place(args.write_profile) if args.write_profile else None
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
@@ -60,8 +62,13 @@ def main() -> int:
             draft.write_text(checkup.profile(site))
         except OSError as e:
             raise EnvironmentLacks(f"{draft} cannot be written ({e.strerror})") from None
-        print(f"wrote {draft}: look it over, then --profile {draft.stem}")
+        print(f"wrote {draft}: look it over, then --profile {args.write_profile}")
     return EnvironmentLacks.exit_code if failed else 0
+
+
+def _place(name: str) -> Path:
+    """As --profile will read it."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{check_name(name, '--write-profile')}.yaml"
 
 
 def _say(finding: checkup.Finding) -> bool:

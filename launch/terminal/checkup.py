@@ -31,7 +31,7 @@ from launch.cluster.values import slurm_minutes
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint: weights, their average and Adam's two moments, float32."""
 PROBE_BYTES = 64 << 20
-SKEW_S = 5.0
+SKEW_S = 2.0
 POLL_S = 2.0
 FILES_OF_A_RUN = 2_000
 """Its sets, shards, logs and the data's cache, generously."""
@@ -87,18 +87,29 @@ def _site(site: Site, root: Path) -> Findings:
     run = RunDir(root / "doctor")
     for stage, shards in (("train", ()), ("sample", tuple(range(16))), ("evaluate", ())):
         job = scheduler.fitting(Job(stage, run, site, "set" if stage != "train" else "", shards))
-        try:
-            inquiry.try_out(job)
-            yield Finding("pass", f"SLURM would take a {stage} job" + (f" of {job.num_tasks} tasks" if shards else ""))
-        except scheduler.SchedulerError as e:
-            yield Finding(
-                "fail", f"SLURM would refuse a {stage} job: {e}", "ask for what it allows; its rules are your site's"
-            )
+        refused = _tried(job)
+        while refused and job.num_tasks > 1 and scheduler.too_many(refused):
+            job = job.with_tasks(job.num_tasks // 2)  # as a submission does
+            refused = _tried(job)
+        told = f"a job to {stage}" + (f" of {job.num_tasks} tasks" if shards else "")
+        if refused:
+            yield Finding("fail", f"SLURM would refuse {told}: {refused}", "ask for what your site allows")
+        else:
+            yield Finding("pass", f"SLURM would take {told}")
     asked = ("JobRequeue", "PreemptType", "PreemptMode", "MaxArraySize", "KillWait")
     known = inquiry.settings(*asked)
     if known.get("JobRequeue") == "0":
         yield Finding("pass", "JobRequeue=0: jobs ask for --requeue themselves, as ours do")
     yield from _limits(site, known, inquiry.of_partition(name.split(",")[0]))
+
+
+def _tried(job: Job) -> str:
+    """Why SLURM would refuse it, or ""."""
+    try:
+        inquiry.try_out(job)
+        return ""
+    except scheduler.SchedulerError as e:
+        return str(e)
 
 
 def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Findings:
@@ -107,7 +118,7 @@ def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Fin
         yield Finding("warn", f"the partition is {state}", "jobs wait until it is UP again")
     if site.time is None:
         limit = next((t for t in map(partition.get, ("DefaultTime", "MaxTime")) if t and t[0].isdigit()), None)
-        long = limit is not None and slurm_minutes(limit) >= 60
+        long = limit is None or slurm_minutes(limit) >= 60
         told = f"without --time a job here may run for {limit or 'as long as it takes'}"
         yield _judged(long, told, "give --time: shorter jobs start sooner, and a run comes back")
     if (size := int(known.get("MaxArraySize", "1001"))) > 1:
@@ -217,7 +228,7 @@ def probe(site: Site, root: Path, patience_s: float) -> Findings:
     where = root / ".cache" / "doctor"
     where.mkdir(parents=True, exist_ok=True)
     asked = where / f"{os.getpid()}.json"
-    said = {"token": os.urandom(8).hex()}
+    said, asked_at = {"token": os.urandom(8).hex()}, time.time()
     write_json(asked, said, replace=True)
     answer, log, script = (asked.with_suffix(suffix) for suffix in (".node.json", ".out", ".sh"))
     kept = RunDir(where / "run")
@@ -235,7 +246,7 @@ def probe(site: Site, root: Path, patience_s: float) -> Findings:
             remedy = "mend what it says: `setup` lines, the environment that nodes see; or a longer --wait-s"
             yield Finding("fail", f"job {job} told nothing of its node ({state}){heard}", remedy)
             return
-        yield from _node(told, said, site)
+        yield from _node(told, said, asked_at, site)
     finally:
         for path in (asked, answer, log, script):
             path.unlink(missing_ok=True)
@@ -261,13 +272,13 @@ def _wait(job: str, answer: Path, patience_s: float) -> str:
     return f"still {found.state.lower() if found else 'waiting'} after {patience_s:.0f} s" + (f": {wait}" * bool(wait))
 
 
-def _node(told: dict[str, Any], said: dict[str, Any], site: Site) -> Findings:
+def _node(told: dict[str, Any], said: dict[str, Any], asked_at: float, site: Site) -> Findings:
     host = told["host"]
     told_seen = f"node {host} and this machine see the same files in the runs' place"
     yield _judged(told["sees"] == said, told_seen, f"they do not: choose a --root that {host} shares", "fail")
-    if (skew := abs(time.time() - told["time"])) > SKEW_S + POLL_S:
+    if (off := max(asked_at - told["time"], told["time"] - time.time())) > SKEW_S:  # it was asked in between
         yield Finding(
-            "warn", f"the clock of {host} is about {skew:.0f} s off", "tell your site: the order of events suffers"
+            "warn", f"the clock of {host} is {off:.0f} s off, at least", "tell your site: events get out of order"
         )
     for name in set(told["lacks"]) & set(inquiry.NEEDED):
         yield Finding("warn", f"no {name} on {host}, which {inquiry.COMMANDS[name]}", "have a `setup` line bring it")

@@ -12,6 +12,7 @@ import pytest
 
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json
+from launch.cluster.options import load_profile
 from tests.conftest import PROJECT, requires
 from tests.images import write_zip
 from tests.slurm.test_life import APPTAINER, Site
@@ -103,6 +104,25 @@ def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_roo
     for job in jobs:
         assert {r["ExcNodeList"] for r in strict.bed.records(job)} == {"n1"}
         assert all(re.search("gres[:/]gpu:a100:1$", r["TresPerNode"]) for r in strict.bed.records(job))
+
+
+def test_the_doctor_tells_what_the_site_allows_and_what_a_node_has(strict: Site) -> None:
+    draft = strict.root / "drafted.yaml"
+    recipe = str(PROJECT / "configs" / "quickstart.yaml")
+    words = ["--partition", "gpu", "--gpus-per-node", "0", "--exclude", "n1", "--write-profile", str(draft)]
+    said = strict.script("doctor", recipe, *words, "--profile", str(strict.bed.workdir / "site.yaml"), "--probe")
+    for told in (
+        "SLURM would take a job to train",
+        "SLURM would take a job to sample of 8 tasks",
+        "you may have 10 jobs in the queue",
+        "qos normal: pre-emption (requeue) leaves 15 s, and SLURM requeues the job",
+    ):
+        assert f"pass  {told}" in said, said
+    assert re.search("pass  node .* see the same files", said) and "clock" not in said
+    assert "fail" not in said and strict.bed.squeue() == ""
+    assert load_profile(str(draft))["partition"] == "gpu"
+    said = strict.script("doctor", recipe, "--partition", "gpu", "--account", "nobodys", code=3)
+    assert re.search("fail  SLURM would refuse a job to train: .*Invalid account", said), said
 
 
 def refused(site: Site, name: str, *words: str) -> str:
