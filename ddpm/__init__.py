@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ddpm.api import build_model as build_model
     from ddpm.api import load as load
     from ddpm.api import load_config as load_config
+    from ddpm.api import save as save
     from ddpm.config.schema import Config as Config
     from ddpm.diffusion.forward import Diffusion as Diffusion
     from ddpm.network.ema import EMA as EMA
@@ -27,6 +28,7 @@ _MODULES = {
     "build_model": "api",
     "load": "api",
     "load_config": "api",
+    "save": "api",
     "UNet": "network.unet",
 }
 """The library's names and the modules that define them."""

@@ -7,6 +7,7 @@ or how a sample is computed, which is sampling/generate.py's: the same request g
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.config import reading, section
 from ddpm.config.sample import kind_of
@@ -27,10 +28,14 @@ from ddpm.diffusion.forward import Diffusion
 from ddpm.errors import RequestError
 from ddpm.network import build
 from ddpm.network.device import Device, as_device
+from ddpm.network.ema import EMA
 from ddpm.network.unet import UNet
-from ddpm.network.weights import load_network, read_safetensors, set_weights
+from ddpm.network.weights import load_network, read_metadata, read_safetensors, set_weights
 from ddpm.run import generations
-from ddpm.run.paths import RunDir
+from ddpm.run.files import write_bytes
+from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
+from ddpm.run.records import read_run
+from ddpm.run.saving import ema_bytes
 from ddpm.sampling.denoiser import Denoiser, eps_of
 from ddpm.sampling.generate import sample_batch, sample_labels
 from ddpm.sampling.request import CheckpointRef, Request, from_config, precision_of, usual_steps
@@ -70,6 +75,30 @@ def batches(
     return (order.rows(step, 0, size, where) for step in itertools.count())
 
 
+def save(
+    weights: nn.Module | EMA,
+    path: str | Path,
+    *,
+    config: Config | None = None,
+    step: int = 0,
+    classes: Sequence[str] = (),
+) -> None:
+    """A network's weights, or their average, as a .safetensors file, float32: `load` takes it, and `submit.py --from`.
+
+    config: kept in it, so that `load` needs no other. RequestError where `path` exists, or is called otherwise.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise RequestError(f"{path}: name it NAME.safetensors")
+    said = {} if config is None else {"config": config.to_yaml()}
+    said |= {"classes": json.dumps(list(classes))} if classes else {}
+    state = {name: value.detach().float().cpu() for name, value in weights.state_dict().items()}
+    try:
+        write_bytes(path, ema_bytes(state, step, **said))
+    except FileExistsError:
+        raise RequestError(f"{path} exists: choose another name, or remove it") from None
+
+
 # ---------------------------------------------------------------- a trained model
 
 
@@ -82,7 +111,8 @@ def load(
     device: Device = None,
     precision: str | None = None,
 ) -> Model:
-    """The trained model in a run directory, or in a .safetensors file of EMA weights with the `config` they belong to.
+    """The trained model in a run directory, in a folder that was exported from one, or in a .safetensors file of EMA
+    weights with the `config` they belong to, which `save` may have kept in it.
 
     step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16. None is what
     a sampling job takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
@@ -97,6 +127,8 @@ def load(
         raise RequestError(f"precision = {precision!r}: use one of {', '.join(PRECISIONS)}")
     if path.is_file():
         return _load_file(path, config, step, weights, as_device(device), precision)
+    if (path / EXPORTED_WEIGHTS).is_file() and config is None:
+        return _load_file(path / EXPORTED_WEIGHTS, path / EXPORTED_CONFIG, step, weights, as_device(device), precision)
     run = RunDir(path)
     if not run.config.is_file():
         raise RequestError(f"{path}: no run directory (it has no config.yaml), and no file of weights")
@@ -111,7 +143,13 @@ def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.
     chosen = generations.choose(run, step, _warn).step
     precision = precision or precision_of(config, run)
     network = load_network(config, run, chosen, weights, device, precision)
-    return Model(config, network, precision=precision, step=chosen, weights=weights)
+    return Model(config, network, precision=precision, step=chosen, weights=weights, classes=_classes_of(run))
+
+
+def _classes_of(run: RunDir) -> list[str]:
+    """The names of the classes that it was trained on; of an old run they may not be known."""
+    labels = read_run(run).get("labels") if run.run_json.exists() else None
+    return list(labels.get("classes") or {}) if isinstance(labels, dict) else []
 
 
 def _load_file(
@@ -122,6 +160,9 @@ def _load_file(
     device: torch.device,
     precision: str | None,
 ) -> Model:
+    said = read_metadata(path)
+    if config is None and "config" in said:
+        config = reading.of_text(said["config"], path)
     if config is None:
         raise RequestError(f"{path}: weights do not say what network they are of; give config=, a Config or its YAML")
     if step is not None or weights == "model":
@@ -132,26 +173,51 @@ def _load_file(
     precision = precision or precision_of(config, None)
     network = build.build_model(config, device, precision)
     set_weights(network, state, str(path))
-    return Model(config, network.eval(), precision=precision, step=saved_at)
+    try:
+        classes = list(map(str, json.loads(said["classes"])))
+    except (KeyError, TypeError, ValueError):
+        classes = []
+    return Model(config, network.eval(), precision=precision, step=saved_at, classes=classes)
 
 
 class Model:
     """A trained network and all that its samples follow from.
 
     network: of `config`, in eval mode, on any device. precision: fp32 | bf16, in which it is evaluated. step, weights:
-    where it comes from, for messages.
+    where it comes from, for messages. classes: their names, by label; their numbers where none are given.
     """
 
     def __init__(
-        self, config: Config, network: UNet, *, precision: str = "fp32", step: int = 0, weights: str = "ema"
+        self,
+        config: Config,
+        network: UNet,
+        *,
+        precision: str = "fp32",
+        step: int = 0,
+        weights: str = "ema",
+        classes: Sequence[str] = (),
     ) -> None:
         self.config, self.network = config, network
         self.precision, self.step, self.weights = precision, step, weights
+        num = config.model.num_classes
+        self.classes = list(classes) if len(classes) == num else [str(i) for i in range(num)]
         self.schedule = schedules.build(config.diffusion)
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    def __repr__(self) -> str:
+        size, num = self.config.data.image_size, sum(p.numel() for p in self.network.parameters())
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return (
+            f"<Model {self.config.name}: {self.weights} of step {self.step:,}, {num:,} parameters, "
+            f"{size}x{size}{classes}, {self.precision} on {self.device}>"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """`ddpm.save` of its weights, with all that `load` needs to make this model of them again."""
+        save(self.network, path, config=self.config, step=self.step, classes=self.classes)
 
     def eps(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The noise that the network sees in x_t: float32 (B, C, H, W), without gradients.
@@ -173,7 +239,7 @@ class Model:
         steps: int | None = None,
         eta: float | None = None,
         guidance: float | None = None,
-        labels: Sequence[int] | np.ndarray | Tensor | None = None,
+        labels: int | str | Sequence[int | str] | np.ndarray | Tensor | None = None,
         seed: int | None = None,
         batch: int | None = None,
         clip_x_0: bool | None = None,
@@ -182,7 +248,8 @@ class Model:
         """Images 0 .. num-1 of a request: uint8 (num, H, W, 3).
 
         What is not given is the config's `sample` section's; for another sampler than the config's, 100 steps of
-        ddim, 20 of dpmpp_2m, or all timesteps. labels: (num,), a class for each image; None: the classes in turn.
+        ddim, 20 of dpmpp_2m, or all timesteps. labels: a class, by its index or its name of
+        `classes`, for all images, or (num,) of them, one for each; None: the classes in turn.
         batch: rows of every network call, used or not; at most `num` unless given. variance: fixed_large | fixed_small,
         of ancestral sampling; None: the config's diffusion.variance.
 
@@ -201,7 +268,7 @@ class Model:
         }
         request = self._request(num, {name: value for name, value in asked.items() if value is not None}, variance)
         denoiser = Denoiser.of(self.config, self.network, self.precision)
-        classes = sample_labels(request, 0, num, denoiser.num_classes) if labels is None else self._classes(labels, num)
+        classes = sample_labels(request, 0, num, denoiser.num_classes) if labels is None else self._labels(labels, num)
         firsts = range(0, num, request.batch)
         parts = (sample_batch(request, denoiser, first, classes[first : first + request.batch]) for first in firsts)
         return np.concatenate([part.images for part in parts])
@@ -219,12 +286,22 @@ class Model:
         request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
         return replace(request, batch=asked.get("batch", request.batch), weights=self.weights)
 
-    def _classes(self, labels: Sequence[int] | np.ndarray | Tensor, num: int) -> np.ndarray:
+    def _index(self, label: Any) -> Any:
+        if not isinstance(label, str):
+            return label
+        if label not in self.classes:
+            raise RequestError(f"labels: no class {label!r}; there are {', '.join(self.classes[:40])}")
+        return self.classes.index(label)
+
+    def _labels(self, labels: int | str | Sequence[int | str] | np.ndarray | Tensor, num: int) -> np.ndarray:
         """int64 (num,)"""
         classes = self.config.model.num_classes
         if not classes:
             raise RequestError("labels: the model has no classes (model.num_classes = 0); leave them out")
-        given = torch.as_tensor(labels).cpu()
+        if isinstance(labels, int | str | np.integer):
+            labels = [labels] * num
+        given = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray([self._index(x) for x in labels]))
+        given = given.cpu()
         if given.shape != (num,) or given.is_floating_point() or bool(((given < 0) | (given >= classes)).any()):
             raise RequestError(
                 f"labels of shape {tuple(given.shape)}: must be {num} whole numbers, one per image, "

@@ -43,7 +43,7 @@ class RunBusy(DDPMError):
 
 
 class RunGone(RunBusy):
-    """The run directory was moved, renamed or deleted under the job that has it."""
+    """The run directory was moved, renamed, deleted or copied over under the job that has it."""
 
     exit_code = EXIT_FATAL
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import environment
 from launch.terminal import console
@@ -49,9 +50,13 @@ def main() -> int:
     if not runs and not console.all_runs(root):
         raise RequestError(f"no runs in {root}; start one with python launch/submit.py, or look elsewhere with --root")
     port = free_port(args.port)
-    where = ["--logdir_spec", ",".join(f"{r.name}:{r.tensorboard}" for r in runs)] if runs else ["--logdir", str(root)]
+    runs = runs or console.all_runs(root)
+    # their tb/ alone: TensorBoard would look again and again through all that lies beside it
+    where = ["--logdir_spec", ",".join(f"{r.name}:{r.tensorboard}" for r in runs)]
     if len(runs) == 1:
         where = ["--logdir", str(runs[0].tensorboard)]
+    elif odd := [r.tensorboard for r in runs if "," in str(r.tensorboard)]:
+        raise RequestError(f"{odd[0]}: TensorBoard takes a comma for the end of a path; give one RUN")
     beside = Path(sys.executable).with_name("tensorboard")
     program = str(beside) if beside.exists() else shutil.which("tensorboard")
     if program is None:

@@ -4,38 +4,46 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.run.records import data_of
 from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
-from ddpm.scoring.record import is_signed, told
+from ddpm.scoring.record import Score, is_signed, scores_of, told
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
-from launch.queue import borrowing, chain, local
-from launch.queue.directory import site_of
+from launch.cluster.site import Site
+from launch.queue import borrowing, bounds, chain, local, milestones
+from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
+from launch.terminal.images import score_images
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
+  python launch/evaluate.py cifar10 --bits-per-dim                    of the test images; --num-images 500 for a part
+  python launch/evaluate.py cifar10 --all-milestones                  samples and a score of each milestone
   python launch/evaluate.py cifar10 --compare paper fast              two sets side by side; RUN/SET names another run's
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
   python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
@@ -46,16 +54,31 @@ def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
-    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or a folder or zip of images")
+    parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or images: a folder, zip, .npz or .npy")
     parser.add_argument("--images", help="score this folder, zip, .npz or .npy instead of a run, here and now")
     parser.add_argument(
         "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"
     )
     parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="with --images: keep features there; processes with the same one share the work"
+    )
     parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
     parser.add_argument(
         "--extractor",
         help="inception, dinov2, file:PATH, random-inception or pixels (default: the run's config's; else inception)",
+    )
+    parser.add_argument(
+        "--bits-per-dim",
+        action="store_true",
+        help="the variational bound of the test images (or of --reference train), as Ho et al. report it",
+    )
+    parser.add_argument("--step", type=int, help="with --bits-per-dim: of which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--num-images", type=int, help="with --bits-per-dim: of so many, chosen by sample.seed (default: all)"
+    )
+    parser.add_argument(
+        "--all-milestones", action="store_true", help="sample and score each milestone that has no score yet"
     )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
@@ -66,10 +89,18 @@ def parse() -> argparse.Namespace:
         parser.error("give a RUN, or --images with --reference")
     if args.compare and (args.set_name or args.size or args.save_stats):
         parser.error("--compare names its sets, and shows scores that there are")
+    if args.bits_per_dim and (args.run is None or args.compare or args.set_name or args.extractor):
+        parser.error("--bits-per-dim is of a RUN; --reference, --step and --num-images say more")
+    if not args.bits_per_dim and not (args.step is None and args.num_images is None):
+        parser.error("--step and --num-images go with --bits-per-dim")
+    if args.all_milestones and (
+        args.run is None or args.compare or args.set_name or args.extractor or args.reference or args.bits_per_dim
+    ):
+        parser.error("--all-milestones is of a RUN, as its config has it (sample, evaluate)")
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
-    if args.run and (args.size or args.save_stats):
-        parser.error("--size and --save-stats go with --images; a run's samples have its size")
+    if not args.images and (args.size or args.save_stats or args.keep):
+        parser.error("--size, --save-stats and --keep go with --images; a run's samples have its size")
     if args.images and bool(args.reference) == bool(args.save_stats):
         parser.error("--images needs --reference: a pytorch-fid .npz, or images to compare with; or --save-stats")
     if args.size is not None and args.size < 1:
@@ -86,65 +117,25 @@ def extractor_of(word: str) -> str:
     return word if path == word else f"{FILE}{Path(path).expanduser().absolute()}"
 
 
-def score_images(args: argparse.Namespace) -> int:
-    """Two sets of images, on this machine; or the statistics of one."""
-    images = _there("--images", args.images)
-    reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
-    name = args.extractor or "inception"
-    if args.dry_run:
-        what = f"score {images} against {reference}" if reference else f"write statistics of {images}"
-        print(f"would {what} with {name} on this machine")
-        return 0
-    stats = Path(args.save_stats).expanduser() if args.save_stats else None
-    if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
-        raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
-    import torch
-
-    from ddpm.scoring.extractors import build_extractor, ensure_weights
-    from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
-
-    ensure_weights(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packed = load_images(images, args.size)
-    size = packed.images.shape[1]
-    extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
-    if stats:
-        save_statistics(packed, stats, extractor)
-        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
-    elif reference:
-        result = evaluate_images(packed, reference, extractor, args.size)
-        print(json.dumps(result, indent=1))
-        print(told(result), file=sys.stderr)
-    return 0
-
-
-def _there(option: str, word: str, or_else: str = "") -> Path:
-    path = Path(word).expanduser()
-    if not path.exists():
-        raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images, an .npy or .npz{or_else}")
-    return path
-
-
 def choose_set(run: RunDir, asked: str | None) -> str:
     """The set that was asked for, or the only one there is. Raises RequestError listing them."""
     names = [s.name for s in run.sample_sets() if s.request.exists()]
     if asked in names or (asked is None and len(names) == 1):
         return asked or names[0]
     if not names:
-        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.name}")
+        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
         f"choose one with --set"
     )
 
 
-def show(run: RunDir, set_name: str, asked: Evaluate) -> int:
+def show(run: RunDir, set_name: str, score: Score | None) -> int:
     """The score that was asked for, and on stderr what is to be said of it."""
-    score = score_by(run, set_name, asked)
     if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
-    print(json.dumps(score.record, indent=1))
+    print(console.as_json(score.record))
     print(told(score.record), file=sys.stderr)
     if not is_signed(score.record):
         print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
@@ -168,34 +159,103 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
+    site = resolve(args, base_of(run, args), "evaluate")
+    check_path(run, site)
+    if args.bits_per_dim:
+        return score_bound(run, config, site, args)
+    if args.all_milestones:
+        return score_milestones(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_for_run(run, config, reference)
     reference = _whole(reference)
-    asked = Evaluate(reference=reference, extractor=args.extractor or config.evaluate.extractor)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "evaluate")
-    check_path(run, site)
+    change = {"reference": reference, "extractor": args.extractor or config.evaluate.extractor}
+    asked = config.evaluate.model_copy(update=change)
     site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
+    if args.tasks and site.tasks != "auto":
+        job = replace(job, parts=site.tasks)
     if args.dry_run:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
         return 0
-    prepare.ensure_weights(asked.extractor)
+    prepare.ensure_weights(asked.extractor, Path(data_of(run)["cache"]))
+
+    def in_queue() -> list[str]:
+        return evaluations_in_queue(run, set_name, asked, config.evaluate)
+
+    return do(job, in_queue, lambda: score_by(run, set_name, asked), args)
+
+
+def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
+    """Bits per dimension: published as a request here, computed by a job, whose tasks share its parts."""
+    request, parts = bounds.request_for(run, config, args.reference or "test", args.step, args.num_images)
+    name = request.name
+    job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=("--bits-per-dim",), parts=parts)
+    if args.dry_run:
+        print(f"# {bounds.cost(request, config)}\n{describe(job)}\n# dry run: nothing was written or queued")
+        return 0
+    bounds.publish(run, request)
+    print(bounds.cost(request, config), file=sys.stderr)
+
+    def found() -> Score | None:
+        return next((score for score in scores_of(run, name) if not score.damage), None)
+
+    return do(job, lambda: jobs_in_queue(run, "evaluate", name), found, args)
+
+
+def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
+    """Samples and scores of each milestone that has none, in jobs that do not wait for one another."""
+    site = settle(site, dry_run=args.dry_run)
+    check_for_run(run, config, config.evaluate.reference)
+    if not args.dry_run:
+        prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
+        prepare.settle_code(run, new=args.code == "new")
+        chain.go_on(run)
+    ids: list[str] = []
+    with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
+        chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)
+        if args.dry_run:
+            print("\n\n".join(describe(job) for jobs in chains for job in jobs))
+            print("# dry run: nothing was written or queued")
+            return 0
+        for jobs in [] if site.is_local else chains:
+            use_shell_of(run, site)
+            queued, told = chain.queue(jobs, config)
+            ids += queued
+            print("\n".join(f"{jobs[0].set_name}: {line}" for line in told))
+    if not chains:
+        print(f"run {run.name}: each of its {len(milestones.steps(run))} milestones has a score ({run.milestones})")
+    elif site.is_local:
+        process, log = local.start(run, [job for jobs in chains for job in jobs])
+        if code := follow.follow_process(run, process, log):
+            return code if code == 130 else 1
+    if ids and args.wait:
+        follow.follow_jobs(run, ids)
+    if run.milestones.exists() and not (ids and not args.wait):
+        print(run.milestones.read_text(), end="")
+    return 0
+
+
+def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
+    """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
+    run, name = job.run, job.set_name
+    prepare.settle_code(run, new=args.code == "new")
     chain.go_on(run)
-    if site.is_local:
+    if job.site.is_local:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
             return code if code == 130 else 1
-        return show(run, set_name, asked)
+        return show(run, name, score())
     with turn(run):
-        if ids := evaluations_in_queue(run, set_name, asked, config.evaluate):
-            print(f"the score of {set_name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
+        if ids := in_queue():
+            print(f"the score of {name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
         else:
-            waiting = jobs_in_queue(run, "sample", set_name)
+            waiting = jobs_in_queue(run, "sample", name)
+            use_shell_of(run, job.site)
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
             said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
@@ -203,7 +263,7 @@ def main() -> int:
     if not args.wait:
         return 0
     follow.follow_jobs(run, ids)
-    return show(run, set_name, asked)
+    return show(run, name, score())
 
 
 if __name__ == "__main__":

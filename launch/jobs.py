@@ -3,6 +3,7 @@
     python -m launch.jobs train RUN
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
+    python -m launch.jobs evaluate RUN NAME --bits-per-dim
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -23,6 +24,7 @@ from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster.job import numbers, share
 from launch.life import starting
+from launch.life.decision import GONE
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
 from launch.terminal import faults, streams
@@ -39,6 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference", default=None)
     parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
+    parser.add_argument("--bits-per-dim", action="store_true", help="of bits-per-dim/NAME/request.json")
     return parser.parse_args(argv)
 
 
@@ -56,13 +59,22 @@ def work(life: Life, args: argparse.Namespace) -> int:
             return training.train(life, config, why)
         finally:
             compiled.leave()
+    if life.run.stop_file.exists():  # a training that it ended has nothing to be sampled; that is no failure
+        say(f"{life.run.stop_file} ends this too: submit again to go on, which removes it")
+        return life.leave(0)
     if args.stage == "sample":
         from launch.life import sampling
 
         task = life.env.array_task or 0
         shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
         life.works_on(shards)
+        if (env := life.env).world_size > 1:
+            shards, life = share(shards, env.rank, env.world_size), life.alone()
         return sampling.sample(life, args.set_name, shards)
+    if args.bits_per_dim:
+        from launch.life import likelihood
+
+        return likelihood.evaluate(life, args.set_name)
     starting.request_of(life, args.set_name)
     from launch.life import scoring
 
@@ -73,7 +85,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
     """Say what a person can act on; returns the exit code that it becomes."""
     if isinstance(error, RunBusy):
         say(str(error))
-        return life.leave(error.exit_code)
+        return life.leave(error.exit_code, GONE if isinstance(error, RunGone) else "")
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
     here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well

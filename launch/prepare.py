@@ -11,19 +11,22 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
-from ddpm.data.labels import labels_record
+from ddpm.config.train import LENGTHS
+from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
+from ddpm.run.events import read_events
 from ddpm.run.evidence import Incomplete
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
-from launch.cluster import environment
+from launch.cluster import code, environment
 from launch.cluster.site import Site
 from launch.queue import local
 from launch.queue.chain import ways_on
-from launch.queue.waiting import jobs_in_queue
+from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
 from launch.terminal import console
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -61,8 +64,13 @@ def check_data(config: Config, stages: list[str]) -> None:
     source = open_source(config.data)
     if config.model.num_classes not in (0, len(source.classes)):
         raise RequestError(f"model.num_classes = {config.model.num_classes}: {_classes_there_are(source.classes)}")
-    if "evaluate" in stages:
+    if _scores(config, stages):
         check_reference(config, config.evaluate.reference)
+
+
+def _scores(config: Config, stages: list[str]) -> bool:
+    """Whether jobs will score: at the end, or milestones meanwhile."""
+    return "evaluate" in stages or config.evaluate.milestones is not None
 
 
 def _classes_there_are(have: list[str]) -> str:
@@ -87,7 +95,7 @@ def check_existing(run: RunDir, config: Config) -> bool:
     if there.digest() != config.digest():
         raise RequestError(
             f"run {run.name} exists with other mathematics: {config_differences(run, config, mathematics=True)}. "
-            f"Choose another --name, or submit it with what it has"
+            f"{_why_fixed(there, config)}Choose another --name, or submit it with what it has"
         )
     if config.train.total_steps < run.latest_step():
         raise RequestError(
@@ -101,6 +109,20 @@ def check_existing(run: RunDir, config: Config) -> bool:
     return True
 
 
+def _why_fixed(there: Config, asked: Config) -> str:
+    """Where it is the length alone that may not be another."""
+    old, new = there.mathematics(), asked.mathematics()
+    for tree in (old, new):
+        for key in LENGTHS:
+            tree["train"].pop(key, None)
+    if old != new:
+        return ""
+    return (
+        f"With train.lr_schedule={asked.train.lr_schedule} the learning rate of every step follows from the length, so "
+        f"that a run cannot be made longer. "
+    )
+
+
 def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     """Whether SLURM has the run's training already.
 
@@ -109,7 +131,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     """
     if (pid := local.running(run)) is not None:
         raise RequestError(
-            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.name} "
+            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.path} "
             f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
@@ -119,6 +141,42 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
         )
     return bool(jobs)
+
+
+def settle_code(run: RunDir, *, new: bool) -> None:
+    """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
+    with `--code new`. Raises RequestError where jobs are at work by the old one.
+    """
+    here = code.of_checkout()
+    try:
+        had = code.of_run(run)
+    except DamagedFile:
+        if not new:
+            raise
+        had = {}
+    told = code.differences(had or {}, here) if had is not None else ""
+    if had is None or (told and new):
+        jobs = _at_work(run) if had is not None else ""
+        if jobs:
+            raise RequestError(
+                f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
+                f"end it (nothing is lost), then submit again"
+            )
+        code.check(here)
+        code.keep(run, here)
+        if had is not None:
+            print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
+    elif told:
+        print(f"code: run {run.name} keeps its own, {code.digest(had)}; this checkout has {told}. --code new takes it")
+    code.unpack(run)
+
+
+def _at_work(run: RunDir) -> str:
+    """What of the run is running or queued, in words; "" where nothing is. Raises SchedulerError."""
+    if (pid := local.running(run)) is not None:
+        return f"pid {pid}"
+    jobs = in_queue(slurm_jobs(run, read_events(run)))
+    return f"job {' '.join(jobs)}" if jobs else ""
 
 
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
@@ -167,34 +225,43 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
         raise
 
 
-def ensure_weights(extractor: str) -> None:
-    """What an extractor needs is on this machine, downloaded if need be. Loads torch where it needs anything."""
+def ensure_weights(extractor: str, cache: Path) -> None:
+    """What an extractor needs lies beside the folder of packed data, where jobs see it, downloaded if need be. Loads
+    torch where it needs anything."""
     if extractor not in WITHOUT_WEIGHTS:
         from ddpm.scoring import extractors
 
-        extractors.ensure_weights(extractor)
+        extractors.ensure_weights(extractor, extractors.beside(cache))
+
+
+def warn_of_batch(config: Config, num_images: int | None) -> None:
+    """Epochs run across batches, so that training works."""
+    if num_images is not None and (batch := config.train.global_batch) > num_images:
+        print(
+            f"warning: train.global_batch = {batch}: the data has {num_images} images, so that every step shows some "
+            f"of them more than once; a batch is usually a small part of the data",
+            file=sys.stderr,
+        )
 
 
 def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[str, Any]:
     from ddpm.data import packed as data
 
-    if "evaluate" in stages:
-        ensure_weights(config.evaluate.extractor)
+    if _scores(config, stages):
+        ensure_weights(config.evaluate.extractor, cache / "data")
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
-    if "evaluate" in stages and config.evaluate.reference == "test":
+    if _scores(config, stages) and config.evaluate.reference == "test":
         data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
     print(
         f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
         f"digest {packed.digest[:12]}",
         flush=True,
     )
-    if (batch := config.train.global_batch) > len(packed):  # epochs run across batches, so that training works
-        print(
-            f"warning: train.global_batch = {batch}: the data has {len(packed)} images, so that every step shows some "
-            f"of them more than once; a batch is usually a small part of the data",
-            file=sys.stderr,
-        )
+    labels = labels_record(packed)
+    if told := told_of_classes(labels):
+        print(told, flush=True)
+    warn_of_batch(config, len(packed))
     record = {
         "cache": str(cache / "data"),
         "key": key,
@@ -202,4 +269,4 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "num_images": len(packed),
         "scratch": site.scratch,
     }
-    return {"data": record, "labels": labels_record(packed)}
+    return {"data": record, "labels": labels}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
 from ddpm.run.fence import Fence
@@ -89,9 +91,14 @@ def check(run: RunDir) -> int:
     bad = 0
     for line in inspection.look(run):
         bad += line.verdict in ("damaged", "missing")
-        print(f"{line.verdict:8} {line.what}{f': {line.why}' if line.why else ''}", flush=True)
+        why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
+        print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
     if bad:
-        print(f"{bad} of these do not hold. {chain.ways_on(run)}")
+        path = shlex.quote(str(run.path))
+        print(f"{bad} of these do not hold. What can be done:")
+        print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {path}/")
+        print(f"  make manifests                python launch/recover.py {path} --rebuild   (of what proves itself)")
+        print(f"  start over on purpose         python launch/recover.py {path} --start-over   (loses nothing)")
     return 1 if bad else 0
 
 

@@ -5,27 +5,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
+from ddpm.data.labels import class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
+from ddpm.run.records import read_run
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
+from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path, ranges
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue import borrowing, chain, local, sets
-from launch.queue.directory import site_of
+from launch.queue import borrowing, chain, local, milestones, sets
+from launch.queue.directory import base_of, use_shell_of
 from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
@@ -68,7 +73,9 @@ def parse() -> argparse.Namespace:
         help="of ancestral sampling; default: the config's diffusion.variance",
     )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--step", type=step_of, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
+    )
     parser.add_argument("--png", action="store_true", help="unpack the finished set to samples/SET/png/")
     parser.add_argument("--prepare", action="store_true", help="publish the request, queue nothing")
     parser.add_argument("--wait", action="store_true", help="stay until the shards are done")
@@ -76,6 +83,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     add_options(parser)
     return parser.parse_args()
+
+
+def step_of(word: str) -> int | str:
+    return word if word == "best" else int(word)
 
 
 def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:
@@ -141,9 +152,10 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
 def main() -> int:
     args = parse()
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
+    args.step = milestones.best_step(run) if args.step == "best" else args.step
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
-    site = resolve(args, site_of(run).model_dump(exclude_defaults=True), "sample")
+    site = resolve(args, base_of(run, args), "sample")
     check_path(run, site)
     generation = choose_generation(run, there.checkpoint.step if there and args.step is None else args.step)
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
@@ -167,11 +179,13 @@ def main() -> int:
     missing = shards_to_make(sample_set, request)
     if missing:
         site = settle(site, dry_run=args.prepare)
+        prepare.settle_code(run, new=args.code == "new")
     if missing and not args.prepare:
         chain.go_on(run)
     if args.prepare:
         publish(run, sample_set, request)
-        lines = by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
+        use_shell_of(run, site)
+        lines = _by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
             + (f", with\n{lines}" if missing else "")
@@ -184,8 +198,15 @@ def main() -> int:
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
     )
     if args.png:
-        print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png')}")
+        names = class_names(config, read_run(run))
+        print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png', names)}")
     return 0
+
+
+def _by_hand(job: Job) -> str:
+    if job.site.is_local:
+        return f"python launch/sample.py {shlex.quote(str(job.run.path))} --set {job.set_name}"
+    return by_hand(job)
 
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:
@@ -222,6 +243,7 @@ def make(
             return code if code == 130 else 1
     else:
         with turn(run):
+            use_shell_of(run, site)
             is_new = publish(run, sample_set, request)
             try:
                 there = queue_once(job)

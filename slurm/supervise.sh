@@ -25,13 +25,20 @@ ddpm_node=${SLURMD_NODENAME:-$(hostname)}
 # From here on whatever ends this shell is looked into, by Python of ours where this node has it.
 # The shell must outlive its ranks, which answer the signals: a command trap makes bash wait for srun, then go on.
 trap : TERM USR2 CONT
+ddpm_setup= ddpm_at_end=
 ddpm_end() {
   local code=$? heard
+  set +eu
   trap - EXIT
+  if [ -n "$ddpm_setup" ]; then
+    echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
+    [ "$code" != 0 ] || code=1
+  fi
   { heard=$(DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
       "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
   local end=$?
   [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code"
+  eval "$ddpm_at_end"
   exit "$end"
 }
 ddpm_end_without_python() {   # puts the job back elsewhere, three times at most: only SLURM and this shell are asked
@@ -39,7 +46,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
   echo "error: $DDPM_PYTHON does not run on node $ddpm_node (or $DDPM_HOME is not there)"
   [ ! -f "$lives" ] || times=$(wc -l <"$lives")
   reason="$DDPM_PYTHON does not run on node $ddpm_node"
-  if [ "$(squeue -h -j "$ddpm_job" -o %T 2>/dev/null | head -n 1)" != RUNNING ]; then
+  if [ "$(scontrol show job -o "$ddpm_job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')" != RUNNING ]; then
     echo "[batch] SLURM does not call the job RUNNING: leaving it to SLURM"
     return
   fi
@@ -59,34 +66,34 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
     [ "$without" != "(null)" ] || without=
     scontrol update jobid="$ddpm_job" excnodelist="${without:+$without,}$ddpm_node"
   fi
+  [ "$times" = 0 ] || scontrol update jobid="$ddpm_job" starttime=now+60
   sleep 300
 }
 ddpm_event() {   # a line as launch/ writes them, by hand; a full disk must not keep the job from its return
   printf '{"event": "%s", "time": "%s", "job": "%s", "restart": %d, "host": "%s", "stage": "%s", "exit_code": %d, %s}\n' \
     "$1" "$(date -u +%FT%T.%3NZ)" "$ddpm_job" "${SLURM_RESTART_COUNT:-0}" "$ddpm_node" "$DDPM_STAGE" "$2" \
-    "\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
+    "${SLURM_CLUSTER_NAME:+\"cluster\": \"${SLURM_CLUSTER_NAME,,}\", }\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
     >>"$DDPM_RUN/events/$ddpm_job.${SLURM_RESTART_COUNT:-0}.jsonl" || true
 }
 trap ddpm_end EXIT
 echo "[batch] $(date -u +%FT%TZ) job=$ddpm_job" \
      "restart=${SLURM_RESTART_COUNT:-0} stage=$DDPM_STAGE nodes=$SLURM_JOB_NODELIST run=$DDPM_RUN"
 
-# The site profile's `setup` lines: module load … One that fails ends this life, before it runs in another environment
-# than was meant; lines that are no command by themselves, as of an `if`, are taken together.
+# What a rank's command begins with, and srun's options: the site profile's `container` has others.
+ddpm_srun=() ddpm_python=("$DDPM_PYTHON")
+[ ! -f "$DDPM_RUN/container.sh" ] || . "$DDPM_RUN/container.sh"
+
+# The site profile's `setup` lines; what they make of this script's own words ends with them.
 if [ -f "$DDPM_RUN/setup.sh" ]; then
-  ddpm_lines=
-  while IFS= read -r ddpm_line <&9 || [ -n "$ddpm_line" ]; do
-    ddpm_lines=$ddpm_lines${ddpm_lines:+$'\n'}$ddpm_line
-    case $ddpm_line in *\\) continue ;; esac
-    bash -n -c "$ddpm_lines" 2>/dev/null || continue
-    eval "$ddpm_lines" || { ddpm_code=$?
-      echo "setup failed on $ddpm_node (exit code $ddpm_code): $ddpm_lines"
-      exit "$ddpm_code"; }
-    ddpm_lines=
-  done 9<"$DDPM_RUN/setup.sh"
-  if [ -n "$ddpm_lines" ]; then
-    echo "setup failed on $ddpm_node: no whole command: $ddpm_lines"
-    exit 2
-  fi
+  ddpm_words=("$@")
+  . "$DDPM_HOME/slurm/setup.sh"
+  [ -z "$ddpm_setup" ] || exit 0   # a line of them has returned: ddpm_end knows
+  trap : TERM USR2 CONT
+  set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
+export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container
+command -v scontrol >/dev/null && DDPM_SHELL_ASKS=1
+[ -n "$DDPM_SHELL_ASKS" ] || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \
+  "pre-empts it, but nothing does after a crash or at its time limit. Have the profile's setup lines bring SLURM's" \
+  "commands, or submit the run again when it has ended"
 :   # the echo fails where the log's disk is full, and the caller takes that for a missing file

@@ -88,6 +88,7 @@ class Life:
         world: ranks.World = ALONE,
         restart: int = 0,
         warm_up: bool = True,
+        start: dict[str, Any] | None = None,
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
         torch.set_num_threads(1)
@@ -104,6 +105,7 @@ class Life:
             fence=self.fence,
             events=EventLog(run, "1", restart, "here") if world.is_main else None,
             owner=owner,
+            start=start,
         )
         self._warm_up = warm_up
         before_resume(self.trainer)

@@ -26,6 +26,7 @@ from launch.cluster import environment  # noqa: E402
 from launch.cluster.site import Site  # noqa: E402
 from launch.queue import directory  # noqa: E402
 from launch.terminal import console  # noqa: E402
+from tools.diffusers_folder import Folder, find, read_object, read_weights  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +37,13 @@ EXAMPLES = """examples:
   python launch/sample.py runs/ho --sampler ancestral                       a run, to sample and score
   python launch/evaluate.py runs/ho
 
-FOLDER holds config.json and diffusion_pytorch_model.safetensors (or .bin) of a UNet2DModel, and scheduler_config.json
-if there is one.
+  python launch/submit.py configs/mine.yaml --from runs/ho --partition gpu  a run that is trained on from there
+
+FOLDER is that of a DDPMPipeline or DDIMPipeline (unet/, scheduler/), or holds config.json and the weights of a
+UNet2DModel, and scheduler_config.json if there is one. Weights are .safetensors or .bin, whole or in shards, or .fp16.
+ones alone. The scheduler says betas, variance and clipping; --sampler and --steps say at which steps to sample.
 """
 CONFIG = environment.PROJECT / "configs" / "cifar10.yaml"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 NETWORK = {
     "in_channels": (3, 3),
     "out_channels": (3, 3),
@@ -61,12 +64,29 @@ NETWORK = {
     "num_class_embeds": (None, None),
 }
 """Of a UNet2DModel: what a key that is left out means, and the value that ours have in common with."""
+SHAPED = (
+    *("sample_size", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "add_attention"),
+    *("attention_head_dim", "downsample_padding", "norm_num_groups"),
+)
+"""Keys of it that our structure follows from."""
+WITHOUT_EFFECT = ("dropout", "num_train_timesteps", "sample_max_value", "dynamic_thresholding_ratio")
+"""Keys that mean nothing to a trained network, and nothing where others are as they must be."""
 PROCESS = {
-    "beta_schedule": ("linear", "linear"),
     "trained_betas": (None, None),
     "prediction_type": ("epsilon", "epsilon"),
+    "thresholding": (False, False),
+    "rescale_betas_zero_snr": (False, False),
+    "set_alpha_to_one": (True, True),
 }
-"""The same of a DDPMScheduler."""
+"""The same of a scheduler."""
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
+OF_PROCESS = (
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "variance_type", "clip_sample"),
+    *("clip_sample_range", "timestep_spacing", "steps_offset"),
+)
+"""Keys of it that our config follows from, and those of the steps at which it samples."""
 DOWNSAMPLE = {0: "conv_asymmetric", 1: "conv"}
 RENAMES = (
     (r"^time_embedding\.linear_1\.", "time_mlp.0."),
@@ -103,25 +123,19 @@ def parse() -> argparse.Namespace:
 # ---------------------------------------------------------------- what their network is
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. RequestError where there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RequestError(f"{path} does not exist: give the folder that holds config.json and the weights") from None
-    except ValueError as e:
-        raise RequestError(f"{path}: not JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{path}: expected keys and values, found {type(value).__name__}")
-    return value
-
-
 def check(found: dict[str, Any], shared: dict[str, tuple[Any, Any]], where: Path) -> None:
     """RequestError for the first key whose value ours have no counterpart of."""
     for key, (default, allowed) in shared.items():
         if (value := found.get(key, default)) != allowed:
             stands = "" if key in found else ", which is what leaving it out means"
             raise RequestError(f"{where}: {key} = {value!r}{stands}: only {allowed!r} can be converted")
+
+
+def tell_unknown(found: dict[str, Any], known: Sequence[str], where: Path) -> None:
+    """Warn of keys of which nobody here knows what they mean: diffusers leaves such out too."""
+    for key in found:
+        if not key.startswith("_") and key not in known:
+            print(f"warning: {where}: {key} = {found[key]!r}: not known here, and left out", file=sys.stderr)
 
 
 def structure(unet: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -132,6 +146,7 @@ def structure(unet: dict[str, Any], where: Path) -> dict[str, Any]:
 
     if unet.get("_class_name") != "UNet2DModel":
         raise refuse("_class_name", "only UNet2DModel can be converted")
+    tell_unknown(unet, [*NETWORK, *SHAPED, *WITHOUT_EFFECT], where)
     check(unet, NETWORK, where)
     size, widths = unet.get("sample_size"), unet.get("block_out_channels")
     if not isinstance(size, int):
@@ -184,32 +199,43 @@ def attended(unet: dict[str, Any], key: str, kinds: tuple[str, str], where: Path
 
 
 def process(scheduler: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The config keys that describe a DDPMScheduler's linear schedule and variance."""
+    """The config keys for a scheduler's betas, variance and clipping. RequestError for what ours cannot be."""
+
+    def one_of(key: str, default: str, ours: dict[str, str]) -> str:
+        value = scheduler.get(key, default)
+        if value not in ours:
+            raise RequestError(f"{where}: {key} = {value!r}: only {', '.join(ours)} can be converted")
+        return ours[value]
+
+    kind = one_of("_class_name", SCHEDULERS[0], dict(zip(SCHEDULERS, SCHEDULERS, strict=True)))
+    tell_unknown(scheduler, [*PROCESS, *OF_PROCESS, *WITHOUT_EFFECT], where)
     check(scheduler, PROCESS, where)
-    numbers = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    numbers = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "clip_sample_range": 1.0}
     numbers = {key: scheduler.get(key, default) for key, default in numbers.items()}
     for key, value in numbers.items():
         if not isinstance(value, (int, float)):
             raise RequestError(f"{where}: {key} = {value!r}: must be a number")
-    timesteps = numbers["num_train_timesteps"]
-    return {
-        "diffusion.timesteps": timesteps,
-        "diffusion.schedule": "linear",
-        # ours are given for 1000 timesteps
-        "diffusion.beta_start": numbers["beta_start"] * timesteps / 1000,
-        "diffusion.beta_end": numbers["beta_end"] * timesteps / 1000,
-        "diffusion.variance": scheduler.get("variance_type", "fixed_small"),
-    }
+    timesteps, clip = numbers["num_train_timesteps"], bool(scheduler.get("clip_sample", True))
+    if clip and numbers["clip_sample_range"] != 1:
+        raise RequestError(f"{where}: clip_sample_range = {numbers['clip_sample_range']!r}: only 1.0 can be converted")
+    schedule = one_of("beta_schedule", "linear", SCHEDULES)
+    found = {"diffusion.timesteps": timesteps, "diffusion.schedule": schedule, "sample.clip_x_0": clip}
+    if schedule == "linear":  # ours are given for 1000 timesteps
+        found |= {f"diffusion.{key}": numbers[key] * timesteps / 1000 for key in ("beta_start", "beta_end")}
+    if kind == SCHEDULERS[0]:  # the other's is --eta's to say
+        found["diffusion.variance"] = one_of("variance_type", "fixed_small", VARIANCES)
+    return found
 
 
-def fit(source: Path, config: Path, changes: Sequence[str]) -> tuple[Config, list[str]]:
+def fit(source: Folder, config: Path, changes: Sequence[str]) -> tuple[Config, list[str]]:
     """`config` with `changes` and with what the network in `source` needs, unless they say otherwise; all of these."""
-    where = source / "config.json"
+    where = source.network / "config.json"
     wanted = structure(read_object(where), where)
-    where = source / "scheduler_config.json"
-    if where.exists():
-        wanted |= process(read_object(where), where)
+    if source.scheduler is not None:
+        wanted |= process(read_object(source.scheduler), source.scheduler)
     there = reading.load(config, shelf=CONFIG.parent).model_dump(mode="json")
+    if wanted.get("diffusion.timesteps", there["sample"]["steps"]) < there["sample"]["steps"]:
+        wanted["sample.steps"] = wanted["diffusion.timesteps"]
     changed, changes = {change.partition("=")[0] for change in changes}, list(changes)
     for key, value in wanted.items():
         section, _, leaf = key.partition(".")
@@ -221,28 +247,13 @@ def fit(source: Path, config: Path, changes: Sequence[str]) -> tuple[Config, lis
 # ---------------------------------------------------------------- weights
 
 
-def read_weights(source: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Which file it is, and its tensors; nothing but tensors is unpickled. RequestError for none, or a damaged one."""
-    path = next((source / name for name in WEIGHTS if (source / name).exists()), None)
-    if path is None:
-        raise RequestError(f"{source}: holds none of {', '.join(WEIGHTS)}; download one of them into it")
-    try:
-        if path.suffix == ".bin":
-            import torch
+def unwrapped(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what goes before all names: of a network that was saved compiled, or in DDP."""
+    from ddpm.network.weights import WRAPPERS
 
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-    except OSError:
-        raise
-    except Exception as e:  # zipfile, pickle and torch raise a dozen kinds
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise RequestError(f"{path}: not a readable file of weights ({reason}); download it again") from None
-    if not isinstance(weights, dict) or not all(hasattr(value, "shape") for value in weights.values()):
-        raise RequestError(f"{path}: holds a {type(weights).__name__}, not tensors by name; download it again")
-    return path, weights
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in theirs)), None) if theirs else None:
+        theirs = {name.removeprefix(prefix): value for name, value in theirs.items()}
+    return theirs
 
 
 def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -313,7 +324,8 @@ def main() -> int:
     if run is not None:
         check_name(run.name)
     name = run.name if run is not None else out.stem
-    config, changes = fit(args.source.expanduser(), args.config, [f"name={name}", *args.changes])
+    folder = find(args.source.expanduser())
+    config, changes = fit(folder, args.config, [f"name={name}", *args.changes])
     if run is not None and config.train.total_steps is None:
         raise RequestError(
             f"{args.config}: the run needs train.total_steps, the steps that the weights were trained for"
@@ -324,9 +336,9 @@ def main() -> int:
     from ddpm.api import build_model
     from ddpm.network.weights import set_weights
 
-    source, theirs = read_weights(args.source.expanduser())
+    source, theirs = read_weights(folder.network)
     network = build_model(config, "cpu")
-    set_weights(network, rename(theirs), str(source))
+    set_weights(network, rename(unwrapped(theirs)), str(source))
     weights = {key: value.contiguous() for key, value in network.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, save(weights, metadata={"step": str(config.train.total_steps or 0)}))

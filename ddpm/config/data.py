@@ -19,10 +19,10 @@ def _colour(text: str) -> str:
 
 class Data(Section):
     name: Literal["cifar10", "celeba", "images", "digits"] = "cifar10"
-    """`cifar10` and `celeba` (torchvision downloads them), `images` (a folder or zip of class folders), `digits`
-    (scikit-learn's)."""
+    """`cifar10` and `celeba` (torchvision downloads them), `images` (a folder or zip of class folders, or an
+    array), `digits` (scikit-learn's)."""
     path: str | None = None
-    """Where it lies: a folder or .zip for `images`; for `cifar10` torchvision's root, or a folder or .zip of images;
+    """Where it lies: a folder, .zip, .npz or .npy for `images`; for `cifar10` torchvision's root, or as for `images`;
     for `celeba` torchvision's root, or the folder that holds the images and their lists."""
     image_size: int = Field(32, ge=4, le=1024)
     """Height and width in pixels; other sizes are centre-cropped to a square and resized (Lanczos, antialiased)."""
@@ -41,7 +41,10 @@ class Data(Section):
     @model_validator(mode="after")
     def _images_need_a_path(self) -> Data:
         if self.name == "images" and self.path is None:
-            raise ValueError("data.path is needed for data.name=images: a folder or a .zip of images in class folders")
+            raise ValueError(
+                "data.path is needed for data.name=images: a folder or a .zip of images in class folders, an .npz or "
+                "an .npy"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import shlex
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
-from ddpm.run.files import read_bytes
+from ddpm.run.files import link_to_nothing, read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -26,6 +27,8 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     try:
         text = read_text(path)
     except FileNotFoundError:
+        if why := link_to_nothing(path):
+            raise RequestError(f"config file {path} is {why}: bring that back, or restore the file") from None
         known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, known, 1, 0.5)
         there = ", ".join(map(str, known.values())) or "none"
@@ -33,15 +36,27 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
         raise RequestError(f"config file {path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"config file {path} cannot be read: {e}") from None
+    return of_text(text, path, overrides)
+
+
+def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config in the YAML that stands in `path`. Raises RequestError."""
     tree = load_yaml(text, str(path))
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
     tree.setdefault("name", path.stem)
+    own = copy.deepcopy(tree)
     for override in overrides:
         apply_override(tree, override)
-    return build(Config, tree, str(path))
+    try:
+        return build(Config, tree, str(path))
+    except RequestError:
+        if own == tree:
+            raise
+        build(Config, own, str(path))  # the file's own fault is told as that
+        return build(Config, tree, "command line")
 
 
 def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
@@ -67,6 +82,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, eq, text = override.partition("=")
     if not eq or not key:
         raise RequestError(f"{shown(override)} is not key=value; for example train.lr=1e-4")
+    if (whole := key.rpartition(".")[0]) in field_keys(Config):
+        raise RequestError(f"unknown key {shown(key)}: {whole} is given as a whole, as {whole}='{{key: value}}'")
     if key not in field_keys(Config):
         raise RequestError(unknown_key(key, field_keys(Config)))
     node = tree

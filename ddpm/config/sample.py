@@ -80,12 +80,19 @@ FILE = "file:"
 """Before the path of a network of one's own."""
 
 
+class Milestones(Section):
+    num_samples: int = Field(5000, ge=2, le=10**9)
+    """Images of each milestone, made as `sample` says otherwise."""
+
+
 class Evaluate(Section):
     extractor: str = "inception"
     """`inception`, `dinov2`, `file:PATH` (TorchScript, or an exported .pt2), or `random-inception` and `pixels`, which
     check the wiring and need no download. Only inception's distance is a FID."""
     reference: str = "train"
     """`train`, `test`, a pytorch-fid .npz, or a folder or zip of images."""
+    milestones: Milestones | None = None
+    """Sample and score each milestone while training goes on, in jobs of their own; null: not by itself."""
 
     @field_validator("extractor")
     @classmethod

@@ -29,16 +29,19 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._open = 0
+        self._has_aliases = "*" in stream
         self._sizes: dict[int, tuple[int, int]] = {}
         """Characters and depth of each node that is composed, by its id, with its aliases written out."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        alias = self.peek_event() if self._has_aliases and self.check_event(yaml.AliasEvent) else None
         self._open += 1
         if self._open > MAX_DEPTH:  # before anything recurses as deep
             raise self._beyond(self.peek_event(), f"more than {MAX_DEPTH} levels deep")
         node: Any = super().compose_node(parent, index)
         self._open -= 1
+        if not self._has_aliases:
+            return node  # no larger than its text
         if alias is None:
             self._measure(node)
         elif id(node) not in self._sizes:
@@ -108,6 +111,23 @@ _INT = ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA
 _Loader.add_implicit_resolver(*_INT)
 
 
+try:
+    from yaml.cyaml import CParser  # type: ignore[attr-defined]
+except ImportError:  # PyYAML was built without libyaml
+    _Fast: type[_Loader] = _Loader
+else:
+
+    class _Fast(_Loader):  # type: ignore[no-redef]
+        """The same with libyaml's parser: a status view reads the configs of hundreds of runs."""
+
+        def __init__(self, stream: str) -> None:
+            super().__init__("")
+            self._has_aliases = "*" in stream
+            self._events = CParser(stream)
+            for name in ("check_event", "peek_event", "get_event"):
+                setattr(self, name, getattr(self._events, name))
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what other readers of YAML, or ours, would not take for a word: a run may be named 1e-4."""
 
@@ -138,7 +158,10 @@ def load_yaml(text: str, where: str) -> Any:
     try:
         if len(text) > MAX_CHARS:
             raise ValueError(f"{len(text)} characters, at most {MAX_CHARS}")
-        return yaml.load(text, Loader=_Loader)
+        try:
+            return yaml.load(text, Loader=_Fast)
+        except Exception:  # the other parser says what is wrong with the text, and shows where
+            return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise RequestError(f"{where}: not valid YAML: nested too deeply") from None
     except Exception as e:  # its constructors raise what Python does for `2020-13-45` or `!!int word`

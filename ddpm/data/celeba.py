@@ -14,13 +14,15 @@ from pathlib import Path
 
 from ddpm.config.attributes import unknown_name
 from ddpm.config.data import Data
-from ddpm.data.sources import Source, zip_names
+from ddpm.data.listing import zip_names
+from ddpm.data.sources import Source
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import TMP_PREFIX, sha256_file
 
 IMAGES = "img_align_celeba"
 ATTRIBUTES = "list_attr_celeba.txt"
 PARTITION = "list_eval_partition.txt"
+"""Each may be Kaggle's .csv: a line of headings, then commas."""
 SPLITS = {"0": "train", "1": "valid", "2": "test"}
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
@@ -71,33 +73,48 @@ def _fetch(file: str, folder: Path) -> None:
 
 def _find(path: Path) -> Path:
     for folder in (path, path / "celeba"):
-        if (folder / ATTRIBUTES).is_file():
+        if _list(folder, ATTRIBUTES).is_file():
             return folder
     raise RequestError(
-        f"data.path = {path}: no {ATTRIBUTES} here nor in {path / 'celeba'}; give the folder that holds it and "
-        f"{IMAGES}.zip (or {IMAGES}/), or leave data.path out to download CelebA"
+        f"data.path = {path}: no {ATTRIBUTES} here nor in {path / 'celeba'}; give the folder that holds it (or "
+        f"Kaggle's .csv) and {IMAGES}.zip (or {IMAGES}/), or leave data.path out to download CelebA"
     )
 
 
 # ---------------------------------------------------------------- lists
 
 
+def _list(folder: Path, name: str) -> Path:
+    """CelebA's own list, or what Kaggle has made of it."""
+    kaggles = (folder / name).with_suffix(".csv")
+    return kaggles if kaggles.is_file() and not (folder / name).exists() else folder / name
+
+
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    return path.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()
 
 
 def _damaged(path: Path, line: int, what: str) -> RequestError:
     return RequestError(f"data.path: {path}, line {line}: {what}; this list is damaged: copy it again")
 
 
+def _fields(path: Path, line: str, values: int) -> list[str]:
+    """A file name, which may have spaces in it, and so many values after it; other numbers of them where the line is
+    damaged."""
+    return [f.strip() for f in (line.split(",") if path.suffix == ".csv" else line.strip().rsplit(None, values))]
+
+
 def read_names(path: Path) -> list[str]:
-    """The attributes of list_attr_celeba.txt, in its order: line 2."""
-    with path.open(encoding="utf-8", errors="replace") as f:
-        count, names = f.readline(), f.readline().split()
-    if not count.strip().isdecimal():
-        raise _damaged(path, 1, f"expected the number of images, found {count.strip()[:40]!r}")
+    """The attributes of a list, in its order: of line 2, of a .csv's line 1."""
+    lines = _lines(path)[:2]
+    if path.suffix == ".csv":
+        names = _fields(path, lines[0], 0)[1:] if lines else []
+    else:
+        count, names = lines[0].strip() if lines else "", lines[1].split() if lines[1:] else []
+        if not count.isdecimal():
+            raise _damaged(path, 1, f"expected the number of images, found {count[:40]!r}")
     if not names:
-        raise _damaged(path, 2, "expected the names of the attributes")
+        raise _damaged(path, 1 if path.suffix == ".csv" else 2, "expected the names of the attributes")
     return names
 
 
@@ -105,16 +122,16 @@ def read_attributes(path: Path, wanted: Iterable[str]) -> dict[str, tuple[bool, 
     """The `wanted` attributes of every image, by its file name. Raises RequestError naming a damaged line."""
     names = read_names(path)
     columns = [1 + names.index(name) for name in wanted]
-    lines = _lines(path)
+    lines, head = _lines(path), 1 if path.suffix == ".csv" else 2
     rows: dict[str, tuple[bool, ...]] = {}
-    for number, line in enumerate(lines[2:], start=3):
-        fields = line.split()
+    for number, line in enumerate(lines[head:], start=head + 1):
+        fields = _fields(path, line, len(names))
         if len(fields) != 1 + len(names) or not {"1", "-1"}.issuperset(fields[1:]):
             raise _damaged(path, number, f"expected a file name and {len(names)} times 1 or -1, found {line[:40]!r}")
         if fields[0] in rows:
             raise _damaged(path, number, f"{fields[0]} stands twice")
         rows[fields[0]] = tuple(fields[i] == "1" for i in columns)
-    if int(lines[0]) != len(rows):
+    if head == 2 and int(lines[0]) != len(rows):
         raise _damaged(path, 1, f"it announces {int(lines[0])} images, and {len(rows)} follow")
     return rows
 
@@ -122,8 +139,9 @@ def read_attributes(path: Path, wanted: Iterable[str]) -> dict[str, tuple[bool, 
 def read_partition(path: Path) -> dict[str, str]:
     """The split of every image, by its file name. Raises RequestError naming a damaged line."""
     split_of: dict[str, str] = {}
-    for number, line in enumerate(_lines(path), start=1):
-        fields = line.split()
+    head = 1 if path.suffix == ".csv" else 0
+    for number, line in enumerate(_lines(path)[head:], start=head + 1):
+        fields = _fields(path, line, 1)
         if len(fields) != 2 or fields[1] not in SPLITS:
             raise _damaged(path, number, f"expected a file name and 0, 1 or 2, found {line[:40]!r}")
         split_of[fields[0]] = SPLITS[fields[1]]
@@ -135,7 +153,7 @@ def read_partition(path: Path) -> dict[str, str]:
 
 def _choose(data: Data, folder: Path) -> Source:
     """What the lists in `folder` and the attributes asked for make of its images."""
-    attributes, partition = folder / ATTRIBUTES, folder / PARTITION
+    attributes, partition = _list(folder, ATTRIBUTES), _list(folder, PARTITION)
     if wrong := unknown_name(data.attributes, data.label_attributes, read_names(attributes)):
         raise RequestError(f"{wrong} (in {attributes})")
     wanted = dict(data.attributes)
@@ -194,6 +212,8 @@ def _images(folder: Path, listed: Iterable[str]) -> tuple[Path, dict[str, str]]:
             break
     else:
         raise RequestError(f"data.path: no {IMAGES}.zip nor {IMAGES}/ in {folder}, beside {ATTRIBUTES}; put one there")
+    if (doubled := images / IMAGES).is_dir():  # as Kaggle's zip unpacks
+        images = doubled
     names = zip_names(images) if images.is_file() else [p.name for p in images.iterdir()]
     place = {name.rpartition("/")[2]: name for name in names}
     if missing := sorted(set(listed) - place.keys()):

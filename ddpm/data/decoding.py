@@ -53,6 +53,10 @@ class Decoding:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
             rgb = self._rgb(image)
+        return self.square(rgb, size)
+
+    def square(self, rgb: Any, size: int | None) -> np.ndarray:
+        """As `to_square`, and counted."""
         if size is not None and rgb.width != rgb.height:
             self.converted["cropped to their middle"] += 1
         if size is not None and min(rgb.size) < size:

@@ -5,8 +5,9 @@ Must not know: what is in a file.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from ddpm.errors import RequestError
@@ -17,6 +18,7 @@ SPLITS = {
 }
 OF_OLD = {"train", "test", "val", "valid"}
 """Folders that were splits in every version."""
+WORD = re.compile("|".join(sorted(SPLITS, key=len, reverse=True)))
 SHOWN = 8
 """Folders and duplicates that a message names."""
 
@@ -43,8 +45,9 @@ def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
     folders = [PurePosixPath(name).parts[depth:-1] for name in images]
     outer = {split_of(f[0]) if f else None for f in folders}
     inner = [f for f in folders if len(f) > 1 and split_of(f[1]) and not split_of(f[0])]
-    both = {split_of(f[1]) for f in inner} == {"train", "test"}
-    if not outer >= {"train", None} and not both and not any(len(f) > 2 for f in inner):
+    tests = any(split_of(f[1]) == "test" for f in inner)
+    alike = any(_is_split_by_words({f[place] for f in folders if len(f) > place}) for place in (0, 1))
+    if not outer >= {"train", None} and not tests and not alike and not any(len(f) > 2 for f in inner):
         return
     there = Counter("/".join(f[:2] if inner else f[:1]) for f in folders)
     told = [f"{f'{name}/' if name else 'no folder'} ({num})" for name, num in there.items()]
@@ -52,8 +55,19 @@ def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
     raise RequestError(
         f"data.path = {path}: which images are for training cannot be told; they lie in "
         f"{', '.join([*told[:SHOWN], *more])}; put all into train/CLASS/ and test/CLASS/, move what belongs to "
-        f"neither away, and rename a class that is called as a split is ({' '.join(SPLITS)})"
+        f"neither away, and rename what is called as a split is, or nearly ({' '.join(SPLITS)})"
     )
+
+
+def _is_split_by_words(folders: Iterable[str]) -> bool:
+    """Whether some differ in a split's word alone: training_set and test_set, but not freight train and test tube."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for folder in folders:
+        if match := WORD.search(folder.lower()):
+            rest = folder.lower()[: match.start()], folder.lower()[match.end() :]
+            if any(rest):
+                found.setdefault(rest, set()).add(SPLITS[match[0]])
+    return any(len(splits) > 1 for splits in found.values())
 
 
 def refuse_twice(path: Path, images: Sequence[str]) -> None:

@@ -47,17 +47,17 @@ def open_source(data: Data) -> Source:
         or_else = {"cifar10": ", or torchvision's root for cifar10", "celeba": "; for celeba the folder of its lists"}
         raise RequestError(
             f"data.path = {data.path}: does not exist; give a folder or a .zip of images in class "
-            f"folders" + or_else.get(data.name, "")
+            f"folders, or an .npz or .npy of them" + or_else.get(data.name, "")
         )
     if data.name == "celeba":
         return celeba.open_source(data)
-    if data.name == "cifar10" and (path is None or _is_torchvisions(path)):
+    if data.name == "cifar10" and (path is None or is_torchvisions(path)):
         return sources.cifar10(path)
     assert path is not None
-    return sources.folder_or_zip(path)
+    return sources.images(path)
 
 
-def _is_torchvisions(root: Path) -> bool:
+def is_torchvisions(root: Path) -> bool:
     """Whether CIFAR-10's own archive lies there, or may be downloaded to it."""
     return root.is_dir() and (not any(root.iterdir()) or any(root.glob("cifar-10-*")))
 
@@ -202,12 +202,14 @@ def _in_words(error: Exception) -> str:
 
 
 def load_folder(path: Path) -> PackedImages:
-    """A folder or zip of equally sized images as it is: nothing resized, nothing cached, all splits together.
+    """A folder, zip or array of equally sized images as it is: nothing resized, nothing cached, all splits together.
 
     Raises RequestError for no images, damaged ones, or images of several sizes.
     """
     try:
         source = open_source(Data(name="images", path=str(path)))
+        if source.array is not None:
+            return as_they_are(source.array.whole(), path)
         images = [image for split in sorted(source.members) for image, _ in sources.read(source, split, None, path)]
     except RequestError as e:
         raise RequestError(str(e).removeprefix("data.path = ")) from None
@@ -217,5 +219,9 @@ def load_folder(path: Path) -> PackedImages:
             f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "
             f"a score needs one size: resize them first, or give --size"
         )
-    array = np.stack(images)
-    return PackedImages(array, np.zeros(len(array), np.int64), path.name, "all", images_digest(array))
+    return as_they_are(np.stack(images), path)
+
+
+def as_they_are(images: np.ndarray, path: Path) -> PackedImages:
+    """Images uint8 (N, H, W, 3) of `path` that nobody has packed."""
+    return PackedImages(images, np.zeros(len(images), np.int64), path.name, "all", images_digest(images))

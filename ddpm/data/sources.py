@@ -1,4 +1,4 @@
-"""Where images come from, and how each one becomes pixels: a folder, a zip, CIFAR-10, scikit-learn's digits.
+"""Where images come from, and how each one becomes pixels: a folder, a zip, an array, CIFAR-10, scikit-learn's digits.
 
 Opening a source only lists it: which names each split has, and the class of each. Reading it decodes one image at a
 time, so that no set has to fit in memory. What is done with the pixels is packed.py's; CelebA's lists are celeba.py's.
@@ -7,6 +7,7 @@ time, so that no set has to fit in memory. What is done with the pixels is packe
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import zipfile
 from collections import Counter
@@ -17,40 +18,36 @@ from typing import IO, Any
 
 import numpy as np
 
-from ddpm.data import layout
+from ddpm.data import array_file, dataset_json, layout, listing
+from ddpm.data.array_file import ArrayFile
 from ddpm.data.decoding import Decoding, to_square
+from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import sha256_file, sha256_json
+from ddpm.run.files import read_bytes, sha256_file, sha256_json
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
-"""Of pictures that are left out, which is said."""
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
 
 
-MAX_IMAGE_BYTES = 256 << 20
-"""Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
 PIECE_BYTES = 1 << 16
 PASSING = frozenset(
     (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
      errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
 )  # fmt: skip
 """What a file system says that may be over in a moment, and tells nothing of the picture."""
+BACKSLASH = "\\"
 SHOWN = 20
 """Damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
-BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Methods of compression by which zipfile unpacks a piece; of others a kilobyte may be a gigabyte."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Images by name, split and class. Opening it has checked that it is usable."""
 
-    kind: str  # folder | zip | cifar10 | digits | celeba (not downloaded yet)
+    kind: str  # folder | zip | array | cifar10 | digits | celeba (not downloaded yet)
     path: Path | None
     members: dict[str, list[str]]
     """split -> names relative to `path`, sorted; no names where a library reads the images (NUM_IMAGES)."""
@@ -61,6 +58,7 @@ class Source:
     """What else decided which images there are and what their labels mean (JSON): the cache key covers it."""
     not_taken: Mapping[str, int] = field(default_factory=dict)
     """How many files there are of each suffix of pictures that are not taken."""
+    array: ArrayFile | None = None
 
     def num_images(self, split: str) -> int:
         return len(self.members[split]) or NUM_IMAGES[self.kind, split]
@@ -69,9 +67,11 @@ class Source:
         """What the cache key covers: content for archives, names, sizes and times for folders."""
         if self.kind == "zip" and self.path is not None:
             return sha256_file(self.path)
+        if self.array is not None:
+            return self.array.fingerprint()
         if self.kind == "folder" and self.path is not None:
             stats = ((name, _stat(self.path / name)) for names in self.members.values() for name in names)
-            return sha256_json([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
+            return sha256_json([[readable(name), s.st_size, s.st_mtime_ns] for name, s in stats])
         return self.kind
 
 
@@ -92,100 +92,100 @@ def cifar10(path: Path | None) -> Source:
     return Source("cifar10", path, {"train": [], "test": []}, CIFAR10_CLASSES)
 
 
-def folder_or_zip(path: Path) -> Source:
-    """Images in CLASS/NAME.png, optionally under train/ and test/; folders in a class are of that class.
+def images(path: Path) -> Source:
+    """Images in CLASS/NAME.png of a folder or zip, optionally under train/ and test/, where folders in a class are of
+    that class; or those of an array.
 
     Raises RequestError where there are none.
     """
     if path.is_dir():
-        return _from_names("folder", path, _files_in(path))
+        return _from_names("folder", path, folder_names(path))
+    if path.suffix in array_file.SUFFIXES:
+        return _of_array(path)
     return _from_names("zip", path, zip_names(path))
 
 
-def _files_in(path: Path) -> Iterator[str]:
-    """Files below a folder, through links to other folders as well; not through one that leads back to where it lies.
-
-    Raises RequestError for a folder that cannot be looked into: its images would be missing without a word.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise RequestError(f"data.path = {path}: {error.filename}: {error.strerror}; make it readable, or remove it")
-
-    for folder, below, files in os.walk(path, followlinks=True, onerror=refuse):
-        here = Path(folder)
-        links = [name for name in below if (here / name).is_symlink()]
-        back = {name for name in links if here.resolve().is_relative_to((here / name).resolve())}
-        below[:] = sorted(set(below) - back)
-        for name in files:
-            there = here / name
-            if there.is_file() or there.is_symlink():  # one that leads nowhere is named when it is read
-                yield there.relative_to(path).as_posix()
-
-
-def zip_names(path: Path) -> list[str]:
-    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any, or there
-    twice."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = [i for i in archive.infolist() if not i.is_dir()]
-    except Exception as e:  # zipfile raises some six kinds for broken bytes
-        raise RequestError(
-            f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
-        ) from None
-    for file in files:
-        if _suffix(file.filename) not in IMAGE_SUFFIXES:
-            continue
-        if file.file_size > MAX_IMAGE_BYTES:
-            raise RequestError(
-                f"data.path = {path}: {file.filename} would unpack to {file.file_size:,} bytes, and an image has at "
-                f"most {MAX_IMAGE_BYTES:,}; remove it"
-            )
-        if file.compress_type not in BOUNDED:
-            raise RequestError(
-                f"data.path = {path}: {file.filename} is not compressed by the usual method (deflate); zip the images "
-                f"again, or unpack it and give the folder"
-            )
-    names = [file.filename for file in files]
-    layout.refuse_twice(path, [name for name in names if _suffix(name) in IMAGE_SUFFIXES])
-    return names
+def _of_array(path: Path) -> Source:
+    found = array_file.open_array(path)
+    names = [str(i) for i in range(found.shape[0])]
+    classes, labels = [""], [0] * len(names)
+    if found.labels is not None:
+        classes, labels = array_file.classes_of(found.labels.tolist())
+    selection = {"images": found.key, "labels": found.labels is not None}
+    members = {"train": names}
+    return Source("array", path, members, classes, dict(zip(names, labels, strict=True)), selection, array=found)
 
 
 def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
+    meant = {name: _as_meant(kind, name) for name in names}
     pictures = sorted(
-        n for n in names if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)
+        n for n, m in meant.items() if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(m).parts)
     )
-    images = [n for n in pictures if _suffix(n) in IMAGE_SUFFIXES]
-    not_taken = Counter(_suffix(n) for n in pictures if _suffix(n) in NOT_TAKEN)
+    images = [n for n in pictures if suffix(n) in IMAGE_SUFFIXES]
+    not_taken = Counter(suffix(n) for n in pictures if suffix(n) in NOT_TAKEN)
     if not images:
         raise RequestError(
             f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
             f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
         )
-    depth = layout.wrappers(images)
-    layout.refuse_unclear(path, images, depth)
+    places = [meant[n] for n in images]
+    layout.refuse_twice(path, places)
+    depth = layout.wrappers(places)
+    selection: dict[str, Any] = {}
+    theirs = _said_beside(kind, path, {meant[n]: n for n in pictures}, places, selection)
+    if theirs is None:
+        layout.refuse_unclear(path, places, depth)
     members: dict[str, list[str]] = {}
     class_of: dict[str, str] = {}
     nested = False
     for n in images:
-        *folders, _ = PurePosixPath(n).parts[depth:]
+        *folders, _ = PurePosixPath(meant[n]).parts[depth:]
         split = (folders and layout.split_of(folders[0])) or ""
         members.setdefault(split or "train", []).append(n)
         folders = folders[1:] if split else folders  # a split's own folder is no class
-        class_of[n] = folders[0] if folders else ""
+        class_of[n] = theirs[meant[n]] if theirs else folders[0] if folders else ""
         nested |= len(folders) > 1
-    classes = sorted({class_of[n] for n in members.get("train", images)})
+    classes = sorted({class_of[n] for n in members.get("train", images)}, key=_by_number if theirs else None)
     label_of = {name: label for label, name in enumerate(classes)}
-    selection: dict[str, Any] = {"class": "outermost folder"} if nested else {}
-    if splits := list(layout.new_splits(images, depth)):
+    if nested and not theirs:
+        selection["class"] = "outermost folder"
+    if splits := list(layout.new_splits(places, depth)):
         selection["splits"] = splits
-    if any(_suffix(n) == ".jfif" for n in images):  # once they were left out
+    if any(suffix(n) == ".jfif" for n in images):  # once they were left out
         selection["suffixes"] = [".jfif"]
+    if kind == "zip" and places != images:  # once they were in no folder
+        selection["separator"] = BACKSLASH
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)
 
 
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+def _as_meant(kind: str, name: str) -> str:
+    """A name as text, with its folders: in a zip of Windows they may be told by backslashes."""
+    return name.replace(BACKSLASH, "/") if kind == "zip" else readable(name)
+
+
+def _by_number(name: str) -> int:
+    return int(name or 0)
+
+
+def _said_beside(
+    kind: str, path: Path, pictures: Mapping[str, str], places: list[str], selection: dict[str, Any]
+) -> dict[str, str] | None:
+    """The class of each image where a dataset.json says it, which the selection then has. pictures: names by place."""
+    if (where := dataset_json.place(list(pictures), places)) is None:
+        return None
+    try:
+        if kind == "zip":
+            with zipfile.ZipFile(path) as archive, archive.open(pictures[where]) as file:
+                raw = file.read(dataset_json.MOST_BYTES)
+        else:
+            raw = read_bytes(path / pictures[where], dataset_json.MOST_BYTES)
+    except Exception as e:  # zipfile raises some six kinds for broken bytes
+        raise RequestError(f"data.path = {path}: {where} cannot be read ({e}); copy it again, or remove it") from None
+    found = dataset_json.classes(raw, path, where, places)
+    if found is not None:
+        selection[dataset_json.NAME] = hashlib.sha256(raw).hexdigest()
+    return found
 
 
 # ---------------------------------------------------------------- decoding
@@ -203,6 +203,8 @@ def read(
         return _read_digits(size)
     if source.kind == "cifar10":
         return _read_cifar10(source.path or downloads / "cifar10", split, size)
+    if source.array is not None:
+        return _read_array(source.array, source, size, how or Decoding())
     return _decode(source, split, size, how)
 
 
@@ -218,17 +220,17 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
             except OSError as e:
                 if e.errno in PASSING:
                     raise
-                how.damaged[name] = e.strerror or str(e)
+                how.damaged[readable(name)] = e.strerror or str(e)
                 continue
             except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes
-                how.damaged[name] = _in_a_line(e)
+                how.damaged[readable(name)] = _in_a_line(e)
                 continue
             try:
                 pixels = how.pixels(raw, size)
             except MemoryError:
                 raise
             except Exception as e:  # so does Pillow, OSError among them
-                how.damaged[name] = _in_a_line(e)
+                how.damaged[readable(name)] = _in_a_line(e)
             else:
                 yield pixels, source.labels[name]
     finally:
@@ -237,6 +239,14 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
     if how.damaged and not how.skip_damaged:
         told = told_of_damaged(how.damaged, len(source.members[split]))
         raise RequestError(f"data.path = {source.path}: {told}" + (SKIP if asked else ""))
+
+
+def _read_array(array: ArrayFile, source: Source, size: int | None, how: Decoding) -> Iterator[tuple[np.ndarray, int]]:
+    from PIL import Image
+
+    for name, image in zip(source.members["train"], array.images(), strict=True):
+        whole = size is None or image.shape[:2] == (size, size)
+        yield image if whole else how.square(Image.fromarray(image), size), source.labels[name]
 
 
 def _in_a_line(error: Exception) -> str:
@@ -259,8 +269,8 @@ def _all_of(file: IO[bytes]) -> bytes:
     raw = bytearray()
     while piece := file.read(PIECE_BYTES):
         raw += piece
-        if len(raw) > MAX_IMAGE_BYTES:
-            raise ValueError(f"more than {MAX_IMAGE_BYTES:,} bytes")
+        if len(raw) > listing.MAX_IMAGE_BYTES:
+            raise ValueError(f"more than {listing.MAX_IMAGE_BYTES:,} bytes")
     if not raw:
         raise ValueError("the file is empty")
     return bytes(raw)

@@ -59,6 +59,35 @@ def images_digest(images: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+class Watch:
+    """On the file whose pixels are mapped: who writes into it changes what is trained on."""
+
+    def __init__(self, packed: PackedImages) -> None:
+        self._packed = packed
+        name = getattr(packed.images, "filename", None)  # of a map; else they are in memory
+        self._path = Path(name) if name else None
+        self._seen = self._now()
+
+    def damage(self) -> str:
+        """What is wrong with it, or "". It is read again where what its path says of it (which file it is, size, times)
+        is not what it said before, so a touch costs one reading; a network file system may say so a minute late."""
+        if (now := self._now()) != self._seen:
+            if images_digest(self._packed.images) != self._packed.digest:
+                return f"{self._path}: overwritten while it was mapped"
+            self._seen = now
+        return ""
+
+    def _now(self) -> list[int] | None:
+        try:
+            return _identity(self._path.stat()) if self._path else None
+        except OSError:  # gone, which takes nothing from a map
+            return None
+
+
+def _identity(stat: os.stat_result) -> list[int]:
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 # ---------------------------------------------------------------- opening
 
 
@@ -154,5 +183,4 @@ def _mark(stat: os.stat_result, expected: str) -> Path | None:
             return None  # somebody else's
     except OSError:
         return None
-    identity = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    return marks / sha256_json([boot, *identity, expected])
+    return marks / sha256_json([boot, *_identity(stat), expected])

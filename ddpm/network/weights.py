@@ -1,9 +1,11 @@
-"""A network with trained weights: those of a run's checkpoint, or of a .safetensors file."""
+"""A network with trained weights: those of a run's checkpoint, or of a file, ours or another's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,13 @@ from ddpm.run.paths import RunDir
 
 MAX_HEADER_BYTES = 8 << 20
 """A tensor takes a hundred bytes there, and a network has some hundreds."""
+PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+WRAPPERS = ("module.", "_orig_mod.", "ema_model.")
+"""What goes before the names of a network in DDP or an AveragedModel, that was compiled, that others average."""
+BESIDE = ("online_model.",)
+"""What goes before the names of tensors that others keep beside an average."""
+SHOWN = 4
+"""Tensors that a message names."""
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
@@ -40,27 +49,107 @@ def cast_once(network: UNet, precision: str) -> None:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
+    with _opened(path) as f:
+        state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    step = metadata.get("step", "")
+    return state, int(step) if step.isdecimal() and len(step) < 19 else 0
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says beside its tensors. Raises as `read_safetensors`."""
+    with _opened(path) as f:
+        return dict(f.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with open_file(path) as raw:
             header = int.from_bytes(raw.read(8), "little")
         if header > MAX_HEADER_BYTES:  # before a hundred megabytes of it become gigabytes of names
             raise ValueError(f"its header says to have {header:,} bytes, at most {MAX_HEADER_BYTES:,}")
         with safe_open(path, "pt") as f:
-            state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            yield f
     except (SafetensorError, OSError, ValueError, DamagedFile) as e:
         raise RequestError(f"{path}: not a readable .safetensors file ({e})") from None
-    step = metadata.get("step", "")
-    return state, int(step) if step.isdecimal() and len(step) < 19 else 0
+
+
+def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:
+    """The tensors by name in a file of torch's: all there is, or one set of them, as in a checkpoint of ours or of a
+    training framework's. Nothing but tensors is unpickled. weights: ema | model. RequestError where there are none."""
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # zipfile, pickle and torch raise a dozen kinds
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise RequestError(f"{path}: not a readable file of weights ({reason}); copy it again") from None
+    if isinstance(found, dict):
+        for state in (found, found.get(weights), found.get("state_dict")):
+            if isinstance(state, dict) and (only := _tensors(state)):
+                return only
+    told = f"a {type(found).__name__}"
+    if isinstance(found, dict):
+        told += f" of {', '.join(map(str, list(found)[:SHOWN]))}, …"
+    raise RequestError(f"{path}: holds {told}, not tensors by name; save the network's state_dict() alone")
+
+
+def _tensors(state: dict[Any, Any]) -> dict[str, Tensor]:
+    """The tensors where there is nothing else but numbers, {} where there is."""
+    if not all(isinstance(k, str) and isinstance(v, Tensor | int | float | None) for k, v in state.items()):
+        return {}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def unwrapped(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` without what goes before its names, where the rest are the names of `own`; else as it is."""
+    return _unwrapped(own, state, WRAPPERS) or state
+
+
+def _unwrapped(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], wrappers: tuple[str, ...]
+) -> Mapping[str, Tensor] | None:
+    if own.keys() == state.keys():
+        return state
+    for prefix in wrappers:
+        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        others = [name for name in state if not name.startswith((prefix, *BESIDE))]
+        if inner and all(state[name].numel() == 1 for name in others):  # counters, as of an average's updates
+            rest = tuple(other for other in wrappers if other != prefix)
+            if (found := _unwrapped(own, inner, rest)) is not None:
+                return found
+    return None
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Each tensor that only one side has, or that has another shape there, in words."""
+    both, only_there, only_here = own.keys() & state.keys(), state.keys() - own.keys(), own.keys() - state.keys()
+    other_shape = (n for n in sorted(both) if own[n].shape != state[n].shape)
+    return [
+        *(f"{name} ({_shape(state[name])} there, {_shape(own[name])} here)" for name in other_shape),
+        *(f"{name} (which the network does not have)" for name in sorted(only_there)),
+        *(f"{name} (missing there)" for name in sorted(only_here)),
+    ]
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a number"
+
+
+def fitted(network: UNet, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`state` under the network's own names. RequestError naming `source` and tensors where they do not fit."""
+    own = network.state_dict()
+    state = unwrapped(own, state)
+    if wrong := misfits(own, state):
+        more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise RequestError(
+            f"{source}: not the weights of the config's network: {len(wrong)} of its {len(own)} tensors and the file's "
+            f"{len(state)} are missing or of another shape, such as {', '.join(wrong[:SHOWN])}{more}; give the config "
+            f"they were trained with"
+        )
+    return dict(state)
 
 
 def set_weights(network: UNet, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into the network. RequestError naming `source` and a tensor where they do not fit each other."""
-    own = network.state_dict()
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
-    if wrong:
-        raise RequestError(
-            f"{source}: not the weights of the config's network: {len(wrong)} of its {len(own)} tensors and the file's "
-            f"{len(state)} are missing or of another shape, such as {wrong[0]}; give the config they were trained with"
-        )
-    network.load_state_dict(state)
+    """Copy `state` into the network. Raises as `fitted`."""
+    network.load_state_dict(fitted(network, state, source))

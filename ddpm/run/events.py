@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ddpm.run.files import LINES_BYTES, DamagedFile, now, read_bytes
@@ -15,15 +16,26 @@ from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 class EventLog:
     """Appends to events/JOB.RESTART.jsonl. One file per writer: appends from many hosts lose lines on NFS.
 
+    cluster: whose job it is, where that has a name; where another cluster's job has that file, its name goes before.
     since: when this life got its nodes. The first line of a life says it, and the last sign (`last_sign`) of the life
     before it, whose heartbeat is about to be overwritten.
     """
 
     def __init__(
-        self, run: RunDir, job: str, restart: int, host: str, *, prefix: str = "", since: str | None = None
+        self,
+        run: RunDir,
+        job: str,
+        restart: int,
+        host: str,
+        *,
+        prefix: str = "",
+        since: str | None = None,
+        cluster: str = "",
     ) -> None:
         self.path = run.events / f"{prefix}{job}.{restart}.jsonl"
-        self._base = {"job": job, "restart": restart, "host": host}
+        if cluster and _is_of_another(self.path, cluster):
+            self.path = self.path.with_name(f"{cluster}-{self.path.name}")
+        self._base = {"job": job, "restart": restart, "host": host, **({"cluster": cluster} if cluster else {})}
         self._run, self._since = run, since
 
     def append(self, event: str, **fields: Any) -> None:
@@ -33,7 +45,7 @@ class EventLog:
         with self.path.open("ab+") as f:
             if f.tell() == 0 and self._since:
                 beat = read_heartbeat(self._run)
-                sign = {k: beat[k] for k in (*SIGN, "step") if k in beat}
+                sign = {k: beat[k] for k in (*SIGN, "cluster", "step") if k in beat}
                 record.update(since=self._since, last_sign=sign or None)
             line = json.dumps(record).encode() + b"\n"
             if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
@@ -41,6 +53,16 @@ class EventLog:
             f.write(line)
             f.flush()
             os.fsync(f.fileno())
+
+
+def _is_of_another(path: Path, cluster: str) -> bool:
+    """Whether the first line there is of a job of another cluster."""
+    try:
+        with path.open("rb") as f:
+            first = parse_events(f.readline(LINES_BYTES), path.name)[0]
+    except OSError:
+        return False
+    return bool(first) and first[0].get("cluster", cluster) != cluster
 
 
 def read_events(run: RunDir) -> list[Record]:
@@ -93,7 +115,7 @@ class _File:
     def __init__(self, events: list[Record]) -> None:
         first = events[0]
         self.events, self.depth, self._settled = events, 0, False
-        self.key = _life(first) if first.get("event") != "submitted" else (_life(first)[0], -1)
+        self.key = life_of(first) if first.get("event") != "submitted" else (life_of(first)[0], -1)
         self.times = [e["time"] for e in events]
 
     def settle(self, of_life: dict[tuple[str, int], _File]) -> None:
@@ -111,15 +133,20 @@ class _File:
     def _follows(self, of_life: dict[tuple[str, int], _File]) -> Iterator[tuple[_File, str]]:
         """The files that this one comes after, and until when: "" is their end."""
         job, restart = self.key
-        succeeds, sign = self.events[0].get("successor_of"), self.events[0].get("last_sign")
+        first = self.events[0]
+        sign = first.get("last_sign")
+        succeeds = first.get("successor_of") and life_of({**first, "job": first["successor_of"]})[0]
         for (other, number), f in of_life.items():
-            if (other == job and number < restart) or (succeeds and other == str(succeeds) != job):
+            if (other == job and number < restart) or (succeeds and other == succeeds != job):
                 yield f, ""
-        life = of_life.get(_life(sign)) if sign else None
+        life = of_life.get(life_of(sign)) if sign else None
         if sign and life is not None and life is not self:
             trained = any(e.get("event") in ("started", "resumed") for e in self.events)
             yield life, "" if trained else sign["time"]
 
 
-def _life(record: Record) -> tuple[str, int]:
-    return str(record["job"]), record["restart"]
+def life_of(record: Record) -> tuple[str, int]:
+    """Which life an event or a heartbeat is of: its job, told from those that have its id on other clusters; which of
+    its lives."""
+    cluster = record.get("cluster", "")
+    return f"{cluster}:{record['job']}" if cluster else str(record["job"]), int(record["restart"])

@@ -47,8 +47,9 @@ class Fence:
         """
         self._run, self._log = run, log
         try:
+            self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # held, so that no other takes its number
             self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
-            self._lock = _identity(self._fd)
+            self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
             os.truncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps(owner).encode(), 0)
@@ -82,7 +83,7 @@ class Fence:
                 self._log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
                 break
             if late:
-                os.close(self._fd)
+                self.release()
                 command = how_to_end(other)
                 raise RunBusy(
                     f"run {self._run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
@@ -131,20 +132,26 @@ class Fence:
     def check(self) -> None:
         """Raise RunBusy if a later writer has taken over: called before every publication.
 
-        RunGone where the lock there is not the one that this writer holds: what lies under the old name may be a copy,
-        whose counter says the same. A lock that a person has removed is no such sign while the counter is there.
+        RunGone where what lies under the run's name is another directory, maybe a copy whose counter says the same, or
+        has an older copy's files in it. A lock that a person has removed is no such sign while the counter is there.
         """
-        current = self._current()
-        there = _identity(self._run.lock)
-        if there != self._lock and not (there is None and current):
+        current, lock = self._current(), _identity(self._run.lock)
+        our_home, our_lock = self._ours
+        if _identity(self._run.path) != our_home or (lock is None and not current):
             raise RunGone(
                 f"{self._run.path} was moved, renamed or deleted while this job had it{self._whereto()}: nothing is "
                 f"written under the old name. Move it back, or submit it where it is now"
             )
-        if current != self.token:
+        if current > self.token:
             raise RunBusy(
                 f"run {self._run.name} was taken over by a later job (fence {current}, ours "
                 f"{self.token}): nothing more is written here"
+            )
+        if current < self.token or lock not in (None, our_lock):
+            raise RunGone(
+                f"{self._run.path} has another lock or fence than this job's (fence {current or 'none'}, ours "
+                f"{self.token}), as where a copy is put over a run: nothing more is written here. See that it is "
+                f"whole, then submit it again"
             )
         if not self._locked:  # the orphan that held it may be gone: a third job shall wait
             self._try_lock()
@@ -152,13 +159,14 @@ class Fence:
     def _whereto(self) -> str:
         """Where the directory lies now, as far as this machine knows."""
         try:
-            lock = Path(f"/proc/self/fd/{self._fd}").readlink()
+            home = Path(f"/proc/self/fd/{self._home}").readlink()
         except OSError:
             return ""
-        return f" (it is {lock.parent} now)" if lock.exists() and lock.parent != self._run.path else ""
+        return f" (it is {home} now)" if home.exists() and home != self._run.path else ""
 
     def release(self) -> None:
-        os.close(self._fd)
+        while self._held:
+            os.close(self._held.pop())
 
 
 def _identity(path: Path | int) -> tuple[int, int] | None:

@@ -218,6 +218,14 @@ def write_json(path: Path, value: Any, **publish: Any) -> None:
 
 
 # ---------------------------------------------------------------- reading
+def link_to_nothing(path: Path) -> str:
+    """What to say of a path that is a link to what is not (any more); "" where it is none."""
+    try:
+        return f"a link to {path.readlink()}, where nothing is" if path.is_symlink() and not path.exists() else ""
+    except OSError:
+        return ""
+
+
 def open_file(path: Path) -> BinaryIO:
     """A file to read, never waiting for a writer of it. Raises OSError, DamagedFile where it is no file but a FIFO,
     a socket or a device."""

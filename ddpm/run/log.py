@@ -27,6 +27,16 @@ def plain_lines(words: object) -> str:
     return "\n".join(map(plain, str(words).split("\n")))
 
 
+def amount(num_bytes: int) -> str:
+    """Bytes for people: `572 MiB`, in the unit in which it is at least one."""
+    value, unit = float(num_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "bytes" or value >= 99.95 else f"{value:.1f} {unit}"
+
+
 def say(message: str = "", **fields: object) -> None:
     """One log line: `2026-11-20T09:00:00.000Z message key=value …`."""
     told = [plain_lines(message)] if message else []

@@ -6,18 +6,22 @@ runs on a login node.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.errors import RequestError
+from ddpm.run.files import link_to_nothing
 
 SCHEMA = 1
 MAX_NAME = 100
 NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
 
 
+EXPORTED_WEIGHTS, EXPORTED_CONFIG = "model.safetensors", "config.yaml"
+"""A model without its run: two files of one folder."""
 ASIDE = ".damaged-"
 """In the name of what lay damaged where a score was to lie."""
 
@@ -50,10 +54,13 @@ def fitting(name: str) -> str:
 
 
 def listed(directory: Path) -> list[Path]:
-    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look."""
+    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look, also
+    of a link to nothing: what it led to may be missing for a while alone."""
     try:
         return list(directory.iterdir())
     except FileNotFoundError:
+        if why := link_to_nothing(directory):
+            raise NotADirectoryError(errno.ENOTDIR, why, str(directory)) from None
         return []
 
 
@@ -90,6 +97,24 @@ class SampleSet:
 
 
 @dataclass(frozen=True)
+class BoundSet:
+    """Paths of bits-per-dim/NAME: what is asked for, and its parts."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def request(self) -> Path:
+        return self.path / "request.json"
+
+    def part(self, index: int) -> Path:
+        return self.path / f"part-{index:05d}.npy"
+
+
+@dataclass(frozen=True)
 class RunDir:
     """Paths of one run. The layout is public: users script against it."""
 
@@ -106,6 +131,16 @@ class RunDir:
     @property
     def run_json(self) -> Path:
         return self.path / "run.json"
+
+    @property
+    def code(self) -> Path:
+        """What its jobs run."""
+        return self.path / "code.zip"
+
+    @property
+    def start(self) -> Path:
+        """The weights that the run starts from, where those are another's."""
+        return self.path / "start.safetensors"
 
     @property
     def events(self) -> Path:
@@ -160,6 +195,11 @@ class RunDir:
     def eval(self) -> Path:
         return self.path / "eval"
 
+    @property
+    def milestones(self) -> Path:
+        """The scores of milestones, and which of them is best."""
+        return self.path / "milestones.json"
+
     def score(self, set_name: str) -> Path:
         """Of the set's first score."""
         return self.eval / f"{set_name}.json"
@@ -181,7 +221,7 @@ class RunDir:
         return self.grids / f"step-{step:09d}.png"
 
     def exit_marker(self, job: str, restart: int) -> Path:
-        """The job's own exit code, past srun, which may report another rank's."""
+        """The job's own exit code, past what starts its ranks, which may report another's."""
         return self.logs / f".exit-{job}.{restart}"
 
     def sample_set(self, name: str) -> SampleSet:
@@ -189,6 +229,13 @@ class RunDir:
 
     def sample_sets(self) -> list[SampleSet]:
         return [SampleSet(p) for p in sorted(listed(self.samples)) if p.is_dir() and not p.name.startswith(".")]
+
+    def bound_set(self, name: str) -> BoundSet:
+        return BoundSet(self.path / "bits-per-dim" / name)
+
+    def bound_sets(self) -> list[BoundSet]:
+        found = sorted(listed(self.path / "bits-per-dim"))
+        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".")]
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""

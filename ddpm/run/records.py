@@ -7,15 +7,26 @@ there. Must not know what a record is for.
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
-from ddpm.run.files import LINES_BYTES, DamagedFile, parse_json, read_bytes, seconds, sign
+from ddpm.run.files import (
+    LINES_BYTES,
+    DamagedFile,
+    link_to_nothing,
+    open_file,
+    parse_json,
+    read_bytes,
+    seconds,
+    sign,
+)
 from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
+SKIMMED_BYTES = 4096
+"""Of a long metrics.jsonl, at its end: some twenty lines."""
 Kind = Mapping[str, Callable[[Any], bool]]
 """Keys, and what their values may be."""
 
@@ -67,25 +78,36 @@ SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
 """Of a life: what an event keeps of a heartbeat."""
 EVENT: Kind = {"event": _is_text, **SIGN}
 EVENT_TOO: Kind = {
-    **dict.fromkeys(("host", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
-    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks"), _is_count),
+    **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
+    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks", "wait_s"), _is_count),
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
-    **{"successor_of": _is_job, "launch": _is_tree, "qos": lambda v: _is_tree(v) and all(map(_is_text, v.values()))},
+    **{"successor_of": _is_job, "launch": _is_tree},
+    **dict.fromkeys(("qos", "preemption"), lambda v: _is_tree(v) and all(map(_is_text, v.values()))),
 }
 METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},
     **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
 }
-METRICS_TOO: Kind = {"images": _is_count, "gpu_memory_gib": _is_number, "mfu": _is_number}
+METRICS_TOO: Kind = {
+    **dict.fromkeys(("images", "skipped_steps"), _is_count),
+    **dict.fromkeys(("gpu_memory_gib", "mfu"), _is_number),
+}
 BEAT: Kind = {**SIGN, "step": _is_count}
-BEAT_TOO: Kind = {"total_steps": _is_count, "host": _is_text, "loss": _is_number, "images_per_s": _is_number}
+BEAT_TOO: Kind = {
+    **dict.fromkeys(("total_steps", "inode"), _is_count),
+    **dict.fromkeys(("host", "cluster"), _is_text),
+    **dict.fromkeys(("loss", "images_per_s"), _is_number),
+}
 RUN_TOO: Kind = {
     **dict.fromkeys(("config_digest", "created", "reads"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
+    "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
 }
+FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
+FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
 DATA: Kind = {"cache": _is_text}
 DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
 
@@ -99,7 +121,9 @@ def _checked(record: Any, needed: Kind, too: Kind | None = None) -> tuple[Record
             return None, f"no {key}"
         if not is_good(record[key]):
             return None, f"{key} = {_short(record[key])}"
-    bad = [k for k, is_good in (too or {}).items() if record.get(k) is not None and not is_good(record[k])]
+    bad = [k for k, value in record.items() if value is not None and too and k in too and not too[k](value)]
+    if not bad:
+        return record, ""
     return {k: v for k, v in record.items() if k not in bad}, ", ".join(f"{k} = {_short(record[k])}" for k in bad)
 
 
@@ -167,6 +191,25 @@ def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
     return parse_lines(data, "metrics.jsonl", METRICS, METRICS_TOO)
 
 
+def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
+    """For a view of many runs: the last records of metrics.jsonl; the step of the one before them, 0 before the first;
+    and what is wrong with the file, or "". Of a long file that begins and ends as it should nothing else is read.
+
+    Raises OSError, DamagedFile where it is no such file.
+    """
+    with open_file(run.metrics) as f:
+        size = os.fstat(f.fileno()).st_size
+        if 2 * SKIMMED_BYTES < size <= LINES_BYTES:
+            head = parse_metrics(f.readline(SKIMMED_BYTES) + f.readline(SKIMMED_BYTES))[0]
+            f.seek(size - SKIMMED_BYTES)
+            tail, _, wrong = parse_metrics(f.read(SKIMMED_BYTES).partition(b"\n")[2])
+            every = head[0]["step"] if len(head) == 2 else 0
+            if tail and not wrong and every and head[1]["step"] == 2 * every and tail[0]["step"] % every == 0:
+                return tail, tail[0]["step"] - every, ""
+    records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
+    return records, 0, wrong
+
+
 def read_metrics(run: RunDir) -> list[Record]:
     """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look, DamagedFile where it is no such
     file."""
@@ -176,15 +219,17 @@ def read_metrics(run: RunDir) -> list[Record]:
         return []
 
 
-def missing_lines(records: Sequence[Record], every_steps: int, *, saved_step: int = 0, logged_step: int = 0) -> str:
-    """Where lines of metrics are missing, or "".
+def missing_lines(
+    records: Sequence[Record], every_steps: int, *, begin: int = 0, saved_step: int = 0, logged_step: int = 0
+) -> str:
+    """Where lines of metrics are missing after step `begin`, or "".
 
-    every_steps: from line to line, as the config says now; what it once said is a distance that is found three times.
+    every_steps: from line to line, as the config says now; what it once said is a distance found three times in a row.
     saved_step: a checkpoint's, which promises the lines before it. logged_step: of the last of them, where it is known.
     """
-    steps = [0, *(r["step"] for r in records)]
-    found = Counter(b - a for a, b in pairwise(steps))
-    usual = max([every_steps, *(distance for distance, times in found.items() if times >= 3)])
+    steps = [begin, *(r["step"] for r in records)]
+    distances = groupby(b - a for a, b in pairwise(steps))
+    usual = max([every_steps, *(distance for distance, found in distances if len(list(found)) >= 3)])
     gaps = [(a, b) for a, b in pairwise(steps) if b - a > usual]
     if logged_step > steps[-1] or saved_step >= steps[-1] + usual:
         gaps.append((steps[-1], max(logged_step, saved_step)))
@@ -201,6 +246,11 @@ def parse_heartbeat(data: bytes) -> tuple[Record, str]:
     return record or {}, f"heartbeat.json cannot be used ({wrong})" if wrong else ""
 
 
+def place_of(run: RunDir) -> int:
+    """What tells a run directory from its copies: a heartbeat says where it was written. Raises OSError."""
+    return run.path.stat().st_ino % 2**63
+
+
 def read_heartbeat(run: RunDir) -> Record:
     """What the heartbeat says, {} where there is none that can be read."""
     try:
@@ -215,7 +265,8 @@ def read_run(run: RunDir) -> Record:
     try:
         record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
-        raise DamagedFile(f"{run.run_json} is missing: restore it, or this is no run directory") from None
+        why = link_to_nothing(run.run_json) or "missing"
+        raise DamagedFile(f"{run.run_json} is {why}: restore it, or this is no run directory") from None
     except ValueError as e:
         record, wrong = None, f"no JSON: {e}"
     except DamagedFile as e:
@@ -227,6 +278,12 @@ def read_run(run: RunDir) -> Record:
             f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
         )
     return record
+
+
+def lost_signature(record: Record) -> bool:
+    """Whether what a run.json says is not signed, though what wrote it signs: only a record from before says no labels,
+    and whoever adds them to one signs it."""
+    return "labels" in record and "self_sha256" not in record
 
 
 def data_of(run: RunDir) -> Record:

@@ -13,7 +13,7 @@ import errno
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -22,9 +22,20 @@ import torch
 from ddpm.errors import RunBusy
 from ddpm.run import unfinished
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, now, publishing, read_bytes, read_json, sha256_json, sign, write_json
+from ddpm.run.files import (
+    DamagedFile,
+    now,
+    publishing,
+    read_bytes,
+    read_json,
+    read_signed,
+    sha256_json,
+    sign,
+    write_json,
+)
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.log import amount
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""
@@ -79,8 +90,9 @@ class Checkpointer:
         world_size: int,
         log: Tell,
         on_saved: Callable[[int], None],
+        on_failed: Callable[[int, str], None] = lambda step, why: None,
     ) -> None:
-        self._run, self._fence, self._log, self._on_saved = run, fence, log, on_saved
+        self._run, self._fence, self._log, self._on_saved, self._on_failed = run, fence, log, on_saved, on_failed
         self._keep_last, self._is_milestone, self._world_size = keep_last, is_milestone, world_size
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -132,6 +144,7 @@ class Checkpointer:
                     f"checkpoint failed: step={state['step']} error={e}; the last good one stays, "
                     f"the next save tries again"
                 )
+                self._on_failed(int(state["step"]), e.strerror or str(e))
             elif not isinstance(e, RunBusy):  # it ends this life at the next save, which may be far away
                 self._log(f"checkpoint failed: step={state['step']} error={e!r}")
 
@@ -207,8 +220,8 @@ class Checkpointer:
         """Raise OSError where a save does not fit: a disk that it has filled is full for everybody else too."""
         free = shutil.disk_usage(self._run.checkpoints).free
         if free < needed + SPARE_BYTES:
-            where, gib = self._run.checkpoints, 2**30
-            raise OSError(errno.ENOSPC, f"{free / gib:.2f} GiB free for a checkpoint of {needed / gib:.2f} GiB", where)
+            told = f"{amount(free)} free for a checkpoint of {amount(needed)} and {amount(SPARE_BYTES)} to spare"
+            raise OSError(errno.ENOSPC, told, self._run.checkpoints)
 
     def _write_ema(self, ema: dict[str, torch.Tensor], step: int) -> str:
         with publishing(self._run.ema_weights(step), token=self._token, may_publish=self._fence.check) as f:
@@ -238,26 +251,32 @@ class Checkpointer:
         unfinished.clear(run, self._fence.check, self._log)
 
     def _named(self) -> set[Any]:
-        """Steps that sample sets are made of. Raises DamagedFile where that cannot be told of one."""
+        """Steps that sample sets and bounds are made of, and the best milestone. Raises DamagedFile where one of them
+        cannot be told."""
         steps = set()
-        for sample_set in self._run.sample_sets():
+        sets: list[SampleSet | BoundSet] = [*self._run.sample_sets(), *self._run.bound_sets()]
+        for made in sets:
             try:
-                read_bytes(sample_set.request)  # a file system that fails for a moment is no damage
+                read_bytes(made.request)  # a file system that fails for a moment is no damage
             except FileNotFoundError:
-                if any(p.name.startswith("shard-") for p in listed(sample_set.path)):
-                    raise DamagedFile(f"{sample_set.request}: missing beside its shards") from None
+                if any(p.name.startswith(("shard-", "part-")) for p in listed(made.path)):
+                    raise DamagedFile(f"{made.request}: missing beside its shards") from None
                 continue
-            request = read_json(sample_set.request) or {}
+            request = read_json(made.request) or {}
             if request.pop("digest", None) != sha256_json(request):
-                raise DamagedFile(f"{sample_set.request}: its digest does not match its content")
+                raise DamagedFile(f"{made.request}: its digest does not match its content")
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
+        try:
+            steps.add((read_signed(self._run.milestones).get("best") or {}).get("step"))
+        except FileNotFoundError:
+            pass
         return steps
 
 
-def ema_bytes(ema: dict[str, torch.Tensor], step: int) -> bytes:
-    """What a file of EMA weights holds; equal weights give equal bytes."""
-    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step)})
+def ema_bytes(ema: Mapping[str, torch.Tensor], step: int, **said: str) -> bytes:
+    """What a file of EMA weights holds, and says besides; equal weights give equal bytes."""
+    return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step), **said})
 
 
 def settled_in(state: dict[str, Any]) -> dict[str, Any]:

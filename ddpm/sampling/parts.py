@@ -13,7 +13,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request
-from ddpm.sampling.shards import missing_shards, npz_bytes, parse_npz
+from ddpm.sampling.shards import missing_shards, npz_bytes, read_npz
 
 
 class Part(NamedTuple):
@@ -30,7 +30,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
     """A finished batch that an earlier life left, or None; a damaged one is removed and said."""
     path = part_path(sample_set, first, num)
     try:
-        arrays = parse_npz(files.read_bytes(path, files.ARRAYS_BYTES), path.name)
+        arrays, _ = read_npz(path)
         part = Part(arrays["images"], int(arrays["nfe"]))
         if str(arrays["check"]) == _check(request, first, part):
             return part
@@ -46,7 +46,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
 
 def is_whole(path: Path, request: Request) -> None:
     """Raises DamagedFile where a part is not one of this request's, as it was written; removes nothing."""
-    arrays = parse_npz(files.read_bytes(path, files.ARRAYS_BYTES), path.name)
+    arrays, _ = read_npz(path)
     part = Part(arrays["images"], int(arrays["nfe"]))
     if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):
         raise DamagedFile("its content does not match its check")

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm.data.bounded import check_members
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request, shard_range
-
-MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
-"""An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 
 
 class Shard(NamedTuple):
@@ -45,7 +45,8 @@ def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[s
     expected = {"request_digest": request.digest, "shard": index, "first": first, "num": num}
     for key, value in expected.items():
         if manifest.get(key) != value:
-            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}")
+            why = ": of another checkpoint, seed or sampler" if key == "request_digest" else ""
+            raise DamagedFile(f"{path.name}: its {key} is {manifest.get(key)!r}, this shard's is {value!r}{why}")
     if not sample_set.shard(index, request.shards).exists():
         raise DamagedFile(f"{path.with_suffix('.npz').name}: missing, though its manifest is there")
     return manifest
@@ -126,8 +127,10 @@ def withdraw_shard(sample_set: SampleSet, request: Request, index: int) -> None:
     sample_set.shard_manifest(index, request.shards).unlink(missing_ok=True)
 
 
-def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path:
+def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes: Sequence[str] = ()) -> Path:
     """Write every sample as `directory`/000007.png, for tools that want files; returns `directory`.
+
+    Of a model with classes as `directory`/3-cat/000007.png, in the words of `classes` where it has one for each label.
 
     The directory appears whole: a kill leaves a temporary beside it. It says in .unpacked what it holds; one that
     already holds all of them is left alone. Raises RequestError for a directory with other content, FileNotFoundError
@@ -140,7 +143,7 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
     sign = directory / ".unpacked"
     if directory.exists():
         alike = sign.read_bytes() == content if sign.exists() else _begins_alike(sample_set, request, directory)
-        if alike and len(list(directory.glob("*.png"))) == request.num_samples:
+        if alike and len(list(directory.rglob("*.png"))) == request.num_samples:
             return directory
         raise RequestError(
             f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
@@ -152,13 +155,22 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
     try:
         for index in range(request.shards):
             shard = verify_shard(sample_set, request, index)
-            for i, image in enumerate(shard.images, start=shard.first):
-                Image.fromarray(image).save(tmp / f"{i:06d}.png")
+            for i, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True), start=shard.first):
+                folder = tmp if label < 0 else tmp / _folder(int(label), classes)
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(image).save(folder / f"{i:06d}.png")
         (tmp / sign.name).write_bytes(content)
         tmp.rename(directory)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return directory
+
+
+def _folder(label: int, classes: Sequence[str]) -> str:
+    """Of a class: its label, and as much of its name as a folder may be called."""
+    name = classes[label] if label < len(classes) else ""
+    word = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
+    return f"{label}-{word}" if word and word != str(label) else str(label)
 
 
 def _begins_alike(sample_set: SampleSet, request: Request, directory: Path) -> bool:
@@ -180,13 +192,18 @@ def npz_bytes(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
+def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
+    """The arrays of an .npz, and the bytes of the file. Raises as `parse_npz`, and OSError."""
+    data = files.read_bytes(path, files.ARRAYS_BYTES)
+    return parse_npz(data, path.name), data
+
+
 def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile. Never unpickles."""
+    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile, also where more memory is asked for
+    than its file can hold. Never unpickles."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
-            whole = sum(member.file_size for member in members.infolist())
-        if whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * len(data):
-            raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
+            check_members(members, len(data))
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped

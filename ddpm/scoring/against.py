@@ -138,12 +138,12 @@ def check_file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe has no end
         raise RequestError(
-            f"reference = {name}: neither a file nor a folder; give a .npz, or a folder or zip of images"
+            f"reference = {name}: neither a file nor a folder; give an .npz or .npy, or a folder or zip of images"
         )
     if not path.exists():
         raise RequestError(
-            f"reference = {name}: not train, not test, and no such file; a pytorch-fid .npz, or a folder "
-            f"or zip of images"
+            f"reference = {name}: not train, not test, and no such file; a pytorch-fid .npz, or a folder, "
+            f"zip, .npz or .npy of images"
         )
     return path
 

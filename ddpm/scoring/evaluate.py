@@ -8,6 +8,7 @@ who computed them, or when.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DDPMError, RequestError
 from ddpm.run import files, paths
+from ddpm.run.claims import OthersAtWork, work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress, StopRequested
@@ -24,7 +26,7 @@ from ddpm.sampling.request import Request, read_request, samples_record, shard_r
 from ddpm.sampling.shards import read_manifest, withdraw_shard
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import shard_features
+from ddpm.scoring.features import expected_features, is_kept, shard_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.record import PROVENANCE, publish_score, read_score, scores_of
 from ddpm.scoring.reference import check_size, image_record, reference_of
@@ -90,14 +92,28 @@ def gather_set(
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
+    stay: bool = True,
 ) -> Gathered:
     """What scores are made of, of all features of a set, in order of shards. progress(done, total) counts shards.
+
+    Processes that do this at once share the shards whose features are missing. stay: wait for those that others
+    compute; else OthersAtWork is raised where there are some.
 
     Damaged shards are withdrawn, so that whoever repairs the set finds them missing, and named by BrokenSet at the end.
     Features that are already computed stay: a stop (Stopped) loses at most one shard's.
     """
-    check_set(sample_set, request)
+    manifests = check_set(sample_set, request)
     problems: dict[int, str] = {}
+
+    def there(index: int) -> bool:
+        path = sample_set.features(extractor.name, index, request.shards)
+        return is_kept(path, expected_features(request, manifests[index], extractor))
+
+    def make(index: int) -> None:
+        with suppress(FileNotFoundError, DamagedFile):  # named below
+            shard_features(sample_set, request, index, extractor, stop_requested=stop_requested, token=token)
+
+    work_through(sample_set.path, range(request.shards), there, make, stop_requested=stop_requested, stay=stay)
 
     def features() -> Iterator[np.ndarray]:
         for index in range(request.shards):
@@ -112,7 +128,9 @@ def gather_set(
             progress(index + 1, request.shards)
 
     labels = sample_labels(request, 0, request.num_samples, num_classes) if num_classes else None
-    gathered = gather(features(), request.num_samples, labels=labels, classifier=extractor.classifier)
+    gathered = gather(
+        features(), request.num_samples, labels=labels, num_classes=num_classes, classifier=extractor.classifier
+    )
     if problems:
         raise _broken(sample_set, problems)
     return gathered
@@ -134,12 +152,14 @@ def evaluate_set(
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
+    stay: bool = True,
 ) -> dict[str, Any]:
     """Score a complete sample set and publish the record, which is returned.
 
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
     image_size: the samples', which a reference's images must have. num_classes: of the run's model; with classes in
     the reference too there are scores by class.
+    stay: wait for what other evaluations compute that this needs too; else OthersAtWork is raised where there is some.
     If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
     """
@@ -162,15 +182,21 @@ def evaluate_set(
         if {k: there.record.get(k) for k in PROVENANCE} == provenance:
             return there.record
     by_class = num_classes > 1 and isinstance(reference, PackedImages) and reference.split in SPLITS
-    kept: dict[str, Any] = {"stop_requested": stop_requested, "token": token}
-    if file is not None:
-        statistics = file.reference(extractor, cache_dir, **kept)
-    else:
-        assert isinstance(reference, PackedImages)
-        statistics = reference_of(reference, extractor, cache_dir, by_class=by_class, **kept)
+    kept: dict[str, Any] = {"stop_requested": stop_requested, "token": token, "stay": stay}
+    statistics, busy = None, OthersAtWork()
+    try:
+        if file is not None:
+            statistics = file.reference(extractor, cache_dir, **kept)
+        else:
+            assert isinstance(reference, PackedImages)
+            statistics = reference_of(reference, extractor, cache_dir, by_class=by_class, **kept)
+    except OthersAtWork as e:  # there may be something left to do of the set
+        busy = e
     gathered = gather_set(
         sample_set, request, extractor, num_classes=num_classes if by_class else 0, progress=progress, **kept
     )
+    if statistics is None:
+        raise busy
     scores = all_scores(gathered, statistics, published=extractor.published)
     result = {**scores, **provenance, "created": files.now(), "command": command}
     return read_score(publish_score(run, set_name, result, token))

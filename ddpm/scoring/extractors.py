@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pickle
+import shutil
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,10 +86,16 @@ class Extractor:
 
 
 def build_extractor(
-    name: str, device: torch.device | str, *, image_size: int = 32, warn: Callable[[str], None] = say
+    name: str,
+    device: torch.device | str,
+    *,
+    image_size: int = 32,
+    shared: Path | None = None,
+    warn: Callable[[str], None] = say,
 ) -> Extractor:
     """The extractor of that name (ddpm/config/sample.py lists them) on `device`. Downloads nothing.
 
+    shared: the folder where published weights are looked for first; else, and where they are not there, torch's hub.
     image_size: of the images, for a file's network, which may know no other. warn: is told where the weights are not
     the published ones. Raises RequestError for another name, EnvironmentLacks where the weights file is missing or
     unreadable.
@@ -97,15 +105,15 @@ def build_extractor(
         own, sha256, dim = network_file.load(Path(name.removeprefix(FILE)).expanduser(), device, image_size)
         return Extractor(file_extractor_name(sha256), dim, sha256, "its own", own, device)
     if name == "dinov2":
-        state, sha256 = _load_weights(dinov2_weights_path(), dinov2.WEIGHTS_URL)
+        state, sha256 = _load_weights(_found(dinov2_weights_path(), shared), dinov2.WEIGHTS_URL)
         transformer = dinov2.build(state).to(device)
         return Extractor(name, state["cls_token"].shape[-1], sha256, dinov2.RESIZE, transformer, device)
     if name == "pixels":
         return Extractor(name, 3 * 16 * 16, None, "box to 16x16", _pixels, device)
     if name == "inception":
-        state, sha256 = _load_weights(inception_weights_path(), WEIGHTS_URL)
+        where = _found(inception_weights_path(), shared)
+        state, sha256 = _load_weights(where, WEIGHTS_URL)
         if not sha256.startswith(PUBLISHED_SHA256_PREFIX):
-            where = inception_weights_path()
             warn(f"weights={where} sha256={sha256} not the published ones: scores are frechet_distance, not fid")
     elif name == "random-inception":
         state, sha256 = random_weights()
@@ -186,17 +194,23 @@ def random_weights(seed: int = 0) -> tuple[dict[str, Tensor], str]:
     return state, digest.hexdigest()
 
 
+def beside(cache: Path) -> Path:
+    """The folder of weights that belongs to a folder of packed data: whoever sees one sees the other, unlike a home."""
+    return cache.parent / "weights"
+
+
 def inception_weights_path() -> Path:
     """Where torch's hub, and with it pytorch-fid, keeps the file."""
     return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
 
 
-def ensure_inception_weights() -> Path:
+def ensure_inception_weights(shared: Path | None = None) -> Path:
     """The weights file, downloaded if it is missing: for the login node, jobs may have no network.
 
-    Raises EnvironmentLacks with the URL, the place and the alternatives.
+    shared: the folder where it is to lie, instead of torch's hub. Raises EnvironmentLacks with the URL, the place and
+    the alternatives.
     """
-    path = inception_weights_path()
+    path = _shared(inception_weights_path(), shared)
     if path.exists():
         return path
     timeout = socket.getdefaulttimeout()
@@ -216,14 +230,42 @@ def dinov2_weights_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / dinov2.WEIGHTS_FILE
 
 
-def ensure_weights(name: str) -> None:
+def _found(hub: Path, shared: Path | None) -> Path:
+    """Where a file is to be read, that of the hub or that of the shared folder."""
+    path = shared / hub.name if shared else hub
+    return hub if hub.exists() and not path.exists() else path
+
+
+def _shared(hub: Path, shared: Path | None) -> Path:
+    """Where a file is, or is to come: in the shared folder, where there is one, copied from the hub if it lies there.
+
+    In the hub all the same where the folder cannot be written, as another user's.
+    """
+    if shared is None or (path := shared / hub.name).exists():
+        return _found(hub, shared)
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+        if not hub.exists():
+            return path if os.access(shared, os.W_OK) else hub
+        with files.publishing(path) as f, hub.open("rb") as source:
+            shutil.copyfileobj(source, f, 1 << 20)
+    except FileExistsError:  # another did so meanwhile
+        pass
+    except OSError as e:
+        say(f"{shared} cannot be written ({e.strerror}): nodes need to see {hub}")
+        return hub
+    return path
+
+
+def ensure_weights(name: str, shared: Path | None = None) -> None:
     """What an extractor needs is on this machine, downloaded if need be: for the login node.
 
-    Raises EnvironmentLacks, or RequestError for a file that there is not.
+    shared: the folder where published weights are to lie. Raises EnvironmentLacks, or RequestError for a file that
+    there is not.
     """
     if name == "inception":
-        ensure_inception_weights()
-    elif name == "dinov2" and not (path := dinov2_weights_path()).exists():
+        ensure_inception_weights(shared)
+    elif name == "dinov2" and not (path := _shared(dinov2_weights_path(), shared)).exists():
         raise EnvironmentLacks(_lacking(path, dinov2.WEIGHTS_URL, f"are not at {path}"))
     elif name.startswith(FILE) and not Path(name.removeprefix(FILE)).expanduser().is_file():
         raise RequestError(f"evaluate.extractor = {name}: no such file")

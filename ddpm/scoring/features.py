@@ -1,10 +1,13 @@
-"""Features on disk, kept while images and extractor are the same: those of sample shards are samples/SET/features-*."""
+"""Features on disk, kept while images and extractor are the same: those of sample shards are samples/SET/features-*.
+
+And any array of numbers that is kept so.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +51,19 @@ def shard_features(
     """
     shard = verify_shard(sample_set, request, index)
     path = sample_set.features(extractor.name, index, request.shards)
-    expected = {
-        "shard": index,
-        "num": len(shard.images),
+    expected = expected_features(request, shard.manifest, extractor)
+    return kept_features(path, expected, shard.images, extractor, stop_requested, token=token)
+
+
+def expected_features(request: Request, shard: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
+    """What the manifest of a shard's features says. shard: its own manifest."""
+    return {
+        "shard": shard["shard"],
+        "num": shard["num"],
         "request_digest": request.digest,
         "extractor_digest": extractor.digest,
-        "shard_sha256": shard.manifest["sha256"],
+        "shard_sha256": shard["sha256"],
     }
-    return kept_features(path, expected, shard.images, extractor, stop_requested, token=token)
 
 
 def kept_features(
@@ -67,35 +75,61 @@ def kept_features(
     *,
     token: str = "",
 ) -> np.ndarray:
-    """Features float32 (n, d) of images: those at `path` if their manifest says `expected`, else new ones, kept there.
+    """Features float32 (n, d) of images: `kept_array` of them. expected: with `num`. Raises Stopped."""
+    shape = (expected["num"], extractor.dim)
+    return kept_array(
+        path, expected, shape, lambda: extract(extractor, images, stop_requested=stop_requested), token=token
+    )
 
-    expected: what the features follow from, with `num`. Raises Stopped.
-    """
+
+def kept_array(
+    path: Path,
+    expected: Mapping[str, Any],
+    shape: tuple[int, ...],
+    compute: Callable[[], np.ndarray],
+    *,
+    token: str = "",
+) -> np.ndarray:
+    """The array at `path` if its manifest says `expected`, which it follows from; else a new one, kept there."""
     try:
-        return _read_features(path, expected, extractor.dim)
+        return _read_array(path, expected, shape)
     except FileNotFoundError:
         pass
     except DamagedFile as e:
-        say(f"features={path} not usable, computing them again: {e}")
-    features = extract(extractor, images, stop_requested=stop_requested)
+        say(f"{path} not usable, computing it again: {e}")
+    array = compute()
     manifest_path = path.with_suffix(".json")
-    manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the features do not exist
+    manifest_path.unlink(missing_ok=True)  # first: killed between the next lines, the array does not exist
     buffer = io.BytesIO()
-    np.save(buffer, features, allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     with files.publishing(path, replace=True, token=token) as f:
         f.write(buffer.getvalue())
     files.write_json(manifest_path, files.sign({**expected, "sha256": f.sha256}), replace=True, token=token)
-    return features
+    return array
 
 
-def _read_features(path: Path, expected: Mapping[str, Any], dim: int) -> np.ndarray:
+def is_kept(path: Path, expected: Mapping[str, Any]) -> bool:
+    """Whether there is such an array, by its manifest: `kept_array` is what reads it."""
+    try:
+        _check_manifest(path, expected)
+    except (FileNotFoundError, DamagedFile):
+        return False
+    return path.exists()
+
+
+def _check_manifest(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     manifest = files.read_signed(path.with_suffix(".json"))
     for key, value in expected.items():
         if manifest.get(key) != value:
             raise DamagedFile(f"{path.name}: made with another {key}")
+    return manifest
+
+
+def _read_array(path: Path, expected: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    manifest = _check_manifest(path, expected)
     data = files.read_bytes(path, files.ARRAYS_BYTES)
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 is not the one in its manifest")
-    features = np.load(io.BytesIO(data), allow_pickle=False)
-    assert features.shape == (expected["num"], dim)
-    return features
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    assert array.shape == shape
+    return array

@@ -1,6 +1,6 @@
 """Images that no run of ours made: a folder, a zip, an .npz or an .npy, read and scored where they lie.
 
-Owns which forms there are and that all images of a set have one size. Must not know runs or sample sets.
+Owns that all images of a set have one size. Must not know runs or sample sets.
 """
 
 from __future__ import annotations
@@ -12,85 +12,61 @@ import numpy as np
 
 from ddpm.config.data import Data
 from ddpm.data import sources
-from ddpm.data.packed import PackedImages, images_digest, load_folder, open_source
+from ddpm.data.packed import PackedImages, as_they_are, load_folder, open_source
 from ddpm.errors import RequestError
 from ddpm.run import files
-from ddpm.run.files import DamagedFile
-from ddpm.sampling.shards import parse_npz
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
-from ddpm.scoring.reference import image_features, reference_of, write_statistics
+from ddpm.scoring.reference import image_features, kept_in_parts, reference_of, write_statistics
 from ddpm.scoring.scores import all_scores
 from ddpm.scoring.statistics_file import read_statistics
 
-ARRAYS = (".npz", ".npy")
-
 
 def load_images(path: Path, size: int | None = None) -> PackedImages:
-    """The images of a folder or zip, or an array uint8 (N, H, W, 3): an .npy, or an .npz's `images` or `arr_0`.
+    """The images of a folder, a zip or an array file.
 
     size: crop and resize them to so many pixels, as data is packed; None: as they are, which must be all of one size.
     Raises RequestError.
     """
-    if path.suffix not in ARRAYS:
-        return load_folder(path) if size is None else _resized(path, size)
-    images = _array(path)
-    if size is not None and images.shape[1:3] != (size, size):
-        from PIL import Image
-
-        images = np.stack([sources.to_square(Image.fromarray(image), size) for image in images])
-    return _packed(images, path)
-
-
-def _packed(images: np.ndarray, path: Path) -> PackedImages:
-    return PackedImages(images, np.zeros(len(images), np.int64), path.name, "all", images_digest(images))
+    return load_folder(path) if size is None else _resized(path, size)
 
 
 def _resized(path: Path, size: int) -> PackedImages:
     try:
         source = open_source(Data(name="images", path=str(path)))
         splits = sorted(source.members)
-        images = [image for split in splits for image, _ in sources.read(source, split, size, path)]
+        images = np.empty((sum(map(source.num_images, splits)), size, size, 3), np.uint8)
+        each = (image for split in splits for image, _ in sources.read(source, split, size, path))
+        for index, image in enumerate(each):
+            images[index] = image
     except RequestError as e:
         raise RequestError(str(e).removeprefix("data.path = ")) from None
-    return _packed(np.stack(images), path)
-
-
-def _array(path: Path) -> np.ndarray:
-    try:
-        if path.suffix == ".npy":
-            images = np.load(path, allow_pickle=False, mmap_mode="r")
-        else:
-            arrays = parse_npz(path.read_bytes(), path.name)
-            images = arrays.get("images", arrays.get("arr_0", np.empty(0)))
-    except (OSError, ValueError, EOFError, DamagedFile) as e:
-        raise RequestError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise RequestError(f"{path}: its images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
-    return images
+    return as_they_are(images, path)
 
 
 # ---------------------------------------------------------------- their scores
 
 
 def evaluate_images(
-    images: PackedImages, reference: Path, extractor: Extractor, size: int | None = None
+    images: PackedImages, reference: Path, extractor: Extractor, size: int | None = None, keep: Path | None = None
 ) -> dict[str, Any]:
-    """Score a set of images against another, or against an .npz of statistics. Writes nothing.
+    """Score a set of images against another, or against an .npz of statistics.
 
-    size: what `images` were cropped and resized to, and the reference's are; the record says how.
+    size: what `images` were cropped and resized to, and the reference's are; the record says how. keep: a directory for
+    features, in parts: a broken-off evaluation goes on, and processes that are given the same one share the work; None:
+    nothing is written.
     """
     file = read_statistics(reference) if reference.suffix == ".npz" else None
     if file is not None and "mu" in file.arrays:
         if file.images is not None:
             _check_one_size(images, file.images, reference, "resize one side")
-        against = file.reference(extractor, None)
+        against = file.reference(extractor, keep)
     else:
         others = load_images(reference, size)
         _check_one_size(images, others, reference, "give --size for both")
-        against = reference_of(others, extractor, None)
+        against = reference_of(others, extractor, keep)
     return {
-        **all_scores(gather_images(images, extractor), against, published=extractor.published),
+        **all_scores(gather_images(images, extractor, keep), against, published=extractor.published),
         "num_samples": len(images),
         **({} if size is None else {"resized": {"size": size, **sources.RESIZE}}),
         "reference": against.record,
@@ -105,16 +81,22 @@ def _check_one_size(images: PackedImages, others: PackedImages, reference: Path,
         raise RequestError(f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; {way_on}")
 
 
-def gather_images(images: PackedImages, extractor: Extractor) -> Gathered:
-    return gather(image_features(images.images, extractor), len(images), classifier=extractor.classifier)
+def gather_images(images: PackedImages, extractor: Extractor, keep: Path | None = None) -> Gathered:
+    if keep is None or len(images) < 2:
+        features = image_features(images.images, extractor)
+    else:
+        parts = keep / f"images-{images.digest[:20]}-{extractor.digest[:20]}"
+        parts.mkdir(parents=True, exist_ok=True)
+        features = kept_in_parts(parts, images, extractor)
+    return gather(features, len(images), classifier=extractor.classifier)
 
 
-def save_statistics(images: PackedImages, path: Path, extractor: Extractor) -> None:
+def save_statistics(images: PackedImages, path: Path, extractor: Extractor, keep: Path | None = None) -> None:
     """Write a set's statistics as pytorch-fid's .npz, with its features beside.
 
     Raises RequestError where `path` is there already, or is in no directory.
     """
-    gathered = gather_images(images, extractor)
+    gathered = gather_images(images, extractor, keep)
     try:
         write_statistics(path, gathered, images.name, images_digest=images.digest, extractor_digest=extractor.digest)
     except FileExistsError:

@@ -43,19 +43,21 @@ def gather(
     num: int,
     *,
     labels: np.ndarray | None = None,
+    num_classes: int = 0,
     grouped: bool = True,
     classifier: np.ndarray | None = None,
 ) -> Gathered:
     """Of features (n, d) that come in parts, `num` in all, at least 2.
 
-    labels: int (num,), each sample's class, where there are classes. grouped: whether there will be an interval.
+    labels: int (num,), each sample's class, where there are num_classes classes, some maybe without one.
+    grouped: whether there will be an interval.
     classifier: (classes, d), where there is an Inception Score.
     """
     num_groups = interval.GROUPS if grouped and num >= 2 * interval.GROUPS else 1
     group_of = interval.groups_of(num) if num_groups > 1 else np.zeros(num, dtype=np.int64)
     groups = _Bins(num_groups)
-    num_classes = 0 if labels is None or not len(labels) else int(labels.max()) + 1
-    classes = _Bins(num_classes if num_classes <= CLASSES_AT_MOST and (labels is None or labels.min() >= 0) else 0)
+    of_each = labels is not None and num_classes <= CLASSES_AT_MOST and labels.min() >= 0
+    classes = _Bins(num_classes if of_each else 0)
     score = InceptionScore(num, classifier) if classifier is not None and num >= SPLITS else None
     wanted, kept, seen = manifold.chosen(num), [], 0
     for part in features:

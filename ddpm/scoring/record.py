@@ -22,7 +22,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import ASIDE, RunDir, listed
 
-SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
+SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance", "bits_per_dim": "bits/dim"}
 """Keys of a record, and what people call them: it has one of these."""
 PROVENANCE = ("num_samples", "reference", "extractor", "checkpoint", "sampler", "nfe", "seed", "precision")
 """What a set's score is a score of; the same provenance, the same score."""
@@ -100,10 +100,11 @@ def _malformed(record: Mapping[str, Any]) -> str | None:
     value = record[keys[0]]
     if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
         return f"its {keys[0]} is {value!r}, no number"
-    for key, kind in (("num_samples", int), ("nfe", int), ("reference", dict), ("extractor", dict), ("sampler", dict)):
+    named = ("reference",) if keys == ["bits_per_dim"] else ("reference", "extractor", "sampler")
+    for key, kind in (("num_samples", int), ("nfe", int), *((key, dict) for key in named)):
         if not isinstance(record.get(key), kind):
             return f"its {key} is {record.get(key)!r}"
-    for key in ("reference", "extractor", "sampler"):
+    for key in named:
         if not isinstance(record[key].get("name"), str):
             return f"its {key} has no name"
     return None
@@ -156,7 +157,7 @@ def _read(paths: Mapping[str, Path]) -> Iterator[Score]:
 def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: str = "") -> Path:
     """Write a score where no other one is lost by it; returns where. What lies there damaged is moved aside."""
     signed = files.sign(dict(record))
-    word = f"{_called(record['reference'])}-{record['extractor']['name']}"
+    word = f"{_called(record['reference'])}-{(record.get('extractor') or {}).get('name', 'bound')}"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
     of = _provenance(record)
     further = run.further_scores(set_name)
@@ -195,6 +196,8 @@ def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
 def told(record: Mapping[str, Any]) -> str:
     """A score in one line, with what it is a score of: `FID 4.21, ddim 100, 50,000 vs train`."""
     key = key_of(record)
+    if key == "bits_per_dim":
+        return plain(f"{number(record)} {SCORE_NAMES[key]}, bound of {_share(record)}, {record['nfe']} an image")
     words = [f"{SCORE_NAMES[key]} {number(record)}{caution(record)}"]
     if sampler := record.get("sampler"):  # images that no run made have none
         guided = f" guided {sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
@@ -202,6 +205,12 @@ def told(record: Mapping[str, Any]) -> str:
     words.append(against(record))
     words += [] if key == "fid" else [f"{record['extractor']['name']} features"]
     return plain(", ".join(words))
+
+
+def _share(record: Mapping[str, Any]) -> str:
+    """`10,000 of test`, or `500 of the 10,000 of test (seed 0)`."""
+    num, of, split = record["num_samples"], record["reference"].get("num_images"), _called(record["reference"])
+    return f"{num:,} of {split}" if num == of else f"{num:,} of the {of:,} of {split} (seed {record['seed']})"
 
 
 def against(record: Mapping[str, Any]) -> str:

@@ -18,13 +18,14 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
 from ddpm.run import files
+from ddpm.run.claims import work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.stopping import StopRequested
-from ddpm.sampling.shards import npz_bytes, parse_npz
+from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import extract, kept_features
+from ddpm.scoring.features import extract, is_kept, kept_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
 
@@ -72,11 +73,14 @@ def reference_of(
     by_class: bool = False,
     stop_requested: StopRequested = lambda: None,
     token: str = "",
+    stay: bool = True,
 ) -> Reference:
     """Statistics of a dataset, kept in `cache_dir` under (digest of the images, digest of the extractor).
 
     The file is an .npz that pytorch-fid reads. Features are kept in parts beside it: a stop loses little, and
-    statistics by class are made of them. What is damaged is computed again, and said. cache_dir None: nothing is kept.
+    statistics by class are made of them, and processes that compute them at once share the parts. What is damaged is
+    computed again, and said. cache_dir None: nothing is kept. stay: wait for parts that others compute; else
+    OthersAtWork is raised where there are some.
     """
     if cache_dir is None:
         features = image_features(images.images, extractor, stop_requested=stop_requested)
@@ -85,7 +89,7 @@ def reference_of(
     identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
     if not by_class:
         try:
-            arrays = parse_npz(path.read_bytes(), path.name)
+            arrays, _ = read_npz(path)
             if {k: str(arrays.get(k)) for k in identity} != identity or int(arrays["num"]) != len(images.images):
                 raise DamagedFile(f"{path.name}: is of other images or another extractor")
             return Reference(arrays["mu"], arrays["sigma"], image_record(images), arrays["features"])
@@ -96,6 +100,7 @@ def reference_of(
     num = len(images.images)
     if num < 2:
         raise RequestError(f"{images.name}: {num} images: a score needs at least 2 on each side")
+    classes: dict[str, Any] = {"labels": images.labels, "num_classes": len(images.classes)} if by_class else {}
     parts = path.with_suffix("")
     try:
         parts.mkdir(parents=True, exist_ok=True)
@@ -103,21 +108,42 @@ def reference_of(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parts))
     except OSError as e:  # another's cache
         say(f"reference={path} not kept: {e}")
-        features = image_features(images.images, extractor, stop_requested=stop_requested)
-        labels = images.labels if by_class else None
-        return of_gathered(gather(features, num, labels=labels, grouped=False), image_record(images))
-
-    def parts_of() -> Iterator[np.ndarray]:
-        for index, first in enumerate(range(0, num, PART_IMAGES)):
-            part = images.images[first : first + PART_IMAGES]
-            expected = {"part": index, "num": len(part), **identity}
-            yield kept_features(
-                parts / f"features-{index:05d}.npy", expected, part, extractor, stop_requested, token=token
-            )
-
-    gathered = gather(parts_of(), num, labels=images.labels if by_class else None, grouped=False)
+        made = image_features(images.images, extractor, stop_requested=stop_requested)
+        return of_gathered(gather(made, num, grouped=False, **classes), image_record(images))
+    features = kept_in_parts(parts, images, extractor, stop_requested=stop_requested, token=token, stay=stay)
+    gathered = gather(features, num, grouped=False, **classes)
     write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
     return of_gathered(gathered, image_record(images))
+
+
+def kept_in_parts(
+    directory: Path,
+    images: PackedImages,
+    extractor: Extractor,
+    *,
+    stop_requested: StopRequested = lambda: None,
+    token: str = "",
+    stay: bool = True,
+) -> Iterator[np.ndarray]:
+    """Features of a dataset, in parts that are kept in `directory`, and shared among the processes that make them.
+
+    All are there when this returns. Raises OthersAtWork where others make some and `stay` is not wanted, Stopped.
+    """
+
+    def place(index: int) -> tuple[Path, dict[str, Any], np.ndarray]:
+        part = images.images[index * PART_IMAGES :][:PART_IMAGES]
+        of = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+        return directory / f"features-{index:05d}.npy", {"part": index, "num": len(part), **of}, part
+
+    def features_of(index: int) -> np.ndarray:
+        return kept_features(*place(index), extractor, stop_requested, token=token)
+
+    def there(index: int) -> bool:
+        return is_kept(*place(index)[:2])
+
+    parts = range(-(-len(images) // PART_IMAGES))
+    work_through(directory, parts, there, features_of, stop_requested=stop_requested, stay=stay)
+    return map(features_of, parts)
 
 
 def check_size(images: PackedImages, size: int) -> None:

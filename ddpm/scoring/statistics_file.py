@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddpm.data import array_file
 from ddpm.data.packed import PackedImages, images_digest
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
 from ddpm.run.files import DamagedFile
 from ddpm.run.stopping import StopRequested
-from ddpm.sampling.shards import parse_npz
+from ddpm.sampling.shards import read_npz
 
 if TYPE_CHECKING:
     from typing import Any
@@ -37,7 +38,7 @@ class StatisticsFile:
     arrays: dict[str, np.ndarray]
     record: dict[str, Any]
     images: PackedImages | None
-    """guided-diffusion's arr_0, or `images`."""
+    """guided-diffusion's arr_0, or what else array_file.IMAGES are called."""
 
     def reference(
         self,
@@ -46,6 +47,7 @@ class StatisticsFile:
         *,
         stop_requested: StopRequested = lambda: None,
         token: str = "",
+        stay: bool = True,
     ) -> Reference:
         """With features of its images, where it has some: they are kept in `cache_dir`.
 
@@ -56,7 +58,9 @@ class StatisticsFile:
 
         of_images = None
         if self.images is not None:
-            of_images = reference_of(self.images, extractor, cache_dir, stop_requested=stop_requested, token=token)
+            of_images = reference_of(
+                self.images, extractor, cache_dir, stop_requested=stop_requested, token=token, stay=stay
+            )
             if extractor.name != "inception" or "mu" not in self.arrays:
                 return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
         mu, sigma, d = self.arrays["mu"], self.arrays["sigma"], extractor.dim
@@ -82,17 +86,16 @@ def read_statistics(path: Path) -> StatisticsFile:
     Raises RequestError if the file cannot be read, holds neither, or holds what no images can have.
     """
     try:
-        data = path.read_bytes()
-        arrays = parse_npz(data, path.name)
+        arrays, data = read_npz(path)
     except (OSError, DamagedFile) as e:
         raise RequestError(f"reference {path} cannot be read: {e}") from None
-    batch = arrays.get("arr_0", arrays.get("images"))
+    batch = next((arrays[key] for key in array_file.IMAGES if key in arrays), None)
     is_batch = batch is not None and batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[-1] == 3 and batch.size
     has_moments = "mu" in arrays and "sigma" in arrays
     if not has_moments and not is_batch:
         shape = "" if batch is None else f" ({batch.dtype} {batch.shape})"
         raise RequestError(
-            f"reference {path}: holds {sorted(arrays)}{shape}; pytorch-fid's statistics hold mu and sigma "
+            f"reference {path}: holds {shown(sorted(arrays))}{shape}; pytorch-fid's statistics hold mu and sigma "
             f"(`--save-stats` writes them, here and there), a batch of guided-diffusion's arr_0, uint8 (N, H, W, 3)"
         )
     if has_moments:

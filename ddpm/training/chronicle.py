@@ -6,6 +6,8 @@ Every rank has a chronicle and calls it at the same places; those of the ranks a
 from __future__ import annotations
 
 import contextlib
+import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 from ddpm.training.telemetry import Telemetry
+
+PASSING = (errno.EIO, errno.ESTALE, errno.EDQUOT)
+"""Errors of a shared file system that may be over in a moment."""
+SAVE_AGAIN_S = 2
 
 
 class Silent:
@@ -39,7 +45,7 @@ class Silent:
         """A line in the job's log."""
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """A life event; a full disk ends no training."""
+        """A life event; a full disk ends no training. Raises RunBusy, as all that is written."""
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
@@ -57,8 +63,18 @@ class Silent:
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a grid, uint8 (H, W, 3)."""
 
-    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> bool:
-        """Start a save of `state`, and with `wait` see it through. False: it is known to have failed."""
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        wait: bool = False,
+        final: bool = False,
+        patience_s: Callable[[], float] = lambda: 0.0,
+    ) -> bool:
+        """Start a save of `state`, and with `wait` see it through. False: it is known to have failed.
+
+        patience_s: for how long, once an error has come that may be over in a moment, it is tried again.
+        """
         return True
 
     def settle(self) -> None:
@@ -69,7 +85,8 @@ class Silent:
 
 
 class Chronicle(Silent):
-    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good."""
+    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good;
+    on_milestone: called by the thread that has saved one."""
 
     def __init__(
         self,
@@ -81,12 +98,16 @@ class Chronicle(Silent):
         owner: dict[str, Any],
         world_size: int,
         is_milestone: Callable[[int], bool],
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_milestone = on_milestone
         self.config, self.run, self.fence, self.events = config, run, fence, events
         self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
         self._latest: dict[str, Any] = {}
         self._telemetry: Telemetry | None = None
+        self._gap = ""
         self._saver: Checkpointer | None = None
+        self._fails = False  # saves do
 
     @property
     def telemetry(self) -> Telemetry:
@@ -121,8 +142,10 @@ class Chronicle(Silent):
             owner=self.owner,
             logged_step=logged_step,
             every_steps=self.config.log.every_steps,
+            gap=self._gap,
             may_publish=self.fence.check,
         )
+        self._gap = self._telemetry.gap
         if self._saver is None:
             self._saver = Checkpointer(
                 self.run,
@@ -131,13 +154,28 @@ class Chronicle(Silent):
                 is_milestone=self.is_milestone,
                 world_size=self.world_size,
                 log=say,
-                on_saved=lambda step: self.event("checkpoint", step),
+                on_saved=self._saved,
+                on_failed=self._not_saved,
             )
+
+    def _saved(self, step: int) -> None:
+        self._fails = False
+        self.event("checkpoint", step)
+        if self.is_milestone(step):
+            self._on_milestone()
+
+    def _not_saved(self, step: int, why: str) -> None:
+        """Of several saves in a row that fail, the first is told. An event's step is one that was saved."""
+        if not self._fails:
+            self._fails = True
+            with contextlib.suppress(OSError):
+                self.event("save_failed", self.run.latest_step(), at_step=step, reason=why)
 
     def say(self, message: str, **fields: Any) -> None:
         say(message, **fields)
 
     def event(self, event: str, step: int, **fields: Any) -> None:
+        self.fence.check()  # what lies under the run's name may be another, of which this would tell saved steps
         try:
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:
@@ -163,14 +201,30 @@ class Chronicle(Silent):
     def grid(self, step: int, grid: np.ndarray) -> None:
         self.telemetry.grid(step, grid)
 
-    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> bool:
-        try:
-            self.telemetry.sync()  # a checkpoint promises the lines before it
-            self.saver.save(state, wait=wait, final=final)
-        except OSError as e:
-            say("checkpoint failed", step=state["step"], error=e)
-            return False
-        return True
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        wait: bool = False,
+        final: bool = False,
+        patience_s: Callable[[], float] = lambda: 0.0,
+    ) -> bool:
+        deadline: float | None = None
+        while True:
+            try:
+                self.telemetry.sync()  # a checkpoint promises the lines before it
+                self.saver.save(state, wait=wait, final=final)
+            except OSError as e:
+                if e.errno in PASSING and deadline is None:
+                    deadline = time.monotonic() + patience_s()
+                again = deadline is not None and e.errno in PASSING and time.monotonic() + SAVE_AGAIN_S < deadline
+                say("checkpoint failed", step=state["step"], error=e, **({"again_in_s": SAVE_AGAIN_S} if again else {}))
+                if not again:
+                    self._not_saved(state["step"], e.strerror or str(e))
+                    return False
+                time.sleep(SAVE_AGAIN_S)
+            else:
+                return True
 
     def settle(self) -> None:
         self.saver.wait(raising=False)

@@ -44,6 +44,8 @@ class Meter:
         }
         if self._utilization is not None:
             record["mfu"] = speed / world.world_size * self._utilization
+        if state.scaler.is_enabled():
+            record["skipped_steps"] = int(state.skipped)
         state.window = Window.empty(world.device)
         state.at.early_stop_losses = [*state.at.early_stop_losses, loss][-config.train.early_stop_window :]
         self.restart(step)

@@ -5,9 +5,11 @@ A state is born fresh, as the seed says; whatever else it becomes, it becomes by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddpm.config.schema import Config
 from ddpm.network import build
@@ -41,6 +43,11 @@ class TrainingState:
     def start_over(self) -> None:
         """Become a fresh state; called on all ranks."""
         self.load_state_dict(TrainingState(self.config, self.world, self.amp).state_dict())
+
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """At step 0: these weights, which the average begins at too, in place of the seed's."""
+        self.model.load_state_dict(weights)
+        self.ema.load_state_dict(weights)
 
     @property
     def settled(self) -> float | None:

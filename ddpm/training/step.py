@@ -16,13 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm.config.schema import Config, check_world_size
 from ddpm.config.train import divisors
 from ddpm.data.batches import Batches
-from ddpm.data.packed import PackedImages
+from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
 from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.state import TrainingState
+
+MOST_SKIPPED = 100
+"""Steps in a row whose fp16 gradients overflow, each at half the scale of the one before: it is not the scale then."""
 
 
 class Step:
@@ -42,7 +45,8 @@ class Step:
             devices = [world.device] if world.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         self.network = network
-        self.batches = self._batches()
+        self.data = Watch(packed)
+        self.begin_attempt()
 
     def _batches(self) -> Batches:
         train, data = self.config.train, self.config.data
@@ -54,6 +58,7 @@ class Step:
     def begin_attempt(self) -> None:
         """Draw as the state's attempt says from here on: called when a life takes it up, and after a rollback."""
         self.batches = self._batches()
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.world.device)
 
     def gradients(self, *, warm_up: bool = False) -> torch.Tensor:
         """Gradients of the mean loss over the global batch of the state's step; returns this rank's loss, float32 ().
@@ -126,8 +131,10 @@ class Step:
         if state.scaler.is_enabled():
             state.scaler.step(state.optimizer)  # masks and counts an overflow by itself
             state.scaler.update()
-            state.skipped += ~torch.isfinite(norm)
-            return torch.isfinite(loss)
+            overflow = ~torch.isfinite(norm)
+            state.skipped += overflow
+            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * overflow
+            return torch.isfinite(loss) & (self._skipped_in_a_row < MOST_SKIPPED)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         # the fused kernels take the mask that GradScaler would give them
         state.optimizer.grad_scale, state.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]

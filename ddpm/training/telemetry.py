@@ -17,7 +17,7 @@ from ddpm.run.files import LINES_BYTES, now, read_bytes, seconds, write_bytes, w
 from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from ddpm.run.records import missing_lines, parse_metrics
+from ddpm.run.records import missing_lines, parse_metrics, place_of
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
@@ -27,7 +27,8 @@ BOARD_AGAIN_AFTER_S = 60.0
 class Telemetry:
     """What rank 0 tells the world about a run. Opened at the step that training goes on from.
 
-    logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told.
+    logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told,
+    unless it is `gap`, which this life has told before.
     may_publish: asked before a file appears; raises where a later job has taken the run over.
     """
 
@@ -40,9 +41,11 @@ class Telemetry:
         owner: dict[str, Any],
         logged_step: int = 0,
         every_steps: int | None = None,
+        gap: str = "",
         may_publish: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
+        self.gap = gap
         self._trim(step, logged_step, every_steps)
         self._metrics: BinaryIO = run.metrics.open("a+b", buffering=0)
         self._unwritten = b""
@@ -51,6 +54,7 @@ class Telemetry:
         self._first_step = step
         self._grids: list[int] = []  # of this life
         self._heartbeat_at = 0.0
+        self._inode = place_of(run)
         self._refused: dict[str, str] = {}
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
@@ -60,8 +64,10 @@ class Telemetry:
         Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
         """
         kept = self._there(step)
-        if gap := missing_lines(kept, every_steps or step or 1, logged_step=logged_step):
+        gap = missing_lines(kept, every_steps or step or 1, logged_step=logged_step)
+        if gap and gap != self.gap:
             say(f"{gap}: the file was damaged; training goes on without them")
+            self.gap = gap
         self._rewrite(kept)
 
     def _there(self, step: int) -> list[dict[str, Any]]:
@@ -167,7 +173,7 @@ class Telemetry:
         if not force and time.monotonic() - self._heartbeat_at < HEARTBEAT_EVERY_S:
             return
         self._heartbeat_at = time.monotonic()
-        record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner}
+        record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner, "inode": self._inode}
         record |= {key: latest.get(key) for key in ("loss", "images_per_s")}
         self._try(
             "heartbeat",

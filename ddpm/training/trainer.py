@@ -6,14 +6,16 @@ Asks `stop_requested()` and knows no signal; reads no environment; tells through
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, EnvironmentLacks
 from ddpm.network.arithmetic import utilization
 from ddpm.network.device import Later, Resolved, name_of
+from ddpm.network.start import read_start
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
@@ -41,7 +43,8 @@ class Outcome:
 
 
 class Trainer:
-    """One life of one run on one rank. `fence`, `events` are rank 0's alone."""
+    """One life of one run on one rank. `fence`, `events` are rank 0's alone. `start`: what run.json says of the weights
+    that the run starts from; None: those of its seed."""
 
     def __init__(
         self,
@@ -54,7 +57,10 @@ class Trainer:
         fence: Fence | None,
         events: EventLog | None,
         owner: dict[str, Any],
+        start: dict[str, Any] | None = None,
+        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
@@ -65,7 +71,14 @@ class Trainer:
         if fence is not None and events is not None:
             size, is_milestone = world.world_size, self.due.milestone
             self.chronicle = Chronicle(
-                config, run, fence, events, owner=owner, world_size=size, is_milestone=is_milestone
+                config,
+                run,
+                fence,
+                events,
+                owner=owner,
+                world_size=size,
+                is_milestone=is_milestone,
+                on_milestone=on_milestone,
             )
         self.warm = self._stepped = False
         self._beginning = "started"
@@ -73,6 +86,7 @@ class Trainer:
         self._finite: Later | None = None
         self._finite_before: Later | None = None
         self._saved_at = time.monotonic()
+        self._patience_s: Callable[[str], float] = lambda reason: 0.0
 
     @property
     def at(self) -> Progress:
@@ -87,7 +101,9 @@ class Trainer:
         step = self._newest()
         self.chronicle.miss(step or 0)
         if step is None:
-            self.chronicle.say("no checkpoint: starting at step 0")
+            came = {"weights_of": self._start["source"], "step": self._start["step"]} if self._start else {}
+            self.chronicle.say("no checkpoint: starting at step 0", **came)
+            self._begin_with_start()
         else:
             self._restore(step)
         self.at.rollbacks, self.at.attempt = max(self.at.rollbacks, lived), max(self.at.attempt, lived)
@@ -114,6 +130,10 @@ class Trainer:
                 f"{saved['config_digest'][:12]}, now {self.config.digest()[:12]}): restore {self.run.config}"
             )
         self.state.load_state_dict(saved)
+
+    def _begin_with_start(self) -> None:
+        if self._start is not None:
+            self.state.begin_with(read_start(self.run, self._start))
 
     def _begin(self) -> None:
         """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
@@ -149,12 +169,17 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def train(self, stop_requested: StopRequested) -> Outcome:
+    def train(self, stop_requested: StopRequested, patience_s: Callable[[str], float] = lambda reason: 0.0) -> Outcome:
         """Steps until the end or an agreed stop; both leave a verified checkpoint.
 
-        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out). A stop whose save failed is
+        patience_s: for how long a stop for that reason may try to save; asked on rank 0 once a save has met an error
+        that may pass.
+
+        Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
+        overwritten while it was mapped). A stop whose save failed is
         reported as `saved=False`.
         """
+        self._patience_s = patience_s
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)
@@ -192,8 +217,16 @@ class Trainer:
         # the clock is rank 0's
         save_due = self.due.save(step, time.monotonic() - self._saved_at if self.world.is_main else 0)
         code, any_bad, any_save = self.world.agree([stop_code(stop_requested), int(bad), int(save_due)])
-        if (code or any_save or self.due.log(step) or self.due.grid(step)) and not any_bad:
-            any_bad = self.world.agree([int(_is_bad(self._finite))])[0]  # nothing is kept of a step not known as good
+        if (code or any_save or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
+            # nothing is kept of a step not known as good
+            damage = self.step.data.damage()
+            any_bad, damaged = self.world.agree([int(_is_bad(self._finite)), int(bool(damage))])
+            if damaged:
+                raise EnvironmentLacks(
+                    f"{damage or 'what another rank reads was overwritten while it was mapped'}: nothing is saved of "
+                    f"step {step}, whose images may have been others. The next life packs the data again, and goes on "
+                    f"from the checkpoint before"
+                )
         return STOP_REASONS[code], bool(any_bad), bool(any_save)
 
     def alive(self) -> None:
@@ -205,15 +238,15 @@ class Trainer:
 
     # ------------------------------------------------------------ saving, stopping, rolling back
 
-    def save(self, *, wait: bool = False, final: bool = False) -> bool:
+    def save(self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0) -> bool:
         """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
         self._saved_at = time.monotonic()
-        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final)
+        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, patience_s=patience_s)
 
     def _stop(self, reason: str) -> Outcome:
         step = self.at.step
         self.chronicle.event("stop_requested", step, reason=reason)
-        saved = self.world.share(self.save(wait=True))
+        saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
         return Outcome(False, step, reason, saved)
@@ -241,7 +274,7 @@ class Trainer:
         self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
             raise DoNotRetry(
-                f"the loss was non-finite {rollbacks} times (last near step {at}), more than "
+                f"loss or gradients were non-finite {rollbacks} times (last near step {at}), more than "
                 f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
                 f"train.amp=off in a new run"
             )
@@ -249,6 +282,7 @@ class Trainer:
         step = self._newest()
         if step is None:
             self.state.start_over()
+            self._begin_with_start()
         else:
             self._restore(step)
         self.at.rollbacks, self.at.attempt = rollbacks, attempt

@@ -7,28 +7,35 @@ import fcntl
 import re
 import socket
 import struct
-import subprocess
 from collections.abc import Mapping
+
+from launch.cluster import slurm
+from launch.cluster.answers import SchedulerError
 
 SIOCGIFADDR = 0x8915
 
 
 def first_node_address(env: Mapping[str, str]) -> str:
     """The address of rank 0's node, which is the first of the step's node list."""
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]: the first of each
+    first = _first(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     try:
         return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
     except OSError:
         pass
     # a cluster whose node names do not resolve: slurmctld knows their addresses, srun the one it started from
-    try:
-        shown = subprocess.run(["scontrol", "show", "node", "-o", first], capture_output=True, text=True, timeout=20)
-        if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
+    with contextlib.suppress(OSError, SchedulerError):
+        if match := re.search(r"NodeAddr=(\S+)", slurm.run(["scontrol", "show", "node", "-o", first], timeout_s=20)):
             return str(socket.getaddrinfo(match.group(1), None, socket.AF_INET)[0][4][0])
-    except (OSError, subprocess.TimeoutExpired):
-        pass
     return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+
+
+def _first(nodes: str) -> str:
+    """Of a host list, of which only SLURM knows all forms; without its commands the first of each of its brackets."""
+    if "[" in nodes:
+        with contextlib.suppress(SchedulerError):
+            if found := slurm.run(["scontrol", "show", "hostnames", nodes], timeout_s=20).split():
+                return found[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]
 
 
 def interface_towards(address: str) -> str | None:

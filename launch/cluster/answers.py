@@ -37,6 +37,8 @@ class Shown:
     period, in which it may have been cancelled."""
     excluded: str = ""
     """Nodes that it is not to have, as SLURM lists them."""
+    suspended_at: str | None = None
+    """When it was last suspended, or went on after that: a stamp; None: never."""
 
 
 @dataclass(frozen=True)

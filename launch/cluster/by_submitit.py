@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import environment, slurm_orders
-from launch.cluster.environment import PROJECT
-from launch.cluster.job import HOME, SBATCH_TIMEOUT_S, Job, flags
+from launch.cluster.job import SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3
@@ -27,7 +26,7 @@ MAX_TIMEOUTS = 3
 class Named:
     """A function by its name: what submits does not load it, and a pickle holds nothing but the name.
 
-    So a requeued job runs today's code on the run directory, not yesterday's objects.
+    So a requeued job runs the run's code on the run directory, not objects of the day when it was queued.
     """
 
     def __init__(self, name: str) -> None:
@@ -59,17 +58,21 @@ def command(job: Job, script: str) -> list[str]:
 def script_text(job: Job) -> str:
     """The script, of the form that submitit gives it."""
     options = job.options()
-    told = {**HOME, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
+    told = {**job.home, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
     told |= {"DDPM_SET": job.set_name} if job.set_name else {}
     listed = {"wckey": "submitit", **options, **({"array": _array(job)} if job.is_array else {})}
     log = folder(job) / ("%A_%a_%t_log.out" if job.is_array else "%j_%t_log.out")
     srun = ["srun", "--unbuffered", "--output", str(log), "--kill-on-bad-exit=1", "--open-mode=append"]
-    srun += [f"--output={options['output']}", "bash", str(PROJECT / "slurm" / "rank.sh"), sys.executable]
+    srun += [f"--output={options['output']}"]
+    ours = '"${ddpm_srun[@]}" ' if job.site.container.image else ""
+    python = '"${ddpm_python[@]}"' if job.site.container.image else shlex.quote(sys.executable)
+    rank = ["bash", f"{told['DDPM_HOME']}/slurm/rank.sh"]
+    runner = ["-u", "-m", "submitit.core._submit", str(folder(job))]
     lines = ["#!/bin/bash", "", "# Parameters"]
     lines += [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in sorted(listed.items())]
     lines += ["", "# setup", *(f"export {k}={shlex.quote(v)}" for k, v in told.items())]
     lines += ['. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command", "export SUBMITIT_EXECUTOR=slurm"]
-    lines += [shlex.join([*srun, "-u", "-m", "submitit.core._submit", str(folder(job))]), ""]
+    lines += [f"{shlex.join(srun)} {ours}{shlex.join(rank)} {python} {shlex.join(runner)}", ""]
     return "\n".join(lines)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
 
-from launch.cluster import environment, slurm_orders
+from launch.cluster import code, environment, slurm_orders
 from launch.cluster.environment import PROJECT
-from launch.cluster.job import HOME, SBATCH_TIMEOUT_S, Job, flags, ranges
+from launch.cluster.job import SBATCH_TIMEOUT_S, Job, at_home, flags, ranges
 
 
-def template(stage: str) -> Path:
-    return PROJECT / "slurm" / f"{stage}.sbatch"
+def template(home: dict[str, str], stage: str) -> str:
+    return f"{home['DDPM_HOME']}/slurm/{stage}.sbatch"
 
 
 def command(job: Job) -> list[str]:
@@ -21,25 +20,28 @@ def command(job: Job) -> list[str]:
     args = [str(job.run.path), *([job.set_name] if job.set_name else []), *job.extra_args]
     args += ["--shards", ranges(job.shards)] if job.shards else []
     args += ["--tasks", str(job.num_tasks)] if job.is_array else []
-    return ["sbatch", "--parsable", *flags(job.options()), *array, str(template(job.stage)), *args]
+    return ["sbatch", "--parsable", *flags(job.options()), *array, template(job.home, job.stage), *args]
 
 
 def describe(job: Job) -> str:
     """What --dry-run shows: the command, and the template that it submits."""
-    return f"{shlex.join(command(job))}\n\n{template(job.stage).read_text()}"
+    files = code.of_run(job.run) or code.of_checkout()
+    return f"{shlex.join(command(job))}\n\n{files[f'slurm/{job.stage}.sbatch'].decode()}"
 
 
 def submit(job: Job) -> str:
     """Queues it; its id as SLURM gives it. Raises SchedulerError."""
-    return sbatch(command(job))
+    return sbatch(command(job), job.home)
 
 
 def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
-    """Queue a job of `stage` with the options of another; returns its id. Raises SchedulerError."""
-    return sbatch(["sbatch", "--parsable", *flags(options), str(template(stage)), *args])
+    """Queue a job of `stage` with the options of another, which ran this code; its id. Raises SchedulerError."""
+    here = at_home(PROJECT)
+    return sbatch(["sbatch", "--parsable", *flags(options), template(here, stage), *args], here)
 
 
-def sbatch(words: list[str]) -> str:
-    """Run one sbatch from the project's root; returns the job id. Raises SchedulerError."""
+def sbatch(words: list[str], home: dict[str, str]) -> str:
+    """Run one sbatch where the code lies; returns the job id. Raises SchedulerError."""
+    env = {**os.environ, **home}
     with environment.outside_allocation():
-        return slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=str(PROJECT), env={**os.environ, **HOME})
+        return slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=home["DDPM_HOME"], env=env)

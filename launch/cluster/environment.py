@@ -20,6 +20,10 @@ from ddpm.run.paths import RunDir
 from launch.cluster.addresses import first_node_address
 
 PROJECT = Path(__file__).resolve().parents[2]
+"""Where the packages lie: a checkout, a run's code, or where pip has put them."""
+_SHARED = (p / "share" / "ddpm-hpc" for p in (PROJECT, *PROJECT.parents[2:3]))
+SHIPPED = next((p for p in (PROJECT, *_SHARED) if (p / "slurm").is_dir()), PROJECT)
+"""Where configs/ and slurm/ lie: there, or in the share/ of what pip has installed into."""
 OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in the site profile"
 """What a user can do where packed data cannot be written."""
 
@@ -43,6 +47,8 @@ class JobEnvironment:
     array_task: int | None
     since: str
     """When this life of the job got its nodes."""
+    cluster: str = ""
+    """The name of the scheduler's cluster, in lower case; "" where it has none."""
 
     @property
     def is_scheduled(self) -> bool:
@@ -50,15 +56,23 @@ class JobEnvironment:
         return self.scheduler != "local"
 
     def events(self, run: RunDir) -> EventLog:
-        return EventLog(run, self.job, self.restart, self.host, since=self.since)
+        return EventLog(run, self.job, self.restart, self.host, since=self.since, cluster=self.cluster)
 
     def owner(self) -> dict[str, object]:
-        return {"job": self.job, "restart": self.restart, "host": self.host}
+        named = {"cluster": self.cluster} if self.cluster else {}
+        return {"job": self.job, "restart": self.restart, "host": self.host, **named}
 
 
 def is_scheduled() -> bool:
     """Whether this process is in a job of the scheduler's."""
     return "SLURM_JOB_ID" in os.environ
+
+
+def cluster() -> str:
+    """The name, in lower case, of the cluster whose job this is, or that the user has SLURM's commands ask; "" where
+    nothing says so."""
+    asked = os.environ.get("SLURM_CLUSTER_NAME" if is_scheduled() else "SLURM_CLUSTERS", "").lower()
+    return "" if "," in asked or asked == "all" else asked
 
 
 def num_tasks() -> int:
@@ -69,6 +83,16 @@ def num_tasks() -> int:
 def num_nodes() -> int:
     """Nodes of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def batch_shell_can_ask() -> bool:
+    """Whether the batch shell of this job has SLURM's commands, whatever its ranks run in."""
+    return bool(os.environ.get("DDPM_SHELL_ASKS"))
+
+
+def partition_and_qos() -> tuple[str, str]:
+    """Of the job in which this process runs."""
+    return os.environ.get("SLURM_JOB_PARTITION", ""), os.environ.get("SLURM_JOB_QOS", "")
 
 
 def memory_asked_for() -> str:
@@ -113,6 +137,7 @@ def current() -> JobEnvironment:
             _cpus_of_rank(env) if in_step else 1,
             int(array[1]) if array[1] else None,
             since,
+            cluster(),
         )
     alone = "LOCAL_WORLD_SIZE" not in env  # torchrun sets OMP_NUM_THREADS, which then is nobody's wish
     cpus = int(env.get("DDPM_CPUS") or (alone and threads_asked()) or len(os.sched_getaffinity(0)))
@@ -150,10 +175,12 @@ def _port(job: str, restart: int) -> int:
 
 
 def runs_root(option: str | None) -> Path:
-    """Where runs lie: --root, DDPM_RUNS, or runs/ in the project. Raises RequestError."""
+    """Where runs lie: --root, DDPM_RUNS, or runs/ in the checkout; where there is none, here. Raises RequestError."""
     chosen = option or os.environ.get("DDPM_RUNS")
     user_path(str(PROJECT), "the project's folder")
-    return user_path(chosen, "--root" if option else "DDPM_RUNS") if chosen else PROJECT / "runs"
+    if chosen:
+        return user_path(chosen, "--root" if option else "DDPM_RUNS")
+    return (PROJECT if SHIPPED == PROJECT else Path.cwd()) / "runs"
 
 
 def user_path(path: str, what: str = "path") -> Path:
@@ -180,8 +207,10 @@ def expand(path: str) -> Path:
     return Path(there).expanduser()
 
 
-def for_jobs() -> dict[str, str]:
+def for_jobs(home: Path) -> dict[str, str]:
     """The environment that a background job on this machine gets: ours, without a surrounding allocation's.
+
+    home: where its code lies.
 
     Its threads sleep at their barriers, unless the user wants it otherwise: the cores are not theirs alone, and threads
     that spin beside another such job take turns with it (a tenth of the speed, where sleeping ones have half).
@@ -189,7 +218,7 @@ def for_jobs() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
     path = os.environ.get("PYTHONPATH")
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return {**kept, "PYTHONPATH": f"{PROJECT}:{path}" if path else str(PROJECT), "PYTHONUNBUFFERED": "1"}
+    return {**kept, "PYTHONPATH": f"{home}:{path}" if path else str(home), "PYTHONUNBUFFERED": "1"}
 
 
 def stage() -> str:

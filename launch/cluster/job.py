@@ -6,21 +6,21 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
-from launch.cluster.environment import PROJECT
+from launch.cluster import code
 from launch.cluster.site import Site
 
-HOME = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": sys.executable}
-"""What every batch shell is told of this project."""
 SBATCH_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of a run: train; sample (an array whose tasks divide `shards` among them); evaluate."""
+    """One stage of a run: train; sample (an array whose tasks divide `shards` among them); evaluate (one, or an array
+    whose tasks share `parts`, whoever comes first)."""
 
     stage: str
     run: RunDir
@@ -32,6 +32,13 @@ class Job:
     extra_args: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     """Nodes that it is not to have, beside those that the site says."""
+    parts: int = 1
+    """Into how many an evaluation falls that several tasks may work on."""
+
+    @property
+    def home(self) -> dict[str, str]:
+        """What its batch shell is told: where the run's code lies, and the Python that runs it. Raises DamagedFile."""
+        return at_home(code.home(self.run))
 
     @property
     def world_size(self) -> int:
@@ -39,9 +46,9 @@ class Job:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks make its shards: as many as are asked for, or may run at a time; 1 where it has none."""
+        """How many tasks make its shards or parts: as many as are asked for, or may run at a time."""
         asked = self.site.max_parallel if self.site.tasks == "auto" else self.site.tasks
-        return max(1, min(asked, len(self.shards)))
+        return max(1, min(asked, len(self.shards) or self.parts))
 
     @property
     def is_array(self) -> bool:
@@ -49,7 +56,7 @@ class Job:
 
     def with_tasks(self, at_most: int) -> Job:
         fewer = self.site.model_copy(update={"tasks": min(self.num_tasks, at_most)})
-        return replace(self, site=fewer) if self.shards else self
+        return replace(self, site=fewer) if self.is_array else self
 
     def shards_of(self, task: int) -> list[int]:
         """What one of its tasks makes."""
@@ -91,6 +98,11 @@ class Job:
         values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
         values["exclude"] = ",".join(filter(None, [values["exclude"], *self.without])) or None
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
+
+
+def at_home(home: Path) -> dict[str, str]:
+    """What a batch shell is told that runs the code which lies there."""
+    return {"DDPM_HOME": str(home), "DDPM_PYTHON": sys.executable}
 
 
 def check_path(run: RunDir, site: Site) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
-from launch.cluster.environment import PROJECT
+from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
 from launch.cluster.site import MEMORIES, Site, Stage
 
-PROFILES = PROJECT / "configs" / "cluster"
+PROFILES = SHIPPED / "configs" / "cluster"
 OURS = {
     "array",
     "time",
@@ -39,6 +39,12 @@ OURS = {
     "uid",
     "gid",
 }
+BARE = {
+    *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "no-kill", "no-requeue", "overcommit"),
+    *("oversubscribe", "propagate", "quiet", "reboot", "requeue", "resv-ports", "share", "spread-job", "stepmgr"),
+    *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
+}
+"""Options of sbatch's that stand without a value, or may."""
 WHOLE = {"gpus"}
 """Options of sbatch's whose names are the beginning of one of these."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -56,7 +62,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
     "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
-    "tasks": {"metavar": "N", "help": "tasks of a sample job; each makes its share of the shards (default auto)"},
+    "tasks": {
+        "metavar": "N",
+        "help": "tasks that divide a sample job's shards (default auto), or an evaluation's",
+    },
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
@@ -70,7 +79,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, spec in FLAGS.items():
         group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
-    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(PROJECT)}/, or a path")
+    group.add_argument(
+        "--code", choices=["kept", "new"], default="kept",
+        help="jobs of a run go on with the code it was begun with; new: with this checkout's",
+    )  # fmt: skip
+    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(SHIPPED)}/, or a path")
 
 
 def load_profile(name: str | None) -> dict[str, Any]:
@@ -110,6 +123,12 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
     extra = dict(tree.get("sbatch") or {})
     for item in args.sbatch:
         key, eq, value = item.lstrip("-").partition("=")
+        if not eq and re.fullmatch(r"[a-z][a-z-]*", key) and key not in BARE and key not in OURS:
+            near = difflib.get_close_matches(key, BARE, 1)
+            raise RequestError(
+                f"--sbatch {item}: needs a value, as in --sbatch {key}=VALUE; without one sbatch takes "
+                + (f"{near[0]}, and others" if near else f"{', '.join(sorted(BARE)[:4])} and others")
+            )
         extra[key] = value if eq else True
     for key in extra:
         if not re.fullmatch(r"[a-z][a-z-]*", str(key)):

@@ -12,18 +12,20 @@ from typing import Protocol, TypeVar
 
 from launch.cluster import by_submitit, by_template
 from launch.cluster.answers import Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
-from launch.cluster.job import HOME, Job
+from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import available
-from launch.cluster.slurm_orders import cancel, cancel_waiting, exclude, make_wait, requeue, too_many
+from launch.cluster.slurm_orders import cancel, cancel_waiting, delay, exclude, make_wait, requeue, too_many
 from launch.cluster.slurm_questions import (
     any_cancelled,
+    cluster_name,
     dependents,
     look_up,
     max_array_size,
     mercy,
-    qos_table,
+    mode_and_grace,
+    preemption,
     show,
     spare_nodes,
 )
@@ -41,6 +43,8 @@ __all__ = [
     "by_hand",
     "cancel",
     "cancel_waiting",
+    "cluster_name",
+    "delay",
     "dependents",
     "describe",
     "exclude",
@@ -51,9 +55,10 @@ __all__ = [
     "make_wait",
     "max_array_size",
     "mercy",
+    "mode_and_grace",
     "partitions",
     "patiently",
-    "qos_table",
+    "preemption",
     "queued",
     "requeue",
     "show",
@@ -86,7 +91,7 @@ def describe(job: Job) -> str:
 
 def by_hand(job: Job) -> str:
     """What a person types, in any directory, to queue `job`."""
-    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in HOME.items())
+    home = " ".join(f"{k}={shlex.quote(v)}" for k, v in job.home.items())
     return f"{home} {shlex.join(by_template.command(fitting(job)))}"
 
 

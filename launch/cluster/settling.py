@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from typing import Any
 
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import slurm
 from launch.cluster.answers import SchedulerError
+from launch.cluster.container import check_image
 from launch.cluster.environment import default_partition
 from launch.cluster.partitions import Partition, partitions
 from launch.cluster.site import Site, Stage
@@ -18,9 +20,13 @@ from launch.cluster.values import slurm_minutes
 def settle(site: Site, *, dry_run: bool) -> Site:
     """Fill in what only the scheduler knows, and check the partition against it.
 
-    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition that does not exist. A dry run does
-    without a scheduler and then assumes a GPU per node.
+    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition or an image that does not exist. A dry
+    run does without a scheduler and then assumes a GPU per node.
     """
+    if site.container.image and site.is_local:
+        print("warning: the profile's container is for SLURM's jobs: here the run uses this Python", file=sys.stderr)
+    elif site.container.image and not dry_run:
+        check_image(site.container)
     if site.is_local:
         return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
     known: dict[str, Partition] = {}
@@ -46,6 +52,13 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         gpus = site.tasks_per_node or 1
         has_gpu = all(p.gpus_per_node for p in _meant(site.partition, known)) if known else True
         site = site.model_copy(update={"gpus_per_node": gpus if has_gpu else 0})
+    there = _meant(site.partition, known)
+    most = max((p.gpus_per_node for p in there), default=0)
+    if most and site.num_gpus > most:
+        raise RequestError(
+            f"--gpus-per-node {site.gpus_per_node}: no node of {', '.join(p.name for p in there)} has more than "
+            f"{most}; ask for {most}, on more --nodes"
+        )
     return _with_types(site, known) if known else site
 
 

@@ -7,7 +7,18 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ddpm.config.section import Section
-from launch.cluster.values import Gpus, Line, Memory, Minutes, Options, ShellLines, Tasks, Word, memory_share
+from launch.cluster.values import (
+    Gpus,
+    Line,
+    Memory,
+    Minutes,
+    Mounts,
+    Options,
+    ShellLines,
+    Tasks,
+    Word,
+    memory_share,
+)
 
 MEMORIES = ("mem", "mem_per_cpu", "mem_per_gpu")
 LEAST_WORK_S = 120
@@ -30,6 +41,21 @@ class Stage(Section):
     mem_per_gpu: Memory = None
     sbatch: Options = Field(default_factory=dict)
     """Beside training's; null takes one of those away."""
+
+
+class Container(Section):
+    """What the ranks of a job run in; their job's batch shell, which supervises them, stays outside."""
+
+    image: Line | None = None
+    """null: they run as they are. A file or folder, or where it is fetched from: docker://pytorch/pytorch:2.11.0,
+    nvcr.io#nvidia/pytorch:26.01-py3. Its `python` has what this project depends on; the project itself is mounted."""
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    mounts: Mounts = ()
+    """FROM[:TO[:ro]] of what ranks need beside the project, the runs and their data cache, such as scratch."""
+
+    @property
+    def is_file(self) -> bool:
+        return (self.image or "").startswith(("/", "~", ".", "$"))
 
 
 class Site(Section):
@@ -61,6 +87,7 @@ class Site(Section):
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
     setup: ShellLines = ()
     """Shell lines that every job runs first: module load …"""
+    container: Container = Field(default_factory=Container)
     scratch: Line | None = None
     """Node-local disk where jobs keep a copy of the packed data, e.g. /scratch/$USER."""
     data_cache: Line | None = None

@@ -38,6 +38,11 @@ def exclude(job: str, nodes: str) -> None:
     slurm.run(["scontrol", "update", f"jobid={job}", f"excnodelist={nodes}"])
 
 
+def delay(job: str, seconds: int) -> None:
+    """`job`, which waits, is not to begin before so long. Raises SchedulerError."""
+    slurm.run(["scontrol", "update", f"jobid={job}", f"starttime=now+{seconds}"])
+
+
 def make_wait(job: str, other: str) -> None:
     """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SchedulerError."""
     slurm.run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])

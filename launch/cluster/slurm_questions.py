@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from datetime import datetime
+from functools import cache
+from pathlib import Path
 
 from ddpm.run.files import stamp
-from launch.cluster import slurm
+from launch.cluster import environment, slurm
 from launch.cluster.answers import Mercy, NoAnswer, Queued, SchedulerError, Shown
 from launch.cluster.slurm import TIMEOUT_S
 
+CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
+"""Where it lies by default, and where slurmd keeps what it was sent."""
+NAMED = re.compile(r"^\s*ClusterName\s*=\s*([^\s#]+)", re.M | re.I)
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of jobs end that are queued here, or by the templates."""
 
@@ -37,6 +43,7 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
         and preempted_at is not None
         and preempted_at == _stamp(_field(shown, "EndTime")),
         excluded="" if excluded == "(null)" else excluded,
+        suspended_at=_stamp(_field(shown, "SuspendTime")),
     )
 
 
@@ -89,6 +96,24 @@ def any_cancelled(job: str) -> bool:
         return False
 
 
+def cluster_name() -> str:
+    """This cluster's, in lower case: a job knows it, else slurm.conf or slurmctld says; "" where neither does."""
+    return environment.cluster() or (_name_of_the_cluster() if slurm.available("squeue") else "")
+
+
+@cache
+def _name_of_the_cluster() -> str:
+    said = ""
+    for path in (os.environ.get("SLURM_CONF") or CONFS[0], *CONFS[1:]):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            said = Path(path).read_text()
+            break
+    if (match := NAMED.search(said)) is None:
+        with contextlib.suppress(SchedulerError):
+            match = NAMED.search(slurm.run(["scontrol", "show", "config"], timeout_s=10))
+    return match[1].lower() if match else ""
+
+
 def max_array_size() -> int:
     """One more than the largest index that an array may have; 1 where SLURM allows no arrays."""
     try:
@@ -104,63 +129,88 @@ def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
     return len(every), sorted(every - without)
 
 
-def mercy(job: str, by_qos: dict[str, str] | None = None) -> Mercy:
+def mercy(job: str, told: dict[str, str] | None = None) -> Mercy:
     """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once.
 
-    by_qos: what qos_table() was on the login node: accounting is often out of a node's reach.
+    told: what preemption() was on the login node, and `no-requeue` where the job must not be: accounting is often out
+    of a node's reach, and a container has none of SLURM's commands.
     """
+    told = told or {}
     try:
         shown = show(job)
-        config = slurm.run(["scontrol", "show", "config"], timeout_s=10)
         if shown is None:
             return Mercy(True, 0, 30, known=False)
+        config = slurm.run(["scontrol", "show", "config"], timeout_s=10)
         known = True
         if "qos" in (_setting(config, "PreemptType") or ""):
-            mode, grace_s, known = _of_qos(shown.qos, by_qos or {})
+            mode, grace_s, known = _of_qos(shown.qos, told)
         else:
             part = slurm.run(["scontrol", "-a", "show", "partition", "-o", shown.partition], timeout_s=10)
             mode, grace_s = _field(part, "PreemptMode") or "", int(_field(part, "GraceTime") or 0)
+        return _mercy(mode, grace_s, config, known, may_requeue=shown.may_requeue)
     except SchedulerError:
-        return Mercy(True, 0, 30, known=False)
+        partition, qos = environment.partition_and_qos()
+        said = told.get(f"qos {qos}" if "qos" in told.get("PreemptType", "") else f"partition {partition}")
+        if said is None:
+            return Mercy(True, 0, 30, known=False)
+        config = "\n".join(f"{key} = {value}" for key, value in told.items())
+        return _mercy(*mode_and_grace(said), config, True, may_requeue="no-requeue" not in told)
+
+
+def _mercy(mode: str, grace_s: int, config: str, known: bool, *, may_requeue: bool) -> Mercy:
+    """mode, grace_s: of the partition or QOS; config: of the cluster."""
     if mode.lower() in ("", "cluster"):
         mode = _setting(config, "PreemptMode") or ""
     return Mercy(
-        requeues=shown.may_requeue and "CANCEL" not in mode.upper(),
+        requeues=may_requeue and "CANCEL" not in mode.upper(),
         grace_s=grace_s,
         kill_wait_s=int(re.sub(r"\D.*", "", _setting(config, "KillWait") or "30")),
         known=known,
     )
 
 
-def _of_qos(name: str, table: dict[str, str]) -> tuple[str, int, bool]:
+def _of_qos(name: str, told: dict[str, str]) -> tuple[str, int, bool]:
     """PreemptMode and GraceTime in seconds, and whether both are known: from accounting, or from what it once said;
     else the mode from slurmctld, which keeps the grace time to itself.
     """
     try:
         said = slurm.run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
     except SchedulerError:
-        said = table.get(name, "")
+        said = told.get(f"qos {name}", "")
     if not said:
         try:
             shown = slurm.run(["scontrol", "show", "assoc_mgr", "flags=qos", f"qos={name}"], timeout_s=10)
         except SchedulerError:
             shown = ""
         return _field(shown, "PreemptMode") or "", 0, False
+    return *mode_and_grace(said), True
+
+
+def mode_and_grace(said: str) -> tuple[str, int]:
+    """PreemptMode and GraceTime in seconds of MODE|SECONDS or MODE|[DAYS-]HH:MM:SS."""
     mode, _, grace = said.partition("|")
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", grace)
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d+):)?(\d+)", grace)
     days, hours, minutes, seconds = (int(n or 0) for n in match.groups()) if match else (0, 0, 0, 0)
-    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds, True
+    return mode, ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def qos_table() -> dict[str, str]:
-    """PreemptMode|GraceTime of each QOS, where SLURM pre-empts by it and accounting answers; else nothing."""
-    try:
-        if "qos" not in (_setting(slurm.run(["scontrol", "show", "config"], timeout_s=10), "PreemptType") or ""):
-            return {}
-        said = slurm.run(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
-    except SchedulerError:
-        return {}
-    return dict(line.split("|", 1) for line in said.splitlines() if "|" in line)
+def preemption(partitions: str | None) -> dict[str, str]:
+    """What this cluster does with jobs that it pre-empts, as far as it says: its own settings, and its
+    PreemptMode|GraceTime of each QOS where it goes by them, else of these partitions; None: of all that there are.
+    """
+    told: dict[str, str] = {}
+    with contextlib.suppress(SchedulerError):
+        config = slurm.run(["scontrol", "show", "config"], timeout_s=10)
+        told = {key: _setting(config, key) or "" for key in ("PreemptType", "PreemptMode", "KillWait")}
+        if "qos" in told["PreemptType"]:
+            said = slurm.run(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
+            told |= {f"qos {name}": rest for name, rest in (line.split("|", 1) for line in said.split() if "|" in line)}
+        else:
+            for line in slurm.run(["scontrol", "-a", "show", "partition", "-o"], timeout_s=10).splitlines():
+                name = _field(line, "PartitionName") or ""
+                if partitions is None or name in partitions.split(","):
+                    told[f"partition {name}"] = f"{_field(line, 'PreemptMode') or ''}|{_field(line, 'GraceTime') or 0}"
+    return told
 
 
 def _setting(config: str, key: str) -> str | None:

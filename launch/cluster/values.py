@@ -120,6 +120,16 @@ def _shell_lines(lines: Any) -> Any:
     return tuple(split)
 
 
+def _mounts(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    for mount in value:
+        fits = isinstance(mount, str) and re.fullmatch(r"[^,:]+(?::/[^,:]*)?(?::r[ow])?", mount)
+        if not fits or has_control(mount):
+            raise ValueError(f"mounts = {mount!r}: FROM, FROM:TO or FROM:TO:ro, without commas; e.g. /scratch")
+    return tuple(value)
+
+
 def _tasks(value: Any) -> Any:
     if value == "auto" or (str(value).isdecimal() and int(value) > 0):
         return value if value == "auto" else int(value)
@@ -131,6 +141,7 @@ Line = Annotated[str, BeforeValidator(_one_line)]
 Minutes = Annotated[int, BeforeValidator(minutes)]
 Options = Annotated[dict[str, str | int | bool | None], BeforeValidator(_options)]
 ShellLines = Annotated[tuple[str, ...], BeforeValidator(_shell_lines)]
+Mounts = Annotated[tuple[str, ...], BeforeValidator(_mounts)]
 Memory = Annotated[str | None, BeforeValidator(_mem)]
 Gpus = Annotated[int | str | None, BeforeValidator(_gpus)]
 Tasks = Annotated[int | Literal["auto"], BeforeValidator(_tasks)]

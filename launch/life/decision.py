@@ -16,6 +16,13 @@ from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from launch.cluster.scheduler import Mercy, Shown
 
 MAX_RETRIES = 3
+WAIT_S = (0, 60, 300)
+"""Before the first retry in a row, the second, the third, beside what SLURM itself waits: what a life met, such as a
+file system that is away, may be over by then."""
+UNCOUNTED = ("preempted", "suspended")
+"""Reasons to come back that are no retry."""
+GONE = "gone"
+"""Why a life left whose run was moved away: what lies under its name is not told how it ended."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ def decide(e: Evidence) -> Decision:
         return Decision("leave")
     if e.code == EXIT_BUSY and (why := not_ours(e.shown, e.restart)):
         return Decision("leave", why)  # an orphan, which its own job's later life has fenced out
+    if e.reason == GONE:
+        return Decision("leave", "the run is not here any more: submit it where it is")
     if e.code in (EXIT_BUSY, EXIT_FATAL):
         why = "another job holds the run" if e.code == EXIT_BUSY else "starting again would end the same way"
         return Decision("fail", f"exit code {e.code}: {why}")
@@ -70,7 +79,7 @@ def decide(e: Evidence) -> Decision:
         return Decision("leave", why)
     if e.stop_file:
         return Decision("fail", "a STOP file forbids another start")
-    if e.retries >= MAX_RETRIES and e.reason != "preempted":
+    if e.retries >= MAX_RETRIES and e.reason not in UNCOUNTED:
         return Decision(
             "fail",
             f"{e.retries + 1} lives in a row ended ({e.reason}, exit code {e.code}) without progress "
@@ -88,7 +97,7 @@ def _put_back(e: Evidence, *, forbidden: bool) -> Decision:
         return Decision(
             "fail", "requeue is forbidden; the evaluation, or launch/sample.py, makes what is missing"
         )  # the task of an array has no successor
-    if not e.can_tell and e.reason != "preempted" and (forbidden or e.uncounted >= MAX_RETRIES):
+    if not e.can_tell and e.reason not in UNCOUNTED and (forbidden or e.uncounted >= MAX_RETRIES):
         lacks = "can be read" if e.progress is None else "can be written to events/: make room there"
         return Decision("fail", f"its lives cannot be counted while nothing {lacks}; submit the run again")
     how_far = "unknown" if e.progress is None else e.progress
@@ -109,13 +118,19 @@ def not_ours(shown: Shown | None, restart: int, *, or_preempted: bool = False) -
     return ""
 
 
-NO_FAULT_OF_ITS_OWN = ("preempted", "time_limit", "interrupted", "STOP", "save_failed", "out_of_memory")
+NO_FAULT_OF_ITS_OWN = (*UNCOUNTED, "time_limit", "interrupted", "STOP", "save_failed", "out_of_memory")
 """Reasons to leave that say nothing against the node."""
 
 
 def blames_its_node(e: Evidence) -> bool:
     """Whether this life died by itself in a way that another node may not see."""
     return e.code not in (0, EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE) and e.reason not in NO_FAULT_OF_ITS_OWN
+
+
+def wait_s(e: Evidence) -> int:
+    """How long a job that is put back now is kept from its next start."""
+    counts = e.code != EXIT_REQUEUE and e.reason not in UNCOUNTED
+    return WAIT_S[min(e.retries, len(WAIT_S) - 1)] if counts else 0
 
 
 # ---------------------------------------------------------------- counting
@@ -131,7 +146,7 @@ def retries_without_progress(events: list[dict[str, Any]], job: str, now_at: int
             continue
         if event.get("progress") != now_at:
             break
-        count += event.get("reason") != "preempted"
+        count += event.get("reason") not in UNCOUNTED
     return count
 
 

@@ -11,16 +11,18 @@ from typing import TypeVar
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL
 from ddpm.run.events import read_events
+from ddpm.run.files import seconds
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, not_ours, retries_without_progress, uncounted_lives
 from launch.life.life import shard_marker
 from launch.life.progress import progress
-from launch.queue.waiting import mercy_for
+from launch.queue.waiting import mercy_for, of_this_cluster
 
 SETTLE_S = 10
 READ_PATIENCE_S = 15
+AFTER_SUSPENSION_S = 300
 
 T = TypeVar("T")
 
@@ -37,6 +39,8 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
     asked_at = time.monotonic()
     shown = scheduler.patiently(lambda: scheduler.show(env.job))
     known = replace(known, shown=shown)
+    if known.reason == "crash" and shown is not None and _was_suspended(shown, env):
+        known = replace(known, reason="suspended")
     if known.code == EXIT_BUSY or shown is None or not_ours(shown, env.restart, or_preempted=True):
         return known
     if time.monotonic() - asked_at > scheduler.RETRY_S:  # a slurmctld that has just come back may lose a requeue
@@ -45,6 +49,12 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
         known = replace(known, mercy=mercy_for(run, env.job))
     return known
+
+
+def _was_suspended(shown: scheduler.Shown, env: JobEnvironment) -> bool:
+    """Whether SLURM suspended this life, and let it go on just before it died: its ranks took each other for dead."""
+    at = shown.suspended_at
+    return at is not None and at > env.since and time.time() - seconds(at) < AFTER_SUSPENSION_S
 
 
 def forget_shard(run: RunDir, env: JobEnvironment) -> None:
@@ -66,7 +76,7 @@ def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
 
 def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str) -> Evidence:
     """With what the run directory says. Raises OSError."""
-    here, events = progress(run, env.job, known.stage, set_name), read_events(run)
+    here, events = progress(run, env.job, known.stage, set_name), of_this_cluster(read_events(run))
     return replace(
         known,
         stop_file=run.stop_file.exists(),
@@ -78,7 +88,7 @@ def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str
 
 def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
     try:
-        events = read_events(run)
+        events = of_this_cluster(read_events(run))
     except OSError:
         events = []
     return replace(known, can_tell=False, uncounted=uncounted_lives(events, env.job, env.restart))

@@ -15,7 +15,7 @@ from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, Stopped
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, sign, write_json
 from ddpm.run.log import say
-from ddpm.run.records import data_of, read_run
+from ddpm.run.records import data_of, lost_signature, read_run
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training.ranks import World, stop_code
 from launch.cluster import environment
@@ -52,7 +52,9 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
     if there.digest != data["digest"] or changed:
         pixels = f"digest {there.digest[:12]} now, {data['digest'][:12]} when it was submitted"
         raise DoNotRetry(f"the data changed under this run: {changed or pixels}. Restore it, or train another run")
-    if fence is not None and "labels" not in record:
+    if fence is not None and ("labels" not in record or lost_signature(record)):
+        if "labels" in record:
+            say("run.json is signed no more, as where it was edited by hand: taken as it is, and signed again")
         _keep_labels(life, fence, there)
     return there
 
@@ -94,8 +96,7 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
 def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
     """A run from before labels were kept: from now on they are compared."""
     try:
-        record = {**read_run(life.run), "labels": labels_record(there)}
-        record = sign(record) if "self_sha256" in record else record
+        record = sign({"labels": labels_record(there), **read_run(life.run)})
         write_json(life.run.run_json, record, replace=True, may_publish=fence.check)
     except OSError as e:  # a full disk ends no training
         say("the labels of the data were not added to the run's record", error=e)

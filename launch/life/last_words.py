@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import JobEnvironment
+from launch.terminal.logfiles import NOISE
 
 TAIL_BYTES = 256 * 1024
 CHARACTERS = 300
-OTHERS = ("srun:", "slurmstepd", "[batch]", "submitit ")
+OTHERS = (*NOISE, "[batch]")
 """How lines begin that are not the work's own."""
 OWN = re.compile(
     r"^\S+Z failed: |^setup failed|^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Unfit|Lacks)\b"

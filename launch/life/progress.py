@@ -13,7 +13,7 @@ from launch.life.life import shard_marker
 
 
 def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
-    """Saved steps; shards of the job's own and finished batches of them; or shards whose features are there.
+    """Saved steps; shards of the job's own and finished batches of them; or features that are there, parts of a bound.
 
     Raises OSError where it cannot look.
     """
@@ -21,7 +21,8 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
         return run.latest_step()
     where = run.sample_set(set_name)
     if stage == "evaluate":
-        return sum(n.startswith("features-") and n.endswith(".json") for n in _names(where.path))
+        names = _names(where.path) + _names(run.bound_set(set_name).path)
+        return sum(n.startswith(("features-", "part-")) and n.endswith(".json") for n in names)
     try:
         shards = numbers(shard_marker(run, job).read_text())
     except (FileNotFoundError, ValueError):  # no life of it came so far as to say

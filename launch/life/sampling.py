@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RunBusy, Stopped
 from ddpm.run.log import say
-from ddpm.sampling.request import Request
+from ddpm.sampling.request import Request, shard_range
 from launch.life import devices
 from launch.life.life import Life
+from launch.life.pace import Pace
 from launch.life.starting import request_of
 
 if TYPE_CHECKING:
     from ddpm.sampling.denoiser import Denoiser
+    from ddpm.scoring.bound_request import BoundRequest
 
 
 def sample(life: Life, set_name: str, shards: list[int]) -> int:
@@ -28,11 +30,14 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
 
     from ddpm.sampling.generate import generate_shard
 
-    denoiser = _denoiser(life, set_name, config, request)
-    todo = list(shards)
+    denoiser = denoiser_of(life, set_name, config, request)
+    todo, pace = list(shards), Pace()
+    sizes = {shard: shard_range(request.num_samples, request.shards, shard)[1] for shard in shards}
 
     def told(done: int, total: int) -> None:
-        say(f"shard {todo[0]}", images=f"{done}/{total}")
+        of_all = sum(sizes.values())
+        before = of_all - sum(sizes[shard] for shard in todo)
+        say(f"shard {todo[0]}", images=f"{done}/{total}", **pace.told(before + done, of_all))
 
     busy: RunBusy | None = None
     while todo:
@@ -65,7 +70,7 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
     return life.leave(0)
 
 
-def _denoiser(life: Life, set_name: str, config: Config, request: Request) -> Denoiser:
+def denoiser_of(life: Life, set_name: str, config: Config, request: Request | BoundRequest) -> Denoiser:
     """The request's weights on this job's device. Raises NodeUnfit, DamagedFile; DoNotRetry where they are others."""
     import torch
 
@@ -74,6 +79,9 @@ def _denoiser(life: Life, set_name: str, config: Config, request: Request) -> De
     from ddpm.sampling.denoiser import Denoiser
 
     run, env = life.run, life.env
+    other = f"python launch/sample.py {run.path} --set OTHER"
+    if not isinstance(request, Request):
+        other = f"python launch/evaluate.py {run.path} --bits-per-dim --step STEP"
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
     devices.check_precision(env, device, request.precision)
@@ -81,13 +89,13 @@ def _denoiser(life: Life, set_name: str, config: Config, request: Request) -> De
         generation = generations.verify(run, request.checkpoint.step)
     except FileNotFoundError:
         raise DoNotRetry(
-            f"the checkpoint of step {request.checkpoint.step} that {set_name} samples is gone: bring it back, or "
-            f"sample another one: python launch/sample.py {run.path} --set OTHER"
+            f"the checkpoint of step {request.checkpoint.step} that {set_name} is of is gone: bring it back, or "
+            f"take another one: {other}"
         ) from None
     if generation.sha256 != request.checkpoint.sha256:
         raise DoNotRetry(
             f"{run.checkpoint(generation.step).name} is not the one that {set_name} was begun with; "
-            f"sample into another set: python launch/sample.py {run.path} --set OTHER"
+            f"take another: {other}"
         )
     network = load_network(config, run, generation.step, request.weights, device, request.precision)
     cast_once(network, request.precision)

@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 
 from ddpm.config import reading
+from ddpm.config.schema import Config
 from ddpm.errors import Stopped
+from ddpm.run.claims import OthersAtWork
 from ddpm.run.log import say
 from ddpm.run.records import data_of
 from ddpm.sampling.shards import missing_shards
 from ddpm.scoring import evaluate as scoring
 from ddpm.scoring.against import open_reference
-from ddpm.scoring.extractors import build_extractor
+from ddpm.scoring.extractors import beside, build_extractor
 from ddpm.scoring.record import key_of
 from ddpm.scoring.record import told as told_of
 from launch.life import devices
 from launch.life.life import Life
-from launch.queue import chain
+from launch.queue import chain, milestones
 from launch.queue.sets import ensure_request
 
 
@@ -35,6 +37,9 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
     sample_set = run.sample_set(set_name)
     request = ensure_request(run, config, set_name)
     if missing := missing_shards(sample_set, request):
+        if env.array_task:
+            say(f"{len(missing)} shards of {set_name} are missing: the first task has them made")
+            return life.leave(0)
         return life.leave(chain.fill_gaps(run, set_name, missing, again, round_, env))
     life.stop.watch(run.stop_file)
     torch.set_num_threads(env.cpus)
@@ -50,7 +55,10 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 set_name,
                 reference=open_reference(run, config, against, life.stop),
                 extractor=build_extractor(
-                    extractor or config.evaluate.extractor, device, image_size=config.data.image_size
+                    extractor or config.evaluate.extractor,
+                    device,
+                    image_size=config.data.image_size,
+                    shared=beside(cache),
                 ),
                 cache_dir=cache / "reference",
                 image_size=config.data.image_size,
@@ -59,10 +67,17 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 stop_requested=life.stop,
                 progress=lambda done, total: say("features", shards=f"{done}/{total}"),
                 token=f"{env.job}.{env.restart}",
+                stay=not env.array_task,
             )
+        except OthersAtWork as e:  # the first task of the array merges
+            say(str(e))
+            return life.leave(0)
         except scoring.BrokenSet as e:
             if not e.shards:
                 raise  # nothing that computing anew would mend
+            if env.array_task:
+                say(f"{e}; the first task has them made")
+                return life.leave(0)
             repair = f"`python launch/sample.py {shlex.quote(str(run.path))} --set {set_name}`"
             say(f"{e}; {repair} computes what is missing")
             return life.leave(chain.fill_gaps(run, set_name, list(e.shards), again, round_, env))
@@ -71,6 +86,27 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
             if code is None:
                 continue
             return life.leave(code, e.reason)
+        if set_name.startswith("milestone"):
+            _on_the_curve(life, config)
         score = key_of(result)
         say(f"scored {told_of(result)}", **{score: f"{result[score]:.4f}"})
         return life.leave(0)
+
+
+def _on_the_curve(life: Life, config: Config) -> None:
+    """What a milestone scores, in milestones.json and in TensorBoard, where that is news."""
+    run, env = life.run, life.env
+    before = {point["step"] for point in milestones.points(run)}
+    if (record := milestones.publish(run, config, f"{env.job}.{env.restart}")) is None:
+        return
+    best = record["best"]
+    say("best milestone so far", step=best["step"], **{record["score"]: f"{best[record['score']]:.4f}"})
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run.tensorboard / "milestones")) as board:
+            for point in record["curve"]:
+                if point["step"] not in before:
+                    board.add_scalar(f"score/{record['score']}", point[record["score"]], point["step"])
+    except OSError as e:  # another's run, or a full disk
+        say("not shown in TensorBoard", error=e)

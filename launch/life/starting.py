@@ -9,7 +9,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry
 from ddpm.run.log import say
 from ddpm.sampling.request import Request
-from launch.cluster import environment, scheduler
+from launch.cluster import code, environment, scheduler
 from launch.life import compiled
 from launch.life.life import Life
 from launch.queue import borrowing
@@ -59,6 +59,7 @@ def _note_allocation(life: Life) -> None:
         with contextlib.suppress(scheduler.SchedulerError):
             shown = scheduler.show(env.job, timeout_s=5)
     former = {"former_life_ended": shown.queued_at} if shown and shown.queued_at else {}
+    former["code"] = code.digest(code.of_checkout())
     try:
         env.events(run).append("allocated", world_size=env.world_size, step=run.latest_step(), **former)
     except OSError as e:  # a full disk ends no training

@@ -8,6 +8,7 @@ What is decided, and why, is decision.py's.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -25,11 +26,14 @@ from launch.life.decision import (
     blames_its_node,
     decide,
     not_ours,
+    wait_s,
 )
 from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
+from launch.life.life import take_along
 from launch.queue.nodes import may_do_without
 from launch.queue.submitting import submit_successor
+from launch.queue.waiting import of_this_cluster
 from launch.terminal import streams
 
 KILLED_WITHIN_S = 300
@@ -47,6 +51,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     bad = (words.node or env.host) if decision.goes_on and blames_its_node(known) else ""
     if decision.goes_on and known.can_tell:
         fields = {"reason": known.reason, "exit_code": known.code, "progress": known.progress, "stage": stage}
+        fields |= {"wait_s": wait_s(known)} if wait_s(known) else {}
         if not _note(log, "requeued", **fields, **({"bad_node": bad, "error": words.error} if bad else {})):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
@@ -56,9 +61,12 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     if decision.what == "succeed":
         _have_a_successor(run, env, stage, decision.why, avoided or (known.shown.excluded if known.shown else ""))
     elif decision.what == "requeue":
-        _put_back(env, decision.why, avoided)
+        _put_back(env, decision.why, avoided, wait_s(known))
     elif decision.why:
         say(decision.why)
+        told = of_this_cluster(read_events(run)) if words.cancelled else []
+        if words.cancelled and not any(e["event"] == "cancelled" and e["job"] == env.job for e in told):
+            take_along(run, env)  # its ranks could not, in a container
     return known.code
 
 
@@ -78,20 +86,34 @@ def _without(bad: str, shown: scheduler.Shown) -> str:
     return ",".join(filter(None, [shown.excluded, bad]))
 
 
-def _put_back(env: JobEnvironment, told: str, avoided: str) -> None:
+def _put_back(env: JobEnvironment, told: str, avoided: str, wait_s: int) -> None:
     def order() -> bool:
         if not _still_ours(env):
             return False
         scheduler.requeue(env.job)
         return True
 
-    say(f"{told} requeueing job {env.job}")
+    later = f", which is not to begin in less than {wait_s} s: it is not the first retry in a row" if wait_s else ""
+    say(f"{told} requeueing job {env.job}{later}")
+    shell = os.getppid()
     with _undisturbed():  # SLURM ends this shell as soon as it has put the job back, and the node is yet to be excluded
         is_back = scheduler.patiently(order)
         if is_back:
             _exclude(env, avoided)
-    if is_back:
-        time.sleep(KILLED_WITHIN_S)  # SLURM ends this shell: leaving first would race the requeue
+            _delay(env, wait_s)
+    # SLURM ends the shell: leaving first would race the requeue
+    for _ in range(KILLED_WITHIN_S if is_back else 0):
+        if os.getppid() != shell:
+            break
+        time.sleep(1)
+
+
+def _delay(env: JobEnvironment, wait_s: int) -> None:
+    try:
+        if wait_s:
+            scheduler.delay(env.job, wait_s)
+    except scheduler.SchedulerError as e:
+        say(f"the job may begin at once: {e}")
 
 
 @contextlib.contextmanager
@@ -164,7 +186,7 @@ def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) ->
     reason = f"{why}: {words.told(stage, env.host, environment.memory_asked_for())}"
     run = RunDir(log.path.parent.parent)
     with contextlib.suppress(OSError):
-        if nodes := bad_nodes(read_events(run), env.job):
+        if nodes := bad_nodes(of_this_cluster(read_events(run)), env.job):
             reason += f"; lives of it died on {', '.join(nodes)} before"
     fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
     _note(log, "failed", stage=stage, exit_code=code, reason=reason, **fields)

@@ -5,7 +5,9 @@ What comes before torch is starting.py's.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -28,6 +30,11 @@ from launch.life import compiled, devices, inputs
 from launch.life.life import Life
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
+from launch.queue.waiting import mercy_for
+
+TRY_TO_SAVE_S = 30
+
+QUEUE_AT_MOST_S = 120.0
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
@@ -70,12 +77,23 @@ def train(life: Life, config: Config, why: str | None) -> int:
         fence=fence,
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
+        start=read_run(run).get("from"),
+        on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
     found = trainer.fit()
     if fence is not None and found is not None:
         _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
     return _until_the_end(life, world, trainer, fence)
+
+
+def save_patience_s(life: Life, reason: str) -> float:
+    """How long a stop may try to save: while its job has time, less what a save takes, and the other ranks wait."""
+    ranks_wait = site_of(life.run).rank_timeout_s / 2
+    if reason != "preempted":  # USR2 comes at least 54 s before the end where 60 were asked for
+        return min(ranks_wait, TRY_TO_SAVE_S)
+    mercy = mercy_for(life.run, life.env.job)
+    return min(ranks_wait, max(mercy.grace_s + mercy.kill_wait_s, 10))
 
 
 def _choose_network(asked: str | None, rank_0: str) -> None:
@@ -99,14 +117,17 @@ def _take(life: Life, wait_s: float) -> Fence:
 
 
 def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
-    job = str(other.get("job", "JOB"))
-    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}"
+    job, cluster = str(other.get("job", "JOB")), other.get("cluster")
+    where = f" (on cluster {cluster})" if cluster and cluster != scheduler.cluster_name() else ""
+    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}{where}"
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
+    if env.cluster and other.get("cluster", env.cluster) != env.cluster:
+        return False  # nor is another cluster's, whose job may have this one's id
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
@@ -140,14 +161,33 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
             # compilers that start here must not die of a signal meant for us
             with life.stop.held(), _compiling(life, world, trainer, fence):
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop)
+        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason))
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:
+            if world.is_main and (asked := score_milestones(life, trainer.config)):
+                with suppress(subprocess.TimeoutExpired):
+                    asked.wait(QUEUE_AT_MOST_S)
             return _leave_together(life, world, 0)
         code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
         if code is not None:
             return _leave_together(life, world, code, outcome.reason)
+
+
+def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | None:
+    """Have milestones sampled and scored by jobs beside this one, where the config wants it: queued by a process of its
+    own, which training does not wait for. On this machine they would take what training computes with: not here."""
+    if config.evaluate.milestones is None or not life.env.is_scheduled:
+        return None
+    command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
+    try:
+        with (life.run.logs / "milestones.out").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--all-milestones"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+    except OSError as e:  # it ends no training; what is not queued now is at the next milestone
+        say("milestones are not queued", error=e)
+        return None
 
 
 def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:

@@ -104,8 +104,9 @@ def _make(mine: RunDir, run: RunDir) -> None:
         for name in READ:
             (tmp / name).symlink_to(run.path / name)
         write_bytes(RunDir(tmp).config, run.config.read_bytes())
-        if (setup := run.path / "setup.sh").exists():
-            write_bytes(tmp / setup.name, setup.read_bytes())
+        for there in (run.path / "setup.sh", run.code):
+            if there.exists():
+                write_bytes(tmp / there.name, there.read_bytes())
         write_json(RunDir(tmp).run_json, sign({**read_run(run), "reads": str(run.path)}))
         tmp.rename(mine.path)
         fsync_dir(mine.path.parent)

@@ -6,6 +6,7 @@ The run directory says what is done, and SLURM what is in the queue; whoever sub
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
@@ -82,9 +83,12 @@ def go_on(run: RunDir) -> None:
 
 
 def lift_stop(run: RunDir) -> None:
-    """Submitting again means going on."""
+    """Submitting again means going on. RequestError where STOP is no file, but somebody's directory."""
     if run.stop_file.exists():
-        run.stop_file.unlink()
+        try:
+            (Path.rmdir if run.stop_file.is_dir() else Path.unlink)(run.stop_file)
+        except OSError as e:
+            raise RequestError(f"{run.stop_file} forbids training and cannot be removed ({e.strerror})") from None
         print(f"removed {run.stop_file}: submitting again means going on")
 
 
@@ -203,6 +207,11 @@ def fill_gaps(
     if run.stop_file.exists():
         raise DoNotRetry(
             f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
+        )
+    if not scheduler.available():  # as in a container
+        raise DoNotRetry(
+            f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}), and there is no sbatch here to have "
+            f"them made: on a login node {repair}, then python launch/evaluate.py {run.path} --set {set_name}"
         )
     before, _, had = round_.partition(":")
     site = sent_where(run, env.job) or site_of(run)

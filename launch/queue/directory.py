@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from ddpm import __version__
@@ -16,19 +18,23 @@ from ddpm.errors import RequestError
 from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
+from launch.cluster.container import check_image, lines
 from launch.cluster.environment import PROJECT
 from launch.cluster.site import Site
 
 
-def create_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
-    """Make the run directory whole: built beside its place, then renamed there."""
+def create_run(run: RunDir, config: Config, record: dict[str, Any], *, start: bytes | None = None) -> None:
+    """Make the run directory whole: built beside its place, then renamed there. start: of start.safetensors."""
     tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
+    shell = _shell(run, of_record(record["launch"], "launch"), record)
     try:
         tmp.mkdir(parents=True)
         for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
             (tmp / sub).mkdir()
         write_bytes(tmp / "config.yaml", config.to_yaml().encode())
-        _write_setup(RunDir(tmp), record)
+        _write_shell(RunDir(tmp), shell)
+        if start is not None:
+            write_bytes(RunDir(tmp).start, start)
         write_json(tmp / "run.json", sign(record))
         tmp.rename(run.path)
         fsync_dir(run.path.parent)
@@ -51,24 +57,51 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
             f"run {run.name} was trained on the same images with other labels: {changed}; put them back into the "
             f"class folders that they were in, or choose another --name"
         )
+    shell = _shell(run, of_record(record["launch"], "launch"), record)
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
-    _write_setup(run, record)
+    _write_shell(run, shell)
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
+    kept |= {"from": old["from"]} if "from" in old else {}
     write_json(run.run_json, sign({**record, **kept}), replace=True)
 
 
-def _write_setup(run: RunDir, record: dict[str, Any]) -> None:
-    """The profile's shell lines, as a file that every batch shell sources."""
-    path = run.path / "setup.sh"
-    if lines := record["launch"].get("setup"):
-        write_bytes(path, ("\n".join(lines) + "\n").encode(), replace=True)
-    else:
-        path.unlink(missing_ok=True)
+def use_shell_of(run: RunDir, site: Site) -> None:
+    """From now on batch shells of the run begin with what this site says. Raises RequestError, EnvironmentLacks."""
+    _write_shell(run, _shell(run, site, read_run(run)))
+
+
+def _shell(run: RunDir, site: Site, record: dict[str, Any]) -> dict[str, list[str]]:
+    """Files that every batch shell sources: the profile's lines, and how ranks are started in its container."""
+    found = {"setup.sh": list(site.setup), "container.sh": []}
+    if site.container.image and not site.is_local:
+        check_image(site.container)
+        needed = [run.path.parent, Path(record["data"]["cache"]).parent]
+        if reads := record.get("reads"):
+            needed.append(Path(reads).parent)
+        found["container.sh"] = lines(site.container, needed)
+    return found
+
+
+def _write_shell(run: RunDir, shell: dict[str, list[str]]) -> None:
+    for name, there in shell.items():
+        if there:
+            write_bytes(run.path / name, ("\n".join(there) + "\n").encode(), replace=True)
+        else:
+            (run.path / name).unlink(missing_ok=True)
 
 
 def site_of(run: RunDir) -> Site:
     """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
     return of_record(read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+
+
+def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
+    """What a later stage's options go on top of: what the run was submitted with; not that it was made on this machine,
+    where they name a partition or a site."""
+    base = site_of(run).model_dump(exclude_defaults=True)
+    if base.get("cluster") == "local" and args.cluster is None and (args.partition or args.profile):
+        base = {key: value for key, value in base.items() if key not in ("cluster", "gpus_per_node")}
+    return base
 
 
 def of_record(launch: dict[str, Any], where: str) -> Site:

@@ -21,28 +21,37 @@ from typing import Any
 from ddpm.errors import EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment
+from launch.cluster import code, environment
 from launch.cluster.job import Job
 from launch.queue.waiting import is_of
 
 
-def stage_commands(job: Job) -> list[list[str]]:
-    """The processes that `job` is here: one, or one per shard; torchrun starts the ranks of a training job."""
+def stage_command(job: Job) -> list[str]:
+    """The process that `job` is here, which makes all of its shards; torchrun starts the ranks of a training job."""
     python = [sys.executable, "-u"]
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
-    return [[*python, "-m", "launch.jobs", *job.arguments(s)] for s in [[n] for n in job.shards] or [[]]]
+    return [*python, "-m", "launch.jobs", *job.arguments(job.shards)]
 
 
 def running(run: RunDir) -> int | None:
     """The background process on this machine that trains the run, or will, if there is one."""
-    for e in reversed(read_events(run)):
+    return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
+
+
+def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str, tuple[int, list[str]]]:
+    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first.
+
+    events: the run's, where they have been read.
+    """
+    found = {}
+    for e in reversed(read_events(run) if events is None else events):
         here = e["event"] == "submitted" and e.get("via") == "local" and e.get("host") == environment.host()
-        if here and "train" in (e.get("stage") or "").split("+") and e.get("pid") and is_of(run, e):
+        if here and e.get("pid") and is_of(run, e):
             with contextlib.suppress(OSError):  # it has ended
                 if _is_at_work(Path(f"/proc/{e['pid']}"), e):
-                    return int(e["pid"])
-    return None
+                    found[str(e["job"])] = int(e["pid"]), (e.get("stage") or "").split("+")
+    return found
 
 
 def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
@@ -59,9 +68,10 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
     run.logs.mkdir(exist_ok=True)
     log = run.logs / f"{name}.out"
-    commands = [command for job in jobs for command in stage_commands(job)]
+    commands = [stage_command(job) for job in jobs]
     chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
+    home = code.unpack(run)
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "launch.queue.local", str(run.path), json.dumps(commands)],
@@ -69,13 +79,13 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            cwd=environment.PROJECT,
-            env={**environment.for_jobs(), "DDPM_JOB": name, **cpus},
+            cwd=home,
+            env={**environment.for_jobs(home), "DDPM_JOB": name, **cpus},
         )
     events = EventLog(run, name, 0, environment.host(), prefix="submit-")
     stages = "+".join(job.stage for job in jobs)
     try:
-        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path))
+        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path), code=home.name)
     except BaseException as e:  # nobody could find it again
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -89,9 +99,19 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
     return process, log
 
 
+def _note(run: RunDir, event: str, command: list[str]) -> None:
+    """When samples or a score began and were done: training tells of itself, in the file of the job's name."""
+    stage, _, *of = command[command.index("launch.jobs") + 1 :]
+    if stage != "train":
+        log = EventLog(run, f"{environment.current().job}-then", 0, environment.host())
+        with contextlib.suppress(OSError):  # a full disk ends nothing
+            log.append(event, stage=stage, set=of[0] if of else "", step=run.latest_step())
+
+
 def main() -> int:
     """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs."""
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
+    stages = [command[command.index("launch.jobs") + 1] for command in commands]
     child: subprocess.Popen[bytes] | None = None
     unheard: list[int] = []  # by a command: none was running
 
@@ -105,19 +125,23 @@ def main() -> int:
     signal.signal(signal.SIGINT, forward)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, forward)
-    for command in commands:
+    for i, command in enumerate(commands):
         if unheard:
             return 128 + unheard[0]
         if run.stop_file.exists():  # it ended the command before; what would follow that has nothing to go on
             return 0
+        if stages[i] not in stages[:i]:
+            _note(run, "stage_began", command)
         started = subprocess.Popen(command)
         child = started
         while unheard:
             child.send_signal(unheard.pop())
-        code = child.wait()
+        ended = child.wait()
         child = None
-        if code:
-            return code if code > 0 else 128 - code
+        if ended:
+            return ended if ended > 0 else 128 - ended
+        if stages[i] not in stages[i + 1 :]:
+            _note(run, "stage_done", command)
     return 0
 
 

@@ -11,6 +11,7 @@ from ddpm.run.files import seconds
 from launch.cluster import scheduler
 from launch.cluster.environment import default_partition
 from launch.cluster.job import Job
+from launch.queue.waiting import of_this_cluster
 
 MENDED_AFTER_S = 7 * 86_400
 """A node that has not been tried for so long may be as good as another."""
@@ -29,7 +30,7 @@ def to_avoid(job: Job) -> tuple[str, ...]:
     """
     events = []
     with contextlib.suppress(OSError):
-        events = read_events(job.run)
+        events = of_this_cluster(read_events(job.run))
     lately = (e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S)
     bad = list(dict.fromkeys(e["bad_node"] for e in lately))
     options = job.options()

@@ -40,6 +40,11 @@ def set_of(run: RunDir, config: Config, step: int, variance: str | None = None) 
     return chain if not variance and _sampled_at(run, own) is None and _sampled_at(run, chain) == step else own
 
 
+def own_set(run: RunDir, config: Config, step: int) -> str:
+    """The name that a set of `step` has by itself, whatever the chain made there."""
+    return _set_name(run, config, f"step{step}")
+
+
 def chain_set(run: RunDir, config: Config) -> str:
     """The name of the set that is made when training ends: one for each step at which it has ended."""
     planned, step = _planned_set(run, config), finished_step(run, config)
@@ -152,9 +157,8 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
 def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     """The score of the set, as it is, by that extractor against that reference, as that is; None where there is none
     that holds."""
-    if not (request := _asked(run, set_name)):
+    if not _asked(run, set_name):
         return None
-    samples = samples_record(Request.from_record(request))
     extractor = evaluate.extractor
     if extractor.startswith(FILE):
         path = Path(extractor.removeprefix(FILE)).expanduser()
@@ -162,12 +166,29 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     found = [
         score
         for score in scores_of(run, set_name)
-        if not score.damage
-        and all(score.record.get(key, value) == value for key, value in samples.items())
-        and score.record["extractor"]["name"] == extractor
+        if not (score.damage or of_other_samples(run, score))
+        and (score.record.get("extractor") or {}).get("name") == extractor
     ]
     is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
     return next((score for score in found if is_it(score.record["reference"])), None)
+
+
+def of_other_samples(run: RunDir, score: Score) -> str:
+    """In what a score says to be of other samples than its set's request asks for, for a message; "" where in nothing,
+    or where there is no request that holds. Raises OSError where it cannot look."""
+    set_name = score.name.partition("/")[0]
+    if score.damage or not (asked := _asked(run, set_name)):
+        return ""
+    there, due = (_flat(r) for r in (score.record, samples_record(Request.from_record(asked))))
+    wrong = [f"{key} {there[key]!r} instead of {due[key]!r}" for key in due if there.get(key, due[key]) != due[key]]
+    return f"{score.path.name} is no score of samples/{set_name}: it says {', '.join(wrong)}" if wrong else ""
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for key, value in record.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
 
 
 def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:

@@ -15,20 +15,19 @@ from typing import Any
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, scheduler
+from launch.cluster import code, environment, scheduler
 from launch.cluster.job import Job
 from launch.cluster.site import Site
 from launch.queue import local, nodes
 from launch.queue.directory import of_record
+from launch.queue.waiting import of_this_cluster
 
 
 def describe(job: Job) -> str:
     """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
     if not job.site.is_local:
         return scheduler.describe(fitting(job))
-    commands = local.stage_commands(job)
-    lines = [shlex.join(command) for command in commands[:2]]
-    return "\n".join(lines + [f"… and {len(commands) - 2} more shards"] * (len(commands) > 2))
+    return shlex.join(local.stage_command(job))
 
 
 def by_hand(job: Job) -> str:
@@ -60,6 +59,7 @@ def submit(job: Job) -> str:
 def _submit(job: Job) -> str:
     options = job.options()
     kept = {k: v for k, v in options.items() if k != "dependency"}
+    home = code.unpack(job.run)
     try:
         job_id = scheduler.submit(job)
     except (scheduler.NoAnswer, scheduler.NoJobId) as e:
@@ -74,10 +74,10 @@ def _submit(job: Job) -> str:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.stage == "evaluate":  # which may have shards made
             more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
-        if table := scheduler.qos_table():  # for nodes that cannot ask
-            more["qos"] = table
+        if told := scheduler.preemption(str(options.get("partition") or "") or None):  # for nodes that cannot ask
+            more["preemption"] = told
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
-                   args=list(job.extra_args), **more)  # fmt: skip
+                   code=home.name, args=list(job.extra_args), **more)  # fmt: skip
     except Exception:  # a job that nobody could find again
         scheduler.cancel([job_id])
         raise
@@ -126,11 +126,12 @@ def sent_where(run: RunDir, job_id: str) -> Site | None:
 
 def _submission(run: RunDir, job_id: str) -> dict[str, Any]:
     """The event of a job's submission; nothing where there is none."""
-    return next((e for e in reversed(read_events(run)) if e["event"] == "submitted" and e["job"] == job_id), {})
+    events = of_this_cluster(read_events(run))
+    return next((e for e in reversed(events) if e["event"] == "submitted" and e["job"] == job_id), {})
 
 
 def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
-    EventLog(run, job, 0, environment.host(), prefix="submit-").append(
+    EventLog(run, job, 0, environment.host(), prefix="submit-", cluster=scheduler.cluster_name()).append(
         "submitted", world_size=world_size, step=run.latest_step(), stage=stage, via=via, run=str(run.path), **fields
     )
 
@@ -149,7 +150,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **record, **{k: told[k] for k in ("qos", "launch") if k in told})  # fmt: skip
+                   **record, **{k: told[k] for k in ("qos", "preemption", "launch", "code") if k in told})  # fmt: skip
     return new
 
 

@@ -20,7 +20,13 @@ COMPLETING_AT_MOST_S = 60.0
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Job ids of this stage that SLURM has. Raises SchedulerError."""
-    return _in_queue(slurm_jobs(run, read_events(run), stage, set_name))
+    return in_queue(slurm_jobs(run, read_events(run), stage, set_name))
+
+
+def of_this_cluster(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those of jobs on other clusters, whose ids mean other jobs here; what names none counts as of this."""
+    here = scheduler.cluster_name()
+    return [e for e in events if not here or e.get("cluster", here) == here]
 
 
 def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
@@ -36,10 +42,10 @@ def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: E
 
     default: the config's, which is meant where a job was told of none.
     """
-    events = read_events(run)
+    events = of_this_cluster(read_events(run))
     told = {e["job"]: e.get("args") or [] for e in events if e["event"] == "submitted"}
     jobs = slurm_jobs(run, events, "evaluate", set_name)
-    return _in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])
+    return in_queue([job for job in jobs if _evaluation_of(told.get(job, []), default) == asked])
 
 
 def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
@@ -48,7 +54,7 @@ def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
     return default.model_copy(update=said)
 
 
-def _in_queue(jobs: list[str]) -> list[str]:
+def in_queue(jobs: list[str]) -> list[str]:
     """Those of `jobs` that SLURM has.
 
     A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.
@@ -69,11 +75,12 @@ def _in_queue(jobs: list[str]) -> list[str]:
 
 
 def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = None, set_name: str = "") -> list[str]:
-    """Ids of the SLURM jobs that the run's events tell of, of one stage or of all, but for those of the run of which
-    this is a copy.
+    """Ids of this cluster's jobs that the run's events tell of, of one stage or of all, but for those of the run of
+    which this is a copy.
 
     A training job that was submitted by hand is first told of when it has its nodes.
     """
+    events = of_this_cluster(events)
     others = {e["job"] for e in events if e["event"] == "submitted" and not is_of(run, e)}
     told = (e for e in events if e["event"] in ("submitted", "allocated") and e["job"][:1].isdigit())
     told = (e for e in told if e["job"] not in others)
@@ -85,8 +92,12 @@ def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
     """What SLURM does with a job of the run when it takes its nodes, by what is known here and was at submission."""
     base = job.partition("_")[0]
     try:
-        told = [e for e in read_events(run) if e["event"] == "submitted" and e["job"] == base]
+        told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]
     except OSError:
         told = []
-    table = told[-1].get("qos") if told else None
-    return scheduler.mercy(job, table if isinstance(table, dict) else {})
+    last = told[-1] if told else {}
+    once = {f"qos {name}": said for name, said in (last.get("qos") or {}).items()}  # as it was written before
+    known = {**once, **(last.get("preemption") or {})}
+    if "no-requeue" in (last.get("options") or {}):
+        known["no-requeue"] = "1"
+    return scheduler.mercy(job, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
 from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
-from launch.queue.sets import score_by
+from launch.queue.sets import of_other_samples, score_by
 from launch.terminal import console
 
 
@@ -34,16 +35,22 @@ def chosen_scores(
         asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
         score = score_by(of, name, asked)
         if score is None:
-            damaged = [s.damage for s in scores_of(of, name) if s.damage]
+            damaged = list(filter(None, (s.damage or of_other_samples(of, s) for s in scores_of(of, name))))
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
                 + (f" ({plain('; '.join(damaged))})" if damaged else "")
-                + f": python launch/evaluate.py {of.path} --set {name}"
+                + f": python launch/evaluate.py {of.path} --set {name}{_asked(asked, config)}"
             )
         found[word] = score.record
     if len(found) < 2:
         raise RequestError("--compare: give at least two different sets")
     return found
+
+
+def _asked(asked: Evaluate, default: Evaluate) -> str:
+    """The options that make the score which was looked for."""
+    pairs = (("reference", asked.reference, default.reference), ("extractor", asked.extractor, default.extractor))
+    return "".join(f" --{option} {shlex.quote(value)}" for option, value, usual in pairs if value != usual)
 
 
 def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import json
 import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,8 @@ def run_script(main: Callable[[], int]) -> None:
     """Run a script's main and leave with its exit code; what a user can mend is one message, never a traceback."""
     streams.make_safe()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while everything was loaded
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,10 +62,35 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one message, without the whole usage, and knows what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        near = difflib.get_close_matches(unknown.group(1), self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        unknown = re.match(r"unrecognized arguments: --([^\s=]+)(?:=(\S*))?", message)
+        keys = self._keys(unknown[1].replace("-", "_")) if unknown else []
+        near = difflib.get_close_matches(f"--{unknown[1]}", self._option_string_actions, 1) if unknown else []
+        if unknown and keys:
+            after = [*sys.argv, ""][[*sys.argv, f"--{unknown[1]}"].index(f"--{unknown[1]}") + 1 :][:1]
+            value = unknown[2] or "".join(word for word in after if not word.startswith("-")) or "…"
+            near = [f"{key}={value}" for key in keys]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"see {self.prog} --help"
         self.exit(2, f"error: {message}; {hint}\n")
+
+    def _keys(self, word: str) -> list[str]:
+        """The config's keys that were typed as an option, where this script takes keys."""
+        if not any("key=value" in str(action.metavar) for action in self._actions):
+            return []
+        from ddpm.config.schema import Config
+        from ddpm.config.section import field_keys
+
+        known = field_keys(Config)
+        return [word] if word in known and "." in word else [key for key in known if key.split(".")[-1] == word]
+
+
+def as_json(record: object) -> str:
+    """For people: what was computed of some thousand samples has no thirteen digits. The file has all of them."""
+    return json.dumps(json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}")), indent=1)
+
+
+def warn(message: str) -> None:
+    """What a result is not made of."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def show_progress(doing: str) -> ShowProgress:
@@ -75,6 +105,11 @@ def show_progress(doing: str) -> ShowProgress:
             print(f"{doing} {done}/{total} images", flush=True)
 
     return show
+
+
+def same_root(option: str | None) -> str:
+    """What a command in a message needs, to find what this one found."""
+    return f" --root {shlex.quote(option)}" if option else ""
 
 
 def all_runs(root: Path) -> list[RunDir]:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
-from ddpm.run.files import DamagedFile, not_ours
+from ddpm.run.files import DamagedFile, link_to_nothing, not_ours
 
 LIMITS = {
     "n": (resource.RLIMIT_NOFILE, "open files"),
@@ -53,7 +53,7 @@ def of_a_job(error: BaseException, where: object) -> Exception | None:
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
     in_the_way = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
-    return DoNotRetry(told) if in_the_way else NodeUnfit(told)
+    return DoNotRetry(told) if in_the_way or _link(error) else NodeUnfit(told)
 
 
 def _whose(error: BaseException) -> str:
@@ -75,9 +75,19 @@ def check_threads(num: int) -> None:
 
 
 def _in_short(error: BaseException) -> str:
+    if why := _link(error):
+        return why
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     return str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+
+
+def _link(error: BaseException) -> str:
+    """Where a link to nothing lies in the place of what was to be opened or made."""
+    if not isinstance(error, FileExistsError | FileNotFoundError) or not error.filename:
+        return ""
+    path = Path(os.fsdecode(error.filename))
+    return f"{why}: {path}" if (why := link_to_nothing(path)) else ""
 
 
 def _limit(error: BaseException) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.events import read_events
+from ddpm.run.files import read_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_heartbeat
 from launch.cluster import scheduler
@@ -45,18 +46,25 @@ class Follower:
 
     def show(self, state: str) -> None:
         beat = read_heartbeat(self._run)
-        step, total = beat.get("step", 0), beat.get("total_steps")
+        step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
         if total is not None and step >= total:
-            sets = self._run.sample_sets()
-            done = sum(1 for s in sets for _ in s.path.glob("shard-*.json"))
-            state, step, total, loss, speed = f"{state}  shards", done, None, "", ""
+            state, step, total, what, loss, speed = state, *self._shards(), "shards", "", ""
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{state}{loss}{speed}", completed=step, total=total)
+            self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
-            print(f"{state} step={step}{f'/{total}' if total else ''}{loss}{speed}", flush=True)
+            print(f"{state} {what} {step}{f'/{total}' if total else ''}{loss}{speed}", flush=True)
+
+    def _shards(self) -> tuple[int, int | None]:
+        """How many there are of the set that was begun last, and will be."""
+        begun = [s for s in self._run.sample_sets() if s.request.exists()]
+        if not begun:
+            return 0, None
+        newest = max(begun, key=lambda s: s.request.stat().st_mtime)
+        asked = (read_json(newest.request) or {}).get("shards")
+        return len(list(newest.path.glob("shard-*.json"))), asked if isinstance(asked, int) else None
 
     def close(self) -> None:
         if self._bar is not None:
@@ -107,6 +115,6 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         follower.close()
-        print("no longer watching; the jobs go on. See: python launch/status.py", file=sys.stderr)
+        print(f"no longer watching; the jobs go on. See: python launch/status.py {run.path}", file=sys.stderr)
         raise
     follower.close()

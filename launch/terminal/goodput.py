@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ddpm.run.events import life_of
 from ddpm.run.files import seconds
 
 LifeKey = tuple[str, int]
@@ -31,14 +32,15 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
     signs: dict[LifeKey, float] = {}
     for sign in [*(e["last_sign"] for e in events if e.get("last_sign")), beat]:
         if "time" in sign and "job" in sign and seconds(sign["time"]) < at + ALIVE_S:
-            life = str(sign["job"]), int(sign["restart"])
+            life = life_of(sign)
             signs[life] = max(signs.get(life, 0.0), seconds(sign["time"]))
     for e in events:
         if ended := e.get("former_life_ended"):
-            life = str(e["job"]), int(e["restart"]) - 1
+            job, restart = life_of(e)
+            life = job, restart - 1
             signs[life] = max(signs.get(life, 0.0), seconds(ended))
         if e["event"] != "submitted" and e.get("stage", "train") == "train":
-            lives.setdefault((str(e["job"]), int(e["restart"])), []).append(e)
+            lives.setdefault(life_of(e), []).append(e)
     total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)
     for life, own in lives.items():
         last_sign = signs.get(life, 0.0)

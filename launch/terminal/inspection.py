@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,19 +16,21 @@ from ddpm.run.files import (
     LINES_BYTES,
     DamagedFile,
     open_file,
-    parse_json,
     read_bytes,
     read_json,
     read_signed,
     sha256_file,
 )
 from ddpm.run.images import read_png
-from ddpm.run.paths import RunDir, SampleSet, listed
-from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.records import lost_signature, parse_events, parse_heartbeat, parse_metrics, read_run
 from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
-from ddpm.scoring.record import read_score
+from ddpm.scoring import bound_request
+from ddpm.scoring.record import Score, read_score
+from launch.cluster import code
+from launch.queue.sets import of_other_samples
 
 
 class Line(NamedTuple):
@@ -41,7 +44,7 @@ Lines = Iterator[Line]
 
 def look(run: RunDir) -> Lines:
     """Every file of the run that can be told good from bad."""
-    for part in (_records, _life, _checkpoints, _grids, _samples, _scores):
+    for part in (_records, _life, _checkpoints, _grids, _samples, _bounds, _scores):
         yield from part(run)
 
 
@@ -60,12 +63,31 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
+    yield from _judged("code.zip", _code, run, needed=False)
+    if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
+        yield from _judged(run.start.name, _start, run, began)
 
 
 def _record(run: RunDir) -> None:
-    digest, here = _object(run.run_json)["config_digest"], reading.load(run.config).digest()
-    if here != digest:
+    if not os.path.lexists(run.run_json):
+        raise FileNotFoundError
+    record = read_run(run)
+    if lost_signature(record):
+        raise DamagedFile("is signed no more, as where it was edited by hand")
+    digest, here = record.get("config_digest"), reading.load(run.config).digest()
+    if digest not in (None, here):
         raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
+
+
+def _code(run: RunDir) -> str:
+    if (kept := code.of_run(run)) is None:
+        raise FileNotFoundError
+    return code.digest(kept)
+
+
+def _start(run: RunDir, began: dict[str, Any]) -> None:
+    if sha256_file(run.start) != began["start_sha256"]:
+        raise DamagedFile("is not what the run was to start from")
 
 
 def _life(run: RunDir) -> Lines:
@@ -179,21 +201,33 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
         yield from _judged(f"{name}/{path.name}", _features, path)
 
 
+def _bounds(run: RunDir) -> Lines:
+    for where in run.bound_sets():
+        name = f"bits-per-dim/{where.name}"
+        yield from _judged(f"{name}/request.json", _bound, where)
+        for path in _sorted(where.path, ".npy"):
+            yield from _judged(f"{name}/{path.name}", _features, path)
+
+
+def _bound(where: BoundSet) -> str:
+    return f"of step {bound_request.read(where).checkpoint.step}"
+
+
 def _features(path: Path) -> None:
     if read_signed(path.with_suffix(".json"))["sha256"] != sha256_file(path):
         raise DamagedFile("its sha256 is not the one in its manifest")
 
 
 def _scores(run: RunDir) -> Lines:
+    yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
     for path in sorted(run.eval.rglob("*.json")):
-        yield from _judged(str(path.relative_to(run.path)), read_score, path)
+        yield from _judged(str(path.relative_to(run.path)), _score, run, path)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    record = parse_json(read_bytes(path))
-    if not isinstance(record, dict):
-        raise DamagedFile("is no JSON object")
-    return record
+def _score(run: RunDir, path: Path) -> None:
+    score = Score(str(path.relative_to(run.eval).with_suffix("")), path, read_score(path))
+    if wrong := of_other_samples(run, score):
+        raise DamagedFile(wrong)
 
 
 def _sorted(directory: Path, suffix: str) -> list[Path]:

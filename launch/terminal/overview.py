@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
-from ddpm.run.events import read_events_and_damage
-from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, read_json, read_signed, seconds
+from ddpm.run.events import life_of, read_events_and_damage
+from ddpm.run.files import DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
 from ddpm.run.paths import RunDir, listed
-from ddpm.run.records import missing_lines, parse_heartbeat, parse_metrics, read_run
+from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
-from launch.cluster.scheduler import Queued
+from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local
-from launch.queue.waiting import slurm_jobs
+from launch.queue.sets import of_other_samples
+from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, standing
 
 SILENT_AFTER_S = 60.0
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
+LIVES = ("allocated", "started", "resumed", "requeued")
+"""Events that only a life that had its nodes tells."""
+OVERDUE = 3
+"""So many times the interval between saves without one, and it is told."""
 
 T = TypeVar("T")
 
@@ -48,44 +54,64 @@ class Damage:
             return None
 
 
-def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
-    """One run as plain values, whatever of it exists. queued: what SLURM has, of all runs; None: it does not answer."""
+def read_life(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of a run that can be read, and what cannot."""
+    damage = Damage()
+    events, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
+    return events, [*damage.told, *odd]
+
+
+def describe(
+    run: RunDir, queued: dict[str, Queued] | None, life: tuple[list[dict[str, Any]], list[str]] | None = None
+) -> dict[str, Any]:
+    """One run as plain values, whatever of it exists. queued: what SLURM has, of all runs; None: it does not answer.
+
+    life: what read_life() has said of it, where it was asked.
+    """
     damage = Damage()
     closed = damage.read(lambda: listed(run.path)) is None
-    every, odd = damage.read(lambda: read_events_and_damage(run)) or ([], [])
+    every, odd = life or read_life(run)
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat, no_beat = damage.read(lambda: parse_heartbeat(read_bytes(run.heartbeat))) or ({}, "")
-    metrics, _, no_metrics = damage.read(lambda: parse_metrics(read_bytes(run.metrics, LINES_BYTES))) or ([], [], "")
+    metrics, begin, no_metrics = damage.read(lambda: skim_metrics(run)) or ([], 0, "")
     last = metrics[-1] if metrics else {}
     saved = damage.read(run.latest_step) or 0
     config = _config(run, damage)
     for what in (*odd, no_beat, no_metrics):
         damage.tell(what)
-    _tell_what_lacks(run, config, every, metrics, saved, damage)
+    if config:
+        damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
+    _tell_what_lacks(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
+    here = damage.read(lambda: local.at_work(run, every)) or {}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
-    state = damage.read(lambda: _state(run, events, config, jobs, age)) or "unreadable"
+    beats = age is not None and abs(age) < SILENT_AFTER_S and _is_own(run, every, beat)
+    state = damage.read(lambda: _state(run, events, config, jobs, beats, here)) or "unreadable"
+    step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
     samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
-    problems = [latest.get("reason") if failed else None, *damage.told[: 1 if closed else None]]
+    saving = _not_saving(events, config) if state == "running" and step > saved else None
+    problems = [latest.get("reason") if failed else None, saving, *damage.told[: 1 if closed else None]]
+    running = {job: "RUNNING" for job in here}
     return {
         "name": run.name,
         "path": str(run.path),
         "state": state,
-        "step": max(saved, beat.get("step", 0)),
+        "step": step,
         "saved_step": saved,
         "total_steps": config.train.total_steps if config else 0,
         "loss": last.get("loss"),
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
-        "jobs": {job: told.state for job, told in (jobs or {}).items()},
+        "expected_end": _expected_end(config, step, last) if state == "running" else None,
+        "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
-        "restarts": max(0, len({(e["job"], e["restart"]) for e in events if e["event"] in ("started", "resumed")}) - 1),
+        "restarts": max(0, len({life_of(e) for e in events if _lived(e)}) - 1),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
         "heartbeat_age_s": None if age is None else round(age, 1),
@@ -97,17 +123,52 @@ def describe(run: RunDir, queued: dict[str, Queued] | None) -> dict[str, Any]:
     }
 
 
-def _tell_what_lacks(
-    run: RunDir,
-    config: Config | None,
-    events: list[dict[str, Any]],
-    metrics: list[dict[str, Any]],
-    saved: int,
-    damage: Damage,
-) -> None:
+def _lived(event: dict[str, Any]) -> bool:
+    return event["event"] in LIVES and event.get("stage", "train") == "train"
+
+
+def _is_own(run: RunDir, events: list[dict[str, Any]], beat: dict[str, Any]) -> bool:
+    """Whether the heartbeat was written here, and is not a copy that came with the rest of the run."""
+    if "inode" in beat:
+        return bool(beat["inode"] == place_of(run))
+    return all(is_of(run, e) for e in events if e["event"] == "submitted" and e["job"] == str(beat["job"]))
+
+
+def _expected_end(config: Config | None, step: int, last: dict[str, Any]) -> str | None:
+    """When training ends at the speed that it has, if it goes on without a break: a stamp."""
+    speed = last.get("images_per_s") or 0
+    if config is None or speed <= 0:
+        return None
+    left_s = (config.train.total_steps - step) * config.train.global_batch / speed
+    try:
+        return stamp(datetime.fromtimestamp(time.time() + left_s, timezone.utc)) if left_s > 0 else None
+    except (OverflowError, ValueError):  # in a thousand years
+        return None
+
+
+def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | None:
+    """Why what a running life does would be lost, in words: its last save was refused, or none has come for long."""
+    told = [e for e in events if e["event"] in ("started", "resumed", "checkpoint", "save_failed")]
+    last: dict[str, Any] = told[-1] if told else {}
+    if last.get("event") == "save_failed":
+        return (
+            f"nothing was saved since step {last.get('step', 0)}, and what is trained since then is lost if it ends "
+            f"now: {last.get('reason', 'a save failed')}"
+        )
+    every = config.checkpoint.every_min if config else None
+    if not last or every is None:
+        return None
+    minutes = (time.time() - seconds(last["time"])) / 60
+    late = f"nothing was saved for {minutes:.0f} minutes, though a save is due every {every:g}: its log says why"
+    return late if minutes > OVERDUE * every + 1 else None
+
+
+def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> None:
     """What one file tells of and another lacks."""
     record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
+    if lost_signature(record):
+        damage.tell("run.json is signed no more, as where it was edited by hand")
     if record.get("reads"):
         events = []  # they are told where its checkpoints are made
     told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
@@ -116,8 +177,6 @@ def _tell_what_lacks(
     lived = any(e["event"] in ("started", "resumed") for e in events)
     if saved and not lived and not record.get("reads"):
         damage.tell(f"events/ tells {'of no life' if events else 'nothing'}, and checkpoints/ has step {saved}")
-    if config:
-        damage.tell(missing_lines(metrics, config.log.every_steps, saved_step=saved))
 
 
 def _check_newest(run: RunDir, saved: int) -> None:
@@ -131,9 +190,11 @@ def _check_newest(run: RunDir, saved: int) -> None:
 def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]]:
     """Each score of the run that holds, by its name: its number, and a line with what it is of."""
     scores, lines = {}, {}
-    for score in all_scores(run):
+    for score in sorted(all_scores(run), key=lambda score: str(score.record.get("created", ""))):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
+        elif why := of_other_samples(run, score):
+            damage.tell(why)
         else:
             scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
             lines[score.name] = told(score.record)
@@ -164,10 +225,12 @@ def _state(
     events: list[dict[str, Any]],
     config: Config | None,
     jobs: dict[str, Queued] | None,
-    age: float | None,
+    beats: bool,
+    here: dict[str, tuple[int, list[str]]],
 ) -> str:
-    """How the run stands, by its directory and SLURM: standing.py has the words."""
+    """How the run stands, by its directory, SLURM and this machine's processes: standing.py has the words."""
     finished = config is not None and finished_step(run, config) is not None
-    beats = age is not None and abs(age) < SILENT_AFTER_S
-    here = local.running(run) is not None
-    return standing.word(standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, here))
+    stages = {stage for _, of_one in here.values() for stage in of_one}
+    at_work = "train" in stages, bool(stages)
+    facts = standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, *at_work, cluster=cluster_name())
+    return standing.word(facts)

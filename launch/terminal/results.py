@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 
 from ddpm.config.schema import Config
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_metrics
-from ddpm.scoring.record import key_of, told
-from launch.queue.sets import chain_set, score_by
+from ddpm.scoring.record import all_scores, key_of, scores_of, told
+from launch.queue.sets import chain_set, of_other_samples, score_by
 
 
 def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
@@ -24,6 +25,12 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     if score:
         rows["score"] = told(score.record) + ("" if key_of(score.record) == "fid" else ": no FID")
         rows["score file"] = f"{score.path}"
+    elif "evaluate" in stages:
+        wrong = [s.damage or of_other_samples(run, s) for s in scores_of(run, name)]
+        rows["score"] = plain("; ".join(["none that holds", *filter(None, wrong)]))
+    for bound in all_scores(run):
+        if "bits_per_dim" in bound.record and bound.record["checkpoint"]["step"] == step:
+            rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
     print(f"run {run.name} is complete: {step} steps")

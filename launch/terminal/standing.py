@@ -11,7 +11,7 @@ from typing import Any
 from launch.cluster.scheduler import Queued, Wait, explain
 
 LATER = ("sample", "evaluate")
-BETWEEN = ("allocated", "checkpoint")
+BETWEEN = ("allocated", "checkpoint", "save_failed", "stage_began", "stage_done")
 """Events that tell nothing of how a life began or ended."""
 
 
@@ -29,22 +29,35 @@ class Facts:
     """Whether a trainer has given a sign of life just now, wherever it runs."""
     here: bool = False
     """Whether a background process of this machine trains it, or will."""
+    works_here: bool = False
+    """Whether one does anything for it: trains, samples or scores."""
+    cluster: str = ""
+    """Of which `jobs` are; "" where it has no name."""
 
 
 def word(f: Facts) -> str:
     """complete | running | starting | suspended | queued | held | failed | cancelled | stopped | completing | prepared
-    | ended
+    | elsewhere | ended
 
     held: it waits until somebody releases it. completing: SLURM is ending the last job there is, and does not say
-    whether it comes back, as a pre-empted one does. ended: otherwise, without a word.
+    whether it comes back, as a pre-empted one does. elsewhere: it went to another cluster, and
+    tells of no end there. ended: otherwise, without a word.
     """
     jobs = f.jobs or {}
-    stages = stages_of(f.events)
+    submitted = (e for e in f.events if e["event"] == "submitted")
+    stages = {(str(e["job"]), e.get("cluster", f.cluster)): str(e.get("stage", "train")) for e in submitted}
+
+    def stage_of(event: dict[str, Any]) -> str:
+        job = str(event.get("job", "")).partition("_")[0], event.get("cluster", f.cluster)
+        return str(event.get("stage") or stages.get(job, "train"))
+
     active = {job: told for job, told in jobs.items() if told.state != "COMPLETING"}
-    of_training = {job: told for job, told in active.items() if stages.get(job, "train") not in LATER}
+    of_training = {job: told for job, told in active.items() if stages.get((job, f.cluster), "train") not in LATER}
     if of_training or (f.finished and active):
         return _in_queue(of_training or active)
-    tale = [e for e in f.events if (_stage(e, stages) in LATER) == f.finished and e["event"] not in BETWEEN]
+    if f.finished and f.works_here:
+        return "running"
+    tale = [e for e in f.events if (stage_of(e) in LATER) == f.finished and e["event"] not in BETWEEN]
     last: dict[str, Any] = tale[-1] if tale else {}
     if last.get("event") in ("failed", "cancelled"):
         return str(last["event"])
@@ -60,6 +73,8 @@ def word(f: Facts) -> str:
         return "running"
     if f.here:
         return "starting"
+    if f.cluster and last.get("cluster", f.cluster) != f.cluster and last.get("event") != "finished":
+        return "elsewhere"
     if f.jobs is not None and _never_began(f.events, last):
         return "cancelled"
     return "ended" if last else "prepared"
@@ -74,16 +89,6 @@ def waits(jobs: dict[str, Queued]) -> list[dict[str, Any]]:
 def line(wait: dict[str, Any]) -> str:
     """One of these for people."""
     return str(Wait(wait["reason"], wait["words"], wait["next_step"], start=wait["expected_start"]))
-
-
-def stages_of(events: list[dict[str, Any]]) -> dict[str, str]:
-    """Job id -> what it was submitted for."""
-    return {str(e["job"]): str(e.get("stage", "train")) for e in events if e["event"] == "submitted"}
-
-
-def _stage(event: dict[str, Any], stages: dict[str, str]) -> str:
-    base = str(event.get("job", "")).partition("_")[0]
-    return str(event.get("stage") or stages.get(base, "train"))
 
 
 def _in_queue(active: dict[str, Queued]) -> str:

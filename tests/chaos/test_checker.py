@@ -11,6 +11,8 @@ import pytest
 
 from ddpm.run.paths import RunDir
 from tools.chaos import checker
+from tools.chaos.cluster import Cluster
+from tools.chaos.files import Result
 
 Lines = list[dict[str, Any]]
 
@@ -71,6 +73,28 @@ def test_a_fault_is_named(tmp_path: Path, fault: str) -> None:
     run_of(tmp_path, events, curve)
     with pytest.raises(checker.Unsound, match=fault):
         checker.check(tmp_path)
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_the_runs_of_a_row_on_slurm_are_looked_at_when_it_is_over(tmp_path: Path, fault: str | None) -> None:
+    """And a row whose own counts are right fails by them."""
+
+    def row(site: Cluster, count: int) -> Result:
+        events, curve = sound()
+        if fault:
+            FAULTS[fault](events, curve)
+        site.runs += 1
+        run_of(tmp_path, events, curve).path.rename(tmp_path / f"sbatch{site.runs}")
+        return Result("", "", "", True)
+
+    site = Cluster(None, tmp_path, "sbatch", runs=4)  # type: ignore[arg-type]
+    if fault is None:
+        assert site.row(row, 1).passed
+    else:
+        with pytest.raises(checker.Unsound, match=f"run sbatch5: .*{fault}"):
+            site.row(row, 1)
+    with pytest.raises(AssertionError, match="run 6 of the row is not there"):
+        site.row(lambda site, count: setattr(site, "runs", 6) or Result("", "", "", True), 1)
 
 
 def test_what_is_saved_may_go_back_after_a_rollback_alone(tmp_path: Path) -> None:

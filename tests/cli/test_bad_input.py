@@ -268,6 +268,38 @@ def test_a_cosine_run_cannot_be_extended_because_its_learning_rate_depends_on_th
         "submit", "tiny.yaml", "--cluster", "local", "train.lr_schedule=cosine", "train.total_epochs=2"
     )
     assert "train.total_steps is 400 there and 450 here" in message
+    assert "With train.lr_schedule=cosine the learning rate of every step follows from the length" in message
+    both = ["train.lr_schedule=cosine", "train.total_steps=500", "train.lr=1e-3", "seed=1"]
+    assert "follows from the length" not in shell.refused("submit", "tiny.yaml", "--cluster", "local", *both)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    (["--lr", "1e-4"], "train.lr=1e-4"), (["--total-steps=5"], "train.total_steps=5"),
+    (["--data.path", "/x"], "data.path=/x"), (["--steps", "--wait"], "sample.steps=…"),
+    (["--partitoin", "gpu"], "--partition"),
+])  # fmt: skip
+def test_a_key_that_was_typed_as_an_option_is_recognised(shell: Shell, typed: list[str], meant: str) -> None:
+    assert f"did you mean {meant}?" in shell.refused("submit", *typed)
+
+
+def test_who_typed_a_wrong_value_is_told_and_not_the_file(finished: Shell) -> None:
+    assert finished.refused("submit", "tiny.yaml", "train.lr=fast").startswith("error: command line: train.lr = 'fast'")
+    assert finished.refused("sample", "tiny", "--steps", "60").startswith("error: command line: sample.steps = 60")
+    (finished.cwd / "bad.yaml").write_text("train: {lr: fast}\n")
+    for more in ([], ["train.total_steps=5"]):
+        assert finished.refused("submit", "bad.yaml", *more).startswith("error: bad.yaml: train.lr = 'fast'")
+
+
+def test_a_word_that_sbatch_would_not_know_is_refused_and_its_flags_are_not(shell: Shell) -> None:
+    assert "--sbatch foo: needs a value" in shell.refused("submit", "--dry-run", "--sbatch", "foo")
+    assert shell("submit", "--dry-run", "--sbatch", "exclusive").returncode == 0
+
+
+def test_more_gpus_than_a_node_has_are_refused_before_anything_is_written(shell: Shell) -> None:
+    fake_slurm(shell)
+    shell.put("sinfo", 'echo "gpu|gpu:2"')
+    asked = ["--cluster", "slurm", "--via", "sbatch", "--partition", "gpu", "--gpus-per-node", "4"]
+    assert "no node of gpu has more than 2" in shell.refused("submit", "tiny.yaml", *asked)
 
 
 @pytest.mark.parametrize("length", ["total_steps=10", "total_epochs=1", "total_images=3192"])

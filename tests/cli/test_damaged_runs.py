@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from ddpm.config import reading
+from ddpm.run.paths import RunDir
+from launch.terminal.results import print_results
 from tests.cli.harness import TINY_SET, Shell, as_a_user, snapshot
 
 EVENT = {"event": "resumed", "time": "2100-01-01T00:00:00.000Z", "job": "9", "restart": 0, "host": "n1", "step": 4}
@@ -68,6 +71,16 @@ def gone(name: str) -> Break:
     return lambda run: shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
 
 
+def link(name: str) -> Break:
+    """To what is not there, as where a disk is not mounted."""
+
+    def change(run: Path) -> None:
+        gone(name)(run)
+        (run / name).symlink_to("/nowhere")
+
+    return change
+
+
 def replace(name: str, before: str, after: str) -> Break:
     def change(run: Path) -> None:
         assert before in (run / name).read_text()
@@ -78,6 +91,13 @@ def replace(name: str, before: str, after: str) -> Break:
 
 def half(name: str) -> Break:
     return lambda run: (run / name).write_bytes((run / name).read_bytes()[: (run / name).stat().st_size // 2])
+
+
+def old_score(run: Path, **changes: Any) -> None:
+    """The score as it was written before there were signatures, of other samples than the set's."""
+    there = json.loads((run / SCORE).read_text())
+    kept = ("frechet_distance", "reference", "extractor", "checkpoint", "sampler", "nfe", "precision", "created")
+    (run / SCORE).write_text(json.dumps({**{k: there[k] for k in kept}, **changes}))
 
 
 SCORE, REQUEST, BEAT = f"eval/{TINY_SET}.json", f"samples/{TINY_SET}/request.json", "heartbeat.json"
@@ -106,10 +126,13 @@ DAMAGES: dict[str, tuple[Break, str]] = {
     "heartbeat-folder": (folder(BEAT), "Is a directory"),
     "heartbeat-half": (half(BEAT), "heartbeat.json cannot be used"),
     "score-text": (record(SCORE, frechet_distance="low"), "holds no score"),
+    "score-unsigned": (record(SCORE, frechet_distance=1.5, self_sha256="gone"), "has no self_sha256"),
+    "score-as-of-old": (lambda run: old_score(run, seed=1, num_samples=9), "says num_samples 9 instead of "),
     "score-folder": (folder(SCORE), "holds no score"),
     "scores-file": (file("eval"), "Not a directory"),
     "samples-file": (file("samples"), "Not a directory"),
-    "run-unknown-key": (record("run.json", launch={"colour": "red"}, self_sha256="gone"), ""),
+    **{f"{name}-link": (link(name), "a link to /nowhere, where") for name in ("samples", "eval", "run.json")},
+    "run-unknown-key": (record("run.json", launch={"colour": "red"}, self_sha256="gone"), "is signed no more"),
     "run-edited": (record("run.json", name="other"), "not as it was written"),
     "run-no-data": (record("run.json", data=[]), "data = […]"),
     "run-nested": (put("run.json", '{"a":' * 100_000), "nested"),
@@ -154,6 +177,16 @@ def test_status_shows_every_damaged_run_with_a_line_of_what_is_wrong(damaged: Sh
     assert table.returncode == 0 and table.stderr == ""
     assert all(f"{name}: " in table.stdout for name, (_, told) in DAMAGES.items() if told)
     assert snapshot(damaged.root) == before
+
+
+def test_what_a_finished_chain_prints_names_a_score_of_other_samples(
+    damaged: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("score-as-of-old", "score-unsigned"):
+        run = RunDir(damaged.root / name)
+        print_results(run, reading.of_run(run), ["sample", "evaluate"])
+        out = capsys.readouterr().out
+        assert "none that holds" in out and DAMAGES[name][1] in out and "Fréchet distance" not in out, out
 
 
 def test_status_lists_the_events_of_damaged_runs(damaged: Shell) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ddpm.config import reading
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
 from launch import sample
+from launch.queue.naming import name_of
 from launch.queue.sets import request_for
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export"]
 SHELL_SCRIPTS = sorted([*PROJECT.glob("slurm/*"), *PROJECT.glob("tools/**/*.sh")])
 
 
@@ -32,7 +35,7 @@ def imports(shell: Shell, script: str, *args: str) -> tuple[str, set[str]]:
 
 
 def dry_run(shell: Shell, *args: str) -> str:
-    done = shell("submit", *args, "--dry-run")
+    done = shell("submit", *args, "--dry-run", "--verbose")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout
 
@@ -60,6 +63,10 @@ def test_dry_run_loads_no_torch_and_touches_nothing(shell: Shell, args: list[str
         ("sample", ["tiny", "--dry-run"]),
         ("evaluate", ["tiny", "--dry-run"]),
         ("status", ["--json"]),
+        ("status", []),
+        ("status", ["--events"]),
+        ("logs", ["tiny"]),
+        ("remove", ["tiny"]),
         ("board", ["--dry-run"]),
     ],
 )
@@ -75,6 +82,64 @@ def test_dry_run_prints_the_config_that_would_be_frozen(shell: Shell) -> None:
     assert shell.submit("train.lr=5e-4", "--name", "other", "--prepare").returncode == 0
     assert (shell.root / "other" / "config.yaml").read_text() in shown
     assert f"# run directory: {shell.root}/other" in shown
+
+
+def test_a_dry_run_begins_with_what_is_asked_for_and_shows_scripts_where_they_are_wanted(shell: Shell) -> None:
+    text = shell("submit", "--dry-run", "--time", "4h", "--nodes", "2", "--gpus-per-node", "a100:4").stdout
+    model, data, steps, gpus, limit = text.splitlines()[:5]
+    assert model.startswith("# model: U-Net without classes, 35.7 M parameters, channels 128 256 256 256")
+    assert data.startswith("# data: cifar10, downloaded where it is missing, 32x32, 50,000 images")
+    assert steps == "# steps: 800,000 of 128 images: 102,400,000 images (2,048 epochs)"
+    assert gpus.startswith("# GPUs: 4 a100 on each of 2 nodes, 16 images a rank and step; about 13 GPU hours at 2,231")
+    assert limit.startswith("# time: 4 h 00 min a job; 120 s before its end the run saves, goes back into the queue")
+    assert "#SBATCH" not in text and "--verbose shows the exact job script" in text
+    assert "GPU hours unknown here" in shell("submit", "--dry-run", "model.base_channels=64").stdout
+    small = shell("submit", "--dry-run", "tiny.yaml", "train.global_batch=2000", "--cluster", "local")
+    assert "train.global_batch = 2000: the data has 1797 images" in small.stderr and "GPU hours" not in small.stdout
+
+
+def test_a_run_is_called_after_its_data_and_recipe_where_nobody_says(shell: Shell) -> None:
+    write_zip(shell.cwd / "my cats.zip", {f"{i}.png": png(16, i) for i in range(9)})
+    cats = ["data.name=images", "data.path=my cats.zip"]
+
+    def name(*args: str) -> str:
+        return re.search(r"# run directory: \S+/(\S+)", dry_run(shell, *args, "train.global_batch=2"))[1]  # type: ignore[index]
+
+    assert (
+        name(*cats) == "my-cats" and name(str(PROJECT / "configs" / "cifar10-cosine.yaml"), *cats) == "my-cats-cosine"
+    )
+    assert name("tiny.yaml") == "tiny" and name("tiny.yaml", *cats) == "tiny"
+    assert name(*cats, "--name", "cifar10") == "cifar10" and name(*cats, "name=cifar10") == "cifar10"
+    (shell.cwd / "torchvision").mkdir()
+    assert name("data.path=torchvision") == "cifar10"  # the same images elsewhere
+    assert name("data.path=my cats.zip") == "my-cats"  # others, though the config says cifar10
+    (shell.root / "cifar10").mkdir(parents=True)  # begun when the file's name was enough
+    (shell.root / "cifar10" / "config.yaml").write_text(f"data: {{name: images, path: '{shell.cwd}/my cats.zip'}}\n")
+    config = reading.load(
+        PROJECT / "configs" / "cifar10.yaml", ["data.name=images", f"data.path={shell.cwd}/my cats.zip"]
+    )
+    assert name_of(config, shell.root) == "cifar10" and name_of(config, shell.cwd) == "my-cats"
+
+
+def test_a_dry_run_refuses_data_that_is_not_there(shell: Shell) -> None:
+    assert "data.path = " in shell.refused("submit", "--dry-run", "data.name=images", "data.path=nothing")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_without_its_environment_says_which_line_to_type(shell: Shell, script: str) -> None:
+    argv, options = shell.command(script, "a run")
+    done = subprocess.run([argv[0], "-S", "-E", *argv[1:]], capture_output=True, text=True, **options)
+    assert done.returncode == 3 and done.stdout == "" and "Traceback" not in done.stderr
+    assert f". {PROJECT}/tools/env.sh && python {argv[1]} 'a run'" in done.stderr and "lacks pydantic" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["submit", "status"])
+def test_ctrl_c_while_a_script_loads_what_it_needs_is_no_traceback(shell: Shell, script: str) -> None:
+    (shell.cwd / "yaml.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    argv, options = shell.command(script)
+    options["env"]["PYTHONPATH"] = str(shell.cwd)
+    done = subprocess.run(argv, capture_output=True, text=True, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 EXAMPLES = [line.split("  ") for line in sample.EXAMPLES.splitlines() if "python launch/sample.py" in line]
@@ -125,8 +190,8 @@ def test_epochs_of_known_data_are_shown_as_steps(shell: Shell, recipe: str, step
 def test_epochs_of_faces_that_are_yet_to_be_chosen_are_shown_as_epochs(shell: Shell) -> None:
     smiling = [str(PROJECT / "configs" / "celeba-64.yaml"), "data.attributes={Smiling: true}", "--then", "sample"]
     text = dry_run(shell, *smiling)
-    assert "# length: 200 epochs (steps known once the data is packed)" in text and "total_epochs: 200" in text
-    assert "after training: sample, of a set that is named after the last step" in text
+    assert "# steps: 200 epochs of 128 images a step (steps known once the data is packed)" in text
+    assert "# then: sample, of a set that is named after the last step" in text and "total_epochs: 200" in text
     assert "None" not in text and "celeba-64-train" in text and "celeba-64-sample" not in text
     assert frozen_steps(dry_run(shell, *smiling, "train.total_images=1000")) == 8  # of 128: any data will do
 
@@ -237,7 +302,7 @@ def test_the_chain_is_a_training_job_an_array_over_the_shards_and_a_score(shell:
 
 @pytest.mark.parametrize(("limit", "lead"), [("4h", 120), ("6m", 120), ("3m", 60), ("1m", 20)])
 def test_the_early_signal_takes_at_most_a_third_of_a_short_limit(shell: Shell, limit: str, lead: int) -> None:
-    done = shell("submit", "tiny.yaml", "--time", limit, "--dry-run")
+    done = shell("submit", "tiny.yaml", "--time", limit, "--dry-run", "--verbose")
     assert f"signal=USR2@{lead}" in sbatch_options(done.stdout, "submitit")[0]
     assert ("ask for more" in done.stderr) is (limit == "1m"), done.stderr
 
@@ -278,6 +343,8 @@ def test_later_stages_show_what_would_run_where_the_run_was_submitted_to(finishe
     script = finished("sample", "tiny", "--set", "more", "--shards", "3", "--cluster", "slurm", "--dry-run").stdout
     assert "#SBATCH --array=0-2%3" in script
     assert "launch.jobs evaluate" in finished("evaluate", "tiny", "--dry-run").stdout
+    gpu = finished("sample", "tiny", "--set", "more", "--partition", "gpu", "--dry-run").stdout
+    assert "--partition=gpu" in gpu and "--gpus-per-node=1" in gpu  # of a run that was made here, too
 
 
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
@@ -361,8 +428,9 @@ def test_the_line_that_prepare_prints_for_training_works_anywhere(shell: Shell) 
     done = shell.submit("--root", str(root), "--account", "lab", "--prepare")
     assert done.returncode == 0, done.stderr
     ((home, *words),) = typed(shell, done.stdout)
-    assert home == str(PROJECT) and {"--account=lab", "--export=ALL", "--requeue"} <= set(words)
-    assert words[-2:] == [str(PROJECT / "slurm" / "train.sbatch"), str(root / "tiny")]
+    assert Path(home).parent == root / ".cache" / "code"
+    assert {"--account=lab", "--export=ALL", "--requeue"} <= set(words)
+    assert words[-2:] == [f"{home}/slurm/train.sbatch", str(root / "tiny")] and Path(words[-2]).is_file()
 
 
 def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submission_would(again: Shell) -> None:
@@ -387,7 +455,8 @@ def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submissio
     done = again("sample", "tiny", *sampling, "--prepare")
     assert done.returncode == 0 and "3 of 3 shards to make" in done.stdout, done.stderr
     ((home, *words),) = typed(again, done.stdout)
-    assert home == str(PROJECT) and words[-5:] == ["many", "--shards", "0-2", "--tasks", "2"]
+    assert Path(home).parent == again.root / ".cache" / "code"
+    assert words[-5:] == ["many", "--shards", "0-2", "--tasks", "2"]
     wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=1", "array=0-1%16"}
     assert {f"--{option}" for option in wanted} <= set(words)
 

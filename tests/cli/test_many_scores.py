@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpm.config import reading
 from ddpm.run.files import sign
+from ddpm.run.paths import RunDir
+from launch.cluster.site import Site
+from launch.queue import milestones
+from launch.terminal import inspection, overview
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
 
 
@@ -81,6 +86,8 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     mine = read(scores / f"{TINY_SET}.json")
     assert "at least two" in again.refused("evaluate", "tiny", "--compare", TINY_SET)
     assert "no score against train by pixels" in again.refused("evaluate", "tiny", "--compare", TINY_SET, "other")
+    told = again.refused("evaluate", "tiny", "--compare", TINY_SET, "x", "--reference", "test")
+    assert told.endswith(f"evaluate.py {again.root}/tiny --set {TINY_SET} --reference test\n")
     near = {"frechet_distance_interval": [60.0, 64.0], "frechet_distance_infinity": 50.0}
     for name, changes in (("a", {"frechet_distance": 62.0}), ("b", {"frechet_distance": 66.0}), ("c", {})):
         if name == "c":
@@ -99,3 +106,38 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     assert "self_sha256 does not match" in again.refused("evaluate", "tiny", "--compare", "a", "b")
     assert "of which run?" in again.refused("evaluate", "--compare", "a", "b")
     assert set(snapshot(again.root)) == set(before)
+
+
+def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: Shell) -> None:
+    run = RunDir(again.root / "tiny")
+    run.config.write_text(run.config.read_text().replace("milestones: null", "milestones: {num_samples: 12}"))
+    done = again("evaluate", "tiny", "--all-milestones")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = read(run.milestones)
+    name = "milestone12-ddim4-step400-seed0"
+    assert [(p["step"], p["images"], p["set"]) for p in record["curve"]] == [(400, 3200, name)]
+    assert record["best"]["frechet_distance"] == read(run.score(name))["frechet_distance"]
+    assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "milestones").glob("events*"))
+    assert milestones.best_step(run) == 400
+    assert not milestones.jobs_of(run, reading.of_run(run), Site(cluster="local"))
+
+
+def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:
+    assert "digits has no such images, and has train" in again.refused("evaluate", "tiny", "--bits-per-dim")
+    words = ["tiny", "--bits-per-dim", "--reference", "train", "--step", "400", "--num-images"]
+    assert "--num-images 0: must be from 1 to" in again.refused("evaluate", *words, "0")
+    done = again("evaluate", *words, "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout[done.stdout.index("{\n") :])
+    name = "bits-per-dim-train-20-step400-seed0"
+    assert read(again.root / "tiny" / "eval" / f"{name}.json") == record and 0 < record["bits_per_dim"] < 20
+    assert "50 evaluations of the network for each of 20 images (seed 0) of train" in done.stderr
+    assert "bits/dim, bound of 20 of the" in done.stderr
+    run = RunDir(again.root / "tiny")
+    scores, lines = overview._scores(run, overview.Damage())
+    assert scores[name] == {"bits_per_dim": record["bits_per_dim"], "num_samples": 20} and "bits/dim" in lines[name]
+    part = run.bound_set(name).part(1)
+    part.write_bytes(part.read_bytes()[:-1])
+    verdicts = {line.what: line.verdict for line in inspection.look(run) if line.what.startswith("bits-per-dim/")}
+    assert verdicts.pop(f"bits-per-dim/{name}/{part.name}") == "damaged"
+    assert list(verdicts.values()) == ["holds"] * 3

@@ -49,13 +49,20 @@ def test_a_run_that_is_at_work_on_this_machine_is_not_changed_under_it(shell: Sh
     assert "removed" in shell.submit("train.total_steps=2000000", "--prepare").stdout
 
 
-def test_a_stop_file_ends_what_was_to_follow_too(shell: Shell) -> None:
+def test_what_is_cancelled_here_is_saved_and_nothing_follows_and_what_is_at_work_is_not_removed(shell: Shell) -> None:
     run = shell.root / "tiny"
     done = shell.submit("train.total_steps=1000000", "--then", "sample,evaluate")
     pid = int(re.search(r"as pid (\d+)", done.stdout).group(1))  # type: ignore[union-attr]
     wait_for(lambda: any(e["event"] == "started" for e in events(run)), "the start of training")
-    (run / "STOP").touch()
-    wait_for(lambda: not is_alive(pid), "the end of the job, which STOP asks for")
+    refused = shell("remove", "tiny", "--yes")
+    assert refused.returncode == 2 and f"pid {pid} on this machine" in refused.stderr and run.exists()
+    assert f"python launch/cancel.py {run}" in refused.stderr
+    done = shell("cancel", "tiny")
+    assert done.returncode == 0 and f"told to save and leave: pid {pid}" in done.stdout, done.stdout + done.stderr
+    (saved,) = re.findall(r"run tiny is at step (\d+)", done.stdout)
+    assert (
+        not is_alive(pid) and (run / "checkpoints" / f"step-{int(saved):09d}.json").exists() and (run / "STOP").exists()
+    )
     told = [e["event"] for e in events(run)]
     assert "stop_requested" in told and "failed" not in told
     assert '"state": "stopped"' in shell("status", "tiny", "--json").stdout
@@ -86,6 +93,28 @@ def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_
     done = shell("submit", "tiny.yaml", *SLURM)
     assert done.returncode == 0 and "in the queue already: train as job 101" in done.stdout
     assert str(stop) in done.stdout and stop.exists() and len(submissions(slurm)) == 1
+
+
+def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(shell: Shell, slurm: Path) -> None:
+    shell("submit", "tiny.yaml", *SLURM)
+    run, told, gone = shell.root / "tiny", shell.cwd / "scancel.log", shell.cwd / "gone"
+    more = {"event": "submitted", "time": "2099-01-01T00:00:00.000Z", "job": "102", "restart": 0, "stage": "sample"}
+    (run / "events" / "submit-102.0.jsonl").write_text(json.dumps(more) + "\n")
+    shell.put("squeue", f"test -e {gone} || printf '101 101 RUNNING\\n102 102_[0-3] PENDING\\n'")
+    shell.put("scancel", f'test -e {run}/STOP && echo "$*" >> {told}; case $* in *102) : > {gone};; esac')
+    done = shell("cancel", "tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "told to save and leave: job 101\ncancelled: job 102\n" in done.stdout
+    assert told.read_text().splitlines() == ["--state=PENDING 101", "--state=PENDING 102"]
+    assert "nothing of it is queued or at work" in shell("cancel", "tiny").stdout
+
+
+def test_what_waits_in_the_queue_is_not_removed(shell: Shell, slurm: Path) -> None:
+    shell("submit", "tiny.yaml", *SLURM)
+    assert "job 101 (pending)" in shell.refused("remove", "tiny", "--yes")
+    shell.put("squeue", "exit 1")  # SLURM does not answer
+    shell.refused("remove", "tiny", "--yes", code=3)
+    assert (shell.root / "tiny").exists()
 
 
 def test_a_set_with_eta_is_another_set_than_the_one_without(again: Shell) -> None:

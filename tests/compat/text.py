@@ -14,10 +14,11 @@ from pathlib import Path
 from tests.compat.harness import HERE, RUNS, Machine
 
 TEXT = HERE / "text"
-SCRIPTS = ("board", "evaluate", "sample", "status", "submit")
+SCRIPTS = ("board", "cancel", "evaluate", "export", "logs", "remove", "sample", "status", "submit")
 TOOLS = ("convert_diffusers", "inspect_config", "unpack_data")
 SHELLS = ("env", "quickstart", "test")
 DRY = ["launch/submit.py", "--dry-run"]
+WHOLE = [*DRY, "--verbose"]
 AS_SHOWN = ["--partition", "gpu"]
 
 CASES: dict[str, list[str]] = {
@@ -26,13 +27,14 @@ CASES: dict[str, list[str]] = {
     "help-jobs": ["-m", "launch.jobs", "--help"],
     "list": ["launch/submit.py", "--list"],
     "dry-run": [*DRY, *AS_SHOWN],
-    "dry-run-many-gpus": [*DRY, *AS_SHOWN, "--nodes", "2", "--gpus-per-node", "4", "--time", "4h", "--mem", "32G"],
-    "dry-run-then": [*DRY, *AS_SHOWN, "--then", "sample,evaluate", "--account", "a", "--qos", "q"],
-    "dry-run-sbatch": [*DRY, *AS_SHOWN, "--via", "sbatch", "--then", "sample,evaluate", "--sbatch", "reservation=r"],
-    "dry-run-local": [*DRY, "configs/quickstart.yaml", "--cluster", "local", "--then", "sample,evaluate"],
-    "dry-run-changed": [*DRY, *AS_SHOWN, "configs/cifar10-cosine.yaml", "train.lr=1e-4", "--name", "low-lr"],
-    "dry-run-epochs": [*DRY, *AS_SHOWN, "train.total_epochs=30", "--then", "sample"],
-    "dry-run-no-partition": DRY,
+    "dry-run-verbose": [*WHOLE, *AS_SHOWN],
+    "dry-run-many-gpus": [*WHOLE, *AS_SHOWN, "--nodes", "2", "--gpus-per-node", "4", "--time", "4h", "--mem", "32G"],
+    "dry-run-then": [*WHOLE, *AS_SHOWN, "--then", "sample,evaluate", "--account", "a", "--qos", "q"],
+    "dry-run-sbatch": [*WHOLE, *AS_SHOWN, "--via", "sbatch", "--then", "sample,evaluate", "--sbatch", "reservation=r"],
+    "dry-run-local": [*WHOLE, "configs/quickstart.yaml", "--cluster", "local", "--then", "sample,evaluate"],
+    "dry-run-changed": [*WHOLE, *AS_SHOWN, "configs/cifar10-cosine.yaml", "train.lr=1e-4", "--name", "low-lr"],
+    "dry-run-epochs": [*WHOLE, *AS_SHOWN, "train.total_epochs=30", "--then", "sample"],
+    "dry-run-no-partition": WHOLE,
     "bad-value": [*DRY, *AS_SHOWN, "train.lr=fast"],
     "bad-key": [*DRY, *AS_SHOWN, "train.learning_rate=1e-4"],
     "bad-combination": [*DRY, *AS_SHOWN, "--nodes", "3"],
@@ -82,6 +84,7 @@ def plain(machine: Machine, words: list[str], done: subprocess.CompletedProcess[
         text = text.replace(str(place), f"<{name}>")
     text = re.sub(r'(?<="heartbeat_age_s": )[\d.]+', "<AGE>", text)
     text = re.sub(r"(ssh .*) \S+@\S+", r"\1 <USER>@<HOST>", text)
+    text = re.sub(r"(?<=\.cache/code/)[0-9a-f]{16}", "<CODE>", text)
     return re.sub(r" +$", "", text, flags=re.MULTILINE)
 
 

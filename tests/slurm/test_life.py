@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from tests.images import write_zip
-from tools.chaos import lives
+from tools.chaos import cluster, lives
 from tools.slurm_testbed.harness import SlurmTestbed
 
 SMALL = [
@@ -90,12 +92,36 @@ def undisturbed(site: Site) -> RunDir:
     return site.run_dir("undisturbed")
 
 
+APPTAINER = """\
+#!/bin/bash
+[ "$1 $2 $3" = "exec --nv --bind" ] || exit 9
+echo "$5" >>"$(dirname "$0")/entered"
+python=$(command -v "$6")
+shift 6
+exec /usr/bin/env PATH="$(dirname "$python")" "$python" "$@"
+"""
+"""Plays it: what runs inside has none of SLURM's commands."""
+
+
+def contained(site: Site, name: str, more: str = "") -> Path:
+    """A profile whose container is played in the folder `name`."""
+    there = site.bed.mkdir(name)
+    (there / "apptainer").write_text(APPTAINER)
+    (there / "apptainer").chmod(0o755)
+    (there / "torch.sif").touch()
+    profile = site.bed.workdir / f"{name}.yaml"
+    setup, container = f"setup: ['export PATH={there}:$PATH']\n", f"container: {{image: {there}/torch.sif}}\n"
+    profile.write_text(setup + container + more)
+    return profile
+
+
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
 def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
     site: Site, undisturbed: RunDir, via: str
 ) -> None:
     name = f"preempted-{via}"
-    (job,) = site.submit(name, *TWO_RANKS, "train.total_steps=150", "--via", via)
+    inside = ["--profile", str(contained(site, "preempted"))] if via == "sbatch" else []
+    (job,) = site.submit(name, *TWO_RANKS, *inside, "train.total_steps=150", "--via", via)
     for times in (1, 2):
         site.wait_logged(name, 2)
         site.bed.preempt(site.bed.node_of(job) or "", 2)
@@ -107,6 +133,25 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
     stops = [e["step"] for e in events if e["event"] == "stop_requested"]
     assert [e["step"] for e in events if e["event"] == "resumed"] == stops and len(stops) == 2  # no step lost
     assert {e["job"] for e in events} == {job}
+
+
+def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
+    profile = contained(site, "suspended", "rank_timeout_s: 10\n")
+    (job,) = site.submit("suspended", *TWO_RANKS, "--profile", str(profile), "train.total_steps=60")
+    site.wait_logged("suspended", 2)
+    site.bed.admin(["scontrol", "suspend", job])
+    time.sleep(12)
+    (row,) = json.loads(site.script("status", "suspended", "--json"))
+    site.bed.admin(["scontrol", "resume", job])
+    # what a rank that takes the other for dead does
+    os.kill(cluster.Cluster(site.bed, site.root, "submitit").ranks(site.run_dir("suspended"))[1].pid, signal.SIGKILL)
+    entered = (site.bed.workdir / "suspended" / "entered").read_text().split()
+    assert row["state"] == "suspended" and entered == [str(site.bed.workdir / "suspended" / "torch.sif")] * 2
+    assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log("suspended")
+    events = read_events(site.run_dir("suspended"))
+    (told,) = (e for e in events if e["event"] in ("requeued", "failed"))
+    assert (told["event"], told["reason"], told.get("bad_node")) == ("requeued", "suspended", None)
+    assert {e["cluster"] for e in events} == {"testbed"}
 
 
 def samples_of(run: RunDir, set_name: str) -> bytes:
@@ -207,3 +252,22 @@ def test_what_a_hand_made_job_has_can_be_asked_for_again_and_its_ranks_share_the
     (options, cpus), *ranks = (json.loads(line) for line in out.read_text().splitlines() if line.startswith("["))
     assert (options["gpus-per-node"], options["mem"], cpus) == ("2", "4000", 1)
     assert [cpus for _, cpus in ranks] == [1, 1]
+
+
+def test_milestones_are_scored_by_jobs_beside_training_and_tasks_share_a_bound(site: Site) -> None:
+    short = ["diffusion.timesteps=25", "sample.steps=5", "train.total_steps=20", "checkpoint.milestone_every_steps=20"]
+    site.submit("curve", "--gpus-per-node", "0", *short, "evaluate.milestones={num_samples: 64}")
+    run = site.run_dir("curve")
+
+    def curve() -> list[int]:
+        return [point["step"] for point in (read_json(run.milestones) or {}).get("curve", [])]
+
+    site.bed.wait_for(lambda: curve() == [20], 120, f"the milestone in {run.milestones}")
+    asked = ["curve", "--bits-per-dim", "--reference", "train", "--num-images", "80"]
+    (job,) = re.findall(r"as job (\d+)", site.script("evaluate", *asked, "--wait"))
+    bound = read_json(run.score("bits-per-dim-train-80-step20-seed0"))
+    assert bound is not None and bound["num_samples"] == 80
+    logs = [path.read_text() for path in run.logs.glob(f"evaluate-{job}_*.out")]
+    # queued when it was saved, asked for again at the end
+    assert sum(e["event"] == "submitted" and e["stage"] == "sample" for e in read_events(run)) == 1
+    assert len(logs) == 3 and sum(log.count("bits per dimension images=") for log in logs) == 3, logs

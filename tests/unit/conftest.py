@@ -9,6 +9,13 @@ import pytest
 
 from ddpm.run.fence import Fence
 from ddpm.run.paths import RunDir
+from launch.cluster import scheduler
+
+
+@pytest.fixture(autouse=True)
+def nameless_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever SLURM this machine has."""
+    monkeypatch.setattr(scheduler, "cluster_name", lambda: "")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ ROOMS = {
 """From the ground up: a file imports from its own room, or from one before it. `scripts`: what lies in launch/ itself.
 And tools imports from launch, launch from ddpm, never back."""
 TOPS = ("ddpm", "launch", "tools")
-FOREIGN = ("SLURM", "squeue", "scontrol", "scancel", "sbatch", "DDPM_", "launch/")
+FOREIGN = ("SLURM", "srun", "squeue", "scontrol", "scancel", "sbatch", "DDPM_", "launch/")
 """What ddpm/ has no word of, in comments and messages either: whoever starts it says these."""
 COMMANDS = ("sbatch", "scontrol", "squeue", "scancel", "sinfo", "sacct", "sacctmgr", "srun")
 WHO_COMMANDS = ("launch/cluster/",)
@@ -193,7 +193,7 @@ def listed(readme: str) -> set[str]:
 FILES = python_files(PROJECT, *TOPS)
 DDPM = {module: path for module, path in FILES.items() if module.split(".")[0] == "ddpm"}
 HEAVY = ("ddpm.run.saving", "ddpm.run.images")  # for who has tensors and pictures
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board"]
+SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export"]
 
 
 def test_there_is_something_to_check() -> None:

@@ -22,12 +22,14 @@ class Unsound(AssertionError):
     """A run whose lines contradict each other."""
 
 
-def check(root: Path, names: str = "*") -> None:
-    """Every run below `root` that has trained. Raises Unsound."""
-    for record in sorted(root.glob(f"{names}/run.json")):
+def check(root: Path, names: str = "*") -> int:
+    """Every run below `root` that has trained; returns how many there are. Raises Unsound."""
+    records = sorted(root.glob(f"{names}/run.json"))
+    for record in records:
         run = RunDir(record.parent)
         if found := problems(run):
             raise Unsound(f"run {run.name}: {'; '.join(found[:4])}")
+    return len(records)
 
 
 def problems(run: RunDir) -> list[str]:

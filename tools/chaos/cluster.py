@@ -98,7 +98,7 @@ class Cluster:
         before = self.runs
         result = row(self, count)
         for number in range(before + 1, self.runs + 1):
-            checker.check(self.root, f"{self.via}{number}")
+            assert checker.check(self.root, f"{self.via}{number}") == 1, f"run {number} of the row is not there"
         return result
 
     # ------------------------------------------------------------ waiting

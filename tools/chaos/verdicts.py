@@ -25,8 +25,8 @@ from tools.chaos.forked import Said
 from tools.chaos.house import SHOWN, VERBS, House
 
 BAD = "BAD"
-REFUSALS = (1, 2, 3, 78)
-"""1 is a refusal where it comes with its sentence: of a job, another start may find what this one could not read."""
+REFUSALS = (2, 3, 78)
+"""Of a script: the request was wrong, or the machine lacks something; of a job: do not retry."""
 OFTEN_REPLACED = {"lock", "fence", "heartbeat.json"}
 """Signs of the present alone: the next life writes its own."""
 VOLATILE = {

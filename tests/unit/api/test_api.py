@@ -272,6 +272,57 @@ def test_a_file_that_is_no_weights_of_that_network_is_refused(run, tmp_path):
         load(broken, config=make_config())
 
 
+# ---------------------------------------------------------------- saving
+
+
+def test_a_saved_model_is_loaded_again_without_its_config(run, tmp_path):
+    model = load(run.path, step=10, weights="model")
+    model.save(tmp_path / "mine.safetensors")
+    again = load(tmp_path / "mine.safetensors")
+    assert again.config == model.config and again.step == 10
+    assert same_weights(again.network, dict(model.network.state_dict()))
+    assert np.array_equal(again.sample(3), model.sample(3))
+    with pytest.raises(RequestError, match=r"mine\.safetensors exists: choose another name"):
+        model.save(tmp_path / "mine.safetensors")
+    with pytest.raises(RequestError, match=r"mine\.pt: name it NAME\.safetensors"):
+        ddpm.save(model.network, tmp_path / "mine.pt")
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["mine.safetensors"]
+
+
+def test_an_average_of_ones_own_is_saved_however_it_lies_in_memory(tmp_path):
+    config = make_config()
+    network = ddpm.build_model(config, "cpu").to(memory_format=torch.channels_last)
+    average = ddpm.EMA(network, 0.9)
+    assert any(not value.is_contiguous() for value in average.state_dict().values())
+    ddpm.save(average, tmp_path / "average.safetensors", step=7)
+    with pytest.raises(RequestError, match="give config=, a Config or its YAML"):
+        load(tmp_path / "average.safetensors")
+    model = load(tmp_path / "average.safetensors", config=config)
+    assert model.step == 7 and same_weights(model.network, dict(network.state_dict()))
+
+
+def test_a_model_says_what_it_is(tmp_path, run):
+    assert repr(load(run.path)) == "<Model run: ema of step 20, 10,883 parameters, 8x8, fp32 on cpu>"
+    labelled = load(make_run(tmp_path / "labelled", make_config(**WITH_CLASSES)).path)
+    assert "8x8, 3 classes, fp32 on cpu>" in repr(labelled) and labelled.classes == ["0", "1", "2"]
+
+
+def test_a_class_goes_by_its_name_or_its_number(tmp_path):
+    run = make_run(tmp_path / "run", make_config(**WITH_CLASSES), steps=(10,))
+    record = json.loads(run.run_json.read_text())
+    run.run_json.write_text(json.dumps({**record, "labels": {"digest": "", "classes": {"cat": 4, "dog": 2, "eel": 1}}}))
+    model = load(run.path)
+    assert model.classes == ["cat", "dog", "eel"]
+    dogs = model.sample(4, labels=[1] * 4)
+    for labels in ("dog", 1, np.int64(1), ["dog", 1, "dog", 1]):
+        assert np.array_equal(model.sample(4, labels=labels), dogs)
+    assert not np.array_equal(model.sample(4, labels="cat"), dogs)
+    with pytest.raises(RequestError, match="labels: no class 'cow'; there are cat, dog, eel"):
+        model.sample(4, labels="cow")
+    model.save(tmp_path / "mine.safetensors")
+    assert load(tmp_path / "mine.safetensors").classes == ["cat", "dog", "eel"]
+
+
 # ---------------------------------------------------------------- samples
 
 

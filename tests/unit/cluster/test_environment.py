@@ -2,10 +2,12 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
-from launch.cluster import addresses, environment
+from launch.cluster import addresses, environment, slurm
+from launch.cluster.answers import SchedulerError
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +79,9 @@ def test_threads_of_background_jobs_sleep_at_their_barriers_unless_the_user_want
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert environment.for_jobs()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment.for_jobs(Path("/code"))["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert environment.for_jobs()["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert environment.for_jobs(Path("/code"))["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize(("nodes", "first"), [
@@ -87,10 +89,20 @@ def test_threads_of_background_jobs_sleep_at_their_barriers_unless_the_user_want
     ("rack[1-2]-node[03,05]", "rack1-node03"), ("x1,x2", "x1"),
     ("r[07-09]c[1-2]n[004-006]", "r07c1n004"),
 ])  # fmt: skip
+@pytest.mark.parametrize("slurm_says", [False, True])
 def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
-    monkeypatch: pytest.MonkeyPatch, nodes: str, first: str
+    monkeypatch: pytest.MonkeyPatch, nodes: str, first: str, slurm_says: bool
 ) -> None:
+    """Which SLURM is asked for, where it is there: only it knows every shape."""
     asked = []
+
+    def hostnames(argv: list[str], **_: object) -> str:
+        if argv != ["scontrol", "show", "hostnames", nodes] or not slurm_says:
+            raise SchedulerError("scontrol: not found on this machine")
+        return "of-slurm\nsecond\n"
+
+    monkeypatch.setattr(slurm, "run", hostnames)
+    first = "of-slurm" if slurm_says and "[" in nodes else first
 
     def resolve(name: str, *_: object) -> list[tuple[object, ...]]:
         asked.append(name)

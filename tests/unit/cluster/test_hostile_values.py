@@ -9,6 +9,7 @@ import argparse
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run import log
 from ddpm.run.paths import RunDir, check_name
-from launch.cluster import by_submitit, by_template, environment
-from launch.cluster.job import HOME, Job, check_path
+from launch.cluster import by_submitit, by_template, code, environment
+from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.site import Site
 
@@ -85,7 +86,10 @@ def place(folders: str = "runs", name: str = "tiny") -> Iterator[Place]:
             )
             (path / "bin" / command).chmod(0o755)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(HOME, "DDPM_PYTHON", str(path / "bin" / "python"))
+            there = code.home(run)
+            there.parent.mkdir(parents=True)
+            there.symlink_to(environment.PROJECT)  # as if it had been unpacked
+            patch.setattr(sys, "executable", str(path / "bin" / "python"))
             yield Place(path, run)
 
 
@@ -125,7 +129,7 @@ def check_scripts(there: Place, job: Job) -> None:
     listed_there = [f for f in flags if f not in ("--parsable", "--shards", "--tasks") and "--array=" not in f]
     assert listed_there == [f"--{k}" + ("" if v is True else f"={v}") for k, v in job.options().items()]
     assert shlex.split(shlex.join(command)) == command
-    of_template = command[command.index(str(by_template.template(job.stage))) + 1 :]
+    of_template = command[command.index(str(by_template.template(job.home, job.stage))) + 1 :]
     shards = ["--shards", "0,2-3", "--tasks", "3"] if job.shards else []
     assert of_template == [str(job.run.path), *([job.set_name] if job.set_name else []), *shards]
 

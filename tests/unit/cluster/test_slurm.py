@@ -74,7 +74,8 @@ def test_a_qos_says_so_where_slurm_pre_empts_by_it(
 @pytest.mark.parametrize(("by_qos", "assoc", "mercy"), [
     ({}, "", scheduler.Mercy(False, 0, 30, known=False)),  # the cluster says what pre-emption does
     ({}, "QOS=normal(1)\n    MinTRESPJ=\n    PreemptMode=REQUEUE\n", scheduler.Mercy(True, 0, 30, known=False)),
-    ({"normal": "requeue|00:02:00", "high": "cancel|00:00:01"}, "PreemptMode=CANCEL", scheduler.Mercy(True, 120, 30)),
+    ({"qos normal": "requeue|00:02:00", "qos high": "cancel|00:00:01"}, "PreemptMode=CANCEL",
+     scheduler.Mercy(True, 120, 30)),
 ])  # fmt: skip
 def test_where_accounting_does_not_answer_what_it_said_at_submission_holds_or_slurmctld_says_what_it_knows(
     monkeypatch: pytest.MonkeyPatch, by_qos: dict[str, str], assoc: str, mercy: scheduler.Mercy
@@ -90,15 +91,42 @@ def test_where_accounting_does_not_answer_what_it_said_at_submission_holds_or_sl
     assert scheduler.mercy("17", by_qos) == mercy
 
 
-@pytest.mark.parametrize(("by", "table"), [
-    ("qos", {"normal": "requeue|00:00:10", "high": "cluster|00:00:00"}), ("partition_prio", {}),
+@pytest.mark.parametrize(("by", "asked", "told"), [
+    ("qos", "gpu", {"qos normal": "requeue|00:00:10", "qos high": "cluster|00:00:00"}),
+    ("partition_prio", "gpu,x", {"partition gpu": "OFF|0"}),
+    ("partition_prio", None, {"partition gpu": "OFF|0", "partition cheap": "CANCEL|300"}),
 ])  # fmt: skip
-def test_the_login_node_tells_what_each_qos_does_where_slurm_pre_empts_by_it(
-    monkeypatch: pytest.MonkeyPatch, by: str, table: dict[str, str]
+def test_the_login_node_tells_what_each_qos_or_partition_does(
+    monkeypatch: pytest.MonkeyPatch, by: str, asked: str | None, told: dict[str, str]
 ) -> None:
     answers(monkeypatch, show_config=CONFIG.format(mode="REQUEUE", by=by),
-            show_qos="normal|requeue|00:00:10\nhigh|cluster|00:00:00\n")  # fmt: skip
-    assert scheduler.qos_table() == table
+            show_qos="normal|requeue|00:00:10\nhigh|cluster|00:00:00\n",
+            show_partition="PartitionName=gpu GraceTime=0 PreemptMode=OFF\n"
+                           "PartitionName=cheap GraceTime=300 PreemptMode=CANCEL\n")  # fmt: skip
+    cluster = {"PreemptType": f"preempt/{by}", "PreemptMode": "REQUEUE", "KillWait": "30"}
+    assert scheduler.preemption(asked) == {**cluster, **told}
+
+
+@pytest.mark.parametrize(("told", "mercy"), [
+    ({"partition gpu": "REQUEUE|300"}, scheduler.Mercy(True, 300, 20)),
+    ({"partition gpu": "CANCEL|300"}, scheduler.Mercy(False, 300, 20)),
+    ({"partition gpu": "|0"}, scheduler.Mercy(True, 0, 20)),  # as the cluster does
+    ({"partition gpu": "REQUEUE|300", "no-requeue": "1"}, scheduler.Mercy(False, 300, 20)),
+    ({"PreemptType": "preempt/qos", "qos low": "cluster|00:02:00"}, scheduler.Mercy(True, 120, 20)),
+    ({"partition other": "REQUEUE|300"}, scheduler.Mercy(True, 0, 30, known=False)),
+    ({}, scheduler.Mercy(True, 0, 30, known=False)),
+])  # fmt: skip
+def test_in_a_container_without_scontrol_what_was_told_at_submission_holds(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], mercy: scheduler.Mercy
+) -> None:
+    def run(argv: list[str], **_: object) -> str:
+        raise scheduler.SchedulerError("scontrol: not found on this machine")
+
+    monkeypatch.setattr(slurm, "run", run)
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURM_JOB_QOS", "low")
+    cluster = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE", "KillWait": "20"}
+    assert scheduler.mercy("17", {**cluster, **told} if told else {}) == mercy
 
 
 def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:

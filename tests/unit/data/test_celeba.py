@@ -116,6 +116,64 @@ def test_a_changed_list_is_packed_anew(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- places and pixels
 
 
+def as_kaggle_has_it(folder: Path) -> None:
+    """Lists as .csv, images in a folder of the same name in their folder."""
+    _, names, *rows = (folder / "list_attr_celeba.txt").read_text().splitlines()
+    lines = [["image_id", *names.split()], *(row.split() for row in rows)]
+    (folder / "list_attr_celeba.csv").write_text("".join(",".join(fields) + "\n" for fields in lines))
+    rows = (folder / "list_eval_partition.txt").read_text().splitlines()
+    lines = [["image_id", "partition"], *(row.split() for row in rows)]
+    (folder / "list_eval_partition.csv").write_text("".join(",".join(fields) + "\n" for fields in lines))
+    for name in ("list_attr_celeba.txt", "list_eval_partition.txt"):
+        (folder / name).unlink()
+    (folder / "img_align_celeba").rename(folder / "images")
+    (folder / "img_align_celeba").mkdir()
+    (folder / "images").rename(folder / "img_align_celeba" / "img_align_celeba")
+
+
+def as_windows_has_it(folder: Path) -> None:
+    """A BOM, and lines that end in CRLF."""
+    for path in folder.glob("list_*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def with_spaces(folder: Path) -> None:
+    """In the names of the files; in the headings of a .csv too."""
+    for path in (folder / "img_align_celeba").rglob("*.jpg"):
+        path.rename(path.with_name(f"face  {path.name}"))
+    for path in folder.glob("list_*"):
+        text = re.sub(r"(?m)^(\d+\.jpg)", r"face  \1", path.read_text())
+        path.write_text(text.replace(",", ", ") if path.suffix == ".csv" else text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[as_kaggle_has_it], [as_windows_has_it], [with_spaces], [as_kaggle_has_it, with_spaces, as_windows_has_it]],
+)
+def test_celeba_as_people_have_it_is_the_same_data(mini: Path, copy: Path, tmp_path: Path, changes: list[Any]) -> None:
+    for change in changes:
+        change(copy)
+    for split in ("train", "test"):
+        there, here = (pack(at(f, label_attributes=("Male",)), split, tmp_path / "c")[1] for f in (mini, copy))
+        assert here.digest == there.digest and here.labels.tolist() == there.labels.tolist()
+
+
+def test_a_damaged_csv_is_named_with_its_line(copy: Path) -> None:
+    as_kaggle_has_it(copy)
+    attributes, partition = copy / "list_attr_celeba.csv", copy / "list_eval_partition.csv"
+    whole = partition.read_text()
+    partition.write_text(whole.replace("000003.jpg,0", "000003.jpg,3"))
+    with pytest.raises(RequestError, match=r"list_eval_partition\.csv, line 4: expected a file name and 0, 1 or 2"):
+        open_source(at(copy))
+    partition.write_text(whole)
+    attributes.write_text(attributes.read_text().replace("000002.jpg,", "000002.jpg,1,"))
+    with pytest.raises(RequestError, match=r"list_attr_celeba\.csv, line 3: expected a file name and 40 times 1 or -1"):
+        open_source(at(copy))
+    attributes.write_text("")
+    with pytest.raises(RequestError, match=r"list_attr_celeba\.csv, line 1: expected the names of the attributes"):
+        open_source(at(copy))
+
+
 def test_a_folder_a_zip_and_the_root_of_torchvision_are_the_same_data(mini: Path, tmp_path: Path) -> None:
     archive = write_celeba(tmp_path / "zipped", zipped=True)
     packed = [pack(at(p), "train", tmp_path / "cache")[1] for p in (mini, mini.parent, archive)]

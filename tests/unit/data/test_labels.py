@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm.data.labels import labels_changed, labels_digest, labels_record
+from ddpm.data.labels import labels_changed, labels_digest, labels_record, told_of_classes
 from ddpm.data.packed import PackedImages
 
 
@@ -62,3 +62,10 @@ def test_the_same_labels_are_no_change_and_neither_is_a_run_that_kept_none() -> 
 def test_the_record_counts_the_images_of_each_class_by_its_index() -> None:
     assert list(record([2, 0, 2, -1], ["b", "c", "a"])["classes"].items()) == [("b", 1), ("c", 0), ("a", 2)]
     assert record([0, 0], [""])["classes"] == {"": 2}
+
+
+def test_classes_are_told_with_index_and_number_where_there_are_several() -> None:
+    assert told_of_classes(record([0, 0, 1, 1, 1], ["", "d\x1bog"])) == "classes: 0 no folder (2), 1 d\\x1bog (3)"
+    assert told_of_classes(record([0, 0], ["cat"])) == ""
+    many = told_of_classes(record(list(range(50)), list(map(str, range(50)))))
+    assert many.endswith("39 39 (1), and 10 more")

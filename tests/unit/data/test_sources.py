@@ -1,6 +1,7 @@
 """ddpm/data/sources.py: which folder is an image's class, and what becomes of it."""
 
 import errno
+import json
 import os
 import struct
 import tracemalloc
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from ddpm.config.data import Data
-from ddpm.data import sources
+from ddpm.data import listing, sources
 from ddpm.data.packed import PackedImages, open_source, pack
 from ddpm.errors import RequestError
 from tests.cli.harness import png, write_zip
@@ -26,7 +27,7 @@ TINY_IMAGENET = [
 
 
 def source_of(path: Path, names: list[str]) -> sources.Source:
-    return sources.folder_or_zip(write_zip(path / "a.zip", {name: png() for name in names}))
+    return sources.images(write_zip(path / "a.zip", {name: png() for name in names}))
 
 
 @pytest.mark.parametrize("wrapper", ["", "pets/", "train/", "pets/train/"])
@@ -101,7 +102,7 @@ def bomb(path: Path, *, how: int = zipfile.ZIP_DEFLATED, size: int = 40 << 20, s
 def test_a_member_that_unpacks_to_more_than_an_image_is_refused_by_its_name_when_it_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    monkeypatch.setattr(listing, "MAX_IMAGE_BYTES", 4 << 20)
     path = bomb(tmp_path / "a.zip")
     with (
         Peak() as peak,
@@ -117,7 +118,7 @@ def test_a_member_is_unpacked_in_pieces_whatever_it_says_of_its_size(
 ) -> None:
     path = bomb(tmp_path / "a.zip", said=said)
     there = open_source(Data(name="images", path=str(path), image_size=8))
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    monkeypatch.setattr(listing, "MAX_IMAGE_BYTES", 4 << 20)
     with Peak() as peak, pytest.raises(RequestError, match=r"a/2\.png cannot be decoded"):
         list(sources.read(there, "train", 8, tmp_path))
     assert peak.bytes < 16 << 20
@@ -134,7 +135,7 @@ def test_a_file_that_is_larger_than_an_image_is_not_read_whole(tmp_path: Path, m
     (tmp_path / "a").mkdir()
     with (tmp_path / "a" / "1.png").open("wb") as f:
         f.truncate(10 << 30)  # sparse
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 4 << 20)
+    monkeypatch.setattr(listing, "MAX_IMAGE_BYTES", 4 << 20)
     there = open_source(Data(name="images", path=str(tmp_path), image_size=8))
     with Peak() as peak, pytest.raises(RequestError, match=r"a/1\.png cannot be decoded \(more than 4,194,304 bytes"):
         list(sources.read(there, "train", 8, tmp_path))
@@ -154,7 +155,7 @@ def test_class_folders_that_are_links_are_followed_and_links_back_are_not(tmp_pa
     (pets / "dog").symlink_to(store / "dog")
     (pets / "cat" / "all").symlink_to(pets)
     (pets / "cat" / "self").symlink_to(pets / "cat")
-    source = sources.folder_or_zip(pets)
+    source = sources.images(pets)
     assert source.members == {"train": ["cat/0.png", "dog/0.png", "dog/1.png", "emu/0.png"]}
     assert [source.labels[name] for name in source.members["train"]] == [0, 1, 1, 2]
 
@@ -180,7 +181,7 @@ def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(
 
     monkeypatch.setattr(os, "scandir", scan)
     with pytest.raises(RequestError, match=r"pets/dog: Permission denied; make it readable"):
-        sources.folder_or_zip(pets)
+        sources.images(pets)
 
 
 # ---------------------------------------------------------------- names that mean something else than they seem to
@@ -191,7 +192,7 @@ def test_a_name_that_is_twice_in_a_zip_is_refused_with_how_often(tmp_path: Path)
         for name in ("cat/a.png", "cat/b.png", "cat/a.png", "cat/a.png", "notes.txt", "notes.txt"):
             archive.writestr(name, png())
     with pytest.raises(RequestError, match=r"more than once: cat/a\.png \(3 times\); make the zip anew"):
-        sources.folder_or_zip(tmp_path / "a.zip")
+        sources.images(tmp_path / "a.zip")
 
 
 @pytest.mark.parametrize("wrapper", ["", "pets/"])
@@ -214,6 +215,10 @@ def test_splits_are_splits_however_they_are_written(tmp_path: Path, wrapper: str
         (["ds/cat/0.png", "ds/train/cat/0.png", "ds/test/cat/0.png"], r"cat/ \(1\), test/ \(1\), train/ \(1\)"),
         (["cat/train/0.png", "cat/test/0.png", "dog/0.png"], r"cat/test/ \(1\), cat/train/ \(1\), dog/ \(1\)"),
         (["boat/0.png", "train/0.png"], r"boat/ \(1\), train/ \(1\)"),
+        (["cat/0.png", "cat/test/0.png"], r"cat/ \(1\), cat/test/ \(1\)"),
+        (["training_set/cat/0.png", "test_set/cat/0.png"], r"test_set/ \(1\), training_set/ \(1\)"),
+        (["ds/trainset/0.png", "ds/valset/0.png"], r"trainset/ \(1\), valset/ \(1\)"),
+        (["ds/cifar10-test/0.png", "ds/cifar10-train/0.png", "0.png"], r"no folder \(1\), ds/ \(2\)"),
     ],
 )
 def test_splits_beside_other_images_are_refused_with_what_was_understood(
@@ -223,13 +228,129 @@ def test_splits_beside_other_images_are_refused_with_what_was_understood(
         source_of(tmp_path, names)
 
 
+def test_classes_that_hold_a_splits_word_are_classes(tmp_path: Path) -> None:
+    names = [f"{name}/0.png" for name in ("contest", "freight train", "test tube", "valley")]
+    assert source_of(tmp_path, names).classes == ["contest", "freight train", "test tube", "valley"]
+
+
 def test_pictures_that_are_not_taken_are_counted_and_a_jfif_is_a_jpeg(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["cat/0.png", "cat/1.jfif", "dog/0.gif", "dog/1.GIF", "dog/2.avif", "dog/.3.jp2", "notes.txt"]
     archive = write_zip(tmp_path / "a.zip", {name: png() for name in names})
-    source = sources.folder_or_zip(archive)
+    source = sources.images(archive)
     assert source.members == {"train": names[:2]} and source.selection == {"suffixes": [".jfif"]}
     pack(Data(name="images", path=str(archive), image_size=8), "train", tmp_path / "cache")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "2 .gif, 1 .avif" in line
+
+
+# ---------------------------------------------------------------- folders and zips as people and their tools make them
+
+
+def made(path: Path, files: dict[str, bytes], *, zipped: bool) -> Path:
+    """Those files in a folder, or in a zip."""
+    if zipped:
+        return write_zip(path.with_suffix(".zip"), files)
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def chosen(path: Path) -> Data:
+    return Data(name="images", path=str(path), image_size=8)
+
+
+STRAY = {
+    "pets/README.txt": b"text",
+    "pets/Thumbs.db": b"db",
+    "pets/cat/Thumbs.db": b"db",
+    "pets/.DS_Store": b"mac",
+    "pets/cat/._0.png": b"mac",
+    "__MACOSX/pets/cat/._0.png": b"mac",
+    "__MACOSX/pets/cat/0.png": b"mac",
+    "pets/dog/desktop.ini": b"ini",
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_wrapping_folder_and_stray_files_change_nothing(tmp_path: Path, zipped: bool) -> None:
+    images = {f"{kind}/{i}.png": png(8, i) for kind in ("cat", "dog") for i in range(2)}
+    plain = made(tmp_path / "plain", images, zipped=zipped)
+    wrapped = made(tmp_path / "wrapped", {**{f"pets/{n}": d for n, d in images.items()}, **STRAY}, zipped=zipped)
+    one, other = (pack(chosen(path), "train", tmp_path / "cache")[1] for path in (plain, wrapped))
+    assert one.digest == other.digest and one.classes == other.classes == ["cat", "dog"]
+    assert one.labels.tolist() == other.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_zip_with_backslashes_has_the_folders_that_they_tell(tmp_path: Path) -> None:
+    names = [
+        f"pets\\{split}\\{kind}\\{i}.png" for split in ("Train", "Test") for kind in ("cat", "dog") for i in range(2)
+    ]
+    path = write_zip(tmp_path / "a.zip", {name: png(8, i) for i, name in enumerate(names)})
+    source = open_source(chosen(path))
+    assert source.classes == ["cat", "dog"] and source.selection["separator"] == "\\"
+    assert source.members == {"train": names[:4], "test": names[4:]}
+    assert pack(chosen(path), "train", tmp_path / "cache")[1].labels.tolist() == [0, 0, 1, 1]
+    mixed = write_zip(tmp_path / "b.zip", {"cat/0.png": png(), "cat\\0.png": png()})
+    with pytest.raises(RequestError, match=r"more than once: cat/0\.png \(2 times\)"):
+        open_source(chosen(mixed))
+
+
+def test_names_that_are_no_utf_8_are_packed_and_told(tmp_path: Path) -> None:
+    files = [b"caf\xe9/\xff0.png", b"caf\xe9/\xff1.png", b"tea/\xff0.png", b"tea/\xff1.png"]
+    made(tmp_path / "a", {os.fsdecode(name): png(8, i) for i, name in enumerate(files)}, zipped=False)
+    there = pack(chosen(tmp_path / "a"), "train", tmp_path / "cache")[1]
+    assert there.classes == ["caf\\xe9", "tea"] and there.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "a" / os.fsdecode(files[-1])).write_bytes(b"no picture")
+    with pytest.raises(RequestError, match=r"tea/\\xff1\.png cannot be decoded"):
+        pack(chosen(tmp_path / "a"), "train", tmp_path / "cache")
+
+
+EDM = [f"{i // 4:05d}/img{i:08d}.png" for i in range(12)]
+"""As dataset_tool.py writes images, a thousand to a folder."""
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("wrapper", ["", "cifar10/"])
+def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], zipped: bool, wrapper: str
+) -> None:
+    labels = [[name, (7, 12, 3)[i % 3]] for i, name in enumerate(EDM)]
+    files = {wrapper + name: png(8, i) for i, name in enumerate(EDM)}
+    made(tmp_path / "a", files, zipped=zipped)
+
+    def packed(said: object) -> PackedImages:
+        beside = {f"{wrapper}dataset.json": json.dumps(said).encode()}
+        path = made(tmp_path / "a", {**files, **beside} if zipped else beside, zipped=zipped)  # images keep their times
+        return pack(chosen(path), "train", tmp_path / "cache")[1]
+
+    one = packed({"labels": labels})
+    assert one.classes == ["3", "7", "12"] and one.labels.tolist() == [1, 2, 0] * 4
+    changed = packed({"labels": [[name, 0] for name in EDM]})
+    assert changed.classes == ["0"] and changed.digest == one.digest
+    assert packed({"labels": None}).classes == [""]
+    assert packed({"licence": "none"}).classes == ["00000", "00001", "00002"]  # of something else
+    assert "damaged" not in capsys.readouterr().out  # each of these is packed apart
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"{", r"dataset\.json: not JSON \(.*\); copy it again, or remove it"),
+        (
+            b'{"labels": [["00000/img00000000.png", [0, 1]]]}',
+            r"a label is \[0, 1\]; expected pairs of a name and a whole",
+        ),
+        (
+            b'{"labels": [["00000/img00000000.png", 1]]}',
+            r"11 of 12 images have no label in it, such as 00000/img00000001",
+        ),
+        (b'{"labels": {"a": 1}}', "expected pairs of a name and a whole number"),
+    ],
+)
+def test_labels_that_are_not_of_the_images_are_refused(tmp_path: Path, said: bytes, told: str) -> None:
+    path = made(tmp_path / "a", {**{name: png() for name in EDM}, "dataset.json": said}, zipped=True)
+    with pytest.raises(RequestError, match=told):
+        open_source(chosen(path))

@@ -218,6 +218,27 @@ def test_what_was_found_whole_is_not_read_again_until_it_changes(tmp_path: Path,
         open_verified(tmp_path / "cache", key)
 
 
+def test_a_map_that_somebody_writes_into_is_told_and_one_that_is_touched_or_moved_is_not(
+    tmp_path: Path, data: Data
+) -> None:
+    key, there = pack(data, "train", tmp_path / "cache")
+    file, watch = tmp_path / "cache" / key / "images.npy", whole.Watch(there)
+    assert watch.damage() == ""
+    file.touch()
+    assert watch.damage() == ""
+    with file.open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(bytes([file.read_bytes()[-1] ^ 1]))
+    assert watch.damage() == f"{file}: overwritten while it was mapped"
+    file.parent.rename(tmp_path / "aside")  # as another job does that finds it damaged
+    assert "overwritten" in watch.damage()
+    pack(data, "train", tmp_path / "cache")
+    assert "overwritten" in watch.damage()
+    watch = whole.Watch(open_packed(tmp_path / "cache", key))
+    file.parent.rename(tmp_path / "again")
+    assert watch.damage() == ""
+
+
 def test_what_was_written_just_now_is_not_trusted_to_be_unchanged(tmp_path: Path, data: Data) -> None:
     key, _ = pack(data, "train", tmp_path / "cache")
     assert [reads(tmp_path / "cache", key) for _ in range(2)] == [1, 1]

@@ -17,7 +17,7 @@ from ddpm.data.labels import labels_record
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile
+from ddpm.run.files import DamagedFile, read_signed
 from launch.cluster.environment import JobEnvironment
 from launch.life import inputs
 from launch.life.life import Life
@@ -164,3 +164,16 @@ def test_a_scratch_whose_variable_is_not_set_here_is_said_and_the_cache_read(
     assert len(here.open()) == len(here.good)
     assert "$LOCAL_SCRATCH is not set" in capsys.readouterr().out
     assert not (tmp_path / "$LOCAL_SCRATCH").exists()
+
+
+def test_a_record_that_lost_its_signature_is_said_once_and_signed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Here(tmp_path)
+    kept = here.kept
+    fence = Fence(here.run, {"job": "1", "restart": 0, "host": "n1"}, wait_s=0)
+    for told in (1, 0):
+        here.open(fence)
+        assert capsys.readouterr().out.count("run.json is signed no more") == told
+        assert read_signed(here.run.run_json)["labels"] == kept
+    fence.release()

@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -28,7 +30,7 @@ from ddpm.run.stopping import StopRequested
 from ddpm.training.ranks import World
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT, JobEnvironment
-from launch.life import compiled, devices, inputs, training
+from launch.life import compiled, devices, inputs, pace, training
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from tests.training import ALONE, make_config, make_run, on_ranks
@@ -329,3 +331,13 @@ def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(run: RunDi
     (tmp_path / "torch.py").write_text("raise ImportError('torch is loaded')")
     done = job(run, "train", SLURM_JOB_ID="17", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "forbids training" in done.stdout, done.stderr
+
+
+def test_the_pace_is_that_of_the_last_steps_and_says_when_the_end_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.1, 0.2, *range(1, 31)])
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    told, work = [], pace.Pace()
+    for done in (1000, 2000, 3000, *range(3010, 3310, 10)):  # what was there comes at once
+        told.append(work.told(done, 3300))
+    assert told[0] == {} and told[-1] == {"images_per_s": "10"}
+    assert told[-2]["images_per_s"] == "10" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told[-2]["ends"])

@@ -13,7 +13,10 @@ import pytest
 
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
+from launch.cluster import by_submitit, by_template, code
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job
+from launch.cluster.site import Site
 from launch.life.decision import bad_nodes
 
 
@@ -25,20 +28,23 @@ class Shell:
     run: RunDir
     said: str = ""
     restart: int = 0
+    path: str = ""
 
     def put(self, name: str, script: str) -> None:
         path = self.bin / name
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
 
-    def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1") -> int:
+    def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1",
+             alone: bool = False) -> int:  # fmt: skip
+        """alone: `command` begins with supervise.sh itself."""
         (self.run.path / "setup.sh").write_text(setup)
         env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
                "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
-               "PATH": f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
-        script = f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
-        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+               "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
+        script = command if alone else f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
+        done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
         self.restart += 1
         self.said = done.stdout + done.stderr + (self.run.logs / "train-17.out").read_text()
         return done.returncode
@@ -55,12 +61,14 @@ def shell(tmp_path: Path) -> Shell:
         path.mkdir(parents=True)
     run.config.touch()
     s = Shell(tmp_path / "bin", run)
-    s.put("squeue", "echo RUNNING")
     s.put("sinfo", "printf 'n1\\nn2\\nn3\\nn4\\n'")
     s.put("sleep", "")
-    shown = "JobId=17 JobState=PENDING ReqNodeList=(null) ExcNodeList=$(cat {0}/excluded 2>/dev/null || echo '(null)')"
+    shown = (
+        "JobId=17 JobState=$(cat {0}/state 2>/dev/null || echo RUNNING) Reason=None "
+        "ReqNodeList=(null) ExcNodeList=$(cat {0}/excluded 2>/dev/null || echo '(null)')"
+    )
     s.put("scontrol", f'[ "$1" != show ] || {{ echo "{shown.format(s.bin)}"; exit; }}\necho "$*" >> {s.bin}/orders\n'
-          f'case "$*" in update*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
+          f'case "$*" in *exc*) echo "${{3#*=}}" > {s.bin}/excluded ;; esac')  # fmt: skip
     return s
 
 
@@ -74,10 +82,10 @@ def test_a_node_without_python_puts_the_job_back_elsewhere_and_after_four_of_the
         assert (last(shell.run)["event"], last(shell.run)["bad_node"]) == ("requeued", node)
     assert shell.orders() == [
         "requeue 17", "update jobid=17 excnodelist=n1",
-        "requeue 17", "update jobid=17 excnodelist=n1,n2",
-        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2", "update jobid=17 starttime=now+60",
+        "requeue 17", "update jobid=17 excnodelist=n1,n2,n3", "update jobid=17 starttime=now+60",
     ]  # fmt: skip
-    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 6
+    assert shell.life('"$DDPM_PYTHON" -m launch.jobs', node="n4") == 127 and len(shell.orders()) == 8
     assert (
         last(shell.run)["event"] == "failed" and "/nowhere/python does not run on node n4" in last(shell.run)["reason"]
     )
@@ -86,9 +94,20 @@ def test_a_node_without_python_puts_the_job_back_elsewhere_and_after_four_of_the
 
 @pytest.mark.parametrize("state", ["COMPLETING", "PENDING", ""])
 def test_without_python_too_a_job_that_slurm_ends_is_slurms(shell: Shell, state: str) -> None:
-    shell.put("squeue", f"echo {state}")
+    (shell.bin / "state").write_text(state)
     shell.life("exit 1")
     assert shell.orders() == [] and read_events(shell.run) == []
+
+
+def test_on_a_node_without_scontrol_it_is_said_what_is_lost(shell: Shell) -> None:
+    assert shell.life("exit 0", python="true") == 0 and "no scontrol" not in shell.said
+    (shell.bin / "scontrol").unlink()
+    (shell.bin / "date").symlink_to("/bin/date")
+    for name in ("hostname", "mkdir", "bash", "env", "sed", "cat", "wc", "head", "sort", "rm"):
+        (shell.bin / name).symlink_to(f"/bin/{name}")
+    shell.path = str(shell.bin)
+    assert shell.life("exit 1") != 0 and shell.orders() == []
+    assert "no scontrol on node n1" in shell.said and "submit the run again when it has ended" in shell.said
 
 
 def test_a_partitions_only_node_is_not_excluded(shell: Shell) -> None:
@@ -125,6 +144,30 @@ def test_a_setup_line_that_fails_ends_the_life_named_and_the_job_is_put_back(she
     if "exit" not in setup:
         line = next(line for line in setup.splitlines() if line.split()[0] in ("false", "module", "cd", "if", "echo"))
         assert "setup failed on n1" in shell.said and line in shell.said
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+@pytest.mark.parametrize("line", ["exit 0", "exec true", "return 0", ". /dev/stdin <<<'exit 0'", "return 1"])
+def test_a_setup_line_that_ends_the_shell_in_silence_has_failed_too_and_nothing_is_done(
+    shell: Shell, via: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code, "home", lambda run: PROJECT)
+    shell.put("srun", "echo worked on")
+    job = Job("train", shell.run, Site())
+    template = Path(by_template.template(job.home, "train"))
+    script = template.read_text() if via == "sbatch" else by_submitit.script_text(job)
+    (shell.bin / "job.sh").write_text(script.replace(sys.executable, "/nowhere/python"))
+    ended = shell.life(f"exec bash {shell.bin}/job.sh {shell.run.path}", setup=f"export A=1\n{line}\n", alone=True)
+    assert ended != 0 and "worked on" not in shell.said
+    assert "setup failed on n1" in shell.said and f": {line}" in shell.said
+    assert shell.orders()[0] == "requeue 17" and last(shell.run)["exit_code"] != 0
+
+
+def test_what_setup_makes_of_the_shell_does_not_take_its_end_from_it(shell: Shell) -> None:
+    setup = "set -e -u\nexec 8>&1\ntrap 'echo swept' EXIT\ntrap - TERM\necho $(exec echo from a subshell)\n"
+    assert shell.life("set -- a b\necho through >&8; false", setup=setup) == 127
+    assert all(told in shell.said for told in ("from a subshell", "through", "swept")), shell.said
+    assert shell.orders()[0] == "requeue 17" and shell.said.index("requeueing") < shell.said.index("swept")
 
 
 def test_setup_lines_act_on_the_shell_that_the_work_runs_in(shell: Shell) -> None:

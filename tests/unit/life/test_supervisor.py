@@ -5,7 +5,9 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from ddpm.run import events, paths
 from ddpm.run.events import EventLog, read_events
+from ddpm.run.files import stamp
 from ddpm.run.paths import RunDir
 from ddpm.sampling import request as requests
 from launch.cluster import environment, scheduler
@@ -38,6 +41,8 @@ class Cluster:
         self.waits: dict[str, str] = {}
         self.nodes, self.excluded = ["n1", "n2", "n3", "n4"], ""
         self.avoided: list[tuple[str, str]] = []
+        self.suspended_at: str | None = None
+        self.delays: list[int] = []
 
 
 @pytest.fixture
@@ -61,12 +66,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     def show(job: str) -> scheduler.Shown | None:
         life = int(os.environ["SLURM_RESTART_COUNT"]) if c.life is None else c.life
-        shown = scheduler.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted, c.excluded)
+        shown = scheduler.Shown(c.state, life, c.may_requeue, "gpu", "normal", "1:00:00", None, c.preempted, c.excluded,
+                                c.suspended_at)  # fmt: skip
         return shown if c.state else None
 
     monkeypatch.setattr(scheduler, "show", show)
     monkeypatch.setattr(
-        scheduler, "mercy", lambda job, by_qos: scheduler.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5)
+        scheduler, "mercy", lambda job, told: scheduler.Mercy(c.may_requeue and not c.cancels, c.grace_s, 5)
     )
 
     def spare(partition: str, excluded: str) -> tuple[int, list[str]]:
@@ -75,6 +81,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(scheduler, "spare_nodes", spare)
     monkeypatch.setattr(scheduler, "exclude", lambda job, nodes: c.avoided.append((job, nodes)))
     monkeypatch.setattr(scheduler, "requeue", c.requeued.append)
+    monkeypatch.setattr(scheduler, "delay", lambda job, seconds: c.delays.append(seconds))
     monkeypatch.setattr(scheduler, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
     monkeypatch.setattr(scheduler, "make_wait", c.waits.__setitem__)
     monkeypatch.setattr(supervisor, "submit_successor", successor)
@@ -146,6 +153,13 @@ def test_what_would_end_the_same_way_is_not_put_back(
     assert last(run)["event"] == "failed" and str(code) in last(run)["reason"]
 
 
+def test_a_job_whose_run_was_moved_tells_nothing_to_what_lies_under_its_name(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    assert shell_ends(0, said="78 gone") == 78
+    assert cluster.requeued == [] and read_events(run) == []
+
+
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
 def test_a_job_that_is_not_running_is_slurms(run: RunDir, cluster: Cluster, shell_ends: Shell, state: str) -> None:
     cluster.state = state
@@ -175,6 +189,33 @@ def test_three_lives_without_a_new_step_after_one_that_made_some_are_failed(
     assert shell_ends(139) == 139
     assert len(cluster.requeued) == 3 and last(run)["event"] == "failed"
     assert "without progress beyond 5" in last(run)["reason"] and "139" in last(run)["reason"]
+
+
+def test_each_retry_in_a_row_waits_longer_and_the_first_after_progress_does_not(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    for step in (0, 0, 0, 1, 1):
+        if step:
+            saved(run, step)
+        shell_ends(1)
+    assert cluster.delays == [60, 300, 60]
+    assert [e.get("wait_s") for e in read_events(run)] == [None, 60, 300, None, 60]
+    shell_ends(75, said="75 time_limit")
+    assert len(cluster.delays) == 3
+
+
+@pytest.mark.parametrize(("ago_s", "reason"), [(5, "suspended"), (3600, "crash"), (-1, "crash")])
+def test_ranks_that_take_each_other_for_dead_after_a_suspension_come_back_without_a_count(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, ago_s: int, reason: str
+) -> None:
+    began = time.time() - 10_000 if ago_s > 0 else time.time()  # -1: in the life before
+    monkeypatch.setenv("DDPM_SINCE", stamp(datetime.fromtimestamp(began, tz=timezone.utc)))
+    cluster.suspended_at = stamp(datetime.fromtimestamp(time.time() - abs(ago_s), tz=timezone.utc))
+    for _ in range(5):
+        shell_ends(1)
+    assert last(run)["reason"] == reason if reason == "suspended" else last(run)["event"] == "failed"
+    assert len(cluster.requeued) == (5 if reason == "suspended" else 3)
+    assert bool(cluster.delays or any(e.get("bad_node") for e in read_events(run))) is (reason == "crash")
 
 
 def test_one_new_step_starts_the_count_anew(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:

@@ -17,7 +17,7 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import now
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
-from launch.cluster import by_template, scheduler, slurm
+from launch.cluster import scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, numbers, share
 from launch.cluster.site import Site, Stage
@@ -352,7 +352,8 @@ TOO_MANY = scheduler.SchedulerError(
 
 def shards_of(command: list[str]) -> list[list[int]]:
     """What each task of a template's sbatch makes, by the words that the template passes on."""
-    args = jobs.parse(["sample", *command[command.index(str(by_template.template("sample"))) + 1 :]])
+    (at,) = (n for n, word in enumerate(command) if word.endswith("/slurm/sample.sbatch"))
+    args = jobs.parse(["sample", *command[at + 1 :]])
     return [share(args.shards, task, args.tasks) for task in range(args.tasks)]
 
 
@@ -455,12 +456,16 @@ def test_pickles_are_the_submitters_alone_and_another_user_has_other_ones(
 def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and_its_successors(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "qos_table", lambda: {"normal": "requeue|00:02:00"})
-    submitting.submit(Job("train", run, Site(via="sbatch")))
-    monkeypatch.setattr(scheduler, "qos_table", dict)
+    told = {"qos normal": "requeue|00:02:00"}
+    monkeypatch.setattr(scheduler, "preemption", lambda partitions: told if partitions == "gpu" else {})
+    submitting.submit(Job("train", run, Site(via="sbatch", partition="gpu", sbatch={"no-requeue": True})))
+    monkeypatch.setattr(scheduler, "preemption", lambda partitions: {})
     heir = submitting.submit_successor(run, "train", "101")
-    monkeypatch.setattr(scheduler, "mercy", lambda job, by_qos: by_qos)
-    assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [{"normal": "requeue|00:02:00"}] * 2 + [{}]
+    before = {"options": {}, "stage": "train", "qos": {"normal": "requeue|00:02:00"}}  # as versions before wrote it
+    EventLog(run, "90", 0, "host").append("submitted", **before)
+    monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
+    kept = {**told, "no-requeue": "1"}
+    assert [waiting.mercy_for(run, job) for job in ("101", heir, "90", "7")] == [kept, kept, told, {}]
 
 
 @pytest.mark.parametrize("shards", [(2,), (0, 1)])
@@ -475,7 +480,7 @@ def test_a_sample_jobs_template_writes_to_the_log_that_the_options_of_a_job_name
     ids = {"SLURM_ARRAY_JOB_ID": "101", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "102"}
     env = {"SLURM_JOB_ID": "101"} if not job.is_array else ids
     env |= {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "/bin/true", "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    argv = ["bash", str(by_template.template("sample")), str(run.path), "set"]
+    argv = ["bash", str(PROJECT / "slurm" / "sample.sbatch"), str(run.path), "set"]
     assert subprocess.run(argv, env={**env, "SLURM_JOB_NODELIST": "n1"}, timeout=60).returncode == 0
     (log,) = run.logs.iterdir()
     said = str(job.options()["output"]).replace("%j", "101").replace("%A_%a", "101_1")

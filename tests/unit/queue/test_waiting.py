@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from ddpm.config.sample import Evaluate
-from ddpm.run.events import EventLog
+from ddpm.errors import DoNotRetry
+from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, scheduler, slurm
+from launch.cluster import environment, scheduler, slurm, slurm_questions
 from launch.cluster.job import Job
 from launch.cluster.site import Site, Stage
+from launch.life import training
+from launch.life.decision import bad_nodes, retries_without_progress
 from launch.queue import chain, submitting, waiting
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import overview
@@ -178,9 +181,68 @@ def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_
         assert ("--qos=long" in sent[before]) == (job != "7")
 
 
+def test_in_a_container_without_sbatch_it_is_said_who_makes_missing_shards(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    with pytest.raises(DoNotRetry, match=r"2 shards .*\(3-4\).* on a login node python launch/sample.py .*evaluate.py"):
+        chain.fill_gaps(run, "fid", [3, 4], (), "", environment.current())
+
+
 def test_the_overview_of_a_copy_shows_none_of_the_originals_jobs(run: RunDir) -> None:
     told(run, "17", "submitted", stage="train", via="sbatch", run=str(run.path))
     copy = RunDir(run.path.with_name("copy"))
     shutil.copytree(run.path, copy.path)
     queued = {"17": scheduler.Queued("PENDING")}
     assert [overview.describe(r, queued)["jobs"] for r in (run, copy)] == [{"17": "PENDING"}, {}]
+
+
+def test_a_run_that_two_clusters_share_asks_each_for_its_own_jobs_and_counts_their_lives_apart(
+    run: RunDir, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose jobs may have the same ids, and nodes the same names."""
+    for cluster, job in (("a", "17"), ("b", "17"), ("b", "18"), ("", "16")):
+        EventLog(run, job, 0, "host", prefix="submit-", cluster=cluster).append(
+            "submitted", stage="train", via="sbatch", run=str(run.path), options={"partition": cluster or "old"}
+        )
+        EventLog(run, job, 0, f"node-{cluster}", cluster=cluster).append(
+            "requeued", reason="crash", progress=0, bad_node=f"node-{cluster}"
+        )
+    assert {p.name for p in run.events.iterdir()} >= {"17.0.jsonl", "b-17.0.jsonl", "submit-17.0.jsonl", "18.0.jsonl"}
+    asked = answers(dict.fromkeys(("16", "17", "18"), "RUNNING"))
+    for cluster, jobs in (("a", ["17", "16"]), ("b", ["17", "18", "16"])):
+        monkeypatch.setattr(scheduler, "cluster_name", lambda here=cluster: here)
+        assert sorted(jobs_in_queue(run, "train")) == sorted(jobs) and sorted(asked[-1]) == sorted(jobs)
+        assert submitting._submission(run, "17")["options"] == {"partition": cluster}
+        here = waiting.of_this_cluster(read_events(run))
+        assert (retries_without_progress(here, "17", 0), bad_nodes(here, "17")) == (1, [f"node-{cluster}"])
+
+
+def test_another_clusters_job_is_no_orphan_of_this_ones_though_it_has_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "Second")
+    env = environment.current()
+    holder = {"job": "17", "restart": 0, "host": "n1"}
+    assert env.owner()["cluster"] == "second"
+    found = [training.is_orphan({**holder, **named}, env) for named in ({}, {"cluster": "second"}, {"cluster": "a"})]
+    assert found == [True, True, False]
+
+
+def test_a_clusters_name_is_in_its_configuration_or_slurmctld_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTERS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(slurm, "available", lambda command="": True)
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: "SlurmctldPort = 1\nClusterName             = Told\n")
+    conf = tmp_path / "slurm.conf"
+    for written, name in (("# x\nClusterName=Big  # ours\n", "big"), ("include other.conf\n", "told")):
+        conf.write_text(written)
+        monkeypatch.setenv("SLURM_CONF", str(conf))
+        slurm_questions._name_of_the_cluster.cache_clear()
+        assert slurm_questions.cluster_name() == name
+    monkeypatch.setenv("SLURM_CLUSTERS", "Other")
+    assert slurm_questions.cluster_name() == "other"
+    slurm_questions._name_of_the_cluster.cache_clear()

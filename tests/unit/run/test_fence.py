@@ -86,7 +86,6 @@ def test_an_heir_has_the_lock_as_soon_as_the_orphan_has_ended(run: RunDir, fence
     heir.check()
     with pytest.raises(RunBusy, match=r"held by job 17 \(restart 2\)"):
         Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
-    fence._fd = os.open(run.lock, os.O_RDONLY)  # released again when the test ends
     heir.check()
     heir.release()
 
@@ -101,7 +100,6 @@ def test_an_orphan_that_was_fenced_out_does_not_take_the_lock_back(run: RunDir, 
     heirs_heir.check()
     with pytest.raises(RunBusy, match=r"held by job 17 \(restart 3\)"):
         Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
-    fence._fd = os.open(run.lock, os.O_RDONLY)  # released again when the test ends
     heir.release()
     heirs_heir.release()
 
@@ -193,6 +191,36 @@ def test_a_run_that_is_moved_or_deleted_is_said_to_be_and_nothing_is_written_in_
 def test_a_lock_file_that_was_removed_leaves_the_run_to_whoever_has_its_number(run: RunDir, fence: Fence) -> None:
     run.lock.unlink()
     fence.check()
+
+
+def test_a_job_that_came_after_the_lock_was_removed_has_taken_over_and_nothing_was_moved(
+    run: RunDir, fence: Fence
+) -> None:
+    run.lock.unlink()
+    heir = Fence(run, {"job": "18"}, wait_s=0, log=lambda line: None)
+    with pytest.raises(RunBusy, match="taken over by a later job") as taken:
+        fence.check()
+    assert not isinstance(taken.value, RunGone)
+    heir.check()
+    heir.release()
+
+
+def test_a_run_that_was_moved_is_not_said_to_be_taken_over_where_a_copy_without_its_lock_lies_there(
+    run: RunDir, fence: Fence
+) -> None:
+    replaced_by_a_copy(run)
+    run.lock.unlink()
+    run.fence.write_text("9\n")
+    with pytest.raises(RunGone, match=r"was moved, renamed or deleted.*elsewhere now"):
+        fence.check()
+
+
+@pytest.mark.parametrize("name", ["lock", "fence"])
+def test_a_copy_that_is_put_over_a_run_is_said_to_be(run: RunDir, fence: Fence, name: str) -> None:
+    (run.path / "copied").write_text("0\n")
+    (run.path / "copied").rename(run.path / name)
+    with pytest.raises(RunGone, match="as where a copy is put over a run"):
+        fence.check()
 
 
 def test_files_of_the_fence_have_the_mode_that_the_umask_says(run: RunDir) -> None:

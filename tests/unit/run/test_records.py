@@ -11,7 +11,7 @@ import pytest
 from ddpm.run.events import EventLog, read_events, read_events_and_damage
 from ddpm.run.files import DamagedFile, sign
 from ddpm.run.paths import RunDir
-from ddpm.run.records import missing_lines, parse_events, parse_metrics, read_heartbeat, read_run
+from ddpm.run.records import missing_lines, parse_events, parse_metrics, read_heartbeat, read_run, skim_metrics
 
 BEAT = {"time": "2026-11-20T09:00:00.000Z", "step": 3, "total_steps": 9, "job": "17", "restart": 0, "host": "n1"}
 
@@ -65,6 +65,7 @@ def test_a_torn_line_of_events_is_told_before_the_next_is_written_and_after(tmp_
         ([100, 300, 400], 100, 400, 0, "from 100 to 300"),
         ([200, 400, 600, 650, 700], 50, 700, 0, ""),  # the config once said 200
         ([10, 20, 30, 60, 70, 110], 10, 119, 0, "from 30 to 60, nor of 1 more"),
+        ([10, 30, 40, 60, 70, 90, 100], 10, 100, 0, "from 10 to 30, nor of 2 more"),  # never three in a row
     ],
 )
 def test_lines_of_metrics_that_are_missing_are_found(
@@ -123,3 +124,27 @@ def test_an_event_that_is_not_whole_is_told_and_one_without_its_newline_is_whole
         "events/1.0.jsonl ends inside a line: what its life told last is lost",
     )
     assert parse_events(line + b"\n" + line, "x")[1] == parse_events(line + b"\n", "x")[1] == ""
+
+
+def curve(steps: range) -> list[str]:
+    kept = {"time": "2026-11-20T09:00:00.000Z", "epoch": 1.0, "loss": 0.1, "grad_norm": 1.0, "lr": 1e-4}
+    return [json.dumps({"step": step, **kept, "images_per_s": 2.0}) for step in steps]
+
+
+def test_of_a_long_curve_the_end_is_read_alone(run: RunDir) -> None:
+    run.metrics.write_text("\n".join([*curve(range(10, 30_010, 10)), '{"step": 3']))
+    records, begin, wrong = skim_metrics(run)
+    assert (begin, wrong, records[-1]["step"]) == (records[0]["step"] - 10, "", 30_000) and len(records) < 40
+    assert missing_lines(records, 10, begin=begin, saved_step=30_000) == ""
+    assert "from 30000 to 40000" in missing_lines(records, 10, begin=begin, saved_step=40_000)
+
+
+@pytest.mark.parametrize(("lines", "told"), [
+    (curve(range(10, 200, 10)), ""),  # short
+    (curve(range(20, 30_010, 10)), ""),  # its first line is missing
+    ([*curve(range(10, 29_980, 10)), "no line", *curve(range(29_990, 30_010, 10))], "line 2998 of metrics.jsonl"),
+])  # fmt: skip
+def test_of_one_that_is_short_or_odd_at_an_end_all_is_read(run: RunDir, lines: list[str], told: str) -> None:
+    run.metrics.write_text("\n".join(lines) + "\n")
+    records, begin, wrong = skim_metrics(run)
+    assert begin == 0 and len(records) == len(lines) - bool(told) and wrong.startswith(told)

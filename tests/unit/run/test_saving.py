@@ -16,6 +16,9 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import read_json, sha256_file, sign, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
+from ddpm.sampling.request import CheckpointRef
+from ddpm.scoring import bound_request
+from ddpm.scoring.bound_request import BoundRequest
 from tests.saves import Unreadable, ask_for_samples, flip_bit, killed_before_its_manifest, save_all, saver, state_at
 from tests.training import differences, live, make_config, make_run
 
@@ -138,14 +141,27 @@ def test_host_buffers_are_reused_and_never_shared_between_tensors() -> None:
 # ---------------------------------------------------------------- retention
 
 
-def test_retention_keeps_the_last_milestones_and_those_that_samples_name(run: RunDir, fence: Fence) -> None:
+def test_retention_keeps_the_last_milestones_and_those_that_samples_or_a_bound_name(run: RunDir, fence: Fence) -> None:
     ask_for_samples(run, "fid", 2)
+    at = CheckpointRef(1, "ab" * 32)
+    bound = BoundRequest(at, "ema", "test", None, 0, 8, "fp32", "fixed_large", True)
+    bound_request.publish(run.bound_set(bound.name), bound)
     s = saver(run, fence, keep_last=2, is_milestone=lambda step: step == 3)
     for step in (1, 2, 3, 4, 5, 6):
         s.save(state_at(step), wait=True)
-    assert run.steps_saved() == [6, 5, 3, 2]
-    assert sorted(p.stem for p in run.checkpoints.glob("*.pt")) == [f"step-{k:09d}" for k in (2, 3, 5, 6)]
+    assert run.steps_saved() == [6, 5, 3, 2, 1]
+    assert sorted(p.stem for p in run.checkpoints.glob("*.pt")) == [f"step-{k:09d}" for k in (1, 2, 3, 5, 6)]
     assert run.ema_weights(3).exists()
+
+
+def test_the_best_milestone_is_kept_and_nothing_is_removed_while_it_cannot_be_told(run: RunDir, fence: Fence) -> None:
+    write_json(run.milestones, sign({"best": {"step": 1}}))
+    save_all(run, fence, 1, 2, 3, keep_last=1)
+    assert run.steps_saved() == [3, 1]
+    run.milestones.write_text(run.milestones.read_text().replace('"step": 1', '"step": 2'))
+    log: list[str] = []
+    save_all(run, fence, 4, keep_last=1, log=log)
+    assert run.steps_saved() == [4, 3, 1] and "milestones.json: its self_sha256" in log[-1]
 
 
 def test_a_request_that_is_no_request_ends_no_training(run: RunDir, fence: Fence) -> None:
@@ -340,7 +356,7 @@ def test_a_disk_with_too_little_space_is_not_filled_to_the_brim_first(
     with monkeypatch.context() as m:
         m.setattr("ddpm.run.saving.shutil.disk_usage", lambda path: usage._replace(free=saving.SPARE_BYTES))
         m.setattr(torch, "save", lambda *_: pytest.fail("began to write"))
-        with pytest.raises(OSError, match="GiB free for a checkpoint of") as failed:
+        with pytest.raises(OSError, match="free for a checkpoint of") as failed:
             s.save(state_at(1), wait=True)
     assert failed.value.errno == errno.ENOSPC and not run.steps_saved()
     s.save(state_at(2), wait=True)
@@ -392,9 +408,9 @@ def test_a_save_without_room_for_its_ema_weights_does_not_begin(
 ) -> None:
     s = saver(run, fence, is_milestone=lambda step: step == 2)
     small_disk(run, monkeypatch, saving.num_bytes(state_at(2)) + 1000)
-    with pytest.raises(OSError, match="GiB free for a checkpoint of"):
+    with pytest.raises(OSError, match="free for a checkpoint of"):
         s.save(state_at(2), wait=True)
-    with pytest.raises(OSError, match="GiB free for a checkpoint of"):
+    with pytest.raises(OSError, match="free for a checkpoint of"):
         s.save(state_at(3), wait=True, final=True)
     assert list(run.checkpoints.iterdir()) == []
 

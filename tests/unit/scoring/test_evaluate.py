@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import DDPMError, RequestError, Stopped
 from ddpm.run import files
+from ddpm.run.claims import OthersAtWork
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request
 from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
@@ -168,21 +172,24 @@ def test_a_shard_that_stands_twice_is_refused(made: Made) -> None:
     repaired(made, [3])
 
 
-def test_an_overlapping_shard_is_refused(made: Made) -> None:
+@pytest.mark.parametrize(("key", "value", "here"), [("first", 6, 12), ("num", 11, 12)])
+def test_a_shard_that_overlaps_or_has_too_few_is_refused(made: Made, key: str, value: int, here: int) -> None:
     path = made.sample_set.shard_manifest(1, SHARDS)
-    files.write_json(path, files.sign({**files.read_signed(path), "first": 6}), replace=True)
+    files.write_json(path, files.sign({**files.read_signed(path), key: value}), replace=True)
     error = refused(made)
-    assert error.shards == [1] and "its first is 6, this shard's is 12" in str(error)
+    assert error.shards == [1] and f"its {key} is {value}, this shard's is {here}" in str(error)
     repaired(made, [1])
 
 
-def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path) -> None:
-    other = make(tmp_path / "other", checkpoint=CheckpointRef(99, "cd" * 32))
+@pytest.mark.parametrize("of", [{"checkpoint": CheckpointRef(99, "cd" * 32)}, {"seed": 4}])
+def test_a_shard_of_another_request_is_refused(made: Made, tmp_path: Path, of: dict[str, Any]) -> None:
+    other = make(tmp_path / "other", **of)
     for name in ("shard", "shard_manifest"):
         source = getattr(other.sample_set, name)(4, SHARDS)
         (made.sample_set.path / source.name).write_bytes(source.read_bytes())
     error = refused(made)
     assert error.shards == [4] and "its request_digest is" in str(error)
+    assert "of another checkpoint, seed or sampler" in str(error)
     repaired(made, [4])
 
 
@@ -344,6 +351,51 @@ def test_a_damaged_reference_is_computed_again_and_said(tmp_path: Path, capsys: 
     assert seen == [50, 50] and "its sha256 is not" in capsys.readouterr().out
 
 
+def _evaluation(made: Made, stay: bool, answers: Any) -> None:
+    reference.PART_IMAGES = 7
+    torch.set_num_threads(1)
+    forward, record = made.extractor.forward, None
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return forward(x)
+
+    made.extractor = dataclasses.replace(made.extractor, forward=slow)
+    with contextlib.suppress(OthersAtWork):
+        record = made.evaluate(packed(), stay=stay)
+    answers.put((sum(made.images), record and record["frechet_distance"]))
+
+
+def test_evaluations_at_once_share_the_work_and_none_is_done_twice(made: Made, tmp_path: Path) -> None:
+    """50 images of the reference in 8 parts and 60 samples in 5 shards, each once over all processes."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=_evaluation, args=(made, i < 2, answers)) for i in range(3)]
+    for process in processes:
+        process.start()
+    told = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sum(images for images, _ in told) == 50 + NUM, told
+    alone = make(tmp_path / "alone")
+    assert {value for _, value in told if value} == {alone.evaluate(packed())["frechet_distance"]}
+    assert sum(value is not None for _, value in told) >= 2
+
+
+def test_features_of_images_that_no_run_made_are_kept_where_that_is_asked_for(made: Made, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        np.save(tmp_path / f"{name}.npy", packed(seed=seed).images)
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    images, scores = foreign.load_images(tmp_path / "a.npy"), []
+    for where in (None, keep, keep):
+        scores.append(foreign.evaluate_images(images, tmp_path / "b.npy", made.extractor, keep=where))
+        del scores[-1]["created"]
+    assert scores[0] == scores[1] == scores[2] and made.images == [50] * 4
+    foreign.save_statistics(images, tmp_path / "a-stats.npz", made.extractor, keep)
+    assert made.images == [50] * 4 and read_statistics(tmp_path / "a-stats.npz").arrays["num"] == 50
+
+
 def test_a_stop_keeps_the_finished_parts_of_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "PART_IMAGES", 20)
     extractor, seen = tiny_extractor()
@@ -462,7 +514,7 @@ def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> N
     made, real = make(tmp_path), packed()
     labels = np.arange(len(real)) % 3
     labels[labels == 2] = np.where(np.arange((labels == 2).sum()) == 0, 2, 1)  # one image is too few
-    conditional = dataclasses.replace(real, labels=labels)
+    conditional = dataclasses.replace(real, labels=labels, classes=["a", "b", "c"])
     by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
     mine, theirs = made.extractor(set_images(made)), made.extractor(real.images)
     assert by_class[2] is None
@@ -470,6 +522,13 @@ def test_classes_that_both_sides_have_are_scored_one_by_one(tmp_path: Path) -> N
         x, y = mine[np.arange(NUM) % 3 == label].astype(float), theirs[labels == label].astype(float)
         expected = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
         assert by_class[label] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_last_class_that_the_reference_has_nothing_of_has_no_score_and_the_others_have(tmp_path: Path) -> None:
+    made, real = make(tmp_path), packed()
+    conditional = dataclasses.replace(real, labels=np.arange(len(real)) % 2, classes=["a", "b", "c"])
+    by_class = made.evaluate(conditional, num_classes=3)["frechet_distance_per_class"]
+    assert len(by_class) == 3 and by_class[2] is None and None not in by_class[:2]
 
 
 # ---------------------------------------------------------------- against pytorch-fid

@@ -150,6 +150,33 @@ def test_a_download_with_another_hash_is_no_weights_file(
     assert extractors.ensure_inception_weights() == hub  # nothing is fetched twice
 
 
+def test_weights_come_to_the_shared_folder_from_the_hub_or_the_network_and_are_read_there(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node's home is often no node's."""
+    shared = extractors.beside(tmp_path / "cache" / "data")
+    (tmp_path / "other.pth").write_bytes(b"a login page")
+    monkeypatch.setattr(extractors, "WEIGHTS_URL", (tmp_path / "other.pth").as_uri())
+    monkeypatch.setattr(extractors, "PUBLISHED_SHA256_PREFIX", files.sha256_file(tmp_path / "other.pth")[:8])
+    there = tmp_path / "cache" / "weights" / hub.name
+    assert extractors.ensure_inception_weights(shared) == there and there.read_bytes() == b"a login page"
+    assert not hub.exists()  # nor is a home's room spent
+    there.unlink()
+    hub.parent.mkdir(parents=True, exist_ok=True)
+    hub.write_bytes(b"of the hub")
+    extractors.ensure_weights("inception", shared)
+    assert there.read_bytes() == b"of the hub" and [p.name for p in shared.iterdir()] == [hub.name]
+    hub.unlink()
+    with pytest.raises(EnvironmentLacks, match=f"at {there} cannot be read"):
+        extractors.build_extractor("inception", "cpu", shared=shared)
+    there.rename(hub)
+    with pytest.raises(EnvironmentLacks, match=f"at {hub} cannot be read"):  # of a run from before
+        extractors.build_extractor("inception", "cpu", shared=shared)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    hub.unlink()
+    assert extractors.ensure_inception_weights(shared) == hub  # another user's folder
+
+
 class Malicious:
     def __reduce__(self) -> Any:
         return os.mkdir, ("executed",)

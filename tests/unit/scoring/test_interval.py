@@ -54,13 +54,20 @@ def test_too_few_samples_to_leave_some_out_have_no_interval() -> None:
 def test_what_is_gathered_does_not_depend_on_how_features_came() -> None:
     x = np.random.default_rng(1).standard_normal((11_000, 5)).astype(np.float32)
     labels = np.arange(11_000) % 3
-    whole, cut = gather([x], 11_000, labels=labels), gather(np.split(x, [1, 999, 5000, 10_999]), 11_000, labels=labels)
+    parts = np.split(x, [1, 999, 5000, 10_999])
+    whole, cut = (gather(came, 11_000, labels=labels, num_classes=3) for came in ([x], parts))
     for a, b in zip([*whole.groups, *whole.classes], [*cut.groups, *cut.classes], strict=True):
         assert a is not None and b is not None and a.num == b.num
         np.testing.assert_array_equal(a.m2, b.m2)
     np.testing.assert_array_equal(whole.chosen, cut.chosen)
     np.testing.assert_allclose(whole.moments.m2, metrics.from_features(x).m2, rtol=1e-9, atol=1e-9 * len(x))
     assert len(whole.chosen) == 10_000 and len(np.unique(whole.chosen, axis=0)) == 10_000
+
+
+def test_a_last_class_without_a_sample_is_one_all_the_same() -> None:
+    x = np.random.default_rng(1).standard_normal((6, 2)).astype(np.float32)
+    classes = gather([x], 6, labels=np.arange(6) % 2, num_classes=3).classes
+    assert [None if m is None else m.num for m in classes] == [3, 3, None]
 
 
 def test_features_that_are_not_as_many_as_announced_are_refused() -> None:

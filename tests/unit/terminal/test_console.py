@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import slurm
+from launch.queue import chain
 from launch.terminal import console, faults, follow
 
 
@@ -28,6 +32,24 @@ def test_only_a_reader_that_has_read_enough_ends_a_script_well(
         console.run_script(main)
     assert left.value.code == code
     assert capsys.readouterr().err == ("error: it is so\n" if code else "")
+
+
+def test_numbers_for_people_have_no_thirteen_digits() -> None:
+    record = {"fid": 137.37941234567, "n": 50_000, "seed": 2**60, "of": [0.1234567891, None]}
+    assert json.loads(console.as_json(record)) == {"fid": 137.379, "n": 50_000, "seed": 2**60, "of": [0.123457, None]}
+
+
+def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path)
+    run.heartbeat.write_text(
+        '{"time": "2026-11-27T00:00:00.000Z", "job": "1", "restart": 0, "step": 9, "total_steps": 9}'
+    )
+    made = run.sample_set("s")
+    made.path.mkdir(parents=True)
+    made.request.write_text('{"shards": 4}')
+    made.shard_manifest(0, 4).touch()
+    follow.Follower(run).show("17:RUNNING")
+    assert capsys.readouterr().out == "17:RUNNING shards 1/4\n"
 
 
 @pytest.fixture
@@ -78,3 +100,27 @@ def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
 def test_what_is_no_fault_of_ours_has_words_and_what_is_keeps_its_traceback(error: Exception, told: str | None) -> None:
     said = faults.words(error, "/run")
     assert said is None if told is None else re.search(told, said or ""), said
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.read_bytes])
+def test_a_link_to_nothing_is_said_to_be_one_and_another_start_is_no_use(tmp_path: Path, make: Any) -> None:
+    (tmp_path / "samples").symlink_to("/nowhere/at/all")
+    with pytest.raises(OSError) as error:
+        make(tmp_path / "samples")
+    told = f"a link to /nowhere/at/all, where nothing is: {tmp_path / 'samples'}"
+    assert faults.words(error.value) == told
+    assert isinstance(faults.of_a_job(error.value, tmp_path), DoNotRetry)
+    with pytest.raises(NotADirectoryError) as error:
+        RunDir(tmp_path).sample_sets()
+    assert faults.words(error.value) == told
+
+
+def test_stop_that_is_a_directory_is_lifted_too_but_never_with_what_is_in_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.stop_file.mkdir()
+    chain.lift_stop(run)
+    assert not run.stop_file.exists()
+    (run.stop_file / "kept").mkdir(parents=True)
+    with pytest.raises(RequestError, match=r"STOP forbids training and cannot be removed \(Directory not empty\)"):
+        chain.lift_stop(run)
+    assert (run.stop_file / "kept").exists()

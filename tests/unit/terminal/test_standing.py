@@ -60,6 +60,11 @@ DONE = [*BEGUN, event("finished")]
     ("cancelled", Facts([*DONE, event("cancelled", "102_7", stage="sample")], {}, finished=True)),
     ("complete", Facts([*BEGUN, FAILED, event("resumed"), event("finished")], {}, finished=True)),
     ("queued", Facts([event("allocated", "9")], {"9": PRIORITY})),  # submitted by hand
+    ("elsewhere", Facts([event("submitted", "101", cluster="b", via="sbatch")], {}, cluster="a")),
+    ("cancelled", Facts([event("submitted", "101", cluster="a", via="sbatch")], {}, cluster="a")),
+    ("failed", Facts([event("submitted", "101", cluster="b"), {**FAILED, "cluster": "b"}], {}, cluster="a")),
+    ("running", Facts([event("submitted", "101", stage="sample", cluster="b"), event("submitted", "101", cluster="a")],
+                      {"101": RUNNING}, cluster="a")),
 ])  # fmt: skip
 def test_a_run_stands(stands: str, facts: Facts) -> None:
     assert word(facts) == stands

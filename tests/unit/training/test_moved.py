@@ -11,7 +11,8 @@ import pytest
 from ddpm.errors import RunGone
 from ddpm.run.paths import RunDir
 from ddpm.training import telemetry
-from tests.training import Life, assert_same_end, live, make_config, make_run
+from ddpm.training.trainer import Trainer
+from tests.training import Life, assert_same_end, live, make_config, make_run, poison
 
 OPTIONS: dict[str, Any] = {"log__every_steps": 1, "log__grid_every_steps": 3, "checkpoint__every_steps": 2}
 
@@ -51,3 +52,19 @@ def test_a_run_that_goes_away_ends_its_job_and_no_folder_appears_under_its_name(
         live(config, calm)
         live(config, RunDir(tmp_path / "elsewhere"))
         assert_same_end(RunDir(tmp_path / "elsewhere"), calm, 8)
+
+
+def test_a_run_that_takes_the_name_of_one_that_was_moved_is_told_nothing_of_its_steps(tmp_path: Path) -> None:
+    config, run = make_config(**{**OPTIONS, "checkpoint__every_steps": None}), make_run(tmp_path / "run")
+
+    def moved(trainer: Trainer) -> bool:
+        if trainer.at.step == 5:
+            rename(run)
+            (run.path / "events").mkdir(parents=True)
+        return bool(trainer.at.step == 5)
+
+    with Life(config, run) as life:
+        poison(life.trainer, moved)  # so that the first thing to tell is an event
+        with pytest.raises(RunGone, match="was moved, renamed or deleted"):
+            life.train()
+    assert [p.name for p in run.path.rglob("*")] == ["events"]

@@ -12,6 +12,7 @@ import torch
 from ddpm.errors import DoNotRetry
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events
+from ddpm.training import step as training_step
 from ddpm.training.trainer import Outcome
 from tests.saves import flip_bit
 from tests.training import (
@@ -164,6 +165,26 @@ def test_rollbacks_used_up_say_that_what_was_saved_is_damaged(tmp_path: Path) ->
         flip_bit(run.checkpoint(3), 5000)
         with pytest.raises(DoNotRetry, match=r"max_rollbacks = 0; every checkpoint in .* is damaged"):
             life.train()
+
+
+def test_an_fp16_run_whose_every_step_is_skipped_says_so_and_ends_in_a_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients overflow from step 3 on, by a loss that is finite."""
+    monkeypatch.setattr(training_step, "MOST_SKIPPED", 4)
+    run = make_run(tmp_path)
+    config = make_config(train__amp="bf16", checkpoint__every_steps=2, train__total_steps=30, train__max_rollbacks=1)
+    with Life(config, run) as life:
+        trainer = life.trainer
+        trainer.step.resolved = replace(trainer.resolved, amp="fp16")  # else it needs a GPU
+        trainer.state.amp, trainer.state.scaler = "fp16", torch.amp.GradScaler("cpu")
+        overflows = [0, 2, 3, 4, 5, 6, 7]  # one alone is nothing
+        trainer.state.model.conv_out.weight.register_hook(lambda g: g * math.inf if trainer.at.step in overflows else g)
+        with pytest.raises(DoNotRetry, match=r"train\.amp=off in a new run"):
+            life.train()
+    told = [e for e in read_events(run) if e["event"] == "rollback"]
+    assert len(told) == 1 and told[0]["step"] < 10
+    assert max(r["skipped_steps"] for r in lines(run)) >= 2 and all(math.isfinite(r["loss"]) for r in lines(run))
 
 
 def test_a_rollback_before_any_save_forgets_skipped_steps_and_the_scale_of_losses(tmp_path: Path) -> None:

@@ -11,16 +11,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ddpm.config.reading import load
 from ddpm.config.schema import Config
-from ddpm.errors import DoNotRetry, RunBusy
+from ddpm.data.packed import pack
+from ddpm.errors import DoNotRetry, EnvironmentLacks, RunBusy
 from ddpm.network.arithmetic import peak, utilization
 from ddpm.network.device import resolve
 from ddpm.network.dropout import Dropout
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
-from ddpm.training import ranks
+from ddpm.run.saving import Checkpointer
+from ddpm.training import chronicle, ranks
 from ddpm.training.meter import Meter
 from ddpm.training.trainer import Outcome
 from tests.conftest import PROJECT
+from tests.images import write_zip
 from tests.saves import flip_bit
 from tests.training import (
     CPU,
@@ -103,6 +106,33 @@ def test_killed_without_a_word_resumes_from_the_last_save_bit_identical(tmp_path
     live(config, other)
     assert_same_end(one, other, TOTAL)
     assert [r["step"] for r in lines(other)] == list(range(1, TOTAL + 1))
+
+
+def test_data_that_is_overwritten_while_it_is_mapped_is_named_and_nothing_made_of_it_is_saved(tmp_path: Path) -> None:
+    few = {"data__name": "images", "data__path": str(write_zip(tmp_path / "a.zip", num_images=8, splits=("train",)))}
+    config, run = make_config(checkpoint__every_steps=2, log__every_steps=9, **few), make_run(tmp_path / "run")
+    key, there = pack(config.data, "train", tmp_path / "cache")
+    file = tmp_path / "cache" / key / "images.npy"
+
+    def meddle(step: int) -> None:
+        """Touched before step 1, overwritten in place before step 3."""
+        if step == 1:
+            file.touch()
+        elif step == 3:
+            with file.open("r+b") as f:
+                f.seek(file.stat().st_size // 2)
+                f.write(bytes(file.stat().st_size // 2))
+
+    named = pytest.raises(EnvironmentLacks, match=r"images.npy: overwritten while it was mapped.*step 4")
+    with named, Life(config, run, images=there) as life:
+        take = life.trainer.step.take
+        life.trainer.step.take = lambda: (meddle(life.trainer.at.step + 1), take())[1]  # type: ignore[method-assign]
+        life.train()
+    assert run.steps_saved() == [2]
+    key, there = pack(config.data, "train", tmp_path / "cache")
+    live(config, run, images=there)
+    live(config, make_run(tmp_path / "undisturbed"), images=there)
+    assert_same_end(make_run(tmp_path / "undisturbed"), run, TOTAL)
 
 
 def test_tensorboard_shows_every_logged_step_once_whatever_died_in_between(tmp_path: Path) -> None:
@@ -360,6 +390,8 @@ def test_a_full_disk_costs_one_save_and_no_training(
     assert saved == [2]
     assert run.steps_saved() == [8, 6, 2]
     assert "checkpoint failed: step=4" in capsys.readouterr().out
+    (told,) = [e for e in read_events(run) if e["event"] == "save_failed"]
+    assert (told["step"], told["at_step"], told["reason"]) == (2, 4, "No space left on device")
     assert not list(run.checkpoints.glob(".tmp-*"))
 
 
@@ -370,6 +402,30 @@ def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         assert life.train(stop_at=[5]) == Outcome(False, 5, "preempted", False)
         assert run.steps_saved() == [4, 2]
         assert life.train().finished  # nobody killed us, and there is room again
+
+
+@pytest.mark.parametrize(("code", "patience_s", "saved"), [
+    (errno.ESTALE, 60, True), (errno.EIO, 60, True), (errno.EDQUOT, 0, False), (errno.EACCES, 60, False),
+])  # fmt: skip
+def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, patience_s: float, saved: bool
+) -> None:
+    run, tries = make_run(tmp_path), 0
+    monkeypatch.setattr(chronicle, "SAVE_AGAIN_S", 0.01)
+    publish = Checkpointer._publish
+
+    def failing(self: Checkpointer, *args: Any) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise OSError(code, "of the file system")
+        publish(self, *args)
+
+    monkeypatch.setattr(Checkpointer, "_publish", failing)
+    with Life(make_config(), run) as life:
+        outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None, lambda _: patience_s)
+    assert outcome == Outcome(False, 3, "preempted", saved) and tries == (4 if saved else 1)
+    assert run.steps_saved() == ([3] if saved else [])
 
 
 def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

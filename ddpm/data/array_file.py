@@ -1,0 +1,183 @@
+"""Images in a file of numpy's, .npy or .npz, with labels in it or beside it: read one at a time, whatever its size.
+
+An .npz has its images under one of IMAGES, and labels, if any, under one of LABELS; labels of NAME.npy or NAME.npz may
+lie in NAME-labels.npy, those of images.npy and train_images.npy in labels.npy and train_labels.npy. Must not know what
+becomes of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from ddpm.data.bounded import check_members, read_header
+from ddpm.errors import RequestError
+from ddpm.run.files import open_file, sha256_file
+
+SUFFIXES = (".npz", ".npy")
+IMAGES = ("images", "arr_0", "samples")
+LABELS = ("labels", "label", "arr_1")
+"""numpy's own names are those of guided-diffusion's batches."""
+PIECE_BYTES = 1 << 20
+
+
+class ArrayFile(NamedTuple):
+    """What a file holds, by its header."""
+
+    path: Path
+    key: str | None
+    """Of an .npz, under which the images are."""
+    shape: tuple[int, int, int, int]
+    """(N, H, W, 3), or (N, H, W, 1) in grey."""
+    labels: np.ndarray | None
+    """int64 (N,), as the file says them."""
+    beside: Path | None
+    """Where they are, if not in the file."""
+
+    def fingerprint(self) -> Any:
+        """The content of all that was read."""
+        return [sha256_file(self.path), self.beside and sha256_file(self.beside)]
+
+    def images(self) -> Iterator[np.ndarray]:
+        """uint8 (H, W, 3) each. Raises RequestError where the file ends before its last."""
+        num, *shape = self.shape
+        with _opened(self.path, self.key) as file:
+            _skip_header(file)
+            for index in range(num):
+                raw = _read(file, math.prod(shape))
+                if len(raw) < math.prod(shape):
+                    raise _unreadable(self.path, f"it ends after {index} of {num} images")
+                image = np.frombuffer(raw, np.uint8).reshape(shape)
+                yield image if shape[-1] == 3 else image.repeat(3, axis=2)
+
+    def whole(self) -> np.ndarray:
+        """All of them, uint8 (N, H, W, 3); mapped where they lie so."""
+        if self.key is None and self.shape[-1] == 3:
+            return np.load(self.path, allow_pickle=False, mmap_mode="r")
+        images = np.empty((*self.shape[:3], 3), np.uint8)
+        for index, image in enumerate(self.images()):
+            images[index] = image
+        return images
+
+
+def open_array(path: Path) -> ArrayFile:
+    """What is in `path`; no image is read yet. Raises RequestError where it holds none, or labels of others."""
+    key = None
+    try:
+        if path.suffix == ".npz":
+            with open_file(path) as f, zipfile.ZipFile(f) as archive:
+                check_members(archive, path.stat().st_size)
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            key = next((key for key in IMAGES if key in names), None)
+            if key is None:
+                raise RequestError(
+                    f"data.path = {path}: holds {', '.join(names[:8]) or 'nothing'}; images must be under "
+                    f"{', '.join(IMAGES[:-1])} or {IMAGES[-1]}, uint8 (N, H, W, 3)"
+                )
+        with _opened(path, key) as file:
+            shape, fortran, dtype = read_header(file, _size(path, key))
+    except OSError as e:
+        raise _unreadable(path, e.strerror or str(e)) from None
+    except RequestError:
+        raise
+    except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped
+        raise _unreadable(path, str(e)) from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape) or fortran:
+        last = ", channels last" if len(shape) == 4 and shape[1] in (1, 3) else ""
+        order = "; save it in C's order" if fortran else ""
+        raise RequestError(
+            f"data.path = {path}: its images are {dtype} {shape}; expected uint8 (N, H, W, 3){last}{order}"
+        )
+    labels, beside = _labels(path, key, shape[0])
+    return ArrayFile(path, key, shape, labels, beside)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, Path | None]:
+    """Those of `num` images and the file that they are in, if not the images' own."""
+    if key is not None:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in LABELS:
+                if name in archive.files and (name != "arr_1" or _is_plain(archive[name], num)):
+                    return _checked(archive[name], num, f"{path}: {name}"), None
+    stem = path.stem
+    names = [f"{stem}-labels.npy", f"{stem}_labels.npy"]
+    names += [stem.replace("images", "labels") + ".npy"] if "images" in stem else []
+    for beside in (path.with_name(name) for name in names):
+        if beside.is_file():
+            try:
+                with open_file(beside) as file:
+                    read_header(file, beside.stat().st_size)
+                found = np.load(beside, allow_pickle=False, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as e:
+                raise _unreadable(beside, str(e)) from None
+            return _checked(found, num, str(beside)), beside
+    return None, None
+
+
+def _is_plain(labels: np.ndarray, num: int) -> bool:
+    return labels.dtype.kind in "iu" and labels.shape in ((num,), (num, 1))
+
+
+def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
+    if not _is_plain(labels, num):
+        raise RequestError(
+            f"data.path: {where} is {labels.dtype} {labels.shape}; expected a whole number for each of {num} images"
+        )
+    return np.asarray(labels, dtype=np.int64).reshape(num)
+
+
+def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The classes that occur, in the order of their numbers and called by them, and the index of each value's."""
+    numbers = sorted(set(values))
+    index = {number: i for i, number in enumerate(numbers)}
+    return [str(number) for number in numbers], [index[value] for value in values]
+
+
+# ---------------------------------------------------------------- bytes
+
+
+@contextlib.contextmanager
+def _opened(path: Path, key: str | None) -> Iterator[IO[bytes]]:
+    if key is None:
+        with open_file(path) as file:
+            yield file
+    else:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as member:
+            yield member
+
+
+def _size(path: Path, key: str | None) -> int:
+    if key is None:
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return archive.getinfo(f"{key}.npy").file_size
+
+
+def _skip_header(file: IO[bytes]) -> None:
+    """Of a file that `open_array` has looked at."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
+
+
+def _read(file: IO[bytes], num: int) -> bytes:
+    """So many bytes, fewer at the end."""
+    raw = bytearray()
+    try:
+        while len(raw) < num and (piece := file.read(min(num - len(raw), PIECE_BYTES))):
+            raw += piece
+    except (zipfile.BadZipFile, EOFError) as e:
+        raise RequestError(f"data.path: {e}; copy it again") from None
+    return bytes(raw)
+
+
+def _unreadable(path: Path, why: str) -> RequestError:
+    return RequestError(f"data.path = {path} cannot be read: {' '.join(why.split())[:200]}; copy it again")

@@ -1,0 +1,50 @@
+"""Arrays in files that others may have made: they get no more memory than their bytes can fill."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from typing import IO, Any
+
+import numpy as np
+
+from ddpm.data.listing import BOUNDED
+from ddpm.run import files
+
+MOST_HEADER_BYTES = 64 << 10
+"""Of an .npy: numpy itself parses no more than 10,000."""
+MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
+"""An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
+
+
+def check_members(archive: zipfile.ZipFile, num_bytes: int) -> None:
+    """Of an .npz of so many bytes. Raises ValueError where its arrays would take more memory than it can hold."""
+    whole = sum(member.file_size for member in archive.infolist())
+    if whole > files.ARRAYS_BYTES or (whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * num_bytes):
+        raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
+    for member in archive.infolist():
+        if member.compress_type not in BOUNDED:
+            raise ValueError(f"{member.filename} is compressed as no .npz is")
+        with archive.open(member) as f:
+            read_header(f, member.file_size)
+
+
+def read_header(file: IO[bytes], num_bytes: int) -> tuple[Any, bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran's order, and type of an .npy, whole or a member of an .npz, of so many bytes.
+
+    Raises ValueError where it is none, or its header tells of another size: numpy would take the memory before it looks
+    for the bytes. The file's position is anywhere afterwards.
+    """
+    head = io.BytesIO(file.read(MOST_HEADER_BYTES))  # else as much memory as it says that its header takes
+    version = np.lib.format.read_magic(head)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an .npy of version {version}, which no plain array has")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(head)
+    there = num_bytes - head.tell()
+    if not all(type(length) is int for length in shape):
+        raise ValueError(f"its header tells of the shape {shape}")
+    if (due := math.prod(shape) * dtype.itemsize) != there and not dtype.hasobject:  # numpy refuses those itself
+        raise ValueError(f"its header tells of {dtype} {shape}, which takes {due:,} bytes, and it holds {there:,}")
+    return shape, fortran, dtype

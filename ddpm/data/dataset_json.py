@@ -1,0 +1,57 @@
+"""dataset.json, in which the dataset tools of StyleGAN and EDM keep labels beside images in folders of a thousand each.
+
+{"labels": [["00000/img00000000.png", 3], ...]} or {"labels": null}; names are relative to where it lies. Must not know
+how it is read. https://github.com/NVlabs/edm/blob/main/dataset_tool.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import PurePath, PurePosixPath
+from typing import Any
+
+from ddpm.errors import RequestError
+
+NAME = "dataset.json"
+MOST_BYTES = 1 << 30
+"""ImageNet's has 50 MB."""
+
+
+def place(names: Sequence[str], images: Sequence[str]) -> str | None:
+    """Which of `names` is one that lies above all `images`; None where none does."""
+    found = sorted((n for n in names if PurePosixPath(n).name == NAME), key=len)
+    above = (n for n in found if all(PurePosixPath(i).is_relative_to(PurePosixPath(n).parent) for i in images))
+    return next(above, None)
+
+
+def classes(raw: bytes, path: PurePath, where: str, images: Sequence[str]) -> dict[str, str] | None:
+    """The class of each image, "" where it says that there are none; None where it is a file of another kind.
+
+    path, where: of the folder or zip, and its place in it.
+    Raises RequestError where it is damaged, or is not of these images.
+    """
+    try:
+        said: Any = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"data.path = {path}: {where}: not JSON ({e}); copy it again, or remove it") from None
+    if not isinstance(said, dict) or "labels" not in said:
+        return None
+    if said["labels"] is None:
+        return dict.fromkeys(images, "")
+    top = PurePosixPath(where).parent
+    try:
+        labels = {str(top / name): label for name, label in said["labels"]}
+    except (TypeError, ValueError):
+        labels = {"": None}
+    if bad := [label for label in labels.values() if not isinstance(label, int) or isinstance(label, bool)]:
+        raise RequestError(
+            f"data.path = {path}: {where}: a label is {str(bad[0])[:40]}; expected pairs of a name and a whole number, "
+            f"as dataset_tool.py writes them; remove the file to have the folders as classes"
+        )
+    if lost := [name for name in images if name not in labels]:
+        raise RequestError(
+            f"data.path = {path}: {where}: {len(lost)} of {len(images)} images have no label in it, such as {lost[0]}; "
+            f"copy all of it again, or remove the file to have the folders as classes"
+        )
+    return {name: str(labels[name]) for name in images}

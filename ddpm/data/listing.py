@@ -1,0 +1,77 @@
+"""Which files there are in a folder or a zip, by name. Must not know: what their folders mean, nor what is in them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from ddpm.data import layout
+from ddpm.errors import RequestError
+from ddpm.run.files import open_file
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
+"""Of pictures that are left out, which is said."""
+MAX_IMAGE_BYTES = 256 << 20
+"""Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Methods of compression by which zipfile unpacks a piece; of others a kilobyte may be a gigabyte."""
+
+
+def folder_names(path: Path) -> Iterator[str]:
+    """Files below a folder, through links to other folders as well; not through one that leads back to where it lies.
+
+    Raises RequestError for a folder that cannot be looked into: its images would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise RequestError(f"data.path = {path}: {error.filename}: {error.strerror}; make it readable, or remove it")
+
+    for folder, below, files in os.walk(path, followlinks=True, onerror=refuse):
+        here = Path(folder)
+        links = [name for name in below if (here / name).is_symlink()]
+        back = {name for name in links if here.resolve().is_relative_to((here / name).resolve())}
+        below[:] = sorted(set(below) - back)
+        for name in files:
+            there = here / name
+            if there.is_file() or there.is_symlink():  # one that leads nowhere is named when it is read
+                yield there.relative_to(path).as_posix()
+
+
+def zip_names(path: Path) -> list[str]:
+    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any, or there
+    twice."""
+    try:
+        with open_file(path) as f, zipfile.ZipFile(f) as archive:
+            files = [i for i in archive.infolist() if not i.is_dir()]
+    except Exception as e:  # zipfile raises some six kinds for broken bytes
+        raise RequestError(
+            f"data.path = {path}: not a readable zip ({e}); copy it again, or unpack it and give the folder"
+        ) from None
+    for file in files:
+        if suffix(file.filename) not in IMAGE_SUFFIXES:
+            continue
+        if file.file_size > MAX_IMAGE_BYTES:
+            raise RequestError(
+                f"data.path = {path}: {file.filename} would unpack to {file.file_size:,} bytes, and an image has at "
+                f"most {MAX_IMAGE_BYTES:,}; remove it"
+            )
+        if file.compress_type not in BOUNDED:
+            raise RequestError(
+                f"data.path = {path}: {file.filename} is not compressed by the usual method (deflate); zip the images "
+                f"again, or unpack it and give the folder"
+            )
+    names = [file.filename for file in files]
+    layout.refuse_twice(path, [name for name in names if suffix(name) in IMAGE_SUFFIXES])
+    return names
+
+
+def suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def readable(name: str) -> str:
+    """The name of a file as text that can be written, whatever its bytes: those that are no UTF-8 as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

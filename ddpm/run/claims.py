@@ -1,0 +1,77 @@
+"""Work in parts that several processes share: each part is at work in one of them, whoever comes first.
+
+One file beside the parts, of whose bytes each stands for a part: a lock on it dies with its holder, on NFS too. On a
+file system without locks every process does all parts, and the first to publish one wins. Must not know what a part is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ddpm.errors import Stopped
+from ddpm.run.log import say
+from ddpm.run.stopping import StopRequested
+
+NAME = ".claims"
+POLL_S = 0.5
+BUSY = (errno.EAGAIN, errno.EACCES)
+
+
+class OthersAtWork(Exception):
+    """Other processes make the parts that are left."""
+
+
+def work_through(
+    directory: Path,
+    parts: Sequence[int],
+    is_there: Callable[[int], bool],
+    make: Callable[[int], object],
+    *,
+    stop_requested: StopRequested = lambda: None,
+    stay: bool = True,
+) -> None:
+    """Make those of `parts` that are not there and nobody else is making.
+
+    is_there: cheap; asked again before a part is made. stay: wait for those that others make, and make them should the
+    others die; otherwise OthersAtWork is raised where there are some. Raises Stopped while waiting.
+    """
+    todo, said = [part for part in parts if not is_there(part)], False
+    while todo:
+        busy = []
+        for part in todo:
+            with _claimed(directory / NAME, part) as mine:
+                if not mine:
+                    busy.append(part)
+                elif not is_there(part):
+                    make(part)
+        if len(busy) == len(todo):
+            if not stay:
+                raise OthersAtWork(f"others make the {len(busy)} parts in {directory} that are left")
+            if not said:
+                say(f"waiting for others, who make {len(busy)} of the parts in {directory}")
+                said = True
+            if reason := stop_requested():
+                raise Stopped(reason)
+            time.sleep(POLL_S)
+        todo = [part for part in busy if not is_there(part)]
+
+
+@contextmanager
+def _claimed(path: Path, part: int) -> Iterator[bool]:
+    """Within: whether this process alone has the part."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
+    try:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
+            mine = True
+        except OSError as e:
+            mine = e.errno not in BUSY  # no locks here
+        yield mine
+    finally:
+        os.close(fd)

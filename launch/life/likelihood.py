@@ -1,0 +1,60 @@
+"""A life that computes bits per dimension, alone or as one of several tasks that share its parts. Loads torch."""
+
+from __future__ import annotations
+
+from ddpm.config import reading
+from ddpm.data.packed import PackedImages
+from ddpm.errors import Stopped
+from ddpm.run.claims import OthersAtWork
+from ddpm.run.log import say
+from ddpm.scoring import bound_request
+from ddpm.scoring.against import open_reference
+from ddpm.scoring.likelihood import bits_per_dim
+from ddpm.scoring.record import told as told_of
+from launch.life.life import Life
+from launch.life.pace import Pace
+from launch.life.sampling import denoiser_of
+
+
+def evaluate(life: Life, name: str) -> int:
+    """What bits-per-dim/NAME/request.json asks for; the array's first task merges, the others leave before."""
+    run, env = life.run, life.env
+    config = reading.of_run(run)
+    request = bound_request.read(run.bound_set(name))
+    life.stop.watch(run.stop_file)
+    command = ["python", "launch/evaluate.py", str(run.path), "--bits-per-dim", "--reference", request.split]
+    command += ["--step", str(request.checkpoint.step)]
+    command += [] if request.num_images is None else ["--num-images", str(request.num_images)]
+    pace = Pace()
+
+    def show(done: int, total: int) -> None:
+        say("bits per dimension", images=f"{done}/{total}", **pace.told(done, total))
+
+    while True:
+        try:
+            images = open_reference(run, config, request.split, life.stop)
+            assert isinstance(images, PackedImages)  # of a split
+            result = bits_per_dim(
+                run,
+                request,
+                images,
+                lambda: denoiser_of(life, name, config, request),
+                timesteps=config.diffusion.timesteps,
+                num_classes=config.model.num_classes,
+                command=command,
+                stop_requested=life.stop,
+                progress=show,
+                token=f"{env.job}.{env.restart}",
+                stay=not env.array_task,
+            )
+        except Stopped as e:
+            say("stopped; finished parts are kept", reason=e.reason)
+            code = life.until_killed_or_on(e.reason)
+            if code is None:
+                continue
+            return life.leave(code, e.reason)
+        except OthersAtWork as e:  # the first task merges
+            say(str(e))
+            return life.leave(0)
+        say(f"computed {told_of(result)}")
+        return life.leave(0)

@@ -1,0 +1,28 @@
+"""How fast images come, and when the last one will."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from datetime import datetime, timedelta, timezone
+
+WINDOW = 16
+
+
+class Pace:
+    """What is told of work at each of its steps. The rate is that of the last ones: what an earlier life left comes at
+    once, and would make it too high for long."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+
+    def told(self, done: int, total: int) -> dict[str, str]:
+        """images_per_s, and when the last of `total` will be there; nothing before there is a rate."""
+        self._seen.append((time.monotonic(), done))
+        (began, had), (at, _) = self._seen[0], self._seen[-1]
+        if at <= began or done <= had:
+            return {}
+        rate = (done - had) / (at - began)
+        end = datetime.now(timezone.utc) + timedelta(seconds=(total - done) / rate)
+        ends = {"ends": f"{end:%Y-%m-%dT%H:%M:%SZ}"} if done < total else {}
+        return {"images_per_s": f"{rate:.3g}", **ends}

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""What a run's jobs say: the log of its newest job, over all lives of that."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import launch.first  # noqa: F401
+from ddpm.errors import RequestError
+from launch.terminal import console, logfiles
+
+EXAMPLES = """examples:
+  python launch/logs.py cifar10                    of whatever ran last
+  python launch/logs.py cifar10 -f                 its end, and what is added, by later jobs too; until ctrl-C
+  python launch/logs.py cifar10 --stage train      of the training alone
+  python launch/logs.py cifar10 --all | less       SLURM's own lines too
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a name or a directory")
+    parser.add_argument("-f", "--follow", action="store_true", help="stay, and show what is added")
+    parser.add_argument("--stage", choices=logfiles.STAGES, help="of these jobs alone")
+    parser.add_argument("--all", action="store_true", help="with what srun, slurmstepd and submitit say")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    run = console.find_run(args.run, args.root)
+    keep = logfiles.Filter(everything=args.all)
+    files = logfiles.of_run(run, args.stage)
+    if args.follow:
+        if not files:
+            print("nothing has been said yet: waiting for a job to begin", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            logfiles.follow(lambda: logfiles.of_run(run, args.stage), keep)
+        return 0
+    if not files:
+        what = f"no {args.stage} job" if args.stage else "no job"
+        raise RequestError(
+            f"{what} of run {run.name} has said anything yet (looked in {run.logs}): python launch/status.py "
+            f"{run.path} shows whether one waits"
+        )
+    print(f"==> {files[-1]} <==", file=sys.stderr, flush=True)
+    logfiles.show(files[-1], keep)
+    if keep.hidden:
+        print(f"({keep.hidden} lines of SLURM's own not shown: --all)", file=sys.stderr)
+    if others := files[:-1]:
+        last = ", ".join(path.name for path in others[-3:])
+        print(f"({len(others)} older in {run.logs}: {'… ' if others[3:] else ''}{last})", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_script(main)

@@ -1,0 +1,128 @@
+"""`--from RUN|FILE[@STEP]`: which weights a new run starts from, and whether a run that exists did.
+
+Loads torch once weights are read. What becomes of them is ddpm/network/start.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.errors import DDPMError, RequestError
+from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
+from launch.cluster import environment
+from launch.terminal import console
+
+if TYPE_CHECKING:
+    from ddpm.network.start import Start
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""Of files of weights."""
+
+
+class Origin(NamedTuple):
+    """What --from asks for."""
+
+    word: str
+    """A run or a file, without its step."""
+    step: int | None
+    weights: str | None
+    root: str | None
+
+    def places(self) -> list[Path]:
+        """Where it may lie."""
+        return [environment.user_path(self.word, "--from"), environment.runs_root(self.root) / self.word]
+
+
+def asked(word: str | None, weights: str | None, root: str | None) -> Origin | None:
+    """What the options say. Raises RequestError."""
+    if word is None:
+        if weights is not None:
+            raise RequestError(f"--from-weights {weights}: goes with --from RUN|FILE[@STEP], which is not there")
+        return None
+    name, at, step = word.rpartition("@")
+    if not at or not step.isdecimal() or Path(word).expanduser().exists():
+        name, step = word, ""
+    if not name:
+        raise RequestError(f"--from {word!r}: give a run or a file of weights, with @STEP for another than its newest")
+    return Origin(name, int(step) if step else None, weights, root)
+
+
+def check_same(run: RunDir, origin: Origin | None) -> None:
+    """Raises RequestError where a run that exists did not start from what is asked for. Its source may be gone."""
+    if origin is None:
+        return
+    began = read_run(run).get("from")
+    if began is None:
+        raise RequestError(
+            f"--from {origin.word}: run {run.name} exists and started from its seed; choose another --name, or leave "
+            f"--from out to go on with it"
+        )
+    same = began["source"] in map(str, origin.places())
+    if not same or origin.step not in (None, began["step"]) or (origin.weights or "ema") != began["weights"]:
+        at = f"@{began['step']}" if began.get("step") else ""
+        raise RequestError(
+            f"--from {origin.word}: run {run.name} exists and started from the weights ({began['weights']}) of "
+            f"{began['source']}{at}; choose another --name, or leave --from out to go on with it"
+        )
+
+
+def read(origin: Origin, config: Config) -> Start:
+    """The weights. Raises RequestError where there are none, or where they do not fit the config's network."""
+    path = origin.places()[0]
+    if path.is_file():
+        return _of_file(path, origin, config)
+    try:
+        run = console.find_run(origin.word, origin.root)
+    except RequestError as e:
+        raise RequestError(f"--from {origin.word}: {e}; and no file of weights ({' '.join(SUFFIXES)})") from None
+    there = None
+    try:
+        there = reading.of_run(run)
+    except DDPMError as e:
+        print(f"warning: --from {origin.word}: {e}", file=sys.stderr)
+    from ddpm.network import start
+
+    try:
+        found = start.of_run(run, origin.step, origin.weights or "ema", config, _warn)
+    except RequestError as e:
+        told = _apart(there, config, "model", "train.label_dropout")
+        raise RequestError(f"--from {origin.word}: {e}{told}") from None
+    if told := _apart(there, config, "diffusion"):
+        _warn(f"warning: --from {origin.word}{told}: the weights were trained for another process")
+    return found
+
+
+def _of_file(path: Path, origin: Origin, config: Config) -> Start:
+    if origin.step is not None:
+        raise RequestError(f"--from {path}@{origin.step}: a file holds one step's weights; leave @{origin.step} out")
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"--from {path}: expected a run's directory, or a file of {' '.join(SUFFIXES)}")
+    from ddpm.network import start
+
+    try:
+        return start.of_file(path, origin.weights, config)
+    except RequestError as e:
+        raise RequestError(f"--from {e}") from None
+
+
+def _apart(there: Config | None, here: Config, *keys: str) -> str:
+    """What of the configs differs, as `; key is A there and B here`, or ""."""
+    if there is None:
+        return ""
+    old, new = there.model_dump(mode="json"), here.model_dump(mode="json")
+    told = []
+    for section in (old.keys() & set(keys)) | {key.partition(".")[0] for key in keys if "." in key}:
+        for leaf in new[section]:
+            full = f"{section}.{leaf}"
+            if (section in keys or full in keys) and old[section].get(leaf) != new[section][leaf]:
+                told.append(f"{full} is {old[section].get(leaf)!r} there and {new[section][leaf]!r} here")
+    return "".join(f"; {line}" for line in sorted(told))
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,57 @@
+"""Bits per dimension as they are asked for on a login node: the request, what it costs, its publication."""
+
+from __future__ import annotations
+
+from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run import generations
+from ddpm.run.paths import RunDir
+from ddpm.sampling.request import CheckpointRef
+from ddpm.scoring import bound_request
+from ddpm.scoring.against import SPLITS
+from ddpm.scoring.bound_request import BoundRequest
+
+
+def request_for(
+    run: RunDir, config: Config, split: str, step: int | None, num_images: int | None
+) -> tuple[BoundRequest, int]:
+    """The request, and into how many parts it falls. Raises RequestError for a split, a step or a number not there."""
+    from ddpm.data.packed import open_source
+
+    if split not in SPLITS:
+        raise RequestError(f"--reference {split}: bits per dimension are of the run's own data: test, or train")
+    source = open_source(config.data)
+    if split not in source.members:
+        have = ", ".join(sorted(source.members))
+        raise RequestError(f"--reference {split}: {config.data.name} has no such images, and has {have}: give that")
+    there = source.num_images(split)
+    if num_images is not None and not 1 <= num_images <= there:
+        raise RequestError(f"--num-images {num_images}: must be from 1 to {there:,}, the images to {split} with")
+    found = generations.choose(run, step)
+    generations.check_mathematics(run.checkpoint(found.step), found.manifest, config.digest())
+    at = CheckpointRef(found.step, found.sha256)
+    num = None if num_images == there else num_images
+    request = bound_request.request_of(run, config, at, split, num)
+    return request, -(-(num or there) // request.batch)
+
+
+def cost(request: BoundRequest, config: Config) -> str:
+    """What it takes, in words: that of sampling as many images with all timesteps."""
+    images = "all images" if request.num_images is None else f"{request.num_images:,} images (seed {request.seed})"
+    return (
+        f"{request.name}: {config.diffusion.timesteps:,} evaluations of the network for each of {images} of "
+        f"{request.split}, as ancestral sampling of as many would take"
+    )
+
+
+def publish(run: RunDir, request: BoundRequest) -> None:
+    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
+    where = run.bound_set(request.name)
+    existed = where.request.exists()
+    bound_request.publish(where, request)
+    if not existed and not run.manifest(request.checkpoint.step).exists():
+        where.request.unlink(missing_ok=True)
+        raise RequestError(
+            f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
+            f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
+        )

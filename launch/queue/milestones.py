@@ -1,0 +1,109 @@
+"""Milestones as they are sampled and scored beside training: their sets, their jobs, the curve, the best of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddpm.config.sample import Milestones
+from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run import files, generations
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir, fitting
+from ddpm.sampling.request import publish_request, read_request
+from ddpm.sampling.shards import shards_to_make
+from ddpm.scoring.record import key_of
+from launch.cluster.job import Job
+from launch.cluster.site import Site
+from launch.queue import sets
+
+
+def steps(run: RunDir) -> list[int]:
+    """Those whose EMA weights were published: milestones and the end, ascending."""
+    return sorted(step for step in run.steps_saved() if run.ema_weights(step).exists())
+
+
+def sampled_as(config: Config) -> Config:
+    """The config whose `sample` is that of a milestone."""
+    num = (config.evaluate.milestones or Milestones()).num_samples
+    shards = min(config.sample.shards, -(-num // config.sample.batch))
+    sample = config.sample.model_copy(update={"num_samples": num, "shards": shards, "class_plan": None})
+    return config.model_copy(update={"sample": sample})
+
+
+def set_name(run: RunDir, config: Config, step: int) -> str:
+    """Of the set that is made of a milestone. config: of `sampled_as`."""
+    return fitting(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
+
+
+def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -> list[list[Job]]:
+    """For each milestone that has no score: what makes its samples, where some are missing, and scores them.
+
+    Their requests are published unless `dry_run`: training then keeps their checkpoints. Raises RequestError.
+    """
+    sampled, chains = sampled_as(config), []
+    for step in steps(run):
+        name = set_name(run, sampled, step)
+        if sets.score_by(run, name, config.evaluate) is not None:
+            continue
+        where = run.sample_set(name)
+        there = where.request.exists()
+        request = read_request(where) if there else sets.request_for(run, sampled, generations.choose(run, step))
+        if not there and not dry_run:
+            publish_request(where, request)
+        missing = shards_to_make(where, request)
+        make = [Job("sample", run, site, name, tuple(missing))] if missing else []
+        chains.append([*make, Job("evaluate", run, site, name)])
+    return chains
+
+
+# ---------------------------------------------------------------- the curve
+
+
+def publish(run: RunDir, config: Config, token: str) -> dict[str, Any] | None:
+    """Write milestones.json, of all milestones that have a score; its content, None where it says so already."""
+    record, changed = _curve(run, config), None
+    while record is not None and record != _there(run):
+        files.write_json(run.milestones, record, replace=True, token=token)
+        record, changed = _curve(run, config), record  # another evaluation may have ended meanwhile
+    return changed
+
+
+def best_step(run: RunDir) -> int:
+    """The step of the milestone that scores best. Raises RequestError where none is known."""
+    try:
+        return int(files.read_signed(run.milestones)["best"]["step"])
+    except (FileNotFoundError, DamagedFile) as e:
+        why = "has no scores of milestones yet" if isinstance(e, FileNotFoundError) else f"tells no best step ({e})"
+        raise RequestError(f"run {run.name} {why}: python launch/evaluate.py {run.path} --all-milestones") from None
+
+
+def points(run: RunDir) -> list[dict[str, Any]]:
+    """Of the curve as it is known, by step."""
+    return (_there(run) or {}).get("curve", [])
+
+
+def _there(run: RunDir) -> dict[str, Any] | None:
+    try:
+        return files.read_signed(run.milestones)
+    except (FileNotFoundError, DamagedFile):
+        return None
+
+
+def _curve(run: RunDir, config: Config) -> dict[str, Any] | None:
+    sampled, points = sampled_as(config), {}
+    for where in run.sample_sets():
+        if not where.name.startswith(f"milestone{sampled.sample.num_samples}-") or not where.request.exists():
+            continue
+        at = read_request(where).checkpoint
+        is_now = where.name == set_name(run, sampled, at.step)
+        if is_now and (score := sets.score_by(run, where.name, config.evaluate)):
+            key = key_of(score.record)
+            value = {k: score.record[k] for k in (key, f"{key}_interval") if k in score.record}
+            images = at.step * config.train.global_batch
+            points[at.step] = {"step": at.step, "images": images, **value, "sha256": at.sha256, "set": where.name}
+    if not points:
+        return None
+    curve = [points[step] for step in sorted(points)]
+    of = {"score": key, "num_samples": sampled.sample.num_samples, **config.evaluate.model_dump(exclude={"milestones"})}
+    return files.sign({**of, "best": min(curve, key=lambda point: point[key]), "curve": curve})

@@ -1,0 +1,58 @@
+"""What is at work for a run, or waits to be, wherever it is: the scheduler's jobs, processes here, a trainer's beat."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.run.events import read_events
+from ddpm.run.files import seconds
+from ddpm.run.paths import RunDir
+from ddpm.run.records import place_of, read_heartbeat
+from launch.cluster import environment, scheduler
+from launch.queue import local
+from launch.queue.waiting import slurm_jobs
+
+BEATS_S = 60.0
+"""A trainer gives a sign of life more often."""
+OVER = ("finished", "failed", "requeued", "cancelled")
+
+
+@dataclass(frozen=True)
+class Work:
+    jobs: dict[str, str]
+    """The scheduler's: their states, of an array that of its liveliest task."""
+    here: dict[str, int]
+    """Background jobs of this machine: their processes."""
+    elsewhere: str = ""
+    """Who trains the run as none of these, if somebody has just given a sign of life."""
+
+    def __bool__(self) -> bool:
+        return bool(self.jobs or self.here or self.elsewhere)
+
+    def __str__(self) -> str:
+        told = [f"job {job} ({state.lower()})" for job, state in self.jobs.items()]
+        told += [f"pid {pid} on this machine" for pid in self.here.values()]
+        return ", ".join([*told, *([self.elsewhere] if self.elsewhere else [])])
+
+
+def of_run(run: RunDir) -> Work:
+    """Raises SchedulerError where SLURM does not answer."""
+    events = read_events(run)
+    jobs = slurm_jobs(run, events)
+    states = scheduler.queued(jobs) if jobs and scheduler.available() else {}
+    here = {job: pid for job, (pid, _) in local.at_work(run).items()}
+    return Work(states, here, "" if states or here else _beats(run, events))
+
+
+def _beats(run: RunDir, events: list[dict[str, Any]]) -> str:
+    """Who has just given a sign of life and not of its end, and is no process of this machine, which would be known."""
+    beat, place = read_heartbeat(run), place_of(run)
+    age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S
+    if age >= BEATS_S or beat.get("inode", place) != place:
+        return ""
+    of_life = [e for e in events if (e["job"], e["restart"]) == (str(beat["job"]), beat["restart"])]
+    over = any(e["event"] in OVER for e in of_life)
+    ours = any(e["event"] == "submitted" and e.get("host") == environment.host() and e.get("pid") for e in of_life)
+    return "" if over or ours else f"job {beat['job']} on {beat.get('host', 'some host')}, alive {age:.0f} s ago"

@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""What removing a run would free; with --yes, remove it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import launch.first  # noqa: F401
+from ddpm.errors import RequestError, RunBusy
+from ddpm.run.fence import Fence
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
+from ddpm.run.log import amount
+from ddpm.run.paths import RunDir, listed
+from launch.cluster import environment
+from launch.queue import borrowing, work
+from launch.queue.turns import turn
+from launch.terminal import console
+
+EXAMPLES = """examples:
+  python launch/remove.py old-run            what it has, and how much; removes nothing
+  python launch/remove.py old-run --yes      remove it, for good
+
+Refused while anything of the run is queued or at work (python launch/cancel.py RUN), and where another run reads it.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a name or a directory")
+    parser.add_argument("--yes", action="store_true", help="remove it")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    return parser.parse_args()
+
+
+def check(run: RunDir, root: Path) -> None:
+    """Raises RequestError where somebody still needs the run."""
+    if run.path.is_symlink():
+        raise RequestError(f"{run.path} is a link to {run.path.resolve()}: give that, or remove the link yourself")
+    if found := work.of_run(run):
+        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
+        raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {how}")
+    if who := list(_borrowers(run, root)):
+        raise RequestError(
+            f"run {run.name} is read by {', '.join(map(str, who))}, whose checkpoints are its own: remove that first"
+        )
+
+
+def _borrowers(run: RunDir, root: Path) -> Iterator[Path]:
+    """The runs, beside it and in the root, that have its checkpoints. Of those in other roots nobody knows."""
+    for place in {root, run.path.parent}:
+        for other in console.all_runs(place):
+            try:
+                reads = borrowing.reads(other)
+            except (DamagedFile, OSError):
+                continue
+            if reads and other.path != run.path and Path(reads).resolve() == run.path.resolve():
+                yield other.path
+
+
+def sizes(path: Path) -> tuple[int, int]:
+    """Bytes and files below a path, links not followed."""
+    if path.is_symlink() or path.is_file():
+        return path.lstat().st_blocks * 512, 1
+    found = [sizes(Path(entry.path)) for entry in os.scandir(path)]
+    return sum(size for size, _ in found), 1 + sum(num for _, num in found)
+
+
+def tell(run: RunDir) -> None:
+    """A line for each part, the largest first; and what lies elsewhere and stays."""
+    parts = {path.name: sizes(path) for path in listed(run.path)}
+    for name, (size, num) in sorted(parts.items(), key=lambda part: -part[1][0]):
+        if size >= 1 << 16:
+            print(f"  {amount(size):>10}  {num:>7,} files  {name}")
+    total, files = sum(size for size, _ in parts.values()), sum(num for _, num in parts.values())
+    print(f"  {amount(total):>10}  {files:>7,} files  in all")
+    for path in listed(run.path):
+        if path.is_symlink():
+            print(f"{path.name} is a link: {path.resolve()} stays as it is")
+
+
+def remove(run: RunDir) -> None:
+    """Out of sight at once, then file by file. Raises RequestError where a job that nobody else tells of holds it."""
+    if run.config.is_file() and not borrowing.reads(run):
+        try:
+            Fence(run, {"job": f"remove-{os.getpid()}", "restart": 0, "host": environment.host()}, wait_s=0).release()
+        except RunBusy as e:
+            raise RequestError(str(e)) from None
+    gone = run.path.with_name(f"{TMP_PREFIX}removed-{run.name}.{os.getpid()}")
+    run.path.rename(gone)
+    fsync_dir(run.path.parent)
+    shutil.rmtree(gone)
+
+
+def main() -> int:
+    args = parse()
+    run = console.find_run(args.run, args.root)
+    check(run, environment.runs_root(args.root))
+    print(f"{'removing' if args.yes else 'would remove'} {run.path}, which is at step {run.latest_step()}:")
+    tell(run)
+    if not args.yes:
+        again = f"python launch/remove.py {shlex.quote(args.run)}{console.same_root(args.root)} --yes"
+        print(f"nothing was removed; for good: {again}")
+        return 0
+    sys.stdout.flush()
+    with turn(run):
+        check(run, environment.runs_root(args.root))
+        remove(run)
+    print("removed")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_script(main)

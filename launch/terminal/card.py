@@ -1,0 +1,101 @@
+"""A model card: what a model is, what it was trained on, how it scored and by what, and how it is used; in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm.config.schema import Config
+from ddpm.data.labels import class_names
+from ddpm.scoring.record import SCORE_NAMES, Score, against, caution, half_width, key_of, number, rounded
+
+USE = """```python
+import ddpm
+
+model = ddpm.load("{name}")  # this folder
+images = model.sample(16, seed=0)  # uint8 (16, {size}, {size}, 3)
+```"""
+
+
+def card(
+    config: Config, record: dict[str, Any], manifest: dict[str, Any], sha256: str, scores: list[Score], *, name: str
+) -> str:
+    """record: run.json's; manifest: of the checkpoint whose weights these are; sha256: of the file of weights."""
+    parts = [
+        "---\nlibrary_name: ddpm-hpc\ntags: [diffusion, ddpm, unconditional-image-generation]\n---"
+        if not config.model.num_classes
+        else "---\nlibrary_name: ddpm-hpc\ntags: [diffusion, ddpm, class-conditional]\n---",
+        f"# {name}",
+        f"A diffusion model of {config.data.image_size}x{config.data.image_size} images: the exponential average of "
+        f"its weights after {manifest['step']:,} steps.",
+        USE.format(name=name, size=config.data.image_size),
+        "## Training",
+        _table([("", ""), *_training(config, record, manifest)]),
+        *_classes(config, record),
+        "## Scores",
+        _scores(scores),
+        "## Files",
+        _table([
+            ("", ""),
+            ("model.safetensors", f"sha256 `{sha256}`"),
+            ("config.yaml", f"its mathematics has the digest `{config.digest()}`"),
+            ("its checkpoint", f"sha256 `{manifest['sha256']}`, saved {manifest['created']}"),
+        ]),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    data, train, versions = record.get("data") or {}, config.train, record.get("versions") or {}
+    found = record.get("resolved") or {}
+    lines = [
+        ("data", f"{config.data.name}, {data.get('num_images', '?'):,} images" if data else config.data.name),
+        ("digest of its pixels", f"`{data['digest']}`" if data.get("digest") else ""),
+        ("seen", f"{manifest['images']:,} images in batches of {train.global_batch}"),
+        ("network", f"U-Net, {config.model.base_channels} channels times {list(config.model.channel_mults)}"),
+        ("noise", f"{config.diffusion.timesteps} steps, {config.diffusion.schedule}"),
+        ("optimizer", f"{train.optimizer}, learning rate {train.lr:g}, {train.lr_schedule}"),
+        ("average", f"decay {train.ema_decay:g}"),
+        ("seed", str(config.seed)),
+        (
+            "on",
+            f"{found.get('world_size', 1)} × {found['device']}, amp {found.get('amp')}" if "device" in found else "",
+        ),
+        ("code", f"ddpm-hpc {versions.get('ddpm-hpc', '?')}, commit {record.get('git') or 'unknown'}"),
+        ("with", ", ".join(f"{k} {v}" for k, v in versions.items() if v and k in ("python", "torch", "numpy"))),
+    ]
+    return [(what, told) for what, told in lines if told]
+
+
+def _classes(config: Config, record: dict[str, Any]) -> list[str]:
+    rows = [(str(label), name) for label, name in enumerate(class_names(config, record))]
+    return ["## Classes", _table([("label", "class"), *rows])] if rows else []
+
+
+def _scores(scores: list[Score]) -> str:
+    if not scores:
+        return "None was computed of these weights."
+    rows: list[tuple[str, ...]] = [
+        ("score", "value", "95 %", "sampler", "evaluations", "samples", "features", "seed", "computed")
+    ]
+    for score in scores:
+        r = score.record
+        ends, half = r.get(f"{key_of(r)}_interval"), half_width(r)
+        interval = " to ".join(rounded(end, half) for end in ends) if ends else "-"
+        of = r["extractor"]
+        features = of["name"] + (f" (sha256 {of['weights_sha256'][:12]})" if of.get("weights_sha256") else "")
+        rows.append((
+            SCORE_NAMES[key_of(r)] + caution(r), number(r), interval, _sampler(r["sampler"]), str(r["nfe"]),
+            against(r), features, str(r.get("seed", "-")), str(r.get("created", "-"))[:10],
+        ))  # fmt: skip
+    return _table(rows)
+
+
+def _sampler(sampler: dict[str, Any]) -> str:
+    more = [f"{key} {sampler[key]:g}" for key in ("eta", "guidance") if sampler.get(key)]
+    return " ".join([sampler["name"], *more])
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *others = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))

@@ -1,0 +1,66 @@
+"""A run's life for people: a line an event, saves that follow each other folded into one, and who ended a life."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from ddpm.run.paths import RunDir
+
+Event = dict[str, Any]
+HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign")
+TAIL_BYTES = 4 << 20
+WORDS = {
+    "DUE TO PREEMPTION": "preempted",
+    "DUE TO JOB REQUEUE": "requeued by hand",
+    "DUE TO TIME LIMIT": "time_limit",
+    "DUE TO NODE FAILURE": "node failure",
+}
+"""What SLURM says in a job's log of who ended a life, and what that is to people."""
+UNKNOWN = "SIGTERM: preempted, cancelled or requeued"
+
+
+def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
+    """What status.py --events prints."""
+    scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
+    for is_save, group in groupby(events, key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])):
+        folded = list(group)
+        if is_save[0] and len(folded) > 1:
+            first, last = folded[0], folded[-1]
+            more = {"saves": len(folded), "step": f"{first.get('step')}..{last.get('step')}"}
+            kept = {k: v for k, v in last.items() if k not in more}
+            folded = [{**kept, **more, "from": first["time"]}]
+        for e in folded:
+            if e["event"] == "stop_requested" and e.get("reason") == "preempted":
+                e = {**e, "reason": _who(run, e, scancelled)}
+            rest = " ".join(f"{k}={v}" for k, v in e.items() if k not in HIDDEN and v not in (None, ""))
+            yield f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}".rstrip()
+
+
+def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:
+    """Who ended a life that was sent SIGTERM: it cannot know it, and calls it `preempted`; later SLURM says it."""
+    if (event["job"], event["restart"]) in scancelled:
+        return "scancel"
+    words = _of_lives(run, event["job"]).get(event["restart"], "")
+    return WORDS.get(words, "scancel" if words == "CANCELLED" else UNKNOWN)
+
+
+def _of_lives(run: RunDir, job: str) -> dict[int, str]:
+    """SLURM's last word on each life of a job, as the end of its log has it; "" where it says nothing."""
+    path = run.logs / f"train-{job}.out"
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            text = f.read().decode(errors="replace")
+    except OSError:
+        return {}
+    _, *parts = re.split(r"^\[batch\] .* restart=(\d+) ", text, flags=re.M)
+    return {int(life): _word_of(said) for life, said in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _word_of(life: str) -> str:
+    said = re.findall(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ (DUE TO [A-Z]+(?: [A-Z]+)?)?", life)
+    due = [word for word in said if word and not word.startswith("DUE TO SIGNAL")]
+    return due[-1] if due else "CANCELLED" if said else ""

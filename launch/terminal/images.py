@@ -1,0 +1,56 @@
+"""`evaluate.py --images`: the score, or the statistics, of images that no run made, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from ddpm.errors import RequestError
+from ddpm.scoring.record import told
+from launch.terminal import console
+
+
+def score_images(args: argparse.Namespace) -> int:
+    """Two sets of images, on this machine; or the statistics of one."""
+    images = _there("--images", args.images)
+    reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
+    name = args.extractor or "inception"
+    if args.dry_run:
+        what = f"score {images} against {reference}" if reference else f"write statistics of {images}"
+        print(f"would {what} with {name} on this machine")
+        return 0
+    stats = Path(args.save_stats).expanduser() if args.save_stats else None
+    if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
+        raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
+    keep = Path(args.keep).expanduser() if args.keep else None
+    if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
+        raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
+    import torch
+
+    from ddpm.scoring.extractors import build_extractor, ensure_weights
+    from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
+
+    ensure_weights(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packed = load_images(images, args.size)
+    size = packed.images.shape[1]
+    extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
+    if stats:
+        save_statistics(packed, stats, extractor, keep)
+        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
+    elif reference:
+        with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
+            result = evaluate_images(packed, reference, extractor, args.size, keep)
+        print(console.as_json(result))
+        print(told(result), file=sys.stderr)
+    return 0
+
+
+def _there(option: str, word: str, or_else: str = "") -> Path:
+    path = Path(word).expanduser()
+    if not path.exists():
+        raise RequestError(f"{option} {path}: does not exist; give a folder or zip of images, an .npy or .npz{or_else}")
+    return path

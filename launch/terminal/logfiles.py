@@ -1,0 +1,90 @@
+"""A run's logs: which files they are, and what of their lines is the scheduler's own."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ddpm.run.events import read_events
+from ddpm.run.paths import RunDir, listed
+
+STAGES = ("train", "sample", "evaluate")
+NOISE = ("srun:", "slurmstepd", "submitit ")
+"""How the lines begin that are the scheduler's, and not the work's."""
+POLL_S = 0.5
+BLOCK = 1 << 20
+
+
+def of_run(run: RunDir, stage: str | None) -> list[Path]:
+    """The log files of one stage, or of all, the one written to last at the end: one for each job, whose lives append
+    to it, and for each task of an array. On one machine, a job's stages share one."""
+    local = {e["job"]: (e.get("stage") or "").split("+") for e in read_events(run) if e["event"] == "submitted"}
+    found = []
+    for path in listed(run.logs):
+        match = re.fullmatch(r"(train|sample|evaluate)-\d+(_\d+)?\.out", path.name)
+        stages = [match[1]] if match else local.get(path.stem, STAGES) if path.name.startswith("local-") else []
+        if path.is_file() and path.suffix == ".out" and (stage in stages if stage else stages):
+            found.append(path)
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+
+
+class Filter:
+    """Lines as they are shown: without NOISE, unless `everything` is; `hidden` counts what is left out."""
+
+    def __init__(self, *, everything: bool) -> None:
+        self._everything, self.hidden = everything, 0
+
+    def __call__(self, line: str) -> bool:
+        keep = self._everything or not line.startswith(NOISE)
+        self.hidden += not keep
+        return keep
+
+
+def show(path: Path, keep: Callable[[str], bool]) -> None:
+    with path.open(errors="replace") as f:
+        for line in f:
+            if keep(line):
+                print(line.rstrip("\n"))
+
+
+def follow(find: Callable[[], list[Path]], keep: Callable[[str], bool], last_lines: int = 10) -> None:
+    """The end of the newest file, and from then on what is added to any of them: also to one that a later job begins.
+
+    Until ctrl-C.
+    """
+    files = find()
+    at = {path: path.stat().st_size for path in files}
+    shown = files[-1] if files else None
+    if shown:
+        at[shown] = _begin(shown, last_lines)
+    while True:
+        for path in find():
+            lines, at[path] = _added(path, at.get(path, 0))
+            kept = [line for line in lines if keep(line)]
+            if kept and path != shown:
+                print(f"==> {path} <==", flush=True)
+                shown = path
+            if kept:
+                print("\n".join(kept), flush=True)
+        time.sleep(POLL_S)
+
+
+def _begin(path: Path, last_lines: int) -> int:
+    """Where the last lines of a file begin."""
+    with path.open("rb") as f:
+        size = f.seek(0, 2)
+        start = f.seek(max(0, size - BLOCK))
+        tail = f.read(size - start)
+    lines = tail.splitlines(keepends=True)
+    return size - sum(map(len, lines[-last_lines:]))
+
+
+def _added(path: Path, since: int) -> tuple[list[str], int]:
+    """Whole lines from byte `since` on, and where the next one begins."""
+    with path.open("rb") as f:
+        f.seek(since if since <= f.seek(0, 2) else 0)
+        since, data = f.tell(), f.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.decode(errors="replace").splitlines(), since + len(whole)

@@ -1,0 +1,138 @@
+"""What a submission asks for, in five lines: model, data, steps, GPUs and what they cost, time and what ends it.
+
+Must not know: torch, or any file of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ddpm.config.model import Model
+from ddpm.config.schema import Config
+from ddpm.run.paths import RunDir
+from launch.cluster.site import Site
+from launch.queue import chain
+from launch.queue.submitting import describe
+from launch.terminal import recipes
+
+MEASURED = {(Model(dropout=0.1), 32): (2231, "one H100 80GB, bf16, compiled")}
+"""Images a second in training, by network and image size, and on what: README's table, by python -m tools.gpu."""
+
+
+def print_dry_run(
+    config: Config, site: Site, run: RunDir, stages: list[str], num_images: int | None, recipe: recipes.Recipe | None,
+    *, scripts: bool, in_container: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """num_images: where it is known without packing; recipe: the file of the config; scripts: those of its jobs too.
+
+    in_container: what the run keeps of how ranks are started in one.
+    """
+    same = recipe is not None and _network(recipe.config) == _network(config)
+    for line in lines(config, site, num_images, recipe.num_parameters if same and recipe else None):
+        print(f"# {line}")
+    print(f"# run directory: {run.path}")
+    known = config.train.total_steps is not None
+    if stages:
+        print(f"# then: {', '.join(stages)}" + ("" if known else ", of a set that is named after the last step"))
+    print(f"# config, resolved (digest {config.digest()[:12]}):" if known else "# config:")
+    print(config.to_yaml())
+    jobs = chain.jobs_of(run, config, site, stages if known else [])
+    if not scripts:
+        print(f"# dry run: nothing was written or queued; --verbose shows {_what(site, len(jobs))}")
+        return
+    if site.is_local:
+        print("# processes on this machine, one after another:")
+    for job in jobs:
+        if not site.is_local:
+            after = " (after the job before has ended)" if job.stage != "train" else ""
+            print(f"# {job.stage} job{after}, via {site.via}:")
+        print(describe(job))
+    if in_container and not site.is_local:
+        print("# container.sh of the run, by which slurm/supervise.sh has ranks started in their container:")
+        print("\n".join(in_container))
+    print("# dry run: nothing was written or queued")
+
+
+def lines(config: Config, site: Site, num_images: int | None, num_parameters: int | None) -> Iterator[str]:
+    """num_images, num_parameters: where they are known without data and torch."""
+    yield f"model: {_model(config, num_parameters)}"
+    yield f"data: {_data(config, num_images)}"
+    yield f"steps: {_steps(config, num_images)}"
+    yield f"GPUs: {_gpus(config, site)}{_cost(config, site)}"
+    yield f"time: {_time(site)}"
+
+
+def _network(config: Config) -> tuple[Model, int]:
+    return config.model, config.data.image_size
+
+
+def _model(config: Config, num_parameters: int | None) -> str:
+    m = config.model
+    classes = f"of {m.num_classes} classes" if m.num_classes else "without classes"
+    attention = f"attention at {', '.join(map(str, m.attention_resolutions))}" if m.attention_resolutions else ""
+    size = f"{num_parameters / 1e6:.1f} M parameters" if num_parameters else ""
+    widths = " ".join(str(m.base_channels * mult) for mult in m.channel_mults)
+    told = [
+        f"U-Net {classes}",
+        size,
+        f"channels {widths}",
+        f"{_num(m.blocks_per_level, m.block + ' block')} a level",
+        attention,
+    ]
+    return ", ".join(filter(None, told))
+
+
+def _num(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
+
+
+def _data(config: Config, num_images: int | None) -> str:
+    d = config.data
+    where = f" in {d.path}" if d.path else {"digits": "", "images": ""}.get(d.name, ", downloaded where it is missing")
+    many = f", {num_images:,} images" if num_images else ""
+    return f"{d.name}{where}, {d.image_size}x{d.image_size}{many}{', mirrored at random' if d.flip else ''}"
+
+
+def _steps(config: Config, num_images: int | None) -> str:
+    t = config.train
+    if t.total_steps is None:
+        return f"{recipes.length(config)} of {t.global_batch} images a step (steps known once the data is packed)"
+    images = t.total_steps * t.global_batch
+    epochs = f" ({images / num_images:,.0f} epochs)" if num_images else ""
+    return f"{t.total_steps:,} of {t.global_batch} images: {images:,} images{epochs}"
+
+
+def _what(site: Site, num: int) -> str:
+    return f"the exact {'command' if site.is_local else 'job script'}{'s' * (num > 1)}"
+
+
+def _gpus(config: Config, site: Site) -> str:
+    ranks = site.world_size
+    share = f"{config.train.global_batch // ranks} images a rank and step" if ranks > 1 else ""
+    if not site.num_gpus:
+        where = "on this machine" if site.is_local else f"on {_num(site.nodes, 'node')}"
+        told = f"none asked for, {_num(ranks, 'rank')} {where}"
+    else:
+        kind = f" {site.gpu_type}" if site.gpu_type else ""
+        nodes = f" on each of {site.nodes} nodes" if site.nodes > 1 else " on one node"
+        told = f"{site.num_gpus}{kind}{nodes}"
+    return ", ".join(filter(None, [told, share]))
+
+
+def _time(site: Site) -> str:
+    if site.is_local:
+        return "until it is done, in the background"
+    asked = (
+        "no --time, so the partition's" if site.time is None else f"{site.time // 60} h {site.time % 60:02} min a job"
+    )
+    return f"{asked}; {site.lead_s} s before its end the run saves, goes back into the queue and goes on"
+
+
+def _cost(config: Config, site: Site) -> str:
+    if not site.num_gpus:
+        return ""
+    speed, how = MEASURED.get(_network(config), (0, ""))
+    if not speed or config.train.total_steps is None:
+        return "; GPU hours unknown here, status.py tells the end once it runs"
+    hours = config.train.total_steps * config.train.global_batch / speed / 3600
+    return f"; about {hours:.0f} GPU hours at {speed:,} images/s, as measured on {how}"

@@ -1,0 +1,131 @@
+"""The status page: the table, and under it what does not fit into it; printed once, or kept up to date."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ddpm.run.files import now
+from ddpm.run.log import plain
+from launch.terminal import columns as table
+from launch.terminal import standing, streams
+
+LOOK_EVERY_S = 5.0
+"""Not more often: each look asks the scheduler."""
+LINE_EVERY_S = 30.0
+"""In a pipe, of a run that only goes on."""
+PIPE_COLUMNS = 200
+SIZE_EVERY_S = 0.2
+CLEAR, OTHER_SCREEN, BACK = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+
+Row = dict[str, Any]
+
+
+def columns() -> int:
+    """How wide a line may be: of the terminal as it is now, or of the pipe."""
+    return shutil.get_terminal_size((PIPE_COLUMNS, 0)).columns
+
+
+def page(rows: list[Row], width: int, *, details: bool) -> list[str]:
+    """The table, and under it problems, what to do, and what had no room. details: where hours went, and all scores."""
+    shown, left_out = table.lines(rows, width)
+    for row in rows:
+        for told in _notes(row, left_out, details=details):
+            shown += textwrap.wrap(plain(f"{row['name']}: {told}"), width, subsequent_indent="  ",
+                                   break_on_hyphens=False, break_long_words=False)  # fmt: skip
+    return shown
+
+
+def show(rows: list[Row], *, details: bool) -> None:
+    """Print it once."""
+    shown = page(rows, columns(), details=details)
+    print(_drawn(shown) if sys.stdout.isatty() else "\n".join(shown), file=streams.below(sys.stdout), flush=True)
+
+
+def _drawn(shown: list[str]) -> str:
+    """For a terminal, with the head in bold."""
+    head, *rest = shown
+    return "\n".join([f"\x1b[1m{head}\x1b[0m", *rest])
+
+
+def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
+    """left_out: columns for which there was no room."""
+    if details and any(row["allocated_s"].values()):
+        yield where_time_went(row)
+    if details or "score" in left_out:
+        yield from (f"{name}: {told}" for name, told in row["scores_told"].items())
+    for wait in row["waits"]:
+        if wait["next_step"] or wait["expected_start"] or ("waits for" in left_out and wait["reason"] != "Dependency"):
+            yield f"job {wait['job']} waits: {standing.line(wait)}"
+    if row["bad_nodes"] and details:
+        yield f"lives of it died by themselves on {', '.join(row['bad_nodes'])}"
+    if row["problem"]:
+        yield row["problem"]
+
+
+def where_time_went(row: Row) -> str:
+    """One line: the time that the run held nodes, and its shares."""
+    spent = row["allocated_s"]
+    total = sum(spent.values())
+    hours = f"{total / 3600:.2f} h" if total >= 360 else f"{total:.0f} s"
+    return f"{hours} allocated: " + ", ".join(
+        f"{kind.replace('_', '-')} {s / total:.1%}" for kind, s in spent.items() if s
+    )
+
+
+# ---------------------------------------------------------------- kept up to date
+
+
+def watch(look: Callable[[], list[Row]], *, details: bool) -> None:
+    """Until ctrl-C: the page anew on a terminal, whatever size it has become; a line for each change in a pipe."""
+    if sys.stdout.isatty():
+        _watch_here(look, details=details)
+    else:
+        _tell(look)
+
+
+def _watch_here(look: Callable[[], list[Row]], *, details: bool) -> None:
+    out = streams.below(sys.stdout)
+    rows = look()
+    out.write(OTHER_SCREEN)
+    try:
+        while True:
+            looked_at = time.monotonic()
+            size = shutil.get_terminal_size()
+            shown = page(rows, size.columns, details=details)
+            out.write(CLEAR + _drawn(_fitting(shown, size.lines)))
+            out.flush()
+            while time.monotonic() - looked_at < LOOK_EVERY_S and shutil.get_terminal_size() == size:
+                time.sleep(SIZE_EVERY_S)
+            if shutil.get_terminal_size() == size:
+                rows = look()
+    finally:
+        out.write(BACK)
+        show(rows, details=details)  # what was seen last stays
+
+
+def _fitting(shown: list[str], height: int) -> list[str]:
+    return shown if len(shown) <= height else [*shown[: height - 1], f"… and {len(shown) - height + 1} more lines"]
+
+
+def _tell(look: Callable[[], list[Row]]) -> None:
+    said: dict[str, tuple[float, tuple[Any, ...]]] = {}
+    while True:
+        for row in look():
+            at, before = said.get(row["path"], (0.0, ()))
+            here = row["state"], row["problem"], row["restarts"], tuple(row["scores"])
+            moved = (*here, row["step"])
+            if here != before[:-1] or (moved != before and time.monotonic() - at >= LINE_EVERY_S):
+                said[row["path"]] = time.monotonic(), moved
+                print(plain(f"{now()} {_in_a_line(row)}"), flush=True)
+        time.sleep(LOOK_EVERY_S)
+
+
+def _in_a_line(row: Row) -> str:
+    told = [(column, column.forms[0](row)) for column in table.COLUMNS]
+    cells = [cell if column.needed or column.name == "%" else f"{column.name} {cell}" for column, cell in told if cell]
+    return "  ".join([*cells, *([row["problem"]] if row["problem"] else [])])

@@ -1,0 +1,76 @@
+"""The code of a run is frozen with it: what is edited later changes no run that was begun before, but on purpose."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.harness import Shell, events
+from tests.conftest import PROJECT
+
+
+class Checkout:
+    """A copy of the project, which may be edited."""
+
+    def __init__(self, shell: Shell, where: Path) -> None:
+        self.shell = shell
+        self.path = where
+        for name in ("ddpm", "launch", "slurm", "configs"):
+            shutil.copytree(PROJECT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = (self.path / name).read_text()
+        assert old in text
+        (self.path / name).write_text(text.replace(old, new))
+
+    def __call__(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+        argv, options = self.shell.command(script, *words)
+        options["env"] |= {"PYTHONPATH": ""}
+        argv = [sys.executable, str(self.path / "launch" / f"{script}.py"), *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=240, **options)
+
+    def train(self, steps: int, *words: str) -> subprocess.CompletedProcess[str]:
+        return self("submit", "tiny.yaml", f"train.total_steps={steps}", "--cluster", "local", "--wait", *words)
+
+
+def logs(run: Path) -> str:
+    return "".join(p.read_text() for p in sorted(run.joinpath("logs").glob("*.out")))
+
+
+def test_code_edited_after_a_run_was_begun_is_run_only_where_it_is_asked_for(shell: Shell, tmp_path: Path) -> None:
+    checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
+    begun = checkout.train(2)
+    assert begun.returncode == 0 and "code:" not in begun.stdout, begun.stdout + begun.stderr
+
+    checkout.edit("ddpm/training/step.py", "\nclass ", '\nprint("edited")\n\n\nclass ')
+    kept = checkout.train(4)
+    assert kept.returncode == 0 and "edited" not in logs(run), kept.stdout + kept.stderr
+    said = "this checkout has ddpm/training/step.py +3 -0. --code new takes it"
+    assert "code: run tiny keeps its own, " in kept.stdout and said in kept.stdout
+
+    new = checkout.train(6, "--code", "new")
+    assert new.returncode == 0 and "edited" in logs(run), new.stdout + new.stderr
+    assert "code: from now on that of this checkout" in new.stdout and "step.py +3 -0" in new.stdout
+    codes = [e["code"] for e in events(run) if e["event"] == "allocated"]
+    assert codes == [e["code"] for e in events(run) if e["event"] == "submitted"]
+    assert codes[0] == codes[1] != codes[2] and len(codes) == 3
+
+    checkout.edit("ddpm/training/trainer.py", "\nclass ", "\nclass class ")
+    broken = checkout.train(8)
+    assert broken.returncode == 0, broken.stdout + broken.stderr
+    refused = checkout.train(10, "--code", "new")
+    assert refused.returncode == 2 and "trainer.py, line" in refused.stderr and "Traceback" not in refused.stderr
+    assert "no job could run this code (invalid syntax)" in refused.stderr
+
+
+def test_new_code_is_refused_while_a_job_goes_on_with_the_old(shell: Shell, tmp_path: Path) -> None:
+    checkout = Checkout(shell, tmp_path / "checkout")
+    shell.put("sbatch", "echo 101")
+    shell.put("squeue", 'echo "101 101 PENDING"')
+    shell.put("sinfo", 'echo "gpu|gpu:2"')
+    shell.put("scontrol", "exit 1")
+    words = ("tiny.yaml", "--cluster", "slurm", "--via", "sbatch", "--partition", "gpu")
+    assert (queued := checkout("submit", *words)).returncode == 0, queued.stderr
+    checkout.edit("ddpm/training/step.py", "\nclass ", '\nprint("edited")\n\n\nclass ')
+    again = checkout("submit", *words, "--code", "new")
+    assert again.returncode == 2 and "--code new: job 101 of run tiny would go on" in again.stderr, again.stderr

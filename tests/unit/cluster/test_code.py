@@ -1,0 +1,107 @@
+"""The code that is kept with a run."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.files import DamagedFile
+from ddpm.run.paths import RunDir
+from launch.cluster import code
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    there = RunDir(tmp_path / "runs" / "r")
+    there.path.mkdir(parents=True)
+    return there
+
+
+def test_what_is_kept_is_what_jobs_find_unpacked_and_runs_of_the_same_code_share_it(run: RunDir) -> None:
+    home = code.unpack(run)
+    assert code.of_run(run) == code.of_checkout()
+    assert {name: (home / name).read_bytes() for name in code.of_checkout()} == code.of_checkout()
+    other = RunDir(run.path.with_name("s"))
+    other.path.mkdir()
+    assert code.unpack(other) == home and len(list(home.parent.iterdir())) == 1
+
+
+def test_it_runs_without_the_checkout(run: RunDir, tmp_path: Path) -> None:
+    home = code.unpack(run)
+    words = [sys.executable, "-S", "-c", "import launch, ddpm; print(launch.__file__, ddpm.__file__)"]
+    done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(home)}, capture_output=True, text=True)
+    assert done.stdout.split() == [str(home / top / "__init__.py") for top in ("launch", "ddpm")], done.stderr
+
+
+def test_two_runs_of_the_same_code_keep_the_same_bytes(run: RunDir) -> None:
+    code.keep(run, code.of_checkout())
+    first = run.code.read_bytes()
+    code.keep(run, dict(reversed(code.of_checkout().items())))
+    assert run.code.read_bytes() == first
+
+
+def test_what_was_changed_or_purged_where_it_is_unpacked_is_put_back(run: RunDir) -> None:
+    home = code.unpack(run)
+    for name, change in (("ddpm/errors.py", "print('edited')"), ("launch/jobs.py", None)):
+        (home / name).unlink()
+        if change:
+            (home / name).write_text(change)
+    assert code.unpack(run) == home
+    assert {name: (home / name).read_bytes() for name in code.of_checkout()} == code.of_checkout()
+
+
+def test_a_difference_names_files_and_counts_lines() -> None:
+    old = {f"ddpm/{n}.py": b"a\nb\nc\n" for n in range(7)}
+    new = {**{name: b"a\nB\nc\nd\n" for name in old}, "launch/x.py": b"1\n2\n"}
+    assert code.differences(old, old) == ""
+    assert code.differences(old, {**old, "launch/x.py": b"1\n2\n"}) == "launch/x.py +2 -0"
+    assert code.differences(old, new).startswith("ddpm/0.py +2 -1, ddpm/1.py +2 -1")
+    assert code.differences(old, new).endswith(", and 3 files more")
+
+
+def test_code_that_is_no_python_is_refused_by_its_line(run: RunDir) -> None:
+    with pytest.raises(RequestError, match=r"launch/jobs.py, line 2: no job could run this code"):
+        code.check({"launch/jobs.py": b"import os\nif\n"})
+    code.check(code.of_checkout())
+
+
+@pytest.mark.parametrize("name", ["../../etc/x.py", "ddpm/../../x.py", "/etc/x.py", "ddpm/x.so", "tests/x.py"])
+def test_an_archive_with_other_names_than_ours_is_not_unpacked(run: RunDir, name: str) -> None:
+    with zipfile.ZipFile(run.code, "w") as archive:
+        archive.writestr(name, "")
+    with pytest.raises(DamagedFile, match="no code of ours"):
+        code.unpack(run)
+
+
+def test_a_damaged_archive_is_named_with_what_to_do(run: RunDir) -> None:
+    code.keep(run, code.of_checkout())
+    packed = bytearray(run.code.read_bytes())
+    packed[len(packed) // 2] ^= 1
+    for data in (bytes(packed), bytes(packed[:1000]), b""):
+        run.code.write_bytes(data)
+        with pytest.raises(DamagedFile, match=r"code\.zip .*--code new"):
+            code.unpack(run)
+
+
+def test_no_flipped_bit_of_it_changes_what_is_run(run: RunDir) -> None:
+    small = {"ddpm/a.py": b"x = 1\n" * 9, "slurm/b.sh": b""}
+    code.keep(run, small)
+    whole, noticed = run.code.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        run.code.write_bytes(data)
+        try:
+            assert code.of_run(run) == small
+        except DamagedFile:
+            noticed += 1
+    assert noticed > 4 * len(whole)
+
+
+def test_where_it_cannot_be_laid_out_the_place_is_named(run: RunDir) -> None:
+    (run.path.parent / ".cache").write_text("in the way")
+    with pytest.raises(EnvironmentLacks, match=r"\.cache/code"):
+        code.unpack(run)

@@ -1,0 +1,111 @@
+"""launch/cluster/container.py: ranks in a container, by both ways; srun, which would start them, is played here."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.config.section import build
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.paths import RunDir
+from launch.cluster import by_submitit, code
+from launch.cluster.container import check_image, lines
+from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job
+from launch.cluster.settling import settle
+from launch.cluster.site import Container, Site
+from launch.queue import directory
+
+
+def started(run: RunDir, via: str, site: Site) -> list[str]:
+    """The words that srun gets in a batch shell of a training job, behind those that say where it writes."""
+    script = PROJECT / "slurm" / "train.sbatch"
+    if via == "submitit":
+        script = run.path / "script.sh"
+        script.write_text(by_submitit.script_text(Job("train", run, site)))
+    played = run.path / "bin" / "srun"
+    played.parent.mkdir(exist_ok=True)
+    played.write_text('#!/bin/bash\nprintf \'%s\\n\' "$@" >"$DDPM_RUN/words"\n')
+    played.chmod(0o755)
+    env = {"PATH": f"{played.parent}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(PROJECT)}
+    env["DDPM_PYTHON"] = sys.executable
+    done = subprocess.run(["bash", str(script), str(run.path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = (run.path / "words").read_text().splitlines()[:-1]  # what the entry is told
+    begin = next(i for i, word in enumerate(words) if word == "bash" or word.startswith("--container"))
+    return words[begin:]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setattr(code, "home", lambda run: PROJECT)
+    run = RunDir(tmp_path / "my runs" / "tiny")
+    run.logs.mkdir(parents=True)
+    run.config.touch()
+    return run
+
+
+@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize("runtime", ["", "apptainer", "pyxis"])
+def test_ranks_start_in_the_container_and_the_batch_shell_outside(run: RunDir, via: str, runtime: str) -> None:
+    image = run.path.parent / "torch.sif"
+    image.touch()
+    profile = {"image": str(image), "runtime": runtime, "mounts": ("/scratch:/s:ro",)}
+    site = Site(container=Container(**profile)) if runtime else Site()
+    record: dict[str, Any] = {"data": {"cache": str(run.path.parent / ".cache" / "data")}}
+    directory._write_shell(run, directory._shell(run, site, record))
+    words = started(run, via, site)
+    binds = f"{PROJECT},{run.path.parent},/scratch:/s:ro"
+    rank = ["bash", str(PROJECT / "slurm" / "rank.sh")]
+    inside = {"": [sys.executable], "pyxis": ["python"],
+              "apptainer": ["apptainer", "exec", "--nv", "--bind", binds, str(image), "python"]}[runtime]  # fmt: skip
+    there = ",".join(f"{place}:{place}" for place in binds.split(",")[:2]) + ",/scratch:/s:ro"
+    options = [f"--container-image={image}", f"--container-mounts={there}"] if runtime == "pyxis" else []
+    entry = ["-u", "-m", "submitit.core._submit"] if via == "submitit" else ["-m", "launch.jobs", "train"]
+    assert words == [*options, *rank, *inside, *entry]
+    assert (run.path / "container.sh").exists() == bool(runtime)
+
+
+def test_a_site_without_one_takes_a_runs_container_away(run: RunDir) -> None:
+    record: dict[str, Any] = {"data": {"cache": str(run.path.parent / ".cache" / "data")}}
+    for site in (Site(container=Container(image="docker://a/b:1")), Site()):
+        directory._write_shell(run, directory._shell(run, site, record))
+        assert (run.path / "container.sh").exists() == (site.container.image is not None)
+
+
+def test_paths_of_the_profile_may_have_variables_and_come_through_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/a b/$(touch x)")
+    container = Container(image="$PLACE/x.sif", mounts=("$PLACE:/data",))
+    _, python = lines(container, [])
+    words = shlex.split(python.removeprefix("ddpm_python=(").removesuffix(")"))
+    assert words[4:6] == [f"{PROJECT},/a b/$(touch x):/data", "/a b/$(touch x)/x.sif"]
+    monkeypatch.delenv("PLACE")
+    with pytest.raises(EnvironmentLacks, match=r"PLACE.* is not set"):
+        lines(container, [])
+
+
+@pytest.mark.parametrize(("profile", "told"), [
+    ({"image": "/nowhere/x.sif"}, "no such file.*docker://"),
+    ({"image": "x", "mounts": ["/a,/b"]}, "without commas"),
+    ({"image": "x", "mounts": ["/a:b"]}, "FROM:TO"),
+    ({"image": "x", "runtime": "docker"}, "'apptainer' or 'pyxis'"),
+    ({"image": "x\ny"}, "one line"),
+    ({"imagee": "x"}, "container.image"),
+    ({"image": "x", "mounts": "/a"}, "container.mounts"),
+])  # fmt: skip
+def test_a_container_that_cannot_be_meant_is_refused(profile: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        check_image(build(Site, {"container": profile}, "profile x").container)
+
+
+def test_a_path_that_cannot_be_mounted_is_named() -> None:
+    with pytest.raises(RequestError, match=r"/runs/a,b: .*another place"):
+        lines(Container(image="x"), [Path("/runs/a,b")])
+
+
+def test_on_this_machine_a_container_is_left_out_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    settle(Site(cluster="local", container=Container(image="/nowhere/x.sif")), dry_run=False)
+    assert "container is for SLURM's jobs" in capsys.readouterr().err

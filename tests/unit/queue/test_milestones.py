@@ -1,0 +1,63 @@
+"""Which sets milestones become, the curve of their scores, and the best of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.config.sample import Milestones
+from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run.paths import RunDir
+from ddpm.sampling.request import CheckpointRef, publish_request, samples_record
+from ddpm.scoring.record import publish_score
+from launch.queue import milestones, sets
+
+
+def config_of(**milestone: Any) -> Config:
+    config = Config()
+    wanted = {"extractor": "pixels", "milestones": Milestones(**milestone)}
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=wanted)})
+
+
+def test_a_milestone_is_sampled_as_the_config_says_but_for_its_number() -> None:
+    sampled = milestones.sampled_as(config_of(num_samples=600))
+    assert (sampled.sample.num_samples, sampled.sample.shards, sampled.sample.batch) == (600, 2, 500)
+    assert sampled.digest() == Config().digest()
+    assert milestones.sampled_as(Config()).sample.num_samples == 5000
+
+
+def scored(run: RunDir, config: Config, step: int, value: float) -> str:
+    sampled = milestones.sampled_as(config)
+    name = milestones.set_name(run, sampled, step)
+    request = sets.request_for(run, sampled, CheckpointRef(step, f"{step:02x}" * 32))
+    publish_request(run.sample_set(name), request)
+    record = {
+        **samples_record(request), "frechet_distance": value, "frechet_distance_interval": [value - 1, value + 1],
+        "nfe": 100, "reference": {"name": "cifar10", "split": "train", "num_images": 9, "digest": "d"},
+        "extractor": {"name": "pixels"}, "command": [], "created": "",
+    }  # fmt: skip
+    publish_score(run, name, record)
+    return name
+
+
+def test_the_curve_has_each_milestone_once_and_names_the_best(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path), config_of(num_samples=600)
+    (tmp_path / "run.json").write_text('{"data": {"cache": "/none", "digest": "d"}}')
+    assert milestones.publish(run, config, "t") is None and not run.milestones.exists()
+    with pytest.raises(RequestError, match="--all-milestones"):
+        milestones.best_step(run)
+    names = [scored(run, config, step, value) for step, value in ((300, 5.0), (100, 9.0), (200, 3.0))]
+    scored(run, config_of(num_samples=700), 400, 1.0)  # of another number: on another curve
+    record = milestones.publish(run, config, "t")
+    assert record is not None and milestones.publish(run, config, "t") is None
+    assert [(p["step"], p["images"], p["frechet_distance"]) for p in record["curve"]] == [
+        (100, 12800, 9.0), (200, 25600, 3.0), (300, 38400, 5.0)
+    ]  # fmt: skip
+    assert record["best"]["set"] == names[2] == "milestone600-ddim100-step200-seed0"
+    assert record["best"]["sha256"] == f"{200:02x}" * 32 and milestones.best_step(run) == 200
+    run.milestones.write_text(run.milestones.read_text().replace('"step": 200', '"step": 300'))
+    with pytest.raises(RequestError, match="self_sha256 does not match"):
+        milestones.best_step(run)

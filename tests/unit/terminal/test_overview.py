@@ -1,0 +1,109 @@
+"""launch/terminal/overview.py: what one run's files say of it while it is at work, and of a copy of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.config.reading import load
+from ddpm.run.events import EventLog
+from ddpm.run.files import now, sign, stamp, write_json
+from ddpm.run.paths import RunDir
+from ddpm.run.records import place_of
+from launch.cluster import environment
+from launch.queue import local
+from launch.terminal.overview import describe
+from tests.cli.harness import TINY
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """One that trains here and now, by a job that nobody can look for."""
+    run = RunDir(tmp_path / "runs" / "tiny")
+    for path in (run.checkpoints, run.logs, run.events):
+        path.mkdir(parents=True)
+    run.config.write_text(TINY)
+    write_json(run.run_json, sign({"config_digest": load(run.config).digest()}))
+    tell(run, "started", step=0)
+    beat(run)
+    return run
+
+
+def tell(run: RunDir, event: str, restart: int = 0, **fields: Any) -> None:
+    EventLog(run, "17", restart, "n1").append(event, **fields)
+
+
+def beat(run: RunDir, **fields: Any) -> None:
+    record = {"time": now(), "job": "17", "restart": 0, "step": 100, "inode": place_of(run), **fields}
+    write_json(run.heartbeat, record, replace=True)
+
+
+def test_a_run_that_beats_is_running_and_a_copy_of_it_with_its_heartbeat_is_not(run: RunDir, tmp_path: Path) -> None:
+    assert describe(run, {})["state"] == "running"
+    assert describe(RunDir(shutil.copytree(run.path, tmp_path / "copy")), {})["state"] == "ended"
+
+
+def test_a_copy_of_a_run_of_before_heartbeats_said_where_they_are_is_not_alive_beside_it(
+    run: RunDir, tmp_path: Path
+) -> None:
+    EventLog(run, "17", 0, "n1", prefix="submit-").append("submitted", run=str(run.path), stage="train")
+    write_json(run.heartbeat, {"time": now(), "job": "17", "restart": 0, "step": 100}, replace=True)
+    assert describe(run, {})["state"] == "running"
+    assert describe(RunDir(shutil.copytree(run.path, tmp_path / "copy")), {})["state"] == "ended"
+
+
+def test_a_run_whose_saves_are_refused_says_so_until_one_succeeds(run: RunDir) -> None:
+    assert describe(run, {})["problem"] is None
+    tell(run, "save_failed", step=0, at_step=100, reason="8.0 MiB free for a checkpoint of 572 MiB")
+    problem = describe(run, {})["problem"]
+    assert "nothing was saved since step 0" in problem and problem.endswith("8.0 MiB free for a checkpoint of 572 MiB")
+    tell(run, "checkpoint", step=0)
+    assert describe(run, {})["problem"] is None
+
+
+@pytest.mark.parametrize(("minutes", "told"), [(25, False), (32, True)])
+def test_a_run_that_should_have_saved_long_ago_says_so(run: RunDir, minutes: int, told: bool) -> None:
+    run.config.write_text(TINY.replace("every_min: null", "every_min: 10"))
+    line = {"event": "resumed", "time": stamp(ago(minutes)), "job": "17", "restart": 0, "step": 0}
+    (run.events / "17.0.jsonl").write_text(json.dumps(line) + "\n")
+    problem = describe(run, {})["problem"]
+    assert (f"nothing was saved for {minutes} minutes" in (problem or "")) == told, problem
+
+
+def ago(minutes: float) -> datetime:
+    return datetime.now(timezone.utc) - timedelta(minutes=minutes)
+
+
+def test_each_life_that_had_its_nodes_is_a_restart_though_it_never_came_to_train(run: RunDir) -> None:
+    for restart in range(1, 5):
+        tell(run, "allocated", restart, step=0)
+    assert describe(run, {})["restarts"] == 4
+
+
+def test_the_end_is_where_the_speed_leads(run: RunDir) -> None:
+    assert describe(run, {})["expected_end"] is None  # no speed yet
+    line = {"step": 100, "time": now(), "epoch": 0.1, "loss": 1, "grad_norm": 1, "lr": 1, "images_per_s": 0.8}
+    run.metrics.write_text(json.dumps(line) + "\n")
+    told = datetime.fromisoformat(describe(run, {})["expected_end"].replace("Z", "+00:00"))
+    assert abs((told - ago(0)).total_seconds() - (400 - 100) * 8 / 0.8) < 60
+
+
+def test_a_job_that_samples_on_this_machine_is_shown_as_at_work(run: RunDir) -> None:
+    argv = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "launch.queue.local", str(run.path), "[]"]
+    with subprocess.Popen(argv, env={**os.environ, "DDPM_JOB": "local-1"}) as process:
+        fields = {"stage": "sample", "via": "local", "run": str(run.path), "pid": process.pid}
+        EventLog(run, "local-1", 0, environment.host(), prefix="submit-").append("submitted", **fields)
+        while not local.at_work(run):
+            time.sleep(0.05)
+        jobs = describe(run, {})["jobs"]
+        process.kill()
+    assert jobs == {"local-1": "RUNNING"} and describe(run, {})["jobs"] == {}

@@ -1,0 +1,75 @@
+"""launch/terminal/columns.py, view.py, history.py: lines that fit, what is told under them, and a life in few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.run.paths import RunDir
+from launch.terminal import columns, history, view
+from tests.unit.terminal.rows import TOLD, of_every_kind, row
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_page_fits_and_every_column_on_it_is_whole(width: int) -> None:
+    rows = of_every_kind()
+    head, *lines = columns.lines(rows, width)[0]
+    assert len(lines) == len(rows) and max(map(len, view.page(rows, width, details=False))) <= width
+    shown = [column for column in columns.COLUMNS if column.name in head.split("  ") or f" {column.name}" in head]
+    assert [column.name for column in shown][:3] == ["run", "state", "step"]
+    for line, of in zip(lines, rows, strict=True):
+        rest = line
+        for column in shown:
+            cell = next((said for form in column.forms if (said := form(of)) in rest), None)
+            assert cell is not None, (column.name, line)
+            rest = rest[rest.index(cell) + len(cell) :]
+        assert rest.strip() == ""
+
+
+def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
+    name = "x" * 100
+    assert all(line.startswith((name, "run")) for line in columns.lines([row(name)], 60)[0])
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_each_score_is_shown_with_its_set_and_each_wait_with_its_reason_at_any_width(width: int) -> None:
+    page = " ".join(" ".join(view.page(of_every_kind(), width, details=False)).split())
+    assert "dpmpp_2m20-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
+
+
+def test_a_run_is_not_at_100_percent_before_it_is_done() -> None:
+    (_, line), _ = columns.lines([row("a", step=799_999)], 80)
+    assert " 99%" in line and "100%" not in line
+
+
+def event(name: str, restart: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"event": name, "time": "2026-11-27T00:00:00.000Z", "job": "17", "restart": restart, **fields}
+
+
+def test_saves_in_a_row_are_one_line_and_those_of_another_life_another(tmp_path: Path) -> None:
+    events = [event("started"), *(event("checkpoint", step=k) for k in (10, 20, 30)), event("resumed", 1, step=30)]
+    lines = list(history.lines(RunDir(tmp_path), [*events, event("checkpoint", 1, step=40)]))
+    assert [line.split()[4] for line in lines] == ["started", "checkpoint", "resumed", "checkpoint"]
+    assert "saves=3 step=10..30" in lines[1] and lines[3].endswith("step=40")
+
+
+@pytest.mark.parametrize(("restart", "who"), [
+    (0, "preempted"), (1, "requeued by hand"), (2, "scancel"), (3, "SIGTERM: preempted, cancelled or requeued"),
+    (4, "scancel"),
+])  # fmt: skip
+def test_who_ended_a_life_is_what_slurm_says_of_it(restart: int, who: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    said = (" DUE TO PREEMPTION", " DUE TO JOB REQUEUE", " DUE to SIGNAL Terminated", None)
+    word = "slurmstepd: error: *** JOB 17 ON n1 CANCELLED AT 2026-11-27T00:00:00"
+    lives = (
+        f"[batch] x job=17 restart={i} host=n1\n{'' if w is None else f'{word}{w} ***'}\n" for i, w in enumerate(said)
+    )
+    (run.logs / "train-17.out").write_text("".join(lives))
+    told = [
+        event("stop_requested", restart, reason="preempted", step=9),
+        *([event("cancelled", 4)] if restart == 4 else []),
+    ]
+    assert f"reason={who}" in next(iter(history.lines(run, told)))
