@@ -41,8 +41,9 @@ class Meter:
             "lr": learning_rate(config, step - 1),
             "images_per_s": speed,
             "gpu_memory_gib": torch.cuda.max_memory_allocated(world.device) / 2**30 if gpu else None,
-            "mfu": None if self._utilization is None else speed / world.world_size * self._utilization,
         }
+        if self._utilization is not None:
+            record["mfu"] = speed / world.world_size * self._utilization
         if state.scaler.is_enabled():
             record["skipped_steps"] = int(state.skipped)
         state.window = Window.empty(world.device)

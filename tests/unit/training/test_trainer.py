@@ -467,7 +467,7 @@ def test_a_metrics_line_holds_the_public_keys_and_the_mean_of_its_window(tmp_pat
     live(make_config(log__every_steps=1), every)
     first = json.loads(run.metrics.read_text().splitlines()[0])
     assert list(first) == [
-        *("step", "images", "epoch", "loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu", "time")
+        *("step", "images", "epoch", "loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "time")
     ]
     assert (first["step"], first["images"], first["epoch"]) == (4, 16, 1.6)
     # the same four float32 losses, summed in float32 here and in float64 there
