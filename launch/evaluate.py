@@ -240,9 +240,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
     return 0
 
 
-def do(
-    job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace
-) -> int:
+def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
     """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
     run, name = job.run, job.set_name
     prepare.settle_code(run, new=args.code == "new")

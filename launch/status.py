@@ -51,8 +51,6 @@ def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
     return [describe(r, queued, life) for r, life in zip(runs, lives, strict=True)]
 
 
-
-
 def print_events(runs: list[RunDir], as_json: bool) -> None:
     for run in runs:
         events, damage = read_life(run)
