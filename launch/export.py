@@ -15,6 +15,7 @@ import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config
+from ddpm.data.labels import class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.files import TMP_PREFIX, fsync_dir, sha256_file, write_bytes, write_json
@@ -26,7 +27,7 @@ from ddpm.scoring.against import SPLITS
 from ddpm.scoring.record import all_scores
 from launch.cluster import environment
 from launch.terminal import console
-from launch.terminal.card import card, class_names
+from launch.terminal.card import card
 
 EXAMPLES = """examples:
   python launch/export.py cifar10 ~/cifar10-ho              model.safetensors, config.yaml and README.md

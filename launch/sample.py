@@ -17,9 +17,11 @@ from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
+from ddpm.data.labels import class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
+from ddpm.run.records import read_run
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch import prepare
 from launch.cluster import environment
@@ -196,7 +198,8 @@ def main() -> int:
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
     )
     if args.png:
-        print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png')}")
+        names = class_names(config, read_run(run))
+        print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png', names)}")
     return 0
 
 

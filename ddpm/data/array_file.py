@@ -18,7 +18,7 @@ import numpy as np
 
 from ddpm.data.bounded import check_members, read_header
 from ddpm.errors import RequestError
-from ddpm.run.files import sha256_file
+from ddpm.run.files import open_file, sha256_file
 
 SUFFIXES = (".npz", ".npy")
 IMAGES = ("images", "arr_0", "samples")
@@ -71,7 +71,7 @@ def open_array(path: Path) -> ArrayFile:
     key = None
     try:
         if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
+            with open_file(path) as f, zipfile.ZipFile(f) as archive:
                 check_members(archive, path.stat().st_size)
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
             key = next((key for key in IMAGES if key in names), None)
@@ -114,7 +114,7 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
     for beside in (path.with_name(name) for name in names):
         if beside.is_file():
             try:
-                with beside.open("rb") as file:
+                with open_file(beside) as file:
                     read_header(file, beside.stat().st_size)
                 found = np.load(beside, allow_pickle=False, mmap_mode="r")
             except (OSError, ValueError, EOFError) as e:
@@ -148,10 +148,10 @@ def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
 @contextlib.contextmanager
 def _opened(path: Path, key: str | None) -> Iterator[IO[bytes]]:
     if key is None:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield file
     else:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as member:
             yield member
 
 

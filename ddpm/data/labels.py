@@ -7,7 +7,7 @@ change no step of a model without classes, so that whoever compares asks for the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddpm.run.files import sha256_json
@@ -16,6 +16,7 @@ from ddpm.run.log import plain
 if TYPE_CHECKING:
     import numpy as np
 
+    from ddpm.config.schema import Config
     from ddpm.data.whole import PackedImages
 
 SHOWN = 4
@@ -39,6 +40,12 @@ def labels_record(packed: PackedImages) -> dict[str, Any]:
     counts = np.bincount(packed.labels[packed.labels >= 0], minlength=len(packed.classes)).tolist()
     named = dict(zip(packed.classes, counts, strict=False))
     return {"digest": labels_digest(packed.labels, packed.classes), "classes": named}
+
+
+def class_names(config: Config, record: Mapping[str, Any]) -> list[str]:
+    """Of a model's labels, in their order; none where it has no classes, or run.json, `record`, does not name them."""
+    named = (record.get("labels") or {}).get("classes") or {}
+    return [str(name) for name in named] if config.model.num_classes == len(named) else []
 
 
 def told_of_classes(record: dict[str, Any]) -> str:

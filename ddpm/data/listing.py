@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ddpm.data import layout
 from ddpm.errors import RequestError
+from ddpm.run.files import open_file
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
@@ -43,7 +44,7 @@ def zip_names(path: Path) -> list[str]:
     """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any, or there
     twice."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as f, zipfile.ZipFile(f) as archive:
             files = [i for i in archive.infolist() if not i.is_dir()]
     except Exception as e:  # zipfile raises some six kinds for broken bytes
         raise RequestError(

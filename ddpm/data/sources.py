@@ -98,10 +98,10 @@ def images(path: Path) -> Source:
 
     Raises RequestError where there are none.
     """
-    if path.suffix in array_file.SUFFIXES and path.is_file():
-        return _of_array(path)
     if path.is_dir():
         return _from_names("folder", path, folder_names(path))
+    if path.suffix in array_file.SUFFIXES:
+        return _of_array(path)
     return _from_names("zip", path, zip_names(path))
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +127,10 @@ def withdraw_shard(sample_set: SampleSet, request: Request, index: int) -> None:
     sample_set.shard_manifest(index, request.shards).unlink(missing_ok=True)
 
 
-def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path:
+def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes: Sequence[str] = ()) -> Path:
     """Write every sample as `directory`/000007.png, for tools that want files; returns `directory`.
+
+    Of a model with classes as `directory`/3-cat/000007.png, in the words of `classes` where it has one for each label.
 
     The directory appears whole: a kill leaves a temporary beside it. It says in .unpacked what it holds; one that
     already holds all of them is left alone. Raises RequestError for a directory with other content, FileNotFoundError
@@ -139,7 +143,7 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
     sign = directory / ".unpacked"
     if directory.exists():
         alike = sign.read_bytes() == content if sign.exists() else _begins_alike(sample_set, request, directory)
-        if alike and len(list(directory.glob("*.png"))) == request.num_samples:
+        if alike and len(list(directory.rglob("*.png"))) == request.num_samples:
             return directory
         raise RequestError(
             f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
@@ -151,13 +155,22 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path) -> Path
     try:
         for index in range(request.shards):
             shard = verify_shard(sample_set, request, index)
-            for i, image in enumerate(shard.images, start=shard.first):
-                Image.fromarray(image).save(tmp / f"{i:06d}.png")
+            for i, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True), start=shard.first):
+                folder = tmp if label < 0 else tmp / _folder(int(label), classes)
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(image).save(folder / f"{i:06d}.png")
         (tmp / sign.name).write_bytes(content)
         tmp.rename(directory)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return directory
+
+
+def _folder(label: int, classes: Sequence[str]) -> str:
+    """Of a class: its label, and as much of its name as a folder may be called."""
+    name = classes[label] if label < len(classes) else ""
+    word = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
+    return f"{label}-{word}" if word and word != str(label) else str(label)
 
 
 def _begins_alike(sample_set: SampleSet, request: Request, directory: Path) -> bool:

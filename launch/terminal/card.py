@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddpm.config.schema import Config
+from ddpm.data.labels import class_names
 from ddpm.scoring.record import SCORE_NAMES, Score, against, caution, half_width, key_of, number, rounded
 
 USE = """```python
@@ -64,12 +65,6 @@ def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) 
         ("with", ", ".join(f"{k} {v}" for k, v in versions.items() if v and k in ("python", "torch", "numpy"))),
     ]
     return [(what, told) for what, told in lines if told]
-
-
-def class_names(config: Config, record: dict[str, Any]) -> list[str]:
-    """Of the model's labels, in their order; none where it has no classes, or the run does not say them."""
-    named = (record.get("labels") or {}).get("classes") or {}
-    return [str(name) for name in named] if config.model.num_classes == len(named) else []
 
 
 def _classes(config: Config, record: dict[str, Any]) -> list[str]:

@@ -57,7 +57,7 @@ def test_a_finished_run_holds_what_the_design_promises(finished: Shell) -> None:
 
     lines = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(20, 401, 20))
-    fields = {"step", "images", "epoch", "loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "time"}
+    fields = {"step", "images", "epoch", "loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu", "time"}
     assert all(set(line) == fields for line in lines) and lines[-1]["images"] == 3200
     assert lines[-1]["epoch"] == pytest.approx(3200 / 1797) and lines[-1]["loss"] < lines[0]["loss"]
 

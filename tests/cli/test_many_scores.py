@@ -86,6 +86,8 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     mine = read(scores / f"{TINY_SET}.json")
     assert "at least two" in again.refused("evaluate", "tiny", "--compare", TINY_SET)
     assert "no score against train by pixels" in again.refused("evaluate", "tiny", "--compare", TINY_SET, "other")
+    told = again.refused("evaluate", "tiny", "--compare", TINY_SET, "x", "--reference", "test")
+    assert told.endswith(f"evaluate.py {again.root}/tiny --set {TINY_SET} --reference test\n")
     near = {"frechet_distance_interval": [60.0, 64.0], "frechet_distance_infinity": 50.0}
     for name, changes in (("a", {"frechet_distance": 62.0}), ("b", {"frechet_distance": 66.0}), ("c", {})):
         if name == "c":

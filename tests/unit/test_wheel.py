@@ -81,7 +81,7 @@ def test_an_installation_needs_no_checkout(built: Path, tmp_path: Path) -> None:
     run = where / "runs" / "tiny"
     assert done.returncode == 0 and (run / "checkpoints" / "step-000000003.pt").is_file(), done.stderr
     assert "complete" in command("status", "tiny").stdout
-    recipe = command("submit", "--cluster", "slurm", "--via", "sbatch", "--dry-run")
+    recipe = command("submit", "--cluster", "slurm", "--via", "sbatch", "--dry-run", "--verbose")
     assert "slurm/train.sbatch" in recipe.stdout and "#SBATCH" in recipe.stdout, recipe.stderr
     assert command("submit", "--list").stdout.count("cifar10") > 3
 

@@ -449,6 +449,20 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
         unpack_png(sample_set, request, tmp_path / "png")
 
 
+def test_the_pngs_of_classes_lie_in_folders_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(num_samples=9, shards=1, batch=4)
+    sample_set = make_set(tmp_path / "run", request)
+    run_shard(sample_set, request, 0)
+    shard = verify_shard(sample_set, request, 0)._replace(labels=np.arange(9) % 3)
+    monkeypatch.setattr("ddpm.sampling.shards.verify_shard", lambda *_: shard)
+    there = unpack_png(sample_set, request, tmp_path / "png", ["cat", "../a b", "2"])
+    found = sorted(str(p.relative_to(there)) for p in there.rglob("*.png"))
+    assert found == [
+        f"{folder}/{i:06d}.png" for n, folder in enumerate(("0-cat", "1-a-b", "2")) for i in range(n, 9, 3)
+    ]
+    assert unpack_png(sample_set, request, there) == there  # again: nothing to do
+
+
 @pytest.mark.parametrize("of_old", [False, True], ids=["says what it holds", "of old"])
 def test_the_pngs_of_another_request_are_not_taken_for_this_ones(tmp_path: Path, of_old: bool) -> None:
     sets = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,24 @@ def test_only_a_reader_that_has_read_enough_ends_a_script_well(
         console.run_script(main)
     assert left.value.code == code
     assert capsys.readouterr().err == ("error: it is so\n" if code else "")
+
+
+def test_numbers_for_people_have_no_thirteen_digits() -> None:
+    record = {"fid": 137.37941234567, "n": 50_000, "seed": 2**60, "of": [0.1234567891, None]}
+    assert json.loads(console.as_json(record)) == {"fid": 137.379, "n": 50_000, "seed": 2**60, "of": [0.123457, None]}
+
+
+def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path)
+    run.heartbeat.write_text(
+        '{"time": "2026-11-27T00:00:00.000Z", "job": "1", "restart": 0, "step": 9, "total_steps": 9}'
+    )
+    made = run.sample_set("s")
+    made.path.mkdir(parents=True)
+    made.request.write_text('{"shards": 4}')
+    made.shard_manifest(0, 4).touch()
+    follow.Follower(run).show("17:RUNNING")
+    assert capsys.readouterr().out == "17:RUNNING shards 1/4\n"
 
 
 @pytest.fixture
