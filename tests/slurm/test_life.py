@@ -132,7 +132,34 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
     events = read_events(run)
     stops = [e["step"] for e in events if e["event"] == "stop_requested"]
     assert [e["step"] for e in events if e["event"] == "resumed"] == stops and len(stops) == 2  # no step lost
+    told = [line for line in site.script("status", name, "--events").splitlines() if " stop_requested " in line]
+    assert all("reason=preempted " in line for line in told) and len(told) == 2, told
     assert {e["job"] for e in events} == {job}
+
+
+def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(site: Site) -> None:
+    jobs = site.submit("everyday", "--gpus-per-node", "0", "train.total_steps=100000", "--then", "sample,evaluate")
+    site.wait_logged("everyday", 2)
+    site.bed.run(["scontrol", "requeue", jobs[0]])
+    site.wait_running(jobs[0], 1)
+    site.wait_logged("everyday", 2)
+    assert f"job {jobs[0]} (running)" in site.script("remove", "everyday", "--yes", code=2)
+    said = site.script("cancel", "everyday")
+    assert f"told to save and leave: job {jobs[0]}" in said and all(f"cancelled: job {job}" in said for job in jobs[1:])
+    assert site.bed.squeue("-j", ",".join(jobs)).strip().count("\n") == 0
+    (row,) = json.loads(site.script("status", "everyday", "--json"))
+    assert (row["state"], row["restarts"], row["problem"], row["jobs"]) == ("stopped", 1, None, {})
+    assert f"is at step {row['saved_step']} (saved just now)" in said
+    told = [line for line in site.script("status", "everyday", "--events").splitlines() if " stop_requested " in line]
+    assert [line.split("reason=")[1].split(" step")[0].split(" world")[0] for line in told] == [
+        "requeued by hand",
+        "STOP",
+    ]
+    log = site.script("logs", "everyday")
+    assert log.count("[batch]") >= 2 and not re.search(r"^(?:srun:|slurmstepd|submitit )", log, re.M)
+    assert "slurmstepd" in site.script("logs", "everyday", "--all")
+    site.script("remove", "everyday", "--yes")
+    assert not site.run_dir("everyday").path.exists()
 
 
 def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
