@@ -119,7 +119,8 @@ def test_the_doctor_tells_what_the_site_allows_and_what_a_node_has(strict: Site)
     ):
         assert f"pass  {told}" in said, said
     assert re.search("pass  node .* see the same files", said) and "clock" not in said
-    assert "fail" not in said and strict.bed.squeue() == ""
+    assert "fail" not in said, said
+    strict.bed.wait_for(lambda: strict.bed.squeue() == "", 30, "the end of the job that asked a node")
     assert load_profile(str(draft))["partition"] == "gpu"
     said = strict.script("doctor", recipe, "--partition", "gpu", "--account", "nobodys", code=3)
     assert re.search("fail  SLURM would refuse a job to train: .*Invalid account", said), said

@@ -1,0 +1,29 @@
+"""doctor.py where there is no cluster; tests/slurm/test_sites.py has it on one."""
+
+from tests.cli.harness import Shell
+
+
+def test_without_slurm_it_says_what_lacks_and_what_to_do(shell: Shell) -> None:
+    done = shell("doctor", "tiny.yaml", "--partition", "gpu")
+    assert done.returncode == 3 and done.stderr == ""
+    assert "fail  no sbatch, srun, scontrol, squeue, scancel, sinfo here\n" in done.stdout
+    assert "log in to the login node" in done.stdout
+
+
+def test_a_slurm_that_does_not_answer_and_a_place_that_cannot_be_written_are_named(shell: Shell) -> None:
+    for name in ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo"):
+        shell.put(name, f'echo "{name}: error: Unable to contact slurm controller (connect failure)" >&2; exit 1')
+    in_the_way = shell.cwd / "file"
+    in_the_way.touch()
+    done = shell("doctor", "tiny.yaml", "--root", str(in_the_way / "runs"))
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    assert f"fail  {in_the_way / 'runs'} cannot be written (Not a directory)" in done.stdout
+    assert "fail  sinfo: error: Unable to contact slurm controller" in done.stdout
+
+
+def test_what_makes_no_sense_is_refused(shell: Shell) -> None:
+    assert "nothing to ask" in shell.refused("doctor", "--cluster", "local")
+    assert "no such" in shell.refused("doctor", "--profile", "nowhere")
+    (shell.cwd / "there.yaml").touch()
+    assert "exists; choose another name" in shell.refused("doctor", "--write-profile", "there.yaml")
+    assert "not allowed" in shell.refused("doctor", "--write-profile", "../etc/x")
