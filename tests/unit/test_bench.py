@@ -67,7 +67,11 @@ def test_rows_run_on_this_machine_rehearsed(
 ) -> None:
     rows, kept = ["sampler", "checkpoint"], tmp_path / "f.json"
     monkeypatch.setattr(sys, "argv", ["bench", *rows, "--small", "--device", "cpu", "--json", str(kept)])
-    assert bench.main() == 0
+    threads = torch.get_num_threads()
+    try:
+        assert bench.main() == 0
+    finally:
+        torch.set_num_threads(threads)
     told = json.loads(kept.read_text())
     assert list(told["rows"]) == rows and told["name"] and told["cores"]
     figures = {name: value for row in told["rows"].values() for name, value in row["figures"].items()}
