@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import PROJECT
 from tools.bench import __main__ as bench
 from tools.bench.counting import Operations, launched, profiled
 from tools.bench.figures import Figure, Result, interval, ratio
@@ -64,22 +62,23 @@ def test_operations_and_launches_are_put_down_to_their_parts() -> None:
     assert launched(prof, ("aten::mul",)) == {"part": 1}
 
 
-def test_rows_run_on_this_machine_rehearsed(tmp_path: Path) -> None:
-    rows = ["sampler", "checkpoint"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench", *rows, "--small", "--device", "cpu", "--json", str(tmp_path / "f.json")],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "f.json").read_text())
+def test_rows_run_on_this_machine_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, kept = ["sampler", "checkpoint"], tmp_path / "f.json"
+    monkeypatch.setattr(sys, "argv", ["bench", *rows, "--small", "--device", "cpu", "--json", str(kept)])
+    threads = torch.get_num_threads()
+    try:
+        assert bench.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    told = json.loads(kept.read_text())
     assert list(told["rows"]) == rows and told["name"] and told["cores"]
     figures = {name: value for row in told["rows"].values() for name, value in row["figures"].items()}
     assert figures["ddim: operations of a step"]["value"] == 5
     assert figures["verifying and loading it"]["value"] > 0
-    assert "DDIM" not in done.stdout and "ancestral: operations" in done.stdout
+    shown = capsys.readouterr().out
+    assert "starting at step 0" not in shown and "ancestral: operations" in shown
 
 
 @pytest.mark.parametrize("words", [["trainning"], ["--against", "/nowhere"]])
