@@ -81,7 +81,7 @@ def test_the_project_may_lie_in_a_folder_with_an_odd_name(shell: Shell, folder: 
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     _, options = shell.command("submit")
     options["env"] |= {"PYTHONPATH": ""}
-    argv = [sys.executable, str(project / "launch" / "submit.py"), "tiny.yaml", "--dry-run"]
+    argv = [sys.executable, str(project / "launch" / "submit.py"), "tiny.yaml", "--dry-run", "--verbose"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=240, **options)
     assert done.returncode == 0, done.stderr
     script = done.stdout[done.stdout.index("#!/bin/bash") :].split('. "$DDPM_HOME')[0] + 'printf %s "$DDPM_HOME"'
