@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from launch.terminal import console
 
-SCRIPTS = ("board", "cancel", "evaluate", "export", "logs", "recover", "remove", "sample", "status", "submit")
+SCRIPTS = ("board", "cancel", "doctor", "evaluate", "export", "logs", "recover", "remove", "sample", "status", "submit")
 """As pyproject.toml lists them."""
 
 

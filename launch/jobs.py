@@ -68,6 +68,8 @@ def work(life: Life, args: argparse.Namespace) -> int:
         task = life.env.array_task or 0
         shards = [task + args.offset] if args.shards is None else share(args.shards, task % args.tasks, args.tasks)
         life.works_on(shards)
+        if (env := life.env).world_size > 1:
+            shards, life = share(shards, env.rank, env.world_size), life.alone()
         return sampling.sample(life, args.set_name, shards)
     if args.bits_per_dim:
         from launch.life import likelihood

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 """Of files of weights."""
+DIFFUSERS = ("model_index.json", "config.json", "unet")
+"""What lies in a published model's folder, and in none of ours."""
 
 
 class Origin(NamedTuple):
@@ -76,6 +78,11 @@ def read(origin: Origin, config: Config) -> Start:
     path = origin.places()[0]
     if path.is_file():
         return _of_file(path, origin, config)
+    if any((path / name).exists() for name in DIFFUSERS):
+        raise RequestError(
+            f"--from {origin.word}: a folder in diffusers' layout; make a run of it (python tools/convert_diffusers.py "
+            f"{origin.word} OUT.safetensors --run NEW_RUN), and start from that"
+        )
     try:
         run = console.find_run(origin.word, origin.root)
     except RequestError as e:

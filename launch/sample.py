@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
     parser.add_argument(
-        "--step", type=step_of, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
+        "--step", type=step, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
     )
     parser.add_argument("--png", action="store_true", help="unpack the finished set to samples/SET/png/")
     parser.add_argument("--prepare", action="store_true", help="publish the request, queue nothing")
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def step_of(word: str) -> int | str:
+def step(word: str) -> int | str:
     return word if word == "best" else int(word)
 
 

@@ -91,7 +91,9 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   trap : TERM USR2 CONT
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
-command -v scontrol >/dev/null || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \
+export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container
+command -v scontrol >/dev/null && DDPM_SHELL_ASKS=1
+[ -n "$DDPM_SHELL_ASKS" ] || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \
   "pre-empts it, but nothing does after a crash or at its time limit. Have the profile's setup lines bring SLURM's" \
   "commands, or submit the run again when it has ended"
 :   # the echo fails where the log's disk is full, and the caller takes that for a missing file

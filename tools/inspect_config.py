@@ -91,30 +91,11 @@ def layers(config: Config, model: UNet) -> list[tuple[str, ...]]:
     ]
 
 
-def inputs(model: UNet) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One image, its t and its label, on the meta device."""
-    import torch
-
-    label = torch.zeros(1, dtype=torch.int64, device="meta") if model.num_classes else None
-    x_t = torch.zeros(1, model.in_channels, model.image_size, model.image_size, device="meta")
-    return x_t, torch.zeros(1, dtype=torch.int64, device="meta"), label
-
-
-def forward_flops(model: UNet) -> int:
-    """Floating-point operations of one image's forward pass in convolutions and matrix products.
-
-    A multiply-add counts as 2. Norms, activations and sums are left out, as is usual.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs(model))
-    return int(counter.get_total_flops())
-
-
 def activation_bytes(model: UNet) -> int:
     """What autograd keeps of one image for the backward pass, in fp32 without compiling; each tensor once."""
     from torch.autograd.graph import saved_tensors_hooks
+
+    from ddpm.network.arithmetic import inputs
 
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's address from being used again
@@ -212,6 +193,8 @@ def main() -> int:
     print(f"{config.name}: {config.data.name} {config.data.image_size}x{config.data.image_size}, ", end="")
     print(f"batch {config.train.global_batch}, {recipes.length(config)}\n")
     print_layers(layers(config, model))
+    from ddpm.network.arithmetic import forward_flops
+
     flops, parts = forward_flops(model), memory(config, model)
     print(f"\nparameters       {num_parameters(model):,}")
     print(f"forward          {flops / 1e9:.2f} GFLOP an image (a multiply-add is 2; convolutions and matrix products)")

@@ -82,6 +82,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, eq, text = override.partition("=")
     if not eq or not key:
         raise RequestError(f"{shown(override)} is not key=value; for example train.lr=1e-4")
+    if (whole := key.rpartition(".")[0]) in field_keys(Config):
+        raise RequestError(f"unknown key {shown(key)}: {whole} is given as a whole, as {whole}='{{key: value}}'")
     if key not in field_keys(Config):
         raise RequestError(unknown_key(key, field_keys(Config)))
     node = tree

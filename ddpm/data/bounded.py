@@ -43,6 +43,8 @@ def read_header(file: IO[bytes], num_bytes: int) -> tuple[Any, bool, np.dtype[An
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(head)
     there = num_bytes - head.tell()
+    if not all(type(length) is int for length in shape):
+        raise ValueError(f"its header tells of the shape {shape}")
     if (due := math.prod(shape) * dtype.itemsize) != there and not dtype.hasobject:  # numpy refuses those itself
         raise ValueError(f"its header tells of {dtype} {shape}, which takes {due:,} bytes, and it holds {there:,}")
     return shape, fortran, dtype

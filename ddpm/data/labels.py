@@ -50,7 +50,7 @@ def class_names(config: Config, record: Mapping[str, Any]) -> list[str]:
 
 def told_of_classes(record: dict[str, Any]) -> str:
     """The classes of a `labels_record` with their indices and numbers of images, in a line; "" where there is one."""
-    each = [f"{i} {plain(name) or 'no folder'} ({num:,})" for i, (name, num) in enumerate(record["classes"].items())]
+    each = [f"{i} = {plain(name) or 'no folder'} ({num:,})" for i, (name, num) in enumerate(record["classes"].items())]
     more = f", and {len(each) - TOLD} more" if len(each) > TOLD else ""
     return f"classes: {', '.join(each[:TOLD])}{more}" if len(each) > 1 else ""
 

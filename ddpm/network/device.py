@@ -79,6 +79,11 @@ def as_device(device: Device = None) -> torch.device:
     return torch.device(device)
 
 
+def name_of(device: torch.device) -> str:
+    """As its maker calls a GPU; else cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 | fp16: autocast on `device`; anything else: none."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

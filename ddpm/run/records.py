@@ -89,7 +89,10 @@ METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},
     **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
 }
-METRICS_TOO: Kind = {**dict.fromkeys(("images", "skipped_steps"), _is_count), "gpu_memory_gib": _is_number}
+METRICS_TOO: Kind = {
+    **dict.fromkeys(("images", "skipped_steps"), _is_count),
+    **dict.fromkeys(("gpu_memory_gib", "mfu"), _is_number),
+}
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {
     **dict.fromkeys(("total_steps", "inode"), _is_count),

@@ -94,10 +94,11 @@ def gather_set(
     token: str = "",
     stay: bool = True,
 ) -> Gathered:
-    """What scores are made of, of all features of a set, in order of shards. progress(done, total) counts shards.
+    """What scores are made of, of all features of a set, in order of shards.
 
-    Processes that do this at once share the shards whose features are missing. stay: wait for those that others
-    compute; else OthersAtWork is raised where there are some.
+    progress(done, total): of shards, whenever the features of one have been computed. Processes that do this at once
+    share the shards whose features are missing. stay: wait for those that others compute; else OthersAtWork is
+    raised where there are some.
 
     Damaged shards are withdrawn, so that whoever repairs the set finds them missing, and named by BrokenSet at the end.
     Features that are already computed stay: a stop (Stopped) loses at most one shard's.
@@ -112,6 +113,7 @@ def gather_set(
     def make(index: int) -> None:
         with suppress(FileNotFoundError, DamagedFile):  # named below
             shard_features(sample_set, request, index, extractor, stop_requested=stop_requested, token=token)
+            progress(sum(i == index or there(i) for i in range(request.shards)), request.shards)
 
     work_through(sample_set.path, range(request.shards), there, make, stop_requested=stop_requested, stay=stay)
 
@@ -124,8 +126,6 @@ def gather_set(
                 problems[index] = f"{e} (withdrawn)"
                 # in its place, so that those after it are looked at too; what is gathered is then thrown away
                 yield np.zeros((shard_range(request.num_samples, request.shards, index)[1], extractor.dim), np.float32)
-                continue
-            progress(index + 1, request.shards)
 
     labels = sample_labels(request, 0, request.num_samples, num_classes) if num_classes else None
     gathered = gather(

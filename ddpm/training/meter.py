@@ -13,10 +13,11 @@ from ddpm.training.state import TrainingState
 
 
 class Meter:
-    """num_images: of the dataset, by which epochs are counted."""
+    """num_images: of the dataset, by which epochs are counted. utilization: of a GPU by one image a second, where it is
+    known."""
 
-    def __init__(self, num_images: int) -> None:
-        self._num_images = num_images
+    def __init__(self, num_images: int, utilization: float | None = None) -> None:
+        self._num_images, self._utilization = num_images, utilization
         self._began, self._first = time.monotonic(), 0
 
     def restart(self, step: int) -> None:
@@ -30,6 +31,7 @@ class Meter:
         loss, grad_norm = sums.tolist()
         seconds = time.monotonic() - self._began
         step, batch, gpu = state.at.step, config.train.global_batch, world.device.type == "cuda"
+        speed = (step - self._first) * batch / max(seconds, 1e-9)
         record = {
             "step": step,
             "images": step * batch,
@@ -37,9 +39,11 @@ class Meter:
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": learning_rate(config, step - 1),
-            "images_per_s": (step - self._first) * batch / max(seconds, 1e-9),
+            "images_per_s": speed,
             "gpu_memory_gib": torch.cuda.max_memory_allocated(world.device) / 2**30 if gpu else None,
         }
+        if self._utilization is not None:
+            record["mfu"] = speed / world.world_size * self._utilization
         if state.scaler.is_enabled():
             record["skipped_steps"] = int(state.skipped)
         state.window = Window.empty(world.device)

@@ -60,6 +60,13 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def all_of(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, by rank, on every rank."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def of_main(self, find: Callable[[], T]) -> T:
         """What `find` returns on rank 0, on every rank; a DDPMError that it raises there is raised on all."""
         found, failure = None, None

@@ -218,7 +218,7 @@ class Telemetry:
 
 def _add_scalars(board: Any, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl, at the time it was written."""
-    for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib"):
+    for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu"):
         if record.get(key) is not None:
             board.add_scalar(f"train/{key}", record[key], record["step"], walltime=seconds(record["time"]))
 

@@ -13,7 +13,8 @@ from typing import Any
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
-from ddpm.network.device import Later, Resolved
+from ddpm.network.arithmetic import utilization
+from ddpm.network.device import Later, Resolved, name_of
 from ddpm.network.start import read_start
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
@@ -63,7 +64,8 @@ class Trainer:
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
-        self.due, self.meter = Due(config, len(packed)), Meter(len(packed))
+        share = utilization(config, name_of(world.device), resolved.amp)
+        self.due, self.meter = Due(config, len(packed)), Meter(len(packed), share)
         assert (fence is None) == (events is None), "rank 0 has both, and no other has either"
         self.chronicle = Silent()
         if fence is not None and events is not None:

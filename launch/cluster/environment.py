@@ -69,8 +69,10 @@ def is_scheduled() -> bool:
 
 
 def cluster() -> str:
-    """The name of the cluster whose job this is, as SLURM keeps it: in lower case. "" outside of jobs."""
-    return os.environ.get("SLURM_CLUSTER_NAME", "").lower() if is_scheduled() else ""
+    """The name, in lower case, of the cluster whose job this is, or that the user has SLURM's commands ask; "" where
+    nothing says so."""
+    asked = os.environ.get("SLURM_CLUSTER_NAME" if is_scheduled() else "SLURM_CLUSTERS", "").lower()
+    return "" if "," in asked or asked == "all" else asked
 
 
 def num_tasks() -> int:
@@ -81,6 +83,11 @@ def num_tasks() -> int:
 def num_nodes() -> int:
     """Nodes of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def batch_shell_can_ask() -> bool:
+    """Whether the batch shell of this job has SLURM's commands, whatever its ranks run in."""
+    return bool(os.environ.get("DDPM_SHELL_ASKS"))
 
 
 def partition_and_qos() -> tuple[str, str]:

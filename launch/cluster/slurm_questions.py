@@ -154,7 +154,7 @@ def mercy(job: str, told: dict[str, str] | None = None) -> Mercy:
         if said is None:
             return Mercy(True, 0, 30, known=False)
         config = "\n".join(f"{key} = {value}" for key, value in told.items())
-        return _mercy(*_mode_and_grace(said), config, True, may_requeue="no-requeue" not in told)
+        return _mercy(*mode_and_grace(said), config, True, may_requeue="no-requeue" not in told)
 
 
 def _mercy(mode: str, grace_s: int, config: str, known: bool, *, may_requeue: bool) -> Mercy:
@@ -183,10 +183,10 @@ def _of_qos(name: str, told: dict[str, str]) -> tuple[str, int, bool]:
         except SchedulerError:
             shown = ""
         return _field(shown, "PreemptMode") or "", 0, False
-    return *_mode_and_grace(said), True
+    return *mode_and_grace(said), True
 
 
-def _mode_and_grace(said: str) -> tuple[str, int]:
+def mode_and_grace(said: str) -> tuple[str, int]:
     """PreemptMode and GraceTime in seconds of MODE|SECONDS or MODE|[DAYS-]HH:MM:SS."""
     mode, _, grace = said.partition("|")
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d+):)?(\d+)", grace)

@@ -1,9 +1,9 @@
 """Compiled code: kept from life to life as one file of the run, and brought to each node's own disk.
 
-A life compiles in a folder that is its own, on the node's disk, and brings there first what the run's file holds. Once
-it is past compiling rank 0 makes that file of the folder, whole or not at all, with its digest in its first line. So
-what a life left that died within a library is never found, and what is damaged, or was made for another kind of node,
-is compiled anew. No torch here: which folder it is has to be said before torch is loaded.
+A rank compiles in a folder that is its own, on the node's disk, and brings there first what the run's file holds. Once
+all are past compiling rank 0 makes that file of its node's folders, whole or not at all, with its digest in its first
+line. So what a life left that died within a library is never found; and what is damaged, or was made for another kind
+of node, is compiled anew. No torch here: which folder it is has to be said before it is loaded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ddpm.run.files import DamagedFile, canonical_json, open_file, parse_json, sha256_json, sign, write_bytes
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
+
+if TYPE_CHECKING:
+    from ddpm.training.ranks import World
 
 PREFIX = "ddpm-hpc-compiled-"
 HEADER_BYTES = 1 << 12
@@ -70,39 +73,44 @@ def _remove_left(where: Path) -> None:
 
 @contextmanager
 def compiling(
-    run: RunDir, kind: str, *, may_publish: Callable[[], None] | None, anew: Callable[[], bool | None]
+    run: RunDir, kind: str, *, world: World, may_publish: Callable[[], None] | None, anew: Callable[[], bool | None]
 ) -> Iterator[None]:
-    """Within: the network is compiled, or what the run's file holds is loaded. On each rank.
+    """Within: the network is compiled, or what the run's file holds is loaded. On all ranks.
 
     kind: what compiled code is for. may_publish: rank 0's check that the run is still its own; None on the others.
     anew: whether something was compiled, asked afterwards; None: it did not come to that.
     """
-    if not _held:
-        yield
-        return
-    folder, began = _held[0][0], time.monotonic()
-    why = _bring(run.compiled, folder, kind)
+    folder, began = _held[0][0] if _held else None, time.monotonic()
+    why = _bring(run.compiled, folder, kind) if folder is not None else "in a folder of the user's"
     yield
-    took = f"{time.monotonic() - began:.0f} s"
-    if may_publish is None or (was_compiled := anew()) is None:
+    # each of a node's GPUs may have code of its own
+    told = world.all_of((environment.host(), folder, anew()))
+    if may_publish is None or told[0][2] is None:
         return
-    if not was_compiled:
+    took = f"{time.monotonic() - began:.0f} s"
+    if not any(was_compiled for _, _, was_compiled in told):
         say(f"compiled code: from the run's file, {took}")
         return
     say(f"compiled code: compiled anew, {took}" + (f" ({why})" if why else ""))
+    if folder is None:
+        return
     try:
-        write_bytes(run.compiled, pack(folder, kind), replace=True, may_publish=may_publish)
+        here = [other for host, other, _ in told if host == told[0][0] and other is not None]
+        write_bytes(run.compiled, pack(here, kind), replace=True, may_publish=may_publish)
     except OSError as e:  # a full disk ends no training
         say("compiled code is not kept", error=e)
 
 
-def pack(folder: Path, kind: str) -> bytes:
-    """The content of the run's file: a line that signs the rest, and a zip archive of the folder."""
-    out = io.BytesIO()
+def pack(folders: list[Path], kind: str) -> bytes:
+    """The content of the run's file: a line that signs the rest, and a zip archive of what the folders hold together:
+    the compiler names files by what is in them."""
+    out, files = io.BytesIO(), dict[str, Path]()
+    for folder in folders:
+        files |= {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix != ".lock" and path.name != _LOCK:
-                archive.writestr(str(path.relative_to(folder)), path.read_bytes())
+        for name in sorted(files):
+            if files[name].suffix != ".lock" and files[name].name != _LOCK:
+                archive.writestr(name, files[name].read_bytes())
     body = out.getvalue()
     return canonical_json(sign({"kind": kind, "sha256": hashlib.sha256(body).hexdigest()})) + b"\n" + body
 

@@ -14,8 +14,10 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def one_device(env: JobEnvironment) -> torch.device:
-    """Where a job of one process computes. Raises NodeUnfit."""
+    """Where a process computes: on a GPU of its own, where its node has several ranks of a job. Raises NodeUnfit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and env.local_rank:
+        device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
     check(env, device)
     return device
 
@@ -45,7 +47,3 @@ def check_precision(env: JobEnvironment, device: torch.device, precision: str, *
             f"as long as fp32. Ask for a GPU (--gpus-per-node 1) or another node (--constraint); or ask for fp32: "
             f"train.amp=off in a new run, sample.precision=fp32 in another --set"
         )
-
-
-def name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

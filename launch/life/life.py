@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import EXIT_REQUEUE
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
@@ -26,6 +27,12 @@ class Life:
     run: RunDir
     stop: StopFlag
     env: JobEnvironment
+    speaks: bool = True
+    """Whether rank 0 speaks for all of them in its word to the batch shell; else srun does."""
+
+    def alone(self) -> Life:
+        """Of a rank that has work of its own, and waits for none of the others."""
+        return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
 
     def leave(self, code: int, reason: str = "") -> int:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
@@ -37,7 +44,7 @@ class Life:
         self._mark(shard_marker(self.run, self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
-        if self.env.rank == 0 and self.env.is_scheduled:
+        if self.env.rank == 0 and self.env.is_scheduled and self.speaks:
             with contextlib.suppress(OSError):  # of an exit code srun has one too; without a shard there is no progress
                 self.run.logs.mkdir(exist_ok=True)
                 path.write_text(text)
@@ -46,8 +53,11 @@ class Life:
         self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
     ) -> int | None:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
-        if reason == "preempted" and self.env.rank == 0 and self.env.is_scheduled:
-            self._if_cancelled()
+        if reason == "preempted" and self.env.is_scheduled:
+            if share(environment.batch_shell_can_ask() and not scheduler.available("scontrol")):
+                return EXIT_REQUEUE  # in a container: the batch shell asks what this is, and does the rest
+            if self.env.rank == 0:
+                take_along(self.run, self.env)
         code = preemption.after_stop(
             self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)
         )
@@ -55,27 +65,28 @@ class Life:
             self.stop.clear(reason)
         return code
 
-    def _if_cancelled(self) -> None:
-        """Where it was the owner who ended this job: say so, and of a training take along what waits for it.
 
-        SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
-        """
-        job, stage = self.env.job, environment.stage()
-        with contextlib.suppress(scheduler.SchedulerError, OSError):
-            shown = scheduler.show(job, timeout_s=5)
-            if shown is None or shown.state not in ("COMPLETING", "CANCELLED") or shown.preempted:
-                return
-            if not last_words(self.run, stage, self.env).cancelled:
-                return
-            took = scheduler.followers(job) if stage == "train" else []
-            what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
-            say(f"cancelled by scancel{what}")
-            # first the word: this process is killed in a moment
-            self.env.events(self.run).append(
-                "cancelled", world_size=self.env.world_size, step=self.run.latest_step(), stage=stage, with_it=took
-            )
-            if took:
-                scheduler.cancel(took)
+def take_along(run: RunDir, env: JobEnvironment) -> None:
+    """Where it was the owner who ended this job: say so, and of a training take along what waits for it.
+
+    SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
+    """
+    stage = environment.stage()
+    with contextlib.suppress(scheduler.SchedulerError, OSError):
+        shown = scheduler.show(env.job, timeout_s=5)
+        if shown is None or shown.state not in ("COMPLETING", "CANCELLED") or shown.preempted:
+            return
+        if not last_words(run, stage, env).cancelled:
+            return
+        took = scheduler.followers(env.job) if stage == "train" else []
+        what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
+        say(f"cancelled by scancel{what}")
+        # first the word: this process is killed in a moment
+        env.events(run).append(
+            "cancelled", world_size=env.world_size, step=run.latest_step(), stage=stage, with_it=took
+        )
+        if took:
+            scheduler.cancel(took)
 
 
 def begin(run: RunDir) -> Life:

@@ -21,6 +21,7 @@ from ddpm.scoring.record import key_of
 from ddpm.scoring.record import told as told_of
 from launch.life import devices
 from launch.life.life import Life
+from launch.life.pace import Pace
 from launch.queue import chain, milestones
 from launch.queue.sets import ensure_request
 
@@ -48,6 +49,11 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
     against = reference or config.evaluate.reference
     command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
     command += ["--extractor", extractor] if extractor else []
+    pace, num = Pace(), request.num_samples
+
+    def show(done: int, total: int) -> None:
+        say("features", shards=f"{done}/{total}", **pace.told(done * num // total, num))
+
     while True:
         try:
             result = scoring.evaluate_set(
@@ -65,7 +71,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 num_classes=config.model.num_classes,
                 command=command,
                 stop_requested=life.stop,
-                progress=lambda done, total: say("features", shards=f"{done}/{total}"),
+                progress=show,
                 token=f"{env.job}.{env.restart}",
                 stay=not env.array_task,
             )

@@ -30,6 +30,7 @@ from launch.life.decision import (
 )
 from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
+from launch.life.life import take_along
 from launch.queue.nodes import may_do_without
 from launch.queue.submitting import submit_successor
 from launch.queue.waiting import of_this_cluster
@@ -63,6 +64,9 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         _put_back(env, decision.why, avoided, wait_s(known))
     elif decision.why:
         say(decision.why)
+        told = of_this_cluster(read_events(run)) if words.cancelled else []
+        if words.cancelled and not any(e["event"] == "cancelled" and e["job"] == env.job for e in told):
+            take_along(run, env)  # its ranks could not, in a container
     return known.code
 
 

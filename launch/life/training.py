@@ -145,7 +145,7 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     devices.check_precision(life.env, world.device, resolved.amp)
     device.apply(resolved)
     if fence is not None and not kept:
-        found = {**resolved.as_dict(), "device": devices.name(world.device), "world_size": world.world_size}
+        found = {**resolved.as_dict(), "device": device.name_of(world.device), "world_size": world.world_size}
         _keep(run, fence, found)
     return resolved
 
@@ -196,6 +196,7 @@ def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) 
     return compiled.compiling(
         life.run,
         _kind(trainer.resolved, world),
+        world=world,
         may_publish=fence.check if fence is not None else None,
         anew=lambda: _compiled_anew() if trainer.warm else None,
     )
@@ -203,7 +204,7 @@ def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) 
 
 def _kind(resolved: Resolved, world: World) -> str:
     """What compiled code is for."""
-    name = devices.name(world.device) if world.device.type == "cuda" else compiled.this_cpu()
+    name = device.name_of(world.device) if world.device.type == "cuda" else compiled.this_cpu()
     return f"torch {torch.__version__}, {resolved.amp}, {name}"
 
 

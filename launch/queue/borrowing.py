@@ -39,6 +39,12 @@ def check_trainable(run: RunDir) -> None:
     """Raises RequestError where the run may be read and sampled, and not trained, or where something is in the way."""
     if other := reads(run):
         raise RequestError(f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained")
+    data = read_run(run).get("data")
+    if data is not None and data.get("key") is None and data.get("digest") is None:
+        raise RequestError(
+            f"{run.path} holds weights that were trained elsewhere: it can be sampled and scored, not trained. Begin a "
+            f"new run with them: --from {run.path}, with another --name"
+        )
     if not (can_write(run) and _is_open(run.checkpoints)):
         why = not_ours(run.path)
         raise RequestError(

@@ -208,6 +208,11 @@ def fill_gaps(
         raise DoNotRetry(
             f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
         )
+    if not scheduler.available():  # as in a container
+        raise DoNotRetry(
+            f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}), and there is no sbatch here to have "
+            f"them made: on a login node {repair}, then python launch/evaluate.py {run.path} --set {set_name}"
+        )
     before, _, had = round_.partition(":")
     site = sent_where(run, env.job) or site_of(run)
     with turn(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,6 @@ from ddpm.run.files import (
     LINES_BYTES,
     DamagedFile,
     open_file,
-    parse_json,
     read_bytes,
     read_json,
     read_signed,
@@ -23,13 +23,14 @@ from ddpm.run.files import (
 )
 from ddpm.run.images import read_png
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
-from ddpm.run.records import parse_events, parse_heartbeat, parse_metrics
+from ddpm.run.records import lost_signature, parse_events, parse_heartbeat, parse_metrics, read_run
 from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring import bound_request
-from ddpm.scoring.record import read_score
+from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
+from launch.queue.sets import of_other_samples
 
 
 class Line(NamedTuple):
@@ -68,8 +69,13 @@ def _records(run: RunDir) -> Lines:
 
 
 def _record(run: RunDir) -> None:
-    digest, here = _object(run.run_json)["config_digest"], reading.load(run.config).digest()
-    if here != digest:
+    if not os.path.lexists(run.run_json):
+        raise FileNotFoundError
+    record = read_run(run)
+    if lost_signature(record):
+        raise DamagedFile("is signed no more, as where it was edited by hand")
+    digest, here = record.get("config_digest"), reading.load(run.config).digest()
+    if digest not in (None, here):
         raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
 
 
@@ -215,14 +221,13 @@ def _features(path: Path) -> None:
 def _scores(run: RunDir) -> Lines:
     yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
     for path in sorted(run.eval.rglob("*.json")):
-        yield from _judged(str(path.relative_to(run.path)), read_score, path)
+        yield from _judged(str(path.relative_to(run.path)), _score, run, path)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    record = parse_json(read_bytes(path))
-    if not isinstance(record, dict):
-        raise DamagedFile("is no JSON object")
-    return record
+def _score(run: RunDir, path: Path) -> None:
+    score = Score(str(path.relative_to(run.eval).with_suffix("")), path, read_score(path))
+    if wrong := of_other_samples(run, score):
+        raise DamagedFile(wrong)
 
 
 def _sorted(directory: Path, suffix: str) -> list[Path]:

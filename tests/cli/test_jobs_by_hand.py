@@ -210,3 +210,19 @@ def test_a_full_disk_ends_a_job_with_a_sentence(damaged: Shell) -> None:
     done = train(damaged, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
     assert done.returncode == 1 and f"failed: File too large: {damaged.root / 'tiny'}" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_of_a_job_with_several_ranks_each_makes_its_share_of_the_shards_and_none_speaks_for_the_others(
+    again: Shell,
+) -> None:
+    again("sample", "tiny", "--set", "two", "--shards", "3", "--num-samples", "12", "--prepare")
+    run = again.root / "tiny"
+    for rank, made in (("1", {1}), ("0", {0, 1, 2})):
+        argv, options = again.command("jobs", "sample", str(run), "two", "--shards", "0-2")
+        ranks = {"SLURM_JOB_ID": "17", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        options["env"] |= {**ranks, "SLURM_STEP_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1"}
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        there = {int(p.name.split("-")[1]) for p in (run / "samples" / "two").glob("shard-*.npz")}
+        assert there == made and not list((run / "logs").glob(".exit*"))
+    assert (run / "logs" / ".shard-17").read_text() == "0-2"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.run.files import sign
 from tests.cli.harness import Shell, is_alive, read, snapshot, wait_for
 from tests.saves import flip_bit
 
@@ -48,6 +49,16 @@ def flipped(path: Path) -> None:
     flip_bit(path, path.stat().st_size // 2)
 
 
+def renamed(path: Path) -> None:
+    """Another field than the config's digest."""
+    path.write_text(path.read_text().replace('"name": "tiny"', '"name": "tony"'))
+
+
+def of_other_samples(path: Path) -> None:
+    """And signed anew, as by another copy of the run."""
+    path.write_text(json.dumps(sign({**json.loads(path.read_text()), "seed": 7})))
+
+
 def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -59,6 +70,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "checkpoints/step-000000200": ("checkpoints/step-000000200.json", emptied, "damaged"),
     "checkpoints/ema-000000400.safetensors": ("checkpoints/ema-000000400.safetensors", flipped, "damaged"),
     "run.json": ("run.json", emptied, "damaged"),
+    "run.json ": ("run.json", renamed, "damaged"),
+    "eval/ddim4-step400-seed0.json": ("eval/ddim4-step400-seed0.json", of_other_samples, "damaged"),
     "config.yaml": ("config.yaml", gone, "damaged"),
     "metrics.jsonl": ("metrics.jsonl", gone, "missing"),
     "fence": ("fence", emptied, "damaged"),
@@ -74,7 +87,7 @@ def test_each_file_that_does_not_hold_is_named_with_its_reason_and_the_ways_on(a
         kept = (run / file).read_bytes()
         damage(run / file)
         told = lines(again, 1)
-        assert told[what][0] == verdict and told[what][1], (what, told)
+        assert told[what.strip()][0] == verdict and told[what.strip()][1], (what, told)
         (run / file).write_bytes(kept)
     assert lines(again, 0)
 

@@ -92,12 +92,36 @@ def undisturbed(site: Site) -> RunDir:
     return site.run_dir("undisturbed")
 
 
+APPTAINER = """\
+#!/bin/bash
+[ "$1 $2 $3" = "exec --nv --bind" ] || exit 9
+echo "$5" >>"$(dirname "$0")/entered"
+python=$(command -v "$6")
+shift 6
+exec /usr/bin/env PATH="$(dirname "$python")" "$python" "$@"
+"""
+"""Plays it: what runs inside has none of SLURM's commands."""
+
+
+def contained(site: Site, name: str, more: str = "") -> Path:
+    """A profile whose container is played in the folder `name`."""
+    there = site.bed.mkdir(name)
+    (there / "apptainer").write_text(APPTAINER)
+    (there / "apptainer").chmod(0o755)
+    (there / "torch.sif").touch()
+    profile = site.bed.workdir / f"{name}.yaml"
+    setup, container = f"setup: ['export PATH={there}:$PATH']\n", f"container: {{image: {there}/torch.sif}}\n"
+    profile.write_text(setup + container + more)
+    return profile
+
+
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
 def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
     site: Site, undisturbed: RunDir, via: str
 ) -> None:
     name = f"preempted-{via}"
-    (job,) = site.submit(name, *TWO_RANKS, "train.total_steps=150", "--via", via)
+    inside = ["--profile", str(contained(site, "preempted"))] if via == "sbatch" else []
+    (job,) = site.submit(name, *TWO_RANKS, *inside, "train.total_steps=150", "--via", via)
     for times in (1, 2):
         site.wait_logged(name, 2)
         site.bed.preempt(site.bed.node_of(job) or "", 2)
@@ -138,26 +162,9 @@ def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(s
     assert not site.run_dir("everyday").path.exists()
 
 
-APPTAINER = """\
-#!/bin/bash
-[ "$1 $2 $3" = "exec --nv --bind" ] || exit 9
-echo "$5" >>"$(dirname "$0")/entered"
-python=$(command -v "$6")
-shift 6
-exec /usr/bin/env PATH="$(dirname "$python")" "$python" "$@"
-"""
-"""Plays it: what runs inside has none of SLURM's commands."""
-
-
 def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
-    there = site.bed.mkdir("container")
-    (there / "apptainer").write_text(APPTAINER)
-    (there / "apptainer").chmod(0o755)
-    image = there / "torch.sif"
-    image.touch()
-    profile = site.bed.workdir / "container.yaml"
-    profile.write_text(f"rank_timeout_s: 10\nsetup: ['export PATH={there}:$PATH']\ncontainer: {{image: {image}}}\n")
-    (job,) = site.submit("suspended", *TWO_RANKS, "--profile", str(profile), "train.total_steps=100")
+    profile = contained(site, "suspended", "rank_timeout_s: 10\n")
+    (job,) = site.submit("suspended", *TWO_RANKS, "--profile", str(profile), "train.total_steps=60")
     site.wait_logged("suspended", 2)
     site.bed.admin(["scontrol", "suspend", job])
     time.sleep(12)
@@ -165,7 +172,8 @@ def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_c
     site.bed.admin(["scontrol", "resume", job])
     # what a rank that takes the other for dead does
     os.kill(cluster.Cluster(site.bed, site.root, "submitit").ranks(site.run_dir("suspended"))[1].pid, signal.SIGKILL)
-    assert row["state"] == "suspended" and (there / "entered").read_text().split() == [str(image)] * 2
+    entered = (site.bed.workdir / "suspended" / "entered").read_text().split()
+    assert row["state"] == "suspended" and entered == [str(site.bed.workdir / "suspended" / "torch.sif")] * 2
     assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log("suspended")
     events = read_events(site.run_dir("suspended"))
     (told,) = (e for e in events if e["event"] in ("requeued", "failed"))

@@ -12,9 +12,10 @@ import pytest
 
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json
+from launch.cluster.options import load_profile
 from tests.conftest import PROJECT, requires
 from tests.images import write_zip
-from tests.slurm.test_life import Site
+from tests.slurm.test_life import APPTAINER, Site
 from tools.slurm_testbed.harness import ACCOUNTING, SlurmTestbed, missing
 
 PLUGIN = """\
@@ -38,6 +39,9 @@ sample: {{mem: 500M}}
 """Of a site: here its black hole, and a node's lack of sacctmgr."""
 
 
+CONTAINER = "container: {{image: {bin}/torch.sif}}\n"
+
+
 @pytest.fixture(scope="module")
 def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     lacking = missing(ACCOUNTING)
@@ -52,13 +56,19 @@ def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> I
         bed.start()
         bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPU=10", "PreemptMode=REQUEUE"])
         bed.admin(["sacctmgr", "-i", "add", "qos", "short", "MaxWall=10"])
-        bed.admin(["sacctmgr", "-i", "modify", "user", "nobody", "set", "qos+=short"])
+        bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "GraceTime=10"])
+        bed.admin(["sacctmgr", "-i", "add", "qos", "urgent", "Priority=100", "Preempt=normal"])
+        bed.admin(["sacctmgr", "-i", "modify", "user", "nobody", "set", "qos+=short,urgent"])
         images = write_zip(bed.workdir / "images.zip")
         images.chmod(0o644)
         nothing = bed.mkdir("bin") / "sacctmgr"
         nothing.write_text("#!/bin/sh\nexit 127\n")
         nothing.chmod(0o755)
-        (bed.workdir / "site.yaml").write_text(PROFILE.format(bin=nothing.parent))
+        for name, more in (("site", ""), ("contained", CONTAINER)):
+            (bed.workdir / f"{name}.yaml").write_text((PROFILE + more).format(bin=nothing.parent))
+        (nothing.parent / "torch.sif").touch()
+        (nothing.parent / "apptainer").write_text(APPTAINER)
+        (nothing.parent / "apptainer").chmod(0o755)
         yield Site(bed, bed.mkdir("runs"), images)
     finally:
         bed.stop()
@@ -73,16 +83,13 @@ def _no_job_is_left(strict: Site) -> Iterator[None]:
 SHORT = ["train.total_steps=10", "sample.num_samples=64", "sample.shards=64", "sample.steps=2", "sample.batch=8"]
 
 
-def profile(site: Site) -> list[str]:
-    return ["--profile", str(site.bed.workdir / "site.yaml")]
-
-
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize(("via", "profile"), [("submitit", "site"), ("sbatch", "contained")])
 def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_room_for_ten_jobs(
-    strict: Site, via: str
+    strict: Site, via: str, profile: str
 ) -> None:
     name = f"whole-{via}"
-    jobs = strict.submit(name, *profile(strict), *SHORT, "--then", "sample,evaluate", "--via", via)
+    chosen = str(strict.bed.workdir / f"{profile}.yaml")
+    jobs = strict.submit(name, "--profile", chosen, *SHORT, "--then", "sample,evaluate", "--via", via)
     assert len(jobs) == 3
     train, sample, _ = jobs
     assert len(strict.bed.job_states(sample)) in (1, 8)  # one record while none has begun
@@ -97,6 +104,25 @@ def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_roo
     for job in jobs:
         assert {r["ExcNodeList"] for r in strict.bed.records(job)} == {"n1"}
         assert all(re.search("gres[:/]gpu:a100:1$", r["TresPerNode"]) for r in strict.bed.records(job))
+
+
+def test_the_doctor_tells_what_the_site_allows_and_what_a_node_has(strict: Site) -> None:
+    draft = strict.root / "drafted.yaml"
+    recipe = str(PROJECT / "configs" / "quickstart.yaml")
+    words = ["--partition", "gpu", "--gpus-per-node", "0", "--exclude", "n1", "--write-profile", str(draft)]
+    said = strict.script("doctor", recipe, *words, "--profile", str(strict.bed.workdir / "site.yaml"), "--probe")
+    for told in (
+        "SLURM would take a job to train",
+        "SLURM would take a job to sample of 8 tasks",
+        "you may have 10 jobs in the queue",
+        "qos normal: pre-emption (requeue) leaves 15 s, and SLURM requeues the job",
+    ):
+        assert f"pass  {told}" in said, said
+    assert re.search("pass  node .* see the same files", said) and "clock" not in said
+    assert "fail" not in said and strict.bed.squeue() == ""
+    assert load_profile(str(draft))["partition"] == "gpu"
+    said = strict.script("doctor", recipe, "--partition", "gpu", "--account", "nobodys", code=3)
+    assert re.search("fail  SLURM would refuse a job to train: .*Invalid account", said), said
 
 
 def refused(site: Site, name: str, *words: str) -> str:
@@ -122,10 +148,25 @@ def test_what_the_site_refuses_or_would_never_start_is_refused_in_its_own_words(
     assert "Requested node configuration is not available" in said or "PartitionConfig" in said
 
 
+def test_a_run_that_a_qos_pre_empts_saves_in_its_grace_period_and_comes_back(strict: Site) -> None:
+    """Nodes cannot ask how long that is: there is no sacctmgr."""
+    words = ["--gpus-per-node", "0", "--exclude", "n1", "train.total_steps=60"]
+    (job,) = strict.submit("qos", "--profile", str(strict.bed.workdir / "site.yaml"), *words)
+    strict.wait_logged("qos", 2)
+    node = strict.bed.node_of(job) or ""
+    strict.bed.sbatch("-p", "gpu", "--qos", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", command="sleep 1")
+    strict.wait_running(job, 1)
+    assert strict.bed.wait_state(job, timeout_s=120) == "COMPLETED", strict.log("qos")
+    events = read_events(strict.run_dir("qos"))
+    (stop,), (back,) = ([e for e in events if e["event"] == name] for name in ("stop_requested", "resumed"))
+    assert stop["step"] == back["step"] and "waiting up to 45 s for SLURM" in strict.log("qos")
+
+
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])
 def test_a_training_that_is_cancelled_takes_its_chain_along(strict: Site, via: str) -> None:
     name = f"cancelled-{via}"
-    words = ["train.total_steps=100000", "--gpus-per-node", "0", "--exclude", "n1"]
+    inside = ["--profile", str(strict.bed.workdir / "contained.yaml")] if via == "sbatch" else []
+    words = [*inside, "train.total_steps=100000", "--gpus-per-node", "0", "--exclude", "n1"]
     train, *later = strict.submit(name, *words, "--then", "sample,evaluate", "--via", via)
     strict.wait_logged(name, 1)
     strict.bed.cancel(train)

@@ -96,7 +96,7 @@ def inception(bench: Bench) -> Result:
         Figure(f"Inception features, batch {batch}", batch / statistics.median(times["ours"]), "images/s",
                at_least=bench.goal(gpu=1250)),
         ratio("against pytorch-fid", times["theirs"], times["ours"], at_least=bench.goal(cpu=1.2)),
-        Figure("largest difference, to their largest", np.abs(own - other).max() / np.abs(other).max(),
+        Figure("largest difference, to their largest", float(np.abs(own - other).max() / np.abs(other).max()),
                at_most=bench.goal(cpu=1e-5)),
     ])  # fmt: skip
 

@@ -166,6 +166,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     [
         ("train.lr", ["'train.lr'", "key=value"]),
         ("=3", ["key=value"]),
+        ("evaluate.milestones.num_samples=6", ["evaluate.milestones is given as a whole", "'{key: value}'"]),
         ("trian.lr=1", ["'trian.lr'", "did you mean 'train.lr'?"]),
         ("train.loss=l1", ["'train.loss'", "did you mean 'diffusion.loss'"]),
         ("train.steps=9", ["'train.steps'", "'train.total_steps'?"]),
@@ -264,6 +265,7 @@ UNAFFECTED: dict[str, Any] = {
     "sample__precision": "fp32",
     "evaluate__extractor": "pixels",
     "evaluate__reference": "test",
+    "evaluate__milestones": {"num_samples": 600},
 }
 AFFECTED: dict[str, Any] = {
     "seed": 1,

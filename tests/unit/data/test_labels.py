@@ -65,7 +65,7 @@ def test_the_record_counts_the_images_of_each_class_by_its_index() -> None:
 
 
 def test_classes_are_told_with_index_and_number_where_there_are_several() -> None:
-    assert told_of_classes(record([0, 0, 1, 1, 1], ["", "d\x1bog"])) == "classes: 0 no folder (2), 1 d\\x1bog (3)"
+    assert told_of_classes(record([0, 0, 1, 1, 1], ["", "d\x1bog"])) == "classes: 0 = no folder (2), 1 = d\\x1bog (3)"
     assert told_of_classes(record([0, 0], ["cat"])) == ""
     many = told_of_classes(record(list(range(50)), list(map(str, range(50)))))
-    assert many.endswith("39 39 (1), and 10 more")
+    assert many.endswith("39 = 39 (1), and 10 more")

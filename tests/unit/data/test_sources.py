@@ -315,14 +315,16 @@ EDM = [f"{i // 4:05d}/img{i:08d}.png" for i in range(12)]
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("wrapper", ["", "cifar10/"])
 def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
-    tmp_path: Path, zipped: bool, wrapper: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], zipped: bool, wrapper: str
 ) -> None:
     labels = [[name, (7, 12, 3)[i % 3]] for i, name in enumerate(EDM)]
     files = {wrapper + name: png(8, i) for i, name in enumerate(EDM)}
+    made(tmp_path / "a", files, zipped=zipped)
 
     def packed(said: object) -> PackedImages:
         beside = {f"{wrapper}dataset.json": json.dumps(said).encode()}
-        return pack(chosen(made(tmp_path / "a", {**files, **beside}, zipped=zipped)), "train", tmp_path / "cache")[1]
+        path = made(tmp_path / "a", {**files, **beside} if zipped else beside, zipped=zipped)  # images keep their times
+        return pack(chosen(path), "train", tmp_path / "cache")[1]
 
     one = packed({"labels": labels})
     assert one.classes == ["3", "7", "12"] and one.labels.tolist() == [1, 2, 0] * 4
@@ -330,6 +332,7 @@ def test_labels_of_the_dataset_tools_are_the_classes_and_their_folders_are_none(
     assert changed.classes == ["0"] and changed.digest == one.digest
     assert packed({"labels": None}).classes == [""]
     assert packed({"licence": "none"}).classes == ["00000", "00001", "00002"]  # of something else
+    assert "damaged" not in capsys.readouterr().out  # each of these is packed apart
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from launch.cluster.environment import PROJECT, JobEnvironment
 from launch.life import compiled, devices, inputs, pace, training
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
-from tests.training import make_config, make_run, on_ranks
+from tests.training import ALONE, make_config, make_run, on_ranks
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def on_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         asked = anew if callable(anew) else lambda: anew
         try:
-            with compiled.compiling(run, kind, may_publish=(lambda: None) if main else None, anew=asked):
+            check = (lambda: None) if main else None
+            with compiled.compiling(run, kind, world=ALONE, may_publish=check, anew=asked):
                 return work(folder)
         finally:
             compiled.leave()
@@ -112,6 +113,32 @@ def test_what_a_killed_life_left_on_a_node_is_removed_and_what_a_living_one_has_
         fcntl.flock(lock, fcntl.LOCK_EX)
         on_a_node(make_run(tmp_path / "run"), lambda folder: None, anew=None)
     assert [p.name for p in node.iterdir()] == [f"{compiled.PREFIX}alive"]
+
+
+def compile_for_its_gpu(world: World, run: RunDir, node: Path) -> None:
+    """Each rank has code of its own, and says what it found of it."""
+    tempfile.tempdir = str(node / str(world.rank))
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch has said where, as it was loaded before
+    compiled.choose_folder()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    code, check = folder / f"cuda-{world.rank}.py", (lambda: None) if world.is_main else None
+    before = []
+    with compiled.compiling(run, "here", world=world, may_publish=check, anew=lambda: not before[0]):
+        before.append(code.exists())
+        code.write_text("whole")
+    (run.path / f"{world.rank}-{'again' if before[0] else 'first'}").touch()
+    compiled.leave()
+
+
+def test_the_file_holds_what_all_ranks_of_a_node_compiled(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    for when in ("first", "again"):
+        on_ranks(2, compile_for_its_gpu, run, tmp_path)
+        assert sorted(p.name for p in run.path.glob("?-*")) == [f"0-{when}", f"1-{when}"]
+        for p in run.path.glob("?-*"):
+            p.unlink()
 
 
 def test_the_compiler_itself_finds_what_another_node_compiled(

@@ -13,7 +13,7 @@ import pytest
 
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
-from launch.cluster import by_submitit, by_template
+from launch.cluster import by_submitit, by_template, code
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
 from launch.cluster.site import Site
@@ -149,14 +149,16 @@ def test_a_setup_line_that_fails_ends_the_life_named_and_the_job_is_put_back(she
 @pytest.mark.parametrize("via", ["sbatch", "submitit"])
 @pytest.mark.parametrize("line", ["exit 0", "exec true", "return 0", ". /dev/stdin <<<'exit 0'", "return 1"])
 def test_a_setup_line_that_ends_the_shell_in_silence_has_failed_too_and_nothing_is_done(
-    shell: Shell, via: str, line: str
+    shell: Shell, via: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(code, "home", lambda run: PROJECT)
     shell.put("srun", "echo worked on")
     job = Job("train", shell.run, Site())
-    script = by_template.template("train").read_text() if via == "sbatch" else by_submitit.script_text(job)
+    template = Path(by_template.template(job.home, "train"))
+    script = template.read_text() if via == "sbatch" else by_submitit.script_text(job)
     (shell.bin / "job.sh").write_text(script.replace(sys.executable, "/nowhere/python"))
-    code = shell.life(f"exec bash {shell.bin}/job.sh {shell.run.path}", setup=f"export A=1\n{line}\n", alone=True)
-    assert code != 0 and "worked on" not in shell.said
+    ended = shell.life(f"exec bash {shell.bin}/job.sh {shell.run.path}", setup=f"export A=1\n{line}\n", alone=True)
+    assert ended != 0 and "worked on" not in shell.said
     assert "setup failed on n1" in shell.said and f": {line}" in shell.said
     assert shell.orders()[0] == "requeue 17" and last(shell.run)["exit_code"] != 0
 

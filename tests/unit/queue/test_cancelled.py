@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from ddpm.config.schema import Config
-from ddpm.errors import DoNotRetry
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler, slurm
+from launch.life import supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.starting import request_of
@@ -68,15 +69,25 @@ BY_SCANCEL = "slurmstepd-n1: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-26T21
     ("train", "PENDING", BY_SCANCEL, []), ("train", "COMPLETING", BY_SCANCEL.replace("JOB 101", "STEP 101.0"), []),
     ("sample", "COMPLETING", BY_SCANCEL, []),
 ])  # fmt: skip
+@pytest.mark.parametrize("inside", [False, True])
 def test_a_training_that_its_owner_cancels_takes_along_what_waits_for_it_and_says_so(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    stage: str, state: str, log: str, cancelled: list[list[str]],
+    stage: str, state: str, log: str, cancelled: list[list[str]], inside: bool,
 ) -> None:  # fmt: skip
     cluster.state = state
     (run.logs / f"{stage}-101.out").write_text(f"[batch] now restart=0 stage={stage}\n{log}\n")
     life = life_of(run, monkeypatch, SLURM_JOB_ID="101", DDPM_STAGE=stage)
     monkeypatch.setattr("launch.life.preemption.time.monotonic", iter(range(0, 10_000, 100)).__next__)
-    life.until_killed_or_on("preempted")
+    if inside:  # then the batch shell does the same
+        monkeypatch.setenv("DDPM_SHELL_ASKS", "1")
+        monkeypatch.setattr(scheduler, "available", lambda command="": False)
+        assert life.until_killed_or_on("preempted") == EXIT_REQUEUE and cluster.cancelled == []
+        for _ in range(2):  # of the log alone, once
+            run.exit_marker("101", 0).write_text("75 preempted")
+            monkeypatch.setattr(supervisor.time, "sleep", lambda s: None)
+            supervisor.end(run, stage, 75, "")
+    else:
+        life.until_killed_or_on("preempted")
     assert cluster.cancelled == cancelled
     told = [e for e in read_events(run) if e["event"] == "cancelled"]
     with_it = [job for ids in cancelled for job in ids]

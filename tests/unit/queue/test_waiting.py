@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config.sample import Evaluate
+from ddpm.errors import DoNotRetry
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler, slurm, slurm_questions
@@ -180,6 +181,15 @@ def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_
         assert ("--qos=long" in sent[before]) == (job != "7")
 
 
+def test_in_a_container_without_sbatch_it_is_said_who_makes_missing_shards(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    with pytest.raises(DoNotRetry, match=r"2 shards .*\(3-4\).* on a login node python launch/sample.py .*evaluate.py"):
+        chain.fill_gaps(run, "fid", [3, 4], (), "", environment.current())
+
+
 def test_the_overview_of_a_copy_shows_none_of_the_originals_jobs(run: RunDir) -> None:
     told(run, "17", "submitted", stage="train", via="sbatch", run=str(run.path))
     copy = RunDir(run.path.with_name("copy"))
@@ -223,7 +233,8 @@ def test_another_clusters_job_is_no_orphan_of_this_ones_though_it_has_its_id(mon
 def test_a_clusters_name_is_in_its_configuration_or_slurmctld_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTERS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(slurm, "available", lambda command="": True)
     monkeypatch.setattr(slurm, "run", lambda argv, **_: "SlurmctldPort = 1\nClusterName             = Told\n")
     conf = tmp_path / "slurm.conf"
@@ -232,4 +243,6 @@ def test_a_clusters_name_is_in_its_configuration_or_slurmctld_says_it(
         monkeypatch.setenv("SLURM_CONF", str(conf))
         slurm_questions._name_of_the_cluster.cache_clear()
         assert slurm_questions.cluster_name() == name
+    monkeypatch.setenv("SLURM_CLUSTERS", "Other")
+    assert slurm_questions.cluster_name() == "other"
     slurm_questions._name_of_the_cluster.cache_clear()

@@ -195,3 +195,20 @@ def test_a_file_beyond_the_bound_of_its_kind_is_damaged_by_name_and_not_read(tmp
         read_signed(path)
     with pytest.raises(DamagedFile, match=r"stat: more than 3 bytes"):
         read_bytes(Path("/proc/self/stat"), 3)  # it does not say its size
+
+
+# ---------------------------------------------------------------- links
+
+
+def test_a_link_to_nothing_is_told_from_what_is_there_and_from_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, there = tmp_path / "link", tmp_path / "there"
+    link.symlink_to(there)
+    told = f"a link to {there}, where nothing is"
+    assert [files.link_to_nothing(p) for p in (link, there)] == [told, ""]
+    there.touch()
+    assert files.link_to_nothing(link) == ""
+    there.unlink()
+    monkeypatch.setattr(Path, "readlink", lambda path: path.with_name("gone").stat())
+    assert files.link_to_nothing(link) == ""  # it went meanwhile

@@ -27,6 +27,7 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
 from launch import origin
+from launch.queue import borrowing
 from tests.conftest import PROJECT
 from tools import convert_diffusers
 
@@ -189,6 +190,10 @@ def test_a_run_of_them_is_sampled_and_scored_by_the_scripts(tmp_path):
     assert json.loads((run.eval / "four.json").read_text())["frechet_distance"] > 0
     with np.load(run.sample_set("four").shard(0, 1)) as shard:
         assert np.array_equal(shard["images"], ddpm.load(run.path).sample(4))  # where the script computes, too
+    with pytest.raises(RequestError, match=r"trained elsewhere: .* --from /.*theirs, with another --name"):
+        borrowing.check_trainable(run)
+    with pytest.raises(RequestError, match=r"a folder in diffusers' layout; make a run of it \(python tools/convert_"):
+        origin.read(origin.Origin(str(tmp_path / "published"), None, None, None), reading.of_run(run))
     again = refused(tmp_path / "published", tmp_path / "again.safetensors", "--run", run.path)
     assert "theirs exists: choose another name" in again
 

@@ -9,16 +9,20 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ddpm.config.reading import load
 from ddpm.config.schema import Config
 from ddpm.data.packed import pack
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RunBusy
+from ddpm.network.arithmetic import peak, utilization
 from ddpm.network.device import resolve
 from ddpm.network.dropout import Dropout
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 from ddpm.training import chronicle, ranks
+from ddpm.training.meter import Meter
 from ddpm.training.trainer import Outcome
+from tests.conftest import PROJECT
 from tests.images import write_zip
 from tests.saves import flip_bit
 from tests.training import (
@@ -468,6 +472,23 @@ def test_a_metrics_line_holds_the_public_keys_and_the_mean_of_its_window(tmp_pat
     assert (first["step"], first["images"], first["epoch"]) == (4, 16, 1.6)
     # the same four float32 losses, summed in float32 here and in float64 there
     assert first["loss"] == pytest.approx(sum(r["loss"] for r in lines(every)[:4]) / 4, rel=1e-6)
+
+
+def test_the_share_of_a_gpus_arithmetic_is_in_the_metrics_where_the_gpu_is_known(tmp_path: Path) -> None:
+    ho, most = load(PROJECT / "configs" / "cifar10.yaml"), 989e12
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        assert utilization(ho, name, "bf16") == pytest.approx(37.32e9 / most, rel=1e-3)  # by hand: 3 x 12.44 GFLOP
+    assert [peak(n, "bf16") for n in ("NVIDIA A10", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "cpu", "Radeon")] == [
+        *(125e12, 312e12, 756e12, None, None)
+    ]
+    assert peak("Tesla V100-SXM2-16GB", "off") == 15.7e12
+
+    run = make_run(tmp_path / "run")
+    with Life(make_config(), run) as life:
+        life.trainer.meter = Meter(10, 1e-3)
+        life.train()
+    for line in map(json.loads, run.metrics.read_text().splitlines()):
+        assert line["mfu"] == pytest.approx(line["images_per_s"] * 1e-3)
 
 
 def test_milestones_by_epoch_are_the_first_steps_past_each(tmp_path: Path) -> None:

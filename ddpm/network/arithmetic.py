@@ -1,0 +1,66 @@
+"""How much arithmetic a network takes, and how much of it a device does in a second."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from ddpm.config.schema import Config
+from ddpm.network.build import build_model
+from ddpm.network.unet import UNet
+
+META = torch.device("meta")
+PEAKS = {
+    "B200": (2250.0, 1100.0),
+    "GH200": (989.0, 494.0),
+    "H200": (989.0, 494.0),
+    "H100 PCIe": (756.0, 378.0),
+    "H100 NVL": (835.0, 417.0),
+    "H100": (989.0, 494.0),
+    "A100": (312.0, 156.0),
+    "L40S": (362.0, 183.0),
+    "L4": (121.0, 60.0),
+    "A40": (149.7, 74.8),
+    "A30": (165.0, 82.0),
+    "A10": (125.0, 62.5),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+}
+"""TFLOP/s by the maker's data sheets, without sparsity: in bf16 or fp16, and in fp32, which is TF32 where there is one.
+A word of the device's name; the first that it has counts."""
+
+
+def inputs(model: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One image, its t and its label, on the meta device."""
+    label = torch.zeros(1, dtype=torch.int64, device=META) if model.num_classes else None
+    x_t = torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=META)
+    return x_t, torch.zeros(1, dtype=torch.int64, device=META), label
+
+
+def forward_flops(model: UNet) -> int:
+    """Floating-point operations of one image's forward pass in convolutions and matrix products; model: on `meta`.
+
+    A multiply-add counts as 2. Norms, activations and sums are left out, as is usual.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs(model))
+    return int(counter.get_total_flops())
+
+
+def peak(device_name: str, precision: str) -> float | None:
+    """FLOP/s of a device in bf16 | fp16 | off; None where it is not known."""
+    for name, (half, single) in PEAKS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return 1e12 * (single if precision == "off" else half)
+    return None
+
+
+def utilization(config: Config, device_name: str, precision: str) -> float | None:
+    """MFU of one trained image a second on one such device: an image takes three forward passes. None: not known."""
+    most = peak(device_name, precision)
+    return None if most is None else 3 * forward_flops(build_model(config, META, precision)) / most

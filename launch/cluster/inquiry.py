@@ -1,0 +1,85 @@
+"""What a cluster allows, asked by who has not submitted anything yet. Knows no run."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+from pathlib import Path
+
+from launch.cluster import slurm, slurm_orders
+from launch.cluster.answers import SchedulerError
+from launch.cluster.environment import SHIPPED
+from launch.cluster.job import Job, flags
+
+COMMANDS = {
+    "sbatch": "submits",
+    "srun": "starts the ranks of a job",
+    "scontrol": "puts a job back after a crash or at its time limit",
+    "squeue": "tells whether a job is in the queue",
+    "scancel": "ends one",
+    "sinfo": "tells what partitions have",
+    "sacctmgr": "tells how a QOS pre-empts, and how many jobs a user may have",
+}
+"""And what each is for."""
+NEEDED = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+
+
+def version() -> str:
+    """SLURM's, as it answers. Raises SchedulerError."""
+    slurm.run(["sinfo", "-h", "-o", "%P"], timeout_s=10)  # slurmctld's answer, and not the command's alone
+    return slurm.run(["sinfo", "--version"], timeout_s=10).strip()
+
+
+def settings(*keys: str) -> dict[str, str]:
+    """Those of slurm.conf's settings that SLURM tells. Raises SchedulerError."""
+    told = slurm.run(["scontrol", "show", "config"], timeout_s=10)
+    found = {key: re.search(rf"^{key}\s*=\s*(.*\S)", told, re.M) for key in keys}
+    return {key: match[1] for key, match in found.items() if match}
+
+
+def of_partition(name: str) -> dict[str, str]:
+    """KEY=VALUE of a partition, as `scontrol show partition` has them. Raises SchedulerError."""
+    told = slurm.run(["scontrol", "-a", "show", "partition", "-o", name], timeout_s=10)
+    return dict(re.findall(r"(\S+?)=(\S*)", told))
+
+
+def most_submitted(qos: str | None) -> int | None:
+    """How many jobs, or tasks of arrays, the user may have in the queue; None where accounting sets no limit, or cannot
+    be asked."""
+    limits = []
+    asked = [
+        ["sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=MaxSubmitJobs"],
+        ["sacctmgr", "-nP", "show", "qos", *([qos] if qos else ["normal"]), "format=MaxSubmitJobsPU"],
+    ]
+    for command in asked:
+        with contextlib.suppress(SchedulerError):
+            limits += [int(word) for word in slurm.run(command, timeout_s=10).split() if word.isdigit()]
+    return min(limits, default=None)
+
+
+def accounts() -> list[str]:
+    """Those that the user may charge; none where accounting cannot be asked."""
+    try:
+        told = slurm.run(
+            ["sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=Account"], timeout_s=10
+        )
+    except SchedulerError:
+        return []
+    return sorted(set(told.split()))
+
+
+def submit_probe(job: Job, home: dict[str, str], script: Path, asked: Path, log: Path) -> str:
+    """Queue a job that asks for what `job` would, and runs `script` with `asked`; its id. Raises SchedulerError."""
+    options = {k: v for k, v in job.options().items() if k not in ("requeue", "signal", "output", "open-mode")}
+    options |= {"job-name": "ddpm-doctor", "output": str(log), "ntasks-per-node": "1"}
+    env = {**os.environ, **home, "PYTHONPATH": home["DDPM_HOME"]}
+    return slurm_orders.submit(["sbatch", "--parsable", *flags(options), str(script), str(asked)], env=env)
+
+
+def try_out(job: Job) -> None:
+    """Have SLURM judge what `job` would ask for, without queueing it. Raises SchedulerError with what it says."""
+    array = [f"--array=0-{job.num_tasks - 1}"] if job.is_array else []
+    options = flags({k: v for k, v in job.options().items() if k not in ("dependency", "output")})
+    slurm.run(["sbatch", "--test-only", *options, *array, str(SHIPPED / "slurm" / f"{job.stage}.sbatch"), "RUN"])

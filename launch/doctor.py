@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Whether this account can do on this cluster what a submission will ask for, before anything is queued."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import launch.first  # noqa: F401
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.paths import check_name
+from launch.cluster import environment
+from launch.cluster.environment import SHIPPED
+from launch.cluster.options import PROFILES, add_options, resolve
+from launch.terminal import checkup, console, recipes
+
+EXAMPLES = """examples:
+  python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, a save's time
+  python launch/doctor.py --partition gpu --probe              … and what a node has, by a job of a minute
+  python launch/doctor.py --profile mysite                     what a site profile asks for
+  python launch/doctor.py --partition gpu --write-profile mysite       draft one
+
+Exit code 0 where nothing fails, 3 where something does.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="what to train (default configs/cifar10.yaml)")
+    parser.add_argument("--probe", action="store_true", help="ask a node too, by a job on it")
+    parser.add_argument("--wait-s", type=float, default=300, help="how long to wait for that job (default 300)")
+    parser.add_argument(
+        "--write-profile", metavar="NAME", help="draft configs/cluster/NAME.yaml, or a path, of what was seen"
+    )
+    parser.add_argument("--root", help="where runs will lie (default: DDPM_RUNS, or runs/ in the project)")
+    add_options(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    recipe = recipes.read(Path(args.config) if args.config else SHIPPED / "configs" / "cifar10.yaml")
+    site = resolve(args)
+    if site.is_local:
+        raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")
+    draft = _place(args.write_profile) if args.write_profile else None
+    if draft and draft.exists():
+        raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
+    root = environment.runs_root(args.root)
+    failed = False
+    findings = checkup.look(site, recipe.config, root, recipe.num_parameters or 35_746_307)
+    for finding in findings:
+        failed |= _say(finding)
+    if args.probe and not failed:
+        for finding in checkup.probe(site, root, args.wait_s):
+            failed |= _say(finding)
+    if draft and not failed:
+        try:
+            draft.write_text(checkup.profile(site))
+        except OSError as e:
+            raise EnvironmentLacks(f"{draft} cannot be written ({e.strerror})") from None
+        print(f"wrote {draft}: look it over, then --profile {args.write_profile}")
+    return EnvironmentLacks.exit_code if failed else 0
+
+
+def _place(name: str) -> Path:
+    """As --profile will read it."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{check_name(name, '--write-profile')}.yaml"
+
+
+def _say(finding: checkup.Finding) -> bool:
+    print(f"{finding.verdict}  {finding.what}" + (f"\n      → {finding.remedy}" if finding.remedy else ""), flush=True)
+    return finding.verdict == "fail"
+
+
+if __name__ == "__main__":
+    console.run_script(main)
