@@ -333,13 +333,13 @@ def test_dry_run_on_this_machine_shows_the_processes(shell: Shell) -> None:
     text = dry_run(shell, "tiny.yaml", "--cluster", "local", "--tasks-per-node", "2", "--then", "sample,evaluate")
     run = f"{shell.root}/tiny"
     assert "--nproc-per-node=2" in text and f"-m launch.jobs train {run}\n" in text
-    assert f"-m launch.jobs sample {run} ddim4-step400-seed0 --shards 1\n" in text
+    assert f"-m launch.jobs sample {run} ddim4-step400-seed0 --shards 0-1\n" in text
     assert f"-m launch.jobs evaluate {run} ddim4-step400-seed0\n" in text and "SBATCH" not in text
 
 
 def test_later_stages_show_what_would_run_where_the_run_was_submitted_to(finished: Shell) -> None:
     shown = finished("sample", "tiny", "--set", "more", "--shards", "3", "--dry-run").stdout
-    assert "--shards 1\n… and 1 more shards" in shown and "SBATCH" not in shown
+    assert "--shards 0-2\n" in shown and "SBATCH" not in shown
     script = finished("sample", "tiny", "--set", "more", "--shards", "3", "--cluster", "slurm", "--dry-run").stdout
     assert "#SBATCH --array=0-2%3" in script
     assert "launch.jobs evaluate" in finished("evaluate", "tiny", "--dry-run").stdout
