@@ -5,13 +5,15 @@ intervals; precision is off. Structure, schedule, loss, optimizer, accumulation 
 names a folder or zip of ten classes for the CIFAR-10 recipes to train on; else there are pictures made here. CelebA is
 in miniature.
 
-200 steps at 32x32, of 8 images. At 64x64 and 128x128 they would take many minutes, so those recipes go through the
-same life in 12 steps, and their loss is not judged. DDPM_TEST_FULL=1 gives all of them 400 steps of 32 images.
+Of the recipes at 32x32 three, drawn anew each time, learn for 200 steps of 8 images. The others, and those at 64x64 and
+128x128, go through the same life in 12 steps, and their loss is not judged. DDPM_TEST_FULL=1 gives all of them 400
+steps of 32 images.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -67,8 +69,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("recipes"))
 
 
-def is_short(config: Config) -> bool:
-    return config.data.image_size > 32 and not FULL
+def judged() -> set[str]:
+    """Recipes that learn long enough for their loss to be judged."""
+    configs = {name: reading.load(path, chosen) for name, (path, chosen) in RECIPES.items()}
+    small = [name for name, config in configs.items() if config.data.image_size <= 32]
+    return set(RECIPES) if FULL else set(random.sample(small, 3))
+
+
+JUDGED = judged()
 
 
 def overrides(config: Config, place: Place, steps: int) -> list[str]:
@@ -103,7 +111,7 @@ def overrides(config: Config, place: Place, steps: int) -> list[str]:
 def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(name: str, place: Place) -> None:
     path, chosen = RECIPES[name]
     config = reading.load(path, chosen)
-    steps = FEW_STEPS if is_short(config) else STEPS
+    steps = STEPS if name in JUDGED else FEW_STEPS
     words = ["--cluster", "local", "--prepare", "--name", name, *chosen, *overrides(config, place, steps)]
     done = place.shell("submit", str(path), *words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -122,7 +130,7 @@ def test_a_narrow_version_learns_is_killed_resumes_and_is_scored(name: str, plac
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     loss = float(np.mean([m["loss"] for m in metrics[-50:]]))
     print(f"{name}: eps-loss {loss:.4f} over the last 50 of {steps} steps")
-    if not is_short(config):
+    if name in JUDGED:
         assert loss <= BOUNDS[config.diffusion.loss]
 
     grid = np.asarray(Image.open(run.grid(steps)))
