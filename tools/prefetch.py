@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""Bring what jobs read to where nodes see it: data packed, weights checked. Afterwards no job needs a network."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import launch.first  # noqa: E402, F401
+from ddpm.config import reading  # noqa: E402
+from ddpm.config.schema import Config  # noqa: E402
+from ddpm.errors import EnvironmentLacks, RequestError  # noqa: E402
+from ddpm.run.files import open_file, publishing  # noqa: E402
+from launch import prepare  # noqa: E402
+from launch.cluster import environment  # noqa: E402
+from launch.cluster.options import load_profile  # noqa: E402
+from launch.cluster.site import Site  # noqa: E402
+from launch.terminal import console  # noqa: E402
+
+EXAMPLES = """examples:
+  python tools/prefetch.py                                    CIFAR-10 and the Inception weights
+  python tools/prefetch.py configs/celeba-64.yaml --profile mysite
+  python tools/prefetch.py --from cifar-10-python.tar.gz pt_inception-2015-12-05-6726825d.pth     brought by hand
+  python tools/prefetch.py --statistics                       … and the reference's statistics, computed here
+
+All of it lies in one folder, which it prints: copy that beside the runs of another cluster and nothing is fetched
+there. What is there already is left alone; a download that was cut short begins again.
+"""
+
+
+class Known(NamedTuple):
+    """A published file."""
+
+    where: Path
+    """Its folder, within that of packed data."""
+    algorithm: str
+    digest: str
+    """Or the beginning of it."""
+
+
+def known_files() -> dict[str, Known]:
+    """By their names, as they are published. Loads torch."""
+    from torchvision.datasets import CIFAR10
+
+    from ddpm.scoring import dinov2, extractors
+
+    weights = extractors.beside(Path("data"))
+    return {
+        CIFAR10.filename: Known(Path("data") / "cifar10", "md5", CIFAR10.tgz_md5),
+        extractors.WEIGHTS_FILE: Known(weights, "sha256", extractors.PUBLISHED_SHA256_PREFIX),
+        dinov2.WEIGHTS_FILE: Known(weights, "sha256", ""),
+    }
+
+
+def bring(path: Path, cache: Path) -> None:
+    """Put a file that was brought by hand where a download would have put it. Raises RequestError, EnvironmentLacks."""
+    known = known_files()
+    if path.name not in known:
+        raise RequestError(f"--from {path}: no file of this name is fetched; known are {', '.join(known)}")
+    place = known[path.name]
+    try:
+        with open_file(path) as source:
+            digest = _digest(source, place.algorithm) if place.digest else ""
+            if not digest.startswith(place.digest):
+                raise RequestError(
+                    f"--from {path}: its {place.algorithm} is {digest}, and not that of the published file "
+                    f"({place.digest}…): a copy that was cut short?"
+                )
+            target = cache / place.where / path.name
+            if target.exists():
+                return
+            source.seek(0)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with publishing(target) as f:
+                shutil.copyfileobj(source, f, 1 << 20)
+    except OSError as e:
+        raise EnvironmentLacks(f"--from {path}: {e.filename or ''} {e.strerror}") from None
+    print(f"{path.name}: in {target.parent}")
+
+
+def _digest(source: BinaryIO, algorithm: str) -> str:
+    """Of all that is in a file."""
+    digest = hashlib.new(algorithm)
+    while piece := source.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def compute_statistics(config: Config, cache: Path) -> None:
+    """The reference's, by the config's extractor, as a scoring job would."""
+    import torch
+
+    from ddpm.data import packed
+    from ddpm.scoring import extractors
+    from ddpm.scoring.reference import reference_of
+
+    _, images = packed.pack(config.data, config.evaluate.reference, cache / "data")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shared = extractors.beside(cache / "data")
+    name, size = config.evaluate.extractor, config.data.image_size
+    extractor = extractors.build_extractor(name, device, shared=shared, image_size=size, warn=console.warn)
+    reference_of(images, extractor, cache / "data" / "reference")
+    print(f"statistics of {len(images)} images by {extractor.name}: in {cache / 'data' / 'reference'}")
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="what will be trained, as for submit.py")
+    parser.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE", help="files brought by hand")
+    parser.add_argument("--statistics", action="store_true", help="compute the reference's statistics too")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument("--profile", metavar="SITE", help="the site profile whose data_cache is used")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    args = parse()
+    files = [w for w in args.words if "=" not in w]
+    if len(files) > 1:
+        raise RequestError(f"more than one config file: {' '.join(files)}")
+    shelf = environment.SHIPPED / "configs"
+    config = reading.load(
+        Path(files[0]) if files else shelf / "cifar10.yaml", [w for w in args.words if "=" in w], shelf=shelf
+    )
+    if args.statistics and config.evaluate.reference not in ("train", "test"):
+        raise RequestError(f"--statistics: evaluate.reference = {config.evaluate.reference} has its own; leave it out")
+    site = Site(**load_profile(args.profile))
+    root = environment.runs_root(args.root)
+    cache = prepare.cache_of(site, root)
+    for name in args.files:
+        bring(environment.user_path(name, "--from"), cache)
+    lacking = []
+    for fetch in (
+        lambda: prepare.prepare_inputs(config, site, root, []),
+        lambda: prepare.ensure_weights(config.evaluate.extractor, cache / "data"),
+    ):
+        try:
+            fetch()
+        except EnvironmentLacks as e:  # what can be had is fetched all the same
+            lacking.append(str(e))
+    if lacking:
+        raise EnvironmentLacks("\n".join(lacking))
+    if args.statistics:
+        compute_statistics(config, cache)
+    print(f"all that jobs read is in {cache}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_script(main)
