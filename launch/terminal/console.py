@@ -84,7 +84,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def as_json(record: object) -> str:
-    """For people: what was computed of some thousand samples has no thirteen digits. The file has all of them."""
+    """On a terminal, what was computed of some thousand samples has no thirteen digits; a program gets all of them."""
+    if not sys.stdout.isatty():
+        return json.dumps(record, indent=1)
     return json.dumps(json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}")), indent=1)
 
 

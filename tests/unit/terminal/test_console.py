@@ -34,8 +34,10 @@ def test_only_a_reader_that_has_read_enough_ends_a_script_well(
     assert capsys.readouterr().err == ("error: it is so\n" if code else "")
 
 
-def test_numbers_for_people_have_no_thirteen_digits() -> None:
+def test_numbers_for_people_have_no_thirteen_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"fid": 137.37941234567, "n": 50_000, "seed": 2**60, "of": [0.1234567891, None]}
+    assert json.loads(console.as_json(record)) == record  # for programs
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert json.loads(console.as_json(record)) == {"fid": 137.379, "n": 50_000, "seed": 2**60, "of": [0.123457, None]}
 
 
