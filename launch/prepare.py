@@ -167,7 +167,8 @@ def settle_code(run: RunDir, *, new: bool) -> None:
         if had is not None:
             print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
     elif told:
-        print(f"code: run {run.name} keeps its own, {code.digest(had)}; this checkout has {told}. --code new takes it")
+        told = f"run {run.name} keeps its own, {code.digest(had)}; this checkout has {told}. --code new takes it"
+        print(f"code: {told}", file=sys.stderr)
     code.unpack(run)
 
 

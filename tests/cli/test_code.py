@@ -46,7 +46,7 @@ def test_code_edited_after_a_run_was_begun_is_run_only_where_it_is_asked_for(she
     kept = checkout.train(4)
     assert kept.returncode == 0 and "edited" not in logs(run), kept.stdout + kept.stderr
     said = "this checkout has ddpm/training/step.py +3 -0. --code new takes it"
-    assert "code: run tiny keeps its own, " in kept.stdout and said in kept.stdout
+    assert "code: run tiny keeps its own, " in kept.stderr and said in kept.stderr
 
     new = checkout.train(6, "--code", "new")
     assert new.returncode == 0 and "edited" in logs(run), new.stdout + new.stderr
