@@ -298,3 +298,20 @@ def test_milestones_are_scored_by_jobs_beside_training_and_tasks_share_a_bound(s
     # queued when it was saved, asked for again at the end
     assert sum(e["event"] == "submitted" and e["stage"] == "sample" for e in read_events(run)) == 1
     assert len(logs) == 3 and sum(log.count("bits per dimension images=") for log in logs) == 3, logs
+
+
+def test_a_run_from_anothers_weights_that_dies_before_its_first_save_begins_with_them_again(
+    site: Site, undisturbed: RunDir
+) -> None:
+    asked = ("--from", f"{undisturbed.name}@150", "train.total_steps=100", "checkpoint.every_min=null")
+    (job,) = site.submit("second", *TWO_RANKS, *asked)
+    run = site.run_dir("second")
+    site.wait_logged("second", 2)
+    before = {line["step"]: line["loss"] for line in read_jsonl(run.metrics)}
+    os.kill(cluster.Cluster(site.bed, site.root, "submitit").ranks(run)[1].pid, signal.SIGKILL)
+    assert run.steps_saved() == []
+    assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log("second")
+    after = {line["step"]: line["loss"] for line in read_jsonl(run.metrics)}
+    assert [e["event"] for e in read_events(run)].count("started") == 2 and len(before) >= 2
+    assert {step: after[step] for step in before} == before
+    assert after[5] < read_jsonl(undisturbed.metrics)[0]["loss"]  # of a run that begins with nothing
