@@ -145,30 +145,39 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
 
 def settle_code(run: RunDir, *, new: bool) -> None:
     """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
-    with `--code new`. Raises RequestError where jobs are at work by the old one.
+    with `--code new`. Raises RequestError where what it had is gone, or jobs are at work by it.
     """
     here = code.of_checkout()
+    had, last = None, code.last_run(run)
     try:
         had = code.of_run(run)
     except DamagedFile:
         if not new:
             raise
-        had = {}
-    told = code.differences(had or {}, here) if had is not None else ""
-    if had is None or (told and new):
-        jobs = _at_work(run) if had is not None else ""
-        if jobs:
+    known = last if had is None else code.digest(had)
+    if known is None or known == code.digest(here):
+        if had is None:
+            code.check(here)
+            code.keep(run, here)
+    elif new:
+        told = code.differences(had, here) if had is not None else "what it had before is gone"
+        if jobs := _at_work(run):
             raise RequestError(
                 f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
                 f"end it (nothing is lost), then submit again"
             )
         code.check(here)
         code.keep(run, here)
-        if had is not None:
-            print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
-    elif told:
-        told = f"run {run.name} keeps its own, {code.digest(had)}; this checkout has {told}. --code new takes it"
-        print(f"code: {told}", file=sys.stderr)
+        print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
+    elif had is None or last not in (None, known):
+        what = "is not there" if had is None else f"holds {known}"
+        raise RequestError(
+            f"{run.code} {what}, and jobs of the run were last sent with {last}: bring that back, or take this "
+            f"checkout's code, {code.digest(here)}, with --code new"
+        )
+    else:
+        told = f"{known}; this checkout has {code.differences(had, here)}"
+        print(f"code: run {run.name} keeps its own, {told}. --code new takes it", file=sys.stderr)
     code.unpack(run)
 
 

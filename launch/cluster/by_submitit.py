@@ -71,6 +71,7 @@ def script_text(job: Job) -> str:
     lines = ["#!/bin/bash", "", "# Parameters"]
     lines += [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in sorted(listed.items())]
     lines += ["", "# setup", *(f"export {k}={shlex.quote(v)}" for k, v in told.items())]
+    lines += ['"$DDPM_PYTHON" "$DDPM_RUN/code.zip" "$DDPM_HOME" || :']  # what it runs may have been purged meanwhile
     lines += ['. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command", "export SUBMITIT_EXECUTOR=slurm"]
     lines += [f"{shlex.join(srun)} {ours}{shlex.join(rank)} {python} {shlex.join(runner)}", ""]
     return "\n".join(lines)

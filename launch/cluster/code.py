@@ -6,7 +6,7 @@ code share; what lies there is only a copy.
 
 from __future__ import annotations
 
-import compileall
+import contextlib
 import difflib
 import hashlib
 import io
@@ -18,14 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.events import read_events
 from ddpm.run.files import TMP_PREFIX, DamagedFile, read_bytes, sha256_json, write_bytes
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT, SHIPPED
+from launch.cluster.unpacker import MAIN, mend
 
 TREES = ("ddpm", "launch", "slurm")
 SUFFIXES = (".py", ".sh", ".sbatch")
 MAX_BYTES = 64 << 20
 """Of all files together; ours are under 2 MB."""
+UNPACKER = "launch/cluster/unpacker.py"
 MAX_TOLD = 5
 """Files that a difference names."""
 
@@ -56,6 +59,8 @@ def of_run(run: RunDir) -> Code | None:
             if sum(m.file_size for m in members) > MAX_BYTES or not all(map(_is_ours, archive.namelist())):
                 raise DamagedFile(f"{run.code} holds what is no code of ours")
             code = {m.filename: archive.read(m) for m in members}
+            if code.pop(MAIN, b"") != code.get(UNPACKER, b""):
+                raise zipfile.BadZipFile("it would unpack itself otherwise than it says")
             if archive.comment.decode(errors="replace") != digest(code):
                 raise zipfile.BadZipFile("it is not what it says that it is")
             return code
@@ -64,7 +69,8 @@ def of_run(run: RunDir) -> Code | None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(tuple(f"{tree}/" for tree in TREES)) and name.endswith(SUFFIXES) and ".." not in name
+    inside = name.startswith(tuple(f"{tree}/" for tree in TREES)) and name.endswith(SUFFIXES) and ".." not in name
+    return inside or name == MAIN
 
 
 def digest(code: Code) -> str:
@@ -98,7 +104,7 @@ def keep(run: RunDir, code: Code) -> None:
     """Make it the run's."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in sorted(code.items()):
+        for name, data in sorted({**code, MAIN: code.get(UNPACKER, b"")}.items()):
             archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
         archive.comment = digest(code).encode()
     write_bytes(run.code, packed.getvalue(), replace=True)
@@ -115,39 +121,27 @@ def unpack(run: RunDir) -> Path:
         check(code)
         keep(run, code)
     place = _place(run, code)
+    tmp = place.with_name(f"{TMP_PREFIX}{place.name}.{uuid.uuid4().hex}")
     try:
-        if place.is_dir():
-            for name in (name for name, data in code.items() if not _holds(place / name, data)):
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(place / name, code[name], replace=True)  # changed by hand, or purged
-        else:
-            _lay_out(code, place)
+        with zipfile.ZipFile(run.code) as archive:
+            if not place.is_dir():  # whole or not at all
+                mend(archive, tmp)
+                with contextlib.suppress(OSError):  # another was first
+                    tmp.rename(place)
+            mend(archive, place)
     except OSError as e:
         raise EnvironmentLacks(
             f"the run's code cannot be laid out in {place} ({e.strerror}): make room there, or choose another --root"
         ) from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return place
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
-
-
-def _lay_out(code: Code, place: Path) -> None:
-    """Whole or not at all. Raises OSError."""
-    tmp = place.with_name(f"{TMP_PREFIX}{place.name}.{uuid.uuid4().hex}")
-    try:
-        for name, data in code.items():
-            (tmp / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp / name).write_bytes(data)
-            (tmp / name).chmod(0o444)  # who would edit it is told that this is a copy
-        compileall.compile_dir(tmp, quiet=2, stripdir=str(tmp), prependdir=str(place))  # once, and not by each rank
-        tmp.rename(place)
-    except OSError:
-        if not place.is_dir():  # nobody else was first
-            raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+def last_run(run: RunDir) -> str | None:
+    """The digest of the code that jobs of the run were last submitted with; None where no event says."""
+    told = (e.get("code") for e in reversed(read_events(run)) if e["event"] == "submitted")
+    return next((digest for digest in told if isinstance(digest, str)), None)
 
 
 def differences(old: Code, new: Code) -> str:

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ddpm.errors import EnvironmentLacks
+from ddpm.errors import DDPMError, EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
+from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import code, environment
 from launch.cluster.job import Job
@@ -132,6 +133,8 @@ def main() -> int:
             return 0
         if stages[i] not in stages[:i]:
             _note(run, "stage_began", command)
+        with contextlib.suppress(DDPMError, DamagedFile):  # what is not there shows where it is needed
+            code.unpack(run)  # it may have been purged meanwhile
         started = subprocess.Popen(command)
         child = started
         while unheard:

@@ -55,6 +55,15 @@ def test_code_edited_after_a_run_was_begun_is_run_only_where_it_is_asked_for(she
     assert codes == [e["code"] for e in events(run) if e["event"] == "submitted"]
     assert codes[0] == codes[1] != codes[2] and len(codes) == 3
 
+    packed = (run / "code.zip").read_bytes()
+    (run / "code.zip").unlink()
+    shutil.rmtree(shell.root / ".cache" / "code")
+    checkout.edit("ddpm/training/step.py", 'print("edited")', 'print("edited again")')
+    gone = checkout.train(8)
+    assert gone.returncode == 2, gone.stderr
+    assert f"code.zip is not there, and jobs of the run were last sent with {codes[2]}" in gone.stderr
+    (run / "code.zip").write_bytes(packed)
+
     checkout.edit("ddpm/training/trainer.py", "\nclass ", "\nclass class ")
     broken = checkout.train(8)
     assert broken.returncode == 0, broken.stdout + broken.stderr

@@ -1,5 +1,7 @@
 """The code that is kept with a run."""
 
+import marshal
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -105,3 +107,33 @@ def test_where_it_cannot_be_laid_out_the_place_is_named(run: RunDir) -> None:
     (run.path.parent / ".cache").write_text("in the way")
     with pytest.raises(EnvironmentLacks, match=r"\.cache/code"):
         code.unpack(run)
+
+
+def test_damaged_bytecode_and_what_could_be_imported_instead_are_put_right(run: RunDir) -> None:
+    home = code.unpack(run)
+    compiled = home / "ddpm" / "__pycache__" / f"errors.{sys.implementation.cache_tag}.pyc"
+    whole, mended = compiled.read_bytes(), set()
+    for damage in (whole.replace(b"\x00", b"\x01", 3), whole[:100], b""):
+        compiled.chmod(0o644)
+        compiled.write_bytes(damage)
+        (home / "numpy.py").write_text("raise SystemExit")
+        (home / "ddpm" / "zlib.py").write_text("")
+        assert code.unpack(run) == home
+        mended.add(compiled.read_bytes()[16:])
+        assert not (home / "numpy.py").exists() and not (home / "ddpm" / "zlib.py").exists()
+    (good,) = mended
+    assert marshal.loads(good).co_names == marshal.loads(whole[16:]).co_names
+
+
+def test_the_archive_mends_what_was_purged_with_nothing_but_python(run: RunDir, tmp_path: Path) -> None:
+    """As a job does before its first line that needs any of it."""
+    home = code.unpack(run)
+    words = [sys.executable, "-S", str(run.code), str(home)]
+    for purge in (lambda: shutil.rmtree(home), (home / "slurm" / "supervise.sh").unlink):
+        purge()
+        assert subprocess.run(words, cwd=tmp_path, env={}).returncode == 0
+        assert {name: (home / name).read_bytes() for name in code.of_checkout()} == code.of_checkout()
+    code.keep(run, {**code.of_checkout(), "ddpm/new.py": b""})  # as --code new would
+    (home / "launch" / "jobs.py").unlink()
+    assert subprocess.run(words, cwd=tmp_path, env={}).returncode == 0
+    assert not (home / "ddpm" / "new.py").exists()  # it is what jobs of before run

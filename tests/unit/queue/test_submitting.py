@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import now
 from ddpm.run.paths import RunDir
 from launch import jobs, submit
-from launch.cluster import scheduler, slurm
+from launch.cluster import code, scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, numbers, share
 from launch.cluster.site import Site, Stage
@@ -466,6 +467,18 @@ def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and
     monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
     kept = {**told, "no-requeue": "1"}
     assert [waiting.mercy_for(run, job) for job in ("101", heir, "90", "7")] == [kept, kept, told, {}]
+
+
+def test_what_a_job_runs_is_laid_out_again_where_it_was_purged_meanwhile(run: RunDir, tmp_path: Path) -> None:
+    run.config.touch()
+    home = code.unpack(run)
+    shutil.rmtree(home)
+    (tmp_path / "srun").write_text("#!/bin/sh\nexec >$(dirname $0)/said; echo $3 $4; [ ! -f $4 ] || echo there\n")
+    (tmp_path / "srun").chmod(0o755)
+    env = {"SLURM_JOB_ID": "101", "SLURM_JOB_NODELIST": "n1", "DDPM_HOME": str(home), "DDPM_PYTHON": sys.executable}
+    argv = ["bash", str(PROJECT / "slurm" / "train.sbatch"), str(run.path)]
+    subprocess.run(argv, env={**env, "PATH": f"{tmp_path}:/usr/bin:/bin"}, timeout=60)
+    assert (tmp_path / "said").read_text().split() == ["bash", str(home / "slurm" / "rank.sh"), "there"]
 
 
 @pytest.mark.parametrize("shards", [(2,), (0, 1)])
