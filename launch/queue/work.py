@@ -41,16 +41,20 @@ def of_run(run: RunDir) -> Work:
     """Raises SchedulerError where SLURM does not answer."""
     events = read_events(run)
     jobs = slurm_jobs(run, events)
-    states = scheduler.queued(jobs) if jobs and scheduler.available() else {}
+    asked = jobs if scheduler.available() else []
+    states = scheduler.queued(asked) if asked else {}
     here = {job: pid for job, (pid, _) in local.at_work(run).items()}
-    return Work(states, here, "" if states or here else _beats(run, events))
+    return Work(states, here, "" if states or here else _beats(run, events, gone=asked))
 
 
-def _beats(run: RunDir, events: list[dict[str, Any]]) -> str:
-    """Who has just given a sign of life and not of its end, and is no process of this machine, which would be known."""
+def _beats(run: RunDir, events: list[dict[str, Any]], gone: list[str]) -> str:
+    """Who has just given a sign of life and not of its end, and is no process of this machine, which would be known.
+
+    gone: jobs that SLURM has no more.
+    """
     beat, place = read_heartbeat(run), place_of(run)
     age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S
-    if age >= BEATS_S or beat.get("inode", place) != place:
+    if age >= BEATS_S or beat.get("inode", place) != place or str(beat["job"]).partition("_")[0] in gone:
         return ""
     of_life = [e for e in events if (e["job"], e["restart"]) == (str(beat["job"]), beat["restart"])]
     over = any(e["event"] in OVER for e in of_life)
