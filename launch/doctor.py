@@ -50,20 +50,20 @@ def main() -> int:
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
-    failed = False
-    findings = checkup.look(site, recipe.config, root, recipe.num_parameters or 35_746_307)
-    for finding in findings:
-        failed |= _say(finding)
-    if args.probe and not failed:
-        for finding in checkup.probe(site, root, args.wait_s):
-            failed |= _say(finding)
-    if draft and not failed:
+    num_parameters = recipe.num_parameters or 35_746_307
+    failed = [_say(finding) for finding in checkup.storage(recipe.config, root, num_parameters)]
+    refused = [_say(finding) for finding in checkup.cluster(site, root, num_parameters)]
+    if any(refused) and (args.probe or draft):
+        print("not done: a node was not asked, and no profile drafted, until that is mended")
+    elif args.probe:
+        failed += [_say(finding) for finding in checkup.probe(site, root, args.wait_s)]
+    if draft and not any(refused):
         try:
             draft.write_text(checkup.profile(site))
         except OSError as e:
             raise EnvironmentLacks(f"{draft} cannot be written ({e.strerror})") from None
         print(f"wrote {draft}: look it over, then --profile {args.write_profile}")
-    return EnvironmentLacks.exit_code if failed else 0
+    return EnvironmentLacks.exit_code if any(failed + refused) else 0
 
 
 def _place(name: str) -> Path:

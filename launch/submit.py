@@ -94,6 +94,10 @@ def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str], reci
     if not any(o.startswith("name=") for o in overrides):
         name = name_of(config, environment.runs_root(args.root))
         config = config.model_copy(update={"name": check_name(name)})
+    if config.data.name == "digits" and config.data.path is not None:
+        raise RequestError(
+            f"data.path = {config.data.path}: data.name=digits has its own images; for those there: data.name=images"
+        )
     if "evaluate" in stages and config.sample.num_samples < LEAST_SCORED:
         raise RequestError(
             f"sample.num_samples = {config.sample.num_samples}: a score needs at least {LEAST_SCORED} samples, as it "

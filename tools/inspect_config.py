@@ -16,7 +16,7 @@ from ddpm.config.schema import Config  # noqa: E402
 from ddpm.config.unet_shape import Structure  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
 from launch.cluster.environment import PROJECT  # noqa: E402
-from launch.terminal import console, recipes  # noqa: E402
+from launch.terminal import console, recipes, streams  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -180,7 +180,7 @@ def print_layers(rows: list[tuple[str, ...]]) -> None:
         table.add_column(name, justify="right" if name in ("channels", "blocks", "parameters") else "left")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    Console(file=streams.below(sys.stdout), width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
 def main() -> int:

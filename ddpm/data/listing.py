@@ -75,3 +75,8 @@ def suffix(name: str) -> str:
 def readable(name: str) -> str:
     """The name of a file as text that can be written, whatever its bytes: those that are no UTF-8 as \\xe9."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def is_torchvisions(root: Path) -> bool:
+    """Whether CIFAR-10's own archive lies there, or may be downloaded to it."""
+    return root.is_dir() and (not any(root.iterdir()) or any(root.glob("cifar-10-*")))

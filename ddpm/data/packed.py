@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ddpm.config.data import Data
-from ddpm.data import celeba, sources
+from ddpm.data import celeba, listing, sources
 from ddpm.data.arrays import Item, write_arrays
 from ddpm.data.decoding import Decoding
 from ddpm.data.sources import Source
@@ -51,15 +51,10 @@ def open_source(data: Data) -> Source:
         )
     if data.name == "celeba":
         return celeba.open_source(data)
-    if data.name == "cifar10" and (path is None or is_torchvisions(path)):
+    if data.name == "cifar10" and (path is None or listing.is_torchvisions(path)):
         return sources.cifar10(path)
     assert path is not None
     return sources.images(path)
-
-
-def is_torchvisions(root: Path) -> bool:
-    """Whether CIFAR-10's own archive lies there, or may be downloaded to it."""
-    return root.is_dir() and (not any(root.iterdir()) or any(root.glob("cifar-10-*")))
 
 
 # ---------------------------------------------------------------- packing

@@ -8,7 +8,7 @@ from pathlib import Path
 from ddpm.config import reading
 from ddpm.config.data import Data
 from ddpm.config.schema import Config
-from ddpm.data.packed import is_torchvisions
+from ddpm.data.listing import is_torchvisions
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, fitting

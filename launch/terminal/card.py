@@ -82,10 +82,11 @@ def _scores(scores: list[Score]) -> str:
         r = score.record
         ends, half = r.get(f"{key_of(r)}_interval"), half_width(r)
         interval = " to ".join(rounded(end, half) for end in ends) if ends else "-"
-        of = r["extractor"]
+        of = r.get("extractor") or {"name": "-"}  # bits per dimension have none, and no sampler
+        sampler = r.get("sampler") or {"name": "-"}
         features = of["name"] + (f" (sha256 {of['weights_sha256'][:12]})" if of.get("weights_sha256") else "")
         rows.append((
-            SCORE_NAMES[key_of(r)] + caution(r), number(r), interval, _sampler(r["sampler"]), str(r["nfe"]),
+            SCORE_NAMES[key_of(r)] + caution(r), number(r), interval, _sampler(sampler), str(r["nfe"]),
             against(r), features, str(r.get("seed", "-")), str(r.get("created", "-"))[:10],
         ))  # fmt: skip
     return _table(rows)

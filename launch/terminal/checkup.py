@@ -51,9 +51,8 @@ def _judged(good: bool, what: str, remedy: str = "", or_else: Literal["warn", "f
     return Finding("pass", what) if good else Finding(or_else, what, remedy)
 
 
-def look(site: Site, config: Config, root: Path, num_parameters: int) -> Findings:
-    """All that can be known on this machine. num_parameters: of the network that will be trained."""
-    yield from _storage(config, root, num_parameters)
+def cluster(site: Site, root: Path, num_parameters: int) -> Findings:
+    """What SLURM says on this machine. num_parameters: of the network that will be trained."""
     lacking = [name for name in inquiry.NEEDED if not scheduler.available(name)]
     if lacking:
         yield Finding("fail", f"no {', '.join(lacking)} here", "log in to the login node, or load its slurm module")
@@ -168,7 +167,8 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
 # ---------------------------------------------------------------- files
 
 
-def _storage(config: Config, root: Path, num_parameters: int) -> Findings:
+def storage(config: Config, root: Path, num_parameters: int) -> Findings:
+    """Whether there is room for a run, and its data. num_parameters: of its network."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as f:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
 from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
 from launch.queue.sets import of_other_samples, score_by
-from launch.terminal import console
+from launch.terminal import console, streams
 
 
 def chosen_scores(
@@ -69,7 +70,7 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:
         cells = [record["sampler"]["name"], str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
         cells += ["" if record is first else _told(first, record), "-" if limit is None else _limit(record, limit)]
         table.add_row(*(plain(cell) for cell in (word, *cells)))
-    terminal = Console(width=None, markup=False, highlight=False, emoji=False)
+    terminal = Console(file=streams.below(sys.stdout), markup=False, highlight=False, emoji=False)
     terminal.print(table)
     for word, record in scores.items():
         if why := caution(record):

@@ -80,10 +80,11 @@ def test_events_tell_the_life_of_a_run(finished: Shell) -> None:
     happened = events(finished.root / "tiny")
     told = [e["event"] for e in happened]
     assert told.count("submitted") == 1  # which a quick job may precede
-    assert [t for t in told if t != "submitted"] == ["allocated", "started", "checkpoint", "checkpoint", "finished"]
+    trained = ["allocated", "started", "checkpoint", "checkpoint", "finished"]
+    assert [t for t in told if t != "submitted"] == trained + ["stage_began", "stage_done"] * 2
     assert all({"event", "time", "job", "restart", "host"} <= set(e) for e in happened)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", e["time"]) for e in happened)
-    assert happened[-1]["step"] == 400 and happened[-1]["world_size"] == 1
+    assert happened[-1]["stage"] == "evaluate" and happened[-1]["step"] == 400 and happened[-1]["world_size"] == 1
 
 
 def test_a_sample_set_and_its_score_name_everything_they_follow_from(finished: Shell) -> None:
