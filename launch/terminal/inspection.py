@@ -64,6 +64,7 @@ def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
     yield from _judged("code.zip", _code, run, needed=False)
+    yield from (line for line in _judged(run.start.name, evidence.check_start, run) if line.verdict != "holds")
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
 

@@ -12,7 +12,8 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
-from ddpm.run.files import DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
+from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
+from ddpm.run.generations import read_manifest
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
 from ddpm.run.state import finished_step
@@ -182,7 +183,7 @@ def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, dama
 def _check_newest(run: RunDir, saved: int) -> None:
     """Raises DamagedFile where the newest checkpoint cannot be whole; its content is not read."""
     if saved:
-        manifest, file = read_signed(run.manifest(saved)), run.checkpoint(saved)
+        manifest, file = read_manifest(run, saved), run.checkpoint(saved)
         if not file.is_file() or file.stat().st_size != manifest.get("bytes"):
             raise DamagedFile(f"{file.name} is not whole: {manifest.get('bytes')} bytes were saved")
 
