@@ -52,6 +52,20 @@ def _of_others(run: RunDir, manifest: Mapping[str, Any]) -> str:
     return ""
 
 
+def of_another(run: RunDir, step: Any, sha256: Any) -> str:
+    """Why what was made of the checkpoint `step`, `sha256` was not made of this run's; "" where it was, or where none
+    of that step is there (any more) to compare it with. Raises OSError where it cannot look for a moment."""
+    if not isinstance(step, int):
+        return ""
+    try:
+        manifest = read_signed(run.manifest(step))
+    except (DamagedFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+        return ""
+    if (manifest.get("sha256") == sha256) != bool(_of_others(run, manifest)):
+        return ""
+    return f"is of another checkpoint than this run's step {step}"
+
+
 def verify(run: RunDir, step: int) -> Generation:
     """Check one generation in full. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
     manifest = read_manifest(run, step)

@@ -47,10 +47,12 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
         if sets.score_by(run, name, config.evaluate) is not None:
             continue
         where = run.sample_set(name)
-        there = where.request.exists()
-        request = read_request(where) if there else sets.request_for(run, sampled, generations.choose(run, step))
-        if not there and not dry_run:
-            publish_request(where, request)
+        if where.request.exists():
+            request = sets.own_request(run, name)
+        else:
+            request = sets.request_for(run, sampled, generations.choose(run, step))
+            if not dry_run:
+                publish_request(where, request)
         missing = shards_to_make(where, request)
         make = [Job("sample", run, site, name, tuple(missing))] if missing else []
         chains.append([*make, Job("evaluate", run, site, name)])

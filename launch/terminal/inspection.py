@@ -28,6 +28,7 @@ from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring import bound_request
+from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
 from launch.queue.sets import of_other_samples
@@ -187,7 +188,7 @@ def _samples(run: RunDir) -> Lines:
         except DDPMError as e:
             yield Line("damaged", f"{name}/request.json", str(e))
             continue
-        yield Line("holds", f"{name}/request.json", f"of step {request.checkpoint.step}")
+        yield from _judged(f"{name}/request.json", _of_step, run, request)
         yield from _shards(where, request, name)
 
 
@@ -205,13 +206,18 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
 def _bounds(run: RunDir) -> Lines:
     for where in run.bound_sets():
         name = f"bits-per-dim/{where.name}"
-        yield from _judged(f"{name}/request.json", _bound, where)
+        yield from _judged(f"{name}/request.json", _bound, run, where)
         for path in _sorted(where.path, ".npy"):
             yield from _judged(f"{name}/{path.name}", _features, path)
 
 
-def _bound(where: BoundSet) -> str:
-    return f"of step {bound_request.read(where).checkpoint.step}"
+def _bound(run: RunDir, where: BoundSet) -> str:
+    return _of_step(run, bound_request.read(where))
+
+
+def _of_step(run: RunDir, request: Request | BoundRequest) -> str:
+    at = request.checkpoint
+    return _unless(generations.of_another(run, at.step, at.sha256), f"of step {at.step}")
 
 
 def _features(path: Path) -> None:
