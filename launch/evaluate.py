@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -235,7 +236,10 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
             return code if code == 130 else 1
     if ids and args.wait:
         follow.follow_jobs(run, ids)
-    if run.milestones.exists() and not (ids and not args.wait):
+    if ids and not args.wait:
+        return 0
+    milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score
+    if run.milestones.exists():
         print(run.milestones.read_text(), end="")
     return 0
 

@@ -226,9 +226,15 @@ def _features(path: Path) -> None:
 
 
 def _scores(run: RunDir) -> Lines:
-    yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
+    yield from _judged("milestones.json", _milestones, run, needed=False)
     for path in sorted(run.eval.rglob("*.json")):
         yield from _judged(str(path.relative_to(run.path)), _score, run, path)
+
+
+def _milestones(run: RunDir) -> None:
+    for point in read_signed(run.milestones)["curve"]:
+        if why := generations.of_another(run, point["step"], point.get("sha256")):
+            raise DamagedFile(why)
 
 
 def _score(run: RunDir, path: Path) -> None:

@@ -119,8 +119,13 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
     assert [(p["step"], p["images"], p["set"]) for p in record["curve"]] == [(400, 3200, name)]
     assert record["best"]["frechet_distance"] == read(run.score(name))["frechet_distance"]
     assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "milestones").glob("events*"))
-    assert milestones.best_step(run) == 400
-    assert not milestones.jobs_of(run, reading.of_run(run), Site(cluster="local"))
+    config = reading.of_run(run)
+    assert milestones.best_step(run, config) == 400
+    assert not milestones.jobs_of(run, config, Site(cluster="local"))
+    run.milestones.write_text(json.dumps(sign({**record, "curve": [{"step": 400, "sha256": "a sibling's"}]})))
+    (wrong,) = [line.why for line in inspection.look(run) if line.what == "milestones.json"]
+    assert wrong == "is of another checkpoint than this run's step 400"
+    assert again("evaluate", "tiny", "--all-milestones").returncode == 0 and read(run.milestones) == record
 
 
 def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:
