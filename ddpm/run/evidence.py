@@ -19,7 +19,7 @@ from ddpm.run import unfinished
 from ddpm.run.events import read_events
 from ddpm.run.files import DamagedFile, read_json
 from ddpm.run.paths import RunDir, listed
-from ddpm.run.records import read_metrics, read_run
+from ddpm.run.records import read_metrics, usable
 
 OF_TRAINING = ("stop_requested", "rollback")
 """Events whose step is the one that training was at; that of all others had been saved."""
@@ -41,10 +41,9 @@ def refuse_start(run: RunDir) -> None:
 
 def check_start(run: RunDir) -> None:
     """Raise Incomplete where run.json and the weights that the run starts from do not belong together: one of them is
-    another run's. Where run.json cannot be used, that is for whoever reads it next to say."""
-    try:
-        record = read_run(run)
-    except DamagedFile:
+    another run's."""
+    record = usable(run)
+    if not record:
         return
     if "from" not in record and os.path.lexists(run.start):
         why = f"{run.start} is there, and {run.run_json} says nothing of weights that the run starts from"

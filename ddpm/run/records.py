@@ -280,13 +280,19 @@ def read_run(run: RunDir) -> Record:
     return record
 
 
+def usable(run: RunDir) -> Record:
+    """`read_run`, {} where that cannot be: whoever needs more of it reads it again, and says so. Raises OSError where
+    the file system fails for a moment."""
+    try:
+        return read_run(run)
+    except (DamagedFile, IsADirectoryError, NotADirectoryError, PermissionError):
+        return {}
+
+
 def identity(run: RunDir) -> dict[str, str]:
     """What tells the run's own checkpoints from another's of the same config: `run_id`, and `data_digest`, that of its
     images. What run.json does not say is left out, as that of a run from before ids; all where it cannot be used."""
-    try:
-        record = read_run(run)
-    except DamagedFile:  # whoever needs more of it reads it again, and says so
-        return {}
+    record = usable(run)
     found = {"run_id": record.get("run_id"), "data_digest": (record.get("data") or {}).get("digest")}
     return {key: value for key, value in found.items() if value}
 

@@ -91,6 +91,11 @@ def test_what_is_of_another_run_is_refused_and_what_tells_of_none_taken(run: Run
     with pytest.raises(RequestError, match=why):
         generations.choose(run, 6)
     assert finished_step(run, make_config(train__total_steps=6)) is None
+    run.run_json.rename(aside := run.path / "aside")
+    run.run_json.mkdir()  # which says nothing of the checkpoints
+    assert generations.verify(run, 6).step == 6
+    run.run_json.rmdir()
+    aside.rename(run.run_json)
     run.manifest(3).unlink()
     run.checkpoint(3).unlink()
     with pytest.raises(Incomplete, match=why):
