@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,6 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of
-from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
 from ddpm.scoring.record import Score, is_signed, scores_of, told
 from launch import prepare
@@ -31,7 +31,7 @@ from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, bounds, chain, local, milestones
 from launch.queue.directory import base_of, use_shell_of
-from launch.queue.sets import LEAST_SCORED, score_by
+from launch.queue.sets import LEAST_SCORED, of_other_samples, own_request, score_by
 from launch.queue.submitting import describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
@@ -166,7 +166,7 @@ def main() -> int:
     if args.all_milestones:
         return score_milestones(run, config, site, args)
     set_name = choose_set(run, args.set_name)
-    if (num := read_request(run.sample_set(set_name)).num_samples) < LEAST_SCORED:
+    if (num := own_request(run, set_name).num_samples) < LEAST_SCORED:
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
     reference = args.reference or config.evaluate.reference
     check_for_run(run, config, reference)
@@ -202,7 +202,8 @@ def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespac
     print(bounds.cost(request, config), file=sys.stderr)
 
     def found() -> Score | None:
-        return next((score for score in scores_of(run, name) if not score.damage), None)
+        holding = (score for score in scores_of(run, name) if not (score.damage or of_other_samples(run, score)))
+        return next(holding, None)
 
     return do(job, lambda: jobs_in_queue(run, "evaluate", name), found, args)
 
@@ -235,7 +236,10 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
             return code if code == 130 else 1
     if ids and args.wait:
         follow.follow_jobs(run, ids)
-    if run.milestones.exists() and not (ids and not args.wait):
+    if ids and not args.wait:
+        return 0
+    milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score
+    if run.milestones.exists():
         print(run.milestones.read_text(), end="")
     return 0
 

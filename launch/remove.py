@@ -59,9 +59,10 @@ def _borrowers(run: RunDir, root: Path) -> Iterator[Path]:
         for other in console.all_runs(place):
             try:
                 reads = borrowing.reads(other)
-            except (DamagedFile, OSError):
-                continue
-            if reads and other.path != run.path and Path(reads).resolve() == run.path.resolve():
+                has_them = reads is not None and Path(reads).resolve() == run.path.resolve()
+            except (DamagedFile, OSError):  # where its links lead tells too
+                has_them = os.path.realpath(other.checkpoints) == os.path.realpath(run.checkpoints)
+            if has_them and other.path != run.path:
                 yield other.path
 
 

@@ -152,7 +152,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
 def main() -> int:
     args = parse()
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
-    args.step = milestones.best_step(run) if args.step == "best" else args.step
+    args.step = milestones.best_step(run, reading.of_run(run)) if args.step == "best" else args.step
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = resolve(args, base_of(run, args), "sample")

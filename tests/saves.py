@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from ddpm.run import unfinished
 from ddpm.run.fence import Fence
-from ddpm.run.files import sha256_json, write_json
+from ddpm.run.files import sha256_file, sha256_json, sign, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 
@@ -94,3 +95,12 @@ class Unreadable:
             return real(path, *args, **options)
 
         return opened
+
+
+def save_otherwise(run: RunDir, step: int) -> None:
+    """Another checkpoint in the place of one that was saved, whole and with its own manifest, as of a sibling run."""
+    state = torch.load(run.checkpoint(step), weights_only=True)
+    state["extra"]["of_a_sibling"] = 1
+    torch.save(state, run.checkpoint(step))
+    found = {"bytes": run.checkpoint(step).stat().st_size, "sha256": sha256_file(run.checkpoint(step))}
+    run.manifest(step).write_text(json.dumps(sign({**json.loads(run.manifest(step).read_text()), **found})))

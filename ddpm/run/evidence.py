@@ -8,6 +8,7 @@ of it. How to get back what is missing is the caller's to say.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from ddpm.run import unfinished
 from ddpm.run.events import read_events
 from ddpm.run.files import DamagedFile, read_json
 from ddpm.run.paths import RunDir, listed
-from ddpm.run.records import read_metrics
+from ddpm.run.records import read_metrics, usable
 
 OF_TRAINING = ("stop_requested", "rollback")
 """Events whose step is the one that training was at; that of all others had been saved."""
@@ -36,6 +37,21 @@ def refuse_start(run: RunDir) -> None:
             f"run {run.name} has no checkpoint with a manifest, and was saved before: {'; '.join(found)}. A start at "
             f"step 0 would lose that; nothing was changed"
         )
+
+
+def check_start(run: RunDir) -> None:
+    """Raise Incomplete where run.json and the weights that the run starts from do not belong together: one of them is
+    another run's."""
+    record = usable(run)
+    if not record:
+        return
+    if "from" not in record and os.path.lexists(run.start):
+        why = f"{run.start} is there, and {run.run_json} says nothing of weights that the run starts from"
+    elif "from" in record and not run.start.exists() and not record.get("reads") and not run.steps_saved():
+        why = f"{run.start} is missing, and {run.run_json} says that the run starts from it"
+    else:
+        return
+    raise Incomplete(f"{why}: one of them is not this run's. Bring back its own; nothing was changed")
 
 
 def last_saved(events: list[dict[str, Any]]) -> int:

@@ -1,8 +1,8 @@
 """Which checkpoint is read: a generation is verified whole before anybody trusts it.
 
 A generation is step-K.pt (with ema-K.safetensors at milestones and the end) and, written last, step-K.json with the
-.pt's sha256 and a digest of itself. A .pt without its .json does not exist. Loads no torch before a state is loaded:
-choosing a generation to sample stays cheap on a login node.
+.pt's sha256 and a digest of itself. A .pt without its .json does not exist, and one that tells of another run, or of
+other images, is as good as damaged. Loads no torch before a state is loaded: choosing one stays cheap on a login node.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ddpm.run import evidence
 from ddpm.run.evidence import Incomplete
 from ddpm.run.files import DamagedFile, read_signed, sha256_file
 from ddpm.run.paths import RunDir
+from ddpm.run.records import identity
 
 Tell = Callable[[str], None]
 
@@ -34,9 +35,40 @@ class Generation:
     manifest: dict[str, Any]
 
 
+def read_manifest(run: RunDir, step: int) -> dict[str, Any]:
+    """A manifest of this run's. Raises DamagedFile where it is not as it was written, or another run's,
+    FileNotFoundError where there is none. One from before manifests said whose they are, or a rebuilt one, is taken."""
+    manifest = read_signed(run.manifest(step))
+    if why := _of_others(run, manifest):
+        raise DamagedFile(f"{run.manifest(step).name}: {why}")
+    return manifest
+
+
+def _of_others(run: RunDir, manifest: Mapping[str, Any]) -> str:
+    words = {"run_id": "is of another run", "data_digest": "is of a run on other images"}
+    for key, ours in identity(run).items():
+        if (there := manifest.get(key)) not in (None, ours):
+            return f"{words[key]} ({key} {str(there)[:12]}, and run.json says {ours[:12]})"
+    return ""
+
+
+def of_another(run: RunDir, step: Any, sha256: Any) -> str:
+    """Why what was made of the checkpoint `step`, `sha256` was not made of this run's; "" where it was, or where none
+    of that step is there (any more) to compare it with. Raises OSError where it cannot look for a moment."""
+    if not isinstance(step, int):
+        return ""
+    try:
+        manifest = read_signed(run.manifest(step))
+    except (DamagedFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+        return ""
+    if (manifest.get("sha256") == sha256) != bool(_of_others(run, manifest)):
+        return ""
+    return f"is of another checkpoint than this run's step {step}"
+
+
 def verify(run: RunDir, step: int) -> Generation:
     """Check one generation in full. Raises DamagedFile with the reason, FileNotFoundError where there is none."""
-    manifest = read_signed(run.manifest(step))
+    manifest = read_manifest(run, step)
     path = run.checkpoint(step)
     if lost := {"step", "file", "bytes", "sha256"} - manifest.keys():
         raise DamagedFile(f"{run.manifest(step).name}: says no {min(lost)}")
@@ -76,6 +108,7 @@ def newest_good(run: RunDir, log: Tell) -> Generation | None:
     Never a silent start at 0: raises Incomplete where checkpoints exist and all are damaged, or none does and something
     tells of one, and OSError where none is good and some could not be read, which may be otherwise the next time.
     """
+    evidence.check_start(run)
     steps = run.steps_saved()
     unread = None
     for step in steps:
@@ -95,32 +128,36 @@ def newest_good(run: RunDir, log: Tell) -> Generation | None:
 
 def check_there(run: RunDir) -> None:
     """What is seen of `newest_good` without reading checkpoints. Raises Incomplete where none of them can be good."""
+    evidence.check_start(run)
     steps = run.steps_saved()
     if not steps:
         evidence.refuse_start(run)
-    elif not any(_has_its_size(run, step) for step in steps):
-        raise Incomplete(f"no checkpoint in {run.checkpoints} is whole ({len(steps)} have a manifest)")
-
-
-def _has_its_size(run: RunDir, step: int) -> bool:
-    try:
-        return bool(read_signed(run.manifest(step))["bytes"] == run.checkpoint(step).stat().st_size)
-    except (DamagedFile, FileNotFoundError, KeyError):
-        return False
+        return
+    told = ""
+    for step in steps:
+        try:
+            if read_manifest(run, step)["bytes"] == run.checkpoint(step).stat().st_size:
+                return
+        except (DamagedFile, FileNotFoundError, KeyError) as e:
+            told = told or (f": {e}" if isinstance(e, DamagedFile) else "")
+    raise Incomplete(f"no checkpoint in {run.checkpoints} is whole ({len(steps)} have a manifest){told}")
 
 
 def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generation:
     """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
 
     Raises NothingSaved where the run has none, RequestError where `step` is not among them or cannot be used, naming
-    the others, or where those it had are missing, and Incomplete where the newest is asked for and all are damaged.
+    the others, or where those it had are missing, or run.json does not belong to the weights it starts from, and
+    Incomplete where the newest is asked for and all are damaged.
     """
     steps = run.steps_saved()
-    if not steps:
-        try:
+    try:
+        evidence.check_start(run)
+        if not steps:
             evidence.refuse_start(run)
-        except Incomplete as e:
-            raise RequestError(str(e)) from None
+    except Incomplete as e:
+        raise RequestError(str(e)) from None
+    if not steps:
         raise NothingSaved(f"run {run.name} has no checkpoint yet: train it first")
     if step is None:
         generation = newest_good(run, log)

@@ -100,7 +100,7 @@ BEAT_TOO: Kind = {
     **dict.fromkeys(("loss", "images_per_s"), _is_number),
 }
 RUN_TOO: Kind = {
-    **dict.fromkeys(("config_digest", "created", "reads"), _is_text),
+    **dict.fromkeys(("config_digest", "created", "reads", "run_id"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
@@ -278,6 +278,23 @@ def read_run(run: RunDir) -> Record:
             f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
         )
     return record
+
+
+def usable(run: RunDir) -> Record:
+    """`read_run`, {} where that cannot be: whoever needs more of it reads it again, and says so. Raises OSError where
+    the file system fails for a moment."""
+    try:
+        return read_run(run)
+    except (DamagedFile, IsADirectoryError, NotADirectoryError, PermissionError):
+        return {}
+
+
+def identity(run: RunDir) -> dict[str, str]:
+    """What tells the run's own checkpoints from another's of the same config: `run_id`, and `data_digest`, that of its
+    images. What run.json does not say is left out, as that of a run from before ids; all where it cannot be used."""
+    record = usable(run)
+    found = {"run_id": record.get("run_id"), "data_digest": (record.get("data") or {}).get("digest")}
+    return {key: value for key, value in found.items() if value}
 
 
 def lost_signature(record: Record) -> bool:

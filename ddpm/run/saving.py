@@ -36,6 +36,7 @@ from ddpm.run.files import (
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.records import identity
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""
@@ -94,6 +95,7 @@ class Checkpointer:
     ) -> None:
         self._run, self._fence, self._log, self._on_saved, self._on_failed = run, fence, log, on_saved, on_failed
         self._keep_last, self._is_milestone, self._world_size = keep_last, is_milestone, world_size
+        self._identity = identity(run)  # as this life found it, whatever becomes of run.json
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -194,6 +196,7 @@ class Checkpointer:
             "world_size": self._world_size,
             "fence": self._fence.token,
             "created": now(),
+            **self._identity,
             **ema,
             **settled_in(state),
         }

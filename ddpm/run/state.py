@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ddpm.run.files import DamagedFile, read_signed
+from ddpm.run.files import DamagedFile
+from ddpm.run.generations import read_manifest
 from ddpm.run.paths import RunDir
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def finished_step(run: RunDir, config: Config) -> int | None:
     """
     try:
         step = run.latest_step()
-        manifest = read_signed(run.manifest(step))
+        manifest = read_manifest(run, step)
         whole = manifest.get("bytes") == run.checkpoint(step).stat().st_size
     except (DamagedFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
         return None

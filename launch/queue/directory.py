@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
-from ddpm.run.files import TMP_PREFIX, fsync_dir, now, sign, write_bytes, write_json
+from ddpm.run.files import TMP_PREFIX, fsync_dir, now, read_json, sign, write_bytes, write_json
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
 from launch.cluster.container import check_image, lines
@@ -62,7 +63,17 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     _write_shell(run, shell)
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
     kept |= {"from": old["from"]} if "from" in old else {}
-    write_json(run.run_json, sign({**record, **kept}), replace=True)
+    own = _id_of(run, old, record["run_id"])
+    anonymous = {key: value for key, value in record.items() if key != "run_id"}
+    write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
+
+
+def _id_of(run: RunDir, old: dict[str, Any], new: str) -> str | None:
+    """The run's id. One from before ids gets that which its checkpoints say, as where an old run.json was put back;
+    else a new one, and none where they contradict one another: it could be neither's."""
+    manifests = (read_json(run.manifest(step)) or {} for step in run.steps_saved())
+    said = {str(manifest["run_id"]) for manifest in manifests if manifest.get("run_id")}
+    return old.get("run_id") or (new if not said else said.pop() if len(said) == 1 else None)
 
 
 def use_shell_of(run: RunDir, site: Site) -> None:
@@ -123,6 +134,7 @@ def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) ->
     return {
         "schema": SCHEMA,
         "name": run.name,
+        "run_id": uuid.uuid4().hex,
         "created": now(),
         "config_digest": config.digest(),
         "git": _git(),

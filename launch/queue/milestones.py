@@ -47,10 +47,12 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
         if sets.score_by(run, name, config.evaluate) is not None:
             continue
         where = run.sample_set(name)
-        there = where.request.exists()
-        request = read_request(where) if there else sets.request_for(run, sampled, generations.choose(run, step))
-        if not there and not dry_run:
-            publish_request(where, request)
+        if where.request.exists():
+            request = sets.own_request(run, name)
+        else:
+            request = sets.request_for(run, sampled, generations.choose(run, step))
+            if not dry_run:
+                publish_request(where, request)
         missing = shards_to_make(where, request)
         make = [Job("sample", run, site, name, tuple(missing))] if missing else []
         chains.append([*make, Job("evaluate", run, site, name)])
@@ -69,10 +71,16 @@ def publish(run: RunDir, config: Config, token: str) -> dict[str, Any] | None:
     return changed
 
 
-def best_step(run: RunDir) -> int:
-    """The step of the milestone that scores best. Raises RequestError where none is known."""
+def best_step(run: RunDir, config: Config) -> int:
+    """The step of the milestone that scores best, by the scores that hold; where none is there, by milestones.json.
+
+    Raises RequestError where none is known, or that is of another run's checkpoint.
+    """
     try:
-        return int(files.read_signed(run.milestones)["best"]["step"])
+        best = (_curve(run, config) or files.read_signed(run.milestones))["best"]
+        if why := generations.of_another(run, best["step"], best.get("sha256")):
+            raise DamagedFile(f"the best in {run.milestones.name} {why}")
+        return int(best["step"])
     except (FileNotFoundError, DamagedFile) as e:
         why = "has no scores of milestones yet" if isinstance(e, FileNotFoundError) else f"tells no best step ({e})"
         raise RequestError(f"run {run.name} {why}: python launch/evaluate.py {run.path} --all-milestones") from None

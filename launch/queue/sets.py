@@ -112,14 +112,32 @@ def request_for(
     return from_config(config, at, precision_of(config, run), variance)
 
 
+class SetOfAnother(RequestError):
+    """A set that was made of another run's checkpoint, or of one that this run has no more under that step."""
+
+
+def own_request(run: RunDir, set_name: str) -> Request:
+    """The request of a set that is there. Raises as `read_request`, and SetOfAnother."""
+    request = read_request(run.sample_set(set_name))
+    if why := generations.of_another(run, request.checkpoint.step, request.checkpoint.sha256):
+        raise SetOfAnother(
+            f"samples/{set_name} {why}: move it away, and its score in eval/ too, or bring back the checkpoint that it "
+            f"is of"
+        )
+    return request
+
+
 def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
     """The set's request; in a chain the first job to need it publishes what the config asks of the last checkpoint.
 
-    Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done.
+    Raises DoNotRetry where training, which SLURM's dependency says has ended, is not done, or the set is of another's.
     """
     sample_set = run.sample_set(set_name)
     if sample_set.request.exists():
-        return read_request(sample_set)
+        try:
+            return own_request(run, set_name)
+        except SetOfAnother as e:
+            raise DoNotRetry(str(e)) from None
     if finished_step(run, config) is None:
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
@@ -136,14 +154,14 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
     """Shards of the chain's set that are not done: all of them where the set is not begun.
 
     Raises RequestError where the set was begun with another request, or of another step than training ends at,
-    which the config must not silently mean.
+    which the config must not silently mean, or of another checkpoint than the run's.
     """
     sample_set = run.sample_set(set_name)
     if not sample_set.request.exists():
         return list(range(config.sample.shards))
     from ddpm.sampling import shards
 
-    there = read_request(sample_set)
+    there = own_request(run, set_name)
     step = finished_step(run, config) or config.train.total_steps
     asked = request_for(run, config, replace(there.checkpoint, step=step))
     if there != asked:
@@ -174,10 +192,16 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
 
 
 def of_other_samples(run: RunDir, score: Score) -> str:
-    """In what a score says to be of other samples than its set's request asks for, for a message; "" where in nothing,
-    or where there is no request that holds. Raises OSError where it cannot look."""
+    """In what a score says to be of other samples than its set's request asks for, or of another run's checkpoint, for
+    a message; "" where in nothing, or where nothing tells. Raises OSError where it cannot look."""
     set_name = score.name.partition("/")[0]
-    if score.damage or not (asked := _asked(run, set_name)):
+    if score.damage:
+        return ""
+    if isinstance(at := score.record.get("checkpoint"), dict) and (
+        why := generations.of_another(run, at.get("step"), at.get("sha256"))
+    ):
+        return f"{score.path.name} {why}"
+    if not (asked := _asked(run, set_name)):
         return ""
     there, due = (_flat(r) for r in (score.record, samples_record(Request.from_record(asked))))
     wrong = [f"{key} {there[key]!r} instead of {due[key]!r}" for key in due if there.get(key, due[key]) != due[key]]

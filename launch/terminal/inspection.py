@@ -28,6 +28,7 @@ from ddpm.sampling.parts import is_whole
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring import bound_request
+from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
 from launch.queue.sets import of_other_samples
@@ -64,6 +65,7 @@ def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
     yield from _judged("run.json", _record, run)
     yield from _judged("code.zip", _code, run, needed=False)
+    yield from (line for line in _judged(run.start.name, evidence.check_start, run) if line.verdict != "holds")
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
 
@@ -186,7 +188,7 @@ def _samples(run: RunDir) -> Lines:
         except DDPMError as e:
             yield Line("damaged", f"{name}/request.json", str(e))
             continue
-        yield Line("holds", f"{name}/request.json", f"of step {request.checkpoint.step}")
+        yield from _judged(f"{name}/request.json", _of_step, run, request)
         yield from _shards(where, request, name)
 
 
@@ -204,13 +206,18 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
 def _bounds(run: RunDir) -> Lines:
     for where in run.bound_sets():
         name = f"bits-per-dim/{where.name}"
-        yield from _judged(f"{name}/request.json", _bound, where)
+        yield from _judged(f"{name}/request.json", _bound, run, where)
         for path in _sorted(where.path, ".npy"):
             yield from _judged(f"{name}/{path.name}", _features, path)
 
 
-def _bound(where: BoundSet) -> str:
-    return f"of step {bound_request.read(where).checkpoint.step}"
+def _bound(run: RunDir, where: BoundSet) -> str:
+    return _of_step(run, bound_request.read(where))
+
+
+def _of_step(run: RunDir, request: Request | BoundRequest) -> str:
+    at = request.checkpoint
+    return _unless(generations.of_another(run, at.step, at.sha256), f"of step {at.step}")
 
 
 def _features(path: Path) -> None:
@@ -219,9 +226,15 @@ def _features(path: Path) -> None:
 
 
 def _scores(run: RunDir) -> Lines:
-    yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
+    yield from _judged("milestones.json", _milestones, run, needed=False)
     for path in sorted(run.eval.rglob("*.json")):
         yield from _judged(str(path.relative_to(run.path)), _score, run, path)
+
+
+def _milestones(run: RunDir) -> None:
+    for point in read_signed(run.milestones)["curve"]:
+        if why := generations.of_another(run, point["step"], point.get("sha256")):
+            raise DamagedFile(why)
 
 
 def _score(run: RunDir, path: Path) -> None:

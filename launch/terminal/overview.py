@@ -12,8 +12,9 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
-from ddpm.run.files import DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
+from ddpm.run.generations import of_another, read_manifest
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
@@ -93,6 +94,7 @@ def describe(
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
     samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
+    damage.read(lambda: _check_sets(run, damage))
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     problems = [latest.get("reason") if failed else None, saving, *damage.told[: 1 if closed else None]]
@@ -182,9 +184,18 @@ def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, dama
 def _check_newest(run: RunDir, saved: int) -> None:
     """Raises DamagedFile where the newest checkpoint cannot be whole; its content is not read."""
     if saved:
-        manifest, file = read_signed(run.manifest(saved)), run.checkpoint(saved)
+        manifest, file = read_manifest(run, saved), run.checkpoint(saved)
         if not file.is_file() or file.stat().st_size != manifest.get("bytes"):
             raise DamagedFile(f"{file.name} is not whole: {manifest.get('bytes')} bytes were saved")
+
+
+def _check_sets(run: RunDir, damage: Damage) -> None:
+    """Those that were made of another run's checkpoint."""
+    made: list[SampleSet | BoundSet] = [*run.sample_sets(), *run.bound_sets()]
+    for where in made:
+        at = (read_json(where.request) or {}).get("checkpoint")
+        if isinstance(at, dict) and (why := of_another(run, at.get("step"), at.get("sha256"))):
+            damage.tell(f"{where.path.relative_to(run.path)} {why}")
 
 
 def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]]:

@@ -29,7 +29,8 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
         wrong = [s.damage or of_other_samples(run, s) for s in scores_of(run, name)]
         rows["score"] = plain("; ".join(["none that holds", *filter(None, wrong)]))
     for bound in all_scores(run):
-        if "bits_per_dim" in bound.record and bound.record["checkpoint"]["step"] == step:
+        is_here = "bits_per_dim" in bound.record and bound.record["checkpoint"]["step"] == step
+        if is_here and not of_other_samples(run, bound):
             rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"

@@ -84,6 +84,10 @@ def test_a_run_that_another_one_reads_is_not_removed(again: Shell, tmp_path: Pat
     (mine / "tiny").chmod(0o755)
     write_json(mine / "tiny" / "run.json", sign({**read_run(RunDir(run)), "reads": str(run)}), replace=True)
     assert f"is read by {mine}/tiny" in again.refused("remove", str(run), "--yes", "--root", str(mine))
+    shutil.rmtree(mine / "tiny" / "checkpoints")
+    (mine / "tiny" / "checkpoints").symlink_to(run / "checkpoints")
+    (mine / "tiny" / "run.json").write_text("{")  # its links tell it then
+    assert f"is read by {mine}/tiny" in again.refused("remove", str(run), "--yes", "--root", str(mine))
     assert run.exists()
 
 

@@ -15,6 +15,7 @@ from launch.cluster.site import Site
 from launch.queue import milestones
 from launch.terminal import inspection, overview
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
+from tests.saves import save_otherwise
 
 
 def test_a_second_reference_and_a_second_extractor_leave_the_first_score_as_it_is(again: Shell) -> None:
@@ -118,8 +119,13 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
     assert [(p["step"], p["images"], p["set"]) for p in record["curve"]] == [(400, 3200, name)]
     assert record["best"]["frechet_distance"] == read(run.score(name))["frechet_distance"]
     assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "milestones").glob("events*"))
-    assert milestones.best_step(run) == 400
-    assert not milestones.jobs_of(run, reading.of_run(run), Site(cluster="local"))
+    config = reading.of_run(run)
+    assert milestones.best_step(run, config) == 400
+    assert not milestones.jobs_of(run, config, Site(cluster="local"))
+    run.milestones.write_text(json.dumps(sign({**record, "curve": [{"step": 400, "sha256": "a sibling's"}]})))
+    (wrong,) = [line.why for line in inspection.look(run) if line.what == "milestones.json"]
+    assert wrong == "is of another checkpoint than this run's step 400"
+    assert again("evaluate", "tiny", "--all-milestones").returncode == 0 and read(run.milestones) == record
 
 
 def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:
@@ -141,3 +147,25 @@ def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(
     verdicts = {line.what: line.verdict for line in inspection.look(run) if line.what.startswith("bits-per-dim/")}
     assert verdicts.pop(f"bits-per-dim/{name}/{part.name}") == "damaged"
     assert list(verdicts.values()) == ["holds"] * 3
+    save_otherwise(run, 400)
+    damage = overview.Damage()
+    assert name not in overview._scores(run, damage)[0]
+    assert f"{name}.json is of another checkpoint than this run's step 400" in damage.told
+    whys = {line.what: line.why for line in inspection.look(run)}
+    assert whys[f"bits-per-dim/{name}/request.json"] == "is of another checkpoint than this run's step 400"
+
+
+def test_a_set_and_its_score_that_are_of_another_runs_checkpoint_are_nowhere_taken_for_this_runs(again: Shell) -> None:
+    run, of_another = RunDir(again.root / "tiny"), "is of another checkpoint than this run's step 400"
+    save_otherwise(run, 400)
+    assert f"samples/{TINY_SET} {of_another}" in again.refused("evaluate", "tiny")
+    told = again.refused("submit", "tiny.yaml", "--cluster", "local", "--then", "sample,evaluate")
+    assert f"samples/{TINY_SET} {of_another}: move it away" in told
+    job = again("jobs", "evaluate", str(run.path), TINY_SET)
+    assert job.returncode == 78 and of_another in job.stdout, job.stdout + job.stderr
+    (shown,) = json.loads(again("status", "tiny", "--json").stdout)
+    assert f"samples/{TINY_SET} {of_another}; {TINY_SET}.json {of_another}" in shown["problem"]
+    assert shown["scores"] == {}
+    whys = {line.what: line.why for line in inspection.look(run) if line.verdict == "damaged"}
+    assert whys[f"samples/{TINY_SET}/request.json"] == of_another
+    assert whys[f"eval/{TINY_SET}.json"] == f"{TINY_SET}.json {of_another}"

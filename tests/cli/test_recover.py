@@ -108,7 +108,8 @@ def test_a_copy_without_manifests_is_refused_by_submit_and_mended_by_rebuilding_
         here, then = read(path), json.loads(before)
         assert here["rebuilt"] is True
         differ = {k for k in here.keys() | then.keys() if here.get(k) != then.get(k)}
-        assert differ == {"rebuilt", "fence", "created", "self_sha256"}
+        assert differ == {"rebuilt", "fence", "created", "self_sha256", "run_id", "data_digest"}
+        assert "run_id" not in here and "data_digest" not in here  # a .pt does not tell whose it is
     assert "rebuilt manifest" in lines(again, 0)["checkpoints/step-000000400"][1]
     done = again.submit("--wait")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -225,3 +226,32 @@ def test_a_run_at_work_is_checked_and_not_changed(shell: Shell) -> None:
 def test_what_is_no_run_is_said(shell: Shell) -> None:
     shell.root.mkdir()
     assert "no run 'nothing'" in shell.refused("recover", "nothing")
+
+
+def test_what_tells_of_another_run_is_refused_by_name_and_a_renamed_run_goes_on(again: Shell) -> None:
+    run, other = again.root / RUN, again.root / "renamed"
+    record = read(run / "run.json")
+    own = {key: value for key, value in record.items() if key != "self_sha256"}
+    (run / "run.json").write_text(json.dumps(sign({**own, "run_id": "f" * 32})))  # as of a sibling with this config
+    for script, *args in (["submit", "tiny.yaml", "--cluster", "local"], ["sample", RUN, "--dry-run"]):
+        assert "step-000000400.json: is of another run (run_id" in again.refused(script, *args)
+    job, out = again("jobs", "train", str(run)), again("export", RUN, str(again.cwd / "out"))
+    for told in (job.stdout, out.stderr):
+        assert "step-000000400.json: is of another run (run_id" in told, told
+    assert (job.returncode, out.returncode) == (78, 78)
+    assert "is of another run" in json.loads(again("status", RUN, "--json").stdout)[0]["problem"]
+    assert "is of another run" in lines(again, 1)["checkpoints/step-000000400"][1]
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "start.safetensors").write_bytes(b"of a sibling")
+    assert "start.safetensors is there, and" in again.refused("submit", "tiny.yaml", "--cluster", "local")
+    assert lines(again, 1)["start.safetensors"][0] == "damaged"
+    (run / "start.safetensors").unlink()
+    run.rename(other)
+    again.submit("--name", "renamed", "train.total_steps=420", "--prepare")
+    (other / "start.safetensors").write_bytes(b"of a sibling")
+    job = again("jobs", "train", str(other))
+    assert job.returncode == 78 and "start.safetensors is there, and" in job.stdout, job.stdout + job.stderr
+    (other / "start.safetensors").unlink()
+    done = again.submit("--name", "renamed", "train.total_steps=420", "--wait")
+    assert done.returncode == 0 and read(other / "run.json")["run_id"] == record["run_id"], done.stdout + done.stderr
+    assert read(other / "checkpoints" / "step-000000420.json")["run_id"] == record["run_id"]

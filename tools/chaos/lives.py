@@ -133,7 +133,7 @@ def at_steps(acts: dict[int, Act]) -> Callable[[], None]:
 
         real = Trainer.train
 
-        def train(trainer: Trainer, stop_requested: StopRequested) -> Outcome:
+        def train(trainer: Trainer, stop_requested: StopRequested, *patience: Any) -> Outcome:
             began = trainer.at.step
 
             def act_first() -> str | None:
@@ -141,7 +141,7 @@ def at_steps(acts: dict[int, Act]) -> Callable[[], None]:
                     act(trainer)
                 return stop_requested()
 
-            return real(trainer, act_first)
+            return real(trainer, act_first, *patience)
 
         Trainer.train = train  # type: ignore[method-assign]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from ddpm.config.sample import Milestones
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
+from ddpm.run.files import sign
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef, publish_request, samples_record
 from ddpm.scoring.record import publish_score
@@ -48,7 +51,7 @@ def test_the_curve_has_each_milestone_once_and_names_the_best(tmp_path: Path) ->
     (tmp_path / "run.json").write_text('{"data": {"cache": "/none", "digest": "d"}}')
     assert milestones.publish(run, config, "t") is None and not run.milestones.exists()
     with pytest.raises(RequestError, match="--all-milestones"):
-        milestones.best_step(run)
+        milestones.best_step(run, config)
     names = [scored(run, config, step, value) for step, value in ((300, 5.0), (100, 9.0), (200, 3.0))]
     scored(run, config_of(num_samples=700), 400, 1.0)  # of another number: on another curve
     record = milestones.publish(run, config, "t")
@@ -57,7 +60,18 @@ def test_the_curve_has_each_milestone_once_and_names_the_best(tmp_path: Path) ->
         (100, 12800, 9.0), (200, 25600, 3.0), (300, 38400, 5.0)
     ]  # fmt: skip
     assert record["best"]["set"] == names[2] == "milestone600-ddim100-step200-seed0"
-    assert record["best"]["sha256"] == f"{200:02x}" * 32 and milestones.best_step(run) == 200
+    assert record["best"]["sha256"] == f"{200:02x}" * 32 and milestones.best_step(run, config) == 200
+    short = {**record, "curve": record["curve"][:1], "best": record["curve"][0]}
+    run.milestones.write_text(json.dumps(sign(short)))  # an old one put back, or a sibling's
+    assert milestones.best_step(run, config) == 200
+    assert milestones.publish(run, config, "t") == record and json.loads(run.milestones.read_text()) == record
+
+    shutil.rmtree(run.eval)  # then there is nothing but what the file says
+    assert milestones.best_step(run, config) == 200
+    run.checkpoints.mkdir()
+    run.manifest(200).write_text(json.dumps(sign({"sha256": "another"})))
+    with pytest.raises(RequestError, match="is of another checkpoint than this run's step 200"):
+        milestones.best_step(run, config)
     run.milestones.write_text(run.milestones.read_text().replace('"step": 200', '"step": 300'))
     with pytest.raises(RequestError, match="self_sha256 does not match"):
-        milestones.best_step(run)
+        milestones.best_step(run, config)

@@ -10,9 +10,11 @@ import pytest
 
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
+from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
 from ddpm.run.files import read_json, sign
 from ddpm.run.paths import RunDir
+from ddpm.run.state import finished_step
 from tests.saves import Unreadable, flip_bit, save_all
 from tests.training import Life, assert_same_end, live, make_config, make_run
 
@@ -63,6 +65,58 @@ def test_a_damaged_generation_is_named_and_the_one_before_is_taken(run: RunDir, 
     (line,) = said
     assert line.startswith("checkpoint rejected: step=9 reason=")
     assert re.search(reason, line), line
+
+
+OWN = {"run_id": "a" * 32, "data": {"cache": "/none", "digest": "b" * 64}}
+OTHERS = {
+    "run_id": ({"run_id": "c" * 32}, rf"is of another run \(run_id {'a' * 12}, and run.json says {'c' * 12}\)"),
+    "data_digest": ({"data": {"cache": "/none", "digest": "d"}}, r"is of a run on other images \(data_digest bb"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_of_another_run_is_refused_and_what_tells_of_none_taken(run: RunDir, fence: Fence, what: str) -> None:
+    save_all(run, fence, 3)  # from before runs had an id
+    run.run_json.write_text(json.dumps(OWN))
+    save_all(run, fence, 6)
+    manifest = read_json(run.manifest(6)) or {}
+    assert (manifest["run_id"], manifest["data_digest"]) == ("a" * 32, "b" * 64)
+    run.run_json.write_text(json.dumps({}))  # of an old run
+    assert generations.verify(run, 6).step == 6
+    other, why = OTHERS[what]
+    run.run_json.write_text(json.dumps({**OWN, **other}))
+    said: list[str] = []
+    good = generations.newest_good(run, said.append)
+    assert good is not None and good.step == 3 and re.search(why, said[0]), said
+    with pytest.raises(RequestError, match=why):
+        generations.choose(run, 6)
+    assert finished_step(run, make_config(train__total_steps=6)) is None
+    run.run_json.rename(aside := run.path / "aside")
+    run.run_json.mkdir()  # which says nothing of the checkpoints
+    assert generations.verify(run, 6).step == 6
+    run.run_json.rmdir()
+    aside.rename(run.run_json)
+    run.manifest(3).unlink()
+    run.checkpoint(3).unlink()
+    with pytest.raises(Incomplete, match=why):
+        generations.check_there(run)
+    with pytest.raises(Incomplete, match=r"every checkpoint .* is damaged"):
+        generations.newest_good(run, said.append)
+    save_all(run, fence, 6)  # its own takes the place, and the other's is set aside
+    assert generations.verify(run, 6).step == 6 and len(list((run.checkpoints / "set-aside").iterdir())) >= 2
+
+
+def test_weights_to_start_from_and_a_run_json_that_knows_none_of_them_are_not_of_one_run(run: RunDir) -> None:
+    run.run_json.write_text(json.dumps(OWN))
+    run.start.write_bytes(b"weights")
+    for look in (lambda: generations.newest_good(run, print), lambda: generations.check_there(run)):
+        with pytest.raises(Incomplete, match=r"start\.safetensors is there, and .*run\.json says nothing"):
+            look()
+    run.start.unlink()
+    began = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), "x")
+    run.run_json.write_text(json.dumps({**OWN, "from": began}))
+    with pytest.raises(Incomplete, match=r"start\.safetensors is missing, and .*run\.json says that"):
+        generations.check_there(run)
 
 
 def test_a_pt_without_its_manifest_does_not_exist(run: RunDir, fence: Fence) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_run
 from launch import origin
 from launch.cluster.site import Site
 from launch.queue import directory
@@ -82,7 +84,8 @@ def test_a_run_that_exists_must_have_started_so_and_its_source_may_be_gone(root,
     mine = RunDir(tmp_path / "mine")
     record = directory.describe(CONFIG, Site(), mine, {"data": {"cache": "", "digest": "d"}, "labels": {"digest": "e"}})
     directory.create_run(mine, CONFIG, {**record, "from": start.record}, start=start.data)
-    directory.update_run(mine, CONFIG, record)  # a later submission keeps it
+    directory.update_run(mine, CONFIG, {**record, "run_id": "another"})  # a later submission keeps it, and the id
+    assert read_run(mine)["run_id"] == record["run_id"]
     for word in ("source", "source@4", str(tmp_path / "source")):
         origin.check_same(mine, asked(tmp_path, word))
     origin.check_same(mine, None)
@@ -91,3 +94,15 @@ def test_a_run_that_exists_must_have_started_so_and_its_source_may_be_gone(root,
             origin.check_same(mine, asked(tmp_path, word, weights))
     with pytest.raises(RequestError, match="run source exists and started from its seed"):
         origin.check_same(RunDir(root / "source"), asked(root, "source"))
+
+
+def test_a_run_from_before_ids_gets_that_of_its_checkpoints_or_a_new_one_where_nothing_contradicts_it(tmp_path):
+    run = RunDir(tmp_path / "old")
+    record = directory.describe(CONFIG, Site(), run, {"data": {"cache": "", "digest": "d"}, "labels": {}})
+    directory.create_run(run, CONFIG, {key: value for key, value in record.items() if key != "run_id"})
+    for step, said, then in ((1, {}, record["run_id"]), (2, {"run_id": "a"}, "a"), (3, {"run_id": "b"}, None)):
+        now = {key: value for key, value in read_run(run).items() if key not in ("run_id", "self_sha256")}
+        run.run_json.write_text(json.dumps(now))
+        run.manifest(step).write_text(json.dumps(said))
+        directory.update_run(run, CONFIG, record)
+        assert read_run(run).get("run_id") == then
