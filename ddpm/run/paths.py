@@ -64,6 +64,16 @@ def listed(directory: Path) -> list[Path]:
         return []
 
 
+def is_begun(made: Path) -> bool:
+    """Whether a folder is a sample set or a bound: it has a request, or what is made of one. What cannot be listed may
+    be."""
+    try:
+        names = [p.name for p in listed(made)]
+    except OSError:
+        return True
+    return any(name.startswith(("request.json", "shard-", "features-", "part")) for name in names)
+
+
 @dataclass(frozen=True)
 class SampleSet:
     """Paths of samples/SET: the request, the shards and their features."""
@@ -228,7 +238,8 @@ class RunDir:
         return SampleSet(self.samples / name)
 
     def sample_sets(self) -> list[SampleSet]:
-        return [SampleSet(p) for p in sorted(listed(self.samples)) if p.is_dir() and not p.name.startswith(".")]
+        found = sorted(listed(self.samples))
+        return [SampleSet(p) for p in found if p.is_dir() and not p.name.startswith(".") and is_begun(p)]
 
     def bound_set(self, name: str) -> BoundSet:
         return BoundSet(self.path / "bits-per-dim" / name)

@@ -24,6 +24,7 @@ from ddpm.run import unfinished
 from ddpm.run.fence import Fence
 from ddpm.run.files import (
     DamagedFile,
+    link_to_nothing,
     now,
     publishing,
     read_bytes,
@@ -35,7 +36,7 @@ from ddpm.run.files import (
 )
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, is_begun, listed
 
 SPARE_BYTES = 16 * 2**20
 """Left free by a save, for log lines and events."""
@@ -253,14 +254,18 @@ class Checkpointer:
     def _named(self) -> set[Any]:
         """Steps that sample sets and bounds are made of, and the best milestone. Raises DamagedFile where one of them
         cannot be told."""
+        run = self._run
         steps = set()
-        sets: list[SampleSet | BoundSet] = [*self._run.sample_sets(), *self._run.bound_sets()]
+        for path in [*listed(run.samples), *listed(run.bound_set("x").path.parent), run.milestones]:
+            if why := link_to_nothing(path):  # it was moved, and may be back tomorrow
+                raise DamagedFile(f"{path}: {why}")
+        sets: list[SampleSet | BoundSet] = [*run.sample_sets(), *run.bound_sets()]
         for made in sets:
             try:
                 read_bytes(made.request)  # a file system that fails for a moment is no damage
             except FileNotFoundError:
-                if any(p.name.startswith(("shard-", "part-")) for p in listed(made.path)):
-                    raise DamagedFile(f"{made.request}: missing beside its shards") from None
+                if is_begun(made.path):
+                    raise DamagedFile(f"{made.request}: missing beside what was made of it") from None
                 continue
             request = read_json(made.request) or {}
             if request.pop("digest", None) != sha256_json(request):
@@ -268,7 +273,7 @@ class Checkpointer:
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
         try:
-            steps.add((read_signed(self._run.milestones).get("best") or {}).get("step"))
+            steps.add((read_signed(run.milestones).get("best") or {}).get("step"))
         except FileNotFoundError:
             pass
         return steps

@@ -208,6 +208,42 @@ def test_nothing_is_removed_while_a_request_is_not_as_it_was_published_and_that_
     assert run.steps_saved() == [4, 1]
 
 
+def moved_away(path: Path) -> Path:
+    """As where an archive is not mounted; returns where it is meanwhile."""
+    path.rename(path.with_name(".archived"))
+    path.symlink_to("/not/mounted")
+    return path.with_name(".archived")
+
+
+@pytest.mark.parametrize("what", ["set", "request", "bound", "milestones", "samples"])
+def test_nothing_is_removed_while_a_link_leads_to_what_names_a_checkpoint(run: RunDir, fence: Fence, what: str) -> None:
+    request = ask_for_samples(run, "fid", 1)
+    paths = {"set": request.parent, "request": request, "milestones": run.milestones, "samples": run.samples}
+    path = paths.get(what, run.bound_set("b").path)
+    if what == "bound":
+        path.mkdir(parents=True)
+    elif what == "milestones":
+        write_json(path, sign({"best": {"step": 1}}))
+        shutil.rmtree(request.parent)
+    archived = moved_away(path)
+    said: list[str] = []
+    save_all(run, fence, 1, 2, 3, keep_last=1, log=said)
+    assert run.steps_saved() == [3, 2, 1]
+    assert "older ones cannot be removed now" in said[0] and str(path) in said[0]
+    path.unlink()
+    archived.rename(path)
+    save_all(run, fence, 4, keep_last=1)
+    assert run.steps_saved() == [4, 1]  # the request's, or the best
+
+
+def test_nothing_is_removed_while_a_set_has_half_a_shard_and_no_request(run: RunDir, fence: Fence) -> None:
+    request = ask_for_samples(run, "fid", 1)
+    request.unlink()
+    run.sample_set("fid").part.mkdir()
+    save_all(run, fence, 1, 2, keep_last=1)
+    assert run.steps_saved() == [2, 1]
+
+
 def test_a_run_taken_over_while_it_looks_what_to_remove_removes_nothing(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
