@@ -249,9 +249,10 @@ class RunDir:
         return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".")]
 
     def steps_saved(self) -> list[int]:
-        """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""
-        found = (re.fullmatch(r"step-([0-9]{9,})\.json", p.name) for p in listed(self.checkpoints))
-        return sorted((int(m.group(1)) for m in found if m), reverse=True)
+        """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A
+        manifest that is a link to nothing is none."""
+        found = ((re.fullmatch(r"step-([0-9]{9,})\.json", p.name), p) for p in listed(self.checkpoints))
+        return sorted((int(m.group(1)) for m, p in found if m and not link_to_nothing(p)), reverse=True)
 
     def latest_step(self) -> int:
         """The newest saved step, 0 where there is none: what progress means to the restart policy."""
