@@ -16,7 +16,7 @@ from typing import Any
 from ddpm.errors import DoNotRetry
 from ddpm.run import unfinished
 from ddpm.run.events import read_events
-from ddpm.run.files import DamagedFile, read_json
+from ddpm.run.files import DamagedFile, link_to_nothing, read_json
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import read_metrics
 
@@ -46,6 +46,7 @@ def last_saved(events: list[dict[str, Any]]) -> int:
 def _told(run: RunDir) -> Iterator[str]:
     alone = unfinished.alone(run)
     yield from (f"{run.checkpoint(step)} has no manifest" for step in alone)
+    yield from (f"{path} is {link_to_nothing(path)}" for path in run.lost_manifests())
     ours = {sign.step for sign in unfinished.signs(run) if sign.is_ours}
     for path in sorted(listed(run.checkpoints)):
         match = re.fullmatch(r"ema-([0-9]{9,})\.safetensors", path.name)

@@ -251,8 +251,15 @@ class RunDir:
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A
         manifest that is a link to nothing is none."""
+        return sorted((step for step, path in self._manifests() if not link_to_nothing(path)), reverse=True)
+
+    def lost_manifests(self) -> list[Path]:
+        """Those that are a link to nothing."""
+        return sorted(path for _, path in self._manifests() if link_to_nothing(path))
+
+    def _manifests(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"step-([0-9]{9,})\.json", p.name), p) for p in listed(self.checkpoints))
-        return sorted((int(m.group(1)) for m, p in found if m and not link_to_nothing(p)), reverse=True)
+        return [(int(m.group(1)), p) for m, p in found if m]
 
     def latest_step(self) -> int:
         """The newest saved step, 0 where there is none: what progress means to the restart policy."""

@@ -15,6 +15,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import (
     LINES_BYTES,
     DamagedFile,
+    link_to_nothing,
     open_file,
     read_bytes,
     read_json,
@@ -140,6 +141,8 @@ def _checkpoints(run: RunDir) -> Lines:
         ]
         if step in run.steps_saved():  # else a run at work has retired it meanwhile
             yield from lines
+    for path in run.lost_manifests():
+        yield Line("damaged", f"checkpoints/{path.stem}", f"its manifest is {link_to_nothing(path)}: no checkpoint")
     for step in unfinished.alone(run):
         yield Line("damaged", f"checkpoints/step-{step:09d}", "no manifest; --rebuild makes one where it proves itself")
     try:
