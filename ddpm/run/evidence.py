@@ -55,7 +55,8 @@ def _told(run: RunDir) -> Iterator[str]:
     events = read_events(run)
     if step := max((_step(e) for e in events if e.get("event") not in OF_TRAINING), default=0):
         yield f"events/ tells of saved step {step}"
-    for path in [s.request for s in run.sample_sets()] + sorted(p for p in listed(run.eval) if p.suffix == ".json"):
+    scores = sorted(p for p in listed(run.eval) if p.suffix == ".json" and not p.name.startswith("."))
+    for path in [s.request for s in run.sample_sets()] + scores:
         made_of = _record(path).get("checkpoint")
         if isinstance(made_of, dict) and (step := _step(made_of)):
             yield f"{path} is of step {step}"

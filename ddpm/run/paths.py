@@ -99,6 +99,11 @@ class SampleSet:
     def shard_manifest(self, index: int, count: int) -> Path:
         return self.shard(index, count).with_suffix(".json")
 
+    def num_published(self) -> int:
+        """Shards whose manifest is there, under their own name. Raises OSError where it cannot look."""
+        names = (p.name for p in listed(self.path))
+        return sum(re.fullmatch(r"shard-[0-9]{5,}-of-[0-9]{5,}\.json", name) is not None for name in names)
+
     def features(self, extractor: str, index: int, count: int) -> Path:
         return self.path / f"features-{extractor}-{index:05d}-of-{count:05d}.npy"
 
@@ -246,7 +251,7 @@ class RunDir:
 
     def bound_sets(self) -> list[BoundSet]:
         found = sorted(listed(self.path / "bits-per-dim"))
-        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".")]
+        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".") and is_begun(p)]
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A

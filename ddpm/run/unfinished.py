@@ -63,9 +63,9 @@ def alone(run: RunDir) -> list[int]:
 def clear(run: RunDir, may_remove: Callable[[], None], log: Callable[[str], None]) -> None:
     """Remove what saves that failed or were killed have left, which would take the room of those to come.
 
-    EMA weights without a .pt or a sign stay: someone may have kept them on purpose. So do folders, which no save leaves.
+    EMA weights without a .pt or a sign stay, as someone may have meant; so do folders, which no save makes.
     may_remove: asked after the look around; it raises where a later job has the run, whose any of it may be. Raises
-    OSError, with all else done, where something can be neither removed nor moved aside.
+    OSError, with all else done, where something cannot be moved aside.
     """
     names = sorted(p.name for p in listed(run.checkpoints))
     begun, others = signs(run), alone(run)

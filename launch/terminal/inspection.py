@@ -31,6 +31,7 @@ from ddpm.scoring import bound_request
 from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
 from launch.queue.sets import of_other_samples
+from launch.terminal import faults
 
 
 class Line(NamedTuple):
@@ -44,8 +45,21 @@ Lines = Iterator[Line]
 
 def look(run: RunDir) -> Lines:
     """Every file of the run that can be told good from bad."""
-    for part in (_records, _life, _checkpoints, _grids, _samples, _bounds, _scores):
-        yield from part(run)
+    parts = {
+        **{"run.json": _records, "events/": _events, "metrics.jsonl": _life, "checkpoints/": _checkpoints},
+        **{"checkpoints/ by events/": _unsaved, f"checkpoints/{unfinished.ASIDE}/": _aside, "grids/": _grids},
+        **{"samples/": _samples, "bits-per-dim/": _bounds, "eval/": _scores},
+    }
+    for what, part in parts.items():
+        yield from _going_on(what, part, run)
+
+
+def _going_on(what: str, lines: Callable[..., Lines], *args: Any) -> Lines:
+    """`lines(*args)`, and where it cannot look a line that says so: the rest of the run is looked at all the same."""
+    try:
+        yield from lines(*args)
+    except (OSError, DamagedFile, DDPMError) as e:
+        yield Line("damaged", what, faults.words(e) or str(e))
 
 
 def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = True) -> Lines:
@@ -90,18 +104,30 @@ def _start(run: RunDir, began: dict[str, Any]) -> None:
         raise DamagedFile("is not what the run was to start from")
 
 
-def _life(run: RunDir) -> Lines:
-    for path in _sorted(run.events, ".jsonl"):
-        yield from _judged(f"events/{path.name}", _events, path)
-    trained = bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
-    if trained and not _sorted(run.events, ".jsonl"):
+def _events(run: RunDir) -> Lines:
+    paths = _sorted(run.events, ".jsonl")
+    for path in paths:
+        yield from _judged(f"events/{path.name}", _told, path)
+    if not paths and _trained(run):
         yield Line("missing", "events/", "checkpoints are there, and no event tells of them")
+
+
+def _trained(run: RunDir) -> bool:
+    """Whether it was saved, or cannot be told not to have been."""
+    try:
+        return bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
+    except OSError:
+        return True
+
+
+def _life(run: RunDir) -> Lines:
+    trained = _trained(run)
     yield from _judged("metrics.jsonl", _metrics, run.metrics, needed=trained)
     yield from _judged("heartbeat.json", _heartbeat, run.heartbeat, needed=trained)
     yield from _judged("fence", _fence, run, needed=trained)
 
 
-def _events(path: Path) -> str:
+def _told(path: Path) -> str:
     records, wrong = parse_events(read_bytes(path, LINES_BYTES), path.name)
     return _unless(wrong, f"{len(records)} lines")
 
@@ -144,12 +170,18 @@ def _checkpoints(run: RunDir) -> Lines:
         yield Line("damaged", f"checkpoints/{path.stem}", f"its manifest is {link_to_nothing(path)}: no checkpoint")
     for step in unfinished.alone(run):
         yield Line("damaged", f"checkpoints/step-{step:09d}", "no manifest; --rebuild makes one where it proves itself")
+
+
+def _unsaved(run: RunDir) -> Lines:
     try:
         evidence.refuse_start(run)
     except evidence.Incomplete as e:
         yield Line("missing", "checkpoints/", str(e))
     if run.latest_step() and (saved := evidence.last_saved(read_events(run))) > run.latest_step():
         yield Line("missing", f"checkpoints/step-{saved:09d}", "events/ tells that it was saved")
+
+
+def _aside(run: RunDir) -> Lines:
     if aside := listed(run.checkpoints / unfinished.ASIDE):
         yield Line("aside", f"checkpoints/{unfinished.ASIDE}/", f"{len(aside)} files; what is moved back counts again")
 
@@ -180,16 +212,18 @@ def _grids(run: RunDir) -> Lines:
 
 def _samples(run: RunDir) -> Lines:
     for where in run.sample_sets():
-        name = f"samples/{where.name}"
-        if not listed(where.path):
-            continue
-        try:
-            request = read_request(where)
-        except DDPMError as e:
-            yield Line("damaged", f"{name}/request.json", str(e))
-            continue
-        yield Line("holds", f"{name}/request.json", f"of step {request.checkpoint.step}")
-        yield from _shards(where, request, name)
+        yield from _going_on(f"samples/{where.name}", _set, where)
+
+
+def _set(where: SampleSet) -> Lines:
+    name = f"samples/{where.name}"
+    try:
+        request = read_request(where)
+    except DDPMError as e:
+        yield Line("damaged", f"{name}/request.json", str(e))
+        return
+    yield Line("holds", f"{name}/request.json", f"of step {request.checkpoint.step}")
+    yield from _shards(where, request, name)
 
 
 def _shards(where: SampleSet, request: Request, name: str) -> Lines:
@@ -205,10 +239,14 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
 
 def _bounds(run: RunDir) -> Lines:
     for where in run.bound_sets():
-        name = f"bits-per-dim/{where.name}"
-        yield from _judged(f"{name}/request.json", _bound, where)
-        for path in _sorted(where.path, ".npy"):
-            yield from _judged(f"{name}/{path.name}", _features, path)
+        yield from _going_on(f"bits-per-dim/{where.name}", _bound_set, where)
+
+
+def _bound_set(where: BoundSet) -> Lines:
+    name = f"bits-per-dim/{where.name}"
+    yield from _judged(f"{name}/request.json", _bound, where)
+    for path in _sorted(where.path, ".npy"):
+        yield from _judged(f"{name}/{path.name}", _features, path)
 
 
 def _bound(where: BoundSet) -> str:
@@ -222,7 +260,8 @@ def _features(path: Path) -> None:
 
 def _scores(run: RunDir) -> Lines:
     yield from _judged("milestones.json", read_signed, run.milestones, needed=False)
-    for path in sorted(run.eval.rglob("*.json")):
+    further = [p for p in listed(run.eval) if p.is_dir() and not p.name.startswith(".")]
+    for path in sorted([*_sorted(run.eval, ".json"), *(p for there in further for p in _sorted(there, ".json"))]):
         yield from _judged(str(path.relative_to(run.path)), _score, run, path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm.config import reading
@@ -13,7 +12,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, read_signed, seconds, stamp
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.paths import RunDir, SampleSet, listed
 from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
@@ -92,7 +91,7 @@ def describe(
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
-    samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
+    samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     problems = [latest.get("reason") if failed else None, saving, *damage.told[: 1 if closed else None]]
@@ -214,10 +213,9 @@ def _config(run: RunDir, damage: Damage) -> Config | None:
     return config
 
 
-def _shards(request: Path, where: Path) -> str:
-    asked = (read_json(request) or {}).get("shards")
-    there = sum(p.name.startswith("shard-") and p.suffix == ".json" for p in listed(where))
-    return f"{there}/{asked if isinstance(asked, int) else '?'}"
+def _shards(of: SampleSet) -> str:
+    asked = (read_json(of.request) or {}).get("shards")
+    return f"{of.num_published()}/{asked if isinstance(asked, int) else '?'}"
 
 
 def _state(
