@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,10 @@ class RunDir:
     @property
     def stop_file(self) -> Path:
         return self.path / "STOP"
+
+    def is_stopped(self) -> bool:
+        """Whether something is called STOP, whatever it is."""
+        return os.path.lexists(self.stop_file)
 
     @property
     def checkpoints(self) -> Path:

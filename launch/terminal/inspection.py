@@ -75,11 +75,18 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 
 
 def _records(run: RunDir) -> Lines:
-    yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
+    yield from _judged("config.yaml", _config, run)
     yield from _judged("run.json", _record, run)
     yield from _judged("code.zip", _code, run, needed=False)
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
+
+
+def _config(run: RunDir) -> str:
+    config, saved = reading.load(run.config), run.latest_step()
+    if config.train.total_steps is not None and config.train.total_steps < saved:
+        raise DamagedFile(f"says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
+    return config.digest()[:12]
 
 
 def _record(run: RunDir) -> None:

@@ -81,6 +81,8 @@ def describe(
         damage.tell(what)
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
+        if saved > config.train.total_steps:
+            damage.tell(f"config.yaml says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
     _tell_what_lacks(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     here = damage.read(lambda: local.at_work(run, every)) or {}
@@ -230,5 +232,5 @@ def _state(
     finished = config is not None and finished_step(run, config) is not None
     stages = {stage for _, of_one in here.values() for stage in of_one}
     at_work = "train" in stages, bool(stages)
-    facts = standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, *at_work, cluster=cluster_name())
+    facts = standing.Facts(events, jobs, finished, run.is_stopped(), beats, *at_work, cluster=cluster_name())
     return standing.word(facts)
