@@ -21,7 +21,7 @@ from ddpm.run.files import sign, write_json
 from ddpm.run.log import amount, say
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
-from ddpm.run.saving import num_bytes
+from ddpm.run.saving import SPARE_BYTES, num_bytes
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
@@ -83,9 +83,10 @@ def train(life: Life, config: Config, why: str | None) -> int:
         on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
-    size = num_bytes(trainer.state.state_dict())
-    if why := world.share(faults.small_files(size) if world.is_main else None):
-        raise DoNotRetry(f"a checkpoint has {amount(size)}, and {why}, then submit again")
+    size = num_bytes(trainer.state.state_dict())  # and logs grow, by what a save leaves free for them
+    if why := world.share(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
+        needs = f"a checkpoint has {amount(size)}, and logs up to {amount(SPARE_BYTES)}"
+        raise DoNotRetry(f"{needs}; {why}, then submit again")
     found = trainer.fit()
     if fence is not None and found is not None:
         _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
