@@ -39,7 +39,7 @@ def stop(run: RunDir) -> work.Work:
     """Take out of the queue what waits there, and ask the rest to leave; what that was. Raises SchedulerError."""
     with turn(run):  # nobody queues more of it meanwhile
         found = work.of_run(run)
-        if found:
+        if found and not run.is_stopped():
             run.stop_file.touch()  # first: whatever comes back, or succeeds another, ends at its start
         for job in found.jobs:
             scheduler.cancel_waiting(job)

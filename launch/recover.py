@@ -19,7 +19,7 @@ from ddpm.config import reading
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, read_signed
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
 from launch.queue import borrowing, chain
 from launch.terminal import console, inspection
@@ -107,7 +107,7 @@ def rebuild(run: RunDir) -> int:
     config, failed = reading.of_run(run), 0
     with held(run) as fence:
         lacking = []
-        for path in sorted(run.checkpoints.glob("step-*.pt")):
+        for path in sorted(p for p in listed(run.checkpoints) if p.match("step-*.pt")):
             digits = path.stem[5:]
             step = int(digits) if digits.isdecimal() and len(digits) < 19 else -1
             if path != run.checkpoint(step):

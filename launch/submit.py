@@ -32,7 +32,7 @@ from launch.queue.naming import name_of
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
-from launch.terminal import console, follow, plan, recipes
+from launch.terminal import console, faults, follow, plan, recipes
 from launch.terminal.results import print_results
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def main() -> int:
     check_resources(asked, site)
     check_path(run, site)
     config = prepare.resolve_length(asked, run)
-    for warning in [*config.warnings(), *([] if site.is_local else site.warnings())]:
+    limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if (why := faults.small_files()) else []
+    for warning in [*config.warnings(), *([] if site.is_local else site.warnings()), *limit]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         if prepare.check_existing(run, config):

@@ -50,7 +50,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
     echo "[batch] SLURM does not call the job RUNNING: leaving it to SLURM"
     return
   fi
-  if [ -e "$DDPM_RUN/STOP" ] || [ "$times" -ge 3 ] || ! echo "$ddpm_node" >>"$lives"; then
+  if [ -e "$DDPM_RUN/STOP" ] || [ -L "$DDPM_RUN/STOP" ] || [ "$times" -ge 3 ] || ! echo "$ddpm_node" >>"$lives"; then
     ddpm_event failed "$code" "$reason; tried $((times + 1)) times: mend the environment, then submit again"
     echo "[batch] failed: $reason; see $DDPM_RUN/logs"
     rm -f "$lives"

@@ -39,8 +39,12 @@ def _zero(value: float) -> float:
     return value + 0.0
 
 
+MOST_SAMPLES, MOST_SHARDS = 10**9, 10**6
+"""In a set."""
+
+
 class Sample(Section):
-    num_samples: int = Field(50_000, ge=1, le=10**9)
+    num_samples: int = Field(50_000, ge=1, le=MOST_SAMPLES)
     """Images in the set."""
     sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
     """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
@@ -57,7 +61,7 @@ class Sample(Section):
     """Clip every predicted x_0 to [-1, 1], where images lie."""
     batch: int = Field(500, ge=1, le=2**24)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
-    shards: int = Field(64, ge=1, le=1_000_000)
+    shards: int = Field(64, ge=1, le=MOST_SHARDS)
     """Parts that the set is made in, each a job of its own."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Sample i follows from it and from i."""

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,14 @@ def pack(
         raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members)}")
     key = cache_key(data, source, split)
     labels = [] if data.skip_damaged else [source.labels[name] for name in source.members[split]]
+
+    def there() -> PackedImages:
+        packed = open_verified(cache, key, labels=labels, stop_requested=stop_requested)
+        _check_source(cache / key, packed, data, source, split)
+        return packed
+
     try:
-        return key, open_verified(cache, key, labels=labels, stop_requested=stop_requested)
+        return key, there()
     except (DamagedFile, OSError) as e:
         if os.path.lexists(cache / key):
             say(f"the packed data in {cache / key} is damaged: packing it again", reason=_in_words(e))
@@ -123,7 +129,7 @@ def pack(
         record = {"name": data.name, "split": split, "classes": source.classes, "selection": source.selection}
         record |= _tell(how, num)
         write_json(tmp / "meta.json", sign({**record, **sources.RESIZE, **written}))
-        _publish(tmp, cache, key, labels, or_else)
+        _publish(tmp, cache / key, there, or_else)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return key, open_packed(cache, key)
@@ -141,12 +147,23 @@ def _tell(how: Decoding, num: int) -> dict[str, Any]:
     return record
 
 
-def _publish(tmp: Path, cache: Path, key: str, labels: list[int], or_else: str) -> None:
+def _check_source(where: Path, packed: PackedImages, data: Data, source: Source, split: str) -> None:
+    """Raises DamagedFile where this is another dataset's, as far as its form and names tell."""
+    size, num = data.image_size, len(source.members[split])
+    says = [packed.split, list(packed.classes), *packed.images.shape[1:3]]
+    alike = says == [split, source.classes, size, size] and (data.skip_damaged or num in (0, len(packed)))
+    if not alike or (source.kind in ("digits", "cifar10") and packed.name != source.kind):
+        told = f"{packed.name}, {packed.split}, {len(packed)} images of {len(packed.classes)} classes"
+        raise DamagedFile(f"{where}: is of other data ({told})")
+
+
+def _publish(tmp: Path, there: Path, look: Callable[[], object], or_else: str) -> None:
     """Rename `tmp` to its key, unless another job has packed the same meanwhile; what is damaged there moves aside.
 
+    look: raises OSError or DamagedFile where what is there is not the same.
     Raises EnvironmentLacks where that is not allowed, as with a colleague's in a shared cache.
     """
-    there = cache / key
+    cache = there.parent
     while True:
         try:
             tmp.rename(there)
@@ -156,9 +173,9 @@ def _publish(tmp: Path, cache: Path, key: str, labels: list[int], or_else: str) 
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
         with contextlib.suppress(OSError, DamagedFile):
-            open_verified(cache, key, labels=labels)
+            look()
             return  # the bytes are the same
-        aside = cache / f"{TMP_PREFIX}{key}.damaged-{os.getpid()}-{secrets.token_hex(4)}"
+        aside = cache / f"{TMP_PREFIX}{there.name}.damaged-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             there.rename(aside)  # who has it mapped, on any node, keeps its bytes
             os.utime(aside)  # and remove_abandoned leaves them for a day

@@ -77,7 +77,7 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
     """
     files: list[list[Record]] = []
     damage = []
-    for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl"):
+    for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl" and not p.name.startswith(".")):
         name = f"events/{path.name}"
         try:
             found, wrong = parse_events(read_bytes(path, LINES_BYTES), name)
@@ -91,7 +91,17 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
             found, wrong = [], f"{name} cannot be read ({e})"
         files.append(found)
         damage += [wrong] if wrong else []
-    return in_order(files), damage
+    return in_order(_without_copies(files)), damage
+
+
+def _without_copies(files: list[list[Record]]) -> list[list[Record]]:
+    """Without those whose every event is in another: a copy that lies beside a file tells nothing twice."""
+    kept: dict[tuple[str, int, str], list[list[Record]]] = {}  # by how each begins, as no two lives do
+    for events in sorted(filter(None, files), key=len, reverse=True):
+        alike = kept.setdefault((*life_of(events[0]), events[0]["time"]), [])
+        if not any(all(event in other for event in events) for other in alike):
+            alike.append(events)
+    return [events for events in files if any(events is other for alike in kept.values() for other in alike)]
 
 
 def in_order(files: list[list[Record]]) -> list[Record]:

@@ -17,7 +17,7 @@ from typing import Any
 from ddpm.errors import DoNotRetry
 from ddpm.run import unfinished
 from ddpm.run.events import read_events
-from ddpm.run.files import DamagedFile, read_json
+from ddpm.run.files import DamagedFile, link_to_nothing, read_json
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import read_metrics, usable
 
@@ -62,6 +62,7 @@ def last_saved(events: list[dict[str, Any]]) -> int:
 def _told(run: RunDir) -> Iterator[str]:
     alone = unfinished.alone(run)
     yield from (f"{run.checkpoint(step)} has no manifest" for step in alone)
+    yield from (f"{path} is {link_to_nothing(path)}" for path in run.lost_manifests())
     ours = {sign.step for sign in unfinished.signs(run) if sign.is_ours}
     for path in sorted(listed(run.checkpoints)):
         match = re.fullmatch(r"ema-([0-9]{9,})\.safetensors", path.name)
@@ -70,7 +71,8 @@ def _told(run: RunDir) -> Iterator[str]:
     events = read_events(run)
     if step := max((_step(e) for e in events if e.get("event") not in OF_TRAINING), default=0):
         yield f"events/ tells of saved step {step}"
-    for path in [s.request for s in run.sample_sets()] + sorted(p for p in listed(run.eval) if p.suffix == ".json"):
+    scores = sorted(p for p in listed(run.eval) if p.suffix == ".json" and not p.name.startswith("."))
+    for path in [s.request for s in run.sample_sets()] + scores:
         made_of = _record(path).get("checkpoint")
         if isinstance(made_of, dict) and (step := _step(made_of)):
             yield f"{path} is of step {step}"

@@ -125,7 +125,8 @@ class Fence:
 
     def _current(self) -> int:
         try:
-            return int(read_bytes(self._run.fence))
+            number = int(read_bytes(self._run.fence))
+            return number if number < 2**63 else 0  # as what is no number
         except (FileNotFoundError, ValueError):
             return 0
 

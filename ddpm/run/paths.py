@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,16 @@ def listed(directory: Path) -> list[Path]:
         return []
 
 
+def is_begun(made: Path) -> bool:
+    """Whether a folder is a sample set or a bound: it has a request, or what is made of one. What cannot be listed may
+    be."""
+    try:
+        names = [p.name for p in listed(made)]
+    except OSError:
+        return True
+    return any(name.startswith(("request.json", "shard-", "features-", "part")) for name in names)
+
+
 @dataclass(frozen=True)
 class SampleSet:
     """Paths of samples/SET: the request, the shards and their features."""
@@ -88,6 +99,11 @@ class SampleSet:
 
     def shard_manifest(self, index: int, count: int) -> Path:
         return self.shard(index, count).with_suffix(".json")
+
+    def num_published(self) -> int:
+        """Shards whose manifest is there, under their own name. Raises OSError where it cannot look."""
+        names = (p.name for p in listed(self.path))
+        return sum(re.fullmatch(r"shard-[0-9]{5,}-of-[0-9]{5,}\.json", name) is not None for name in names)
 
     def features(self, extractor: str, index: int, count: int) -> Path:
         return self.path / f"features-{extractor}-{index:05d}-of-{count:05d}.npy"
@@ -171,6 +187,10 @@ class RunDir:
     def stop_file(self) -> Path:
         return self.path / "STOP"
 
+    def is_stopped(self) -> bool:
+        """Whether something is called STOP, whatever it is."""
+        return os.path.lexists(self.stop_file)
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -228,19 +248,28 @@ class RunDir:
         return SampleSet(self.samples / name)
 
     def sample_sets(self) -> list[SampleSet]:
-        return [SampleSet(p) for p in sorted(listed(self.samples)) if p.is_dir() and not p.name.startswith(".")]
+        found = sorted(listed(self.samples))
+        return [SampleSet(p) for p in found if p.is_dir() and not p.name.startswith(".") and is_begun(p)]
 
     def bound_set(self, name: str) -> BoundSet:
         return BoundSet(self.path / "bits-per-dim" / name)
 
     def bound_sets(self) -> list[BoundSet]:
         found = sorted(listed(self.path / "bits-per-dim"))
-        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".")]
+        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".") and is_begun(p)]
 
     def steps_saved(self) -> list[int]:
-        """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified)."""
-        found = (re.fullmatch(r"step-([0-9]{9,})\.json", p.name) for p in listed(self.checkpoints))
-        return sorted((int(m.group(1)) for m in found if m), reverse=True)
+        """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A
+        manifest that is a link to nothing is none."""
+        return sorted((step for step, path in self._manifests() if not link_to_nothing(path)), reverse=True)
+
+    def lost_manifests(self) -> list[Path]:
+        """Those that are a link to nothing."""
+        return sorted(path for _, path in self._manifests() if link_to_nothing(path))
+
+    def _manifests(self) -> list[tuple[int, Path]]:
+        found = ((re.fullmatch(r"step-([0-9]{9,})\.json", p.name), p) for p in listed(self.checkpoints))
+        return [(int(m.group(1)), p) for m, p in found if m]
 
     def latest_step(self) -> int:
         """The newest saved step, 0 where there is none: what progress means to the restart policy."""

@@ -7,6 +7,7 @@ there. Must not know what a record is for.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -187,8 +188,15 @@ def _by_words(event: Record) -> Record:
 
 
 def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
-    """The records of metrics.jsonl; the lines that do not hold all they should; and what is wrong with it, or ""."""
-    return parse_lines(data, "metrics.jsonl", METRICS, METRICS_TOO)
+    """The records of metrics.jsonl, by step and each once; the lines that do not hold all they should, or say something
+    else of a step than its last line; and what is wrong with the file, or ""."""
+    records, lost, wrong = parse_lines(data, "metrics.jsonl", METRICS, METRICS_TOO)
+    if any(a["step"] >= b["step"] for a, b in pairwise(records)):
+        last = {record["step"]: record for record in records}
+        wrong = wrong or f"metrics.jsonl has lines {'twice' if len(last) < len(records) else 'out of order'}"
+        lost += [json.dumps(record).encode() for record in records if record != last[record["step"]]]
+        records = [last[step] for step in sorted(last)]
+    return records, lost, wrong
 
 
 def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
@@ -204,7 +212,8 @@ def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
             f.seek(size - SKIMMED_BYTES)
             tail, _, wrong = parse_metrics(f.read(SKIMMED_BYTES).partition(b"\n")[2])
             every = head[0]["step"] if len(head) == 2 else 0
-            if tail and not wrong and every and head[1]["step"] == 2 * every and tail[0]["step"] % every == 0:
+            good = bool(tail and not wrong and every and head[1]["step"] == 2 * every and tail[0]["step"] % every == 0)
+            if good and size * len(tail) * every < 1.5 * SKIMMED_BYTES * tail[-1]["step"]:  # else it has lines twice
                 return tail, tail[0]["step"] - every, ""
     records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
     return records, 0, wrong

@@ -24,6 +24,7 @@ from ddpm.run import unfinished
 from ddpm.run.fence import Fence
 from ddpm.run.files import (
     DamagedFile,
+    link_to_nothing,
     now,
     publishing,
     read_bytes,
@@ -35,7 +36,7 @@ from ddpm.run.files import (
 )
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, is_begun, listed
 from ddpm.run.records import identity
 
 SPARE_BYTES = 16 * 2**20
@@ -100,11 +101,19 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._not_removed = ""
+        self._whole: set[str] = set()
         run.checkpoints.mkdir(exist_ok=True)
+        self._not_cleared = ""
+        self._clear()
+
+    def _clear(self) -> None:
+        """What stays in the way of none but a save of its own step: once is enough to say so."""
         try:
-            unfinished.clear(run, fence.check, log)
+            unfinished.clear(self._run, self._fence.check, self._log)
         except OSError as e:
-            log(f"what a failed save left cannot be removed: {e}")
+            if str(e) != self._not_cleared:
+                self._log(f"what a failed save left cannot be removed: {e}")
+            self._not_cleared = str(e)
 
     def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False) -> None:
         """Save `state` (see ddpm/training/state.py) as the generation of state["step"].
@@ -157,8 +166,9 @@ class Checkpointer:
             # an earlier life was killed between this save and its next step: the bits are the same
             there = verify_again(run, step)
         except (DamagedFile, OSError, KeyError):
-            self._publish(state, with_ema)
+            self._whole.add(f"{step} {self._publish(state, with_ema)}")
         else:
+            self._whole.add(f"{step} {there.sha256}")
             self._complete(there, state, with_ema)
         self._on_saved(step)
         try:
@@ -170,10 +180,11 @@ class Checkpointer:
         else:
             self._not_removed = ""
 
-    def _publish(self, state: dict[str, Any], with_ema: bool) -> None:
+    def _publish(self, state: dict[str, Any], with_ema: bool) -> str:
+        """Returns the checkpoint's sha256."""
         run, step = self._run, int(state["step"])
         self._fence.check()  # what lies there may be a later job's, half way to its manifest
-        unfinished.clear(run, self._fence.check, self._log)
+        self._clear()
         self._check_space(num_bytes(state) + (num_bytes(state["ema"]) if with_ema else 0))
         rejected = [run.manifest(step), run.checkpoint(step), run.ema_weights(step)]
         unfinished.set_aside(run, rejected, f"step {step} is saved again", self._log)
@@ -203,6 +214,7 @@ class Checkpointer:
         write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
         with contextlib.suppress(OSError):  # the next one removes it
             begun.unlink()
+        return str(f.sha256)
 
     def _complete(self, there: Generation, state: dict[str, Any], with_ema: bool) -> None:
         """What a generation lacks that was saved as one of many and is now to be the last, or has lost since."""
@@ -239,31 +251,58 @@ class Checkpointer:
         nothing removed, where a request cannot be read or is not as it was published.
         """
         run, steps = self._run, self._run.steps_saved()
-        good = [s for s in steps if s <= newest]
-        keep = {*good[: self._keep_last], *self._named(), *filter(self._is_milestone, good)}
+        reached = [s for s in steps if s <= newest]
+        keep = {*self._named(), *filter(self._is_milestone, reached)}
+        last, rejected = self._last_good(reached)
+        keep |= last
+        rejected |= {s for s in steps if s > newest}
         self._fence.check()
         for step in steps:
-            if step > newest and step not in keep:
-                rejected = [run.manifest(step), run.checkpoint(step), run.ema_weights(step)]
-                unfinished.set_aside(run, rejected, f"rejected, and step {newest} is saved now", self._log)
+            if step in rejected and step not in keep:
+                damaged = [run.manifest(step), run.checkpoint(step), run.ema_weights(step)]
+                unfinished.set_aside(run, damaged, f"rejected, and step {newest} is saved now", self._log)
             elif step not in keep:
                 begun = unfinished.begin(run, step, self._token, self._fence.check)
                 run.manifest(step).unlink(missing_ok=True)
                 run.checkpoint(step).unlink(missing_ok=True)
                 begun.unlink()
-        unfinished.clear(run, self._fence.check, self._log)
+        self._clear()
+
+    def _last_good(self, steps: list[int]) -> tuple[set[int], set[int]]:
+        """Of steps, newest first: the last `keep_last` that hold, with those among them that cannot be read now; and
+        those among them that do not hold. Each is read whole but once in a life."""
+        run, kept, damaged = self._run, set(), set()
+        good = 0
+        for step in steps:
+            if good == self._keep_last:
+                break
+            try:
+                if (known := f"{step} {read_signed(run.manifest(step)).get('sha256')}") not in self._whole:
+                    verify_again(run, step)
+                    self._whole.add(known)
+                good += run.checkpoint(step).exists()
+                kept.add(step)
+            except (DamagedFile, FileNotFoundError, KeyError):
+                damaged.add(step)
+            except OSError:
+                kept.add(step)
+        return kept, damaged
 
     def _named(self) -> set[Any]:
         """Steps that sample sets and bounds are made of, and the best milestone. Raises DamagedFile where one of them
         cannot be told."""
+        run = self._run
         steps = set()
-        sets: list[SampleSet | BoundSet] = [*self._run.sample_sets(), *self._run.bound_sets()]
+        for path in [*listed(run.samples), *listed(run.bound_set("x").path.parent), run.milestones]:
+            if why := link_to_nothing(path):  # it was moved, and may be back tomorrow
+                raise DamagedFile(f"{path}: {why}")
+        sets: list[SampleSet | BoundSet] = [*run.sample_sets(), *run.bound_sets()]
         for made in sets:
             try:
                 read_bytes(made.request)  # a file system that fails for a moment is no damage
             except FileNotFoundError:
-                if any(p.name.startswith(("shard-", "part-")) for p in listed(made.path)):
-                    raise DamagedFile(f"{made.request}: missing beside its shards") from None
+                if is_begun(made.path):
+                    raise DamagedFile(f"{made.request}: missing beside what was made of it") from None
                 continue
             request = read_json(made.request) or {}
             if request.pop("digest", None) != sha256_json(request):
@@ -271,7 +310,7 @@ class Checkpointer:
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
         try:
-            steps.add((read_signed(self._run.milestones).get("best") or {}).get("step"))
+            steps.add((read_signed(run.milestones).get("best") or {}).get("step"))
         except FileNotFoundError:
             pass
         return steps

@@ -6,6 +6,7 @@ The file holds its own inode number, so a copy of it says nothing: what lies bes
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -40,7 +41,8 @@ def begin(run: RunDir, step: int, token: str, may_publish: Callable[[], None]) -
 def signs(run: RunDir) -> list[Sign]:
     found = []
     for path in sorted(listed(run.checkpoints)):
-        if match := re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name):
+        match = re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name)
+        if match and not path.is_dir():  # which no save makes
             try:
                 is_ours = read_bytes(path) == f"{path.stat().st_ino}\n".encode()
             except (OSError, DamagedFile):
@@ -61,23 +63,30 @@ def alone(run: RunDir) -> list[int]:
 def clear(run: RunDir, may_remove: Callable[[], None], log: Callable[[str], None]) -> None:
     """Remove what saves that failed or were killed have left, which would take the room of those to come.
 
-    EMA weights without a .pt or a sign stay: someone may have kept them on purpose. may_remove: asked after the look
-    around; it raises where a later job has the run, whose any of it may be. Raises OSError.
+    EMA weights without a .pt or a sign stay, as someone may have meant; so do folders, which no save makes.
+    may_remove: asked after the look around; it raises where a later job has the run, whose any of it may be. Raises
+    OSError, with all else done, where something cannot be moved aside.
     """
     names = sorted(p.name for p in listed(run.checkpoints))
     begun, others = signs(run), alone(run)
     may_remove()
     for name in names:
-        if name.startswith(TMP_PREFIX):
+        if name.startswith(TMP_PREFIX) and not (run.checkpoints / name).is_dir():
             (run.checkpoints / name).unlink(missing_ok=True)
     for step in (sign.step for sign in begun if sign.is_ours and run.manifest(sign.step).name not in names):
         run.ema_weights(step).unlink(missing_ok=True)
         run.checkpoint(step).unlink(missing_ok=True)
+    stays = None
     for step in others:
-        why = "no manifest, and no save has left it here"
-        set_aside(run, [run.checkpoint(step), run.ema_weights(step)], why, log)
+        try:
+            why = "no manifest, and no save has left it here"
+            set_aside(run, [run.checkpoint(step), run.ema_weights(step)], why, log)
+        except OSError as e:
+            stays = stays or e
     for sign in begun:
         sign.path.unlink(missing_ok=True)
+    if stays:
+        raise stays
 
 
 def set_aside(run: RunDir, paths: list[Path], why: str, log: Callable[[str], None]) -> None:
@@ -89,7 +98,11 @@ def set_aside(run: RunDir, paths: list[Path], why: str, log: Callable[[str], Non
     if not there:
         return
     aside = run.checkpoints / ASIDE
-    aside.mkdir(exist_ok=True)
+    try:
+        aside.mkdir(exist_ok=True)
+    except FileExistsError:
+        why = "is in the way of a folder that what is no checkpoint is moved to: move it away"
+        raise NotADirectoryError(errno.ENOTDIR, why, str(aside)) from None
     number = 1
     while any(os.path.lexists(aside / _numbered(p.name, number)) for p in there):
         number += 1

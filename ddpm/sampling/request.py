@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ddpm.config.diffusion import VARIANCES
-from ddpm.config.sample import SAMPLERS, kind_of, names_with
+from ddpm.config.sample import MOST_SAMPLES, MOST_SHARDS, SAMPLERS, kind_of, names_with
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, paths
@@ -57,6 +57,9 @@ class Request:
         for name in ("num_samples", "shards", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name, most in (("num_samples", MOST_SAMPLES), ("shards", MOST_SHARDS)):
+            if getattr(self, name) > most:
+                raise RequestError(f"{name} = {getattr(self, name)}: at most {most}")
         if self.shards > self.num_samples:
             raise RequestError(f"shards = {self.shards}: at most num_samples = {self.num_samples}")
         object.__setattr__(self, "eta", float(self.eta))  # 0 and 0.0 are one request and must have one digest

@@ -78,9 +78,12 @@ class Telemetry:
         records, odd, wrong = parse_metrics(data)
         if odd:
             aside = self._run.metrics.with_suffix(".unread")
+            aside = aside / aside.name if aside.is_dir() else aside
             with aside.open("ab") as f:
                 f.write(b"\n".join(odd) + b"\n")
             say(f"{wrong}: kept in {aside.name}, left out here")
+        elif wrong:
+            say(f"{wrong}: put in order")
         return [r for r in records if r["step"] <= step]
 
     def _rewrite(self, records: Iterable[dict[str, Any]]) -> None:

@@ -79,7 +79,7 @@ def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str
     here, events = progress(run, env.job, known.stage, set_name), of_this_cluster(read_events(run))
     return replace(
         known,
-        stop_file=run.stop_file.exists(),
+        stop_file=run.is_stopped(),
         progress=here,
         retries=retries_without_progress(events, env.job, here),
         uncounted=uncounted_lives(events, env.job, env.restart),

@@ -7,7 +7,6 @@ means save and go (exit 75), and the end of the batch shell puts the job back.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -76,9 +75,8 @@ class StopFlag:
         """Why to stop, or None. Polls the STOP file at most once a second: a shared file system feels every stat."""
         if self._stop_file is not None and time.monotonic() - self._polled_at >= STOP_POLL_S:
             self._polled_at = time.monotonic()
-            with contextlib.suppress(OSError):  # a stale handle is no STOP, and ends no training
-                if self._stop_file.exists():
-                    self.reason = "STOP"
+            if os.path.lexists(self._stop_file):  # False of a stale handle, which is no STOP and ends no training
+                self.reason = "STOP"
         return self.reason
 
     def clear(self, answered: str) -> None:

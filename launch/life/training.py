@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from ddpm.config.schema import Config
-from ddpm.errors import Stopped
+from ddpm.errors import DoNotRetry, Stopped
 from ddpm.network import device
 from ddpm.network.device import Resolved
 from ddpm.run.fence import Fence
 from ddpm.run.files import sign, write_json
-from ddpm.run.log import say
+from ddpm.run.log import amount, say
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
+from ddpm.run.saving import SPARE_BYTES, num_bytes
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
@@ -31,6 +32,7 @@ from launch.life.life import Life
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
 from launch.queue.waiting import mercy_for
+from launch.terminal import faults
 
 TRY_TO_SAVE_S = 30
 
@@ -81,6 +83,10 @@ def train(life: Life, config: Config, why: str | None) -> int:
         on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
+    size = num_bytes(trainer.state.state_dict())  # and logs grow, by what a save leaves free for them
+    if why := world.share(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
+        needs = f"a checkpoint has {amount(size)}, and logs up to {amount(SPARE_BYTES)}"
+        raise DoNotRetry(f"{needs}; {why}, then submit again")
     found = trainer.fit()
     if fence is not None and found is not None:
         _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})

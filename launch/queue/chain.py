@@ -60,7 +60,7 @@ def nothing_to_train(run: RunDir, config: Config) -> str | None:
         if (why := damage(run)) is None:
             return f"the run is complete at step {step}: nothing to do"
         say("the last checkpoint is damaged: going on from the newest good one", step=step, reason=why)
-    if run.stop_file.exists():
+    if run.is_stopped():
         return f"{run.stop_file} forbids training: submit again, which removes it"
     return None
 
@@ -72,7 +72,7 @@ def is_training(run: RunDir) -> bool:
 
 def go_on(run: RunDir) -> None:
     """Lift STOP for what is to follow now. RequestError where it is there to end a training at work; SchedulerError."""
-    if not run.stop_file.exists():
+    if not run.is_stopped():
         return
     if is_training(run):
         raise RequestError(
@@ -84,9 +84,10 @@ def go_on(run: RunDir) -> None:
 
 def lift_stop(run: RunDir) -> None:
     """Submitting again means going on. RequestError where STOP is no file, but somebody's directory."""
-    if run.stop_file.exists():
+    if run.is_stopped():
         try:
-            (Path.rmdir if run.stop_file.is_dir() else Path.unlink)(run.stop_file)
+            is_folder = run.stop_file.is_dir() and not run.stop_file.is_symlink()
+            (Path.rmdir if is_folder else Path.unlink)(run.stop_file)
         except OSError as e:
             raise RequestError(f"{run.stop_file} forbids training and cannot be removed ({e.strerror})") from None
         print(f"removed {run.stop_file}: submitting again means going on")
@@ -156,7 +157,8 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
         told.append(
             f"not queued: {rest}. {refused}\nWhat is queued stays. Add the rest, once it can be, by the same command"
         )
-    if jobs and (stop := jobs[0].run.stop_file).exists():
+    if jobs and jobs[0].run.is_stopped():
+        stop = jobs[0].run.stop_file
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
     return [job for mine in ids for job in mine], told
 
@@ -204,7 +206,7 @@ def fill_gaps(
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if not env.is_scheduled:
         raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}): {repair}")
-    if run.stop_file.exists():
+    if run.is_stopped():
         raise DoNotRetry(
             f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
         )

@@ -129,7 +129,7 @@ def main() -> int:
     for i, command in enumerate(commands):
         if unheard:
             return 128 + unheard[0]
-        if run.stop_file.exists():  # it ended the command before; what would follow that has nothing to go on
+        if run.is_stopped():  # it ended the command before; what would follow that has nothing to go on
             return 0
         if stages[i] not in stages[:i]:
             _note(run, "stage_began", command)

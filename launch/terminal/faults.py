@@ -4,6 +4,7 @@ their words. Any other keeps its traceback."""
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import threading
@@ -16,9 +17,10 @@ LIMITS = {
     "n": (resource.RLIMIT_NOFILE, "open files"),
     "u": (resource.RLIMIT_NPROC, "processes and threads"),
     "v": (resource.RLIMIT_AS, "memory"),
+    "f": (resource.RLIMIT_FSIZE, "a file"),
 }
 """By ulimit's letter."""
-OF_ERRNO = {errno.EMFILE: "n", errno.EAGAIN: "u", errno.ENOMEM: "v"}
+OF_ERRNO = {errno.EMFILE: "n", errno.EAGAIN: "u", errno.ENOMEM: "v", errno.EFBIG: "f"}
 OF_WORDS = {
     "too many open files": "n",
     "can't start new thread": "u",
@@ -74,6 +76,12 @@ def check_threads(num: int) -> None:
         done.set()
 
 
+def small_files(num_bytes: float = math.inf) -> str:
+    """Why this process, and what it starts, cannot write a file of that size; "" where it can."""
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return "" if soft == resource.RLIM_INFINITY or num_bytes <= soft else _of_limit("f")
+
+
 def _in_short(error: BaseException) -> str:
     if why := _link(error):
         return why
@@ -106,6 +114,6 @@ def _of_limit(letter: str) -> str:
     number, what = LIMITS[letter]
     soft = resource.getrlimit(number)[0]
     if soft == resource.RLIM_INFINITY:
-        return f"this machine has no more {what}"
-    allowed = f"{soft // 1024} KiB of" if letter == "v" else str(soft)
+        return "this file system takes no file so large" if letter == "f" else f"this machine has no more {what}"
+    allowed = f"{soft // 1024} KiB of" if letter in "vf" else str(soft)
     return f"this shell allows a process {allowed} {what} (ulimit -{letter}): raise it"

@@ -64,7 +64,7 @@ class Follower:
             return 0, None
         newest = max(begun, key=lambda s: s.request.stat().st_mtime)
         asked = (read_json(newest.request) or {}).get("shards")
-        return len(list(newest.path.glob("shard-*.json"))), asked if isinstance(asked, int) else None
+        return newest.num_published(), asked if isinstance(asked, int) else None
 
     def close(self) -> None:
         if self._bar is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import (
     LINES_BYTES,
     DamagedFile,
+    link_to_nothing,
     open_file,
     read_bytes,
     read_json,
@@ -32,6 +32,7 @@ from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
 from launch.queue.sets import of_other_samples
+from launch.terminal import faults
 
 
 class Line(NamedTuple):
@@ -45,8 +46,21 @@ Lines = Iterator[Line]
 
 def look(run: RunDir) -> Lines:
     """Every file of the run that can be told good from bad."""
-    for part in (_records, _life, _checkpoints, _grids, _samples, _bounds, _scores):
-        yield from part(run)
+    parts = {
+        **{"run.json": _records, "events/": _events, "metrics.jsonl": _life, "checkpoints/": _checkpoints},
+        **{"checkpoints/ by events/": _unsaved, f"checkpoints/{unfinished.ASIDE}/": _aside, "grids/": _grids},
+        **{"samples/": _samples, "bits-per-dim/": _bounds, "eval/": _scores},
+    }
+    for what, part in parts.items():
+        yield from _going_on(what, part, run)
+
+
+def _going_on(what: str, lines: Callable[..., Lines], *args: Any) -> Lines:
+    """`lines(*args)`, and where it cannot look a line that says so: the rest of the run is looked at all the same."""
+    try:
+        yield from lines(*args)
+    except (OSError, DamagedFile, DDPMError) as e:
+        yield Line("damaged", what, faults.words(e) or str(e))
 
 
 def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = True) -> Lines:
@@ -62,12 +76,19 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 
 
 def _records(run: RunDir) -> Lines:
-    yield from _judged("config.yaml", lambda: reading.load(run.config).digest()[:12])
+    yield from _judged("config.yaml", _config, run)
     yield from _judged("run.json", _record, run)
     yield from _judged("code.zip", _code, run, needed=False)
     yield from (line for line in _judged(run.start.name, evidence.check_start, run) if line.verdict != "holds")
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
+
+
+def _config(run: RunDir) -> str:
+    config, saved = reading.load(run.config), run.latest_step()
+    if config.train.total_steps is not None and config.train.total_steps < saved:
+        raise DamagedFile(f"says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
+    return config.digest()[:12]
 
 
 def _record(run: RunDir) -> None:
@@ -92,26 +113,36 @@ def _start(run: RunDir, began: dict[str, Any]) -> None:
         raise DamagedFile("is not what the run was to start from")
 
 
-def _life(run: RunDir) -> Lines:
-    for path in _sorted(run.events, ".jsonl"):
-        yield from _judged(f"events/{path.name}", _events, path)
-    trained = bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
-    if trained and not _sorted(run.events, ".jsonl"):
+def _events(run: RunDir) -> Lines:
+    paths = _sorted(run.events, ".jsonl")
+    for path in paths:
+        yield from _judged(f"events/{path.name}", _told, path)
+    if not paths and _trained(run):
         yield Line("missing", "events/", "checkpoints are there, and no event tells of them")
+
+
+def _trained(run: RunDir) -> bool:
+    """Whether it was saved, or cannot be told not to have been."""
+    try:
+        return bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
+    except OSError:
+        return True
+
+
+def _life(run: RunDir) -> Lines:
+    trained = _trained(run)
     yield from _judged("metrics.jsonl", _metrics, run.metrics, needed=trained)
     yield from _judged("heartbeat.json", _heartbeat, run.heartbeat, needed=trained)
     yield from _judged("fence", _fence, run, needed=trained)
 
 
-def _events(path: Path) -> str:
+def _told(path: Path) -> str:
     records, wrong = parse_events(read_bytes(path, LINES_BYTES), path.name)
     return _unless(wrong, f"{len(records)} lines")
 
 
 def _metrics(path: Path) -> str:
     records, _, wrong = parse_metrics(read_bytes(path, LINES_BYTES))
-    if any(a["step"] >= b["step"] for a, b in pairwise(records)):
-        wrong = wrong or "its steps do not grow from line to line"
     return _unless(wrong, f"{len(records)} lines")
 
 
@@ -129,6 +160,8 @@ def _unless(wrong: str, more: str) -> str:
 def _fence(run: RunDir) -> str:
     token = int(read_bytes(run.fence))
     known = [(read_json(run.manifest(step)) or {}).get("fence", 0) for step in run.steps_saved()]
+    if token >= 2**63:
+        raise DamagedFile("is a number beyond all bounds")
     if token < max(known, default=0):
         raise DamagedFile(f"says {token}, and a checkpoint was written under {max(known)}")
     return f"{token} writers so far"
@@ -142,14 +175,22 @@ def _checkpoints(run: RunDir) -> Lines:
         ]
         if step in run.steps_saved():  # else a run at work has retired it meanwhile
             yield from lines
+    for path in run.lost_manifests():
+        yield Line("damaged", f"checkpoints/{path.stem}", f"its manifest is {link_to_nothing(path)}: no checkpoint")
     for step in unfinished.alone(run):
         yield Line("damaged", f"checkpoints/step-{step:09d}", "no manifest; --rebuild makes one where it proves itself")
+
+
+def _unsaved(run: RunDir) -> Lines:
     try:
         evidence.refuse_start(run)
     except evidence.Incomplete as e:
         yield Line("missing", "checkpoints/", str(e))
     if run.latest_step() and (saved := evidence.last_saved(read_events(run))) > run.latest_step():
         yield Line("missing", f"checkpoints/step-{saved:09d}", "events/ tells that it was saved")
+
+
+def _aside(run: RunDir) -> Lines:
     if aside := listed(run.checkpoints / unfinished.ASIDE):
         yield Line("aside", f"checkpoints/{unfinished.ASIDE}/", f"{len(aside)} files; what is moved back counts again")
 
@@ -180,16 +221,18 @@ def _grids(run: RunDir) -> Lines:
 
 def _samples(run: RunDir) -> Lines:
     for where in run.sample_sets():
-        name = f"samples/{where.name}"
-        if not listed(where.path):
-            continue
-        try:
-            request = read_request(where)
-        except DDPMError as e:
-            yield Line("damaged", f"{name}/request.json", str(e))
-            continue
-        yield from _judged(f"{name}/request.json", _of_step, run, request)
-        yield from _shards(where, request, name)
+        yield from _going_on(f"samples/{where.name}", _set, run, where)
+
+
+def _set(run: RunDir, where: SampleSet) -> Lines:
+    name = f"samples/{where.name}"
+    try:
+        request = read_request(where)
+    except DDPMError as e:
+        yield Line("damaged", f"{name}/request.json", str(e))
+        return
+    yield from _judged(f"{name}/request.json", _of_step, run, request)
+    yield from _shards(where, request, name)
 
 
 def _shards(where: SampleSet, request: Request, name: str) -> Lines:
@@ -205,10 +248,14 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
 
 def _bounds(run: RunDir) -> Lines:
     for where in run.bound_sets():
-        name = f"bits-per-dim/{where.name}"
-        yield from _judged(f"{name}/request.json", _bound, run, where)
-        for path in _sorted(where.path, ".npy"):
-            yield from _judged(f"{name}/{path.name}", _features, path)
+        yield from _going_on(f"bits-per-dim/{where.name}", _bound_set, run, where)
+
+
+def _bound_set(run: RunDir, where: BoundSet) -> Lines:
+    name = f"bits-per-dim/{where.name}"
+    yield from _judged(f"{name}/request.json", _bound, run, where)
+    for path in _sorted(where.path, ".npy"):
+        yield from _judged(f"{name}/{path.name}", _features, path)
 
 
 def _bound(run: RunDir, where: BoundSet) -> str:
@@ -227,7 +274,8 @@ def _features(path: Path) -> None:
 
 def _scores(run: RunDir) -> Lines:
     yield from _judged("milestones.json", _milestones, run, needed=False)
-    for path in sorted(run.eval.rglob("*.json")):
+    further = [p for p in listed(run.eval) if p.is_dir() and not p.name.startswith(".")]
+    for path in sorted([*_sorted(run.eval, ".json"), *(p for there in further for p in _sorted(there, ".json"))]):
         yield from _judged(str(path.relative_to(run.path)), _score, run, path)
 
 

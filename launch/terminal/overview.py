@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm.config import reading
@@ -83,6 +82,8 @@ def describe(
         damage.tell(what)
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
+        if saved > config.train.total_steps:
+            damage.tell(f"config.yaml says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
     _tell_what_lacks(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     here = damage.read(lambda: local.at_work(run, every)) or {}
@@ -93,7 +94,7 @@ def describe(
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
-    samples = damage.read(lambda: {s.name: _shards(s.request, s.path) for s in run.sample_sets()}) or {}
+    samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
     damage.read(lambda: _check_sets(run, damage))
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
     saving = _not_saving(events, config) if state == "running" and step > saved else None
@@ -225,10 +226,9 @@ def _config(run: RunDir, damage: Damage) -> Config | None:
     return config
 
 
-def _shards(request: Path, where: Path) -> str:
-    asked = (read_json(request) or {}).get("shards")
-    there = sum(p.name.startswith("shard-") and p.suffix == ".json" for p in listed(where))
-    return f"{there}/{asked if isinstance(asked, int) else '?'}"
+def _shards(of: SampleSet) -> str:
+    asked = (read_json(of.request) or {}).get("shards")
+    return f"{of.num_published()}/{asked if isinstance(asked, int) else '?'}"
 
 
 def _state(
@@ -243,5 +243,5 @@ def _state(
     finished = config is not None and finished_step(run, config) is not None
     stages = {stage for _, of_one in here.values() for stage in of_one}
     at_work = "train" in stages, bool(stages)
-    facts = standing.Facts(events, jobs, finished, run.stop_file.exists(), beats, *at_work, cluster=cluster_name())
+    facts = standing.Facts(events, jobs, finished, run.is_stopped(), beats, *at_work, cluster=cluster_name())
     return standing.word(facts)

@@ -140,6 +140,10 @@ DAMAGES: dict[str, tuple[Break, str]] = {
     "run-folder": (folder("run.json"), "Is a directory"),
     "config-emptied": (put("config.yaml", ""), "config.yaml"),
     "config-changed": (replace("config.yaml", "lr: 0.001", "lr: 0.002"), "config.yaml was changed"),
+    "config-older": (
+        replace("config.yaml", "total_steps: 400", "total_steps: 300"),
+        "says 300 steps, and 400 are saved",
+    ),
     "config-gone": (gone("config.yaml"), "config.yaml"),
     "config-folder": (folder("config.yaml"), "config.yaml"),
     "checkpoint-short": (half(f"{NEWEST}.pt"), "is not whole"),

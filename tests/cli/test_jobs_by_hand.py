@@ -78,6 +78,9 @@ def test_a_limit_of_the_shell_is_named(shell: Shell) -> None:
     assert "1500000 KiB of memory (ulimit -v)" in limited(
         shell, resource.RLIMIT_AS, memory, "submit", "tiny.yaml", "--cluster", "local", "--wait"
     )
+    said = limited(shell, resource.RLIMIT_FSIZE, 100 * 1024, "submit", "tiny.yaml", "--cluster", "local", "--wait")
+    assert "warning: this shell allows a process 100 KiB of a file (ulimit -f): raise it" in said
+    assert "failed: a checkpoint has " in said and "step=" not in said
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone can be another user, whom the limit binds")

@@ -92,6 +92,34 @@ def test_each_file_that_does_not_hold_is_named_with_its_reason_and_the_ways_on(a
     assert lines(again, 0)
 
 
+def test_litter_of_other_systems_is_no_part_of_a_run_and_what_cannot_be_looked_into_hides_nothing_else(
+    again: Shell,
+) -> None:
+    run = again.root / RUN
+    for path in [p for p in run.rglob("*") if p.is_file() and p.parent.name not in ("tb", "logs")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
+    for path in [*(run / SET).glob("shard-*"), *(run / "events").glob("*.jsonl")]:
+        shutil.copy(path, path.with_name(f"{path.stem} (copy){path.suffix}"))
+    (run / "samples" / "lost+found").mkdir()
+    assert {verdict for verdict, _ in lines(again, 0).values()} == {"holds"}
+    (told,) = json.loads(again("status", RUN, "--json").stdout)
+    assert told["samples"] == {"ddim4-step400-seed0": "2/2"} and told["problem"] is None
+    (run / "checkpoints" / "step-000000500.json").symlink_to("/not/mounted")
+    (told,) = json.loads(again("status", RUN, "--json").stdout)
+    assert told["state"] == "complete" and told["saved_step"] == 400
+    for name in ("events", "grids", f"{SET}/part", "checkpoints/set-aside"):
+        shutil.rmtree(run / name, ignore_errors=True)
+        (run / name).touch()
+    bad = {what: why for what, (verdict, why) in lines(again, 1).items() if verdict in ("damaged", "missing")}
+    assert set(bad) == {"events/", "grids/", SET, "checkpoints/set-aside/", "checkpoints/step-000000500",
+                        "checkpoints/ by events/"}, bad  # fmt: skip
+    assert all("Not a directory" in why or "/not/mounted" in why for why in bad.values())
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").touch()
+    told_of = lines(again, 1)
+    assert told_of["checkpoints/"][0] == "damaged" and told_of[f"{SET}/request.json"][0] == "holds"
+
+
 def test_a_copy_without_manifests_is_refused_by_submit_and_mended_by_rebuilding_them(again: Shell) -> None:
     run = again.root / RUN
     manifests = {p: p.read_bytes() for p in (run / "checkpoints").glob("step-*.json")}

@@ -129,6 +129,15 @@ def test_a_damaged_cache_is_said_and_packed_again(
     assert "damaged" not in capsys.readouterr().out
 
 
+def test_digits_are_not_taken_from_other_images(tmp_path: Path, data: Data) -> None:
+    digits = Data(name="digits", image_size=8)
+    key, good = pack(digits, "train", tmp_path)
+    shutil.rmtree(tmp_path / key)
+    (tmp_path / pack(data, "train", tmp_path)[0]).rename(tmp_path / key)
+    _, again = pack(digits, "train", tmp_path)
+    assert (again.name, again.digest) == ("digits", good.digest)
+
+
 def test_any_byte_of_a_header_that_changes_is_noticed_or_harmless(tmp_path: Path, data: Data) -> None:
     key, good = pack(data, "train", tmp_path)
     path = tmp_path / key / "images.npy"

@@ -33,6 +33,7 @@ from launch.cluster.environment import PROJECT, JobEnvironment
 from launch.life import compiled, devices, inputs, pace, training
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
+from launch.queue.chain import lift_stop
 from tests.training import ALONE, make_config, make_run, on_ranks
 
 
@@ -263,7 +264,7 @@ def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
 
     stop.watch(tmp_path / "STOP")
     with monkeypatch.context() as m:
-        m.setattr(Path, "stat", stale)
+        m.setattr(os, "lstat", stale)
         assert stop() is None
     assert polled == [tmp_path / "STOP"]
 
@@ -326,11 +327,16 @@ def test_a_task_says_which_shard_it_makes_before_it_can_fail(run: RunDir) -> Non
     assert (run.logs / ".shard-17_3").read_text() == "4"
 
 
-def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(run: RunDir, tmp_path: Path) -> None:
-    run.stop_file.touch()
+@pytest.mark.parametrize("leads_to", [None, "/nowhere", "STOP"])
+def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(
+    run: RunDir, tmp_path: Path, leads_to: str | None
+) -> None:
+    run.stop_file.symlink_to(leads_to) if leads_to else run.stop_file.touch()
     (tmp_path / "torch.py").write_text("raise ImportError('torch is loaded')")
     done = job(run, "train", SLURM_JOB_ID="17", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "forbids training" in done.stdout, done.stderr
+    lift_stop(run)
+    assert not os.path.lexists(run.stop_file)
 
 
 def test_the_pace_is_that_of_the_last_steps_and_says_when_the_end_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from ddpm.run.events import EventLog, in_order, read_events
+from ddpm.run.events import EventLog, in_order, read_events, read_events_and_damage
 from ddpm.run.paths import RunDir
 
 
@@ -60,6 +60,20 @@ def test_bad_times_and_lives_that_follow_each_other_end_nothing(run: RunDir) -> 
     lines = [{**one[0], "time": bad} for bad in ({}, 7, "", "2026", "9999999-01-01T00:00:00Z")] + [{}, one[1]]
     (run.events / "17.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [e["event"] for e in read_events(run)] == ["checkpoint"]
+
+
+def test_a_copy_beside_a_file_of_events_tells_nothing_twice_and_litter_nothing(run: RunDir) -> None:
+    log = EventLog(run, "17", 0, "n1")
+    for step in (1, 2, 3):
+        log.append("checkpoint", step=step)
+    whole = log.path.read_text()
+    (run.events / "17.0 (copy).jsonl").write_text(whole)
+    (run.events / "17.0.old.jsonl").write_text("".join(whole.splitlines(keepends=True)[:2]))
+    (run.events / "._17.0.jsonl").write_bytes(b"\0\5\26\7 Mac OS X")
+    events, damage = read_events_and_damage(run)
+    assert [e["step"] for e in events] == [1, 2, 3] and damage == []
+    (run.events / "17.0.theirs.jsonl").write_text(whole.replace('"step": 3', '"step": 4'))  # which tells more
+    assert len(read_events(run)) == 6
 
 
 def test_a_run_that_is_gone_is_not_made_anew_by_an_event(run: RunDir) -> None:

@@ -31,6 +31,15 @@ def no_checkpoints(run: RunDir) -> None:
     shutil.rmtree(run.checkpoints)
 
 
+def links_to_nothing(run: RunDir) -> None:
+    """As where an archive is not mounted, and the events were left behind."""
+    for path in run.checkpoints.iterdir():
+        path.unlink()
+        path.symlink_to(f"/not/mounted/{path.name}")
+    for path in [*run.events.iterdir(), run.metrics, run.heartbeat]:
+        path.unlink()
+
+
 def ema_alone(run: RunDir) -> None:
     for path in [*run.checkpoints.glob("step-*"), *run.events.iterdir(), run.metrics, run.heartbeat]:
         path.unlink()
@@ -69,6 +78,7 @@ def a_sample_set(run: RunDir) -> None:
 
 PARTIAL: dict[str, tuple[Callable[[RunDir], None], str]] = {
     "without manifests": (no_manifests, r"step-000000008\.pt has no manifest"),
+    "with links to nothing": (links_to_nothing, "step-000000008.json is a link to /not/mounted"),
     "without checkpoints": (no_checkpoints, "events/ tells of saved step 8"),
     "with EMA weights alone": (ema_alone, r"ema-000000008\.safetensors has no checkpoint"),
     "with metrics alone": (metrics_alone, "tell of step 8, and no event of the life"),

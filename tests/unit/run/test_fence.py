@@ -26,6 +26,15 @@ def test_tokens_count_up(run: RunDir) -> None:
     assert tokens == [1, 2, 3] and run.fence.read_text() == "3\n"
 
 
+@pytest.mark.parametrize("there", ["", "x", "1" * 300, "1" * 9000])
+def test_a_counter_that_is_no_number_or_beyond_all_bounds_begins_again(run: RunDir, there: str) -> None:
+    run.fence.write_text(there)
+    fence = Fence(run, OWNER, wait_s=0)
+    assert fence.token == 1
+    fence.check()
+    fence.release()
+
+
 def test_a_second_holder_waits_and_is_then_told_who_holds_the_run(run: RunDir, fence: Fence) -> None:
     said: list[str] = []
     with pytest.raises(RunBusy, match=r"held by job 17 \(restart 1\) on n1.*scancel 17"):

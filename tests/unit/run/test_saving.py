@@ -4,6 +4,7 @@ import errno
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,42 @@ def test_nothing_is_removed_while_a_request_is_not_as_it_was_published_and_that_
     assert run.steps_saved() == [4, 1]
 
 
+def moved_away(path: Path) -> Path:
+    """As where an archive is not mounted; returns where it is meanwhile."""
+    path.rename(path.with_name(".archived"))
+    path.symlink_to("/not/mounted")
+    return path.with_name(".archived")
+
+
+@pytest.mark.parametrize("what", ["set", "request", "bound", "milestones", "samples"])
+def test_nothing_is_removed_while_a_link_leads_to_what_names_a_checkpoint(run: RunDir, fence: Fence, what: str) -> None:
+    request = ask_for_samples(run, "fid", 1)
+    paths = {"set": request.parent, "request": request, "milestones": run.milestones, "samples": run.samples}
+    path = paths.get(what, run.bound_set("b").path)
+    if what == "bound":
+        path.mkdir(parents=True)
+    elif what == "milestones":
+        write_json(path, sign({"best": {"step": 1}}))
+        shutil.rmtree(request.parent)
+    archived = moved_away(path)
+    said: list[str] = []
+    save_all(run, fence, 1, 2, 3, keep_last=1, log=said)
+    assert run.steps_saved() == [3, 2, 1]
+    assert "older ones cannot be removed now" in said[0] and str(path) in said[0]
+    path.unlink()
+    archived.rename(path)
+    save_all(run, fence, 4, keep_last=1)
+    assert run.steps_saved() == [4, 1]  # the request's, or the best
+
+
+def test_nothing_is_removed_while_a_set_has_half_a_shard_and_no_request(run: RunDir, fence: Fence) -> None:
+    request = ask_for_samples(run, "fid", 1)
+    request.unlink()
+    run.sample_set("fid").part.mkdir()
+    save_all(run, fence, 1, 2, keep_last=1)
+    assert run.steps_saved() == [2, 1]
+
+
 def test_a_run_taken_over_while_it_looks_what_to_remove_removes_nothing(
     run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +267,43 @@ def test_a_damaged_newer_generation_never_pushes_out_a_good_one(run: RunDir, fen
     save_all(run, fence, 7, keep_last=1)  # a life that resumed at 5, stopped at 7
     good = generations.newest_good(run, print)
     assert good is not None and good.step == 7
+
+
+def test_what_does_not_hold_takes_no_place_among_the_last_that_are_kept(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 1, 2, 3, 4, keep_last=4)
+    flip_bit(run.manifest(4), 40)
+    flip_bit(run.checkpoint(3), 100)
+    said: list[str] = []
+    s = save_all(run, fence, 5, keep_last=2, log=said)
+    assert run.steps_saved() == [5, 2]
+    assert {p.name for p in (run.checkpoints / "set-aside").glob("*.pt")} == {f"step-{k:09d}.pt" for k in (3, 4)}
+    run.manifest(9).symlink_to("/not/mounted")
+    s.save(state_at(6), wait=True)
+    run.checkpoint(6).unlink()
+    s.save(state_at(7), wait=True)
+    assert [generations.verify(run, step).step for step in run.steps_saved() if step != 6] == [7, 5]
+    assert run.manifest(9).is_symlink()  # what it led to may be back
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "folder of a temporary's name": lambda there: (there / ".tmp-foo").mkdir(),
+    "folder of a sign's name": lambda there: (there / ".saving-step-000000003.x").mkdir(),
+    "file for set-aside": lambda there: (there / "set-aside").touch(),
+    "link to nothing for set-aside": lambda there: (there / "set-aside").symlink_to("/not/mounted"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_thing_among_the_checkpoints_makes_no_save_fail(run: RunDir, fence: Fence, what: str) -> None:
+    save_all(run, fence, 1)
+    ODD[what](run.checkpoints)
+    shutil.copy(run.checkpoint(1), run.checkpoint(2))  # without a manifest: to be set aside
+    said: list[str] = []
+    s = saver(run, fence, said)
+    assert "set-aside" in said[0]
+    for step in (3, 4):
+        s.save(state_at(step), wait=True)
+    assert run.steps_saved() == [4, 3, 1] and len(said) == 1
 
 
 def test_a_new_writer_removes_stale_temporaries_and_half_generations_alone(run: RunDir, fence: Fence) -> None:

@@ -115,6 +115,8 @@ def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"shards": 54}, "shards = 54: at most num_samples = 53"),
+        ({"num_samples": 10**15, "shards": 10**9}, "num_samples = 1000000000000000: at most 1000000000"),
+        ({"num_samples": 10**9, "shards": 10**9}, "shards = 1000000000: at most 1000000"),
         ({"batch": 0}, "batch = 0"),
         ({"class_plan": [50, 2]}, r"class_plan = \[50, 2\]: .* num_samples = 53; here the sum is 52"),
         ({"class_plan": [54, -1]}, r"class_plan = \[54, -1\]: must be counts of 0 or more"),

@@ -81,6 +81,28 @@ def test_a_line_that_cannot_be_read_is_named_once_and_kept_aside(
     assert "cannot be used" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("there", "told"), [
+    ([3, 2, 1], "metrics.jsonl has lines out of order: put in order"),
+    ([1, 2, 3, 1, 2, 3], "metrics.jsonl has lines twice: put in order"),
+])  # fmt: skip
+def test_lines_that_are_out_of_order_or_twice_are_put_in_order_once(
+    run: RunDir, capsys: pytest.CaptureFixture[str], there: list[int], told: str
+) -> None:
+    run.metrics.write_text("".join(json.dumps({**line(s), "time": "2026-11-20T09:00:00.000Z"}) + "\n" for s in there))
+    opened(run, 3).close()
+    assert steps(run) == [1, 2, 3] and told in capsys.readouterr().out
+    opened(run, 3).close()
+    assert capsys.readouterr().out == "" and not (run.path / "metrics.unread").exists()
+
+
+def test_of_two_lines_of_a_step_the_last_stays_and_the_other_is_kept_aside(run: RunDir) -> None:
+    two = [{**line(1), "time": "2026-11-20T09:00:00.000Z", "loss": loss} for loss in (0.5, 0.7)]
+    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in two))
+    (run.path / "metrics.unread").mkdir()  # in the way
+    opened(run, 1).close()
+    assert read_jsonl(run.metrics) == two[1:] and read_jsonl(run.path / "metrics.unread" / "metrics.unread") == two[:1]
+
+
 @pytest.mark.parametrize(("kept", "gap"), [([1, 2], "from 2 to 3"), ([1, 3], "from 1 to 3"), ([], "from 0 to 3")])
 def test_lines_that_are_missing_before_the_resumed_step_are_told(
     run: RunDir, capsys: pytest.CaptureFixture[str], kept: list[int], gap: str
