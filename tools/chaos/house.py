@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
-from ddpm.run.paths import RunDir, SampleSet
+from ddpm.run.paths import BoundSet, RunDir, SampleSet
 from tools.chaos import forked
 from tools.chaos.forked import NOBODY, Said, Work, as_owner, process
 from tools.chaos.lives import TINY, at_steps, stop
@@ -29,7 +29,11 @@ CONFIG = [
     *TINY, "data.name=images", "model.num_classes=2", f"train.total_steps={STEPS}", "log.every_steps=2",
     f"checkpoint.every_steps={EARLY}", f"checkpoint.milestone_every_steps={HALF}", "sample.num_samples=12",
     "sample.shards=2", "sample.batch=3", "sample.steps=2", "evaluate.extractor=pixels",
+    "evaluate.milestones={num_samples: 4}",
 ]  # fmt: skip
+
+
+BOUND = ("--bits-per-dim", "--reference", "train", "--num-images", "4", "--step", str(EARLY))
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class House:
         if moment == "finished":
             return self.run.sample_set(f"ddim2-step{STEPS}-seed0")
         return self.run.sample_set("early" if verb in ("train", "evaluate") else "few")
+
+    @property
+    def bound(self) -> BoundSet:
+        (made,) = self.run.bound_sets()
+        return made
 
     def do(self, moment: str, verb: str) -> Said:
         before = self._logs()
@@ -150,6 +159,8 @@ def built() -> Iterator[House]:
             (lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE),
             (lambda: sample(house, "early", "--step", EARLY), 0),
             (lambda: evaluate(house, "early"), 0),
+            (lambda: script("evaluate", house.run.path, "--all-milestones"), 0),
+            (lambda: script("evaluate", house.run.path, *BOUND), 0),
             (lambda: sample(house, "few", "--prepare"), 0),
             (lambda: job(house, "sample", "few", "--shard", "0"), 0),
             (lambda: (_stop_after_a_batch(), job(house, "sample", "few", "--shard", "1")), EXIT_REQUEUE),
