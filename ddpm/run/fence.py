@@ -52,7 +52,7 @@ class Fence:
             self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
             os.truncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(owner).encode(), 0)
+            os.pwrite(self._fd, json.dumps({**owner, "run": str(run.path)}).encode(), 0)
             self.token = self._claim()
             write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
         except OSError as e:
@@ -83,7 +83,14 @@ class Fence:
                 self._log(f"lock: held by an orphan of an earlier life ({_who(other)}); fencing it out")
                 break
             if late:
+                theirs = other.get("run", str(self._run.path))
+                is_linked = os.fstat(self._fd).st_nlink > 1 and theirs != str(self._run.path)
                 self.release()
+                if is_linked:
+                    raise RunBusy(
+                        f"run {self._run.name} has one lock with run {theirs}, as after cp -al, and {_who(other)} "
+                        f"has it for that one: rm {self._run.lock}, then submit again"
+                    )
                 command = how_to_end(other)
                 raise RunBusy(
                     f"run {self._run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"

@@ -41,8 +41,7 @@ def begin(run: RunDir, step: int, token: str, may_publish: Callable[[], None]) -
 def signs(run: RunDir) -> list[Sign]:
     found = []
     for path in sorted(listed(run.checkpoints)):
-        match = re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name)
-        if match and not path.is_dir():  # which no save makes
+        if match := re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name):
             try:
                 is_ours = read_bytes(path) == f"{path.stat().st_ino}\n".encode()
             except (OSError, DamagedFile):
@@ -84,7 +83,8 @@ def clear(run: RunDir, may_remove: Callable[[], None], log: Callable[[str], None
         except OSError as e:
             stays = stays or e
     for sign in begun:
-        sign.path.unlink(missing_ok=True)
+        if not sign.path.is_dir():
+            sign.path.unlink(missing_ok=True)
     if stays:
         raise stays
 

@@ -43,6 +43,20 @@ def test_a_second_holder_waits_and_is_then_told_who_holds_the_run(run: RunDir, f
     fence.check()  # the first one has not been fenced out
 
 
+def test_a_lock_that_is_one_file_with_another_runs_is_said_to_be_and_can_be_removed(run: RunDir, fence: Fence) -> None:
+    copy = RunDir(run.path.with_name("copy"))
+    shutil.copytree(run.path, copy.path, copy_function=os.link)
+    with pytest.raises(RunBusy, match=f"one lock with run {run.path}, .*job 17 .* has it .*rm {copy.lock}"):
+        Fence(copy, {"job": "18"}, wait_s=0)
+    with pytest.raises(RunBusy, match="held by job 17"):
+        Fence(run, {"job": "18"}, wait_s=0)
+    copy.lock.unlink()
+    theirs = Fence(copy, {"job": "18"}, wait_s=0)
+    theirs.check()
+    fence.check()  # neither is in the other's way
+    theirs.release()
+
+
 def test_a_lock_that_is_let_go_while_another_waits_is_theirs(run: RunDir) -> None:
     first = Fence(run, OWNER, wait_s=0)
     threading.Timer(0.3, first.release).start()
@@ -61,7 +75,7 @@ def test_an_orphan_is_asked_about_by_name_and_fenced_out(run: RunDir, fence: Fen
         return True
 
     heir = Fence(run, {**OWNER, "restart": 2}, wait_s=0, is_orphan=orphan, log=lambda line: None)
-    assert asked == [OWNER]
+    assert asked == [{**OWNER, "run": str(run.path)}]
     heir.check()
     with pytest.raises(RunBusy, match="taken over by a later job"):
         fence.check()

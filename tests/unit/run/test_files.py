@@ -151,11 +151,13 @@ def test_only_steps_with_a_manifest_count_as_saved_newest_first(tmp_path: Path) 
     assert run.steps_saved() == [1_000_000_000, 2] and run.latest_step() == 1_000_000_000
 
 
-def test_sample_sets_are_directories_that_are_not_hidden(tmp_path: Path) -> None:
+def test_sample_sets_are_directories_with_a_request_or_shards_that_are_not_hidden(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert run.sample_sets() == []
     for name in ("b", "a", ".tmp-c"):
         run.sample_set(name).path.mkdir(parents=True)
+        (run.sample_set(name).request if name != "b" else run.sample_set(name).shard(0, 1)).touch()
+    (run.samples / "lost+found").mkdir()
     (run.samples / "notes.txt").touch()
     assert [s.name for s in run.sample_sets()] == ["a", "b"]
 

@@ -233,7 +233,7 @@ def test_a_set_whose_request_is_gone_frees_nothing(run: RunDir, fence: Fence) ->
     sample_set.shard(0, 2).write_bytes(b"of a checkpoint that nobody can name")
     save_all(run, fence, 1, 2, 3, 4, 5, log=said)
     assert sorted(run.steps_saved()) == [1, 2, 3, 4, 5]
-    assert sum("missing beside its shards" in line for line in said) == 1
+    assert sum("missing beside what was made of it" in line for line in said) == 1
 
 
 def test_a_set_that_is_not_begun_and_a_request_of_no_checkpoint_keep_nothing(run: RunDir, fence: Fence) -> None:
