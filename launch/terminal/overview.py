@@ -90,7 +90,8 @@ def describe(
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
     beats = age is not None and abs(age) < SILENT_AFTER_S and _is_own(run, every, beat)
-    state = damage.read(lambda: _state(run, events, config, jobs, beats, here)) or "unreadable"
+    state = None if closed else damage.read(lambda: _state(run, events, config, jobs, beats, here))
+    state = state or "unreadable"
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
