@@ -49,18 +49,23 @@ if [ $# != 0 ]; then
     done
     step pytest "$python" -m pytest -ra --durations=10 "$@" ${paths[@]+"${paths[@]}"}
 else
-    # The tests on SLURM mostly wait, for grace periods and time limits: the others run meanwhile. Two small rooms
-    # follow them, so that both lines take about as long.
-    aside=(tests/slurm tests/chaos tests/compat)
-    log=$(mktemp)
-    "$python" -m pytest -ra --durations=10 "${aside[@]}" >"$log" 2>&1 &
-    beside=$!
-    trap 'kill "$beside" 2>/dev/null; wait; rm -f "$log"' EXIT
+    # Three lines side by side: the tests on SLURM mostly wait, for grace periods and time limits.
+    waiting=(tests/slurm tests/compat)
+    scripts=(tests/cli tests/chaos)
+    logs=$(mktemp -d)
+    "$python" -m pytest -ra --durations=10 "${waiting[@]}" >"$logs/waiting" 2>&1 &
+    first=$!
+    "$python" -m pytest -ra --durations=10 "${scripts[@]}" >"$logs/scripts" 2>&1 &
+    second=$!
+    trap 'kill "$first" "$second" 2>/dev/null; wait; rm -rf "$logs"' EXIT
     covered=(tests/unit/run tests/unit/sampling) # of the rooms that save, fence and publish: every branch
-    step 'pytest' "$python" -m pytest -ra --durations=10 tests "${aside[@]/#/--ignore=}" "${covered[@]/#/--ignore=}"
+    elsewhere=("${waiting[@]}" "${scripts[@]}" "${covered[@]}")
+    step 'pytest' "$python" -m pytest -ra --durations=10 tests "${elsewhere[@]/#/--ignore=}"
     step 'pytest, covered' "$python" -m coverage run -m pytest -ra --durations=10 "${covered[@]}"
     step coverage "$python" -m coverage report
-    step "pytest, ${aside[*]}" wait "$beside"
-    cat "$log"
+    step "pytest, ${scripts[*]}" wait "$second"
+    cat "$logs/scripts"
+    step "pytest, ${waiting[*]}" wait "$first"
+    cat "$logs/waiting"
 fi
 exit "$rc"
