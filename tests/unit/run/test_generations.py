@@ -241,3 +241,13 @@ def test_where_all_are_damaged_there_is_no_newest_to_read(run: RunDir, fence: Fe
     flip_bit(run.checkpoint(3), 100)
     with pytest.raises(DoNotRetry, match="every checkpoint"):
         generations.choose(run, log=lambda line: None)
+
+
+def test_what_was_made_of_a_checkpoint_is_compared_with_the_runs_own_of_that_step(run: RunDir, fence: Fence) -> None:
+    save_all(run, fence, 1, 2)
+    mine = (read_json(run.manifest(2)) or {})["sha256"]
+    assert generations.of_another(run, 2, mine) == ""
+    assert generations.of_another(run, 2, "0" * 64) == "is of another checkpoint than this run's step 2"
+    assert generations.of_another(run, 7, mine) == generations.of_another(run, None, mine) == ""  # nothing to compare
+    run.manifest(1).write_text("{}")
+    assert generations.of_another(run, 1, "0" * 64) == ""

@@ -583,3 +583,25 @@ def test_an_orphan_that_wakes_deletes_nothing_of_its_heir(
     with pytest.raises(RunBusy):
         s.save(state_at(2), wait=True)
     assert run.checkpoint(2).read_bytes() == b"the heir's"
+
+
+def test_what_cannot_be_read_just_now_is_kept_beside_the_last_ones(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, fence, 1, 2, keep_last=2)
+    verify_again = saving.verify_again
+
+    def away(run: RunDir, step: int) -> Any:
+        if step == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return verify_again(run, step)
+
+    monkeypatch.setattr(saving, "verify_again", away)
+    save_all(run, fence, 3, keep_last=2)
+    assert run.steps_saved() == [3, 2, 1]
+
+
+def test_a_folder_in_which_no_set_was_begun_frees_and_keeps_nothing(run: RunDir, fence: Fence) -> None:
+    run.bound_set("empty").path.mkdir(parents=True)
+    save_all(run, fence, 1, 2, keep_last=1)
+    assert run.steps_saved() == [2]
