@@ -50,8 +50,8 @@ if [ $# != 0 ]; then
     step pytest "$python" -m pytest -ra --durations=10 "$@" ${paths[@]+"${paths[@]}"}
 else
     # Three lines side by side: the tests on SLURM mostly wait, for grace periods and time limits.
-    waiting=(tests/slurm tests/compat)
-    scripts=(tests/cli tests/chaos)
+    waiting=(tests/slurm tests/compat tests/chaos)
+    scripts=(tests/cli)
     logs=$(mktemp -d)
     "$python" -m pytest -ra --durations=10 "${waiting[@]}" >"$logs/waiting" 2>&1 &
     first=$!

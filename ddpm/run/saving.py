@@ -36,7 +36,7 @@ from ddpm.run.files import (
 )
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, is_begun, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import identity
 
 SPARE_BYTES = 16 * 2**20
@@ -301,9 +301,7 @@ class Checkpointer:
             try:
                 read_bytes(made.request)  # a file system that fails for a moment is no damage
             except FileNotFoundError:
-                if is_begun(made.path):
-                    raise DamagedFile(f"{made.request}: missing beside what was made of it") from None
-                continue
+                raise DamagedFile(f"{made.request}: missing beside what was made of it") from None
             request = read_json(made.request) or {}
             if request.pop("digest", None) != sha256_json(request):
                 raise DamagedFile(f"{made.request}: its digest does not match its content")
