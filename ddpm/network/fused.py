@@ -29,7 +29,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
 
         x = torch.linspace(-1, 1, 2 * 16 * 4, device=device).view(2, 4, 1, 16).permute(0, 3, 1, 2)
         one = torch.ones(16, device=device)
-        found, _, _ = kernels.norm(x, None, one, one, 4, 1e-6, True, None)
+        found, _ = kernels.norm(x, None, one, one, 4, 1e-6, True, None)
         torch.testing.assert_close(found, nn.functional.silu(nn.functional.group_norm(x, 4, one, one, 1e-6)))
         return kernels
     except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
@@ -116,22 +116,23 @@ class _Norm(torch.autograd.Function):
         from ddpm.network import kernels
 
         x = _rows(x)
-        y, means, rstds = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
-        ctx.save_for_backward(x, shift, weight, bias, means, rstds)
+        y, stats = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
+        ctx.save_for_backward(x, stats, weight)
         ctx.groups, ctx.silu, ctx.masks = groups, silu, masks
+        ctx.shift, ctx.bias = None if shift is None else shift.dtype, bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from ddpm.network import kernels
 
-        x, shift, weight, bias, means, rstds = ctx.saved_tensors
+        x, stats, weight = ctx.saved_tensors
         dx, sums = kernels.norm_backward(
-            _rows(dy), x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(ctx.masks)
+            _rows(dy), x, stats, weight, ctx.groups, ctx.silu, _masks(ctx.masks), ctx.shift is not None
         )
         of_bias, of_weight = sums[:2].sum(1)
-        of_shift = None if shift is None else sums[2].to(shift.dtype)
-        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None, None, None
+        of_shift = None if ctx.shift is None else sums[2].to(ctx.shift)
+        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(ctx.bias), None, None, None, None
 
 
 class _Add(torch.autograd.Function):

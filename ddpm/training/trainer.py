@@ -157,6 +157,11 @@ class Trainer:
         self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
         return found
 
+    @property
+    def compiles(self) -> bool:
+        """Whether `warm_up` compiles something: the network, or kernels for it."""
+        return self.resolved.compile or self.resolved.kernels == "own"
+
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
@@ -165,7 +170,7 @@ class Trainer:
         gives every life the same one. To be called before each `train`, as a life may go on after a stop; once is
         enough, and all that is done.
         """
-        wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
+        wanted = not self.warm and (self.world.world_size > 1 or self.compiles)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
         fitting.first(self.step, lambda: self.step.gradients(self.step.given()[0], warm_up=True))
