@@ -173,7 +173,7 @@ class Trainer:
         wanted = not self.warm and (self.world.world_size > 1 or self.compiles)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
-        fitting.first(self.step, lambda: self.step.gradients(self.step.given()[0], warm_up=True))
+        fitting.first(self.step, lambda: self.step.gradients(self.step.given(), warm_up=True))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.warm = True
 
