@@ -221,10 +221,11 @@ def begin(
     """Write the run down, and have what is left of it queued or started; job ids."""
     exists = prepare.check_existing(run, config)
     queued = exists and prepare.is_at_work(run, config, site)
+    here: code.Code | None = None
     if exists:
         prepare.settle_code(run, new=new_code)
     else:
-        code.check(code.of_checkout())
+        code.check(here := code.of_checkout())
     train, left = what_is_left(run, config, stages) if exists else (True, stages)
     record = directory.describe(config, site, run, inputs)
     if not exists and start is not None:
@@ -236,8 +237,8 @@ def begin(
     elif not queued:
         directory.update_run(run, config, record)
         chain.lift_stop(run)
-    if not exists:
-        prepare.settle_code(run, new=False)
+    if here is not None:
+        code.keep(run, here)
     print(f"run: {run.path}")
     if prepare_only:
         print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")
