@@ -18,6 +18,7 @@ import pytest
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
+from tests.draws import drawn
 from tests.images import write_zip
 from tools.chaos import cluster, lives
 from tools.slurm_testbed.harness import SlurmTestbed
@@ -115,7 +116,7 @@ def contained(site: Site, name: str, more: str = "") -> Path:
     return profile
 
 
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize("via", drawn("pre-empted, via", ["submitit", "sbatch"], 1))
 def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
     site: Site, undisturbed: RunDir, via: str
 ) -> None:
@@ -233,7 +234,7 @@ def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: 
     assert (read_json(run.eval / "ddim5-step600-seed0.json") or {})["num_samples"] == 32
 
 
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize("via", drawn("exported, via", ["submitit", "sbatch"], 1))
 def test_what_a_user_has_exported_decides_only_what_was_not_asked_for(site: Site, via: str) -> None:
     exported = {"SBATCH_EXPORT": "NONE", "SBATCH_NO_REQUEUE": "1", "SBATCH_OPEN_MODE": "truncate",
                 "SBATCH_JOB_NAME": "other", "SBATCH_SIGNAL": "KILL@3600", "SBATCH_TIMELIMIT": "7"}  # fmt: skip
