@@ -32,7 +32,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 LOADED = (
     "PIL.PngImagePlugin", "scipy.linalg", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard",
     "ddpm.scoring.evaluate", "ddpm.training.trainer", "launch.life.training", "launch.life.sampling",
-    "launch.life.scoring", *(f"launch.{path.stem}" for path in sorted((PROJECT / "launch").glob("*.py"))),
+    "launch.life.scoring", *(f"launch.{path.stem}" for path in sorted((PROJECT / "launch").glob("[a-z]*.py"))),
 )  # fmt: skip
 
 
@@ -57,13 +57,19 @@ class Process:
             socket.send_fds(_serving()[1], [b"."], theirs)
         for fd in (its_out, its_err, its_server.detach()):
             os.close(fd)
-        self.pid = int(self._server.recv(100))
+        self.pid = self._number()
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
         if self.returncode is None and select.select([self._server], [], [], 0)[0]:
-            self.returncode = int(self._server.recv(100))
+            self.returncode = self._number()
         return self.returncode
+
+    def _number(self) -> int:
+        """The next that the server tells of it: its pid, and then its exit code."""
+        told = self._server.recv(100)
+        assert told, "what forks processes for tests has ended"
+        return int(told)
 
     def kill(self) -> None:
         if self.poll() is None:
@@ -111,7 +117,7 @@ def _serving() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 
 def serve(requests: socket.socket) -> dict[str, Any]:
-    """Forks a process for each request, and tells its number and its end. Returns in each of them what is asked of it.
+    """Forks a process for each request, and tells its pid and its exit code. Returns in each of them what is asked of it.
     Ends with the tests."""
     running: dict[int, tuple[int, socket.socket]] = {}
     while True:
@@ -119,8 +125,8 @@ def serve(requests: socket.socket) -> dict[str, Any]:
         for ended in [fd for fd in ready if fd is not requests]:
             pid, reply = running.pop(ended)
             os.close(ended)
-            with reply:
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with reply, contextlib.suppress(OSError):  # nobody asks any more
                 reply.send(str(code).encode())
         if requests not in ready:
             continue
@@ -158,6 +164,7 @@ def main() -> None:
     for module in LOADED:
         importlib.import_module(module)
     del sys.modules["launch.first"]  # sets up the process that loads it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the tests, with which this ends
     gc.collect()
     gc.freeze()  # or each process would copy what it never changes
     asked = serve(socket.socket(fileno=int(sys.argv[1])))
@@ -166,6 +173,8 @@ def main() -> None:
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -180,6 +189,7 @@ def main() -> None:
 def _do(asked: dict[str, Any]) -> None:
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # type: ignore[misc]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
