@@ -117,7 +117,7 @@ def _serving() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 
 def serve(requests: socket.socket) -> dict[str, Any]:
-    """Forks a process for each request, and tells its pid and its exit code. Returns in each of them what is asked of it.
+    """Forks a process for each request, and tells its pid and exit code. Returns in each of them what is asked of it.
     Ends with the tests."""
     running: dict[int, tuple[int, socket.socket]] = {}
     while True:
