@@ -6,8 +6,8 @@ names a folder or zip of ten classes for the CIFAR-10 recipes to train on; else 
 in miniature.
 
 Of the recipes at 32x32 two, drawn anew each time, learn for 200 steps of 8 images. The others, and those at 64x64 and
-128x128, go through the same life in 12 steps of 2, and their loss is not judged. DDPM_TEST_FULL=1 gives all of them 400
-steps of 32 images.
+128x128, go through the same life in 12 steps of 2 images, or of one in each micro-batch, and their loss is not judged.
+DDPM_TEST_FULL=1 gives all of them 400 steps of 32 images.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ JUDGED = judged()
 
 def overrides(config: Config, place: Place, steps: int, batch: int) -> list[str]:
     accumulation = config.train.global_batch // (config.train.micro_batch or config.train.global_batch)
+    batch = max(batch, accumulation)
     data = [f"data.path={place.celeba}"]
     if config.data.name == "cifar10":
         data = ["data.name=images", f"data.path={place.images}"]
