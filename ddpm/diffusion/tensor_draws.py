@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.philox import Key, counter, philox4x32, words
+from ddpm.diffusion.philox import Key, Step, counter, philox4x32, words
 
 # counters worked on at once: on a CPU the temporaries should stay in the cache (measured)
 CHUNK_CPU = 1 << 15
@@ -38,7 +38,7 @@ _SQRT_HALF_BITS = 0x3F3504F3
 _MANTISSA_BITS = 23
 
 
-def normal(out: Tensor, index: Tensor, key: Key, step: int) -> None:
+def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, float32 (n, elements); index: int64 (n,)."""
     num_rows, num_elements = out.shape
     num_counters = -(-num_elements // 4)
@@ -47,8 +47,9 @@ def normal(out: Tensor, index: Tensor, key: Key, step: int) -> None:
     element, rows_index, z = _as(
         xp, torch.arange(num_counters, device=index.device), index, whole.view(num_rows, num_counters, 4)
     )
+    at = _number(xp, step)
     for rows in chunks:
-        w_0, w_1, w_2, w_3 = philox4x32(counter(element[None], rows_index[rows, None], step), key)
+        w_0, w_1, w_2, w_3 = philox4x32(counter(element[None], rows_index[rows, None], at), key)
         box_muller(w_0, w_1, z[rows, :, 0], z[rows, :, 1], xp)
         box_muller(w_2, w_3, z[rows, :, 2], z[rows, :, 3], xp)
     if whole is not out:
@@ -72,11 +73,11 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
         out.copy_(whole[:, :num])
 
 
-def first_word(out: Tensor, index: Tensor, key: Key, step: int) -> None:
+def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, int64 (n,), with the first word of each row's counter of element 0."""
     xp, _ = _how(len(index), 1, index.device)
     into, rows = _as(xp, out, index)
-    into[:] = words(key, rows, step)[0]
+    into[:] = words(key, rows, _number(xp, step))[0]
 
 
 def _how(num_rows: int, num_counters: int, device: torch.device) -> tuple[Any, Iterator[slice]]:
@@ -91,6 +92,11 @@ def _how(num_rows: int, num_counters: int, device: torch.device) -> tuple[Any, I
 def _as(xp: Any, *tensors: Tensor) -> tuple[Any, ...]:
     """The tensors, or arrays upon their memory."""
     return tensors if xp is torch else tuple(t.numpy() for t in tensors)
+
+
+def _number(xp: Any, step: Step) -> Step:
+    """A step that lies on the CPU is no secret there."""
+    return step if xp is torch or not isinstance(step, Tensor) else int(step.numpy())
 
 
 def _chunks(num_rows: int, num_counters: int, limit: int) -> Iterator[slice]:
