@@ -35,8 +35,8 @@ DOCUMENTS = [
     *(PROJECT / "tools" / name for name in ("CONTRIBUTING.md", "slurm_testbed/README.md")),
     *sorted((PROJECT / "configs").glob("*.yaml")),
 ]
-HEADS = r"python |… |sbatch |pip |git |tools/[\w/-]+\.sh|\. DIR|sinfo|scancel |touch |rm |module |conda "
-COMMAND = re.compile(rf"(?:sudo |\. )?(?:{HEADS})")
+HEADS = r"python3? |\.venv/bin/pip |… |sbatch |pip |git |tools/[\w/-]+\.sh|\. DIR|sinfo|scancel |touch |rm |module |conda "
+COMMAND = re.compile(rf"(?:sudo |\. |[A-Z]+=\S+ )?(?:{HEADS})")
 """How what is typed begins: in a line of a block of code, or as `code` in a sentence."""
 DRY = ("submit", "sample", "evaluate", "board")
 PLACES = {"DIR": "there", "/shared/runs/": "runs/", "~/": "home/"}
@@ -74,7 +74,14 @@ ELSEWHERE = {
 """How a command begins -> the file of tests that runs it."""
 NOBODY = {
     ". DIR/env.sh": "sets variables of the shell",
+    ".venv/bin/pip install torch": "needs PyTorch's index",
+    "PYTHON=": "makes an environment of gigabytes; tools/test.sh begins with it",
+    "TORCH=": "makes an environment of gigabytes; tools/test.sh begins with it",
+    "conda create": "needs conda",
+    "pip download": "needs a package index",
+    "pip install --no-index": "needs what the command before it has brought",
     "pip install 'ddpm-hpc": "needs a package index that has it",
+    "python3 -m venv": "is Python's own",
     "python -m coverage": "tools/test.sh runs it",
     "python -m mypy": "tools/test.sh runs it",
     "python -m pytest": "runs these tests",
@@ -92,7 +99,8 @@ NOBODY = {
 OTHERS_OPTIONS = {
     *("--against", "--count", "--data", "--install", "--minutes", "--mutants", "--out", "--reduced", "--stages"),
     *("--array", "--exclusive", "--gres", "--kill-on-bad-exit", "--ntasks-per-node", "--open-mode", "--requeue"),
-    *("--signal", "--samples-find-deep", "--wrap"),
+    *("--signal", "--samples-find-deep", "--wrap", "--index-url", "--no-index", "--find-links"),
+    *("--resume", "--resume_checkpoint", "--resume_from_checkpoint"),
 }
 """Of the modules and shell scripts in tools/, of SLURM, and of programs beside ours."""
 
