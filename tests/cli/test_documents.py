@@ -35,7 +35,7 @@ DOCUMENTS = [
     *(PROJECT / "tools" / name for name in ("CONTRIBUTING.md", "slurm_testbed/README.md")),
     *sorted((PROJECT / "configs").glob("*.yaml")),
 ]
-HEADS = r"python3? |\.venv/bin/pip |… |sbatch |pip |git |tools/[\w/-]+\.sh|\. DIR|sinfo|scancel |touch |rm |module |conda "
+HEADS = r"python3? |\.venv/bin/pip |… |sbatch |pip |git |tools/[\w/-]+\.sh|\. DIR|sinfo|scancel |touch |rm |conda "
 COMMAND = re.compile(rf"(?:sudo |\. |[A-Z]+=\S+ )?(?:{HEADS})")
 """How what is typed begins: in a line of a block of code, or as `code` in a sentence."""
 DRY = ("submit", "sample", "evaluate", "board")
