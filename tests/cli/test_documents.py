@@ -7,12 +7,15 @@ Scripts run in this process, on runs that nobody trained, and dry where they can
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import shlex
 import shutil
 import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -109,7 +112,8 @@ OTHERS_OPTIONS = {
 
 
 def typed(path: Path) -> list[str]:
-    """What a document has its reader type, in order, without remarks; `…` stands for the script before, and its run."""
+    """What a document has its reader type, in order, without remarks. `…` stands for the last script before that has
+    these options, and for its run."""
     text = path.read_text()
     if path.suffix == ".yaml":
         lines = re.findall(r"^#   (\S.*)$", text, re.M)
@@ -117,16 +121,41 @@ def typed(path: Path) -> list[str]:
         lines = []
         for language, block, code in re.findall(r"^```(\w*)\n(.*?)^```|`([^`\n]+)`", text, re.M | re.S):
             lines += [code] if code else [] if language else block.splitlines()
-    found, before = [], ""
+    found: list[str] = []
     for line in (line.strip() for line in lines):
         if not COMMAND.match(line):
             continue
         for command in re.split(r" {2,}| #", line)[0].strip().split(" && "):
-            command = re.sub(r"^…", before, command)
-            if script := re.match(r"python launch/\w+\.py( [\w./][\w./-]*(?!\S)|)", command):
-                before = script[0] if "submit" not in script[0] else script[0].split(" --")[0].split(" configs")[0]
-            found.append(command)
+            found.append(_with_its_script(command, found) if command.startswith("…") else command)
     return found
+
+
+def _with_its_script(command: str, before: list[str]) -> str:
+    needed = {*OPTION.findall(command)}
+    for line in reversed(before):
+        script = re.match(r"python launch/(\w+)\.py( [\w./-]+(?= |$))?", line)
+        if script and needed <= OPTIONS[script[1]]:
+            run = "" if script[1] == "submit" or (script[2] or " -").startswith(" -") else script[2]
+            return f"python launch/{script[1]}.py{run}{command[1:]}"
+    return command
+
+
+OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
+
+
+def _options() -> dict[str, set[str]]:
+    """Of each script, by its help."""
+    found = {}
+    for path in [*(PROJECT / "launch").glob("*.py"), *(PROJECT / "tools").glob("*.py")]:
+        module, said = importlib.import_module(f"{path.parent.name}.{path.stem}"), io.StringIO()
+        if path.stem != "jobs" and hasattr(module, "parse"):
+            with patch("sys.argv", [path.name, "--help"]), redirect_stdout(said), suppress(SystemExit):
+                module.parse()
+        found[path.stem] = {*re.findall(r"--[a-z][\w-]*", said.getvalue())}
+    return found
+
+
+OPTIONS = _options()
 
 
 COMMANDS = list(dict.fromkeys(command for path in DOCUMENTS for command in typed(path)))
@@ -143,7 +172,7 @@ def listed(command: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs that have checkpoints, as if trained, under the names that documents use."""
+    """A folder with a run that has checkpoints, as if trained, and a set that is asked for."""
     root = tmp_path_factory.mktemp("documents") / "runs"
     run = RunDir(root / "cifar10")
     run.path.mkdir(parents=True)
@@ -161,18 +190,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = {"step": step, "images": 0, "config_digest": config.digest(), "extra": {}}
         saving.save({**state, "ema": weights, "model": weights}, wait=True, final=step == 400_000)
     fence.release()
-    request = request_for(run, config, verify(run, 400_000))
-    sets = {"cifar10-64-attention": "epoch30", "cifar10-64-standard": "epoch10"}
-    for name in ("cifar10-conditional", "cifar10-64-attention", "cifar10-64-standard", "ho", "cifar10"):
-        if name != "cifar10":
-            shutil.copytree(run.path, root / name)
-        publish_request(RunDir(root / name).sample_set(sets.get(name, "paper")), request)
+    publish_request(run.sample_set("paper"), request_for(run, config, verify(run, 400_000)))
     return root
 
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of them, in a working directory that looks like the project's."""
+    """A copy of it, in a working directory that looks like the project's."""
     shutil.copytree(made, tmp_path / "runs")
     for name in ("configs", "slurm", "tools"):
         (tmp_path / name).symlink_to(PROJECT / name)
@@ -196,6 +220,12 @@ def test_a_command_of_the_documents_runs(
     monkeypatch.setattr(sys, "argv", [script, *words, *dry])
     if name[1] == "submit" and "--from" not in words:
         shutil.rmtree("runs")  # as yet
+    for word in words:  # runs and sets that documents have under other names
+        if re.fullmatch(r"cifar10-[\w-]+|runs/ho", word) and name[1] != "submit":
+            shutil.copytree("runs/cifar10", Path("runs", Path(word).name))
+        if re.fullmatch(r"epoch\d+", word):
+            for path in Path("runs").glob("*/samples/paper"):
+                path.rename(path.with_name(word))
     code = importlib.import_module(f"launch.{name[1]}").main()
     assert code == 0, capsys.readouterr()
 
@@ -211,6 +241,7 @@ def test_commands_are_found_in_blocks_and_in_sentences_and_go_on_from_those_befo
     (tmp_path / "a.md").write_text(
         "Type `python launch/sample.py cifar10 --png`, or `… --steps 20`; not `--steps`.\n```\n"
         "python launch/submit.py configs/a.yaml --list    # a remark\n. tools/env.sh && … --time 2h\nruns/\n```\n"
+        "`python launch/status.py` and `… --nodes 2`, `… --png`\n"
         "```python\npython launch/nothing.py\n```\n"
     )
     assert typed(tmp_path / "a.md") == [
@@ -219,24 +250,19 @@ def test_commands_are_found_in_blocks_and_in_sentences_and_go_on_from_those_befo
         "python launch/submit.py configs/a.yaml --list",
         ". tools/env.sh",
         "python launch/submit.py --time 2h",
+        "python launch/status.py",
+        "python launch/submit.py --nodes 2",
+        "python launch/sample.py cifar10 --png",
     ]
 
 
-def test_every_option_in_the_documents_is_one_of_a_script(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for path in [*(PROJECT / "launch").glob("*.py"), *(PROJECT / "tools").glob("*.py")]:
-        module = importlib.import_module(f"{path.parent.name}.{path.stem}")
-        if path.stem != "jobs" and hasattr(module, "parse"):
-            monkeypatch.setattr(sys, "argv", [path.name, "--help"])
-            with pytest.raises(SystemExit):
-                module.parse()
-    known = {*re.findall(r"--[a-z][\w-]*", capsys.readouterr().out), *OTHERS_OPTIONS}
+def test_every_option_in_the_documents_is_one_of_a_script() -> None:
+    known = set.union(OTHERS_OPTIONS, *OPTIONS.values())
     told = {
         option: path.name
         for path in DOCUMENTS
         for code in re.findall(r"`([^`\n]+)`", path.read_text())
-        for option in re.findall(r"(?<!\S)--[a-z][\w-]*", code)
+        for option in OPTION.findall(code)
     }
     assert {option: where for option, where in told.items() if option not in known} == {}
 
