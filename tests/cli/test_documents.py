@@ -211,14 +211,14 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_command_of_the_documents_runs(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    for there, is_here in PLACES.items():
+    for there, is_here in {**PLACES, " …": ""}.items():
         command = command.replace(there, is_here)
     python, script, *words = shlex.split(command.replace("CONFIG", "runs/cifar10/config.yaml"))
     name = re.fullmatch(r"launch/(\w+)\.py", script)
     assert python == "python" and name, f"no test runs this: see {Path(__file__).name}, ELSEWHERE and NOBODY"
     dry = ["--dry-run"] if name[1] in DRY and not {"--dry-run", "--list"} & {*words} else []
     monkeypatch.setattr(sys, "argv", [script, *words, *dry])
-    if name[1] == "submit" and "--from" not in words:
+    if name[1] == "submit" and not {"--from", "runs/cifar10"} & {*words}:
         shutil.rmtree("runs")  # as yet
     for word in words:  # runs and sets that documents have under other names
         if re.fullmatch(r"cifar10-[\w-]+|runs/ho", word) and name[1] != "submit":
