@@ -49,7 +49,7 @@ def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) 
     data, train, versions = record.get("data") or {}, config.train, record.get("versions") or {}
     found = record.get("resolved") or {}
     lines = [
-        ("data", f"{config.data.name}, {data.get('num_images', '?'):,} images" if data else config.data.name),
+        ("data", config.data.name + (f", {data['num_images']:,} images" if data.get("num_images") else "")),
         ("digest of its pixels", f"`{data['digest']}`" if data.get("digest") else ""),
         ("seen", f"{manifest['images']:,} images in batches of {train.global_batch}"),
         ("network", f"U-Net, {config.model.base_channels} channels times {list(config.model.channel_mults)}"),

@@ -131,8 +131,15 @@ def _time(site: Site) -> str:
 def _cost(config: Config, site: Site) -> str:
     if not site.num_gpus:
         return ""
-    speed, how = MEASURED.get(_network(config), (0, ""))
-    if not speed or config.train.total_steps is None:
+    if (hours := gpu_hours(config)) is None:
         return "; GPU hours unknown here, status.py tells the end once it runs"
-    hours = config.train.total_steps * config.train.global_batch / speed / 3600
+    speed, how = MEASURED[_network(config)]
     return f"; about {hours:.0f} GPU hours at {speed:,} images/s, as measured on {how}"
+
+
+def gpu_hours(config: Config) -> float | None:
+    """Of training, on one GPU as in MEASURED; None where its speed or its length in steps is not known."""
+    speed, _ = MEASURED.get(_network(config), (0, ""))
+    if not speed or config.train.total_steps is None:
+        return None
+    return config.train.total_steps * config.train.global_batch / speed / 3600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config import reading
+from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
 from launch import sample
@@ -166,6 +168,26 @@ def test_another_sampler_than_the_configs_does_not_take_over_its_eta(
     for sampler, eta in (("ancestral", 0.0), ("dpmpp_2m", 0.0), ("ddim", 0.5)):
         monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--sampler", sampler])
         assert sample.sampling_config(sample.parse(), run, None).sample.eta == eta
+
+
+@pytest.mark.parametrize("word", ["cat", "3", "8"])
+def test_one_class_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("data: {name: images, path: pets}\nmodel: {num_classes: 9}\nsample: {num_samples: 64}\n")
+    names = ["dog", "3", "owl", "cat", *"abcde"]  # a name comes first
+    run.run_json.write_text(json.dumps({"labels": {"classes": dict.fromkeys(names, 2)}}))
+    label = {"cat": 3, "3": 1, "8": 8}[word]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--class", word, "--num-samples", "70"])
+    plan = sample.sampling_config(sample.parse(), run, None).sample.class_plan
+    assert plan == tuple(70 * (i == label) for i in range(9))
+    for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, cat, a"),
+                        (["--class", "9"], "--class: no class '9'")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["sample.py", "run", *words])
+        with pytest.raises(RequestError, match=told):
+            sample.sampling_config(sample.parse(), run, None)
+    run.config.write_text("{}\n")
+    with pytest.raises(RequestError, match="the model has no classes"):
+        sample.sampling_config(sample.parse(), run, None)
 
 
 # ---------------------------------------------------------------- how long
