@@ -215,7 +215,6 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
     if not args.dry_run:
         prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
         prepare.settle_code(run, new=args.code == "new")
-        chain.go_on(run)
     ids: list[str] = []
     with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
         chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)
@@ -247,8 +246,8 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
 def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
     """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
     run, name = job.run, job.set_name
+    job = replace(job, despite=run.stop_mark())
     prepare.settle_code(run, new=args.code == "new")
-    chain.go_on(run)
     if job.site.is_local:
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):

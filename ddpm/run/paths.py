@@ -191,6 +191,13 @@ class RunDir:
         """Whether something is called STOP, whatever it is."""
         return os.path.lexists(self.stop_file)
 
+    def stop_mark(self) -> str:
+        """Which STOP is there: another one than was once, has another mark; "" where there is none."""
+        try:
+            return str(os.lstat(self.stop_file).st_mtime_ns)
+        except OSError:  # of a stale handle too, which is no STOP and ends no training
+            return ""
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"

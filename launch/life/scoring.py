@@ -42,7 +42,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
             say(f"{len(missing)} shards of {set_name} are missing: the first task has them made")
             return life.leave(0)
         return life.leave(chain.fill_gaps(run, set_name, missing, again, round_, env))
-    life.stop.watch(run.stop_file)
+    life.heed_stop()
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
     cache = Path(data_of(run)["cache"])

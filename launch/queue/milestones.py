@@ -41,7 +41,7 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
 
     Their requests are published unless `dry_run`: training then keeps their checkpoints. Raises RequestError.
     """
-    sampled, chains = sampled_as(config), []
+    sampled, chains, stop = sampled_as(config), [], run.stop_mark()
     for step in steps(run):
         name = set_name(run, sampled, step)
         if sets.score_by(run, name, config.evaluate) is not None:
@@ -54,8 +54,8 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
             if not dry_run:
                 publish_request(where, request)
         missing = shards_to_make(where, request)
-        make = [Job("sample", run, site, name, tuple(missing))] if missing else []
-        chains.append([*make, Job("evaluate", run, site, name)])
+        make = [Job("sample", run, site, name, tuple(missing), despite=stop)] if missing else []
+        chains.append([*make, Job("evaluate", run, site, name, despite=stop)])
     return chains
 
 

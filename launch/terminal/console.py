@@ -62,25 +62,32 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one message, without the whole usage, and knows what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: --([^\s=]+)(?:=(\S*))?", message)
-        keys = self._keys(unknown[1].replace("-", "_")) if unknown else []
-        near = difflib.get_close_matches(f"--{unknown[1]}", self._option_string_actions, 1) if unknown else []
-        if unknown and keys:
-            after = [*sys.argv, ""][[*sys.argv, f"--{unknown[1]}"].index(f"--{unknown[1]}") + 1 :][:1]
-            value = unknown[2] or "".join(word for word in after if not word.startswith("-")) or "…"
-            near = [f"{key}={value}" for key in keys]
+        near = self._meant(message)
         hint = f"did you mean {' or '.join(near)}?" if near else f"see {self.prog} --help"
         self.exit(2, f"error: {message}; {hint}\n")
+
+    def _meant(self, message: str) -> list[str]:
+        """What may have been meant by the first of the words that are no arguments."""
+        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)(?:=(\S*))?", message):
+            if keys := self._keys(unknown[1].replace("-", "_")):
+                after = [*sys.argv, ""][[*sys.argv, f"--{unknown[1]}"].index(f"--{unknown[1]}") + 1 :][:1]
+                value = unknown[2] or "".join(word for word in after if not word.startswith("-")) or "…"
+                return [f"{key}={value}" for key in keys]
+            return difflib.get_close_matches(f"--{unknown[1]}", self._option_string_actions, 1)
+        if unknown := re.match(r"unrecognized arguments: ([\w.]+)=(\S*)", message):
+            option = "--" + unknown[1].rpartition(".")[2].replace("_", "-")
+            return [f"{option} {unknown[2]}"] if option in self._option_string_actions else []
+        return []
 
     def _keys(self, word: str) -> list[str]:
         """The config's keys that were typed as an option, where this script takes keys."""
         if not any("key=value" in str(action.metavar) for action in self._actions):
             return []
         from ddpm.config.schema import Config
-        from ddpm.config.section import field_keys
+        from ddpm.config.section import field_keys, meant
 
         known = field_keys(Config)
-        return [word] if word in known and "." in word else [key for key in known if key.split(".")[-1] == word]
+        return [word] if word in known and "." in word else meant(word, known)
 
 
 def as_json(record: object) -> str:
