@@ -105,7 +105,7 @@ def compute_statistics(config: Config, cache: Path) -> None:
     shared = extractors.beside(cache / "data")
     name, size = config.evaluate.extractor, config.data.image_size
     extractor = extractors.build_extractor(name, device, shared=shared, image_size=size, warn=console.warn)
-    reference_of(images, extractor, cache / "data" / "reference")
+    reference_of(images, extractor, cache / "data" / "reference", progress=console.show_progress("features of"))
     print(f"statistics of {len(images)} images by {extractor.name}: in {cache / 'data' / 'reference'}")
 
 
@@ -121,13 +121,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    files = [w for w in args.words if "=" not in w]
-    if len(files) > 1:
-        raise RequestError(f"more than one config file: {' '.join(files)}")
-    shelf = environment.SHIPPED / "configs"
-    config = reading.load(
-        Path(files[0]) if files else shelf / "cifar10.yaml", [w for w in args.words if "=" in w], shelf=shelf
-    )
+    path, changes, _ = console.config_and_changes(args.words, args.root)
+    config = reading.load(path, changes, shelf=environment.SHIPPED / "configs")
     if args.statistics and config.evaluate.reference not in ("train", "test"):
         raise RequestError(f"--statistics: evaluate.reference = {config.evaluate.reference} has its own; leave it out")
     site = Site(**load_profile(args.profile))

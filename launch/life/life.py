@@ -35,7 +35,7 @@ class Life:
         return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
 
     def heed_stop(self) -> None:
-        """From here on the run's STOP file is watched; of samples and scores, any but the one they were made despite."""
+        """From here on the run's STOP file is watched; of samples and scores, all but that they are made despite."""
         self.stop.watch(self.run, self.known_stop())
 
     def is_told_to_stop(self) -> bool:

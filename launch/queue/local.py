@@ -130,7 +130,8 @@ def main() -> int:
     for i, command in enumerate(commands):
         if unheard:
             return 128 + unheard[0]
-        if i and is_told_to_stop(run, environment.current().job):  # it ended the command before; what would follow that has nothing to go on
+        # it ended the command before; what would follow that has nothing to go on
+        if i and is_told_to_stop(run, environment.current().job):
             return 0
         if stages[i] not in stages[:i]:
             _note(run, "stage_began", command)

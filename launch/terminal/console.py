@@ -90,6 +90,27 @@ class Parser(argparse.ArgumentParser):
         return [word] if word in known and "." in word else meant(word, known)
 
 
+def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path, list[str], RunDir | None]:
+    """CONFIG and key=value of a command line: the file, the changes, and the run that was given in place of a file.
+
+    Raises RequestError.
+    """
+    files = [word for word in words if "=" not in word]
+    changes = [word for word in words if "=" in word]
+    if "" in files:
+        raise RequestError("an empty word where a config file or key=value was expected: an unset shell variable?")
+    if len(files) > 1:
+        raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value")
+    if not files:
+        return environment.SHIPPED / "configs" / "cifar10.yaml", changes, None
+    path = Path(files[0])
+    if not path.is_file():
+        for there in (environment.user_path(files[0]), environment.runs_root(root) / files[0]):
+            if _may_be_run(there):
+                return there / "config.yaml", changes, RunDir(there)
+    return path, changes, None
+
+
 def as_json(record: object) -> str:
     """On a terminal, what was computed of some thousand samples has no thirteen digits; a program gets all of them."""
     if not sys.stdout.isatty():
@@ -104,13 +125,16 @@ def warn(message: str) -> None:
 
 def show_progress(doing: str) -> ShowProgress:
     """A function (done, total) that says so: one line that changes on a terminal, else a line per 10,000 images."""
-    tty = sys.stderr.isatty()
+    tty, told = sys.stderr.isatty(), 0
 
     def show(done: int, total: int) -> None:
+        nonlocal told
+        told = min(told, done)
         if tty:
             end = "" if done < total else "\n"
             print(f"\r{doing} {done}/{total} images", end=end, file=streams.below(sys.stderr), flush=True)
-        elif done % 10_000 == 0:
+        elif done // 10_000 > told // 10_000:
+            told = done
             print(f"{doing} {done}/{total} images", flush=True)
 
     return show
