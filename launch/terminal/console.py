@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import json
 import os
 import re
 import shlex
@@ -109,13 +108,6 @@ def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path,
             if _may_be_run(there):
                 return there / "config.yaml", changes, RunDir(there)
     return path, changes, None
-
-
-def as_json(record: object) -> str:
-    """On a terminal, what was computed of some thousand samples has no thirteen digits; a program gets all of them."""
-    if not sys.stdout.isatty():
-        return json.dumps(record, indent=1)
-    return json.dumps(json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}")), indent=1)
 
 
 def warn(message: str) -> None:

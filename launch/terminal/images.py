@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from ddpm.errors import RequestError
-from ddpm.scoring.record import told
 from launch.terminal import console
+from launch.terminal.results import print_score
 
 
 def score_images(args: argparse.Namespace) -> int:
@@ -45,8 +45,7 @@ def score_images(args: argparse.Namespace) -> int:
     elif reference:
         with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
             result = evaluate_images(packed, reference, extractor, args.size, keep, show)
-        print(console.as_json(result))
-        print(told(result), file=sys.stderr)
+        print_score(result, None, as_json=args.json)
     return 0
 
 

@@ -71,6 +71,16 @@ def follow(find: Callable[[], list[Path]], keep: Callable[[str], bool], last_lin
         time.sleep(POLL_S)
 
 
+def tail(path: Path, most: int = 4096) -> str:
+    """The end of a file; nothing where it is gone."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, f.seek(0, 2) - most))
+            return f.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def _begin(path: Path, last_lines: int) -> int:
     """Where the last lines of a file begin."""
     with path.open("rb") as f:
