@@ -23,6 +23,8 @@ SIZE_EVERY_S = 0.2
 CLEAR, OTHER_SCREEN, BACK = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 
 Row = dict[str, Any]
+KINDS = {"kept": "kept", "start_up": "starting up", "lost": "lost", "stopping": "stopping", "pending": "not saved yet"}
+"""Of time, in words."""
 
 
 def columns() -> int:
@@ -72,9 +74,7 @@ def where_time_went(row: Row) -> str:
     spent = row["allocated_s"]
     total = sum(spent.values())
     hours = f"{total / 3600:.2f} h" if total >= 360 else f"{total:.0f} s"
-    return f"{hours} allocated: " + ", ".join(
-        f"{kind.replace('_', '-')} {s / total:.1%}" for kind, s in spent.items() if s
-    )
+    return f"{hours} allocated: " + ", ".join(f"{KINDS[kind]} {s / total:.1%}" for kind, s in spent.items() if s)
 
 
 # ---------------------------------------------------------------- kept up to date
