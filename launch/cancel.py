@@ -20,7 +20,6 @@ from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
 from launch.cluster import scheduler
 from launch.queue import work
-from launch.queue.turns import turn
 from launch.terminal import console
 
 EXAMPLES = """examples:
@@ -39,17 +38,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names or directories")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
-
-
-def stop(run: RunDir) -> work.Work:
-    """Take out of the queue what waits there, and ask the rest to leave; what that was. Raises SchedulerError."""
-    with turn(run):  # nobody queues more of it meanwhile
-        found = work.of_run(run)
-        if found:  # first: whatever comes back, or succeeds another, ends at its start
-            run.renew_stop()
-        for job in found.jobs:
-            scheduler.cancel_waiting(job)
-    return found
 
 
 def wait(run: RunDir, found: work.Work) -> work.Work:
@@ -111,7 +99,7 @@ def main() -> int:
     told = []
     for run in runs:  # all of them first: none waits for another's end
         before = run.latest_step()
-        if found := stop(run):
+        if found := work.end(run):
             tell(found)
             told.append((run, found, before))
         else:

@@ -254,7 +254,7 @@ def begin(
         here = f"python launch/submit.py {shlex.quote(str(run.path))} --cluster local"
         print(f"prepared; queue it with:\n{here if site.is_local else by_hand(Job('train', run, site))}")
         return []
-    if queued and (kept := not_taken(run, site)):
+    if queued and (kept := directory.not_taken(run, site)):
         print(f"warning: {kept}", file=sys.stderr)
     jobs = chain.jobs_of(run, config, site, left, train=train)
     if site.is_local:
@@ -270,18 +270,6 @@ def begin(
     print("\n".join(told))
     print(f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch")
     return ids
-
-
-def not_taken(run: RunDir, site: Site) -> str:
-    """What is asked of a job that is in the queue already, and is not what it was submitted with; "" where nothing."""
-    asked, sent = (s.model_dump(mode="json") for s in (site, directory.site_of(run)))
-    told = [f"{key} is {sent[key]!r} there and {asked[key]!r} here" for key in asked if asked[key] != sent[key]]
-    if not told:
-        return ""
-    return (
-        f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
-        f"python launch/cancel.py {shlex.quote(str(run.path))}, and submit again"
-    )
 
 
 def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
