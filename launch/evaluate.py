@@ -38,7 +38,7 @@ from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
 from launch.terminal.images import score_images
-from launch.terminal.results import print_score
+from launch.terminal.results import print_milestones, print_score
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
@@ -222,9 +222,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         there, lacking = milestones.steps(run), [step for step, _ in chains]
         if not there:
             raise RequestError(f"run {run.name} has no milestones yet: {milestones.when(config)}")
-        print(
-            f"{'# ' if args.dry_run else ''}milestones: {_steps(there)}; without a score: {_steps(lacking) or 'none'}"
-        )
+        console.warn(f"milestones: {_steps(there)}; without a score: {_steps(lacking) or 'none'}")
         if args.dry_run:
             print("\n\n".join(describe(job) for _, jobs in chains for job in jobs))
             print("# dry run: nothing was written or queued")
@@ -244,7 +242,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         return 0
     milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score
     if run.milestones.exists():
-        print(run.milestones.read_text(), end="")
+        print_milestones(run, as_json=args.json)
     return 0
 
 

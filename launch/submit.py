@@ -115,9 +115,9 @@ def _recipe(path: Path) -> recipes.Recipe | None:
         return None
 
 
-def _here(config: Config) -> list[str]:
+def _here(config: Config, run: RunDir) -> list[str]:
     """What of a config means nothing on this machine."""
-    later = "python launch/evaluate.py RUN --all-milestones does it afterwards"
+    later = f"python launch/evaluate.py {shlex.quote(str(run.path))} --all-milestones does it afterwards"
     return [] if config.evaluate.milestones is None else [
         f"evaluate.milestones: on this machine milestones are not scored while training goes on; {later}"
     ]  # fmt: skip
@@ -163,7 +163,7 @@ def main() -> int:
     check_path(run, site)
     config = prepare.resolve_length(asked, run)
     limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if (why := faults.small_files()) else []
-    for warning in [*config.warnings(), *(_here(config) if site.is_local else site.warnings()), *limit]:
+    for warning in [*config.warnings(), *(_here(config, run) if site.is_local else site.warnings()), *limit]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         if prepare.check_existing(run, config):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config.schema import Config
+from ddpm.run.files import read_json
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_metrics
@@ -58,6 +59,20 @@ def print_score(record: Mapping[str, Any], path: Path | None, *, as_json: bool) 
         print(f"  {what:18}{plain(value)}")
     if path is not None:
         print(f"  {'all of it':18}{path}")
+
+
+def print_milestones(run: RunDir, *, as_json: bool) -> None:
+    """Its milestones.json: a line for each on a terminal."""
+    record = read_json(run.milestones) or {}
+    if as_json or not sys.stdout.isatty() or not record.get("curve"):
+        print(run.milestones.read_text(), end="")
+        return
+    key = record["score"]
+    print(f"{SCORE_NAMES[key]} of {record['num_samples']:,} samples each vs {record['reference']}")
+    for point in record["curve"]:
+        best = "  the best" if point["step"] == record["best"]["step"] else ""
+        ends = point.get(f"{key}_interval")
+        print(f"  step {point['step']:<12}{rounded(point[key], (ends[1] - ends[0]) / 2 if ends else None)}{best}")
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
