@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
+import argparse
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = dirname(dirname(realpath(__file__)))
 
 import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+from pathlib import Path
+
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import check_name
 from launch.cluster import environment

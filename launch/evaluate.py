@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate

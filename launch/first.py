@@ -3,13 +3,13 @@
 Imported first, for what it does. Loads nothing that may lack.
 """
 
+import _signal  # and not `signal`, which takes a moment to load, in which ctrl-C would be a traceback
 import os
-import signal
 import sys
 
 NEEDED = ("pydantic", "yaml", "rich", "numpy", "torch", "safetensors")
 LEAST = (3, 10)
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - of an old Python too
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100 - of an old Python too
 
 
 def is_script() -> bool:
@@ -19,8 +19,8 @@ def is_script() -> bool:
     return name.startswith("ddpm-") or folder in (f"{ROOT}/launch", f"{ROOT}/tools")
 
 
-if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_script`, which has a word for it: no traceback
+if is_script() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `run_script`, which has a word for it: no traceback
 
 
 def lacking() -> str:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = dirname(dirname(realpath(__file__)))
 
 import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+import contextlib
+
 from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler

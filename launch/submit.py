@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))  # the project, not launch/, whose names would shadow others
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size

@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: E402, F401
-from ddpm.config import reading  # noqa: E402
-from ddpm.config.schema import Config  # noqa: E402
-from ddpm.errors import EnvironmentLacks, RequestError  # noqa: E402
-from ddpm.run.files import open_file, publishing  # noqa: E402
-from launch import prepare  # noqa: E402
-from launch.cluster import environment  # noqa: E402
-from launch.cluster.options import load_profile  # noqa: E402
-from launch.cluster.site import Site  # noqa: E402
-from launch.terminal import console  # noqa: E402
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.files import open_file, publishing
+from launch import prepare
+from launch.cluster import environment
+from launch.cluster.options import load_profile
+from launch.cluster.site import Site
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python tools/prefetch.py                                    CIFAR-10 and the Inception weights
