@@ -256,7 +256,12 @@ def begin(
         print(f"it goes on from step {step} of {config.train.total_steps}")
     if prepare_only:
         here = f"python launch/submit.py {shlex.quote(str(run.path))} --cluster local"
-        print(f"prepared; queue it with:\n{here if site.is_local else by_hand(Job('train', run, site))}")
+        how = (
+            f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
+            if site.is_local
+            else "queue it with"
+        )
+        print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
         return []
     if queued and (kept := directory.not_taken(run, site)):
         print(f"warning: {kept}", file=sys.stderr)
