@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DDPMError
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster.scheduler import SchedulerError
 from launch.queue import work
-from launch.terminal import console, history, logfiles, streams, view
+from launch.terminal import console, faults, history, logfiles, streams, view
 from launch.terminal.keys import Keys
 from launch.terminal.overview import read_life
 
@@ -156,7 +157,10 @@ class Screen:
     def lines(self, width: int, height: int) -> list[str]:
         """At most `height` lines of at most `width` cells, with what makes them bold or reversed."""
         room = height - self.has_keys
-        shown = {"table": self._table, "page": self._page, "log": self._lines_of_log}[self._mode](width, room)
+        try:
+            shown = {"table": self._table, "page": self._page, "log": self._lines_of_log}[self._mode](width, room)
+        except (OSError, DamagedFile) as e:  # of another user, or removed meanwhile
+            shown = [_cut(plain(faults.words(e) or e), width)]
         shown = [*shown[:room], *[""] * (room - len(shown))]
         return [*shown, self._foot(width)] if self.has_keys else shown
 
