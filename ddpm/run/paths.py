@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ class RunDir:
     def renew_stop(self) -> None:
         """Put STOP there, or make the one that is there a new one."""
         if self.is_stopped():
-            os.utime(self.stop_file, follow_symlinks=False)
+            with contextlib.suppress(PermissionError):  # another's, which is there all the same
+                os.utime(self.stop_file, follow_symlinks=False)
         else:
             self.stop_file.touch()
 
