@@ -6,9 +6,9 @@ runs on a login node.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import contextlib
 import os
 import re
 from dataclasses import dataclass
