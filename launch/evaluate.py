@@ -238,10 +238,13 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
             print("\n".join(f"{jobs[0].set_name}: {line}" for line in told))
     if chains and site.is_local:
         process, log = local.start(run, [job for _, jobs in chains for job in jobs])
-        if code := follow.follow_process(run, process, log):
+        with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
+            code = follow.follow_process(run, process, log)
+        if code:
             return code if code == 130 else 1
     if ids and args.wait:
-        follow.follow_jobs(run, ids)
+        with contextlib.redirect_stdout(sys.stderr):
+            follow.follow_jobs(run, ids)
     if ids and not args.wait:
         return 0
     milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score
@@ -262,7 +265,9 @@ def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | 
     prepare.settle_code(run, new=args.code == "new")
     if job.site.is_local:
         process, log = local.start(run, [job])
-        if code := follow.follow_process(run, process, log):
+        with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
+            code = follow.follow_process(run, process, log)
+        if code:
             return code if code == 130 else 1
         return show(run, name, score(), as_json=args.json)
     with turn(run):
@@ -277,7 +282,8 @@ def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | 
             print("\n".join([said, *filter(None, [waits])]))
     if not args.wait:
         return 0
-    follow.follow_jobs(run, ids)
+    with contextlib.redirect_stdout(sys.stderr):
+        follow.follow_jobs(run, ids)
     return show(run, name, score(), as_json=args.json)
 
 
