@@ -172,7 +172,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("train.loss=l1", ["'train.loss'", "did you mean 'diffusion.loss'"]),
         ("train.steps=9", ["'train.steps'", "'train.total_steps'?"]),
         ("sample.lr=9", ["'sample.lr'", "did you mean 'train.lr'?"]),
-        ("train.momentum_of_adam=1", ["'train.momentum_of_adam'", "the nearest are", "train.norm"]),
+        ("train.momentum_of_adam=1", ["'train.momentum_of_adam'", "the nearest are train."]),
         ("train=1", ["'train'"]),
         ("train.lr=[", ["train.lr=[", "not valid YAML"]),
         ("train.lr=", ["train.lr", "None"]),
