@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of
@@ -22,6 +25,7 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.run.records import read_run
+from ddpm.run.state import finished_step
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch import prepare
 from launch.cluster import environment
@@ -191,14 +195,15 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
+    if there is None and args.step is None and finished_step(run, config) is None:
+        total = config.train.total_steps
+        print(f"of step {generation.step}, the newest that is saved: training has not come to {total}", flush=True)
     from ddpm.sampling.shards import shards_to_make, unpack_png
 
     missing = shards_to_make(sample_set, request)
     if missing:
         site = settle(site, dry_run=args.prepare)
         prepare.settle_code(run, new=args.code == "new")
-    if missing and not args.prepare:
-        chain.go_on(run)
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)
@@ -252,7 +257,7 @@ def make(
         publish(run, sample_set, request)
         return None
     set_name = sample_set.name
-    job = Job("sample", run, site, set_name, tuple(missing))
+    job = Job("sample", run, site, set_name, tuple(missing), despite=run.stop_mark())
     if site.is_local:
         publish(run, sample_set, request)
         process, log = local.start(run, [job])

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))  # the project, not launch/, whose names would shadow others
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not launch/, whose names would shadow others
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
@@ -28,6 +32,7 @@ from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, directory, local
+from launch.queue.directory import base_of
 from launch.queue.naming import name_of
 from launch.queue.sets import LEAST_SCORED
 from launch.queue.submitting import by_hand
@@ -58,7 +63,7 @@ def parse() -> argparse.Namespace:
         "words",
         nargs="*",
         metavar="CONFIG key=value",
-        help="a config file (default configs/cifar10.yaml) and any of its keys, e.g. train.lr=1e-4",
+        help="a config file (default configs/cifar10.yaml), or a run to go on with; any key, e.g. train.lr=1e-4",
     )
     parser.add_argument("--list", action="store_true", help="show the recipes in configs/, and leave")
     parser.add_argument("--name", help="the run's name (default: the config's; after the data where that is another)")
@@ -73,18 +78,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="with --dry-run: the exact job scripts too")
     parser.add_argument("--prepare", action="store_true", help="all but queueing: data, checks, run directory")
     add_options(parser)
+    parser.set_defaults(base=None)  # what a run that goes on was submitted with
     return parser.parse_intermixed_args()
 
 
 def read_command_line(args: argparse.Namespace) -> tuple[Config, list[str], recipes.Recipe | None]:
-    """The config and the stages that the command line asks for, and the file of the config. Raises RequestError."""
-    files = [w for w in args.words if "=" not in w]
-    overrides = [w for w in args.words if "=" in w]
-    if "" in files:
-        raise RequestError("an empty word where a config file or key=value was expected: an unset shell variable?")
-    if len(files) > 1:
-        raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value")
-    path = Path(files[0]) if files else SHIPPED / "configs" / "cifar10.yaml"
+    """The config and the stages that the command line asks for, and the file of the config. Raises RequestError.
+
+    A run that is given in place of a config goes on, where it lies.
+    """
+    path, overrides, run = console.config_and_changes(args.words, args.root)
+    if run is not None and args.name is None:
+        args.name, args.root, args.base = run.name, str(run.path.parent), base_of(run, args)
     if args.name is not None:
         overrides = [o for o in overrides if not o.startswith("name=")] + [f"name={check_name(args.name)!r}"]
     stages = [s for s in args.then.split(",") if s]
@@ -112,6 +117,14 @@ def _recipe(path: Path) -> recipes.Recipe | None:
         return recipes.read(path)
     except RequestError:
         return None
+
+
+def _here(config: Config, run: RunDir) -> list[str]:
+    """What of a config means nothing on this machine."""
+    later = f"python launch/evaluate.py {shlex.quote(str(run.path))} --all-milestones does it afterwards"
+    return [] if config.evaluate.milestones is None else [
+        f"evaluate.milestones: on this machine milestones are not scored while training goes on; {later}"
+    ]  # fmt: skip
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -147,14 +160,14 @@ def main() -> int:
         return 0
     asked, stages, recipe = read_command_line(args)
     source = origin.asked(args.origin, args.from_weights, args.root)
-    site = resolve(args)
     root = environment.runs_root(args.root)
     run = RunDir(root / asked.name)
+    site = resolve(args, args.base)
     check_resources(asked, site)
     check_path(run, site)
     config = prepare.resolve_length(asked, run)
     limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if (why := faults.small_files()) else []
-    for warning in [*config.warnings(), *([] if site.is_local else site.warnings()), *limit]:
+    for warning in [*config.warnings(), *(_here(config, run) if site.is_local else site.warnings()), *limit]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         if prepare.check_existing(run, config):
@@ -240,9 +253,19 @@ def begin(
     if here is not None:
         code.keep(run, here)
     print(f"run: {run.path}")
+    if train and (step := run.latest_step()):
+        print(f"it goes on from step {step} of {config.train.total_steps}")
     if prepare_only:
-        print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")
+        start_here = f"python launch/submit.py {shlex.quote(str(run.path))} --cluster local"
+        how = (
+            f"start it here with:\n{start_here}\nor queue it, where there is SLURM, with"
+            if site.is_local
+            else "queue it with"
+        )
+        print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
         return []
+    if queued and (kept := directory.not_taken(run, site)):
+        print(f"warning: {kept}", file=sys.stderr)
     jobs = chain.jobs_of(run, config, site, left, train=train)
     if site.is_local:
         return Here(*local.start(run, jobs))

@@ -85,7 +85,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if (whole := key.rpartition(".")[0]) in field_keys(Config):
         raise RequestError(f"unknown key {shown(key)}: {whole} is given as a whole, as {whole}='{{key: value}}'")
     if key not in field_keys(Config):
-        raise RequestError(unknown_key(key, field_keys(Config)))
+        raise RequestError(unknown_key(key, field_keys(Config), Config.all_keys))
     node = tree
     *sections, leaf = key.split(".")
     for section in sections:

@@ -26,7 +26,7 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
     for shard in shards:
         if not 0 <= shard < request.shards:
             raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
-    life.stop.watch(run.stop_file)
+    life.heed_stop()
 
     from ddpm.sampling.generate import generate_shard
 

@@ -24,7 +24,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import code, environment
 from launch.cluster.job import Job
-from launch.queue.waiting import is_of
+from launch.queue.waiting import is_of, is_told_to_stop
 
 
 def stage_command(job: Job) -> list[str]:
@@ -84,9 +84,10 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
             env={**environment.for_jobs(home), "DDPM_JOB": name, **cpus},
         )
     events = EventLog(run, name, 0, environment.host(), prefix="submit-")
-    stages = "+".join(job.stage for job in jobs)
+    told = {"stage": "+".join(job.stage for job in jobs), "via": "local", "pid": process.pid, "run": str(run.path)}
+    told |= {"code": home.name, **({"despite": jobs[0].despite} if jobs[0].despite else {})}
     try:
-        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path), code=home.name)
+        events.append("submitted", **told)
     except BaseException as e:  # nobody could find it again
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -129,7 +130,8 @@ def main() -> int:
     for i, command in enumerate(commands):
         if unheard:
             return 128 + unheard[0]
-        if run.is_stopped():  # it ended the command before; what would follow that has nothing to go on
+        # it ended the command before; what would follow that has nothing to go on
+        if i and is_told_to_stop(run, environment.current().job):
             return 0
         if stages[i] not in stages[:i]:
             _note(run, "stage_began", command)
