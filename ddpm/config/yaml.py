@@ -169,11 +169,15 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def written_items(text: str, where: str) -> list[str]:
-    """The items of `A,B,[C,D]` as they are written there: commas in brackets and quotes part none. Raises as
-    `load_yaml`."""
+    """The items of `A,B,[C,D]` as they are written there: commas in brackets and quotes part none.
+
+    Raises RequestError beginning with `where`.
+    """
     inside = f"[{text}]"
-    load_yaml(inside, where)  # within the bounds
-    node: Any = yaml.compose(inside, Loader=_Loader)
+    try:
+        node: Any = yaml.compose(inside, Loader=_Loader)
+    except yaml.YAMLError as e:
+        raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
     if node.end_mark.index != len(inside):
         raise RequestError(f"{where}: not valid YAML: it goes on after a bracket that opens nowhere")
     return [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
