@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,8 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
     name, path; sweep: the name of the one that it is of, or None; differs: {"train.lr": 1e-4, …}, what is not the same
     in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
     mean of the last SMOOTHED_LINES lines of metrics.jsonl, or None; score: None, or {"set", "key", "value", "number",
-    "told", "ranked"}; scores: {set: told} of all that hold; problem: what cannot be read, or None.
+    "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set: words} of all
+    that hold; problem: what cannot be read, or None.
 
     Scores are ranked by one kind alone, features, reference and number of samples being the same: the one that most of
     the runs have. Of a run with several of it the lowest is shown; of one with none its newest other, not ranked.
@@ -122,7 +123,8 @@ def _chosen(of: Records, kind: tuple[int, int, str] | None) -> Row | None:
     name = min(ranked, key=lambda name: of[name][key_of(of[name])]) if ranked else list(of)[-1]
     record = of[name]
     key = key_of(record)
-    words = {"number": f"{SCORE_NAMES[key]} {number(record)}", "told": told(record)}
+    words = {"number": f"{SCORE_NAMES[key]} {number(record)}"}
+    words["of"] = told(record).removeprefix(words["number"]).lstrip(", ")
     return {"set": name, "key": key, "value": record[key], **words, "ranked": bool(ranked)}
 
 
@@ -135,31 +137,41 @@ def show(found: list[Row]) -> None:
 
 
 def page(found: list[Row], width: int) -> list[str]:
-    """The table, and under it what cannot be ranked, or read, and what had no room."""
+    """The table, and under it what the scores are of, what cannot be ranked, or read, and what had no room."""
     keys = list(dict.fromkeys(key for row in found for key in row["differs"]))
     names = dict(zip(keys, short(keys, OURS), strict=True))
+    of = {f"{row['score']['of']} ({row['score']['set']})" for row in found if row["score"]}
     shown = [
         table.Column("run", (table.value("name"),), needed=True),
         *(table.Column(names[key], (table.value(key), table.value(key, LONGEST))) for key in keys),
         table.Column("step", (lambda row: f"{row['step']}/{row['total_steps'] or '?'}",), right=True),
         table.Column("loss", (lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",), right=True),
-        table.Column("score", (lambda row: _score(row, "told"), lambda row: _score(row, "number"))),
+        table.Column("score", (partial(_score, forms=FORMS[len(of) > 1]), partial(_score, forms=FORMS[0]))),
     ]
     flat = [{**row["differs"], **row} for row in found]
-    lines, left_out = table.fitted(flat, width, shown, ["run", "loss", "score", *names.values(), "step"])
-    notes = [] if keys or len(found) < 2 else ["their configs do not differ"]
-    if left_out:
-        notes.append(f"no room for {', '.join(name for name in (*names.values(), *OURS) if name in left_out)}: --json "
-                     f"has all")  # fmt: skip
-    for row in found:
-        if row["score"] and not row["score"]["ranked"]:
-            notes.append(f"{row['name']}: its score is of other features, samples or another reference: not ranked")
-        notes += [f"{row['name']}: {row['problem']}"] if row["problem"] else []
-    for note in notes:
+    lines, left_out = table.fitted(flat, width, shown, ["run", "loss", *names.values(), "score", "step"])
+    for note in _notes(found, of, [name for name in (*names.values(), *OURS) if name in left_out]):
         lines += textwrap.wrap(plain(note), width, subsequent_indent="  ", break_on_hyphens=False,
                                break_long_words=False)  # fmt: skip
     return lines
 
 
-def _score(row: Mapping[str, Any], form: str) -> str:
-    return f"{row['score'][form]} ({row['score']['set']})" if row["score"] else ""
+FORMS = (("number",), ("number", "of", "set"))
+
+
+def _score(row: Mapping[str, Any], forms: Sequence[str]) -> str:
+    return ", ".join(row["score"][form] for form in forms) if row["score"] else ""
+
+
+def _notes(found: list[Row], of: set[str], left_out: list[str]) -> Iterator[str]:
+    if len(of) == 1:
+        yield f"score: {', '.join(of)}"
+    if len(found) > 1 and not any(row["differs"] for row in found):
+        yield "their configs do not differ"
+    if left_out:
+        yield f"no room for {', '.join(left_out)}: --json has all"
+    for row in found:
+        if row["score"] and not row["score"]["ranked"]:
+            yield f"{row['name']}: its score is of other features, samples or another reference: not ranked"
+        if row["problem"]:
+            yield f"{row['name']}: {row['problem']}"

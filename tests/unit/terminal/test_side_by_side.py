@@ -54,7 +54,9 @@ def test_runs_are_sorted_by_score_then_loss_with_the_keys_alone_that_differ(tmp_
     assert (unscored["loss"], unscored["step"], none["loss"]) == (pytest.approx(0.3), 220, None)
     page = side_by_side.page(rows, 200)
     assert page[0].split() == ["run", "channel_mults", "lr", "step", "loss", "score"]
-    assert "FID 3.00, ddim 4, 50,000 vs train (a)" in page[1] and any("few: its score is of other" in x for x in page)
+    assert "FID 3.00, ddim 4, 50,000 vs train, a" in page[1] and any("few: its score is of other" in x for x in page)
+    page = side_by_side.page([good], 200)
+    assert page[1].endswith("FID 3.00") and "score: ddim 4, 50,000 vs train (a)" in page
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
