@@ -32,7 +32,7 @@ from ddpm.run.paths import check_name
 from launch import origin, prepare, submission
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue import borrowing, local
+from launch.queue import borrowing, chain, local
 from launch.queue.naming import of_point, of_sweep
 from launch.submission import Asked, Here, Queued
 from launch.terminal import console, follow, plan, recipes, side_by_side
@@ -161,7 +161,7 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace, recipe: rec
     with _telling(points):
         _begin(points, site, args, before)
     if args.wait and not args.prepare:
-        return _wait(asked, points, args.root)
+        return _wait(asked, points)
     name = asked[0].sweep["name"]
     print(f"compare them with: python launch/status.py --compare {shlex.quote(name)}{console.same_root(args.root)}")
     return 0
@@ -231,7 +231,7 @@ def _telling(points: list[Point]) -> Iterator[None]:
         raise
 
 
-def _wait(asked: list[Asked], points: list[Point], root: str | None) -> int:
+def _wait(asked: list[Asked], points: list[Point]) -> int:
     """Until all are done; then side by side. 1 where one has failed."""
     worst = 0
     begun = [point.asked for point in points]
@@ -260,7 +260,7 @@ def _show(asked: list[Asked], site: Site, recipe: recipes.Recipe | None, *, scri
         with naming(one.sweep):
             nums.append(submission.check_dry(one))
             exists = one.run.path.exists()
-            done = exists and submission.is_complete(one)
+            done = exists and chain.remaining(one.run, one.config, one.stages) == (False, [])
             stand.append("complete" if done else f"goes on at step {one.run.latest_step()}" if exists else "new")
     batches: set[int] = set()
     for one, num in zip(asked, nums, strict=True):
