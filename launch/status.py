@@ -17,11 +17,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.queue.waiting import slurm_jobs
-from launch.terminal import console, history, screen, view
+from launch.terminal import console, history, screen, side_by_side, view
 from launch.terminal.overview import describe, read_life
 
 EXAMPLES = """examples:
@@ -30,15 +31,17 @@ EXAMPLES = """examples:
   python launch/status.py cifar10 --events     its life: submitted, allocated, started, checkpoint, …
   python launch/status.py --watch | tee life   a line whenever something changes
   python launch/status.py --json               for scripts
+  python launch/status.py --compare 'cifar10-lr*'      what differs, loss and score of each, the best first
 """
 
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names, directories, patterns or sweeps (default: all)")
     parser.add_argument("--watch", action="store_true", help="refresh every few seconds, with keys on a terminal")
     parser.add_argument("--json", action="store_true", help="one JSON list")
     parser.add_argument("--events", action="store_true", help="list life events instead")
+    parser.add_argument("--compare", action="store_true", help="runs side by side: what differs, loss, score; sorted")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
 
@@ -67,9 +70,15 @@ def print_events(runs: list[RunDir], as_json: bool) -> None:
 def main() -> int:
     args = parse()
     root = environment.runs_root(args.root)
-    runs = [console.find_run(word, args.root) for word in args.runs] if args.runs else console.all_runs(root)
+    if args.compare and (args.watch or args.events):
+        raise RequestError("--compare goes with --json alone: leave --watch and --events out")
+    runs = console.find_runs(args.runs, args.root) if args.runs else console.all_runs(root)
     if not runs and not args.json:
         print(f"no runs in {root}; start one with python launch/submit.py{console.same_root(args.root)}")
+        return 0
+    if args.compare:
+        found = side_by_side.rows(runs)
+        print(json.dumps(found, indent=1)) if args.json else side_by_side.show(found)
         return 0
     if args.events:
         print_events(runs, args.json)

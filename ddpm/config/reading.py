@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +97,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         for length in LENGTHS:
             node.pop(length, None)
     node[leaf] = value
+
+
+def value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of `section.key` in a config's tree, or None."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -5,6 +5,7 @@ The run directory says what is done, and SLURM what is in the queue; whoever sub
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
     return jobs
 
 
-def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
+def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
+    The first comes after the jobs `after`.
 
     Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Where a
     later part is refused the chain ends before it; where another error comes it is taken back, but not where SLURM does
@@ -120,7 +122,7 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
         while refused is None and len(ids) < len(jobs):
             job, mine = jobs[len(ids)], there[len(ids)]
             try:
-                ids.append(mine or [submit(replace(job, after=":".join(ids[-1]) if ids else None))])
+                ids.append(mine or [submit(replace(job, after=":".join(ids[-1] if ids else after) or None))])
                 new += [] if mine else ids[-1]
             except RequestError as e:
                 refused = e

@@ -63,7 +63,7 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_shell(run, shell)
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
-    kept |= {"from": old["from"]} if "from" in old else {}
+    kept |= {key: old[key] for key in ("from", "sweep") if key in old}
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import fnmatch
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import usable
 from ddpm.run.stopping import ShowProgress
 from launch.cluster import environment
 from launch.terminal import faults, streams
@@ -161,3 +163,22 @@ def find_run(word: str, root: str | None) -> RunDir:
             return RunDir(path)
     known = ", ".join(plain(run.name) for run in all_runs(base)) or "none"
     raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere)")
+
+
+def find_runs(words: Sequence[str], root: str | None) -> list[RunDir]:
+    """The runs that words name, each once: a run, a pattern of names (`cifar10-lr*`), or all runs of a sweep.
+
+    Raises RequestError where one names none.
+    """
+    found: dict[Path, RunDir] = {}
+    for word in words:
+        try:
+            runs = [find_run(word, root)]
+        except RequestError:
+            every = all_runs(environment.runs_root(root))
+            runs = [r for r in every if fnmatch.fnmatchcase(r.name, word)]
+            runs = runs or [r for r in every if (usable(r).get("sweep") or {}).get("name") == word]
+            if not runs:
+                raise
+        found |= {run.path: run for run in runs}
+    return list(found.values())

@@ -250,5 +250,7 @@ def _state(
     finished = config is not None and finished_step(run, config) is not None
     stages = {stage for _, of_one in here.values() for stage in of_one}
     at_work = "train" in stages, bool(stages)
-    facts = standing.Facts(events, jobs, finished, run.is_stopped(), beats, *at_work, cluster=cluster_name())
+    behind = bool(stages) and local.is_behind(events)
+    seen = events, jobs, finished, run.is_stopped(), beats, *at_work
+    facts = standing.Facts(*seen, cluster=cluster_name(), behind=behind)
     return standing.word(facts)

@@ -67,6 +67,7 @@ def test_dry_run_loads_no_torch_and_touches_nothing(shell: Shell, args: list[str
         ("status", ["--json"]),
         ("status", []),
         ("status", ["--events"]),
+        ("status", ["--compare"]),
         ("logs", ["tiny"]),
         ("remove", ["tiny"]),
         ("board", ["--dry-run"]),
@@ -98,6 +99,15 @@ def test_a_dry_run_begins_with_what_is_asked_for_and_shows_scripts_where_they_ar
     assert "GPU hours unknown here" in shell("submit", "--dry-run", "model.base_channels=64").stdout
     small = shell("submit", "--dry-run", "tiny.yaml", "train.global_batch=2000", "--cluster", "local")
     assert "train.global_batch = 2000: the data has 1797 images" in small.stderr and "GPU hours" not in small.stdout
+
+
+def test_a_dry_run_of_a_sweep_is_a_table_of_its_runs_and_what_is_asked_for_each(shell: Shell) -> None:
+    swept = ["--sweep", "train.lr=1e-3,2e-3", "--sweep", "train.global_batch=8,16"]
+    text, loaded = imports(shell, "submit", "tiny.yaml", *swept, "--cluster", "local", "--dry-run")
+    assert "torch" not in loaded and not shell.root.exists()
+    assert "# 4 runs, each:\n#   model: U-Net" in text
+    assert "tiny-lr_2e-3-global_batch_16  0.002     16                  new\n" in text
+    assert "# tiny-lr_1e-3-global_batch_8: steps: 400 of 8 images" in text
 
 
 def test_a_run_is_called_after_its_data_and_recipe_where_nobody_says(shell: Shell) -> None:

@@ -70,6 +70,20 @@ def test_what_is_cancelled_here_is_saved_and_nothing_follows_and_what_is_at_work
     assert '"state": "stopped"' in shell("status", "tiny", "--json").stdout
 
 
+def test_a_sweep_here_runs_one_after_the_other_and_the_same_command_leaves_what_waits_and_follows_it(
+    shell: Shell,
+) -> None:
+    swept = ["train.total_steps=20", "--sweep", "seed=1,2"]
+    begun = shell.submit(*swept)
+    first, second = re.findall(r"as pid (\d+)", begun.stdout)
+    assert f"once pid {first} has ended" in begun.stdout, begun.stderr
+    done = shell.submit(*swept, "--wait")
+    assert done.returncode == 0 and f"or waits to be, as pid {second}" in done.stdout, done.stdout + done.stderr
+    times = {(e["event"], n): e["time"] for n in "12" for e in events(shell.root / f"tiny-seed_{n}")}
+    assert times["finished", "1"] <= times["started", "2"]
+    assert re.search(r"^run +seed +step +loss\ntiny-seed_. +. +20/20", done.stdout, re.M)
+
+
 def test_a_stopped_run_is_scored_and_stays_stopped(finished: Shell, again: Shell) -> None:
     """Only training submissions lift STOP; whatever else is at work, and one that comes later ends a score too."""
     run = again.root / "tiny"

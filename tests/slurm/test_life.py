@@ -163,6 +163,19 @@ def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(s
     assert not site.run_dir("everyday").path.exists()
 
 
+def test_a_sweep_is_runs_with_jobs_of_their_own_and_the_same_command_leaves_those_that_are_done(site: Site) -> None:
+    words = ["--gpus-per-node", "0", "train.total_steps=10", "--sweep", "train.lr=1e-4,2e-4,4e-4"]
+    jobs = site.submit("swept", *words)
+    assert len(set(jobs)) == 3
+    for job, name in zip(jobs, ("swept-lr_1e-4", "swept-lr_2e-4", "swept-lr_4e-4"), strict=True):
+        assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
+        assert {e["job"] for e in read_events(site.run_dir(name))} == {job}
+    rows = json.loads(site.script("status", "--compare", "swept-lr", "--json"))
+    assert sorted(row["differs"]["train.lr"] for row in rows) == [1e-4, 2e-4, 4e-4]
+    assert {row["step"] for row in rows} == {10} and rows == sorted(rows, key=lambda row: float(row["loss"]))
+    assert site.submit("swept", *words) == []
+
+
 def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
     profile = contained(site, "suspended", "rank_timeout_s: 10\n")
     (job,) = site.submit("suspended", *TWO_RANKS, "--profile", str(profile), "train.total_steps=60")
