@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ddpm.diffusion.forward import Diffusion as Diffusion
     from ddpm.network.ema import EMA as EMA
     from ddpm.network.unet import UNet as UNet
+    from ddpm.sampling.pictures import grid as grid
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _MODULES = {
     "batches": "api",
     "build_diffusion": "api",
     "build_model": "api",
+    "grid": "sampling.pictures",
     "load": "api",
     "load_config": "api",
     "save": "api",

@@ -22,6 +22,7 @@ from ddpm.config import reading, section
 from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
+from ddpm.data.labels import class_index
 from ddpm.data.packed import pack
 from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.forward import Diffusion
@@ -38,6 +39,7 @@ from ddpm.run.records import read_run
 from ddpm.run.saving import ema_bytes
 from ddpm.sampling.denoiser import Denoiser, eps_of
 from ddpm.sampling.generate import sample_batch, sample_labels
+from ddpm.sampling.pictures import as_output, check_output
 from ddpm.sampling.request import CheckpointRef, Request, from_config, precision_of, usual_steps
 
 PRECISIONS = ("fp32", "bf16")
@@ -215,6 +217,11 @@ class Model:
             f"{size}x{size}{classes}, {self.precision} on {self.device}>"
         )
 
+    def to(self, device: Device) -> Model:
+        """Itself, its network moved there. None: a GPU where there is one, else the CPU."""
+        self.network.to(as_device(device))
+        return self
+
     def save(self, path: str | Path) -> None:
         """`ddpm.save` of its weights, with all that `load` needs to make this model of them again."""
         save(self.network, path, config=self.config, step=self.step, classes=self.classes)
@@ -244,8 +251,10 @@ class Model:
         batch: int | None = None,
         clip_x_0: bool | None = None,
         variance: str | None = None,
-    ) -> np.ndarray:
-        """Images 0 .. num-1 of a request: uint8 (num, H, W, 3).
+        output: str = "numpy",
+    ) -> Any:
+        """Images 0 .. num-1 of a request: uint8 (num, H, W, 3), 0 to 255. The same bytes in another form by `output`:
+        numpy; torch, a tensor uint8 (num, 3, H, W) on the CPU; pil, a list of RGB pictures.
 
         What is not given is the config's `sample` section's; for another sampler than the config's, 100 steps of
         ddim, 20 of dpmpp_2m, or all timesteps. labels: a class, by its index or its name of
@@ -257,6 +266,7 @@ class Model:
         with the same sampler, steps, eta, guidance, labels, batch, variance and precision, on the same device.
         RequestError for values outside what the config allows, DoNotRetry where the network's output is not finite.
         """
+        check_output(output)
         asked = {
             "sampler": sampler,
             "steps": steps,
@@ -271,7 +281,7 @@ class Model:
         classes = sample_labels(request, 0, num, denoiser.num_classes) if labels is None else self._labels(labels, num)
         firsts = range(0, num, request.batch)
         parts = (sample_batch(request, denoiser, first, classes[first : first + request.batch]) for first in firsts)
-        return np.concatenate([part.images for part in parts])
+        return as_output(np.concatenate([part.images for part in parts]), output)
 
     def _request(self, num: int, asked: dict[str, Any], variance: str | None) -> Request:
         """The request for `num` images, checked as a config's is."""
@@ -286,13 +296,6 @@ class Model:
         request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
         return replace(request, batch=asked.get("batch", request.batch), weights=self.weights)
 
-    def _index(self, label: Any) -> Any:
-        if not isinstance(label, str):
-            return label
-        if label not in self.classes:
-            raise RequestError(f"labels: no class {label!r}; there are {', '.join(self.classes[:40])}")
-        return self.classes.index(label)
-
     def _labels(self, labels: int | str | Sequence[int | str] | np.ndarray | Tensor, num: int) -> np.ndarray:
         """int64 (num,)"""
         classes = self.config.model.num_classes
@@ -300,7 +303,11 @@ class Model:
             raise RequestError("labels: the model has no classes (model.num_classes = 0); leave them out")
         if isinstance(labels, int | str | np.integer):
             labels = [labels] * num
-        given = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray([self._index(x) for x in labels]))
+
+        def index(label: Any) -> Any:
+            return class_index(label, self.classes, "labels") if isinstance(label, str) else label
+
+        given = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray([index(x) for x in labels]))
         given = given.cpu()
         if given.shape != (num,) or given.is_floating_point() or bool(((given < 0) | (given >= classes)).any()):
             raise RequestError(

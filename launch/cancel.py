@@ -3,25 +3,33 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from dataclasses import replace
-from pathlib import Path
+from os.path import dirname, realpath
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = dirname(dirname(realpath(__file__)))
 
 import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from ddpm.config import reading
+from ddpm.errors import DDPMError
+from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
+from ddpm.run.state import finished_step
 from launch.cluster import scheduler
 from launch.queue import work
-from launch.queue.turns import turn
 from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/cancel.py cifar10          its training, what follows, what succeeds it; on this machine too
+  python launch/cancel.py low high         several runs
 
-It leaves a file STOP in the run. What is saved stays; submit the run again to go on, which removes the file.
+It leaves a file STOP in a run that is not complete. What is saved stays; submit it again to go on, which removes that.
 """
 PATIENCE_S = 120.0
 """For what runs to save and leave; after that SLURM is told to end it."""
@@ -30,20 +38,9 @@ POLL_S = 1.0
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a name or a directory")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names or directories")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
-
-
-def stop(run: RunDir) -> work.Work:
-    """Take out of the queue what waits there, and ask the rest to leave; what that was. Raises SchedulerError."""
-    with turn(run):  # nobody queues more of it meanwhile
-        found = work.of_run(run)
-        if found and not run.is_stopped():
-            run.stop_file.touch()  # first: whatever comes back, or succeeds another, ends at its start
-        for job in found.jobs:
-            scheduler.cancel_waiting(job)
-    return found
 
 
 def wait(run: RunDir, found: work.Work) -> work.Work:
@@ -61,13 +58,7 @@ def wait(run: RunDir, found: work.Work) -> work.Work:
         time.sleep(POLL_S)
 
 
-def main() -> int:
-    args = parse()
-    run = console.find_run(args.run, args.root)
-    found = stop(run)
-    if not found:
-        print(f"run {run.name}: nothing of it is queued or at work")
-        return 0
+def tell(found: work.Work) -> None:
     for job, state in found.jobs.items():
         waits = state == "PENDING"
         print(f"{'cancelled' if waits else 'told to save and leave'}: job {job}")
@@ -76,12 +67,11 @@ def main() -> int:
     if found.elsewhere:
         print(f"told to save and leave: {found.elsewhere}")
     sys.stdout.flush()
-    before = run.latest_step()
-    try:
-        left = wait(run, found)
-    except KeyboardInterrupt:
-        print(f"no longer waiting; {run.stop_file} ends what still runs", file=sys.stderr)
-        return 130
+
+
+def await_end(run: RunDir, found: work.Work, before: int) -> int:
+    """before: the step that was saved when it was told to leave."""
+    left = wait(run, found)
     if left.jobs:
         scheduler.cancel(list(left.jobs))
         print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {', '.join(left.jobs)}")
@@ -89,9 +79,40 @@ def main() -> int:
         print(f"still at work after {PATIENCE_S:.0f} s: {left}. {run.stop_file} stays, and ends it", file=sys.stderr)
         return 1
     step = run.latest_step()
+    if is_finished(run):  # nothing of it is to be kept from training
+        with suppress(OSError):
+            run.stop_file.unlink()
+        print(f"run {run.name} is complete at step {step}; what was to be made of it is cancelled")
+        return 0
     again = f"go on by submitting it again: {run.stop_file} is there until then"
     print(f"run {run.name} is at step {step}{' (saved just now)' if step > before else ''}; {again}")
     return 0
+
+
+def is_finished(run: RunDir) -> bool:
+    try:
+        return finished_step(run, reading.of_run(run)) is not None
+    except (DDPMError, DamagedFile):
+        return False
+
+
+def main() -> int:
+    args = parse()
+    runs = list({run.path: run for run in (console.find_run(word, args.root) for word in args.runs)}.values())
+    told = []
+    for run in runs:  # all of them first: none waits for another's end
+        before = run.latest_step()
+        if found := work.end(run):
+            tell(found)
+            told.append((run, found, before))
+        else:
+            print(f"run {run.name}: nothing of it is queued or at work")
+    try:
+        return max((await_end(*one) for one in told), default=0)
+    except KeyboardInterrupt:
+        print(f"no longer waiting; {', '.join(str(run.stop_file) for run, *_ in told)} ends what still runs",
+              file=sys.stderr)  # fmt: skip
+        return 130
 
 
 if __name__ == "__main__":

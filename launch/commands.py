@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+import launch.first  # noqa: F401 - before all that takes time
 from launch.terminal import console
 
 SCRIPTS = ("board", "cancel", "doctor", "evaluate", "export", "logs", "recover", "remove", "sample", "status", "submit")

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = dirname(dirname(realpath(__file__)))
 
 import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+from pathlib import Path
+
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import check_name
 from launch.cluster import environment
-from launch.cluster.environment import SHIPPED
 from launch.cluster.options import PROFILES, add_options, resolve
 from launch.terminal import checkup, console, recipes
 
@@ -29,7 +32,9 @@ Exit code 0 where nothing fails, 3 where something does.
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="what to train (default configs/cifar10.yaml)")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG key=value", help="what to train, as for submit.py (default: cifar10.yaml)"
+    )
     parser.add_argument("--probe", action="store_true", help="ask a node too, by a job on it")
     parser.add_argument("--wait-s", type=float, default=300, help="how long to wait for that job (default 300)")
     parser.add_argument(
@@ -37,12 +42,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--root", help="where runs will lie (default: DDPM_RUNS, or runs/ in the project)")
     add_options(parser)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:
     args = parse()
-    recipe = recipes.read(Path(args.config) if args.config else SHIPPED / "configs" / "cifar10.yaml")
+    path, changes, _ = console.config_and_changes(args.words, args.root)
+    recipe = recipes.read(path, changes)
     site = resolve(args)
     if site.is_local:
         raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")

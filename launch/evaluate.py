@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
@@ -22,7 +26,7 @@ from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
-from ddpm.scoring.record import Score, is_signed, scores_of, told
+from ddpm.scoring.record import Score, is_signed, scores_of
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path
@@ -38,6 +42,7 @@ from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
 from launch.terminal.images import score_images
+from launch.terminal.results import print_milestones, print_score
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
@@ -81,6 +86,7 @@ def parse() -> argparse.Namespace:
         "--all-milestones", action="store_true", help="sample and score each milestone that has no score yet"
     )
     parser.add_argument("--wait", action="store_true", help="stay until the score is there")
+    parser.add_argument("--json", action="store_true", help="all of a score as JSON, on a terminal too; else in a pipe")
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     add_options(parser)
@@ -130,13 +136,12 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     )
 
 
-def show(run: RunDir, set_name: str, score: Score | None) -> int:
+def show(run: RunDir, set_name: str, score: Score | None, *, as_json: bool) -> int:
     """The score that was asked for, and on stderr what is to be said of it."""
     if score is None:
         print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
         return 1
-    print(console.as_json(score.record))
-    print(told(score.record), file=sys.stderr)
+    print_score(score.record, score.path, as_json=as_json)
     if not is_signed(score.record):
         print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
     return 0
@@ -215,45 +220,56 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
     if not args.dry_run:
         prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
         prepare.settle_code(run, new=args.code == "new")
-        chain.go_on(run)
     ids: list[str] = []
     with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
         chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)
+        there, lacking = milestones.steps(run), [step for step, _ in chains]
+        if not there:
+            raise RequestError(f"run {run.name} has no milestones yet: {milestones.when(config)}")
+        console.warn(f"milestones: {_steps(there)}; without a score: {_steps(lacking) or 'none'}")
         if args.dry_run:
-            print("\n\n".join(describe(job) for jobs in chains for job in jobs))
+            print("\n\n".join(describe(job) for _, jobs in chains for job in jobs))
             print("# dry run: nothing was written or queued")
             return 0
-        for jobs in [] if site.is_local else chains:
+        for _, jobs in [] if site.is_local else chains:
             use_shell_of(run, site)
             queued, told = chain.queue(jobs, config)
             ids += queued
             print("\n".join(f"{jobs[0].set_name}: {line}" for line in told))
-    if not chains:
-        print(f"run {run.name}: each of its {len(milestones.steps(run))} milestones has a score ({run.milestones})")
-    elif site.is_local:
-        process, log = local.start(run, [job for jobs in chains for job in jobs])
-        if code := follow.follow_process(run, process, log):
+    if chains and site.is_local:
+        process, log = local.start(run, [job for _, jobs in chains for job in jobs])
+        with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
+            code = follow.follow_process(run, process, log)
+        if code:
             return code if code == 130 else 1
     if ids and args.wait:
-        follow.follow_jobs(run, ids)
+        with contextlib.redirect_stdout(sys.stderr):
+            follow.follow_jobs(run, ids)
     if ids and not args.wait:
         return 0
     milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score
     if run.milestones.exists():
-        print(run.milestones.read_text(), end="")
+        print_milestones(run, as_json=args.json)
     return 0
+
+
+def _steps(steps: list[int]) -> str:
+    some = ", ".join(map(str, steps if len(steps) < 12 else [*steps[:4], "…", *steps[-4:]]))
+    return f"{len(steps)} (step {some})" if steps else ""
 
 
 def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
     """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
     run, name = job.run, job.set_name
+    job = replace(job, despite=run.stop_mark())
     prepare.settle_code(run, new=args.code == "new")
-    chain.go_on(run)
     if job.site.is_local:
         process, log = local.start(run, [job])
-        if code := follow.follow_process(run, process, log):
+        with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
+            code = follow.follow_process(run, process, log)
+        if code:
             return code if code == 130 else 1
-        return show(run, name, score())
+        return show(run, name, score(), as_json=args.json)
     with turn(run):
         if ids := in_queue():
             print(f"the score of {name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
@@ -266,8 +282,9 @@ def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | 
             print("\n".join([said, *filter(None, [waits])]))
     if not args.wait:
         return 0
-    follow.follow_jobs(run, ids)
-    return show(run, name, score())
+    with contextlib.redirect_stdout(sys.stderr):
+        follow.follow_jobs(run, ids)
+    return show(run, name, score(), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,24 @@
 Imported first, for what it does. Loads nothing that may lack.
 """
 
+import _signal  # and not `signal`, which takes a moment to load, in which ctrl-C would be a traceback
 import os
-import shlex
-import signal
 import sys
 
 NEEDED = ("pydantic", "yaml", "rich", "numpy", "torch", "safetensors")
 LEAST = (3, 10)
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - of an old Python too
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100 - of an old Python too
+
+
+def is_script() -> bool:
+    """Whether one of launch/ or tools/ was started, or is as a command of an installation, and not imported."""
+    began = getattr(sys.modules["__main__"], "__file__", None) or ""
+    folder, name = os.path.split(os.path.abspath(began))  # noqa: PTH100
+    return name.startswith("ddpm-") or folder in (f"{ROOT}/launch", f"{ROOT}/tools")
+
+
+if is_script() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `run_script`, which has a word for it: no traceback
 
 
 def lacking() -> str:
@@ -26,6 +36,8 @@ def lacking() -> str:
 def check() -> None:
     """Leave with exit code 3 and the line to type where something lacks."""
     if told := lacking():
+        import shlex
+
         words = " ".join(shlex.quote(word) for word in ["python", *sys.argv])
         environment = shlex.quote(os.path.join(ROOT, "tools", "env.sh"))  # noqa: PTH118
         print(f"error: {told}: the environment is not there, or not active. Type:\n  . {environment} && {words}",
@@ -33,13 +45,5 @@ def check() -> None:
         sys.exit(3)
 
 
-def is_script() -> bool:
-    """Whether one of launch/ was started, and not imported."""
-    began = getattr(sys.modules["__main__"], "__file__", None) or ""
-    return os.path.dirname(os.path.abspath(began)) == os.path.join(ROOT, "launch")  # noqa: PTH100, PTH118, PTH120
-
-
 if is_script():
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_script`, which has a word for it: no traceback
     check()

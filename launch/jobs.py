@@ -59,8 +59,8 @@ def work(life: Life, args: argparse.Namespace) -> int:
             return training.train(life, config, why)
         finally:
             compiled.leave()
-    if life.run.is_stopped():  # a training that it ended has nothing to be sampled; that is no failure
-        say(f"{life.run.stop_file} ends this too: submit again to go on, which removes it")
+    if life.is_told_to_stop():  # a training that it ended has nothing to be sampled; that is no failure
+        say(f"{life.run.stop_file} ends this too; submitting the run again goes on, and removes it")
         return life.leave(0)
     if args.stage == "sample":
         from launch.life import sampling

@@ -3,20 +3,28 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = dirname(dirname(realpath(__file__)))
 
 import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+import contextlib
+
 from ddpm.errors import RequestError
+from ddpm.run.log import plain
+from ddpm.run.paths import RunDir
+from launch.cluster import scheduler
+from launch.queue import work
 from launch.terminal import console, logfiles
+from launch.terminal.overview import describe
 
 EXAMPLES = """examples:
   python launch/logs.py cifar10                    of whatever ran last
-  python launch/logs.py cifar10 -f                 its end, and what is added, by later jobs too; until ctrl-C
+  python launch/logs.py cifar10 -f                 its end, and what is added, by later jobs too, until none is left
   python launch/logs.py cifar10 --stage train      of the training alone
   python launch/logs.py cifar10 --all | less       SLURM's own lines too
 """
@@ -32,6 +40,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def how_it_ended(run: RunDir) -> str:
+    """In a line; "" while anything of it is queued or at work, or nobody can tell."""
+    try:
+        if work.of_run(run):
+            return ""
+        row = describe(run, {})
+    except (scheduler.SchedulerError, OSError):
+        return ""
+    why = f": {row['problem']}" if row["problem"] else ""
+    return plain(f"nothing of run {run.name} is queued or at work: {row['state']} at step {row['step']}{why}")
+
+
 def main() -> int:
     args = parse()
     run = console.find_run(args.run, args.root)
@@ -41,7 +61,7 @@ def main() -> int:
         if not files:
             print("nothing has been said yet: waiting for a job to begin", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):
-            logfiles.follow(lambda: logfiles.of_run(run, args.stage), keep)
+            print(logfiles.follow(lambda: logfiles.of_run(run, args.stage), keep, lambda: how_it_ended(run)))
         return 0
     if not files:
         what = f"no {args.stage} job" if args.stage else "no job"

@@ -1,5 +1,6 @@
 """`--from RUN|FILE[@STEP]`: which weights a new run starts from, and whether a run that exists did.
 
+A folder that launch/export.py made counts as its file of weights.
 Loads torch once weights are read. What becomes of them is ddpm/network/start.py's.
 """
 
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError, RequestError
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from launch.cluster import environment
 from launch.terminal import console
@@ -36,8 +37,9 @@ class Origin(NamedTuple):
     root: str | None
 
     def places(self) -> list[Path]:
-        """Where it may lie."""
-        return [environment.user_path(self.word, "--from"), environment.runs_root(self.root) / self.word]
+        """Where it may lie: as it is typed, in a folder that was exported, among the runs."""
+        typed = environment.user_path(self.word, "--from")
+        return [typed, typed / EXPORTED_WEIGHTS, environment.runs_root(self.root) / self.word]
 
 
 def asked(word: str | None, weights: str | None, root: str | None) -> Origin | None:
@@ -75,9 +77,9 @@ def check_same(run: RunDir, origin: Origin | None) -> None:
 
 def read(origin: Origin, config: Config) -> Start:
     """The weights. Raises RequestError where there are none, or where they do not fit the config's network."""
-    path = origin.places()[0]
-    if path.is_file():
-        return _of_file(path, origin, config)
+    path, exported, _ = origin.places()
+    if (file := next((p for p in (path, exported) if p.is_file()), None)) is not None:
+        return _of_file(file, origin, config)
     if any((path / name).exists() for name in DIFFUSERS):
         raise RequestError(
             f"--from {origin.word}: a folder in diffusers' layout; make a run of it (python tools/convert_diffusers.py "

@@ -196,18 +196,10 @@ def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False)
     covered = there.mathematics(), asked.mathematics()
     lines = []
     for key in sections.field_keys(Config):
-        a, b = _at(old, key), _at(new, key)
-        if a != b and not (mathematics and all(_at(tree, key) is None for tree in covered)):
+        a, b = reading.value_at(old, key), reading.value_at(new, key)
+        if a != b and not (mathematics and all(reading.value_at(tree, key) is None for tree in covered)):
             lines.append(f"{key} is {a!r} there and {b!r} here")
     return "; ".join(lines)
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    """The value at a.b, or None."""
-    value: Any = tree
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def cache_of(site: Site, root: Path) -> Path:
@@ -270,7 +262,11 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     )
     labels = labels_record(packed)
     if told := told_of_classes(labels):
-        print(told, flush=True)
+        num = len(labels["classes"])
+        unused = (
+            f"classes: {num} in the data, of which this model knows nothing; model.num_classes={num} trains with them"
+        )
+        print(told if config.model.num_classes else unused, flush=True)
     warn_of_batch(config, len(packed))
     record = {
         "cache": str(cache / "data"),

@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from os import getpid
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
-from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, RunBusy
+from ddpm.errors import DDPMError, DoNotRetry, EnvironmentLacks, RequestError, RunBusy
+from ddpm.run import generations
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, read_signed
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.state import finished_step
 from launch.cluster import environment
 from launch.queue import borrowing, chain
 from launch.terminal import console, inspection
@@ -88,18 +95,38 @@ def held(run: RunDir) -> Iterator[Fence]:
 
 
 def check(run: RunDir) -> int:
-    bad = 0
+    bad = good = newest = 0
     for line in inspection.look(run):
         bad += line.verdict in ("damaged", "missing")
+        good += line.verdict == "holds"
+        if line.verdict == "holds" and (saved := re.fullmatch(r"checkpoints/step-(\d+)", line.what)):
+            newest = max(newest, int(saved[1]))
         why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
         print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
     if bad:
         path = shlex.quote(str(run.path))
-        print(f"{bad} of these do not hold. What can be done:")
+        print("What can be done:")
         print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {path}/")
         print(f"  make manifests                python launch/recover.py {path} --rebuild   (of what proves itself)")
         print(f"  start over on purpose         python launch/recover.py {path} --start-over   (loses nothing)")
+    told = f"{bad} of these {bad + good} do not hold" if bad else f"all {good} of these hold"
+    print(f"{told}: {way_on(run, newest)}")
     return 1 if bad else 0
+
+
+def way_on(run: RunDir, newest: int) -> str:
+    """What a submission of the run would do now. newest: the step of its newest checkpoint that holds, or 0."""
+    try:
+        if other := borrowing.reads(run):
+            return f"it reads the checkpoints of {other}, and is sampled and scored here"
+        generations.check_there(run)
+        config = reading.of_run(run)
+        if finished_step(run, config) == newest > 0:
+            return f"the run is complete at step {newest}"
+    except (DDPMError, DamagedFile, OSError) as e:
+        return f"a submission would be refused ({str(e).splitlines()[0]})"
+    begins = f"goes on from step {newest}" if newest else "begins at step 0"
+    return f"submit it again, and it {begins} of {config.train.total_steps}"
 
 
 def rebuild(run: RunDir) -> int:
@@ -126,6 +153,8 @@ def rebuild(run: RunDir) -> int:
                 print(f"damaged  {e}: left as it is")
     if not lacking:
         print("every checkpoint has its manifest: nothing to rebuild")
+    elif failed < len(lacking):
+        print(f"{len(lacking) - failed} of {len(lacking)} rebuilt: {way_on(run, run.latest_step())}")
     return 1 if failed else 0
 
 

@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
 from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
-from ddpm.data.labels import class_names
+from ddpm.data.labels import class_index, class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.run.records import read_run
+from ddpm.run.state import finished_step
 from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
 from launch import prepare
 from launch.cluster import environment
@@ -42,6 +46,7 @@ EXAMPLES = """examples:
   python launch/sample.py cifar10 --sampler ancestral --variance fixed_small     the other variance of its reverse steps
   python launch/sample.py cifar10-conditional --sampler dpmpp_2m --class-plan balanced
       … --guidance 1.5                                                of a run that had train.label_dropout=0.1
+  python launch/sample.py cifar10-conditional --class 3 --num-samples 64       one class alone, by name or number
   python launch/sample.py cifar10 --set early --step 100000 --num-samples 5000
   python launch/sample.py cifar10 --set early --png                   unpack a finished set to PNG files
 
@@ -66,7 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", dest="set_name", help="the sample set's name (default: from sampler, step and seed)")
     for name, kind in OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"default: the config's sample.{name}")
-    parser.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
+    which.add_argument("--class", dest="class_name", metavar="CLASS", help="of this class alone: its name or number")
     parser.add_argument(
         "--variance",
         choices=VARIANCES,
@@ -76,7 +83,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--step", type=step, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
     )
-    parser.add_argument("--png", action="store_true", help="unpack the finished set to samples/SET/png/")
+    parser.add_argument(
+        "--png", action="store_true", help="unpack the finished set to samples/SET/png/, each class to its own folder"
+    )
     parser.add_argument("--prepare", action="store_true", help="publish the request, queue nothing")
     parser.add_argument("--wait", action="store_true", help="stay until the shards are done")
     parser.add_argument("--dry-run", action="store_true", help="print the request and the job script; touch nothing")
@@ -106,6 +115,10 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
+    if args.class_name is not None:
+        names = class_names(config, read_run(run) if run.run_json.exists() else {})
+        num_samples = asked.get("num_samples", config.sample.num_samples)
+        asked["class_plan"] = one_class(args.class_name, num_samples, names, config.model.num_classes)
     if "sampler" in asked and "steps" not in asked:
         asked["steps"] = usual_steps(config, asked["sampler"])
     return reading.of_run(run, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
@@ -126,6 +139,14 @@ def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
         return [int(count) for count in text.split(",")]
     except ValueError:
         raise RequestError(f"--class-plan {text!r}: must be `balanced`, or counts such as 100,100,50") from None
+
+
+def one_class(word: str, num_samples: int, names: list[str], num_classes: int) -> list[int]:
+    """The counts of a set of one class. names: of the classes, where they are known. Raises RequestError."""
+    if not num_classes:
+        raise RequestError(f"--class {word}: the model has no classes (model.num_classes = 0); leave it out")
+    label = class_index(word, names or [str(i) for i in range(num_classes)], "--class")
+    return [num_samples if i == label else 0 for i in range(num_classes)]
 
 
 def existing_request(run: RunDir, set_name: str | None) -> Request | None:
@@ -174,14 +195,15 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
+    if there is None and args.step is None and finished_step(run, config) is None:
+        total = config.train.total_steps
+        print(f"of step {generation.step}, the newest that is saved: training has not come to {total}", flush=True)
     from ddpm.sampling.shards import shards_to_make, unpack_png
 
     missing = shards_to_make(sample_set, request)
     if missing:
         site = settle(site, dry_run=args.prepare)
         prepare.settle_code(run, new=args.code == "new")
-    if missing and not args.prepare:
-        chain.go_on(run)
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)
@@ -235,7 +257,7 @@ def make(
         publish(run, sample_set, request)
         return None
     set_name = sample_set.name
-    job = Job("sample", run, site, set_name, tuple(missing))
+    job = Job("sample", run, site, set_name, tuple(missing), despite=run.stop_mark())
     if site.is_local:
         publish(run, sample_set, request)
         process, log = local.start(run, [job])

@@ -3,51 +3,58 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: F401
+from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.queue.waiting import slurm_jobs
-from launch.terminal import console, history, view
+from launch.terminal import console, history, screen, side_by_side, view
 from launch.terminal.overview import describe, read_life
 
 EXAMPLES = """examples:
   python launch/status.py                      all runs
-  python launch/status.py cifar10 --watch      one, kept up to date
+  python launch/status.py --watch              … kept up to date; keys show a run's life and log, and stop it
   python launch/status.py cifar10 --events     its life: submitted, allocated, started, checkpoint, …
   python launch/status.py --watch | tee life   a line whenever something changes
   python launch/status.py --json               for scripts
+  python launch/status.py --compare 'cifar10-lr*'      what differs, loss and score of each, the best first
 """
 
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
-    parser.add_argument("--watch", action="store_true", help="refresh every few seconds until ctrl-C")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names, directories, patterns or sweeps (default: all)")
+    parser.add_argument("--watch", action="store_true", help="refresh every few seconds, with keys on a terminal")
     parser.add_argument("--json", action="store_true", help="one JSON list")
     parser.add_argument("--events", action="store_true", help="list life events instead")
+    parser.add_argument("--compare", action="store_true", help="runs side by side: what differs, loss, score; sorted")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
 
 
-def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
-    """Each run, described; whatever befalls one of them, the others are shown."""
+def rows_of(runs: list[RunDir], tell: Callable[[str], None] = console.warn) -> list[dict[str, Any]]:
+    """Each run, described; whatever befalls one of them, the others are shown. tell: where SLURM does not answer."""
     lives = [read_life(r) for r in runs]
     jobs = [job for r, (events, _) in zip(runs, lives, strict=True) for job in slurm_jobs(r, events)]
     queued: dict[str, scheduler.Queued] | None = None
     try:
         queued = scheduler.look_up(jobs) if scheduler.available() else None
     except scheduler.SchedulerError as e:
-        print(f"SLURM does not answer: {e}", file=sys.stderr)
+        tell(f"SLURM does not answer: {e}")
     return [describe(r, queued, life) for r, life in zip(runs, lives, strict=True)]
 
 
@@ -63,9 +70,15 @@ def print_events(runs: list[RunDir], as_json: bool) -> None:
 def main() -> int:
     args = parse()
     root = environment.runs_root(args.root)
-    runs = [console.find_run(word, args.root) for word in args.runs] if args.runs else console.all_runs(root)
+    if args.compare and (args.watch or args.events):
+        raise RequestError("--compare goes with --json alone: leave --watch and --events out")
+    runs = console.find_runs(args.runs, args.root) if args.runs else console.all_runs(root)
     if not runs and not args.json:
         print(f"no runs in {root}; start one with python launch/submit.py{console.same_root(args.root)}")
+        return 0
+    if args.compare:
+        found = side_by_side.rows(runs)
+        print(json.dumps(found, indent=1)) if args.json else side_by_side.show(found)
         return 0
     if args.events:
         print_events(runs, args.json)
@@ -77,11 +90,14 @@ def main() -> int:
         view.show(rows_of(runs), details=bool(args.runs))
         return 0
 
-    def look() -> list[dict[str, Any]]:
-        return rows_of(runs if args.runs else console.all_runs(root))
+    def look(tell: Callable[[str], None] = console.warn) -> list[dict[str, Any]]:
+        return rows_of(runs if args.runs else console.all_runs(root), tell)
 
     with contextlib.suppress(KeyboardInterrupt):
-        view.watch(look, details=bool(args.runs))
+        if sys.stdout.isatty():
+            screen.watch(look, details=bool(args.runs))
+        else:
+            view.tell(look)
     return 0
 
 

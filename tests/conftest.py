@@ -1,4 +1,4 @@
-"""What every test shares: the project on sys.path, and a closing list of what could not run here.
+"""What every test shares: the project on sys.path, and a closing list of what was drawn and what could not run here.
 
 A test that needs something the machine may lack calls `requires(...)`. Whatever was skipped, by it or by any other
 means, is listed at the end with its reason: nothing is left out silently.
@@ -16,6 +16,9 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
+
+from tests import draws  # noqa: E402
+
 # What a shell starts in the background ignores ctrl-C, and under nohup a closed terminal too; so would every script
 # that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,8 +39,11 @@ def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """Prints which tests did not run on this machine, and why: after all other summaries."""
+    """Prints by which seed cases were drawn, and which tests did not run on this machine, and why: after all others."""
     yield
+    if draws.TOLD:
+        terminalreporter.section(f"drawn by DDPM_TEST_SEED={draws.SEED} (DDPM_TEST_FULL=1 runs all)")
+        terminalreporter.write_line("; ".join(draws.TOLD))
     reasons = Counter(_skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
     if deselected := len(terminalreporter.stats.get("deselected", [])):
         reasons["deselected on the command line"] = deselected

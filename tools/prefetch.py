@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import launch.first  # noqa: E402, F401
-from ddpm.config import reading  # noqa: E402
-from ddpm.config.schema import Config  # noqa: E402
-from ddpm.errors import EnvironmentLacks, RequestError  # noqa: E402
-from ddpm.run.files import open_file, publishing  # noqa: E402
-from launch import prepare  # noqa: E402
-from launch.cluster import environment  # noqa: E402
-from launch.cluster.options import load_profile  # noqa: E402
-from launch.cluster.site import Site  # noqa: E402
-from launch.terminal import console  # noqa: E402
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.files import open_file, publishing
+from launch import prepare
+from launch.cluster import environment
+from launch.cluster.options import load_profile
+from launch.cluster.site import Site
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python tools/prefetch.py                                    CIFAR-10 and the Inception weights
@@ -105,7 +109,7 @@ def compute_statistics(config: Config, cache: Path) -> None:
     shared = extractors.beside(cache / "data")
     name, size = config.evaluate.extractor, config.data.image_size
     extractor = extractors.build_extractor(name, device, shared=shared, image_size=size, warn=console.warn)
-    reference_of(images, extractor, cache / "data" / "reference")
+    reference_of(images, extractor, cache / "data" / "reference", progress=console.show_progress("features of"))
     print(f"statistics of {len(images)} images by {extractor.name}: in {cache / 'data' / 'reference'}")
 
 
@@ -121,13 +125,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    files = [w for w in args.words if "=" not in w]
-    if len(files) > 1:
-        raise RequestError(f"more than one config file: {' '.join(files)}")
-    shelf = environment.SHIPPED / "configs"
-    config = reading.load(
-        Path(files[0]) if files else shelf / "cifar10.yaml", [w for w in args.words if "=" in w], shelf=shelf
-    )
+    path, changes, _ = console.config_and_changes(args.words, args.root)
+    config = reading.load(path, changes, shelf=environment.SHIPPED / "configs")
     if args.statistics and config.evaluate.reference not in ("train", "test"):
         raise RequestError(f"--statistics: evaluate.reference = {config.evaluate.reference} has its own; leave it out")
     site = Site(**load_profile(args.profile))

@@ -11,7 +11,8 @@ Usage: tools/test.sh [PYTEST ARGUMENTS]      e.g. tools/test.sh tests/unit -k ph
 
 Makes or updates .venv (tools/env.sh), then runs ruff, mypy and pytest over tests/, or over the paths given. As root
 on Debian it installs the SLURM packages where they are missing, for the tests that run a small cluster on this host.
-The last section lists what could not run on this machine and how to enable it.
+The last section lists what could not run on this machine and how to enable it. Of some families of cases that take
+long a few are drawn: DDPM_TEST_SEED=N draws again what that seed drew, DDPM_TEST_FULL=1 runs all.
 
 Exit code: 0 if all passed, else that of the first of the three that failed; 3 if the environment cannot be made.
 TEXT
@@ -36,6 +37,18 @@ step() {
     [ $rc != 0 ] || rc=$failed
 }
 
+pytest_line() { # Nth of `lines`
+    local words with=()
+    read -ra words <<<"${lines[$1]}"
+    [ "${words[0]}" != "${covered[0]}" ] || with=(coverage run -m)
+    "$python" -m ${with[@]+"${with[@]}"} pytest -ra --durations=10 "${words[@]}" >"$logs/$1" 2>&1 &
+    trap "kill $!" TERM
+    wait $! || wait $! # the second time where the first ended by a signal
+    echo $? >"$logs/$1.code"
+    echo "== pytest ${lines[$1]%% --*}"
+    cat "$logs/$1"
+}
+
 step ruff "$python" -m ruff check .
 step mypy "$python" -m mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what runs side by side must not fight for cores
@@ -49,23 +62,20 @@ if [ $# != 0 ]; then
     done
     step pytest "$python" -m pytest -ra --durations=10 "$@" ${paths[@]+"${paths[@]}"}
 else
-    # Three lines side by side: the tests on SLURM mostly wait, for grace periods and time limits.
-    waiting=(tests/slurm tests/compat tests/chaos)
-    scripts=(tests/cli)
+    export DDPM_TEST_SEED=${DDPM_TEST_SEED:-$RANDOM} # one for all: what a failure needs to be seen again
     logs=$(mktemp -d)
-    "$python" -m pytest -ra --durations=10 "${waiting[@]}" >"$logs/waiting" 2>&1 &
-    first=$!
-    "$python" -m pytest -ra --durations=10 "${scripts[@]}" >"$logs/scripts" 2>&1 &
-    second=$!
-    trap 'kill "$first" "$second" 2>/dev/null; wait; rm -rf "$logs"' EXIT
+    trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$logs"' EXIT
+    echo "== pytest: in five parts, three at a time; what each said when it is over"
+    # The longest first: the tests on SLURM mostly wait, for grace periods and time limits.
     covered=(tests/unit/run tests/unit/sampling) # of the rooms that save, fence and publish: every branch
-    elsewhere=("${waiting[@]}" "${scripts[@]}" "${covered[@]}")
-    step 'pytest' "$python" -m pytest -ra --durations=10 tests "${elsewhere[@]/#/--ignore=}"
-    step 'pytest, covered' "$python" -m coverage run -m pytest -ra --durations=10 "${covered[@]}"
+    elsewhere=(tests/slurm tests/compat tests/cli tests/chaos "${covered[@]}")
+    lines=("tests/slurm tests/compat" "tests ${elsewhere[*]/#/--ignore=}" tests/cli tests/chaos "${covered[*]}")
+    for i in "${!lines[@]}"; do
+        while [ "$(jobs -rp | wc -l)" -ge 3 ]; do wait -n; done
+        pytest_line "$i" &
+    done
+    wait
+    for i in "${!lines[@]}"; do [ "$rc" != 0 ] || rc=$(cat "$logs/$i.code" 2>/dev/null || echo 1); done
     step coverage "$python" -m coverage report
-    step "pytest, ${scripts[*]}" wait "$second"
-    cat "$logs/scripts"
-    step "pytest, ${waiting[*]}" wait "$first"
-    cat "$logs/waiting"
 fi
 exit "$rc"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if (whole := key.rpartition(".")[0]) in field_keys(Config):
         raise RequestError(f"unknown key {shown(key)}: {whole} is given as a whole, as {whole}='{{key: value}}'")
     if key not in field_keys(Config):
-        raise RequestError(unknown_key(key, field_keys(Config)))
+        raise RequestError(unknown_key(key, field_keys(Config), Config.all_keys))
     node = tree
     *sections, leaf = key.split(".")
     for section in sections:
@@ -97,3 +97,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         for length in LENGTHS:
             node.pop(length, None)
     node[leaf] = value
+
+
+def value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of `section.key` in a config's tree, or None."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -35,6 +35,7 @@ NUM_CIFAR10_CLASSES = 10
 
 
 class Config(Section):
+    all_keys = "--dry-run prints all of them"
     name: str = "run"
     """Names the run directory."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, ClassVar, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from ddpm.config.synonyms import SYNONYMS
 from ddpm.errors import RequestError, shown
 
 
@@ -25,10 +26,16 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
+MOST = 12
+"""Keys that a message lists."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    all_keys: ClassVar[str] = ""
+    """Where a person sees all of them, in words."""
 
 
 def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -43,18 +50,30 @@ def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    leaf = key.split(".")[-1]
-    near = difflib.get_close_matches(key, known, 1, 0.6)
-    if elsewhere := [k for k in known if k.split(".")[-1] == leaf]:
-        near = list(dict.fromkeys([*elsewhere, *(k for k in near if leaf in k)]))
-    section = key.rsplit(".", 1)[0] + "." if "." in key else ""
+def unknown_key(key: str, known: list[str], where: str = "") -> str:
+    """What to say of a key that there is not: those that may be meant. where: in words, where all of them are."""
     if inside := [k for k in known if k.startswith(f"{key}.")]:
-        return f"{key!r} is a section; give one of its keys: {', '.join(inside)}"
-    if near:
+        some = ", ".join(inside[:MOST]) + (f", …; {where}" if inside[MOST:] else "")
+        return f"{key!r} is a section; give one of its keys: {some}"
+    section, _, leaf = key.rpartition(".")
+    siblings = [k for k in known if section and k.startswith(f"{section}.")] or known
+    words = [k.rpartition(".")[2] for k in siblings] + [word for word in SYNONYMS if meant(word, siblings)]
+    alike = [meant(word, siblings)[0] for word in difflib.get_close_matches(leaf, words, 3, 0.75)]
+    if near := meant(key, known) or alike[:1]:
         return f"unknown key {shown(key)}; did you mean {' or '.join(map(repr, near))}?"
-    siblings = [k for k in known if k.startswith(section)] if section else []
-    return f"unknown key {shown(key)}; known: {', '.join(siblings or known)}"
+    ratio = {k: difflib.SequenceMatcher(None, leaf, k.rpartition(".")[2]).ratio() for k in siblings}
+    nearest = sorted(siblings, key=lambda k: -ratio[k])[:3]
+    return f"unknown key {shown(key)}; the nearest are {', '.join(nearest)}" + (f"; {where}" if where else "")
+
+
+def meant(key: str, known: list[str]) -> list[str]:
+    """The keys that have that name in another section, or are called so elsewhere, the likeliest first; those of the
+    section that is named alone, where there are any."""
+    section, _, leaf = key.rpartition(".")
+    other = [k for k in SYNONYMS.get(leaf, ()) if k in known]
+    same = [k for k in known if k.rpartition(".")[2] == leaf]
+    found = list(dict.fromkeys([*other, *same]))
+    return [k for k in found if section and k.startswith(f"{section}.")] or found
 
 
 def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:
@@ -75,7 +94,7 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         beyond = loc.pop()  # union branches, list positions and the keys of a mapping follow the key
         key = ".".join(loc) if ".".join(loc) in known else key
     if err["type"] in ("extra_forbidden", "invalid_key"):
-        return unknown_key(key, known)
+        return unknown_key(key, known, kind.all_keys if issubclass(kind, Section) else "")
     message = str(err["msg"]).removeprefix("Value error, ")
     if err["type"] == "value_error":
         is_named = bool(loc) and re.search(rf"\b{re.escape(loc[-1])}\b", message)

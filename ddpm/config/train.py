@@ -91,7 +91,8 @@ class Train(Section):
         if known and self.lr_schedule in BY_LENGTH and self.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
-                f"{self.total_steps} with lr_schedule={self.lr_schedule}"
+                f"{self.total_steps} with lr_schedule={self.lr_schedule}; for a short run give "
+                f"train.warmup_steps={self.total_steps // 10}"
             )
         for key in ("ema_start_step", "ema_every_steps"):
             if known and getattr(self, key) > self.total_steps:

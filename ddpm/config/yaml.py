@@ -166,3 +166,18 @@ def load_yaml(text: str, where: str) -> Any:
         raise RequestError(f"{where}: not valid YAML: nested too deeply") from None
     except Exception as e:  # its constructors raise what Python does for `2020-13-45` or `!!int word`
         raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+
+
+def written_items(text: str, where: str) -> list[str]:
+    """The items of `A,B,[C,D]` as they are written there: commas in brackets and quotes part none.
+
+    Raises RequestError beginning with `where`.
+    """
+    inside = f"[{text}]"
+    try:
+        node: Any = yaml.compose(inside, Loader=_Loader)
+    except yaml.YAMLError as e:
+        raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+    if node.end_mark.index != len(inside):
+        raise RequestError(f"{where}: not valid YAML: it goes on after a bracket that opens nowhere")
+    return [inside[item.start_mark.index : item.end_mark.index] for item in node.value]

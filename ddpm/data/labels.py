@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ddpm.errors import RequestError
 from ddpm.run.files import sha256_json
 from ddpm.run.log import plain
 
@@ -46,6 +47,18 @@ def class_names(config: Config, record: Mapping[str, Any]) -> list[str]:
     """Of a model's labels, in their order; none where it has no classes, or run.json, `record`, does not name them."""
     named = (record.get("labels") or {}).get("classes") or {}
     return [str(name) for name in named] if config.model.num_classes == len(named) else []
+
+
+def class_index(word: str, names: Sequence[str], what: str) -> int:
+    """The label of a class by its name, or by its number where none is called so. `names`: of all, by label.
+
+    RequestError, which begins with `what`, where there is none.
+    """
+    for known in (list(names), [str(label) for label in range(len(names))]):
+        if word in known:
+            return known.index(word)
+    more = f", and {len(names) - TOLD} more" if len(names) > TOLD else ""
+    raise RequestError(f"{what}: no class {word!r}; there are {', '.join(map(plain, names[:TOLD]))}{more}")
 
 
 def told_of_classes(record: dict[str, Any]) -> str:

@@ -143,7 +143,8 @@ def _tell(how: Decoding, num: int) -> dict[str, Any]:
         say(f"of {num} pictures: " + ", ".join(f"{count} {what}" for what, count in how.converted.items()))
     if how.damaged:
         record["skipped"] = how.damaged
-        say(f"data.skip_damaged: going on without these: {sources.told_of_damaged(how.damaged, num)}")
+        told = sources.told_of_damaged(how.damaged, num, skipped=True)
+        say(f"data.skip_damaged=true leaves out what is damaged: {told}")
     return record
 
 

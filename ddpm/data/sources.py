@@ -250,18 +250,23 @@ def _read_array(array: ArrayFile, source: Source, size: int | None, how: Decodin
 
 
 def _in_a_line(error: Exception) -> str:
+    if str(error).startswith("cannot identify image file"):  # Pillow adds the address of a buffer
+        return "no picture in a format that Pillow reads"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def told_of_damaged(damaged: Mapping[str, str], num: int) -> str:
-    """Which of `num` images cannot be decoded, each with why: SHOWN of them, and how many more."""
+def told_of_damaged(damaged: Mapping[str, str], num: int, *, skipped: bool = False) -> str:
+    """Which of `num` images cannot be decoded, each with why: SHOWN of them, and how many more; and what to do.
+
+    skipped: they are left out, and nothing need be done.
+    """
     if len(damaged) == 1:
         ((name, why),) = damaged.items()
-        return f"{name} cannot be decoded ({why}); replace or remove it"
+        return f"{name} cannot be decoded ({why})" + ("" if skipped else "; replace or remove it")
     lines = [f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN]]
     more = [f"and {len(damaged) - SHOWN} more"] if len(damaged) > SHOWN else []
-    listed = "\n  ".join([*lines, *more])
-    return f"{len(damaged)} of {num} images cannot be decoded; replace or remove them:\n  {listed}"
+    listed, todo = "\n  ".join([*lines, *more]), "" if skipped else "; replace or remove them"
+    return f"{len(damaged)} of {num} images cannot be decoded{todo}:\n  {listed}"
 
 
 def _all_of(file: IO[bytes]) -> bytes:

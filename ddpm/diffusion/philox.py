@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Values = Any
+"""An int64 Tensor, or an int64 array of NumPy: operators of both are the same."""
+Words = tuple[Values, Values, Values, Values]
 Step = int | Tensor
 """Of a run: in [0, 2**48), or int64 () on the device of what is drawn, whose value nobody looks at."""
 StepT = TypeVar("StepT", int, Tensor, Step)
@@ -45,40 +47,41 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     return int.from_bytes(_digest("seed", seed, purpose, *numbers)[:8], "little") >> 1
 
 
-def philox4x32(counter: Words, key: Key | tuple[Tensor, Tensor]) -> Words:
+def philox4x32(counter: Words, key: Key | tuple[Values, Values]) -> Words:
     """Philox4x32-10: four random words for each counter.
 
     key: or two int64 tensors that broadcast with the counter.
 
-    counter: four int64 tensors of values in [0, 2**32) whose shapes broadcast; parts of the counter that are constant
-    are best given with size 1, since the first rounds then cost next to nothing. Returns four such tensors.
+    counter: four int64 tensors, or arrays, of values in [0, 2**32) whose shapes broadcast; parts of the counter that
+    are constant are best given with size 1, since the first rounds then cost next to nothing. Returns four of the same.
     """
     c_0, c_1, c_2, c_3 = counter
-    k_0: Any
-    k_1: Any
     k_0, k_1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap, which keeps all 64 bits. Low halves stay unmasked: what they are XORed into is masked.
         low_0, low_1 = c_0 * _MULTIPLIERS[0], c_2 * _MULTIPLIERS[1]
-        c_0 = ((low_1 >> 32) ^ c_1).bitwise_xor_(k_0).bitwise_and_(WORD)
-        c_2 = ((low_0 >> 32) ^ c_3).bitwise_xor_(k_1).bitwise_and_(WORD)
+        c_0, c_2 = (low_1 >> 32) ^ c_1, (low_0 >> 32) ^ c_3
+        c_0 ^= k_0
+        c_0 &= WORD
+        c_2 ^= k_1
+        c_2 &= WORD
         c_1, c_3 = low_1, low_0
         k_0, k_1 = (k_0 + _KEY_STEPS[0]) & WORD, (k_1 + _KEY_STEPS[1]) & WORD
     return c_0, c_1 & WORD, c_2, c_3 & WORD
 
 
-def counter(element: Tensor, index: Tensor, step: Step) -> Words:
+def counter(element: Values, index: Values, step: Step) -> Words:
     """(element, low words of index and step, their high halves side by side): nothing wraps."""
     if isinstance(step, Tensor):
         low_step = (step & WORD).expand_as(index[:1])
-    else:  # full_like, not torch.tensor: no copy from the host, so nothing waits for the device
-        low_step = torch.full_like(index[:1], checked_step(step) & WORD)
+    else:  # from the index, not by torch.tensor: no copy from the host, so nothing waits for the device
+        low_step = index[:1] * 0 + (checked_step(step) & WORD)
     return element, index & WORD, low_step, (index >> 32 << 16) | (step >> 32)
 
 
-def words(key: Key, index: Tensor, step: Step) -> Words:
+def words(key: Key, index: Values, step: Step) -> Words:
     """Those of element 0 of each row."""
-    return philox4x32(counter(torch.zeros_like(index), index, step), key)
+    return philox4x32(counter(index * 0, index, step), key)
 
 
 def checked_step(step: StepT) -> StepT:
@@ -92,7 +95,7 @@ def check_index(index: Tensor) -> None:
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index is {index.dtype} of shape {tuple(index.shape)}; it must be int64 of shape (n,)")
     if index.device.type == "cpu" and len(index):
-        low, high = (int(v) for v in torch.aminmax(index))
+        low, high = int(index.numpy().min()), int(index.numpy().max())
         if low < 0 or high >= 1 << LIMIT_BITS:
             raise ValueError(f"index runs from {low} to {high}; it must lie in [0, 2**{LIMIT_BITS})")
 

@@ -1,7 +1,7 @@
 """Counter-based randomness: a value is a pure function of (seed, purpose, attempt) and of (index, step, element).
 
-Owns: every draw made from Philox's words, and by what it is computed on a device: tensor operations, or on a GPU one
-kernel with the same bits. Must not know: batches, ranks, datasets, configs, or any torch.Generator.
+Owns: every draw made from Philox's words, and by what it is computed on a device: operation by operation, or on a GPU
+by one kernel with the same bits. Must not know: batches, ranks, datasets, configs, or any torch.Generator.
 
 A key serves one kind of draw: give uniform_int, coin, normal, places and permutation different purposes.
 """
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,8 +114,8 @@ def permutation(key: Key, epoch: int, n: int) -> Tensor:
 
     epoch: in [0, 2**48). Two words are equal with probability below n**2 / 2**65; they then keep their order.
     """
-    high, low, _, _ = words(key, torch.arange(n), epoch)
-    return torch.argsort(high << 32 | low, stable=True)
+    high, low, _, _ = words(key, np.arange(n), epoch)
+    return torch.argsort(torch.from_numpy(high << 32 | low), stable=True)
 
 
 @functools.cache

@@ -1,22 +1,31 @@
-"""The draws of rng.py by tensor operations, on any device; kernels.py has the same, one kernel each.
+"""The draws of rng.py operation by operation, on any device; kernels.py has the same, one kernel each.
 
-The normals use integer operations, float32 +, -, * and /, and sqrt only, each as a tensor operation of its own, so that
-no compiler fuses two of them. IEEE 754 then leaves one possible result for each, wherever in a tensor and by whichever
-thread or vector unit it is computed. torch.log and torch.cos make no such promise, nor does torch.sqrt: the vector
-library that computes it on a CPU differs in the last bit from one kind of CPU to the next. In float64 it does too, but
-no square root of a float32 lies within 4 ulps of float64 of where its rounding to float32 changes.
+The normals use integer operations, float32 +, -, * and /, and sqrt only, each as an operation of its own, so that no
+compiler fuses two of them. IEEE 754 then leaves one possible result for each, wherever in a tensor and by whichever
+library, thread or vector unit it is computed. Logarithm and cosine make no such promise, nor does torch.sqrt: the
+vector library that computes it on a CPU differs in the last bit from one kind of CPU to the next. In float64 it does
+too, but no square root of a float32 lies within 4 ulps of float64 of where its rounding to float32 changes.
+
+On a CPU the operations are NumPy's, which take 0.4 to 0.7 of the time of torch's, or torch's where there is enough for
+several threads. `xp` is the one or the other: what is used here both call by the same names.
 """
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm.diffusion.philox import Key, Step, counter, philox4x32, words
 
-CHUNK_CPU = 1 << 17  # counters worked on at once: on a CPU the temporaries should stay in the cache (measured),
-CHUNK_DEVICE = 1 << 22  # elsewhere this only bounds their memory
+# counters worked on at once: on a CPU the temporaries should stay in the cache (measured)
+CHUNK_CPU = 1 << 15
+CHUNK_THREADS = 1 << 17  # where torch shares them between threads
+CHUNK_DEVICE = 1 << 22  # this only bounds their memory
+FEW_THREADS = 3
+"""With so many torch is no faster than NumPy with one."""
 
 # Minimax polynomials, lowest power first, fitted in float64 by Lawson's iteration; in brackets their largest error.
 # -4 atanh(s) / s in s**2, |s| <= 3 - sqrt(8) [relative 7e-10]; sin(pi v / 2) / v [relative 5e-9] and cos(pi v / 2)
@@ -34,13 +43,15 @@ def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     num_rows, num_elements = out.shape
     num_counters = -(-num_elements // 4)
     whole = out if num_elements % 4 == 0 else out.new_empty((num_rows, num_counters * 4))
-    quads = whole.view(num_rows, num_counters, 4)
-    element = torch.arange(num_counters, device=index.device).unsqueeze(0)
-    for rows in _chunks(num_rows, num_counters, index.device):
-        w_0, w_1, w_2, w_3 = philox4x32(counter(element, index[rows, None], step), key)
-        z = quads[rows]
-        box_muller(w_0, w_1, z[..., 0], z[..., 1])
-        box_muller(w_2, w_3, z[..., 2], z[..., 3])
+    xp, chunks = _how(num_rows, num_counters, index.device)
+    element, rows_index, z = _as(
+        xp, torch.arange(num_counters, device=index.device), index, whole.view(num_rows, num_counters, 4)
+    )
+    at = _number(xp, step)
+    for rows in chunks:
+        w_0, w_1, w_2, w_3 = philox4x32(counter(element[None], rows_index[rows, None], at), key)
+        box_muller(w_0, w_1, z[rows, :, 0], z[rows, :, 1], xp)
+        box_muller(w_2, w_3, z[rows, :, 2], z[rows, :, 3], xp)
     if whole is not out:
         out.copy_(whole[:, :num_elements])
 
@@ -50,55 +61,92 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
     num_rows, num = out.shape
     num_counters = -(-num // 8)
     whole = out if num % 8 == 0 else out.new_empty((num_rows, num_counters * 8))
-    element = torch.arange(num_counters, device=places.device).unsqueeze(0) + first_counter
-    for rows in _chunks(num_rows, num_counters, places.device):
-        index, step, high, key_0, key_1 = places[:, rows, None]
-        w_0, w_1, w_2, w_3 = philox4x32((element, index, step[:1], high), (key_0[:1], key_1[:1]))
+    xp, chunks = _how(num_rows, num_counters, places.device)
+    element, numbers, kept = _as(xp, torch.arange(num_counters, device=places.device) + first_counter, places, whole)
+    for rows in chunks:
+        index, step, high, key_0, key_1 = numbers[:, rows, None]
+        w_0, w_1, w_2, w_3 = philox4x32((element[None], index, step[:1], high), (key_0[:1], key_1[:1]))
         # four 16-bit numbers in each int64, lowest first
-        packed = torch.stack([w_0 | w_1 << 32, w_2 | w_3 << 32], -1)
-        torch.ge(packed.view(torch.int16).flatten(1), bound, out=whole[rows])
+        packed = xp.stack([w_0 | w_1 << 32, w_2 | w_3 << 32], -1).view(xp.int16)
+        xp.greater_equal(packed.reshape(len(packed), -1), bound, out=kept[rows])
     if whole is not out:
         out.copy_(whole[:, :num])
 
 
 def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, int64 (n,), with the first word of each row's counter of element 0."""
-    out.copy_(words(key, index, step)[0])
+    xp, _ = _how(len(index), 1, index.device)
+    into, rows = _as(xp, out, index)
+    into[:] = words(key, rows, _number(xp, step))[0]
 
 
-def _chunks(num_rows: int, num_counters: int, device: torch.device) -> Iterator[slice]:
-    """Rows worked on at once. Equal chunks: a short last one would fall below what torch shares between threads."""
-    limit = CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
+def _how(num_rows: int, num_counters: int, device: torch.device) -> tuple[Any, Iterator[slice]]:
+    """By what to compute so many, and the rows worked on at once."""
+    if device.type != "cpu":
+        return torch, _chunks(num_rows, num_counters, CHUNK_DEVICE)
+    if num_rows * num_counters < CHUNK_THREADS or torch.get_num_threads() <= FEW_THREADS:
+        return np, _chunks(num_rows, num_counters, CHUNK_CPU)
+    return torch, _chunks(num_rows, num_counters, CHUNK_THREADS)
+
+
+def _as(xp: Any, *tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors, or arrays upon their memory."""
+    return tensors if xp is torch else tuple(t.numpy() for t in tensors)
+
+
+def _number(xp: Any, step: Step) -> Step:
+    """A step that lies on the CPU is no secret there."""
+    return step if xp is torch or not isinstance(step, Tensor) else int(step.numpy())
+
+
+def _chunks(num_rows: int, num_counters: int, limit: int) -> Iterator[slice]:
+    """Equal chunks: a short last one would fall below what torch shares between threads."""
     num_chunks = max(1, -(-num_rows * num_counters // limit))
     chunk_rows = max(1, -(-num_rows // num_chunks))
     for first in range(0, num_rows, chunk_rows):
         yield slice(first, first + chunk_rows)
 
 
-def box_muller(word_r: Tensor, word_theta: Tensor, out_cos: Tensor, out_sin: Tensor) -> None:
+def box_muller(word_r: Any, word_theta: Any, out_cos: Any, out_sin: Any, xp: Any = torch) -> None:
     """Two words to two independent normals: +-r cos(theta), +-r sin(theta), r = sqrt(-2 log u), |theta| <= pi / 2.
 
     u is the magnitude and the sign is the sign of the odd signed integer word_r | 1, whose values are symmetric.
     """
-    signed_u = (word_r.to(torch.int32) | 1).to(torch.float32).mul_(2.0**-31)
+    signed_u = _cast(_cast(word_r, xp.int32) | 1, xp.float32)
+    signed_u *= 2.0**-31
     # log u = exponent * log 2 + log m with m in [sqrt(1/2), sqrt(2)): near u = 1 the exponent is 0, nothing cancels
-    bits = signed_u.view(torch.int32) & 0x7FFFFFFF
+    bits = signed_u.view(xp.int32) & 0x7FFFFFFF
     offset = bits - _SQRT_HALF_BITS
-    m = bits.sub_(offset & -(1 << _MANTISSA_BITS)).view(torch.float32)
-    s = (m - 1.0).div_(m + 1.0)  # log m = 2 atanh(s)
-    exponent = offset.bitwise_right_shift_(_MANTISSA_BITS).to(torch.float32)
-    r_squared = _polynomial(s * s, LOG_TERMS).mul_(s).add_(exponent.mul_(-LOG_4))
-    signed_r = r_squared.double().sqrt_().float().copysign_(signed_u)
+    bits -= offset & -(1 << _MANTISSA_BITS)
+    m = bits.view(xp.float32)
+    s = m - 1.0
+    s /= m + 1.0  # log m = 2 atanh(s)
+    offset >>= _MANTISSA_BITS
+    exponent = _cast(offset, xp.float32)
+    exponent *= -LOG_4
+    r_squared = _polynomial(s * s, LOG_TERMS)
+    r_squared *= s
+    r_squared += exponent
+    signed_r = xp.copysign(_cast(xp.sqrt(_cast(r_squared, xp.float64)), xp.float32), signed_u)
 
-    v = word_theta.to(torch.int32).to(torch.float32).mul_(2.0**-31)  # theta in units of pi / 2
+    v = _cast(_cast(word_theta, xp.int32), xp.float32)
+    v *= 2.0**-31  # theta in units of pi / 2
     v_squared = v * v
-    torch.mul(_polynomial(v_squared, COS_TERMS), signed_r, out=out_cos)
-    torch.mul(_polynomial(v_squared, SIN_TERMS).mul_(v), signed_r, out=out_sin)
+    xp.multiply(_polynomial(v_squared, COS_TERMS), signed_r, out=out_cos)
+    sine = _polynomial(v_squared, SIN_TERMS)
+    sine *= v
+    xp.multiply(sine, signed_r, out=out_sin)
 
 
-def _polynomial(z: Tensor, terms: tuple[float, ...]) -> Tensor:
+def _cast(values: Any, dtype: Any) -> Any:
+    return values.to(dtype) if isinstance(values, Tensor) else values.astype(dtype)
+
+
+def _polynomial(z: Any, terms: tuple[float, ...]) -> Any:
     """Horner's rule, lowest power first in `terms`."""
     value = z * terms[-1]
     for term in terms[-2:0:-1]:
-        value.add_(term).mul_(z)
-    return value.add_(terms[0])
+        value += term
+        value *= z
+    value += terms[0]
+    return value

@@ -27,13 +27,16 @@ def read_png(path: Path) -> np.ndarray:
         raise OSError(f"{path}: {e}") from None
 
 
-def tile(images: np.ndarray, *, at_least_pixels: int = 64) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) as one grid, a thin line apart; small ones are enlarged by a whole factor."""
+def tile(images: np.ndarray, *, columns: int | None = None, at_least_pixels: int = 64) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) as one grid, a thin line apart; small ones are enlarged by a whole factor.
+
+    columns: as many as make a square unless given.
+    """
     n, height, width, channels = images.shape
     factor = max(1, at_least_pixels // height)
     line = max(2, factor // 2)
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    columns = int(np.ceil(np.sqrt(n)))
+    columns = columns or int(np.ceil(np.sqrt(n)))
     rows = int(np.ceil(n / columns))
     high, wide = height * factor + line, width * factor + line
     grid = np.full((rows * high + line, columns * wide + line, channels), 96, np.uint8)

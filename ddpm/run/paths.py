@@ -6,6 +6,7 @@ runs on a login node.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -27,9 +28,13 @@ ASIDE = ".damaged-"
 """In the name of what lay damaged where a score was to lie."""
 
 
+def is_name(name: str) -> bool:
+    return NAME_RE.fullmatch(name) is not None
+
+
 def check_name(name: str, what: str = "run name") -> str:
     """Return `name`, or raise RequestError: names become directories, job names and log lines."""
-    if not isinstance(name, str) or not NAME_RE.fullmatch(name) or name.startswith("."):
+    if not isinstance(name, str) or not is_name(name) or name.startswith("."):
         raise RequestError(
             f"{what} {name!r} is not allowed: use 1 to 100 of A-Z a-z 0-9 . _ - and do not begin with a dot"
         )
@@ -191,6 +196,21 @@ class RunDir:
         """Whether something is called STOP, whatever it is."""
         return os.path.lexists(self.stop_file)
 
+    def renew_stop(self) -> None:
+        """Put STOP there, or make the one that is there a new one."""
+        if self.is_stopped():
+            with contextlib.suppress(PermissionError):  # another's, which is there all the same
+                os.utime(self.stop_file, follow_symlinks=False)
+        else:
+            self.stop_file.touch()
+
+    def stop_mark(self) -> str:
+        """Which STOP is there: another one than was once, has another mark; "" where there is none."""
+        try:
+            return str(os.lstat(self.stop_file).st_mtime_ns)
+        except OSError:  # of a stale handle too, which is no STOP and ends no training
+            return ""
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -249,14 +269,14 @@ class RunDir:
 
     def sample_sets(self) -> list[SampleSet]:
         found = sorted(listed(self.samples))
-        return [SampleSet(p) for p in found if p.is_dir() and not p.name.startswith(".") and is_begun(p)]
+        return [SampleSet(p) for p in found if p.is_dir() and p.name[0] != "." and is_name(p.name) and is_begun(p)]
 
     def bound_set(self, name: str) -> BoundSet:
         return BoundSet(self.path / "bits-per-dim" / name)
 
     def bound_sets(self) -> list[BoundSet]:
         found = sorted(listed(self.path / "bits-per-dim"))
-        return [BoundSet(p) for p in found if p.is_dir() and not p.name.startswith(".") and is_begun(p)]
+        return [BoundSet(p) for p in found if p.is_dir() and p.name[0] != "." and is_name(p.name) and is_begun(p)]
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A

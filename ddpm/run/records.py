@@ -106,9 +106,11 @@ RUN_TOO: Kind = {
     "command": _is_words,
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
     "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
+    "sweep": lambda value: _checked(value, SWEEP)[1] == "",
 }
 FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
 FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
+SWEEP: Kind = {"name": _is_text, "values": _is_tree}
 DATA: Kind = {"cache": _is_text}
 DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
 

@@ -151,6 +151,7 @@ def evaluate_set(
     image_size: int | None = None,
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
+    reference_progress: ShowProgress = lambda done, total: None,
     token: str = "",
     stay: bool = True,
 ) -> dict[str, Any]:
@@ -159,6 +160,7 @@ def evaluate_set(
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
     image_size: the samples', which a reference's images must have. num_classes: of the run's model; with classes in
     the reference too there are scores by class.
+    progress(done, total): of shards; reference_progress: of the reference's images.
     stay: wait for what other evaluations compute that this needs too; else OthersAtWork is raised where there is some.
     If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
@@ -189,7 +191,8 @@ def evaluate_set(
             statistics = file.reference(extractor, cache_dir, **kept)
         else:
             assert isinstance(reference, PackedImages)
-            statistics = reference_of(reference, extractor, cache_dir, by_class=by_class, **kept)
+            told: dict[str, Any] = {"by_class": by_class, "progress": reference_progress}
+            statistics = reference_of(reference, extractor, cache_dir, **told, **kept)
     except OthersAtWork as e:  # there may be something left to do of the set
         busy = e
     gathered = gather_set(

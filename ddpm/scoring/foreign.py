@@ -15,6 +15,7 @@ from ddpm.data import sources
 from ddpm.data.packed import PackedImages, as_they_are, load_folder, open_source
 from ddpm.errors import RequestError
 from ddpm.run import files
+from ddpm.run.stopping import ShowProgress
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.reference import image_features, kept_in_parts, reference_of, write_statistics
@@ -48,7 +49,12 @@ def _resized(path: Path, size: int) -> PackedImages:
 
 
 def evaluate_images(
-    images: PackedImages, reference: Path, extractor: Extractor, size: int | None = None, keep: Path | None = None
+    images: PackedImages,
+    reference: Path,
+    extractor: Extractor,
+    size: int | None = None,
+    keep: Path | None = None,
+    progress: ShowProgress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Score a set of images against another, or against an .npz of statistics.
 
@@ -64,9 +70,9 @@ def evaluate_images(
     else:
         others = load_images(reference, size)
         _check_one_size(images, others, reference, "give --size for both")
-        against = reference_of(others, extractor, keep)
+        against = reference_of(others, extractor, keep, progress=progress)
     return {
-        **all_scores(gather_images(images, extractor, keep), against, published=extractor.published),
+        **all_scores(gather_images(images, extractor, keep, progress), against, published=extractor.published),
         "num_samples": len(images),
         **({} if size is None else {"resized": {"size": size, **sources.RESIZE}}),
         "reference": against.record,
@@ -81,22 +87,33 @@ def _check_one_size(images: PackedImages, others: PackedImages, reference: Path,
         raise RequestError(f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; {way_on}")
 
 
-def gather_images(images: PackedImages, extractor: Extractor, keep: Path | None = None) -> Gathered:
+def gather_images(
+    images: PackedImages,
+    extractor: Extractor,
+    keep: Path | None = None,
+    progress: ShowProgress = lambda done, total: None,
+) -> Gathered:
     if keep is None or len(images) < 2:
-        features = image_features(images.images, extractor)
+        features = image_features(images.images, extractor, progress=progress)
     else:
         parts = keep / f"images-{images.digest[:20]}-{extractor.digest[:20]}"
         parts.mkdir(parents=True, exist_ok=True)
-        features = kept_in_parts(parts, images, extractor)
+        features = kept_in_parts(parts, images, extractor, progress=progress)
     return gather(features, len(images), classifier=extractor.classifier)
 
 
-def save_statistics(images: PackedImages, path: Path, extractor: Extractor, keep: Path | None = None) -> None:
+def save_statistics(
+    images: PackedImages,
+    path: Path,
+    extractor: Extractor,
+    keep: Path | None = None,
+    progress: ShowProgress = lambda done, total: None,
+) -> None:
     """Write a set's statistics as pytorch-fid's .npz, with its features beside.
 
     Raises RequestError where `path` is there already, or is in no directory.
     """
-    gathered = gather_images(images, extractor, keep)
+    gathered = gather_images(images, extractor, keep, progress)
     try:
         write_statistics(path, gathered, images.name, images_digest=images.digest, extractor_digest=extractor.digest)
     except FileExistsError:

@@ -20,7 +20,7 @@ from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
-from ddpm.run.paths import ASIDE, RunDir, listed
+from ddpm.run.paths import ASIDE, RunDir, is_name, listed
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance", "bits_per_dim": "bits/dim"}
 """Keys of a record, and what people call them: it has one of these."""
@@ -124,7 +124,7 @@ def _scores_in(further: Path) -> list[Path]:
     as sets may be that are older than the rule against such names."""
     if not further.is_dir():
         return []
-    return [p for p in listed(further) if p.suffix == ".json" and p.name[0] != "."]
+    return [p for p in listed(further) if p.suffix == ".json" and p.name[0] != "." and is_name(p.stem)]
 
 
 def _has_scores(first: Path) -> bool:
@@ -141,7 +141,9 @@ def all_scores(run: RunDir) -> list[Score]:
 
 
 def _is_a_sets(path: Path) -> bool:
-    return path.name[0] != "." and (path.suffix == ".json" or (path.is_dir() and ASIDE not in path.name))
+    """Of a file that somebody has copied, as `X (copy).json`, the name tells that it is none."""
+    named = path.name[0] != "." and is_name(path.name)
+    return named and (path.suffix == ".json" or (path.is_dir() and ASIDE not in path.name))
 
 
 def _read(paths: Mapping[str, Path]) -> Iterator[Score]:

@@ -21,7 +21,7 @@ from ddpm.run import files
 from ddpm.run.claims import work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
-from ddpm.run.stopping import StopRequested
+from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
@@ -51,13 +51,18 @@ class Reference:
 
 
 def image_features(
-    images: np.ndarray, extractor: Extractor, *, stop_requested: StopRequested = lambda: None
+    images: np.ndarray,
+    extractor: Extractor,
+    *,
+    stop_requested: StopRequested = lambda: None,
+    progress: ShowProgress = lambda done, total: None,
 ) -> Iterator[np.ndarray]:
     """Features of images uint8 (n, H, W, 3), in parts."""
     if len(images) < 2:
         raise RequestError(f"{len(images)} images: a score needs at least 2 on each side")
     for first in range(0, len(images), PART_IMAGES):
         yield extract(extractor, images[first : first + PART_IMAGES], stop_requested=stop_requested)
+        progress(min(first + PART_IMAGES, len(images)), len(images))
 
 
 def of_gathered(gathered: Gathered, record: dict[str, Any]) -> Reference:
@@ -72,6 +77,7 @@ def reference_of(
     *,
     by_class: bool = False,
     stop_requested: StopRequested = lambda: None,
+    progress: ShowProgress = lambda done, total: None,
     token: str = "",
     stay: bool = True,
 ) -> Reference:
@@ -80,10 +86,11 @@ def reference_of(
     The file is an .npz that pytorch-fid reads. Features are kept in parts beside it: a stop loses little, and
     statistics by class are made of them, and processes that compute them at once share the parts. What is damaged is
     computed again, and said. cache_dir None: nothing is kept. stay: wait for parts that others compute; else
-    OthersAtWork is raised where there are some.
+    OthersAtWork is raised where there are some. progress(done, total): of images, whenever features of some are there.
     """
+    told: dict[str, Any] = {"stop_requested": stop_requested, "progress": progress}
     if cache_dir is None:
-        features = image_features(images.images, extractor, stop_requested=stop_requested)
+        features = image_features(images.images, extractor, **told)
         return of_gathered(gather(features, len(images), grouped=False), image_record(images))
     path = cache_dir / f"reference-{images.digest[:20]}-{extractor.digest[:20]}.npz"
     identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
@@ -108,9 +115,9 @@ def reference_of(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parts))
     except OSError as e:  # another's cache
         say(f"reference={path} not kept: {e}")
-        made = image_features(images.images, extractor, stop_requested=stop_requested)
+        made = image_features(images.images, extractor, **told)
         return of_gathered(gather(made, num, grouped=False, **classes), image_record(images))
-    features = kept_in_parts(parts, images, extractor, stop_requested=stop_requested, token=token, stay=stay)
+    features = kept_in_parts(parts, images, extractor, token=token, stay=stay, **told)
     gathered = gather(features, num, grouped=False, **classes)
     write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
     return of_gathered(gathered, image_record(images))
@@ -122,6 +129,7 @@ def kept_in_parts(
     extractor: Extractor,
     *,
     stop_requested: StopRequested = lambda: None,
+    progress: ShowProgress = lambda done, total: None,
     token: str = "",
     stay: bool = True,
 ) -> Iterator[np.ndarray]:
@@ -142,7 +150,12 @@ def kept_in_parts(
         return is_kept(*place(index)[:2])
 
     parts = range(-(-len(images) // PART_IMAGES))
-    work_through(directory, parts, there, features_of, stop_requested=stop_requested, stay=stay)
+
+    def make(index: int) -> None:
+        features_of(index)
+        progress(sum(place(i)[1]["num"] for i in parts if i == index or there(i)), len(images))
+
+    work_through(directory, parts, there, make, stop_requested=stop_requested, stay=stay)
     return map(features_of, parts)
 
 

@@ -48,6 +48,14 @@ class World:
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
         return t.tolist()
 
+    def agree_later(self, values: list[int]) -> Callable[[], list[int]]:
+        """`agree`, begun now; what is returned waits for the answer."""
+        if self.world_size == 1:
+            return lambda: values
+        t = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(t, op=dist.ReduceOp.MAX, async_op=True)
+        return lambda: (work.wait(), t.tolist())[1]
+
     def agreed_stop(self, stop_requested: StopRequested) -> str:
         """Why all ranks stop here, or ""."""
         return STOP_REASONS[self.agree([stop_code(stop_requested)])[0]]

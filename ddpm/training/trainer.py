@@ -90,6 +90,7 @@ class Trainer:
         # whether the last step was finite, and the one before it: values of a device, read one step late
         self._finite: Later | None = None
         self._finite_before: Later | None = None
+        self._asked: Callable[[], list[int]] | None = None
         self._saved_at = time.monotonic()
         self._patience_s: Callable[[str], float] = lambda reason: 0.0
 
@@ -142,7 +143,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
-        self._finite = self._finite_before = None
+        self._finite = self._finite_before = self._asked = None
         self.step.begin_attempt()
         self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
@@ -221,23 +222,30 @@ class Trainer:
 
     def _agree(self, stop_requested: StopRequested, at_total: bool) -> tuple[str, bool, bool]:
         """After a step, on all ranks: why to stop, or ""; whether to roll back; whether to save."""
-        step = self.at.step
+        step, world = self.at.step, self.world
         # device values are read one step late, so that a GPU never waits for this; at the end there is no later
         bad = _is_bad(self._finite_before) or (at_total and _is_bad(self._finite))
         # the clock is rank 0's
-        save_due = self.due.save(step, time.monotonic() - self._saved_at if self.world.is_main else 0)
-        code, any_bad, any_save = self.world.agree([stop_code(stop_requested), int(bad), int(save_due)])
-        if (code or any_save or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
+        by_clock = self.due.save(step, time.monotonic() - self._saved_at if world.is_main else 0)
+        asked = world.agree_later([stop_code(stop_requested), int(bad), int(by_clock)])
+        # what others ask is heard one step late, so that nothing waits for them
+        heard, self._asked = (asked, None) if world.world_size == 1 else (self._asked, asked)
+        code, any_bad, any_save = heard() if heard else (0, 0, 0)
+        save_due = bool(any_save) or self.due.save(step, 0)
+        if (code or save_due or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
             # nothing is kept of a step not known as good
+            self._asked = None
             damage = self.step.data.damage()
-            any_bad, damaged = self.world.agree([int(_is_bad(self._finite)), int(bool(damage))])
+            bad = _is_bad(self._finite_before) or _is_bad(self._finite)
+            any_bad, damaged, code_now = world.agree([int(bad), int(bool(damage)), stop_code(stop_requested)])
+            code = code or code_now
             if damaged:
                 raise EnvironmentLacks(
                     f"{damage or 'what another rank reads was overwritten while it was mapped'}: nothing is saved of "
                     f"step {step}, whose images may have been others. The next life packs the data again, and goes on "
                     f"from the checkpoint before"
                 )
-        return STOP_REASONS[code], bool(any_bad), bool(any_save)
+        return STOP_REASONS[code], bool(any_bad), save_due
 
     def alive(self) -> None:
         """A sign of life for the status view, where steps give none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import io
 import shutil
@@ -36,8 +37,9 @@ Code = Mapping[str, bytes]
 """Files by their names, relative to the project."""
 
 
+@functools.cache
 def of_checkout() -> Code:
-    """What is submitted with, as it is now."""
+    """What is submitted with, as it is now: the same for all runs that one command submits."""
     found = {}
     for tree in TREES:
         place = SHIPPED if tree == "slurm" else PROJECT
@@ -81,14 +83,17 @@ def digest(code: Code) -> str:
 def check(code: Code) -> None:
     """Raises RequestError where a file is no Python: each life would die of it, on a node of its own."""
     for name, data in code.items():
-        if name.endswith(".py"):
-            try:
-                compile(data, name, "exec", dont_inherit=True)
-            except (SyntaxError, ValueError) as e:
-                where = f"{PROJECT / name}, line {getattr(e, 'lineno', None) or '?'}"
-                raise RequestError(
-                    f"{where}: no job could run this code ({e.args[0]}): mend it, then submit again"
-                ) from None
+        if name.endswith(".py") and (why := _mistake(name, data)):
+            raise RequestError(f"{PROJECT / name}, line {why}: mend it, then submit again")
+
+
+@functools.cache
+def _mistake(name: str, data: bytes) -> str:
+    try:
+        compile(data, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as e:
+        return f"{getattr(e, 'lineno', None) or '?'}: no job could run this code ({e.args[0]})"
+    return ""
 
 
 def home(run: RunDir) -> Path:

@@ -34,6 +34,8 @@ class Job:
     """Nodes that it is not to have, beside those that the site says."""
     parts: int = 1
     """Into how many an evaluation falls that several tasks may work on."""
+    despite: str = ""
+    """The mark of the STOP that was there when samples or a score were asked for: it is of training, and no other."""
 
     @property
     def home(self) -> dict[str, str]:

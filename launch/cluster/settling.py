@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from ddpm.errors import EnvironmentLacks, RequestError
@@ -15,6 +16,9 @@ from launch.cluster.environment import default_partition
 from launch.cluster.partitions import Partition, partitions
 from launch.cluster.site import Site, Stage
 from launch.cluster.values import slurm_minutes
+
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
+"""Of NVIDIA's driver, AMD's, and WSL's."""
 
 
 def settle(site: Site, *, dry_run: bool) -> Site:
@@ -28,6 +32,9 @@ def settle(site: Site, *, dry_run: bool) -> Site:
     elif site.container.image and not dry_run:
         check_image(site.container)
     if site.is_local:
+        if site.num_gpus and not any(path for kind in GPU_DEVICES for path in Path("/dev").glob(kind)):
+            told = f"--gpus-per-node {site.gpus_per_node}: this machine shows no GPU, so that its CPU computes"
+            print(f"warning: {told}", file=sys.stderr)
         return site.model_copy(update={"gpus_per_node": 0 if site.gpus_per_node is None else site.gpus_per_node})
     known: dict[str, Partition] = {}
     if not slurm.available():

@@ -61,6 +61,7 @@ class Container(Section):
 class Site(Section):
     """A site profile (configs/cluster/NAME.yaml); what options.FLAGS names, the command line may say instead."""
 
+    all_keys = "configs/cluster/example.yaml shows them"
     cluster: Literal["auto", "slurm", "local"] = "auto"
     via: Literal["submitit", "sbatch"] = "submitit"
     partition: Word | None = None

@@ -18,7 +18,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, not_ours, retries_without_progress, uncounted_lives
 from launch.life.life import shard_marker
 from launch.life.progress import progress
-from launch.queue.waiting import mercy_for, of_this_cluster
+from launch.queue.waiting import is_told_to_stop, mercy_for, of_this_cluster
 
 SETTLE_S = 10
 READ_PATIENCE_S = 15
@@ -79,7 +79,7 @@ def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str
     here, events = progress(run, env.job, known.stage, set_name), of_this_cluster(read_events(run))
     return replace(
         known,
-        stop_file=run.is_stopped(),
+        stop_file=is_told_to_stop(run, env.job),
         progress=here,
         retries=retries_without_progress(events, env.job, here),
         uncounted=uncounted_lives(events, env.job, env.restart),

@@ -17,7 +17,7 @@ from launch.cluster.job import ranges
 from launch.life import preemption
 from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
-from launch.queue.waiting import mercy_for
+from launch.queue.waiting import known_stop, mercy_for
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class Life:
     def alone(self) -> Life:
         """Of a rank that has work of its own, and waits for none of the others."""
         return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
+
+    def heed_stop(self) -> None:
+        """From here on the run's STOP file is watched; of samples and scores, all but that they are made despite."""
+        self.stop.watch(self.run, self.known_stop())
+
+    def is_told_to_stop(self) -> bool:
+        return self.run.is_stopped() and self.run.stop_mark() != self.known_stop()
+
+    def known_stop(self) -> str:
+        return known_stop(self.run, self.env.job) if self.run.is_stopped() else ""
 
     def leave(self, code: int, reason: str = "") -> int:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""

@@ -21,7 +21,7 @@ def evaluate(life: Life, name: str) -> int:
     run, env = life.run, life.env
     config = reading.of_run(run)
     request = bound_request.read(run.bound_set(name))
-    life.stop.watch(run.stop_file)
+    life.heed_stop()
     command = ["python", "launch/evaluate.py", str(run.path), "--bits-per-dim", "--reference", request.split]
     command += ["--step", str(request.checkpoint.step)]
     command += [] if request.num_images is None else ["--num-images", str(request.num_images)]

@@ -12,11 +12,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
+from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 
@@ -32,7 +32,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._scheduled = environment.is_scheduled()
-        self._stop_file: Path | None = None
+        self._run: RunDir | None = None
+        self._known_stop = ""
         self._polled_at = 0.0
 
     def install(self) -> None:
@@ -59,8 +60,9 @@ class StopFlag:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def watch(self, stop_file: Path) -> None:
-        self._stop_file = stop_file
+    def watch(self, run: RunDir, known_stop: str = "") -> None:
+        """From here on the run's STOP file counts, but for the one that has that mark."""
+        self._run, self._known_stop = run, known_stop
 
     def _on_term(self, signum: int, _: FrameType | None) -> None:
         if not self._scheduled and self.reason is not None:
@@ -73,9 +75,9 @@ class StopFlag:
 
     def __call__(self) -> str | None:
         """Why to stop, or None. Polls the STOP file at most once a second: a shared file system feels every stat."""
-        if self._stop_file is not None and time.monotonic() - self._polled_at >= STOP_POLL_S:
+        if self._run is not None and time.monotonic() - self._polled_at >= STOP_POLL_S:
             self._polled_at = time.monotonic()
-            if os.path.lexists(self._stop_file):  # False of a stale handle, which is no STOP and ends no training
+            if self._run.stop_mark() not in ("", self._known_stop):
                 self.reason = "STOP"
         return self.reason
 

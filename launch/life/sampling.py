@@ -26,7 +26,7 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
     for shard in shards:
         if not 0 <= shard < request.shards:
             raise DoNotRetry(f"shard {shard} of {set_name}: it has shards 0 to {request.shards - 1}")
-    life.stop.watch(run.stop_file)
+    life.heed_stop()
 
     from ddpm.sampling.generate import generate_shard
 
@@ -74,6 +74,7 @@ def denoiser_of(life: Life, set_name: str, config: Config, request: Request | Bo
     """The request's weights on this job's device. Raises NodeUnfit, DamagedFile; DoNotRetry where they are others."""
     import torch
 
+    from ddpm.network.device import threads_of
     from ddpm.network.weights import cast_once, load_network
     from ddpm.run import generations
     from ddpm.sampling.denoiser import Denoiser
@@ -82,7 +83,7 @@ def denoiser_of(life: Life, set_name: str, config: Config, request: Request | Bo
     other = f"python launch/sample.py {run.path} --set OTHER"
     if not isinstance(request, Request):
         other = f"python launch/evaluate.py {run.path} --bits-per-dim --step STEP"
-    torch.set_num_threads(env.cpus)
+    torch.set_num_threads(threads_of(config, config.sample.batch, env.cpus))
     device = devices.one_device(env)
     devices.check_precision(env, device, request.precision)
     try:

@@ -42,17 +42,20 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
             say(f"{len(missing)} shards of {set_name} are missing: the first task has them made")
             return life.leave(0)
         return life.leave(chain.fill_gaps(run, set_name, missing, again, round_, env))
-    life.stop.watch(run.stop_file)
+    life.heed_stop()
     torch.set_num_threads(env.cpus)
     device = devices.one_device(env)
     cache = Path(data_of(run)["cache"])
     against = reference or config.evaluate.reference
     command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
     command += ["--extractor", extractor] if extractor else []
-    pace, num = Pace(), request.num_samples
+    pace, of_reference, num = Pace(), Pace(), request.num_samples
 
     def show(done: int, total: int) -> None:
         say("features", shards=f"{done}/{total}", **pace.told(done * num // total, num))
+
+    def show_reference(done: int, total: int) -> None:
+        say("features of the reference", images=f"{done}/{total}", **of_reference.told(done, total))
 
     while True:
         try:
@@ -72,6 +75,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
                 command=command,
                 stop_requested=life.stop,
                 progress=show,
+                reference_progress=show_reference,
                 token=f"{env.job}.{env.restart}",
                 stay=not env.array_task,
             )

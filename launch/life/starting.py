@@ -26,7 +26,7 @@ def start_training(life: Life) -> tuple[Config, str | None]:
         borrowing.check_trainable(run)
     if env.rank == 0 and not why:
         _note_allocation(life)
-    life.stop.watch(run.stop_file)
+    life.stop.watch(run)
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if config.train.compile:
         compiled.choose_folder()

@@ -183,7 +183,7 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
 def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | None:
     """Have milestones sampled and scored by jobs beside this one, where the config wants it: queued by a process of its
     own, which training does not wait for. On this machine they would take what training computes with: not here."""
-    if config.evaluate.milestones is None or not life.env.is_scheduled:
+    if config.evaluate.milestones is None or not life.env.is_scheduled or life.run.is_stopped():
         return None
     command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
     try:

@@ -5,6 +5,7 @@ The run directory says what is done, and SLURM what is in the queue; whoever sub
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from launch.queue import local, sets
 from launch.queue.directory import site_of
 from launch.queue.submitting import sent_tasks, sent_where, submit, why_it_waits
 from launch.queue.turns import turn
-from launch.queue.waiting import evaluations_in_queue, jobs_in_queue, slurm_jobs
+from launch.queue.waiting import evaluations_in_queue, is_told_to_stop, jobs_in_queue, known_stop, slurm_jobs
 
 MAX_ROUNDS = 3
 
@@ -70,18 +71,6 @@ def is_training(run: RunDir) -> bool:
     return local.running(run) is not None or bool(jobs_in_queue(run, "train"))
 
 
-def go_on(run: RunDir) -> None:
-    """Lift STOP for what is to follow now. RequestError where it is there to end a training at work; SchedulerError."""
-    if not run.is_stopped():
-        return
-    if is_training(run):
-        raise RequestError(
-            f"{run.stop_file} is there to end the training at work, and would end this too: wait until that has ended, "
-            f"or remove the file"
-        )
-    lift_stop(run)
-
-
 def lift_stop(run: RunDir) -> None:
     """Submitting again means going on. RequestError where STOP is no file, but somebody's directory."""
     if run.is_stopped():
@@ -116,8 +105,9 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
     return jobs
 
 
-def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
+def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
+    The first comes after the jobs `after`.
 
     Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Where a
     later part is refused the chain ends before it; where another error comes it is taken back, but not where SLURM does
@@ -132,7 +122,7 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
         while refused is None and len(ids) < len(jobs):
             job, mine = jobs[len(ids)], there[len(ids)]
             try:
-                ids.append(mine or [submit(replace(job, after=":".join(ids[-1]) if ids else None))])
+                ids.append(mine or [submit(replace(job, after=":".join(ids[-1] if ids else after) or None))])
                 new += [] if mine else ids[-1]
             except RequestError as e:
                 refused = e
@@ -157,7 +147,7 @@ def queue(jobs: list[Job], config: Config) -> tuple[list[str], list[str]]:
         told.append(
             f"not queued: {rest}. {refused}\nWhat is queued stays. Add the rest, once it can be, by the same command"
         )
-    if jobs and jobs[0].run.is_stopped():
+    if jobs and jobs[0].run.is_stopped() and not jobs[0].despite:
         stop = jobs[0].run.stop_file
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
     return [job for mine in ids for job in mine], told
@@ -206,7 +196,7 @@ def fill_gaps(
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if not env.is_scheduled:
         raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}): {repair}")
-    if run.is_stopped():
+    if is_told_to_stop(run, env.job):
         raise DoNotRetry(
             f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
         )
@@ -216,7 +206,7 @@ def fill_gaps(
             f"them made: on a login node {repair}, then python launch/evaluate.py {run.path} --set {set_name}"
         )
     before, _, had = round_.partition(":")
-    site = sent_where(run, env.job) or site_of(run)
+    site, known = sent_where(run, env.job) or site_of(run), known_stop(run, env.job)
     with turn(run):
         waiting = jobs_in_queue(run, "sample", set_name)
         if not waiting:
@@ -233,10 +223,11 @@ def fill_gaps(
                     flush=True,
                 )
                 return EXIT_FATAL
-            waiting = [submit(Job("sample", run, site, set_name, tuple(missing)))]
+            waiting = [submit(Job("sample", run, site, set_name, tuple(missing), despite=known))]
             round_ = f"{rounds}:{len(missing)}"
         after = ":".join(waiting)
-        new = submit(Job("evaluate", run, site, set_name, (), after, (*again, "--round", round_)))
+        said = (*again, "--round", round_)
+        new = submit(Job("evaluate", run, site, set_name, (), after, said, despite=known))
     print(
         f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {new} scores after it",
         flush=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_shell(run, shell)
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
-    kept |= {"from": old["from"]} if "from" in old else {}
+    kept |= {key: old[key] for key in ("from", "sweep") if key in old}
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
@@ -104,6 +105,18 @@ def _write_shell(run: RunDir, shell: dict[str, list[str]]) -> None:
 def site_of(run: RunDir) -> Site:
     """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
     return of_record(read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
+
+
+def not_taken(run: RunDir, site: Site) -> str:
+    """What is asked of a job that is in the queue already, and is not what it was submitted with; "" where nothing."""
+    asked, sent = (s.model_dump(mode="json") for s in (site, site_of(run)))
+    told = [f"{key} is {sent[key]!r} there and {asked[key]!r} here" for key in asked if asked[key] != sent[key]]
+    if not told:
+        return ""
+    return (
+        f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
+        f"python launch/cancel.py {shlex.quote(str(run.path))}, and submit again"
+    )
 
 
 def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`--cluster local`: the same jobs, one after another, as background processes on this machine.
 
-    python -m launch.queue.local RUN 'JSON list of commands'
+    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB, of another run, that it waits for]
 
 Its restarts are the user's: submit again. Output goes to logs/local-JOB.out.
 """
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,9 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import code, environment
 from launch.cluster.job import Job
-from launch.queue.waiting import is_of
+from launch.queue.waiting import is_of, is_told_to_stop
+
+POLL_S = 0.5
 
 
 def stage_command(job: Job) -> list[str]:
@@ -64,18 +67,40 @@ def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
         return b"launch.queue.local" in words and str(submitted.get("run")).encode() in words
 
 
-def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start `jobs` in a session of their own, so that closing the terminal does not end them."""
+def is_behind(events: list[dict[str, Any]]) -> bool:
+    """Whether the newest job of a run with these events is one of this machine that waits for another run's to end."""
+    newest: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "submitted"), {})
+    before = newest.get("behind")
+    if newest.get("via") != "local" or newest.get("host") != environment.host() or not isinstance(before, list):
+        return False
+    return len(before) == 2 and is_there(*map(str, before))
+
+
+def is_there(pid: str, job: str) -> bool:
+    """Whether background job `job` of this machine, begun as process `pid`, has not ended."""
+    try:
+        return _is_at_work(Path(f"/proc/{pid}"), {"job": job})
+    except OSError:
+        return False
+
+
+def start(run: RunDir, jobs: list[Job], behind: tuple[int, str] | None = None) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start `jobs` in a session of their own, so that closing the terminal does not end them.
+
+    behind: the process and the job's name of a background job for which these wait; the log that is returned is named
+    after this one.
+    """
     name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
     run.logs.mkdir(exist_ok=True)
     log = run.logs / f"{name}.out"
     commands = [stage_command(job) for job in jobs]
     chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
+    before = [] if behind is None else [str(word) for word in behind]
     home = code.unpack(run)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "launch.queue.local", str(run.path), json.dumps(commands)],
+            [sys.executable, "-u", "-m", "launch.queue.local", str(run.path), json.dumps(commands), *before],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -84,9 +109,11 @@ def start(run: RunDir, jobs: list[Job]) -> tuple[subprocess.Popen[bytes], Path]:
             env={**environment.for_jobs(home), "DDPM_JOB": name, **cpus},
         )
     events = EventLog(run, name, 0, environment.host(), prefix="submit-")
-    stages = "+".join(job.stage for job in jobs)
+    told = {"stage": "+".join(job.stage for job in jobs), "via": "local", "pid": process.pid, "run": str(run.path)}
+    told |= {"code": home.name, **({"despite": jobs[0].despite} if jobs[0].despite else {})}
+    told |= {"behind": before} if before else {}
     try:
-        events.append("submitted", stage=stages, via="local", pid=process.pid, run=str(run.path), code=home.name)
+        events.append("submitted", **told)
     except BaseException as e:  # nobody could find it again
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -110,7 +137,10 @@ def _note(run: RunDir, event: str, command: list[str]) -> None:
 
 
 def main() -> int:
-    """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs."""
+    """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs.
+
+    Behind another run's job first of all until that has ended, however it did.
+    """
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     stages = [command[command.index("launch.jobs") + 1] for command in commands]
     child: subprocess.Popen[bytes] | None = None
@@ -126,10 +156,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, forward)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, forward)
+    before = sys.argv[3:5]
+    while before and not unheard and not run.is_stopped() and is_there(*before):
+        time.sleep(POLL_S)
     for i, command in enumerate(commands):
         if unheard:
             return 128 + unheard[0]
-        if run.is_stopped():  # it ended the command before; what would follow that has nothing to go on
+        # it ended the command before; what would follow that has nothing to go on
+        if (i or before) and is_told_to_stop(run, environment.current().job):
             return 0
         if stages[i] not in stages[:i]:
             _note(run, "stage_began", command)

@@ -23,6 +23,13 @@ def steps(run: RunDir) -> list[int]:
     return sorted(step for step in run.steps_saved() if run.ema_weights(step).exists())
 
 
+def when(config: Config) -> str:
+    """When there are some, in words."""
+    steps, epochs = config.checkpoint.milestone_every_steps, config.checkpoint.milestone_every_epochs
+    every = [f"{n} {unit}" for n, unit in ((steps, "steps"), (epochs, "epochs")) if n]
+    return f"one comes every {' and every '.join(every)}, and at the end" if every else "one comes at the end"
+
+
 def sampled_as(config: Config) -> Config:
     """The config whose `sample` is that of a milestone."""
     num = (config.evaluate.milestones or Milestones()).num_samples
@@ -36,12 +43,12 @@ def set_name(run: RunDir, config: Config, step: int) -> str:
     return fitting(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
 
 
-def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -> list[list[Job]]:
-    """For each milestone that has no score: what makes its samples, where some are missing, and scores them.
+def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -> list[tuple[int, list[Job]]]:
+    """For each milestone that has no score: its step, what makes its samples, where some are missing, and scores them.
 
     Their requests are published unless `dry_run`: training then keeps their checkpoints. Raises RequestError.
     """
-    sampled, chains = sampled_as(config), []
+    sampled, chains, stop = sampled_as(config), [], run.stop_mark()
     for step in steps(run):
         name = set_name(run, sampled, step)
         if sets.score_by(run, name, config.evaluate) is not None:
@@ -54,8 +61,8 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
             if not dry_run:
                 publish_request(where, request)
         missing = shards_to_make(where, request)
-        make = [Job("sample", run, site, name, tuple(missing))] if missing else []
-        chains.append([*make, Job("evaluate", run, site, name)])
+        make = [Job("sample", run, site, name, tuple(missing), despite=stop)] if missing else []
+        chains.append((step, [*make, Job("evaluate", run, site, name, despite=stop)]))
     return chains
 
 

@@ -1,8 +1,10 @@
-"""What a run is called where nobody says: after its recipe, and after its data where that recipe is another data's."""
+"""What a run is called where nobody says: after its recipe, its data where that recipe is another data's, and what a
+sweep varies."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ddpm.config import reading
@@ -27,6 +29,24 @@ def name_of(config: Config, root: Path) -> str:
     if other is None or _is_of(RunDir(root / name), config.data):
         return name
     return fitting(called + name.removeprefix(other))
+
+
+def of_point(base: str, values: Mapping[str, str]) -> str:
+    """A run of a sweep, after what differs: `cifar10-lr_1e-4`. values: by key, as they were typed."""
+    words = (re.sub(r"[^A-Za-z0-9._-]+", "~", text).strip("~").replace("~", "-") for text in values.values())
+    return fitting("-".join([base, *(f"{key}_{word}" for key, word in zip(short(values), words, strict=True))]))
+
+
+def of_sweep(base: str, keys: Iterable[str]) -> str:
+    """The same for all of them: `cifar10-lr`."""
+    return fitting("-".join([base, *short(keys)]))
+
+
+def short(keys: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """The last word of each key of a config, where that tells it from the others and from what is `taken`; else all."""
+    whole = list(keys)
+    last = [key.rpartition(".")[2] for key in whole]
+    return [word if last.count(word) == 1 and word not in taken else key for key, word in zip(whole, last, strict=True)]
 
 
 def _called(data: Data) -> str:

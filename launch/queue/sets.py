@@ -62,21 +62,31 @@ def _planned_set(run: RunDir, config: Config) -> str:
 
 def _set_name(run: RunDir, config: Config, at: str, variance: str | None = None) -> str:
     s = config.sample
-    how = "" if s.class_plan is None else "-plan"
-    how += "" if s.clip_x_0 else "-unclipped"
+    how = "" if s.clip_x_0 else "-unclipped"
     how += "" if variance in (None, config.diffusion.variance) else f"-{variance}"
+    plan = None if s.class_plan is None else list(s.class_plan)
 
-    def name(number: Callable[[float], str], eta: float) -> str:
+    def name(number: Callable[[float], str], eta: float, of: str) -> str:
         noise = f"-eta{number(eta)}" if eta else ""
         guided = "" if s.guidance is None else f"-guided{number(s.guidance)}"
-        return f"{s.sampler}{s.steps}{noise}{guided}{how}-{at}-seed{s.seed}"
+        return f"{s.sampler}{s.steps}{noise}{guided}{of}{how}-{at}-seed{s.seed}"
 
-    # a set that was begun when eta was no part of the name, or numbers had six digits in it, goes on under its own
-    for former in (name("{:g}".format, 0.0), name("{:g}".format, s.eta)):
+    # a set that was begun when eta was no part of the name, or one class had no name of its own, or numbers had six
+    # digits, goes on under its own
+    any_plan = "" if plan is None else "-plan"
+    for former in (name("{:g}".format, 0.0, any_plan), name("{:g}".format, s.eta, any_plan)):
         asked = _asked(run, former)
-        if [asked.get("eta"), asked.get("guidance")] == [s.eta, s.guidance]:
+        if [asked.get(key) for key in ("eta", "guidance", "class_plan")] == [s.eta, s.guidance, plan]:
             return former
-    return fitting(name(_exactly, s.eta))
+    return fitting(name(_exactly, s.eta, _plan_name(plan)))
+
+
+def _plan_name(plan: list[int] | None) -> str:
+    """How many of each class, in a set's name."""
+    if plan is None:
+        return ""
+    labels = [label for label, count in enumerate(plan) if count]
+    return f"-class{labels[0]}" if len(labels) == 1 and len(plan) > 1 else "-plan"
 
 
 def _exactly(number: float) -> str:

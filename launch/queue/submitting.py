@@ -22,6 +22,9 @@ from launch.queue import local, nodes
 from launch.queue.directory import of_record
 from launch.queue.waiting import of_this_cluster
 
+ALSO = ("qos", "preemption", "launch", "code", "despite")
+"""What the event of a submission says that its successor's says too."""
+
 
 def describe(job: Job) -> str:
     """What --dry-run shows of a job: its processes on this machine, or the exact script that SLURM would get."""
@@ -72,6 +75,8 @@ def _submit(job: Job) -> str:
         raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
     try:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
+        if job.despite:
+            more["despite"] = job.despite
         if job.stage == "evaluate":  # which may have shards made
             more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
         if told := scheduler.preemption(str(options.get("partition") or "") or None):  # for nodes that cannot ask
@@ -150,7 +155,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)
     with contextlib.suppress(OSError):
         _submitted(run, new, stage, "sbatch", environment.num_tasks(), successor_of=job,
-                   **record, **{k: told[k] for k in ("qos", "preemption", "launch", "code") if k in told})  # fmt: skip
+                   **record, **{k: told[k] for k in ALSO if k in told})  # fmt: skip
     return new
 
 

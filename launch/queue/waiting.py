@@ -37,6 +37,18 @@ def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
         return True
 
 
+def is_told_to_stop(run: RunDir, job: str) -> bool:
+    """Whether STOP is there for a job: not the one that was there when samples or a score were asked for."""
+    return run.is_stopped() and run.stop_mark() != known_stop(run, job)
+
+
+def known_stop(run: RunDir, job: str) -> str:
+    """The mark of the STOP in spite of which a job was submitted; "" where there was none. Raises OSError."""
+    base = job.partition("_")[0]
+    told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]
+    return str(told[-1].get("despite") or "") if told else ""
+
+
 def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: Evaluate) -> list[str]:
     """Job ids of the evaluations of a set, by that extractor against that reference, that SLURM has. SchedulerError.
 

@@ -12,6 +12,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import place_of, read_heartbeat
 from launch.cluster import environment, scheduler
 from launch.queue import local
+from launch.queue.turns import turn
 from launch.queue.waiting import slurm_jobs
 
 BEATS_S = 60.0
@@ -45,6 +46,20 @@ def of_run(run: RunDir) -> Work:
     states = scheduler.queued(asked) if asked else {}
     here = {job: pid for job, (pid, _) in local.at_work(run).items()}
     return Work(states, here, "" if states or here else _beats(run, events, gone=asked))
+
+
+def end(run: RunDir) -> Work:
+    """Take out of the queue what waits there, and ask the rest to save and leave; what that was.
+
+    Raises SchedulerError, EnvironmentLacks.
+    """
+    with turn(run):  # nobody queues more of it meanwhile
+        found = of_run(run)
+        if found:  # first: whatever comes back, or succeeds another, ends at its start
+            run.renew_stop()
+        for job in found.jobs:
+            scheduler.cancel_waiting(job)
+    return found
 
 
 def _beats(run: RunDir, events: list[dict[str, Any]], gone: list[str]) -> str:

@@ -12,7 +12,7 @@ from ddpm.scoring.record import SCORE_NAMES, Score, against, caution, half_width
 USE = """```python
 import ddpm
 
-model = ddpm.load("{name}")  # this folder
+model = ddpm.load(".")  # in this folder; from elsewhere, its path
 images = model.sample(16, seed=0)  # uint8 (16, {size}, {size}, 3)
 ```"""
 
@@ -28,7 +28,7 @@ def card(
         f"# {name}",
         f"A diffusion model of {config.data.image_size}x{config.data.image_size} images: the exponential average of "
         f"its weights after {manifest['step']:,} steps.",
-        USE.format(name=name, size=config.data.image_size),
+        USE.format(size=config.data.image_size),
         "## Training",
         _table([("", ""), *_training(config, record, manifest)]),
         *_classes(config, record),
@@ -49,7 +49,7 @@ def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) 
     data, train, versions = record.get("data") or {}, config.train, record.get("versions") or {}
     found = record.get("resolved") or {}
     lines = [
-        ("data", f"{config.data.name}, {data.get('num_images', '?'):,} images" if data else config.data.name),
+        ("data", config.data.name + (f", {data['num_images']:,} images" if data.get("num_images") else "")),
         ("digest of its pixels", f"`{data['digest']}`" if data.get("digest") else ""),
         ("seen", f"{manifest['images']:,} images in batches of {train.global_batch}"),
         ("network", f"U-Net, {config.model.base_channels} channels times {list(config.model.channel_mults)}"),

@@ -37,6 +37,14 @@ FILES_OF_A_RUN = 2_000
 """Its sets, shards, logs and the data's cache, generously."""
 
 
+BY_HAND = {
+    "cifar10": "bring cifar-10-python.tar.gz by hand: python tools/prefetch.py --from cifar-10-python.tar.gz; or type "
+    "data.path=FOLDER_OR_ZIP, here and at submission, for images that lie elsewhere",
+    "celeba": "bring img_align_celeba.zip and its lists by hand: data.path=THEIR_FOLDER, here and at submission",
+}
+"""Data that cannot be fetched from here."""
+
+
 @dataclass(frozen=True)
 class Finding:
     verdict: Literal["pass", "warn", "fail"]
@@ -192,8 +200,12 @@ def storage(config: Config, root: Path, num_parameters: int) -> Findings:
 
 
 def _data(config: Config, root: Path) -> Findings:
+    if config.data.path is not None:  # a submission reads it, and says what is wrong with it
+        told = f"data.path = {config.data.path}: "
+        is_there = Path(config.data.path).expanduser().exists()
+        yield Finding("pass" if is_there else "fail", told + ("is there" if is_there else "does not exist"))
     if config.data.path is not None or config.data.name in ("digits", "images"):
-        return  # a submission reads it, and says what is wrong with it
+        return
     there = (root / ".cache" / "data").glob("*/meta.json")
     if packed := [p for p in there if (read_json(p) or {}).get("name") == config.data.name]:
         yield Finding("pass", f"{config.data.name} is packed in {packed[0].parent.parent}")
@@ -204,7 +216,7 @@ def _data(config: Config, root: Path) -> Findings:
         yield Finding("pass", f"{config.data.name} is not here yet: the first submission fetches it from {host}")
     except OSError as e:
         told = f"{config.data.name} is not here, and {host} does not answer ({e})"
-        yield Finding("fail", told, "bring it by hand and give data.path=FOLDER_OR_ZIP")
+        yield Finding("fail", told, BY_HAND[config.data.name])
 
 
 def _written_per_s(root: Path) -> float:

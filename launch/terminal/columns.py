@@ -5,9 +5,10 @@ A pure function of `overview.describe`'s rows and a width. Must not know where r
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -31,12 +32,19 @@ class Column:
 
 
 def lines(rows: list[dict[str, Any]], width: int) -> tuple[list[str], set[str]]:
-    """The head, and a line for each row, at most `width` wide; wider only where run, state and step alone are. And the
-    names of the columns that had something to say and no room.
+    """Of runs: the head, and a line for each row, at most `width` wide; wider only where run, state and step alone are.
+    And the names of the columns that had something to say and no room.
     """
+    return fitted(rows, width, COLUMNS, BY_NEED)
+
+
+def fitted(
+    rows: list[dict[str, Any]], width: int, columns: Sequence[Column], by_name: Sequence[str]
+) -> tuple[list[str], set[str]]:
+    """The same of any columns; by_name: all of them, who gets room first."""
     chosen: dict[str, list[str]] = {}
     left_out = set()
-    by_need = sorted(COLUMNS, key=lambda column: BY_NEED.index(column.name))
+    by_need = sorted(columns, key=lambda column: by_name.index(column.name))
     room = width + len(GAP)
     for column in by_need:  # each in its narrowest form, and then those that came in in a wider one
         cells = _said(column, -1, rows)
@@ -49,7 +57,7 @@ def lines(rows: list[dict[str, Any]], width: int) -> tuple[list[str], set[str]]:
         more = _needs(column, wide) - _needs(column, chosen[column.name])
         if more <= room:
             chosen[column.name], room = wide, room - more
-    shown = [_aligned(column, chosen[column.name]) for column in COLUMNS if column.name in chosen]
+    shown = [_aligned(column, chosen[column.name]) for column in columns if column.name in chosen]
     return [GAP.join(cells).rstrip() for cells in zip(*shown, strict=True)], left_out
 
 
@@ -74,6 +82,16 @@ def _cells(text: str) -> int:
 
 
 # ---------------------------------------------------------------- what they say
+
+
+def value(key: str, longest: int | None = None) -> Callable[[Row], str]:
+    """What a config has at a key, in a cell; of a longer text its end."""
+
+    def said(row: Row) -> str:
+        text = row[key] if isinstance(row.get(key), str) else "" if key not in row else json.dumps(row[key])
+        return text if longest is None or len(text) <= longest else f"…{text[-longest:]}"
+
+    return said
 
 
 def _number(key: str, form: str) -> Callable[[Row], str]:

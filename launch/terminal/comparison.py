@@ -32,6 +32,10 @@ def chosen_scores(
         if of is None:
             raise RequestError(f"--compare {word}: of which run? give RUN/{word}, or the run first")
         check_name(name, "sample set name")
+        if name not in (there := [s.name for s in of.sample_sets() if s.request.exists()]):
+            prefix = f"{where}/" if slash else ""
+            has = f"has {', '.join(prefix + other for other in there)}" if there else "has none yet"
+            raise RequestError(f"--compare {word}: no such sample set; run {of.name} {has}")
         config = reading.of_run(of).evaluate
         asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
         score = score_by(of, name, asked)
@@ -64,7 +68,8 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:
     key = key_of(first)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("set", "sampler", "evaluations", "samples", SCORE_NAMES[key], "difference, 95 %", "limit"):
-        table.add_column(name, justify="left" if name in ("set", "sampler") else "right")
+        table.add_column(name, justify="left" if name in ("set", "sampler") else "right",
+                         overflow="fold")  # fmt: skip
     for word, record in scores.items():
         limit = record.get(f"{key}_infinity")
         cells = [record["sampler"]["name"], str(record["nfe"]), f"{record['num_samples']:,}", number(record)]

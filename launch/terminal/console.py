@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import json
+import fnmatch
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +19,7 @@ from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, listed
+from ddpm.run.records import usable
 from ddpm.run.stopping import ShowProgress
 from launch.cluster import environment
 from launch.terminal import faults, streams
@@ -62,32 +63,53 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one message, without the whole usage, and knows what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: --([^\s=]+)(?:=(\S*))?", message)
-        keys = self._keys(unknown[1].replace("-", "_")) if unknown else []
-        near = difflib.get_close_matches(f"--{unknown[1]}", self._option_string_actions, 1) if unknown else []
-        if unknown and keys:
-            after = [*sys.argv, ""][[*sys.argv, f"--{unknown[1]}"].index(f"--{unknown[1]}") + 1 :][:1]
-            value = unknown[2] or "".join(word for word in after if not word.startswith("-")) or "…"
-            near = [f"{key}={value}" for key in keys]
+        near = self._meant(message)
         hint = f"did you mean {' or '.join(near)}?" if near else f"see {self.prog} --help"
         self.exit(2, f"error: {message}; {hint}\n")
+
+    def _meant(self, message: str) -> list[str]:
+        """What may have been meant by the first of the words that are no arguments."""
+        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)(?:=(\S*))?", message):
+            if keys := self._keys(unknown[1].replace("-", "_")):
+                after = [*sys.argv, ""][[*sys.argv, f"--{unknown[1]}"].index(f"--{unknown[1]}") + 1 :][:1]
+                value = unknown[2] or "".join(word for word in after if not word.startswith("-")) or "…"
+                return [f"{key}={value}" for key in keys]
+            return difflib.get_close_matches(f"--{unknown[1]}", self._option_string_actions, 1)
+        if unknown := re.match(r"unrecognized arguments: ([\w.]+)=(\S*)", message):
+            option = "--" + unknown[1].rpartition(".")[2].replace("_", "-")
+            return [f"{option} {unknown[2]}"] if option in self._option_string_actions else []
+        return []
 
     def _keys(self, word: str) -> list[str]:
         """The config's keys that were typed as an option, where this script takes keys."""
         if not any("key=value" in str(action.metavar) for action in self._actions):
             return []
         from ddpm.config.schema import Config
-        from ddpm.config.section import field_keys
+        from ddpm.config.section import field_keys, meant
 
         known = field_keys(Config)
-        return [word] if word in known and "." in word else [key for key in known if key.split(".")[-1] == word]
+        return [word] if word in known and "." in word else meant(word, known)
 
 
-def as_json(record: object) -> str:
-    """On a terminal, what was computed of some thousand samples has no thirteen digits; a program gets all of them."""
-    if not sys.stdout.isatty():
-        return json.dumps(record, indent=1)
-    return json.dumps(json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}")), indent=1)
+def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path, list[str], RunDir | None]:
+    """CONFIG and key=value of a command line: the file, the changes, and the run that was given in place of a file.
+
+    Raises RequestError.
+    """
+    files = [word for word in words if "=" not in word]
+    changes = [word for word in words if "=" in word]
+    if "" in files:
+        raise RequestError("an empty word where a config file or key=value was expected: an unset shell variable?")
+    if len(files) > 1:
+        raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value")
+    if not files:
+        return environment.SHIPPED / "configs" / "cifar10.yaml", changes, None
+    path = Path(files[0])
+    if not path.is_file():
+        for there in (environment.user_path(files[0]), environment.runs_root(root) / files[0]):
+            if _may_be_run(there):
+                return there / "config.yaml", changes, RunDir(there)
+    return path, changes, None
 
 
 def warn(message: str) -> None:
@@ -97,13 +119,16 @@ def warn(message: str) -> None:
 
 def show_progress(doing: str) -> ShowProgress:
     """A function (done, total) that says so: one line that changes on a terminal, else a line per 10,000 images."""
-    tty = sys.stderr.isatty()
+    tty, told = sys.stderr.isatty(), 0
 
     def show(done: int, total: int) -> None:
+        nonlocal told
+        told = min(told, done)
         if tty:
             end = "" if done < total else "\n"
             print(f"\r{doing} {done}/{total} images", end=end, file=streams.below(sys.stderr), flush=True)
-        elif done % 10_000 == 0:
+        elif done // 10_000 > told // 10_000:
+            told = done
             print(f"{doing} {done}/{total} images", flush=True)
 
     return show
@@ -138,3 +163,22 @@ def find_run(word: str, root: str | None) -> RunDir:
             return RunDir(path)
     known = ", ".join(plain(run.name) for run in all_runs(base)) or "none"
     raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere)")
+
+
+def find_runs(words: Sequence[str], root: str | None) -> list[RunDir]:
+    """The runs that words name, each once: a run, a pattern of names (`cifar10-lr*`), or all runs of a sweep.
+
+    Raises RequestError where one names none.
+    """
+    found: dict[Path, RunDir] = {}
+    for word in words:
+        try:
+            runs = [find_run(word, root)]
+        except RequestError:
+            every = all_runs(environment.runs_root(root))
+            runs = [r for r in every if fnmatch.fnmatchcase(r.name, word)]
+            runs = runs or [r for r in every if (usable(r).get("sweep") or {}).get("name") == word]
+            if not runs:
+                raise
+        found |= {run.path: run for run in runs}
+    return list(found.values())

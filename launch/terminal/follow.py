@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.events import read_events
-from ddpm.run.files import read_json
+from ddpm.run.files import read_json, seconds
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_heartbeat
 from launch.cluster import scheduler
 from launch.queue.waiting import slurm_jobs
-from launch.terminal import streams
+from launch.queue.work import BEATS_S
+from launch.terminal import logfiles, streams
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
@@ -24,8 +27,9 @@ ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be 
 class Follower:
     """Shows how a run gets on while its jobs run: a progress bar on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    def __init__(self, run: RunDir, log: Path | None = None) -> None:
+        """log: what the work writes, where that is one file; else the run's newest."""
+        self._run, self._log = run, log
         self._bar: Any = None
         self._task: Any = None
         self._said_at = 0.0
@@ -49,8 +53,9 @@ class Follower:
         step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
-        if total is not None and step >= total:
-            state, step, total, what, loss, speed = state, *self._shards(), "shards", "", ""
+        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
+        if total is not None and (step >= total or not trains):
+            step, total, what, loss, speed = *self._shards(), "shards", self._says(), ""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
@@ -66,6 +71,12 @@ class Follower:
         asked = (read_json(newest.request) or {}).get("shards")
         return newest.num_published(), asked if isinstance(asked, int) else None
 
+    def _says(self) -> str:
+        """The last line of the log that has a time, without that."""
+        log = self._log or next(reversed(logfiles.of_run(self._run, None)), None)
+        said = re.findall(r"^20\S+Z (.*)$", logfiles.tail(log), re.M) if log else []
+        return f"  {plain(said[-1])}" if said else ""
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -73,7 +84,7 @@ class Follower:
 
 def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> int:
     """Until a background process ends; returns its exit code. Ctrl-C stops watching, not the work."""
-    follower = Follower(run)
+    follower = Follower(run, log)
     try:
         while process.poll() is None:
             follower.show("running")

@@ -11,6 +11,7 @@ from ddpm.run.paths import RunDir
 
 Event = dict[str, Any]
 HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign")
+HIDDEN_IN_SHORT = ("world_size", "code", "via", "pid", "despite", "cluster", "preemption")
 TAIL_BYTES = 4 << 20
 WORDS = {
     "DUE TO PREEMPTION": "preempted",
@@ -24,6 +25,18 @@ UNKNOWN = "SIGTERM: preempted, cancelled or requeued"
 
 def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
     """What status.py --events prints."""
+    for e, rest in _told(run, events):
+        yield f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}".rstrip()
+
+
+def short_lines(run: RunDir, events: list[Event]) -> Iterator[str]:
+    """The same of one run, for a screen: what fits there comes first."""
+    for e, rest in _told(run, events, (*HIDDEN, *HIDDEN_IN_SHORT)):
+        yield f"{e['time'][5:16].replace('T', ' ')}  {e['event']:14} {rest}  (job {e['job']}.{e['restart']})"
+
+
+def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) -> Iterator[tuple[Event, str]]:
+    """Each event, saves folded, and what it says besides."""
     scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
     ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
     for is_save, group in groupby(events, key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])):
@@ -37,8 +50,8 @@ def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
             unclear = e["event"] == "stop_requested" and e.get("reason") == "preempted"
             if unclear and (e["job"], e["restart"]) not in ours:
                 e = {**e, "reason": _who(run, e, scancelled)}
-            rest = " ".join(f"{k}={v}" for k, v in e.items() if k not in HIDDEN and v not in (None, ""))
-            yield f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}".rstrip()
+            rest = " ".join(f"{k}={v}" for k, v in e.items() if k not in hidden and v not in (None, ""))
+            yield e, rest
 
 
 def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from ddpm.errors import RequestError
-from ddpm.scoring.record import told
 from launch.terminal import console
+from launch.terminal.results import print_score
 
 
 def score_images(args: argparse.Namespace) -> int:
@@ -38,14 +38,14 @@ def score_images(args: argparse.Namespace) -> int:
     packed = load_images(images, args.size)
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
+    show = console.show_progress("features of")
     if stats:
-        save_statistics(packed, stats, extractor, keep)
+        save_statistics(packed, stats, extractor, keep, show)
         print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
     elif reference:
         with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
-            result = evaluate_images(packed, reference, extractor, args.size, keep)
-        print(console.as_json(result))
-        print(told(result), file=sys.stderr)
+            result = evaluate_images(packed, reference, extractor, args.size, keep, show)
+        print_score(result, None, as_json=args.json)
     return 0
 
 

@@ -14,6 +14,8 @@ STAGES = ("train", "sample", "evaluate")
 NOISE = ("srun:", "slurmstepd", "submitit ")
 """How the lines begin that are the scheduler's, and not the work's."""
 POLL_S = 0.5
+ASK_EVERY_S = 3.0
+"""While nothing is added: a job that comes back is away for a moment."""
 BLOCK = 1 << 20
 
 
@@ -49,17 +51,22 @@ def show(path: Path, keep: Callable[[str], bool]) -> None:
                 print(line.rstrip("\n"))
 
 
-def follow(find: Callable[[], list[Path]], keep: Callable[[str], bool], last_lines: int = 10) -> None:
+def follow(
+    find: Callable[[], list[Path]], keep: Callable[[str], bool], over: Callable[[], str] = str, last_lines: int = 10
+) -> str:
     """The end of the newest file, and from then on what is added to any of them: also to one that a later job begins.
 
-    Until ctrl-C.
+    over: how the run has ended, "" while anything of it is at work or nobody can tell; asked while nothing is added.
+    Until it says so twice, which is returned, or ctrl-C.
     """
     files = find()
     at = {path: path.stat().st_size for path in files}
     shown = files[-1] if files else None
     if shown:
         at[shown] = _begin(shown, last_lines)
+    asked_at, ended = time.monotonic(), False
     while True:
+        added = False
         for path in find():
             lines, at[path] = _added(path, at.get(path, 0))
             kept = [line for line in lines if keep(line)]
@@ -68,7 +75,25 @@ def follow(find: Callable[[], list[Path]], keep: Callable[[str], bool], last_lin
                 shown = path
             if kept:
                 print("\n".join(kept), flush=True)
+            added = added or bool(lines)
+        if added:
+            asked_at, ended = time.monotonic(), False
+        elif at and time.monotonic() - asked_at >= ASK_EVERY_S:
+            asked_at, told = time.monotonic(), over()
+            if told and ended:
+                return told
+            ended = bool(told)
         time.sleep(POLL_S)
+
+
+def tail(path: Path, most: int = 4096) -> str:
+    """The end of a file; nothing where it is gone."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, f.seek(0, 2) - most))
+            return f.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _begin(path: Path, last_lines: int) -> int:

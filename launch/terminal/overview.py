@@ -27,6 +27,8 @@ SILENT_AFTER_S = 60.0
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
 LIVES = ("allocated", "started", "resumed", "requeued")
 """Events that only a life that had its nodes tells."""
+OWN_REASONS = ("STOP", "interrupted")
+"""Why a life was asked to stop, where that was its owner's wish."""
 OVERDUE = 3
 """So many times the interval between saves without one, and it is told."""
 
@@ -115,7 +117,7 @@ def describe(
         "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
-        "restarts": max(0, len({life_of(e) for e in events if _lived(e)}) - 1),
+        "restarts": restarts(events),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
         "heartbeat_age_s": None if age is None else round(age, 1),
@@ -127,8 +129,12 @@ def describe(
     }
 
 
-def _lived(event: dict[str, Any]) -> bool:
-    return event["event"] in LIVES and event.get("stage", "train") == "train"
+def restarts(events: list[dict[str, Any]]) -> int:
+    """How often training began again that had been ended neither by its owner nor by its last step."""
+    told = [e for e in events if e.get("stage", "train") == "train" and e["event"] != "submitted"]
+    own = {life_of(e) for e in told if e["event"] in ("cancelled", "finished") or e.get("reason") in OWN_REASONS}
+    lives = list(dict.fromkeys(life_of(e) for e in told if e["event"] in LIVES))
+    return sum(before not in own for before in lives[:-1])
 
 
 def _is_own(run: RunDir, events: list[dict[str, Any]], beat: dict[str, Any]) -> bool:
@@ -244,5 +250,7 @@ def _state(
     finished = config is not None and finished_step(run, config) is not None
     stages = {stage for _, of_one in here.values() for stage in of_one}
     at_work = "train" in stages, bool(stages)
-    facts = standing.Facts(events, jobs, finished, run.is_stopped(), beats, *at_work, cluster=cluster_name())
+    behind = bool(stages) and local.is_behind(events)
+    seen = events, jobs, finished, run.is_stopped(), beats, *at_work
+    facts = standing.Facts(*seen, cluster=cluster_name(), behind=behind)
     return standing.word(facts)

@@ -5,7 +5,8 @@ Must not know: torch, or any file of a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ddpm.config.model import Model
 from ddpm.config.schema import Config
@@ -13,6 +14,7 @@ from ddpm.run.paths import RunDir
 from launch.cluster.site import Site
 from launch.queue import chain
 from launch.queue.submitting import describe
+from launch.terminal import columns as table
 from launch.terminal import recipes
 
 MEASURED = {(Model(dropout=0.1), 32): (2231, "one H100 80GB, bf16, compiled")}
@@ -27,8 +29,7 @@ def print_dry_run(
 
     in_container: what the run keeps of how ranks are started in one.
     """
-    same = recipe is not None and _network(recipe.config) == _network(config)
-    for line in lines(config, site, num_images, recipe.num_parameters if same and recipe else None):
+    for line in lines(config, site, num_images, _parameters(config, recipe)):
         print(f"# {line}")
     print(f"# run directory: {run.path}")
     known = config.train.total_steps is not None
@@ -53,6 +54,28 @@ def print_dry_run(
     print("# dry run: nothing was written or queued")
 
 
+def print_sweep(
+    points: Sequence[tuple[str, Config, Mapping[str, Any]]], stand: Sequence[str], nums: Sequence[int | None],
+    site: Site, recipe: recipes.Recipe | None,
+) -> None:  # fmt: skip
+    """points: name, config, and the values that differ, by key; stand: what there is of each; nums: its images."""
+    asked = []
+    for (_, config, _), num in zip(points, nums, strict=True):
+        asked.append([*lines(config, site, num, _parameters(config, recipe))])
+    print(f"# {_num(len(points), 'run')}, each:")
+    for line, *others in zip(*asked, strict=True):
+        if set(others) <= {line}:
+            print(f"#   {line}")
+    keys = list(points[0][2])
+    rows = [{"run": name, "is": is_, **values} for (name, _, values), is_ in zip(points, stand, strict=True)]
+    shown = [table.Column(name, (table.value(name),), needed=True) for name in ("run", *keys, "is")]
+    print("\n".join(table.fitted(rows, 0, shown, [column.name for column in shown])[0]))
+    for (name, _, _), told in zip(points, asked, strict=True):
+        for line, *others in zip(told, *asked, strict=True):
+            if not set(others) <= {line}:
+                print(f"# {name}: {line}")
+
+
 def lines(config: Config, site: Site, num_images: int | None, num_parameters: int | None) -> Iterator[str]:
     """num_images, num_parameters: where they are known without data and torch."""
     yield f"model: {_model(config, num_parameters)}"
@@ -60,6 +83,11 @@ def lines(config: Config, site: Site, num_images: int | None, num_parameters: in
     yield f"steps: {_steps(config, num_images)}"
     yield f"GPUs: {_gpus(config, site)}{_cost(config, site)}"
     yield f"time: {_time(site)}"
+
+
+def _parameters(config: Config, recipe: recipes.Recipe | None) -> int | None:
+    """Where the file says how many, and nothing changes its network."""
+    return recipe.num_parameters if recipe is not None and _network(recipe.config) == _network(config) else None
 
 
 def _network(config: Config) -> tuple[Model, int]:
@@ -131,8 +159,15 @@ def _time(site: Site) -> str:
 def _cost(config: Config, site: Site) -> str:
     if not site.num_gpus:
         return ""
-    speed, how = MEASURED.get(_network(config), (0, ""))
-    if not speed or config.train.total_steps is None:
+    if (hours := gpu_hours(config)) is None:
         return "; GPU hours unknown here, status.py tells the end once it runs"
-    hours = config.train.total_steps * config.train.global_batch / speed / 3600
+    speed, how = MEASURED[_network(config)]
     return f"; about {hours:.0f} GPU hours at {speed:,} images/s, as measured on {how}"
+
+
+def gpu_hours(config: Config) -> float | None:
+    """Of training, on one GPU as in MEASURED; None where its speed or its length in steps is not known."""
+    speed, _ = MEASURED.get(_network(config), (0, ""))
+    if not speed or config.train.total_steps is None:
+        return None
+    return config.train.total_steps * config.train.global_batch / speed / 3600

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def header(text: str) -> str:
     return " ".join(filter(None, lines))
 
 
-def read(path: Path) -> Recipe:
-    """Raises RequestError where the file is no valid config."""
-    config = reading.load(path)
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """overrides: key=value, over what the file says. Raises RequestError where that is no valid config."""
+    config = reading.load(path, overrides)
     text = header(path.read_text())
     parameters = re.search(r"\bNetwork: ([\d,]+) parameters", text)
     memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)

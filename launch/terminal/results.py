@@ -1,14 +1,20 @@
-"""What came out of a run whose chain is done, as a table."""
+"""What came out: of a run whose chain is done, as a table; a score in a few lines, or whole for programs."""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from ddpm.config.schema import Config
+from ddpm.run.files import read_json
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_metrics
-from ddpm.scoring.record import all_scores, key_of, scores_of, told
+from ddpm.scoring.record import SCORE_NAMES, all_scores, half_width, key_of, rounded, scores_of, told
 from launch.queue.sets import chain_set, of_other_samples, score_by
 
 
@@ -37,3 +43,52 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     print(f"run {run.name} is complete: {step} steps")
     for what, value in rows.items():
         print(f"  {what:18}{value}")
+
+
+def print_score(record: Mapping[str, Any], path: Path | None, *, as_json: bool) -> None:
+    """A record of scores: in a few lines on a terminal, as JSON in a pipe, or wherever it is asked for.
+
+    path: where it is kept.
+    """
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(record, indent=1))
+        print(told(record), file=sys.stderr)
+        return
+    print(told(record))
+    for what, value in _lines(record):
+        print(f"  {what:18}{plain(value)}")
+    if path is not None:
+        print(f"  {'all of it':18}{path}")
+
+
+def print_milestones(run: RunDir, *, as_json: bool) -> None:
+    """Its milestones.json: a line for each on a terminal."""
+    record = read_json(run.milestones) or {}
+    if as_json or not sys.stdout.isatty() or not record.get("curve"):
+        print(run.milestones.read_text(), end="")
+        return
+    key = record["score"]
+    print(f"{SCORE_NAMES[key]} of {record['num_samples']:,} samples each vs {record['reference']}")
+    for point in record["curve"]:
+        best = "  the best" if point["step"] == record["best"]["step"] else ""
+        ends = point.get(f"{key}_interval")
+        print(f"  step {point['step']:<12}{rounded(point[key], (ends[1] - ends[0]) / 2 if ends else None)}{best}")
+
+
+def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    key, half = key_of(record), half_width(record)
+    if half is not None:
+        low, high = (rounded(end, half) for end in record[f"{key}_interval"])
+        yield "95 %", f"{low} to {high}"
+    if (limit := record.get(f"{key}_infinity")) is not None:
+        yield "in the limit", f"{SCORE_NAMES[key]} {rounded(limit, half)}"
+    for name in ("kid", "kernel_distance", "inception_score"):
+        if (value := record.get(name)) is not None:
+            spread = record.get(f"{name}_std")
+            yield name.replace("_", " "), rounded(value, spread) + (f" ± {rounded(spread, spread)}" if spread else "")
+    if manifold := record.get("manifold"):
+        yield "manifold", ", ".join(f"{k} {manifold[k]:.2f}" for k in ("precision", "recall", "density", "coverage"))
+    if classes := record.get(f"{key}_per_class"):
+        yield "by class", " ".join("-" if value is None else rounded(value, None) for value in classes)
+    if at := record.get("checkpoint"):
+        yield "of", f"step {at['step']} ({at.get('weights', 'ema')}), seed {record.get('seed')}"

@@ -33,6 +33,8 @@ class Facts:
     """Whether one does anything for it: trains, samples or scores."""
     cluster: str = ""
     """Of which `jobs` are; "" where it has no name."""
+    behind: bool = False
+    """Whether the process here waits for another run's to end."""
 
 
 def word(f: Facts) -> str:
@@ -72,7 +74,7 @@ def word(f: Facts) -> str:
     if f.beats and last.get("event") in ("started", "resumed"):
         return "running"
     if f.here:
-        return "starting"
+        return "queued" if f.behind else "starting"
     if f.cluster and last.get("cluster", f.cluster) != f.cluster and last.get("event") != "finished":
         return "elsewhere"
     if f.jobs is not None and _never_began(f.events, last):

@@ -1,4 +1,4 @@
-"""The status page: the table, and under it what does not fit into it; printed once, or kept up to date."""
+"""The status page: the table, and under it what does not fit into it; or a line for each change, as in a pipe."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOOK_EVERY_S = 5.0
 LINE_EVERY_S = 30.0
 """In a pipe, of a run that only goes on."""
 PIPE_COLUMNS = 200
-SIZE_EVERY_S = 0.2
-CLEAR, OTHER_SCREEN, BACK = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 
 Row = dict[str, Any]
+KINDS = {"kept": "kept", "start_up": "starting up", "lost": "lost", "stopping": "stopping", "pending": "not saved yet"}
+"""Of time, in words."""
 
 
 def columns() -> int:
@@ -72,47 +72,18 @@ def where_time_went(row: Row) -> str:
     spent = row["allocated_s"]
     total = sum(spent.values())
     hours = f"{total / 3600:.2f} h" if total >= 360 else f"{total:.0f} s"
-    return f"{hours} allocated: " + ", ".join(
-        f"{kind.replace('_', '-')} {s / total:.1%}" for kind, s in spent.items() if s
-    )
+    return f"{hours} allocated: " + ", ".join(f"{KINDS[kind]} {s / total:.1%}" for kind, s in spent.items() if s)
 
 
 # ---------------------------------------------------------------- kept up to date
 
 
-def watch(look: Callable[[], list[Row]], *, details: bool) -> None:
-    """Until ctrl-C: the page anew on a terminal, whatever size it has become; a line for each change in a pipe."""
-    if sys.stdout.isatty():
-        _watch_here(look, details=details)
-    else:
-        _tell(look)
-
-
-def _watch_here(look: Callable[[], list[Row]], *, details: bool) -> None:
-    out = streams.below(sys.stdout)
-    rows = look()
-    out.write(OTHER_SCREEN)
-    try:
-        while True:
-            looked_at = time.monotonic()
-            size = shutil.get_terminal_size()
-            shown = page(rows, size.columns, details=details)
-            out.write(CLEAR + _drawn(_fitting(shown, size.lines)))
-            out.flush()
-            while time.monotonic() - looked_at < LOOK_EVERY_S and shutil.get_terminal_size() == size:
-                time.sleep(SIZE_EVERY_S)
-            if shutil.get_terminal_size() == size:
-                rows = look()
-    finally:
-        out.write(BACK)
-        show(rows, details=details)  # what was seen last stays
-
-
-def _fitting(shown: list[str], height: int) -> list[str]:
+def fitting(shown: list[str], height: int) -> list[str]:
     return shown if len(shown) <= height else [*shown[: height - 1], f"… and {len(shown) - height + 1} more lines"]
 
 
-def _tell(look: Callable[[], list[Row]]) -> None:
+def tell(look: Callable[[], list[Row]]) -> None:
+    """Until ctrl-C: a line whenever something has changed."""
     said: dict[str, tuple[float, tuple[Any, ...]]] = {}
     while True:
         for row in look():

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import PROJECT
+from tests.draws import drawn
 from tools.chaos import anywhere, files, mutants, outside, processes
 
 WRITER = {**files.ROWS, **anywhere.ROWS}
@@ -27,7 +28,10 @@ def test_a_killed_trainer_loses_nothing_acknowledged_and_ends_the_same() -> None
     assert result.passed, result
 
 
-@pytest.mark.parametrize("name", [name for name, mutant in mutants.MUTANTS.items() if mutant.row in QUICK])
+NOTICED = [name for name, mutant in mutants.MUTANTS.items() if mutant.row in QUICK]
+
+
+@pytest.mark.parametrize("name", drawn("mutants of quick rows", NOTICED, 4))
 def test_a_row_notices_the_mutant(name: str) -> None:
     mutant = mutants.MUTANTS[name]
     row, _, reduced = QUICK[mutant.row]
@@ -35,7 +39,7 @@ def test_a_row_notices_the_mutant(name: str) -> None:
         assert not row(reduced).passed
 
 
-@pytest.mark.parametrize("name", mutants.MUTANTS)
+@pytest.mark.parametrize("name", drawn("mutated copies", mutants.MUTANTS, 3))
 def test_a_copy_of_the_project_has_the_mutant_in_every_process(name: str) -> None:
     module, function = mutants.MUTANTS[name].module, mutants.MUTANTS[name].name
     look = f"import pkgutil; f = pkgutil.resolve_name('{module}:{function}'); print(f.__code__.co_filename)"

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from tests import forked
 from tests.conftest import PROJECT
 
 TINY = """
@@ -61,7 +62,7 @@ class Shell:
 
     def __call__(self, script: str, *args: str) -> subprocess.CompletedProcess[str]:
         argv, options = self.command(script, *args)
-        return subprocess.run(argv, capture_output=True, text=True, timeout=240, **options)
+        return forked.run(argv, options["cwd"], options["env"], timeout=240)
 
     def submit(self, *args: str) -> subprocess.CompletedProcess[str]:
         return self("submit", "tiny.yaml", "--cluster", "local", *args)

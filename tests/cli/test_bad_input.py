@@ -275,7 +275,8 @@ def test_a_cosine_run_cannot_be_extended_because_its_learning_rate_depends_on_th
 
 @pytest.mark.parametrize(("typed", "meant"), [
     (["--lr", "1e-4"], "train.lr=1e-4"), (["--total-steps=5"], "train.total_steps=5"),
-    (["--data.path", "/x"], "data.path=/x"), (["--steps", "--wait"], "sample.steps=…"),
+    (["--data.path", "/x"], "data.path=/x"), (["--steps", "--wait"], "train.total_steps=… or sample.steps=…"),
+    (["--batch-size", "32"], "train.global_batch=32 or sample.batch=32"),
     (["--partitoin", "gpu"], "--partition"),
 ])  # fmt: skip
 def test_a_key_that_was_typed_as_an_option_is_recognised(shell: Shell, typed: list[str], meant: str) -> None:

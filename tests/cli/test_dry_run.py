@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config import reading
+from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
 from launch import sample
@@ -65,6 +67,7 @@ def test_dry_run_loads_no_torch_and_touches_nothing(shell: Shell, args: list[str
         ("status", ["--json"]),
         ("status", []),
         ("status", ["--events"]),
+        ("status", ["--compare"]),
         ("logs", ["tiny"]),
         ("remove", ["tiny"]),
         ("board", ["--dry-run"]),
@@ -96,6 +99,15 @@ def test_a_dry_run_begins_with_what_is_asked_for_and_shows_scripts_where_they_ar
     assert "GPU hours unknown here" in shell("submit", "--dry-run", "model.base_channels=64").stdout
     small = shell("submit", "--dry-run", "tiny.yaml", "train.global_batch=2000", "--cluster", "local")
     assert "train.global_batch = 2000: the data has 1797 images" in small.stderr and "GPU hours" not in small.stdout
+
+
+def test_a_dry_run_of_a_sweep_is_a_table_of_its_runs_and_what_is_asked_for_each(shell: Shell) -> None:
+    swept = ["--sweep", "train.lr=1e-3,2e-3", "--sweep", "train.global_batch=8,16"]
+    text, loaded = imports(shell, "submit", "tiny.yaml", *swept, "--cluster", "local", "--dry-run")
+    assert "torch" not in loaded and not shell.root.exists()
+    assert "# 4 runs, each:\n#   model: U-Net" in text
+    assert "tiny-lr_2e-3-global_batch_16  0.002     16                  new\n" in text
+    assert "# tiny-lr_1e-3-global_batch_8: steps: 400 of 8 images" in text
 
 
 def test_a_run_is_called_after_its_data_and_recipe_where_nobody_says(shell: Shell) -> None:
@@ -166,6 +178,26 @@ def test_another_sampler_than_the_configs_does_not_take_over_its_eta(
     for sampler, eta in (("ancestral", 0.0), ("dpmpp_2m", 0.0), ("ddim", 0.5)):
         monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--sampler", sampler])
         assert sample.sampling_config(sample.parse(), run, None).sample.eta == eta
+
+
+@pytest.mark.parametrize("word", ["cat", "3", "8"])
+def test_one_class_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("data: {name: images, path: pets}\nmodel: {num_classes: 9}\nsample: {num_samples: 64}\n")
+    names = ["dog", "3", "owl", "cat", *"abcde"]  # a name comes first
+    run.run_json.write_text(json.dumps({"labels": {"classes": dict.fromkeys(names, 2)}}))
+    label = {"cat": 3, "3": 1, "8": 8}[word]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--class", word, "--num-samples", "70"])
+    plan = sample.sampling_config(sample.parse(), run, None).sample.class_plan
+    assert plan == tuple(70 * (i == label) for i in range(9))
+    for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, cat, a"),
+                        (["--class", "9"], "--class: no class '9'")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["sample.py", "run", *words])
+        with pytest.raises(RequestError, match=told):
+            sample.sampling_config(sample.parse(), run, None)
+    run.config.write_text("{}\n")
+    with pytest.raises(RequestError, match="the model has no classes"):
+        sample.sampling_config(sample.parse(), run, None)
 
 
 # ---------------------------------------------------------------- how long

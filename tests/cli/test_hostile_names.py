@@ -23,6 +23,10 @@ ESCAPE = "\x1b[31m"
         (["--partition", f"gpu{ESCAPE}"], r"partition = 'gpu\x1b[31m'"),
         (["--root", "runs\n#SBATCH --wrap=x"], r"runs\n#SBATCH --wrap=x': has control characters"),
         (["data.path=\udcff", "data.name=images"], "data.path"),
+        (
+            ["--sweep", f"train.lr=1,$(touch CANARY){ESCAPE}\n"],
+            r"--sweep train.lr=1,$(touch CANARY)\x1b[31m\n: not valid",
+        ),
         (["--root", "runs%j"], "SLURM reads % and \\ in a path as a pattern"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import forked
 from tests.cli.harness import Shell, events, read, wait_for
 
 LONG = "train.total_steps=1000000"
@@ -157,9 +158,8 @@ def damaged(half: Shell, shell: Shell) -> Shell:
     return shell
 
 
-def train(shell: Shell, **options: Any) -> subprocess.CompletedProcess[str]:
-    argv, usual = shell.command("jobs", "train", str(shell.root / "tiny"))
-    return subprocess.run(argv, capture_output=True, text=True, timeout=240, **{**usual, **options})
+def train(shell: Shell) -> subprocess.CompletedProcess[str]:
+    return shell("jobs", "train", str(shell.root / "tiny"))
 
 
 @pytest.mark.parametrize("what", LIVED_WITH)
@@ -210,7 +210,9 @@ def test_training_needs_no_standard_streams(damaged: Shell) -> None:
 
 
 def test_a_full_disk_ends_a_job_with_a_sentence(damaged: Shell) -> None:
-    done = train(damaged, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    argv, options = damaged.command("jobs", "train", str(damaged.root / "tiny"))
+    options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=240, **options)
     assert done.returncode == 1 and f"failed: File too large: {damaged.root / 'tiny'}" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -223,8 +225,8 @@ def test_of_a_job_with_several_ranks_each_makes_its_share_of_the_shards_and_none
     for rank, made in (("1", {1}), ("0", {0, 1, 2})):
         argv, options = again.command("jobs", "sample", str(run), "two", "--shards", "0-2")
         ranks = {"SLURM_JOB_ID": "17", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        options["env"] |= {**ranks, "SLURM_STEP_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1"}
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, **options)
+        env = options["env"] | {**ranks, "SLURM_STEP_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1"}
+        done = forked.run(argv, options["cwd"], env, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         there = {int(p.name.split("-")[1]) for p in (run / "samples" / "two").glob("shard-*.npz")}
         assert there == made and not list((run / "logs").glob(".exit*"))

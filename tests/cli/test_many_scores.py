@@ -86,7 +86,8 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     scores = again.root / "tiny" / "eval"
     mine = read(scores / f"{TINY_SET}.json")
     assert "at least two" in again.refused("evaluate", "tiny", "--compare", TINY_SET)
-    assert "no score against train by pixels" in again.refused("evaluate", "tiny", "--compare", TINY_SET, "other")
+    told = again.refused("evaluate", "tiny", "--compare", TINY_SET, "tiny/other")
+    assert f"tiny/other: no such sample set; run tiny has tiny/{TINY_SET}" in told
     told = again.refused("evaluate", "tiny", "--compare", TINY_SET, "x", "--reference", "test")
     assert told.endswith(f"evaluate.py {again.root}/tiny --set {TINY_SET} --reference test\n")
     near = {"frechet_distance_interval": [60.0, 64.0], "frechet_distance_infinity": 50.0}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from ddpm.run.paths import RunDir
+from launch.queue.waiting import is_told_to_stop
 from tests.cli.harness import TINY_SET, Shell, events, is_alive, png, read, snapshot, wait_for, write_zip
 
 SLURM = ("--cluster", "slurm", "--partition", "gpu", "--via", "sbatch")
@@ -68,20 +70,33 @@ def test_what_is_cancelled_here_is_saved_and_nothing_follows_and_what_is_at_work
     assert '"state": "stopped"' in shell("status", "tiny", "--json").stdout
 
 
-def test_what_samples_on_this_machine_is_no_training_at_work(finished: Shell, again: Shell) -> None:
-    """A STOP file is lifted for a score while something else than training runs; under a training it is refused."""
+def test_a_sweep_here_runs_one_after_the_other_and_the_same_command_leaves_what_waits_and_follows_it(
+    shell: Shell,
+) -> None:
+    swept = ["train.total_steps=20", "--sweep", "seed=1,2"]
+    begun = shell.submit(*swept)
+    first, second = re.findall(r"as pid (\d+)", begun.stdout)
+    assert f"once pid {first} has ended" in begun.stdout, begun.stderr
+    done = shell.submit(*swept, "--wait")
+    assert done.returncode == 0 and f"or waits to be, as pid {second}" in done.stdout, done.stdout + done.stderr
+    times = {(e["event"], n): e["time"] for n in "12" for e in events(shell.root / f"tiny-seed_{n}")}
+    assert times["finished", "1"] <= times["started", "2"]
+    assert re.search(r"^run +seed +step +loss\ntiny-seed_. +. +20/20", done.stdout, re.M)
+
+
+def test_a_stopped_run_is_scored_and_stays_stopped(finished: Shell, again: Shell) -> None:
+    """Only training submissions lift STOP; whatever else is at work, and one that comes later ends a score too."""
     run = again.root / "tiny"
-    for stage, code in (("sample", 0), ("train+sample", 2)):
-        name = f"local-{stage}"
-        with subprocess.Popen(["sleep", "300"], env={**os.environ, "DDPM_JOB": name}) as process:
-            told = {"event": "submitted", "time": "2099-01-01T00:00:00.000Z", "job": name, "restart": 0}
-            told |= {"host": socket.gethostname(), "stage": stage, "via": "local", "pid": process.pid}
-            (run / "events" / f"submit-{name}.0.jsonl").write_text(json.dumps(told) + "\n")
-            (run / "STOP").touch()
-            done = again("evaluate", "tiny", "--set", TINY_SET, "--cluster", "local")
-            process.kill()
-        assert done.returncode == code, done.stdout + done.stderr
-        assert (run / "STOP").exists() is (code == 2) and ("STOP" in done.stderr) is (code == 2)
+    (run / "STOP").touch()
+    before = (run / "STOP").stat().st_mtime_ns
+    shutil.rmtree(run / "eval")
+    done = again("evaluate", "tiny", "--set", TINY_SET, "--cluster", "local")
+    assert done.returncode == 0 and json.loads(done.stdout)["num_samples"] == 25, done.stdout + done.stderr
+    assert (run / "STOP").stat().st_mtime_ns == before and "STOP" not in done.stdout + done.stderr
+    (score,) = [e for e in events(run) if e["event"] == "submitted" and "despite" in e]
+    assert not is_told_to_stop(RunDir(run), score["job"])
+    RunDir(run).renew_stop()
+    assert is_told_to_stop(RunDir(run), score["job"])
 
 
 def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_more(shell: Shell, slurm: Path) -> None:
@@ -91,8 +106,10 @@ def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_
     assert str(stop) not in shell("submit", "tiny.yaml", *SLURM).stdout
     stop.touch()
     done = shell("submit", "tiny.yaml", *SLURM)
-    assert done.returncode == 0 and "in the queue already: train as job 101" in done.stdout
+    assert done.returncode == 0 and "in the queue already: train as job 101" in done.stdout and done.stderr == ""
     assert str(stop) in done.stdout and stop.exists() and len(submissions(slurm)) == 1
+    done = shell("submit", "tiny.yaml", *SLURM, "--account", "other")
+    assert done.returncode == 0 and "stays as it was submitted: account is None there and 'other' here" in done.stderr
 
 
 def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(shell: Shell, slurm: Path) -> None:

@@ -25,7 +25,7 @@ def lines(shell: Shell, code: int, *args: str) -> dict[str, tuple[str, str]]:
     assert done.returncode == code and done.stderr == "", done.stdout + done.stderr
     assert snapshot(shell.root) == before
     told = {}
-    for line in done.stdout.splitlines():
+    for line in done.stdout.splitlines()[:-1]:
         verdict, _, rest = line.partition(" ")
         what, _, why = rest.strip().partition(": ")
         told[what] = verdict, why

@@ -63,9 +63,17 @@ def test_status_lists_the_events_of_a_life(finished: Shell) -> None:
     assert [line.split("stage=")[1].split()[0] for line in lines if "stage_done" in line] == ["sample", "evaluate"]
 
 
-def on_a_terminal(shell: Shell, columns: int, *args: str, until: str, then: int = 0, again: str = "") -> str:
+def on_a_terminal(
+    shell: Shell,
+    columns: int,
+    *args: str,
+    until: str,
+    then: int = 0,
+    again: str = "",
+    keys: dict[str, str] | None = None,
+) -> str:
     """What status.py draws on a terminal of so many columns, until it shows `until`; with `then`, resized to so many,
-    until `again`; and after ctrl-C."""
+    until `again`; keys: and what each of them shows; and after ctrl-C, or after q."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     argv, options = shell.command("status", *args)
@@ -88,7 +96,11 @@ def on_a_terminal(shell: Shell, columns: int, *args: str, until: str, then: int 
             at = len(shown)
             fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 30, then, 0, 0))
             wait_for(lambda: has(again, at), again)
-        process.send_signal(signal.SIGINT)
+        for key, word in (keys or {}).items():
+            at = len(shown)
+            os.write(leader, key.encode())
+            wait_for(lambda at=at, word=word: has(word, at), word)
+        os.write(leader, b"q") if keys else process.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # its end
             wait_for(lambda: has("no such word", 0), "the end")
         assert process.wait(30) == 0
@@ -97,6 +109,13 @@ def on_a_terminal(shell: Shell, columns: int, *args: str, until: str, then: int 
         process.wait()
         os.close(leader)
     return shown.decode()
+
+
+def test_keys_show_a_runs_life_and_log_and_ask_before_they_stop_it(finished: Shell) -> None:
+    before = snapshot(finished.root)
+    keys = {"\r": "stage_done", "l": "scored ", "s": "stop tiny?", "n": "esc back", "\x1b": "choose"}
+    shown = on_a_terminal(finished, 80, "--watch", until="q quit", keys=keys)
+    assert "\x1b[7mtiny" in shown and "\x1b[?1049l" in shown and snapshot(finished.root) == before
 
 
 def test_watch_redraws_what_fits_when_the_terminal_is_resized_and_leaves_what_it_showed_last(finished: Shell) -> None:

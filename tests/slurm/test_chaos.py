@@ -1,6 +1,4 @@
-"""Rows of the chaos bench on SLURM that are quick, in reduced counts: six of them, drawn anew each time.
-
-DDPM_TEST_FULL=1 runs all that are named here.
+"""Rows of the chaos bench on SLURM that are quick, in reduced counts: four of them, drawn anew each time.
 
 All others are in `python -m tools.chaos` alone: dead and hanging nodes, stopped ranks, two jobs on a run, slurmctld,
 other settings of a partition, and stops during start-up, packing, compiling and scoring.
@@ -8,11 +6,9 @@ other settings of a partition, and stops during start-up, packing, compiling and
 
 from __future__ import annotations
 
-import os
-import random
-
 import pytest
 
+from tests.draws import drawn
 from tools.chaos import cluster, slurm_faults, slurm_stops
 from tools.slurm_testbed.harness import SlurmTestbed
 
@@ -22,7 +18,6 @@ HERE = [
     "one-rank-killed", "crash-loop",
 ]  # fmt: skip
 CASES = [(name, "submitit") for name in HERE] + [("one-rank-killed", "sbatch"), ("crash-loop", "sbatch")]
-DRAWN = CASES if os.environ.get("DDPM_TEST_FULL") else sorted(random.sample(CASES, 6))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +25,7 @@ def site(testbed: SlurmTestbed) -> cluster.Cluster:
     return cluster.Cluster(testbed, testbed.mkdir("chaos"), "submitit")
 
 
-@pytest.mark.parametrize(("name", "via"), DRAWN)
+@pytest.mark.parametrize(("name", "via"), drawn("rows on SLURM", CASES, 4))
 def test_the_run_survives(site: cluster.Cluster, name: str, via: str) -> None:
     row, _, reduced = ROWS[name]
     site.via = via

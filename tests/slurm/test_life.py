@@ -18,6 +18,7 @@ import pytest
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
+from tests.draws import drawn
 from tests.images import write_zip
 from tools.chaos import cluster, lives
 from tools.slurm_testbed.harness import SlurmTestbed
@@ -115,7 +116,7 @@ def contained(site: Site, name: str, more: str = "") -> Path:
     return profile
 
 
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize("via", drawn("pre-empted, via", ["submitit", "sbatch"], 1))
 def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
     site: Site, undisturbed: RunDir, via: str
 ) -> None:
@@ -160,6 +161,19 @@ def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(s
     assert "slurmstepd" in site.script("logs", "everyday", "--all")
     site.script("remove", "everyday", "--yes")
     assert not site.run_dir("everyday").path.exists()
+
+
+def test_a_sweep_is_runs_with_jobs_of_their_own_and_the_same_command_leaves_those_that_are_done(site: Site) -> None:
+    words = ["--gpus-per-node", "0", "train.total_steps=10", "--sweep", "train.lr=1e-4,2e-4,4e-4"]
+    jobs = site.submit("swept", *words)
+    assert len(set(jobs)) == 3
+    for job, name in zip(jobs, ("swept-lr_1e-4", "swept-lr_2e-4", "swept-lr_4e-4"), strict=True):
+        assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log(name)
+        assert {e["job"] for e in read_events(site.run_dir(name))} == {job}
+    rows = json.loads(site.script("status", "--compare", "swept-lr", "--json"))
+    assert sorted(row["differs"]["train.lr"] for row in rows) == [1e-4, 2e-4, 4e-4]
+    assert {row["step"] for row in rows} == {10} and rows == sorted(rows, key=lambda row: float(row["loss"]))
+    assert site.submit("swept", *words) == []
 
 
 def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
@@ -233,7 +247,7 @@ def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: 
     assert (read_json(run.eval / "ddim5-step600-seed0.json") or {})["num_samples"] == 32
 
 
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize("via", drawn("exported, via", ["submitit", "sbatch"], 1))
 def test_what_a_user_has_exported_decides_only_what_was_not_asked_for(site: Site, via: str) -> None:
     exported = {"SBATCH_EXPORT": "NONE", "SBATCH_NO_REQUEUE": "1", "SBATCH_OPEN_MODE": "truncate",
                 "SBATCH_JOB_NAME": "other", "SBATCH_SIGNAL": "KILL@3600", "SBATCH_TIMELIMIT": "7"}  # fmt: skip

@@ -14,6 +14,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import read_json
 from launch.cluster.options import load_profile
 from tests.conftest import PROJECT, requires
+from tests.draws import drawn
 from tests.images import write_zip
 from tests.slurm.test_life import APPTAINER, Site
 from tools.slurm_testbed.harness import ACCOUNTING, SlurmTestbed, missing
@@ -83,7 +84,10 @@ def _no_job_is_left(strict: Site) -> Iterator[None]:
 SHORT = ["train.total_steps=10", "sample.num_samples=64", "sample.shards=64", "sample.steps=2", "sample.batch=8"]
 
 
-@pytest.mark.parametrize(("via", "profile"), [("submitit", "site"), ("sbatch", "contained")])
+WAYS = [("submitit", "site"), ("sbatch", "contained")]
+
+
+@pytest.mark.parametrize(("via", "profile"), drawn("a strict site, via", WAYS, 1))
 def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_room_for_ten_jobs(
     strict: Site, via: str, profile: str
 ) -> None:
@@ -163,7 +167,7 @@ def test_a_run_that_a_qos_pre_empts_saves_in_its_grace_period_and_comes_back(str
     assert stop["step"] == back["step"] and "waiting up to 45 s for SLURM" in strict.log("qos")
 
 
-@pytest.mark.parametrize("via", ["submitit", "sbatch"])
+@pytest.mark.parametrize("via", drawn("cancelled, via", ["submitit", "sbatch"], 1))
 def test_a_training_that_is_cancelled_takes_its_chain_along(strict: Site, via: str) -> None:
     name = f"cancelled-{via}"
     inside = ["--profile", str(strict.bed.workdir / "contained.yaml")] if via == "sbatch" else []

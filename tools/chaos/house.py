@@ -7,6 +7,8 @@ records hold.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import sys
@@ -147,27 +149,38 @@ SHOWN: tuple[list[str], ...] = (["run"], [], ["run", "--events"], ["--json"])
 def built() -> Iterator[House]:
     """Both moments. Raises AssertionError where the undisturbed run does not get there."""
     with tempfile.TemporaryDirectory(prefix="ddpm-chaos-", ignore_cleanup_errors=True) as where:
-        house = House(Path(where))
-        if os.geteuid() == 0:
-            os.chown(where, NOBODY, NOBODY)
-        with as_owner():
-            _pictures(house.where / "pictures")
-            (house.where / "config.yaml").write_text("name: run\n")
-        steps: list[tuple[Work, int]] = [
-            (lambda: submit(house, "beside", "--prepare"), 0),  # nothing is done to it, and status shows it always
-            (lambda: submit(house, "run", "--prepare"), 0),
-            (lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE),
-            (lambda: sample(house, "early", "--step", EARLY), 0),
-            (lambda: evaluate(house, "early"), 0),
-            (lambda: script("evaluate", house.run.path, "--all-milestones"), 0),
-            (lambda: script("evaluate", house.run.path, *BOUND), 0),
-            (lambda: sample(house, "few", "--prepare"), 0),
-            (lambda: job(house, "sample", "few", "--shard", "0"), 0),
-            (lambda: (_stop_after_a_batch(), job(house, "sample", "few", "--shard", "1")), EXIT_REQUEUE),
-        ]
-        _build(house, steps, "half")
-        _build(house, [(lambda: VERBS["submit"](house, ""), 0)], "finished")
-        yield house
+        yield _built(House(Path(where)))
+
+
+@functools.cache
+def shared() -> House:
+    """One for all rows of this process that change nothing of it but `root`. Raises as `built`."""
+    where = tempfile.mkdtemp(prefix="ddpm-chaos-")
+    atexit.register(shutil.rmtree, where, ignore_errors=True)
+    return _built(House(Path(where)))
+
+
+def _built(house: House) -> House:
+    if os.geteuid() == 0:
+        os.chown(house.where, NOBODY, NOBODY)
+    with as_owner():
+        _pictures(house.where / "pictures")
+        (house.where / "config.yaml").write_text("name: run\n")
+    steps: list[tuple[Work, int]] = [
+        (lambda: submit(house, "beside", "--prepare"), 0),  # nothing is done to it, and status shows it always
+        (lambda: submit(house, "run", "--prepare"), 0),
+        (lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE),
+        (lambda: sample(house, "early", "--step", EARLY), 0),
+        (lambda: evaluate(house, "early"), 0),
+        (lambda: script("evaluate", house.run.path, "--all-milestones"), 0),
+        (lambda: script("evaluate", house.run.path, *BOUND), 0),
+        (lambda: sample(house, "few", "--prepare"), 0),
+        (lambda: job(house, "sample", "few", "--shard", "0"), 0),
+        (lambda: (_stop_after_a_batch(), job(house, "sample", "few", "--shard", "1")), EXIT_REQUEUE),
+    ]
+    _build(house, steps, "half")
+    _build(house, [(lambda: VERBS["submit"](house, ""), 0)], "finished")
+    return house
 
 
 def _build(house: House, steps: list[tuple[Work, int]], moment: str) -> None:

@@ -11,7 +11,6 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -25,7 +24,6 @@ import torch
 from ddpm.run.events import read_events
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
-from launch.cluster.environment import PROJECT
 from tools.chaos import checker
 
 TINY = [
@@ -55,9 +53,20 @@ def remove(run: RunDir) -> None:
 
 def prepare(root: Path, name: str, *overrides: str) -> RunDir:
     """A run directory, made by the script that people use."""
-    command = [sys.executable, str(PROJECT / "launch" / "submit.py"), "--cluster", "local", "--prepare", "--root",
-               str(root), "--name", name, *TINY, *overrides]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    import sklearn.datasets  # noqa: F401 - as the script loads it
+
+    from launch import submit
+    from launch.terminal import console
+
+    def make() -> None:
+        sys.argv = ["launch/submit.py", "--cluster", "local", "--prepare", "--root", str(root), "--name", name, *TINY,
+                    *overrides]  # fmt: skip
+        console.run_script(submit.main)
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-chaos-") as where:
+        log = Path(where) / "said"
+        code = ended(_forked(make, log))
+        assert code == 0, log.read_text()
     return RunDir(root / name)
 
 
@@ -82,21 +91,32 @@ def life(
     import ddpm.training.trainer  # noqa: F401
     from launch import jobs
 
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        out = os.open(log or log_of(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)  # a test runner has put its own in their place
+    def work() -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DDPM_CPUS="1", **(env or {}))
         before()
         jobs.main(["train", str(run.path)])  # ends the process
+
+    return _forked(work, log or log_of(run))
+
+
+def _forked(work: Callable[[], object], log: Path) -> int:
+    """The pid of a process that does `work`, which ends it, and says in `log` what it says."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)  # a test runner has put its own in their place
+        work()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(1)
+        os._exit(code)
 
 
 def ranks(run: RunDir, num: int, before: Callable[[], object] = lambda: None) -> list[int]:

@@ -19,7 +19,7 @@ from ddpm.errors import EXIT_FATAL
 from tools.chaos import checker, verdicts
 from tools.chaos.files import Result
 from tools.chaos.forked import as_owner
-from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, built
+from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, built, shared
 from tools.chaos.verdicts import BAD, Calm, judge, watch
 
 # ---------------------------------------------------------------- files
@@ -160,14 +160,13 @@ def _tried(cells: list[Cell], count: int, seed: int = 0) -> Result:
         cells, few = random.Random(seed).sample(cells, count), f" of {len(cells)}, chosen by seed {seed}"
     told: Counter[str] = Counter()
     bad: list[str] = []
-    with built() as house:
-        calm = {(m, v): verdicts.undisturbed(house, m, v) for m, v in {(c.moment, c.verb) for c in cells}}
-        for cell in cells:
-            verdict = try_cell(house, cell, calm[cell.moment, cell.verb])
-            told[verdict.partition(":")[0]] += 1
-            if verdict.startswith(BAD):
-                bad.append(f"{' / '.join(cell)}: {verdict}")
-                print(bad[-1], flush=True)
+    house = shared()
+    for cell in cells:
+        verdict = try_cell(house, cell, verdicts.undisturbed(house, cell.moment, cell.verb))
+        told[verdict.partition(":")[0]] += 1
+        if verdict.startswith(BAD):
+            bad.append(f"{' / '.join(cell)}: {verdict}")
+            print(bad[-1], flush=True)
     counts = ", ".join(f"{num} {verdict}" for verdict, num in told.most_common())
     return Result(
         f"broken from outside, {len(cells)} cells{few}",
@@ -181,13 +180,13 @@ def _tried(cells: list[Cell], count: int, seed: int = 0) -> Result:
 
 def manifests_gone(_: int) -> Result:
     """A copy that ended before the manifests: training does not start over, and removes nothing."""
-    with built() as house:
-        house.put_back("half")
-        for manifest in house.run.checkpoints.glob("*.json"):
-            manifest.unlink()
-        before = verdicts.watch(house)
-        said = house.do("half", "train")
-        after = verdicts.watch(house)
+    house = shared()
+    house.put_back("half")
+    for manifest in house.run.checkpoints.glob("*.json"):
+        manifest.unlink()
+    before = verdicts.watch(house)
+    said = house.do("half", "train")
+    after = verdicts.watch(house)
     less = sorted(path for path, content in before.content.items() if content - set().union(*after.content.values()))
     passed = said.code == EXIT_FATAL and "Traceback" not in said.text and not less
     return Result("a copy without its manifests", f"exit {EXIT_FATAL}, all that is there stays",

@@ -12,6 +12,7 @@ run's content is not either.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -63,6 +64,7 @@ class Calm:
     after: Watched
 
 
+@functools.cache
 def undisturbed(house: House, moment: str, verb: str) -> Calm:
     house.put_back(moment)
     before = watch(house)

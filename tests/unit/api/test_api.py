@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddpm
 from ddpm.config import reading
@@ -161,6 +162,11 @@ def test_readmes_sampling_runs_as_it_stands(elsewhere):
     exec(readme_code()[0], names)
     assert names["images"].shape == (64, 8, 8, 3) and names["images"].dtype == np.uint8
     assert same_weights(names["model"].network, generations.load(made, 20)["ema"])
+    shutil.rmtree(made.path)
+    made = make_run(made.path, make_config(**WITH_CLASSES), steps=(10,))
+    exec(readme_code()[0].replace("steps=100, ", ""), names)
+    assert np.array_equal(names["images"], load(made.path).sample(64, labels="0"))
+    assert Image.open("grid.png").width == Image.open("grid.png").height
 
 
 def test_readmes_training_loop_runs_as_it_stands_and_learns(elsewhere):
@@ -174,6 +180,23 @@ def test_readmes_training_loop_runs_as_it_stands_and_learns(elsewhere):
     )
     assert len(losses) == 100
     assert np.mean(losses[-10:]) < 0.4 < np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("overrides", ["", ', "model.num_classes=2"'])
+def test_readmes_training_loop_takes_any_torch_dataset_also_for_a_model_of_classes(elsewhere, overrides):
+    for i in range(64):
+        path = elsewhere / "pets" / ("cat" if i % 2 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (4 * i, 0, 0)).save(path)
+    _, loop, loader = readme_code()
+    (first,) = (line for line in loop.splitlines() if "ddpm.batches" in line)
+    names: dict[str, Any] = {}
+    code = loop.replace(first + "\n", loader).replace(
+        '["train.global_batch=32"', f'["train.global_batch=32"{overrides}'
+    )
+    exec(code.replace(".sample(16)", '.sample(2, sampler="ddim", steps=2)'), names)
+    assert names["step"] == 2 and names["loss"].isfinite() and names["images"].shape == (2, 8, 8, 3)
+    assert names["config"].model.num_classes == (2 if overrides else 0)
 
 
 # ---------------------------------------------------------------- loading
@@ -477,6 +500,35 @@ def test_labels_that_are_not_one_class_for_each_image_are_refused(tmp_path, labe
     run = make_run(tmp_path / "run", make_config(**WITH_CLASSES), steps=(10,))
     with pytest.raises(RequestError, match="must be 2 whole numbers, one per image, from 0 to 2"):
         load(run.path).sample(2, labels=labels)
+
+
+@pytest.mark.parametrize("labels", [None, "2"])
+def test_samples_come_as_arrays_tensors_or_pictures_of_the_same_bytes(tmp_path, labels):
+    model = load(make_run(tmp_path / "run", make_config(**WITH_CLASSES), steps=(10,)).path).to("cpu")
+    array, tensor, pictures = (model.sample(3, labels=labels, output=output) for output in ("numpy", "torch", "pil"))
+    assert tensor.dtype == torch.uint8 and tensor.shape == (3, 3, 8, 8) and tensor.is_contiguous()
+    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+    assert [p.mode for p in pictures] == ["RGB"] * 3 and np.array_equal(np.stack(pictures), array)
+    grids = [ddpm.grid(images, columns=1) for images in (array, tensor, pictures)]
+    assert grids[0].size[1] > 2 * grids[0].size[0] and len({grid.tobytes() for grid in grids}) == 1
+    with pytest.raises(RequestError, match="output = 'jpeg': use one of numpy, torch, pil"):
+        model.sample(3, output="jpeg")
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), None, r"images of shape \(2, 8, 8, 3\) and type float32: must be uint8"),
+        (torch.zeros(8, 8, dtype=torch.uint8), None, r"images of shape \(8, 8\)"),
+        (np.zeros((2, 8, 8, 1), np.uint8), None, r"images of shape \(2, 8, 8, 1\)"),
+        ([], None, r"images of shape \(0,\)"),
+        ([Image.new("RGB", (8, 8)), Image.new("L", (8, 9))], None, "these are of several sizes"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 0, "columns = 0: must be at least 1"),
+    ],
+)
+def test_what_is_no_row_of_images_makes_no_grid(images, columns, message):
+    with pytest.raises(RequestError, match=message):
+        ddpm.grid(images, columns=columns)
 
 
 def test_num_must_be_positive(run):

@@ -6,6 +6,7 @@ The scripts are run, by bash, with an srun and a Python that only write down wha
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -21,15 +22,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run import log
 from ddpm.run.paths import RunDir, check_name
+from launch import sweep
 from launch.cluster import by_submitit, by_template, code, environment
 from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.site import Site
+from tests.cli.harness import TINY
 
 PIECES = [
     *("a", "B", "7", "-", "--", ".", "..", "../", "/", "_", "=", ":", ",", "#", "ü", "а", "\u202e", "\u2028", "\x85"),
@@ -198,3 +202,22 @@ def test_what_is_printed_has_no_control_characters(text: str) -> None:
     shown: Any = log.plain(text)
     assert shown.isprintable() and shown.encode()
     assert [line.isprintable() for line in log.plain_lines(text).split("\n")] == [True] * (text.count("\n") + 1)
+
+
+@few
+@given(values=st.lists(odd, min_size=1, max_size=3), quoted=st.booleans())
+def test_a_value_of_a_sweep_is_carried_as_it_is_in_a_run_of_an_allowed_name_or_refused(
+    values: list[str], quoted: bool
+) -> None:
+    typed = ",".join(map(json.dumps, values) if quoted else values)
+    try:
+        found = sweep.configs([f"data.path={typed}"], [], lambda more: reading.of_text(TINY, Path("tiny.yaml"), more))
+    except RequestError as e:
+        assert log.plain_lines(e) == str(e) and str(e).count("\n") <= 1
+        return
+    assert len({config.name for config, _ in found}) == len(found)
+    for config, record in found:
+        assert check_name(config.name).startswith("tiny-path_")
+        assert record == {"name": "tiny-path", "values": {"data.path": config.data.path}}
+    if quoted:
+        assert [config.data.path for config, _ in found] == values

@@ -11,6 +11,7 @@ from ddpm.config.diffusion import Diffusion
 from ddpm.config.reading import load
 from ddpm.config.schema import Config, check_world_size
 from ddpm.config.section import Section, build, field_keys
+from ddpm.config.synonyms import SYNONYMS
 from ddpm.config.yaml import load_yaml
 from ddpm.diffusion import schedule
 from ddpm.diffusion.samplers import SAMPLERS, sample
@@ -52,7 +53,7 @@ BAD = {
     "training: {lr: 1}": ["'training'"],
     "train: 3": ["train = 3", "section of keys"],
     "data: null": ["data = None", "section of keys"],
-    "1: 2": ["'1'", "train.lr"],
+    "1: 2": ["'1'", "name, seed, data.name", "--dry-run"],
     "? [1]\n: 2": ["[1]", "no key"],
     "- 1": ["keys and values", "list"],
     "just words": ["keys and values", "str"],
@@ -171,7 +172,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("train.loss=l1", ["'train.loss'", "did you mean 'diffusion.loss'"]),
         ("train.steps=9", ["'train.steps'", "'train.total_steps'?"]),
         ("sample.lr=9", ["'sample.lr'", "did you mean 'train.lr'?"]),
-        ("train.momentum_of_adam=1", ["'train.momentum_of_adam'", "known", "train.global_batch"]),
+        ("train.momentum_of_adam=1", ["'train.momentum_of_adam'", "the nearest are train."]),
         ("train=1", ["'train'"]),
         ("train.lr=[", ["train.lr=[", "not valid YAML"]),
         ("train.lr=", ["train.lr", "None"]),
@@ -463,3 +464,19 @@ def test_a_number_of_steps_may_be_written_as_people_do(written: str, steps: int)
 def test_what_is_no_number_of_steps_is_not_read_as_another(written: str) -> None:
     with pytest.raises(RequestError, match=r"train\.total_steps"):
         load(PROJECT / "configs" / "cifar10.yaml", [f"train.total_steps={written}"])
+
+
+@pytest.mark.parametrize(("typed", "answer"), [
+    ("train.learning_rate", "did you mean 'train.lr'?"), ("trian.lr", "did you mean 'train.lr'?"),
+    ("batch_size", "did you mean 'train.global_batch' or 'sample.batch'?"),
+    ("train.batch_size", "did you mean 'train.global_batch'?"), ("epochs", "did you mean 'train.total_epochs'?"),
+    ("num_steps", "did you mean 'train.total_steps' or 'sample.steps'?"),
+    ("train.steps", "did you mean 'train.total_steps'?"), ("mixed_precision", "did you mean 'train.amp'?"),
+    ("train.foo", "the nearest are train.total_epochs, train.label_dropout, train.early_stop_below; --dry-run"),
+])  # fmt: skip
+def test_a_key_of_another_trainer_is_answered_with_ours(tmp_path: Path, typed: str, answer: str) -> None:
+    assert answer in refusal(tmp_path, "", f"{typed}=1")
+
+
+def test_whatever_others_call_a_key_is_one_of_ours() -> None:
+    assert {key for keys in SYNONYMS.values() for key in keys} <= set(field_keys(Config))

@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "floats": (lambda: encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "do not say what is white"),
     "32 bits": (lambda: encoded(Image.fromarray(np.zeros((8, 8), np.int32)), "TIFF"), "do not say what is white"),
     "empty": (lambda: b"", "the file is empty"),
-    "text": (lambda: b"hello", "cannot identify image file"),
+    "text": (lambda: b"hello", "no picture in a format"),
 }
 
 

@@ -279,7 +279,7 @@ def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
         polled.append(path)
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
-    stop.watch(tmp_path / "STOP")
+    stop.watch(RunDir(tmp_path))
     with monkeypatch.context() as m:
         m.setattr(os, "lstat", stale)
         assert stop() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import EnvironmentLacks
-from ddpm.run.events import EventLog
+from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.cluster.job import Job
@@ -94,3 +95,22 @@ def test_a_process_of_another_users_has_the_run_too(run: RunDir) -> None:
             done = subprocess.run(argv, user=61002, capture_output=True, text=True, timeout=60, cwd=PROJECT)
             process.kill()
         assert done.stdout == f"{process.pid}\n", done.stderr
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_job_behind_another_runs_begins_when_that_has_ended_or_ends_itself_where_it_is_stopped(
+    run: RunDir, stopped: bool
+) -> None:
+    done = run.path / "done"
+    command = ["/bin/touch", str(done), "launch.jobs", "train", str(run.path)]
+    with subprocess.Popen(["sleep", "300"], env={**os.environ, "DDPM_JOB": "local-0"}) as before:
+        behind = [str(before.pid), "local-0"]
+        argv = [sys.executable, "-m", "launch.queue.local", str(run.path), json.dumps([command]), *behind]
+        waiting = subprocess.Popen(argv, cwd=run.path, env={**os.environ, "DDPM_JOB": "local-1"})
+        noted(run, pid=waiting.pid, behind=behind)
+        assert local.is_behind(read_events(run)) and not done.exists()
+        if stopped:
+            run.stop_file.touch()
+            assert waiting.wait(60) == 0 and not done.exists() and before.poll() is None
+        before.kill()
+    assert waiting.wait(60) == 0 and done.exists() is not stopped and not local.is_behind(read_events(run))

@@ -78,6 +78,14 @@ def test_a_set_of_before_goes_on_under_its_name(run: RunDir, former: str, eta: f
     assert set_of(run, asking(sampler="ddim", eta=0.25, guidance=guidance), 8) != former
 
 
+def test_a_set_of_one_class_is_named_after_it_and_one_of_before_goes_on(run: RunDir) -> None:
+    one, other, both = (asking(class_plan=[*plan, *[0] * 7]) for plan in ([0, 4, 0], [4, 0, 0], [2, 2, 0]))
+    names = [set_of(run, config, 8) for config in (one, other, both)]
+    assert names == ["ddim4-class1-step8-seed0", "ddim4-class0-step8-seed0", "ddim4-plan-step8-seed0"]
+    publish_request(run.sample_set(names[2]), request_for(run, one, CheckpointRef(8, "0" * 64)))
+    assert [set_of(run, config, 8) for config in (one, other, both)] == [names[2], *names[1:]]
+
+
 @pytest.mark.parametrize("name", ["q.json", "q.json.damaged-98e98456"])
 def test_a_new_set_is_not_called_like_a_score_of_another_and_an_old_one_goes_on(run: RunDir, name: str) -> None:
     request, sample_set = request_for(run, make_config(), CheckpointRef(8, "0" * 64)), run.sample_set(name)

@@ -74,6 +74,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return c
 
 
+@pytest.fixture(autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What jobs run is laid out in one place for all runs here."""
+    there = tmp_path_factory.getbasetemp() / "code"
+    monkeypatch.setattr(code, "_place", lambda run, packed: there / code.digest(packed))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "tiny")

@@ -13,3 +13,4 @@ def test_a_grid_shows_every_image_once_in_rows() -> None:
     assert dict(zip(values.tolist(), counts.tolist(), strict=True))[1] == 64 * 3
     assert [grid[2 + 10 * (i // 3), 2 + 10 * (i % 3), 0] for i in range(5)] == [1, 2, 3, 4, 5]
     assert set(values.tolist()) == {1, 2, 3, 4, 5, 96}
+    assert tile(images, columns=5, at_least_pixels=8).shape == (10 + 2, 5 * 10 + 2, 3)

@@ -19,6 +19,7 @@ from ddpm.run.paths import RunDir
 from launch.cluster import slurm
 from launch.queue import chain
 from launch.terminal import console, faults, follow
+from launch.terminal.results import print_score
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.ENOSPC, 3)])
@@ -34,11 +35,20 @@ def test_only_a_reader_that_has_read_enough_ends_a_script_well(
     assert capsys.readouterr().err == ("error: it is so\n" if code else "")
 
 
-def test_numbers_for_people_have_no_thirteen_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = {"fid": 137.37941234567, "n": 50_000, "seed": 2**60, "of": [0.1234567891, None]}
-    assert json.loads(console.as_json(record)) == record  # for programs
+def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"fid": 137.37941234567, "fid_interval": [136.0, 139.0], "num_samples": 50_000, "nfe": 100, "seed": 2**60}
+    record |= {"reference": {"name": "x", "split": "train"}, "extractor": {"name": "inception"}, "kid": 0.123456789}
+    print_score(record, None, as_json=False)
+    assert json.loads(capsys.readouterr().out) == record
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert json.loads(console.as_json(record)) == {"fid": 137.379, "n": 50_000, "seed": 2**60, "of": [0.123457, None]}
+    print_score(record, None, as_json=True)
+    assert json.loads(capsys.readouterr().out) == record
+    print_score(record, None, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "FID 137, 50,000 vs train" and lines[1].split() == ["95", "%", "136", "to", "139"]
+    assert lines[2].split() == ["kid", "0.123"] and len(lines) == 3
 
 
 def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

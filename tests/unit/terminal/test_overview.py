@@ -89,6 +89,15 @@ def test_each_life_that_had_its_nodes_is_a_restart_though_it_never_came_to_train
     assert describe(run, {})["restarts"] == 4
 
 
+def test_what_its_owner_stopped_and_began_again_is_no_restart(run: RunDir) -> None:
+    for life, (event, more) in enumerate(
+        [("stop_requested", {"reason": "STOP"}), ("requeued", {}), ("finished", {}), ("failed", {}), ("resumed", {})]
+    ):
+        tell(run, "allocated", life, step=0)
+        tell(run, event, life, step=0, **more)
+    assert describe(run, {})["restarts"] == 2  # after the one that was put back, and the one that failed
+
+
 def test_the_end_is_where_the_speed_leads(run: RunDir) -> None:
     assert describe(run, {})["expected_end"] is None  # no speed yet
     line = {"step": 100, "time": now(), "epoch": 0.1, "loss": 1, "grad_norm": 1, "lr": 1, "images_per_s": 0.8}

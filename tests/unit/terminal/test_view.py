@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from ddpm.run.paths import RunDir
 from launch.terminal import columns, history, view
+from launch.terminal.screen import Screen
 from tests.unit.terminal.rows import TOLD, of_every_kind, row
 
 
@@ -26,6 +28,23 @@ def test_a_page_fits_and_every_column_on_it_is_whole(width: int) -> None:
             assert cell is not None, (column.name, line)
             rest = rest[rest.index(cell) + len(cell) :]
         assert rest.strip() == ""
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 12), (80, 24), (120, 40)])
+def test_a_screen_is_filled_and_the_chosen_run_is_on_it(width: int, height: int) -> None:
+    screen = Screen(of_every_kind(), details=False)
+    for row_ in screen.rows:
+        lines = screen.lines(width, height)
+        (chosen,) = [line for line in lines if line.startswith("\x1b[7m")]
+        assert row_["name"] in chosen and len(lines) == height
+        assert max(len(re.sub(r"\x1b\[\dm", "", line)) for line in lines) <= width
+        screen.press("down")
+    screen.press("s")
+    assert "stop torn?" in screen.lines(width, height)[-1]
+    screen.press("x")  # anything but y
+    assert "q quit" in screen.lines(width, height)[-1] and not screen.left
+    screen.press("q")
+    assert screen.left
 
 
 def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from ddpm.api import load_config
 from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.errors import DoNotRetry
@@ -18,6 +19,7 @@ from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange
 from ddpm.training.step import Step
+from tests.conftest import PROJECT
 from tests.training import (
     Life,
     differences,
@@ -186,3 +188,10 @@ def test_memory_that_is_gone_later_is_a_crash_as_any(tmp_path: Path) -> None:
         with_room_for(life, 0)
         with pytest.raises(torch.OutOfMemoryError):
             life.train()
+
+
+def test_a_small_network_gets_one_thread_of_a_cpu_and_a_run_goes_on_with_its_own_number() -> None:
+    cpu, small = torch.device("cpu"), load_config(PROJECT / "configs" / "quickstart.yaml")
+    assert resolve(small, cpu, 8).threads == 1
+    assert resolve(small, cpu, 8, {"threads": 2}).threads == 2
+    assert resolve(load_config(PROJECT / "configs" / "cifar10.yaml"), cpu, 8).threads == 8

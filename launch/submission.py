@@ -1,0 +1,233 @@
+"""One run's submission: what is asked for, what of it is checked before anything is queued, and its beginning.
+
+`submit.py` does it for one run, `sweep.py` for several.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ddpm.config.schema import Config, check_world_size
+from ddpm.errors import RequestError
+from ddpm.run.paths import RunDir
+from launch import origin, prepare
+from launch.cluster import code, container, scheduler
+from launch.cluster.job import Job, check_path
+from launch.cluster.memory import check_batch
+from launch.cluster.site import Site
+from launch.queue import chain, directory, local
+from launch.queue.submitting import by_hand
+from launch.queue.turns import turn
+from launch.terminal.results import print_results
+
+if TYPE_CHECKING:
+    from ddpm.network.start import Start
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run as a command line asks for it."""
+
+    run: RunDir
+    typed: Config
+    """Its length may be in epochs or images."""
+    config: Config
+    """Its length is in steps, if that is known before the data is packed."""
+    stages: list[str]
+    """What is to follow training."""
+    source: origin.Origin | None = None
+    sweep: Mapping[str, Any] = field(default_factory=dict)
+    """What run.json says of the sweep that it is of: {"name", "values": {"train.lr": 1e-4}}."""
+
+
+class Here(NamedTuple):
+    """What was started on this machine."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class Queued(NamedTuple):
+    """What SLURM was given: job ids; and the stages after training that it is yet to be given, by `queue_rest`."""
+
+    jobs: list[str]
+    left: list[str]
+
+
+# ---------------------------------------------------------------- before anything is written
+
+
+def check_resources(config: Config, site: Site, run: RunDir) -> list[str]:
+    """Before the scheduler is asked for GPUs: however many it has, the number of ranks is known. Returns warnings."""
+    check_world_size(config, site.world_size)
+    if site.is_local and site.nodes > 1:
+        raise RequestError(
+            f"--nodes {site.nodes}: --cluster local is one machine; give --tasks-per-node for more ranks"
+        )
+    warning = check_batch(config, site)
+    check_path(run, site)
+    return [warning] if warning else []
+
+
+def check(asked: Asked) -> tuple[bool, Start | None]:
+    """What the run will read, and what there is of it: whether it exists, and the weights that a new one starts from.
+
+    Raises RequestError.
+    """
+    prepare.check_data(asked.config, asked.stages)
+    if prepare.check_existing(asked.run, asked.config):
+        origin.check_same(asked.run, asked.source)
+        return True, None
+    return False, origin.read(asked.source, asked.config) if asked.source is not None else None
+
+
+def check_dry(asked: Asked) -> int | None:
+    """The same as far as a dry run goes; the number of training images, where it is known."""
+    run, config = asked.run, asked.config
+    if prepare.check_existing(run, config):
+        origin.check_same(run, asked.source)
+    elif asked.source is not None:
+        origin.read(asked.source, config)
+    if not run.path.exists() and config.data.path:
+        prepare.check_data(config, asked.stages)
+    return prepare.num_images(config, run)
+
+
+def in_container(config: Config, site: Site, run: RunDir) -> list[str]:
+    """How the run's ranks would be started in the profile's container; [] where it has none."""
+    root = run.path.parent
+    return container.lines(site.container, [root, prepare.cache_of(site, root)]) if site.container.image else []
+
+
+def is_complete(asked: Asked) -> bool:
+    """Of a run that exists: whether nothing of what is asked for is left to do."""
+    done = chain.remaining(asked.run, asked.config, asked.stages) == (False, [])
+    return done and chain.damage(asked.run) is None
+
+
+# ---------------------------------------------------------------- its beginning
+
+
+def begin(
+    asked: Asked,
+    site: Site,
+    inputs: dict[str, Any],
+    start: Start | None,
+    *,
+    existed: bool,
+    prepare_only: bool,
+    new_code: bool,
+    train_alone: bool = False,
+    behind: tuple[int, str] | None = None,
+) -> Queued | Here:
+    """Write the run down, and have what is left of it queued, or started on this machine.
+
+    inputs: of `prepare_inputs`; existed: what `check` said of it; train_alone: leave what follows for `queue_rest`;
+    behind: the process and the name of a background job for which one on this machine waits.
+    """
+    run = asked.run
+    with turn(run):  # two submissions at once: the second finds what the first has made and queued
+        if run.path.exists():
+            origin.check_same(run, asked.source)
+        elif existed and asked.source is not None:
+            raise RequestError(f"run {run.name} was removed meanwhile: submit it again")
+        config = asked.typed.resolve_length(inputs["data"]["num_images"])
+        exists, left, train = write_down(asked, config, site, inputs, start, new_code=new_code)
+        if prepare_only:
+            how = "queue it with"
+            if site.is_local:
+                here = f"python launch/submit.py {shlex.quote(str(run.path))} --cluster local"
+                how = f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
+            print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
+            return Queued([], [])
+        if site.is_local:
+            return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
+        jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
+        try:
+            ids, told = chain.queue(jobs, config)
+        except scheduler.NoAnswer:
+            raise  # with a job in the queue, perhaps, which needs the directory
+        except Exception:
+            if not exists:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        print("".join(f"{line}\n" for line in told), end="")
+        return Queued(ids, left if train_alone else [])
+
+
+def write_down(
+    asked: Asked, config: Config, site: Site, inputs: dict[str, Any], start: Start | None, *, new_code: bool
+) -> tuple[bool, list[str], bool]:
+    """Make the run directory, or bring it up to date, unless its training is in the queue.
+
+    Returns whether it existed, the later stages that are left, and whether training is.
+    """
+    run = asked.run
+    exists = prepare.check_existing(run, config)
+    queued = exists and prepare.is_at_work(run, config, site)
+    if exists:
+        prepare.settle_code(run, new=new_code)
+    else:
+        code.check(code.of_checkout())
+    train, left = what_is_left(run, config, asked.stages) if exists else (True, asked.stages)
+    record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
+    if not exists and start is not None:
+        directory.create_run(run, config, {**record, "from": start.record}, start=start.data)
+        came = start.record
+        print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
+    elif not exists:
+        directory.create_run(run, config, record)
+    elif not queued:
+        directory.update_run(run, config, record)
+        chain.lift_stop(run)
+    if not exists:
+        prepare.settle_code(run, new=False)
+    print(f"run: {run.path}")
+    if train and (step := run.latest_step()):
+        print(f"it goes on from step {step} of {config.train.total_steps}")
+    if queued and (kept := directory.not_taken(run, site)):
+        print(f"warning: {kept}", file=sys.stderr)
+    return exists, left, train
+
+
+def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
+    """Whether to train, and the stages after it, of a run that exists; says where its last checkpoint is damaged."""
+    train, left = chain.remaining(run, config, stages)
+    if train or (why := chain.damage(run)) is None:
+        return train, left
+    print(f"the last checkpoint is damaged ({why}): training goes on from the newest one that is not", flush=True)
+    return True, stages
+
+
+def queue_rest(asked: Asked, config: Config, site: Site, begun: Queued) -> Queued:
+    """What is to follow a training that was begun alone; the ids of all. Raises as `chain.queue`."""
+    with turn(asked.run):
+        jobs = chain.jobs_of(asked.run, config, site, begun.left, train=False)
+        ids, told = chain.queue(jobs, config, after=begun.jobs)
+    print("".join(f"{line}\n" for line in told), end="")
+    return Queued([*begun.jobs, *ids], [])
+
+
+# ---------------------------------------------------------------- afterwards
+
+
+def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
+    """After waiting: what the run directory says was done; the scheduler's word is not enough."""
+    train, left = chain.remaining(run, config, stages)
+    if train or left:
+        print(
+            f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
+            + ("" if train else f", without what was to follow ({', '.join(left)})")
+            + f"; its logs are in {run.logs}",
+            file=sys.stderr,
+        )
+        return 1
+    print_results(run, config, stages)
+    return 0

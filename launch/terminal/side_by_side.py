@@ -1,0 +1,177 @@
+"""Runs side by side, as plain values and as a table: what differs between their configs, steps, loss, scores.
+
+Loads nothing heavy, and asks no scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.config.section import field_keys
+from ddpm.errors import RequestError
+from ddpm.run.files import DamagedFile
+from ddpm.run.log import plain
+from ddpm.run.paths import RunDir
+from ddpm.run.records import skim_metrics, usable
+from ddpm.scoring.record import SCORE_NAMES, all_scores, key_of, number, told
+from launch.queue.naming import short
+from launch.queue.sets import of_other_samples
+from launch.terminal import columns as table
+from launch.terminal import streams
+from launch.terminal.overview import Damage
+from launch.terminal.view import columns
+
+SMOOTHED_LINES = 10
+LONGEST = 24
+"""Characters of a value in a table, where there is no room for more."""
+OURS = ("run", "step", "loss", "score")
+"""Columns that are no keys of a config."""
+
+Row = dict[str, Any]
+
+
+def rows(runs: Sequence[RunDir]) -> list[Row]:
+    """Each run, the best first: by its score, then by its loss. A row is plain values:
+
+    name, path; sweep: the name of the one that it is of, or None; differs: {"train.lr": 1e-4, …}, what is not the same
+    in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
+    mean of the last SMOOTHED_LINES lines of metrics.jsonl, or None; score: None, or {"set", "key", "value", "number",
+    "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set: words} of all
+    that hold; problem: what cannot be read, or None.
+
+    Scores are ranked by one kind alone, features, reference and number of samples being the same: the one that most of
+    the runs have. Of a run with several of it the lowest is shown; of one with none its newest other, not ranked.
+    """
+    damages = [Damage() for _ in runs]
+    trees = [_config(run, damage) for run, damage in zip(runs, damages, strict=True)]
+    scores = [_scores(run, damage) for run, damage in zip(runs, damages, strict=True)]
+    keys, kind = _differing([tree for tree in trees if tree]), _most_common(scores)
+    found = []
+    for run, damage, tree, of in zip(runs, damages, trees, scores, strict=True):
+        metrics = (damage.read(partial(skim_metrics, run)) or ([],))[0]
+        losses = [m["loss"] for m in metrics[-SMOOTHED_LINES:] if math.isfinite(m["loss"])]
+        saved = damage.read(run.latest_step) or 0
+        found.append({
+            "name": run.name,
+            "path": str(run.path),
+            "sweep": (usable(run).get("sweep") or {}).get("name"),
+            "differs": {key: reading.value_at(tree, key) for key in keys} if tree else {},
+            "step": max(saved, metrics[-1]["step"] if metrics else 0),
+            "total_steps": tree["train"]["total_steps"] if tree else None,
+            "loss": sum(losses) / len(losses) if losses else None,
+            "score": _chosen(of, kind),
+            "scores": {name: told(record) for name, record in of.items()},
+            "problem": "; ".join(damage.told) or None,
+        })  # fmt: skip
+    return sorted(found, key=_rank)
+
+
+def _rank(row: Row) -> tuple[bool, float, bool, float]:
+    score = row["score"] if row["score"] and row["score"]["ranked"] else None
+    return score is None, score["value"] if score else 0.0, row["loss"] is None, row["loss"] or 0.0
+
+
+def _config(run: RunDir, damage: Damage) -> dict[str, Any] | None:
+    """Its config's tree."""
+    try:
+        return reading.of_run(run).model_dump(mode="json")
+    except (RequestError, DamagedFile, OSError) as e:
+        damage.tell(str(e).splitlines()[0])
+        return None
+
+
+def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = (key for key in field_keys(Config) if key != "name")
+    return [key for key in keys if len({json.dumps(reading.value_at(tree, key)) for tree in trees}) > 1]
+
+
+# ---------------------------------------------------------------- scores
+
+Records = dict[str, dict[str, Any]]
+
+
+def _scores(run: RunDir, damage: Damage) -> Records:
+    """Those that hold, by their names, the newest last."""
+    every = damage.read(lambda: [s for s in all_scores(run) if not s.damage and not of_other_samples(run, s)]) or []
+    return {s.name: s.record for s in sorted(every, key=lambda score: str(score.record.get("created", "")))}
+
+
+def _kind(record: Mapping[str, Any]) -> tuple[int, int, str]:
+    """What is the same of two scores that can be ranked; of those the better kind is the greater."""
+    of = [record.get("extractor"), record["reference"].get("digest") or record["reference"]]
+    return -list(SCORE_NAMES).index(key_of(record)), record["num_samples"], json.dumps(of, sort_keys=True)
+
+
+def _most_common(scores: Sequence[Records]) -> tuple[int, int, str] | None:
+    kinds = [{_kind(record) for record in of.values()} for of in scores]
+    every = {kind for of in kinds for kind in of}
+    return max(every, key=lambda kind: (sum(kind in of for of in kinds), kind), default=None)
+
+
+def _chosen(of: Records, kind: tuple[int, int, str] | None) -> Row | None:
+    if not of:
+        return None
+    ranked = [name for name in of if _kind(of[name]) == kind]
+    name = min(ranked, key=lambda name: of[name][key_of(of[name])]) if ranked else list(of)[-1]
+    record = of[name]
+    key = key_of(record)
+    words = {"number": f"{SCORE_NAMES[key]} {number(record)}"}
+    words["of"] = told(record).removeprefix(words["number"]).lstrip(", ")
+    return {"set": name, "key": key, "value": record[key], **words, "ranked": bool(ranked)}
+
+
+# ---------------------------------------------------------------- as a table
+
+
+def show(found: list[Row]) -> None:
+    """Print them."""
+    print("\n".join(page(found, columns())), file=streams.below(sys.stdout), flush=True)
+
+
+def page(found: list[Row], width: int) -> list[str]:
+    """The table, and under it what the scores are of, what cannot be ranked, or read, and what had no room."""
+    keys = list(dict.fromkeys(key for row in found for key in row["differs"]))
+    names = dict(zip(keys, short(keys, OURS), strict=True))
+    of = {f"{row['score']['of']} ({row['score']['set']})" for row in found if row["score"]}
+    shown = [
+        table.Column("run", (table.value("name"),), needed=True),
+        *(table.Column(names[key], (table.value(key), table.value(key, LONGEST))) for key in keys),
+        table.Column("step", (lambda row: f"{row['step']}/{row['total_steps'] or '?'}",), right=True),
+        table.Column("loss", (lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",), right=True),
+        table.Column("score", (partial(_score, forms=FORMS[len(of) > 1]), partial(_score, forms=FORMS[0]))),
+    ]
+    flat = [{**row["differs"], **row} for row in found]
+    lines, left_out = table.fitted(flat, width, shown, ["run", "loss", *names.values(), "score", "step"])
+    for note in _notes(found, of, [name for name in (*names.values(), *OURS) if name in left_out]):
+        lines += textwrap.wrap(plain(note), width, subsequent_indent="  ", break_on_hyphens=False,
+                               break_long_words=False)  # fmt: skip
+    return lines
+
+
+FORMS = (("number",), ("number", "of", "set"))
+
+
+def _score(row: Mapping[str, Any], forms: Sequence[str]) -> str:
+    return ", ".join(row["score"][form] for form in forms) if row["score"] else ""
+
+
+def _notes(found: list[Row], of: set[str], left_out: list[str]) -> Iterator[str]:
+    if len(of) == 1:
+        yield f"score: {', '.join(of)}"
+    if len(found) > 1 and not any(row["differs"] for row in found):
+        yield "their configs do not differ"
+    if left_out:
+        yield f"no room for {', '.join(left_out)}: --json has all"
+    for row in found:
+        if row["score"] and not row["score"]["ranked"]:
+            yield f"{row['name']}: its score is of other features, samples or another reference: not ranked"
+        if row["problem"]:
+            yield f"{row['name']}: {row['problem']}"

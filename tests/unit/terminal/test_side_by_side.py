@@ -1,0 +1,91 @@
+"""launch/terminal/side_by_side.py: what differs, the best first, and no two scores ranked that mean other things."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.config import reading
+from ddpm.errors import RequestError
+from ddpm.run.paths import RunDir
+from launch.terminal import console, side_by_side
+from tests.cli.harness import TINY
+
+
+def made(
+    root: Path, name: str, *words: str, losses: tuple[float, ...] = (), scores: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
+) -> RunDir:  # fmt: skip
+    """A run of these words with a line of metrics for each loss, and scores: set -> (value, number of samples)."""
+    run = RunDir(root / name)
+    run.eval.mkdir(parents=True)
+    run.config.write_text(reading.of_text(TINY, Path("tiny.yaml"), [f"name={name!r}", *words]).to_yaml())
+    run.run_json.write_text(json.dumps(record or {}))
+    lines = [{"step": 20 * k, "time": "2026-11-27T00:00:00.000Z", **dict.fromkeys(("epoch", "grad_norm", "lr",
+              "images_per_s"), 1.0), "loss": loss} for k, loss in enumerate(losses, 1)]  # fmt: skip
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for set_name, (value, num) in (scores or {}).items():
+        of = {"reference": {"name": "digits", "split": "train", "digest": "d"}, "extractor": {"name": "inception"},
+              "sampler": {"name": "ddim"}, "num_samples": num, "nfe": 4}  # fmt: skip
+        run.score(set_name).write_text(json.dumps({"fid": value, **of}))
+    return run
+
+
+def test_runs_are_sorted_by_score_then_loss_with_the_keys_alone_that_differ(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, "bad", "train.lr=1e-3", losses=(0.5,), scores={"a": (9.0, 50_000)}),
+        made(tmp_path, "unscored", "train.lr=4e-3", losses=(9.0, *[0.3] * 10)),
+        made(tmp_path, "good", "train.lr=2e-3", losses=(0.9,), scores={"a": (3.0, 50_000), "b": (4.0, 50_000)}),
+        made(tmp_path, "few", "train.lr=2e-3", losses=(0.4,), scores={"c": (1.0, 100)}),
+        made(tmp_path, "none", "model.channel_mults=[1,2]"),
+    ]
+    rows = side_by_side.rows(runs)
+    assert [row["name"] for row in rows] == ["good", "bad", "unscored", "few", "none"]
+    assert json.loads(json.dumps(rows)) == rows
+    assert [row["differs"] for row in rows[::4]] == [
+        {"model.channel_mults": [1], "train.lr": 2e-3}, {"model.channel_mults": [1, 2], "train.lr": 1e-3}
+    ]  # fmt: skip
+    good, _, unscored, few, none = rows
+    assert (good["score"]["set"], good["score"]["value"], sorted(good["scores"])) == ("a", 3.0, ["a", "b"])
+    assert good["score"]["ranked"] and not few["score"]["ranked"] and unscored["score"] is None
+    assert (unscored["loss"], unscored["step"], none["loss"]) == (pytest.approx(0.3), 220, None)
+    page = side_by_side.page(rows, 200)
+    assert page[0].split() == ["run", "channel_mults", "lr", "step", "loss", "score"]
+    assert "FID 3.00, ddim 4, 50,000 vs train, a" in page[1] and any("few: its score is of other" in x for x in page)
+    page = side_by_side.page([good], 200)
+    assert page[1].endswith("FID 3.00") and "score: ddim 4, 50,000 vs train (a)" in page
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_and_what_has_no_room_is_told(tmp_path: Path, width: int) -> None:
+    path = ["data.name=images", f"data.path=/{'x' * 300}"]
+    runs = [
+        made(tmp_path, "a", "diffusion.loss=l1", scores={"a-set-of-some-length": (3.0, 100)}),
+        made(tmp_path, "b", *path),
+    ]
+    page = side_by_side.page(side_by_side.rows(runs), width)
+    assert max(map(len, page)) <= width and "diffusion.loss" in " ".join(page) and "data.path"[5:] in " ".join(page)
+
+
+def test_a_run_that_cannot_be_read_is_in_the_table_and_told(tmp_path: Path) -> None:
+    runs = [made(tmp_path, "a", losses=(0.5,)), made(tmp_path, "b", "seed=1")]
+    runs[1].config.write_text("{")
+    rows = side_by_side.rows(runs)
+    assert [row["name"] for row in rows] == ["a", "b"] and rows[1]["differs"] == {} and "YAML" in rows[1]["problem"]
+    assert any(line.startswith("b: ") for line in side_by_side.page(rows, 80))
+
+
+def test_a_word_names_a_run_or_those_of_a_pattern_or_of_a_sweep(tmp_path: Path) -> None:
+    of = {"sweep": {"name": "s-lr", "values": {}}}
+    for name, record in (("s", None), ("s-lr_1", of), ("s-lr_2", of), ("other", None)):
+        made(tmp_path, name, record=record)
+
+    def found(*words: str) -> list[str]:
+        return [run.name for run in console.find_runs(words, str(tmp_path))]
+
+    assert found("s-lr") == ["s-lr_1", "s-lr_2"] and found("s*", "other", "s") == ["s", "s-lr_1", "s-lr_2", "other"]
+    with pytest.raises(RequestError, match="no run 'x"):
+        found("s", "x*")
