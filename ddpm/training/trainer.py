@@ -65,9 +65,6 @@ class Trainer:
         self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
-        own = resolved.kernels == "own" and fused.serve(self.state.model, world.device)
-        for model in (self.state.model, self.state.ema.model):
-            cast(UNet, model).set_own_kernels(own)
         self.step = Step(config, world, packed, resolved, self.state)
         share = utilization(config, name_of(world.device), resolved.amp)
         self.due, self.meter = Due(config, len(packed)), Meter(len(packed), share)
@@ -163,6 +160,12 @@ class Trainer:
         """Whether `warm_up` compiles something: the network, or kernels for it."""
         return self.resolved.compile or self.resolved.kernels == "own"
 
+    def _choose_kernels(self) -> None:
+        """Not before this: what an earlier life has compiled comes first."""
+        own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
+        for model in (self.state.model, self.state.ema.model):
+            cast(UNet, model).set_own_kernels(own)
+
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
@@ -174,6 +177,7 @@ class Trainer:
         wanted = not self.warm and (self.world.world_size > 1 or self.compiles)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
+        self._choose_kernels()
         fitting.first(self.step, lambda: self.step.gradients(self.step.given(), warm_up=True))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.warm = True
@@ -191,6 +195,7 @@ class Trainer:
         reported as `saved=False`.
         """
         self._patience_s = patience_s
+        self._choose_kernels()
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)

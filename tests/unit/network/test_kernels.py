@@ -78,6 +78,7 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
         assert_close(ours, theirs)
         for one, other in zip(gradients(ours, of, given), gradients(theirs, of, given), strict=True):
             assert_close(one, other)
+    fused.check(torch.device("cpu"), torch.float16)
     shape = {"base_channels": 16, "channel_mults": (1, 2), "blocks_per_level": 1, "attention_resolutions": (4,)}
     model = UNet(image_size=8, dropout=0.2, **shape).to(memory_format=torch.channels_last)
     for p in model.parameters():
