@@ -24,9 +24,9 @@ UNKNOWN = "SIGTERM: preempted, cancelled or requeued"
 
 def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
     """What status.py --events prints."""
-    scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
-    ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
-    for is_save, group in groupby(events, key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])):
+    for is_save, group in groupby(
+        clear(run, events), key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])
+    ):
         folded = list(group)
         if is_save[0] and len(folded) > 1:
             first, last = folded[0], folded[-1]
@@ -34,11 +34,18 @@ def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
             kept = {k: v for k, v in last.items() if k not in more}
             folded = [{**kept, **more, "from": first["time"]}]
         for e in folded:
-            unclear = e["event"] == "stop_requested" and e.get("reason") == "preempted"
-            if unclear and (e["job"], e["restart"]) not in ours:
-                e = {**e, "reason": _who(run, e, scancelled)}
             rest = " ".join(f"{k}={v}" for k, v in e.items() if k not in HIDDEN and v not in (None, ""))
             yield f"{e['time']}  {run.name}  job {e['job']}.{e['restart']}  {e['event']:14} {rest}".rstrip()
+
+
+def clear(run: RunDir, events: list[Event]) -> Iterator[Event]:
+    """The events, and in place of `preempted` what SLURM said later of who it was."""
+    scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
+    ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
+    for e in events:
+        unclear = e["event"] == "stop_requested" and e.get("reason") == "preempted"
+        is_told = unclear and (e["job"], e["restart"]) not in ours
+        yield {**e, "reason": _who(run, e, scancelled)} if is_told else e
 
 
 def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:
