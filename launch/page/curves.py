@@ -21,9 +21,9 @@ def charts(metrics: Metrics) -> list[Html]:
     ]
 
 
-def smooth_line(metrics: Metrics, key: str, name: str, colour: int) -> Line:
-    """A running mean: of a run among others."""
-    points = smoothed(_points(metrics, key))
+def smooth_line(metrics: Metrics, key: str, name: str, colour: int, *, since: float) -> Line:
+    """The running mean of a run among others, from step `since` on."""
+    points = [point for point in smoothed(_points(metrics, key)) if point[0] >= since]
     return Line(name, thinned(points), colour=colour, told=f"{name}: {_ends(points)}")
 
 

@@ -23,11 +23,6 @@ def text(words: object) -> Html:
     return words if isinstance(words, Html) else Html(html.escape(plain(words)))
 
 
-def lines(words: str) -> Html:
-    """Words in several lines, for a `pre`."""
-    return Html("\n".join(map(text, words.split("\n"))))
-
-
 def join(parts: Iterable[Part], between: str = "") -> Html:
     return Html(text(between).join(text(part) for part in parts))
 

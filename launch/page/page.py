@@ -8,7 +8,7 @@ from typing import Any
 from ddpm import __version__
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
-from ddpm.scoring.record import SCORE_NAMES, against, half_width, key_of, number, rounded, told
+from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.page import curves, lives, pictures, recipe, scores
 from launch.page.facts import Facts, headline
 from launch.page.markup import Html, Part, document, join, note, section, tag
@@ -73,10 +73,9 @@ def _figures(facts: Facts) -> Html:
     loss = curves.last_mean(facts.metrics)
     found: list[tuple[str, str, str]] = []
     if best is not None:
-        r, half = best.record, half_width(best.record)
-        spread = f" ± {rounded(half, half)}" if half else ""
-        of = told(r).partition(", ")[2] or against(r)
-        found.append((SCORE_NAMES[key_of(r)], f"{number(r)}{spread}", f"{of}, step {r['checkpoint']['step']:,}"))
+        r = best.record
+        of = f"{scores.in_words(r)}, step {r['checkpoint']['step']:,}"
+        found.append((SCORE_NAMES[key_of(r)], scores.value(r), of))
     percent = f"{100 * row['step'] // row['total_steps']} % of {row['total_steps']:,}" if row["total_steps"] else ""
     found.append(("step", f"{row['step']:,}", percent))
     if loss is not None:

@@ -16,7 +16,7 @@ from ddpm.sampling.request import Request, read_request
 from launch.cluster import code
 from launch.cluster.environment import SHIPPED
 from launch.page.facts import Facts
-from launch.page.markup import Column, Html, Part, join, lines, note, table, tag
+from launch.page.markup import Column, Html, Part, join, note, table, tag
 from launch.page.scores import DIGEST, commands
 from launch.page.words import moment
 
@@ -28,7 +28,8 @@ MOST_CLASSES, MOST_SETS = 100, 20
 
 def config(facts: Facts) -> Html:
     """What differs from the recipe, and all of it."""
-    whole = tag("pre", lines(facts.config_text), class_="config", tabindex=0) if facts.config_text else Html("")
+    lines = [tag("div", line or " ") for line in facts.config_text.split("\n")]
+    whole = tag("pre", *lines, class_="config", tabindex=0) if facts.config_text else Html("")
     if facts.config is None:
         return join([note("config.yaml cannot be read as a config."), whole])
     path = recipe_of(facts.record)
@@ -49,7 +50,7 @@ def config(facts: Facts) -> Html:
 
 
 def recipe_of(record: Mapping[str, Any]) -> Path | None:
-    """The config in configs/ that the run was submitted with, as its command says; None where that is of nobody else."""
+    """The config in configs/ that the run was submitted with, as its command says; None where that names none."""
     words = [str(word) for word in record.get("command") or []][2:]
     if not words:
         return None
@@ -163,10 +164,11 @@ def again(facts: Facts) -> Html:
     """The commands, as they were typed or as the run's files say."""
     words = list(map(str, facts.record.get("command") or []))
     frozen = ["python", "launch/submit.py", str(facts.run.config), "--name", f"{facts.run.name}-again", *_site(facts)]
+    unpacked = ["unzip", str(facts.run.code), "-d", f"{facts.run.name}-code"]
     parts = [
         ("Training, as it was submitted last:", [shlex.join(words)] if words else []),
         ("The same from what is frozen in the run:", [shlex.join(frozen)]),
-        ("The code that its jobs ran:", [shlex.join(["unzip", str(facts.run.code), "-d", f"{facts.run.name}-code"])]),
+        ("The code that its jobs ran:", [shlex.join(unpacked)] if facts.run.code.is_file() else []),
         ("Its samples:", _samples(facts)),
         ("Its scores:", commands(facts.scores)[:MOST_SETS]),
         ("This page:", [shlex.join(["python", "launch/report.py", str(facts.run.path)])]),
@@ -185,7 +187,7 @@ def _site(facts: Facts) -> list[str]:
 def _commands(found: list[str]) -> Html:
     """Each in its line; none is broken inside a word that fits."""
     each = (join((tag("span", word) for word in line.split(" ")), " ") for line in found)
-    return tag("pre", join((tag("div", line) for line in each), "\n"), class_="command", tabindex=0)
+    return tag("pre", *(tag("div", line) for line in each), class_="command", tabindex=0)
 
 
 def _samples(facts: Facts) -> list[str]:

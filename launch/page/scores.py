@@ -26,7 +26,7 @@ MEASURES = (
     Column("rate", True), Column("distortion", True),
 )  # fmt: skip
 COLUMNS = (
-    Column("score"), Column("", True), Column("95 %"), Column("step", True), Column("sampler"),
+    Column("score"), Column("value", True), Column("95 %"), Column("step", True), Column("sampler"),
     Column("evaluations", True), Column("samples"), Column("features"), Column("set"),
 )  # fmt: skip
 PROVENANCE = (
@@ -81,11 +81,11 @@ def _by_step(scores: Sequence[Score]) -> Html:
     rows = []
     for score in shown:
         r = score.record
-        value: Part = tag("b", number(r)) if r[key_of(r)] == best else number(r)
+        num: Part = tag("b", number(r)) if r[key_of(r)] == best else number(r)
         digest, computed = _digest("", r["checkpoint"].get("sha256")), moment(r.get("created", ""))
-        rows.append([f"{_step(r):,}", value, _interval(r), *_measures(score), digest, computed])
+        rows.append([f"{_step(r):,}", num, _interval(r), *_measures(score), digest, computed])
     _, _, weights, reference, extractor, seed, precision, _ = _provenance(shown[0])
-    of = [told(first).partition(", ")[2], join(["reference ", reference]), join(["extractor ", extractor])]
+    of = [in_words(first), join(["reference ", reference]), join(["extractor ", extractor])]
     of += [f"{weights} weights" if weights else "", f"seed {seed}", str(precision)]
     mark = " †" if "extractor" in first and caution(first) else ""
     more = f" The first {len(scores) - len(shown)} are left out." if len(scores) > len(shown) else ""
@@ -101,6 +101,17 @@ def _row(score: Score) -> list[Part]:
         SCORE_NAMES[key] + mark, tag("b", number(r)), _interval(r), f"{_step(r):,}", _sampler(r), f"{r['nfe']:,}",
         against(r), str((r.get("extractor") or {}).get("name", "")), score.name,
     ]  # fmt: skip
+
+
+def value(record: Mapping[str, Any]) -> str:
+    """A score's number with half of its interval: `4.21 ± 0.05`."""
+    half = half_width(record)
+    return number(record) + (f" ± {rounded(half, half)}" if half else "")
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """What stands beside the number: its sampler, evaluations, samples and reference."""
+    return told(record).partition(", ")[2] or against(record)
 
 
 def _interval(record: Mapping[str, Any]) -> str:
@@ -188,14 +199,15 @@ def curve(series: Sequence[Score], name: str = "", colour: int = 0) -> Line:
     points, intervals, words = [], [], []
     for score in series:
         r = score.record
-        step, value = _step(r), float(r[key_of(r)])
-        low, high = r.get(f"{key_of(r)}_interval") or (value, value)
-        points.append((step, value))
+        step, num = _step(r), float(r[key_of(r)])
+        low, high = r.get(f"{key_of(r)}_interval") or (num, num)
+        points.append((step, num))
         intervals.append((float(low), float(high)))
         words.append(f"{name}{': ' if name else ''}step {step:,}: {told(r)}")
     first = series[0].record
-    of = told(first).partition(", ")[2] or SCORE_NAMES[key_of(first)]
-    return Line(name or f"{of}; bars: 95 %", points, "dots", colour, told_of_dots=words, intervals=intervals)
+    return Line(
+        name or f"{in_words(first)}; bars: 95 %", points, "dots", colour, told_of_dots=words, intervals=intervals
+    )
 
 
 def charts(scores: Sequence[Score], until: int, most: int = 2) -> list[Html]:
@@ -205,9 +217,9 @@ def charts(scores: Sequence[Score], until: int, most: int = 2) -> list[Html]:
 
 
 def by_step_chart(series: Series, lines: Sequence[Line], until: int) -> Html:
-    values = [value for line in lines for _, value in line.points]
+    values = [num for line in lines for _, num in line.points]
     name = SCORE_NAMES[series[0]]
-    return chart(f"{name} by step", lines, y=name, log=min(values) > 0 and max(values) > 4 * min(values), until=until)
+    return chart(f"{name} by step", lines, y=name, log=min(values) > 0 and max(values) > 3 * min(values), until=until)
 
 
 def commands(scores: Sequence[Score]) -> list[str]:

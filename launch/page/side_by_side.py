@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from ddpm.errors import RequestError
 from ddpm.scoring.compare import check_comparable
-from ddpm.scoring.record import key_of, told
+from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.page import curves, pictures, recipe, scores
 from launch.page.chart import Line, chart
 from launch.page.facts import Facts, headline
@@ -21,6 +21,8 @@ from launch.page.words import digits
 
 MOST_DRAWN = 16
 """Runs in a chart."""
+FALL = 0.02
+"""Of the steps, at the beginning: the fall of a loss there would leave no room for what differs later."""
 
 
 def of_runs(every: Sequence[Facts], page: Path) -> str:
@@ -75,7 +77,7 @@ def _table(every: Sequence[Facts], page: Path) -> Html:
     for facts, row in zip(every, found, strict=True):
         good = facts.row["goodput"]
         cells: list[Part] = [_link(facts, page), *row["values"], row["state"], f"{row['step']:,}"]
-        cells += ["" if row["loss"] is None else digits(row["loss"]), told(row["score"]) if row["score"] else ""]
+        cells += ["" if row["loss"] is None else digits(row["loss"]), _score(row["score"])]
         rows.append([*cells, "" if good is None else f"{good:.1%}"])
     parts = [table(columns, rows)]
     records = {facts.run.name: row["score"] for facts, row in zip(every, found, strict=True) if row["score"]}
@@ -89,6 +91,10 @@ def _table(every: Sequence[Facts], page: Path) -> Html:
     return join(parts)
 
 
+def _score(record: dict[str, Any] | None) -> str:
+    return "" if record is None else f"{SCORE_NAMES[key_of(record)]} {scores.value(record)}, {scores.in_words(record)}"
+
+
 def _link(facts: Facts, page: Path) -> Part:
     """The run's name, and where it has a page of its own the way there."""
     if not facts.run.report.is_file():
@@ -98,12 +104,13 @@ def _link(facts: Facts, page: Path) -> Part:
 
 
 def _charts(every: Sequence[Facts]) -> Html:
-    parts = [
-        chart(f"{SCORE_NAMES[series[0]]} by step", of, y=SCORE_NAMES[series[0]], zero=True)
-        for series, of in _by_step(every)
-    ]
+    last = max((facts.metrics[-1]["step"] for facts in every if facts.metrics), default=0)
+    parts = [scores.by_step_chart(series, of, last) for series, of in _by_step(every)]
     for key, title in (("loss", "Loss"), ("grad_norm", "Norm of the gradient")):
-        running = [curves.smooth_line(facts.metrics, key, facts.run.name, i) for i, facts in enumerate(every)]
+        running = [
+            curves.smooth_line(facts.metrics, key, facts.run.name, i, since=FALL * last)
+            for i, facts in enumerate(every)
+        ]
         parts.append(chart(f"{title}, running mean", running, y=title.lower(), log=True))
     return tag("div", *parts, class_="charts") if any(parts) else note("None of them has metrics.")
 

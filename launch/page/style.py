@@ -87,16 +87,19 @@ svg path.save {{ stroke: var(--ink); stroke-width: 1; opacity: .7; }}
 .pictures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1.2rem; }}
 .pictures img {{ display: block; width: 100%; height: auto; margin-bottom: .3rem; }}
 pre.config {{ columns: 25rem 2; column-gap: 2rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+pre.config div {{ padding-left: 4ch; text-indent: -4ch; }}
 @media (max-width: 640px) {{
   main {{ padding: 1.4rem 1rem 2rem; }}
   h1 {{ font-size: 1.5rem; }}
   .chart svg text {{ font-size: 15px; }}
   .timeline svg text {{ font-size: 15px; }}
   dl.figures {{ gap: .7rem 1.6rem; }}
+  .pictures {{ grid-template-columns: 1fr 1fr; gap: .8rem; }}
 }}
 @page {{ margin: 16mm 14mm; }}
 @media print {{
-  body {{ font-size: 10pt; }}
+  html {{ font-size: 12.5px; }}
+  body {{ font-size: 1rem; }}
   main {{ max-width: none; padding: 0; }}
   * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
   h2, h3 {{ break-after: avoid; }}
@@ -104,10 +107,10 @@ pre.config {{ columns: 25rem 2; column-gap: 2rem; white-space: pre-wrap; overflo
   .scroll, pre {{ overflow: visible; }}
   .charts {{ grid-template-columns: 1fr 1fr; }}
   .pictures {{ grid-template-columns: repeat(3, 1fr); }}
-  table, table.small {{ font-size: 7.5pt; }}
+  table {{ font-size: .8rem; }}
   th, td {{ white-space: normal; padding-right: .5rem; overflow-wrap: anywhere; }}
   td.r, th.r {{ overflow-wrap: normal; }}
-  pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: 7pt; background: none;
+  pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .75rem; background: none;
     border: 1px solid var(--grid); }}
   .timeline svg {{ min-width: 0; }}
   a {{ color: inherit; }}
