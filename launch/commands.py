@@ -7,7 +7,20 @@ from collections.abc import Callable
 
 from launch.terminal import console
 
-SCRIPTS = ("board", "cancel", "doctor", "evaluate", "export", "logs", "recover", "remove", "sample", "status", "submit")
+SCRIPTS = (
+    "board",
+    "cancel",
+    "doctor",
+    "evaluate",
+    "export",
+    "logs",
+    "recover",
+    "remove",
+    "report",
+    "sample",
+    "status",
+    "submit",
+)
 """As pyproject.toml lists them."""
 
 

@@ -24,7 +24,7 @@ class Scale:
     def ticks(self, about: int = 5) -> list[float]:
         if self.log:
             decades = range(math.floor(math.log10(self.low)) - 1, math.ceil(math.log10(self.high)) + 1)
-            for digits in ((1, 2, 5), (1, 3), (1,)):
+            for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
                 found = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
                 if len(found) <= about + 2:
                     break
@@ -46,7 +46,7 @@ def scale(values: Iterable[float], start: float, end: float, *, log: bool = Fals
     low, high = _ends(values)
     if log:
         low, high = (low, high) if high > 1.2 * low else (low / 1.2, high * 1.2)
-        room = (high / low) ** 0.03
+        room = 10 ** (0.03 * (math.log10(high) - math.log10(low)))
         return Scale(low / room, high * room, start, end, log=True)
     if zero and low >= 0:
         low = 0.0

@@ -17,7 +17,7 @@ from launch.cluster import code
 from launch.cluster.environment import SHIPPED
 from launch.page.facts import Facts
 from launch.page.markup import Column, Html, Part, join, note, table, tag
-from launch.page.scores import DIGEST, commands
+from launch.page.scores import DIGEST, MILESTONE, commands
 from launch.page.words import moment
 
 USUAL = "cifar10.yaml"
@@ -169,6 +169,7 @@ def again(facts: Facts) -> Html:
         ("Training, as it was submitted last:", [shlex.join(words)] if words else []),
         ("The same from what is frozen in the run:", [shlex.join(frozen)]),
         ("The code that its jobs ran:", [shlex.join(unpacked)] if facts.run.code.is_file() else []),
+        ("Its milestones' samples and scores:", _milestones(facts)),
         ("Its samples:", _samples(facts)),
         ("Its scores:", commands(facts.scores)[:MOST_SETS]),
         ("This page:", [shlex.join(["python", "launch/report.py", str(facts.run.path)])]),
@@ -190,10 +191,16 @@ def _commands(found: list[str]) -> Html:
     return tag("pre", *(tag("div", line) for line in each), class_="command", tabindex=0)
 
 
+def _milestones(facts: Facts) -> list[str]:
+    is_there = any(score.name.startswith(MILESTONE) for score in facts.scores)
+    return [shlex.join(["python", "launch/evaluate.py", str(facts.run.path), "--all-milestones"])] if is_there else []
+
+
 def _samples(facts: Facts) -> list[str]:
     found = []
     try:
-        for where in facts.run.sample_sets()[:MOST_SETS]:
+        sets = [where for where in facts.run.sample_sets() if not where.name.startswith(MILESTONE)]
+        for where in sets[:MOST_SETS]:
             found.append(sample_command(facts, where.name, read_request(where)))
     except (OSError, DDPMError, DamagedFile):
         pass  # of what cannot be read others tell

@@ -15,6 +15,8 @@ MOST = 60
 """Rows of a table."""
 CURVE = 3
 """So many scores that differ in their step alone have a table of their own."""
+MILESTONE = "milestone"
+"""How sets of milestones begin."""
 DIGEST = 12
 """Letters of a sha256 that are shown."""
 Series = tuple[Any, ...]
@@ -223,6 +225,6 @@ def by_step_chart(series: Series, lines: Sequence[Line], until: int) -> Html:
 
 
 def commands(scores: Sequence[Score]) -> list[str]:
-    """Those that the scores were computed with, as they say."""
-    found = (score.record.get("command") for score in scores)
+    """Those that the scores were computed with, as they say; those of milestones are one command's work."""
+    found = (score.record.get("command") for score in scores if not score.name.startswith(MILESTONE))
     return list(dict.fromkeys(shlex.join(map(str, words)) for words in found if isinstance(words, list) and words))

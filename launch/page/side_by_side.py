@@ -112,7 +112,10 @@ def _charts(every: Sequence[Facts]) -> Html:
             for i, facts in enumerate(every)
         ]
         parts.append(chart(f"{title}, running mean", running, y=title.lower(), log=True))
-    return tag("div", *parts, class_="charts") if any(parts) else note("None of them has metrics.")
+    if not any(parts):
+        return note("None of them has metrics.")
+    told = note(f"Loss and norm from step {FALL * last:,.0f} on.")
+    return join([tag("div", *parts, class_="charts"), told])
 
 
 def _by_step(every: Sequence[Facts], most: int = 2) -> list[tuple[scores.Series, list[Line]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 
 from ddpm.config.schema import Config
@@ -34,6 +35,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
             rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
+    rows["all of it"] = plain(shlex.join(["python", "launch/report.py", str(run.path)]))
     print(f"run {run.name} is complete: {step} steps")
     for what, value in rows.items():
         print(f"  {what:18}{value}")
