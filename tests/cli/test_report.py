@@ -73,9 +73,10 @@ def test_its_commands_are_those_that_made_it(reported: Shell) -> None:
     blocks = re.findall(r'<pre class="command"[^>]*>(.*?)</pre>', html)
     typed = [shlex.split(unescape(re.sub("<[^>]*>", "", line))) for block in blocks for line in block.split("</div>")]
     (again,) = [words for words in typed if words[1:2] == ["launch/sample.py"]]
-    same = reported("sample", *again[2:], "--dry-run")
-    assert same.returncode == 0, same.stderr
-    assert reported("sample", *[w if w != "25" else "24" for w in again[2:]], "--dry-run").returncode == 2
+    same = reported("sample", *again[2:])
+    assert same.returncode == 0 and f"sample set {TINY_SET} is complete" in same.stdout, same.stderr
+    other = reported("sample", *[word if word != "25" else "24" for word in again[2:]])
+    assert other.returncode == 2 and "num_samples is 25 there and 24 asked for" in other.stderr
     submitted = next(words for words in typed if words[1].endswith("submit.py"))
     assert submitted[2:] == ["tiny.yaml", "--cluster", "local", "--then", "sample,evaluate", "--wait"]
 
