@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from launch.page.chart import Line, Point, chart, finite, smoothed, thinned
+from launch.page.chart import MOST_POINTS, Line, Point, chart, finite, smoothed, thinned
 from launch.page.markup import Html
 from launch.page.words import digits
 
@@ -15,7 +15,7 @@ Metrics = list[dict[str, Any]]
 def charts(metrics: Metrics) -> list[Html]:
     """Loss, the norm of gradients, the learning rate."""
     return [
-        chart("Loss", _both(metrics, "loss"), y="loss", log=True),
+        chart("Loss", [*_both(metrics, "loss"), *_validation(metrics)], y="loss", log=True),
         chart("Norm of the gradient", _both(metrics, "grad_norm"), y="norm", log=True),
         chart("Learning rate", _alone(metrics, "lr"), y="learning rate", zero=True),
     ]
@@ -34,6 +34,14 @@ def _both(metrics: Metrics, key: str) -> list[Line]:
     raw = Line(f"each line{lacks}", thinned(points), "raw")
     mean = smoothed(points)
     return [raw, Line("running mean", thinned(mean), told=f"running mean: {_ends(mean)}")]
+
+
+def _validation(metrics: Metrics) -> list[Line]:
+    """On held-out images, where the run computes it."""
+    told = ((m["step"], m.get("validation_loss")) for m in metrics)
+    points = finite(((at, value) for at, value in told if isinstance(value, float)), positive=True)
+    words = [f"held-out images: {digits(value)} at step {at:,}" for at, value in points]
+    return [Line("held-out images", points, "dots", 1, told_of_dots=words)] if 0 < len(points) <= MOST_POINTS else []
 
 
 def _alone(metrics: Metrics, key: str) -> list[Line]:

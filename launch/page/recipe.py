@@ -39,7 +39,7 @@ def config(facts: Facts) -> Html:
     except (DDPMError, DamagedFile, OSError):
         name, recipe = "the defaults of the config", Config()
     rows = [
-        [tag("code", key), tag("code", _shown(own)), tag("code", _shown(others))]
+        [tag("code", key), tag("code", as_typed(own)), tag("code", as_typed(others))]
         for key, own, others in differences(facts.config, recipe)
     ]
     differing = (Column("key"), Column("here"), Column("recipe"))
@@ -63,27 +63,23 @@ def recipe_of(record: Mapping[str, Any]) -> Path | None:
 def differences(own: Config, other: Config) -> list[tuple[str, Any, Any]]:
     """Keys whose values differ, with both, in the order of the config."""
     a, b = own.model_dump(mode="json"), other.model_dump(mode="json")
-    found = ((key, _value(a, key), _value(b, key)) for key in field_keys(Config) if key not in NOT_OF_RECIPE)
+    found = ((key, value_at(a, key), value_at(b, key)) for key in field_keys(Config) if key not in NOT_OF_RECIPE)
     return [(key, here, there) for key, here, there in found if here != there]
 
 
-def _value(tree: Any, key: str) -> Any:
+def value_at(tree: Any, key: str) -> Any:
+    """Of a config's dump, by a dotted key."""
     for part in key.split("."):
         tree = tree[part]
     return tree
 
 
-def shown_value(tree: Any, key: str) -> str:
-    """The value of a dotted key in a config's dump, as one would type it."""
-    return _shown(_value(tree, key))
-
-
-def _shown(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """As one would type it after `key=`."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_shown(v)}' for key, v in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {as_typed(v)}' for key, v in value.items())}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(as_typed, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -102,8 +98,8 @@ def origin(facts: Facts) -> Html:
         ("data", _data(facts, data)),
         ("code", _code_of(facts)),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
-        ("what auto became", ", ".join(f"{key} {_shown(value)}" for key, value in resolved.items())),
-        ("submitted to", ", ".join(f"{key} {_shown(value)}" for key, value in (record.get("launch") or {}).items())),
+        ("what auto became", ", ".join(f"{key} {as_typed(value)}" for key, value in resolved.items())),
+        ("submitted to", ", ".join(f"{key} {as_typed(value)}" for key, value in (record.get("launch") or {}).items())),
         ("hosts", _hosts(facts)),
         ("began with", _digest(f"{began.get('weights')} of {began.get('source')}", began.get("sha256"))),
         ("weights of", str(record.get("reads") or "")),

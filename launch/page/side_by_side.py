@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,13 +21,18 @@ from launch.page.words import digits
 
 MOST_DRAWN = 16
 """Runs in a chart."""
+MOST_BESIDE = 4
+"""Keys that stand in the table of runs."""
+Row = dict[str, Any]
 FALL = 0.02
 """Of the steps, at the beginning: the fall of a loss there would leave no room for what differs later."""
 
 
 def of_runs(every: Sequence[Facts], page: Path) -> str:
     """The whole page. page: where it will lie, for its links."""
-    ordered = sorted(every, key=_by_score)
+    of = {str(facts.run.path): facts for facts in every}
+    rows = compared(every)
+    ordered = [of[row["path"]] for row in rows]
     drawn = ordered[:MOST_DRAWN]
     left_out = note(f"{len(ordered) - len(drawn)} more runs are not drawn.") if len(ordered) > len(drawn) else Html("")
     title = f"{len(ordered)} runs side by side"
@@ -35,7 +40,7 @@ def of_runs(every: Sequence[Facts], page: Path) -> str:
     parts = [
         tag("h1", title),
         tag("p", names, class_="lead"),
-        section("What differs, and what came of it", shown(_table, ordered, page)),
+        section("What differs, and what came of it", shown(_table, rows, of, page)),
         section("Curves", shown(_charts, drawn), left_out),
         section("Samples of the last step", shown(_grids, drawn), left_out),
         foot(max(facts.made for facts in ordered), str(ordered[0].run.path.parent)),
@@ -43,56 +48,65 @@ def of_runs(every: Sequence[Facts], page: Path) -> str:
     return document(title, *parts, style=STYLE)
 
 
-def _by_score(facts: Facts) -> tuple[bool, float]:
-    """Runs with a score first, the best first; then by loss."""
-    best = headline(facts.scores)
-    if best is not None:
-        return False, float(best.record[key_of(best.record)])
-    loss = curves.last_mean(facts.metrics)
-    return True, float("inf") if loss is None else loss
-
-
-def compared(every: Sequence[Facts]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The config's keys that differ among the runs, and for each run its values, step, loss and score."""
+def compared(every: Sequence[Facts]) -> list[Row]:
+    """A row for each run, the best first: by its score, then by its loss. differs: {key: value} of what is not the same
+    in all of their configs; loss; score: None, or its "number" with a name, what it is "of", and its "value"."""
     configs = [facts.config for facts in every if facts.config is not None]
     keys = dict.fromkeys(key for c in configs[1:] for key, *_ in recipe.differences(c, configs[0]))
     rows = []
     for facts in every:
         best, tree = headline(facts.scores), facts.config.model_dump(mode="json") if facts.config else None
         rows.append({
-            "values": ["" if tree is None else recipe.shown_value(tree, key) for key in keys],
-            "state": facts.row["state"],
-            "step": facts.row["step"],
+            "path": str(facts.run.path),
+            "differs": {key: recipe.value_at(tree, key) for key in keys} if tree else {},
             "loss": curves.last_mean(facts.metrics),
-            "score": None if best is None else best.record,
+            "score": None if best is None else _score(best.record),
         })  # fmt: skip
-    return list(keys), rows
+    return sorted(rows, key=_rank)
 
 
-def _table(every: Sequence[Facts], page: Path) -> Html:
-    keys, found = compared(every)
-    columns = [Column("run"), *(Column(tag("code", key), True) for key in keys), Column("state"), Column("step", True)]
-    columns += [Column("loss", True), Column("score"), Column("goodput", True)]
-    rows: list[list[Part]] = []
-    for facts, row in zip(every, found, strict=True):
-        good = facts.row["goodput"]
-        cells: list[Part] = [_link(facts, page), *row["values"], row["state"], f"{row['step']:,}"]
-        cells += ["" if row["loss"] is None else digits(row["loss"]), _score(row["score"])]
-        rows.append([*cells, "" if good is None else f"{good:.1%}"])
-    parts = [table(columns, rows)]
-    records = {facts.run.name: row["score"] for facts, row in zip(every, found, strict=True) if row["score"]}
+def _score(record: Mapping[str, Any]) -> Row:
+    key = key_of(record)
+    return {"number": f"{SCORE_NAMES[key]} {scores.value(record)}", "of": scores.in_words(record), "value": record[key]}
+
+
+def _rank(row: Row) -> tuple[bool, float, bool, float]:
+    score, loss = row["score"], row["loss"]
+    return score is None, score["value"] if score else 0.0, loss is None, loss or 0.0
+
+
+def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
+    """A row for each run; what differs in more keys than have room there is a table of its own, a row for each key."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["differs"]))
+    values = {key: [recipe.as_typed(row["differs"][key]) if row["differs"] else "" for row in rows] for key in keys}
+    beside = keys if len(keys) <= MOST_BESIDE else []
+    columns = [Column("run"), *(Column(tag("code", key), True) for key in beside), Column("state")]
+    columns += [Column("step", True), Column("loss", True), Column("score"), Column("of"), Column("goodput", True)]
+    cells: list[list[Part]] = []
+    for i, row in enumerate(rows):
+        facts, score = of[row["path"]], row["score"] or {"number": "", "of": ""}
+        good, loss = facts.row["goodput"], row["loss"]
+        cells.append([
+            _link(facts, page), *(values[key][i] for key in beside), facts.row["state"], f"{facts.row['step']:,}",
+            "" if loss is None else digits(loss), score["number"], score["of"], "" if good is None else f"{good:.1%}",
+        ])  # fmt: skip
+    told = "" if keys else "Their configs do not differ. "
+    parts: list[Part] = [table(columns, cells), note(told, "Loss: the running mean at the end."), _incomparable(of)]
+    if len(beside) < len(keys):
+        names = [Column("key"), *(Column(of[row["path"]].run.name, True) for row in rows)]
+        parts.append(table(names, [[tag("code", key), *values[key]] for key in keys]))
+    return join(parts)
+
+
+def _incomparable(of: Mapping[str, Facts]) -> Html:
+    """Where the scores in the table were not taken alike."""
+    records = {facts.run.name: best.record for facts in of.values() if (best := headline(facts.scores))}
     try:
         if len(records) > 1:
             check_comparable(records)
     except RequestError as e:
-        parts.append(note(f"Not all of these scores may be compared: {e}."))
-    told_of = "Their configs do not differ. " if not keys else ""
-    parts.append(note(told_of, "Loss: the running mean at the end. Score: of the most samples, the newest of those."))
-    return join(parts)
-
-
-def _score(record: dict[str, Any] | None) -> str:
-    return "" if record is None else f"{SCORE_NAMES[key_of(record)]} {scores.value(record)}, {scores.in_words(record)}"
+        return note(f"Not all of these scores may be compared: {e}.")
+    return Html("")
 
 
 def _link(facts: Facts, page: Path) -> Part:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.run.images import write_png
 from ddpm.run.paths import RunDir
 from ddpm.scoring.record import Score
-from launch.page import curves, lives, pictures, recipe, scores
+from launch.page import curves, lives, pictures, recipe, scores, side_by_side
 from launch.page.axes import across, scale
 from launch.page.chart import MOST_POINTS, finite, smoothed, thinned
 from launch.page.clock import clock
@@ -102,6 +103,12 @@ def test_the_curves_of_800_000_steps_are_small_and_those_of_none_are_nothing() -
     html = "".join(curves.charts(metrics(8000)))
     assert len(html) < 200_000 and html.count("<svg") == 3
     assert [str(c) for c in curves.charts([])] == ["", "", ""]
+
+
+def test_the_loss_on_held_out_images_is_drawn_where_it_was_computed() -> None:
+    loss, *_ = curves.charts(metrics(50, validation_loss=0.03))
+    assert loss.count("<circle") == 1 and "held-out images: 0.03 at step 2,600" in loss
+    assert "held-out" not in curves.charts(metrics(50))[0]
 
 
 def test_a_loss_that_is_not_finite_is_counted_and_not_drawn() -> None:
@@ -239,6 +246,24 @@ def test_a_config_is_compared_with_the_recipe_that_its_command_named() -> None:
     assert named("mine.yaml") is None and named("elsewhere/cifar10.yaml") is None and recipe.recipe_of({}) is None
     other = Config(name="b").model_copy(update={"seed": 3})
     assert recipe.differences(other, Config(name="a")) == [("seed", 3, 0)]
+
+
+def test_runs_side_by_side_begin_with_the_best_and_show_what_differs(tmp_path: Path) -> None:
+    def run(name: str, lr: float, loss: float, *of: Score) -> Facts:
+        config = reading.of_text(f"train: {{lr: {lr}, warmup_steps: 10}}", tmp_path / f"{name}.yaml")
+        lines = [{"step": step, "loss": loss, "grad_norm": 1.0} for step in (100, 200)]
+        return facts(tmp_path / name, [], config=config, metrics=lines, scores=list(of))
+
+    runs = [
+        run("c", 4e-4, 0.3),
+        run("b", 2e-4, 0.2),
+        run("a", 1e-4, 0.4, score("s", 200, 5.0, 50_000, fid_interval=[4.8, 5.2])),
+    ]
+    found = side_by_side.compared(runs)
+    assert [Path(row["path"]).name for row in found] == ["a", "b", "c"]
+    assert [row["differs"] for row in found] == [{"train.lr": lr} for lr in (1e-4, 2e-4, 4e-4)]
+    html = side_by_side.of_runs(runs, tmp_path / "comparison.html")
+    assert "5.0 ± 0.2" in html and "from step 4 on" in html and "This cannot be shown" not in html
 
 
 def test_of_many_grids_some_are_shown_smaller_and_the_rest_and_the_broken_are_told(tmp_path: Path) -> None:
