@@ -216,6 +216,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tb"
 

@@ -100,6 +100,9 @@ def _malformed(record: Mapping[str, Any]) -> str | None:
     value = record[keys[0]]
     if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
         return f"its {keys[0]} is {value!r}, no number"
+    ends = record.get(f"{keys[0]}_interval")
+    if ends and not (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, float | int) for end in ends)):
+        return f"its {keys[0]}_interval is {ends!r}"
     named = ("reference",) if keys == ["bits_per_dim"] else ("reference", "extractor", "sampler")
     for key, kind in (("num_samples", int), ("nfe", int), *((key, dict) for key in named)):
         if not isinstance(record.get(key), kind):

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.compat.harness import HERE, RUNS, Machine
 
 TEXT = HERE / "text"
-SCRIPTS = ("board", "cancel", "evaluate", "export", "logs", "remove", "sample", "status", "submit")
+SCRIPTS = ("board", "cancel", "evaluate", "export", "logs", "remove", "report", "sample", "status", "submit")
 TOOLS = ("convert_diffusers", "inspect_config", "unpack_data")
 SHELLS = ("env", "quickstart", "test")
 DRY = ["launch/submit.py", "--dry-run"]
