@@ -64,6 +64,12 @@ def check_data(config: Config, stages: list[str]) -> None:
     source = open_source(config.data)
     if config.model.num_classes not in (0, len(source.classes)):
         raise RequestError(f"model.num_classes = {config.model.num_classes}: {_classes_there_are(source.classes)}")
+    if config.log.validate_every_steps is not None and "test" not in source.members:
+        raise RequestError(
+            f"log.validate_every_steps = {config.log.validate_every_steps}: the data has no test split, and so no "
+            f"images that training does not see: leave it out (null), or lay some apart in test/, beside train/ "
+            f"(data.name=images data.path=FOLDER_OR_ZIP)"
+        )
     if _scores(config, stages):
         check_reference(config, config.evaluate.reference)
 
@@ -261,8 +267,10 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         ensure_weights(config.evaluate.extractor, cache / "data")
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
-    if _scores(config, stages) and config.evaluate.reference == "test":
-        data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
+    held_out = {}
+    if config.log.validate_every_steps or (_scores(config, stages) and config.evaluate.reference == "test"):
+        at, test = data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
+        held_out = {"test": {"key": at, "digest": test.digest}} if config.log.validate_every_steps else {}
     print(
         f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
         f"digest {packed.digest[:12]}",
@@ -278,5 +286,6 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "digest": packed.digest,
         "num_images": len(packed),
         "scratch": site.scratch,
+        **held_out,
     }
     return {"data": record, "labels": labels}

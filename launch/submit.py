@@ -161,7 +161,7 @@ def main() -> int:
             origin.check_same(run, source)
         elif source is not None:
             origin.read(source, config)
-        if not run.path.exists() and config.data.path:
+        if not run.path.exists() and (config.data.path or config.log.validate_every_steps):
             prepare.check_data(config, stages)
         num = prepare.num_images(config, run)
         prepare.warn_of_batch(config, num)

@@ -50,6 +50,13 @@ class Silent:
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
 
+    def lacks_validation(self, step: int) -> bool:
+        """Whether the step has a line of metrics, and that no loss on held-out images."""
+        return False
+
+    def validated(self, step: int, loss: float) -> None:
+        """Add that to the line which an earlier life has written."""
+
     def alive(self, step: int, *, force: bool = False) -> None:
         """A sign of life for the status view."""
 
@@ -184,6 +191,12 @@ class Chronicle(Silent):
     def log(self, record: dict[str, Any]) -> None:
         self._latest = record
         self.telemetry.log(record)
+
+    def lacks_validation(self, step: int) -> bool:
+        return self.telemetry.lacks(step, "validation_loss")
+
+    def validated(self, step: int, loss: float) -> None:
+        self.telemetry.amend(step, {"validation_loss": loss})
 
     def alive(self, step: int, *, force: bool = False) -> None:
         self.telemetry.heartbeat(step, self._latest, force=force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -20,6 +21,11 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import missing_lines, parse_metrics, place_of
 
 HEARTBEAT_EVERY_S = 5.0
+TAGS = {
+    **{key: f"train/{key}" for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu")},
+    "validation_loss": "loss/validation",
+}
+"""What TensorBoard calls the keys of a line."""
 BOARD_AGAIN_AFTER_S = 60.0
 """From a write that TensorBoard was refused to the next file of its own: a full disk stays full for a while."""
 
@@ -150,6 +156,31 @@ class Telemetry:
         else:
             self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
 
+    def lacks(self, step: int, key: str) -> bool:
+        """Whether an earlier life's line of `step` is there without `key`."""
+        try:
+            return any(r["step"] == step and r.get(key) is None for r in self._there(step))
+        except OSError:
+            return False
+
+    def amend(self, step: int, fields: dict[str, Any]) -> None:
+        """Add to the line of `step`, which an earlier life wrote; before this life's first line."""
+        amended: list[dict[str, Any]] = []
+
+        def write() -> None:
+            kept = [{**r, **fields} if r["step"] == step else r for r in self._there(self._first_step)]
+            self._rewrite(kept)
+            self._metrics.close()
+            self._metrics = self._run.metrics.open("a+b", buffering=0)
+            amended.extend({**fields, "step": step, "time": r["time"]} for r in kept if r["step"] == step)
+
+        self._try("metrics", write)
+        for record in amended:
+            self._try("tensorboard", functools.partial(self._show_late, record))
+
+    def _show_late(self, record: dict[str, Any]) -> None:
+        _add_scalars(self.board, record)
+
     def _write(self) -> None:
         self._take_along()
         while self._unwritten:  # what a full disk refuses waits for the next line
@@ -221,9 +252,9 @@ class Telemetry:
 
 def _add_scalars(board: Any, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl, at the time it was written."""
-    for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu"):
+    for key, tag in TAGS.items():
         if record.get(key) is not None:
-            board.add_scalar(f"train/{key}", record[key], record["step"], walltime=seconds(record["time"]))
+            board.add_scalar(tag, record[key], record["step"], walltime=seconds(record["time"]))
 
 
 def _add_grid(board: Any, step: int, grid: np.ndarray) -> None:

@@ -66,6 +66,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     while True:
         try:
             packed = inputs.packed_data(life, config, world, fence)
+            held_out = inputs.held_out(life, config, world)
             break
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
@@ -80,6 +81,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
         start=read_run(run).get("from"),
+        held_out=held_out,
         on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()
