@@ -228,13 +228,13 @@ def begin(
     train, left = what_is_left(run, config, stages) if exists else (True, stages)
     record = directory.describe(config, site, run, inputs)
     if not exists and start is not None:
-        directory.create_run(run, config, {**record, "from": start.record}, start=start.data)
+        directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
         came = start.record
         print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
     elif not exists:
-        directory.create_run(run, config, record)
+        directory.create_run(run, config, record, told=site.notify)
     elif not queued:
-        directory.update_run(run, config, record)
+        directory.update_run(run, config, record, told=site.notify)
         chain.lift_stop(run)
     if not exists:
         prepare.settle_code(run, new=False)

@@ -150,6 +150,7 @@ class Chronicle(Silent):
             logged_step=logged_step,
             every_steps=self.config.log.every_steps,
             gap=self._gap,
+            config=self.config,
             may_publish=self.fence.check,
         )
         self._gap = self._telemetry.gap

@@ -39,7 +39,7 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
             job, restart = life_of(e)
             life = job, restart - 1
             signs[life] = max(signs.get(life, 0.0), seconds(ended))
-        if e["event"] != "submitted" and e.get("stage", "train") == "train":
+        if e["event"] not in ("submitted", "notified") and e.get("stage", "train") == "train":
             lives.setdefault(life_of(e), []).append(e)
     total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)
     for life, own in lives.items():
