@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,10 @@ def cache_of(site: Site, root: Path) -> Path:
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
     """What needs a network or a decoder, done here: data packed, weights fetched. Returns `data` and `labels` of
     run.json."""
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise EnvironmentLacks(
+            f"log.wandb = {config.log.wandb}: wandb is not installed: pip install 'ddpm-hpc[wandb]', or leave it out"
+        )
     cache = cache_of(site, root)
     made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
     try:

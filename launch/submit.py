@@ -19,6 +19,7 @@ from ddpm.config.sample import FILE
 from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name
+from ddpm.training.mirror import sync_command
 from launch import origin, prepare
 from launch.cluster import code, container, environment, scheduler
 from launch.cluster.environment import SHIPPED
@@ -239,6 +240,8 @@ def begin(
     if not exists:
         prepare.settle_code(run, new=False)
     print(f"run: {run.path}")
+    if config.log.wandb is not None:
+        print(f"wandb: unless WANDB_MODE says otherwise its metrics wait for {sync_command(run)}")
     if prepare_only:
         print(f"prepared; queue it with:\n{by_hand(Job('train', run, site))}")
         return []

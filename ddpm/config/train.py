@@ -129,6 +129,8 @@ class Log(Section):
     validate_every_steps: int | None = Field(None, ge=1)
     """Steps between losses on images of the test split, at the same timesteps and noise each time, by the weights that
     `sample.weights` names; a multiple of every_steps, and at the end. null: none."""
+    wandb: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}$")
+    """A project of Weights & Biases that gets the metrics and scores too, offline unless WANDB_MODE says otherwise."""
 
     @model_validator(mode="after")
     def _validation(self) -> Log:

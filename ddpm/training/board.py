@@ -7,12 +7,13 @@ write means.
 from __future__ import annotations
 
 import json
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ddpm.config.schema import Config
 from ddpm.run.files import seconds
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TAGS = {
     **{key: f"train/{key}" for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu")},

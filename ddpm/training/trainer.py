@@ -26,6 +26,7 @@ from ddpm.training import fitting, grids
 from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
+from ddpm.training.mirror import Mirror
 from ddpm.training.progress import Progress
 from ddpm.training.ranks import World, stop_code
 from ddpm.training.state import TrainingState
@@ -60,6 +61,7 @@ class Trainer:
         owner: dict[str, Any],
         start: dict[str, Any] | None = None,
         held_out: PackedImages | None = None,
+        mirror: Mirror | None = None,
         on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
         self._start = start
@@ -81,6 +83,7 @@ class Trainer:
                 owner=owner,
                 world_size=size,
                 is_milestone=is_milestone,
+                mirror=mirror,
                 on_milestone=on_milestone,
             )
         self.warm = self._stepped = False
@@ -271,6 +274,7 @@ class Trainer:
         self.chronicle.event("stop_requested", step, reason=reason)
         saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
+        self.chronicle.rest()
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
         return Outcome(False, step, reason, saved)
 

@@ -57,6 +57,6 @@ def evaluate(life: Life, name: str) -> int:
         except OthersAtWork as e:  # the first task merges
             say(str(e))
             return life.leave(0)
-        show_score(run, result)
+        show_score(run, config, result)
         say(f"computed {told_of(result)}")
         return life.leave(0)

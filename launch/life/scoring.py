@@ -95,7 +95,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
             return life.leave(code, e.reason)
         if set_name.startswith("milestone"):
             _on_the_curve(life, config)
-        show_score(run, result)
+        show_score(run, config, result)
         score = key_of(result)
         say(f"scored {told_of(result)}", **{score: f"{result[score]:.4f}"})
         return life.leave(0)
