@@ -65,7 +65,7 @@ class Notify(Section):
     """How its owner is told that a run has finished, has failed for good, or is held: once, and never at a requeue."""
 
     mail: Mail | None = None
-    """SLURM mails to it when the job ends that ends the run."""
+    """SLURM mails to it when the job ends that ends the run; of a hold it does not."""
     command: Command = ()
     """A program and its words, run without a shell where the job ran, with the message on its standard input."""
     url: Url | None = None

@@ -45,7 +45,7 @@ def delay(job: str, seconds: int) -> None:
 
 def mail_at_end(job: str, address: str) -> None:
     """Have SLURM mail there when `job`, which runs, ends. Raises SchedulerError."""
-    kind = "END,ARRAY_TASKS" if "_" in job else "END"
+    kind = "END,FAIL" + (",ARRAY_TASKS" if "_" in job else "")  # of a job that fails it mails no END
     slurm.run(["scontrol", "update", f"jobid={job}", f"mailuser={address}", f"mailtype={kind}"])
 
 

@@ -6,6 +6,8 @@ person has stopped tells him nothing new.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ddpm.config import reading
 from ddpm.errors import EXIT_BUSY, RequestError
 from ddpm.run.files import DamagedFile, read_json
@@ -45,16 +47,16 @@ def of_failure(run: RunDir, env: JobEnvironment, stage: str, set_name: str, code
 
 
 def of_hold(run: RunDir, env: JobEnvironment, stage: str, set_name: str) -> None:
-    """Tell that the job is held, where SLURM says so of one that it has put back."""
+    """Tell that the job is held, where SLURM says so of one that it is putting back."""
     if not _is_asked(run, set_name):
         return
     try:
         found = scheduler.look_up([env.job]).get(env.job)
     except scheduler.SchedulerError:
         return
-    wait = scheduler.explain(env.job, found) if found else None
+    wait = scheduler.explain(env.job, replace(found, state="PENDING")) if found else None  # COMPLETING before
     if wait is not None and wait.held:
-        notify.tell(run, env, "is held", f"{stage} job {env.job}: {wait}; {run.path}", stage=stage)
+        notify.tell(run, env, notify.HELD, f"{stage} job {env.job}: {wait}; {run.path}", stage=stage)
 
 
 def _is_asked(run: RunDir, set_name: str) -> bool:

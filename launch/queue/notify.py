@@ -28,6 +28,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.cluster.site import Notify
 
 LIMIT_S = 10
+HELD = "is held"
 MESSAGE_AT_MOST = 1500
 """Characters: chat programs take little more."""
 
@@ -72,7 +73,7 @@ def _ways(run: RunDir, env: JobEnvironment, message: str, what: str) -> dict[str
     address, words, url = asked.mail, asked.command, asked.url
     body = {"text": message, "run": run.name, "what": what, "path": str(run.path), "job": env.job}
     ways: dict[str, Callable[[], None]] = {}
-    if address is not None:
+    if address is not None and what != HELD:  # SLURM mails of a job's end
         ways["mail"] = lambda: _mail(env, address)
     if words:
         ways["command"] = lambda: _run(list(words), message)
@@ -84,6 +85,7 @@ def _ways(run: RunDir, env: JobEnvironment, message: str, what: str) -> dict[str
 def _is_first(run: RunDir, env: JobEnvironment, what: str) -> bool:
     """Whether no process has told this of the job before; of an array's tasks the first tells. Raises OSError."""
     job = env.job.partition("_")[0] + (f"-{env.cluster}" if env.cluster else "")
+    job += f".{env.restart}" if what == HELD else ""  # which may be again
     run.logs.mkdir(exist_ok=True)
     try:
         os.close(os.open(run.logs / f".notified-{what.replace(' ', '-')}-{job}", os.O_CREAT | os.O_EXCL, 0o666))

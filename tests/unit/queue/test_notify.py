@@ -153,7 +153,7 @@ def test_a_job_that_is_held_is_told(run: RunDir, ears: Ears, monkeypatch: pytest
     monkeypatch.setattr(scheduler, "look_up", lambda jobs: {"17": state})
     ending.of_hold(run, HERE, "train", "")
     assert not ears.heard
-    state = scheduler.Queued("PENDING", "JobHeldAdmin")
+    state = scheduler.Queued("COMPLETING", "JobHeldAdmin")
     ending.of_hold(run, HERE, "train", "")
     assert "is held: train job 17: the cluster's administrators hold it" in ears.heard[0]["text"]
 
