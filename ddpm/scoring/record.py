@@ -212,6 +212,16 @@ def told(record: Mapping[str, Any]) -> str:
     return plain(", ".join(words))
 
 
+def curve_of(record: Mapping[str, Any]) -> str:
+    """What a score is measured by, as a name that such a score of another step has too: fid/ddim-100-50000-train."""
+    sampler = record.get("sampler") or {"name": "bound"}
+    guided = f"-guided{sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
+    words = [f"{sampler['name']}{guided}", record["nfe"], record["num_samples"], _called(record["reference"])]
+    key = key_of(record)
+    words += [record["extractor"]["name"]] if key == "frechet_distance" else []
+    return f"{key}/" + re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(map(str, words)))
+
+
 def _share(record: Mapping[str, Any]) -> str:
     """`10,000 of test`, or `500 of the 10,000 of test (seed 0)`."""
     num, of, split = record["num_samples"], record["reference"].get("num_images"), _called(record["reference"])

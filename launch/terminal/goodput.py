@@ -57,7 +57,7 @@ def periods(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> li
             job, restart = life_of(e)
             life = job, restart - 1
             signs[life] = max(signs.get(life, 0.0), seconds(ended))
-        if e["event"] != "submitted" and e.get("stage", "train") == "train":
+        if e["event"] not in ("submitted", "notified") and e.get("stage", "train") == "train":
             lives.setdefault(life_of(e), []).append(e)
     found = []
     for life, own in lives.items():

@@ -15,6 +15,7 @@ import pytest
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from ddpm.run.files import sign
 from ddpm.run.images import write_png
 from ddpm.run.paths import RunDir
 from ddpm.scoring.record import Score
@@ -260,7 +261,7 @@ def test_runs_side_by_side_begin_with_the_best_and_show_what_differs(tmp_path: P
         made.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         for one in of:
             there = {**one.record, "checkpoint": None}  # of a run that has none
-            made.score(one.name).write_text(json.dumps(there))
+            made.score(one.name).write_text(json.dumps(sign(there)))
         return facts(made.path, [], config=config, metrics=lines, scores=list(of))
 
     runs = [
