@@ -12,13 +12,15 @@ import launch.first  # noqa: F401
 
 # isort: split
 import argparse
-import getpass
 import os
+import shlex
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.terminal import console
 
@@ -47,6 +49,23 @@ def free_port(wanted: int | None) -> int:
         return int(s.getsockname()[1])
 
 
+def link(runs: list[RunDir], where: Path) -> None:
+    """A folder that has the runs' tb/ by the runs' names, which TensorBoard shows. Raises EnvironmentLacks.
+
+    Of a run's directory it would be shown by path, and it would look again and again through all that lies there.
+    """
+    try:
+        where.parent.mkdir(mode=0o700, exist_ok=True)
+        if where.parent.lstat().st_uid != os.getuid():
+            raise EnvironmentLacks(f"{where.parent} is somebody else's: choose another folder with TMPDIR")
+        shutil.rmtree(where, ignore_errors=True)  # of an earlier one, as nobody listens on this port
+        where.mkdir()
+        for run in runs:
+            (where / run.name).symlink_to(run.tensorboard.absolute())
+    except OSError as e:
+        raise EnvironmentLacks(f"cannot write {where} ({e.strerror}): choose another folder with TMPDIR") from None
+
+
 def main() -> int:
     args = parse()
     root = environment.runs_root(args.root)
@@ -55,25 +74,23 @@ def main() -> int:
         raise RequestError(f"no runs in {root}; start one with python launch/submit.py, or look elsewhere with --root")
     port = free_port(args.port)
     runs = runs or console.all_runs(root)
-    # their tb/ alone: TensorBoard would look again and again through all that lies beside it
-    where = ["--logdir_spec", ",".join(f"{r.name}:{r.tensorboard}" for r in runs)]
-    if len(runs) == 1:
-        where = ["--logdir", str(runs[0].tensorboard)]
-    elif odd := [r.tensorboard for r in runs if "," in str(r.tensorboard)]:
-        raise RequestError(f"{odd[0]}: TensorBoard takes a comma for the end of a path; give one RUN")
+    if len({r.name for r in runs}) < len(runs):
+        raise RequestError("two of these runs have the same name: give them one at a time")
+    where = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}" / f"board-{port}"
     beside = Path(sys.executable).with_name("tensorboard")
     program = str(beside) if beside.exists() else shutil.which("tensorboard")
     if program is None:
         raise EnvironmentLacks("tensorboard is not installed: pip install tensorboard")
-    command = [program, "--host", "127.0.0.1", "--port", str(port), *where]
+    command = [program, "--host", "127.0.0.1", "--port", str(port), "--logdir", str(where)]
     print(
-        f"on your own machine:  ssh -N -L {port}:localhost:{port} {getpass.getuser()}@{socket.getfqdn()}\n"
+        f"on your own machine:  ssh -N -L {port}:localhost:{port} {environment.ssh_words()}\n"
         f"then open:            http://localhost:{port}",
         flush=True,
     )
     if args.dry_run:
-        print(" ".join(command))
+        print("\n".join([f"{r.name}: {r.tensorboard}" for r in runs] + [shlex.join(command)]))
         return 0
+    link(runs, where)
     os.execv(program, command)
 
 

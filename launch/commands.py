@@ -8,7 +8,20 @@ from collections.abc import Callable
 import launch.first  # noqa: F401 - before all that takes time
 from launch.terminal import console
 
-SCRIPTS = ("board", "cancel", "doctor", "evaluate", "export", "logs", "recover", "remove", "sample", "status", "submit")
+SCRIPTS = (
+    "board",
+    "cancel",
+    "doctor",
+    "evaluate",
+    "export",
+    "logs",
+    "recover",
+    "remove",
+    "report",
+    "sample",
+    "status",
+    "submit",
+)
 """As pyproject.toml lists them."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def check_data(config: Config, stages: list[str]) -> None:
     source = open_source(config.data)
     if config.model.num_classes not in (0, len(source.classes)):
         raise RequestError(f"model.num_classes = {config.model.num_classes}: {_classes_there_are(source.classes)}")
+    if config.log.validate_every_steps is not None and "test" not in source.members:
+        raise RequestError(
+            f"log.validate_every_steps = {config.log.validate_every_steps}: the data has no test split, and so no "
+            f"images that training does not see: leave it out (null), or lay some apart in test/, beside train/ "
+            f"(data.name=images data.path=FOLDER_OR_ZIP)"
+        )
     if _scores(config, stages):
         check_reference(config, config.evaluate.reference)
 
@@ -210,6 +217,10 @@ def cache_of(site: Site, root: Path) -> Path:
 def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) -> dict[str, Any]:
     """What needs a network or a decoder, done here: data packed, weights fetched. Returns `data` and `labels` of
     run.json."""
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise EnvironmentLacks(
+            f"log.wandb = {config.log.wandb}: wandb is not installed: pip install 'ddpm-hpc[wandb]', or leave it out"
+        )
     cache = cache_of(site, root)
     made = [p for p in (cache / "data", *(cache / "data").parents) if not p.exists()]
     try:
@@ -253,8 +264,10 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         ensure_weights(config.evaluate.extractor, cache / "data")
     bar = console.show_progress("packing")
     key, packed = data.pack(config.data, "train", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
-    if _scores(config, stages) and config.evaluate.reference == "test":
-        data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
+    held_out = {}
+    if config.log.validate_every_steps or (_scores(config, stages) and config.evaluate.reference == "test"):
+        at, test = data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
+        held_out = {"test": {"key": at, "digest": test.digest}} if config.log.validate_every_steps else {}
     print(
         f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
         f"digest {packed.digest[:12]}",
@@ -274,5 +287,6 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         "digest": packed.digest,
         "num_images": len(packed),
         "scratch": site.scratch,
+        **held_out,
     }
     return {"data": record, "labels": labels}

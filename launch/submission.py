@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ddpm.config.schema import Config, check_world_size
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.training.mirror import sync_command
 from launch import origin, prepare
 from launch.cluster import code, container, scheduler
 from launch.cluster.job import Job, check_path
@@ -95,7 +96,7 @@ def check_dry(asked: Asked) -> int | None:
         origin.check_same(run, asked.source)
     elif asked.source is not None:
         origin.read(asked.source, config)
-    if not run.path.exists() and config.data.path:
+    if not run.path.exists() and (config.data.path or config.log.validate_every_steps):
         prepare.check_data(config, asked.stages)
     return prepare.num_images(config, run)
 
@@ -179,17 +180,19 @@ def write_down(
     train, left = what_is_left(run, config, asked.stages) if exists else (True, asked.stages)
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
     if not exists and start is not None:
-        directory.create_run(run, config, {**record, "from": start.record}, start=start.data)
+        directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
         came = start.record
         print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
     elif not exists:
-        directory.create_run(run, config, record)
+        directory.create_run(run, config, record, told=site.notify)
     elif not queued:
-        directory.update_run(run, config, record)
+        directory.update_run(run, config, record, told=site.notify)
         chain.lift_stop(run)
     if not exists:
         prepare.settle_code(run, new=False)
     print(f"run: {run.path}")
+    if config.log.wandb is not None:
+        print(f"wandb: unless WANDB_MODE says otherwise its metrics wait for {sync_command(run)}")
     if train and (step := run.latest_step()):
         print(f"it goes on from step {step} of {config.train.total_steps}")
     if queued and (kept := directory.not_taken(run, site)):

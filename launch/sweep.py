@@ -152,7 +152,7 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace, recipe: rec
     for point in points:  # nothing is queued before all can be
         with naming(point.asked.sweep):
             reads = point.asked.config.model_dump_json(include={"data": True, "evaluate": True,
-                                                                "train": {"global_batch"}})  # fmt: skip
+                                                                "train": {"global_batch"}, "log": True})  # fmt: skip
             if reads not in packed:
                 root = point.asked.run.path.parent
                 packed[reads] = prepare.prepare_inputs(point.asked.config, site, root, point.asked.stages)

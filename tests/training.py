@@ -89,6 +89,7 @@ class Life:
         restart: int = 0,
         warm_up: bool = True,
         start: dict[str, Any] | None = None,
+        held_out: data.PackedImages | None = None,
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
         torch.set_num_threads(1)
@@ -106,6 +107,7 @@ class Life:
             events=EventLog(run, "1", restart, "here") if world.is_main else None,
             owner=owner,
             start=start,
+            held_out=held_out,
         )
         self._warm_up = warm_up
         before_resume(self.trainer)

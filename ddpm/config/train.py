@@ -127,6 +127,21 @@ class Log(Section):
     """Steps between sample grids; null: only at the end."""
     grid_images: int = Field(64, ge=1, le=1024)
     """Samples in a grid."""
+    validate_every_steps: int | None = Field(None, ge=1)
+    """Steps between losses on images of the test split, at the same timesteps and noise each time, by the weights that
+    `sample.weights` names; a multiple of every_steps, and at the end. null: none."""
+    wandb: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}$")
+    """A project of Weights & Biases that gets the metrics and scores too, offline unless WANDB_MODE says otherwise."""
+
+    @model_validator(mode="after")
+    def _validation(self) -> Log:
+        every, lines = self.validate_every_steps, self.every_steps
+        if every is not None and every % lines:
+            raise ValueError(
+                f"log.validate_every_steps = {every}: it stands in lines of metrics, so that it must be a multiple of "
+                f"log.every_steps = {lines}; {max(1, round(every / lines)) * lines} is one"
+            )
+        return self
 
 
 def divisors(n: int) -> list[int]:

@@ -128,7 +128,12 @@ class HashingFile:
 
 @contextmanager
 def publishing(
-    path: Path, *, token: str = "", replace: bool = False, may_publish: Callable[[], None] | None = None
+    path: Path,
+    *,
+    token: str = "",
+    replace: bool = False,
+    may_publish: Callable[[], None] | None = None,
+    mode: int = 0o666,
 ) -> Iterator[HashingFile]:
     """Write `path` whole or not at all.
 
@@ -136,10 +141,11 @@ def publishing(
     replace: only for the few files that change (run.json, heartbeat.json, metrics.jsonl); otherwise an existing `path`
     raises FileExistsError and stays as it is.
     may_publish: called last before the name appears, with everything durable; it raises to withhold publication.
+    mode: who may read and write it, from the first byte on, less what the umask takes.
     """
     tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{token or 'x'}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with _opened(tmp, may_publish) as raw:
+        with _opened(tmp, may_publish, mode) as raw:
             out = HashingFile(raw)
             yield out
             raw.flush()
@@ -158,9 +164,9 @@ def publishing(
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
 
 
-def _opened(tmp: Path, may_publish: Callable[[], None] | None) -> BinaryIO:
+def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> BinaryIO:
     try:
-        return tmp.open("wb")
+        return os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb")
     except FileNotFoundError:
         if may_publish is not None:
             may_publish()  # it knows better what has become of the directory

@@ -159,6 +159,11 @@ class RunDir:
         return self.path / "code.zip"
 
     @property
+    def notify(self) -> Path:
+        """Whom to tell of its end; for its owner's eyes."""
+        return self.path / "notify.json"
+
+    @property
     def start(self) -> Path:
         """The weights that the run starts from, where those are another's."""
         return self.path / "start.safetensors"
@@ -214,6 +219,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def tensorboard(self) -> Path:

@@ -92,7 +92,7 @@ METRICS: Kind = {
 }
 METRICS_TOO: Kind = {
     **dict.fromkeys(("images", "skipped_steps"), _is_count),
-    **dict.fromkeys(("gpu_memory_gib", "mfu"), _is_number),
+    **dict.fromkeys(("gpu_memory_gib", "mfu", "validation_loss"), _is_number),
 }
 BEAT: Kind = {**SIGN, "step": _is_count}
 BEAT_TOO: Kind = {
@@ -112,7 +112,11 @@ FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_
 FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
 SWEEP: Kind = {"name": _is_text, "values": _is_tree}
 DATA: Kind = {"cache": _is_text}
-DATA_TOO: Kind = {**dict.fromkeys(("key", "digest", "scratch"), _is_text), "num_images": _is_count}
+DATA_TOO: Kind = {
+    **dict.fromkeys(("key", "digest", "scratch"), _is_text),
+    "num_images": _is_count,
+    "test": lambda value: _checked(value, dict.fromkeys(("key", "digest"), _is_text))[1] == "",
+}
 
 
 def _checked(record: Any, needed: Kind, too: Kind | None = None) -> tuple[Record | None, str]:

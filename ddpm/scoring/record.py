@@ -100,6 +100,9 @@ def _malformed(record: Mapping[str, Any]) -> str | None:
     value = record[keys[0]]
     if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
         return f"its {keys[0]} is {value!r}, no number"
+    ends = record.get(f"{keys[0]}_interval")
+    if ends and not (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, float | int) for end in ends)):
+        return f"its {keys[0]}_interval is {ends!r}"
     named = ("reference",) if keys == ["bits_per_dim"] else ("reference", "extractor", "sampler")
     for key, kind in (("num_samples", int), ("nfe", int), *((key, dict) for key in named)):
         if not isinstance(record.get(key), kind):
@@ -207,6 +210,16 @@ def told(record: Mapping[str, Any]) -> str:
     words.append(against(record))
     words += [] if key == "fid" else [f"{record['extractor']['name']} features"]
     return plain(", ".join(words))
+
+
+def curve_of(record: Mapping[str, Any]) -> str:
+    """What a score is measured by, as a name that such a score of another step has too: fid/ddim-100-50000-train."""
+    sampler = record.get("sampler") or {"name": "bound"}
+    guided = f"-guided{sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
+    words = [f"{sampler['name']}{guided}", record["nfe"], record["num_samples"], _called(record["reference"])]
+    key = key_of(record)
+    words += [record["extractor"]["name"]] if key == "frechet_distance" else []
+    return f"{key}/" + re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(map(str, words)))
 
 
 def _share(record: Mapping[str, Any]) -> str:

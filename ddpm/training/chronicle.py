@@ -22,6 +22,7 @@ from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, write_bytes
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
+from ddpm.training.mirror import Mirror
 from ddpm.training.telemetry import Telemetry
 
 PASSING = (errno.EIO, errno.ESTALE, errno.EDQUOT)
@@ -49,6 +50,13 @@ class Silent:
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
+
+    def lacks_validation(self, step: int) -> bool:
+        """Whether the step has a line of metrics, and that no loss on held-out images."""
+        return False
+
+    def validated(self, step: int, loss: float) -> None:
+        """Add that to the line which an earlier life has written."""
 
     def alive(self, step: int, *, force: bool = False) -> None:
         """A sign of life for the status view."""
@@ -80,6 +88,9 @@ class Silent:
     def settle(self) -> None:
         """Until the save under way is over, well or not. Raises RunBusy."""
 
+    def rest(self) -> None:
+        """At a stop, after which this process may be killed, or may go on."""
+
     def close(self, step: int) -> None:
         """At the end of training."""
 
@@ -98,8 +109,10 @@ class Chronicle(Silent):
         owner: dict[str, Any],
         world_size: int,
         is_milestone: Callable[[int], bool],
+        mirror: Mirror | None = None,
         on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self._mirror = mirror or Mirror(run, config)
         self._on_milestone = on_milestone
         self.config, self.run, self.fence, self.events = config, run, fence, events
         self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
@@ -143,6 +156,7 @@ class Chronicle(Silent):
             logged_step=logged_step,
             every_steps=self.config.log.every_steps,
             gap=self._gap,
+            config=self.config,
             may_publish=self.fence.check,
         )
         self._gap = self._telemetry.gap
@@ -184,6 +198,14 @@ class Chronicle(Silent):
     def log(self, record: dict[str, Any]) -> None:
         self._latest = record
         self.telemetry.log(record)
+        self._mirror.log(record)
+
+    def lacks_validation(self, step: int) -> bool:
+        return self.telemetry.lacks(step, "validation_loss")
+
+    def validated(self, step: int, loss: float) -> None:
+        self.telemetry.amend(step, {"validation_loss": loss})
+        self._mirror.log({"step": step, "validation_loss": loss})
 
     def alive(self, step: int, *, force: bool = False) -> None:
         self.telemetry.heartbeat(step, self._latest, force=force)
@@ -229,9 +251,13 @@ class Chronicle(Silent):
     def settle(self) -> None:
         self.saver.wait(raising=False)
 
+    def rest(self) -> None:
+        self._mirror.close()
+
     def close(self, step: int) -> None:
         self.alive(step, force=True)
         self.telemetry.close()
+        self.rest()
 
 
 def _mtime(path: Path) -> int:

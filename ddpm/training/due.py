@@ -22,6 +22,11 @@ class Due:
         every = self.config.log.grid_every_steps
         return every is not None and step % every == 0 and 0 < step < self.config.train.total_steps
 
+    def validate(self, step: int) -> bool:
+        """Of a step whose line is logged; the last one too."""
+        every = self.config.log.validate_every_steps
+        return every is not None and step > 0 and (step % every == 0 or step >= self.config.train.total_steps)
+
     def milestone(self, step: int) -> bool:
         """Whether the generation of `step` is kept for good."""
         c = self.config.checkpoint

@@ -88,20 +88,21 @@ class World:
             raise failure
         return found
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over ranks of a float tensor on this world's device."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks of a tensor on this world's device, in place: exact where all but one of them have zeros."""
         if self.world_size > 1:
             dist.all_reduce(values)
-            values = values / self.world_size
         return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks of a float tensor on this world's device."""
+        return self.sum(values) / self.world_size if self.world_size > 1 else values
 
     def gather(self, value: torch.Tensor) -> torch.Tensor:
         """Every rank's scalar on this world's device, by rank: (world_size,)."""
         out = torch.zeros(self.world_size, dtype=value.dtype, device=self.device)
         out[self.rank] = value
-        if self.world_size > 1:
-            dist.all_reduce(out)  # one term of each sum is not zero: exact
-        return out
+        return self.sum(out)
 
     def barrier(self) -> None:
         self.agree([0])

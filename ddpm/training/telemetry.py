@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -13,11 +14,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm.run.files import LINES_BYTES, now, read_bytes, seconds, write_bytes, write_json
+from ddpm.config.schema import Config
+from ddpm.run.files import LINES_BYTES, now, read_bytes, write_bytes, write_json
 from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.records import missing_lines, parse_metrics, place_of
+from ddpm.training.board import add_grid, add_scalars, introduce
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
@@ -29,6 +32,7 @@ class Telemetry:
 
     logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told,
     unless it is `gap`, which this life has told before.
+    config: what TensorBoard says of the run; None: nothing.
     may_publish: asked before a file appears; raises where a later job has taken the run over.
     """
 
@@ -42,10 +46,11 @@ class Telemetry:
         logged_step: int = 0,
         every_steps: int | None = None,
         gap: str = "",
+        config: Config | None = None,
         may_publish: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
-        self.gap = gap
+        self.gap, self._config = gap, config
         self._trim(step, logged_step, every_steps)
         self._metrics: BinaryIO = run.metrics.open("a+b", buffering=0)
         self._unwritten = b""
@@ -116,12 +121,14 @@ class Telemetry:
                 self._may_publish()  # it makes every folder of its path, also of a run that was moved away
             threading.excepthook = _quiet_about_the_board
             board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
+            if self._config is not None:
+                introduce(board, self._config, self._first_step)
             for record in parse_metrics(read_bytes(self._run.metrics, LINES_BYTES) + self._unwritten)[0]:
                 if record["step"] > self._first_step:
-                    _add_scalars(board, record)
+                    add_scalars(board, record)
             for step in self._grids:
                 if (path := self._run.grid(step)).exists():
-                    _add_grid(board, step, read_png(path))
+                    add_grid(board, step, read_png(path))
             self._board = board
         return self._board
 
@@ -137,7 +144,7 @@ class Telemetry:
         record = {**record, "time": now()}
         self._unwritten += json.dumps(record).encode() + b"\n"
         self._try("metrics", self._write)
-        self._try("tensorboard", lambda: self._show(lambda board: _add_scalars(board, record)))
+        self._try("tensorboard", lambda: self._show(lambda board: add_scalars(board, record)))
         if self._bar is None:
             say(
                 step=f"{record['step']}/{self._total_steps}",
@@ -149,6 +156,31 @@ class Telemetry:
             )
         else:
             self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
+
+    def lacks(self, step: int, key: str) -> bool:
+        """Whether an earlier life's line of `step` is there without `key`."""
+        try:
+            return any(r["step"] == step and r.get(key) is None for r in self._there(step))
+        except OSError:
+            return False
+
+    def amend(self, step: int, fields: dict[str, Any]) -> None:
+        """Add to the line of `step`, which an earlier life wrote; before this life's first line."""
+        amended: list[dict[str, Any]] = []
+
+        def write() -> None:
+            kept = [{**r, **fields} if r["step"] == step else r for r in self._there(self._first_step)]
+            self._rewrite(kept)
+            self._metrics.close()
+            self._metrics = self._run.metrics.open("a+b", buffering=0)
+            amended.extend({**fields, "step": step, "time": r["time"]} for r in kept if r["step"] == step)
+
+        self._try("metrics", write)
+        for record in amended:
+            self._try("tensorboard", functools.partial(self._show_late, record))
+
+    def _show_late(self, record: dict[str, Any]) -> None:
+        add_scalars(self.board, record)
 
     def _write(self) -> None:
         self._take_along()
@@ -196,7 +228,7 @@ class Telemetry:
     def _show_grid(self, step: int, grid: np.ndarray) -> None:
         if step > self._first_step:  # an image of that step is not hidden by a new file's
             self._grids.append(step)
-        self._try("tensorboard", lambda: self._show(lambda board: _add_grid(board, step, grid)))
+        self._try("tensorboard", lambda: self._show(lambda board: add_grid(board, step, grid)))
         self.flush_board()
 
     def sync(self) -> None:
@@ -217,17 +249,6 @@ class Telemetry:
             self._try("tensorboard", lambda: self.board.close())
         if self._bar is not None:
             self._bar.stop()
-
-
-def _add_scalars(board: Any, record: dict[str, Any]) -> None:
-    """A line of metrics.jsonl, at the time it was written."""
-    for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu"):
-        if record.get(key) is not None:
-            board.add_scalar(f"train/{key}", record[key], record["step"], walltime=seconds(record["time"]))
-
-
-def _add_grid(board: Any, step: int, grid: np.ndarray) -> None:
-    board.add_image("samples", grid, step, dataformats="HWC")
 
 
 _excepthook = threading.excepthook

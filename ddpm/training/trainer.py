@@ -28,10 +28,12 @@ from ddpm.training import fitting, grids
 from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
+from ddpm.training.mirror import Mirror
 from ddpm.training.progress import Progress
 from ddpm.training.ranks import World, stop_code
 from ddpm.training.state import TrainingState
 from ddpm.training.step import Step
+from ddpm.training.validation import HeldOut
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Outcome:
 
 class Trainer:
     """One life of one run on one rank. `fence`, `events` are rank 0's alone. `start`: what run.json says of the weights
-    that the run starts from; None: those of its seed."""
+    that the run starts from; None: those of its seed. `held_out`: images to validate on, where that is wanted."""
 
     def __init__(
         self,
@@ -60,12 +62,15 @@ class Trainer:
         events: EventLog | None,
         owner: dict[str, Any],
         start: dict[str, Any] | None = None,
+        held_out: PackedImages | None = None,
+        mirror: Mirror | None = None,
         on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
         self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
+        self.held_out = HeldOut(config, held_out, self.step.diffusion) if held_out is not None else None
         share = utilization(config, name_of(world.device), resolved.amp)
         self.due, self.meter = Due(config, len(packed)), Meter(len(packed), share)
         assert (fence is None) == (events is None), "rank 0 has both, and no other has either"
@@ -80,6 +85,7 @@ class Trainer:
                 owner=owner,
                 world_size=size,
                 is_milestone=is_milestone,
+                mirror=mirror,
                 on_milestone=on_milestone,
             )
         self.warm = self._stepped = False
@@ -200,7 +206,9 @@ class Trainer:
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)
         self._beginning = "resumed"
-        # of the last life's last step, where a stop came before it was drawn
+        # of the last life's last step, where a stop came before it was validated or drawn
+        if reason := self._validate_late(stop_requested):
+            return self._stop(reason)
         if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
             return self._stop(reason)
         self.meter.restart(self.at.step)
@@ -213,7 +221,7 @@ class Trainer:
                 self.roll_back()
                 continue
             if self.due.log(self.at.step):
-                self._log()
+                reason = self._log(stop_requested) or reason
                 if self.state.settled is not None:
                     break
             self.alive()
@@ -256,8 +264,26 @@ class Trainer:
         """A sign of life for the status view, where steps give none."""
         self.chronicle.alive(self.at.step)
 
-    def _log(self) -> None:
-        self.chronicle.log(self.meter.read(self.state))
+    def _log(self, stop_requested: StopRequested) -> str:
+        """A line of metrics; why its validation is left out where a stop was requested, or ""."""
+        record, reason = self.meter.read(self.state), ""
+        if self.held_out is not None and self.due.validate(self.at.step):
+            loss, reason = self.held_out.loss(self.state, stop_requested)
+            record |= {} if loss is None else {"validation_loss": loss}
+        self.chronicle.log(record)
+        return reason
+
+    def _validate_late(self, stop_requested: StopRequested) -> str:
+        """Where the line of this step says no loss on the held-out images, add it; why not, or ""."""
+        step = self.at.step
+        if self.held_out is None or not self.due.validate(step):
+            return ""
+        if not self.world.share(self.chronicle.lacks_validation(step)):
+            return ""
+        loss, reason = self.held_out.loss(self.state, stop_requested)
+        if loss is not None:
+            self.chronicle.validated(step, loss)
+        return reason
 
     # ------------------------------------------------------------ saving, stopping, rolling back
 
@@ -271,13 +297,14 @@ class Trainer:
         self.chronicle.event("stop_requested", step, reason=reason)
         saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
+        self.chronicle.rest()
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
         return Outcome(False, step, reason, saved)
 
     def _finish(self, stop_requested: StopRequested) -> Outcome:
         step, train = self.at.step, self.config.train
         if self.state.window.steps:
-            self._log()
+            self._log(stop_requested)
         self._grid(stop_requested)
         if (change := self.state.settled) is not None:
             told = {"early_stop_below": train.early_stop_below, "over_lines": train.early_stop_window}

@@ -52,3 +52,22 @@ def interface_towards(address: str) -> str | None:
                 if socket.inet_ntoa(answer[20:24]) == own:
                     return name
     return None
+
+
+def is_own_address(address: str) -> bool:
+    """Whether an IP address is one of this machine's."""
+    with contextlib.suppress(OSError):
+        kind = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(kind, socket.SOCK_DGRAM) as s:
+            s.bind((address, 0))
+            return True
+    return False
+
+
+def name_of(address: str) -> str:
+    """The name that leads back to an IP address; the address where there is none."""
+    with contextlib.suppress(OSError):
+        name = socket.gethostbyaddr(address)[0]
+        if address in {found[4][0] for found in socket.getaddrinfo(name, None)}:
+            return name
+    return address

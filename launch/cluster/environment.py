@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ from ddpm.run.events import EventLog
 from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
-from launch.cluster.addresses import first_node_address
+from launch.cluster.addresses import first_node_address, is_own_address, name_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 """Where the packages lie: a checkout, a run's code, or where pip has put them."""
@@ -111,6 +112,18 @@ def supervisor_is_heard() -> None:
 
 def host() -> str:
     return socket.gethostname()
+
+
+def ssh_words() -> str:
+    """What follows `ssh` on the user's own machine to come here: by the address that he has logged in to, which names
+    this one of several login nodes; from inside a job by way of it."""
+    user, here = getpass.getuser(), socket.getfqdn()
+    to, port = [*os.environ.get("SSH_CONNECTION", "").split()[2:4], "", ""][:2]
+    if not re.fullmatch(r"[0-9A-Fa-f.:]+", to):
+        return f"{user}@{here}"
+    if is_own_address(to):
+        return " ".join([*(["-p", port] if port.isdecimal() and port != "22" else []), f"{user}@{name_of(to)}"])
+    return f"-J {user}@{name_of(to)}{f':{port}' if port.isdecimal() and port != '22' else ''} {user}@{here}"
 
 
 def current() -> JobEnvironment:

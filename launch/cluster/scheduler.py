@@ -16,7 +16,16 @@ from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
 from launch.cluster.slurm import available
-from launch.cluster.slurm_orders import cancel, cancel_waiting, delay, exclude, make_wait, requeue, too_many
+from launch.cluster.slurm_orders import (
+    cancel,
+    cancel_waiting,
+    delay,
+    exclude,
+    mail_at_end,
+    make_wait,
+    requeue,
+    too_many,
+)
 from launch.cluster.slurm_questions import (
     any_cancelled,
     cluster_name,
@@ -52,6 +61,7 @@ __all__ = [
     "fitting",
     "followers",
     "look_up",
+    "mail_at_end",
     "make_wait",
     "max_array_size",
     "mercy",

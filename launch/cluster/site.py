@@ -8,14 +8,17 @@ from pydantic import Field
 
 from ddpm.config.section import Section
 from launch.cluster.values import (
+    Command,
     Gpus,
     Line,
+    Mail,
     Memory,
     Minutes,
     Mounts,
     Options,
     ShellLines,
     Tasks,
+    Url,
     Word,
     memory_share,
 )
@@ -56,6 +59,17 @@ class Container(Section):
     @property
     def is_file(self) -> bool:
         return (self.image or "").startswith(("/", "~", ".", "$"))
+
+
+class Notify(Section):
+    """How its owner is told that a run has finished, has failed for good, or is held: once, and never at a requeue."""
+
+    mail: Mail | None = None
+    """SLURM mails to it when the job ends that ends the run; of a hold it does not."""
+    command: Command = ()
+    """A program and its words, run without a shell where the job ran, with the message on its standard input."""
+    url: Url | None = None
+    """Gets the message as JSON, {"text": …}, as chat programs' webhooks take it."""
 
 
 class Site(Section):
@@ -109,6 +123,9 @@ class Site(Section):
     """What differs for tasks that sample."""
     evaluate: Stage = Field(default_factory=Stage)
     """What differs for the job that scores."""
+    notify: Notify = Field(default_factory=Notify, exclude=True)
+    """Whom to tell of a run's end. It may hold secrets: no record of a submission has it, but a file of the run that
+    its owner alone can read."""
 
     @property
     def is_local(self) -> bool:

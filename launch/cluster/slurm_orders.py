@@ -43,6 +43,12 @@ def delay(job: str, seconds: int) -> None:
     slurm.run(["scontrol", "update", f"jobid={job}", f"starttime=now+{seconds}"])
 
 
+def mail_at_end(job: str, address: str) -> None:
+    """Have SLURM mail there when `job`, which runs, ends. Raises SchedulerError."""
+    kind = "END,FAIL" + (",ARRAY_TASKS" if "_" in job else "")  # of a job that fails it mails no END
+    slurm.run(["scontrol", "update", f"jobid={job}", f"mailuser={address}", f"mailtype={kind}"])
+
+
 def make_wait(job: str, other: str) -> None:
     """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SchedulerError."""
     slurm.run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])

@@ -61,7 +61,8 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
             continue  # ids begin anew on a cluster that is set up anew
         base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
         waits = state == "PENDING"
-        told = Queued(state, reason.strip() if waits and reason != "None" else "", _stamp(start) if waits else None)
+        why = reason.strip() if (waits and reason != "None") or " held " in reason else ""  # it is put back, to be held
+        told = Queued(state, why, _stamp(start) if waits else None)
         for known in {base, job} & set(jobs):
             if state == "RUNNING" or known not in found or found[known].state == "COMPLETING":
                 found[known] = told

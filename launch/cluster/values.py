@@ -136,11 +136,38 @@ def _tasks(value: Any) -> Any:
     raise ValueError(f"tasks = {value!r}: how many tasks make the shards, e.g. 8; or auto")
 
 
+def _mail(text: Any) -> Any:
+    if not (isinstance(text, str) and re.fullmatch(r"[A-Za-z0-9_][\w.+=-]*(@[A-Za-z0-9][A-Za-z0-9.-]*)?", text, re.A)):
+        raise ValueError(f"notify.mail = {text!r}: one address, as me@example.org")
+    return text
+
+
+def _command(words: Any) -> Any:
+    """Words that may hold a password: none is repeated."""
+    fits = isinstance(words, list | tuple) and all(isinstance(w, str) and "\0" not in w for w in words)
+    if not fits or (words and not words[0]) or has_control("".join(words)):
+        raise ValueError(
+            "notify.command: a list of a program and its words, each in one line, which no shell sees; as [mail, -s, a "
+            "run has ended, me@x.org]"
+        )
+    return tuple(words)
+
+
+def _url(text: Any) -> Any:
+    """An address that may hold a secret: it is not repeated."""
+    if not isinstance(text, str) or not re.fullmatch(r"https?://[A-Za-z0-9\[][!-~]{1,2000}", text):
+        raise ValueError("notify.url: one address without spaces that begins with https:// (it is not shown here)")
+    return text
+
+
 Word = Annotated[str, BeforeValidator(_word)]
 Line = Annotated[str, BeforeValidator(_one_line)]
 Minutes = Annotated[int, BeforeValidator(minutes)]
 Options = Annotated[dict[str, str | int | bool | None], BeforeValidator(_options)]
 ShellLines = Annotated[tuple[str, ...], BeforeValidator(_shell_lines)]
+Mail = Annotated[str, BeforeValidator(_mail)]
+Command = Annotated[tuple[str, ...], BeforeValidator(_command)]
+Url = Annotated[str, BeforeValidator(_url)]
 Mounts = Annotated[tuple[str, ...], BeforeValidator(_mounts)]
 Memory = Annotated[str | None, BeforeValidator(_mem)]
 Gpus = Annotated[int | str | None, BeforeValidator(_gpus)]

@@ -59,6 +59,39 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
     return there
 
 
+def held_out(life: Life, config: Config, world: World) -> PackedImages | None:
+    """The test split, packed, on all ranks, where the run validates on it. Raises Stopped, on all ranks.
+
+    Where it is damaged or gone and cannot be packed again, or is another than when the run was submitted, training goes
+    on without validation, and a line says so.
+    """
+    if config.log.validate_every_steps is None:
+        return None
+    data = data_of(life.run)
+    cache, known = Path(data["cache"]), data.get("test") or {}
+
+    def bring(stop_requested: StopRequested) -> str:
+        try:
+            return _bring_test(cache, known, config, stop_requested)
+        except (DamagedFile, RequestError, EnvironmentLacks, OSError) as e:
+            say(f"no validation in this life: the test split that it needs cannot be used: {e}")
+            return ""
+
+    key = world.share(together(life.stop, world, bring if world.is_main else None))
+    return packed.open_packed(cache, key) if key else None
+
+
+def _bring_test(cache: Path, known: dict[str, Any], config: Config, stop_requested: StopRequested) -> str:
+    """The key of the test split, whole. Raises DamagedFile where its images are not those of the submission."""
+    try:
+        key, there = str(known["key"]), packed.open_verified(cache, known["key"], stop_requested=stop_requested)
+    except (KeyError, DamagedFile, OSError):
+        key, there = packed.pack(config.data, "test", cache, stop_requested=stop_requested)
+    if known and there.digest != known["digest"]:
+        raise DamagedFile(f"its images changed (digest {there.digest[:12]} now, {known['digest'][:12]} then)")
+    return key
+
+
 def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None, stop_requested: StopRequested) -> str:
     """The key of the run's data, whole: packed again where it is not, which gives another key where files were touched.
 

@@ -17,6 +17,7 @@ from launch.cluster.job import ranges
 from launch.life import preemption
 from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
+from launch.queue import ending
 from launch.queue.waiting import known_stop, mercy_for
 
 
@@ -68,6 +69,7 @@ class Life:
                 return EXIT_REQUEUE  # in a container: the batch shell asks what this is, and does the rest
             if self.env.rank == 0:
                 take_along(self.run, self.env)
+                ending.of_hold(self.run, self.env, environment.stage(), environment.sample_set())
         code = preemption.after_stop(
             self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)
         )

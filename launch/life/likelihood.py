@@ -14,6 +14,7 @@ from ddpm.scoring.record import told as told_of
 from launch.life.life import Life
 from launch.life.pace import Pace
 from launch.life.sampling import denoiser_of
+from launch.life.showing import show_score
 
 
 def evaluate(life: Life, name: str) -> int:
@@ -56,5 +57,6 @@ def evaluate(life: Life, name: str) -> int:
         except OthersAtWork as e:  # the first task merges
             say(str(e))
             return life.leave(0)
+        show_score(run, config, result)
         say(f"computed {told_of(result)}")
         return life.leave(0)

@@ -22,6 +22,7 @@ from ddpm.scoring.record import told as told_of
 from launch.life import devices
 from launch.life.life import Life
 from launch.life.pace import Pace
+from launch.life.showing import show_score
 from launch.queue import chain, milestones
 from launch.queue.sets import ensure_request
 
@@ -98,25 +99,16 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
             return life.leave(code, e.reason)
         if set_name.startswith("milestone"):
             _on_the_curve(life, config)
+        show_score(run, config, result)
         score = key_of(result)
         say(f"scored {told_of(result)}", **{score: f"{result[score]:.4f}"})
         return life.leave(0)
 
 
 def _on_the_curve(life: Life, config: Config) -> None:
-    """What a milestone scores, in milestones.json and in TensorBoard, where that is news."""
+    """What a milestone scores, in milestones.json, where that is news."""
     run, env = life.run, life.env
-    before = {point["step"] for point in milestones.points(run)}
     if (record := milestones.publish(run, config, f"{env.job}.{env.restart}")) is None:
         return
     best = record["best"]
     say("best milestone so far", step=best["step"], **{record["score"]: f"{best[record['score']]:.4f}"})
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(run.tensorboard / "milestones")) as board:
-            for point in record["curve"]:
-                if point["step"] not in before:
-                    board.add_scalar(f"score/{record['score']}", point[record["score"]], point["step"])
-    except OSError as e:  # another's run, or a full disk
-        say("not shown in TensorBoard", error=e)

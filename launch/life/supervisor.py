@@ -31,6 +31,7 @@ from launch.life.decision import (
 from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
 from launch.life.life import take_along
+from launch.queue import ending
 from launch.queue.nodes import may_do_without
 from launch.queue.submitting import submit_successor
 from launch.queue.waiting import of_this_cluster
@@ -56,7 +57,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
         forget_shard(run, env)
-        return _failed(log, known.code, stage, decision.why, words)
+        return _failed(log, known.code, stage, set_name, decision.why, words)
     avoided = _without(bad, known.shown) if bad and known.shown else ""
     if decision.what == "succeed":
         _have_a_successor(run, env, stage, decision.why, avoided or (known.shown.excluded if known.shown else ""))
@@ -67,6 +68,9 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         told = of_this_cluster(read_events(run)) if words.cancelled else []
         if words.cancelled and not any(e["event"] == "cancelled" and e["job"] == env.job for e in told):
             take_along(run, env)  # its ranks could not, in a container
+        ending.of_hold(run, env, stage, set_name)
+    elif known.code == 0:
+        ending.of_success(run, env, stage, set_name)
     return known.code
 
 
@@ -181,7 +185,7 @@ def _note(log: EventLog, event: str, **fields: object) -> bool:
     return True
 
 
-def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) -> int:
+def _failed(log: EventLog, code: int, stage: str, set_name: str, why: str, words: LastWords) -> int:
     env = environment.current()
     reason = f"{why}: {words.told(stage, env.host, environment.memory_asked_for())}"
     run = RunDir(log.path.parent.parent)
@@ -191,6 +195,7 @@ def _failed(log: EventLog, code: int, stage: str, why: str, words: LastWords) ->
     fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
     _note(log, "failed", stage=stage, exit_code=code, reason=reason, **fields)
     say(f"failed: {reason}")
+    ending.of_failure(run, env, stage, set_name, code, reason)
     return code
 
 
@@ -198,13 +203,13 @@ def main() -> int:
     environment.supervisor_is_heard()
     streams.make_safe()
     path, stage, code, *rest = sys.argv[1:]
-    run = RunDir(Path(path))
+    run, set_name = RunDir(Path(path)), rest[0] if rest else ""
     try:
-        return end(run, stage, int(code), rest[0] if rest else "")
+        return end(run, stage, int(code), set_name)
     except (scheduler.SchedulerError, OSError) as e:
         env = environment.current()
         why = f"could not be put back: {e}; submit the run again"
-        return _failed(env.events(run), int(code) or EXIT_REQUEUE, stage, why, last_words(run, stage, env))
+        return _failed(env.events(run), int(code) or EXIT_REQUEUE, stage, set_name, why, last_words(run, stage, env))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from launch.cluster import addresses, environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life import compiled, devices, inputs
 from launch.life.life import Life
+from launch.life.showing import mirror_of
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
 from launch.queue.waiting import mercy_for
@@ -66,6 +67,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     while True:
         try:
             packed = inputs.packed_data(life, config, world, fence)
+            held_out = inputs.held_out(life, config, world)
             break
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
@@ -80,6 +82,8 @@ def train(life: Life, config: Config, why: str | None) -> int:
         owner=env.owner(),
         events=env.events(run) if world.is_main else None,
         start=read_run(run).get("from"),
+        held_out=held_out,
+        mirror=mirror_of(run, config, life.stop.held),
         on_milestone=lambda: score_milestones(life, config),
     )
     trainer.resume()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -17,16 +18,25 @@ from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
-from ddpm.run.files import TMP_PREFIX, fsync_dir, now, read_json, sign, write_bytes, write_json
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, now, read_json, sign, write_bytes, write_json
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
 from launch.cluster.container import check_image, lines
 from launch.cluster.environment import PROJECT
-from launch.cluster.site import Site
+from launch.cluster.site import Notify, Site
+from launch.queue import notify
 
 
-def create_run(run: RunDir, config: Config, record: dict[str, Any], *, start: bytes | None = None) -> None:
-    """Make the run directory whole: built beside its place, then renamed there. start: of start.safetensors."""
+def create_run(
+    run: RunDir,
+    config: Config,
+    record: dict[str, Any],
+    *,
+    start: bytes | None = None,
+    told: Notify | None = None,
+) -> None:
+    """Make the run directory whole: built beside its place, then renamed there. start: of start.safetensors; told: who
+    is, of its end."""
     tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
     shell = _shell(run, of_record(record["launch"], "launch"), record)
     try:
@@ -35,6 +45,7 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any], *, start: by
             (tmp / sub).mkdir()
         write_bytes(tmp / "config.yaml", config.to_yaml().encode())
         _write_shell(RunDir(tmp), shell)
+        notify.keep(RunDir(tmp), told or Notify())
         if start is not None:
             write_bytes(RunDir(tmp).start, start)
         write_json(tmp / "run.json", sign(record))
@@ -44,7 +55,7 @@ def create_run(run: RunDir, config: Config, record: dict[str, Any], *, start: by
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
+def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Notify | None = None) -> None:
     """A later submission: what it may change (length, intervals, resources), never the mathematics."""
     old, before, here = read_run(run), data_of(run).get("digest"), record["data"]["digest"]
     changed = labels_changed(old.get("labels"), record["labels"])
@@ -62,6 +73,7 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any]) -> None:
     shell = _shell(run, of_record(record["launch"], "launch"), record)
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_shell(run, shell)
+    notify.keep(run, told or Notify())
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
     kept |= {key: old[key] for key in ("from", "sweep") if key in old}
     own = _id_of(run, old, record["run_id"])
@@ -80,6 +92,8 @@ def _id_of(run: RunDir, old: dict[str, Any], new: str) -> str | None:
 def use_shell_of(run: RunDir, site: Site) -> None:
     """From now on batch shells of the run begin with what this site says. Raises RequestError, EnvironmentLacks."""
     _write_shell(run, _shell(run, site, read_run(run)))
+    if site.notify != Notify():  # else as the run was submitted with
+        notify.keep(run, site.notify)
 
 
 def _shell(run: RunDir, site: Site, record: dict[str, Any]) -> dict[str, list[str]]:
@@ -123,6 +137,8 @@ def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
     """What a later stage's options go on top of: what the run was submitted with; not that it was made on this machine,
     where they name a partition or a site."""
     base = site_of(run).model_dump(exclude_defaults=True)
+    with contextlib.suppress(OSError, DamagedFile, RequestError):  # another's run, whose owner alone can read it
+        base |= {"notify": notify.asked_of(run).model_dump(exclude_defaults=True)}
     if base.get("cluster") == "local" and args.cluster is None and (args.partition or args.profile):
         base = {key: value for key, value in base.items() if key not in ("cluster", "gpus_per_node")}
     return base

@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ddpm.errors import DDPMError, EnvironmentLacks
+from ddpm.errors import EXIT_REQUEUE, DDPMError, EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import code, environment
 from launch.cluster.job import Job
+from launch.queue import ending
 from launch.queue.waiting import is_of, is_told_to_stop
 
 POLL_S = 0.5
@@ -136,6 +137,21 @@ def _note(run: RunDir, event: str, command: list[str]) -> None:
             log.append(event, stage=stage, set=of[0] if of else "", step=run.latest_step())
 
 
+def _tell(run: RunDir, command: list[str], code: int) -> None:
+    """That the run has ended, unless it was stopped: then its owner did that."""
+    stage, _, *of = command[command.index("launch.jobs") + 1 :]
+    env, set_name = environment.current(), of[0] if of else ""
+    if code == 0:
+        ending.of_success(run, env, stage, set_name)
+        return
+    with contextlib.suppress(OSError):
+        mine = [e for e in read_events(run) if e["job"] == env.job]
+        if code in (EXIT_REQUEUE, -signal.SIGTERM, -signal.SIGINT) or any(e["event"] == "stop_requested" for e in mine):
+            return
+        why = next((f": {e['reason']}" for e in reversed(mine) if e["event"] == "failed" and e.get("reason")), "")
+        ending.of_failure(run, env, stage, set_name, code, f"{stage} ended with exit code {code}{why}")
+
+
 def main() -> int:
     """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs.
 
@@ -176,9 +192,11 @@ def main() -> int:
         ended = child.wait()
         child = None
         if ended:
+            _tell(run, command, ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:
             _note(run, "stage_done", command)
+    _tell(run, commands[-1], 0)
     return 0
 
 

@@ -15,19 +15,37 @@ Time in the queue is not counted: nothing was allocated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddpm.run.events import life_of
 from ddpm.run.files import seconds
 
 LifeKey = tuple[str, int]
 
+KINDS = ("kept", "start_up", "lost", "stopping", "pending")
 ALIVE_S = 60.0
 """A heartbeat this near is of a life that goes on; one from the future is no sign of it."""
 
 
+class Period(NamedTuple):
+    """A part of a life's time; begin and end in Unix seconds."""
+
+    life: LifeKey
+    kind: str
+    begin: float
+    end: float
+
+
 def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> dict[str, float]:
     """Seconds by kind. events: those of a run, in order of time; beat: its heartbeat; at: the time now."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for period in periods(events, beat, at):
+        total[period.kind] += period.end - period.begin
+    return total
+
+
+def periods(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> list[Period]:
+    """The same one by one, life by life, each life's in order of time; none is empty."""
     lives: dict[LifeKey, list[dict[str, Any]]] = {}
     signs: dict[LifeKey, float] = {}
     for sign in [*(e["last_sign"] for e in events if e.get("last_sign")), beat]:
@@ -39,36 +57,44 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
             job, restart = life_of(e)
             life = job, restart - 1
             signs[life] = max(signs.get(life, 0.0), seconds(ended))
-        if e["event"] != "submitted" and e.get("stage", "train") == "train":
+        if e["event"] not in ("submitted", "notified") and e.get("stage", "train") == "train":
             lives.setdefault(life_of(e), []).append(e)
-    total = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)
+    found = []
     for life, own in lives.items():
         last_sign = signs.get(life, 0.0)
         alive = own[-1]["event"] not in ("finished", "failed", "requeued") and at - last_sign < ALIVE_S
-        for kind, spent in _of_life(own, last_sign, alive).items():
-            total[kind] += spent
-    return total
+        found += [Period(life, *part) for part in _of_life(own, last_sign, alive)]
+    return found
 
 
-def _of_life(events: list[dict[str, Any]], last_sign: float, alive: bool) -> dict[str, float]:
-    spent = dict.fromkeys(("kept", "start_up", "lost", "stopping", "pending"), 0.0)
+def _of_life(events: list[dict[str, Any]], last_sign: float, alive: bool) -> list[tuple[str, float, float]]:
+    done: list[tuple[str, float, float]] = []
+    open_ended: list[tuple[float, float]] = []  # trained, and neither kept nor lost yet
     phase, before = "start_up", seconds(events[0].get("since") or events[0]["time"])
+
+    def settle(kind: str) -> None:
+        done.extend((kind, *part) for part in open_ended)
+        open_ended.clear()
+
     for e in [*events, {"event": "", "time": None}]:
         here = seconds(e["time"]) if e["time"] else last_sign
-        spent[phase] += max(0.0, here - before)
-        before = max(before, here)
+        if here > before:
+            if phase == "pending":
+                open_ended.append((before, here))
+            else:
+                done.append((phase, before, here))
+            before = here
         name = e["event"]
         if name in ("started", "resumed"):
             phase = "pending"
         elif name == "stop_requested":
             phase = "stopping"
         if name in ("checkpoint", "finished"):
-            spent["kept"] += spent.pop("pending")
-            spent["pending"] = 0.0
+            settle("kept")
         elif name == "rollback" or (not name and not alive):
-            spent["lost"] += spent.pop("pending")
-            spent["pending"] = 0.0
-    return spent
+            settle("lost")
+    settle("pending")
+    return sorted(done, key=lambda part: part[1])
 
 
 def share(spent: dict[str, float]) -> float | None:

@@ -37,9 +37,9 @@ def short_lines(run: RunDir, events: list[Event]) -> Iterator[str]:
 
 def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) -> Iterator[tuple[Event, str]]:
     """Each event, saves folded, and what it says besides."""
-    scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
-    ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
-    for is_save, group in groupby(events, key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])):
+    for is_save, group in groupby(
+        clear(run, events), key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])
+    ):
         folded = list(group)
         if is_save[0] and len(folded) > 1:
             first, last = folded[0], folded[-1]
@@ -47,11 +47,18 @@ def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) ->
             kept = {k: v for k, v in last.items() if k not in more}
             folded = [{**kept, **more, "from": first["time"]}]
         for e in folded:
-            unclear = e["event"] == "stop_requested" and e.get("reason") == "preempted"
-            if unclear and (e["job"], e["restart"]) not in ours:
-                e = {**e, "reason": _who(run, e, scancelled)}
             rest = " ".join(f"{k}={v}" for k, v in e.items() if k not in hidden and v not in (None, ""))
             yield e, rest
+
+
+def clear(run: RunDir, events: list[Event]) -> Iterator[Event]:
+    """The events, and in place of `preempted` what SLURM said later of who it was."""
+    scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
+    ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
+    for e in events:
+        unclear = e["event"] == "stop_requested" and e.get("reason") == "preempted"
+        is_told = unclear and (e["job"], e["restart"]) not in ours
+        yield {**e, "reason": _who(run, e, scancelled)} if is_told else e
 
 
 def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
             rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
+    rows["all of it"] = plain(shlex.join(["python", "launch/report.py", str(run.path)]))
     print(f"run {run.name} is complete: {step} steps")
     for what, value in rows.items():
         print(f"  {what:18}{value}")

@@ -11,7 +11,7 @@ from typing import Any
 from launch.cluster.scheduler import Queued, Wait, explain
 
 LATER = ("sample", "evaluate")
-BETWEEN = ("allocated", "checkpoint", "save_failed", "stage_began", "stage_done")
+BETWEEN = ("allocated", "checkpoint", "save_failed", "stage_began", "stage_done", "notified")
 """Events that tell nothing of how a life began or ended."""
 
 

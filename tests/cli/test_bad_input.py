@@ -37,6 +37,10 @@ BAD = {
     "no nodes": (["--nodes", "0"], ["nodes = 0"]),
     "data that is not there": (["data.name=images", "data.path=/nowhere"], ["data.path", "/nowhere", "does not exist"]),
     "images without a path": (["data.name=images"], ["data.path is needed"]),
+    "validation without held-out images": (
+        ["log.validate_every_steps=100"],
+        ["log.validate_every_steps = 100", "no test split", "leave it out", "test/, beside train/"],
+    ),
     "slash in the name": (["--name", "a/b"], ["run name 'a/b'"]),
     "space in the name": (["--name", "a b"], ["run name 'a b'"]),
     "leading dot": (["--name", ".a"], ["run name '.a'"]),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 from ddpm.config import reading
 from ddpm.run.paths import RunDir
+from launch.page import facts, page
+from launch.terminal.overview import describe
 from launch.terminal.results import print_results
 from tests.cli.harness import TINY_SET, Shell, as_a_user, snapshot
 
@@ -181,6 +184,15 @@ def test_status_shows_every_damaged_run_with_a_line_of_what_is_wrong(damaged: Sh
     assert table.returncode == 0 and table.stderr == ""
     assert all(f"{name}: " in table.stdout for name, (_, told) in DAMAGES.items() if told)
     assert snapshot(damaged.root) == before
+
+
+def test_a_damaged_run_has_a_page_that_tells_of_it(damaged: Shell) -> None:
+    read_alike = ("event-", "heartbeat-")  # status reads them for both
+    for name, (_, told) in ((n, d) for n, d in DAMAGES.items() if not n.startswith(read_alike)):
+        run = RunDir(damaged.root / name)
+        html = page.of_run(facts.read(run, describe(run, None)))
+        assert "This cannot be shown" not in html and "make it again" in html, name
+        assert told.casefold() in unescape(html).casefold(), name
 
 
 def test_what_a_finished_chain_prints_names_a_score_of_other_samples(

@@ -119,7 +119,7 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
     name = "milestone12-ddim4-step400-seed0"
     assert [(p["step"], p["images"], p["set"]) for p in record["curve"]] == [(400, 3200, name)]
     assert record["best"]["frechet_distance"] == read(run.score(name))["frechet_distance"]
-    assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "milestones").glob("events*"))
+    assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "scores").glob("events*"))
     config = reading.of_run(run)
     assert milestones.best_step(run, config) == 400
     assert not milestones.jobs_of(run, config, Site(cluster="local"))

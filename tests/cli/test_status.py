@@ -246,10 +246,10 @@ def test_where_there_are_no_runs_status_says_how_to_start_one(shell: Shell) -> N
 
 def test_board_binds_localhost_on_a_free_port_and_prints_the_tunnel(finished: Shell) -> None:
     done = finished("board", "tiny", "--dry-run")
-    tunnel, address, command = done.stdout.splitlines()
+    tunnel, address, watched, command = done.stdout.splitlines()
     port = command.split("--port ")[1].split()[0]
     assert f"ssh -N -L {port}:localhost:{port} " in tunnel and address.endswith(f"http://localhost:{port}")
-    assert "--host 127.0.0.1" in command and f"--logdir {finished.root}/tiny/tb" in command
+    assert "--host 127.0.0.1" in command and watched == f"tiny: {finished.root}/tiny/tb"
     with socket.socket() as s:
         s.bind(("127.0.0.1", int(port)))
 
@@ -261,11 +261,3 @@ def test_board_refuses_a_port_that_is_taken_and_a_place_without_runs(finished: S
         port = str(s.getsockname()[1])
         assert f"--port {port}" in finished.refused("board", "--port", port, "--dry-run")
     assert "no runs in" in shell.refused("board", "--dry-run")
-
-
-def test_board_watches_the_curves_of_one_run_or_of_all_and_nothing_that_lies_beside_them(again: Shell) -> None:
-    tiny, other = again.root / "tiny", again.root / "other"
-    shutil.copytree(tiny, other, copy_function=os.link)
-    assert again("board", "tiny", "--dry-run").stdout.split("--logdir ")[1].strip() == f"{tiny}/tb"
-    both = f"other:{other}/tb,tiny:{tiny}/tb"
-    assert again("board", "--dry-run").stdout.split("--logdir_spec ")[1].strip() == both

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.compat.harness import HERE, RUNS, Machine
 
 TEXT = HERE / "text"
-SCRIPTS = ("board", "cancel", "evaluate", "export", "logs", "remove", "sample", "status", "submit")
+SCRIPTS = ("board", "cancel", "evaluate", "export", "logs", "remove", "report", "sample", "status", "submit")
 TOOLS = ("convert_diffusers", "inspect_config", "unpack_data")
 SHELLS = ("env", "quickstart", "test")
 DRY = ["launch/submit.py", "--dry-run"]
@@ -84,6 +84,7 @@ def plain(machine: Machine, words: list[str], done: subprocess.CompletedProcess[
         text = text.replace(str(place), f"<{name}>")
     text = re.sub(r'(?<="heartbeat_age_s": )[\d.]+', "<AGE>", text)
     text = re.sub(r"(ssh .*) \S+@\S+", r"\1 <USER>@<HOST>", text)
+    text = re.sub(r"\S+/ddpm-hpc-\d+/", "<TMP>/", text)
     text = re.sub(r"(?<=\.cache/code/)[0-9a-f]{16}", "<CODE>", text)
     return re.sub(r" +$", "", text, flags=re.MULTILINE)
 

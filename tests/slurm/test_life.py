@@ -121,7 +121,9 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
     site: Site, undisturbed: RunDir, via: str
 ) -> None:
     name = f"preempted-{via}"
-    inside = ["--profile", str(contained(site, "preempted"))] if via == "sbatch" else []
+    told = site.bed.mkdir(f"told-{via}") / "it.txt"
+    notify = f"notify: {{command: [tee, -a, {told}]}}\n"
+    inside = ["--profile", str(contained(site, "preempted", notify))] if via == "sbatch" else []
     (job,) = site.submit(name, *TWO_RANKS, *inside, "train.total_steps=150", "--via", via)
     for times in (1, 2):
         site.wait_logged(name, 2)
@@ -133,9 +135,11 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
     events = read_events(run)
     stops = [e["step"] for e in events if e["event"] == "stop_requested"]
     assert [e["step"] for e in events if e["event"] == "resumed"] == stops and len(stops) == 2  # no step lost
-    told = [line for line in site.script("status", name, "--events").splitlines() if " stop_requested " in line]
-    assert all("reason=preempted" in line.split() for line in told) and len(told) == 2, told
+    shown = [line for line in site.script("status", name, "--events").splitlines() if " stop_requested " in line]
+    assert all("reason=preempted" in line.split() for line in shown) and len(shown) == 2, shown
     assert {e["job"] for e in events} == {job}
+    if via == "sbatch":  # at its end, and at none of its requeues
+        assert told.read_text() == f"run {name} has finished: step 150; {run.path}\n"
 
 
 def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(site: Site) -> None:
@@ -203,9 +207,11 @@ def samples_of(run: RunDir, set_name: str) -> bytes:
 
 
 def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(site: Site) -> None:
+    told, profile = site.bed.mkdir("told-chain") / "it.txt", site.bed.workdir / "chain.yaml"
+    profile.write_text(f"notify: {{mail: me@example.org, command: [tee, -a, {told}]}}\n")
     train, sample, evaluate = site.submit(
-        "chain", "--gpus-per-node", "0", "train.total_steps=30", "sample.steps=60", "sample.num_samples=256",
-        "sample.shards=4", "--then", "sample,evaluate", "--max-parallel", "2",
+        "chain", "--profile", str(profile), "--gpus-per-node", "0", "train.total_steps=30", "sample.steps=60",
+        "sample.num_samples=256", "sample.shards=4", "--then", "sample,evaluate", "--max-parallel", "2",
     )  # fmt: skip
     bed = site.bed
     run = site.run_dir("chain")
@@ -228,6 +234,12 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     assert record["sampler"] == {"name": "ddim", "steps": 60, "eta": 0.0, "guidance": None}
     assert record["reference"]["split"] == "train" and record["extractor"]["name"] == "pixels"
     assert "fid" not in record and record["frechet_distance"] > 0
+    (message,) = told.read_text().splitlines()
+    assert message.startswith("run chain has finished: Fréchet distance ")
+    mails = [
+        bed.run(["scontrol", "show", "job", job]).stdout.count("MailUser=me@example.org") for job in (train, evaluate)
+    ]
+    assert mails == [0, 1], "of each job's end, or of none"
 
     site.script("sample", "chain", "--set", "three", "--shards", "3", "--via", "sbatch", "--wait")
     assert samples_of(run, "three") == samples_of(run, "ddim60-step30-seed0")

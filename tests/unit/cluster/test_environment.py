@@ -126,3 +126,24 @@ def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
         own = s.getsockname()[0]
     outward = addresses.interface_towards("192.0.2.1")
     assert outward not in (None, "lo") and addresses.interface_towards(own) == outward
+
+
+@pytest.mark.parametrize(
+    ("connection", "words"),
+    [
+        ("", "me@here"),
+        ("10.0.0.9 51000 127.0.0.1 22", "me@127.0.0.1"),
+        ("10.0.0.9 51000 127.0.0.1 2222", "-p 2222 me@127.0.0.1"),
+        ("10.0.0.9 51000 192.0.2.7 2222", "-J me@192.0.2.7:2222 me@here"),  # in a job, by way of the login node
+        ("a b $(touch x) 22", "me@here"),
+    ],
+)
+def test_the_way_here_is_by_the_address_that_the_user_has_logged_in_to(
+    monkeypatch: pytest.MonkeyPatch, connection: str, words: str
+) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", connection)
+    monkeypatch.setattr(environment.getpass, "getuser", lambda: "me")
+    monkeypatch.setattr(environment.socket, "getfqdn", lambda: "here")
+    monkeypatch.setattr(socket, "gethostbyaddr", lambda address: ("of-another", [], []))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [(0, 0, 0, "", ("198.51.100.1", 0))])
+    assert environment.ssh_words() == words

@@ -252,6 +252,8 @@ UNAFFECTED: dict[str, Any] = {
     "log__every_steps": 7,
     "log__grid_every_steps": 7,
     "log__grid_images": 7,
+    "log__validate_every_steps": 6,
+    "log__wandb": "a project",
     "sample__num_samples": 9,
     "sample__sampler": "ancestral",
     "sample__steps": 3,

@@ -30,8 +30,8 @@ class Here:
 
     def __init__(self, tmp_path: Path, num_classes: int = 2, **data: Any) -> None:
         self.source = tmp_path / "images"
-        shutil.unpack_archive(write_zip(tmp_path / "a.zip", num_images=8, splits=("train",)), self.source)
-        there = {"data__name": "images", "data__path": str(self.source)}
+        shutil.unpack_archive(write_zip(tmp_path / "a.zip", num_images=8, splits=("train", "test")), self.source)
+        there = {"data__name": "images", "data__path": str(self.source), "log__validate_every_steps": 3}
         self.config: Config = make_config(**there, model__num_classes=num_classes)
         self.cache, self.run = tmp_path / "cache", make_run(tmp_path / "run")
         self.key, self.good = packed.pack(self.config.data, "train", self.cache)
@@ -177,3 +177,25 @@ def test_a_record_that_lost_its_signature_is_said_once_and_signed_again(
         assert capsys.readouterr().out.count("run.json is signed no more") == told
         assert read_signed(here.run.run_json)["labels"] == kept
     fence.release()
+
+
+@pytest.mark.parametrize("case", ["gone", "damaged", "others", "nowhere"])
+def test_a_test_split_that_is_not_as_it_was_is_packed_again_or_training_goes_on_without(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Here(tmp_path)
+    key, test = packed.pack(here.config.data, "test", here.cache)
+    here.data["test"] = {"key": key, "digest": test.digest if case != "others" else "0" * 64}
+    here.record()
+    if case == "damaged":
+        np.save(here.cache / key / "images.npy", test.images[::-1])
+    elif case != "others":
+        shutil.rmtree(here.cache / key)
+    if case == "nowhere":
+        shutil.rmtree(here.source)
+    env = JobEnvironment("local", "1", 0, "n1", 0, 1, 0, "", 0, 1, None, "")
+    found = inputs.held_out(Life(here.run, lambda: None, env), here.config, ALONE)  # type: ignore[arg-type]
+    if case in ("gone", "damaged"):
+        assert found is not None and found.digest == test.digest
+    else:
+        assert found is None and "no validation in this life" in capsys.readouterr().out

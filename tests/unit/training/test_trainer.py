@@ -150,6 +150,9 @@ def test_tensorboard_shows_every_logged_step_once_whatever_died_in_between(tmp_p
     shown = [(e.step, e.value) for e in board.Scalars("train/loss")]
     assert shown == [(r["step"], pytest.approx(r["loss"])) for r in lines(run)]
     assert [step for step, _ in shown] == list(range(1, TOTAL + 1))
+    assert board.Tags()["tensors"] == ["config/text_summary"]
+    hparams = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"train.warmup_steps" in hparams and b"log." not in hparams
 
 
 def test_adam_moments_lie_in_memory_as_their_weights_after_a_resume(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""What TensorBoard is shown of a run: under which tags, and once in each of its files what the run is.
+
+All of it goes into the run's own files, so that no other run appears beside it. Must not know: when, and what a refused
+write means.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ddpm.config.schema import Config
+from ddpm.run.files import seconds
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TAGS = {
+    **{key: f"train/{key}" for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu")},
+    "validation_loss": "loss/validation",
+}
+"""What TensorBoard calls the keys of a line of metrics.jsonl."""
+HPARAMS = ("data", "model", "diffusion", "train")
+"""Sections of the config that decide what is trained."""
+
+
+def add_scalars(board: Any, record: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, at the time it was written."""
+    for key, tag in TAGS.items():
+        if record.get(key) is not None:
+            board.add_scalar(tag, record[key], record["step"], walltime=seconds(record["time"]))
+
+
+def add_grid(board: Any, step: int, grid: np.ndarray) -> None:
+    board.add_image("samples", grid, step, dataformats="HWC")
+
+
+def introduce(board: Any, config: Config, step: int) -> None:
+    """The config as text, at the step where these files begin, and as hparams, whose metrics are the scalars."""
+    from torch.utils.tensorboard import summary
+
+    text = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
+    board.add_text("config", text, step)
+    # of the three that torch makes this one: without the others TensorBoard finds columns and metrics in all runs
+    _, session, _ = summary.hparams(hparams(config), {})
+    board.file_writer.add_summary(session)
+
+
+def hparams(config: Config) -> dict[str, Any]:
+    """The config's keys that decide what is trained, as SECTION.KEY; lists and the like as text."""
+    tree = config.model_dump(mode="json", include={*HPARAMS})
+    flat = {"seed": config.seed, **{f"{name}.{key}": v for name in HPARAMS for key, v in tree[name].items()}}
+    said = {key: v for key, v in flat.items() if v is not None}
+    return {key: v if isinstance(v, str | bool | int | float) else json.dumps(v) for key, v in said.items()}

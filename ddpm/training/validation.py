@@ -1,0 +1,72 @@
+"""The loss on images that training never sees: the same ones at the same timesteps and noise each time.
+
+So its value changes with the weights alone, and can be compared between steps, lives and runs. Must not know: when it
+is due, and where it is told.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ddpm.config.schema import Config
+from ddpm.data.packed import PackedImages
+from ddpm.diffusion import rng
+from ddpm.diffusion.forward import Diffusion
+from ddpm.run.stopping import StopRequested
+from ddpm.sampling.denoiser import LabelledEpsModel, eps_of
+from ddpm.training.state import TrainingState
+
+NUM_IMAGES = 1024
+"""Of the split, or all: their loss costs as much as some five steps of 128 images."""
+BATCH = 64
+"""Always so many at a time, the last ones padded: what a network makes of an image may depend on it."""
+SEED = 0
+"""Not the run's: runs of several seeds are compared at the same noise."""
+
+
+class HeldOut:
+    """`packed`: the test split. Images are spread evenly over it, as folders are listed by class; where the model has
+    classes, those of images that have one."""
+
+    def __init__(self, config: Config, packed: PackedImages, diffusion: Diffusion) -> None:
+        self._config, self._packed, self._diffusion = config, packed, diffusion
+        usable = np.flatnonzero(packed.labels >= 0) if config.model.num_classes else np.arange(len(packed))
+        self._num = min(NUM_IMAGES, len(usable))
+        self._chosen = usable[np.arange(self._num) * len(usable) // max(1, self._num)]
+
+    def loss(self, state: TrainingState, stop_requested: StopRequested) -> tuple[float | None, str]:
+        """The mean loss by the weights of `sample.weights`, in eval mode; on all ranks, each of which computes a share.
+
+        The same bits on any number of ranks of the same kind of hardware. None, and the reason, where ranks agree to
+        stop before it is known; None where no image can be used.
+        """
+        world, config = state.world, self._config
+        model = state.model if config.sample.weights == "model" else state.ema.model
+        batches = -(-self._num // BATCH)
+        losses = torch.zeros(batches * BATCH, device=world.device)
+        model.eval()
+        try:
+            for first in range(0, batches, world.world_size):
+                if reason := world.agreed_stop(stop_requested):
+                    return None, reason
+                if (batch := first + world.rank) < batches:
+                    losses[batch * BATCH :][:BATCH] = self._of(batch, eps_of(model, state.amp), world.device)
+        finally:
+            state.model.train()
+        found = world.sum(losses)[: self._num].tolist()
+        return (math.fsum(found) / self._num if found else None), ""
+
+    def _of(self, batch: int, eps_pred: LabelledEpsModel, device: torch.device) -> torch.Tensor:
+        """The losses of one batch, float32 (BATCH,)."""
+        index = torch.arange(batch * BATCH, (batch + 1) * BATCH).clamp(max=self._num - 1)
+        ids = self._chosen[index.numpy()]
+        x_0 = torch.from_numpy(self._packed.images[ids]).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        labels = torch.from_numpy(self._packed.labels[ids]).to(device) if self._config.model.num_classes else None
+        index = index.to(device)
+        t = rng.uniform_int(rng.key(SEED, "validation_t"), index, 0, self._config.diffusion.timesteps)
+        eps = rng.normal(rng.key(SEED, "validation_eps"), index, 0, tuple(x_0.shape[1:]))
+        x_t = self._diffusion.q_sample(x_0, t, eps)
+        return Diffusion.loss(eps_pred(x_t, t, labels), eps, self._config.diffusion.loss)

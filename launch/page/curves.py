@@ -1,0 +1,67 @@
+"""What metrics.jsonl says, as charts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from launch.page.chart import MOST_POINTS, Line, Point, chart, finite, smoothed, thinned
+from launch.page.markup import Html
+from launch.page.words import digits
+
+Metrics = list[dict[str, Any]]
+
+
+def charts(metrics: Metrics) -> list[Html]:
+    """Loss, the norm of gradients, the learning rate."""
+    return [
+        chart("Loss", [*_both(metrics, "loss"), *_validation(metrics)], y="loss", log=True),
+        chart("Norm of the gradient", _both(metrics, "grad_norm"), y="norm", log=True),
+        chart("Learning rate", _alone(metrics, "lr"), y="learning rate", zero=True),
+    ]
+
+
+def smooth_line(metrics: Metrics, key: str, name: str, colour: int, *, since: float) -> Line:
+    """The running mean of a run among others, from step `since` on."""
+    points = [point for point in smoothed(_points(metrics, key)) if point[0] >= since]
+    return Line(name, thinned(points), colour=colour, told=f"{name}: {_ends(points)}")
+
+
+def _both(metrics: Metrics, key: str) -> list[Line]:
+    points = _points(metrics, key)
+    odd = len(metrics) - len(points)
+    lacks = f" ({odd} not finite)" if odd else ""
+    raw = Line(f"each line{lacks}", thinned(points), "raw")
+    mean = smoothed(points)
+    return [raw, Line("running mean", thinned(mean), told=f"running mean: {_ends(mean)}")]
+
+
+def _validation(metrics: Metrics) -> list[Line]:
+    """On held-out images, where the run computes it."""
+    told = ((m["step"], m.get("validation_loss")) for m in metrics)
+    points = finite(((at, value) for at, value in told if isinstance(value, float)), positive=True)
+    words = [f"held-out images: {digits(value)} at step {at:,}" for at, value in points]
+    return [Line("held-out images", points, "dots", 1, told_of_dots=words)] if 0 < len(points) <= MOST_POINTS else []
+
+
+def _alone(metrics: Metrics, key: str) -> list[Line]:
+    points = finite((m["step"], m[key]) for m in metrics)
+    return [Line("as it was", thinned(points), told=_ends(points))]
+
+
+def _points(metrics: Metrics, key: str) -> list[Point]:
+    return finite(((m["step"], m[key]) for m in metrics), positive=True)
+
+
+def _ends(points: list[Point]) -> str:
+    if not points:
+        return "nothing"
+    at, least = min(points, key=lambda point: point[1])
+    step, last = points[-1]
+    return f"{digits(last)} at step {step:,}, the least {digits(least)} at step {at:,}"
+
+
+def last_mean(metrics: Metrics) -> float | None:
+    """The loss at the end, as the running mean has it."""
+    points = smoothed(_points(metrics, "loss"))
+    return points[-1][1] if points and math.isfinite(points[-1][1]) else None

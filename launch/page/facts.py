@@ -1,0 +1,101 @@
+"""What a page is made of, read once: whatever of a run exists, and what of it cannot be read in words."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.errors import DDPMError
+from ddpm.run.files import DamagedFile, parse_json, read_bytes
+from ddpm.run.paths import RunDir
+from ddpm.run.records import RUN_TOO, read_heartbeat, read_metrics
+from ddpm.scoring.record import Score, all_scores
+from launch.queue.sets import of_other_samples
+from launch.terminal.overview import Damage, read_life
+
+SHOWN_BYTES = 64 << 10
+"""Of config.yaml, as it stands."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    run: RunDir
+    row: dict[str, Any]
+    """As `overview.describe` has it."""
+    record: dict[str, Any]
+    """What in run.json is of the form that it should have."""
+    config: Config | None
+    config_text: str
+    events: list[dict[str, Any]]
+    beat: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    scores: list[Score]
+    """Those that hold: of many samples first, then of late steps, then the new ones."""
+    damage: tuple[str, ...]
+    made: float
+    """Unix time."""
+
+
+def read(run: RunDir, row: dict[str, Any]) -> Facts:
+    """row: the run's, of `overview.describe`."""
+    damage = Damage()
+    damage.tell(row["problem"] or "")
+    text = damage.read(lambda: read_bytes(run.config, SHOWN_BYTES)) or b""
+    return Facts(
+        run=run,
+        row=row,
+        record=damage.read(lambda: _record(run)) or {},
+        config=_config(run),
+        config_text=text.decode(errors="replace").strip(),
+        events=read_life(run)[0],
+        beat=read_heartbeat(run),
+        metrics=damage.read(lambda: read_metrics(run)) or [],
+        scores=damage.read(lambda: _scores(run)) or [],
+        damage=tuple(damage.told),
+        made=time.time(),
+    )
+
+
+def _record(run: RunDir) -> dict[str, Any]:
+    """Unlike a job, a page shows what is left of a run.json that was edited."""
+    try:
+        record = parse_json(read_bytes(run.run_json))
+    except ValueError as e:
+        raise DamagedFile(f"run.json: no JSON ({e})") from None
+    if not isinstance(record, dict):
+        raise DamagedFile("run.json: no JSON object")
+    trees = ("versions", "labels")
+    return {
+        key: value
+        for key, value in record.items()
+        if (key not in RUN_TOO or RUN_TOO[key](value)) and (key not in trees or isinstance(value, dict))
+    }
+
+
+def _config(run: RunDir) -> Config | None:
+    """None where it cannot be read, of which the row tells."""
+    try:
+        return reading.load(run.config)
+    except (DDPMError, DamagedFile, OSError):
+        return None
+
+
+def _scores(run: RunDir) -> list[Score]:
+    found = [score for score in all_scores(run) if not score.damage and not of_other_samples(run, score)]
+    return sorted(found, key=_weight, reverse=True)
+
+
+def _weight(score: Score) -> tuple[int, int, str]:
+    checkpoint = score.record.get("checkpoint")
+    step = checkpoint.get("step") if isinstance(checkpoint, dict) else None
+    at = step if isinstance(step, int) else 0
+    return score.record["num_samples"], at, str(score.record.get("created", ""))
+
+
+def headline(scores: list[Score]) -> Score | None:
+    """The score that stands for the run: the first of a distance; bits per dimension only where there is none."""
+    distances = [score for score in scores if "bits_per_dim" not in score.record]
+    return next(iter(distances or scores), None)

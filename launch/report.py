@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""A run as one page for a browser, whole without a network; of several runs, one that compares them. Loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
+import argparse
+from pathlib import Path
+
+from ddpm.errors import RequestError
+from ddpm.run.files import not_ours, write_bytes
+from ddpm.run.log import amount
+from ddpm.run.paths import RunDir
+from launch.cluster import environment
+from launch.page import facts, page, side_by_side
+from launch.status import rows_of
+from launch.terminal import console
+
+EXAMPLES = """examples:
+  python launch/report.py cifar10                          runs/cifar10/report.html
+  python launch/report.py cifar10 low-lr high-lr           runs/comparison.html: what differs, and what came of it
+  python launch/report.py 'cifar10-lr*'                    the same of a pattern of names, or a sweep
+  python launch/report.py /shared/runs/cifar10 --out cifar10.html     of a run that you may only read
+
+The page is as the run was when it was made: type it again for a newer one.
+"""
+COMPARISON = "comparison.html"
+SUFFIXES = (".html", ".htm")
+
+
+def parse() -> argparse.Namespace:
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+    parser.add_argument("--out", metavar="FILE.html", help="where to (default: in the run; of several, beside them)")
+    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    return parser.parse_args()
+
+
+def place(args: argparse.Namespace, runs: list[RunDir]) -> Path:
+    """Where the page goes. Raises RequestError where it cannot."""
+    if args.out is None:
+        path = runs[0].report if len(runs) == 1 else environment.runs_root(args.root) / COMPARISON
+    else:
+        path = environment.user_path(args.out, "--out")
+        if path.suffix not in SUFFIXES:
+            raise RequestError(f"--out {path}: must end in .html; what is there under such a name is replaced")
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder: name a file with --out FILE.html")
+    if not path.parent.is_dir():
+        raise RequestError(f"there is no folder {path.parent} to write {path.name} in: make it, or give another --out")
+    if args.out is None and (why := not_ours(path.parent)):
+        raise RequestError(f"{why}. Or write elsewhere: --out FILE.html")
+    return path
+
+
+def main() -> int:
+    args = parse()
+    runs = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
+    path = place(args, runs)
+    told = [facts.read(run, row) for run, row in zip(runs, rows_of(runs), strict=True)]
+    text = page.of_run(told[0]) if len(told) == 1 else side_by_side.of_runs(told, path)
+    data = text.encode()
+    write_bytes(path, data, replace=True)
+    print(f"{path}: {amount(len(data))}, for any browser: {path.resolve().as_uri()}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_script(main)

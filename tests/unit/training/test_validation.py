@@ -1,0 +1,86 @@
+"""ddpm/training/validation.py: a number that only the weights can change, and that changes no step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run import generations
+from ddpm.run.files import read_jsonl
+from ddpm.run.paths import RunDir
+from ddpm.training import ranks, validation
+from ddpm.training.trainer import Outcome
+from tests.training import ALONE, Life, assert_same_end, differences, live, make_config, make_images, make_run, on_ranks
+
+TOTAL = 8
+HELD_OUT = make_images(20)
+OPTIONS: dict[str, Any] = {"log__every_steps": 2, "model__dropout": 0.5, "train__lr": 0.1}
+CONFIG = make_config(**OPTIONS, log__validate_every_steps=4)
+
+
+def validated(run: RunDir) -> dict[int, float]:
+    return {r["step"]: r["validation_loss"] for r in read_jsonl(run.metrics) if "validation_loss" in r}
+
+
+def shown(run: RunDir) -> dict[int, float]:
+    found = EventAccumulator(str(run.tensorboard)).Reload().Scalars("loss/validation")
+    assert len({e.step for e in found}) == len(found)
+    return {e.step: e.value for e in found}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = make_run(tmp_path_factory.mktemp("undisturbed"))
+    live(CONFIG, run, held_out=HELD_OUT)
+    return run
+
+
+def test_validation_changes_no_step_and_stands_in_the_lines_that_are_due(tmp_path: Path, undisturbed: RunDir) -> None:
+    plain = make_run(tmp_path)
+    live(make_config(**OPTIONS), plain)
+    assert differences(generations.load(plain, TOTAL), generations.load(undisturbed, TOTAL)) == []
+    assert list(validated(undisturbed)) == [4, TOTAL] and len(set(validated(undisturbed).values())) == 2
+    assert shown(undisturbed) == pytest.approx(validated(undisturbed))
+
+
+def test_a_stop_within_a_validation_is_heard_and_the_next_life_makes_up_for_it(
+    tmp_path: Path, undisturbed: RunDir
+) -> None:
+    run, asked = make_run(tmp_path), 0
+    with Life(CONFIG, run, held_out=HELD_OUT) as life:
+
+        def stop_requested() -> str | None:
+            nonlocal asked
+            asked += life.trainer.at.step == 4  # once after the step, then in its validation
+            return "preempted" if asked == 2 else None
+
+        assert life.trainer.train(stop_requested) == Outcome(False, 4, "preempted", True)
+    assert validated(run) == {} and [r["step"] for r in read_jsonl(run.metrics)] == [2, 4]
+    live(CONFIG, run, held_out=HELD_OUT)
+    assert_same_end(run, undisturbed, TOTAL)
+    assert shown(run) == pytest.approx(validated(undisturbed))
+
+
+def of_an_average_on_ranks(world: ranks.World, config: Config, run: RunDir) -> None:
+    validation.BATCH = 6  # of which the last has two: the others are padding
+    with Life(config, run, world=world, held_out=HELD_OUT) as life:
+        assert life.trainer.held_out is not None
+        loss, reason = life.trainer.held_out.loss(life.trainer.state, lambda: None)
+        assert loss and not reason
+        (run.path / f"{world.world_size}-{world.rank}").write_text(loss.hex())
+
+
+def test_any_number_of_ranks_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = make_config(train__global_batch=6), make_run(tmp_path)
+    monkeypatch.setattr(validation, "BATCH", validation.BATCH)
+    of_an_average_on_ranks(ALONE, config, run)
+    on_ranks(3, of_an_average_on_ranks, config, run)
+    assert len(told := [path.read_text() for path in tmp_path.glob("?-?")]) == 4 and len(set(told)) == 1
+
+
+def test_it_is_a_multiple_of_the_steps_between_lines() -> None:
+    with pytest.raises(RequestError, match=r"log.validate_every_steps = 5: .* multiple of log.every_steps = 2; 4 is"):
+        make_config(log__every_steps=2, log__validate_every_steps=5)
