@@ -162,7 +162,8 @@ def _cost(config: Config, site: Site) -> str:
     if (hours := gpu_hours(config)) is None:
         return "; GPU hours unknown here, status.py tells the end once it runs"
     speed, how = MEASURED[_network(config)]
-    return f"; about {hours:.0f} GPU hours at {speed:,} images/s, as measured on {how}"
+    about = f"about {hours:.0f} GPU hours" if hours >= 1 else "less than a GPU hour"
+    return f"; {about} at {speed:,} images/s, as measured on {how}"
 
 
 def gpu_hours(config: Config) -> float | None:
