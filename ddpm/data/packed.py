@@ -44,7 +44,10 @@ def open_source(data: Data) -> Source:
         return sources.digits()
     path = Path(data.path).expanduser() if data.path else None
     if path is not None and not path.exists():
-        or_else = {"cifar10": ", or torchvision's root for cifar10", "celeba": "; for celeba the folder of its lists"}
+        or_else = {
+            "cifar10": ", or torchvision's root for cifar10",
+            "celeba": "; for celeba the folder of its lists, or Kaggle's archive.zip",
+        }
         raise RequestError(
             f"data.path = {data.path}: does not exist; give a folder or a .zip of images in class "
             f"folders, or an .npz or .npy of them" + or_else.get(data.name, "")

@@ -120,7 +120,7 @@ def test_a_task_that_has_several_gpus_of_its_own_to_sample_has_a_rank_for_each_a
     assert (asked["gpus-per-node"], asked["ntasks-per-node"], asked["mem"]) == ("a100:1", "1", "16G")
     site = settle(resolved(tmp_path, "--gpus-per-node", "4", stage="sample", gpus_per_node=1), dry_run=False)
     assert (gpus(site, "sample"), options(site, "sample")["ntasks-per-node"]) == ({"gpus-per-node": "a100:4"}, "4")
-    with pytest.raises(RequestError, match="--gpus-per-node 8: no node of gpu has more than 4; .*--tasks"):
+    with pytest.raises(RequestError, match=r"--gpus-per-node 8: no node of gpu has more than 4; .*--tasks"):
         settle(resolved(tmp_path, profile="sample: {gpus_per_node: 8}"), dry_run=False)
 
 
