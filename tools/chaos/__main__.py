@@ -25,12 +25,23 @@ from rich.table import Table
 
 from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
-from tools.chaos import anywhere, cluster, copies, files, mutants, outside, processes, slurm_faults, slurm_stops
+from tools.chaos import (
+    anywhere,
+    cluster,
+    copies,
+    fifty_thousand,
+    files,
+    mutants,
+    outside,
+    processes,
+    slurm_faults,
+    slurm_stops,
+)
 from tools.chaos.cluster import Cluster, NotRun
 from tools.chaos.files import Result
 
-HERE = {**files.ROWS, **anywhere.ROWS, **copies.ROWS, **processes.ROWS, **outside.ROWS}
-ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
+HERE = {**files.ROWS, **anywhere.ROWS, **copies.ROWS, **processes.ROWS, **outside.ROWS, **fifty_thousand.HERE_ROWS}
+ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS, **fifty_thousand.ROWS}
 ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
 SECONDS = {
     "kill-each-operation": 70, "power-cut": 35, "flipped-bits": 7, "failing-operations": 30, "all-damaged": 1,
@@ -43,7 +54,7 @@ SECONDS = {
     "time-limit": 150, "one-rank-signalled": 470, "term-by-hand": 50, "stop-file": 15, "signal-in-save": 45,
     "signal-in-packing": 85, "signal-in-compile": 170, "signal-in-evaluation": 80, "one-rank-killed": 90,
     "rank-stopped": 85, "node-failure": 160, "crash-loop": 20, "slurmctld-restart": 195, "two-jobs": 220,
-    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190,
+    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190, "fifty-thousand": 480, "inception-killed": 900,
 }  # fmt: skip
 """What a row took at its full count, on two cores that others used too."""
 
