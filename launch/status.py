@@ -47,7 +47,7 @@ def rows_of(runs: list[RunDir]) -> list[dict[str, Any]]:
     try:
         queued = scheduler.look_up(jobs) if scheduler.available() else None
     except scheduler.SchedulerError as e:
-        print(f"SLURM does not answer: {e}", file=sys.stderr)
+        print(f"SLURM does not answer ({e}): states are as the runs tell; ask again later", file=sys.stderr)
     return [describe(r, queued, life) for r, life in zip(runs, lives, strict=True)]
 
 

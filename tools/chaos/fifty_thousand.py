@@ -25,6 +25,7 @@ from launch.cluster.environment import PROJECT
 from tools.chaos import lives
 from tools.chaos.cluster import Cluster, send
 from tools.chaos.files import Result
+from tools.slurm_testbed.harness import patience
 
 SHARDS, CALM_SHARDS, TASKS, FEWER_TASKS = 64, 7, 8, 5
 PREEMPTED, FAULTS = 10, (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -51,7 +52,7 @@ class Storm:
 
     def over(self, array: str, shards: int, timeout_s: float = 900) -> None:
         """Until so many shards are there and, where these are all, all tasks have ended."""
-        hit: dict[int, int] = {}
+        hit: dict[int, tuple[int, int]] = {}
         began = seen = time.monotonic()
         while True:
             tasks = {int(r["ArrayTaskId"]): r for r in self.cluster.bed.records(array) if r["ArrayTaskId"].isdigit()}
@@ -61,15 +62,21 @@ class Storm:
             done = self.look()
             if done >= shards and (shards < SHARDS or not self.cluster.bed.squeue("-j", array)):
                 break
-            assert seen - began < timeout_s, f"{done} of {shards} shards after {timeout_s:.0f} s"
-            free = {t: r for t, r in running.items() if hit.get(t, -1) < int(r["Restarts"])}
+            assert seen - began < timeout_s * patience(), f"{done} of {shards} shards after {timeout_s:.0f} s"
             ranks = {p.task: p.pid for p in self.cluster.ranks(self.run)}
-            if self.strikes and (there := sorted(free.keys() & ranks.keys())):
-                task = self.chosen.choice(there)
-                hit[task] = int(free[task]["Restarts"])
-                self._strike(self.strikes.pop(), ranks[task], free[task]["BatchHost"])
+            lives = {t: (int(r["Restarts"]), self._told(array, t)) for t, r in running.items() if t in ranks}
+            new = [t for t, life in lives.items() if all(a > b for a, b in zip(life, hit.get(t, (-1, 0)), strict=True))]
+            if self.strikes and new:
+                task = self.chosen.choice(sorted(new))
+                hit[task] = lives[task]
+                self._strike(self.strikes.pop(), ranks[task], running[task]["BatchHost"])
             time.sleep(1)
         self.restarts += sum(int(r["Restarts"]) for r in tasks.values())
+
+    def _told(self, array: str, task: int) -> int:
+        """How many lines of a task's log tell of images."""
+        log = self.run.logs / f"sample-{array}_{task}.out"
+        return len(re.findall(rf"^{PROGRESS.pattern}", log.read_text(errors="replace"), re.M)) if log.exists() else 0
 
     def _strike(self, by: str | signal.Signals, pid: int, node: str) -> None:
         if isinstance(by, signal.Signals):
