@@ -29,7 +29,7 @@ from tools.slurm_testbed.harness import patience
 
 SHARDS, CALM_SHARDS, TASKS, FEWER_TASKS = 64, 7, 8, 5
 PREEMPTED, FAULTS = 10, (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
-MODEL = ["train.total_steps=30", "sample.batch=100", "sample.steps=10", "evaluate.extractor=pixels"]
+MODEL = ["train.total_steps=30", "sample.batch=100", "sample.steps=5", "evaluate.extractor=pixels"]
 PROGRESS = re.compile(r"(\S+Z) shard (?:\d+ images=|done )")
 
 
@@ -125,7 +125,8 @@ def sampled_in_a_storm(c: Cluster, count: int) -> Result:
     """A set of so many images in 64 shards under ten pre-emptions, three faults, a kill, other tasks half way."""
     run, job = c.submit(*MODEL)
     c.bed.wait_state(job, timeout_s=180)
-    asked = ["sample", run.name, "--num-samples", str(count), "--max-parallel", "4", "--sbatch", "exclusive"]
+    each = ["--max-parallel", "4", "--sbatch", "exclusive", "--cpus-per-task", "1"]  # of four, on a node of its own
+    asked = ["sample", run.name, "--num-samples", str(count), *each]
     strikes: list[str | signal.Signals] = ["pre-emption"] * PREEMPTED + [*FAULTS, signal.SIGKILL]
     storm = Storm(c, run, run.sample_set("stormy"), strikes)
     storm.chosen.shuffle(strikes)
