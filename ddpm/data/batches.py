@@ -9,47 +9,52 @@ import torch
 
 from ddpm.data.packed import PackedImages
 from ddpm.diffusion import rng
+from ddpm.diffusion.philox import Step
 
 RESIDENT_SHARE = 8
 """A dataset lies on the GPU where it takes less than this part of its free memory: CIFAR-10's 150 MB do."""
+
+
+Parts = tuple[torch.Tensor, ...]
+"""What a batch costs to send to its device; a slice of each makes a slice of the batch."""
 
 
 class Resident:
     """A dataset on the device itself: a batch costs the host its indices."""
 
     def __init__(self, packed: PackedImages, device: torch.device) -> None:
-        self._device = device
         self._images = torch.from_numpy(np.array(packed.images)).to(device)  # a mapped file is not writable
         self._labels = torch.from_numpy(np.array(packed.labels)).to(device)
 
-    def take(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 (n, H, W, 3) and labels int64 (n,) of those indices, on the device."""
-        at = _to(torch.from_numpy(ids), self._device)
-        return self._images[at], self._labels[at]
+    def parts(self, ids: np.ndarray) -> Parts:
+        """What `take` needs of those indices, on the host."""
+        return (torch.from_numpy(ids),)
+
+    def take(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 (n, H, W, 3) and labels int64 (n,), of parts that were brought to the device."""
+        return self._images[parts[0]], self._labels[parts[0]]
 
 
 class Mapped:
     """A dataset in the host's memory or on its disk, from which each batch is gathered and sent."""
 
-    def __init__(self, packed: PackedImages, device: torch.device) -> None:
-        self._packed, self._device = packed, device
+    def __init__(self, packed: PackedImages) -> None:
+        self._packed = packed
 
-    def take(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(self, ids: np.ndarray) -> Parts:
         """As Resident's."""
-        images, labels = torch.from_numpy(self._packed.images[ids]), torch.from_numpy(self._packed.labels[ids])
-        return _to(images, self._device), _to(labels, self._device)
+        return torch.from_numpy(self._packed.images[ids]), torch.from_numpy(self._packed.labels[ids])
 
-
-def _to(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    def take(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Resident's."""
+        images, labels = parts
+        return images, labels
 
 
 def store(packed: PackedImages, device: torch.device) -> Resident | Mapped:
     """Where batches for `device` are taken from."""
     fits = device.type == "cuda" and packed.images.nbytes < torch.cuda.mem_get_info(device)[0] // RESIDENT_SHARE
-    return (Resident if fits else Mapped)(packed, device)
+    return Resident(packed, device) if fits else Mapped(packed)
 
 
 class Batches:
@@ -69,20 +74,37 @@ class Batches:
 
     def sample_ids(self, step: int, first: int, num: int) -> np.ndarray:
         """Dataset indices, int64 (num,), of rows first … first+num-1 of step `step`'s global batch."""
-        n = len(self.packed)
-        positions = step * self.global_batch + np.arange(first, first + num, dtype=np.int64)
-        epochs = positions // n
+        n, begin = len(self.packed), step * self.global_batch + first
+        epochs = range(begin // n, (begin + num - 1) // n + 1)  # more than two where a batch is larger than the data
         self._permutations = {e: order for e, order in self._permutations.items() if e >= epochs[0]}
-        for epoch in range(epochs[0], epochs[-1] + 1):  # more than two where a batch is larger than the data
+        for epoch in epochs:
             if epoch not in self._permutations:
                 self._permutations[epoch] = rng.permutation(self._order, epoch, n).numpy()
-        return np.array([self._permutations[int(e)][p] for e, p in zip(epochs, positions % n, strict=True)], np.int64)
+        orders = [self._permutations[e][max(begin - e * n, 0) : begin + num - e * n] for e in epochs]
+        return np.concatenate(orders)
 
-    def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0 float32 (num, 3, H, W) in [-1, 1], flipped, and labels int64 (num,), both on `device`."""
-        raw, labels = self._store(device).take(self.sample_ids(step, first, num))
+    def parts(self, step: int, first: int, num: int, device: torch.device) -> Parts:
+        """What `images` needs of rows first … first+num-1 of step `step`; on the host, pinned for a GPU."""
+        parts = self._store(device).parts(self.sample_ids(step, first, num))
+        return tuple(part.pin_memory() for part in parts) if device.type == "cuda" else parts
+
+    def images(self, parts: Parts, step: Step, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_0 float32 (n, 3, H, W) in [-1, 1], flipped, and labels int64 (n,), of parts brought to index's device.
+
+        index: int64 (n,), the rows' places in the global batch.
+        """
+        raw, labels = self._store(index.device).take(parts)
         raw = raw.permute(0, 3, 1, 2).contiguous()  # while they are bytes
         if self.flip:
-            index = torch.arange(first, first + num, device=device)
             raw = torch.where(rng.coin(self._flip, index, step)[:, None, None, None], raw.flip(3), raw)
         return raw.float().div_(127.5).sub_(1), labels
+
+    def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_0 and labels of rows first … first+num-1 of step `step`, as `images` gives them."""
+        parts = sent(self.parts(step, first, num, device), device)
+        return self.images(parts, step, torch.arange(first, first + num, device=device))
+
+
+def sent(parts: Parts, device: torch.device) -> Parts:
+    """On their way to the device; nothing waits for them."""
+    return tuple(part.to(device, non_blocking=True) for part in parts)

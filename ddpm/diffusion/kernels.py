@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm.diffusion.philox import WORD, Key
+from ddpm.diffusion.philox import WORD, Key, Step
 from ddpm.diffusion.tensor_draws import COS_TERMS, LOG_4, LOG_TERMS, SIN_TERMS
 
 TERMS = {"LOG": LOG_TERMS, "SIN": SIN_TERMS, "COS": COS_TERMS, "LOG_4": LOG_4}
@@ -22,8 +22,15 @@ _SCALARS = ["key_0", "key_1", "step_low", "step_high"]
 
 
 @triton.jit
-def _words(element, index, key_0, key_1, step_low, step_high):
-    """Philox4x32-10 of rng.py's counter. element: uint32; index: int64; the others: int32, read as unsigned."""
+def _words(element, index, key_0, key_1, step_low, step_high, AT: tl.constexpr):
+    """Philox4x32-10 of rng.py's counter. element: uint32; index: int64; the others: int32, read as unsigned.
+
+    AT: step_low is where the step lies, int64, and step_high is nothing.
+    """
+    if AT:
+        step = tl.load(step_low)
+        step_high = (step >> 32).to(tl.int32)
+        step_low = step.to(tl.int32)
     high = ((index >> 32) << 16).to(tl.int32) | step_high
     zero = element * 0
     return tl.philox_impl(
@@ -58,12 +65,12 @@ def _box_muller(word_r, word_theta, LOG: tl.constexpr, SIN: tl.constexpr, COS: t
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _normal_kernel(
-    out, index, num_elements, key_0, key_1, step_low, step_high,
+    out, index, num_elements, key_0, key_1, step_low, step_high, AT: tl.constexpr,
     LOG: tl.constexpr, SIN: tl.constexpr, COS: tl.constexpr, LOG_4: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w_0, w_1, w_2, w_3 = _words(counter.to(tl.uint32), tl.load(index + row), key_0, key_1, step_low, step_high)
+    w_0, w_1, w_2, w_3 = _words(counter.to(tl.uint32), tl.load(index + row), key_0, key_1, step_low, step_high, AT)
     z_0, z_1 = _box_muller(w_0, w_1, LOG, SIN, COS, LOG_4)
     z_2, z_3 = _box_muller(w_2, w_3, LOG, SIN, COS, LOG_4)
     at, first = out + row * num_elements, counter * 4
@@ -101,18 +108,18 @@ def _store_two(at, first, word, num, bound):
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def _first_word_kernel(out, index, num_rows, key_0, key_1, step_low, step_high, BLOCK: tl.constexpr):
+def _first_word_kernel(out, index, num_rows, key_0, key_1, step_low, step_high, AT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     own = tl.load(index + row, mask=inside, other=0)
-    word, _1, _2, _3 = _words((row * 0).to(tl.uint32), own, key_0, key_1, step_low, step_high)
+    word, _1, _2, _3 = _words((row * 0).to(tl.uint32), own, key_0, key_1, step_low, step_high, AT)
     tl.store(out + row, word.to(tl.int64), mask=inside)
 
 
 # ---------------------------------------------------------------- launching
 
 
-def normal(out: Tensor, index: Tensor, key: Key, step: int) -> None:
+def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, float32 (n, elements) and contiguous; index: int64 (n,)."""
     num_rows, num_elements = out.shape
     if not num_rows or not num_elements:
@@ -132,7 +139,7 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
         _mask_kernel[grid](out, places.contiguous(), num_rows, num, first_counter, bound, BLOCK=_BLOCK)
 
 
-def first_word(out: Tensor, index: Tensor, key: Key, step: int) -> None:
+def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, int64 (n,), with the first word of each row's counter of element 0; index: int64 (n,)."""
     if not len(out):
         return
@@ -141,7 +148,11 @@ def first_word(out: Tensor, index: Tensor, key: Key, step: int) -> None:
         _first_word_kernel[grid](out, index.contiguous(), len(out), *_scalars(key, step), BLOCK=_BLOCK)
 
 
-def _scalars(key: Key, step: int) -> list[int]:
-    """Key and step as signed numbers of 32 bits."""
-    words = (*key, step & WORD, step >> 32)
-    return [word - (1 << 32) if word >= 1 << 31 else word for word in words]
+def _scalars(key: Key, step: Step) -> list[int | Tensor]:
+    """Key and step as signed numbers of 32 bits, and whether the step is where it lies."""
+    on_device = isinstance(step, Tensor)
+    words = (*key, 0, 0) if isinstance(step, Tensor) else (*key, step & WORD, step >> 32)
+    signed: list[int | Tensor] = [word - (1 << 32) if word >= 1 << 31 else word for word in words]
+    if isinstance(step, Tensor):
+        signed[2] = step
+    return [*signed, on_device]

@@ -6,12 +6,15 @@ Owns: the generator, how a key follows from (seed, purpose, attempt), and where 
 import hashlib
 import json
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Step = int | Tensor
+"""Of a run: in [0, 2**48), or int64 () on the device of what is drawn, whose value nobody looks at."""
+StepT = TypeVar("StepT", int, Tensor, Step)
 WORD = 0xFFFFFFFF
 LIMIT_BITS = 48  # of step and of index: a counter word each, and half of the fourth word for what lies above it
 
@@ -64,20 +67,22 @@ def philox4x32(counter: Words, key: Key | tuple[Tensor, Tensor]) -> Words:
     return c_0, c_1 & WORD, c_2, c_3 & WORD
 
 
-def counter(element: Tensor, index: Tensor, step: int) -> Words:
+def counter(element: Tensor, index: Tensor, step: Step) -> Words:
     """(element, low words of index and step, their high halves side by side): nothing wraps."""
-    # full_like, not torch.tensor: no copy from the host, so nothing waits for the device
-    low_step = torch.full_like(index[:1], checked_step(step) & WORD)
+    if isinstance(step, Tensor):
+        low_step = (step & WORD).expand_as(index[:1])
+    else:  # full_like, not torch.tensor: no copy from the host, so nothing waits for the device
+        low_step = torch.full_like(index[:1], checked_step(step) & WORD)
     return element, index & WORD, low_step, (index >> 32 << 16) | (step >> 32)
 
 
-def words(key: Key, index: Tensor, step: int) -> Words:
+def words(key: Key, index: Tensor, step: Step) -> Words:
     """Those of element 0 of each row."""
     return philox4x32(counter(torch.zeros_like(index), index, step), key)
 
 
-def checked_step(step: int) -> int:
-    if not 0 <= step < 1 << LIMIT_BITS:
+def checked_step(step: StepT) -> StepT:
+    if isinstance(step, int) and not 0 <= step < 1 << LIMIT_BITS:
         raise ValueError(f"step is {step}; it must lie in [0, 2**{LIMIT_BITS})")
     return step
 

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import tensor_draws
-from ddpm.diffusion.philox import WORD, Key, check_index, checked_step, counter, derive_seed, key, words
+from ddpm.diffusion.philox import WORD, Key, Step, check_index, checked_step, counter, derive_seed, key, words
 
 __all__ = [
-    "Key", "bernoulli", "coin", "derive_seed", "keep_mask", "keep_share", "key", "normal", "permutation", "places",
-    "uniform_int",
+    "Key", "Step", "bernoulli", "coin", "derive_seed", "keep_mask", "keep_share", "key", "mask_counters", "normal",
+    "permutation", "places", "uniform_int",
 ]  # fmt: skip
 
 _LAYER_BITS, _PLACE_BITS = 8, 24  # of the first counter word, in masks: layer and place within it
 
 
-def normal(key: Key, index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
+def normal(key: Key, index: Tensor, step: Step, shape: Sequence[int]) -> Tensor:
     """Standard normals, float32 (n, *shape) on index.device, by Box and Muller's transform (1958).
 
     index: int64 (n,) in [0, 2**48), one per sample; checked on a CPU only, since a check elsewhere would wait for the
-    device. step: in [0, 2**48). shape: of one sample, at most 2**34 elements. |values| <= 6.56.
+    device. step: in [0, 2**48), or on the device. shape: of one sample, at most 2**34 elements. |values| <= 6.56.
     The value of element e of row i depends on (key, index[i], step, e) alone, bit for bit.
     """
     check_index(index)
@@ -42,7 +42,7 @@ def normal(key: Key, index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
     return out.view(len(index), *shape)
 
 
-def uniform_int(key: Key, index: Tensor, step: int, high: int) -> Tensor:
+def uniform_int(key: Key, index: Tensor, step: Step, high: int) -> Tensor:
     """Integers in [0, high), int64 (n,) on index.device; index and step as in `normal`.
 
     high: in [1, 2**32]. The top 32 bits of word * high: the probability of a value is off by less than 2**-32 from
@@ -56,17 +56,17 @@ def uniform_int(key: Key, index: Tensor, step: int, high: int) -> Tensor:
     return (word * high >> 32) & WORD
 
 
-def bernoulli(key: Key, index: Tensor, step: int, probability: float) -> Tensor:
+def bernoulli(key: Key, index: Tensor, step: Step, probability: float) -> Tensor:
     """True with `probability`, to a precision of 2**-24: bool (B,)."""
     return uniform_int(key, index, step, 1 << 24) < round(probability * (1 << 24))
 
 
-def coin(key: Key, index: Tensor, step: int) -> Tensor:
+def coin(key: Key, index: Tensor, step: Step) -> Tensor:
     """Fair coins, bool (n,) on index.device; index and step as in `normal`."""
     return uniform_int(key, index, step, 2) == 1
 
 
-def places(key: Key, index: Tensor, step: int) -> Tensor:
+def places(key: Key, index: Tensor, step: Step) -> Tensor:
     """All that a draw depends on but for its layer and element, as a tensor: int64 (5, n) on index.device.
 
     For what is compiled, where a number that changes with every step would be a new program. index, step: as in
@@ -84,12 +84,19 @@ def keep_mask(places: Tensor, layer: int, num: int, probability: float) -> Tenso
     layer: in [0, 256), num: at most 2**27. The value of element e depends on (places[:, i], layer, e) alone: it is
     the 16-bit number e % 8 of the four words of counter (layer * 2**24 + e // 8, …).
     """
-    if not 0 <= layer < 1 << _LAYER_BITS or not 0 < num <= 8 << _PLACE_BITS:
+    if not 0 < num <= 8 << _PLACE_BITS:
         raise ValueError(f"layer is {layer} and num is {num}; at most 255 and 2**27 are allowed")
-    bound = _dropped_of_65536(probability) - (1 << 15)  # of a signed number
     out = torch.empty((places.shape[1], num), dtype=torch.bool, device=places.device)
-    _draws_on(places.device).keep_mask(out, places, layer << _PLACE_BITS, bound)
+    _draws_on(places.device).keep_mask(out, places, *mask_counters(layer, probability))
     return out
+
+
+def mask_counters(layer: int, probability: float) -> tuple[int, int]:
+    """For what draws the bits of `keep_mask` by itself: the layer's first counter, and the signed 16-bit number below
+    which an element is dropped."""
+    if not 0 <= layer < 1 << _LAYER_BITS:
+        raise ValueError(f"layer is {layer}; at most 255 are allowed")
+    return layer << _PLACE_BITS, _dropped_of_65536(probability) - (1 << 15)
 
 
 def keep_share(probability: float) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.philox import Key, counter, philox4x32, words
+from ddpm.diffusion.philox import Key, Step, counter, philox4x32, words
 
 CHUNK_CPU = 1 << 17  # counters worked on at once: on a CPU the temporaries should stay in the cache (measured),
 CHUNK_DEVICE = 1 << 22  # elsewhere this only bounds their memory
@@ -29,7 +29,7 @@ _SQRT_HALF_BITS = 0x3F3504F3
 _MANTISSA_BITS = 23
 
 
-def normal(out: Tensor, index: Tensor, key: Key, step: int) -> None:
+def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, float32 (n, elements); index: int64 (n,)."""
     num_rows, num_elements = out.shape
     num_counters = -(-num_elements // 4)
@@ -61,7 +61,7 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
         out.copy_(whole[:, :num])
 
 
-def first_word(out: Tensor, index: Tensor, key: Key, step: int) -> None:
+def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, int64 (n,), with the first word of each row's counter of element 0."""
     out.copy_(words(key, index, step)[0])
 

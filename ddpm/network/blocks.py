@@ -6,16 +6,23 @@ Ronneberger et al. 2015, "U-Net", with GroupNorm and SiLU. Must not know: the ne
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm.network import fused
 from ddpm.network.dropout import Dropout
 
 
 class ResidualBlock(nn.Module):
-    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W); places: for dropout's masks."""
+    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W); places: for dropout's masks.
+
+    own_kernels: what lies between the convolutions is computed by fused.py's; channels last, on a GPU.
+    """
+
+    own_kernels = False
 
     def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
         super().__init__()
@@ -28,10 +35,22 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, places: Tensor | None = None) -> Tensor:
+        if self.own_kernels:
+            return self._fused(x, emb, places)
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.embed(emb)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h)), places))
         return self.skip(x) + h
+
+    def _fused(self, x: Tensor, emb: Tensor, places: Tensor | None) -> Tensor:
+        h = F.conv2d(fused.norm_act(x, self.norm_1, silu=True), self.conv_1.weight, padding=1)
+        shift = self.embed(emb) + self.conv_1.bias
+        h = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)
+        h = F.conv2d(h, self.conv_2.weight, padding=1)
+        bias = cast(Tensor, self.conv_2.bias)
+        if isinstance(self.skip, nn.Conv2d):
+            x, bias = fused.pointwise(x, self.skip.weight), bias + cast(Tensor, self.skip.bias)
+        return fused.add(x, h, bias)
 
 
 class PlainBlock(nn.Module):
@@ -60,7 +79,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, groups: int | None = None) -> None:
         super().__init__()
-        self.heads, self.fused = heads, True
+        self.heads, self.fused, self.own_kernels = heads, True, False
         self.norm = group_norm(width, groups)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = nn.Conv2d(width, width, 1)
@@ -68,6 +87,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, width, height, breadth = x.shape
         per_head = width // self.heads
+        if self.own_kernels:
+            h = fused.pointwise(fused.norm_act(x, self.norm, silu=False), self.qkv.weight, self.qkv.bias)
+            rows = h.permute(0, 2, 3, 1).reshape(batch, height * breadth, 3, self.heads, per_head).transpose(1, 3)
+            q, k, v = rows.unbind(2)
+            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            h = h.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
+            return fused.add(x, fused.pointwise(h, self.proj.weight), cast(Tensor, self.proj.bias))
         # (B, heads, channels of a head, positions), a view in either memory layout. The fused kernels of a GPU want the
         # channels side by side, which channels_last gives; otherwise torch takes its own plain path.
         q, k, v = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, per_head, height * breadth).unbind(1)
@@ -89,6 +115,18 @@ class AsymmetricConv(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
+class NearestConv(nn.Sequential):
+    """Twice as high and wide by nearest neighbours, and a 3x3 convolution."""
+
+    own_kernels = False
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](fused.double(x) if self.own_kernels else self[0](x))
+
+
 def downsample(kind: str, width: int) -> nn.Module:
     """(B, width, H, W) -> (B, width, H/2, W/2). kind: conv | pool | conv_asymmetric."""
     if kind == "pool":
@@ -100,7 +138,7 @@ def upsample(kind: str, width: int) -> nn.Module:
     """(B, width, H, W) -> (B, width, 2H, 2W). kind: conv (after nearest neighbour) | transpose (Ronneberger's)."""
     if kind == "transpose":
         return nn.ConvTranspose2d(width, width, 2, stride=2)
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
+    return NearestConv(width)
 
 
 def group_norm(width: int, groups: int | None) -> nn.GroupNorm:

@@ -1,7 +1,8 @@
 """What `auto` becomes on this device, in one place: precision, layout, attention, compile, threads, determinism.
 
 The choices follow measurements: on a CPU channels-last pays in fp32 (1.08x) and not in bf16, plain attention beats the
-fused one, compiling does not pay; on a GPU the fused attention, channels-last and compiling do.
+fused one, compiling does not pay; on a GPU the fused attention and channels-last do, and a step of kernels of our own
+that is replayed beats a compiled one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry
+from ddpm.network import fused
+from ddpm.network.unet import UNet
 
 Device = torch.device | str | None
 """None: a GPU where there is one, else the CPU."""
@@ -32,9 +35,11 @@ class Resolved:
     have begun."""
     micro_batch: int | None = None
     """What train.micro_batch=auto was found to be."""
+    kernels: str = "torch"
+    """own: fused.py's compute what lies between convolutions; torch: torch's do, as runs of before have begun."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if (k, v) != ("micro_batch", None)}
+        return {k: v for k, v in asdict(self).items() if (k, v) not in (("micro_batch", None), ("kernels", "torch"))}
 
 
 def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, Any] | None = None) -> Resolved:
@@ -46,9 +51,11 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     train, kept = config.train, kept or {}
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = ("bf16" if bf16 else "fp16") if gpu else "off"
+    own = kept.get("kernels") == "own" if kept else gpu and train.compile is not True and _own_kernels(config, device)
     resolved = Resolved(
         amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,
-        compile=kept.get("compile", gpu) if train.compile == "auto" else train.compile,
+        compile=kept.get("compile", gpu and not own) if train.compile == "auto" else train.compile,
+        kernels="own" if own else "torch",
         deterministic=kept.get("deterministic", not gpu) if train.deterministic == "auto" else train.deterministic,
         threads=kept.get("threads", threads),
         dropout=kept.get("dropout", "torch") if kept else "counted",
@@ -60,6 +67,12 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
             "another run with train.amp=off"
         )
     return resolved
+
+
+def _own_kernels(config: Config, device: torch.device) -> bool:
+    with torch.device("meta"):
+        model = UNet(image_size=config.data.image_size, **config.model.model_dump())
+    return fused.serve(model, device)
 
 
 def apply(resolved: Resolved) -> None:

@@ -36,6 +36,7 @@ class EMA:
         self.decay, self.warmup = decay, warmup
         self.start_step, self.every_steps = start_step, every_steps
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self._of: nn.Module | None = None  # whose parameters `_given` has
 
     def decay_at(self, step: int) -> float | None:
         """The share of the average kept at the end of step `step`, which counts from 1; None: no update there."""
@@ -58,7 +59,11 @@ class EMA:
         decay = self.decay_at(step)
         if decay is None:
             return
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
+        if self._of is not model:
+            self._of = model
+            self._own: list[Tensor] = list(self.model.parameters())
+            self._given: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(self._own, self._given, 1.0 - decay)
         buffers = list(self.model.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(model.buffers()))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm.config.unet_shape import Structure
+from ddpm.network import fused
 from ddpm.network.blocks import Attention, PlainBlock, ResidualBlock, downsample, group_norm, reset_parameters, upsample
 from ddpm.network.dropout import number_layers
 
@@ -29,6 +30,8 @@ class UNet(nn.Module):
     fused_attention: of every attention at the start (`set_fused_attention` changes it later).
     Initial weights are drawn from torch's global generator.
     """
+
+    own_kernels = False
 
     def __init__(self, *, fused_attention: bool = True, **structure: Any) -> None:
         super().__init__()
@@ -79,18 +82,31 @@ class UNet(nn.Module):
                 skips.append(h)
         for block, attention in zip(self.bottleneck.blocks, self.bottleneck.attentions, strict=True):
             h = attention(block(h, emb, places))
+        join = fused.concat if self.own_kernels else _cat
         for level in cast(Iterable[Level], self.decoder):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], 1), emb, places))
+                h = attention(block(join(h, skips.pop()), emb, places))
             if level.resample is not None:
                 h = level.resample(h)
+        if self.own_kernels:
+            return self.conv_out(fused.norm_act(h, self.norm_out, silu=True))
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    def set_own_kernels(self, own: bool) -> None:
+        """Chooses what computes the layers between convolutions; fused.py's kernels want channels last, on a GPU."""
+        for module in self.modules():
+            if hasattr(module, "own_kernels"):
+                cast(Any, module).own_kernels = own
 
     def set_fused_attention(self, fused: bool) -> None:
         """Chooses the implementation in every attention of the network; the weights stay."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fused = fused
+
+
+def _cat(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b], 1)
 
 
 class Level(nn.Module):

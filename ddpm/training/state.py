@@ -67,10 +67,13 @@ class TrainingState:
 
         Called on all ranks.
         """
+        moments = self.optimizer.state_dict()
+        for group in moments["param_groups"]:  # a GPU has it on the device
+            group["lr"] = optimizer.learning_rate(self.config, self.at.step - 1) if self.at.step else group["lr"]
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": moments,
             "scaler": self.scaler.state_dict(),
             "step": self.at.step,
             "images": self.at.step * self.config.train.global_batch,

@@ -8,14 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
+from ddpm.network import fused
 from ddpm.network.arithmetic import utilization
 from ddpm.network.device import Later, Resolved, name_of
 from ddpm.network.start import read_start
+from ddpm.network.unet import UNet
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
@@ -63,6 +65,9 @@ class Trainer:
         self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
+        own = resolved.kernels == "own" and fused.serve(self.state.model, world.device)
+        for model in (self.state.model, self.state.ema.model):
+            cast(UNet, model).set_own_kernels(own)
         self.step = Step(config, world, packed, resolved, self.state)
         share = utilization(config, name_of(world.device), resolved.amp)
         self.due, self.meter = Due(config, len(packed)), Meter(len(packed), share)
@@ -163,7 +168,7 @@ class Trainer:
         wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
-        fitting.first(self.step, lambda: self.step.gradients(warm_up=True))
+        fitting.first(self.step, lambda: self.step.gradients(self.step.given()[0], warm_up=True))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.warm = True
 

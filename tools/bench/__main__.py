@@ -64,13 +64,13 @@ ROWS = (
     Row("start", "from a job's start to its first step", starting.start),
     Row("ranks", "two beside twice one", ranks.row, "cpu"),
     Row("compile", "a small network's, cold and kept", starting.compiling),
-    Row("sampling-compiled", "DDIM, the network compiled", sampling.compiled, "cuda"),
-    Row("graphs", "the loop replayed as CUDA graphs", _loop(128, graphs=True), "cuda"),
     Row("batch-512", "the loop", _loop(512, goal=7600), "cuda"),
-    Row("batch-16", "the loop", _loop(16, profile=True, goal=3500), "cuda"),
-    Row("eager", "the loop, not compiled", _loop(128, training.EAGER, profile=True), "cuda"),
+    Row("batch-16", "the loop", _loop(16, goal=3500), "cuda"),
     Row("deterministic", "the loop", _loop(128, "train.deterministic=true"), "cuda"),
+    Row("kernel-by-kernel", "the loop, nothing replayed", _loop(128, replayed=False), "cuda"),
+    Row("compiled", "the loop by torch.compile", _loop(128, "train.compile=true", profile=True), "cuda"),
     Row("batch-1024", "the loop", _loop(1024), "cuda"),
+    Row("sampling-compiled", "DDIM by torch.compile", sampling.compiled, "cuda"),
 )
 """In order of their worth: what does not fit the time is left out, and said."""
 QUICK = ("peaks", "loop", "training", "network", "inception", "checkpoint")

@@ -71,7 +71,8 @@ def parts_of(trainer: Trainer, counted: Operations) -> Iterator[None]:
     """Within: what a step of the trainer does is put down to its parts."""
     step, state = trainer.step, trainer.state
     places = [
-        ("data", step.batches, "rows"),
+        ("data", step, "given"),
+        ("data", step.batches, "images"),
         ("forward", step, "network"),
         ("backward", torch.Tensor, "backward"),
         ("clip", torch.nn.utils, "clip_grad_norm_"),

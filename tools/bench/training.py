@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
-from torch._inductor import config as inductor_config
 
+from ddpm.training.step import Step
 from tools.bench import workloads
 from tools.bench.counting import Operations, launched, launches, parts_of, profiled
 from tools.bench.figures import Figure, Result, ratio
@@ -17,6 +20,13 @@ from tools.bench.workloads import own_step, trainer_of
 
 EAGER = "train.compile=false"
 OUTSIDE = ("data", "randomness", "clip", "optimizer", "average", "rest")
+
+
+@contextlib.contextmanager
+def kernel_by_kernel() -> Iterator[None]:
+    """Within: no step is replayed."""
+    with mock.patch.object(Step, "replays", False):
+        yield
 
 
 class Enough(Exception):
@@ -62,9 +72,9 @@ def against_others(bench: Bench) -> Result:
 
 
 def parts(bench: Bench) -> Result:
-    """Not compiled, so that it has parts: time, operations, and waits of the host for a GPU."""
+    """Not compiled and not replayed, so that it has parts: time, operations, and waits of the host for a GPU."""
     batch, result = bench.pick(gpu=128, cpu=4, small=2), Result()
-    with trainer_of(bench, f"train.global_batch={batch}", EAGER) as trainer:
+    with kernel_by_kernel(), trainer_of(bench, f"train.global_batch={batch}", EAGER) as trainer:
         step, counted = own_step(trainer), Operations()
         for _ in range(3):
             step()
@@ -96,51 +106,55 @@ def parts(bench: Bench) -> Result:
 
 
 def loop(
-    bench: Bench, batch: int, *overrides: str, profile: bool = False, graphs: bool = False, goal: float | None = None
+    bench: Bench, batch: int, *overrides: str, profile: bool = False, replayed: bool = True, goal: float | None = None
 ) -> Result:
     """The trainer's own loop, whole: data, randomness, network, optimizer, average, agreement."""
-    steps, warm_up = (60, 15) if bench.gpu else (2, 1)
+    steps, warm_up = (60, 15) if bench.gpu else (2, 2)
     torch.compiler.reset()
-    inductor_config.triton.cudagraphs = graphs
     if bench.gpu:
         torch.cuda.reset_peak_memory_stats()
     details: dict[str, Any] = {"batch": batch, "overrides": list(overrides)}
-    try:
-        with trainer_of(bench, f"train.global_batch={batch}", *overrides) as trainer:
-            details |= {"amp": trainer.resolved.amp, "compile": trainer.resolved.compile}
-            began = time.perf_counter()
-            trainer.warm_up(lambda: None)
-            bench.sync()
-            details["warm_up_s"] = time.perf_counter() - began
-            marks: list[float] = []
-            prof: Any = None
+    alone = contextlib.nullcontext() if replayed else kernel_by_kernel()
+    with alone, trainer_of(bench, f"train.global_batch={batch}", *overrides) as trainer:
+        details |= {"amp": trainer.resolved.amp, "compile": trainer.resolved.compile}
+        began = time.perf_counter()
+        trainer.warm_up(lambda: None)
+        marks: list[float] = []
+        prof: Any = None
 
-            def stop_requested() -> None:
-                nonlocal prof
-                if trainer.at.step in (warm_up, warm_up + steps):
-                    bench.sync()
-                    marks.append(time.perf_counter())
-                if len(marks) == 2 and not profile:
-                    raise Enough
-                if profile and trainer.at.step == warm_up + steps + 2:
-                    prof = profiled(bench.device)
-                    prof.start()
-                if profile and trainer.at.step == warm_up + steps + 4:
-                    bench.sync()
-                    prof.stop()
-                    raise Enough
+        def stop_requested() -> None:
+            nonlocal prof
+            if trainer.at.step == 2:  # compiled, tried out, recorded
+                bench.sync()
+                details["first_steps_s"] = time.perf_counter() - began
+            if trainer.at.step in (warm_up, warm_up + steps):
+                bench.sync()
+                marks.append(time.perf_counter())
+            if len(marks) == 2 and not profile:
+                raise Enough
+            if profile and trainer.at.step == warm_up + steps + 2:
+                prof = profiled(bench.device)
+                prof.start()
+            if profile and trainer.at.step == warm_up + steps + 4:
+                bench.sync()
+                prof.stop()
+                raise Enough
 
-            try:
-                trainer.train(stop_requested)
-            except Enough:
-                pass
-    finally:
-        inductor_config.triton.cudagraphs = False
+        try:
+            trainer.train(stop_requested)
+        except Enough:
+            pass
+        bench.sync()
+        began = time.perf_counter()
+        for _ in range(10):
+            trainer.step.take()
+        host_s = (time.perf_counter() - began) / 10
     rate = steps * batch / (marks[1] - marks[0])
     figures = [
         Figure(f"loop, batch {batch}", rate, "images/s", at_least=goal, limit=best_training(bench, batch)),
         Figure("a step", (marks[1] - marks[0]) / steps * 1e3, "ms"),
-        Figure("warming up", details["warm_up_s"], "s"),
+        Figure("the first two steps", details["first_steps_s"], "s"),
+        Figure("host's time of a step", host_s * 1e3, "ms", at_most=bench.goal(gpu=0.3) if batch == 16 else None),
     ]
     if prof is not None:
         details |= launches(prof, 2)

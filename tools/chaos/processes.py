@@ -198,15 +198,15 @@ def recording(run: RunDir, acts: dict[int, Act]) -> Callable[[], None]:
 
     def before() -> None:
         from ddpm.diffusion.forward import Diffusion
-        from ddpm.training.step import Step
+        from ddpm.training.step import Given, Step
 
         at_steps(acts)()
         gradients, q_sample = Step.gradients, Diffusion.q_sample
         place: list[int] = []  # empty in the warm-up, which trains nothing
 
-        def note_step(step: Step, *, warm_up: bool = False) -> torch.Tensor:
+        def note_step(step: Step, given: Given, *, warm_up: bool = False) -> torch.Tensor:
             place[:] = [] if warm_up else [step.state.at.step, step.world.rank * step.share]
-            return gradients(step, warm_up=warm_up)
+            return gradients(step, given, warm_up=warm_up)
 
         def note_samples(self: Diffusion, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
             if place:

@@ -413,7 +413,7 @@ def test_rows_are_the_images_in_minus_one_to_one_flipped_or_not() -> None:
 
 def test_a_dataset_on_the_device_gives_the_batches_of_one_on_the_host() -> None:
     images, ids = make_images(20), np.array([3, 19, 3, 0])
-    taken = [how(images, CPU).take(ids) for how in (Resident, Mapped)]
+    taken = [how.take(how.parts(ids)) for how in (Resident(images, CPU), Mapped(images))]
     assert all(torch.equal(a, b) for a, b in zip(*taken, strict=True))
     assert taken[0][0].numpy().tobytes() == images.images[ids].tobytes() and taken[0][1].tolist() == [1, 1, 1, 0]
 

@@ -59,6 +59,9 @@ def test_normals_have_the_bits_of_the_tensor_operations() -> None:
             ours = torch.empty_like(theirs)
             kernels.normal(ours, index, key, step)
             assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), (shape, step)
+            kernels.normal(ours, index, key, torch.tensor(step))
+            assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), (shape, step)
+            assert torch.equal(rng.normal(key, index, torch.tensor(step), shape).flatten(1), theirs)
             print("equal")
     """
     )
@@ -73,6 +76,8 @@ def test_masks_and_first_words_are_those_of_the_tensor_operations() -> None:
         first = torch.empty_like(index)
         kernels.first_word(first, index, key, step)
         assert torch.equal(first, words(key, index, step)[0]), step
+        kernels.first_word(first, index, key, torch.tensor(step))
+        assert torch.equal(first, words(key, index, torch.tensor(step))[0]), step
         places = rng.places(key, index, step)
         for layer, num, probability in [(0, 2051, 0.1), (255, 8, 0.5), (7, 4, 0.999), (3, 100, 0.0)]:
             theirs = rng.keep_mask(places, layer, num, probability)
@@ -93,7 +98,7 @@ def compiled(fuse: bool) -> str:
     from ddpm.diffusion import kernels
 
     scalars = dict.fromkeys(["num_elements", *kernels._SCALARS], "i32")
-    constants = {**kernels.TERMS, "BLOCK": 256}
+    constants = {**kernels.TERMS, "AT": False, "BLOCK": 256}
     types = {"out": "*fp32", "index": "*i64", **scalars, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernels._normal_kernel, signature=types, constexprs=constants)
     options = kernels.FUSE if not fuse else {"enable_fp_fusion": True}

@@ -35,7 +35,7 @@ def first_gradients(config: Config, run: RunDir) -> tuple[float, list[torch.Tens
         with torch.no_grad():
             for p in trainer.state.model.parameters():  # as if trained: its last layer begins at zero
                 p.add_(0.01)
-        loss = float(trainer.step.gradients())
+        loss = float(trainer.step.gradients(trainer.step.given()[0]))
         return loss, [p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None]
 
 

@@ -1,0 +1,106 @@
+"""A step replayed on a GPU: its kernels are recorded once, as CUDA graphs, and then started together.
+
+Owns: what is recorded, what changes from step to step (the images, the step's number, its learning rate), and how the
+gradients of several ranks meet between two recordings. Must not know: the mathematics, which is the step's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddpm.data.batches import Parts
+from ddpm.training.ranks import World
+from ddpm.training.state import TrainingState
+
+Moved = tuple[Tensor, Tensor, Tensor]
+"""Loss float32 (), the gradient's norm float32 (), whether both are finite bool ()."""
+
+
+class Exchange:
+    """The mean of gradients over ranks, by way of one buffer: `gather`, the call, `scatter`."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], world: World) -> None:
+        self._parameters, self._world = list(parameters), world
+        sizes = [p.numel() for p in self._parameters]
+        self._flat = torch.zeros(sum(sizes), device=world.device)
+        pieces = self._flat.split(sizes)
+        self._views = [torch.as_strided(f, p.shape, p.stride()) if p.is_contiguous(memory_format=torch.channels_last)
+                       else f.view_as(p) for f, p in zip(pieces, self._parameters, strict=True)]  # fmt: skip
+
+    def gather(self) -> None:
+        """Gradients into the buffer."""
+        torch._foreach_copy_(self._views, [p.grad for p in self._parameters if p.grad is not None])
+
+    def __call__(self) -> None:
+        """Their sum over all ranks."""
+        dist.all_reduce(self._flat)
+
+    def scatter(self) -> None:
+        """The mean as gradients again."""
+        self._flat /= self._world.world_size
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+
+class Replayable(Protocol):
+    """A step, of which Replay knows the halves."""
+
+    world: World
+    state: TrainingState
+    exchange: Exchange | None
+
+    def unpacked(self, parts: Parts) -> Any: ...
+    def gradients(self, given: Any) -> Tensor: ...
+    def compute(self, given: Any) -> Moved: ...
+    def move(self, given: Any, loss: Tensor) -> Moved: ...
+
+
+class Replay:
+    """Two recordings, before and after the exchange between ranks; one where there is a single rank."""
+
+    def __init__(self, step: Replayable, pinned: Parts) -> None:
+        self._static = tuple(part.to(step.world.device) for part in pinned)
+        self._exchange = step.exchange
+        self._first, self._second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        groups = step.state.optimizer.param_groups
+        for group in groups:
+            group["capturable"] = True
+        try:
+            if self._exchange is None:
+                with torch.cuda.graph(self._first):
+                    self._moved = step.compute(step.unpacked(self._static))
+            else:
+                with torch.cuda.graph(self._first):
+                    given = step.unpacked(self._static)
+                    loss = step.gradients(given)
+                with torch.cuda.graph(self._second, pool=self._first.pool()):
+                    self._moved = step.move(given, loss)
+        finally:
+            for group in groups:
+                group["capturable"] = False
+
+    @classmethod
+    def of(cls, step: Replayable, pinned: Parts) -> Replay | None:
+        """None, with a warning, where the step cannot be recorded: it is then taken kernel by kernel, as the first."""
+        try:
+            torch.cuda.empty_cache()
+            return cls(step, pinned)
+        except RuntimeError as e:  # of what does not fit twice, or may not be recorded
+            warnings.warn(f"steps are not replayed: {type(e).__name__}: {e}".partition("\n")[0], stacklevel=2)
+            step.state.optimizer.zero_grad(set_to_none=True)
+            return None
+
+    def __call__(self, pinned: Parts) -> Moved:
+        for static, part in zip(self._static, pinned, strict=True):
+            static.copy_(part, non_blocking=True)
+        self._first.replay()
+        if self._exchange is not None:
+            self._exchange()
+            self._second.replay()
+        return self._moved
