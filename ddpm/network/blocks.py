@@ -6,6 +6,7 @@ Ronneberger et al. 2015, "U-Net", with GroupNorm and SiLU. Must not know: the ne
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -17,12 +18,7 @@ from ddpm.network.dropout import Dropout
 
 
 class ResidualBlock(nn.Module):
-    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W); places: for dropout's masks.
-
-    own_kernels: what lies between the convolutions is computed by fused.py's; channels last, on a GPU.
-    """
-
-    own_kernels = False
+    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W); places: for dropout's masks."""
 
     def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
         super().__init__()
@@ -35,16 +31,14 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, places: Tensor | None = None) -> Tensor:
-        if self.own_kernels:
-            return self._fused(x, emb, places)
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.embed(emb)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h)), places))
         return self.skip(x) + h
 
-    def _fused(self, x: Tensor, emb: Tensor, places: Tensor | None) -> Tensor:
+    def by_own_kernels(self, x: Tensor, shift: Tensor, places: Tensor | None) -> Tensor:
+        """The same; shift: (B, width_out), of `shifts`."""
         h = F.conv2d(fused.norm_act(x, self.norm_1, silu=True), self.conv_1.weight, padding=1)
-        shift = self.embed(emb) + self.conv_1.bias
         h = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)
         h = F.conv2d(h, self.conv_2.weight, padding=1)
         bias = cast(Tensor, self.conv_2.bias)
@@ -53,8 +47,17 @@ class ResidualBlock(nn.Module):
         return fused.add(x, h, bias)
 
 
+def shifts(blocks: Sequence[ResidualBlock], emb: Tensor) -> tuple[Tensor, ...]:
+    """What each block adds to its first convolution, that one's bias included, by one product: (B, its width) each."""
+    weight, bias = torch.cat([b.embed.weight for b in blocks]), torch.cat([b.embed.bias for b in blocks])
+    of_convolutions = torch.cat([cast(Tensor, b.conv_1.bias) for b in blocks])
+    return (F.linear(emb, weight, bias) + of_convolutions).split([b.conv_1.out_channels for b in blocks], 1)
+
+
 class PlainBlock(nn.Module):
     """Twice convolution, GroupNorm, SiLU, and no way around them: the same shapes as ResidualBlock."""
+
+    has_kernels = False
 
     def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
         super().__init__()
@@ -89,8 +92,8 @@ class Attention(nn.Module):
         per_head = width // self.heads
         if self.own_kernels:
             h = fused.pointwise(fused.norm_act(x, self.norm, silu=False), self.qkv.weight, self.qkv.bias)
-            rows = h.permute(0, 2, 3, 1).reshape(batch, height * breadth, 3, self.heads, per_head).transpose(1, 3)
-            q, k, v = rows.unbind(2)
+            rows = h.permute(0, 2, 3, 1).view(batch, height * breadth, 3, self.heads, per_head)
+            q, k, v = (part.transpose(1, 2) for part in rows.unbind(2))
             h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
             h = h.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
             return fused.add(x, fused.pointwise(h, self.proj.weight), cast(Tensor, self.proj.bias))
@@ -124,7 +127,7 @@ class NearestConv(nn.Sequential):
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[1](fused.double(x) if self.own_kernels else self[0](x))
+        return fused.conv(fused.double(x), cast(nn.Conv2d, self[1])) if self.own_kernels else super().forward(x)
 
 
 def downsample(kind: str, width: int) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
 
 def serve(model: nn.Module, device: torch.device) -> bool:
     """Whether there are kernels for all of the model's layers that ask for some."""
-    if (kernels := kernels_on(device)) is None:
+    if not all(getattr(m, "has_kernels", True) for m in model.modules()) or (kernels := kernels_on(device)) is None:
         return False
     try:
         for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
@@ -83,6 +84,12 @@ def double(a: Tensor) -> Tensor:
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution, as a product of matrices. weight: (C', C, 1, 1)."""
     return nn.functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """layer(x), its bias added by a kernel of ours."""
+    assert layer.bias is not None
+    return add(nn.functional.conv2d(x, layer.weight, None, layer.stride, layer.padding), None, layer.bias)
 
 
 def _masks(masks: Any) -> Any:
@@ -191,12 +198,24 @@ def once_cast(model: nn.Module, precision: str) -> Any:
 class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        narrow = [torch.empty_like(w, dtype=dtype) for w in weights]
-        torch._foreach_copy_(narrow, list(weights))
-        return tuple(narrow)
+        return tuple(_cast(weights, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wide = [torch.empty_like(g, dtype=torch.float32) for g in gradients]
-        torch._foreach_copy_(wide, list(gradients))
-        return None, *wide
+        return None, *_cast(gradients, torch.float32)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Laid out as they are; as flat rows, which torch copies together whatever their shapes."""
+    dense = [t if t.is_contiguous() or _is_channels_last(t) else t.contiguous() for t in tensors]
+    out = [torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device) for t in dense]
+    torch._foreach_copy_(_flat(out), _flat(dense))
+    return out
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]

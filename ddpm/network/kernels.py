@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE, _WIDTH = 4096, 64
+_TILE, _WIDTH = 8192, 64
 _PARTS = 128
 """Of the rows of a sum over all of them."""
-_ANY = ["size", "rows", "first_counter", "bound"]
+_ANY = ["size", "rows", "parts", "first_counter", "bound"]
 """Numbers of which no value has a kernel of its own."""
 
 
@@ -60,114 +60,140 @@ def _of_groups(values, same):
     return tl.sum(tl.where(same, sums[:, None], 0.0), 0)
 
 
+@triton.jit
+def _moments(v, valid, num):
+    """Mean and sum of squares about it, of each channel; num: of the rows that are valid."""
+    mean = tl.sum(v, 0) / num
+    from_it = tl.where(valid, v - mean[None, :], 0.0)
+    return mean, tl.sum(from_it * from_it, 0)
+
+
+@triton.jit
+def _moments_kernel(partial, x, positions, channels, C: tl.constexpr, P: tl.constexpr):
+    """Of P positions of a sample. partial: float32 (N, parts, 2, channels)."""
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(0) * C + tl.arange(0, C)
+    p = part * P + tl.arange(0, P)
+    valid = (p < positions)[:, None] & (channel < channels)[None, :]
+    at = row * positions * channels + p[:, None] * channels + channel[None, :]
+    v = tl.load(x + at, mask=valid, other=0).to(tl.float32)
+    mean, square = _moments(v, valid, tl.minimum(P, positions - part * P).to(tl.float32))
+    out = partial + (row * tl.num_programs(1) + part) * 2 * channels + channel
+    tl.store(out, mean, mask=channel < channels)
+    tl.store(out + channels, square, mask=channel < channels)
+
+
 @triton.jit(do_not_specialize=_ANY)
 def _norm_kernel(
-    y, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale, eps,
-    channels, size, width, C: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    DROP: tl.constexpr,
+    y, partial, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale, eps,
+    channels, size, width, parts, in_shift, C: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """A sample's next `width` channels, in groups of `size`, by one program. C: a power of two, at least `width`."""
-    row = tl.program_id(1).to(tl.int64)
+    """P positions of `width` channels of a sample, in whole groups of `size`. C: a power of two, not below `width`.
+
+    SPLIT: partial has the moments of `parts` times P positions; else they are seen here. in_shift: its rows' length.
+    """
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = tl.arange(0, C)
     inside = c < width
     channel = tl.program_id(0) * width + c
     same = _same_group(c, size, inside, C)
-    moved = tl.load(shift + row * channels + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
-    x += row * positions * channels
-    y += row * positions * channels
-    mean, square = c * 0.0, c * 0.0
-    for begin in range(0, positions, P):  # Chan's way to join what was seen with what comes
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        v = tl.load(x + p[:, None] * channels + channel[None, :], mask=valid, other=0).to(tl.float32)
-        num = tl.minimum(P, positions - begin).to(tl.float32)
-        of_tile = tl.sum(v, 0) / num
-        from_it = tl.where(valid, v - of_tile[None, :], 0.0)
-        delta = of_tile - mean
-        mean += delta * (num / (begin + num))
-        square += tl.sum(from_it * from_it, 0) + delta * delta * (begin * num / (begin + num))
+    p = part * P + tl.arange(0, P)
+    valid = (p < positions)[:, None] & inside[None, :]
+    at = row * positions * channels + p[:, None] * channels + channel[None, :]
+    v = tl.load(x + at, mask=valid, other=0).to(tl.float32)
+    if not SPLIT:
+        mean, square = _moments(v, valid, positions * 1.0)
+    else:  # joined in Chan's way
+        mean, square = c * 0.0, c * 0.0
+        for i in range(parts):
+            of_part = partial + (row * parts + i) * 2 * channels + channel
+            num = tl.minimum(P, positions - i * P).to(tl.float32)
+            delta = tl.load(of_part, mask=inside, other=0) - mean
+            mean += delta * (num / (i * P + num))
+            square += tl.load(of_part + channels, mask=inside, other=0) + delta * delta * (i * P * num / (i * P + num))
+    moved = tl.load(shift + row * in_shift + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
     mean = tl.where(inside, mean + moved, 0.0)
     of_group = _of_groups(mean, same) / size
     delta = mean - of_group
-    variance = _of_groups(square + delta * delta * positions, same) / (size * positions)
-    rstd = 1.0 / tl.sqrt(variance + eps)
-    tl.store(means + row * channels + channel, of_group, mask=inside)
-    tl.store(rstds + row * channels + channel, rstd, mask=inside)
+    rstd = 1.0 / tl.sqrt(_of_groups(square + delta * delta * positions, same) / (size * positions) + eps)
+    first_part = inside & (part == 0)
+    tl.store(means + row * channels + channel, of_group, mask=first_part)
+    tl.store(rstds + row * channels + channel, rstd, mask=first_part)
     w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32) * rstd
     b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32) + (moved - of_group) * w
-    for begin in range(0, positions, P):
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        at = p[:, None] * channels + channel[None, :]
-        v = tl.load(x + at, mask=valid, other=0).to(tl.float32) * w[None, :] + b[None, :]
-        if SILU:
-            v = v * tl.sigmoid(v)
-        if DROP:
-            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
-            v = tl.where(_kept(places, rows, row, first, P, C, bound), v * scale, 0.0)
-        tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
+    v = v * w[None, :] + b[None, :]
+    if SILU:
+        v = v * tl.sigmoid(v)
+    if DROP:
+        first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
+        v = tl.where(_kept(places, rows, row, first, P, C, bound), v * scale, 0.0)
+    tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _gradient_of_norm(x, dy, at, valid, mean, rstd, w, b, SILU: tl.constexpr):
+    """What was normalised, and the gradient of what came of it before weight and bias; dropout is not in it."""
+    n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
+    if SILU:
+        u = n * w[None, :] + b[None, :]
+        s = tl.sigmoid(u)
+        d = d * (s * (1.0 + u * (1.0 - s)))
+    return tl.where(valid, n, 0.0), d
 
 
 @triton.jit(do_not_specialize=_ANY)
 def _norm_backward_kernel(
-    dx, sums, dy, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale,
-    channels, size, width, C: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    DROP: tl.constexpr,
+    dx, sums, partial, dy, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale,
+    channels, size, width, parts, in_shift, C: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr, FIRST: tl.constexpr,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """As above. sums: float32 (3, N, channels), of this sample for bias, weight and, with SHIFT, shift."""
-    row = tl.program_id(1).to(tl.int64)
+    """As above. sums: float32 (3, N, channels), of this sample for bias, weight and, with SHIFT, shift.
+
+    SPLIT: FIRST adds up each part's into partial, float32 (N, parts, 3, channels), and the second call reads them all.
+    """
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = tl.arange(0, C)
     inside = c < width
     channel = tl.program_id(0) * width + c
-    same = _same_group(c, size, inside, C)
-    moved = tl.load(shift + row * channels + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
-    x += row * positions * channels
-    dy += row * positions * channels
-    dx += row * positions * channels
+    moved = tl.load(shift + row * in_shift + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
     mean = tl.load(means + row * channels + channel, mask=inside, other=0) - moved
     rstd = tl.load(rstds + row * channels + channel, mask=inside, other=0)
     w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
     b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
-    sum_d, sum_dn, sum_n = c * 0.0, c * 0.0, c * 0.0
-    for begin in range(0, positions, P):
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        at = p[:, None] * channels + channel[None, :]
-        n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-        d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
-        if DROP:
-            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
-            d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
-        if SILU:
-            u = n * w[None, :] + b[None, :]
-            s = tl.sigmoid(u)
-            d = d * (s * (1.0 + u * (1.0 - s)))
-        n = tl.where(valid, n, 0.0)
-        sum_d += tl.sum(d, 0)
-        sum_dn += tl.sum(d * n, 0)
-        sum_n += tl.sum(n, 0)
-    at_sums = sums + row * channels + channel
-    all_rows = tl.num_programs(1).to(tl.int64) * channels
-    tl.store(at_sums, sum_d, mask=inside)
-    tl.store(at_sums + all_rows, sum_dn, mask=inside)
-    num = size * positions
-    of_d = _of_groups(w * sum_d, same) / num
-    of_dn = _of_groups(w * sum_dn, same) / num
-    if SHIFT:
-        tl.store(at_sums + 2 * all_rows, rstd * (w * sum_d - positions * of_d - of_dn * sum_n), mask=inside)
-    for begin in range(0, positions, P):
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        at = p[:, None] * channels + channel[None, :]
-        n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-        d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
-        if DROP:
-            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
-            d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
-        if SILU:
-            u = n * w[None, :] + b[None, :]
-            s = tl.sigmoid(u)
-            d = d * (s * (1.0 + u * (1.0 - s)))
+    p = part * P + tl.arange(0, P)
+    valid = (p < positions)[:, None] & inside[None, :]
+    at = row * positions * channels + p[:, None] * channels + channel[None, :]
+    n, d = _gradient_of_norm(x, dy, at, valid, mean, rstd, w, b, SILU)
+    if DROP:
+        first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
+        d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
+    if FIRST or not SPLIT:
+        sum_d, sum_dn, sum_n = tl.sum(d, 0), tl.sum(d * n, 0), tl.sum(n, 0)
+    else:
+        sum_d, sum_dn, sum_n = c * 0.0, c * 0.0, c * 0.0
+        for i in range(parts):
+            of_part = partial + (row * parts + i) * 3 * channels + channel
+            sum_d += tl.load(of_part, mask=inside, other=0)
+            sum_dn += tl.load(of_part + channels, mask=inside, other=0)
+            sum_n += tl.load(of_part + 2 * channels, mask=inside, other=0)
+    if FIRST:
+        of_part = partial + (row * parts + part) * 3 * channels + channel
+        tl.store(of_part, sum_d, mask=inside)
+        tl.store(of_part + channels, sum_dn, mask=inside)
+        tl.store(of_part + 2 * channels, sum_n, mask=inside)
+    else:
+        same = _same_group(c, size, inside, C)
+        of_d = _of_groups(w * sum_d, same) / (size * positions)
+        of_dn = _of_groups(w * sum_dn, same) / (size * positions)
+        out, num = sums + row * channels + channel, rows.to(tl.int64) * channels
+        first_part = inside & (part == 0)
+        tl.store(out, sum_d, mask=first_part)
+        tl.store(out + num, sum_dn, mask=first_part)
+        if SHIFT:
+            of_shift = rstd * (w * sum_d - positions * of_d - of_dn * sum_n)
+            tl.store(out + 2 * num, of_shift, mask=first_part)
         d = rstd[None, :] * (w[None, :] * d - of_d[None, :] - n * of_dn[None, :])
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)
 
@@ -266,14 +292,21 @@ def norm(
     masks: Masks | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """SiLU of the group norm of x + shift, masked; its means (N, C) and the inverse of its deviations, float32."""
-    y = torch.empty_like(x)
-    means = x.new_empty(x.shape[:2], dtype=torch.float32)
+    num, channels, *_ = x.shape
+    y, means = torch.empty_like(x), x.new_empty((num, channels), dtype=torch.float32)
     rstds = torch.empty_like(means)
-    grid, options, drop = _norm_launch(x, groups, masks)
+    grid, options, drop = _norm_launch(x, shift, groups, masks)
+    _, parts, _ = grid
+    partial = means if parts == 1 else x.new_empty((num, parts, 2, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
+        if parts > 1:
+            _moments_kernel[(triton.cdiv(channels, _WIDTH), parts, num)](
+                partial, x, drop[2], channels, C=_WIDTH, P=options["P"], num_warps=8
+            )
         _norm_kernel[grid](
-            y, x, _or(shift, x), weight, bias, means, rstds, *drop, eps, SHIFT=shift is not None, SILU=silu, **options
-        )
+            y, partial, x, _or(shift, x), weight, bias, means, rstds, *drop, eps, SHIFT=shift is not None, SILU=silu,
+            **options,
+        )  # fmt: skip
     return y, means, rstds
 
 
@@ -282,25 +315,40 @@ def norm_backward(
     groups: int, silu: bool, masks: Masks | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient of x; and a sample's of bias, weight and, where there is one, shift: float32 (3, N, C)."""
-    dx = torch.empty_like(x)
-    sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
-    grid, options, drop = _norm_launch(x, groups, masks)
+    num, channels, *_ = x.shape
+    dx, sums = torch.empty_like(x), x.new_empty((3, num, channels), dtype=torch.float32)
+    grid, options, drop = _norm_launch(x, shift, groups, masks)
+    _, parts, _ = grid
+    partial = sums if parts == 1 else x.new_empty((num, parts, 3, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _norm_backward_kernel[grid](
-            dx, sums, dy, x, _or(shift, x), weight, bias, means, rstds, *drop, SHIFT=shift is not None, SILU=silu,
-            **options,
-        )  # fmt: skip
+        for first in (True, False)[parts == 1 :]:
+            _norm_backward_kernel[grid](
+                dx, sums, partial, dy, x, _or(shift, x), weight, bias, means, rstds, *drop, FIRST=first,
+                SHIFT=shift is not None, SILU=silu, **options,
+            )  # fmt: skip
     return dx, sums
 
 
 def _norm_launch(
-    x: Tensor, groups: int, masks: Masks | None
-) -> tuple[tuple[int, int], dict[str, object], list[object]]:
+    x: Tensor, shift: Tensor | None, groups: int, masks: Masks | None
+) -> tuple[tuple[int, int, int], dict[str, object], list[object]]:
     num, channels, height, width = x.shape
-    g, drop = Groups.of(channels, groups), masks or Masks(x, 0, 0, 1.0)
-    arguments = [drop.places, num, height * width, drop.first_counter, drop.bound, drop.scale]
-    sizes = {"channels": channels, "size": g.size, "width": g.width, "C": g.padded, "P": _TILE // g.padded}
-    return (channels // g.width, num), {**sizes, "DROP": masks is not None, "num_warps": 8}, arguments
+    g, drop, positions = Groups.of(channels, groups), masks or Masks(x, 0, 0, 1.0), height * width
+    tile = max(16, min(_TILE // g.padded, triton.next_power_of_2(positions)))
+    parts = triton.cdiv(positions, tile)
+    arguments = [drop.places, num, positions, drop.first_counter, drop.bound, drop.scale]
+    sizes = {
+        "channels": channels,
+        "size": g.size,
+        "width": g.width,
+        "parts": parts,
+        "C": g.padded,
+        "P": tile,
+        "SPLIT": parts > 1,
+        "in_shift": channels if shift is None else shift.stride(0),
+    }
+    warps = 8 if tile * g.padded > _TILE // 2 else 4
+    return (channels // g.width, parts, num), {**sizes, "DROP": masks is not None, "num_warps": warps}, arguments
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ at chosen resolutions and at the bottleneck. The last convolution of every resid
 the network's output start at zero, so such a block begins as the identity and any network as eps = 0.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from typing import Any, cast
@@ -19,7 +21,16 @@ from torch.nn import functional as F
 
 from ddpm.config.unet_shape import Structure
 from ddpm.network import fused
-from ddpm.network.blocks import Attention, PlainBlock, ResidualBlock, downsample, group_norm, reset_parameters, upsample
+from ddpm.network.blocks import (
+    Attention,
+    PlainBlock,
+    ResidualBlock,
+    downsample,
+    group_norm,
+    reset_parameters,
+    shifts,
+    upsample,
+)
 from ddpm.network.dropout import number_layers
 
 
@@ -71,26 +82,24 @@ class UNet(nn.Module):
             emb = emb + self.class_embedding(labels)
         emb = F.silu(emb)  # once for all blocks
 
-        h = self.conv_in(x_t.to(dtype))
+        way = (_Own if self.own_kernels else _Torch)(self, emb, places)
+        h = way.conv(self.conv_in, x_t.to(dtype))
         skips = [h]
         for level in cast(Iterable[Level], self.encoder):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(h, emb, places))
+                h = attention(way.block(block, h))
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h)
+                h = way.conv(level.resample, h)
                 skips.append(h)
         for block, attention in zip(self.bottleneck.blocks, self.bottleneck.attentions, strict=True):
-            h = attention(block(h, emb, places))
-        join = fused.concat if self.own_kernels else _cat
+            h = attention(way.block(block, h))
         for level in cast(Iterable[Level], self.decoder):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(join(h, skips.pop()), emb, places))
+                h = attention(way.block(block, way.join(h, skips.pop())))
             if level.resample is not None:
-                h = level.resample(h)
-        if self.own_kernels:
-            return self.conv_out(fused.norm_act(h, self.norm_out, silu=True))
-        return self.conv_out(F.silu(self.norm_out(h)))
+                h = way.conv(level.resample, h)
+        return self.conv_out(way.end(h))
 
     def set_own_kernels(self, own: bool) -> None:
         """Chooses what computes the layers between convolutions; fused.py's kernels want channels last, on a GPU."""
@@ -105,8 +114,47 @@ class UNet(nn.Module):
                 module.fused = fused
 
 
-def _cat(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([a, b], 1)
+class _Torch:
+    """How a forward pass goes: by the layers themselves."""
+
+    def __init__(self, network: UNet, emb: Tensor, places: Tensor | None) -> None:
+        self.network, self.emb, self.places = network, emb, places
+
+    def conv(self, layer: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = layer(x)
+        return out
+
+    def block(self, block: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = block(x, self.emb, self.places)
+        return out
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b], 1)
+
+    def end(self, x: Tensor) -> Tensor:
+        return F.silu(self.network.norm_out(x))
+
+
+class _Own(_Torch):
+    """By fused.py's kernels; the network's blocks are residual ones."""
+
+    def __init__(self, network: UNet, emb: Tensor, places: Tensor | None) -> None:
+        super().__init__(network, emb, places)
+        blocks = [m for m in network.modules() if isinstance(m, ResidualBlock)]
+        self._shifts = dict(zip(blocks, shifts(blocks, emb), strict=True))
+
+    def conv(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return fused.conv(x, layer) if type(layer) is nn.Conv2d else super().conv(layer, x)
+
+    def block(self, block: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(block, ResidualBlock)
+        return block.by_own_kernels(x, self._shifts[block], self.places)
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return fused.concat(a, b)
+
+    def end(self, x: Tensor) -> Tensor:
+        return fused.norm_act(x, self.network.norm_out, silu=True)
 
 
 class Level(nn.Module):
