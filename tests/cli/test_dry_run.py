@@ -23,7 +23,7 @@ from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
 SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export"]
-SHELL_SCRIPTS = sorted([*PROJECT.glob("slurm/*"), *PROJECT.glob("tools/**/*.sh")])
+SHELL_SCRIPTS = sorted([*(p for p in PROJECT.glob("slurm/*") if p.suffix != ".md"), *PROJECT.glob("tools/**/*.sh")])
 
 
 def imports(shell: Shell, script: str, *args: str) -> tuple[str, set[str]]:
