@@ -84,9 +84,8 @@ class Batches:
         return np.concatenate(orders)
 
     def parts(self, step: int, first: int, num: int, device: torch.device) -> Parts:
-        """What `images` needs of rows first … first+num-1 of step `step`; on the host, pinned for a GPU."""
-        parts = self._store(device).parts(self.sample_ids(step, first, num))
-        return tuple(part.pin_memory() for part in parts) if device.type == "cuda" else parts
+        """What `images` needs of rows first … first+num-1 of step `step`, on the host."""
+        return self._store(device).parts(self.sample_ids(step, first, num))
 
     def images(self, parts: Parts, step: Step, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 float32 (n, 3, H, W) in [-1, 1], flipped, and labels int64 (n,), of parts brought to index's device.
@@ -103,6 +102,31 @@ class Batches:
         """x_0 and labels of rows first … first+num-1 of step `step`, as `images` gives them."""
         parts = sent(self.parts(step, first, num, device), device)
         return self.images(parts, step, torch.arange(first, first + num, device=device))
+
+
+class Ring:
+    """Pinned memory that a GPU copies from, in turns: three of them, as no more than two steps are under way."""
+
+    def __init__(self) -> None:
+        self._slots: list[tuple[Parts, torch.cuda.Event]] = []
+        self._next = 0
+
+    def pinned(self, parts: Parts) -> Parts:
+        """A copy of parts, of the same shapes at each call; waits for the use of what the third call before gave."""
+        if len(self._slots) < 3:
+            self._slots.append((tuple(part.pin_memory() for part in parts), torch.cuda.Event()))
+            self._next = len(self._slots)
+            return self._slots[-1][0]
+        slot, used = self._slots[self._next % 3]
+        self._next += 1
+        used.synchronize()
+        for its, part in zip(slot, parts, strict=True):
+            its.copy_(part)
+        return slot
+
+    def used(self) -> None:
+        """What the last call gave is on its way."""
+        self._slots[(self._next - 1) % 3][1].record()
 
 
 def sent(parts: Parts, device: torch.device) -> Parts:

@@ -21,20 +21,44 @@ from ddpm.network.dropout import Dropout
 
 @functools.cache
 def kernels_on(device: torch.device) -> ModuleType | None:
-    """kernels.py on a GPU on which it was seen to work; None elsewhere, with a warning where it builds nothing."""
+    """kernels.py on a GPU on which it was seen to work; None elsewhere, with a warning where it builds nothing, or what
+    it builds computes something else."""
     if device.type != "cuda":
         return None
     try:
         from ddpm.network import kernels
 
-        x = torch.linspace(-1, 1, 2 * 16 * 4, device=device).view(2, 4, 1, 16).permute(0, 3, 1, 2)
-        one = torch.ones(16, device=device)
-        found, _, _ = kernels.norm(x, None, one, one, 4, 1e-6, True, None)
-        torch.testing.assert_close(found, nn.functional.silu(nn.functional.group_norm(x, 4, one, one, 1e-6)))
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        check(device, torch.bfloat16 if bf16 else torch.float16)
         return kernels
     except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
         warnings.warn(f"layers on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
     return None
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises AssertionError where these layers or their gradients are not torch's, to the rounding of `dtype`."""
+    index = torch.arange(3, device=device)
+
+    def drawn(name: str, *shape: int) -> Tensor:
+        return rng.normal(rng.key(0, name), index, 0, shape)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        x = _rows(drawn("x", 64, 12, 12)).requires_grad_()
+        shift, bias = drawn("shift", 64).requires_grad_(), drawn("bias", 128)[0].requires_grad_()
+        norm, dropout = nn.GroupNorm(8, 64, device=device), Dropout(0.25, layer=1)
+        places, given = rng.places(rng.key(0, "dropout"), index, 1), drawn("given", 128, 24, 24)
+
+        narrow = x.to(dtype)
+        h = double(norm_act(narrow, norm, silu=True, shift=shift, dropout=dropout, places=places))
+        ours = add(concat(h, h), concat(h, h), bias)
+        h = dropout(nn.functional.silu(norm(narrow.float() + shift[:, :, None, None])), places)
+        h = nn.functional.interpolate(h, scale_factor=2.0)
+        theirs = 2 * torch.cat([h, h], 1) + bias[:, None, None]
+        of = [x, shift, bias, *norm.parameters()]
+        found = [[y, *torch.autograd.grad((y.float() * given).sum(), of)] for y in (ours, theirs)]
+        for one, other in zip(*found, strict=True):
+            assert (one - other).norm() <= 0.02 * other.norm(), f"{tuple(one.shape)}: other values than torch's"
 
 
 def serve(model: nn.Module, device: torch.device) -> bool:
@@ -116,22 +140,23 @@ class _Norm(torch.autograd.Function):
         from ddpm.network import kernels
 
         x = _rows(x)
-        y, means, rstds = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
-        ctx.save_for_backward(x, shift, weight, bias, means, rstds)
+        y, stats = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
+        ctx.save_for_backward(x, stats, weight)
         ctx.groups, ctx.silu, ctx.masks = groups, silu, masks
+        ctx.shift, ctx.bias = None if shift is None else shift.dtype, bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from ddpm.network import kernels
 
-        x, shift, weight, bias, means, rstds = ctx.saved_tensors
+        x, stats, weight = ctx.saved_tensors
         dx, sums = kernels.norm_backward(
-            _rows(dy), x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(ctx.masks)
+            _rows(dy), x, stats, weight, ctx.groups, ctx.silu, _masks(ctx.masks), ctx.shift is not None
         )
         of_bias, of_weight = sums[:2].sum(1)
-        of_shift = None if shift is None else sums[2].to(shift.dtype)
-        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None, None, None
+        of_shift = None if ctx.shift is None else sums[2].to(ctx.shift)
+        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(ctx.bias), None, None, None, None
 
 
 class _Add(torch.autograd.Function):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,11 @@ class Exchange:
             parameter.grad = view
 
 
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> AbstractContextManager[None]:
+    """Within, work is recorded, whatever other threads (of NCCL, of a save) ask of the device meanwhile."""
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
 class Replayable(Protocol):
     """A step, of which Replay knows the halves."""
 
@@ -73,13 +79,13 @@ class Replay:
             group["capturable"] = True
         try:
             if self._exchange is None:
-                with torch.cuda.graph(self._first):
+                with _recorded(self._first):
                     self._moved = step.compute(step.unpacked(self._static))
             else:
-                with torch.cuda.graph(self._first):
+                with _recorded(self._first):
                     given = step.unpacked(self._static)
                     loss = step.gradients(given)
-                with torch.cuda.graph(self._second, pool=self._first.pool()):
+                with _recorded(self._second, self._first.pool()):
                     self._moved = step.move(given, loss)
         finally:
             for group in groups:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm.config.schema import Config, check_world_size
 from ddpm.config.train import divisors
-from ddpm.data.batches import Batches, Parts, sent
+from ddpm.data.batches import Batches, Parts, Ring, sent
 from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
@@ -79,27 +79,32 @@ class Step:
 
     def begin_attempt(self) -> None:
         """Draw as the state's attempt says from here on: called when a life takes it up, and after a rollback."""
-        self.batches = self._batches()
+        self.batches, self.ring = self._batches(), Ring()
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.world.device)
         self._replay: Replay | None = None
         self._taken = 0
 
-    def given(self) -> tuple[Given, Parts]:
-        """Of the state's step, on the host: what Algorithm 1 needs; and on a GPU that as pinned memory.
-
-        The numbers are the last part: the step, and the learning rate's bits.
-        """
+    def _parts(self) -> Parts:
+        """What the state's step needs, on the host: its images and, for a GPU, its numbers, in pinned memory."""
         step, device = self.state.at.step, self.world.device
-        lr = learning_rate(self.config, step)
         parts = self.batches.parts(step, self.world.rank * self.share, self.share, device)
         if not self.gpu:
-            return Given(step, lr, parts), parts
-        numbers = torch.tensor([step, struct.unpack("<q", struct.pack("<d", lr))[0]]).pin_memory()
-        return self.unpacked(sent((*parts, numbers), device)), (*parts, numbers)
+            return parts
+        (bits,) = struct.unpack("<q", struct.pack("<d", learning_rate(self.config, step)))
+        return self.ring.pinned((*parts, torch.tensor([step, bits])))
+
+    def given(self) -> Given:
+        """What the state's step is computed from."""
+        parts = self._parts()
+        if not self.gpu:
+            return Given(self.state.at.step, learning_rate(self.config, self.state.at.step), parts)
+        on_device = sent(parts, self.world.device)
+        self.ring.used()
+        return self.unpacked(on_device)
 
     @staticmethod
     def unpacked(parts: Parts) -> Given:
-        """From what lies on a GPU."""
+        """From `_parts` that lie on a GPU."""
         *images, numbers = parts
         return Given(numbers[0], numbers[1:].view(torch.float64)[0].float(), tuple(images))
 
@@ -132,7 +137,7 @@ class Step:
         weights = () if state.optimizer.state else state.model.parameters()
         room = [(torch.empty_like(p), torch.empty_like(p)) for p in weights]
         try:
-            self._loss(state.model, self.given()[0], 0, num).backward()
+            self._loss(state.model, self.given(), 0, num).backward()
         finally:
             state.optimizer.zero_grad(set_to_none=True)
             del room
@@ -164,10 +169,13 @@ class Step:
         once.
         """
         state = self.state
-        given, pinned = self.given()
         if self._taken == 1 and self.replays:
-            self._replay = Replay.of(self, pinned)
-        loss, norm, finite = self._replay(pinned) if self._replay else self.compute(given)
+            self._replay = Replay.of(self, self._parts())
+        if self._replay is not None:
+            loss, norm, finite = self._replay(self._parts())
+            self.ring.used()
+        else:
+            loss, norm, finite = self.compute(self.given())
         state.ema.update(state.model, state.at.step + 1)
         state.window.add(loss, norm)
         state.at.step += 1

@@ -69,9 +69,6 @@ class Trainer:
         self._start = start
         self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
-        own = resolved.kernels == "own" and fused.serve(self.state.model, world.device)
-        for model in (self.state.model, self.state.ema.model):
-            cast(UNet, model).set_own_kernels(own)
         self.step = Step(config, world, packed, resolved, self.state)
         self.held_out = HeldOut(config, held_out, self.step.diffusion) if held_out is not None else None
         share = utilization(config, name_of(world.device), resolved.amp)
@@ -164,6 +161,17 @@ class Trainer:
         self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
         return found
 
+    @property
+    def compiles(self) -> bool:
+        """Whether `warm_up` compiles something: the network, or kernels for it."""
+        return self.resolved.compile or self.resolved.kernels == "own"
+
+    def _choose_kernels(self) -> None:
+        """Not before this: what an earlier life has compiled comes first."""
+        own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
+        for model in (self.state.model, self.state.ema.model):
+            cast(UNet, model).set_own_kernels(own)
+
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
 
@@ -172,10 +180,11 @@ class Trainer:
         gives every life the same one. To be called before each `train`, as a life may go on after a stop; once is
         enough, and all that is done.
         """
-        wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compile)
+        wanted = not self.warm and (self.world.world_size > 1 or self.compiles)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
-        fitting.first(self.step, lambda: self.step.gradients(self.step.given()[0], warm_up=True))
+        self._choose_kernels()
+        fitting.first(self.step, lambda: self.step.gradients(self.step.given(), warm_up=True))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.warm = True
 
@@ -192,6 +201,7 @@ class Trainer:
         reported as `saved=False`.
         """
         self._patience_s = patience_s
+        self._choose_kernels()
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)

@@ -52,7 +52,7 @@ def choose_folder() -> None:
         say("no folder for compiled code on this node", error=e)
         return
     _held.append((folder, lock))
-    environment.set_defaults(TORCHINDUCTOR_CACHE_DIR=str(folder))
+    environment.set_defaults(TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton"))
 
 
 def leave() -> None:
@@ -73,18 +73,20 @@ def _remove_left(where: Path) -> None:
 
 @contextmanager
 def compiling(
-    run: RunDir, kind: str, *, world: World, may_publish: Callable[[], None] | None, anew: Callable[[], bool | None]
+    run: RunDir, kind: str, *, world: World, may_publish: Callable[[], None] | None, anew: Callable[[bool], bool | None]
 ) -> Iterator[None]:
-    """Within: the network is compiled, or what the run's file holds is loaded. On all ranks.
+    """Within: the network or its kernels are compiled, or what the run's file holds is loaded. On all ranks.
 
     kind: what compiled code is for. may_publish: rank 0's check that the run is still its own; None on the others.
-    anew: whether something was compiled, asked afterwards; None: it did not come to that.
+    anew: whether something was compiled, asked afterwards, with whether there are kernels now that were not; None: it
+    did not come to that.
     """
     folder, began = _held[0][0] if _held else None, time.monotonic()
     why = _bring(run.compiled, folder, kind) if folder is not None else "in a folder of the user's"
+    had = _num_kernels(folder)
     yield
     # each of a node's GPUs may have code of its own
-    told = world.all_of((environment.host(), folder, anew()))
+    told = world.all_of((environment.host(), folder, anew(_num_kernels(folder) > had)))
     if may_publish is None or told[0][2] is None:
         return
     took = f"{time.monotonic() - began:.0f} s"
@@ -99,6 +101,10 @@ def compiling(
         write_bytes(run.compiled, pack(here, kind), replace=True, may_publish=may_publish)
     except OSError as e:  # a full disk ends no training
         say("compiled code is not kept", error=e)
+
+
+def _num_kernels(folder: Path | None) -> int:
+    return 0 if folder is None else sum(1 for _ in folder.rglob("*.cubin"))
 
 
 def pack(folders: list[Path], kind: str) -> bytes:

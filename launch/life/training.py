@@ -201,14 +201,14 @@ def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | No
 
 
 def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:
-    if not trainer.resolved.compile:
+    if not trainer.compiles or trainer.config.train.compile is False:
         return nullcontext()
     return compiled.compiling(
         life.run,
         _kind(trainer.resolved, world),
         world=world,
         may_publish=fence.check if fence is not None else None,
-        anew=lambda: _compiled_anew() if trainer.warm else None,
+        anew=lambda grown: (_compiled_anew() if trainer.resolved.compile else grown) if trainer.warm else None,
     )
 
 

@@ -17,7 +17,7 @@ from launch.queue.submitting import describe
 from launch.terminal import columns as table
 from launch.terminal import recipes
 
-MEASURED = {(Model(dropout=0.1), 32): (2231, "one H100 80GB, bf16, compiled")}
+MEASURED = {(Model(dropout=0.1), 32): (6335, "one H200, bf16")}
 """Images a second in training, by network and image size, and on what: README's table, by python -m tools.gpu."""
 
 
@@ -162,7 +162,8 @@ def _cost(config: Config, site: Site) -> str:
     if (hours := gpu_hours(config)) is None:
         return "; GPU hours unknown here, status.py tells the end once it runs"
     speed, how = MEASURED[_network(config)]
-    return f"; about {hours:.0f} GPU hours at {speed:,} images/s, as measured on {how}"
+    about = f"about {hours:.0f} GPU hours" if hours >= 1 else "less than a GPU hour"
+    return f"; {about} at {speed:,} images/s, as measured on {how}"
 
 
 def gpu_hours(config: Config) -> float | None:

@@ -71,7 +71,7 @@ def parts_of(trainer: Trainer, counted: Operations) -> Iterator[None]:
     """Within: what a step of the trainer does is put down to its parts."""
     step, state = trainer.step, trainer.state
     places = [
-        ("data", step, "given"),
+        ("data", step, "_parts"),
         ("data", step.batches, "images"),
         ("forward", step, "network"),
         ("backward", torch.Tensor, "backward"),

@@ -76,7 +76,17 @@ def run(out: Path, limit_s: float, data: Path, root: Path) -> int:
     ends = time.monotonic() + limit_s
     where = RunDir(root / "cifar10")
     submit = [sys.executable, "launch/submit.py", "data.name=images", f"data.path={data}", "log.grid_every_steps=2000"]
-    submit += ["checkpoint.every_min=0.25", "--cluster", "local", "--gpus-per-node", "1", "--root", str(root)]
+    submit += [
+        "checkpoint.every_min=0.25",
+        "--cluster",
+        "local",
+        "--gpus-per-node",
+        "1",
+        "--root",
+        str(root),
+        "--name",
+        "cifar10",
+    ]
     if shutil.which("nvidia-smi") is None:  # a rehearsal
         submit += ["model.base_channels=16", "train.global_batch=4", "log.grid_every_steps=null"]
 

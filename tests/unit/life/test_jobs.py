@@ -51,7 +51,7 @@ def on_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         compiled.choose_folder()
         folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-        asked = anew if callable(anew) else lambda: anew
+        asked = anew if callable(anew) else lambda grown: anew
         try:
             check = (lambda: None) if main else None
             with compiled.compiling(run, kind, world=ALONE, may_publish=check, anew=asked):
@@ -117,6 +117,22 @@ def test_what_a_killed_life_left_on_a_node_is_removed_and_what_a_living_one_has_
     assert [p.name for p in node.iterdir()] == [f"{compiled.PREFIX}alive"]
 
 
+def test_kernels_are_known_by_what_is_new_in_the_folder(tmp_path: Path, on_a_node: Callable[..., Any]) -> None:
+    run, grown = make_run(tmp_path / "run"), []
+
+    def kernel(folder: Path) -> None:
+        (folder / "triton" / "ab").mkdir(parents=True, exist_ok=True)
+        (folder / "triton" / "ab" / "norm.cubin").write_text("whole")
+
+    def asked(new: bool) -> bool:
+        grown.append(new)
+        return new
+
+    for _ in range(2):
+        on_a_node(run, kernel, anew=asked)
+    assert grown == [True, False]
+
+
 def compile_for_its_gpu(world: World, run: RunDir, node: Path) -> None:
     """Each rank has code of its own, and says what it found of it."""
     tempfile.tempdir = str(node / str(world.rank))
@@ -125,7 +141,7 @@ def compile_for_its_gpu(world: World, run: RunDir, node: Path) -> None:
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     code, check = folder / f"cuda-{world.rank}.py", (lambda: None) if world.is_main else None
     before = []
-    with compiled.compiling(run, "here", world=world, may_publish=check, anew=lambda: not before[0]):
+    with compiled.compiling(run, "here", world=world, may_publish=check, anew=lambda grown: not before[0]):
         before.append(code.exists())
         code.write_text("whole")
     (run.path / f"{world.rank}-{'again' if before[0] else 'first'}").touch()
@@ -156,8 +172,8 @@ def test_the_compiler_itself_finds_what_another_node_compiled(
         with mock.patch.object(inductor_config, "compile_threads", 1):
             return work(torch.arange(9.0).view(3, 3))
 
-    first = on_a_node(run, compile_it, anew=training._compiled_anew)
-    again = on_a_node(run, compile_it, anew=training._compiled_anew)
+    first = on_a_node(run, compile_it, anew=lambda grown: training._compiled_anew())
+    again = on_a_node(run, compile_it, anew=lambda grown: training._compiled_anew())
     assert torch.equal(first, again) and counters["inductor"]["fxgraph_cache_hit"] == 1
     told = capsys.readouterr().out
     assert told.index("compiled anew") < told.index("from the run's file")

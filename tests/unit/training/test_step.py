@@ -1,6 +1,7 @@
 """ddpm/training/step.py: what one step computes, and from what."""
 
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import pytest
@@ -13,9 +14,10 @@ from ddpm.errors import DoNotRetry
 from ddpm.network.device import resolve
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
-from ddpm.training import fitting
+from ddpm.training import fitting, replay
 from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
+from ddpm.training.replay import Exchange
 from ddpm.training.step import Step
 from tests.conftest import PROJECT
 from tests.training import (
@@ -31,13 +33,29 @@ from tests.training import (
 TOTAL = 8
 
 
+def test_gradients_of_ranks_meet_in_one_buffer_and_come_back_as_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, where DDP's hooks could not be replayed."""
+    layouts = [torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last), torch.randn(5), torch.randn(2, 3)]
+    weights = [torch.nn.Parameter(w) for w in layouts]
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    before = [cast(torch.Tensor, w.grad).clone() for w in weights]
+    exchange = Exchange(weights, World(0, 4, torch.device("cpu")))
+    exchange.gather()
+    monkeypatch.setattr(replay.dist, "all_reduce", lambda flat: flat.mul_(8))  # four ranks, each twice this one's
+    exchange()
+    exchange.scatter()
+    for w, grad in zip(weights, before, strict=True):
+        assert torch.equal(cast(torch.Tensor, w.grad), 2 * grad) and cast(torch.Tensor, w.grad).stride() == w.stride()
+
+
 def first_gradients(config: Config, run: RunDir) -> tuple[float, list[torch.Tensor]]:
     with Life(config, run) as life:
         trainer = life.trainer
         with torch.no_grad():
             for p in trainer.state.model.parameters():  # as if trained: its last layer begins at zero
                 p.add_(0.01)
-        loss = float(trainer.step.gradients(trainer.step.given()[0]))
+        loss = float(trainer.step.gradients(trainer.step.given()))
         return loss, [p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None]
 
 

@@ -21,6 +21,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 from ddpm.training import chronicle, ranks
 from ddpm.training.meter import Meter
+from ddpm.training.replay import Exchange
 from ddpm.training.trainer import Outcome
 from tests.conftest import PROJECT
 from tests.images import write_zip
@@ -256,16 +257,26 @@ def test_ranks_that_come_and_go_see_the_samples_of_one_rank(tmp_path: Path) -> N
     assert [e["world_size"] for e in read_events(run) if e["event"] in ("started", "resumed")] == [2, 1, 2]
 
 
+def live_by_one_buffer(world: ranks.World, config: Config, run: RunDir) -> None:
+    """As ranks with a GPU each do, which exchange gradients between what they replay."""
+    with Life(config, run, world=world, warm_up=False) as life:
+        step = life.trainer.step
+        step.network, step.exchange = step.state.model, Exchange(step.state.model.parameters(), world)
+        life.train()
+
+
 def test_steps_are_the_same_on_any_ranks_and_micro_batches_with_dropout(tmp_path: Path) -> None:
     """The first step has zeros behind its masks, and moves them away from zero."""
     changes = {"train__global_batch": 8, "model__dropout": 0.3, "log__every_steps": 1, "train__total_steps": 3}
     reference = make_run(tmp_path / "whole")
     live(make_config(**changes), reference)
-    for num_ranks, micro in [(1, 4), (1, 1), (2, None), (2, 2), (4, None)]:
+    for num_ranks, micro, ddp in [(1, 4, False), (1, 1, False), (2, None, True), (2, 2, False), (4, None, True)]:
         run = make_run(tmp_path / f"{num_ranks}-{micro}")
         config = make_config(**changes, train__micro_batch=micro)
         if num_ranks == 1:
             live(config, run)
+        elif not ddp:
+            on_ranks(num_ranks, live_by_one_buffer, config, run)
         else:
             live_on_ranks(num_ranks, config, run)
         for ours, theirs in zip(lines(run), lines(reference), strict=True):
