@@ -67,7 +67,9 @@ def main() -> int:
         try:
             draft.write_text(checkup.profile(site))
         except OSError as e:
-            raise EnvironmentLacks(f"{draft} cannot be written ({e.strerror})") from None
+            raise EnvironmentLacks(
+                f"{draft} cannot be written ({e.strerror}): give a path that can, ending in .yaml"
+            ) from None
         print(f"wrote {draft}: look it over, then --profile {args.write_profile}")
     return EnvironmentLacks.exit_code if any(failed + refused) else 0
 

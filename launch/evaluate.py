@@ -139,7 +139,8 @@ def choose_set(run: RunDir, asked: str | None) -> str:
 def show(run: RunDir, set_name: str, score: Score | None, *, as_json: bool) -> int:
     """The score that was asked for, and on stderr what is to be said of it."""
     if score is None:
-        print(f"error: no score of {set_name}; logs: {run.logs}", file=sys.stderr)
+        why = f"python launch/logs.py {run.path} says why"
+        print(f"error: no score of {set_name}; {why}; the same command goes on", file=sys.stderr)
         return 1
     print_score(score.record, score.path, as_json=as_json)
     if not is_signed(score.record):
@@ -172,7 +173,8 @@ def main() -> int:
         return score_milestones(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := own_request(run, set_name).num_samples) < LEAST_SCORED:
-        raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}")
+        more = f"python launch/sample.py {run.path} --set OTHER --num-samples 50000"
+        raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}: {more}")
     reference = args.reference or config.evaluate.reference
     check_for_run(run, config, reference)
     reference = _whole(reference)

@@ -277,7 +277,10 @@ def make(
             return 0
         follow.follow_jobs(run, there)
     if left := missing_shards(sample_set, request):
-        print(f"error: shards {ranges(left)} of {set_name} are missing; logs: {run.logs}", file=sys.stderr)
+        why = f"python launch/logs.py {run.path} says why"
+        print(
+            f"error: shards {ranges(left)} of {set_name} are missing; {why}; the same command goes on", file=sys.stderr
+        )
         return 1
     return None
 

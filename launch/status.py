@@ -54,7 +54,7 @@ def rows_of(runs: list[RunDir], tell: Callable[[str], None] = console.warn) -> l
     try:
         queued = scheduler.look_up(jobs) if scheduler.available() else None
     except scheduler.SchedulerError as e:
-        tell(f"SLURM does not answer: {e}")
+        tell(f"SLURM does not answer ({e}): states are as the runs tell; ask again later")
     return [describe(r, queued, life) for r, life in zip(runs, lives, strict=True)]
 
 

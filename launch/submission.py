@@ -228,7 +228,7 @@ def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
         print(
             f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
             + ("" if train else f", without what was to follow ({', '.join(left)})")
-            + f"; its logs are in {run.logs}",
+            + f"; python launch/logs.py {run.path} says why, and the same command goes on",
             file=sys.stderr,
         )
         return 1

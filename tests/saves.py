@@ -43,7 +43,7 @@ def saver(run: RunDir, fence: Fence, log: list[str] | None = None, **options: An
             "is_milestone": lambda step: False,
             "world_size": 1,
             "log": said.append,
-            "on_saved": lambda step: None,
+            "on_saved": lambda step, sha256: None,
             **options,
         },
     )

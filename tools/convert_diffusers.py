@@ -302,7 +302,7 @@ def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
             is_milestone=lambda step: False,
             world_size=1,
             log=print,
-            on_saved=lambda step: None,
+            on_saved=lambda step, sha256: None,
         )
         step = config.train.total_steps
         state = {"step": step, "images": step * config.train.global_batch, "config_digest": config.digest()}

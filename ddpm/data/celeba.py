@@ -7,23 +7,28 @@ The 202,599 JPEGs stay in their zip: a folder of them costs a cluster as many in
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from ddpm.config.attributes import unknown_name
 from ddpm.config.data import Data
 from ddpm.data.listing import zip_names
 from ddpm.data.sources import Source
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import TMP_PREFIX, sha256_file
+from ddpm.run.files import TMP_PREFIX
 
 IMAGES = "img_align_celeba"
 ATTRIBUTES = "list_attr_celeba.txt"
 PARTITION = "list_eval_partition.txt"
 """Each may be Kaggle's .csv: a line of headings, then commas."""
 SPLITS = {"0": "train", "1": "valid", "2": "test"}
+MOST_LIST_BYTES = 256 << 20
+"""Of a list; the real one has 27 MB."""
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
 
@@ -72,78 +77,111 @@ def _fetch(file: str, folder: Path) -> None:
 
 
 def _find(path: Path) -> Path:
-    for folder in (path, path / "celeba"):
-        if _list(folder, ATTRIBUTES).is_file():
-            return folder
+    """The folder, or Kaggle's one zip, that holds the lists."""
+    if path.is_file():
+        if _list(path, ATTRIBUTES) is not None:
+            return path
+        where = "in it"
+    else:
+        for folder in (path, path / "celeba"):
+            if _list(folder, ATTRIBUTES) is not None:
+                return folder
+        where = f"here nor in {path / 'celeba'}"
     raise RequestError(
-        f"data.path = {path}: no {ATTRIBUTES} here nor in {path / 'celeba'}; give the folder that holds it (or "
-        f"Kaggle's .csv) and {IMAGES}.zip (or {IMAGES}/), or leave data.path out to download CelebA"
+        f"data.path = {path}: no {ATTRIBUTES} {where}; give the folder that holds it (or Kaggle's .csv) and "
+        f"{IMAGES}.zip (or {IMAGES}/), or Kaggle's archive.zip with all of them, or leave data.path out to download "
+        f"CelebA"
     )
 
 
 # ---------------------------------------------------------------- lists
 
 
-def _list(folder: Path, name: str) -> Path:
-    """CelebA's own list, or what Kaggle has made of it."""
-    kaggles = (folder / name).with_suffix(".csv")
-    return kaggles if kaggles.is_file() and not (folder / name).exists() else folder / name
+@dataclass(frozen=True)
+class List:
+    """One of CelebA's lists as it was found."""
+
+    path: Path
+    """For messages; of one in a zip, as if that were a folder."""
+    raw: bytes
+
+    @property
+    def is_csv(self) -> bool:
+        return self.path.suffix == ".csv"
+
+    @property
+    def lines(self) -> list[str]:
+        return self.raw.decode("utf-8-sig", errors="replace").rstrip().splitlines()
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()
+def _list(place: Path, name: str) -> List | None:
+    """CelebA's own list, or what Kaggle has made of it, in a folder or a zip; None where there is none."""
+    names = [name, PurePosixPath(name).with_suffix(".csv").name]
+    if not place.is_file():
+        there = [place / n for n in names if (place / n).is_file()]
+        return List(there[0], there[0].read_bytes()) if there else None
+    members = sorted(zip_names(place), key=len)  # the outermost, where one is there twice
+    inside = [m for n in names for m in members if PurePosixPath(m).name == n and not m.startswith("__MACOSX")]
+    if not inside:
+        return None
+    try:
+        with zipfile.ZipFile(place) as archive, archive.open(inside[0]) as file:
+            raw = file.read(MOST_LIST_BYTES)
+    except Exception as e:  # zipfile raises some six kinds for broken bytes
+        raise RequestError(f"data.path = {place}: {inside[0]} cannot be read ({e}); copy the zip again") from None
+    return List(place / inside[0], raw)
 
 
-def _damaged(path: Path, line: int, what: str) -> RequestError:
-    return RequestError(f"data.path: {path}, line {line}: {what}; this list is damaged: copy it again")
+def _damaged(found: List, line: int, what: str) -> RequestError:
+    return RequestError(f"data.path: {found.path}, line {line}: {what}; this list is damaged: copy it again")
 
 
-def _fields(path: Path, line: str, values: int) -> list[str]:
+def _fields(of: List, line: str, values: int) -> list[str]:
     """A file name, which may have spaces in it, and so many values after it; other numbers of them where the line is
     damaged."""
-    return [f.strip() for f in (line.split(",") if path.suffix == ".csv" else line.strip().rsplit(None, values))]
+    return [f.strip() for f in (line.split(",") if of.is_csv else line.strip().rsplit(None, values))]
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(attributes: List) -> list[str]:
     """The attributes of a list, in its order: of line 2, of a .csv's line 1."""
-    lines = _lines(path)[:2]
-    if path.suffix == ".csv":
-        names = _fields(path, lines[0], 0)[1:] if lines else []
+    lines = attributes.lines[:2]
+    if attributes.is_csv:
+        names = _fields(attributes, lines[0], 0)[1:] if lines else []
     else:
         count, names = lines[0].strip() if lines else "", lines[1].split() if lines[1:] else []
         if not count.isdecimal():
-            raise _damaged(path, 1, f"expected the number of images, found {count[:40]!r}")
+            raise _damaged(attributes, 1, f"expected the number of images, found {count[:40]!r}")
     if not names:
-        raise _damaged(path, 1 if path.suffix == ".csv" else 2, "expected the names of the attributes")
+        raise _damaged(attributes, 1 if attributes.is_csv else 2, "expected the names of the attributes")
     return names
 
 
-def read_attributes(path: Path, wanted: Iterable[str]) -> dict[str, tuple[bool, ...]]:
+def read_attributes(found: List, wanted: Iterable[str]) -> dict[str, tuple[bool, ...]]:
     """The `wanted` attributes of every image, by its file name. Raises RequestError naming a damaged line."""
-    names = read_names(path)
+    names = read_names(found)
     columns = [1 + names.index(name) for name in wanted]
-    lines, head = _lines(path), 1 if path.suffix == ".csv" else 2
+    lines, head = found.lines, 1 if found.is_csv else 2
     rows: dict[str, tuple[bool, ...]] = {}
     for number, line in enumerate(lines[head:], start=head + 1):
-        fields = _fields(path, line, len(names))
+        fields = _fields(found, line, len(names))
         if len(fields) != 1 + len(names) or not {"1", "-1"}.issuperset(fields[1:]):
-            raise _damaged(path, number, f"expected a file name and {len(names)} times 1 or -1, found {line[:40]!r}")
+            raise _damaged(found, number, f"expected a file name and {len(names)} times 1 or -1, found {line[:40]!r}")
         if fields[0] in rows:
-            raise _damaged(path, number, f"{fields[0]} stands twice")
+            raise _damaged(found, number, f"{fields[0]} stands twice")
         rows[fields[0]] = tuple(fields[i] == "1" for i in columns)
     if head == 2 and int(lines[0]) != len(rows):
-        raise _damaged(path, 1, f"it announces {int(lines[0])} images, and {len(rows)} follow")
+        raise _damaged(found, 1, f"it announces {int(lines[0])} images, and {len(rows)} follow")
     return rows
 
 
-def read_partition(path: Path) -> dict[str, str]:
+def read_partition(found: List) -> dict[str, str]:
     """The split of every image, by its file name. Raises RequestError naming a damaged line."""
     split_of: dict[str, str] = {}
-    head = 1 if path.suffix == ".csv" else 0
-    for number, line in enumerate(_lines(path)[head:], start=head + 1):
-        fields = _fields(path, line, 1)
+    head = 1 if found.is_csv else 0
+    for number, line in enumerate(found.lines[head:], start=head + 1):
+        fields = _fields(found, line, 1)
         if len(fields) != 2 or fields[1] not in SPLITS:
-            raise _damaged(path, number, f"expected a file name and 0, 1 or 2, found {line[:40]!r}")
+            raise _damaged(found, number, f"expected a file name and 0, 1 or 2, found {line[:40]!r}")
         split_of[fields[0]] = SPLITS[fields[1]]
     return split_of
 
@@ -152,16 +190,18 @@ def read_partition(path: Path) -> dict[str, str]:
 
 
 def _choose(data: Data, folder: Path) -> Source:
-    """What the lists in `folder` and the attributes asked for make of its images."""
+    """What the lists in `folder`, which may be a zip, and the attributes asked for make of its images."""
     attributes, partition = _list(folder, ATTRIBUTES), _list(folder, PARTITION)
+    assert attributes is not None  # by which the folder was found
     if wrong := unknown_name(data.attributes, data.label_attributes, read_names(attributes)):
-        raise RequestError(f"{wrong} (in {attributes})")
+        raise RequestError(f"{wrong} (in {attributes.path})")
     wanted = dict(data.attributes)
     rows = read_attributes(attributes, [*wanted, *data.label_attributes])
-    split_of = read_partition(partition) if partition.exists() else dict.fromkeys(rows, "train")
+    split_of = read_partition(partition) if partition else dict.fromkeys(rows, "train")
     if unsplit := sorted(rows.keys() - split_of.keys()):
+        where = partition.path if partition else PARTITION
         raise RequestError(
-            f"data.path: {partition} lacks {len(unsplit)} of {len(rows)} images ({unsplit[0]}, …): copy it again"
+            f"data.path: {where} lacks {len(unsplit)} of {len(rows)} images ({unsplit[0]}, …): copy it again"
         )
     values = tuple(wanted.values())
     chosen = sorted(name for name, bits in rows.items() if bits[: len(values)] == values)
@@ -190,7 +230,7 @@ def _choose(data: Data, folder: Path) -> Source:
     selection = {
         "attributes": wanted,
         "label_attributes": list(data.label_attributes),
-        "lists": [sha256_file(p) if p.exists() else None for p in (attributes, partition)],
+        "lists": [hashlib.sha256(found.raw).hexdigest() if found else None for found in (attributes, partition)],
     }
     return Source("zip" if images.is_file() else "folder", images, members, classes, labels, selection)
 
@@ -207,7 +247,7 @@ def _classes(data: Data) -> list[str]:
 def _images(folder: Path, listed: Iterable[str]) -> tuple[Path, dict[str, str]]:
     """The zip or folder with the images, and the name in it of each that is listed: all must be there."""
     # the zip first: a folder beside it may be half unpacked
-    for images in (folder / f"{IMAGES}.zip", folder / IMAGES):
+    for images in (folder,) if folder.is_file() else (folder / f"{IMAGES}.zip", folder / IMAGES):
         if images.exists():
             break
     else:
@@ -215,6 +255,8 @@ def _images(folder: Path, listed: Iterable[str]) -> tuple[Path, dict[str, str]]:
     if (doubled := images / IMAGES).is_dir():  # as Kaggle's zip unpacks
         images = doubled
     names = zip_names(images) if images.is_file() else [p.name for p in images.iterdir()]
+    if folder.is_file():
+        names = [name for name in names if IMAGES in PurePosixPath(name).parts[:-1] and not name.startswith("__MACOSX")]
     place = {name.rpartition("/")[2]: name for name in names}
     if missing := sorted(set(listed) - place.keys()):
         raise RequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Iterator
@@ -40,9 +41,14 @@ def folder_names(path: Path) -> Iterator[str]:
                 yield there.relative_to(path).as_posix()
 
 
-def zip_names(path: Path) -> list[str]:
-    """The files in a zip. Raises RequestError where it cannot be read, or an image in it is larger than any, or there
-    twice."""
+UTF_8 = 0x800
+"""The flag of a member whose name says that it is UTF-8; macOS, and others, write such names without it."""
+
+
+def zip_names(path: Path) -> dict[str, str]:
+    """The files in a zip: names by which zipfile opens them -> the same as they were meant, with the folders that
+    Windows tells by backslashes. Raises RequestError where it cannot be read, or an image in it is larger than any, or
+    there twice."""
     try:
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
             files = [i for i in archive.infolist() if not i.is_dir()]
@@ -65,7 +71,15 @@ def zip_names(path: Path) -> list[str]:
             )
     names = [file.filename for file in files]
     layout.refuse_twice(path, [name for name in names if suffix(name) in IMAGE_SUFFIXES])
-    return names
+    return {file.filename: _as_meant(file) for file in files}
+
+
+def _as_meant(file: zipfile.ZipInfo) -> str:
+    name = file.filename
+    if not file.flag_bits & UTF_8:
+        with contextlib.suppress(UnicodeError):  # then it is not, and of an encoding that nobody tells
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")
 
 
 def suffix(name: str) -> str:

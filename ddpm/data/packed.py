@@ -9,6 +9,7 @@ decodes an image. So nothing in it is ever written in place: what is damaged is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import secrets
@@ -24,15 +25,19 @@ from ddpm.config.data import Data
 from ddpm.data import celeba, listing, sources
 from ddpm.data.arrays import Item, write_arrays
 from ddpm.data.decoding import Decoding
+from ddpm.data.listing import readable
 from ddpm.data.sources import Source
 from ddpm.data.whole import PackedImages, images_digest, open_packed, open_verified
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, sha256_json, sign, write_json
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, sha256_file, sha256_json, sign, write_json
 from ddpm.run.log import say
 from ddpm.run.stopping import ShowProgress, StopRequested
 
 PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400
+SPOTS = 8
+OTHER_PICTURE = 3
+"""Levels by which pictures differ on average that are not the same one: versions of a JPEG's decoder differ by less."""
 
 
 # ---------------------------------------------------------------- sources
@@ -44,7 +49,10 @@ def open_source(data: Data) -> Source:
         return sources.digits()
     path = Path(data.path).expanduser() if data.path else None
     if path is not None and not path.exists():
-        or_else = {"cifar10": ", or torchvision's root for cifar10", "celeba": "; for celeba the folder of its lists"}
+        or_else = {
+            "cifar10": ", or torchvision's root for cifar10",
+            "celeba": "; for celeba the folder of its lists, or Kaggle's archive.zip",
+        }
         raise RequestError(
             f"data.path = {data.path}: does not exist; give a folder or a .zip of images in class "
             f"folders, or an .npz or .npy of them" + or_else.get(data.name, "")
@@ -60,11 +68,38 @@ def open_source(data: Data) -> Source:
 # ---------------------------------------------------------------- packing
 
 
-def cache_key(data: Data, source: Source, split: str) -> str:
+def key_of(data: Data, source: Source, split: str, cache: Path, tell: Callable[[str], None] = lambda text: None) -> str:
+    """Under which key `cache` has the packed data, or will have it. A folder is known by the names, sizes and times of
+    its files; where those are the same as another's whose pixels lie there, by what is in them."""
+    key = _key(data, source, split, source.fingerprint())
+    if source.kind != "folder" or data.skip_damaged or _alike(cache, key, data, source, split):
+        return key
+    tell(f"{cache / key} is of another folder with files of these names, sizes and times: this one is packed beside it")
+    assert source.path is not None
+    names = [name for members in source.members.values() for name in members]
+    return _key(data, source, split, sha256_json([[readable(n), sha256_file(source.path / n)] for n in names]))
+
+
+def _alike(cache: Path, key: str, data: Data, source: Source, split: str) -> bool:
+    """Whether SPOTS of a source's pictures are those that lie there, as far as both can be read."""
+    try:
+        there = open_packed(cache, key)
+    except (DamagedFile, OSError):
+        return True
+    names = source.members[split]
+    for place in np.linspace(0, len(names) - 1, SPOTS).astype(int) if len(names) == len(there) else ():
+        one = dataclasses.replace(source, members={split: [names[place]]})
+        for pixels, _ in sources.read(one, split, data.image_size, cache, Decoding(data.background, skip_damaged=True)):
+            if np.abs(pixels.astype(int) - there.images[place]).mean() > OTHER_PICTURE:
+                return False
+    return True
+
+
+def _key(data: Data, source: Source, split: str, fingerprint: Any) -> str:
     record = {
         "version": PACK_VERSION,
         "kind": source.kind,
-        "source": source.fingerprint(),
+        "source": fingerprint,
         "split": split,
         "image_size": data.image_size,
         **sources.RESIZE,
@@ -98,7 +133,7 @@ def pack(
         source = celeba.download(data, cache / "celeba")
     if split not in source.members:
         raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members)}")
-    key = cache_key(data, source, split)
+    key = key_of(data, source, split, cache, say)
     labels = [] if data.skip_damaged else [source.labels[name] for name in source.members[split]]
 
     def there() -> PackedImages:

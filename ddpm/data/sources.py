@@ -11,7 +11,7 @@ import hashlib
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -29,13 +29,10 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
-
-
 PIECE_BYTES = 1 << 16
-PASSING = frozenset(
-    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-     errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
-)  # fmt: skip
+PASSING = frozenset((
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
 """What a file system says that may be over in a moment, and tells nothing of the picture."""
 BACKSLASH = "\\"
 SHOWN = 20
@@ -57,7 +54,7 @@ class Source:
     selection: Any = None
     """What else decided which images there are and what their labels mean (JSON): the cache key covers it."""
     not_taken: Mapping[str, int] = field(default_factory=dict)
-    """How many files there are of each suffix of pictures that are not taken."""
+    """Files of each suffix of pictures that are not taken."""
     array: ArrayFile | None = None
 
     def num_images(self, split: str) -> int:
@@ -99,7 +96,7 @@ def images(path: Path) -> Source:
     Raises RequestError where there are none.
     """
     if path.is_dir():
-        return _from_names("folder", path, folder_names(path))
+        return _from_names("folder", path, {name: readable(name) for name in folder_names(path)})
     if path.suffix in array_file.SUFFIXES:
         return _of_array(path)
     return _from_names("zip", path, zip_names(path))
@@ -116,8 +113,8 @@ def _of_array(path: Path) -> Source:
     return Source("array", path, members, classes, dict(zip(names, labels, strict=True)), selection, array=found)
 
 
-def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
-    meant = {name: _as_meant(kind, name) for name in names}
+def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
+    """meant: names by which files are opened -> the same as text, with their folders."""
     pictures = sorted(
         n for n, m in meant.items() if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(m).parts)
     )
@@ -153,15 +150,12 @@ def _from_names(kind: str, path: Path, names: Iterable[str]) -> Source:
         selection["splits"] = splits
     if any(suffix(n) == ".jfif" for n in images):  # once they were left out
         selection["suffixes"] = [".jfif"]
-    if kind == "zip" and places != images:  # once they were in no folder
+    if kind == "zip" and any(BACKSLASH in n for n in images):  # once they were in no folder
         selection["separator"] = BACKSLASH
+    if kind == "zip" and any(meant[n] != n.replace(BACKSLASH, "/") for n in images):  # once they had other names
+        selection["names"] = "UTF-8"
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)
-
-
-def _as_meant(kind: str, name: str) -> str:
-    """A name as text, with its folders: in a zip of Windows they may be told by backslashes."""
-    return name.replace(BACKSLASH, "/") if kind == "zip" else readable(name)
 
 
 def _by_number(name: str) -> int:

@@ -166,7 +166,7 @@ def publishing(
 
 def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> BinaryIO:
     try:
-        return os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb")
+        return open(tmp, "wb", opener=lambda path, flags: os.open(path, flags, mode))
     except FileNotFoundError:
         if may_publish is not None:
             may_publish()  # it knows better what has become of the directory

@@ -79,7 +79,7 @@ SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
 """Of a life: what an event keeps of a heartbeat."""
 EVENT: Kind = {"event": _is_text, **SIGN}
 EVENT_TOO: Kind = {
-    **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run"), _is_text),
+    **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run", "sha256"), _is_text),
     **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks", "wait_s"), _is_count),
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},

@@ -91,7 +91,7 @@ class Checkpointer:
         is_milestone: Callable[[int], bool],
         world_size: int,
         log: Tell,
-        on_saved: Callable[[int], None],
+        on_saved: Callable[[int, str], None],
         on_failed: Callable[[int, str], None] = lambda step, why: None,
     ) -> None:
         self._run, self._fence, self._log, self._on_saved, self._on_failed = run, fence, log, on_saved, on_failed
@@ -166,11 +166,12 @@ class Checkpointer:
             # an earlier life was killed between this save and its next step: the bits are the same
             there = verify_again(run, step)
         except (DamagedFile, OSError, KeyError):
-            self._whole.add(f"{step} {self._publish(state, with_ema)}")
+            sha256 = self._publish(state, with_ema)
         else:
-            self._whole.add(f"{step} {there.sha256}")
+            sha256 = there.sha256
             self._complete(there, state, with_ema)
-        self._on_saved(step)
+        self._whole.add(f"{step} {sha256}")
+        self._on_saved(step, sha256)
         try:
             self._retain(step)
         except (OSError, DamagedFile) as e:

@@ -152,16 +152,16 @@ def check_file(name: str) -> Path:
 
 
 def digest_of_split(run: RunDir, split: str) -> str | None:
-    """Of the images that `split` means for the run; None where nothing tells. Reads no image."""
-    from ddpm.data.packed import cache_key, open_packed, open_source
+    """Of the images that `split` means for the run; None where nothing tells. Reads a few images at most."""
+    from ddpm.data.packed import key_of, open_packed, open_source
 
     try:
         data = data_of(run)
         if split == "train" and data.get("digest"):
             return str(data["digest"])
         config = reading.of_run(run)
-        key = cache_key(config.data, open_source(config.data), split)
-        return open_packed(Path(data["cache"]), key).digest
+        cache = Path(data["cache"])
+        return open_packed(cache, key_of(config.data, open_source(config.data), split, cache)).digest
     except (RequestError, DamagedFile, OSError, KeyError):
         return None
 

@@ -172,9 +172,9 @@ class Chronicle(Silent):
                 on_failed=self._not_saved,
             )
 
-    def _saved(self, step: int) -> None:
+    def _saved(self, step: int, sha256: str) -> None:
         self._fails = False
-        self.event("checkpoint", step)
+        self.event("checkpoint", step, sha256=sha256)
         if self.is_milestone(step):
             self._on_milestone()
 

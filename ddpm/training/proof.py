@@ -1,7 +1,8 @@
 """Whether a checkpoint without a manifest proves itself, and the manifest that is then made for it.
 
 A manifest's sha256 is the only proof that bytes are those that were saved. Without it there are: the checksums of the
-archive, its loading without code, and that step, config digest and every shape are what the run's must be.
+archive, its loading without code, that step, config digest and every shape are what the run's must be, and the sha256
+that the run's events tell of its saves: without these, another run's of the same config cannot be told from its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ddpm.run.events import read_events
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, now, sha256_file, sign, write_json
 from ddpm.run.paths import RunDir
+from ddpm.run.records import identity
 from ddpm.run.saving import ema_bytes, settled_in
 
 
@@ -28,9 +30,15 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: 
 
     Raises DamagedFile, with nothing changed, where the .pt proves nothing.
     """
-    state = _proved(run, step, config)
     path = run.checkpoint(step)
     told = [e for e in read_events(run) if e.get("event") == "checkpoint" and e.get("step") == step]
+    saved, sha256 = {e["sha256"] for e in told if e.get("sha256")}, sha256_file(path)
+    if saved and sha256 not in saved:
+        raise DamagedFile(f"{path.name}: is not what this run saved at step {step} (another's, or changed since)")
+    state = _proved(run, step, config)
+    if not saved:
+        log(f"unproved {path}: it fits the config, but no event tells of its save: if another run of the same "
+            f"config, seed and all, saved it on other images, nothing would show it")  # fmt: skip
     ema = {}
     if run.ema_weights(step).exists():  # whatever it holds: what it must hold is known
         ema = {"ema_sha256": hashlib.sha256(ema_bytes(state["ema"], step)).hexdigest()}
@@ -39,12 +47,13 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: 
         "images": state["images"],
         "file": path.name,
         "bytes": path.stat().st_size,
-        "sha256": sha256_file(path),
+        "sha256": sha256,
         "config_digest": state["config_digest"],
         "world_size": told[-1].get("world_size") if told else None,
         "fence": fence.token,
         "created": now(),
         "rebuilt": True,
+        **(identity(run) if saved else {}),
         **ema,
         **settled_in(state),
     }

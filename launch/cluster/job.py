@@ -48,9 +48,10 @@ class Job:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks make its shards or parts: as many as are asked for, or may run at a time."""
+        """How many tasks make its shards or parts: as many as are asked for, or may run at a time and have some for
+        each of their ranks."""
         asked = self.site.max_parallel if self.site.tasks == "auto" else self.site.tasks
-        return max(1, min(asked, len(self.shards) or self.parts))
+        return max(1, min(asked, -(-len(self.shards) // self.world_size) or self.parts))
 
     @property
     def is_array(self) -> bool:

@@ -100,9 +100,9 @@ def load_profile(name: str | None) -> dict[str, Any]:
     try:
         tree = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError) as e:
-        raise RequestError(f"--profile {name}: cannot be read: {e}") from None
+        raise RequestError(f"--profile {name}: cannot be read ({e}): mend it, or give another") from None
     if tree is not None and not isinstance(tree, dict):
-        raise RequestError(f"{path}: expected keys and values")
+        raise RequestError(f"{path}: expected keys and values, as configs/cluster/example.yaml has them")
     options = (tree or {}).get("sbatch") or {}
     if not isinstance(options, dict):
         raise RequestError(f"{path}: sbatch = {options!r}: expected options and values, e.g. {{nice: 100}}")

@@ -59,13 +59,14 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         gpus = site.tasks_per_node or 1
         has_gpu = all(p.gpus_per_node for p in _meant(site.partition, known)) if known else True
         site = site.model_copy(update={"gpus_per_node": gpus if has_gpu else 0})
-    there = _meant(site.partition, known)
-    most = max((p.gpus_per_node for p in there), default=0)
-    if most and site.num_gpus > most:
-        raise RequestError(
-            f"--gpus-per-node {site.gpus_per_node}: no node of {', '.join(p.name for p in there)} has more than "
-            f"{most}; ask for {most}, on more --nodes"
-        )
+    for where in (site, site.at("sample")):
+        there = _meant(where.partition, known)
+        most = max((p.gpus_per_node for p in there), default=0)
+        if most and where.num_gpus > most:
+            raise RequestError(
+                f"--gpus-per-node {where.gpus_per_node}: no node of {', '.join(p.name for p in there)} has more than "
+                f"{most}; ask for {most}, on more --nodes, or to sample in more --tasks"
+            )
     return _with_types(site, known) if known else site
 
 
@@ -103,13 +104,20 @@ def _with_types(site: Site, known: dict[str, Partition]) -> Site:
     def types(names: str | None) -> set[str]:
         return {kind for p in _meant(names, known) for kind in p.gpu_types}
 
-    update: dict[str, Any] = {}
-    (only,) = types(site.partition) if len(types(site.partition)) == 1 else ("",)
-    if site.num_gpus and not site.gpu_type and site.gpu_request == "auto" and re.fullmatch(r"[\w.-]+", only):
-        update["gpus_per_node"] = f"{only}:{site.num_gpus}"
+    def typed(gpus: int | str, names: str | None) -> int | str:
+        (only,) = types(names) if len(types(names)) == 1 else ("",)
+        number = str(gpus)
+        bare = number.isdecimal() and number != "0" and site.gpu_request == "auto"
+        return f"{only}:{number}" if bare and re.fullmatch(r"[\w.-]+", only) else gpus
+
+    update: dict[str, Any] = {"gpus_per_node": typed(site.gpus_per_node or 0, site.partition)}
     for name in ("sample", "evaluate"):
         stage: Stage = getattr(site, name)
-        if stage.partition and stage.gpus_per_node is None and types(stage.partition) != types(site.partition):
+        own = stage.gpus_per_node
+        if stage.partition and own is None and types(stage.partition) != types(site.partition):
             has_gpu = all(p.gpus_per_node for p in _meant(stage.partition, known))
-            update[name] = stage.model_copy(update={"gpus_per_node": 1 if has_gpu and site.num_gpus else 0})
+            own = 1 if has_gpu and site.num_gpus else 0
+        if own is not None:
+            own = typed(own, stage.partition or site.partition)
+        update[name] = stage.model_copy(update={"gpus_per_node": own})
     return site.model_copy(update=update)

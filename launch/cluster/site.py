@@ -37,7 +37,7 @@ class Stage(Section):
     exclude: Word | None = None
     time: Minutes | None = None
     gpus_per_node: Gpus = None
-    """null: one where training has some. A task uses one."""
+    """null: one where training has some. To sample, a rank on each of them makes its share; to score, one is used."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Memory = None
     mem_per_cpu: Memory = None
@@ -151,7 +151,7 @@ class Site(Section):
     @property
     def num_gpus(self) -> int:
         """Per node."""
-        return int(str(self.gpus_per_node or 0).rpartition(":")[2])
+        return _number(self.gpus_per_node)
 
     @property
     def gpu_type(self) -> str:
@@ -166,20 +166,22 @@ class Site(Section):
         return self.tasks_per_node or self.num_gpus or 1
 
     def at(self, stage: str) -> Site:
-        """Where a stage runs: training as it is; the others, of one rank, with a rank's share of its node's memory."""
+        """Where a stage runs: training as it is; the others, of one rank, or to sample one for each GPU that it has of
+        its own, with these ranks' share of its node's memory."""
         if stage == "train":
             return self
         own: Stage = self.sample if stage == "sample" else self.evaluate
         values = own.model_dump(exclude_none=True, exclude={"sbatch"})
-        memory: dict[str, Any] = {"mem": memory_share(self.mem, self.ranks_per_node)}
+        ranks = max(1, _number(own.gpus_per_node)) if stage == "sample" else 1
+        memory: dict[str, Any] = {"mem": memory_share(self.mem, max(1, self.ranks_per_node // ranks))}
         if any(name in values for name in MEMORIES):
             memory = dict.fromkeys(MEMORIES, None)
-        values = {**memory, **values, "nodes": 1, "tasks_per_node": 1}
+        values = {**memory, **values, "nodes": 1, "tasks_per_node": ranks}
         asked = self.model_copy(update=values)
         sbatch = {**self.sbatch, **own.sbatch}
         if total := sbatch.get("gpus"):
-            sbatch["gpus"] = ":".join([*str(total).split(":")[:-1], "1"])
-        gpus = asked.typed(1) if asked.num_gpus else 0
+            sbatch["gpus"] = ":".join([*str(total).split(":")[:-1], str(ranks)])
+        gpus = asked.typed(ranks) if asked.num_gpus else 0
         return asked.model_copy(update={"gpus_per_node": gpus, "sbatch": sbatch})
 
     def gpu_options(self) -> dict[str, str]:
@@ -199,3 +201,7 @@ class Site(Section):
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+
+def _number(gpus: Gpus) -> int:
+    return int(str(gpus or 0).rpartition(":")[2])

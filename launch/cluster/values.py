@@ -116,7 +116,7 @@ def _shell_lines(lines: Any) -> Any:
     split = [line for entry in lines for line in (entry.splitlines() or [""] if isinstance(entry, str) else [entry])]
     for line in split:
         if isinstance(line, str) and has_control(line.replace("\t", " ")):
-            raise ValueError(f"setup = {line!r}: has control characters")
+            raise ValueError(f"setup = {line!r}: has control characters: type it anew")
     return tuple(split)
 
 

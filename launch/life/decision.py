@@ -73,12 +73,13 @@ def decide(e: Evidence) -> Decision:
     if e.reason == GONE:
         return Decision("leave", "the run is not here any more: submit it where it is")
     if e.code in (EXIT_BUSY, EXIT_FATAL):
-        why = "another job holds the run" if e.code == EXIT_BUSY else "starting again would end the same way"
+        why = "starting again would end the same way: mend what the log names, then submit again"
+        why = "another job holds the run: python launch/status.py shows it" if e.code == EXIT_BUSY else why
         return Decision("fail", f"exit code {e.code}: {why}")
     if (why := not_ours(e.shown, e.restart, or_preempted=True)) or e.shown is None:
         return Decision("leave", why)
     if e.stop_file:
-        return Decision("fail", "a STOP file forbids another start")
+        return Decision("fail", "a STOP file forbids another start: submit again to go on, which removes it")
     if e.retries >= MAX_RETRIES and e.reason not in UNCOUNTED:
         return Decision(
             "fail",

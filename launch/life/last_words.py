@@ -22,6 +22,10 @@ HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate
 GPU_MEMORY = re.compile(r"CUDA out of memory|cuda\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
 """SLURM's word to a job that somebody cancels; to others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
+FEWER = {
+    "train": "hold fewer images at a time: train.micro_batch=auto",
+    "sample": "compute fewer images at a time: launch/sample.py --set OTHER --batch …, or ask for GPUs with more",
+}
 TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): tasks? [\d,-]+: ", re.M)
 
 
@@ -40,6 +44,7 @@ class LastWords:
         """Where it ended and why, for a message. mem: what the job had asked for."""
         what = f"out of {self.lacked}" if self.lacked else ""
         what += f" (it had asked for {mem}: ask for more, --mem)" if self.lacked == "memory" else ""
+        what += f" ({FEWER.get(stage, 'ask for GPUs with more')})" if self.lacked == "GPU memory" else ""
         parts = [what, f"stage {stage} on node {self.node or host}", f"log {self.log}" if self.log else "",
                  f"its last error: {self.error}" if self.error else ""]  # fmt: skip
         return "; ".join(filter(None, parts))

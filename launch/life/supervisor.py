@@ -82,7 +82,9 @@ def _without(bad: str, shown: scheduler.Shown) -> str:
     try:
         total, spare = scheduler.spare_nodes(shown.partition.split(",")[0], shown.excluded)
     except scheduler.SchedulerError as e:
-        say(f"node {bad} is not left out, though a life died there by itself: {e}")
+        say(
+            f"node {bad} is not left out, though a life died there by itself: {e}; by hand: submit with --exclude {bad}"
+        )
         return ""
     if not may_do_without(bad, total, spare, environment.num_nodes()):
         return ""
@@ -139,7 +141,7 @@ def _exclude(env: JobEnvironment, avoided: str) -> None:
         scheduler.exclude(env.job, avoided)
         others = [*([base] if base != env.job else []), *scheduler.followers(base)]
     except scheduler.SchedulerError as e:
-        say(f"{avoided} could not be excluded: {e}")
+        say(f"{avoided} could not be excluded: {e}; by hand: scontrol update jobid={env.job} excnodelist={avoided}")
         return
     for other in others:
         with contextlib.suppress(scheduler.SchedulerError):  # tasks that run cannot be changed, the others are
@@ -171,7 +173,8 @@ def _chain_waits_for(successor: str, job: str) -> None:
             scheduler.make_wait(waiting, successor)
             say(f"job {waiting} now waits for {successor}")
     except scheduler.SchedulerError as e:
-        say(f"what waits for this job could not be made to wait for {successor}: {e}")
+        say(f"what waits for this job could not be made to wait for {successor}: {e}; by hand, for each job that does: "
+            f"scontrol update jobid=JOB dependency=afterany:{successor}")  # fmt: skip
 
 
 def _note(log: EventLog, event: str, **fields: object) -> bool:

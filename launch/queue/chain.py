@@ -78,7 +78,9 @@ def lift_stop(run: RunDir) -> None:
             is_folder = run.stop_file.is_dir() and not run.stop_file.is_symlink()
             (Path.rmdir if is_folder else Path.unlink)(run.stop_file)
         except OSError as e:
-            raise RequestError(f"{run.stop_file} forbids training and cannot be removed ({e.strerror})") from None
+            raise RequestError(
+                f"{run.stop_file} forbids training and cannot be removed ({e.strerror}): remove it, then submit again"
+            ) from None
         print(f"removed {run.stop_file}: submitting again means going on")
 
 

@@ -72,7 +72,9 @@ def _submit(job: Job) -> str:
             f"again to go on"
         ) from None
     except scheduler.SchedulerError as e:
-        raise RequestError(f"SLURM refused the {job.stage} job: {e}") from None
+        raise RequestError(
+            f"SLURM refused the {job.stage} job: {e}\n(python launch/doctor.py asks what this site takes of a job)"
+        ) from None
     try:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.despite:

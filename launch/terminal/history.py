@@ -10,7 +10,8 @@ from typing import Any
 from ddpm.run.paths import RunDir
 
 Event = dict[str, Any]
-HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign")
+HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign",
+          "sha256")  # fmt: skip
 HIDDEN_IN_SHORT = ("world_size", "code", "via", "pid", "despite", "cluster", "preemption")
 TAIL_BYTES = 4 << 20
 WORDS = {

@@ -42,7 +42,7 @@ def test_code_edited_after_a_run_was_begun_is_run_only_where_it_is_asked_for(she
     begun = checkout.train(2)
     assert begun.returncode == 0 and "code:" not in begun.stdout, begun.stdout + begun.stderr
 
-    checkout.edit("ddpm/training/step.py", "\nclass ", '\nprint("edited")\n\n\nclass ')
+    checkout.edit("ddpm/training/step.py", "\nclass Step:", '\nprint("edited")\n\n\nclass Step:')
     kept = checkout.train(4)
     assert kept.returncode == 0 and "edited" not in logs(run), kept.stdout + kept.stderr
     said = "this checkout has ddpm/training/step.py +3 -0. --code new takes it"
@@ -80,6 +80,6 @@ def test_new_code_is_refused_while_a_job_goes_on_with_the_old(shell: Shell, tmp_
     shell.put("scontrol", "exit 1")
     words = ("tiny.yaml", "--cluster", "slurm", "--via", "sbatch", "--partition", "gpu")
     assert (queued := checkout("submit", *words)).returncode == 0, queued.stderr
-    checkout.edit("ddpm/training/step.py", "\nclass ", '\nprint("edited")\n\n\nclass ')
+    checkout.edit("ddpm/training/step.py", "\nclass Step:", '\nprint("edited")\n\n\nclass Step:')
     again = checkout("submit", *words, "--code", "new")
     assert again.returncode == 2 and "--code new: job 101 of run tiny would go on" in again.stderr, again.stderr

@@ -136,12 +136,32 @@ def test_a_copy_without_manifests_is_refused_by_submit_and_mended_by_rebuilding_
         here, then = read(path), json.loads(before)
         assert here["rebuilt"] is True
         differ = {k for k in here.keys() | then.keys() if here.get(k) != then.get(k)}
-        assert differ == {"rebuilt", "fence", "created", "self_sha256", "run_id", "data_digest"}
-        assert "run_id" not in here and "data_digest" not in here  # a .pt does not tell whose it is
+        assert differ == {"rebuilt", "fence", "created", "self_sha256"}
     assert "rebuilt manifest" in lines(again, 0)["checkpoints/step-000000400"][1]
     done = again.submit("--wait")
     assert done.returncode == 0, done.stdout + done.stderr
     assert again("recover", RUN, "--rebuild").stdout == "every checkpoint has its manifest: nothing to rebuild\n"
+
+
+def test_a_checkpoint_that_no_event_tells_of_may_be_anothers_and_one_that_events_deny_gets_no_manifest(
+    again: Shell,
+) -> None:
+    run = again.root / RUN
+    for path in (run / "events").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in (e for e in lines if e["event"] == "checkpoint"):
+            sha256 = event.pop("sha256")  # as before events told it
+            if event["step"] == 400:  # as if another run's lay there
+                event["sha256"] = sha256[::-1]
+        path.write_text("".join(json.dumps(event) + "\n" for event in lines))
+    for path in (run / "checkpoints").glob("step-*.json"):
+        path.unlink()
+    done = again("recover", RUN, "--rebuild")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "step-000000400.pt: is not what this run saved at step 400" in done.stdout
+    assert "step-000000200.pt: it fits the config, but no event tells of its save" in done.stdout
+    (here,) = (read(path) for path in (run / "checkpoints").glob("step-*.json"))
+    assert here["step"] == 200 and "run_id" not in here and "data_digest" not in here
 
 
 def test_a_checkpoint_that_does_not_prove_itself_gets_no_manifest(again: Shell) -> None:

@@ -241,8 +241,11 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     ]
     assert mails == [0, 1], "of each job's end, or of none"
 
-    site.script("sample", "chain", "--set", "three", "--shards", "3", "--via", "sbatch", "--wait")
+    two = ["--gpus-per-node", "2"]  # and a rank on each
+    said = site.script("sample", "chain", "--set", "three", "--shards", "3", *two, "--via", "sbatch", "--wait")
     assert samples_of(run, "three") == samples_of(run, "ddim60-step30-seed0")
+    assert "3 shards in 2 tasks" in said and len(re.findall(r" shard done shard=", site.log("chain"))) >= 4 + 3
+    assert {r["NumTasks"] for r in bed.records(re.findall(r"as job (\d+)", said)[0])} == {"2"}
 
 
 def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: Site) -> None:

@@ -25,25 +25,37 @@ from rich.table import Table
 
 from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
-from tools.chaos import anywhere, cluster, copies, files, mutants, outside, processes, slurm_faults, slurm_stops
+from tools.chaos import (
+    anywhere,
+    cluster,
+    copies,
+    fifty_thousand,
+    files,
+    mutants,
+    outside,
+    processes,
+    slurm_faults,
+    slurm_stops,
+)
 from tools.chaos.cluster import Cluster, NotRun
 from tools.chaos.files import Result
 
-HERE = {**files.ROWS, **anywhere.ROWS, **copies.ROWS, **processes.ROWS, **outside.ROWS}
-ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS}
+HERE = {**files.ROWS, **anywhere.ROWS, **copies.ROWS, **processes.ROWS, **outside.ROWS, **fifty_thousand.HERE_ROWS}
+ON_SLURM = {**slurm_stops.ROWS, **slurm_faults.ROWS, **fifty_thousand.ROWS}
 ROWS: dict[str, Any] = {**HERE, **ON_SLURM}
 SECONDS = {
     "kill-each-operation": 70, "power-cut": 35, "flipped-bits": 7, "failing-operations": 30, "all-damaged": 1,
     "save-fails-anywhere": 25, "publication-fails-anywhere": 15,
     "copies": 300, "kill-9": 225, "resume-inside": 70, "fp16-overflow": 20, "world-sizes": 8, "non-finite-batch": 30,
-    "outside": 300, "cache-damaged": 15, "manifests-gone": 4, "label-changed": 5, "request-flipped": 8,
+    "outside": 300, "cache-damaged": 15, "start-damaged": 15, "manifests-gone": 4, "label-changed": 5,
+    "request-flipped": 8,
     "non-finite-always": 3, "startup-stops": 5, "disk-full-at-stop": 25, "pre-emptions": 745,
     "startup-pre-emptions": 155, "no-grace": 65, "preempt-cancel": 35,
     "preempt-cancel-at-once": 35, "requeue-forbidden": 35, "scancel": 270,
     "time-limit": 150, "one-rank-signalled": 470, "term-by-hand": 50, "stop-file": 15, "signal-in-save": 45,
     "signal-in-packing": 85, "signal-in-compile": 170, "signal-in-evaluation": 80, "one-rank-killed": 90,
     "rank-stopped": 85, "node-failure": 160, "crash-loop": 20, "slurmctld-restart": 195, "two-jobs": 220,
-    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190,
+    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190, "fifty-thousand": 480, "inception-killed": 900,
 }  # fmt: skip
 """What a row took at its full count, on two cores that others used too."""
 

@@ -76,7 +76,7 @@ def writing(run: RunDir) -> Iterator[saving.Checkpointer]:
     try:
         yield saving.Checkpointer(
             run, fence, keep_last=3, is_milestone=lambda step: step % 4 == 0, world_size=1, log=silent,
-            on_saved=lambda step: None,
+            on_saved=lambda step, sha256: None,
         )  # fmt: skip
     finally:
         fence.release()

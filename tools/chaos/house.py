@@ -1,8 +1,8 @@
 """A run with everything that a run can hold, half-done and finished, and what people do with it.
 
-Both are one run at two moments: stopped at half its steps, with a set scored and another half made; and ended, with the
-chain's set made and scored. They lie at one path, which a cell of the table is put back to, so that the paths in its
-records hold.
+Both are one run, which starts from another's weights, at two moments: stopped at half its steps, with a set scored and
+another half made; and ended, with the chain's set made and scored. Beside them it is kept as it is before its first
+life. They lie at one path, which a cell of the table is put back to, so that the paths in its records hold.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ class House:
     @property
     def run(self) -> RunDir:
         return RunDir(self.root / "run")
+
+    @property
+    def weights(self) -> Path:
+        """That the run starts from."""
+        return self.where / "weights.safetensors"
 
     @property
     def log(self) -> Path:
@@ -139,6 +144,8 @@ VERBS: dict[str, Callable[[House, str], object]] = {
     "status": lambda house, moment: status(house),
 }
 MOMENTS = ("half", "finished")
+BEGUN = "begun"
+"""Before the first life: there are no sets yet."""
 SHOWN: tuple[list[str], ...] = (["run"], [], ["run", "--events"], ["--json"])
 
 
@@ -168,7 +175,11 @@ def _built(house: House) -> House:
         (house.where / "config.yaml").write_text("name: run\n")
     steps: list[tuple[Work, int]] = [
         (lambda: submit(house, "beside", "--prepare"), 0),  # nothing is done to it, and status shows it always
-        (lambda: submit(house, "run", "--prepare"), 0),
+        (lambda: _weights(house), 0),
+        (lambda: submit(house, "run", "--prepare", "--from", str(house.weights)), 0),
+    ]
+    _build(house, steps, BEGUN)
+    steps = [
         (lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE),
         (lambda: sample(house, "early", "--step", EARLY), 0),
         (lambda: evaluate(house, "early"), 0),
@@ -189,6 +200,16 @@ def _build(house: House, steps: list[tuple[Work, int]], moment: str) -> None:
         assert said.code == code, f"building the run for the table: exit code {said.code}: {said.text[-2000:]}"
     with as_owner():
         house.keep(moment)
+
+
+def _weights(house: House) -> None:
+    import safetensors.torch
+
+    import ddpm
+
+    words = [*CONFIG, f"data.path={house.where / 'pictures'}", "seed=9"]
+    network = ddpm.build_model(ddpm.load_config(house.where / "config.yaml", words), device="cpu")
+    safetensors.torch.save_file({k: v.contiguous() for k, v in network.state_dict().items()}, house.weights)
 
 
 def _stop_after_a_batch() -> None:

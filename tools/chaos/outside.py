@@ -19,7 +19,7 @@ from ddpm.errors import EXIT_FATAL
 from tools.chaos import checker, verdicts
 from tools.chaos.files import Result
 from tools.chaos.forked import as_owner
-from tools.chaos.house import HALF, MOMENTS, STEPS, VERBS, House, built, shared
+from tools.chaos.house import BEGUN, HALF, MOMENTS, STEPS, VERBS, House, built, shared
 from tools.chaos.verdicts import BAD, Calm, judge, watch
 
 # ---------------------------------------------------------------- files
@@ -41,6 +41,7 @@ Find = Callable[[House, str, str], Path]
 """(house, moment, verb) -> the file; StopIteration or ValueError where there is none at that moment."""
 KINDS: dict[str, Find] = {
     "config": lambda h, m, v: h.run.config,
+    "start": lambda h, m, v: h.run.start,
     "run.json": lambda h, m, v: h.run.run_json,
     "events": lambda h, m, v: _newest(h.run.events, "local-*.jsonl"),
     "metrics": lambda h, m, v: h.run.metrics,
@@ -154,6 +155,13 @@ def cache_damaged(count: int) -> Result:
     return _tried([c for c in CELLS if c.kind in packed and c.damage in damages and c.verb in verbs], count)
 
 
+def start_damaged(count: int) -> Result:
+    """The weights that a run starts from, before its first save: afterwards nobody needs them."""
+    return _tried(
+        [Cell(BEGUN, "start", damage, verb) for damage in DAMAGES for verb in ("submit", "train", "status")], count
+    )
+
+
 def _tried(cells: list[Cell], count: int, seed: int = 0) -> Result:
     few = ""
     if count < len(cells):
@@ -213,6 +221,7 @@ ROWS = {
     # name: (row, full count, reduced count)
     "outside": (broken_from_outside, len(CELLS), len(CELLS) // 20),
     "cache-damaged": (cache_damaged, 24, 24),
+    "start-damaged": (start_damaged, 21, 6),
     "manifests-gone": (manifests_gone, 0, 0),
     "label-changed": (one_label_changed, 0, 0),
 }

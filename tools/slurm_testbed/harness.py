@@ -34,9 +34,15 @@ def _as_user(argv: Sequence[str], cwd: str | Path, timeout: float = 60,
     # Not setpriv, which looks the command up with root's rights before it gives them up.
     entry = pwd.getpwnam(USER)
     return subprocess.run(
-        argv, user=entry.pw_uid, group=entry.pw_gid, extra_groups=[], umask=0o022, cwd=cwd, env=env, timeout=timeout,
+        argv, user=entry.pw_uid, group=entry.pw_gid, extra_groups=[], umask=0o022, cwd=cwd, env=env,
+        timeout=timeout * patience(),
         text=True, stdin=subprocess.DEVNULL, capture_output=True,
     )  # fmt: skip
+
+
+def patience() -> float:
+    """By how much to wait longer than on a machine of one's own: its runnable processes for each core, at least 1."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def missing(daemons: Sequence[str]) -> list[str]:
@@ -187,13 +193,16 @@ class SlurmTestbed:
         return record.get("BatchHost") if record["NodeList"] != "(null)" else None
 
     def wait_for(self, predicate: Callable[[], T], timeout_s: float, what: str) -> T:
-        """Polls until `predicate` is true and gives its value; fails the test with the cluster's state otherwise."""
-        end = time.monotonic() + timeout_s
+        """Polls until `predicate` is true and gives its value; fails the test with the cluster's state otherwise.
+
+        timeout_s: on a machine that others leave alone.
+        """
+        began = time.monotonic()
         while True:
             value = predicate()
             if value:
                 return value
-            if time.monotonic() > end:
+            if time.monotonic() > began + timeout_s * patience():
                 raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.dump()}")
             time.sleep(0.2)
 

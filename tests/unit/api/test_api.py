@@ -74,7 +74,13 @@ def make_run(path: Path, made: Config, steps: tuple[int, ...] = (10, 20), *, amp
     run.run_json.write_text(json.dumps({"resolved": {"amp": amp}}))
     fence = Fence(run, {}, wait_s=0)
     saver = saving.Checkpointer(
-        run, fence, keep_last=9, is_milestone=lambda step: False, world_size=1, log=print, on_saved=lambda step: None
+        run,
+        fence,
+        keep_last=9,
+        is_milestone=lambda step: False,
+        world_size=1,
+        log=print,
+        on_saved=lambda step, sha256: None,
     )
     for step in steps:
         state = {"step": step, "images": 0, "config_digest": made.digest(), "extra": {}}

@@ -107,6 +107,23 @@ def test_a_profile_says_by_which_option_its_site_wants_gpus_asked_for(
     assert gpus(site, "train") == train and gpus(site, "sample") == one and site.world_size == 2
 
 
+def test_a_task_that_has_several_gpus_of_its_own_to_sample_has_a_rank_for_each_and_fewer_tasks(
+    tmp_path: Path, cluster: None
+) -> None:
+    words = ("--gpus-per-node", "4", "--mem", "64G", "--max-parallel", "2")
+    site = settle(resolved(tmp_path, *words, profile="sample: {gpus_per_node: 2}"), dry_run=False)
+    asked = options(site, "sample")
+    assert (asked["gpus-per-node"], asked["ntasks-per-node"], asked["mem"]) == ("a100:2", "2", "32G")
+    job = Job("sample", RunDir(Path("/runs/tiny")), site, "set", tuple(range(3)))
+    assert job.num_tasks == 2 and [job.shards_of(task) for task in (0, 1)] == [[0, 2], [1]]
+    asked = options(site, "evaluate")
+    assert (asked["gpus-per-node"], asked["ntasks-per-node"], asked["mem"]) == ("a100:1", "1", "16G")
+    site = settle(resolved(tmp_path, "--gpus-per-node", "4", stage="sample", gpus_per_node=1), dry_run=False)
+    assert (gpus(site, "sample"), options(site, "sample")["ntasks-per-node"]) == ({"gpus-per-node": "a100:4"}, "4")
+    with pytest.raises(RequestError, match=r"--gpus-per-node 8: no node of gpu has more than 4; .*--tasks"):
+        settle(resolved(tmp_path, profile="sample: {gpus_per_node: 8}"), dry_run=False)
+
+
 @pytest.mark.parametrize(("partition", "asked"), [
     (None, "a100:1"), ("gpu", "a100:1"), ("old", "1"), ("mixed", "1"), ("plain", "1"), ("bare", "1"), ("cpu", None),
     ("memory", None), ("gpu,mixed", "1"),

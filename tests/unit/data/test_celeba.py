@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_celeba_as_people_have_it_is_the_same_data(mini: Path, copy: Path, tmp_p
     for split in ("train", "test"):
         there, here = (pack(at(f, label_attributes=("Male",)), split, tmp_path / "c")[1] for f in (mini, copy))
         assert here.digest == there.digest and here.labels.tolist() == there.labels.tolist()
+
+
+def test_kaggles_one_zip_is_the_same_data(mini: Path, copy: Path, tmp_path: Path) -> None:
+    as_kaggle_has_it(copy)
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        for path in sorted(p for p in copy.rglob("*") if p.is_file()):
+            made.write(path, path.relative_to(copy))
+            made.writestr(f"__MACOSX/{path.relative_to(copy)}", b"of no use")
+    for split in ("train", "test"):
+        there, here = (pack(at(f, label_attributes=("Male",)), split, tmp_path / "c")[1] for f in (mini, archive))
+        assert here.digest == there.digest and here.labels.tolist() == there.labels.tolist()
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as made:
+        made.writestr("img_align_celeba/000001.jpg", jpeg(0))
+    with pytest.raises(RequestError, match=r"other\.zip: no list_attr_celeba\.txt in it; .*Kaggle's archive\.zip"):
+        open_source(at(tmp_path / "other.zip"))
+    with zipfile.ZipFile(tmp_path / "lacks.zip", "w") as made:
+        made.writestr("all/list_attr_celeba.csv", (copy / "list_attr_celeba.csv").read_bytes())
+        made.writestr("all/img_align_celeba/000001.jpg", jpeg(0))
+    with pytest.raises(RequestError, match=r"lacks\.zip lacks 59 of the images in list_attr_celeba\.txt \(000002\.jpg"):
+        open_source(at(tmp_path / "lacks.zip"))
+    with zipfile.ZipFile(tmp_path / "lines.zip", "w") as made:
+        made.writestr("list_attr_celeba.csv", "image_id,Male\n000001.jpg,2\n")
+    with pytest.raises(RequestError, match=r"lines\.zip/list_attr_celeba\.csv, line 2: expected a file name and 1"):
+        open_source(at(tmp_path / "lines.zip"))
 
 
 def test_a_damaged_csv_is_named_with_its_line(copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,25 @@ def test_changed_images_are_packed_anew(tmp_path: Path) -> None:
     (folder / "train/cat/0.png").write_bytes(png(200) + b"more")
     other, packed = pack(images_at(folder), "train", tmp_path / "cache")
     assert other != key and packed.images[0, 0, 0, 0] == 200
+
+
+def test_a_folder_whose_files_look_like_anothers_is_not_taken_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, keys = tmp_path / "cache", []
+    for place, shade in (("one", 10), ("other", 90)):
+        for i in range(3):
+            path = tmp_path / place / "a" / f"{i}.ppm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"P6 8 8 255\n" + bytes([shade + i]) * 192)
+            os.utime(path, (1e9, 1e9))
+    for _ in range(2):
+        for place, shade in (("one", 10), ("other", 90)):
+            key, packed = pack(images_at(tmp_path / place), "train", cache)
+            assert packed.images[:, 0, 0, 0].tolist() == [shade, shade + 1, shade + 2]
+            keys.append(key)
+    assert keys[:2] == keys[2:] and keys[0] != keys[1] and len(list(cache.iterdir())) == 2
+    assert "is of another folder with files of these names, sizes and times" in capsys.readouterr().out
 
 
 def test_a_packing_that_is_stopped_or_fails_leaves_nothing_that_looks_packed(tmp_path: Path) -> None:

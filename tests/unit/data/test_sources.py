@@ -298,6 +298,20 @@ def test_a_zip_with_backslashes_has_the_folders_that_they_tell(tmp_path: Path) -
         open_source(chosen(mixed))
 
 
+def test_names_that_a_zip_has_in_utf_8_without_saying_so_are_read_as_meant(tmp_path: Path) -> None:
+    names = ["Größe-groß/0.png", "Größe-groß/1.png", "tea/0.png", "tea/1.png"]
+    # as macOS writes them: no flag, which Python sets for all that is not ASCII
+    ascii_ = [name.encode().decode("ascii", "replace").replace("\ufffd", "?") for name in names]
+    path = write_zip(tmp_path / "a.zip", {name: png(8, i) for i, name in enumerate(ascii_)})
+    raw = path.read_bytes()
+    for placeholder, name in zip(ascii_, names, strict=True):
+        raw = raw.replace(placeholder.encode(), name.encode())
+    path.write_bytes(raw)
+    there = pack(chosen(path), "train", tmp_path / "cache")[1]
+    assert there.classes == ["Größe-groß", "tea"] and there.labels.tolist() == [0, 0, 1, 1]
+    assert open_source(chosen(path)).selection == {"names": "UTF-8"}  # what was packed under other names is another
+
+
 def test_names_that_are_no_utf_8_are_packed_and_told(tmp_path: Path) -> None:
     files = [b"caf\xe9/\xff0.png", b"caf\xe9/\xff1.png", b"tea/\xff0.png", b"tea/\xff1.png"]
     made(tmp_path / "a", {os.fsdecode(name): png(8, i) for i, name in enumerate(files)}, zipped=False)

@@ -28,9 +28,10 @@ from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import StopRequested
 from ddpm.training.ranks import World
+from launch import jobs
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT, JobEnvironment
-from launch.life import compiled, devices, inputs, pace, training
+from launch.life import compiled, devices, inputs, pace, sampling, training
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.queue.chain import lift_stop
@@ -342,6 +343,24 @@ def test_a_task_says_which_shard_it_makes_before_it_can_fail(run: RunDir) -> Non
     assert (run.logs / ".shard-17_3").read_text() == "3,10"
     assert job(run, "sample", "fid", "--shard", "4", **array).returncode == 78  # as queued by older code
     assert (run.logs / ".shard-17_3").read_text() == "4"
+
+
+def test_the_ranks_of_a_sampling_task_share_its_shards_and_answer_for_themselves(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[list[int], bool, int]] = []
+
+    def sample(life: Life, name: str, shards: list[int]) -> int:
+        made.append((shards, life.speaks, life.env.local_rank))
+        return 0
+
+    monkeypatch.setattr(sampling, "sample", sample)
+    args = jobs.parse(["sample", str(run.path), "fid", "--shards", "0-9", "--tasks", "2"])
+    for rank in range(3):
+        env = JobEnvironment("slurm", "17_1", 0, "n1", rank, 3, rank, "n1", 1, 1, 1, "")
+        jobs.work(Life(run, StopFlag(), env), args)
+    assert made == [([1, 7], False, 0), ([3, 9], False, 1), ([5], False, 2)]
+    assert (run.logs / ".shard-17_1").read_text() == "1,3,5,7,9"
 
 
 @pytest.mark.parametrize("leads_to", [None, "/nowhere", "STOP"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -54,14 +56,30 @@ def test_too_few_samples_to_leave_some_out_have_no_interval() -> None:
 def test_what_is_gathered_does_not_depend_on_how_features_came() -> None:
     x = np.random.default_rng(1).standard_normal((11_000, 5)).astype(np.float32)
     labels = np.arange(11_000) % 3
-    parts = np.split(x, [1, 999, 5000, 10_999])
+    parts = np.split(x, np.sort(np.random.default_rng(2).choice(np.arange(1, 11_000), 63, replace=False)))  # 64 shards
     whole, cut = (gather(came, 11_000, labels=labels, num_classes=3) for came in ([x], parts))
     for a, b in zip([*whole.groups, *whole.classes], [*cut.groups, *cut.classes], strict=True):
         assert a is not None and b is not None and a.num == b.num
         np.testing.assert_array_equal(a.m2, b.m2)
     np.testing.assert_array_equal(whole.chosen, cut.chosen)
-    np.testing.assert_allclose(whole.moments.m2, metrics.from_features(x).m2, rtol=1e-9, atol=1e-9 * len(x))
+    at_once, of_parts = metrics.from_features(x), cut.moments
+    np.testing.assert_allclose(of_parts.m2, at_once.m2, rtol=1e-9, atol=1e-9 * len(x))
+    mean, cov = np.full(5, 0.1), np.diag(np.linspace(0.5, 1.5, 5))
+    distances = [metrics.frechet_distance(m.mean, metrics.covariance(m), mean, cov) for m in (at_once, of_parts)]
+    assert distances[0] > 0.01 and distances[1] == pytest.approx(distances[0], rel=1e-9)
     assert len(whole.chosen) == 10_000 and len(np.unique(whole.chosen, axis=0)) == 10_000
+
+
+def test_the_memory_that_a_merge_takes_does_not_grow_with_the_number_of_shards() -> None:
+    """Beyond the features that are kept for comparison, which are 10,000 at most: python -m tools.bench.scores."""
+    x, peaks = np.random.default_rng(1).standard_normal((800, 16)).astype(np.float32), []
+    for shards in (20, 200):
+        tracemalloc.start()
+        found = gather((x for _ in range(shards)), 800 * shards)
+        peaks.append(tracemalloc.get_traced_memory()[1] - 16 * 800 * shards)  # which group a sample is of, sorted once
+        tracemalloc.stop()
+        assert found.moments.num == 800 * shards and len(found.chosen) == 10_000
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 def test_a_last_class_without_a_sample_is_one_all_the_same() -> None:
