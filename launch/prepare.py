@@ -275,11 +275,9 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     )
     labels = labels_record(packed)
     if told := told_of_classes(labels):
-        num = len(labels["classes"])
-        unused = (
-            f"classes: {num} in the data, of which this model knows nothing; model.num_classes={num} trains with them"
-        )
-        print(told if config.model.num_classes else unused, flush=True)
+        print(told, flush=True)
+        if not config.model.num_classes:
+            print(f"the model knows nothing of them: model.num_classes={len(labels['classes'])} does", flush=True)
     warn_of_batch(config, len(packed))
     record = {
         "cache": str(cache / "data"),

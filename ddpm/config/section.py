@@ -103,6 +103,8 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         return f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults"
     if err["type"] == "tuple_type":
         message = f"input should be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
+    if err["type"] == "int_type" and isinstance(err["input"], str):
+        message = "input should be a whole number, without quotes, colons or zeros before it"
     if err["type"] == "bool_type":
         message += ", true or false"
     section: Any = kind

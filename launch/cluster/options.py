@@ -156,9 +156,9 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
 
 def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
     """A profile's section or a command line, which may ask for memory in one way, whatever went before it."""
-    if len(given := [name for name in MEMORIES if layer.get(name) is not None]) > 1:
+    if len(given := [name for name in MEMORIES if layer.get(name) not in (None, "none")]) > 1:
         raise RequestError(f"{where}: {' and '.join(given)}: SLURM takes one of them; give one")
-    return {**dict.fromkeys(MEMORIES, None), **layer} if given else layer
+    return {**layer, **{name: layer[name] if name in given else None for name in MEMORIES}} if given else layer
 
 
 def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:
