@@ -98,7 +98,7 @@ def is_finished(run: RunDir) -> bool:
 
 def main() -> int:
     args = parse()
-    runs = list({run.path: run for run in (console.find_run(word, args.root) for word in args.runs)}.values())
+    runs = list({run.path.resolve(): run for run in (console.find_run(word, args.root) for word in args.runs)}.values())
     told = []
     for run in runs:  # all of them first: none waits for another's end
         before = run.latest_step()
