@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
     which.add_argument(
-        "--class", dest="classes", action="append", metavar="CLASS", help="of one alone: its name or number"
+        "--class", dest="classes", action="append", metavar="CLASS", help="of this class alone: its name or number"
     )
     parser.add_argument(
         "--variance",
