@@ -86,9 +86,12 @@ def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as e:  # zipfile, pickle and torch raise a dozen kinds
-        if isinstance(e, pickle.UnpicklingError):  # torch's words tell how to run what lies in it
-            raise RequestError(f"{path}: holds more than weights; have it exported as .safetensors") from None
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if isinstance(e, pickle.UnpicklingError):  # torch's words tell how to run what lies in it
+            with open_file(path) as f:
+                if f.read(1) in (b"P", b"\x80"):  # a zip, a pickle
+                    raise RequestError(f"{path}: holds more than weights; have it exported as .safetensors") from None
+            reason = "it is none of torch's"
         raise RequestError(f"{path}: not a readable file of weights ({reason}); copy it again") from None
     if isinstance(found, dict):
         for state in (found, found.get(weights), found.get("state_dict")):
