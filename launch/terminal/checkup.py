@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddpm.config.schema import Config
-from ddpm.errors import DDPMError
+from ddpm.errors import DDPMError, RequestError
 from ddpm.run.files import read_json, write_json
 from ddpm.run.log import amount, plain
 from ddpm.run.paths import RunDir
@@ -200,10 +200,17 @@ def storage(config: Config, root: Path, num_parameters: int) -> Findings:
 
 
 def _data(config: Config, root: Path) -> Findings:
-    if config.data.path is not None:  # a submission reads it, and says what is wrong with it
-        told = f"data.path = {config.data.path}: "
-        is_there = Path(config.data.path).expanduser().exists()
-        yield Finding("pass" if is_there else "fail", told + ("is there" if is_there else "does not exist"))
+    if config.data.path is not None:  # as a submission looks, which decodes nothing yet
+        from ddpm.data.packed import open_source
+
+        try:
+            source = open_source(config.data)
+        except RequestError as e:
+            yield Finding("fail", str(e))
+            return
+        own = source.kind in ("folder", "zip", "array") and "train" in source.members
+        told = f"{source.num_images('train'):,} images to train on" if own else "is there"
+        yield Finding("pass", f"data.path = {config.data.path}: {told}")
     if config.data.path is not None or config.data.name in ("digits", "images"):
         return
     there = (root / ".cache" / "data").glob("*/meta.json")
