@@ -108,8 +108,11 @@ def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_
     done = shell("submit", "tiny.yaml", *SLURM)
     assert done.returncode == 0 and "in the queue already: train as job 101" in done.stdout and done.stderr == ""
     assert str(stop) in done.stdout and stop.exists() and len(submissions(slurm)) == 1
-    done = shell("submit", "tiny.yaml", *SLURM, "--account", "other")
-    assert done.returncode == 0 and "stays as it was submitted: account is None there and 'other' here" in done.stderr
+    done = shell("submit", "tiny.yaml", *SLURM, "--account", "other", "--time", "150")
+    told = (
+        "stays as it was submitted: account is not given there and other here; time is not given there and 2h30m here. "
+    )
+    assert done.returncode == 0 and told in done.stderr, done.stderr
 
 
 def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(shell: Shell, slurm: Path) -> None:
