@@ -147,7 +147,7 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
         return  # told already
     save_s = size / rate
     told = scheduler.preemption(site.partition)
-    line = f"a checkpoint of {amount(size)} takes about {save_s:.1f} s to write here"
+    line = f"a checkpoint of {amount(size)} takes {_seconds(save_s)} to write here"
     in_time = save_s < site.lead_s / 2
     yield _judged(
         in_time, f"{line}; {site.lead_s} s are left before a time limit", "raise signal_lead_s in the profile"
@@ -170,6 +170,10 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
         else:
             how = "a successor job goes on" if "CANCEL" in mode.upper() else "SLURM requeues the job"
             yield Finding("pass", f"{name}: pre-emption ({mode.lower()}) leaves {left} s, and {how}")
+
+
+def _seconds(took: float) -> str:
+    return f"about {took:.1f} s" if took >= 0.1 else "less than 0.1 s"
 
 
 # ---------------------------------------------------------------- files
