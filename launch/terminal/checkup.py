@@ -26,7 +26,7 @@ from launch.cluster import code, inquiry, scheduler
 from launch.cluster.job import Job, at_home
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.cluster.values import slurm_minutes
+from launch.cluster.values import slurm_minutes, written
 
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint: weights, their average and Adam's two moments, float32."""
@@ -312,8 +312,18 @@ def _node(told: dict[str, Any], said: dict[str, Any], asked_at: float, site: Sit
     parts = [f"Python {told['python']}", f"torch {told['torch']} (CUDA {told['cuda']})", gpus]
     parts += [f"{told['cpus']} CPUs for us", f"{amount(told['tmp_bytes'])} free in its tmp"]
     good = not site.num_gpus or told["gpus"] > 0
-    remedy = "the job asked for a GPU and torch sees none: is this torch one for CUDA?"
-    yield _judged(good, f"node {host}: {', '.join(parts)}", remedy, "fail")
+    yield _judged(good, f"node {host}: {', '.join(parts)}", _no_gpu_there(told, site), "fail")
+
+
+def _no_gpu_there(told: dict[str, Any], site: Site) -> str:
+    """What to do where torch sees none on a node."""
+    asked = f"the probe asked for --gpus-per-node {site.gpus_per_node}, and torch sees none"
+    if told["cuda"] is None:
+        return f"{asked}: it is one without CUDA; rm -r .venv, then TORCH=default tools/env.sh makes another"
+    return (
+        f"{asked}, though it is one for CUDA: is there a driver for it (nvidia-smi on {told['host']}; README, CUDA), and "
+        f"was the job given a GPU? Else ask for it in your site's words: gpu_request in the profile"
+    )
 
 
 # ---------------------------------------------------------------- a profile
@@ -327,10 +337,13 @@ def profile(site: Site) -> str:
     lines = ["# Drafted by launch/doctor.py from what this cluster says; configs/cluster/example.yaml has the rest."]
     lines += [f"partition: {name}"] if name else ["# partition:"]
     accounts = inquiry.accounts()
-    lines += [f"account: {accounts[0]}"] if len(accounts) == 1 else [f"# account: one of {', '.join(accounts) or '?'}"]
+    if accounts:
+        lines.append(f"account: {accounts[0]}" if len(accounts) == 1 else f"# account: one of {', '.join(accounts)}")
     limit = there[name].time_limit if name in there else None
     most = slurm_minutes(limit) if limit else 24 * 60
-    lines.append(f"time: {min(most, 4 * 60)}m                # of one job; the run comes back until it is done")
+    lines.append(
+        f"time: {written(min(most, 4 * 60))}                  # of one job; the run comes back until it is done"
+    )
     lines.append(f"gpus_per_node: {site.gpus_per_node}")
     lines.append("# setup: ['module load cuda']")
     return "\n".join(lines) + "\n"
