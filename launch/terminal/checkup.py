@@ -73,7 +73,7 @@ def cluster(site: Site, root: Path, num_parameters: int) -> Findings:
         yield Finding("pass", f"SLURM answers: {inquiry.version()}, cluster {named}")
         yield from _site(settle(site, dry_run=False), root)
     except DDPMError as e:
-        yield Finding("fail", str(e))
+        yield Finding("fail", str(e), scheduler.NOT_REACHED if isinstance(e, scheduler.NoAnswer) else "")
         return
     yield from _saving(site, root, num_parameters)
 
@@ -321,8 +321,8 @@ def _no_gpu_there(told: dict[str, Any], site: Site) -> str:
     if told["cuda"] is None:
         return f"{asked}: it is one without CUDA; rm -r .venv, then TORCH=default tools/env.sh makes another"
     return (
-        f"{asked}, though it is one for CUDA: is there a driver for it (nvidia-smi on {told['host']}; README, CUDA), and "
-        f"was the job given a GPU? Else ask for it in your site's words: gpu_request in the profile"
+        f"{asked}, though it is one for CUDA: is there a driver for it (nvidia-smi on {told['host']}; README, CUDA), "
+        f"and was the job given a GPU? Else ask for it in your site's words: gpu_request in the profile"
     )
 
 

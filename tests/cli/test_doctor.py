@@ -22,6 +22,7 @@ def test_a_slurm_that_does_not_answer_and_a_place_that_cannot_be_written_are_nam
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert f"fail  {in_the_way / 'runs'} cannot be written (Not a directory)" in done.stdout
     assert "fail  sinfo: error: Unable to contact slurm controller" in done.stdout
+    assert "→ is this the login node, and SLURM_CONF" in done.stdout
 
 
 def test_data_of_ones_own_are_looked_at_as_a_submission_does(shell: Shell) -> None:
