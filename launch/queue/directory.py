@@ -29,7 +29,7 @@ from launch.cluster.site import Notify, Site
 from launch.cluster.values import written
 from launch.queue import notify
 
-NOT_GIVEN = (None, "", [])
+NOT_GIVEN: tuple[Any, ...] = (None, "", [])
 """Of a site's values: what asks for nothing."""
 
 
