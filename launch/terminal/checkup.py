@@ -179,8 +179,23 @@ def _seconds(took: float) -> str:
 # ---------------------------------------------------------------- files
 
 
-def storage(config: Config, root: Path, num_parameters: int) -> Findings:
-    """Whether there is room for a run, and its data. num_parameters: of its network."""
+def space_of_a_run(config: Config, num_parameters: int, num_images: int | None) -> tuple[int, int]:
+    """Bytes that a run has in the end, and how many milestones of it are kept for good: its checkpoints, averaged
+    weights and samples. num_images: of the data, by which epochs are counted; None: not known, and those count as none.
+    """
+    if num_images is not None or config.train.total_images:
+        config = config.resolve_length(num_images or 0)
+    steps, kept = config.train.total_steps or 0, config.checkpoint
+    milestones = steps // kept.milestone_every_steps if kept.milestone_every_steps else 0
+    if kept.milestone_every_epochs and num_images:
+        milestones += steps * config.train.global_batch // (kept.milestone_every_epochs * num_images)
+    checkpoints = (milestones + kept.keep_last) * num_parameters * BYTES_PER_PARAMETER
+    averages = (milestones + 1) * num_parameters * 4
+    return checkpoints + averages + config.sample.num_samples * config.data.image_size**2 * 3, milestones
+
+
+def storage(config: Config, root: Path, num_parameters: int, num_images: int | None) -> Findings:
+    """Whether there is room for a run, and its data. num_parameters: of its network; num_images: of the data."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as f:
@@ -191,12 +206,13 @@ def storage(config: Config, root: Path, num_parameters: int) -> Findings:
             return
         told = f"{root} has no file locks ({e.strerror}): a run's fence is then its only guard"
         yield Finding("warn", told, "keep runs where there are, if you can")
-    size = num_parameters * BYTES_PER_PARAMETER
-    need = size * (config.checkpoint.keep_last + 2) + config.sample.num_samples * config.data.image_size**2 * 3
+    need, milestones = space_of_a_run(config, num_parameters, num_images)
     there = os.statvfs(root)
     free = there.f_bavail * there.f_frsize
-    told = f"{root}: {amount(free)} free, and a run needs about {amount(need)}"
-    yield _judged(free > 2 * need, told, "remove old runs (launch/remove.py), or choose another --root")
+    told = (
+        f"{root}: {amount(free)} free, and a run has about {amount(need)} in the end, {milestones} milestones included"
+    )
+    yield _judged(free > need, told, "remove old runs (launch/remove.py), or choose another --root")
     if there.f_files:
         told = f"{root}: room for {there.f_favail:,} files, and a run has up to {FILES_OF_A_RUN:,}"
         yield _judged(there.f_favail > FILES_OF_A_RUN, told, "remove what you do not need, or choose another --root")

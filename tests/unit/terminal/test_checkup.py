@@ -4,10 +4,23 @@ import time
 
 import pytest
 
+from ddpm.config.data import Data
+from ddpm.config.sample import Sample
+from ddpm.config.schema import Config
+from ddpm.config.train import Checkpoint, Train
 from launch.cluster import inquiry, scheduler
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 from launch.terminal import checkup
+
+
+def test_the_space_of_a_run_is_that_of_its_end() -> None:
+    kept = Checkpoint(keep_last=2, milestone_every_steps=25, milestone_every_epochs=None)
+    train, sample = Train(total_epochs=4, global_batch=10), Sample(num_samples=7)
+    config = Config(name="x", train=train, checkpoint=kept, sample=sample, data=Data(image_size=8))
+    samples = 7 * 8 * 8 * 3
+    assert checkup.space_of_a_run(config, 1000, 250) == ((4 + 2) * 16_000 + (4 + 1) * 4_000 + samples, 4)
+    assert checkup.space_of_a_run(config, 1000, None) == (2 * 16_000 + 4_000 + samples, 0)
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
