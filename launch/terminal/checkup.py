@@ -37,12 +37,17 @@ FILES_OF_A_RUN = 2_000
 """Its sets, shards, logs and the data's cache, generously."""
 
 
-BY_HAND = {
-    "cifar10": "bring cifar-10-python.tar.gz by hand: python tools/prefetch.py --from cifar-10-python.tar.gz; or type "
-    "data.path=FOLDER_OR_ZIP, here and at submission, for images that lie elsewhere",
+FETCHED = {
+    "cifar10": "cifar-10-python.tar.gz",
+    "inception": "pt_inception-2015-12-05-6726825d.pth",
+    "dinov2": "dinov2_vitl14_pretrain.pth",
+}
+"""Data and extractors -> the one file that is fetched for them, as it is published."""
+BY_HAND = {name: f"bring {file} by hand: python tools/prefetch.py --from {file}" for name, file in FETCHED.items()} | {
     "celeba": "bring img_align_celeba.zip and its lists by hand: data.path=THEIR_FOLDER, here and at submission",
 }
-"""Data that cannot be fetched from here."""
+BY_HAND["cifar10"] += "; or type data.path=FOLDER_OR_ZIP, here and at submission, for images that lie elsewhere"
+"""What to do where they cannot be fetched from here."""
 
 
 @dataclass(frozen=True)
