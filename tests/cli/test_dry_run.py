@@ -191,7 +191,8 @@ def test_one_class_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: p
     plan = sample.sampling_config(sample.parse(), run, None).sample.class_plan
     assert plan == tuple(70 * (i == label) for i in range(9))
     for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, cat, a"),
-                        (["--class", "Cat"], "; did you mean 'cat'"), (["--class", "9"], "--class: no class '9'")):  # fmt: skip
+                        (["--class", "Cat"], "; did you mean 'cat'"),
+                        (["--class", "9"], "--class: no class '9'")):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["sample.py", "run", *words])
         with pytest.raises(RequestError, match=told):
             sample.sampling_config(sample.parse(), run, None)
