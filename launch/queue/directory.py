@@ -24,7 +24,7 @@ from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
 from launch.cluster import scheduler
 from launch.cluster.container import check_image, lines
-from launch.cluster.environment import PROJECT
+from launch.cluster.environment import PROJECT, default_partition
 from launch.cluster.site import Notify, Site
 from launch.cluster.values import written
 from launch.queue import notify
@@ -152,6 +152,8 @@ def _flat(site: Site) -> dict[str, Any]:
 
 def _is_default(partition: str) -> bool:
     """Whether jobs that name no partition go there."""
+    if exported := default_partition():
+        return partition == exported
     try:
         there = scheduler.partitions()
     except scheduler.SchedulerError:
