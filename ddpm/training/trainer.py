@@ -268,10 +268,21 @@ class Trainer:
         """A line of metrics; why its validation is left out where a stop was requested, or ""."""
         record, reason = self.meter.read(self.state), ""
         if self.held_out is not None and self.due.validate(self.at.step):
-            loss, reason = self.held_out.loss(self.state, stop_requested)
+            loss, reason = self._validate(self.held_out, stop_requested)
             record |= {} if loss is None else {"validation_loss": loss}
         self.chronicle.log(record)
         return reason
+
+    def _validate(self, held_out: HeldOut, stop_requested: StopRequested) -> tuple[float | None, str]:
+        """As `HeldOut.loss`, outside of what is metered; none from where on its images were overwritten."""
+        loss, reason = held_out.loss(self.state, stop_requested)
+        damage = "" if loss is None else held_out.data.damage()
+        if self.world.agree([int(bool(damage))])[0]:
+            why = damage or "what another rank reads was overwritten while it was mapped"
+            self.chronicle.say(f"no validation from here on in this life: {why}", step=self.at.step)
+            self.held_out = loss = None
+        self.meter.restart(self.at.step)
+        return loss, reason
 
     def _validate_late(self, stop_requested: StopRequested) -> str:
         """Where the line of this step says no loss on the held-out images, add it; why not, or ""."""
@@ -280,7 +291,7 @@ class Trainer:
             return ""
         if not self.world.share(self.chronicle.lacks_validation(step)):
             return ""
-        loss, reason = self.held_out.loss(self.state, stop_requested)
+        loss, reason = self._validate(self.held_out, stop_requested)
         if loss is not None:
             self.chronicle.validated(step, loss)
         return reason

@@ -76,6 +76,7 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
             f"run {run.name} was trained on the same images with other labels: {changed}; put them back into the "
             f"class folders that they were in, or choose another --name"
         )
+    record = {**record, "data": {**record["data"], **_held_out(run, record["data"])}}
     shell = _shell(run, of_record(record["launch"], "launch"), record)
     write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_shell(run, shell)
@@ -85,6 +86,19 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
+
+
+def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:
+    """`test` of the record's data: that of the first submission that validated, kept by one that does not. Raises
+    RequestError where the split is now another: one curve would be of two."""
+    before, now = data_of(run).get("test"), here.get("test")
+    if before and now and before["digest"] != now["digest"]:
+        raise RequestError(
+            f"run {run.name} was validated on another test split (digest {before['digest'][:12]}, now "
+            f"{now['digest'][:12]}); restore it, leave log.validate_every_steps out (null), or choose another --name"
+        )
+    found = now or before
+    return {"test": found} if found else {}
 
 
 def _id_of(run: RunDir, old: dict[str, Any], new: str) -> str | None:

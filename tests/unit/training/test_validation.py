@@ -1,8 +1,11 @@
 """ddpm/training/validation.py: a number that only the weights can change, and that changes no step."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -11,7 +14,7 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
-from ddpm.training import ranks, validation
+from ddpm.training import meter, ranks, validation
 from ddpm.training.trainer import Outcome
 from tests.training import ALONE, Life, assert_same_end, differences, live, make_config, make_images, make_run, on_ranks
 
@@ -84,3 +87,36 @@ def test_any_number_of_ranks_gives_the_same_bits(tmp_path: Path, monkeypatch: py
 def test_it_is_a_multiple_of_the_steps_between_lines() -> None:
     with pytest.raises(RequestError, match=r"log.validate_every_steps = 5: .* multiple of log.every_steps = 2; 4 is"):
         make_config(log__every_steps=2, log__validate_every_steps=5)
+
+
+def test_held_out_images_that_are_overwritten_end_validation_and_cost_no_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = make_run(tmp_path / "run"), tmp_path / "images.npy"
+    np.save(file, HELD_OUT.images)
+    mapped = replace(HELD_OUT, images=np.lib.format.open_memmap(file, mode="r"))
+    with Life(make_config(**OPTIONS, log__validate_every_steps=2), run, held_out=mapped) as life:
+
+        def stop_requested() -> None:
+            if life.trainer.at.step == 3:
+                np.save(file, HELD_OUT.images[::-1])  # in place
+
+        assert life.trainer.train(stop_requested) == Outcome(True, TOTAL)
+    assert list(validated(run)) == [2] and run.latest_step() == TOTAL
+    assert capsys.readouterr().out.count(f"no validation from here on in this life: {file}: overwritten") == 1
+
+
+def test_speed_is_that_of_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, validating = make_run(tmp_path), [0.0]
+    with Life(CONFIG, run, held_out=HELD_OUT) as life:
+        at, of = life.trainer.at, validation.HeldOut.loss
+
+        def loss(*args: Any) -> tuple[float | None, str]:
+            validating[0] += 1000
+            return of(*args)
+
+        monkeypatch.setattr(validation.HeldOut, "loss", loss)
+        monkeypatch.setattr(meter, "time", SimpleNamespace(monotonic=lambda: at.step + validating[0]))
+        life.train()
+    assert validating == [2000]
+    assert {r["images_per_s"] for r in read_jsonl(run.metrics)} == {CONFIG.train.global_batch}
