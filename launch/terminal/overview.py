@@ -14,7 +14,15 @@ from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
-from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
+from ddpm.run.records import (
+    last_validation,
+    lost_signature,
+    missing_lines,
+    parse_heartbeat,
+    place_of,
+    read_run,
+    skim_metrics,
+)
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
 from launch.cluster.scheduler import Queued, cluster_name
@@ -111,6 +119,7 @@ def describe(
         "saved_step": saved,
         "total_steps": config.train.total_steps if config else 0,
         "loss": last.get("loss"),
+        "validation_loss": last_validation(metrics),
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
         "expected_end": _expected_end(config, step, last) if state == "running" else None,
