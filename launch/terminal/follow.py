@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +23,11 @@ from launch.terminal import logfiles, streams
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
 ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be COMPLETING for hours
+
+
+def watch_with(run: RunDir) -> str:
+    """Said once something of a run is queued."""
+    return f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch"
 
 
 class Follower:
@@ -91,9 +97,8 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             time.sleep(0.2)
     except KeyboardInterrupt:
         follower.close()
-        print(
-            f"still running in the background (pid {process.pid}); stop it with: touch {run.stop_file}", file=sys.stderr
-        )
+        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
+        print(f"still running in the background (pid {process.pid}); stop it with: {how}", file=sys.stderr)
         return 130
     follower.close()
     if process.returncode:
