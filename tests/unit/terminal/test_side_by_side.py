@@ -99,3 +99,5 @@ def test_a_word_names_a_run_or_those_of_a_pattern_or_of_a_sweep(tmp_path: Path) 
     assert found("s-lr") == ["s-lr_1", "s-lr_2"] and found("s*", "other", "s") == ["s", "s-lr_1", "s-lr_2", "other"]
     with pytest.raises(RequestError, match="no run 'x"):
         found("s", "x*")
+    with pytest.raises(RequestError, match=r"and the sweeps s-lr .*did you mean s-lr"):
+        found("s-l")
