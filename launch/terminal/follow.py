@@ -62,11 +62,14 @@ class Follower:
         trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
         if total is not None and (step >= total or not trains):
             step, total, what, loss, speed = *self._shards(), "shards", self._says(), ""
+            if total is None:  # no set is begun: a score of what is there, or training that is not under way
+                what, loss = loss.lstrip(), ""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
-            print(f"{state} {what} {step}{f'/{total}' if total else ''}{loss}{speed}", flush=True)
+            count = f" {step}{f'/{total}' if total else ''}" if what in ("step", "shards") else ""
+            print(f"{state} {what}{count}{loss}{speed}".rstrip(), flush=True)
 
     def _shards(self) -> tuple[int, int | None]:
         """How many there are of the set that was begun last, and will be."""
