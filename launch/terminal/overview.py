@@ -37,6 +37,7 @@ LIVES = ("allocated", "started", "resumed", "requeued")
 """Events that only a life that had its nodes tells."""
 OWN_REASONS = ("STOP", "interrupted")
 """Why a life was asked to stop, where that was its owner's wish."""
+AT_WORK = ("running", "sampling", "scoring", "starting", "queued", "suspended", "held")
 OVERDUE = 3
 """So many times the interval between saves without one, and it is told."""
 
@@ -104,7 +105,7 @@ def describe(
     state = state or "unreadable"
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
-    failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
+    failed = latest.get("event") == "failed" and state not in AT_WORK
     samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
     damage.read(lambda: _check_sets(run, damage))
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
