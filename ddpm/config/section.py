@@ -36,6 +36,8 @@ class Section(BaseModel):
     )
     all_keys: ClassVar[str] = ""
     """Where a person sees all of them, in words."""
+    secret: ClassVar[bool] = False
+    """Whether no message may repeat what is in it."""
 
 
 def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -93,6 +95,9 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     while loc and ".".join(loc) not in known and err["type"] != "extra_forbidden" and len(loc) > 1:
         beyond = loc.pop()  # union branches, list positions and the keys of a mapping follow the key
         key = ".".join(loc) if ".".join(loc) in known else key
+    if err["type"] != "value_error" and (inside := _secret_section(kind, loc)):
+        keys = ", ".join(k.removeprefix(f"{inside}.") for k in known if k.startswith(f"{inside}."))
+        return f"{inside}: what is there is none of its keys' values, and not shown here; its keys: {keys}"
     if err["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(key, known, kind.all_keys if issubclass(kind, Section) else "")
     message = str(err["msg"]).removeprefix("Value error, ")
@@ -115,3 +120,14 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     if beyond and field is not None and get_origin(field.annotation) is dict:
         key, allowed = f"{key}.{beyond}", ""
     return f"{key} = {shown(err['input'])}: {message[0].lower()}{message[1:]}{allowed}"
+
+
+def _secret_section(kind: type[BaseModel], loc: list[str]) -> str:
+    """The section on the way of keys of which nothing may be repeated, or ""."""
+    section: Any = kind
+    for i, part in enumerate(loc):
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field is not None else None
+        if getattr(section, "secret", False):
+            return ".".join(loc[: i + 1])
+    return ""

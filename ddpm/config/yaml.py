@@ -165,7 +165,16 @@ def load_yaml(text: str, where: str) -> Any:
     except RecursionError:
         raise RequestError(f"{where}: not valid YAML: nested too deeply") from None
     except Exception as e:  # its constructors raise what Python does for `2020-13-45` or `!!int word`
-        raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+        raise RequestError(f"{where}: not valid YAML: {_told(e)}") from None
+
+
+def _told(e: Exception) -> str:
+    """In a line; without the text that it is about, which may hold a secret."""
+    if not isinstance(e, yaml.MarkedYAMLError):
+        return " ".join(str(e).split())
+    mark = e.problem_mark or e.context_mark
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+    return ", ".join(filter(None, [e.context, e.problem])) + where
 
 
 def written_items(text: str, where: str) -> list[str]:
@@ -177,7 +186,7 @@ def written_items(text: str, where: str) -> list[str]:
     try:
         node: Any = yaml.compose(inside, Loader=_Loader)
     except yaml.YAMLError as e:
-        raise RequestError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+        raise RequestError(f"{where}: not valid YAML: {_told(e)}") from None
     if node.end_mark.index != len(inside):
         raise RequestError(f"{where}: not valid YAML: it goes on after a bracket that opens nowhere")
     return [inside[item.start_mark.index : item.end_mark.index] for item in node.value]

@@ -64,6 +64,7 @@ class Container(Section):
 class Notify(Section):
     """How its owner is told that a run has finished, has failed for good, or is held: once, and never at a requeue."""
 
+    secret = True
     mail: Mail | None = None
     """SLURM mails to it when the job ends that ends the run; of a hold it does not."""
     command: Command = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.parse
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -155,9 +156,18 @@ def _command(words: Any) -> Any:
 
 def _url(text: Any) -> Any:
     """An address that may hold a secret: it is not repeated."""
-    if not isinstance(text, str) or not re.fullmatch(r"https?://[A-Za-z0-9\[][!-~]{1,2000}", text):
-        raise ValueError("notify.url: one address without spaces that begins with https:// (it is not shown here)")
-    return text
+    try:
+        if isinstance(text, str) and re.fullmatch(r"https?://[A-Za-z0-9\[][!-~]{1,2000}", text):
+            at = urllib.parse.urlsplit(text)
+            port = at.port  # raises where it is none
+            if at.hostname and "@" not in at.netloc and port != 0:
+                return text
+    except ValueError:
+        pass
+    raise ValueError(
+        "notify.url: one address without spaces, https://HOST/… or http://HOST/…, no user before its host (it is not "
+        "shown here)"
+    )
 
 
 Word = Annotated[str, BeforeValidator(_word)]

@@ -5,6 +5,7 @@ The run directory says what is done, and SLURM what is in the queue; whoever sub
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.cluster.job import Job, ranges
 from launch.cluster.site import Site
 from launch.queue import local, sets
 from launch.queue.directory import site_of
+from launch.queue.nodes import bad_nodes, to_avoid
 from launch.queue.submitting import sent_tasks, sent_where, submit, why_it_waits
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, is_told_to_stop, jobs_in_queue, known_stop, slurm_jobs
@@ -116,6 +118,7 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
     not answer: a second submission finds what there is.
     """
     there = [_in_queue(job, config) for job in jobs]
+    known = bad_nodes(jobs[0].run) if jobs else []
     new: list[str] = []
     ids: list[list[str]] = []
     told: list[str] = []
@@ -132,6 +135,10 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
                     jobs, refused = smaller, None
                 elif not ids:
                     raise
+        if (
+            new[1:] and bad_nodes(jobs[0].run) != known
+        ):  # the first has begun, and found one that those were sent without
+            _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
         waits = why_it_waits(new[0], jobs[0].stage) if ids and ids[0] == new[:1] else ""
     except scheduler.NoAnswer:
@@ -153,6 +160,15 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         stop = jobs[0].run.stop_file
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
     return [job for mine in ids for job in mine], told
+
+
+def _catch_up(jobs: list[Job], ids: list[list[str]], late: list[str]) -> None:
+    """Have the jobs of `late` do without the nodes that a life has died on since they were made up."""
+    for job, mine in zip(jobs, ids, strict=False):
+        if mine[0] in late and (without := to_avoid(job)):
+            of_the_site = str(job.options().get("exclude") or "")
+            with contextlib.suppress(scheduler.SchedulerError):
+                scheduler.exclude(mine[0], ",".join([*filter(None, [of_the_site]), *without]))
 
 
 def _with_room(jobs: list[Job], ids: list[list[str]], new: list[str], refusal: str) -> list[Job] | None:

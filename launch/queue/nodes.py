@@ -8,6 +8,7 @@ import time
 
 from ddpm.run.events import read_events
 from ddpm.run.files import seconds
+from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import default_partition
 from launch.cluster.job import Job
@@ -23,17 +24,21 @@ def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool
     return node in spare and left >= max(needed, total // 2)
 
 
+def bad_nodes(run: RunDir) -> list[str]:
+    """Where lives of the run died by themselves lately, as far as it tells."""
+    events = []
+    with contextlib.suppress(OSError):
+        events = of_this_cluster(read_events(run))
+    lately = (e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S)
+    return list(dict.fromkeys(e["bad_node"] for e in lately))
+
+
 def to_avoid(job: Job) -> tuple[str, ...]:
     """The nodes that a new job of the run is not to have, beside those that its site says.
 
     None where SLURM does not tell its nodes or the run what befell it, or where the job names those that it wants.
     """
-    events = []
-    with contextlib.suppress(OSError):
-        events = of_this_cluster(read_events(job.run))
-    lately = (e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S)
-    bad = list(dict.fromkeys(e["bad_node"] for e in lately))
-    options = job.options()
+    bad, options = bad_nodes(job.run), job.options()
     if not bad or "nodelist" in options:
         return ()
     site = job.site.at(job.stage)

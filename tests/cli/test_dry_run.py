@@ -489,7 +489,7 @@ def test_the_lines_that_prepare_prints_for_sampling_ask_for_all_that_a_submissio
     ((home, *words),) = typed(again, done.stdout)
     assert Path(home).parent == again.root / ".cache" / "code"
     assert words[-5:] == ["many", "--shards", "0-2", "--tasks", "2"]
-    wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=1", "array=0-1%16"}
+    wanted = {"account=lab", "qos=high", "time=60", "mem=8G", "gpus-per-node=2", "array=0-1%16"}
     assert {f"--{option}" for option in wanted} <= set(words)
 
 

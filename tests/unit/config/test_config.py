@@ -81,7 +81,7 @@ BAD = {
     "data: {name: celeba, label_attributes: [Bald, Male, Bald]}": ["data.label_attributes", "'Male', 'Bald'", "once"],
     "data: {name: celeba, label_attributes: [Male, Bald]}": ["model.num_classes", "0", "must be 4", "'Male', 'Bald'"],
     "data: {name: celeba}\nmodel: {num_classes: 2}": ["model.num_classes", "2", "data.label_attributes", "must be 0"],
-    "model: {channel_mults: [1, x]}": ["model.channel_mults", "'x'", "integer", "(1, 2, 2, 2)"],
+    "model: {channel_mults: [1, x]}": ["model.channel_mults", "'x'", "whole number", "(1, 2, 2, 2)"],
     "model: {channel_mults: []}": ["model.channel_mults", "[]", "one factor"],
     "model: {channel_mults: [1, 0]}": ["model.channel_mults", "0", ">= 1"],
     "model: {channel_mults: 2}": ["model.channel_mults", "2", "list, such as [1, 2]"],

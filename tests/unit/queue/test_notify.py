@@ -210,6 +210,9 @@ def test_a_secret_lies_in_one_file_that_its_owner_alone_reads(run: RunDir) -> No
     "wrong",
     [
         {"url": f"ftp://{SECRET}"},
+        {"url": f"https://me:{SECRET}@chat.example/x"},
+        {"url": f"https://chat.example:{SECRET}/x"},
+        {"url": f"https://[{SECRET}"},
         {"url": f"https://x/{SECRET} y"},
         {"url": [SECRET]},
         {"url": f"file:///{SECRET}"},
@@ -228,3 +231,22 @@ def test_what_nobody_can_be_told_by_is_refused_without_repeating_it(tmp_path: Pa
     with pytest.raises(RequestError, match=rf"notify\.{next(iter(wrong))}") as e:
         build(Site, load_profile(str(tmp_path / "site.yaml")), "profile")
     assert SECRET not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "notify: https://x/SECRET",
+        "notify: [SECRET]",
+        "notify: {https://SECRET: null}",
+        'notify: {url: "https://x/SECRET',
+        "notify: {url: https://x/SECRET: y}",
+        "notify: {url: https://x/SECRET}\nnotify: {}",
+        'notify: {url: &a "https://SECRET", mail: *b}',
+    ],
+)
+def test_a_profile_that_cannot_be_read_is_refused_without_repeating_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(RequestError) as e:
+        build(Site, load_profile(str(tmp_path / "site.yaml")), "profile")
+    assert "SECRET" not in str(e.value)

@@ -163,6 +163,26 @@ def died_on(run: RunDir, node: str, when: str) -> None:
     EventLog(run, "7", 0, "host").append("requeued", bad_node=node, time=when)
 
 
+@pytest.mark.parametrize(("asked", "excluded"), [("", "n2"), ("n1", "n1,n2")])
+def test_what_is_queued_while_a_life_of_the_first_dies_on_a_node_does_without_it_too(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, asked: str, excluded: str
+) -> None:
+    cluster.nodes = ["n1", "n2", "n3", "n4"]
+    site = Site(via="sbatch", exclude=asked or None)
+
+    def late(job: Job) -> str:  # the first job is at work before the second is in the queue
+        taken = submitting.submit(job)
+        if job.stage == "evaluate":
+            died_on(run, "n2", now())
+        return taken
+
+    monkeypatch.setattr(chain, "submit", late)
+    chain.queue([Job("train", run, site), Job("evaluate", run, site, "set")], Config())
+    assert [c for c in cluster.commands if c[:2] == ["scontrol", "update"]] == [
+        ["scontrol", "update", "jobid=102", f"excnodelist={excluded}"]
+    ]
+
+
 @VIA
 @pytest.mark.parametrize(("nodes", "asked", "excluded"), [
     (["n1", "n2", "n3", "n4"], {}, "n2"), (["n1", "n2", "n3", "n4"], {"exclude": "n1"}, "n1,n2"), (["n2"], {}, ""),

@@ -54,8 +54,8 @@ def test_a_stop_within_a_validation_is_heard_and_the_next_life_makes_up_for_it(
 
         def stop_requested() -> str | None:
             nonlocal asked
-            asked += life.trainer.at.step == 4  # once after the step, then in its validation
-            return "preempted" if asked == 2 else None
+            asked += life.trainer.at.step == 4  # twice after the step, then in its validation
+            return "preempted" if asked == 3 else None
 
         assert life.trainer.train(stop_requested) == Outcome(False, 4, "preempted", True)
     assert validated(run) == {} and [r["step"] for r in read_jsonl(run.metrics)] == [2, 4]
