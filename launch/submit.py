@@ -206,7 +206,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace, recipe: recipes.R
         return await_here(run, config, stages, begun, wait=args.wait)
     if args.prepare:
         return 0
-    print(f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch")
+    print(follow.watch_with(run))
     if not args.wait:
         return 0
     follow.follow_jobs(run, begun.jobs)

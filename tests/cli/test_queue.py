@@ -158,6 +158,7 @@ def test_a_set_with_eta_that_was_begun_under_the_name_of_one_without_goes_on_und
 
 def test_a_score_that_waits_in_the_queue_is_not_queued_a_second_time(again: Shell, slurm: Path) -> None:
     write_zip(again.cwd / "other.zip", {f"{i}.png": png(8, i) for i in range(3)})
+    shutil.rmtree(again.root / "tiny" / "eval")
     done = again("evaluate", "tiny", *SLURM)
     assert done.returncode == 0 and "queued: evaluate as job 101" in done.stdout, done.stderr
     done = again("evaluate", "tiny", *SLURM, "--reference", "train")
