@@ -26,7 +26,7 @@ from ddpm.data.labels import class_index
 from ddpm.data.packed import pack
 from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.forward import Diffusion
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
 from ddpm.network import build
 from ddpm.network.device import Device, as_device
 from ddpm.network.ema import EMA
@@ -87,11 +87,14 @@ def save(
 ) -> None:
     """A network's weights, or their average, as a .safetensors file, float32: `load` takes it, and `submit.py --from`.
 
-    config: kept in it, so that `load` needs no other. RequestError where `path` exists, or is called otherwise.
+    config: kept in it, so that `load` needs no other. RequestError where `path` exists, is called otherwise, or has no
+    folder.
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise RequestError(f"{path}: name it NAME.safetensors")
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: there is no folder {path.parent}; make it first")
     said = {} if config is None else {"config": config.to_yaml()}
     said |= {"classes": json.dumps(list(classes))} if classes else {}
     state = {name: value.detach().float().cpu() for name, value in weights.state_dict().items()}
@@ -301,20 +304,23 @@ class Model:
         classes = self.config.model.num_classes
         if not classes:
             raise RequestError("labels: the model has no classes (model.num_classes = 0); leave them out")
-        if isinstance(labels, int | str | np.integer):
-            labels = [labels] * num
+        many: Any = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
+        is_one = isinstance(many, str) or not isinstance(many, Iterable) or getattr(many, "ndim", 1) == 0
 
         def index(label: Any) -> Any:
             return class_index(label, self.classes, "labels") if isinstance(label, str) else label
 
-        given = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray([index(x) for x in labels]))
-        given = given.cpu()
-        if given.shape != (num,) or given.is_floating_point() or bool(((given < 0) | (given >= classes)).any()):
+        try:
+            given = np.asarray([index(x) for x in ([many] * num if is_one else many)])
+        except ValueError:  # lists of several lengths
+            given = np.empty(0, object)
+        if given.shape != (num,) or given.dtype.kind not in "iu" or ((given < 0) | (given >= classes)).any():
+            told = f"labels = {shown(labels)}" if is_one else f"labels of shape {given.shape}, {given.dtype}"
             raise RequestError(
-                f"labels of shape {tuple(given.shape)}: must be {num} whole numbers, one per image, "
+                f"{told}: must be {num} whole numbers, one per image, "
                 f"from 0 to {classes - 1} (model.num_classes = {classes})"
             )
-        return given.long().numpy()
+        return given.astype(np.int64)
 
 
 def _warn(message: str) -> None:

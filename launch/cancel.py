@@ -98,7 +98,7 @@ def is_finished(run: RunDir) -> bool:
 
 def main() -> int:
     args = parse()
-    runs = console.find_runs(args.runs, args.root)
+    runs = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
     told = []
     for run in runs:  # all of them first: none waits for another's end
         before = run.latest_step()

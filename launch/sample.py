@@ -23,6 +23,7 @@ from ddpm.config.schema import Config
 from ddpm.data.labels import class_index, class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.run.records import read_run
 from ddpm.run.state import finished_step
@@ -73,7 +74,9 @@ def parse() -> argparse.Namespace:
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"default: the config's sample.{name}")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
-    which.add_argument("--class", dest="class_name", metavar="CLASS", help="of this class alone: its name or number")
+    which.add_argument(
+        "--class", dest="classes", action="append", metavar="CLASS", help="of this class alone: its name or number"
+    )
     parser.add_argument(
         "--variance",
         choices=VARIANCES,
@@ -115,10 +118,13 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if args.class_plan is not None:
         num_samples = asked.get("num_samples", config.sample.num_samples)
         asked["class_plan"] = class_plan(args.class_plan, num_samples, config.model.num_classes)
-    if args.class_name is not None:
+    if args.classes is not None:
         names = class_names(config, read_run(run) if run.run_json.exists() else {})
         num_samples = asked.get("num_samples", config.sample.num_samples)
-        asked["class_plan"] = one_class(args.class_name, num_samples, names, config.model.num_classes)
+        asked["class_plan"] = one_class(args.classes, num_samples, names, config.model.num_classes)
+    shards, most = asked.get("shards", config.sample.shards), asked.get("num_samples", config.sample.num_samples)
+    if args.shards is None and shards > most >= 1:
+        asked["shards"] = most
     if "sampler" in asked and "steps" not in asked:
         asked["steps"] = usual_steps(config, asked["sampler"])
     return reading.of_run(run, [f"sample.{name}={json.dumps(value)}" for name, value in asked.items()])
@@ -141,11 +147,22 @@ def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
         raise RequestError(f"--class-plan {text!r}: must be `balanced`, or counts such as 100,100,50") from None
 
 
-def one_class(word: str, num_samples: int, names: list[str], num_classes: int) -> list[int]:
-    """The counts of a set of one class. names: of the classes, where they are known. Raises RequestError."""
+def one_class(words: list[str], num_samples: int, names: list[str], num_classes: int) -> list[int]:
+    """The counts of a set of one class, with a word where its name is another's number. names: of the classes, where
+    they are known. Raises RequestError."""
+    word, *more = words
+    if more:
+        raise RequestError(f"--class {' --class '.join(words)}: one class at a time; for several give --class-plan")
     if not num_classes:
         raise RequestError(f"--class {word}: the model has no classes (model.num_classes = 0); leave it out")
-    label = class_index(word, names or [str(i) for i in range(num_classes)], "--class")
+    numbers = [str(i) for i in range(num_classes)]
+    label = class_index(word, names or numbers, "--class")
+    if word in numbers and word != str(label):
+        other = plain(names[int(word)])
+        print(
+            f"--class {word}: the class of that name, number {label}; for number {word}: --class {other}",
+            file=sys.stderr,
+        )
     return [num_samples if i == label else 0 for i in range(num_classes)]
 
 

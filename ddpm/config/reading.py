@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,8 +32,11 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
             raise RequestError(f"config file {path} is {why}: bring that back, or restore the file") from None
         known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, known, 1, 0.5)
-        there = ", ".join(map(str, known.values())) or "none"
+        there = ", ".join(map(str, known.values()))
         hint = f"did you mean {known[near[0]]}?" if near else f"there are: {there}"
+        if not known:
+            folder = path.parent.absolute()
+            hint = f"{folder} has no .yaml file" if folder.is_dir() else f"there is no folder {folder}"
         raise RequestError(f"config file {path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"config file {path} cannot be read: {e}") from None
@@ -66,6 +70,8 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
     """
     record = read_run(run) if run.run_json.exists() else {}
     came = f" (it was submitted with: {shlex.join(map(str, record['command']))})" if record.get("command") else ""
+    if not os.path.lexists(run.config):
+        raise RequestError(f"{run.config} is missing: restore it{came}")
     if run.config.is_file() and not read_bytes(run.config).strip():
         raise RequestError(f"{run.config} is empty: restore it{came}")
     config = load(run.config, overrides)
@@ -79,7 +85,7 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into `tree`; the value is read as YAML. One length of training replaces another."""
-    key, eq, text = override.partition("=")
+    key, eq, text = str(override).partition("=")
     if not eq or not key:
         raise RequestError(f"{shown(override)} is not key=value; for example train.lr=1e-4")
     if (whole := key.rpartition(".")[0]) in field_keys(Config):

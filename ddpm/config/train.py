@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ddpm.config.section import Section
+from ddpm.errors import shown
 
 BY_LENGTH = ("cosine",)
 """Learning rates that depend on the length: with one of them the length is part of the mathematics."""
@@ -130,8 +132,18 @@ class Log(Section):
     validate_every_steps: int | None = Field(None, ge=1)
     """Steps between losses on images of the test split, at the same timesteps and noise each time, by the weights that
     `sample.weights` names; a multiple of every_steps, and at the end. null: none."""
-    wandb: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}$")
+    wandb: str | None = None
     """A project of Weights & Biases that gets the metrics and scores too, offline unless WANDB_MODE says otherwise."""
+
+    @field_validator("wandb")
+    @classmethod
+    def _project(cls, project: str | None) -> str | None:
+        if project is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}", project):
+            raise ValueError(
+                f"{shown(project)}: a project's name has 1 to 128 letters, digits, spaces and . _ -, a letter or digit "
+                f"first; ENTITY/PROJECT is not taken, WANDB_ENTITY in the environment names the entity"
+            )
+        return project
 
     @model_validator(mode="after")
     def _validation(self) -> Log:

@@ -186,6 +186,8 @@ def written_items(text: str, where: str) -> list[str]:
     try:
         node: Any = yaml.compose(inside, Loader=_Loader)
     except yaml.YAMLError as e:
+        if not all(map(str.strip, text.split(","))) and not re.search(r"[][{}'\"]", text):
+            raise RequestError(f"{where}: an empty value") from None
         raise RequestError(f"{where}: not valid YAML: {_told(e)}") from None
     if node.end_mark.index != len(inside):
         raise RequestError(f"{where}: not valid YAML: it goes on after a bracket that opens nowhere")

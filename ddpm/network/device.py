@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ddpm.config.schema import Config
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, RequestError, shown
 from ddpm.network import fused
 from ddpm.network.unet import UNet
 
@@ -98,10 +98,16 @@ def apply(resolved: Resolved) -> None:
 
 
 def as_device(device: Device = None) -> torch.device:
-    """The device that is meant."""
+    """The device that is meant. Raises RequestError where there is none such."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        meant = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise RequestError(f"device = {shown(device)}: use cpu, or cuda for a GPU") from None
+    if meant.type == "cuda" and (meant.index or 0) >= (num := torch.cuda.device_count()):
+        raise RequestError(f"device = {shown(str(meant))}: torch sees {num} GPUs here; use another, or cpu")
+    return meant
 
 
 def name_of(device: torch.device) -> str:

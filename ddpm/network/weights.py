@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,10 +80,14 @@ def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:
     """The tensors by name in a file of torch's: all there is, or one set of them, as in a checkpoint of ours or of a
     training framework's. Nothing but tensors is unpickled. weights: ema | model. RequestError where there are none."""
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as e:  # zipfile, pickle and torch raise a dozen kinds
+        if isinstance(e, pickle.UnpicklingError):  # torch's words tell how to run what lies in it
+            raise RequestError(f"{path}: holds more than weights; have it exported as .safetensors") from None
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise RequestError(f"{path}: not a readable file of weights ({reason}); copy it again") from None
     if isinstance(found, dict):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm.errors import RequestError
+from ddpm.errors import RequestError, shown
 from ddpm.run.images import tile
 
 OUTPUTS = ("numpy", "torch", "pil")
@@ -41,8 +41,8 @@ def grid(images: np.ndarray | Tensor | Sequence[Any], columns: int | None = None
             f"images of shape {array.shape} and type {array.dtype}: must be uint8 (N, H, W, 3), a tensor uint8 "
             f"(N, 3, H, W), or PIL pictures of one size"
         )
-    if columns is not None and columns < 1:
-        raise RequestError(f"columns = {columns}: must be at least 1")
+    if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int | np.integer) or columns < 1):
+        raise RequestError(f"columns = {shown(columns)}: must be a whole number of at least 1")
     return Image.fromarray(tile(array, columns=columns))
 
 

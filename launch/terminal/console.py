@@ -18,7 +18,7 @@ from typing import NoReturn
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.paths import EXPORTED_WEIGHTS, RunDir, listed
 from ddpm.run.records import usable
 from ddpm.run.stopping import ShowProgress
 from launch.cluster import environment
@@ -52,7 +52,7 @@ def run_script(main: Callable[[], int]) -> None:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, DDPMError):
         return error.exit_code
-    if isinstance(error, DamagedFile):
+    if isinstance(error, DamagedFile | NotADirectoryError | IsADirectoryError):
         return RequestError.exit_code  # of what is not there as it was nothing can be asked
     if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `… | head` has read enough
         return 0
@@ -109,6 +109,13 @@ def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path,
         for there in (environment.user_path(files[0]), environment.runs_root(root) / files[0]):
             if _may_be_run(there):
                 return there / "config.yaml", changes, RunDir(there)
+        if path.is_dir():
+            way = (
+                f"these are exported weights, which a new run starts from with --from {shlex.quote(files[0])}"
+                if (path / EXPORTED_WEIGHTS).is_file()
+                else "name a run, or a config file"
+            )
+            raise RequestError(f"{plain(files[0])}: a folder, and no run there; {way}")
     return path, changes, None
 
 

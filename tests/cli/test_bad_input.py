@@ -32,6 +32,10 @@ BAD = {
     "seed beyond 63 bits": ([f"seed={2**63}"], ["seed", "less than"]),
     "unknown choice": (["sample.sampler=euler"], ["sample.sampler", "euler", "ddim"]),
     "micro_batch that does not divide": (["train.micro_batch=3"], ["train.micro_batch = 3", "[1, 2, 4, 8]"]),
+    "an entity before a project": (
+        ["log.wandb=a/b"],
+        ["log.wandb = 'a/b': a project's name has 1 to 128 letters", "ENTITY/PROJECT is not taken"],
+    ),
     "batch over three ranks": (["--tasks-per-node", "3"], ["global_batch = 8", "3 ranks", "[1, 2, 4, 8]"]),
     "two nodes on one machine": (["--nodes", "2"], ["--nodes 2", "--tasks-per-node"]),
     "no nodes": (["--nodes", "0"], ["nodes = 0"]),
@@ -143,7 +147,10 @@ def test_a_file_that_is_no_config_is_refused(shell: Shell, case: str) -> None:
 def test_a_missing_config_file_is_named_with_its_nearest_match_wherever_the_user_stands(shell: Shell) -> None:
     assert f"did you mean {CIFAR}?" in shell.refused("submit", "configs/cifar11.yaml")
     assert "did you mean tiny.yaml?" in shell.refused("submit", "tyni.yaml")
-    assert "Is a directory" in shell.refused("submit", str(shell.cwd))
+    (shell.cwd / "none").mkdir()
+    assert "no run there; name a run, or a config file" in shell.refused("submit", str(shell.cwd))
+    (shell.cwd / "none" / "model.safetensors").touch()
+    assert "a new run starts from with --from none\n" in shell.refused("submit", "none")
 
 
 DATA: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -203,6 +210,9 @@ def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_tha
     assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
     assert "reference = test: digits has ['train']" in finished.refused("evaluate", "tiny", "--reference", "test")
     assert "use one of inception" in finished.refused("evaluate", "tiny", "--extractor", "vgg")
+    assert "--class cat --class 1: one class at a time" in finished.refused(
+        "sample", "tiny", "--class", "cat", "--class", "1"
+    )
 
 
 def test_a_set_of_one_sample_is_not_scored(again: Shell) -> None:

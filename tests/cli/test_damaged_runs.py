@@ -205,6 +205,14 @@ def test_what_a_finished_chain_prints_names_a_score_of_other_samples(
         assert "none that holds" in out and DAMAGES[name][1] in out and "Fréchet distance" not in out, out
 
 
+def test_a_run_that_lacks_what_is_exported_is_refused(damaged: Shell) -> None:
+    for name, told in (
+        ("checkpoints-file", "Not a directory: "),
+        ("config-gone", "config.yaml is missing: restore it"),
+    ):
+        assert told in damaged.refused("export", name, "out")
+
+
 def test_status_lists_the_events_of_damaged_runs(damaged: Shell) -> None:
     for how in ([], ["--json"]):
         done = damaged("status", "--events", *how)

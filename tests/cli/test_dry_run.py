@@ -180,8 +180,23 @@ def test_another_sampler_than_the_configs_does_not_take_over_its_eta(
         assert sample.sampling_config(sample.parse(), run, None).sample.eta == eta
 
 
+@pytest.mark.parametrize(("words", "shards"), [([], 4), (["--num-samples", "3"], 3), (["--num-samples", "9"], 4)])
+def test_a_small_set_has_no_more_shards_than_samples_unless_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], shards: int
+) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("sample: {num_samples: 64, shards: 4}\n")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "run", *words])
+    assert sample.sampling_config(sample.parse(), run, None).sample.shards == shards
+    monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--num-samples", "3", "--shards", "4"])
+    with pytest.raises(RequestError, match="shards = 4: at most"):
+        sample.sampling_config(sample.parse(), run, None)
+
+
 @pytest.mark.parametrize("word", ["cat", "3", "8"])
-def test_one_class_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+def test_one_class_goes_by_its_name_or_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
     run = RunDir(tmp_path)
     run.config.write_text("data: {name: images, path: pets}\nmodel: {num_classes: 9}\nsample: {num_samples: 64}\n")
     names = ["dog", "3", "owl", "cat", *"abcde"]  # a name comes first
@@ -190,6 +205,8 @@ def test_one_class_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--class", word, "--num-samples", "70"])
     plan = sample.sampling_config(sample.parse(), run, None).sample.class_plan
     assert plan == tuple(70 * (i == label) for i in range(9))
+    told = "--class 3: the class of that name, number 1; for number 3: --class cat\n" if word == "3" else ""
+    assert capsys.readouterr().err == told
     for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, cat, a"),
                         (["--class", "Cat"], "; did you mean 'cat'"),
                         (["--class", "9"], "--class: no class '9'")):  # fmt: skip

@@ -126,7 +126,8 @@ def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(she
     assert done.returncode == 0, done.stdout + done.stderr
     assert "told to save and leave: job 101\ncancelled: job 102\n" in done.stdout
     assert told.read_text().splitlines() == ["--state=PENDING 101", "--state=PENDING 102"]
-    assert "nothing of it is queued or at work" in shell("cancel", "tiny").stdout
+    twice = shell("cancel", "tiny", "../runs/tiny").stdout
+    assert twice == "run tiny: nothing of it is queued or at work\n"
 
 
 def test_what_waits_in_the_queue_is_not_removed(shell: Shell, slurm: Path) -> None:

@@ -260,11 +260,12 @@ def test_what_is_not_there_is_named(run, tmp_path):
         ({"weights": "both"}, "weights = 'both': use ema or model"),
         ({"precision": "fp16"}, "precision = 'fp16': use one of fp32, bf16"),
         ({"config": "configs/cifar10.yaml"}, "is a run and has its own"),
+        *(({"device": name}, f"device = '{name}': ") for name in ("tpu", "nowhere", "cuda:99")),
     ],
 )
 def test_options_that_no_run_has_are_refused(run, options, message):
     with pytest.raises(RequestError, match=message):
-        load(run.path, **options)
+        ddpm.load(run.path, **{"device": "cpu", **options})
 
 
 def test_a_run_that_was_trained_in_bf16_is_sampled_in_it_as_the_scripts_do(tmp_path):
@@ -313,6 +314,13 @@ def test_a_saved_model_is_loaded_again_without_its_config(run, tmp_path):
     assert np.array_equal(again.sample(3), model.sample(3))
     with pytest.raises(RequestError, match=r"mine\.safetensors exists: choose another name"):
         model.save(tmp_path / "mine.safetensors")
+    with pytest.raises(RequestError, match=r"there is no folder .*nowhere; make it"):
+        model.save(tmp_path / "nowhere" / "x.safetensors")
+    for path, told in ((tmp_path / "a.yaml", "has no .yaml file"), (tmp_path / "b" / "a.yaml", "there is no folder")):
+        with pytest.raises(RequestError, match=f"a.yaml does not exist; .*{told}"):
+            ddpm.load_config(path)
+    with pytest.raises(RequestError, match="3 is not key=value"):
+        ddpm.load_config(run.config, [3])
     with pytest.raises(RequestError, match=r"mine\.pt: name it NAME\.safetensors"):
         ddpm.save(model.network, tmp_path / "mine.pt")
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["mine.safetensors"]
@@ -501,7 +509,8 @@ def test_a_request_that_cannot_be_is_refused(run, options, message):
         load(run.path).sample(2, **options)
 
 
-@pytest.mark.parametrize("labels", [[0], [0, 3], [-1, 0], [0.0, 1.0], [[0, 1]]])
+@pytest.mark.parametrize("labels", [[0], [0, 3], [-1, 0], [0.0, 1.0], [[0, 1]], [[0], [0, 1]], [None, 0],
+                                    [True, False], 1.0, float("nan"), True, 3, torch.tensor(1.0)])  # fmt: skip
 def test_labels_that_are_not_one_class_for_each_image_are_refused(tmp_path, labels):
     run = make_run(tmp_path / "run", make_config(**WITH_CLASSES), steps=(10,))
     with pytest.raises(RequestError, match="must be 2 whole numbers, one per image, from 0 to 2"):
@@ -529,7 +538,10 @@ def test_samples_come_as_arrays_tensors_or_pictures_of_the_same_bytes(tmp_path, 
         (np.zeros((2, 8, 8, 1), np.uint8), None, r"images of shape \(2, 8, 8, 1\)"),
         ([], None, r"images of shape \(0,\)"),
         ([Image.new("RGB", (8, 8)), Image.new("L", (8, 9))], None, "these are of several sizes"),
-        (np.zeros((2, 8, 8, 3), np.uint8), 0, "columns = 0: must be at least 1"),
+        *(
+            (np.zeros((2, 8, 8, 3), np.uint8), columns, f"columns = {columns!r}: must be a whole number of at least 1")
+            for columns in (0, 1.5, "2", True)
+        ),
     ],
 )
 def test_what_is_no_row_of_images_makes_no_grid(images, columns, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddpm.errors import RequestError
-from ddpm.network.weights import read_safetensors
+from ddpm.network.weights import read_pickled, read_safetensors
 
 
 def framed(header: bytes, length: int | None = None, data: bytes = b"") -> bytes:
@@ -58,6 +59,16 @@ def test_what_is_no_file_at_all_is_refused_too(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RequestError, match="not a readable"):
             read_safetensors(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_of_more_than_weights_is_refused_without_torchs_advice(tmp_path: Path) -> None:
+    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=4))):
+        save({"a": torch.zeros(1), "b": tmp_path}, tmp_path / "evil.pt")
+        with pytest.raises(
+            RequestError, match=r"evil\.pt: holds more than weights; have it exported as \.safetensors$"
+        ):
+            read_pickled(tmp_path / "evil.pt")
 
 
 @pytest.mark.parametrize(
