@@ -27,7 +27,7 @@ from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/cancel.py cifar10          its training, what follows, what succeeds it; on this machine too
-  python launch/cancel.py low high         several runs
+  python launch/cancel.py low high 'lr-*'  several runs; a sweep by its name
 
 It leaves a file STOP in a run that is not complete. What is saved stays; submit it again to go on, which removes that.
 """
@@ -38,7 +38,7 @@ POLL_S = 1.0
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names or directories")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
 
@@ -98,7 +98,7 @@ def is_finished(run: RunDir) -> bool:
 
 def main() -> int:
     args = parse()
-    runs = list({run.path.resolve(): run for run in (console.find_run(word, args.root) for word in args.runs)}.values())
+    runs = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
     told = []
     for run in runs:  # all of them first: none waits for another's end
         before = run.latest_step()

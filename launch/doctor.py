@@ -12,10 +12,12 @@ import launch.first  # noqa: F401
 
 # isort: split
 import argparse
+import contextlib
 from pathlib import Path
 
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.paths import check_name
+from ddpm.run.paths import RunDir, check_name
+from launch import prepare
 from launch.cluster import environment
 from launch.cluster.options import PROFILES, add_options, resolve
 from launch.terminal import checkup, console, recipes
@@ -57,7 +59,10 @@ def main() -> int:
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
     num_parameters = recipe.num_parameters or 35_746_307
-    failed = [_say(finding) for finding in checkup.storage(recipe.config, root, num_parameters)]
+    num_images = None
+    with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
+        num_images = prepare.num_images(recipe.config, RunDir(root / "doctor"))
+    failed = [_say(finding) for finding in checkup.storage(recipe.config, root, num_parameters, num_images)]
     refused = [_say(finding) for finding in checkup.cluster(site, root, num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")

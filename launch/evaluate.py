@@ -23,8 +23,9 @@ from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
-from ddpm.run.paths import RunDir
+from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.records import data_of
+from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
 from ddpm.scoring.record import Score, is_signed, scores_of
 from launch import prepare
@@ -260,9 +261,18 @@ def _steps(steps: list[int]) -> str:
     return f"{len(steps)} (step {some})" if steps else ""
 
 
+def _has_gap(made: SampleSet) -> bool:
+    """Whether samples are asked for that are not there."""
+    return made.request.exists() and made.num_published() < read_request(made).shards
+
+
 def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
     """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
     run, name = job.run, job.set_name
+    if not _has_gap(run.sample_set(name)) and (there := score()) is not None:
+        more = "" if args.bits_per_dim else "; --reference and --extractor make others"
+        print(f"the score of {name} is complete: nothing to do{more}", file=sys.stderr)
+        return show(run, name, there, as_json=args.json)
     job = replace(job, despite=run.stop_mark())
     prepare.settle_code(run, new=args.code == "new")
     if job.site.is_local:
@@ -281,7 +291,7 @@ def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | 
             new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
             ids = [new]
             said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
-            print("\n".join([said, *filter(None, [waits])]))
+            print("\n".join([said, *filter(None, [waits]), follow.watch_with(run)]))
     if not args.wait:
         return 0
     with contextlib.redirect_stdout(sys.stderr):

@@ -32,7 +32,7 @@ EXAMPLES = """examples:
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a name or a directory")
+    parser.add_argument("run", metavar="RUN", help="a name, a directory, a pattern or a sweep")
     parser.add_argument("-f", "--follow", action="store_true", help="stay, and show what is added")
     parser.add_argument("--stage", choices=logfiles.STAGES, help="of these jobs alone")
     parser.add_argument("--all", action="store_true", help="with what srun, slurmstepd and submitit say")
@@ -54,7 +54,19 @@ def how_it_ended(run: RunDir) -> str:
 
 def main() -> int:
     args = parse()
-    run = console.find_run(args.run, args.root)
+    runs = console.find_runs([args.run], args.root)
+    if args.follow and len(runs) > 1:
+        raise RequestError(f"--follow is of one run: {', '.join(run.name for run in runs)}")
+    for run in runs if len(runs) > 1 else []:
+        if logfiles.of_run(run, args.stage):
+            show(run, args)
+        else:
+            print(f"run {run.name} has said nothing yet", file=sys.stderr)
+    return 0 if len(runs) > 1 else show(runs[0], args)
+
+
+def show(run: RunDir, args: argparse.Namespace) -> int:
+    """What the newest job of a run says. Raises RequestError where none has said anything."""
     keep = logfiles.Filter(everything=args.all)
     files = logfiles.of_run(run, args.stage)
     if args.follow:

@@ -231,6 +231,9 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
         ) from None
     try:
         return _pack(config, site, cache, stages)
+    except KeyboardInterrupt:
+        print("nothing was queued; the same command packs anew, and keeps what is packed whole", file=sys.stderr)
+        raise
     except DDPMError:
         for path in made:  # a refused request leaves nothing behind
             with contextlib.suppress(OSError):

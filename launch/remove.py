@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What removing a run would free; with --yes, remove it."""
+"""What removing runs would free; with --yes, remove them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from launch.terminal import console
 EXAMPLES = """examples:
   python launch/remove.py old-run            what it has, and how much; removes nothing
   python launch/remove.py old-run --yes      remove it, for good
+  python launch/remove.py 'lr-*' other       several runs, or a sweep by its name; none of them where one is refused
 
 Refused while anything of the run is queued or at work (python launch/cancel.py RUN), and where another run reads it.
 """
@@ -38,8 +39,8 @@ Refused while anything of the run is queued or at work (python launch/cancel.py 
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a name or a directory")
-    parser.add_argument("--yes", action="store_true", help="remove it")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+    parser.add_argument("--yes", action="store_true", help="remove them")
     parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
     return parser.parse_args()
 
@@ -106,19 +107,22 @@ def remove(run: RunDir) -> None:
 
 def main() -> int:
     args = parse()
-    run = console.find_run(args.run, args.root)
-    check(run, environment.runs_root(args.root))
-    print(f"{'removing' if args.yes else 'would remove'} {run.path}, which is at step {run.latest_step()}:")
-    tell(run)
+    runs, root = console.find_runs(args.runs, args.root), environment.runs_root(args.root)
+    for run in runs:  # nothing is removed before all can be
+        check(run, root)
+    for run in runs:
+        print(f"{'removing' if args.yes else 'would remove'} {run.path}, which is at step {run.latest_step()}:")
+        tell(run)
     if not args.yes:
-        again = f"python launch/remove.py {shlex.quote(args.run)}{console.same_root(args.root)} --yes"
+        again = f"python launch/remove.py {shlex.join(args.runs)}{console.same_root(args.root)} --yes"
         print(f"nothing was removed; for good: {again}")
         return 0
     sys.stdout.flush()
-    with turn(run):
-        check(run, environment.runs_root(args.root))
-        remove(run)
-    print("removed")
+    for run in runs:
+        with turn(run):
+            check(run, root)
+            remove(run)
+        print(f"removed {run.name}" if len(runs) > 1 else "removed", flush=True)
     return 0
 
 

@@ -308,7 +308,8 @@ def queue_once(job: Job) -> list[str]:
         print(f"shards of {job.set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         return there
     new, waits = submit_alone(job)
-    print("\n".join([f"queued: {job.set_name} as job {new}{chain.tasks_told(job, new)}", *filter(None, [waits])]))
+    said = f"queued: {job.set_name} as job {new}{chain.tasks_told(job, new)}"
+    print("\n".join([said, *filter(None, [waits]), follow.watch_with(job.run)]))
     return [new]
 
 

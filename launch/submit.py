@@ -12,6 +12,7 @@ import launch.first  # noqa: F401
 
 # isort: split
 import argparse
+import difflib
 import shlex
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site, reci
         overrides = [o for o in overrides if not o.startswith("name=")] + [f"name={check_name(args.name)!r}"]
     stages = [s for s in args.then.split(",") if s]
     if stages not in ([], ["sample"], ["sample", "evaluate"]):
-        raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate")
+        near = [word for s in stages for word in difflib.get_close_matches(s, ("sample", "evaluate"), 1)]
+        meant = "; did you mean sample,evaluate?" if "evaluate" in near else "; did you mean sample?" if near else ""
+        raise RequestError(f"--then {args.then}: allowed are sample, and sample,evaluate{meant}")
     root = environment.runs_root(args.root)
 
     def read(more: list[str]) -> Config:
@@ -203,7 +206,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace, recipe: recipes.R
         return await_here(run, config, stages, begun, wait=args.wait)
     if args.prepare:
         return 0
-    print(f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch")
+    print(follow.watch_with(run))
     if not args.wait:
         return 0
     follow.follow_jobs(run, begun.jobs)

@@ -116,7 +116,7 @@ PY
     }
 
     install() {
-        local log=$venv/install.log spec=$root index=() unknown
+        local log=$venv/install.log spec=$root index=()
         all=$(union "${installed:-}" "$extras")
         [ -z "$all" ] || spec="${root}[$all]"
         if ! "$venv/bin/python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' &&
@@ -134,10 +134,6 @@ PY
             tail -n 15 "$log" >&2
             die 1 "pip failed; everything it said is in $log"
         fi
-        # To pip an extra that does not exist is only worth a warning.
-        while read -r unknown; do
-            [[ ,$extras, != *,$unknown,* ]] || die 2 "pyproject.toml has no extra '$unknown'"
-        done < <(sed -n "s/.*does not provide the extra '\(.*\)'.*/\1/p" "$log")
         echo "$want_hash $all" >"$stamp.new"
         mv "$stamp.new" "$stamp"
         say "ready: .venv with [${all:-no extras}]"
@@ -151,6 +147,12 @@ PY
     extras=$(union "${1:-}")
     [[ $extras =~ ^[A-Za-z0-9._,-]*$ ]] || die 2 "extras are names with commas between them, got: $1"
     [ -r "$root/pyproject.toml" ] || die 2 "$root has no pyproject.toml"
+    # To pip an extra that does not exist is only worth a warning.
+    known=$(sed -n '/^\[project\.optional-dependencies\]/,/^\[[^]]*\]$/s/^\([A-Za-z0-9_-]*\) *=.*/\1/p' \
+        "$root/pyproject.toml" | paste -sd ',')
+    for extra in ${extras//,/ }; do
+        [[ ,$known, == *,$extra,* ]] || die 2 "pyproject.toml has no extra '$extra'; there are ${known//,/, }"
+    done
     want_hash=$(sha256sum <"$root/pyproject.toml" | cut -c 1-64)
 
     up_to_date && exit 0

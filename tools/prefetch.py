@@ -25,7 +25,7 @@ from launch import prepare
 from launch.cluster import environment
 from launch.cluster.options import load_profile
 from launch.cluster.site import Site
-from launch.terminal import console
+from launch.terminal import checkup, console
 
 EXAMPLES = """examples:
   python tools/prefetch.py                                    CIFAR-10 and the Inception weights
@@ -62,12 +62,20 @@ def known_files() -> dict[str, Known]:
     }
 
 
+def check_names(paths: list[Path]) -> None:
+    """Before torch is loaded, which takes seconds. Raises RequestError."""
+    known = list(checkup.FETCHED.values())
+    for path in paths:
+        if path.name not in known:
+            raise RequestError(f"--from {path}: no file of this name is fetched; known are {', '.join(known)}")
+
+
 def bring(path: Path, cache: Path) -> None:
-    """Put a file that was brought by hand where a download would have put it. Raises RequestError, EnvironmentLacks."""
-    known = known_files()
-    if path.name not in known:
-        raise RequestError(f"--from {path}: no file of this name is fetched; known are {', '.join(known)}")
-    place = known[path.name]
+    """Put a file of a known name that was brought by hand where a download would have put it.
+
+    Raises RequestError, EnvironmentLacks.
+    """
+    place = known_files()[path.name]
     try:
         with open_file(path) as source:
             digest = _digest(source, place.algorithm) if place.digest else ""
@@ -132,19 +140,21 @@ def main() -> int:
     site = Site(**load_profile(args.profile))
     root = environment.runs_root(args.root)
     cache = prepare.cache_of(site, root)
-    for name in args.files:
-        bring(environment.user_path(name, "--from"), cache)
+    files = [environment.user_path(name, "--from") for name in args.files]
+    check_names(files)
+    for file in files:
+        bring(file, cache)
     lacking = []
-    for fetch in (
-        lambda: prepare.prepare_inputs(config, site, root, []),
-        lambda: prepare.ensure_weights(config.evaluate.extractor, cache / "data"),
+    for name, fetch in (
+        (config.data.name, lambda: prepare.prepare_inputs(config, site, root, [])),
+        (config.evaluate.extractor, lambda: prepare.ensure_weights(config.evaluate.extractor, cache / "data")),
     ):
         try:
             fetch()
         except EnvironmentLacks as e:  # what can be had is fetched all the same
-            lacking.append(str(e))
+            lacking.append("\n      → ".join(filter(None, (str(e), checkup.BY_HAND.get(name)))))
     if lacking:
-        raise EnvironmentLacks("\n".join(lacking))
+        raise EnvironmentLacks("\nerror: ".join(lacking))
     if args.statistics:
         compute_statistics(config, cache)
     print(f"all that jobs read is in {cache}")

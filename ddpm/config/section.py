@@ -117,9 +117,20 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         section = section.model_fields[part].annotation if part in section.model_fields else section
     field = section.model_fields.get(key.split(".")[-1]) if hasattr(section, "model_fields") else None
     allowed = f" (default {field.default!r})" if field is not None else ""
+    if err["type"] == "literal_error" and (near := _near(err["input"], str(err["ctx"]["expected"]))):
+        allowed += f"; did you mean {near!r}?"
     if beyond and field is not None and get_origin(field.annotation) is dict:
         key, allowed = f"{key}.{beyond}", ""
     return f"{key} = {shown(err['input'])}: {message[0].lower()}{message[1:]}{allowed}"
+
+
+def _near(word: object, expected: str) -> str | None:
+    """The one of several words that is meant by another. expected: 'this', 'that' or 'those'."""
+    known = re.findall("'([^']+)'", expected)
+    if not isinstance(word, str) or len(known) < 2:
+        return None
+    near = [k for k in known if word and k.startswith(word.lower())] or difflib.get_close_matches(word, known, 1)
+    return near[0] if near else None
 
 
 def _secret_section(kind: type[BaseModel], loc: list[str]) -> str:

@@ -6,6 +6,7 @@ change no step of a model without classes, so that whoever compares asks for the
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,10 @@ def class_index(word: str, names: Sequence[str], what: str) -> int:
         if word in known:
             return known.index(word)
     more = f", and {len(names) - TOLD} more" if len(names) > TOLD else ""
-    raise RequestError(f"{what}: no class {word!r}; there are {', '.join(map(plain, names[:TOLD]))}{more}")
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), lower, 1, 0.7)
+    meant = f"; did you mean {lower[near[0]]!r}?" if near else ""
+    raise RequestError(f"{what}: no class {word!r}; there are {', '.join(map(plain, names[:TOLD]))}{more}{meant}")
 
 
 def told_of_classes(record: dict[str, Any]) -> str:

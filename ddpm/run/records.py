@@ -225,6 +225,11 @@ def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
     return records, 0, wrong
 
 
+def last_validation(metrics: list[Record]) -> float | None:
+    """The newest loss on held-out images that these lines have; None where they have none."""
+    return next((m["validation_loss"] for m in reversed(metrics) if m.get("validation_loss") is not None), None)
+
+
 def read_metrics(run: RunDir) -> list[Record]:
     """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look, DamagedFile where it is no such
     file."""

@@ -150,12 +150,16 @@ class Telemetry:
                 step=f"{record['step']}/{self._total_steps}",
                 epoch=f"{record['epoch']:.2f}",
                 loss=f"{record['loss']:.4f}",
+                **_validation(record),
                 grad_norm=f"{record['grad_norm']:.3f}",
                 lr=f"{record['lr']:.2e}",
                 images_per_s=f"{record['images_per_s']:.1f}",
             )
         else:
-            self._bar.update(0, description=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} img/s")
+            losses = " ".join(
+                [f"loss {record['loss']:.4f}", *(f"validation {v}" for v in _validation(record).values())]
+            )
+            self._bar.update(0, description=f"{losses}  {record['images_per_s']:.0f} img/s")
 
     def lacks(self, step: int, key: str) -> bool:
         """Whether an earlier life's line of `step` is there without `key`."""
@@ -177,6 +181,7 @@ class Telemetry:
 
         self._try("metrics", write)
         for record in amended:
+            say(step=f"{step}/{self._total_steps}", **_validation(record))
             self._try("tensorboard", functools.partial(self._show_late, record))
 
     def _show_late(self, record: dict[str, Any]) -> None:
@@ -252,6 +257,12 @@ class Telemetry:
 
 
 _excepthook = threading.excepthook
+
+
+def _validation(record: dict[str, Any]) -> dict[str, str]:
+    """The loss on held-out images as the console has it; {} where the record has none."""
+    loss = record.get("validation_loss")
+    return {} if loss is None else {"validation_loss": f"{loss:.4f}"}
 
 
 def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:

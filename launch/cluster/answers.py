@@ -19,6 +19,10 @@ class NoJobId(SchedulerError):
     """sbatch ended well and told no job's id: there is a job, perhaps, and asking again would queue another."""
 
 
+NOT_REACHED = "is this the login node, and SLURM_CONF, if it is set, this cluster's? Else try again later"
+"""What to do after NoAnswer."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """What SLURM says of a job, or of one task of an array."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from launch.cluster import by_submitit, by_template
-from launch.cluster.answers import Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
+from launch.cluster.answers import NOT_REACHED, Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
@@ -40,6 +40,7 @@ from launch.cluster.slurm_questions import (
 )
 
 __all__ = [
+    "NOT_REACHED",
     "Mercy",
     "NoAnswer",
     "NoJobId",

@@ -35,6 +35,14 @@ def minutes(text: str | int) -> int:
     return total
 
 
+def written(total_min: int) -> str:
+    """A time limit as `minutes` reads it, and people write it: 4h, 1d12h, 2h30m."""
+    (days, rest), parts = divmod(total_min, 1440), []
+    for number, unit in ((days, "d"), (rest // 60, "h"), (rest % 60, "m")):
+        parts += [f"{number}{unit}"] if number else []
+    return "".join(parts) or "0m"
+
+
 def slurm_minutes(text: str) -> int:
     """A time limit as SLURM writes it, in minutes, begun ones too; 0 where it is none. A:B is minutes and seconds."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text)

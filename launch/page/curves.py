@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from launch.page.chart import MOST_POINTS, Line, Point, chart, finite, smoothed, thinned
@@ -59,9 +58,3 @@ def _ends(points: list[Point]) -> str:
     at, least = min(points, key=lambda point: point[1])
     step, last = points[-1]
     return f"{digits(last)} at step {step:,}, the least {digits(least)} at step {at:,}"
-
-
-def last_mean(metrics: Metrics) -> float | None:
-    """The loss at the end, as the running mean has it."""
-    points = smoothed(_points(metrics, "loss"))
-    return points[-1][1] if points and math.isfinite(points[-1][1]) else None

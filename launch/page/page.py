@@ -15,6 +15,7 @@ from launch.page.markup import Html, Part, document, join, note, section, tag
 from launch.page.style import STYLE
 from launch.page.words import at, digits
 from launch.terminal import faults
+from launch.terminal.side_by_side import SMOOTHED_LINES, smoothed_loss
 
 
 def of_run(facts: Facts) -> str:
@@ -70,7 +71,7 @@ def _lead(facts: Facts) -> str:
 
 def _figures(facts: Facts) -> Html:
     row, best = facts.row, headline(facts.scores)
-    loss = curves.last_mean(facts.metrics)
+    loss = smoothed_loss(facts.metrics)
     found: list[tuple[str, str, str]] = []
     if best is not None:
         r = best.record
@@ -79,7 +80,7 @@ def _figures(facts: Facts) -> Html:
     percent = f"{100 * row['step'] // row['total_steps']} % of {row['total_steps']:,}" if row["total_steps"] else ""
     found.append(("step", f"{row['step']:,}", percent))
     if loss is not None:
-        found.append(("loss", digits(loss), "running mean"))
+        found.append(("loss", digits(loss), f"mean of {SMOOTHED_LINES} lines"))
     if row["images_per_s"] is not None:
         found.append(("images a second", f"{row['images_per_s']:,.0f}", "last told"))
     if row["goodput"] is not None:

@@ -55,7 +55,13 @@ def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
     values = {key: [recipe.as_typed(row["differs"][key]) if row["differs"] else "" for row in rows] for key in keys}
     beside = keys if len(keys) <= MOST_BESIDE else []
     columns = [Column("run"), *(Column(tag("code", key), True) for key in beside), Column("state")]
-    columns += [Column("step", True), Column("loss", True), Column("score"), Column("of"), Column("goodput", True)]
+    columns += [
+        Column("step", True),
+        Column(side_by_side.LOSS, True),
+        Column("score"),
+        Column("of"),
+        Column("goodput", True),
+    ]
     cells: list[list[Part]] = []
     for i, row in enumerate(rows):
         facts, score = of[row["path"]], row["score"] or {"number": "", "of": ""}
@@ -66,7 +72,8 @@ def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
             "" if good is None else f"{good:.1%}",
         ])  # fmt: skip
     told = "" if keys else "Their configs do not differ. "
-    parts: list[Part] = [table(columns, cells), note(told, "Loss: the mean at the end."), _incomparable(rows, of)]
+    told += f"{side_by_side.LOSS.capitalize()}: {side_by_side.WHICH_LOSS}."
+    parts: list[Part] = [table(columns, cells), note(told), _incomparable(rows, of)]
     if len(beside) < len(keys):
         names = [Column("key"), *(Column(of[row["path"]].run.name, True) for row in rows)]
         parts.append(table(names, [[tag("code", key), *values[key]] for key in keys]))

@@ -19,12 +19,18 @@ from ddpm.config.section import build
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, now, read_json, sign, write_bytes, write_json
+from ddpm.run.log import plain
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
+from launch.cluster import scheduler
 from launch.cluster.container import check_image, lines
-from launch.cluster.environment import PROJECT
+from launch.cluster.environment import PROJECT, default_partition
 from launch.cluster.site import Notify, Site
+from launch.cluster.values import written
 from launch.queue import notify
+
+NOT_GIVEN: tuple[Any, ...] = (None, "", [])
+"""Of a site's values: what asks for nothing."""
 
 
 def create_run(
@@ -137,14 +143,44 @@ def site_of(run: RunDir) -> Site:
 
 def not_taken(run: RunDir, site: Site) -> str:
     """What is asked of a job that is in the queue already, and is not what it was submitted with; "" where nothing."""
-    asked, sent = (s.model_dump(mode="json") for s in (site, site_of(run)))
-    told = [f"{key} is {sent[key]!r} there and {asked[key]!r} here" for key in asked if asked[key] != sent[key]]
+    asked, sent = _flat(site), _flat(site_of(run))
+    differ = [key for key in asked if asked[key] not in NOT_GIVEN and asked[key] != sent.get(key)]
+    if "partition" in differ and not sent["partition"] and _is_default(asked["partition"]):
+        differ.remove("partition")
+    told = [f"{key} is {_word(key, sent.get(key))} there and {_word(key, asked[key])} here" for key in differ]
     if not told:
         return ""
     return (
         f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
         f"python launch/cancel.py {shlex.quote(str(run.path))}, and submit again"
     )
+
+
+def _flat(site: Site) -> dict[str, Any]:
+    """Its values by dotted keys: sbatch.nice, sample.time."""
+    flat: dict[str, Any] = {}
+    for key, value in site.model_dump(mode="json").items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _is_default(partition: str) -> bool:
+    """Whether jobs that name no partition go there."""
+    if exported := default_partition():
+        return partition == exported
+    try:
+        there = scheduler.partitions()
+    except scheduler.SchedulerError:
+        return False
+    return partition in there and there[partition].is_default
+
+
+def _word(key: str, value: Any) -> str:
+    if value in NOT_GIVEN:
+        return "not given"
+    if key.rpartition(".")[2] == "time":
+        return written(value)
+    return plain("; ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:

@@ -39,11 +39,16 @@ class Work:
 
 
 def of_run(run: RunDir) -> Work:
-    """Raises SchedulerError where SLURM does not answer."""
+    """Raises NoAnswer where SLURM does not answer, SchedulerError where it refuses."""
     events = read_events(run)
     jobs = slurm_jobs(run, events)
     asked = jobs if scheduler.available() else []
-    states = scheduler.queued(asked) if asked else {}
+    try:
+        states = scheduler.queued(asked) if asked else {}
+    except scheduler.NoAnswer as e:
+        raise scheduler.NoAnswer(
+            f"cannot tell whether run {run.name} is at work while SLURM does not answer: {scheduler.NOT_REACHED}\n  {e}"
+        ) from None
     here = {job: pid for job, (pid, _) in local.at_work(run).items()}
     return Work(states, here, "" if states or here else _beats(run, events, gone=asked))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddpm.config.schema import Config
-from ddpm.errors import DDPMError
+from ddpm.errors import DDPMError, RequestError
 from ddpm.run.files import read_json, write_json
 from ddpm.run.log import amount, plain
 from ddpm.run.paths import RunDir
@@ -26,7 +26,7 @@ from launch.cluster import code, inquiry, scheduler
 from launch.cluster.job import Job, at_home
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.cluster.values import slurm_minutes
+from launch.cluster.values import slurm_minutes, written
 
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint: weights, their average and Adam's two moments, float32."""
@@ -37,12 +37,17 @@ FILES_OF_A_RUN = 2_000
 """Its sets, shards, logs and the data's cache, generously."""
 
 
-BY_HAND = {
-    "cifar10": "bring cifar-10-python.tar.gz by hand: python tools/prefetch.py --from cifar-10-python.tar.gz; or type "
-    "data.path=FOLDER_OR_ZIP, here and at submission, for images that lie elsewhere",
+FETCHED = {
+    "cifar10": "cifar-10-python.tar.gz",
+    "inception": "pt_inception-2015-12-05-6726825d.pth",
+    "dinov2": "dinov2_vitl14_pretrain.pth",
+}
+"""Data and extractors -> the one file that is fetched for them, as it is published."""
+BY_HAND = {name: f"bring {file} by hand: python tools/prefetch.py --from {file}" for name, file in FETCHED.items()} | {
     "celeba": "bring img_align_celeba.zip and its lists by hand: data.path=THEIR_FOLDER, here and at submission",
 }
-"""Data that cannot be fetched from here."""
+BY_HAND["cifar10"] += "; or type data.path=FOLDER_OR_ZIP, here and at submission, for images that lie elsewhere"
+"""What to do where they cannot be fetched from here."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def cluster(site: Site, root: Path, num_parameters: int) -> Findings:
         yield Finding("pass", f"SLURM answers: {inquiry.version()}, cluster {named}")
         yield from _site(settle(site, dry_run=False), root)
     except DDPMError as e:
-        yield Finding("fail", str(e))
+        yield Finding("fail", str(e), scheduler.NOT_REACHED if isinstance(e, scheduler.NoAnswer) else "")
         return
     yield from _saving(site, root, num_parameters)
 
@@ -147,7 +152,7 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
         return  # told already
     save_s = size / rate
     told = scheduler.preemption(site.partition)
-    line = f"a checkpoint of {amount(size)} takes about {save_s:.1f} s to write here"
+    line = f"a checkpoint of {amount(size)} takes {_seconds(save_s)} to write here"
     in_time = save_s < site.lead_s / 2
     yield _judged(
         in_time, f"{line}; {site.lead_s} s are left before a time limit", "raise signal_lead_s in the profile"
@@ -172,11 +177,30 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
             yield Finding("pass", f"{name}: pre-emption ({mode.lower()}) leaves {left} s, and {how}")
 
 
+def _seconds(took: float) -> str:
+    return f"about {took:.1f} s" if took >= 0.1 else "less than 0.1 s"
+
+
 # ---------------------------------------------------------------- files
 
 
-def storage(config: Config, root: Path, num_parameters: int) -> Findings:
-    """Whether there is room for a run, and its data. num_parameters: of its network."""
+def space_of_a_run(config: Config, num_parameters: int, num_images: int | None) -> tuple[int, int]:
+    """Bytes that a run has in the end, and how many milestones of it are kept for good: its checkpoints, averaged
+    weights and samples. num_images: of the data, by which epochs are counted; None: not known, and those count as none.
+    """
+    if num_images is not None or config.train.total_images:
+        config = config.resolve_length(num_images or 0)
+    steps, kept = config.train.total_steps or 0, config.checkpoint
+    milestones = steps // kept.milestone_every_steps if kept.milestone_every_steps else 0
+    if kept.milestone_every_epochs and num_images:
+        milestones += steps * config.train.global_batch // (kept.milestone_every_epochs * num_images)
+    checkpoints = (milestones + kept.keep_last) * num_parameters * BYTES_PER_PARAMETER
+    averages = (milestones + 1) * num_parameters * 4
+    return checkpoints + averages + config.sample.num_samples * config.data.image_size**2 * 3, milestones
+
+
+def storage(config: Config, root: Path, num_parameters: int, num_images: int | None) -> Findings:
+    """Whether there is room for a run, and its data. num_parameters: of its network; num_images: of the data."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as f:
@@ -187,12 +211,13 @@ def storage(config: Config, root: Path, num_parameters: int) -> Findings:
             return
         told = f"{root} has no file locks ({e.strerror}): a run's fence is then its only guard"
         yield Finding("warn", told, "keep runs where there are, if you can")
-    size = num_parameters * BYTES_PER_PARAMETER
-    need = size * (config.checkpoint.keep_last + 2) + config.sample.num_samples * config.data.image_size**2 * 3
+    need, milestones = space_of_a_run(config, num_parameters, num_images)
     there = os.statvfs(root)
     free = there.f_bavail * there.f_frsize
-    told = f"{root}: {amount(free)} free, and a run needs about {amount(need)}"
-    yield _judged(free > 2 * need, told, "remove old runs (launch/remove.py), or choose another --root")
+    told = (
+        f"{root}: {amount(free)} free, and a run has about {amount(need)} in the end, {milestones} milestones included"
+    )
+    yield _judged(free > need, told, "remove old runs (launch/remove.py), or choose another --root")
     if there.f_files:
         told = f"{root}: room for {there.f_favail:,} files, and a run has up to {FILES_OF_A_RUN:,}"
         yield _judged(there.f_favail > FILES_OF_A_RUN, told, "remove what you do not need, or choose another --root")
@@ -200,10 +225,17 @@ def storage(config: Config, root: Path, num_parameters: int) -> Findings:
 
 
 def _data(config: Config, root: Path) -> Findings:
-    if config.data.path is not None:  # a submission reads it, and says what is wrong with it
-        told = f"data.path = {config.data.path}: "
-        is_there = Path(config.data.path).expanduser().exists()
-        yield Finding("pass" if is_there else "fail", told + ("is there" if is_there else "does not exist"))
+    if config.data.path is not None:  # as a submission looks, which decodes nothing yet
+        from ddpm.data.packed import open_source
+
+        try:
+            source = open_source(config.data)
+        except RequestError as e:
+            yield Finding("fail", str(e))
+            return
+        own = source.kind in ("folder", "zip", "array") and "train" in source.members
+        told = f"{source.num_images('train'):,} images to train on" if own else "is there"
+        yield Finding("pass", f"data.path = {config.data.path}: {told}")
     if config.data.path is not None or config.data.name in ("digits", "images"):
         return
     there = (root / ".cache" / "data").glob("*/meta.json")
@@ -301,8 +333,18 @@ def _node(told: dict[str, Any], said: dict[str, Any], asked_at: float, site: Sit
     parts = [f"Python {told['python']}", f"torch {told['torch']} (CUDA {told['cuda']})", gpus]
     parts += [f"{told['cpus']} CPUs for us", f"{amount(told['tmp_bytes'])} free in its tmp"]
     good = not site.num_gpus or told["gpus"] > 0
-    remedy = "the job asked for a GPU and torch sees none: is this torch one for CUDA?"
-    yield _judged(good, f"node {host}: {', '.join(parts)}", remedy, "fail")
+    yield _judged(good, f"node {host}: {', '.join(parts)}", _no_gpu_there(told, site), "fail")
+
+
+def _no_gpu_there(told: dict[str, Any], site: Site) -> str:
+    """What to do where torch sees none on a node."""
+    asked = f"the probe asked for --gpus-per-node {site.gpus_per_node}, and torch sees none"
+    if told["cuda"] is None:
+        return f"{asked}: it is one without CUDA; rm -r .venv, then TORCH=default tools/env.sh makes another"
+    return (
+        f"{asked}, though it is one for CUDA: is there a driver for it (nvidia-smi on {told['host']}; README, CUDA), "
+        f"and was the job given a GPU? Else ask for it in your site's words: gpu_request in the profile"
+    )
 
 
 # ---------------------------------------------------------------- a profile
@@ -316,10 +358,13 @@ def profile(site: Site) -> str:
     lines = ["# Drafted by launch/doctor.py from what this cluster says; configs/cluster/example.yaml has the rest."]
     lines += [f"partition: {name}"] if name else ["# partition:"]
     accounts = inquiry.accounts()
-    lines += [f"account: {accounts[0]}"] if len(accounts) == 1 else [f"# account: one of {', '.join(accounts) or '?'}"]
+    if accounts:
+        lines.append(f"account: {accounts[0]}" if len(accounts) == 1 else f"# account: one of {', '.join(accounts)}")
     limit = there[name].time_limit if name in there else None
     most = slurm_minutes(limit) if limit else 24 * 60
-    lines.append(f"time: {min(most, 4 * 60)}m                # of one job; the run comes back until it is done")
+    lines.append(
+        f"time: {written(min(most, 4 * 60))}                  # of one job; the run comes back until it is done"
+    )
     lines.append(f"gpus_per_node: {site.gpus_per_node}")
     lines.append("# setup: ['module load cuda']")
     return "\n".join(lines) + "\n"

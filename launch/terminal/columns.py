@@ -140,7 +140,7 @@ def _samples(row: Row) -> str:
 
 
 def _score(row: Row) -> str:
-    """The last one made, with its set, and how many others there are."""
+    """The best founded one, with its set, and how many others there are."""
     return _with_others(row, lambda name: f"{row['scores_told'][name]} ({name})")
 
 
@@ -154,7 +154,17 @@ def _score_in_short(row: Row) -> str:
 
 def _with_others(row: Row, tell: Callable[[str], str]) -> str:
     names = list(row["scores_told"])
-    return "" if not names else tell(names[-1]) + (f" +{len(names) - 1}" if names[1:] else "")
+    return "" if not names else tell(_best_founded(row)) + (f" +{len(names) - 1}" if names[1:] else "")
+
+
+def _best_founded(row: Row) -> str:
+    """The score of most images, a FID before another distance and the newest of equals; bits per dimension last."""
+
+    def worth(at: int, name: str) -> tuple[bool, int, bool, int]:
+        score = row["scores"].get(name, {})
+        return "bits_per_dim" not in score, score.get("num_samples", 0), "fid" in score, at
+
+    return max(enumerate(row["scores_told"]), key=lambda item: worth(*item))[1]
 
 
 COLUMNS = (

@@ -17,6 +17,9 @@ from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, s
 from launch.queue.sets import of_other_samples, score_by
 from launch.terminal import console, streams
 
+UNCUT = 10_000
+"""Columns of a pipe: whoever reads it wants the names whole."""
+
 
 def chosen_scores(
     run: RunDir | None, words: list[str], root: str | None, reference: str | None, extractor: str | None
@@ -75,7 +78,8 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:
         cells = [record["sampler"]["name"], str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
         cells += ["" if record is first else _told(first, record), "-" if limit is None else _limit(record, limit)]
         table.add_row(*(plain(cell) for cell in (word, *cells)))
-    terminal = Console(file=streams.below(sys.stdout), markup=False, highlight=False, emoji=False)
+    width = None if sys.stdout.isatty() else UNCUT
+    terminal = Console(file=streams.below(sys.stdout), width=width, markup=False, highlight=False, emoji=False)
     terminal.print(table)
     for word, record in scores.items():
         if why := caution(record):

@@ -168,8 +168,19 @@ def find_run(word: str, root: str | None) -> RunDir:
     for path in (environment.user_path(word), base / word):
         if _may_be_run(path):
             return RunDir(path)
-    known = ", ".join(plain(run.name) for run in all_runs(base)) or "none"
-    raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere)")
+    every = all_runs(base)
+    names, sweeps = [run.name for run in every], list(dict.fromkeys(filter(None, map(_sweep_of, every))))
+    known = ", ".join(map(plain, names)) or "none"
+    if sweeps:
+        known += f", and the sweeps {', '.join(map(plain, sweeps))}"
+    near = [plain(name) for name in difflib.get_close_matches(word, [*names, *sweeps], 2)]
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere){meant}")
+
+
+def _sweep_of(run: RunDir) -> str | None:
+    """The name of the sweep that a run is of."""
+    return (usable(run).get("sweep") or {}).get("name")
 
 
 def find_runs(words: Sequence[str], root: str | None) -> list[RunDir]:
@@ -184,7 +195,7 @@ def find_runs(words: Sequence[str], root: str | None) -> list[RunDir]:
         except RequestError:
             every = all_runs(environment.runs_root(root))
             runs = [r for r in every if fnmatch.fnmatchcase(r.name, word)]
-            runs = runs or [r for r in every if (usable(r).get("sweep") or {}).get("name") == word]
+            runs = runs or [r for r in every if _sweep_of(r) == word]
             if not runs:
                 raise
         found |= {run.path: run for run in runs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +23,11 @@ from launch.terminal import logfiles, streams
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
 ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be COMPLETING for hours
+
+
+def watch_with(run: RunDir) -> str:
+    """Said once something of a run is queued."""
+    return f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch"
 
 
 class Follower:
@@ -56,11 +62,14 @@ class Follower:
         trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
         if total is not None and (step >= total or not trains):
             step, total, what, loss, speed = *self._shards(), "shards", self._says(), ""
+            if total is None:  # no set is begun: a score of what is there, or training that is not under way
+                what, loss = loss.lstrip(), ""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
-            print(f"{state} {what} {step}{f'/{total}' if total else ''}{loss}{speed}", flush=True)
+            count = f" {step}{f'/{total}' if total else ''}" if what in ("step", "shards") else ""
+            print(f"{state} {what}{count}{loss}{speed}".rstrip(), flush=True)
 
     def _shards(self) -> tuple[int, int | None]:
         """How many there are of the set that was begun last, and will be."""
@@ -91,9 +100,8 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             time.sleep(0.2)
     except KeyboardInterrupt:
         follower.close()
-        print(
-            f"still running in the background (pid {process.pid}); stop it with: touch {run.stop_file}", file=sys.stderr
-        )
+        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
+        print(f"still running in the background (pid {process.pid}); stop it with: {how}", file=sys.stderr)
         return 130
     follower.close()
     if process.returncode:

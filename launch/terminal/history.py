@@ -33,7 +33,7 @@ def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
 def short_lines(run: RunDir, events: list[Event]) -> Iterator[str]:
     """The same of one run, for a screen: what fits there comes first."""
     for e, rest in _told(run, events, (*HIDDEN, *HIDDEN_IN_SHORT)):
-        yield f"{e['time'][5:16].replace('T', ' ')}  {e['event']:14} {rest}  (job {e['job']}.{e['restart']})"
+        yield f"{e['time'][5:16].replace('T', ' ')}  {e['event']:14} {rest}  (job {e['job']}, life {e['restart'] + 1})"
 
 
 def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) -> Iterator[tuple[Event, str]]:

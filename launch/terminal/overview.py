@@ -14,7 +14,15 @@ from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
-from ddpm.run.records import lost_signature, missing_lines, parse_heartbeat, place_of, read_run, skim_metrics
+from ddpm.run.records import (
+    last_validation,
+    lost_signature,
+    missing_lines,
+    parse_heartbeat,
+    place_of,
+    read_run,
+    skim_metrics,
+)
 from ddpm.run.state import finished_step
 from ddpm.scoring.record import SCORE_NAMES, all_scores, told
 from launch.cluster.scheduler import Queued, cluster_name
@@ -29,6 +37,7 @@ LIVES = ("allocated", "started", "resumed", "requeued")
 """Events that only a life that had its nodes tells."""
 OWN_REASONS = ("STOP", "interrupted")
 """Why a life was asked to stop, where that was its owner's wish."""
+AT_WORK = ("running", "sampling", "scoring", "starting", "queued", "suspended", "held")
 OVERDUE = 3
 """So many times the interval between saves without one, and it is told."""
 
@@ -96,7 +105,7 @@ def describe(
     state = state or "unreadable"
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
-    failed = latest.get("event") == "failed" and state not in ("running", "starting", "queued", "suspended", "held")
+    failed = latest.get("event") == "failed" and state not in AT_WORK
     samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
     damage.read(lambda: _check_sets(run, damage))
     scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
@@ -111,6 +120,7 @@ def describe(
         "saved_step": saved,
         "total_steps": config.train.total_steps if config else 0,
         "loss": last.get("loss"),
+        "validation_loss": last_validation(metrics),
         "images_per_s": last.get("images_per_s"),
         "epoch": last.get("epoch"),
         "expected_end": _expected_end(config, step, last) if state == "running" else None,

@@ -20,7 +20,7 @@ from ddpm.errors import RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
-from ddpm.run.records import skim_metrics, usable
+from ddpm.run.records import last_validation, skim_metrics, usable
 from ddpm.scoring.record import SCORE_NAMES, all_scores, key_of, number, told
 from launch.queue.naming import short
 from launch.queue.sets import of_other_samples
@@ -32,7 +32,9 @@ from launch.terminal.view import columns
 SMOOTHED_LINES = 10
 LONGEST = 24
 """Characters of a value in a table, where there is no room for more."""
-OURS = ("run", "step", "loss", "score")
+LOSS, VALIDATION = "mean loss", "validation loss"
+WHICH_LOSS = f"over the last {SMOOTHED_LINES} lines of metrics.jsonl"
+OURS = ("run", "step", "loss", LOSS, VALIDATION, "score")
 """Columns that are no keys of a config."""
 
 Row = dict[str, Any]
@@ -43,7 +45,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
 
     name, path; sweep: the name of the one that it is of, or None; differs: {"train.lr": 1e-4, …}, what is not the same
     in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
-    mean of the last SMOOTHED_LINES lines of metrics.jsonl, or None; score: None, or {"set", "key", "value", "number",
+    smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "key", "value", "number",
     "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set: words} of all
     that hold; problem: what cannot be read, or None.
 
@@ -57,7 +59,6 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
     found = []
     for run, damage, tree, of in zip(runs, damages, trees, scores, strict=True):
         metrics = (damage.read(partial(skim_metrics, run)) or ([],))[0]
-        losses = [m["loss"] for m in metrics[-SMOOTHED_LINES:] if math.isfinite(m["loss"])]
         saved = damage.read(run.latest_step) or 0
         found.append({
             "name": run.name,
@@ -66,12 +67,19 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
             "differs": {key: reading.value_at(tree, key) for key in keys} if tree else {},
             "step": max(saved, metrics[-1]["step"] if metrics else 0),
             "total_steps": tree["train"]["total_steps"] if tree else None,
-            "loss": sum(losses) / len(losses) if losses else None,
+            "loss": smoothed_loss(metrics),
+            "validation_loss": last_validation(metrics),
             "score": _chosen(of, kind),
             "scores": {name: told(record) for name, record in of.items()},
             "problem": "; ".join(damage.told) or None,
         })  # fmt: skip
     return sorted(found, key=_rank)
+
+
+def smoothed_loss(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean over the last SMOOTHED_LINES lines of metrics.jsonl: the number to compare runs by."""
+    losses = [m["loss"] for m in metrics[-SMOOTHED_LINES:] if math.isfinite(m["loss"])]
+    return sum(losses) / len(losses) if losses else None
 
 
 def _rank(row: Row) -> tuple[bool, float, bool, float]:
@@ -145,11 +153,12 @@ def page(found: list[Row], width: int) -> list[str]:
         table.Column("run", (table.value("name"),), needed=True),
         *(table.Column(names[key], (table.value(key), table.value(key, LONGEST))) for key in keys),
         table.Column("step", (lambda row: f"{row['step']}/{row['total_steps'] or '?'}",), right=True),
-        table.Column("loss", (lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",), right=True),
+        table.Column(LOSS, (partial(_loss, "loss"),), right=True),
+        table.Column(VALIDATION, (partial(_loss, "validation_loss"),), right=True),
         table.Column("score", (partial(_score, forms=FORMS[len(of) > 1]), partial(_score, forms=FORMS[0]))),
     ]
     flat = [{**row["differs"], **row} for row in found]
-    lines, left_out = table.fitted(flat, width, shown, ["run", "loss", *names.values(), "score", "step"])
+    lines, left_out = table.fitted(flat, width, shown, ["run", LOSS, *names.values(), "score", VALIDATION, "step"])
     for note in _notes(found, of, [name for name in (*names.values(), *OURS) if name in left_out]):
         lines += textwrap.wrap(plain(note), width, subsequent_indent="  ", break_on_hyphens=False,
                                break_long_words=False)  # fmt: skip
@@ -159,11 +168,17 @@ def page(found: list[Row], width: int) -> list[str]:
 FORMS = (("number",), ("number", "of", "set"))
 
 
+def _loss(key: str, row: Mapping[str, Any]) -> str:
+    return "" if row[key] is None else f"{row[key]:.4f}"
+
+
 def _score(row: Mapping[str, Any], forms: Sequence[str]) -> str:
     return ", ".join(row["score"][form] for form in forms) if row["score"] else ""
 
 
 def _notes(found: list[Row], of: set[str], left_out: list[str]) -> Iterator[str]:
+    if LOSS not in left_out and any(row["loss"] is not None for row in found):
+        yield f"{LOSS}: {WHICH_LOSS}"
     if len(of) == 1:
         yield f"score: {', '.join(of)}"
     if len(found) > 1 and not any(row["differs"] for row in found):

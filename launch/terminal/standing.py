@@ -11,6 +11,7 @@ from typing import Any
 from launch.cluster.scheduler import Queued, Wait, explain
 
 LATER = ("sample", "evaluate")
+DOING = {"sample": "sampling", "evaluate": "scoring"}
 BETWEEN = ("allocated", "checkpoint", "save_failed", "stage_began", "stage_done", "notified")
 """Events that tell nothing of how a life began or ended."""
 
@@ -38,9 +39,10 @@ class Facts:
 
 
 def word(f: Facts) -> str:
-    """complete | running | starting | suspended | queued | held | failed | cancelled | stopped | completing | prepared
-    | elsewhere | ended
+    """complete | running | sampling | scoring | starting | suspended | queued | held | failed | cancelled | stopped
+    | completing | prepared | elsewhere | ended
 
+    sampling, scoring: training is complete, and what follows it is at work.
     held: it waits until somebody releases it. completing: SLURM is ending the last job there is, and does not say
     whether it comes back, as a pre-empted one does. elsewhere: it went to another cluster, and
     tells of no end there. ended: otherwise, without a word.
@@ -56,9 +58,13 @@ def word(f: Facts) -> str:
     active = {job: told for job, told in jobs.items() if told.state != "COMPLETING"}
     of_training = {job: told for job, told in active.items() if stages.get((job, f.cluster), "train") not in LATER}
     if of_training or (f.finished and active):
-        return _in_queue(of_training or active)
+        stands = _in_queue(of_training or active)
+        if stands != "running" or of_training:
+            return stands
+        return DOING[max(stages[job, f.cluster] for job, told in active.items() if told.state == "RUNNING")]
     if f.finished and f.works_here:
-        return "running"
+        began = [e.get("stage") for e in f.events if e["event"] == "stage_began"]
+        return DOING.get(str(began[-1]) if began else "", "running")
     tale = [e for e in f.events if (stage_of(e) in LATER) == f.finished and e["event"] not in BETWEEN]
     last: dict[str, Any] = tale[-1] if tale else {}
     if last.get("event") in ("failed", "cancelled"):

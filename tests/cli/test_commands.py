@@ -66,8 +66,9 @@ def test_removing_says_what_it_would_free_and_frees_it_with_yes(again: Shell) ->
     assert "checkpoints" in done.stdout and "in all" in done.stdout
     assert f"python launch/remove.py tiny --root {again.root} --yes" in done.stdout
     assert snapshot(again.root / "tiny") == before
-    done = again("remove", "tiny", "--yes")
-    assert done.returncode == 0 and done.stdout.endswith("removed\n"), done.stdout + done.stderr
+    shutil.copytree(again.root / "tiny", again.root / "tiny-too")
+    done = again("remove", "tiny*", "--yes")
+    assert done.returncode == 0 and done.stdout.endswith("removed tiny\nremoved tiny-too\n"), done.stdout + done.stderr
     assert [p.name for p in again.root.iterdir()] == [".cache"]
 
 

@@ -1,6 +1,9 @@
 """doctor.py where there is no cluster; tests/slurm/test_sites.py has it on one."""
 
+import re
+
 from tests.cli.harness import Shell
+from tests.images import write_zip
 
 
 def test_without_slurm_it_says_what_lacks_and_what_to_do(shell: Shell) -> None:
@@ -19,6 +22,18 @@ def test_a_slurm_that_does_not_answer_and_a_place_that_cannot_be_written_are_nam
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert f"fail  {in_the_way / 'runs'} cannot be written (Not a directory)" in done.stdout
     assert "fail  sinfo: error: Unable to contact slurm controller" in done.stdout
+    assert "→ is this the login node, and SLURM_CONF" in done.stdout
+
+
+def test_data_of_ones_own_are_looked_at_as_a_submission_does(shell: Shell) -> None:
+    (shell.cwd / "empty").mkdir()
+    write_zip(shell.cwd / "images.zip")
+    words = ["tiny.yaml", "data.name=images"]
+    done = shell("doctor", *words, "data.path=empty")
+    assert "fail  data.path = empty: no images in this folder; expected CLASS/NAME.png" in done.stdout
+    assert re.search(
+        r"pass  data.path = images.zip: \d+ images to train on", shell("doctor", *words, "data.path=images.zip").stdout
+    )
 
 
 def test_what_makes_no_sense_is_refused(shell: Shell) -> None:

@@ -28,7 +28,7 @@ from ddpm.run.generations import verify
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import publish_request
 from launch.queue.sets import request_for
-from tests.cli.harness import TINY
+from tests.cli.harness import TINY, png
 from tests.conftest import PROJECT
 from tests.saves import saver
 from tools import config_docs
@@ -200,6 +200,9 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path / "runs")
     for name in ("configs", "slurm", "tools"):
         (tmp_path / name).symlink_to(PROJECT / name)
+    for kind in "abc":  # images of one's own
+        (tmp_path / "FOLDER" / kind).mkdir(parents=True)
+        (tmp_path / "FOLDER" / kind / "0.png").write_bytes(png(32, ord(kind)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("PATH", str(tmp_path))  # no scheduler

@@ -208,6 +208,7 @@ def test_one_class_goes_by_its_name_or_its_number(
     told = "--class 3: the class of that name, number 1; for number 3: --class cat\n" if word == "3" else ""
     assert capsys.readouterr().err == told
     for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, cat, a"),
+                        (["--class", "Cat"], "; did you mean 'cat'"),
                         (["--class", "9"], "--class: no class '9'")):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["sample.py", "run", *words])
         with pytest.raises(RequestError, match=told):

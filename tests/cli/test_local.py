@@ -151,7 +151,7 @@ def test_a_run_that_is_stopped_in_every_way_ends_with_the_weights_of_an_undistur
         waiting.send_signal(signal.SIGINT)
         _, said = waiting.communicate(timeout=30)
     assert waiting.returncode == 130, said
-    assert f"still running in the background (pid {pid})" in said and f"touch {run}/STOP" in said
+    assert f"still running in the background (pid {pid})" in said and f"launch/cancel.py {run}" in said
     assert "Traceback" not in said
     os.killpg(pid, signal.SIGCONT)
     assert is_alive(pid)

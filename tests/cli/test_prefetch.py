@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import EnvironmentLacks, RequestError
+from launch.terminal import checkup
 from tests.cli.harness import Shell, read
 from tests.conftest import PROJECT, requires
 from tests.images import write_zip
@@ -26,8 +27,8 @@ def test_a_file_that_was_brought_by_hand_is_checked_and_put_where_a_download_wou
     given.write_bytes(content[:-1])
     with pytest.raises(RequestError, match=r"its sha256 is .* not that of the published file"):
         prefetch.bring(given, cache)
-    with pytest.raises(RequestError, match=r"known are x\.tar\.gz"):
-        prefetch.bring(tmp_path / "other", cache)
+    with pytest.raises(RequestError, match=r"other: .* known are cifar-10-python\.tar\.gz"):
+        prefetch.check_names([tmp_path / "other"])
     assert not cache.exists()
     given.write_bytes(content)
     for _ in range(2):  # what is there is left alone
@@ -42,6 +43,7 @@ def test_the_files_that_it_knows_are_those_that_a_submission_fetches() -> None:
         "pt_inception-2015-12-05-6726825d.pth": "weights",
         "dinov2_vitl14_pretrain.pth": "weights",
     }
+    assert set(known) == set(checkup.FETCHED.values())
 
 
 def test_what_was_prefetched_is_trained_sampled_and_scored_without_a_network(shell: Shell, tmp_path: Path) -> None:

@@ -108,8 +108,11 @@ def test_a_queued_job_that_a_stop_file_will_end_is_not_said_to_be_queued_and_no_
     done = shell("submit", "tiny.yaml", *SLURM)
     assert done.returncode == 0 and "in the queue already: train as job 101" in done.stdout and done.stderr == ""
     assert str(stop) in done.stdout and stop.exists() and len(submissions(slurm)) == 1
-    done = shell("submit", "tiny.yaml", *SLURM, "--account", "other")
-    assert done.returncode == 0 and "stays as it was submitted: account is None there and 'other' here" in done.stderr
+    done = shell("submit", "tiny.yaml", *SLURM, "--account", "other", "--time", "150")
+    told = (
+        "stays as it was submitted: account is not given there and other here; time is not given there and 2h30m here. "
+    )
+    assert done.returncode == 0 and told in done.stderr, done.stderr
 
 
 def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(shell: Shell, slurm: Path) -> None:
@@ -130,8 +133,9 @@ def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(she
 def test_what_waits_in_the_queue_is_not_removed(shell: Shell, slurm: Path) -> None:
     shell("submit", "tiny.yaml", *SLURM)
     assert "job 101 (pending)" in shell.refused("remove", "tiny", "--yes")
-    shell.put("squeue", "exit 1")  # SLURM does not answer
-    shell.refused("remove", "tiny", "--yes", code=3)
+    shell.put("squeue", 'echo "Unable to contact slurm controller" >&2; exit 1')
+    told = shell.refused("remove", "tiny", "--yes", code=3)
+    assert "cannot tell whether run tiny is at work while SLURM does not answer: is this the login node" in told
     assert (shell.root / "tiny").exists()
 
 
@@ -155,6 +159,7 @@ def test_a_set_with_eta_that_was_begun_under_the_name_of_one_without_goes_on_und
 
 def test_a_score_that_waits_in_the_queue_is_not_queued_a_second_time(again: Shell, slurm: Path) -> None:
     write_zip(again.cwd / "other.zip", {f"{i}.png": png(8, i) for i in range(3)})
+    shutil.rmtree(again.root / "tiny" / "eval")
     done = again("evaluate", "tiny", *SLURM)
     assert done.returncode == 0 and "queued: evaluate as job 101" in done.stdout, done.stderr
     done = again("evaluate", "tiny", *SLURM, "--reference", "train")

@@ -165,6 +165,8 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("data.name=image", ["did you mean 'images'?"]),
+        ("sample.sampler=dpm", ["did you mean 'dpmpp_2m'?"]),
         ("train.lr", ["'train.lr'", "key=value"]),
         ("=3", ["key=value"]),
         ("evaluate.milestones.num_samples=6", ["evaluate.milestones is given as a whole", "'{key: value}'"]),

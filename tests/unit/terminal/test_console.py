@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, caps
     made.shard_manifest(0, 4).touch()
     follow.Follower(run).show("17:RUNNING")
     assert capsys.readouterr().out == "17:RUNNING shards 1/4\n"
+    shutil.rmtree(made.path)
+    follow.Follower(run).show("17:RUNNING")
+    assert capsys.readouterr().out == "17:RUNNING\n"
 
 
 @pytest.fixture

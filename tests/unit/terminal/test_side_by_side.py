@@ -17,7 +17,7 @@ from tests.cli.harness import TINY
 
 def made(
     root: Path, name: str, *words: str, losses: tuple[float, ...] = (), scores: dict[str, Any] | None = None,
-    record: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None, validation: float | None = None,
 ) -> RunDir:  # fmt: skip
     """A run of these words with a line of metrics for each loss, and scores: set -> (value, number of samples)."""
     run = RunDir(root / name)
@@ -26,6 +26,8 @@ def made(
     run.run_json.write_text(json.dumps(record or {}))
     lines = [{"step": 20 * k, "time": "2026-11-27T00:00:00.000Z", **dict.fromkeys(("epoch", "grad_norm", "lr",
               "images_per_s"), 1.0), "loss": loss} for k, loss in enumerate(losses, 1)]  # fmt: skip
+    if validation is not None:
+        lines[-1]["validation_loss"] = validation
     run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     for set_name, (value, num) in (scores or {}).items():
         of = {"reference": {"name": "digits", "split": "train", "digest": "d"}, "extractor": {"name": "inception"},
@@ -38,7 +40,14 @@ def test_runs_are_sorted_by_score_then_loss_with_the_keys_alone_that_differ(tmp_
     runs = [
         made(tmp_path, "bad", "train.lr=1e-3", losses=(0.5,), scores={"a": (9.0, 50_000)}),
         made(tmp_path, "unscored", "train.lr=4e-3", losses=(9.0, *[0.3] * 10)),
-        made(tmp_path, "good", "train.lr=2e-3", losses=(0.9,), scores={"a": (3.0, 50_000), "b": (4.0, 50_000)}),
+        made(
+            tmp_path,
+            "good",
+            "train.lr=2e-3",
+            losses=(0.9,),
+            scores={"a": (3.0, 50_000), "b": (4.0, 50_000)},
+            validation=0.0456,
+        ),
         made(tmp_path, "few", "train.lr=2e-3", losses=(0.4,), scores={"c": (1.0, 100)}),
         made(tmp_path, "none", "model.channel_mults=[1,2]"),
     ]
@@ -53,7 +62,8 @@ def test_runs_are_sorted_by_score_then_loss_with_the_keys_alone_that_differ(tmp_
     assert good["score"]["ranked"] and not few["score"]["ranked"] and unscored["score"] is None
     assert (unscored["loss"], unscored["step"], none["loss"]) == (pytest.approx(0.3), 220, None)
     page = side_by_side.page(rows, 200)
-    assert page[0].split() == ["run", "channel_mults", "lr", "step", "loss", "score"]
+    assert page[0].split() == ["run", "channel_mults", "lr", "step", "mean", "loss", "validation", "loss", "score"]
+    assert good["validation_loss"] == 0.0456 and "  0.0456  " in page[1]
     assert "FID 3.00, ddim 4, 50,000 vs train, a" in page[1] and any("few: its score is of other" in x for x in page)
     page = side_by_side.page([good], 200)
     assert page[1].endswith("FID 3.00") and "score: ddim 4, 50,000 vs train (a)" in page
@@ -89,3 +99,5 @@ def test_a_word_names_a_run_or_those_of_a_pattern_or_of_a_sweep(tmp_path: Path) 
     assert found("s-lr") == ["s-lr_1", "s-lr_2"] and found("s*", "other", "s") == ["s", "s-lr_1", "s-lr_2", "other"]
     with pytest.raises(RequestError, match="no run 'x"):
         found("s", "x*")
+    with pytest.raises(RequestError, match=r"and the sweeps s-lr .*did you mean s-lr"):
+        found("s-l")

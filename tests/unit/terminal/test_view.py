@@ -55,7 +55,16 @@ def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_each_score_is_shown_with_its_set_and_each_wait_with_its_reason_at_any_width(width: int) -> None:
     page = " ".join(" ".join(view.page(of_every_kind(), width, details=False)).split())
-    assert "dpmpp_2m20-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
+    assert "ddim100-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
+
+
+def test_the_best_founded_score_is_shown_not_the_newest() -> None:
+    found = {"b": ("fid", 5000), "a": ("fid", 50_000), "c": ("frechet_distance", 50_000), "d": ("bits_per_dim", 60_000)}
+    scores = {name: {key: 1.0, "num_samples": num} for name, (key, num) in found.items()}
+    (_, line), _ = columns.lines(
+        [row("x", scores=scores, scores_told={name: f"told of {name}" for name in found})], 200
+    )
+    assert line.endswith("told of a (a) +3")
 
 
 def test_a_run_is_not_at_100_percent_before_it_is_done() -> None:

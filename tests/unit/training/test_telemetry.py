@@ -326,3 +326,12 @@ def test_an_orphan_takes_nothing_along_once_it_may_not_publish(run: RunDir) -> N
         orphan.log(line(2))
     assert run.metrics.read_bytes() == before
     heir.close()
+
+
+def test_a_validation_loss_stands_in_the_log_line_of_its_step(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    t = opened(run, 0)
+    t.log(line(1))
+    t.log({**line(2), "validation_loss": 0.25})
+    t.close()
+    without, has = capsys.readouterr().out.splitlines()
+    assert "validation" not in without and "loss=2.1000 validation_loss=0.2500" in has
