@@ -5,6 +5,7 @@ What else can happen to one is in test_chaos.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -188,8 +189,10 @@ def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_c
     time.sleep(12)
     (row,) = json.loads(site.script("status", "suspended", "--json"))
     site.bed.admin(["scontrol", "resume", job])
-    # what a rank that takes the other for dead does
-    os.kill(cluster.Cluster(site.bed, site.root, "submitit").ranks(site.run_dir("suspended"))[1].pid, signal.SIGKILL)
+    # what a rank that takes the other for dead does, where it has not done so by itself
+    with contextlib.suppress(IndexError, ProcessLookupError):
+        ranks = cluster.Cluster(site.bed, site.root, "submitit").ranks(site.run_dir("suspended"))
+        os.kill(ranks[1].pid, signal.SIGKILL)
     entered = (site.bed.workdir / "suspended" / "entered").read_text().split()
     assert row["state"] == "suspended" and entered == [str(site.bed.workdir / "suspended" / "torch.sif")] * 2
     assert site.bed.wait_state(job, timeout_s=120) == "COMPLETED", site.log("suspended")
