@@ -81,7 +81,7 @@ def test_a_sweep_here_runs_one_after_the_other_and_the_same_command_leaves_what_
     assert done.returncode == 0 and f"or waits to be, as pid {second}" in done.stdout, done.stdout + done.stderr
     times = {(e["event"], n): e["time"] for n in "12" for e in events(shell.root / f"tiny-seed_{n}")}
     assert times["finished", "1"] <= times["started", "2"]
-    assert re.search(r"^run +seed +step +loss\ntiny-seed_. +. +20/20", done.stdout, re.M)
+    assert re.search(r"^run +seed +step +mean loss\ntiny-seed_. +. +20/20", done.stdout, re.M)
 
 
 def test_a_stopped_run_is_scored_and_stays_stopped(finished: Shell, again: Shell) -> None:
