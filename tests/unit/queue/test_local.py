@@ -106,7 +106,8 @@ def test_a_job_behind_another_runs_begins_when_that_has_ended_or_ends_itself_whe
     with subprocess.Popen(["sleep", "300"], env={**os.environ, "DDPM_JOB": "local-0"}) as before:
         behind = [str(before.pid), "local-0"]
         argv = [sys.executable, "-m", "launch.queue.local", str(run.path), json.dumps([command]), *behind]
-        waiting = subprocess.Popen(argv, cwd=run.path, env={**os.environ, "DDPM_JOB": "local-1"})
+        of_the_project = {**os.environ, "DDPM_JOB": "local-1", "PYTHONPATH": str(PROJECT)}
+        waiting = subprocess.Popen(argv, cwd=run.path, env=of_the_project)
         noted(run, pid=waiting.pid, behind=behind)
         assert local.is_behind(read_events(run)) and not done.exists()
         if stopped:
