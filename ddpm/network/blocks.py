@@ -78,6 +78,7 @@ class Attention(nn.Module):
     """Self-attention over the H W positions, (B, C, H, W) -> the same; 1x1 convolutions beat linear layers in fp32.
 
     fused: torch's scaled_dot_product_attention instead of two products and a softmax; may be changed at any time.
+    own_kernels: by fused.py's kernels, with that; as UNet.set_own_kernels says.
     """
 
     def __init__(self, width: int, heads: int, groups: int | None = None) -> None:
