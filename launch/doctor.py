@@ -30,6 +30,8 @@ EXAMPLES = """examples:
 
 Exit code: 0 if no check fails, 3 if one does.
 """
+DEFAULT_PARAMETERS = 35_746_307
+"""Of cifar10.yaml's network: assumed for a config whose header does not say how many its network has."""
 
 
 def parse() -> argparse.Namespace:
@@ -60,7 +62,7 @@ def main() -> int:
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
-    num_parameters = recipe.num_parameters or 35_746_307
+    num_parameters = recipe.num_parameters or DEFAULT_PARAMETERS
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
         num_images = prepare.num_images(recipe.config, RunDir(root / "doctor"))

@@ -25,14 +25,14 @@ def num_steps(config: Config) -> int:
     return min(GRID_STEPS, config.diffusion.timesteps)
 
 
-def show(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
+def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
     """Rank 0 draws `log.grid_images` samples by the weights of `sample.weights` and publishes them.
 
     Called on all ranks. They agree at each step of the sampler on whether to go on: a stop may be asked of any of them,
     and none waits for another for as long as a grid takes. Returns why it is left undrawn, or "".
     """
     config, world, step = state.config, state.world, state.at.step
-    if world.share(chronicle.has_grid(step, state.at.attempt)):
+    if world.broadcast(chronicle.has_grid(step, state.at.attempt)):
         chronicle.grid_again(step)
         return ""
     model = state.model if config.sample.weights == "model" else state.ema.model

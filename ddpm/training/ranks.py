@@ -60,7 +60,7 @@ class World:
         """Why all ranks stop here, or ""."""
         return STOP_REASONS[self.agree([stop_code(stop_requested)])[0]]
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         if self.world_size == 1:
             return value
@@ -83,7 +83,7 @@ class World:
                 found = find()
             except DDPMError as e:
                 failure = e
-        found, failure = self.share((found, failure))
+        found, failure = self.broadcast((found, failure))
         if failure is not None:
             raise failure
         return found

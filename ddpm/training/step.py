@@ -55,7 +55,7 @@ class Step:
         self.diffusion = Diffusion(schedule.build(config.diffusion)).to(world.device)
         self.gpu = world.device.type == "cuda"
         self.network, self.exchange = self._network()
-        self.data = Watch(packed)
+        self.watch = Watch(packed)
         self.begin_attempt()
 
     def _network(self) -> tuple[Any, Exchange | None]:

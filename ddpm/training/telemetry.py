@@ -68,14 +68,14 @@ class Telemetry:
 
         Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
         """
-        kept = self._there(step)
+        kept = self._lines_up_to(step)
         gap = missing_lines(kept, every_steps or step or 1, logged_step=logged_step)
         if gap and gap != self.gap:
             say(f"{gap}: the file was damaged; training goes on without them")
             self.gap = gap
         self._rewrite(kept)
 
-    def _there(self, step: int) -> list[dict[str, Any]]:
+    def _lines_up_to(self, step: int) -> list[dict[str, Any]]:
         """The lines up to `step` of the file that has the name."""
         data = b""
         with contextlib.suppress(FileNotFoundError):
@@ -95,14 +95,14 @@ class Telemetry:
         lines = "".join(json.dumps(r) + "\n" for r in records).encode()
         write_bytes(self._run.metrics, lines, replace=True, may_publish=self._may_publish)
 
-    def _take_along(self) -> None:
+    def _move_to_new_file(self) -> None:
         """Where another file has taken the name since (an older copy, an editor's): this life's lines go there too."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(self._metrics.fileno()), self._run.metrics.stat()):
                 return
         self._metrics.seek(0)
         known = {r["step"]: r for r in parse_metrics(self._metrics.read() + self._unwritten)[0]}
-        known |= {r["step"]: r for r in self._there(self._first_step)}
+        known |= {r["step"]: r for r in self._lines_up_to(self._first_step)}
         self._rewrite(known[step] for step in sorted(known))
         self._metrics.close()
         self._metrics, self._unwritten = self._run.metrics.open("a+b", buffering=0), b""
@@ -164,7 +164,7 @@ class Telemetry:
     def lacks(self, step: int, key: str) -> bool:
         """Whether an earlier life's line of `step` is there without `key`."""
         try:
-            return any(r["step"] == step and r.get(key) is None for r in self._there(step))
+            return any(r["step"] == step and r.get(key) is None for r in self._lines_up_to(step))
         except OSError:
             return False
 
@@ -173,7 +173,7 @@ class Telemetry:
         amended: list[dict[str, Any]] = []
 
         def write() -> None:
-            kept = [{**r, **fields} if r["step"] == step else r for r in self._there(self._first_step)]
+            kept = [{**r, **fields} if r["step"] == step else r for r in self._lines_up_to(self._first_step)]
             self._rewrite(kept)
             self._metrics.close()
             self._metrics = self._run.metrics.open("a+b", buffering=0)
@@ -188,7 +188,7 @@ class Telemetry:
         add_scalars(self.board, record)
 
     def _write(self) -> None:
-        self._take_along()
+        self._move_to_new_file()
         while self._unwritten:  # what a full disk refuses waits for the next line
             self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 

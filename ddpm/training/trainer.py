@@ -248,7 +248,7 @@ class Trainer:
         if (code or save_due or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
             # nothing is kept of a step not known as good
             self._asked = None
-            damage = self.step.data.damage()
+            damage = self.step.watch.damage()
             bad = _is_bad(self._finite_before) or _is_bad(self._finite)
             any_bad, damaged, code_now = world.agree([int(bad), int(bool(damage)), stop_code(stop_requested)])
             code = code or code_now
@@ -276,7 +276,7 @@ class Trainer:
     def _validate(self, held_out: HeldOut, stop_requested: StopRequested) -> tuple[float | None, str]:
         """As `HeldOut.loss`, outside of what is metered; none from where on its images were overwritten."""
         loss, reason = held_out.loss(self.state, stop_requested)
-        damage = "" if loss is None else held_out.data.damage()
+        damage = "" if loss is None else held_out.watch.damage()
         if self.world.agree([int(bool(damage))])[0]:
             why = damage or "what another rank reads was overwritten while it was mapped"
             self.chronicle.say(f"no validation from here on in this life: {why}", step=self.at.step)
@@ -289,7 +289,7 @@ class Trainer:
         step = self.at.step
         if self.held_out is None or not self.due.validate(step):
             return ""
-        if not self.world.share(self.chronicle.lacks_validation(step)):
+        if not self.world.broadcast(self.chronicle.lacks_validation(step)):
             return ""
         loss, reason = self._validate(self.held_out, stop_requested)
         if loss is not None:
@@ -306,7 +306,7 @@ class Trainer:
     def _stop(self, reason: str) -> Outcome:
         step = self.at.step
         self.chronicle.event("stop_requested", step, reason=reason)
-        saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
+        saved = self.world.broadcast(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
         self.chronicle.rest()
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
@@ -320,7 +320,7 @@ class Trainer:
         if (change := self.state.settled) is not None:
             told = {"early_stop_below": train.early_stop_below, "over_lines": train.early_stop_window}
             self.chronicle.say("the loss has settled: ending early", step=step, mean_change=f"{change:.3g}", **told)
-        saved = self.world.share(self.save(wait=True, final=True))  # the last manifest says that all is there
+        saved = self.world.broadcast(self.save(wait=True, final=True))  # the last manifest says that all is there
         self.chronicle.close(step)
         if saved:
             self.chronicle.event("finished", step)
@@ -359,7 +359,7 @@ class Trainer:
 
     def _grid(self, stop_requested: StopRequested) -> str:
         """Why no grid is drawn, or ""."""
-        return grids.show(self.state, self.chronicle, stop_requested)
+        return grids.draw_and_publish(self.state, self.chronicle, stop_requested)
 
 
 def _is_bad(finite: Later | None) -> bool:

@@ -34,7 +34,7 @@ class HeldOut:
 
     def __init__(self, config: Config, packed: PackedImages, diffusion: Diffusion) -> None:
         self._config, self._packed, self._diffusion = config, packed, diffusion
-        self.data = Watch(packed)
+        self.watch = Watch(packed)
         usable = np.flatnonzero(packed.labels >= 0) if config.model.num_classes else np.arange(len(packed))
         self._num = min(NUM_IMAGES, len(usable))
         self._chosen = usable[np.arange(self._num) * len(usable) // max(1, self._num)]

@@ -9,7 +9,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, generations
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import RunDir, fitting
+from ddpm.run.paths import RunDir, fit_name
 from ddpm.sampling.request import publish_request, read_request
 from ddpm.sampling.shards import shards_to_make
 from ddpm.scoring.record import key_of
@@ -40,7 +40,7 @@ def sampled_as(config: Config) -> Config:
 
 def set_name(run: RunDir, config: Config, step: int) -> str:
     """Of the set that is made of a milestone. config: of `sampled_as`."""
-    return fitting(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
+    return fit_name(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
 
 
 def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -> list[tuple[int, list[Job]]]:

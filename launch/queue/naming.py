@@ -13,7 +13,7 @@ from ddpm.config.schema import Config
 from ddpm.data.listing import is_torchvisions
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import RunDir, fitting
+from ddpm.run.paths import RunDir, fit_name
 
 NAMED = ("cifar10", "celeba", "digits")
 """Data that runs are called after."""
@@ -28,18 +28,18 @@ def name_of(config: Config, root: Path) -> str:
     other = next((d for d in NAMED if re.match(rf"{d}(?![a-z0-9])", name) and d != called), None)
     if other is None or _is_of(RunDir(root / name), config.data):
         return name
-    return fitting(called + name.removeprefix(other))
+    return fit_name(called + name.removeprefix(other))
 
 
 def of_point(base: str, values: Mapping[str, str]) -> str:
     """A run of a sweep, after what differs: `cifar10-lr_1e-4`. values: by key, as they were typed."""
     words = (re.sub(r"[^A-Za-z0-9._-]+", "~", text).strip("~").replace("~", "-") for text in values.values())
-    return fitting("-".join([base, *(f"{key}_{word}" for key, word in zip(short(values), words, strict=True))]))
+    return fit_name("-".join([base, *(f"{key}_{word}" for key, word in zip(short(values), words, strict=True))]))
 
 
 def of_sweep(base: str, keys: Iterable[str]) -> str:
     """The same for all of them: `cifar10-lr`."""
-    return fitting("-".join([base, *short(keys)]))
+    return fit_name("-".join([base, *short(keys)]))
 
 
 def short(keys: Iterable[str], taken: Iterable[str] = ()) -> list[str]:

@@ -13,7 +13,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import RunDir, fitting
+from ddpm.run.paths import RunDir, fit_name
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import (
     CheckpointRef,
@@ -78,7 +78,7 @@ def _set_name(run: RunDir, config: Config, at: str, variance: str | None = None)
         asked = _asked(run, former)
         if [asked.get(key) for key in ("eta", "guidance", "class_plan")] == [s.eta, s.guidance, plan]:
             return former
-    return fitting(name(_exactly, s.eta, _plan_name(plan)))
+    return fit_name(name(_exactly, s.eta, _plan_name(plan)))
 
 
 def _plan_name(plan: list[int] | None) -> str:
