@@ -1,8 +1,8 @@
 """One picture to pixels: what cameras, scanners and editors write, as 8-bit sRGB without transparency.
 
 Owns what becomes of each kind of picture, and counts what was changed in it; eight bits of RGB stay as they are. Of 16
-bits 65535 is white: greys are rounded to the nearest level, and of colours Pillow keeps the higher byte, which is at most
-a level below. Must not know where pictures come from.
+bits 65535 is white: greys are rounded to the nearest level, and of colours Pillow keeps the higher byte, which is a
+level below at most. Must not know where pictures come from.
 https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
 """
 
