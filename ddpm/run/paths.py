@@ -69,7 +69,7 @@ def listed(directory: Path) -> list[Path]:
 def names_in(directory: Path) -> list[str]:
     """The same by names: a set has hundreds of files, and a view of many runs takes none of them up."""
     try:
-        return os.listdir(directory)
+        return os.listdir(directory)  # noqa: PTH208 - it makes paths, which is what takes time
     except FileNotFoundError:
         if why := link_to_nothing(directory):
             raise NotADirectoryError(errno.ENOTDIR, why, str(directory)) from None
