@@ -279,6 +279,10 @@ class RunDir:
         """The job's own exit code, past what starts its ranks, which may report another's."""
         return self.logs / f".exit-{job}.{restart}"
 
+    def shard_marker(self, job: str) -> Path:
+        """Which shards a job makes: written anew in each of its lives, and removed once it is done."""
+        return self.logs / f".shard-{job}"
+
     def sample_set(self, name: str) -> SampleSet:
         return SampleSet(self.samples / name)
 
