@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from launch.cluster.container import check_image, lines
 from launch.cluster.environment import PROJECT, default_partition
 from launch.cluster.site import Notify, Site
 from launch.cluster.values import written
-from launch.queue import notify
+from launch.queue import notify, work
 
 NOT_GIVEN: tuple[Any, ...] = (None, "", [])
 """Of a site's values: what asks for nothing."""
@@ -152,7 +151,7 @@ def not_taken(run: RunDir, site: Site) -> str:
         return ""
     return (
         f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
-        f"python launch/cancel.py {shlex.quote(str(run.path))}, and submit again"
+        f"{work.to_end(run)}, and submit again"
     )
 
 
