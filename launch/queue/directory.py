@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import subprocess
@@ -186,8 +185,17 @@ def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
     """What a later stage's options go on top of: what the run was submitted with; not that it was made on this machine,
     where they name a partition or a site."""
     base = site_of(run).model_dump(exclude_defaults=True)
-    with contextlib.suppress(OSError, DamagedFile, RequestError):  # another's run, whose owner alone can read it
+    try:
         base |= {"notify": notify.asked_of(run).model_dump(exclude_defaults=True)}
+    except PermissionError:  # another's run, whose owner alone can read it
+        pass
+    except (OSError, DamagedFile, RequestError) as e:
+        why = "is not as a submission writes it" if isinstance(e, RequestError) else f"cannot be read ({e})"
+        print(
+            f"warning: {run.notify} {why}: nobody is told of the run's end, unless the --profile given says whom; "
+            f"remove the file if that is meant",
+            file=sys.stderr,
+        )
     if base.get("cluster") == "local" and args.cluster is None and (args.partition or args.profile):
         base = {key: value for key, value in base.items() if key not in ("cluster", "gpus_per_node")}
     return base
