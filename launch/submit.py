@@ -46,7 +46,7 @@ EXAMPLES = """examples:
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
 The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
-A run ends for good with scancel; `touch runs/NAME/STOP` ends it at the next step with a save.
+python launch/cancel.py NAME ends it, with a save; nothing comes back until it is submitted again.
 """
 
 

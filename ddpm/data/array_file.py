@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ddpm.data.bounded import check_members, read_header
+from ddpm.data.bounded import check_members, read_header, unread
 from ddpm.errors import RequestError
 from ddpm.run.files import open_file, sha256_file
 
@@ -105,9 +105,13 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
     """Those of `num` images and the file that they are in, if not the images' own."""
     if key is not None:
         with np.load(path, allow_pickle=False) as archive:
-            for name in LABELS:
-                if name in archive.files and (name != "arr_1" or _is_plain(archive[name], num)):
-                    return _checked(archive[name], num, f"{path}: {name}"), None
+            for name in filter(archive.files.__contains__, LABELS):
+                try:
+                    labels = archive[name]
+                except ValueError as e:
+                    raise RequestError(f"data.path: {path}: {name}: {unread(e)}; {_expected(num)}") from None
+                if name != "arr_1" or _is_plain(labels, num):
+                    return _checked(labels, num, f"{path}: {name}"), None
     stem = path.stem
     names = [f"{stem}-labels.npy", f"{stem}_labels.npy"]
     names += [stem.replace("images", "labels") + ".npy"] if "images" in stem else []
@@ -118,7 +122,7 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
                     read_header(file, beside.stat().st_size)
                 found = np.load(beside, allow_pickle=False, mmap_mode="r")
             except (OSError, ValueError, EOFError) as e:
-                raise _unreadable(beside, str(e)) from None
+                raise _unreadable(beside, unread(e)) from None
             return _checked(found, num, str(beside)), beside
     return None, None
 
@@ -129,11 +133,12 @@ def _is_plain(labels: np.ndarray, num: int) -> bool:
 
 def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
     if not _is_plain(labels, num):
-        raise RequestError(
-            f"data.path: {where} is {labels.dtype} {labels.shape}; expected a whole number for each of {num} images; "
-            f"save them so, or take them away"
-        )
+        raise RequestError(f"data.path: {where} is {labels.dtype} {labels.shape}; {_expected(num)}")
     return np.asarray(labels, dtype=np.int64).reshape(num)
+
+
+def _expected(num: int) -> str:
+    return f"expected a whole number for each of {num} images"
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:

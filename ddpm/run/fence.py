@@ -33,7 +33,7 @@ class Fence:
         *,
         wait_s: float = 60.0,
         is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
-        how_to_end: Callable[[dict[str, Any]], str] = lambda other: "",
+        how_to_end: str = "",
         log: Callable[[str], None] = print,
     ) -> None:
         """Take the lock and the next token.
@@ -42,7 +42,7 @@ class Fence:
         wait_s: less than other ranks wait for this one.
         is_orphan: whether the present holder is known to be an earlier life that should be gone; it is then fenced out
         although it still holds the lock: at once where it is of the owner's own job, others after `wait_s` seconds.
-        how_to_end: the command by which a person ends the present holder, for the message.
+        how_to_end: the command by which a person ends what is at work for the run, for the message.
         Raises RunBusy after `wait_s` seconds, DoNotRetry where the run belongs to somebody who does not share it.
         """
         self._run, self._log = run, log
@@ -71,7 +71,7 @@ class Fence:
         owner: dict[str, Any],
         wait_s: float,
         is_orphan: Callable[[dict[str, Any]], bool],
-        how_to_end: Callable[[dict[str, Any]], str],
+        how_to_end: str,
     ) -> None:
         """The lock, or the certainty that an orphan has it. Raises RunBusy."""
         deadline = time.monotonic() + wait_s
@@ -91,10 +91,9 @@ class Fence:
                         f"run {self._run.name} has one lock with run {theirs}, as after cp -al, and {_who(other)} "
                         f"has it for that one: rm {self._run.lock}, then submit again"
                     )
-                command = how_to_end(other)
                 raise RunBusy(
                     f"run {self._run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
-                    f"{f': {command}' if command else ''}"
+                    f"{f': {how_to_end}' if how_to_end else ''}"
                 )
             if not said:
                 self._log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
@@ -189,4 +188,5 @@ def _identity(path: Path | int) -> tuple[int, int] | None:
 def _who(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
-    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}"
+    where = f" of cluster {owner['cluster']}" if owner.get("cluster") else ""
+    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}{where}"

@@ -28,6 +28,12 @@ from ddpm.run.paths import RunDir
 Record = dict[str, Any]
 SKIMMED_BYTES = 4096
 """Of a long metrics.jsonl, at its end: some twenty lines."""
+THINNED_LINES = 40_000
+"""Of a long metrics.jsonl: more than a chart shows."""
+SHORTEST = 100
+"""Bytes of a line, at the least."""
+ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
+"""Lines of it that hold one of these are rare, and none is left out."""
 Kind = Mapping[str, Callable[[Any], bool]]
 """Keys, and what their values may be."""
 
@@ -237,6 +243,27 @@ def read_metrics(run: RunDir) -> list[Record]:
         return parse_metrics(read_bytes(run.metrics, LINES_BYTES))[0]
     except FileNotFoundError:
         return []
+
+
+def thin_metrics(run: RunDir) -> tuple[list[Record], int]:
+    """For charts: of metrics.jsonl each n-th line that can be read, the last ones, and all with ALWAYS; and n, which is
+    1 but in a long file. Raises as `read_metrics`.
+    """
+    try:
+        with open_file(run.metrics) as f:
+            size = os.fstat(f.fileno()).st_size
+            every = max(1, size // THINNED_LINES // max(SHORTEST, len(f.readline(SKIMMED_BYTES))))
+            if every == 1 or size > LINES_BYTES:
+                return read_metrics(run), 1
+            f.seek(0)
+            kept, at = [], 0
+            for number, line in enumerate(f):
+                at += len(line)
+                if number % every == 0 or at > size - SKIMMED_BYTES or any(mark in line for mark in ALWAYS):
+                    kept.append(line)
+    except FileNotFoundError:
+        return [], 1
+    return parse_metrics(b"".join(kept))[0], every
 
 
 def missing_lines(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,17 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
             f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
             f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
         )
+    _check_command(site)
     return site
+
+
+def _check_command(site: Site) -> None:
+    """Raises RequestError where the program that is to tell of a run's end cannot be run; it is not repeated."""
+    program, whole = next(iter(site.notify.command), ""), "give the whole path of a program"
+    if "/" in program and not program.startswith("/"):
+        raise RequestError(f"notify.command: its path is not a whole one, and jobs run in another folder; {whole}")
+    if program and site.is_local and shutil.which(program) is None:
+        raise RequestError(f"notify.command: this machine has no such program, or may not run it; {whole}")
 
 
 def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:

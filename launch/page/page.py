@@ -92,7 +92,7 @@ def _figures(facts: Facts) -> Html:
 
 def _charts(facts: Facts) -> Html:
     last = facts.metrics[-1]["step"] if facts.metrics else facts.row["step"]
-    parts: list[Part] = [*scores.charts(facts.scores, last), *curves.charts(facts.metrics)]
+    parts: list[Part] = [*scores.charts(facts.scores, last), *curves.charts(facts.metrics, facts.every)]
     if not any(parts):
         return note("metrics.jsonl has no lines.")
     epoch = next((m["epoch"] for m in reversed(facts.metrics) if m["epoch"] > 0), None)

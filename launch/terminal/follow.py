@@ -16,8 +16,8 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_heartbeat
 from launch.cluster import scheduler
+from launch.queue import work
 from launch.queue.waiting import slurm_jobs
-from launch.queue.work import BEATS_S
 from launch.terminal import logfiles, making, streams
 
 POLL_S = 2.0
@@ -59,7 +59,7 @@ class Follower:
         step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
-        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
+        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < work.BEATS_S
         if total is not None and (step >= total or not trains):
             now, speed = time.time(), ""
             made = making.newest(self._run, now)
@@ -95,8 +95,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             time.sleep(0.2)
     except KeyboardInterrupt:
         follower.close()
-        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
-        print(f"still running in the background (pid {process.pid}); stop it with: {how}", file=sys.stderr)
+        print(f"still running in the background (pid {process.pid}); stop it with: {work.to_end(run)}", file=sys.stderr)
         return 130
     follower.close()
     if process.returncode:

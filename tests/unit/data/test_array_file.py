@@ -108,6 +108,10 @@ WRONG = {
         r"labels is int64 \(5,\); expected a wh",
     ),
     "one-hot": (lambda p: saved(p, images=IMAGES, labels=np.eye(12)), r"labels is float64 \(12, 12\); expected"),
+    "labels of objects": (
+        lambda p: saved(p, images=IMAGES, labels=np.array([{}] * 12)),
+        "labels: it holds Python's objects, and no numbers; expected a whole number",
+    ),
     "no zip": (lambda p: p.write_bytes(b"no zip") and p, "cannot be read: File is not a zip file; copy it again"),
     "torn": (lambda p: torn(p.with_suffix(".npy")), r"takes 2,304 bytes, and it holds 2,299; copy it"),
     "lying": (lying, r"takes 2,304,000 bytes, and it holds 2,304; copy it"),

@@ -105,6 +105,7 @@ def test_the_curves_of_800_000_steps_are_small_and_those_of_none_are_nothing() -
     html = "".join(curves.charts(metrics(8000)))
     assert len(html) < 200_000 and html.count("<svg") == 3
     assert [str(c) for c in curves.charts([])] == ["", "", ""]
+    assert "one line in 20" in curves.charts(metrics(50), 20)[0] and "each line" in curves.charts(metrics(50))[0]
 
 
 def test_the_loss_on_held_out_images_is_drawn_where_it_was_computed() -> None:
@@ -134,9 +135,14 @@ def event(at: float, name: str, restart: int = 0, job: str = "7", **more: Any) -
 
 def facts(tmp_path: Path, events: list[dict[str, Any]], **fields: Any) -> Facts:
     state = fields.pop("state", "complete")
-    given = {"record": {}, "config": None, "config_text": "", "beat": {}, "metrics": [], "scores": [], "damage": ()}
+    given = {"record": {}, "config": None, "config_text": "", "beat": {}, "metrics": [], "every": 1, "scores": []}
     return Facts(
-        run=RunDir(tmp_path), row=row("r", state=state), events=events, made=BEGAN + 2000, **{**given, **fields}
+        run=RunDir(tmp_path),
+        row=row("r", state=state),
+        events=events,
+        damage=(),
+        made=BEGAN + 2000,
+        **{**given, **fields},
     )
 
 
