@@ -48,12 +48,13 @@ def coverage(d: int, num: int, draws: int) -> Coverage:
         total = reduce(metrics.merge, groups)
         distance = metrics.frechet_distance(total.mean, metrics.covariance(total), origin, reference)
         trust = interval.trust(groups, origin, reference)
-        growing = []
+        growing: list[tuple[float, float]] = []
         for k in (5, 10, 15, 20):
             part = reduce(metrics.merge, groups[:k])
             of_part = metrics.frechet_distance(part.mean, metrics.covariance(part), origin, reference)
             growing.append((1 / part.num, of_part))
-        line = np.polynomial.Polynomial.fit(*zip(*growing, strict=True), 1)
+        one_by, of_parts = np.array(growing).T
+        line = np.polynomial.Polynomial.fit(one_by, of_parts, 1)
         rows.append((distance, trust.half_width, distance + trust.shift, float(line(0.0))))
     distances, half_widths, limits, lines = np.array(rows).T
     expected = float(distances.mean())
