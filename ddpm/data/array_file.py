@@ -138,7 +138,7 @@ def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
 
 
 def _expected(num: int) -> str:
-    return f"expected a whole number for each of {num} images"
+    return f"expected a whole number for each of {num} images; save them so, or take them away"
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
