@@ -28,7 +28,7 @@ from ddpm.run.files import DamagedFile, fsync_dir, read_signed
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.state import finished_step
 from launch.cluster import environment
-from launch.queue import borrowing, chain
+from launch.queue import borrowing, chain, work
 from launch.terminal import console, inspection
 
 EXAMPLES = """examples:
@@ -87,7 +87,7 @@ def held(run: RunDir) -> Iterator[Fence]:
     """Within: no job writes the run. Raises RequestError where one does or will, or where it is another's."""
     check_own(run)
     if chain.is_training(run):
-        raise RequestError(f"run {run.name} is at work or in the queue: end it first (touch {run.stop_file})")
+        raise RequestError(f"run {run.name} is at work or in the queue: end it first ({work.to_end(run)})")
     try:
         fence = Fence(run, {"job": f"recover-{getpid()}", "restart": 0, "host": environment.host()}, wait_s=0)
     except RunBusy as e:

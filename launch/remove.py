@@ -50,8 +50,7 @@ def check(run: RunDir, root: Path) -> None:
     if run.path.is_symlink():
         raise RequestError(f"{run.path} is a link to {run.path.resolve()}: give that, or remove the link yourself")
     if found := work.of_run(run):
-        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
-        raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {how}")
+        raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {work.to_end(run)}")
     if who := list(_borrowers(run, root)):
         raise RequestError(
             f"run {run.name} is read by {', '.join(map(str, who))}, whose checkpoints are its own: remove that first"

@@ -46,7 +46,7 @@ EXAMPLES = """examples:
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
 The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
-python launch/cancel.py NAME ends a run with a save.
+End a run with python launch/cancel.py NAME: it saves, and stays ended until it is submitted again.
 """
 
 

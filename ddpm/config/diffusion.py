@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -63,11 +64,15 @@ class Diffusion(Section):
         return self
 
     def _log_alpha_bar(self) -> float:
-        """log alpha_bar of the last timestep; schedule.py computes it exactly, but needs torch."""
-        if self.schedule == "cosine":  # its betas are clipped
-            return 0.0
-        size, offset = self.timesteps, self.dns_offset
-        dns = self.schedule == "dns"
-        places = (((i + offset) / (size + 1 + offset)) ** 2 if dns else i / (size - 1) for i in range(size))
-        low, high = self.beta_start * 1000 / size, self.beta_end * 1000 / size
-        return sum(math.log1p(-(low + (high - low) * place)) for place in places)
+        return _log_alpha_bar(self.schedule, self.timesteps, self.beta_start, self.beta_end, self.dns_offset)
+
+
+@functools.cache
+def _log_alpha_bar(schedule: str, size: int, beta_start: float, beta_end: float, dns_offset: float) -> float:
+    """log alpha_bar of the last timestep; schedule.py computes it exactly, but needs torch."""
+    if schedule == "cosine":  # its betas are clipped
+        return 0.0
+    dns, offset = schedule == "dns", dns_offset
+    places = (((i + offset) / (size + 1 + offset)) ** 2 if dns else i / (size - 1) for i in range(size))
+    low, high = beta_start * 1000 / size, beta_end * 1000 / size
+    return sum(math.log1p(-(low + (high - low) * place)) for place in places)

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ddpm.data.bounded import check_members, read_header
+from ddpm.data.bounded import check_members, read_header, unread
 from ddpm.errors import RequestError
 from ddpm.run.files import open_file, sha256_file
 
@@ -50,7 +50,7 @@ class ArrayFile(NamedTuple):
         with _opened(self.path, self.key) as file:
             _skip_header(file)
             for index in range(num):
-                raw = _read(file, math.prod(shape))
+                raw = _read(file, math.prod(shape), self.path)
                 if len(raw) < math.prod(shape):
                     raise _unreadable(self.path, f"it ends after {index} of {num} images")
                 image = np.frombuffer(raw, np.uint8).reshape(shape)
@@ -90,9 +90,9 @@ def open_array(path: Path) -> ArrayFile:
         raise _unreadable(path, str(e)) from None
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape) or fortran:
         last = ", channels last" if len(shape) == 4 and shape[1] in (1, 3) else ""
-        order = "; save it in C's order" if fortran else ""
+        order = ", in C's order" if fortran else ""
         raise RequestError(
-            f"data.path = {path}: its images are {dtype} {shape}; expected uint8 (N, H, W, 3){last}{order}"
+            f"data.path = {path}: its images are {dtype} {shape}; save them as uint8 (N, H, W, 3){last}{order}"
         )
     labels, beside = _labels(path, key, shape[0])
     return ArrayFile(path, key, shape, labels, beside)
@@ -105,9 +105,13 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
     """The labels of `num` images, and the file that has them if it is not `path`; (None, None) if there are none."""
     if key is not None:
         with np.load(path, allow_pickle=False) as archive:
-            for name in LABELS:
-                if name in archive.files and (name != "arr_1" or _is_plain(archive[name], num)):
-                    return _checked(archive[name], num, f"{path}: {name}"), None
+            for name in filter(archive.files.__contains__, LABELS):
+                try:
+                    labels = archive[name]
+                except ValueError as e:
+                    raise RequestError(f"data.path: {path}: {name}: {unread(e)}; {_expected(num)}") from None
+                if name != "arr_1" or _is_plain(labels, num):
+                    return _checked(labels, num, f"{path}: {name}"), None
     stem = path.stem
     names = [f"{stem}-labels.npy", f"{stem}_labels.npy"]
     names += [stem.replace("images", "labels") + ".npy"] if "images" in stem else []
@@ -118,7 +122,7 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
                     read_header(file, beside.stat().st_size)
                 found = np.load(beside, allow_pickle=False, mmap_mode="r")
             except (OSError, ValueError, EOFError) as e:
-                raise _unreadable(beside, str(e)) from None
+                raise _unreadable(beside, unread(e)) from None
             return _checked(found, num, str(beside)), beside
     return None, None
 
@@ -129,10 +133,12 @@ def _is_plain(labels: np.ndarray, num: int) -> bool:
 
 def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
     if not _is_plain(labels, num):
-        raise RequestError(
-            f"data.path: {where} is {labels.dtype} {labels.shape}; expected a whole number for each of {num} images"
-        )
+        raise RequestError(f"data.path: {where} is {labels.dtype} {labels.shape}; {_expected(num)}")
     return np.asarray(labels, dtype=np.int64).reshape(num)
+
+
+def _expected(num: int) -> str:
+    return f"expected a whole number for each of {num} images; save them so, or take them away"
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
@@ -168,14 +174,14 @@ def _skip_header(file: IO[bytes]) -> None:
     (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
 
 
-def _read(file: IO[bytes], num: int) -> bytes:
-    """The next `num` bytes, fewer at the end of the file."""
+def _read(file: IO[bytes], num: int, path: Path) -> bytes:
+    """The next `num` bytes, fewer at the end of the file. path: for messages."""
     raw = bytearray()
     try:
         while len(raw) < num and (piece := file.read(min(num - len(raw), PIECE_BYTES))):
             raw += piece
     except (zipfile.BadZipFile, EOFError) as e:
-        raise RequestError(f"data.path: {e}; copy it again") from None
+        raise _unreadable(path, str(e)) from None
     return bytes(raw)
 
 

@@ -30,6 +30,12 @@ def check_members(archive: zipfile.ZipFile, num_bytes: int) -> None:
             read_header(f, member.file_size)
 
 
+def unread(error: Exception) -> str:
+    """Why numpy did not read an array: of one that holds objects it tells how to have them unpickled."""
+    of_objects = "allow_pickle" in str(error) or "Python objects" in str(error)
+    return "it holds Python's objects, and no numbers" if of_objects else str(error)
+
+
 def read_header(file: IO[bytes], num_bytes: int) -> tuple[Any, bool, np.dtype[Any]]:
     """Shape, whether in Fortran order, and dtype of an .npy (a file or a member of an .npz) of `num_bytes`.
 

@@ -28,6 +28,7 @@ WRAPPERS = ("module.", "_orig_mod.", "ema_model.")
 """Prefixes of names in state dicts: of DDP and AveragedModel, of torch.compile, of other projects' averages."""
 BESIDE = ("online_model.",)
 """Prefixes of tensors that other projects keep beside an average."""
+MORE = "holds more than weights"
 SHOWN = 4
 """Number of tensors that a message names."""
 
@@ -88,13 +89,9 @@ def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as e:  # zipfile, pickle and torch raise a dozen kinds
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if isinstance(e, pickle.UnpicklingError):  # torch's words tell how to run what lies in it
-            with open_file(path) as f:
-                if f.read(1) in (b"P", b"\x80"):  # a zip, a pickle
-                    raise RequestError(f"{path}: holds more than weights; have it exported as .safetensors") from None
-            reason = "it is none of torch's"
-        raise RequestError(f"{path}: not a readable file of weights ({reason}); copy it again") from None
+        if (reason := why_unreadable(path, e)) == MORE:
+            raise RequestError(f"{path}: {MORE}; have it exported as .safetensors") from None
+        raise RequestError(f"{path}: not a readable file of weights (it {reason}); copy it again") from None
     if isinstance(found, dict):
         for state in (found, found.get(weights), found.get("state_dict")):
             if isinstance(state, dict) and (only := _tensors(state)):
@@ -103,6 +100,20 @@ def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:
     if isinstance(found, dict):
         told += f" of {', '.join(map(str, list(found)[:SHOWN]))}, …"
     raise RequestError(f"{path}: holds {told}, not tensors by name; save the network's state_dict() alone")
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why torch could not load a file, after "it": torch's own words are about its insides, or tell how to have what
+    lies in the file run. Raises OSError."""
+    with open_file(path) as f:
+        head = f.read(2)
+    if not head:
+        return "is empty"
+    if head != b"PK" and head[:1] != b"\x80":  # no zip, no pickle
+        return "is no file of torch's"
+    if isinstance(error, pickle.UnpicklingError) and "truncated" not in str(error):
+        return MORE
+    return "is damaged, or not all of it is there"
 
 
 def _tensors(state: dict[Any, Any]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class Fence:
         *,
         wait_s: float = 60.0,
         is_orphan: Callable[[dict[str, Any]], bool] = lambda other: False,
-        how_to_end: Callable[[dict[str, Any]], str] = lambda other: "",
+        how_to_end: str = "",
         log: Callable[[str], None] = print,
     ) -> None:
         """Take the lock and the next token.
@@ -41,9 +41,9 @@ class Fence:
         owner: {"job", "restart", "host"}, written into the lock file for whoever waits.
         wait_s: how long to wait for the lock; less than other ranks wait for this one.
         is_orphan: whether the holder is an earlier life that should be gone. It is then fenced out although it still
-        has the lock: at once if it is of the owner's own job, else after `wait_s` seconds. how_to_end: the command that
-        ends the holder, for the message. Raises RunBusy after `wait_s` seconds, DoNotRetry if the run belongs to
-        another user who does not share it.
+        has the lock: at once if it is of the owner's own job, else after `wait_s` seconds.
+        how_to_end: the command that ends what is at work for the run, for the message.
+        Raises RunBusy after `wait_s` seconds, DoNotRetry if the run belongs to another user who does not share it.
         """
         self._run, self._log = run, log
         try:
@@ -71,7 +71,7 @@ class Fence:
         owner: dict[str, Any],
         wait_s: float,
         is_orphan: Callable[[dict[str, Any]], bool],
-        how_to_end: Callable[[dict[str, Any]], str],
+        how_to_end: str,
     ) -> None:
         """Return once this process has the lock, or an orphan is known to hold it. Raises RunBusy."""
         deadline = time.monotonic() + wait_s
@@ -91,10 +91,9 @@ class Fence:
                         f"run {self._run.name} has one lock with run {theirs}, as after cp -al, and {_who(other)} "
                         f"has it for that one: rm {self._run.lock}, then submit again"
                     )
-                command = how_to_end(other)
                 raise RunBusy(
                     f"run {self._run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"
-                    f"{f': {command}' if command else ''}"
+                    f"{f': {how_to_end}' if how_to_end else ''}"
                 )
             if not said:
                 self._log(f"lock: held by {_who(other)}; waiting up to {wait_s:.0f} s")
@@ -189,4 +188,5 @@ def _identity(path: Path | int) -> tuple[int, int] | None:
 def _who(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
-    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}"
+    where = f" of cluster {owner['cluster']}" if owner.get("cluster") else ""
+    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}{where}"

@@ -28,6 +28,12 @@ from ddpm.run.paths import RunDir
 Record = dict[str, Any]
 SKIMMED_BYTES = 4096
 """Read from the end of a long metrics.jsonl: some twenty lines."""
+THINNED_LINES = 40_000
+"""Lines that are kept of a long metrics.jsonl: more than a chart shows."""
+SHORTEST = 100
+"""Bytes of the shortest line."""
+ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
+"""Lines with one of these are rare, and none of them is left out."""
 Kind = Mapping[str, Callable[[Any], bool]]
 """Key -> whether a value of it is good. NAME: required keys; NAME_TOO: optional ones."""
 
@@ -238,6 +244,27 @@ def read_metrics(run: RunDir) -> list[Record]:
         return parse_metrics(read_bytes(run.metrics, LINES_BYTES))[0]
     except FileNotFoundError:
         return []
+
+
+def thin_metrics(run: RunDir) -> tuple[list[Record], int]:
+    """For charts: of metrics.jsonl each n-th line that can be read, the last ones, and all with ALWAYS; and n, which is
+    1 but in a long file. Raises as `read_metrics`.
+    """
+    try:
+        with open_file(run.metrics) as f:
+            size = os.fstat(f.fileno()).st_size
+            every = max(1, size // THINNED_LINES // max(SHORTEST, len(f.readline(SKIMMED_BYTES))))
+            if every == 1 or size > LINES_BYTES:
+                return read_metrics(run), 1
+            f.seek(0)
+            kept, at = [], 0
+            for number, line in enumerate(f):
+                at += len(line)
+                if number % every == 0 or at > size - SKIMMED_BYTES or any(mark in line for mark in ALWAYS):
+                    kept.append(line)
+    except FileNotFoundError:
+        return [], 1
+    return parse_metrics(b"".join(kept))[0], every
 
 
 def missing_lines(

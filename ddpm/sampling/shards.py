@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm.data.bounded import check_members
+from ddpm.data.bounded import check_members, unread
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
@@ -207,4 +207,4 @@ def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped
-        raise DamagedFile(f"{name}: not a readable .npz ({type(e).__name__}: {e})") from None
+        raise DamagedFile(f"{name}: not a readable .npz ({type(e).__name__}: {unread(e)})") from None

@@ -30,6 +30,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.life import compiled, devices, inputs
 from launch.life.life import Life
 from launch.life.showing import mirror_of
+from launch.queue import work
 from launch.queue.chain import nothing_to_train
 from launch.queue.directory import site_of
 from launch.queue.waiting import mercy_for
@@ -121,15 +122,9 @@ def _take(life: Life, wait_s: float) -> Fence:
         life.env.owner(),
         wait_s=wait_s,
         is_orphan=lambda other: is_orphan(other, life.env),
-        how_to_end=lambda other: _how_to_end(other, life.run),
+        how_to_end=work.to_end(life.run),
         log=say,
     )
-
-
-def _how_to_end(other: dict[str, Any], run: RunDir) -> str:
-    job, cluster = str(other.get("job", "JOB")), other.get("cluster")
-    where = f" (on cluster {cluster})" if cluster and cluster != scheduler.cluster_name() else ""
-    return f"touch {run.stop_file}" if job.startswith("local") else f"scancel {job}{where}"
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from launch.cluster.container import check_image, lines
 from launch.cluster.environment import PROJECT, default_partition
 from launch.cluster.site import Notify, Site
 from launch.cluster.values import written
-from launch.queue import notify
+from launch.queue import notify, work
 
 NOT_GIVEN: tuple[Any, ...] = (None, "", [])
 """Values of a site that ask for nothing."""
@@ -154,7 +152,7 @@ def not_taken(run: RunDir, site: Site) -> str:
         return ""
     return (
         f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
-        f"python launch/cancel.py {shlex.quote(str(run.path))}, and submit again"
+        f"{work.to_end(run)}, and submit again"
     )
 
 
@@ -189,8 +187,17 @@ def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
     """The base that a later stage's options override: what the run was submitted with, but not its --cluster local if
     they name a partition or a profile."""
     base = site_of(run).model_dump(exclude_defaults=True)
-    with contextlib.suppress(OSError, DamagedFile, RequestError):  # another's run, whose owner alone can read it
+    try:
         base |= {"notify": notify.asked_of(run).model_dump(exclude_defaults=True)}
+    except PermissionError:  # another's run, whose owner alone can read it
+        pass
+    except (OSError, DamagedFile, RequestError) as e:
+        why = "is not as a submission writes it" if isinstance(e, RequestError) else f"cannot be read ({e})"
+        print(
+            f"warning: {run.notify} {why}: nobody is told of the run's end, unless the --profile given says whom; "
+            f"remove the file if that is meant",
+            file=sys.stderr,
+        )
     if base.get("cluster") == "local" and args.cluster is None and (args.partition or args.profile):
         base = {key: value for key, value in base.items() if key not in ("cluster", "gpus_per_node")}
     return base

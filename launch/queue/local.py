@@ -1,6 +1,6 @@
 """`--cluster local`: the same jobs, one after another, as background processes on this machine.
 
-    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB of another run's job to wait for]
+    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB … of other runs' jobs to wait for]
 
 They are not restarted: the user submits again. Output goes to logs/local-JOB.out.
 """
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,8 @@ from launch.queue import ending
 from launch.queue.waiting import is_of, is_told_to_stop
 
 POLL_S = 0.5
+Place = tuple[int, str]
+"""A background job of this machine: its process and its name."""
 
 
 def stage_command(job: Job) -> list[str]:
@@ -69,12 +72,17 @@ def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
 
 
 def is_behind(events: list[dict[str, Any]]) -> bool:
-    """Whether the newest job of a run with these events is on this machine and waits for another run's job to end."""
+    """Whether the newest job of a run with these events is on this machine and waits for other runs' jobs to end."""
     newest: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "submitted"), {})
     before = newest.get("behind")
     if newest.get("via") != "local" or newest.get("host") != environment.host() or not isinstance(before, list):
         return False
-    return len(before) == 2 and is_there(*map(str, before))
+    return any(is_there(pid, job) for pid, job in _pairs(before))
+
+
+def _pairs(words: list[Any]) -> list[tuple[str, str]]:
+    """PID JOB PID JOB … as processes with their jobs."""
+    return [(str(pid), str(job)) for pid, job in zip(words[::2], words[1::2], strict=False)]
 
 
 def is_there(pid: str, job: str) -> bool:
@@ -85,10 +93,10 @@ def is_there(pid: str, job: str) -> bool:
         return False
 
 
-def start(run: RunDir, jobs: list[Job], behind: tuple[int, str] | None = None) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start `jobs` in a session of their own, so that closing the terminal does not end them; returns process and log.
+def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start `jobs` in a session of their own, so that closing the terminal does not end them.
 
-    behind: pid and name of a background job for which these wait.
+    behind: background jobs for which these wait. Returns the process and its log, which is named after this job.
     """
     name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
     run.logs.mkdir(exist_ok=True)
@@ -96,7 +104,7 @@ def start(run: RunDir, jobs: list[Job], behind: tuple[int, str] | None = None) -
     commands = [stage_command(job) for job in jobs]
     chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
-    before = [] if behind is None else [str(word) for word in behind]
+    before = [str(word) for place in behind for word in place]
     home = code.unpack(run)
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -154,7 +162,7 @@ def _tell(run: RunDir, command: list[str], code: int) -> None:
 def main() -> int:
     """Run the commands in turn, until one fails or STOP exists; a stop signal is passed on to the running command.
 
-    If this waits for another run's job, it first waits until that has ended in any way.
+    If this waits for other runs' jobs, it first waits until those have ended in any way.
     """
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     stages = [command[command.index("launch.jobs") + 1] for command in commands]
@@ -171,8 +179,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, forward)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, forward)
-    before = sys.argv[3:5]
-    while before and not unheard and not run.is_stopped() and is_there(*before):
+    before = _pairs(sys.argv[3:])
+    while not unheard and not run.is_stopped() and any(is_there(pid, job) for pid, job in before):
         time.sleep(POLL_S)
     for i, command in enumerate(commands):
         if unheard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,11 @@ class Work:
         told = [f"job {job} ({state.lower()})" for job, state in self.jobs.items()]
         told += [f"pid {pid} on this machine" for pid in self.here.values()]
         return ", ".join([*told, *([self.elsewhere] if self.elsewhere else [])])
+
+
+def to_end(run: RunDir) -> str:
+    """What a person types to end what is at work for a run, or waits to be, wherever that is: messages say this."""
+    return f"python launch/cancel.py {shlex.quote(str(run.path))}"
 
 
 def of_run(run: RunDir) -> Work:

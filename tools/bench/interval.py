@@ -53,7 +53,8 @@ def coverage(d: int, num: int, draws: int) -> Coverage:
             part = reduce(metrics.merge, groups[:k])
             of_part = metrics.frechet_distance(part.mean, metrics.covariance(part), origin, reference)
             growing.append((1 / part.num, of_part))
-        line = np.polynomial.Polynomial.fit(*zip(*growing, strict=True), 1)
+        inverses, of_parts = np.array(growing).T
+        line = np.polynomial.Polynomial.fit(inverses, of_parts, 1)
         rows.append((distance, trust.half_width, distance + trust.shift, float(line(0.0))))
     distances, half_widths, limits, lines = np.array(rows).T
     expected = float(distances.mean())

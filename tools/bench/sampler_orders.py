@@ -18,7 +18,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ MU, S = 0.2, 0.5
 class Case(NamedTuple):
     name: str
     sampler: str
-    options: dict[str, str]
+    options: dict[str, Any]
     order: float
     """As theory has it."""
     colour: str

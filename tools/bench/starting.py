@@ -44,7 +44,7 @@ def life(run: RunDir) -> tuple[float, str]:
     known = len(read_jsonl(run.metrics))
     run.logs.mkdir(exist_ok=True)
     # torch, where it was loaded, has said where it compiles
-    variables = {k: v for k, v in environment.for_jobs().items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    variables = {k: v for k, v in environment.for_jobs(PROJECT).items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     with (run.logs / "bench.out").open("w+") as out:
         began = time.monotonic()
         job = subprocess.Popen([sys.executable, "-m", "launch.jobs", "train", str(run.path)], cwd=PROJECT, stdout=out,

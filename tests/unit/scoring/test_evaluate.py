@@ -459,7 +459,7 @@ def test_a_reference_file_scores_like_its_images(made: Made, tmp_path: Path) -> 
         ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, r"sigma \(4, 3\)"),
         ({"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}, r"mu \(2048,\)"),
         ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "must be finite"),
-        ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "cannot be read.*allow_pickle"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "cannot be read.*Python's objects, and no"),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor_digest": "x"}, "made with another extractor"),
     ],
 )
