@@ -165,8 +165,8 @@ def check_size(images: PackedImages, size: int) -> None:
     height, width = images.images.shape[1:3]
     if (height, width) != (size, size):
         raise RequestError(
-            f"reference = {images.name}: its images are {height}x{width}, the samples {size}x{size}; bring one side to "
-            f"the size of the other"
+            f"reference = {images.name}: its images are {height}x{width}, the samples {size}x{size}; statistics of "
+            f"them at that size can be one: `evaluate.py --images {images.name} --size {size} --save-stats FILE.npz`"
         )
 
 
