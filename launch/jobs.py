@@ -4,6 +4,7 @@
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
     python -m launch.jobs evaluate RUN NAME --bits-per-dim
+    python -m launch.jobs evaluate RUN NAME --reference train --extractor inception --save-stats FILE
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -42,6 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--extractor", default=None)
     parser.add_argument("--round", default="")
     parser.add_argument("--bits-per-dim", action="store_true", help="of bits-per-dim/NAME/request.json")
+    parser.add_argument("--save-stats", type=Path, default=None, help="the reference's statistics alone, to this file")
     return parser.parse_args(argv)
 
 
@@ -75,6 +77,10 @@ def work(life: Life, args: argparse.Namespace) -> int:
         from launch.life import likelihood
 
         return likelihood.evaluate(life, args.set_name)
+    if args.save_stats:
+        from launch.life import reference
+
+        return reference.save_statistics(life, args.reference, args.extractor, args.save_stats)
     starting.request_of(life, args.set_name)
     from launch.life import scoring
 
