@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score a sample set of a run, or two folders of images."""
+"""Score a sample set of a run, or a folder of images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or images: a folder, zip, .npz or .npy")
@@ -66,9 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"
     )
-    parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument("--size", type=int, help="with --images: crop and resize all images to this many pixels")
     parser.add_argument(
-        "--keep", metavar="DIR", help="with --images: keep features there; processes with the same one share the work"
+        "--keep", metavar="DIR", help="with --images: keep features in DIR; processes with the same DIR share the work"
     )
     parser.add_argument(
         "--save-stats", metavar="FILE.npz", help="write statistics instead: of --images, or of a run's --reference"
@@ -82,17 +82,19 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="the variational bound of the test images (or of --reference train), as Ho et al. report it",
     )
-    parser.add_argument("--step", type=int, help="with --bits-per-dim: of which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, help="with --bits-per-dim: which checkpoint (default: the newest)")
     parser.add_argument(
-        "--num-images", type=int, help="with --bits-per-dim: of so many, chosen by sample.seed (default: all)"
+        "--num-images", type=int, help="with --bits-per-dim: how many images, chosen by sample.seed (default: all)"
     )
     parser.add_argument(
         "--all-milestones", action="store_true", help="sample and score each milestone that has no score yet"
     )
-    parser.add_argument("--wait", action="store_true", help="stay until the score is there")
-    parser.add_argument("--json", action="store_true", help="all of a score as JSON, on a terminal too; else in a pipe")
+    parser.add_argument("--wait", action="store_true", help="wait until the score is there")
+    parser.add_argument(
+        "--json", action="store_true", help="print all of a score as JSON on a terminal too, as in a pipe"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     add_options(parser)
     args = parser.parse_args()
     if (args.run is None) == (args.images is None) and not (args.compare and args.images is None):
