@@ -144,7 +144,8 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
     if jobs and reading.of_run(run) != config:
         raise RequestError(
-            f"run {run.name} is in the queue as job {' '.join(jobs)} with {config_differences(run, config)}. "
+            f"run {run.name} is in the queue as job {' '.join(jobs)} with another config: "
+            f"{config_differences(run, config)}. "
             f"Wait for it, or end it ({work.to_end(run)}; nothing is lost), then submit again"
         )
     return bool(jobs)

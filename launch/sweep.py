@@ -33,6 +33,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import check_name
 from ddpm.run.records import usable
 from launch import origin, prepare, submission
+from launch.cluster import environment
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
@@ -230,7 +231,8 @@ def _telling(points: list[Point]) -> Iterator[None]:
         lines = [f"queued: {', '.join(there) or 'none'}"]
         lines += [f"not queued: {', '.join(lacks)}"] if lacks else []
         lines += [f"without what follows training: {', '.join(later)}"] if later else []
-        return "\n".join([*lines, "What is queued stays. The same command goes on with the rest, once it can"])
+        lines += ["What is queued stays. The same command goes on with the rest, once it can:"]
+        return "\n".join([*lines, f"  {environment.command_line()}"])
 
     try:
         yield

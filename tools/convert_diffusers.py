@@ -87,6 +87,7 @@ OF_PROCESS = (
     *("clip_sample_range", "timestep_spacing", "steps_offset"),
 )
 """Keys of it that our config follows from, and those of the steps at which it samples."""
+INSTEAD = "(sample it with diffusers, then; python launch/evaluate.py --images DIR scores such images too)"
 DOWNSAMPLE = {0: "conv_asymmetric", 1: "conv"}
 RENAMES = (
     (r"^time_embedding\.linear_1\.", "time_mlp.0."),
@@ -230,9 +231,12 @@ def process(scheduler: dict[str, Any], where: Path) -> dict[str, Any]:
 def fit(source: Folder, config: Path, changes: Sequence[str]) -> tuple[Config, list[str]]:
     """`config` with `changes` and with what the network in `source` needs, unless they say otherwise; all of these."""
     where = source.network / "config.json"
-    wanted = structure(read_object(where), where)
-    if source.scheduler is not None:
-        wanted |= process(read_object(source.scheduler), source.scheduler)
+    unet = read_object(where)
+    scheduler = read_object(source.scheduler) if source.scheduler is not None else None
+    try:
+        wanted = structure(unet, where) | (process(scheduler, source.scheduler) if scheduler is not None else {})
+    except RequestError as e:
+        raise RequestError(f"{e}\n  {INSTEAD}") from None
     there = reading.load(config, shelf=CONFIG.parent).model_dump(mode="json")
     if wanted.get("diffusion.timesteps", there["sample"]["steps"]) < there["sample"]["steps"]:
         wanted["sample.steps"] = wanted["diffusion.timesteps"]

@@ -51,8 +51,9 @@ def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise RequestError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
     tree.setdefault("name", path.stem)
-    own = copy.deepcopy(tree)
-    for override in overrides:
+    changes = list(overrides)
+    own = copy.deepcopy(tree) if changes else tree
+    for override in changes:
         apply_override(tree, override)
     try:
         return build(Config, tree, str(path))

@@ -28,6 +28,12 @@ Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 MOST = 12
 """Keys that a message lists."""
+PLAIN = {
+    **{"Input should be": "must be", "a valid integer": "a whole number", "a valid number": "a number"},
+    **{"a valid string": "a word", "a valid boolean": "true or false", "a valid dictionary": "keys and values"},
+    **{"greater than or equal to": "at least", "less than or equal to": "at most", "greater than": "more than"},
+}
+"""pydantic's words, and ours."""
 
 
 class Section(BaseModel):
@@ -101,22 +107,24 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
     if err["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(key, known, kind.all_keys if issubclass(kind, Section) else "")
     message = str(err["msg"]).removeprefix("Value error, ")
+    for theirs, ours in PLAIN.items() if err["type"] != "value_error" else ():
+        message = message.replace(theirs, ours)
     if err["type"] == "value_error":
         is_named = bool(loc) and re.search(rf"\b{re.escape(loc[-1])}\b", message)
         return message if not loc or is_named else f"{key} = {message}"
     if err["type"] == "model_type":
         return f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults"
     if err["type"] == "tuple_type":
-        message = f"input should be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
+        message = f"must be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
     if err["type"] == "int_type" and isinstance(err["input"], str):
-        message = "input should be a whole number, without quotes, colons or zeros before it"
-    if err["type"] == "bool_type":
-        message += ", true or false"
+        message = "must be a whole number, without quotes, colons or zeros before it"
     section: Any = kind
     for part in key.split(".")[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else section
     field = section.model_fields.get(key.split(".")[-1]) if hasattr(section, "model_fields") else None
-    allowed = f" (default {field.default!r})" if field is not None else ""
+    allowed = ""
+    if field is not None:
+        allowed = " (or leave it out)" if field.default in (None, ()) else f" (default {field.default!r})"
     if err["type"] == "literal_error" and (near := _near(err["input"], str(err["ctx"]["expected"]))):
         allowed += f"; did you mean {near!r}?"
     if beyond and field is not None and get_origin(field.annotation) is dict:

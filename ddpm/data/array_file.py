@@ -50,7 +50,7 @@ class ArrayFile(NamedTuple):
         with _opened(self.path, self.key) as file:
             _skip_header(file)
             for index in range(num):
-                raw = _read(file, math.prod(shape))
+                raw = _read(file, math.prod(shape), self.path)
                 if len(raw) < math.prod(shape):
                     raise _unreadable(self.path, f"it ends after {index} of {num} images")
                 image = np.frombuffer(raw, np.uint8).reshape(shape)
@@ -90,9 +90,9 @@ def open_array(path: Path) -> ArrayFile:
         raise _unreadable(path, str(e)) from None
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape) or fortran:
         last = ", channels last" if len(shape) == 4 and shape[1] in (1, 3) else ""
-        order = "; save it in C's order" if fortran else ""
+        order = ", in C's order" if fortran else ""
         raise RequestError(
-            f"data.path = {path}: its images are {dtype} {shape}; expected uint8 (N, H, W, 3){last}{order}"
+            f"data.path = {path}: its images are {dtype} {shape}; save them as uint8 (N, H, W, 3){last}{order}"
         )
     labels, beside = _labels(path, key, shape[0])
     return ArrayFile(path, key, shape, labels, beside)
@@ -138,7 +138,7 @@ def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
 
 
 def _expected(num: int) -> str:
-    return f"expected a whole number for each of {num} images"
+    return f"expected a whole number for each of {num} images; save them so, or take them away"
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
@@ -174,14 +174,14 @@ def _skip_header(file: IO[bytes]) -> None:
     (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
 
 
-def _read(file: IO[bytes], num: int) -> bytes:
+def _read(file: IO[bytes], num: int, path: Path) -> bytes:
     """So many bytes, fewer at the end."""
     raw = bytearray()
     try:
         while len(raw) < num and (piece := file.read(min(num - len(raw), PIECE_BYTES))):
             raw += piece
     except (zipfile.BadZipFile, EOFError) as e:
-        raise RequestError(f"data.path: {e}; copy it again") from None
+        raise _unreadable(path, str(e)) from None
     return bytes(raw)
 
 

@@ -1,7 +1,9 @@
 """One picture to pixels: what cameras, scanners and editors write, as 8-bit sRGB without transparency.
 
-Owns what becomes of each kind of picture, and counts what was changed in it; eight bits of RGB stay as they are. Must
-not know where pictures come from. https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
+Owns what becomes of each kind of picture, and counts what was changed in it; eight bits of RGB stay as they are. Of 16
+bits 65535 is white: greys are rounded to the nearest level, and of colours Pillow keeps the higher byte, which is a
+level below at most. Must not know where pictures come from.
+https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
 """
 
 from __future__ import annotations
@@ -68,15 +70,19 @@ class Decoding:
 
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's, which holds its preview too
             raise ValueError(f"it has {image.n_frames} frames or pages; keep one of them as a file of its own")
-        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("its pixels do not say what is white; store them with 8 or 16 bits")
-        profile = image.info.get("icc_profile")
+        profile, is_16_bit = image.info.get("icc_profile"), _is_16_bit(image)
         if (turned := _orientation(image)) in UPRIGHT:
             self.converted["turned as their EXIF says"] += 1
             image = image.transpose(Image.Transpose[UPRIGHT[turned]])
-        if image.mode.startswith("I"):
+        if is_16_bit:
             self.converted["scaled from 16 bits"] += 1
-            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if image.mode.startswith("I"):
+            levels, clear = np.asarray(image).astype(np.uint32), image.info.get("transparency")
+            image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+            if clear is not None:
+                image.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             image = image.convert("RGBA")
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
@@ -95,6 +101,14 @@ class Decoding:
             self.converted["converted to sRGB"] += 1
             return ImageCms.applyTransform(image, transform)
         return image.convert("RGB")
+
+
+def _is_16_bit(image: Any) -> bool:
+    """Whether a picture that was opened and not yet loaded has 16 bits of each level in its file, of which there may be
+    fewer in its mode."""
+    args = image.tile[0].args if image.tile else ""
+    rawmode = args if isinstance(args, str) else next(iter(args or ()), "")
+    return image.mode.startswith("I") or ";16" in str(rawmode)
 
 
 def _orientation(image: Any) -> int:

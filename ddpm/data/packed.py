@@ -132,7 +132,9 @@ def pack(
     if source.kind == "celeba":
         source = celeba.download(data, cache / "celeba")
     if split not in source.members:
-        raise RequestError(f"{data.name} has no {split!r} split; it has {sorted(source.members)}")
+        raise RequestError(
+            f"{data.name} has no {split!r} split: name one that it has: {', '.join(sorted(source.members))}"
+        )
     key = key_of(data, source, split, cache, say)
     labels = [] if data.skip_damaged else [source.labels[name] for name in source.members[split]]
 

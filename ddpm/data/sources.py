@@ -222,7 +222,10 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
             try:
                 pixels = how.pixels(raw, size)
             except MemoryError:
-                raise
+                raise EnvironmentLacks(
+                    f"data.path = {source.path}: {readable(name)}: to decode it takes more memory than there is here; "
+                    f"make it smaller, remove it, or submit where there is more"
+                ) from None
             except Exception as e:  # so does Pillow, OSError among them
                 how.damaged[readable(name)] = _in_a_line(e)
             else:

@@ -140,23 +140,22 @@ class _Norm(torch.autograd.Function):
         from ddpm.network import kernels
 
         x = _rows(x)
-        y, stats = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
-        ctx.save_for_backward(x, stats, weight)
+        y, means, rstds = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
+        ctx.save_for_backward(x, shift, weight, bias, means, rstds)
         ctx.groups, ctx.silu, ctx.masks = groups, silu, masks
-        ctx.shift, ctx.bias = None if shift is None else shift.dtype, bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from ddpm.network import kernels
 
-        x, stats, weight = ctx.saved_tensors
+        x, shift, weight, bias, means, rstds = ctx.saved_tensors
         dx, sums = kernels.norm_backward(
-            _rows(dy), x, stats, weight, ctx.groups, ctx.silu, _masks(ctx.masks), ctx.shift is not None
+            _rows(dy), x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(ctx.masks)
         )
         of_bias, of_weight = sums[:2].sum(1)
-        of_shift = None if ctx.shift is None else sums[2].to(ctx.shift)
-        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(ctx.bias), None, None, None, None
+        of_shift = None if shift is None else sums[2].to(shift.dtype)
+        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None, None, None
 
 
 class _Add(torch.autograd.Function):

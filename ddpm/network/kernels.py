@@ -6,18 +6,17 @@ All is computed in float32 and rounded once; every sum has an order of its own, 
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_WIDTH = 64
-_TILE: dict[str, int] = {"C": _WIDTH, "P": 128, "num_warps": 8}
+_TILE, _WIDTH = 4096, 64
 _PARTS = 128
 """Of the rows of a sum over all of them."""
-_ANY = ["size", "parts", "first_counter", "bound"]
+_ANY = ["size", "rows", "first_counter", "bound"]
 """Numbers of which no value has a kernel of its own."""
 
 
@@ -31,39 +30,13 @@ class Masks(NamedTuple):
 
 
 @triton.jit
-def _sample(positions, channels, C: tl.constexpr, P: tl.constexpr):
-    """Places of P positions and C channels of a sample, whether they are there, channels; in a grid of _of_samples."""
-    channel = tl.program_id(0) * C + tl.arange(0, C)
-    p = tl.program_id(1) * P + tl.arange(0, P)
-    valid = (p < positions)[:, None] & (channel < channels)[None, :]
-    first = tl.program_id(2).to(tl.int64) * positions * channels
-    return first + p[:, None] * channels + channel[None, :], valid, channel
-
-
-@triton.jit
-def _of_part(num: tl.constexpr):
-    """The row of the first of `num` of this program's part of a sample."""
-    return (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num
-
-
-@triton.jit
-def _of_sample(table, channels, channel, which: tl.constexpr):
-    """Row `which` of a table (rows, N, channels), of this program's sample: (C,)."""
-    at = (which * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * channels
-    return tl.load(table + at + channel, mask=channel < channels, other=0)
-
-
-@triton.jit
-def _kept(places, channels, first_counter, bound, C: tl.constexpr, P: tl.constexpr):
-    """Which elements of `_sample` dropout keeps: bool (P, C)."""
-    row, rows = tl.program_id(2), tl.num_programs(2)
+def _kept(places, rows, row, first, P: tl.constexpr, C: tl.constexpr, bound):
+    """Whether elements are kept, bool (P, C); first: int64 (P,), the number of each position's first element."""
     index = tl.load(places + row).to(tl.uint32)
     step = tl.load(places + rows + row).to(tl.uint32)
     high = tl.load(places + 2 * rows + row).to(tl.uint32)
     key_0 = tl.load(places + 3 * rows + row).to(tl.uint32)
     key_1 = tl.load(places + 4 * rows + row).to(tl.uint32)
-    p = (tl.program_id(1) * P + tl.arange(0, P)).to(tl.int64)
-    first = (p * channels + tl.program_id(0) * C) // 8 + first_counter
     counter = (first[:, None] + tl.arange(0, C // 8)[None, :]).to(tl.uint32)
     zero = counter * 0
     w_0, w_1, w_2, w_3 = tl.philox_impl(counter, zero + index, zero + step, zero + high, zero + key_0, zero + key_1, 10)
@@ -75,12 +48,9 @@ def _kept(places, channels, first_counter, bound, C: tl.constexpr, P: tl.constex
 
 
 @triton.jit
-def _groups(size, width, C: tl.constexpr):
-    """C of a sample's channels, of which `width` are this program's: which are, which they are, which share a group."""
-    c = tl.arange(0, C)
-    inside = c < width
-    same = ((c // size)[None, :] == tl.arange(0, C // 2)[:, None]) & inside[None, :]
-    return c, inside, tl.program_id(0) * width + c, same
+def _same_group(c, size, inside, C: tl.constexpr):
+    """Which channels are of which group, bool (groups, C)."""
+    return ((c // size)[None, :] == tl.arange(0, C // 2)[:, None]) & inside[None, :]
 
 
 @triton.jit
@@ -90,136 +60,119 @@ def _of_groups(values, same):
     return tl.sum(tl.where(same, sums[:, None], 0.0), 0)
 
 
-@triton.jit
-def _moments_kernel(partial, x, positions, channels, C: tl.constexpr, P: tl.constexpr):
-    """Each channel's mean at P positions of a sample, and squares about it. partial: (N, parts, 2, channels)."""
-    at, valid, channel = _sample(positions, channels, C, P)
-    v = tl.load(x + at, mask=valid, other=0).to(tl.float32)
-    mean = tl.sum(v, 0) / tl.minimum(P, positions - tl.program_id(1) * P).to(tl.float32)
-    from_it = tl.where(valid, v - mean[None, :], 0.0)
-    out = partial + _of_part(2) * channels + channel
-    tl.store(out, mean, mask=channel < channels)
-    tl.store(out + channels, tl.sum(from_it * from_it, 0), mask=channel < channels)
-
-
 @triton.jit(do_not_specialize=_ANY)
-def _statistics_kernel(
-    stats, partial, shift, weight, bias, eps, positions, channels, size, width, parts, in_shift, C: tl.constexpr,
-    P: tl.constexpr, SHIFT: tl.constexpr,
+def _norm_kernel(
+    y, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale, eps,
+    channels, size, width, in_shift, C: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
+    DROP: tl.constexpr,
 ):  # fmt: skip
-    """Of a sample's next `width` channels, in whole groups of `size`. stats: (4, N, channels), as of `norm`."""
+    """A sample's next `width` channels, in groups of `size`, by one program. C: a power of two, at least `width`.
+
+    in_shift: from one sample's shift to the next one's.
+    """
     row = tl.program_id(1).to(tl.int64)
-    c, inside, channel, same = _groups(size, width, C)
-    mean, square = c * 0.0, c * 0.0
-    for i in range(parts):  # joined in Chan's way
-        of_part = partial + (row * parts + i) * 2 * channels + channel
-        num = tl.minimum(P, positions - i * P).to(tl.float32)
-        delta = tl.load(of_part, mask=inside, other=0) - mean
-        mean += delta * (num / (i * P + num))
-        square += tl.load(of_part + channels, mask=inside, other=0) + delta * delta * (i * P * num / (i * P + num))
+    c = tl.arange(0, C)
+    inside = c < width
+    channel = tl.program_id(0) * width + c
+    same = _same_group(c, size, inside, C)
     moved = tl.load(shift + row * in_shift + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
+    x += row * positions * channels
+    y += row * positions * channels
+    mean, square = c * 0.0, c * 0.0
+    for begin in range(0, positions, P):  # Chan's way to join what was seen with what comes
+        p = begin + tl.arange(0, P)
+        valid = (p < positions)[:, None] & inside[None, :]
+        v = tl.load(x + p[:, None] * channels + channel[None, :], mask=valid, other=0).to(tl.float32)
+        num = tl.minimum(P, positions - begin).to(tl.float32)
+        of_tile = tl.sum(v, 0) / num
+        from_it = tl.where(valid, v - of_tile[None, :], 0.0)
+        delta = of_tile - mean
+        mean += delta * (num / (begin + num))
+        square += tl.sum(from_it * from_it, 0) + delta * delta * (begin * num / (begin + num))
     mean = tl.where(inside, mean + moved, 0.0)
     of_group = _of_groups(mean, same) / size
     delta = mean - of_group
-    rstd = 1.0 / tl.sqrt(_of_groups(square + delta * delta * positions, same) / (size * positions) + eps)
+    variance = _of_groups(square + delta * delta * positions, same) / (size * positions)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    tl.store(means + row * channels + channel, of_group, mask=inside)
+    tl.store(rstds + row * channels + channel, rstd, mask=inside)
     w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32) * rstd
     b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32) + (moved - of_group) * w
-    out, num_rows = stats + row * channels + channel, tl.num_programs(1).to(tl.int64) * channels
-    tl.store(out, w, mask=inside)
-    tl.store(out + num_rows, b, mask=inside)
-    tl.store(out + 2 * num_rows, of_group - moved, mask=inside)
-    tl.store(out + 3 * num_rows, rstd, mask=inside)
+    for begin in range(0, positions, P):
+        p = begin + tl.arange(0, P)
+        valid = (p < positions)[:, None] & inside[None, :]
+        at = p[:, None] * channels + channel[None, :]
+        v = tl.load(x + at, mask=valid, other=0).to(tl.float32) * w[None, :] + b[None, :]
+        if SILU:
+            v = v * tl.sigmoid(v)
+        if DROP:
+            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
+            v = tl.where(_kept(places, rows, row, first, P, C, bound), v * scale, 0.0)
+        tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=_ANY)
-def _norm_kernel(
-    y, x, stats, places, first_counter, bound, scale, positions, channels, C: tl.constexpr, P: tl.constexpr,
-    SILU: tl.constexpr, DROP: tl.constexpr,
+def _norm_backward_kernel(
+    dx, sums, dy, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale,
+    channels, size, width, in_shift, C: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
+    DROP: tl.constexpr,
 ):  # fmt: skip
-    """P positions of C channels of a sample."""
-    at, valid, channel = _sample(positions, channels, C, P)
-    w, b = _of_sample(stats, channels, channel, 0), _of_sample(stats, channels, channel, 1)
-    v = tl.load(x + at, mask=valid, other=0).to(tl.float32) * w[None, :] + b[None, :]
-    if SILU:
-        v = v * tl.sigmoid(v)
-    if DROP:
-        v = tl.where(_kept(places, channels, first_counter, bound, C, P), v * scale, 0.0)
-    tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _before(
-    dy, x, stats, places, first_counter, bound, scale, at, valid, channels, channel, C: tl.constexpr, P: tl.constexpr,
-    SILU: tl.constexpr, DROP: tl.constexpr,
-):  # fmt: skip
-    """What was normalised, and the gradient of what weight and bias made of it."""
-    v = tl.load(x + at, mask=valid, other=0).to(tl.float32)
-    d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
-    if SILU:
-        w, b = _of_sample(stats, channels, channel, 0), _of_sample(stats, channels, channel, 1)
-        u = v * w[None, :] + b[None, :]
-        s = tl.sigmoid(u)
-        d = d * (s * (1.0 + u * (1.0 - s)))
-    if DROP:
-        d = tl.where(_kept(places, channels, first_counter, bound, C, P), d * scale, 0.0)
-    mean, rstd = _of_sample(stats, channels, channel, 2), _of_sample(stats, channels, channel, 3)
-    return tl.where(valid, (v - mean[None, :]) * rstd[None, :], 0.0), d
-
-
-@triton.jit(do_not_specialize=_ANY)
-def _norm_sums_kernel(
-    partial, dy, x, stats, places, first_counter, bound, scale, positions, channels, C: tl.constexpr, P: tl.constexpr,
-    SILU: tl.constexpr, DROP: tl.constexpr,
-):  # fmt: skip
-    """partial: (N, parts, 3, channels), the sums over P positions of d, of d n and of n, which are as of _before."""
-    at, valid, channel = _sample(positions, channels, C, P)
-    n, d = _before(dy, x, stats, places, first_counter, bound, scale, at, valid, channels, channel, C, P, SILU, DROP)
-    out = partial + _of_part(3) * channels + channel
-    tl.store(out, tl.sum(d, 0), mask=channel < channels)
-    tl.store(out + channels, tl.sum(d * n, 0), mask=channel < channels)
-    tl.store(out + 2 * channels, tl.sum(n, 0), mask=channel < channels)
-
-
-@triton.jit(do_not_specialize=_ANY)
-def _norm_means_kernel(
-    sums, means, partial, stats, weight, positions, channels, size, width, parts, C: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """sums: (3, N, channels), as of `norm_backward`; means: (2, N, channels), what _norm_dx_kernel takes away."""
+    """As above. sums: float32 (3, N, channels), of this sample for bias, weight and, with SHIFT, shift."""
     row = tl.program_id(1).to(tl.int64)
-    c, inside, channel, same = _groups(size, width, C)
-    sum_d, sum_dn, sum_n = c * 0.0, c * 0.0, c * 0.0
-    for i in range(parts):
-        of_part = partial + (row * parts + i) * 3 * channels + channel
-        sum_d += tl.load(of_part, mask=inside, other=0)
-        sum_dn += tl.load(of_part + channels, mask=inside, other=0)
-        sum_n += tl.load(of_part + 2 * channels, mask=inside, other=0)
-    num_rows = tl.num_programs(1).to(tl.int64) * channels
+    c = tl.arange(0, C)
+    inside = c < width
+    channel = tl.program_id(0) * width + c
+    same = _same_group(c, size, inside, C)
+    moved = tl.load(shift + row * in_shift + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
+    x += row * positions * channels
+    dy += row * positions * channels
+    dx += row * positions * channels
+    mean = tl.load(means + row * channels + channel, mask=inside, other=0) - moved
+    rstd = tl.load(rstds + row * channels + channel, mask=inside, other=0)
     w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
-    rstd = tl.load(stats + 3 * num_rows + row * channels + channel, mask=inside, other=0)
-    of_d = rstd * _of_groups(w * sum_d, same) / (size * positions)
-    of_dn = rstd * _of_groups(w * sum_dn, same) / (size * positions)
-    out = sums + row * channels + channel
-    tl.store(out, sum_d, mask=inside)
-    tl.store(out + num_rows, sum_dn, mask=inside)
+    b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
+    sum_d, sum_dn, sum_n = c * 0.0, c * 0.0, c * 0.0
+    for begin in range(0, positions, P):
+        p = begin + tl.arange(0, P)
+        valid = (p < positions)[:, None] & inside[None, :]
+        at = p[:, None] * channels + channel[None, :]
+        n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+        d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
+        if DROP:
+            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
+            d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
+        if SILU:
+            u = n * w[None, :] + b[None, :]
+            s = tl.sigmoid(u)
+            d = d * (s * (1.0 + u * (1.0 - s)))
+        n = tl.where(valid, n, 0.0)
+        sum_d += tl.sum(d, 0)
+        sum_dn += tl.sum(d * n, 0)
+        sum_n += tl.sum(n, 0)
+    at_sums = sums + row * channels + channel
+    all_rows = tl.num_programs(1).to(tl.int64) * channels
+    tl.store(at_sums, sum_d, mask=inside)
+    tl.store(at_sums + all_rows, sum_dn, mask=inside)
+    num = size * positions
+    of_d = _of_groups(w * sum_d, same) / num
+    of_dn = _of_groups(w * sum_dn, same) / num
     if SHIFT:
-        tl.store(out + 2 * num_rows, rstd * w * sum_d - positions * of_d - of_dn * sum_n, mask=inside)
-    out = means + row * channels + channel
-    tl.store(out, of_d, mask=inside)
-    tl.store(out + num_rows, of_dn, mask=inside)
-
-
-@triton.jit(do_not_specialize=_ANY)
-def _norm_dx_kernel(
-    dx, dy, x, stats, means, places, first_counter, bound, scale, positions, channels, C: tl.constexpr,
-    P: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr,
-):  # fmt: skip
-    """P positions of C channels of a sample."""
-    at, valid, channel = _sample(positions, channels, C, P)
-    n, d = _before(dy, x, stats, places, first_counter, bound, scale, at, valid, channels, channel, C, P, SILU, DROP)
-    w = _of_sample(stats, channels, channel, 0)
-    of_d, of_dn = _of_sample(means, channels, channel, 0), _of_sample(means, channels, channel, 1)
-    d = w[None, :] * d - of_d[None, :] - n * of_dn[None, :]
-    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)
+        tl.store(at_sums + 2 * all_rows, rstd * (w * sum_d - positions * of_d - of_dn * sum_n), mask=inside)
+    for begin in range(0, positions, P):
+        p = begin + tl.arange(0, P)
+        valid = (p < positions)[:, None] & inside[None, :]
+        at = p[:, None] * channels + channel[None, :]
+        n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+        d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
+        if DROP:
+            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
+            d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
+        if SILU:
+            u = n * w[None, :] + b[None, :]
+            s = tl.sigmoid(u)
+            d = d * (s * (1.0 + u * (1.0 - s)))
+        d = rstd[None, :] * (w[None, :] * d - of_d[None, :] - n * of_dn[None, :])
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -293,77 +246,69 @@ def _halve_kernel(out, a, width, channels, C: tl.constexpr, P: tl.constexpr):
 
 
 class Groups(NamedTuple):
-    """How the channels of a normalisation are divided among programs: `width` at a time, in groups of `size`."""
+    """How the channels of a normalisation are divided among programs."""
 
     size: int
+    num: int
     width: int
     padded: int
 
     @classmethod
     def of(cls, channels: int, groups: int) -> "Groups":
-        """Raises ValueError where dropout's words of eight channels would not be whole, or a group has one channel."""
-        size = channels // groups
-        if channels % 8 or size < 2:
+        """Raises ValueError where 2, 4, … groups at a time are never a whole number of words of eight channels, a group
+        has one channel, or more than a program holds."""
+        size, num = channels // groups, 1
+        while num < groups and groups % (2 * num) == 0 and (2 * num * size <= _WIDTH or num * size % 8):
+            num *= 2
+        if num * size % 8 or size < 2 or num * size > 4 * _WIDTH:
             raise ValueError(f"{groups} groups of {size} channels")
-        num = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * size <= _WIDTH))
-        return cls(size, num * size, triton.next_power_of_2(num * size))
+        return cls(size, num, num * size, triton.next_power_of_2(num * size))
 
 
 def norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
     masks: Masks | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """SiLU of the group norm of x + shift, masked; and of each sample's channels, float32 (4, N, C), by what x is
-    multiplied in it and what is added, the mean that x is taken from, the inverse of its deviation.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """SiLU of the group norm of x + shift, masked; its means (N, C) and the inverse of its deviations, float32.
 
     shift: (N, C), the channels side by side.
     """
-    num, channels, height, width = x.shape
-    g, grid = Groups.of(channels, groups), _of_samples(x)
-    y, stats = torch.empty_like(x), x.new_empty((4, num, channels), dtype=torch.float32)
-    partial = x.new_empty((num, grid[1], 2, channels), dtype=torch.float32)
-    positions, with_shift = height * width, shift is not None
+    y = torch.empty_like(x)
+    means = x.new_empty(x.shape[:2], dtype=torch.float32)
+    rstds = torch.empty_like(means)
+    grid, options, drop = _norm_launch(x, shift, groups, masks)
     with torch.cuda.device_of(x):
-        _moments_kernel[grid](partial, x, positions, channels, **_TILE)
-        _statistics_kernel[(channels // g.width, num)](
-            stats, partial, _or(shift, x), weight, bias, eps, positions, channels, g.size, g.width, grid[1],
-            _or(shift, x).stride(0), C=g.padded, P=_TILE["P"], SHIFT=with_shift,
-        )  # fmt: skip
-        _norm_kernel[grid](y, x, stats, *_masks(masks, x), positions, channels, **_kinds(silu, masks))
-    return y, stats
+        _norm_kernel[grid](
+            y, x, _or(shift, x), weight, bias, means, rstds, *drop, eps, SHIFT=shift is not None, SILU=silu, **options
+        )
+    return y, means, rstds
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, groups: int, silu: bool, masks: Masks | None, shifted: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, means: Tensor, rstds: Tensor,
+    groups: int, silu: bool, masks: Masks | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient of x; and a sample's of bias, weight and, where there is one, shift: float32 (3, N, C)."""
-    num, channels, height, width = x.shape
-    g, grid = Groups.of(channels, groups), _of_samples(x)
-    dx, sums = torch.empty_like(x), x.new_empty((3, num, channels), dtype=torch.float32)
-    partial = x.new_empty((num, grid[1], 3, channels), dtype=torch.float32)
-    means, positions = torch.empty_like(sums[:2]), height * width
+    dx = torch.empty_like(x)
+    sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
+    grid, options, drop = _norm_launch(x, shift, groups, masks)
     with torch.cuda.device_of(x):
-        given = *_masks(masks, x), positions, channels
-        _norm_sums_kernel[grid](partial, dy, x, stats, *given, **_kinds(silu, masks))
-        _norm_means_kernel[(channels // g.width, num)](
-            sums, means, partial, stats, weight, positions, channels, g.size, g.width, grid[1], C=g.padded,
-            SHIFT=shifted,
+        _norm_backward_kernel[grid](
+            dx, sums, dy, x, _or(shift, x), weight, bias, means, rstds, *drop, SHIFT=shift is not None, SILU=silu,
+            **options,
         )  # fmt: skip
-        _norm_dx_kernel[grid](dx, dy, x, stats, means, *given, **_kinds(silu, masks))
     return dx, sums
 
 
-def _of_samples(x: Tensor) -> tuple[int, int, int]:
+def _norm_launch(
+    x: Tensor, shift: Tensor | None, groups: int, masks: Masks | None
+) -> tuple[tuple[int, int], dict[str, object], list[object]]:
     num, channels, height, width = x.shape
-    return triton.cdiv(channels, _TILE["C"]), triton.cdiv(height * width, _TILE["P"]), num
-
-
-def _masks(masks: Masks | None, x: Tensor) -> Masks:
-    return masks or Masks(x, 0, 0, 1.0)
-
-
-def _kinds(silu: bool, masks: Masks | None) -> dict[str, Any]:
-    return {**_TILE, "SILU": silu, "DROP": masks is not None}
+    g, drop = Groups.of(channels, groups), masks or Masks(x, 0, 0, 1.0)
+    arguments = [drop.places, num, height * width, drop.first_counter, drop.bound, drop.scale]
+    sizes = {"channels": channels, "size": g.size, "width": g.width, "C": g.padded, "P": _TILE // g.padded}
+    sizes["in_shift"] = _or(shift, x).stride(0)
+    return (channels // g.width, num), {**sizes, "DROP": masks is not None, "num_warps": 8}, arguments
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

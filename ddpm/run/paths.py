@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,13 @@ def fitting(name: str) -> str:
 def listed(directory: Path) -> list[Path]:
     """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look, also
     of a link to nothing: what it led to may be missing for a while alone."""
+    return [directory / name for name in names_in(directory)]
+
+
+def names_in(directory: Path) -> list[str]:
+    """The same by names: a set has hundreds of files, and a view of many runs takes none of them up."""
     try:
-        return list(directory.iterdir())
+        return os.listdir(directory)  # noqa: PTH208 - it makes paths, which is what takes time
     except FileNotFoundError:
         if why := link_to_nothing(directory):
             raise NotADirectoryError(errno.ENOTDIR, why, str(directory)) from None
@@ -74,7 +80,7 @@ def is_begun(made: Path) -> bool:
     """Whether a folder is a sample set or a bound: it has a request, or what is made of one. What cannot be listed may
     be."""
     try:
-        names = [p.name for p in listed(made)]
+        names = ["request.json"] if os.path.lexists(made / "request.json") else names_in(made)
     except OSError:
         return True
     return any(name.startswith(("request.json", "shard-", "features-", "part")) for name in names)
@@ -107,8 +113,8 @@ class SampleSet:
 
     def num_published(self) -> int:
         """Shards whose manifest is there, under their own name. Raises OSError where it cannot look."""
-        names = (p.name for p in listed(self.path))
-        return sum(re.fullmatch(r"shard-[0-9]{5,}-of-[0-9]{5,}\.json", name) is not None for name in names)
+        is_manifest = re.compile(r"shard-[0-9]{5,}-of-[0-9]{5,}\.json").fullmatch
+        return sum(is_manifest(name) is not None for name in names_in(self.path))
 
     def features(self, extractor: str, index: int, count: int) -> Path:
         return self.path / f"features-{extractor}-{index:05d}-of-{count:05d}.npy"
@@ -273,6 +279,10 @@ class RunDir:
         """The job's own exit code, past what starts its ranks, which may report another's."""
         return self.logs / f".exit-{job}.{restart}"
 
+    def shard_marker(self, job: str) -> Path:
+        """Which shards a job makes: written anew in each of its lives, and removed once it is done."""
+        return self.logs / f".shard-{job}"
+
     def sample_set(self, name: str) -> SampleSet:
         return SampleSet(self.samples / name)
 
@@ -290,16 +300,20 @@ class RunDir:
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A
         manifest that is a link to nothing is none."""
-        return sorted((step for step, path in self._manifests() if not link_to_nothing(path)), reverse=True)
+        return list(self._saved())
 
     def lost_manifests(self) -> list[Path]:
         """Those that are a link to nothing."""
         return sorted(path for _, path in self._manifests() if link_to_nothing(path))
 
+    def _saved(self) -> Iterator[int]:
+        return (step for step, path in sorted(self._manifests(), reverse=True) if not link_to_nothing(path))
+
     def _manifests(self) -> list[tuple[int, Path]]:
-        found = ((re.fullmatch(r"step-([0-9]{9,})\.json", p.name), p) for p in listed(self.checkpoints))
-        return [(int(m.group(1)), p) for m, p in found if m]
+        found = (re.fullmatch(r"step-([0-9]{9,})\.json", name) for name in names_in(self.checkpoints))
+        folder = self.checkpoints
+        return [(int(m[1]), folder / m[0]) for m in found if m]
 
     def latest_step(self) -> int:
         """The newest saved step, 0 where there is none: what progress means to the restart policy."""
-        return next(iter(self.steps_saved()), 0)
+        return next(self._saved(), 0)

@@ -6,7 +6,9 @@ import contextlib
 import getpass
 import os
 import re
+import shlex
 import socket
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +110,11 @@ def supervisor_is_heard() -> None:
     """Tell the batch shell that its supervisor has come so far as to begin: else it goes on without."""
     with contextlib.suppress(OSError, ValueError):
         os.write(int(os.environ.pop("DDPM_HEARD_FD", "")), b"heard")
+
+
+def command_line() -> str:
+    """The one that was typed, to be typed again."""
+    return shlex.join(["python", *sys.argv])
 
 
 def host() -> str:

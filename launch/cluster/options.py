@@ -40,12 +40,16 @@ OURS = {
     "uid",
     "gid",
 }
+INSTEAD = {"ntasks-per-node": "--tasks-per-node", "ntasks": "--nodes and --tasks-per-node", "job-name": "--name"}
+"""What asks for some of these."""
 BARE = {
     *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "no-kill", "no-requeue", "overcommit"),
     *("oversubscribe", "propagate", "quiet", "reboot", "requeue", "resv-ports", "share", "spread-job", "stepmgr"),
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
 """Options of sbatch's that stand without a value, or may."""
+SHARED = {name.replace("_", "-"): name for name in (*MEMORIES, "cpus_per_task")}
+"""Options of sbatch's that are a key of ours, of which a stage of fewer ranks asks for its share."""
 WHOLE = {"gpus"}
 """Options of sbatch's whose names are the beginning of one of these."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -103,7 +107,9 @@ def load_profile(name: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"--profile {name}: cannot be read ({e}): mend it, or give another") from None
     if tree is not None and not isinstance(tree, dict):
-        raise RequestError(f"{path}: expected keys and values, as configs/cluster/example.yaml has them")
+        raise RequestError(
+            f"{path}: found a {type(tree).__name__}; expected keys and values, as configs/cluster/example.yaml has them"
+        )
     options = (tree or {}).get("sbatch") or {}
     if not isinstance(options, dict):
         raise RequestError(f"{path}: sbatch = {options!r}: expected options and values, e.g. {{nice: 100}}")
@@ -139,11 +145,14 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
             )
         # sbatch takes the beginning of an option's name for it
         if of_ours := sorted(name for name in OURS if name.startswith(key) and key not in WHOLE):
+            instead = INSTEAD.get(of_ours[0], f"--{of_ours[0]}" if of_ours[0].replace("-", "_") in FLAGS else "")
             raise RequestError(
-                f"--sbatch {key}: {of_ours[0]} is set by the launcher, because restarts depend on it"
-                + ("" if key in OURS else "; write another option's name out")
+                f"--sbatch {key}: {of_ours[0]} is set by the launcher, because restarts depend on it; "
+                + (f"give {instead}" if instead else "leave it out")
+                + ("" if key in OURS else ", or write another option's name out")
             )
     _take_gres(tree, extra, args.gpus_per_node)
+    _take_shared(tree, extra, typed, [item.lstrip("-").partition("=")[0] for item in args.sbatch])
     tree["sbatch"] = extra
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
@@ -170,6 +179,24 @@ def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
     if len(given := [name for name in MEMORIES if layer.get(name) not in (None, "none")]) > 1:
         raise RequestError(f"{where}: {' and '.join(given)}: SLURM takes one of them; give one")
     return {**layer, **{name: layer[name] if name in given else None for name in MEMORIES}} if given else layer
+
+
+def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
+    """Memory and CPUs that are asked for by an option of sbatch's count as by ours.
+
+    options: those of sbatch's that were typed; a profile's give way to what was typed of ours.
+    """
+    for option, key in SHARED.items():
+        if option not in extra or extra[option] is None:
+            continue
+        value = extra.pop(option)
+        rivals = [name for name in (MEMORIES if key in MEMORIES else (key,)) if typed.get(name) is not None]
+        if rivals and option in options:
+            other = f"--{rivals[0].replace('_', '-')} {typed[rivals[0]]}"
+            raise RequestError(f"{other} with --sbatch {option}={value}: give one of them")
+        if not rivals:
+            tree.update(dict.fromkeys(MEMORIES) if key in MEMORIES else {})
+            tree[key] = int(value) if key == "cpus_per_task" and str(value).isdecimal() else value
 
 
 def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:

@@ -68,7 +68,7 @@ class Life:
 
     def works_on(self, shards: list[int]) -> None:
         """Tell the batch shell which shards' progress is this job's own."""
-        self._mark(shard_marker(self.run, self.env.job), ranges(shards))
+        self._mark(self.run.shard_marker(self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
         if self.env.rank == 0 and self.env.is_scheduled and self.speaks:
@@ -121,8 +121,3 @@ def begin(run: RunDir) -> Life:
     stop = StopFlag()
     stop.install()  # before all that takes time
     return Life(run, stop, environment.current())
-
-
-def shard_marker(run: RunDir, job: str) -> Path:
-    """Which shards a job makes, from its first life until it is done."""
-    return run.logs / f".shard-{job}"

@@ -38,7 +38,10 @@ def reads(run: RunDir) -> str | None:
 def check_trainable(run: RunDir) -> None:
     """Raises RequestError where the run may be read and sampled, and not trained, or where something is in the way."""
     if other := reads(run):
-        raise RequestError(f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained")
+        raise RequestError(
+            f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained. Train that one, or "
+            f"begin a new run with its weights: --from {other}, with another --name"
+        )
     data = read_run(run).get("data")
     if data is not None and data.get("key") is None and data.get("digest") is None:
         raise RequestError(
@@ -48,14 +51,16 @@ def check_trainable(run: RunDir) -> None:
     if not (can_write(run) and _is_open(run.checkpoints)):
         why = not_ours(run.path)
         raise RequestError(
-            f"{run.path} cannot be written here: it can be sampled and scored into another root, not trained"
-            + (f". {why}" if why else "")
+            f"{run.path} cannot be written here: it can be sampled and scored into another --root, not trained"
+            + (f". {why}" if why else "; or begin a new run with its weights: --from, with another --name")
         )
     for path in (run.metrics, run.lock, run.fence):
         if path.is_dir():
             raise RequestError(f"{path} is a directory, where training has a file: move it away")
     if run.metrics.exists() and not os.access(run.metrics, os.R_OK):
-        raise RequestError(f"{run.metrics} cannot be read, and training would go on from it: give it back its mode")
+        raise RequestError(
+            f"{run.metrics} cannot be read, and training would go on from it: make it readable (chmod u+r)"
+        )
 
 
 def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:

@@ -18,7 +18,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from launch.cluster import scheduler
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.cluster.job import Job, ranges
 from launch.cluster.site import Site
@@ -154,7 +154,8 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
     if refused is not None:
         rest = " and ".join(job.stage for job in jobs[len(ids) :])
         told.append(
-            f"not queued: {rest}. {refused}\nWhat is queued stays. Add the rest, once it can be, by the same command"
+            f"not queued: {rest}. {refused}\nWhat is queued stays. Add the rest, once it can be, by the same command:\n"
+            f"  {environment.command_line()}"
         )
     if jobs and jobs[0].run.is_stopped() and not jobs[0].despite:
         stop = jobs[0].run.stop_file

@@ -151,8 +151,8 @@ def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
     if finished_step(run, config) is None:
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
-            f"to sample for {set_name}. Go on with it: python launch/submit.py again; or sample what there "
-            f"is: python launch/sample.py {run.path}"
+            f"to sample for {set_name}. Go on with it: python launch/submit.py {run.path}; or sample what there is: "
+            f"python launch/sample.py {run.path}"
         )
     return publish_request(sample_set, request_for(run, config, generations.verify(run, run.latest_step())))
 

@@ -76,7 +76,13 @@ def in_queue(jobs: list[str]) -> list[str]:
         return []
     asked_at, polls = time.monotonic(), 0
     while True:
-        states = scheduler.queued(jobs)
+        try:
+            states = scheduler.queued(jobs)
+        except scheduler.NoAnswer as e:
+            raise scheduler.NoAnswer(
+                f"cannot tell whether job {' '.join(jobs)} is in the queue while SLURM does not answer: "
+                f"{scheduler.NOT_REACHED}\n  {e}"
+            ) from None
         ending = [job for job, state in states.items() if state == "COMPLETING"]
         if not ending or time.monotonic() - asked_at > COMPLETING_AT_MOST_S:
             return [job for job in states if job not in ending]

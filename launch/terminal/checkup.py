@@ -92,7 +92,9 @@ def _site(site: Site, root: Path) -> Findings:
     name = site.partition or default
     if name is None:
         have = ", ".join(there)
-        yield Finding("fail", "no partition is given, and this cluster has no default", f"--partition: {have}")
+        yield Finding(
+            "fail", "no partition is given, and this cluster has no default", f"give one of them: --partition {have}"
+        )
         return
     gpus = f"{site.gpus_per_node} GPU{'s' if site.num_gpus > 1 else ''} a node" if site.num_gpus else "no GPUs"
     yield Finding("pass", f"partition {name}: {gpus}" + ("" if site.partition else ", the default"))
@@ -105,7 +107,11 @@ def _site(site: Site, root: Path) -> Findings:
             refused = _tried(job)
         told = f"a job to {stage}" + (f" of {job.num_tasks} tasks" if shards else "")
         if refused:
-            yield Finding("fail", f"SLURM would refuse {told}: {refused}", "ask for what your site allows")
+            yield Finding(
+                "fail",
+                f"SLURM would refuse {told}: {refused}",
+                "change what that names (--partition, --account, --qos, --time, --mem), or ask your site",
+            )
         else:
             yield Finding("pass", f"SLURM would take {told}")
     asked = ("JobRequeue", "PreemptType", "PreemptMode", "MaxArraySize", "KillWait")
@@ -139,7 +145,9 @@ def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Fin
         yield Finding("warn", "arrays are off", "nothing: one job makes all shards of a set")
     if (most := inquiry.most_submitted(site.qos)) is not None:
         yield _judged(
-            most > 2, f"you may have {most} jobs in the queue", "a chain needs three: queue its parts in turn"
+            most > 2,
+            f"you may have {most} jobs in the queue",
+            "a chain needs three: submit without --then, and again with it once that has ended",
         )
 
 
@@ -322,12 +330,15 @@ def _node(told: dict[str, Any], said: dict[str, Any], asked_at: float, site: Sit
     yield _judged(told["sees"] == said, told_seen, f"they do not: choose a --root that {host} shares", "fail")
     if (off := max(asked_at - told["time"], told["time"] - time.time())) > SKEW_S:  # it was asked in between
         yield Finding(
-            "warn", f"the clock of {host} is {off:.0f} s off, at least", "tell your site: events get out of order"
+            "warn",
+            f"the clock of {host} is {off:.0f} s off, at least",
+            "tell your site: times of events are wrong by as much",
         )
     for name in set(told["lacks"]) & set(inquiry.NEEDED):
         yield Finding("warn", f"no {name} on {host}, which {inquiry.COMMANDS[name]}", "have a `setup` line bring it")
     if error := told.get("torch_error"):
-        yield Finding("fail", f"torch on {host}: {error}", "a driver too old for this torch, or a broken environment")
+        remedy = f"is its driver too old (nvidia-smi on {host}; README, CUDA)? Else rm -r .venv, then tools/env.sh anew"
+        yield Finding("fail", f"torch on {host}: {error}", remedy)
         return
     gpus = f"{told['gpus']} x {told.get('gpu')}, NCCL {told.get('nccl')}" if told["gpus"] else "no GPU"
     parts = [f"Python {told['python']}", f"torch {told['torch']} (CUDA {told['cuda']})", gpus]

@@ -29,7 +29,7 @@ from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local
 from launch.queue.sets import of_other_samples
 from launch.queue.waiting import is_of, slurm_jobs
-from launch.terminal import faults, goodput, standing
+from launch.terminal import faults, goodput, making, standing
 
 SILENT_AFTER_S = 60.0
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
@@ -112,6 +112,8 @@ def describe(
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     problems = [latest.get("reason") if failed else None, saving, *damage.told[: 1 if closed else None]]
     running = {job: "RUNNING" for job in here}
+    now = time.time()
+    made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
     return {
         "name": run.name,
         "path": str(run.path),
@@ -121,9 +123,10 @@ def describe(
         "total_steps": config.train.total_steps if config else 0,
         "loss": last.get("loss"),
         "validation_loss": last_validation(metrics),
-        "images_per_s": last.get("images_per_s"),
+        "images_per_s": made.images_per_s if made else last.get("images_per_s"),
         "epoch": last.get("epoch"),
-        "expected_end": _expected_end(config, step, last) if state == "running" else None,
+        "expected_end": made.end(now) if made else _expected_end(config, step, last) if state == "running" else None,
+        "making": {"set": made.set_name, "images": made.images, "told": made.told(now)} if made else None,
         "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),

@@ -80,7 +80,7 @@ BAD = {
         ["reference = /", "no images in this folder"],
     ),
     "split": (["--then", "sample,evaluate", "evaluate.reference=test"], ["reference = test", "['train']"]),
-    "no epochs": (["train.total_epochs=0"], ["train.total_epochs", "0", "greater than or equal to 1"]),
+    "no epochs": (["train.total_epochs=0"], ["train.total_epochs", "0", "at least 1"]),
     "no length": (["train.total_steps=null"], ["train.total_steps", "total_epochs"]),
     "warm-up longer than the epochs": (
         ["train.total_epochs=1", "train.lr_schedule=cosine", "train.warmup_steps=225"],

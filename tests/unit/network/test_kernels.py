@@ -3,10 +3,18 @@ them. tests/gpu has the same on a GPU."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from tests.conftest import requires
+import pytest
+import torch
+from torch import nn
+
+from ddpm.config import reading
+from ddpm.network.build import build_model
+from tests.conftest import PROJECT, requires
 from tests.unit.diffusion.test_kernels import interpreted, triton
+
+CONFIGS = PROJECT / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +49,14 @@ def test_norm_shift_silu_and_dropout_are_those_of_the_layers() -> None:
     code = """
     for channels, groups, height, width, all_of_it in [
         (32, 8, 4, 4, True),
-        (32, 4, 16, 17, True),  # more than one part, and not whole ones
+        (32, 4, 16, 17, True),  # more than one tile of positions, and not whole ones
         (384, 32, 2, 3, False),  # groups of twelve
         (16, 4, 1, 1, False),
     ]:
         norm = nn.GroupNorm(groups, channels, eps=1e-6)
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
         x = (rows(3, channels, height, width) + 3).requires_grad_()
-        shift = torch.randn(3, channels).requires_grad_() if all_of_it else None
+        shift = torch.randn(3, 2 * channels)[:, channels:].requires_grad_() if all_of_it else None  # rows apart
         dropout = Dropout(0.3, layer=3) if all_of_it else None
         of, given = [x, norm.weight, norm.bias] + [shift] * all_of_it, rows(3, channels, height, width)
         ours = fused.norm_act(x, norm, silu=channels != 16, shift=shift, dropout=dropout, places=places)
@@ -96,6 +104,23 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
     assert interpreted(SETTING + code) == "equal\n"
 
 
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_every_recipe_has_norms_that_the_kernels_serve(recipe: Path) -> None:
+    from ddpm.network import kernels
+
+    model = build_model(reading.load(recipe), torch.device("meta"), "bf16")
+    for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
+        kernels.Groups.of(norm.num_channels, norm.num_groups)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(12, 3), (64, 64), (512, 1)])
+def test_norms_of_odd_groups_are_left_to_torch(channels: int, groups: int) -> None:
+    from ddpm.network import kernels
+
+    with pytest.raises(ValueError, match=f"^{groups} groups of {channels // groups} channels$"):
+        kernels.Groups.of(channels, groups)
+
+
 def test_the_kernels_of_a_norm_compile_for_a_gpu_and_read_whole_words() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,26 +128,18 @@ def test_the_kernels_of_a_norm_compile_for_a_gpu_and_read_whole_words() -> None:
     from ddpm.network import kernels
 
     wide, narrow, float_32 = "i32", "*bf16", "*fp32"
-    tile = {"C": 64, "P": 128}
-    kinds = {**tile, "SILU": True, "DROP": True}
-    masks = {"places": "*i64", "first_counter": wide, "bound": wide, "scale": "fp32"}
-    sizes = {"positions": wide, "channels": wide}
-    for kernel, types, constants in [
-        (kernels._moments_kernel, {"partial": float_32, "x": narrow, **sizes}, tile),
-        (kernels._norm_kernel, {"y": narrow, "x": narrow, "stats": float_32, **masks, **sizes}, kinds),
-        (
-            kernels._norm_dx_kernel,
-            {"dx": narrow, "dy": narrow, "x": narrow, "stats": float_32, "means": float_32, **masks, **sizes},
-            kinds,
-        ),
-    ]:
+    tables = {n: narrow for n in ("y", "x", "dy", "dx", "shift")}
+    tables |= {n: float_32 for n in ("weight", "bias", "means", "rstds", "sums")} | {"places": "*i64"}
+    sizes = dict.fromkeys(("positions", "channels", "width", "in_shift"), wide)
+    others = dict.fromkeys(("rows", "first_counter", "bound", "size"), wide) | {"scale": "fp32", "eps": "fp32"}
+    kinds = {"C": 64, "P": 64, "SHIFT": True, "SILU": True, "DROP": True}
+    for kernel in (kernels._norm_kernel, kernels._norm_backward_kernel):
         names = kernel.arg_names
-        divisible = [n for n in names if types.get(n, "").startswith("*") or n in sizes]
         source = ASTSource(
             fn=kernel,
-            signature={n: types.get(n, "constexpr") for n in names},
-            constexprs=constants,
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+            signature={n: {**tables, **sizes, **others}.get(n, "constexpr") for n in names},
+            constexprs=kinds,
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in {**tables, **sizes}},
         )
         ptx = str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"])
         assert "ld.global.v4.b32" in ptx, kernel

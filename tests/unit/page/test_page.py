@@ -235,6 +235,16 @@ def test_scores_that_differ_in_their_step_alone_are_a_curve_and_a_table_of_their
     assert headline([final, *milestones]) is final
 
 
+def test_what_each_class_scores_stands_under_its_name() -> None:
+    by_class = score("conditional", 300, 4.26, 50_000, fid_per_class=[12.34, None, 7.0])
+    odd = score("odd", 300, 4.5, 50_000, fid_per_class="none")
+    html = scores.tables([by_class, odd, score("plain", 100, 5.0)], ["cat", "dog & <b>"])
+    assert "Class by class" in html and "dog &amp; &lt;b&gt;</th>" in html
+    row = re.findall(r"<tr><td>conditional</td><td[^>]*>12.3</td><td[^>]*>–</td><td[^>]*>7.00</td></tr>", html)
+    assert len(row) == 1 and re.findall(r"<th[^>]*>2</th>", html)  # a class that has no name
+    assert "Class by class" not in scores.tables([odd], ["cat"])
+
+
 def test_a_score_that_is_no_score_of_ours_is_counted_beside_the_others() -> None:
     odd = [
         score("odd", 1, 5.0, **{key: value})
