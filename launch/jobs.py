@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bits-per-dim", action="store_true", help="compute what bits-per-dim/NAME/request.json asks for"
     )
-    parser.add_argument("--save-stats", type=Path, default=None, help="only write the reference's statistics to this file")
+    parser.add_argument("--save-stats", type=Path, default=None, help="only write the reference's statistics to a file")
     return parser.parse_args(argv)
 
 
