@@ -4,6 +4,7 @@
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
     python -m launch.jobs evaluate RUN NAME --bits-per-dim
+    python -m launch.jobs evaluate RUN NAME --reference train --extractor inception --save-stats FILE
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -48,6 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bits-per-dim", action="store_true", help="compute what bits-per-dim/NAME/request.json asks for"
     )
+    parser.add_argument("--save-stats", type=Path, default=None, help="only write the reference's statistics to a file")
     return parser.parse_args(argv)
 
 
@@ -81,6 +83,10 @@ def work(life: Life, args: argparse.Namespace) -> int:
         from launch.life import likelihood
 
         return likelihood.evaluate(life, args.set_name)
+    if args.save_stats:
+        from launch.life import reference
+
+        return reference.save_statistics(life, args.reference, args.extractor, args.save_stats)
     starting.request_of(life, args.set_name)
     from launch.life import scoring
 

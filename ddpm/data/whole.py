@@ -175,8 +175,8 @@ def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_reques
 
 def _mark(stat: os.stat_result, expected: str) -> Path | None:
     """The mark of a file that was found whole; None if this machine has no place for marks: then it is always read."""
-    marks = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"
     try:
+        marks = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         marks.mkdir(mode=0o700, exist_ok=True)
         if marks.lstat().st_uid != os.getuid():

@@ -93,7 +93,10 @@ def apply(resolved: Resolved) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not resolved.deterministic
-    torch.use_deterministic_algorithms(resolved.deterministic, warn_only=False)
+    if resolved.compile:
+        torch.use_deterministic_algorithms(resolved.deterministic)  # loads the compiler, to tell it
+    else:
+        torch.set_deterministic_debug_mode("error" if resolved.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs, decides nothing
 
 

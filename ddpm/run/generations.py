@@ -7,6 +7,8 @@ other images, is as good as damaged. Loads no torch before a state is loaded: ch
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,45 @@ class Generation:
     step: int
     sha256: str
     manifest: dict[str, Any]
+
+
+class _Reading(threading.Thread):
+    """Of a file's digest, beside other work."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._path, self._of, self._found = path, _identity(path), ""
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # which whoever wants it meets again
+            self._found = sha256_file(self._path)
+
+    def found(self) -> str:
+        """The digest of the file as it is now, "" where that is not known."""
+        self.join()
+        return self._found if _identity(self._path) == self._of else ""
+
+
+_ahead: dict[Path, _Reading] = {}
+
+
+def read_ahead(run: RunDir) -> None:
+    """Begin to read the newest checkpoint, which `verify` then need not read once more."""
+    with contextlib.suppress(OSError, RuntimeError):  # this user has no thread left
+        for step in run.steps_saved()[:1]:
+            reading = _Reading(run.checkpoint(step))
+            reading.start()
+            _ahead[run.checkpoint(step)] = reading
+
+
+def _identity(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _digest(path: Path) -> str:
+    reading = _ahead.pop(path, None)
+    return (reading.found() if reading is not None else "") or sha256_file(path)
 
 
 def read_manifest(run: RunDir, step: int) -> dict[str, Any]:
@@ -80,7 +121,7 @@ def verify(run: RunDir, step: int) -> Generation:
         raise DamagedFile(f"{path.name}: missing beside its manifest") from None
     if size != manifest["bytes"]:
         raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
-    if (sha256 := sha256_file(path)) != manifest["sha256"]:
+    if (sha256 := _digest(path)) != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")
     return Generation(step, sha256, manifest)
 
@@ -182,8 +223,11 @@ def check_mathematics(path: Path, saved: Mapping[str, Any], digest: str) -> None
         )
 
 
-def load(run: RunDir, step: int) -> dict[str, Any]:
-    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint."""
+def load(run: RunDir, step: int, *, mapped: bool = False) -> dict[str, Any]:
+    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint.
+
+    mapped: they lie in the file, for whoever copies them at once and has just read it.
+    """
     import torch
 
-    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)
+    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True, mmap=mapped)

@@ -36,7 +36,8 @@ class Window:
     def restored(cls, state: dict[str, Any], world: World) -> Window:
         """The window of a checkpoint; at another world size each rank gets the mean of the ranks' sums."""
         own = state["loss"][world.rank] if len(state["loss"]) == world.world_size else state["loss"].mean()
-        return cls(own.to(world.device), state["grad_norm"].to(world.device), state["steps"])
+        loss, grad_norm = (value.to(world.device, copy=True) for value in (own, state["grad_norm"]))
+        return cls(loss, grad_norm, state["steps"])
 
 
 @dataclass

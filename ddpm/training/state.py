@@ -89,14 +89,15 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` returned, under the same config digest, on any number of ranks."""
+        """Become what `state_dict` returned, under the same config digest, on any number of ranks: a copy of it, as it
+        may lie in a file."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():  # the fused kernels walk memory: moments must lie as their weights do
-                if value.shape == parameter.shape:
-                    moments[key] = torch.empty_like(parameter).copy_(value)
+                like = parameter if value.shape == parameter.shape else value
+                moments[key] = torch.empty_like(like).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         extra = state["extra"]
         self.skipped.fill_(extra["skipped_steps"])

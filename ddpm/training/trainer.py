@@ -136,7 +136,7 @@ class Trainer:
         return self.world.of_main(lambda: found.step if (found := generations.newest_good(self.run, say)) else None)
 
     def _restore(self, step: int) -> None:
-        saved = generations.load(self.run, step)
+        saved = generations.load(self.run, step, mapped=self.world.is_main)
         if saved["config_digest"] != self.config.digest():
             raise DoNotRetry(
                 f"the checkpoint of step {saved['step']} belongs to other mathematics (config digest "
