@@ -1,8 +1,8 @@
-"""The end of a batch shell: gather the evidence, decide whether the job is put back, do it or say why not.
+"""The end of a batch shell: gathers the evidence, decides whether the job is requeued, does it or says why not.
 
     python -m launch.life.supervisor RUN STAGE EXIT_CODE [SET]
 
-What is decided, and why, is decision.py's.
+decision.py has the rules.
 """
 
 from __future__ import annotations
