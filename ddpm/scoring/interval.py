@@ -1,4 +1,4 @@
-"""How far a Fréchet distance can be trusted: an interval for its expectation at this number of samples, and its limit.
+"""The uncertainty of a Fréchet distance: an interval for its expectation at this number of samples, and its limit.
 
 A sample's Fréchet distance is biased by about a constant over the number of samples (Chong and Forsyth 2020,
 "Effectively unbiased FID and Inception Score and where to find them", arXiv:1911.07023), and a bootstrap doubles that
@@ -20,18 +20,18 @@ from ddpm.scoring import metrics
 from ddpm.scoring.metrics import Moments
 
 GROUPS = 20
-"""More would cost time and memory, fewer a wider interval: Student's factor is 2.09 here, 1.96 at best."""
+"""More groups cost time and memory, fewer widen the interval: Student's factor is 2.09 here, 1.96 at best."""
 SEED = 2020
 LEVEL = 0.95
 
 
 class Trust(NamedTuple):
-    """What is to be known of a distance beside itself."""
+    """The uncertainty of a distance."""
 
     half_width: float
-    """Of the 95 % interval around it, for its expectation at this number of samples."""
+    """Half width of the 95 % interval around it, for its expectation at this number of samples."""
     shift: float
-    """What the extrapolation to infinitely many samples adds to it, mostly negative."""
+    """What the extrapolation to infinitely many samples adds to the distance; mostly negative."""
 
 
 def groups_of(num: int) -> np.ndarray:
@@ -45,7 +45,8 @@ def groups_of(num: int) -> np.ndarray:
 
 
 def trust(groups: Sequence[Moments], mean: np.ndarray, cov: np.ndarray) -> Trust:
-    """Of the distance of all `groups` together to the normal distribution of `mean` (d,) and `cov` (d, d).
+    """The uncertainty of the distance of all `groups` together to the normal distribution with `mean` (d,), `cov` (d,
+    d).
 
     The extrapolation is Chong and Forsyth's line in 1 / num, through the distance of all samples and the average of
     those that leave a group out: of the lines that these moments allow it is the one with the least noise (measured by
@@ -94,7 +95,7 @@ def _leaving_out(total: _Projected, part: _Projected) -> _Projected:
 
 
 def _distance(of: _Projected, mean: np.ndarray, cov: np.ndarray, L: np.ndarray) -> float:
-    """metrics.frechet_distance, but for the last digits where covariances are singular."""
+    """metrics.frechet_distance, up to the last digits if covariances are singular."""
     values = np.linalg.eigvalsh(of.m2 / (of.num - 1))
     trace_of_root = np.sqrt(values[values > metrics.noise(values)]).sum()
     traces = of.trace / (of.num - 1) + np.trace(cov)
