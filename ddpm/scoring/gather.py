@@ -49,7 +49,8 @@ def gather(
 ) -> Gathered:
     """Gather features (n, d) that come in parts, `num` rows in all, at least 2.
 
-    labels: int (num,), each sample's class, or -1 for none, if there are num_classes classes.
+    labels: int (num,), each sample's class of num_classes. There are no scores by class if one is below 0 (no class) or
+        if there are more than CLASSES_AT_MOST classes.
     grouped: whether to keep groups for an interval.
     classifier: (classes, d), for an Inception Score; None: none.
     """

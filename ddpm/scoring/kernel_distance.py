@@ -25,9 +25,10 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> KernelDistance:
-    """The kernel distance of features x (n, d) and y (m, d), n and m at least 2. Subsets have 1,000 features, or all of fewer.
+    """The kernel distance of features x (n, d) and y (m, d), n and m at least 2.
 
-    The kernel of each pair is computed once, for all subsets that have both: they overlap unless n is far above 10,000.
+    A subset has SUBSET_SIZE features, or as many as the smaller set has. The kernel of each pair is computed
+    once, for all subsets that have both: they overlap unless n is far above 10,000.
     """
     size = min(SUBSET_SIZE, len(x), len(y))
     whole = size == len(x) == len(y)

@@ -1,4 +1,4 @@
-"""What a page is made of, read once: whatever of a run exists, and what of it cannot be read in words."""
+"""Reads a run once for its page: whatever of it exists, and in words what of it cannot be read."""
 
 from __future__ import annotations
 
