@@ -70,7 +70,7 @@ def listed(directory: Path) -> list[Path]:
 def names_in(directory: Path) -> list[str]:
     """`listed` as names: making paths takes time, and a set has hundreds of files."""
     try:
-        return os.listdir(directory)  # noqa: PTH208 - it makes paths, which is what takes time
+        return os.listdir(directory)  # noqa: PTH208 - iterdir makes paths, which takes time
     except FileNotFoundError:
         if why := link_to_nothing(directory):
             raise NotADirectoryError(errno.ENOTDIR, why, str(directory)) from None

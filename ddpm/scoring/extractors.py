@@ -238,7 +238,7 @@ def dinov2_weights_path() -> Path:
 
 
 def _found(hub: Path, shared: Path | None) -> Path:
-    """Where a file is to be read, that of the hub or that of the shared folder."""
+    """Where to read a file: in the shared folder if there is one, unless only the hub's folder has it."""
     path = shared / hub.name if shared else hub
     return hub if hub.exists() and not path.exists() else path
 

@@ -80,7 +80,7 @@ def _record(run: RunDir) -> dict[str, Any]:
 
 
 def _config(run: RunDir) -> Config | None:
-    """None where it cannot be read, of which the row tells."""
+    """The run's config; None if it cannot be read, which the row says."""
     try:
         return reading.load(run.config)
     except (DDPMError, DamagedFile, OSError):
