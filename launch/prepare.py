@@ -25,7 +25,7 @@ from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
 from launch.cluster import code, environment
 from launch.cluster.site import Site
-from launch.queue import local
+from launch.queue import local, work
 from launch.queue.chain import ways_on
 from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
 from launch.terminal import console
@@ -139,13 +139,14 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     if (pid := local.running(run)) is not None:
         raise RequestError(
             f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.path} "
-            f"shows how it gets on. Wait for it, or end it (touch {run.stop_file}; nothing is lost), then submit again"
+            f"shows how it gets on. Wait for it, or end it ({work.to_end(run)}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
     if jobs and reading.of_run(run) != config:
         raise RequestError(
-            f"run {run.name} is in the queue as job {' '.join(jobs)} with {config_differences(run, config)}. "
-            f"Wait for it, or end it (scancel {' '.join(jobs)}; nothing is lost), then submit again"
+            f"run {run.name} is in the queue as job {' '.join(jobs)} with another config: "
+            f"{config_differences(run, config)}. "
+            f"Wait for it, or end it ({work.to_end(run)}; nothing is lost), then submit again"
         )
     return bool(jobs)
 
@@ -171,7 +172,7 @@ def settle_code(run: RunDir, *, new: bool) -> None:
         if jobs := _at_work(run):
             raise RequestError(
                 f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
-                f"end it (nothing is lost), then submit again"
+                f"end it ({work.to_end(run)}; nothing is lost), then submit again"
             )
         code.check(here)
         code.keep(run, here)

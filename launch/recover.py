@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What of a run holds, file by file; and two ways on for one that was copied in part, purged or damaged."""
+"""Check a run file by file, and repair one that was copied in part, purged or damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ddpm.run.files import DamagedFile, fsync_dir, read_signed
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.state import finished_step
 from launch.cluster import environment
-from launch.queue import borrowing, chain
+from launch.queue import borrowing, chain, work
 from launch.terminal import console, inspection
 
 EXAMPLES = """examples:
@@ -36,20 +36,26 @@ EXAMPLES = """examples:
   python launch/recover.py cifar10 --rebuild        make manifests for checkpoints that prove themselves
   python launch/recover.py cifar10 --start-over     move what training wrote into runs/cifar10/set-aside-TIME/
 
-What another copy of the run still has comes back with rsync -a --checksum THERE/ runs/cifar10/. Exit code 0 where all
-holds, 1 where something does not.
+Bring back what another copy of the run still has: rsync -a --checksum THERE/ runs/cifar10/. Exit code: 0 if every file
+holds, 1 if one does not.
 """
 OF_TRAINING = ("checkpoints", "events", "tb", "grids", "samples", "eval", "heartbeat.json")
-"""What a new beginning must not find; metrics* too. The config, where it came from and the logs stay."""
+"""What --start-over moves away, with metrics*. Config, run.json and logs stay."""
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a name or a directory")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--rebuild", action="store_true", help="manifests for checkpoints whose content proves itself")
-    what.add_argument("--start-over", action="store_true", help="set aside what training wrote, and lose nothing")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    what.add_argument(
+        "--rebuild", action="store_true", help="make manifests for checkpoints whose content proves itself"
+    )
+    what.add_argument(
+        "--start-over",
+        action="store_true",
+        help="move what training wrote aside, so that it starts at step 0; loses nothing",
+    )
+    parser.add_root()
     return parser.parse_args()
 
 
@@ -81,7 +87,7 @@ def held(run: RunDir) -> Iterator[Fence]:
     """Within: no job writes the run. Raises RequestError where one does or will, or where it is another's."""
     check_own(run)
     if chain.is_training(run):
-        raise RequestError(f"run {run.name} is at work or in the queue: end it first (touch {run.stop_file})")
+        raise RequestError(f"run {run.name} is at work or in the queue: end it first ({work.to_end(run)})")
     try:
         fence = Fence(run, {"job": f"recover-{getpid()}", "restart": 0, "host": environment.host()}, wait_s=0)
     except RunBusy as e:

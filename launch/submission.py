@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,7 +126,7 @@ def begin(
     prepare_only: bool,
     new_code: bool,
     train_alone: bool = False,
-    behind: tuple[int, str] | None = None,
+    behind: Sequence[local.Place] = (),
 ) -> Queued | Here:
     """Write the run down, and have what is left of it queued, or started on this machine.
 

@@ -5,7 +5,7 @@ list of nodes to avoid, is sent whole or not at all, has no place for the succes
 and what cancels the waiting tasks of one run's job cancels all runs. So a point is requeued, cancelled, followed and
 gone on with by its own job ids, and as many are queued as the user may have.
 
-On this machine they run one after another.
+On this machine they run one after another, those of all sweeps of a root.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
@@ -27,9 +28,12 @@ from ddpm.config.schema import Config
 from ddpm.config.section import field_keys, unknown_key
 from ddpm.config.yaml import written_items
 from ddpm.errors import DDPMError, RequestError, shown
+from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import check_name
+from ddpm.run.records import usable
 from launch import origin, prepare, submission
+from launch.cluster import environment
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
@@ -146,8 +150,7 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace, recipe: rec
         with naming(one.sweep):
             exist.append(submission.check(one)[0])  # weights to start from are read again: many would not fit
     site = settle(site, dry_run=False)
-    todo, before = _what_to_do(asked, exist, site)
-    points = [Point(one, existed, {}) for one, existed in todo]
+    points = [Point(one, existed, {}) for one, existed in _what_to_do(asked, exist, site)]
     packed: dict[str, dict[str, Any]] = {}
     for point in points:  # nothing is queued before all can be
         with naming(point.asked.sweep):
@@ -159,7 +162,7 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace, recipe: rec
             point.inputs = packed[reads]
             prepare.check_existing(point.asked.run, point.config)
     with _telling(points):
-        _begin(points, site, args, before)
+        _begin(points, site, args)
     if args.wait and not args.prepare:
         return _wait(asked, points)
     name = asked[0].sweep["name"]
@@ -167,18 +170,14 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace, recipe: rec
     return 0
 
 
-def _what_to_do(
-    asked: list[Asked], exist: list[bool], site: Site
-) -> tuple[list[tuple[Asked, bool]], tuple[int, str] | None]:
-    """Those that are neither done nor at work here, and whether they exist; and the last one's process that is, with
-    its job. Says of the others how they are."""
-    todo, before = [], None
+def _what_to_do(asked: list[Asked], exist: list[bool], site: Site) -> list[tuple[Asked, bool]]:
+    """Those that are neither done nor at work here, and whether they exist. Says of the others how they are."""
+    todo = []
     for one, existed in zip(asked, exist, strict=True):
         with naming(one.sweep):
             here = local.at_work(one.run) if existed else {}
             if here and site.is_local and reading.of_run(one.run) == one.config:
-                job, (pid, _) = next(iter(here.items()))
-                before = pid, job
+                pid, _ = next(iter(here.values()))
                 print(f"{one.run.name}: at work on this machine already, or waits to be, as pid {pid}")
                 continue
             if existed:
@@ -188,11 +187,22 @@ def _what_to_do(
                     continue
                 borrowing.check_trainable(one.run)
             todo.append((one, existed))
-    return todo, before
+    return todo
 
 
-def _begin(points: list[Point], site: Site, args: argparse.Namespace, before: tuple[int, str] | None) -> None:
+def at_work_here(root: Path) -> list[local.Place]:
+    """The background jobs of this machine that are at work, or wait to be, for the sweeps of a root."""
+    found = []
+    for run in console.all_runs(root):
+        with suppress(OSError, DamagedFile):  # another's
+            if usable(run).get("sweep"):
+                found += [(pid, job) for job, (pid, _) in local.at_work(run).items()]
+    return found
+
+
+def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
     """Every training, and then what follows: where the user may not have so many jobs, samples do not keep runs out."""
+    before = at_work_here(points[0].asked.run.path.parent) if site.is_local and points else []
     for point in points:
         one = point.asked
         start = origin.read(one.source, one.config) if one.source is not None and not point.existed else None
@@ -200,9 +210,10 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace, before: tu
                                  new_code=args.code == "new", train_alone=True, behind=before)  # fmt: skip
         point.begun = begun
         if isinstance(begun, Here):
-            turn = "in the background" if before is None else f"in the background, once pid {before[0]} has ended,"
-            before = begun.process.pid, begun.log.stem
-            print(f"runs {turn} as pid {before[0]}; its log: {begun.log}")
+            before.append((begun.process.pid, begun.log.stem))
+            *others, (pid, _) = before
+            turn = f", once pid {', '.join(str(p) for p, _ in others)} {'has' if len(others) == 1 else 'have'} ended,"
+            print(f"runs in the background{turn if others else ''} as pid {pid}; its log: {begun.log}")
     for point in points:
         if isinstance(point.begun, Queued) and point.begun.left:
             print(f"{point.name}:")
@@ -220,7 +231,8 @@ def _telling(points: list[Point]) -> Iterator[None]:
         lines = [f"queued: {', '.join(there) or 'none'}"]
         lines += [f"not queued: {', '.join(lacks)}"] if lacks else []
         lines += [f"without what follows training: {', '.join(later)}"] if later else []
-        return "\n".join([*lines, "What is queued stays. The same command goes on with the rest, once it can"])
+        lines += ["What is queued stays. The same command goes on with the rest, once it can:"]
+        return "\n".join([*lines, f"  {environment.command_line()}"])
 
     try:
         yield

@@ -23,8 +23,8 @@ from launch.terminal import plan, recipes
 
 HEAD = """# Configs
 
-Recipes, and every key that one may have. Made by `python -m tools.config_docs` from `ddpm/config/`; a test holds that
-it is up to date. A key may also be given on the command line, over the file:
+Recipes, and every key that a config may have. `python -m tools.config_docs` writes this file from `ddpm/config/`; a
+test checks that it is up to date. Keys on the command line override those of the file:
 
 ```
 python launch/submit.py configs/cifar10.yaml train.lr=1e-4 'model.channel_mults=[1, 2, 2]' --partition gpu --dry-run
@@ -32,13 +32,13 @@ python launch/submit.py --list
 python tools/inspect_config.py configs/cifar10.yaml
 ```
 
-The first prints the config that comes of it and queues nothing, the second the recipes, the third layers, memory and
-schedule of one. A recipe of your own is a YAML file with the keys that differ from the defaults; an unknown key is
-refused, with the one that may be meant. Site profiles, `configs/cluster/*.yaml`, are told of in
-`configs/cluster/example.yaml`.
+The first prints the resulting config and queues nothing, the second lists the recipes, the third shows layers, memory
+and noise schedule of one. A recipe of your own is a YAML file with the keys that differ from the defaults; an unknown
+key is refused, and the nearest known one is named. `configs/cluster/example.yaml` explains site profiles
+(`configs/cluster/*.yaml`).
 
-What changes the mathematics (`seed`, `data`, `model`, `diffusion`, `train` but for its length and resources) is in the
-config's digest, and a run goes on only with the same.
+Keys that change the mathematics (`seed`, `data`, `model`, `diffusion`, and `train` without its length and resources)
+make the config's digest. A run resumes only under the digest that it began with.
 """
 NUMBERS = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): "null"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

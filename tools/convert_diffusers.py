@@ -37,11 +37,11 @@ EXAMPLES = """examples:
   python launch/sample.py runs/ho --sampler ancestral                       a run, to sample and score
   python launch/evaluate.py runs/ho
 
-  python launch/submit.py configs/mine.yaml --from runs/ho --partition gpu  a run that is trained on from there
+  python launch/submit.py configs/mine.yaml --from runs/ho --partition gpu  a new run that starts from there
 
-FOLDER is that of a DDPMPipeline or DDIMPipeline (unet/, scheduler/), or holds config.json and the weights of a
-UNet2DModel, and scheduler_config.json if there is one. Weights are .safetensors or .bin, whole or in shards, or .fp16.
-ones alone. The scheduler says betas, variance and clipping; --sampler and --steps say at which steps to sample.
+FOLDER is a DDPMPipeline's or DDIMPipeline's (unet/, scheduler/), or has config.json and the weights of a UNet2DModel,
+and perhaps scheduler_config.json. Weights may be .safetensors or .bin, whole or in shards, or .fp16. files alone. The
+scheduler gives betas, variance and clipping; --sampler and --steps of launch/sample.py give the sampling steps.
 """
 CONFIG = environment.PROJECT / "configs" / "cifar10.yaml"
 NETWORK = {
@@ -87,6 +87,7 @@ OF_PROCESS = (
     *("clip_sample_range", "timestep_spacing", "steps_offset"),
 )
 """Keys of it that our config follows from, and those of the steps at which it samples."""
+INSTEAD = "(sample it with diffusers, then; python launch/evaluate.py --images DIR scores such images too)"
 DOWNSAMPLE = {0: "conv_asymmetric", 1: "conv"}
 RENAMES = (
     (r"^time_embedding\.linear_1\.", "time_mlp.0."),
@@ -111,7 +112,7 @@ RENAMES = (
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("source", metavar="FOLDER", type=Path, help="the published model, on this machine")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to make")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to the config")
@@ -230,9 +231,12 @@ def process(scheduler: dict[str, Any], where: Path) -> dict[str, Any]:
 def fit(source: Folder, config: Path, changes: Sequence[str]) -> tuple[Config, list[str]]:
     """`config` with `changes` and with what the network in `source` needs, unless they say otherwise; all of these."""
     where = source.network / "config.json"
-    wanted = structure(read_object(where), where)
-    if source.scheduler is not None:
-        wanted |= process(read_object(source.scheduler), source.scheduler)
+    unet = read_object(where)
+    scheduler = read_object(source.scheduler) if source.scheduler is not None else None
+    try:
+        wanted = structure(unet, where) | (process(scheduler, source.scheduler) if scheduler is not None else {})
+    except RequestError as e:
+        raise RequestError(f"{e}\n  {INSTEAD}") from None
     there = reading.load(config, shelf=CONFIG.parent).model_dump(mode="json")
     if wanted.get("diffusion.timesteps", there["sample"]["steps"]) < there["sample"]["steps"]:
         wanted["sample.steps"] = wanted["diffusion.timesteps"]

@@ -22,10 +22,11 @@ from ddpm.config.schema import Config
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import open_file, publishing
 from launch import prepare
+from launch.checkup.files import BY_HAND, FETCHED
 from launch.cluster import environment
 from launch.cluster.options import load_profile
 from launch.cluster.site import Site
-from launch.terminal import checkup, console
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python tools/prefetch.py                                    CIFAR-10 and the Inception weights
@@ -33,8 +34,8 @@ EXAMPLES = """examples:
   python tools/prefetch.py --from cifar-10-python.tar.gz pt_inception-2015-12-05-6726825d.pth     brought by hand
   python tools/prefetch.py --statistics                       … and the reference's statistics, computed here
 
-All of it lies in one folder, which it prints: copy that beside the runs of another cluster and nothing is fetched
-there. What is there already is left alone; a download that was cut short begins again.
+It prints the folder that has all of it: copy that folder beside the runs of another cluster, and nothing is fetched
+there. Files that are there already stay; a download that was cut short starts again.
 """
 
 
@@ -64,7 +65,7 @@ def known_files() -> dict[str, Known]:
 
 def check_names(paths: list[Path]) -> None:
     """Before torch is loaded, which takes seconds. Raises RequestError."""
-    known = list(checkup.FETCHED.values())
+    known = list(FETCHED.values())
     for path in paths:
         if path.name not in known:
             raise RequestError(f"--from {path}: no file of this name is fetched; known are {', '.join(known)}")
@@ -122,11 +123,11 @@ def compute_statistics(config: Config, cache: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="what will be trained, as for submit.py")
     parser.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE", help="files brought by hand")
     parser.add_argument("--statistics", action="store_true", help="compute the reference's statistics too")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     parser.add_argument("--profile", metavar="SITE", help="the site profile whose data_cache is used")
     return parser.parse_intermixed_args()
 
@@ -152,7 +153,7 @@ def main() -> int:
         try:
             fetch()
         except EnvironmentLacks as e:  # what can be had is fetched all the same
-            lacking.append("\n      → ".join(filter(None, (str(e), checkup.BY_HAND.get(name)))))
+            lacking.append("\n      → ".join(filter(None, (str(e), BY_HAND.get(name)))))
     if lacking:
         raise EnvironmentLacks("\nerror: ".join(lacking))
     if args.statistics:

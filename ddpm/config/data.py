@@ -22,8 +22,8 @@ class Data(Section):
     """`cifar10` and `celeba` (torchvision downloads them), `images` (a folder or zip of class folders, or an
     array), `digits` (scikit-learn's)."""
     path: str | None = None
-    """Where it lies: a folder, .zip, .npz or .npy for `images`; for `cifar10` torchvision's root, or as for `images`;
-    for `celeba` torchvision's root, or the folder that holds the images and their lists."""
+    """Where the data is: for `images` a folder, .zip, .npz or .npy; for `cifar10` torchvision's root, or as for
+    `images`; for `celeba` torchvision's root, or the folder that holds the images and their lists."""
     image_size: int = Field(32, ge=4, le=1024)
     """Height and width in pixels; other sizes are centre-cropped to a square and resized (Lanczos, antialiased)."""
     flip: bool = True
@@ -31,12 +31,13 @@ class Data(Section):
     attributes: dict[str, bool] = {}  # noqa: RUF012 (pydantic copies it)
     """`celeba` alone: keep the images that have (true) or lack (false) each of these, e.g. {Smiling: true}."""
     label_attributes: Strs = ()
-    """`celeba` alone: bit i of the label says whether an image has the i-th; so num_classes = 2**their number."""
+    """`celeba` alone: bit i of an image's label says whether it has attribute i of this list; num_classes must be 2 to
+    the number of attributes."""
     background: Annotated[str, AfterValidator(_colour)] = "white"
-    """What transparent pictures are laid upon: white, black, gray or #rrggbb."""
+    """Colour behind transparent pictures: white, black, gray or #rrggbb."""
     skip_damaged: bool = False
-    """Leave out pictures that cannot be decoded, and keep a list of them beside the packed data; else they are an
-    error, all of them named."""
+    """Leave out pictures that cannot be decoded, and list them beside the packed data. false: they are an error, which
+    names all of them."""
 
     @model_validator(mode="after")
     def _images_need_a_path(self) -> Data:

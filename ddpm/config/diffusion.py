@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -10,9 +11,9 @@ from pydantic import Field, model_validator
 from ddpm.config.section import Section
 
 NEEDED_BY = {"dns_offset": ("dns",), "beta_start": ("linear", "dns"), "beta_end": ("linear", "dns")}
-"""Keys of `diffusion` that not every schedule has a use for."""
+"""Keys of `diffusion`, and the schedules that use them."""
 LEAST_ALPHA_BAR = 2.0**-126
-"""float32's smallest normal number: samplers divide by the root of alpha_bar."""
+"""float32's smallest normal number: samplers divide by the square root of alpha_bar."""
 
 Variance = Literal["fixed_large", "fixed_small"]
 VARIANCES = get_args(Variance)
@@ -21,22 +22,22 @@ VARIANCES = get_args(Variance)
 
 class Diffusion(Section):
     timesteps: int = Field(1000, ge=2, le=1_000_000)
-    """T; t runs 0 … T-1."""
+    """T, the number of timesteps; t runs 0 … T-1."""
     schedule: Literal["linear", "cosine", "dns"] = "linear"
-    """`linear` (Ho et al.), `cosine` (Nichol & Dhariwal), or `dns`: the square of a line, see
+    """`linear` (Ho et al.), `cosine` (Nichol & Dhariwal), or `dns`: beta rises as the square of a line, see
     ddpm/diffusion/schedule.py."""
     dns_offset: float = Field(5.0, gt=0)
-    """Steps by which `dns` starts up its square; timesteps give the slow form."""
+    """`dns` alone: the offset o, in steps, of beta ~ ((t + o) / (T + 1 + o))**2; T gives the slow form."""
     beta_start: float = Field(1.0e-4, gt=0, lt=1)
-    """At T = 1000; scaled by 1000/T."""
+    """Lowest beta of `linear` and `dns` for T = 1000; scaled by 1000/T."""
     beta_end: float = Field(0.02, gt=0, lt=1)
-    """At T = 1000; scaled by 1000/T."""
+    """Highest beta of `linear` and `dns` for T = 1000; scaled by 1000/T."""
     prediction: Literal["eps"] = "eps"
-    """What the network is trained to tell: the noise."""
+    """What the network predicts: the noise."""
     loss: Literal["l2", "l1"] = "l2"
     """Mean squared, or mean absolute, error of the noise."""
     variance: Variance = "fixed_large"
-    """Of the ancestral sampler's reverse steps: beta_t, or the posterior's."""
+    """Variance of the ancestral sampler's steps: beta_t (`fixed_large`), or the posterior's (`fixed_small`)."""
 
     @model_validator(mode="after")
     def _betas(self) -> Diffusion:
@@ -63,11 +64,15 @@ class Diffusion(Section):
         return self
 
     def _log_alpha_bar(self) -> float:
-        """Of the last timestep; ddpm/diffusion/schedule.py has it exactly, but needs torch."""
-        if self.schedule == "cosine":  # which clips its betas
-            return 0.0
-        size, offset = self.timesteps, self.dns_offset
-        dns = self.schedule == "dns"
-        places = (((i + offset) / (size + 1 + offset)) ** 2 if dns else i / (size - 1) for i in range(size))
-        low, high = self.beta_start * 1000 / size, self.beta_end * 1000 / size
-        return sum(math.log1p(-(low + (high - low) * place)) for place in places)
+        return _log_alpha_bar(self.schedule, self.timesteps, self.beta_start, self.beta_end, self.dns_offset)
+
+
+@functools.cache
+def _log_alpha_bar(schedule: str, size: int, beta_start: float, beta_end: float, dns_offset: float) -> float:
+    """log alpha_bar of the last timestep; schedule.py computes it exactly, but needs torch."""
+    if schedule == "cosine":  # its betas are clipped
+        return 0.0
+    dns, offset = schedule == "dns", dns_offset
+    places = (((i + offset) / (size + 1 + offset)) ** 2 if dns else i / (size - 1) for i in range(size))
+    low, high = beta_start * 1000 / size, beta_end * 1000 / size
+    return sum(math.log1p(-(low + (high - low) * place)) for place in places)

@@ -1,4 +1,4 @@
-"""The config's `model`: what `Structure` (unet_shape.py) checks once the image size is known."""
+"""The config's `model`: the U-Net. `Structure` (unet_shape.py) checks it once the image size is known."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from ddpm.config.section import Ints, Section
 
 class Model(Section):
     base_channels: int = Field(128, ge=8, le=2**16)
-    """Width of the first level."""
+    """Channels of the first level."""
     channel_mults: Ints = (1, 2, 2, 2)
-    """Width of each level as a multiple of base_channels; each further level halves the resolution."""
+    """Channels of each level as a multiple of base_channels; each level has half the resolution of the one before."""
     blocks_per_level: int = Field(2, ge=1, le=1000)
-    """Of the encoder; a level of the decoder has one more, so that each takes one of the encoder's outputs."""
+    """Blocks in each level of the encoder. A level of the decoder has one more, so that each of its blocks takes one of
+    the encoder's outputs."""
     block: Literal["residual", "plain"] = "residual"
-    """`residual` (Wide ResNet, as in the paper), or `plain`: twice convolution, GroupNorm, SiLU with no way around."""
+    """`residual` (Wide ResNet, as in the paper), or `plain`: twice convolution, GroupNorm, SiLU, without a skip."""
     attention_resolutions: Ints = (16,)
     """Feature-map sizes in pixels that get self-attention."""
     attention_heads: int = Field(1, ge=1, le=2**16)
-    """Of every attention; must divide its channels."""
+    """Heads of every self-attention; must divide its channels."""
     attention_in: Literal["both", "encoder", "decoder"] = "both"
-    """Where attention_resolutions apply."""
+    """Which half of the U-Net has the self-attention of attention_resolutions."""
     middle_attention: bool = True
     """Self-attention between the bottleneck's two blocks."""
     downsample: Literal["conv", "pool", "conv_asymmetric"] = "conv"
-    """A 3x3 convolution of stride 2 with zeros all around, the mean of 2x2, or that convolution with zeros below and
-    right alone: TensorFlow's "same" padding, which Ho et al.'s code and published weights have."""
+    """`conv`: a 3x3 convolution of stride 2 with zeros all around; `pool`: the mean of 2x2; `conv_asymmetric`: the
+    convolution with zeros below and right alone, TensorFlow's "same" padding, as in Ho et al.'s code and weights."""
     upsample: Literal["conv", "transpose"] = "conv"
-    """Nearest neighbour and a 3x3 convolution, or a transposed convolution (2x2, stride 2)."""
+    """`conv`: nearest neighbour, then a 3x3 convolution; `transpose`: a transposed convolution (2x2, stride 2)."""
     norm_groups: int | None = Field(None, ge=1, le=2**16)
-    """GroupNorm's groups; must divide the channels of every level, and be fewer: a group for each channel takes away
-    what t and class have added to it. null: 32, or the most that divide both and are fewer than the channels."""
+    """Groups of every GroupNorm; must divide the channels of every level, and should be fewer: a group for each channel
+    removes what t and class have added to it. null: the largest
+    divisor of 32 that divides the channels and is smaller than them."""
     time_embed_channels: int | None = Field(None, ge=1, le=2**20)
-    """Width of the embedding of t and class that blocks are given; the MLP that makes it has 4 * base_channels inside.
-    null: 4 * base_channels too."""
+    """Width of the embedding of t and class that each block receives; the hidden layer of its MLP has 4 *
+    base_channels. null: 4 * base_channels."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Before the second convolution of every block."""
+    """Dropout probability before the second convolution of every block."""
     num_classes: int = Field(0, ge=0, le=2**20)
-    """0: unconditional. Otherwise each image's class index conditions every block."""
+    """Number of classes: the class of an image conditions every block. 0: unconditional."""

@@ -10,32 +10,32 @@ from ddpm.config.section import Ints, Section
 
 
 class Kind(NamedTuple):
-    """What may be asked of a sampler."""
+    """Which settings a sampler has."""
 
     usual_steps: int | None = None
-    """Where it is asked for without its steps; None: all timesteps."""
+    """Steps where none are given; None: all timesteps."""
     has_eta: bool = False
-    """Whether eta chooses its noise."""
+    """Whether `eta` sets its noise."""
     has_variance: bool = False
-    """Whether diffusion.variance does."""
+    """Whether `diffusion.variance` does."""
 
 
 SAMPLERS = {"ancestral": Kind(has_variance=True), "ddim": Kind(100, has_eta=True), "dpmpp_2m": Kind(20)}
-"""By the names of `sampler`; diffusion/samplers.py has what each of them does."""
+"""By sampler name; diffusion/samplers.py computes them."""
 
 
 def kind_of(sampler: str) -> Kind:
-    """Of a name that nobody has checked yet, too."""
+    """Of a sampler name, which need not be a known one."""
     return SAMPLERS.get(sampler, Kind())
 
 
 def names_with(what: str) -> tuple[str, ...]:
-    """The samplers that have it: has_eta, has_variance."""
+    """Names of the samplers that have `what`: has_eta or has_variance."""
     return tuple(name for name, kind in SAMPLERS.items() if getattr(kind, what))
 
 
 def _zero(value: float) -> float:
-    """-0.0 is 0.0: one value, one request."""
+    """-0.0 becomes 0.0: equal values must give one digest."""
     return value + 0.0
 
 
@@ -51,24 +51,24 @@ class Sample(Section):
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""
     eta: Annotated[float, AfterValidator(_zero)] = Field(0.0, ge=0, le=1)
-    """`ddim` alone: its noise; 0 deterministic, 1 close to ancestral."""
+    """`ddim` alone: its noise, from 0 (deterministic) to 1 (close to ancestral)."""
     guidance: Annotated[float, AfterValidator(_zero)] | None = Field(None, ge=0)
     """Weight w of classifier-free guidance: eps = (1 + w) eps(label) - w eps(no label), two evaluations a step; null:
     none. Needs a model trained with train.label_dropout."""
     class_plan: Ints | None = None
-    """Images of each class, summing to num_samples; null: the classes in turn."""
+    """Number of images of each class, summing to num_samples; null: the classes in turn."""
     clip_x_0: bool = True
     """Clip every predicted x_0 to [-1, 1], where images lie."""
     batch: int = Field(500, ge=1, le=2**24)
     """Images per network call; every call has exactly this many rows, so that sharding changes no byte."""
     shards: int = Field(64, ge=1, le=MOST_SHARDS)
-    """Parts that the set is made in, each a job of its own."""
+    """Number of parts of the set, which jobs make independently of each other."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Sample i follows from it and from i."""
+    """Sample i is a function of this seed and i."""
     weights: Literal["ema", "model"] = "ema"
-    """Their average, or those of the last step; the grids of training and ddpm.load take the same."""
+    """`ema`: the average of the weights; `model`: those of the checkpoint's step. Grids and ddpm.load use the same."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the run was trained in it, else fp32."""
+    """auto: bf16 if the run was trained in it, else fp32."""
 
     @model_validator(mode="after")
     def _noise(self) -> Sample:
@@ -81,12 +81,12 @@ class Sample(Section):
 EXTRACTORS = ("inception", "dinov2", "random-inception", "pixels")
 WITHOUT_WEIGHTS = ("random-inception", "pixels")
 FILE = "file:"
-"""Before the path of a network of one's own."""
+"""Prefix of the path of a user's own network."""
 
 
 class Milestones(Section):
     num_samples: int = Field(5000, ge=2, le=10**9)
-    """Images of each milestone, made as `sample` says otherwise."""
+    """Images of each milestone; all else as in `sample`."""
 
 
 class Evaluate(Section):
@@ -96,7 +96,7 @@ class Evaluate(Section):
     reference: str = "train"
     """`train`, `test`, a pytorch-fid .npz, or a folder or zip of images."""
     milestones: Milestones | None = None
-    """Sample and score each milestone while training goes on, in jobs of their own; null: not by itself."""
+    """Sample and score each milestone while training goes on, in jobs of their own; null: no."""
 
     @field_validator("extractor")
     @classmethod

@@ -23,7 +23,7 @@ from ddpm.run.files import sha256_json
 from ddpm.run.paths import check_name
 
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
-"""Keys of `train` that change no step."""
+"""Keys of `train` that change no step: they are not in the digest."""
 LATER = {
     "data": ("attributes", "label_attributes"),
     "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),
@@ -37,9 +37,9 @@ NUM_CIFAR10_CLASSES = 10
 class Config(Section):
     all_keys = "--dry-run prints all of them"
     name: str = "run"
-    """Names the run directory."""
+    """Name of the run directory."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """All randomness of training follows from it."""
+    """All randomness of training is derived from it."""
     data: Data = Data()
     model: Model = Model()
     diffusion: Diffusion = Diffusion()
@@ -100,9 +100,9 @@ class Config(Section):
         return self
 
     def resolve_length(self, num_images: int) -> Config:
-        """This config with its length in total_steps alone, where it was in images or in epochs of `num_images`.
+        """This config with its length in total_steps, converted from images or from epochs of `num_images` images.
 
-        RequestError where the length makes it invalid: a cosine needs more steps than the warm-up has.
+        RequestError if the length makes it invalid: a cosine needs more steps than the warm-up has.
         """
         train = self.train
         if train.total_steps is not None:
@@ -115,7 +115,7 @@ class Config(Section):
         return resolved
 
     def warnings(self) -> list[str]:
-        """What is allowed and hardly meant, a line each: `key = value: what it does`."""
+        """A line for each setting that is allowed but hardly intended: `key = value: what it does`."""
         told, train, groups = [], self.train, self.model.norm_groups
         widths = [self.model.base_channels * mult for mult in self.model.channel_mults]
         if blind := [i for i, width in enumerate(widths) if width == groups]:
@@ -131,11 +131,12 @@ class Config(Section):
         return told
 
     def mathematics(self) -> dict[str, Any]:
-        """What changes the mathematics of training, by section; a field that came later is there unless at its default.
+        """Keys that change the mathematics of training, by section; keys in LATER only if they differ from their
+        default.
 
         Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
-        scoring, and where the data lies and how its pictures are read (the pixels that come of it have a digest of
-        their own, kept in run.json).
+        scoring, and where the data lies and how its pictures are read (run.json keeps a digest of the resulting
+        pixels).
         """
         record = self.model_dump(mode="json", include={"seed", "data", "model", "diffusion", "train"})
         for key in ("path", "background", "skip_damaged"):
@@ -161,7 +162,7 @@ class Config(Section):
 
 
 def check_world_size(config: Config, world_size: int) -> int:
-    """Accumulation steps per rank; RequestError listing what fits where the global batch does not divide."""
+    """Accumulation steps per rank. RequestError, with what would fit, if the global batch cannot be divided so."""
     batch, micro = config.train.global_batch, config.train.micro_batch
     if batch % world_size:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""The config's `train`, `checkpoint` and `log`: how long, in which batches, by which steps, and what is kept of it."""
+"""The config's `train`, `checkpoint` and `log`: length, batches and optimizer; what is saved; what is logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm.errors import shown
 BY_LENGTH = ("cosine",)
 """Learning rates that depend on the length: with one of them the length is part of the mathematics."""
 LENGTHS = ("total_steps", "total_images", "total_epochs")
-"""Keys of `train`, of which one says how long it lasts."""
+"""Keys of `train` for its length, of which exactly one is given."""
 
 
 class Train(Section):
@@ -23,18 +23,19 @@ class Train(Section):
         total_steps: int | None = Field(800_000, ge=1)
         """Optimizer steps. A finished run may be extended by submitting it again with more."""
     total_images: int | None = Field(None, ge=1)
-    """The length in training images instead, …"""
+    """Length in training images, instead of steps."""
     total_epochs: int | None = Field(None, ge=1)
-    """… or in passes over the data: `Config.resolve_length` turns both into total_steps, rounding up."""
+    """Length in passes over the data, instead of steps. `Config.resolve_length` turns both into total_steps, rounding
+    up."""
     global_batch: int = Field(128, ge=1, le=2**24)
-    """Images a step over all ranks: the unit of training."""
+    """Images per step, over all ranks."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
-    """Images that one rank holds at a time; gradients are accumulated over the rest. null: all of the rank's share;
-    auto: as much of it as fits the GPU, found when the run first starts."""
+    """Images that a rank computes at a time; gradients are accumulated over its share of the batch. null: the whole
+    share; auto: as many as fit the GPU, found when the run first starts."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Both with PyTorch's betas and epsilon."""
     weight_decay: float = Field(0.0, ge=0)
-    """adamw's: the share of lr * weight that a step takes away."""
+    """`adamw` alone: each step subtracts weight_decay * lr * weight."""
     lr: float = Field(2.0e-4, gt=0)
     """The learning rate after warm-up."""
     warmup_steps: int = Field(5000, ge=0)
@@ -42,29 +43,31 @@ class Train(Section):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up: stay, or fall to 0 at total_steps along a half cosine."""
     grad_clip: float | None = Field(1.0, gt=0)
-    """Largest L2 norm of the whole gradient; null: no clipping."""
+    """Largest L2 norm of the gradient of all weights together; null: no clipping."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Autocast. auto: bf16 on a GPU that has it, fp16 (with loss scaling) on an older one, off on a CPU."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile. auto: on a GPU; it does not pay on a CPU."""
+    """torch.compile. auto: only on a GPU that cannot use the project's own kernels, which are faster; true: instead of
+    them."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability that a step trains an image without its label: what classifier-free guidance needs."""
+    """Probability that an image is trained without its label; classifier-free guidance needs more than 0."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Share of the average of the weights that an update keeps."""
+    """Share of the averaged weights that an update keeps."""
     ema_start_step: int = Field(0, ge=0)
     """Before this step the average is a copy of the weights."""
     ema_every_steps: int = Field(1, ge=1)
-    """The average is updated at the steps that this divides."""
+    """The average is updated at steps divisible by this."""
     ema_warmup: bool = False
-    """The n-th update keeps min(ema_decay, (1 + n) / (10 + n))."""
+    """The n-th update keeps min(ema_decay, (1 + n) / (10 + n)) instead of ema_decay."""
     early_stop_below: float | None = Field(None, gt=0)
-    """Stop when the mean absolute change over the last early_stop_window logged losses is below this; null: never."""
+    """Stop when the mean absolute change between the last early_stop_window logged losses is below this; null:
+    never."""
     early_stop_window: int = Field(10, ge=2)
-    """Logged losses (one each log.every_steps) that early stopping looks back on."""
+    """Number of logged losses (one every log.every_steps) that early stopping looks at."""
     deterministic: Literal["auto"] | bool = "auto"
-    """Bit-identical resume. auto: on a CPU (free there); on a GPU ask for it."""
+    """Bit-identical resume. auto: true on a CPU, where it is free, false on a GPU."""
     max_rollbacks: int = Field(3, ge=0)
-    """Times a non-finite loss may send the run back to its last good checkpoint."""
+    """How often a non-finite loss may send the run back to its last good checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -113,13 +116,14 @@ class Checkpoint(Section):
     every_min: float | None = Field(10.0, gt=0)
     """Minutes between saves; null: only by steps."""
     every_steps: int | None = Field(None, ge=1)
-    """Steps between saves, besides; null: only by minutes."""
+    """Steps between saves, in addition to every_min; null: only by minutes."""
     keep_last: int = Field(3, ge=1)
-    """Checkpoints that are kept, besides the milestones."""
+    """Number of newest checkpoints that are kept, besides the milestones."""
     milestone_every_steps: int | None = Field(50_000, ge=1)
-    """These are kept for good, with their EMA weights as safetensors."""
+    """Steps between milestones: checkpoints that are kept for good, with their EMA weights as safetensors. null:
+    none."""
     milestone_every_epochs: int | None = Field(None, ge=1)
-    """The same, in passes over the data."""
+    """The same in passes over the data."""
 
 
 class Log(Section):
@@ -130,10 +134,10 @@ class Log(Section):
     grid_images: int = Field(64, ge=1, le=1024)
     """Samples in a grid."""
     validate_every_steps: int | None = Field(None, ge=1)
-    """Steps between losses on images of the test split, at the same timesteps and noise each time, by the weights that
-    `sample.weights` names; a multiple of every_steps, and at the end. null: none."""
+    """Steps between losses on images of the test split, at the same timesteps and noise each time, with the weights
+    that `sample.weights` names; also at the end. Must be a multiple of every_steps; null: none."""
     wandb: str | None = None
-    """A project of Weights & Biases that gets the metrics and scores too, offline unless WANDB_MODE says otherwise."""
+    """Weights & Biases project that also gets metrics and scores, offline unless WANDB_MODE says otherwise."""
 
     @field_validator("wandb")
     @classmethod

@@ -1,8 +1,8 @@
-"""Images in a file of numpy's, .npy or .npz, with labels in it or beside it: read one at a time, whatever its size.
+"""Images in a numpy file, .npy or .npz, with labels in it or beside it; read one at a time, whatever the file's size.
 
 An .npz has its images under one of IMAGES, and labels, if any, under one of LABELS; labels of NAME.npy or NAME.npz may
 lie in NAME-labels.npy, those of images.npy and train_images.npy in labels.npy and train_labels.npy. Must not know what
-becomes of them.
+images are used for.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ddpm.data.bounded import check_members, read_header
+from ddpm.data.bounded import check_members, read_header, unread
 from ddpm.errors import RequestError
 from ddpm.run.files import open_file, sha256_file
 
 SUFFIXES = (".npz", ".npy")
 IMAGES = ("images", "arr_0", "samples")
 LABELS = ("labels", "label", "arr_1")
-"""numpy's own names are those of guided-diffusion's batches."""
+"""arr_0 and arr_1, numpy's default names, are those of guided-diffusion's batches."""
 PIECE_BYTES = 1 << 20
 
 
@@ -32,32 +32,32 @@ class ArrayFile(NamedTuple):
 
     path: Path
     key: str | None
-    """Of an .npz, under which the images are."""
+    """The array of an .npz that has the images; None for an .npy."""
     shape: tuple[int, int, int, int]
     """(N, H, W, 3), or (N, H, W, 1) in grey."""
     labels: np.ndarray | None
-    """int64 (N,), as the file says them."""
+    """int64 (N,), the file's numbers; None if there are none."""
     beside: Path | None
-    """Where they are, if not in the file."""
+    """The file that has the labels, if not `path`."""
 
     def fingerprint(self) -> Any:
-        """The content of all that was read."""
+        """sha256 of each file that was read."""
         return [sha256_file(self.path), self.beside and sha256_file(self.beside)]
 
     def images(self) -> Iterator[np.ndarray]:
-        """uint8 (H, W, 3) each. Raises RequestError where the file ends before its last."""
+        """Each image, uint8 (H, W, 3). Raises RequestError if the file ends too early."""
         num, *shape = self.shape
         with _opened(self.path, self.key) as file:
             _skip_header(file)
             for index in range(num):
-                raw = _read(file, math.prod(shape))
+                raw = _read(file, math.prod(shape), self.path)
                 if len(raw) < math.prod(shape):
                     raise _unreadable(self.path, f"it ends after {index} of {num} images")
                 image = np.frombuffer(raw, np.uint8).reshape(shape)
                 yield image if shape[-1] == 3 else image.repeat(3, axis=2)
 
     def whole(self) -> np.ndarray:
-        """All of them, uint8 (N, H, W, 3); mapped where they lie so."""
+        """All images, uint8 (N, H, W, 3); memory-mapped if the file has them in this form."""
         if self.key is None and self.shape[-1] == 3:
             return np.load(self.path, allow_pickle=False, mmap_mode="r")
         images = np.empty((*self.shape[:3], 3), np.uint8)
@@ -67,7 +67,7 @@ class ArrayFile(NamedTuple):
 
 
 def open_array(path: Path) -> ArrayFile:
-    """What is in `path`; no image is read yet. Raises RequestError where it holds none, or labels of others."""
+    """Open `path` without reading images. Raises RequestError if it has no usable images, or labels that do not fit."""
     key = None
     try:
         if path.suffix == ".npz":
@@ -90,9 +90,9 @@ def open_array(path: Path) -> ArrayFile:
         raise _unreadable(path, str(e)) from None
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape) or fortran:
         last = ", channels last" if len(shape) == 4 and shape[1] in (1, 3) else ""
-        order = "; save it in C's order" if fortran else ""
+        order = ", in C's order" if fortran else ""
         raise RequestError(
-            f"data.path = {path}: its images are {dtype} {shape}; expected uint8 (N, H, W, 3){last}{order}"
+            f"data.path = {path}: its images are {dtype} {shape}; save them as uint8 (N, H, W, 3){last}{order}"
         )
     labels, beside = _labels(path, key, shape[0])
     return ArrayFile(path, key, shape, labels, beside)
@@ -102,12 +102,16 @@ def open_array(path: Path) -> ArrayFile:
 
 
 def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, Path | None]:
-    """Those of `num` images and the file that they are in, if not the images' own."""
+    """The labels of `num` images, and the file that has them if it is not `path`; (None, None) if there are none."""
     if key is not None:
         with np.load(path, allow_pickle=False) as archive:
-            for name in LABELS:
-                if name in archive.files and (name != "arr_1" or _is_plain(archive[name], num)):
-                    return _checked(archive[name], num, f"{path}: {name}"), None
+            for name in filter(archive.files.__contains__, LABELS):
+                try:
+                    labels = archive[name]
+                except ValueError as e:
+                    raise RequestError(f"data.path: {path}: {name}: {unread(e)}; {_expected(num)}") from None
+                if name != "arr_1" or _is_plain(labels, num):
+                    return _checked(labels, num, f"{path}: {name}"), None
     stem = path.stem
     names = [f"{stem}-labels.npy", f"{stem}_labels.npy"]
     names += [stem.replace("images", "labels") + ".npy"] if "images" in stem else []
@@ -118,7 +122,7 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
                     read_header(file, beside.stat().st_size)
                 found = np.load(beside, allow_pickle=False, mmap_mode="r")
             except (OSError, ValueError, EOFError) as e:
-                raise _unreadable(beside, str(e)) from None
+                raise _unreadable(beside, unread(e)) from None
             return _checked(found, num, str(beside)), beside
     return None, None
 
@@ -129,14 +133,16 @@ def _is_plain(labels: np.ndarray, num: int) -> bool:
 
 def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
     if not _is_plain(labels, num):
-        raise RequestError(
-            f"data.path: {where} is {labels.dtype} {labels.shape}; expected a whole number for each of {num} images"
-        )
+        raise RequestError(f"data.path: {where} is {labels.dtype} {labels.shape}; {_expected(num)}")
     return np.asarray(labels, dtype=np.int64).reshape(num)
 
 
+def _expected(num: int) -> str:
+    return f"expected a whole number for each of {num} images; save them so, or take them away"
+
+
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
-    """The classes that occur, in the order of their numbers and called by them, and the index of each value's."""
+    """Class names, which are the distinct values in order, and the class index of each value."""
     numbers = sorted(set(values))
     index = {number: i for i, number in enumerate(numbers)}
     return [str(number) for number in numbers], [index[value] for value in values]
@@ -163,19 +169,19 @@ def _size(path: Path, key: str | None) -> int:
 
 
 def _skip_header(file: IO[bytes]) -> None:
-    """Of a file that `open_array` has looked at."""
+    """Move past the .npy header, which `open_array` has checked."""
     first = np.lib.format.read_magic(file) == (1, 0)
     (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
 
 
-def _read(file: IO[bytes], num: int) -> bytes:
-    """So many bytes, fewer at the end."""
+def _read(file: IO[bytes], num: int, path: Path) -> bytes:
+    """The next `num` bytes, fewer at the end of the file. path: for messages."""
     raw = bytearray()
     try:
         while len(raw) < num and (piece := file.read(min(num - len(raw), PIECE_BYTES))):
             raw += piece
     except (zipfile.BadZipFile, EOFError) as e:
-        raise RequestError(f"data.path: {e}; copy it again") from None
+        raise _unreadable(path, str(e)) from None
     return bytes(raw)
 
 

@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from ddpm.config.sample import EXTRACTORS, FILE
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.network.weights import why_unreadable
 from ddpm.run import files
 from ddpm.run.log import say
 from ddpm.scoring import dinov2, network_file
@@ -105,8 +107,9 @@ def build_extractor(
         own, sha256, dim = network_file.load(Path(name.removeprefix(FILE)).expanduser(), device, image_size)
         return Extractor(file_extractor_name(sha256), dim, sha256, "its own", own, device)
     if name == "dinov2":
-        state, sha256 = _load_weights(_found(dinov2_weights_path(), shared), dinov2.WEIGHTS_URL)
-        transformer = dinov2.build(state).to(device)
+        where = _found(dinov2_weights_path(), shared)
+        state, sha256 = _load_weights(where, dinov2.WEIGHTS_URL)
+        transformer = _built(dinov2.build, state, where, dinov2.WEIGHTS_URL).to(device)
         return Extractor(name, state["cls_token"].shape[-1], sha256, dinov2.RESIZE, transformer, device)
     if name == "pixels":
         return Extractor(name, 3 * 16 * 16, None, "box to 16x16", _pixels, device)
@@ -119,7 +122,8 @@ def build_extractor(
         state, sha256 = random_weights()
     else:
         raise RequestError(f"evaluate.extractor = {name!r}: use one of {', '.join(EXTRACTORS)}, or {FILE}PATH")
-    network = _inception(state).to(memory_format=torch.channels_last).to(device)
+    network = _inception(state) if name != "inception" else _built(_inception, state, where, WEIGHTS_URL)
+    network = network.to(memory_format=torch.channels_last).to(device)
 
     def forward(x: Tensor) -> Tensor:
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
@@ -161,12 +165,15 @@ def _inception(state: Mapping[str, Any]) -> nn.Module:
     """x (B, 3, 299, 299) in [-1, 1] -> pool3 features (B, 2048), with every batch-norm folded into its convolution.
 
     Folding and channels_last together are 1.5 to 1.9 times as fast on a CPU and change the features by 3e-7 relative,
-    less than float32 itself is off (4e-7).
+    less than float32 itself is off (4e-7). Raises RequestError where the weights are another network's.
     """
     from torchvision.models.inception import BasicConv2d
 
     network = _architecture()
-    network.load_state_dict(state, assign=True)
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError:  # which names hundreds of them
+        raise RequestError("its tensors are not those of FID's Inception, which is not torchvision's") from None
     network.float().eval().requires_grad_(False)
     network.fc = nn.Identity()
     for module in list(network.modules()):
@@ -282,12 +289,26 @@ def _lacking(path: Path, url: str, problem: str) -> str:
 def _load_weights(path: Path, url: str) -> tuple[dict[str, Tensor], str]:
     try:
         sha256 = files.sha256_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or any(not isinstance(v, Tensor) for v in state.values()):
-            raise pickle.UnpicklingError("not a dict of tensors")
+            raise EnvironmentLacks(_lacking(path, url, f"at {path} cannot be used: that file holds no tensors by name"))
     except FileNotFoundError:
         raise EnvironmentLacks(_lacking(path, url, f"are not at {path}")) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        problem = f"at {path} cannot be read ({' '.join(str(e).split())[:200]})"
+    except OSError as e:
+        raise EnvironmentLacks(_lacking(path, url, f"at {path} cannot be read ({e.strerror})")) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        problem = f"at {path} cannot be read: that file {why_unreadable(path, e)}"
         raise EnvironmentLacks(_lacking(path, url, problem)) from None
     return state, sha256
+
+
+def _built(
+    build: Callable[[Mapping[str, Tensor]], nn.Module], state: Mapping[str, Tensor], path: Path, url: str
+) -> nn.Module:
+    """The network of weights that were found at `path`. Raises EnvironmentLacks where they are another's."""
+    try:
+        return build(state)
+    except RequestError as e:
+        raise EnvironmentLacks(_lacking(path, url, f"at {path} are of another network: {e}")) from None

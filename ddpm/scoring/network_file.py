@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ddpm.config.sample import FILE
 from ddpm.errors import RequestError
+from ddpm.network.weights import why_unreadable
 from ddpm.run import files
 
 
@@ -23,12 +25,10 @@ def load(path: Path, device: torch.device, image_size: int) -> tuple[Any, str, i
     x = torch.zeros(2, 3, image_size, image_size, device=device)
     try:
         sha256 = files.sha256_file(path)
-        if path.suffix == ".pt2":
-            network: Any = torch.export.load(path).module()
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out, and what many have
-                network = torch.jit.load(path, map_location="cpu").eval()
+    except OSError as e:
+        raise RequestError(f"{FILE}{path} cannot be used: {e.strerror}") from None
+    network = _read(path)
+    try:
         network = network.to(device)
         with torch.inference_mode():
             features = network(x)
@@ -37,3 +37,18 @@ def load(path: Path, device: torch.device, image_size: int) -> tuple[Any, str, i
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
         raise RequestError(f"{FILE}{path}: of x {tuple(x.shape)} it makes no features (2, d)")
     return network, sha256, features.shape[1]
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out, and what many have
+            return torch.jit.load(path, map_location="cpu").eval()
+    except Exception as e:  # zipfile, torch and what torch wraps raise a dozen kinds
+        why = "holds something else, as weights alone" if zipfile.is_zipfile(path) else why_unreadable(path, e)
+        raise RequestError(
+            f"{FILE}{path} cannot be used: it {why}; save the network itself, by torch.jit.script(network).save(FILE), "
+            f"or by torch.export.save to a name that ends in .pt2"
+        ) from None

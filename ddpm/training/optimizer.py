@@ -1,4 +1,4 @@
-"""How weights move: the optimizer, and its learning rate as a function of the step."""
+"""The optimizer, and its learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-"""By the names of train.lr_schedule: the share of train.lr after warm-up, when `done` of the rest is done, 0 to 1."""
+"""train.lr_schedule -> factor of train.lr after warm-up, as a function of the part of the rest that is done (0 to
+1)."""
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of the update that ends step `step` (0-based): linear warm-up, then as the schedule says."""
+    """The learning rate of step `step` (0-based): linear warm-up, then as the schedule says."""
     train = config.train
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps

@@ -59,7 +59,7 @@ def of_run(run: RunDir) -> Code | None:
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             members = archive.infolist()
             if sum(m.file_size for m in members) > MAX_BYTES or not all(map(_is_ours, archive.namelist())):
-                raise DamagedFile(f"{run.code} holds what is no code of ours")
+                raise zipfile.BadZipFile("it holds what is no code of ours")
             code = {m.filename: archive.read(m) for m in members}
             if code.pop(MAIN, b"") != code.get(UNPACKER, b""):
                 raise zipfile.BadZipFile("it would unpack itself otherwise than it says")

@@ -1,10 +1,11 @@
-"""The options of a command line that say where it runs, over a site profile: checked before anything is queued."""
+"""Command-line options for where jobs run, which override a site profile: checked before anything is queued."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,18 @@ OURS = {
     "uid",
     "gid",
 }
+INSTEAD = {"ntasks-per-node": "--tasks-per-node", "ntasks": "--nodes and --tasks-per-node", "job-name": "--name"}
+"""What asks for some of these."""
 BARE = {
     *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "no-kill", "no-requeue", "overcommit"),
     *("oversubscribe", "propagate", "quiet", "reboot", "requeue", "resv-ports", "share", "spread-job", "stepmgr"),
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
-"""Options of sbatch's that stand without a value, or may."""
+"""Options of sbatch that take no value, or need none."""
+SHARED = {name.replace("_", "-"): name for name in (*MEMORIES, "cpus_per_task")}
+"""Options of sbatch that are keys of ours, of which a stage with fewer ranks asks for its share."""
 WHOLE = {"gpus"}
-"""Options of sbatch's whose names are the beginning of one of these."""
+"""Options of sbatch that begin like one of OURS, and are not it."""
 FLAGS: dict[str, dict[str, Any]] = {
     "partition": {},
     "account": {},
@@ -55,21 +60,21 @@ FLAGS: dict[str, dict[str, Any]] = {
     "exclude": {},
     "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
     "nodes": {"type": int},
-    "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 where the partition has GPUs, else 0"},
+    "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 if the partition has GPUs, else 0"},
     "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
-    "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
-    "mem": {"metavar": "32G", "help": "memory per node; none: the site's own"},
+    "cpus_per_task": {"type": int, "help": "per rank (default with --cluster local: all, divided among ranks)"},
+    "mem": {"metavar": "32G", "help": "memory per node; none: the site's default"},
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
-    "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
+    "max_parallel": {"type": int, "help": "array tasks that run at a time (default 16)"},
     "tasks": {
         "metavar": "N",
-        "help": "tasks that divide a sample job's shards (default auto), or an evaluation's",
+        "help": "array tasks that divide the shards of a set, or an evaluation (default auto)",
     },
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
-        "help": "auto is SLURM; local runs the same jobs as processes on this machine",
+        "help": "auto: SLURM; local: the same jobs as processes on this machine",
     },
 }
 
@@ -81,9 +86,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
     group.add_argument(
         "--code", choices=["kept", "new"], default="kept",
-        help="jobs of a run go on with the code it was begun with; new: with this checkout's",
+        help="the code that jobs run: what the run was begun with (kept, default), or this checkout's",
     )  # fmt: skip
-    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(SHIPPED)}/, or a path")
+    group.add_argument("--profile", metavar="SITE", help=f"a name in {PROFILES.relative_to(SHIPPED)}/, or a path")
 
 
 def load_profile(name: str | None) -> dict[str, Any]:
@@ -102,7 +107,9 @@ def load_profile(name: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"--profile {name}: cannot be read ({e}): mend it, or give another") from None
     if tree is not None and not isinstance(tree, dict):
-        raise RequestError(f"{path}: expected keys and values, as configs/cluster/example.yaml has them")
+        raise RequestError(
+            f"{path}: found a {type(tree).__name__}; expected keys and values, as configs/cluster/example.yaml has them"
+        )
     options = (tree or {}).get("sbatch") or {}
     if not isinstance(options, dict):
         raise RequestError(f"{path}: sbatch = {options!r}: expected options and values, e.g. {{nice: 100}}")
@@ -138,11 +145,14 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
             )
         # sbatch takes the beginning of an option's name for it
         if of_ours := sorted(name for name in OURS if name.startswith(key) and key not in WHOLE):
+            instead = INSTEAD.get(of_ours[0], f"--{of_ours[0]}" if of_ours[0].replace("-", "_") in FLAGS else "")
             raise RequestError(
-                f"--sbatch {key}: {of_ours[0]} is set by the launcher, because restarts depend on it"
-                + ("" if key in OURS else "; write another option's name out")
+                f"--sbatch {key}: {of_ours[0]} is set by the launcher, because restarts depend on it; "
+                + (f"give {instead}" if instead else "leave it out")
+                + ("" if key in OURS else ", or write another option's name out")
             )
     _take_gres(tree, extra, args.gpus_per_node)
+    _take_shared(tree, extra, typed, [item.lstrip("-").partition("=")[0] for item in args.sbatch])
     tree["sbatch"] = extra
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
@@ -151,7 +161,17 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
             f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
             f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
         )
+    _check_command(site)
     return site
+
+
+def _check_command(site: Site) -> None:
+    """Raises RequestError where the program that is to tell of a run's end cannot be run; it is not repeated."""
+    program, whole = next(iter(site.notify.command), ""), "give the whole path of a program"
+    if "/" in program and not program.startswith("/"):
+        raise RequestError(f"notify.command: its path is not a whole one, and jobs run in another folder; {whole}")
+    if program and site.is_local and shutil.which(program) is None:
+        raise RequestError(f"notify.command: this machine has no such program, or may not run it; {whole}")
 
 
 def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
@@ -159,6 +179,24 @@ def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
     if len(given := [name for name in MEMORIES if layer.get(name) not in (None, "none")]) > 1:
         raise RequestError(f"{where}: {' and '.join(given)}: SLURM takes one of them; give one")
     return {**layer, **{name: layer[name] if name in given else None for name in MEMORIES}} if given else layer
+
+
+def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
+    """Memory and CPUs that are asked for by an option of sbatch's count as by ours.
+
+    options: those of sbatch's that were typed; a profile's give way to what was typed of ours.
+    """
+    for option, key in SHARED.items():
+        if option not in extra or extra[option] is None:
+            continue
+        value = extra.pop(option)
+        rivals = [name for name in (MEMORIES if key in MEMORIES else (key,)) if typed.get(name) is not None]
+        if rivals and option in options:
+            other = f"--{rivals[0].replace('_', '-')} {typed[rivals[0]]}"
+            raise RequestError(f"{other} with --sbatch {option}={value}: give one of them")
+        if not rivals:
+            tree.update(dict.fromkeys(MEMORIES) if key in MEMORIES else {})
+            tree[key] = int(value) if key == "cpus_per_task" and str(value).isdecimal() else value
 
 
 def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:

@@ -65,7 +65,7 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         if most and where.num_gpus > most:
             raise RequestError(
                 f"--gpus-per-node {where.gpus_per_node}: no node of {', '.join(p.name for p in there)} has more than "
-                f"{most}; ask for {most}, on more --nodes, or to sample in more --tasks"
+                f"{most}; ask for at most {most}, and for more by --nodes, or to sample by --tasks"
             )
     return _with_types(site, known) if known else site
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, Literal
 
 from pydantic import Field
@@ -147,7 +148,13 @@ class Site(Section):
                     f"time = {site.time} minutes leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work "
                     f"before they save, {site.lead_s} s before their end: ask for more"
                 )
-        return list(dict.fromkeys(told))[:1]
+        told = told[:1]
+        if self.notify.command and shutil.which(self.notify.command[0]) is None:
+            told.append(
+                "notify.command: this machine has no such program, or may not run it; unless the nodes have it, nobody "
+                "is told of the run's end: give the whole path of one that they share"
+            )
+        return told
 
     @property
     def num_gpus(self) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from ddpm.errors import shown
 from ddpm.run.log import has_control
 
 UNIT_MIN = {"m": 1, "min": 1, "h": 60, "d": 1440}
@@ -111,6 +112,10 @@ def _one_line(text: Any) -> Any:
 def _options(options: Any) -> Any:
     """What becomes lines of a job's script, one for each."""
     for key, value in options.items() if isinstance(options, dict) else ():
+        if not isinstance(value, str | int | None):
+            raise ValueError(
+                f"sbatch.{key} = {shown(value)}: must be a word or a number, or true for an option without a value"
+            )
         try:
             _one_line(value)
         except ValueError as e:
@@ -119,7 +124,8 @@ def _options(options: Any) -> Any:
 
 
 def _shell_lines(lines: Any) -> Any:
-    """Shell as it was written: an entry of several lines is as good as several entries."""
+    """Shell as it was written: an entry of several lines is as good as several entries, and as a block of them."""
+    lines = [lines] if isinstance(lines, str) else lines
     if not isinstance(lines, list):
         return lines
     split = [line for entry in lines for line in (entry.splitlines() or [""] if isinstance(entry, str) else [entry])]

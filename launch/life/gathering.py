@@ -16,7 +16,6 @@ from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life.decision import Evidence, not_ours, retries_without_progress, uncounted_lives
-from launch.life.life import shard_marker
 from launch.life.progress import progress
 from launch.queue.waiting import is_told_to_stop, mercy_for, of_this_cluster
 
@@ -59,7 +58,7 @@ def _was_suspended(shown: scheduler.Shown, env: JobEnvironment) -> bool:
 
 def forget_shard(run: RunDir, env: JobEnvironment) -> None:
     with contextlib.suppress(OSError):
-        shard_marker(run, env.job).unlink(missing_ok=True)
+        run.shard_marker(env.job).unlink(missing_ok=True)
 
 
 def _ranks_word(run: RunDir, env: JobEnvironment) -> str:

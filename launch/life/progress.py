@@ -9,7 +9,6 @@ from ddpm.run.files import DamagedFile, read_bytes
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import read_request, shard_range
 from launch.cluster.job import numbers
-from launch.life.life import shard_marker
 
 
 def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
@@ -24,7 +23,7 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
         names = _names(where.path) + _names(run.bound_set(set_name).path)
         return sum(n.startswith(("features-", "part-")) and n.endswith(".json") for n in names)
     try:
-        shards = numbers(shard_marker(run, job).read_text())
+        shards = numbers(run.shard_marker(job).read_text())
     except (FileNotFoundError, ValueError):  # no life of it came so far as to say
         return 0
     return _of_shards(where, shards)

@@ -11,11 +11,11 @@ from launch.page.words import digits
 Metrics = list[dict[str, Any]]
 
 
-def charts(metrics: Metrics) -> list[Html]:
-    """Loss, the norm of gradients, the learning rate."""
+def charts(metrics: Metrics, every: int = 1) -> list[Html]:
+    """Loss, the norm of gradients, the learning rate. every: of the file's lines each so-many-th is in `metrics`."""
     return [
-        chart("Loss", [*_both(metrics, "loss"), *_validation(metrics)], y="loss", log=True),
-        chart("Norm of the gradient", _both(metrics, "grad_norm"), y="norm", log=True),
+        chart("Loss", [*_both(metrics, "loss", every), *_validation(metrics)], y="loss", log=True),
+        chart("Norm of the gradient", _both(metrics, "grad_norm", every), y="norm", log=True),
         chart("Learning rate", _alone(metrics, "lr"), y="learning rate", zero=True),
     ]
 
@@ -26,11 +26,12 @@ def smooth_line(metrics: Metrics, key: str, name: str, colour: int, *, since: fl
     return Line(name, thinned(points), colour=colour, told=f"{name}: {_ends(points)}")
 
 
-def _both(metrics: Metrics, key: str) -> list[Line]:
+def _both(metrics: Metrics, key: str, every: int) -> list[Line]:
     points = _points(metrics, key)
     odd = len(metrics) - len(points)
     lacks = f" ({odd} not finite)" if odd else ""
-    raw = Line(f"each line{lacks}", thinned(points), "raw")
+    which = "each line" if every == 1 else f"one line in {every}"
+    raw = Line(f"{which}{lacks}", thinned(points), "raw")
     mean = smoothed(points)
     return [raw, Line("running mean", thinned(mean), told=f"running mean: {_ends(mean)}")]
 

@@ -11,7 +11,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile, parse_json, read_bytes
 from ddpm.run.paths import RunDir
-from ddpm.run.records import RUN_TOO, read_heartbeat, read_metrics
+from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
 from ddpm.scoring.record import Score, all_scores
 from launch.queue.sets import of_other_samples
 from launch.terminal.overview import Damage, read_life
@@ -32,6 +32,8 @@ class Facts:
     events: list[dict[str, Any]]
     beat: dict[str, Any]
     metrics: list[dict[str, Any]]
+    """Of metrics.jsonl each `every`-th line, and some more."""
+    every: int
     scores: list[Score]
     """Those that hold: of many samples first, then of late steps, then the new ones."""
     damage: tuple[str, ...]
@@ -44,6 +46,7 @@ def read(run: RunDir, row: dict[str, Any]) -> Facts:
     damage = Damage()
     damage.tell(row["problem"] or "")
     text = damage.read(lambda: read_bytes(run.config, SHOWN_BYTES)) or b""
+    metrics, every = damage.read(lambda: thin_metrics(run)) or ([], 1)
     return Facts(
         run=run,
         row=row,
@@ -52,7 +55,8 @@ def read(run: RunDir, row: dict[str, Any]) -> Facts:
         config_text=text.decode(errors="replace").strip(),
         events=read_life(run)[0],
         beat=read_heartbeat(run),
-        metrics=damage.read(lambda: read_metrics(run)) or [],
+        metrics=metrics,
+        every=every,
         scores=damage.read(lambda: _scores(run)) or [],
         damage=tuple(damage.told),
         made=time.time(),

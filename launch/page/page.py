@@ -23,7 +23,7 @@ def of_run(facts: Facts) -> str:
     parts = [
         shown(_head, facts),
         _damage(facts),
-        section("Scores", shown(scores.tables, facts.scores)),
+        section("Scores", shown(_scores, facts)),
         section("Curves", shown(_charts, facts)),
         section("Samples by step", shown(pictures.grids, facts.run)),
         section(
@@ -92,12 +92,17 @@ def _figures(facts: Facts) -> Html:
 
 def _charts(facts: Facts) -> Html:
     last = facts.metrics[-1]["step"] if facts.metrics else facts.row["step"]
-    parts: list[Part] = [*scores.charts(facts.scores, last), *curves.charts(facts.metrics)]
+    parts: list[Part] = [*scores.charts(facts.scores, last), *curves.charts(facts.metrics, facts.every)]
     if not any(parts):
         return note("metrics.jsonl has no lines.")
     epoch = next((m["epoch"] for m in reversed(facts.metrics) if m["epoch"] > 0), None)
     per = f"An epoch is {facts.metrics[-1]['step'] / epoch:,.0f} steps." if epoch else ""
     return join([tag("div", *parts, class_="charts"), note(per) if per else Html("")])
+
+
+def _scores(facts: Facts) -> Html:
+    named = (facts.record.get("labels") or {}).get("classes")
+    return scores.tables(facts.scores, list(named) if isinstance(named, dict) else ())
 
 
 def _damage(facts: Facts) -> Html:

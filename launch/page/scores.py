@@ -45,8 +45,11 @@ BY_STEP = (
 )
 
 
-def tables(scores: Sequence[Score]) -> Html:
-    """All of them, with what they mean and what they were computed from; those of one kind by step on their own."""
+def tables(scores: Sequence[Score], classes: Sequence[str] = ()) -> Html:
+    """All of them, with what they mean and what they were computed from; those of one kind by step on their own.
+
+    classes: what the model's are called, by label.
+    """
     if not scores:
         return note("No score was computed of this run.")
     curves = [of for of in by_step(scores).values() if len(of) >= CURVE]
@@ -54,7 +57,7 @@ def tables(scores: Sequence[Score]) -> Html:
     single = [score for score in scores if score.name not in in_curves]
     few = {caution(score.record).strip(" ()") for score in scores if "extractor" in score.record} - {""}
     told = note("† ", "; ".join(sorted(few)), ": the distance is mostly its own bias.") if few else Html("")
-    return join([_single(single) if single else Html(""), *map(_by_step, curves), told])
+    return join([_single(single) if single else Html(""), *map(_by_step, curves), told, _by_class(scores, classes)])
 
 
 def _single(scores: Sequence[Score]) -> Html:
@@ -94,6 +97,23 @@ def _by_step(scores: Sequence[Score]) -> Html:
     files = shown[-1].name.replace(str(_step(shown[-1].record)), "…")
     title = tag("h3", f"{SCORE_NAMES[key_of(first)]}{mark} by step")
     return join([title, table(BY_STEP, rows), note(join(filter(None, of), ", "), f"; eval/{files}.json.{more}")])
+
+
+def _by_class(scores: Sequence[Score], classes: Sequence[str]) -> Html:
+    """Of sets whose classes were scored one by one: a line each."""
+    rows: list[list[Part]] = []
+    for score in scores[:MOST]:
+        each = score.record.get(f"{key_of(score.record)}_per_class")
+        if isinstance(each, list) and all(value is None or isinstance(value, int | float) for value in each):
+            rows.append([score.name, *("–" if value is None else rounded(value, None) for value in each)])
+    if not rows:
+        return Html("")
+    most = max(map(len, rows)) - 1
+    names = [*classes, *map(str, range(len(classes), most))]
+    columns = (Column("set"), *(Column(name, True) for name in names[:most]))
+    whole = [row + [""] * (most + 1 - len(row)) for row in rows]
+    why = note("Of each class's samples against its own images: fewer than of all, so larger than the distance above.")
+    return join([tag("h3", "Class by class"), table(columns, whole), why])
 
 
 def _row(score: Score) -> list[Part]:

@@ -1,8 +1,8 @@
 """`--cluster local`: the same jobs, one after another, as background processes on this machine.
 
-    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB, of another run, that it waits for]
+    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB … of other runs' jobs to wait for]
 
-Its restarts are the user's: submit again. Output goes to logs/local-JOB.out.
+They are not restarted: the user submits again. Output goes to logs/local-JOB.out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -29,10 +30,12 @@ from launch.queue import ending
 from launch.queue.waiting import is_of, is_told_to_stop
 
 POLL_S = 0.5
+Place = tuple[int, str]
+"""A background job of this machine: its process and its name."""
 
 
 def stage_command(job: Job) -> list[str]:
-    """The process that `job` is here, which makes all of its shards; torchrun starts the ranks of a training job."""
+    """The command of `job` on this machine, where one process makes all shards; torchrun starts training's ranks."""
     python = [sys.executable, "-u"]
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
@@ -40,14 +43,14 @@ def stage_command(job: Job) -> list[str]:
 
 
 def running(run: RunDir) -> int | None:
-    """The background process on this machine that trains the run, or will, if there is one."""
+    """The pid of the background job on this machine that trains the run or will train it; None if there is none."""
     return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
 
 
 def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str, tuple[int, list[str]]]:
-    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first.
+    """The run's background jobs on this machine that have not ended: job -> (pid, stages), the newest first.
 
-    events: the run's, where they have been read.
+    events: the run's events, if they have been read already.
     """
     found = {}
     for e in reversed(read_events(run) if events is None else events):
@@ -60,7 +63,7 @@ def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str
 
 
 def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
-    """Whether a process is the one that was begun then, and not a later one of its number. Raises OSError."""
+    """Whether a process is the one that was submitted, and not a later one with the same pid. Raises OSError."""
     try:
         return f"DDPM_JOB={submitted['job']}".encode() in (process / "environ").read_bytes().split(b"\0")
     except PermissionError:  # another user's, whose words can be read
@@ -69,27 +72,31 @@ def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
 
 
 def is_behind(events: list[dict[str, Any]]) -> bool:
-    """Whether the newest job of a run with these events is one of this machine that waits for another run's to end."""
+    """Whether the newest job of a run with these events is on this machine and waits for other runs' jobs to end."""
     newest: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "submitted"), {})
     before = newest.get("behind")
     if newest.get("via") != "local" or newest.get("host") != environment.host() or not isinstance(before, list):
         return False
-    return len(before) == 2 and is_there(*map(str, before))
+    return any(is_there(pid, job) for pid, job in _pairs(before))
+
+
+def _pairs(words: list[Any]) -> list[tuple[str, str]]:
+    """PID JOB PID JOB … as processes with their jobs."""
+    return [(str(pid), str(job)) for pid, job in zip(words[::2], words[1::2], strict=False)]
 
 
 def is_there(pid: str, job: str) -> bool:
-    """Whether background job `job` of this machine, begun as process `pid`, has not ended."""
+    """Whether background job `job` of this machine, started as process `pid`, is still running."""
     try:
         return _is_at_work(Path(f"/proc/{pid}"), {"job": job})
     except OSError:
         return False
 
 
-def start(run: RunDir, jobs: list[Job], behind: tuple[int, str] | None = None) -> tuple[subprocess.Popen[bytes], Path]:
+def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[subprocess.Popen[bytes], Path]:
     """Start `jobs` in a session of their own, so that closing the terminal does not end them.
 
-    behind: the process and the job's name of a background job for which these wait; the log that is returned is named
-    after this one.
+    behind: background jobs for which these wait. Returns the process and its log, which is named after this job.
     """
     name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
     run.logs.mkdir(exist_ok=True)
@@ -97,7 +104,7 @@ def start(run: RunDir, jobs: list[Job], behind: tuple[int, str] | None = None) -
     commands = [stage_command(job) for job in jobs]
     chosen = jobs[0].site.cpus_per_task or environment.threads_asked()
     cpus = {"DDPM_CPUS": str(chosen)} if chosen else {}
-    before = [] if behind is None else [str(word) for word in behind]
+    before = [str(word) for place in behind for word in place]
     home = code.unpack(run)
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -129,7 +136,7 @@ def start(run: RunDir, jobs: list[Job], behind: tuple[int, str] | None = None) -
 
 
 def _note(run: RunDir, event: str, command: list[str]) -> None:
-    """When samples or a score began and were done: training tells of itself, in the file of the job's name."""
+    """Record when sampling or scoring starts and ends; training writes its own events."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
     if stage != "train":
         log = EventLog(run, f"{environment.current().job}-then", 0, environment.host())
@@ -138,7 +145,7 @@ def _note(run: RunDir, event: str, command: list[str]) -> None:
 
 
 def _tell(run: RunDir, command: list[str], code: int) -> None:
-    """That the run has ended, unless it was stopped: then its owner did that."""
+    """Tell the owner that the run has ended, unless the owner stopped it."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
     env, set_name = environment.current(), of[0] if of else ""
     if code == 0:
@@ -153,9 +160,9 @@ def _tell(run: RunDir, command: list[str], code: int) -> None:
 
 
 def main() -> int:
-    """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs.
+    """Run the commands in turn, until one fails or STOP exists; a stop signal is passed on to the running command.
 
-    Behind another run's job first of all until that has ended, however it did.
+    If this waits for other runs' jobs, it first waits until those have ended in any way.
     """
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     stages = [command[command.index("launch.jobs") + 1] for command in commands]
@@ -172,8 +179,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, forward)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, forward)
-    before = sys.argv[3:5]
-    while before and not unheard and not run.is_stopped() and is_there(*before):
+    before = _pairs(sys.argv[3:])
+    while not unheard and not run.is_stopped() and any(is_there(pid, job) for pid, job in before):
         time.sleep(POLL_S)
     for i, command in enumerate(commands):
         if unheard:

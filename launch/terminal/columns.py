@@ -110,12 +110,15 @@ def _percent(row: Row) -> str:
 
 def _end(row: Row) -> str:
     """A time of today as 14:05, of this week as Sun 14:05, else as 12 Dec."""
-    if not row["expected_end"]:
-        return ""
-    end, today = datetime.fromtimestamp(seconds(row["expected_end"])), datetime.now()
+    return f"~{until(row['expected_end'])}" if row["expected_end"] else ""
+
+
+def until(at: str) -> str:
+    """A time to come, given as a stamp, in the words of this place."""
+    end, today = datetime.fromtimestamp(seconds(at)), datetime.now()
     days = (end.date() - today.date()).days
     form = "%H:%M" if days < 1 else "%a %H:%M" if days < 7 else "%d %b" if days < 300 else "%b %Y"
-    return f"~{end.strftime(form)}"
+    return end.strftime(form)
 
 
 def _waits(row: Row) -> str:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.events import read_events
-from ddpm.run.files import read_json, seconds
+from ddpm.run.files import seconds
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_heartbeat
 from launch.cluster import scheduler
+from launch.queue import work
 from launch.queue.waiting import slurm_jobs
-from launch.queue.work import BEATS_S
-from launch.terminal import logfiles, streams
+from launch.terminal import logfiles, making, streams
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
@@ -59,26 +59,21 @@ class Follower:
         step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
-        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
+        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < work.BEATS_S
         if total is not None and (step >= total or not trains):
-            step, total, what, loss, speed = *self._shards(), "shards", self._says(), ""
-            if total is None:  # no set is begun: a score of what is there, or training that is not under way
-                what, loss = loss.lstrip(), ""
+            now, speed = time.time(), ""
+            made = making.newest(self._run, now)
+            if made is None:  # a score of what is there, or training that is not under way
+                step, total, what, loss = 0, None, self._says().lstrip(), ""
+            else:
+                step, total, what = made.shards, made.of_shards, "shards"
+                loss = f"  {made.told(now)}" if 0 < made.images < made.of_images else self._says()
         if self._bar is not None:
             self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
             count = f" {step}{f'/{total}' if total else ''}" if what in ("step", "shards") else ""
             print(f"{state} {what}{count}{loss}{speed}".rstrip(), flush=True)
-
-    def _shards(self) -> tuple[int, int | None]:
-        """How many there are of the set that was begun last, and will be."""
-        begun = [s for s in self._run.sample_sets() if s.request.exists()]
-        if not begun:
-            return 0, None
-        newest = max(begun, key=lambda s: s.request.stat().st_mtime)
-        asked = (read_json(newest.request) or {}).get("shards")
-        return newest.num_published(), asked if isinstance(asked, int) else None
 
     def _says(self) -> str:
         """The last line of the log that has a time, without that."""
@@ -100,8 +95,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             time.sleep(0.2)
     except KeyboardInterrupt:
         follower.close()
-        how = f"python launch/cancel.py {shlex.quote(str(run.path))}"
-        print(f"still running in the background (pid {process.pid}); stop it with: {how}", file=sys.stderr)
+        print(f"still running in the background (pid {process.pid}); stop it with: {work.to_end(run)}", file=sys.stderr)
         return 130
     follower.close()
     if process.returncode:

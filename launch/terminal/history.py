@@ -12,7 +12,7 @@ from ddpm.run.paths import RunDir
 Event = dict[str, Any]
 HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign",
           "sha256")  # fmt: skip
-HIDDEN_IN_SHORT = ("world_size", "code", "via", "pid", "despite", "cluster", "preemption")
+HIDDEN_IN_SHORT = ("world_size", "code", "via", "pid", "despite", "behind", "cluster", "preemption")
 TAIL_BYTES = 4 << 20
 WORDS = {
     "DUE TO PREEMPTION": "preempted",

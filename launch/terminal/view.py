@@ -56,6 +56,8 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
     """left_out: columns for which there was no room."""
     if details and any(row["allocated_s"].values()):
         yield where_time_went(row)
+    if row["making"]:
+        yield f"{row['making']['set']}: {row['making']['told']}"
     if details and row["validation_loss"] is not None:
         yield f"validation loss {row['validation_loss']:.4f}"
     if details or "score" in left_out:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.conftest import PROJECT
 
 ROOMS = {
     "ddpm": ("errors", "run", "config", "diffusion", "network", "data", "sampling", "training", "scoring", "api"),
-    "launch": ("cluster", "queue", "terminal", "page", "prepare", "life", "scripts"),
+    "launch": ("cluster", "checkup", "queue", "terminal", "page", "prepare", "life", "scripts"),
 }
 """From the ground up: a file imports from its own room, or from one before it. `scripts`: what lies in launch/ itself.
 And tools imports from launch, launch from ddpm, never back."""
@@ -173,18 +174,18 @@ def long(path: Path) -> list[str]:
     return told
 
 
-def listed(readme: str) -> set[str]:
+def listed(readme: str) -> list[str]:
     """The files in the tree of README's "Where things are": two spaces deeper is one folder deeper."""
     section = readme.split("## Where things are", 1)[1].split("\n## ", 1)[0]
     block = next(b for b in re.findall(r"^```\n(.*?)^```", section, re.M | re.S) if b.startswith("ddpm/"))
-    found, folders = set(), [""]
+    found, folders = [], [""]
     for line in block.splitlines():
         name = line.split()[0]
         folders = folders[: (len(line) - len(line.lstrip())) // 2 + 1]
         if name.endswith("/"):
             folders.append(folders[-1] + name)
         elif name.endswith(".py"):
-            found.add(folders[-1] + name)
+            found.append(folders[-1] + name)
     return found
 
 
@@ -231,11 +232,12 @@ def test_slurm_and_configs_are_data() -> None:
     assert not [p for d in ("slurm", "configs") for p in (PROJECT / d).rglob("*.py")]
 
 
-def test_every_file_stands_in_the_readmes_tree_and_is_there() -> None:
+def test_every_file_stands_in_the_readmes_tree_once_and_is_there() -> None:
     there = {p.relative_to(PROJECT).as_posix() for top in ("ddpm", "launch") for p in (PROJECT / top).rglob("*.py")}
     there = {path for path in there if not path.endswith("/__init__.py")}
     in_readme = listed((PROJECT / "README.md").read_text())
-    assert sorted(there - in_readme) == [] and sorted(in_readme - there) == []
+    assert sorted(there - set(in_readme)) == [] and sorted(set(in_readme) - there) == []
+    assert [path for path, num in Counter(in_readme).items() if num > 1] == []
 
 
 def test_what_is_long_is_told() -> None:
@@ -337,7 +339,7 @@ def test_a_comparison_with_a_schedulers_name_is_noticed(tmp_path: Path, text: st
 def test_the_tree_in_the_readme_is_read_by_its_folders() -> None:
     block = "ddpm/\n  api.py   load\n  run/\n    files.py   x\nlaunch/\n  jobs.py  y\n"
     text = f"# A\n## Where things are\n\n```\n{block}```\n\n## Next\n"
-    assert listed(text) == {"ddpm/api.py", "ddpm/run/files.py", "launch/jobs.py"}
+    assert listed(text) == ["ddpm/api.py", "ddpm/run/files.py", "launch/jobs.py"]
 
 
 # ---------------------------------------------------------------- what a login node loads

@@ -48,13 +48,13 @@ def coverage(d: int, num: int, draws: int) -> Coverage:
         total = reduce(metrics.merge, groups)
         distance = metrics.frechet_distance(total.mean, metrics.covariance(total), origin, reference)
         trust = interval.trust(groups, origin, reference)
-        growing: list[tuple[float, float]] = []
+        growing = []
         for k in (5, 10, 15, 20):
             part = reduce(metrics.merge, groups[:k])
             of_part = metrics.frechet_distance(part.mean, metrics.covariance(part), origin, reference)
             growing.append((1 / part.num, of_part))
-        one_by, of_parts = np.array(growing).T
-        line = np.polynomial.Polynomial.fit(one_by, of_parts, 1)
+        inverses, of_parts = np.array(growing).T
+        line = np.polynomial.Polynomial.fit(inverses, of_parts, 1)
         rows.append((distance, trust.half_width, distance + trust.shift, float(line(0.0))))
     distances, half_widths, limits, lines = np.array(rows).T
     expected = float(distances.mean())

@@ -2,7 +2,8 @@
 
 The tasks of an array are pre-empted, failed and killed while they make 64 shards; half way the array is cancelled and
 others, fewer, make the rest; at the end its last task is put back though all is done. The set is then compared with
-one that few tasks made undisturbed in 7 shards.
+one that few tasks made undisturbed in 7 shards. A tenth of it is scored by the whole Inception network, with random
+weights, by tasks that share its shards and are struck too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ddpm.run.files import read_json, read_signed
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import read_request
 from ddpm.sampling.shards import verify_shard
+from ddpm.scoring.record import scores_of
 from launch.cluster.environment import PROJECT
 from tools.chaos import lives
 from tools.chaos.cluster import Cluster, send
@@ -31,6 +33,7 @@ from tools.slurm_testbed.harness import patience
 
 SHARDS, CALM_SHARDS, TASKS, FEWER_TASKS = 64, 7, 8, 5
 PREEMPTED, FAULTS = 10, (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+NETWORKS_SHARE, SCORING_TASKS = 10, 3
 MODEL = ["train.total_steps=30", "sample.batch=100", "sample.steps=5", "evaluate.extractor=pixels"]
 PROGRESS = re.compile(r"(\S+Z) shard (?:\d+ images=|done )")
 
@@ -107,16 +110,17 @@ class Storm:
         return total
 
 
-def whole(sample_set: SampleSet) -> tuple[int, str]:
+def whole(sample_set: SampleSet, most: int | None = None) -> tuple[int, str]:
     """How many distinct samples a set has, each shard read and verified, and the sha256 of all in their order: of their
-    images, then of their labels, however they were sharded."""
+    images, then of their labels, however they were sharded. most: of so many, the first ones."""
     request, digest, indices, labels = read_request(sample_set), hashlib.sha256(), set(), b""
     for index in range(request.shards):
         shard = verify_shard(sample_set, request, index)
         first = int(read_signed(sample_set.shard_manifest(index, request.shards))["first"])
-        indices.update(range(first, first + len(shard.images)))
-        digest.update(shard.images.tobytes())
-        labels += shard.labels.tobytes()
+        these = slice(None if most is None else max(0, most - first))
+        indices.update(range(first, first + len(shard.images[these])))
+        digest.update(shard.images[these].tobytes())
+        labels += shard.labels[these].tobytes()
     digest.update(labels)
     return len(indices), digest.hexdigest()
 
@@ -154,13 +158,15 @@ def sampled_in_a_storm(c: Cluster, count: int) -> Result:
     calm_s = time.monotonic() - began
     (num, digest), (_, calm_digest) = whole(storm.set), whole(run.sample_set("calm"))
     score = _score(c, run)
-    passed = num == count == score and digest == calm_digest and not strikes and not storm.again
+    scored, by_network = _scored_in_a_storm(c, run, count // NETWORKS_SHARE, asked)
+    passed = num == count == score and digest == calm_digest and not strikes and not storm.again and scored
     return Result(
         f"{count:,} images: {PREEMPTED} pre-emptions, {len(FAULTS)} faults, kill -9, other tasks half way",
         "each index once, no finished shard again, the bytes of a calm set in 7 shards",
         f"{num:,} indices, {len(storm.again)} shards again, same sha256: {digest == calm_digest} ({digest[:12]}), "
         f"{storm.restarts} restarts, {len(strikes)} strikes left; {wall_s:.0f} s, calm {calm_s:.0f} s; "
-        f"{1 - useful_s / storm.held_s:.0%} of {storm.held_s:.0f} s on nodes made no image; {score:,} scored by pixels",
+        f"{1 - useful_s / storm.held_s:.0%} of {storm.held_s:.0f} s on nodes made no image; {score:,} scored by "
+        f"pixels; {by_network}",
         passed,
     )
 
@@ -170,6 +176,43 @@ def _score(c: Cluster, run: RunDir) -> int:
     job = _array(c.script("evaluate", run.name, "--set", "stormy"))
     c.bed.wait_state(job, timeout_s=300)
     return int((read_json(run.eval / "stormy.json") or {}).get("num_samples", 0))
+
+
+def _scored_in_a_storm(c: Cluster, run: RunDir, num: int, asked: list[str]) -> tuple[bool, str]:
+    """The first `num` of the set by Inception's network, by tasks of which one is pre-empted and one killed."""
+    part, shards = run.sample_set("part"), min(SHARDS, num // 4)
+    few = c.bed.mkdir("reference") / "few.npz"  # of the data there are more images than of a reduced set
+    np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    words = [*asked, "--set", part.name, "--shards", str(shards), "--tasks", "1"]
+    words[words.index("--num-samples") + 1] = str(num)
+    c.bed.wait_state(_array(c.script(*words)), timeout_s=600)
+    same = whole(part) == whole(run.sample_set("stormy"), most=num)
+    network = ["--reference", str(few), "--extractor", "random-inception", "--tasks", str(SCORING_TASKS)]
+    site = ["--sbatch", "exclusive", "--cpus-per-task", "1"]
+    began = time.monotonic()
+    job = _array(c.script("evaluate", run.name, "--set", part.name, *network, *site))
+    seen: dict[str, int] = {}
+    again: set[str] = set()
+    strikes = ["pre-emption", "kill -9"]
+    while c.bed.squeue("-j", job):
+        assert time.monotonic() - began < 1800 * patience(), f"features of {len(seen)} of {shards} shards"
+        for name, at in _features(part).items():
+            again |= {name} if seen.setdefault(name, at) != at else set()
+        if strikes and len(seen) > shards // 4 * (3 - len(strikes)) and (ranks := c.ranks(run)):
+            struck = ranks[-1]
+            if strikes.pop(0) == "kill -9":
+                send(struck.pid, signal.SIGKILL)
+            else:
+                c.bed.preempt(c.bed.node_of(f"{job}_{struck.task}") or "", 1)
+        time.sleep(1)
+    wall_s = time.monotonic() - began
+    (record,) = [score.record for score in scores_of(run, part.name)]
+    distance, features = record["frechet_distance"], _features(part)
+    good = same and record["num_samples"] == num and len(features) == shards and not (again or strikes) and distance > 0
+    return good, (
+        f"{num:,} of them scored by random-inception in {wall_s:.0f} s by {SCORING_TASKS} tasks, one pre-empted, one "
+        f"killed: {distance:.4g}, {len(again)} of {len(features)} shards' features again"
+    )
 
 
 # ---------------------------------------------------------------- without SLURM
@@ -189,12 +232,13 @@ def scored_and_killed(count: int) -> Result:
         np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
         scoring = _job(run, "evaluate", "scored", "--reference", str(few), "--extractor", "random-inception")
         half = subprocess.Popen(scoring, stdout=lives.log_of(run).open("ab"), cwd=PROJECT)
-        while len(kept := _features(run)) < shards // 2 and half.poll() is None:
+        while len(kept := _features(run.sample_set("scored"))) < shards // 2 and half.poll() is None:
             time.sleep(0.2)
         half.kill()
         half.wait()
         subprocess.run(scoring, check=True, stdout=lives.log_of(run).open("ab"), cwd=PROJECT)
-        twice = sum(_features(run).get(name) != time_ns for name, time_ns in kept.items())
+        now = _features(run.sample_set("scored"))
+        twice = sum(now.get(name) != time_ns for name, time_ns in kept.items())
         record = read_json(run.eval / "scored.json") or {}
         distance = record["frechet_distance"]
     passed = record["num_samples"] == count and not twice and len(kept) >= shards // 2 and distance > 0
@@ -211,8 +255,8 @@ def _job(run: RunDir, stage: str, *words: str) -> list[str]:
     return [sys.executable, "-m", "launch.jobs", stage, str(run.path), *words]
 
 
-def _features(run: RunDir) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in run.sample_set("scored").path.glob("features-*.npy")}
+def _features(of: SampleSet) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in of.path.glob("features-*.npy")}
 
 
 HERE_ROWS = {"inception-killed": (scored_and_killed, 5000, 256)}

@@ -98,9 +98,9 @@ def flipped(path: Path) -> Path:
 
 WRONG = {
     "channels first": (lambda p: saved(p, images=IMAGES.transpose(0, 3, 1, 2)), r"\(12, 3, 8, 8\); .*, channels last"),
-    "floats": (lambda p: saved(p, images=IMAGES / 255), r"its images are float64 \(12, 8, 8, 3\); expected uint8"),
+    "floats": (lambda p: saved(p, images=IMAGES / 255), r"its images are float64 \(12, 8, 8, 3\); save them as uint8"),
     "objects": (lambda p: saved(p, images=np.array([{}])), "its images are object"),
-    "Fortran's order": (lambda p: saved(p, images=np.asfortranarray(IMAGES)), "save it in C's order"),
+    "Fortran's order": (lambda p: saved(p, images=np.asfortranarray(IMAGES)), "in C's order"),
     "none": (lambda p: saved(p, images=IMAGES[:0]), r"uint8 \(0, 8, 8, 3\)"),
     "statistics": (lambda p: saved(p, mu=np.zeros(3), sigma=np.eye(3)), "holds mu, sigma; images must be under images"),
     "labels of others": (
@@ -108,6 +108,10 @@ WRONG = {
         r"labels is int64 \(5,\); expected a wh",
     ),
     "one-hot": (lambda p: saved(p, images=IMAGES, labels=np.eye(12)), r"labels is float64 \(12, 12\); expected"),
+    "labels of objects": (
+        lambda p: saved(p, images=IMAGES, labels=np.array([{}] * 12)),
+        "labels: it holds Python's objects, and no numbers; expected a whole number",
+    ),
     "no zip": (lambda p: p.write_bytes(b"no zip") and p, "cannot be read: File is not a zip file; copy it again"),
     "torn": (lambda p: torn(p.with_suffix(".npy")), r"takes 2,304 bytes, and it holds 2,299; copy it"),
     "lying": (lying, r"takes 2,304,000 bytes, and it holds 2,304; copy it"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from ddpm.config.data import Data
 from ddpm.data import decoding, sources
 from ddpm.data.decoding import Decoding
 from ddpm.data.packed import load_folder, open_source, pack
-from ddpm.errors import RequestError
+from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import read_signed
 from tests.saves import Unreadable
 
@@ -112,11 +114,63 @@ def test_transparency_of_greys_and_palettes_is_seen_too() -> None:
         assert decoded(raw)[0][0, 0].tolist() == [255, 255, 255]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+LEVELS = np.array([0, 257, 0x12FF, 32768, 65535], np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_of_grey_are_scaled(kind: str) -> None:
-    levels = np.array([[0, 257, 32768, 65535]], np.uint16)
-    pixels, told = decoded(encoded(Image.fromarray(levels), kind))
-    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255] and told == {"scaled from 16 bits": 1}
+    pixels, told = decoded(encoded(Image.fromarray(LEVELS[None]), kind))
+    assert pixels[0, :, 0].tolist() == [0, 1, 19, 128, 255] and told == {"scaled from 16 bits": 1}
+
+
+def png_of_16_bits(levels: np.ndarray, *, clear: bytes = b"") -> bytes:
+    """Of (height, width, channels), which Pillow does not write. clear: of its chunk tRNS."""
+    height, width, channels = levels.shape
+    colour = {1: 0, 3: 2, 2: 4, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), *([(b"tRNS", clear)] if clear else []), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def tiff_of_16_bits(levels: np.ndarray) -> bytes:
+    """The same as a TIFF of RGB."""
+    height, width, channels = levels.shape
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 200)]
+    tags += [(277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, levels.nbytes)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", 20) + struct.pack("<HHH", 16, 16, 16) + bytes(6)
+    return (head + struct.pack("<H", len(tags)) + entries + bytes(4)).ljust(200, b"\0") + levels.astype("<u2").tobytes()
+
+
+OPAQUE = np.full((1, 5, 1), 65535, np.uint16)
+RGB_16 = LEVELS[None, :, None].repeat(3, axis=2)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        png_of_16_bits(RGB_16),
+        png_of_16_bits(np.concatenate([RGB_16, OPAQUE], 2)),
+        png_of_16_bits(np.concatenate([LEVELS[None, :, None], OPAQUE], 2)),
+        tiff_of_16_bits(RGB_16),
+    ],
+    ids=["rgb", "rgba", "grey and alpha", "tiff"],
+)
+def test_sixteen_bits_of_colours_are_their_higher_byte_a_level_below_at_most_and_counted(raw: bytes) -> None:
+    """Pillow reads no more of them. Black stays black, white stays white, and nothing is clipped."""
+    pixels, told = decoded(raw)
+    assert pixels[0].tolist() == [[level] * 3 for level in (0, 1, 18, 128, 255)]
+    assert np.abs(pixels[0, :, 0] - LEVELS / 257).max() < 1 and told == {"scaled from 16 bits": 1}
+
+
+@pytest.mark.parametrize(("channels", "clear"), [(1, struct.pack(">H", 257)), (3, struct.pack(">HHH", 257, 257, 257))])
+def test_a_transparent_level_of_sixteen_bits_is_seen_too(channels: int, clear: bytes) -> None:
+    pixels, told = decoded(png_of_16_bits(RGB_16[..., :channels], clear=clear))
+    assert pixels[0, :2, 0].tolist() == [0, 255] and pixels[0, 4, 0] == 255
+    assert told == {"scaled from 16 bits": 1, "laid upon white": 1}
 
 
 def wide_gamut() -> bytes:
@@ -178,6 +232,21 @@ def test_a_picture_of_more_pixels_than_fit_is_refused_before_it_is_decoded(
     monkeypatch.setattr(decoding, "MOST_PIXELS", 10**8)
     with pytest.raises(ValueError, match="20000x10000 pixels, more than 100,000,000"):
         decoded(large, 8)
+
+
+def test_a_picture_for_which_there_is_no_memory_is_named_whatever_is_to_be_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine can decode it: to leave it out would be another data set there."""
+    data = folder(tmp_path / "f", 3, 0).model_copy(update={"skip_damaged": True})
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Decoding, "pixels", full)
+    with pytest.raises(EnvironmentLacks, match=r"a/00\.png: .* takes more memory than .*; make it smaller, remove it"):
+        pack(data, "train", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 # ---------------------------------------------------------------- packing them

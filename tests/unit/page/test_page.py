@@ -105,6 +105,7 @@ def test_the_curves_of_800_000_steps_are_small_and_those_of_none_are_nothing() -
     html = "".join(curves.charts(metrics(8000)))
     assert len(html) < 200_000 and html.count("<svg") == 3
     assert [str(c) for c in curves.charts([])] == ["", "", ""]
+    assert "one line in 20" in curves.charts(metrics(50), 20)[0] and "each line" in curves.charts(metrics(50))[0]
 
 
 def test_the_loss_on_held_out_images_is_drawn_where_it_was_computed() -> None:
@@ -134,9 +135,14 @@ def event(at: float, name: str, restart: int = 0, job: str = "7", **more: Any) -
 
 def facts(tmp_path: Path, events: list[dict[str, Any]], **fields: Any) -> Facts:
     state = fields.pop("state", "complete")
-    given = {"record": {}, "config": None, "config_text": "", "beat": {}, "metrics": [], "scores": [], "damage": ()}
+    given = {"record": {}, "config": None, "config_text": "", "beat": {}, "metrics": [], "every": 1, "scores": []}
     return Facts(
-        run=RunDir(tmp_path), row=row("r", state=state), events=events, made=BEGAN + 2000, **{**given, **fields}
+        run=RunDir(tmp_path),
+        row=row("r", state=state),
+        events=events,
+        damage=(),
+        made=BEGAN + 2000,
+        **{**given, **fields},
     )
 
 
@@ -227,6 +233,16 @@ def test_scores_that_differ_in_their_step_alone_are_a_curve_and_a_table_of_their
     assert html.index("4.26") < html.index("FID † by step") < html.index("<b>6.0")
     assert "under 10,000 samples" in html and "6666" in html and "4.16 – 4.36" in html
     assert headline([final, *milestones]) is final
+
+
+def test_what_each_class_scores_stands_under_its_name() -> None:
+    by_class = score("conditional", 300, 4.26, 50_000, fid_per_class=[12.34, None, 7.0])
+    odd = score("odd", 300, 4.5, 50_000, fid_per_class="none")
+    html = scores.tables([by_class, odd, score("plain", 100, 5.0)], ["cat", "dog & <b>"])
+    assert "Class by class" in html and "dog &amp; &lt;b&gt;</th>" in html
+    row = re.findall(r"<tr><td>conditional</td><td[^>]*>12.3</td><td[^>]*>–</td><td[^>]*>7.00</td></tr>", html)
+    assert len(row) == 1 and re.findall(r"<th[^>]*>2</th>", html)  # a class that has no name
+    assert "Class by class" not in scores.tables([odd], ["cat"])
 
 
 def test_a_score_that_is_no_score_of_ours_is_counted_beside_the_others() -> None:

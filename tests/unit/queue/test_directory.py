@@ -1,5 +1,6 @@
 """launch/queue/directory.py: what a later submission may change of a run's record."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of
-from launch.cluster.site import Site
+from launch.cluster.site import Notify, Site
 from launch.queue import directory
 from tests.training import make_config
 
@@ -33,3 +34,18 @@ def test_a_run_keeps_its_test_split_and_a_submission_with_another_is_refused(tmp
     with pytest.raises(RequestError, match=r"run run was validated on another test split \(digest t, now other\)"):
         directory.update_run(run, config, record(key="k2", digest="other"))
     assert run.run_json.read_bytes() == frozen
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"mail": 3}', "[]"])
+def test_whom_to_tell_that_cannot_be_read_is_said_when_the_run_is_sent_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    run, config = RunDir(tmp_path / "run"), make_config()
+    inputs = {"data": {"cache": str(tmp_path), "digest": "d"}, "labels": {}}
+    directory.create_run(run, config, directory.describe(config, Site(), run, inputs), told=Notify(mail="me@x.org"))
+    args = argparse.Namespace(cluster=None, partition=None, profile=None)
+    assert directory.base_of(run, args)["notify"] == {"mail": "me@x.org"} and capsys.readouterr().err == ""
+    run.notify.write_text(text)
+    assert "notify" not in directory.base_of(run, args)
+    told = capsys.readouterr().err
+    assert f"warning: {run.notify} " in told and "nobody is told of the run's end" in told and "--profile" in told

@@ -97,6 +97,22 @@ def test_a_process_of_another_users_has_the_run_too(run: RunDir) -> None:
         assert done.stdout == f"{process.pid}\n", done.stderr
 
 
+def test_a_job_behind_several_waits_for_the_last_of_them(run: RunDir) -> None:
+    done = run.path / "done"
+    command = ["/bin/touch", str(done), "launch.jobs", "train", str(run.path)]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    two = [subprocess.Popen(["sleep", "300"], env={**env, "DDPM_JOB": f"local-{i}"}) for i in range(2)]
+    behind = [word for i, before in enumerate(two) for word in (str(before.pid), f"local-{i}")]
+    argv = [sys.executable, "-m", "launch.queue.local", str(run.path), json.dumps([command]), *behind]
+    waiting = subprocess.Popen(argv, cwd=run.path, env={**env, "DDPM_JOB": "local-9"})
+    noted(run, pid=waiting.pid, behind=behind)
+    for before in reversed(two):  # as where the one in the middle of a line is cancelled
+        assert local.is_behind(read_events(run)) and waiting.poll() is None and not done.exists()
+        before.kill()
+        before.wait()
+    assert waiting.wait(60) == 0 and done.exists() and not local.is_behind(read_events(run))
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_job_behind_another_runs_begins_when_that_has_ended_or_ends_itself_where_it_is_stopped(
     run: RunDir, stopped: bool

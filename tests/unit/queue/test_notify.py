@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import http.server
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from ddpm.run.files import write_json
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
-from launch.cluster.options import load_profile
+from launch.cluster.options import add_options, load_profile, resolve
 from launch.cluster.site import Notify, Site
 from launch.queue import ending, notify
 from tests.training import make_config
@@ -231,6 +233,29 @@ def test_what_nobody_can_be_told_by_is_refused_without_repeating_it(tmp_path: Pa
     with pytest.raises(RequestError, match=rf"notify\.{next(iter(wrong))}") as e:
         build(Site, load_profile(str(tmp_path / "site.yaml")), "profile")
     assert SECRET not in str(e.value)
+
+
+@pytest.mark.parametrize("program", [SECRET, f"/{SECRET}", f"./{SECRET}", f"~/{SECRET}"])
+def test_a_program_that_is_not_there_is_told_when_the_run_is_submitted(tmp_path: Path, program: str) -> None:
+    profile = tmp_path / "site.yaml"
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+
+    def site(cluster: str, program: str) -> Site:
+        profile.write_text(json.dumps({"notify": {"command": [program, "x"]}}))
+        return resolve(parser.parse_args(["--profile", str(profile), "--cluster", cluster]))
+
+    with pytest.raises(RequestError, match=r"notify\.command: .*; give the whole path") as e:
+        site("local", program)
+    told = [str(e.value)]
+    if program[0] in "./~" and program[0] != "/":  # wherever the job runs
+        with pytest.raises(RequestError, match=r"notify\.command: its path is not a whole one"):
+            site("slurm", program)
+    else:
+        told += site("slurm", program).warnings()
+        assert "unless the nodes have it" in told[1]
+    assert SECRET not in " ".join(told)
+    assert site("local", "tee").warnings() == site("slurm", shutil.which("tee") or "").warnings() == []
 
 
 @pytest.mark.parametrize(

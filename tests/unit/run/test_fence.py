@@ -37,8 +37,8 @@ def test_a_counter_that_is_no_number_or_beyond_all_bounds_begins_again(run: RunD
 
 def test_a_second_holder_waits_and_is_then_told_who_holds_the_run(run: RunDir, fence: Fence) -> None:
     said: list[str] = []
-    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 1\) on n1.*scancel 17"):
-        Fence(run, {"job": "18"}, wait_s=0.6, how_to_end=lambda other: f"scancel {other['job']}", log=said.append)
+    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 1\) on n1.*or end it: cancel this"):
+        Fence(run, {"job": "18"}, wait_s=0.6, how_to_end="cancel this", log=said.append)
     assert len(said) == 1 and "waiting up to" in said[0]
     fence.check()  # the first one has not been fenced out
 

@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 
+from ddpm.run import records
 from ddpm.run.events import EventLog, read_events, read_events_and_damage
 from ddpm.run.files import DamagedFile, sign
 from ddpm.run.paths import RunDir
-from ddpm.run.records import missing_lines, parse_events, parse_metrics, read_heartbeat, read_run, skim_metrics
+from ddpm.run.records import (
+    missing_lines,
+    parse_events,
+    parse_metrics,
+    read_heartbeat,
+    read_run,
+    skim_metrics,
+    thin_metrics,
+)
 
 BEAT = {"time": "2026-11-20T09:00:00.000Z", "step": 3, "total_steps": 9, "job": "17", "restart": 0, "host": "n1"}
 
@@ -137,6 +146,29 @@ def test_of_a_long_curve_the_end_is_read_alone(run: RunDir) -> None:
     assert (begin, wrong, records[-1]["step"]) == (records[0]["step"] - 10, "", 30_000) and len(records) < 40
     assert missing_lines(records, 10, begin=begin, saved_step=30_000) == ""
     assert "from 30000 to 40000" in missing_lines(records, 10, begin=begin, saved_step=40_000)
+
+
+def test_charts_of_a_long_curve_have_each_nth_line_the_last_ones_and_what_is_rare(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = curve(range(10, 30_010, 10))
+    lines[1500] = lines[1500].replace('"loss": 0.1', '"loss": NaN')
+    lines[2000] = lines[2000].replace('"loss"', '"validation_loss": 0.2, "loss"')
+    lines[2001] = "no line"
+    run.metrics.write_text("\n".join([*lines, '{"step": 3']))
+    assert thin_metrics(run) == (thin_metrics(run)[0], 1) and len(thin_metrics(run)[0]) == 2999
+    monkeypatch.setattr(records, "THINNED_LINES", 100)
+    kept, every = thin_metrics(run)
+    steps = [record["step"] for record in kept]
+    assert every > 20 and len(steps) < 200 and steps == sorted(steps)
+    assert {10 + 10 * i for i in range(0, 3000, every)} <= {*steps, 20_020} and steps[-10:] == [
+        *range(29_910, 30_010, 10)
+    ]
+    assert {15_010, 20_010} <= set(steps) and kept[steps.index(20_010)]["validation_loss"] == 0.2
+
+
+def test_a_run_without_a_curve_has_none_to_thin(run: RunDir) -> None:
+    assert thin_metrics(run) == ([], 1)
 
 
 @pytest.mark.parametrize(("lines", "told"), [

@@ -2,9 +2,10 @@ import dataclasses
 import importlib.util
 import io
 import os
+import re
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,20 +183,31 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("content", ["truncated", "malicious", "no tensors"])
-def test_a_weights_file_that_is_none_is_named_and_never_executed(
-    hub: Path, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("content", "told"), {
+    "truncated": (lambda: saved({"a": torch.zeros(1000)})[:2000], "cannot be read: that file is damaged, or not all"),
+    "empty": (lambda: b"", "cannot be read: that file is empty"),
+    "a login page": (lambda: b"<html>Sign in</html>", "cannot be read: that file is no file of torch's"),
+    "malicious": (lambda: saved(Malicious()), "cannot be read: that file holds more than weights"),
+    "no tensors": (lambda: saved([1, 2]), "cannot be used: that file holds no tensors by name"),
+    "another network": (lambda: saved({"fc.weight": torch.zeros(2)}), "are of another network: .* not those of FID's"),
+}.values())  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_a_weights_file_that_is_none_is_named_in_plain_words_with_the_next_step_and_never_executed(
+    hub: Path, content: Callable[[], bytes], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub.parent.mkdir(parents=True)
-    value = {"malicious": Malicious(), "no tensors": [1, 2]}.get(content, {"a": torch.zeros(1000)})
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    data = buffer.getvalue()
-    hub.write_bytes(data[: len(data) // 2] if content == "truncated" else data)
-    with pytest.raises(EnvironmentLacks, match=f"at {hub} cannot be read"):
+    hub.write_bytes(content())
+    with pytest.raises(EnvironmentLacks, match=f"at {hub} {told}.*; fetch {extractors.WEIGHTS_URL}") as e:
         extractors.build_extractor("inception", "cpu")
     assert not (tmp_path / "executed").exists()
+    assert not {"weights_only", "miniz", "PytorchStreamReader"} & set(re.findall(r"\w+", str(e.value)))
 
 
 # ---------------------------------------------------------------- extraction
@@ -325,8 +337,11 @@ def test_a_network_from_a_file_makes_features_and_is_named_by_its_sha256(tmp_pat
 def test_a_file_that_is_no_network_or_makes_no_features_is_refused(tmp_path: Path) -> None:
     for name in ("a.pt", "a.pt2"):
         (tmp_path / name).write_bytes(b"no network")
-        with pytest.raises(RequestError, match=f"file:.*{name} cannot be used"):
+        with pytest.raises(RequestError, match=f"file:.*{name} cannot be used: it is no file of torch's; save the "):
             extractors.build_extractor(f"file:{tmp_path / name}", "cpu")
+    (tmp_path / "weights.pt").write_bytes(saved({"a": torch.zeros(2)}))
+    with pytest.raises(RequestError, match="it holds something else, as weights alone; save the network itself"):
+        extractors.build_extractor(f"file:{tmp_path / 'weights.pt'}", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "relu.pt")
@@ -404,5 +419,5 @@ def test_dinov2_without_its_weights_or_with_others_is_explained(hub: Path) -> No
     path = hub.with_name("dinov2_vitl14_pretrain.pth")
     path.parent.mkdir(parents=True)
     torch.save({"cls_token": torch.zeros(1, 1, 128)}, path)
-    with pytest.raises(RequestError, match="not DINOv2's"):
+    with pytest.raises(EnvironmentLacks, match=f"at {path} are of another network: .* not DINOv2's .*; fetch https://"):
         extractors.build_extractor("dinov2", "cpu")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import pytest
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
+from ddpm.run.events import EventLog
 from ddpm.run.files import read_json
-from ddpm.run.paths import NAME_RE
+from ddpm.run.paths import NAME_RE, RunDir
 from launch import submit, sweep
-from launch.cluster import scheduler, slurm
+from launch.cluster import environment, scheduler, slurm
 from launch.queue.naming import of_point, of_sweep
 from tests.cli.harness import TINY
 from tests.unit.queue.test_submitting import TOO_MANY, Cluster
@@ -106,3 +110,27 @@ def test_where_there_is_no_room_for_all_runs_it_is_told_which_are_queued_and_the
     assert queued(cluster)[before:] == ["4e-3-train", *rest]
     said = capsys.readouterr().out
     assert "in the queue already: train as job 101" in said and "status.py --compare tiny-lr --root" in said
+
+
+def test_whatever_is_at_work_here_of_any_sweep_of_the_root_is_waited_for(tmp_path: Path) -> None:
+    of = {"a-lr_1": "a-lr", "b-seed_1": "b-seed", "alone": ""}
+    work: dict[str, subprocess.Popen[bytes]] = {}
+    for name, swept in of.items():
+        run = RunDir(tmp_path / name)
+        run.events.mkdir(parents=True)
+        record = {"sweep": {"name": swept, "values": {}}} if swept else {}
+        run.run_json.write_text(json.dumps(record))
+        work[name] = subprocess.Popen(["sleep", "300"], env={**os.environ, "DDPM_JOB": f"local-{name}"})
+        told = {"stage": "train", "via": "local", "run": str(run.path), "pid": work[name].pid}
+        EventLog(run, f"local-{name}", 0, environment.host()).append("submitted", **told)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_text("no JSON")
+    try:
+        assert sweep.at_work_here(tmp_path) == [(work[name].pid, f"local-{name}") for name in ("a-lr_1", "b-seed_1")]
+        work["a-lr_1"].kill()
+        work["a-lr_1"].wait()
+        assert [pid for pid, _ in sweep.at_work_here(tmp_path)] == [work["b-seed_1"].pid]
+    finally:
+        for process in work.values():
+            process.kill()
+            process.wait()

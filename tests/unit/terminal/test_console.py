@@ -59,10 +59,10 @@ def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, caps
     )
     made = run.sample_set("s")
     made.path.mkdir(parents=True)
-    made.request.write_text('{"shards": 4}')
+    made.request.write_text('{"shards": 4, "num_samples": 402}')
     made.shard_manifest(0, 4).touch()
     follow.Follower(run).show("17:RUNNING")
-    assert capsys.readouterr().out == "17:RUNNING shards 1/4\n"
+    assert re.match(r"17:RUNNING shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
     shutil.rmtree(made.path)
     follow.Follower(run).show("17:RUNNING")
     assert capsys.readouterr().out == "17:RUNNING\n"
