@@ -47,8 +47,9 @@ BARE = {
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
 """Options of sbatch's that stand without a value, or may."""
-SHARED = {name.replace("_", "-"): name for name in (*MEMORIES, "cpus_per_task")}
-"""Options of sbatch's that are a key of ours, of which a stage of fewer ranks asks for its share."""
+OF_A_STAGE = (*MEMORIES, "cpus_per_task", "account", "qos", "constraint", "exclude")
+SHARED = {name.replace("_", "-"): name for name in OF_A_STAGE}
+"""Options of sbatch's that are a key of ours, of which a stage has its own, or asks for its share."""
 WHOLE = {"gpus"}
 """Options of sbatch's whose names are the beginning of one of these."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -171,7 +172,7 @@ def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
-    """Memory and CPUs that are asked for by an option of sbatch's count as by ours.
+    """What is asked for by an option of sbatch's that is a key of ours counts as by that.
 
     options: those of sbatch's that were typed; a profile's give way to what was typed of ours.
     """
