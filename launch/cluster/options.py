@@ -48,8 +48,9 @@ BARE = {
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
 """Options of sbatch that take no value, or need none."""
-SHARED = {name.replace("_", "-"): name for name in (*MEMORIES, "cpus_per_task")}
-"""Options of sbatch that are keys of ours too. A stage with fewer ranks asks only for its share of them."""
+OF_A_STAGE = (*MEMORIES, "cpus_per_task", "account", "qos", "constraint", "exclude")
+SHARED = {name.replace("_", "-"): name for name in OF_A_STAGE}
+"""Options of sbatch that are keys of ours too. A stage has its own, or asks only for its share of them."""
 WHOLE = {"gpus"}
 """Options of sbatch that begin like one of OURS, and are not it."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -182,7 +183,7 @@ def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
-    """Move memory and CPUs that an option of sbatch asks for into our own keys.
+    """Move what an option of sbatch asks for into the key of ours that asks for the same.
 
     options: the options of sbatch that were typed. A profile's give way to our own options that were typed.
     """

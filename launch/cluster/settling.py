@@ -10,7 +10,7 @@ from typing import Any
 
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import slurm
-from launch.cluster.answers import SchedulerError
+from launch.cluster.answers import NOT_REACHED, SchedulerError
 from launch.cluster.container import check_image
 from launch.cluster.environment import default_partition
 from launch.cluster.partitions import Partition, partitions
@@ -51,7 +51,7 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         except SchedulerError as e:
             if not dry_run:
                 raise EnvironmentLacks(
-                    f"SLURM does not answer ({e}); try again later, or run here with --cluster local"
+                    f"SLURM does not answer ({e}): {NOT_REACHED}, or run here with --cluster local"
                 ) from None
     for where in (site, site.sample, site.evaluate) if known else ():
         _check_partition(where, known)
