@@ -13,6 +13,7 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import contextlib
+import math
 from pathlib import Path
 
 from ddpm.errors import EnvironmentLacks, RequestError
@@ -51,6 +52,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    if not 0 < args.wait_s < math.inf:
+        raise RequestError(f"--wait-s {args.wait_s:g}: seconds to wait for the probe's job, more than 0, as 300")
     path, changes, _ = console.config_and_changes(args.words, args.root)
     recipe = recipes.read(path, changes)
     site = resolve(args)
