@@ -228,7 +228,7 @@ def stop_on_a_full_disk(world: World, run: RunDir, key: str) -> None:
     try:
         answer = inputs.packed_data(life_on(world, run, 3), make_config(), world).digest
     except Stopped as e:
-        answer = str(world.share(e.reason))
+        answer = str(world.broadcast(e.reason))
     (run.path / str(world.rank)).write_text(answer)
 
 
@@ -316,6 +316,21 @@ def run(tmp_path: Path) -> RunDir:
     data = {"cache": str(tmp_path / "file" / "cache"), "key": "x", "digest": "x", "scratch": None}
     run.run_json.write_text(json.dumps({"data": data}))
     return run
+
+
+@pytest.mark.parametrize(("asked", "gloo", "nccl"), [("ib0", "ib0", "ib0"), (None, "lo", None)])
+def test_a_profiles_interface_goes_before_the_one_that_leads_to_rank_0_and_a_users_variable_before_both(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, gloo: str, nccl: str | None
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set here goes again
+        monkeypatch.delenv(name)
+    training._choose_network(asked, "127.0.0.1")
+    assert (os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")) == (gloo, nccl)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    training._choose_network(asked, "127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 def test_what_this_node_lacks_another_life_may_find(run: RunDir) -> None:
