@@ -66,11 +66,12 @@ def main() -> int:
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
+    cache = prepare.cache_of(site, root)
     num_parameters = plan.known_parameters(recipe.config, recipes.read(path)) or count(recipe.config)
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
         num_images = prepare.num_images(recipe.config, RunDir(root / "doctor"))
-    failed = [_say(finding) for finding in files.storage(recipe.config, root, num_parameters, num_images)]
+    failed = [_say(finding) for finding in files.storage(recipe.config, root, cache, num_parameters, num_images)]
     refused = [_say(finding) for finding in cluster.cluster(site, root, num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")
