@@ -136,6 +136,9 @@ class Log(Section):
     validate_every_steps: int | None = Field(None, ge=1)
     """Steps between losses on images of the test split, at the same timesteps and noise each time, with the weights
     that `sample.weights` names; also at the end. Must be a multiple of every_steps; null: none."""
+    histogram_every_steps: int | None = Field(None, ge=1)
+    """Steps between histograms of the gradients in TensorBoard, each of another forward and backward pass of rank 0;
+    null: none."""
     wandb: str | None = None
     """Weights & Biases project that also gets metrics and scores, offline unless WANDB_MODE says otherwise."""
 

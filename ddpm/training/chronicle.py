@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ class Silent:
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a grid, uint8 (H, W, 3)."""
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Show histograms of the gradients, by part of the network, in TensorBoard."""
 
     def save(
         self,
@@ -222,6 +225,9 @@ class Chronicle(Silent):
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         self.telemetry.grid(step, grid)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        self.telemetry.histograms(step, values)
 
     def save(
         self,

@@ -29,7 +29,7 @@ def print_dry_run(
 
     in_container: what the run keeps of how ranks are started in one.
     """
-    for line in lines(config, site, num_images, _parameters(config, recipe)):
+    for line in lines(config, site, num_images, known_parameters(config, recipe)):
         print(f"# {line}")
     print(f"# run directory: {run.path}")
     known = config.train.total_steps is not None
@@ -61,7 +61,7 @@ def print_sweep(
     """points: name, config, and the values that differ, by key; stand: how far each is; nums: its images to sample."""
     asked = []
     for (_, config, _), num in zip(points, nums, strict=True):
-        asked.append([*lines(config, site, num, _parameters(config, recipe))])
+        asked.append([*lines(config, site, num, known_parameters(config, recipe))])
     print(f"# {_num(len(points), 'run')}, each:")
     for line, *others in zip(*asked, strict=True):
         if set(others) <= {line}:
@@ -85,7 +85,7 @@ def lines(config: Config, site: Site, num_images: int | None, num_parameters: in
     yield f"time: {_time(site)}"
 
 
-def _parameters(config: Config, recipe: recipes.Recipe | None) -> int | None:
+def known_parameters(config: Config, recipe: recipes.Recipe | None) -> int | None:
     """Where the file says how many, and nothing changes its network."""
     return recipe.num_parameters if recipe is not None and _network(recipe.config) == _network(config) else None
 

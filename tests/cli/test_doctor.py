@@ -39,6 +39,9 @@ def test_data_of_ones_own_are_looked_at_as_a_submission_does(shell: Shell) -> No
 def test_what_makes_no_sense_is_refused(shell: Shell) -> None:
     assert "nothing to ask" in shell.refused("doctor", "--cluster", "local")
     assert "no such" in shell.refused("doctor", "--profile", "nowhere")
+    for seconds in ("-3", "nan", "inf"):
+        assert "more than 0, as 300" in shell.refused("doctor", "--probe", "--wait-s", seconds)
+    assert "configs/cifar10.yaml?" in shell.refused("doctor", "cifar-10.yaml")
     (shell.cwd / "there.yaml").touch()
     assert "exists; choose another name" in shell.refused("doctor", "--write-profile", "there.yaml")
     assert "not allowed" in shell.refused("doctor", "--write-profile", "../etc/x")

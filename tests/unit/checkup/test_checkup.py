@@ -1,13 +1,17 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
+import errno
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from ddpm.config.data import Data
-from ddpm.config.sample import Sample
+from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
+from launch import doctor
 from launch.checkup import files, node, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.partitions import Partition
@@ -21,6 +25,40 @@ def test_the_space_of_a_run_is_that_of_its_end() -> None:
     samples = 7 * 16 * 16 * 3
     assert files.space_of_a_run(config, 1000, 250) == ((4 + 2) * 16_000 + (4 + 1) * 4_000 + samples, 4)
     assert files.space_of_a_run(config, 1000, None) == (2 * 16_000 + 4_000 + samples, 0)
+
+
+@pytest.mark.parametrize("extractor", ["inception", "dinov2"])
+def test_weights_that_scores_need_are_there_or_fetched_or_brought_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extractor: str
+) -> None:
+    config = Config(name="x", data=Data(name="digits"), evaluate=Evaluate(extractor=extractor))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+
+    def told(unreachable: str) -> files.Finding:
+        monkeypatch.setattr(files, "_unreachable", lambda host: unreachable)
+        return list(files.storage(config, tmp_path, tmp_path / "cache", 1000, None))[-1]
+
+    lacking = told("github.com does not answer")
+    assert lacking.verdict == "warn" and f"prefetch.py --from {files.FETCHED[extractor]}" in lacking.remedy
+    assert (told("").verdict == "pass") == (extractor == "inception")  # a submission fetches those alone
+    (tmp_path / "cache" / "weights").mkdir(parents=True)
+    (tmp_path / "cache" / "weights" / files.FETCHED[extractor]).touch()
+    assert told("github.com does not answer") == files.Finding(
+        "pass", f"{extractor.capitalize()}'s weights are in {tmp_path / 'cache' / 'weights'}"
+    )
+
+
+def test_a_root_without_room_for_a_file_is_none_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    (found,) = files.storage(Config(name="x"), tmp_path, tmp_path, 1000, None)
+    assert found.verdict == "fail" and "cannot be written (No space left on device)" in found.what
+
+
+def test_the_network_is_counted_where_its_file_does_not_say() -> None:
+    assert doctor.count(Config(name="x")) == 35_746_307
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
