@@ -52,8 +52,8 @@ def trust(groups: Sequence[Moments], mean: np.ndarray, cov: np.ndarray) -> Trust
     those that leave a group out: of the lines that these moments allow it is the one with the least noise (measured by
     tools/bench/interval.py against lines through growing parts).
     """
-    L = metrics.root(cov)
     everything = reduce(metrics.merge, groups)
+    L = _among(everything, metrics.root(cov))
     total = _projected(everything, L)
     parts = [_projected(group, L) for group in groups]
     distance = _distance(total, mean, cov, L)
@@ -62,6 +62,17 @@ def trust(groups: Sequence[Moments], mean: np.ndarray, cov: np.ndarray) -> Trust
     variance = (num - 1) / num * np.square(without - without.mean()).sum()
     quantile = float(stdtrit(num - 1, 0.5 + LEVEL / 2))
     return Trust(quantile * float(np.sqrt(variance)), (num - 1) * (distance - float(without.mean())))
+
+
+def _among(everything: Moments, L: np.ndarray) -> np.ndarray:
+    """L, or where samples are few what counts of it: the directions in which some of them differ.
+
+    No group differs in another one, and eigenvalues of 400 dimensions take a hundredth of the time of those of 2048.
+    """
+    if 2 * everything.num > L.shape[1]:
+        return L
+    values, vectors = np.linalg.eigh(metrics.along(everything.m2, L))
+    return L @ vectors[:, values > metrics.noise(values)]
 
 
 class _Projected(NamedTuple):
