@@ -15,7 +15,7 @@ import pwd
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -199,12 +199,21 @@ def _user(uid: int) -> str:
         return f"uid {uid}"
 
 
+def _is_linked(tmp: Path, path: Path) -> bool:
+    """Whether that link was made all the same: an NFS server that is asked twice, as when its answer is lost, says that
+    the name exists (link(2), BUGS)."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(tmp.lstat(), path.lstat())
+    return False
+
+
 def rename_new(tmp: Path, path: Path) -> None:
     """rename(2) that refuses to replace: a hard link is atomic and fails where the name exists, on NFS too."""
     try:
         os.link(tmp, path)
     except FileExistsError:
-        raise
+        if not _is_linked(tmp, path):
+            raise
     except OSError:  # a file system without hard links: the fencing token still keeps writers apart
         if path.exists():
             raise FileExistsError(path) from None

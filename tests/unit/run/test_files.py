@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,28 @@ def test_publishing_without_hard_links_does_not_replace_either(tmp_path: Path, m
     with pytest.raises(FileExistsError):
         write_bytes(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first" and names(tmp_path) == ["a"]
+
+
+def test_a_link_that_a_server_makes_and_denies_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_twice(tmp: Path, path: Path, link: Callable[[Path, Path], None] = os.link) -> None:
+        link(tmp, path)
+        raise FileExistsError(17, "File exists")  # of NFS, where its first answer was lost
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    write_bytes(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first" and names(tmp_path) == ["a"]
+
+
+def test_a_link_to_what_was_removed_at_once_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"first")
+    assert names(tmp_path) == []
 
 
 def test_replace_is_for_those_who_ask(tmp_path: Path) -> None:
