@@ -25,6 +25,8 @@ RECORD_BYTES = 8 << 20
 """What a JSON record or a line of one has at most: thousands of times what ours have."""
 LINES_BYTES = 1 << 30
 """What a file of JSON lines has at most: metrics of millions of steps, each logged."""
+STALE_TRIES = 10
+"""How often a file is opened once more that was replaced under its reader."""
 ARRAYS_BYTES = 32 << 30
 """What the images of a shard have at most, or their features: 160,000 images of 256x256."""
 
@@ -263,9 +265,26 @@ def open_file(path: Path) -> BinaryIO:
         raise
 
 
+def look_anew(directory: Path) -> None:
+    """On NFS a host remembers for a minute which file had a name there, or that none had, unless it opens the
+    directory."""
+    os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+
+
 def read_bytes(path: Path, at_most: int = RECORD_BYTES) -> bytes:
     """What is in a file. Raises OSError, DamagedFile where it is no file, or larger than any of its kind: neither a
     status view nor a job waits for ever, or takes all memory, for what lies in a file's place."""
+    for _ in range(STALE_TRIES):
+        try:
+            return _read_bytes(path, at_most)
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+        look_anew(path.parent)  # another host has replaced it
+    return _read_bytes(path, at_most)
+
+
+def _read_bytes(path: Path, at_most: int) -> bytes:
     with open_file(path) as f:
         pieces, size, too_large = [], 0, os.fstat(f.fileno()).st_size > at_most
         while not too_large and (piece := f.read(1 << 20)):
