@@ -45,12 +45,13 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
 
     name, path; sweep: the name of the one that it is of, or None; differs: {"train.lr": 1e-4, …}, what is not the same
     in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
-    smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "key", "value", "number",
-    "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set: words} of all
-    that hold; problem: what cannot be read, or None.
+    smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "step", "key", "value",
+    "number", "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set:
+    words} of all that hold; problem: what cannot be read, or None.
 
-    Scores are ranked by one kind alone, features, reference and number of samples being the same: the one that most of
-    the runs have. Of a run with several of it the lowest is shown; of one with none its newest other, not ranked.
+    Scores are ranked by one kind alone, all but checkpoint and seed being the same (sampler, evaluations, number of
+    samples, reference, features): the one that most of the runs have. Of a run with several of it the lowest is shown;
+    of one with none its newest other, not ranked.
     """
     damages = [Damage() for _ in runs]
     trees = [_config(run, damage) for run, damage in zip(runs, damages, strict=True)]
@@ -112,19 +113,24 @@ def _scores(run: RunDir, damage: Damage) -> Records:
     return {s.name: s.record for s in sorted(every, key=lambda score: str(score.record.get("created", "")))}
 
 
-def _kind(record: Mapping[str, Any]) -> tuple[int, int, str]:
+Kind = tuple[int, int, int, str]
+
+
+def _kind(record: Mapping[str, Any]) -> Kind:
     """What is the same of two scores that can be ranked; of those the better kind is the greater."""
-    of = [record.get("extractor"), record["reference"].get("digest") or record["reference"]]
-    return -list(SCORE_NAMES).index(key_of(record)), record["num_samples"], json.dumps(of, sort_keys=True)
+    weights = (record.get("checkpoint") or {}).get("weights")
+    reference = record["reference"].get("digest") or record["reference"]
+    of = json.dumps([record.get("extractor"), reference, record.get("sampler"), weights], sort_keys=True)
+    return -list(SCORE_NAMES).index(key_of(record)), record["num_samples"], record["nfe"], of
 
 
-def _most_common(scores: Sequence[Records]) -> tuple[int, int, str] | None:
+def _most_common(scores: Sequence[Records]) -> Kind | None:
     kinds = [{_kind(record) for record in of.values()} for of in scores]
     every = {kind for of in kinds for kind in of}
     return max(every, key=lambda kind: (sum(kind in of for of in kinds), kind), default=None)
 
 
-def _chosen(of: Records, kind: tuple[int, int, str] | None) -> Row | None:
+def _chosen(of: Records, kind: Kind | None) -> Row | None:
     if not of:
         return None
     ranked = [name for name in of if _kind(of[name]) == kind]
@@ -133,7 +139,8 @@ def _chosen(of: Records, kind: tuple[int, int, str] | None) -> Row | None:
     key = key_of(record)
     words = {"number": f"{SCORE_NAMES[key]} {number(record)}"}
     words["of"] = told(record).removeprefix(words["number"]).lstrip(", ")
-    return {"set": name, "key": key, "value": record[key], **words, "ranked": bool(ranked)}
+    step = (record.get("checkpoint") or {}).get("step")
+    return {"set": name, "step": step, "key": key, "value": record[key], **words, "ranked": bool(ranked)}
 
 
 # ---------------------------------------------------------------- as a table
@@ -145,48 +152,56 @@ def show(found: list[Row]) -> None:
 
 
 def page(found: list[Row], width: int) -> list[str]:
-    """The table, and under it what the scores are of, what cannot be ranked, or read, and what had no room."""
+    """The table, and under it what the scores in it are of, those that cannot be ranked with them, and so are not in
+    it, what cannot be read, and what had no room."""
     keys = list(dict.fromkeys(key for row in found for key in row["differs"]))
     names = dict(zip(keys, short(keys, OURS), strict=True))
-    of = {f"{row['score']['of']} ({row['score']['set']})" for row in found if row["score"]}
     shown = [
         table.Column("run", (table.value("name"),), needed=True),
         *(table.Column(names[key], (table.value(key), table.value(key, LONGEST))) for key in keys),
         table.Column("step", (lambda row: f"{row['step']}/{row['total_steps'] or '?'}",), right=True),
         table.Column(LOSS, (partial(_loss, "loss"),), right=True),
         table.Column(VALIDATION, (partial(_loss, "validation_loss"),), right=True),
-        table.Column("score", (partial(_score, forms=FORMS[len(of) > 1]), partial(_score, forms=FORMS[0]))),
+        table.Column("score", (_score_with_set, _score)),
     ]
     flat = [{**row["differs"], **row} for row in found]
     lines, left_out = table.fitted(flat, width, shown, ["run", LOSS, *names.values(), "score", VALIDATION, "step"])
-    for note in _notes(found, of, [name for name in (*names.values(), *OURS) if name in left_out]):
+    for note in _notes(found, [name for name in (*names.values(), *OURS) if name in left_out]):
         lines += textwrap.wrap(plain(note), width, subsequent_indent="  ", break_on_hyphens=False,
                                break_long_words=False)  # fmt: skip
     return lines
-
-
-FORMS = (("number",), ("number", "of", "set"))
 
 
 def _loss(key: str, row: Mapping[str, Any]) -> str:
     return "" if row[key] is None else f"{row[key]:.4f}"
 
 
-def _score(row: Mapping[str, Any], forms: Sequence[str]) -> str:
-    return ", ".join(row["score"][form] for form in forms) if row["score"] else ""
+def _score(row: Mapping[str, Any]) -> str:
+    return _number(row) if row["score"] and row["score"]["ranked"] else ""
 
 
-def _notes(found: list[Row], of: set[str], left_out: list[str]) -> Iterator[str]:
+def _score_with_set(row: Mapping[str, Any]) -> str:
+    return f"{said}, {row['score']['set']}" if (said := _score(row)) else ""
+
+
+def _number(row: Mapping[str, Any]) -> str:
+    """The score, with its step where that is not the run's."""
+    score = row["score"]
+    return str(score["number"]) + ("" if score["step"] in (None, row["step"]) else f" at step {score['step']}")
+
+
+def _notes(found: list[Row], left_out: list[str]) -> Iterator[str]:
     if LOSS not in left_out and any(row["loss"] is not None for row in found):
         yield f"{LOSS}: {WHICH_LOSS}"
-    if len(of) == 1:
-        yield f"score: {', '.join(of)}"
+    ranked = {row["score"]["of"]: None for row in found if row["score"] and row["score"]["ranked"]}
+    if ranked and "score" not in left_out:
+        yield f"score: {'; '.join(ranked)}"
     if len(found) > 1 and not any(row["differs"] for row in found):
         yield "their configs do not differ"
     if left_out:
         yield f"no room for {', '.join(left_out)}: --json has all"
     for row in found:
-        if row["score"] and not row["score"]["ranked"]:
-            yield f"{row['name']}: its score is of other features, samples or another reference: not ranked"
+        if (score := row["score"]) and not score["ranked"]:
+            yield f"{row['name']}: {_number(row)}, {score['of']} ({score['set']}): made otherwise, so not ranked"
         if row["problem"]:
             yield f"{row['name']}: {row['problem']}"
