@@ -15,12 +15,13 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from ddpm.config import reading
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.options import PROFILES, add_options, resolve
-from launch.terminal import checkup, console, recipes
+from launch.terminal import checkup, console
 
 EXAMPLES = """examples:
   python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, a save's time
@@ -50,7 +51,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     path, changes, _ = console.config_and_changes(args.words, args.root)
-    recipe = recipes.read(path, changes)
+    config = reading.load(path, changes)
     site = resolve(args)
     if site.is_local:
         raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")
@@ -58,12 +59,11 @@ def main() -> int:
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
-    num_parameters = recipe.num_parameters or 35_746_307
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
-        num_images = prepare.num_images(recipe.config, RunDir(root / "doctor"))
-    failed = [_say(finding) for finding in checkup.storage(recipe.config, root, num_parameters, num_images)]
-    refused = [_say(finding) for finding in checkup.cluster(site, root, num_parameters)]
+        num_images = prepare.num_images(config, RunDir(root / "doctor"))
+    failed = [_say(finding) for finding in checkup.storage(config, root, num_images)]
+    refused = [_say(finding) for finding in checkup.cluster(site, root, config.network.num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")
     elif args.probe:

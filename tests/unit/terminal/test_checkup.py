@@ -18,9 +18,9 @@ def test_the_space_of_a_run_is_that_of_its_end() -> None:
     kept = Checkpoint(keep_last=2, milestone_every_steps=25, milestone_every_epochs=None)
     train, sample = Train(total_epochs=4, global_batch=10), Sample(num_samples=7, shards=1)
     config = Config(name="x", train=train, checkpoint=kept, sample=sample, data=Data(image_size=16))
-    samples = 7 * 16 * 16 * 3
-    assert checkup.space_of_a_run(config, 1000, 250) == ((4 + 2) * 16_000 + (4 + 1) * 4_000 + samples, 4)
-    assert checkup.space_of_a_run(config, 1000, None) == (2 * 16_000 + 4_000 + samples, 0)
+    samples, num = 7 * 16 * 16 * 3, config.network.num_parameters
+    assert checkup.space_of_a_run(config, 250) == ((4 + 2) * 16 * num + (4 + 1) * 4 * num + samples, 4)
+    assert checkup.space_of_a_run(config, None) == (2 * 16 * num + 4 * num + samples, 0)
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
