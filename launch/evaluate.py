@@ -247,7 +247,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
             return code if code == 130 else 1
     if ids and args.wait:
         with contextlib.redirect_stdout(sys.stderr):
-            follow.follow_jobs(run, ids)
+            follow.follow_jobs(run, ids, [(job.stage, job.set_name) for _, jobs in chains for job in jobs])
     if ids and not args.wait:
         return 0
     milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score
@@ -295,7 +295,7 @@ def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | 
     if not args.wait:
         return 0
     with contextlib.redirect_stdout(sys.stderr):
-        follow.follow_jobs(run, ids)
+        follow.follow_jobs(run, ids, [("sample", name), ("evaluate", name)])
     return show(run, name, score(), as_json=args.json)
 
 

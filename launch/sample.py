@@ -229,9 +229,11 @@ def main() -> int:
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
             + (f", with\n{lines}" if missing else "")
         )
-        return 0
-    code = make(run, site, sample_set, request, missing, wait=args.wait)
+    code = 0 if args.prepare else make(run, site, sample_set, request, missing, wait=args.wait)
     if code is not None:
+        if args.png and code == 0:
+            again = f"python launch/sample.py {shlex.quote(str(run.path))} --set {shlex.quote(set_name)} --png"
+            print(f"no PNG files yet: {again} makes them, once the shards are done")
         return code
     print(
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
@@ -292,7 +294,7 @@ def make(
                 raise
         if not wait:
             return 0
-        follow.follow_jobs(run, there)
+        follow.follow_jobs(run, there, [("sample", set_name)])
     if left := missing_shards(sample_set, request):
         why = f"python launch/logs.py {run.path} says why"
         print(

@@ -139,6 +139,14 @@ def test_what_waits_in_the_queue_is_not_removed(shell: Shell, slurm: Path) -> No
     assert (shell.root / "tiny").exists()
 
 
+def test_png_files_that_wait_for_shards_are_said_to_with_the_command_that_makes_them(again: Shell, slurm: Path) -> None:
+    made = f"python launch/sample.py {again.root}/tiny --set cats --png makes them, once the shards are done"
+    for how in (["--prepare"], [], []):
+        done = again("sample", "tiny", "--set", "cats", "--shards", "1", "--png", *how, *SLURM)
+        assert done.returncode == 0 and f"no PNG files yet: {made}" in done.stdout, done.stdout + done.stderr
+    assert "PNG" not in again("sample", "tiny", "--set", "cats", *SLURM).stdout
+
+
 def test_a_set_with_eta_is_another_set_than_the_one_without(again: Shell) -> None:
     samples = again.root / "tiny" / "samples"
     before = snapshot(samples / TINY_SET)
