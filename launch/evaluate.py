@@ -162,7 +162,7 @@ def main() -> int:
     if args.compare:
         run = console.find_run(args.run, args.root) if args.run else None
         reference = _whole(args.reference) if args.reference else None
-        print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor))
+        print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor), as_json=args.json)
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
@@ -230,6 +230,8 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         if not there:
             raise RequestError(f"run {run.name} has no milestones yet: {milestones.when(config)}")
         console.warn(f"milestones: {_steps(there)}; without a score: {_steps(lacking) or 'none'}")
+        if lacking:
+            console.warn(milestones.how_many(config))
         if args.dry_run:
             print("\n\n".join(describe(job) for _, jobs in chains for job in jobs))
             print("# dry run: nothing was written or queued")

@@ -136,9 +136,10 @@ def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
         if not num_classes:
             raise RequestError("--class-plan balanced: the model has no classes (model.num_classes = 0); leave it out")
         if num_samples % num_classes:
+            less, more = (n * num_classes for n in (num_samples // num_classes, num_samples // num_classes + 1))
             raise RequestError(
                 f"--class-plan balanced: num_samples = {num_samples} must be a multiple of the model's "
-                f"{num_classes} classes (model.num_classes)"
+                f"{num_classes} classes (model.num_classes): --num-samples {f'{less} or ' if less else ''}{more}"
             )
         return [num_samples // num_classes] * num_classes
     try:
