@@ -19,9 +19,11 @@ from ddpm.config import reading
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
+from launch.checkup import cluster, files, node, profile
+from launch.checkup.finding import Finding
 from launch.cluster import environment
 from launch.cluster.options import PROFILES, add_options, resolve
-from launch.terminal import checkup, console
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, a save's time
@@ -62,15 +64,15 @@ def main() -> int:
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
         num_images = prepare.num_images(config, RunDir(root / "doctor"))
-    failed = [_say(finding) for finding in checkup.storage(config, root, num_images)]
-    refused = [_say(finding) for finding in checkup.cluster(site, root, config.network.num_parameters)]
+    failed = [_say(finding) for finding in files.storage(config, root, num_images)]
+    refused = [_say(finding) for finding in cluster.cluster(site, root, config.network.num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")
     elif args.probe:
-        failed += [_say(finding) for finding in checkup.probe(site, root, args.wait_s)]
+        failed += [_say(finding) for finding in node.probe(site, root, args.wait_s)]
     if draft and not any(refused):
         try:
-            draft.write_text(checkup.profile(site))
+            draft.write_text(profile.draft(site))
         except OSError as e:
             raise EnvironmentLacks(
                 f"{draft} cannot be written ({e.strerror}): give a path that can, ending in .yaml"
@@ -84,7 +86,7 @@ def _place(name: str) -> Path:
     return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{check_name(name, '--write-profile')}.yaml"
 
 
-def _say(finding: checkup.Finding) -> bool:
+def _say(finding: Finding) -> bool:
     print(f"{finding.verdict}  {finding.what}" + (f"\n      → {finding.remedy}" if finding.remedy else ""), flush=True)
     return finding.verdict == "fail"
 

@@ -56,7 +56,7 @@ def main() -> int:
     args = parse()
     runs = console.find_runs([args.run], args.root)
     if args.follow and len(runs) > 1:
-        raise RequestError(f"--follow is of one run: {', '.join(run.name for run in runs)}")
+        raise RequestError(f"--follow is of one run: give one of {', '.join(run.name for run in runs)}")
     for run in runs if len(runs) > 1 else []:
         if logfiles.of_run(run, args.stage):
             show(run, args)

@@ -22,10 +22,11 @@ from ddpm.config.schema import Config
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import open_file, publishing
 from launch import prepare
+from launch.checkup.files import BY_HAND, FETCHED
 from launch.cluster import environment
 from launch.cluster.options import load_profile
 from launch.cluster.site import Site
-from launch.terminal import checkup, console
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python tools/prefetch.py                                    CIFAR-10 and the Inception weights
@@ -64,7 +65,7 @@ def known_files() -> dict[str, Known]:
 
 def check_names(paths: list[Path]) -> None:
     """Before torch is loaded, which takes seconds. Raises RequestError."""
-    known = list(checkup.FETCHED.values())
+    known = list(FETCHED.values())
     for path in paths:
         if path.name not in known:
             raise RequestError(f"--from {path}: no file of this name is fetched; known are {', '.join(known)}")
@@ -152,7 +153,7 @@ def main() -> int:
         try:
             fetch()
         except EnvironmentLacks as e:  # what can be had is fetched all the same
-            lacking.append("\n      → ".join(filter(None, (str(e), checkup.BY_HAND.get(name)))))
+            lacking.append("\n      → ".join(filter(None, (str(e), BY_HAND.get(name)))))
     if lacking:
         raise EnvironmentLacks("\nerror: ".join(lacking))
     if args.statistics:

@@ -47,8 +47,10 @@ def introduce(board: Any, config: Config, step: int) -> None:
 
 
 def hparams(config: Config) -> dict[str, Any]:
-    """The config's keys that decide what is trained, as SECTION.KEY; lists and the like as text."""
+    """The config's keys that decide what is trained, as SECTION.KEY; none that is empty, as columns are few. Lists are
+    text, and so are true and false, which TensorBoard would show as 1.0000 and 0.0000."""
     tree = config.model_dump(mode="json", include={*HPARAMS})
     flat = {"seed": config.seed, **{f"{name}.{key}": v for name in HPARAMS for key, v in tree[name].items()}}
-    said = {key: v for key, v in flat.items() if v is not None}
-    return {key: v if isinstance(v, str | bool | int | float) else json.dumps(v) for key, v in said.items()}
+    said = {key: v for key, v in flat.items() if v not in (None, [], {})}
+    as_they_are = (str, int, float)
+    return {key: v if type(v) in as_they_are else json.dumps(v) for key, v in said.items()}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import EXIT_REQUEUE
+from ddpm.errors import EXIT_REQUEUE, Stopped
+from ddpm.run.claims import OthersAtWork
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
@@ -49,6 +50,21 @@ class Life:
         """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
         self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
+
+    def result_of(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | int:
+        """What is computed, and again where a stop was none; the exit code instead, if this job leaves before: it is
+        told to stop, or others are still at their parts, of whom the first task merges."""
+        while True:
+            try:
+                return compute()
+            except OthersAtWork as e:
+                say(str(e))
+                return self.leave(0)
+            except Stopped as e:
+                say("stopped; finished parts are kept", reason=e.reason)
+                code = self.until_killed_or_on(e.reason)
+                if code is not None:
+                    return self.leave(code, e.reason)
 
     def works_on(self, shards: list[int]) -> None:
         """Tell the batch shell which shards' progress is this job's own."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ddpm.config import reading
 from ddpm.data.packed import PackedImages
-from ddpm.errors import Stopped
-from ddpm.run.claims import OthersAtWork
 from ddpm.run.log import say
 from ddpm.scoring import bound_request
 from ddpm.scoring.against import open_reference
@@ -31,32 +31,26 @@ def evaluate(life: Life, name: str) -> int:
     def show(done: int, total: int) -> None:
         say("bits per dimension", images=f"{done}/{total}", **pace.told(done, total))
 
-    while True:
-        try:
-            images = open_reference(run, config, request.split, life.stop)
-            assert isinstance(images, PackedImages)  # of a split
-            result = bits_per_dim(
-                run,
-                request,
-                images,
-                lambda: denoiser_of(life, name, config, request),
-                timesteps=config.diffusion.timesteps,
-                num_classes=config.model.num_classes,
-                command=command,
-                stop_requested=life.stop,
-                progress=show,
-                token=f"{env.job}.{env.restart}",
-                stay=not env.array_task,
-            )
-        except Stopped as e:
-            say("stopped; finished parts are kept", reason=e.reason)
-            code = life.until_killed_or_on(e.reason)
-            if code is None:
-                continue
-            return life.leave(code, e.reason)
-        except OthersAtWork as e:  # the first task merges
-            say(str(e))
-            return life.leave(0)
-        show_score(run, config, result)
-        say(f"computed {told_of(result)}")
-        return life.leave(0)
+    def compute() -> dict[str, Any]:
+        images = open_reference(run, config, request.split, life.stop)
+        assert isinstance(images, PackedImages)  # of a split
+        return bits_per_dim(
+            run,
+            request,
+            images,
+            lambda: denoiser_of(life, name, config, request),
+            timesteps=config.diffusion.timesteps,
+            num_classes=config.model.num_classes,
+            command=command,
+            stop_requested=life.stop,
+            progress=show,
+            token=f"{env.job}.{env.restart}",
+            stay=not env.array_task,
+        )
+
+    result = life.result_of(compute)
+    if isinstance(result, int):
+        return result
+    show_score(run, config, result)
+    say(f"computed {told_of(result)}")
+    return life.leave(0)

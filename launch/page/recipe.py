@@ -42,7 +42,7 @@ def config(facts: Facts) -> Html:
         [tag("code", key), tag("code", as_typed(own)), tag("code", as_typed(others))]
         for key, own, others in differences(facts.config, recipe)
     ]
-    differing = (Column("key"), Column("here"), Column("recipe"))
+    differing = (Column("key"), Column("here"), Column("there"))
     parts = [note("It differs from ", name, " in:"), table(differing, rows)]
     return join(
         [*(parts if rows else [note("It does not differ from ", name, " in anything.")]), tag("h3", "All of it"), whole]

@@ -21,15 +21,16 @@ BLOCK = 1 << 20
 
 def of_run(run: RunDir, stage: str | None) -> list[Path]:
     """The log files of one stage, or of all, the one written to last at the end: one for each job, whose lives append
-    to it, and for each task of an array. On one machine, a job's stages share one."""
+    to it, and for each task of an array; none of a job that has said nothing. On one machine, a job's stages share one.
+    """
     local = {e["job"]: (e.get("stage") or "").split("+") for e in read_events(run) if e["event"] == "submitted"}
     found = []
     for path in listed(run.logs):
         match = re.fullmatch(r"(train|sample|evaluate)-\d+(_\d+)?\.out", path.name)
         stages = [match[1]] if match else local.get(path.stem, STAGES) if path.name.startswith("local-") else []
         if path.is_file() and path.suffix == ".out" and (stage in stages if stage else stages):
-            found.append(path)
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+            found.append((path.stat(), path))
+    return [path for _, path in sorted((stat.st_mtime, path) for stat, path in found if stat.st_size)]
 
 
 def job_of(log: Path) -> str:

@@ -84,17 +84,8 @@ def describe(
     every, odd = life or read_life(run)
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
-    beat, no_beat = damage.read(lambda: parse_heartbeat(read_bytes(run.heartbeat))) or ({}, "")
-    metrics, begin, no_metrics = damage.read(lambda: skim_metrics(run)) or ([], 0, "")
+    beat, metrics, saved, config = _training(run, odd, damage)
     last = metrics[-1] if metrics else {}
-    saved = damage.read(run.latest_step) or 0
-    config = _config(run, damage)
-    for what in (*odd, no_beat, no_metrics):
-        damage.tell(what)
-    if config:
-        damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
-        if saved > config.train.total_steps:
-            damage.tell(f"config.yaml says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
     _tell_what_lacks(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     here = damage.read(lambda: local.at_work(run, every)) or {}
@@ -106,12 +97,10 @@ def describe(
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in AT_WORK
-    samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
-    damage.read(lambda: _check_sets(run, damage))
-    scores, score_lines = damage.read(lambda: _scores(run, damage)) or ({}, {})
+    of_training = _made_of_it(run, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     problems = [latest.get("reason") if failed else None, saving, *damage.told[: 1 if closed else None]]
-    running = {job: "RUNNING" for job in here}
+    running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
     return {
@@ -135,11 +124,34 @@ def describe(
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
         "heartbeat_age_s": None if age is None else round(age, 1),
         "host": beat.get("host"),
-        "samples": samples,
-        "scores": scores,
-        "scores_told": score_lines,
+        **of_training,
         "problem": "; ".join(filter(None, problems)) or None,
     }
+
+
+def _training(
+    run: RunDir, odd: list[str], damage: Damage
+) -> tuple[dict[str, Any], list[dict[str, Any]], int, Config | None]:
+    """Its heartbeat, the last lines of its metrics, the step that is saved, its config. odd: what of its events is."""
+    beat, no_beat = damage.read(lambda: parse_heartbeat(read_bytes(run.heartbeat))) or ({}, "")
+    metrics, begin, no_metrics = damage.read(lambda: skim_metrics(run)) or ([], 0, "")
+    saved = damage.read(run.latest_step) or 0
+    config = _config(run, damage)
+    for what in (*odd, no_beat, no_metrics):
+        damage.tell(what)
+    if config:
+        damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
+        if saved > config.train.total_steps:
+            damage.tell(f"config.yaml says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
+    return beat, metrics, saved, config
+
+
+def _made_of_it(run: RunDir, damage: Damage) -> dict[str, Any]:
+    """Its sample sets and their scores."""
+    samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
+    damage.read(lambda: _check_sets(run, damage))
+    scores, told_of = damage.read(lambda: _scores(run, damage)) or ({}, {})
+    return {"samples": samples, "scores": scores, "scores_told": told_of}
 
 
 def restarts(events: list[dict[str, Any]]) -> int:

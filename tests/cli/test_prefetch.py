@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import EnvironmentLacks, RequestError
-from launch.terminal import checkup
+from launch.checkup import files
 from tests.cli.harness import Shell, read
 from tests.conftest import PROJECT, requires
 from tests.images import write_zip
@@ -43,7 +43,7 @@ def test_the_files_that_it_knows_are_those_that_a_submission_fetches() -> None:
         "pt_inception-2015-12-05-6726825d.pth": "weights",
         "dinov2_vitl14_pretrain.pth": "weights",
     }
-    assert set(known) == set(checkup.FETCHED.values())
+    assert set(known) == set(files.FETCHED.values())
 
 
 def test_what_was_prefetched_is_trained_sampled_and_scored_without_a_network(shell: Shell, tmp_path: Path) -> None:

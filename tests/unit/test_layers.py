@@ -17,7 +17,7 @@ from tests.conftest import PROJECT
 
 ROOMS = {
     "ddpm": ("errors", "run", "config", "diffusion", "network", "data", "sampling", "training", "scoring", "api"),
-    "launch": ("cluster", "queue", "terminal", "page", "prepare", "life", "scripts"),
+    "launch": ("cluster", "checkup", "queue", "terminal", "page", "prepare", "life", "scripts"),
 }
 """From the ground up: a file imports from its own room, or from one before it. `scripts`: what lies in launch/ itself.
 And tools imports from launch, launch from ddpm, never back."""

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,55 +76,62 @@ def run(out: Path, limit_s: float, data: Path, root: Path) -> int:
     """`cifar10.yaml` for as long as there is time: kill -9 once, resumed, stopped with a save. Its curve, last grid."""
     ends = time.monotonic() + limit_s
     where = RunDir(root / "cifar10")
-    submit = [sys.executable, "launch/submit.py", "data.name=images", f"data.path={data}", "log.grid_every_steps=2000"]
-    submit += [
-        "checkpoint.every_min=0.25",
-        "--cluster",
-        "local",
-        "--gpus-per-node",
-        "1",
-        "--root",
-        str(root),
-        "--name",
-        "cifar10",
-    ]
-    if shutil.which("nvidia-smi") is None:  # a rehearsal
-        submit += ["model.base_channels=16", "train.global_batch=4", "log.grid_every_steps=null"]
-
-    def start() -> None:
-        code = subprocess.run(submit, cwd=PROJECT, stdin=subprocess.DEVNULL).returncode
-        assert code == 0, f"submit.py left with {code}"
-
-    def job() -> int:
-        return int([e["pid"] for e in read_events(where) if e["event"] == "submitted"][-1])
-
-    def beat() -> int:
-        return int((read_json(where.heartbeat) or {}).get("step", 0))
-
-    start()
-    while time.monotonic() < ends - limit_s * 0.55 or where.latest_step() == 0:
-        time.sleep(0.5)
-        if time.monotonic() > ends:
-            os.killpg(job(), signal.SIGKILL)
-            raise AssertionError("no checkpoint in time")
-    killed_at = beat()
-    os.killpg(job(), signal.SIGKILL)
-    saved = where.latest_step()
+    submit(data, root)
+    killed_at, saved = killed(where, limit_s, ends)
     began = time.monotonic()
-    start()
-    while beat() <= killed_at and time.monotonic() < ends - 30:
+    submit(data, root)
+    while beat(where) <= killed_at and time.monotonic() < ends - 30:
         time.sleep(0.2)
-    back_s = time.monotonic() - began if beat() > killed_at else None
+    back_s = time.monotonic() - began if beat(where) > killed_at else None
     while time.monotonic() < ends - 25:
         time.sleep(0.5)
     where.stop_file.touch()
-    while where.latest_step() < beat() and time.monotonic() < ends + 10:
+    while where.latest_step() < beat(where) and time.monotonic() < ends + 10:
         time.sleep(0.2)
+    lines = told(where, out, {"killed_at": killed_at, "saved": saved, "back_at_that_step_after_s": back_s})
+    print(f"run: {lines[-1] if lines else 'no line'}; at step {killed_at} again after {back_s} s", flush=True)
+    assert where.latest_step() > killed_at, f"killed at step {killed_at}, it came no further than {where.latest_step()}"
+    assert [m["step"] for m in lines] == list(range(100, 100 * len(lines) + 1, 100)), "steps missing or twice"
+    return 0
+
+
+def submit(data: Path, root: Path) -> None:
+    words = [sys.executable, "launch/submit.py", "data.name=images", f"data.path={data}", "log.grid_every_steps=2000"]
+    words += ["checkpoint.every_min=0.25", "--cluster", "local", "--gpus-per-node", "1"]
+    words += ["--root", str(root), "--name", "cifar10"]
+    if shutil.which("nvidia-smi") is None:  # a rehearsal
+        words += ["model.base_channels=16", "train.global_batch=4", "log.grid_every_steps=null"]
+    code = subprocess.run(words, cwd=PROJECT, stdin=subprocess.DEVNULL).returncode
+    assert code == 0, f"submit.py left with {code}"
+
+
+def beat(where: RunDir) -> int:
+    """The step that the run tells of."""
+    return int((read_json(where.heartbeat) or {}).get("step", 0))
+
+
+def killed(where: RunDir, limit_s: float, ends: float) -> tuple[int, int]:
+    """The steps that the run told of when it was killed, less than half through, and that it had saved."""
+
+    def kill() -> None:
+        job = [e["pid"] for e in read_events(where) if e["event"] == "submitted"][-1]
+        os.killpg(int(job), signal.SIGKILL)
+
+    while time.monotonic() < ends - limit_s * 0.55 or where.latest_step() == 0:
+        time.sleep(0.5)
+        if time.monotonic() > ends:
+            kill()
+            raise AssertionError("no checkpoint in time")
+    killed_at = beat(where)
+    kill()
+    return killed_at, where.latest_step()
+
+
+def told(where: RunDir, out: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write down what was `found` and what the run says of itself; its metrics."""
     lines = read_jsonl(where.metrics)
     record = {
-        "killed_at": killed_at,
-        "saved": saved,
-        "back_at_that_step_after_s": back_s,
+        **found,
         "last_step": where.latest_step(),
         "images_per_s": [round(m["images_per_s"]) for m in lines],
         "loss": [round(m["loss"], 5) for m in lines],
@@ -136,10 +144,7 @@ def run(out: Path, limit_s: float, data: Path, root: Path) -> int:
         print(log.read_text()[-2000:])
     for grid in sorted(where.grids.glob("*.png"))[-1:]:
         shutil.copy(grid, out / "grid.png")
-    print(f"run: {lines[-1] if lines else 'no line'}; at step {killed_at} again after {back_s} s", flush=True)
-    assert where.latest_step() > killed_at, f"killed at step {killed_at}, it came no further than {where.latest_step()}"
-    assert [m["step"] for m in lines] == list(range(100, 100 * len(lines) + 1, 100)), "steps missing or twice"
-    return 0
+    return lines
 
 
 def main() -> int:

@@ -116,3 +116,19 @@ def test_a_job_that_samples_on_this_machine_is_shown_as_at_work(run: RunDir) -> 
         jobs = describe(run, {})["jobs"]
         process.kill()
     assert jobs == {"local-1": "RUNNING"} and describe(run, {})["jobs"] == {}
+
+
+def test_a_job_here_that_waits_for_another_runs_is_queued_and_none_of_it_is_running(run: RunDir) -> None:
+    run.heartbeat.unlink()
+    env = {**os.environ, "DDPM_JOB": "local-1"}
+    with subprocess.Popen(["sleep", "60"], env=env) as before, subprocess.Popen(["sleep", "60"], env=env) as mine:
+        fields = {"stage": "train", "via": "local", "run": str(run.path), "pid": mine.pid}
+        told = EventLog(run, "local-1", 0, environment.host(), prefix="submit-")
+        told.append("submitted", **fields, behind=[str(before.pid), "local-1"])
+        waits = describe(run, {})
+        before.kill()
+        before.wait()
+        begins = describe(run, {})
+        mine.kill()
+    assert (waits["state"], waits["jobs"]) == ("queued", {"local-1": "PENDING"})
+    assert begins["state"] != "queued" and begins["jobs"] == {"local-1": "RUNNING"}

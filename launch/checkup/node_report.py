@@ -1,6 +1,6 @@
 """What a compute node has, told by a job of doctor.py on it:
 
-    python -m launch.terminal.node_report FILE
+    python -m launch.checkup.node_report FILE
 
 Written as JSON beside a file of the login node's, which shows that both see the same place.
 """

@@ -8,10 +8,10 @@ from ddpm.config.data import Data
 from ddpm.config.sample import Sample
 from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
+from launch.checkup import files, node, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
-from launch.terminal import checkup
 
 
 def test_the_space_of_a_run_is_that_of_its_end() -> None:
@@ -19,8 +19,8 @@ def test_the_space_of_a_run_is_that_of_its_end() -> None:
     train, sample = Train(total_epochs=4, global_batch=10), Sample(num_samples=7, shards=1)
     config = Config(name="x", train=train, checkpoint=kept, sample=sample, data=Data(image_size=16))
     samples, num = 7 * 16 * 16 * 3, config.network.num_parameters
-    assert checkup.space_of_a_run(config, 250) == ((4 + 2) * 16 * num + (4 + 1) * 4 * num + samples, 4)
-    assert checkup.space_of_a_run(config, None) == (2 * 16 * num + 4 * num + samples, 0)
+    assert files.space_of_a_run(config, 250) == ((4 + 2) * 16 * num + (4 + 1) * 4 * num + samples, 4)
+    assert files.space_of_a_run(config, None) == (2 * 16 * num + 4 * num + samples, 0)
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
@@ -28,15 +28,15 @@ def test_a_node_without_a_gpu_is_told_from_a_torch_without_cuda(cuda: str | None
     now = time.time()
     told = {"host": "n1", "sees": {}, "time": now, "lacks": [], "gpus": 0, "cuda": cuda, "torch": "2.11.0"}
     told |= {"python": "3.12.1", "cpus": 4, "tmp_bytes": 1 << 30}
-    last = list(checkup._node(told, {}, now, Site(gpus_per_node=2)))[-1]
+    last = list(node._node(told, {}, now, Site(gpus_per_node=2)))[-1]
     assert last.verdict == "fail" and remedy in last.remedy and "--gpus-per-node 2" in last.remedy
 
 
 def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkup, "settle", lambda site, dry_run: site)
+    monkeypatch.setattr(profile, "settle", lambda site, dry_run: site)
     monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 1, True, time_limit="1-00:00:00")})
     monkeypatch.setattr(inquiry, "accounts", list)
-    drafted = checkup.profile(Site(partition="gpu", gpus_per_node=1))
+    drafted = profile.draft(Site(partition="gpu", gpus_per_node=1))
     assert "time: 4h " in drafted and "account" not in drafted and "partition: gpu\n" in drafted
     monkeypatch.setattr(inquiry, "accounts", lambda: ["a", "b"])
-    assert "# account: one of a, b\n" in checkup.profile(Site(partition="gpu", gpus_per_node=1))
+    assert "# account: one of a, b\n" in profile.draft(Site(partition="gpu", gpus_per_node=1))
