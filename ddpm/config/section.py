@@ -30,7 +30,11 @@ MOST = 12
 """Keys that a message lists."""
 PLAIN = {
     **{"Input should be": "must be", "a valid integer": "a whole number", "a valid number": "a number"},
-    **{"a valid string": "a word", "a valid boolean": "true or false", "a valid dictionary": "keys and values"},
+    **{
+        "a valid string": "a word, or a number in quotes",
+        "a valid boolean": "true or false",
+        "a valid dictionary": "keys and values",
+    },
     **{"greater than or equal to": "at least", "less than or equal to": "at most", "greater than": "more than"},
 }
 """pydantic's words, and ours."""

@@ -21,12 +21,12 @@ BAD = {
     "a section as key": (["train=3"], ["'train' is a section", "train.lr"]),
     "no key": (["=3"], ["=3", "key=value"]),
     "word for a number": (["train.lr=fast"], ["train.lr", "fast", "number"]),
-    "fraction for a count": (["train.total_steps=1.5"], ["train.total_steps", "1.5", "integer"]),
+    "fraction for a count": (["train.total_steps=1.5"], ["train.total_steps", "1.5", "a whole number"]),
     "word for a list": (["model.channel_mults=2"], ["model.channel_mults", "list"]),
     "no value": (["train.lr="], ["train.lr", "None"]),
     "newline in a value": (["train.lr=1\n2"], ["train.lr"]),
     "no YAML": (["model.channel_mults=[1"], ["model.channel_mults=[1", "YAML"]),
-    "negative": (["train.lr=-1"], ["train.lr", "-1", "greater than 0"]),
+    "negative": (["train.lr=-1"], ["train.lr", "-1", "more than 0"]),
     "infinite": (["train.lr=.inf"], ["train.lr", "finite"]),
     "dropout of one": (["model.dropout=1.0"], ["model.dropout", "less than 1"]),
     "seed beyond 63 bits": ([f"seed={2**63}"], ["seed", "less than"]),
@@ -97,7 +97,7 @@ BAD = {
     "misspelt option": (["--tasks-per-nod=e", "x"], ["--tasks-per-nod"]),
     "a number of thousands of digits": (["seed=" + "9" * 5000], ["seed=999", "a whole number of 5000 characters"]),
     "brackets without end": (["model.channel_mults=" + "[" * 50_000], ["model.channel_mults=[[", "levels deep"]),
-    "a batch that nothing could hold": (["train.global_batch=1000000000000000"], ["train.global_batch", "less than"]),
+    "a batch that nothing could hold": (["train.global_batch=1000000000000000"], ["train.global_batch", "at most"]),
     "a batch beyond this machine's memory": (
         ["train.global_batch=16777216", "model.base_channels=4096"],
         ["train.global_batch = 16777216", "keep at least", "train.micro_batch="],
@@ -416,7 +416,8 @@ def classes_of(shell: Shell, *names: str) -> list[str]:
 
 def test_a_run_is_not_gone_on_with_where_its_images_have_other_classes(shell: Shell) -> None:
     words = classes_of(shell, "cat", "dog")
-    assert shell.submit("--prepare", *words).returncode == 0
+    done = shell.submit("--prepare", *words)
+    assert done.returncode == 0 and "\nclasses: 0 = cat (4), 1 = dog (4)\n" in done.stdout, done.stdout + done.stderr
     assert read(shell.root / "tiny" / "run.json")["labels"]["classes"] == {"cat": 4, "dog": 4}
     images = shell.cwd / "images"
     (images / "dog").rename(images / "hound")

@@ -66,7 +66,7 @@ def test_what_cannot_be_unpacked_is_refused_and_nothing_is_left(shell: Shell, im
     (shell.cwd / "there").mkdir()
     before = snapshot(shell.cwd)
     assert "there exists: name another folder" in shell.refused(TOOL, "tiny.yaml", *images, "there")
-    assert "no 'valid' split; it has ['test', 'train']" in shell.refused(
+    assert "no 'valid' split: name one that it has: test, train" in shell.refused(
         TOOL, "tiny.yaml", *images, "--split", "valid", "x"
     )
     assert "give one CONFIG and one DIR" in shell.refused(TOOL, "tiny.yaml", "x", "y")

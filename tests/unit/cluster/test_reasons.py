@@ -5,6 +5,7 @@ import pytest
 from launch.cluster import reasons, scheduler, slurm
 
 SAID = """\
+17 17 PENDING N/A PartitionConfig
 18 18 PENDING N/A PartitionTimeLimit
 19 19 PENDING N/A PartitionNodeLimit
 20 20 PENDING N/A PartitionDown
@@ -24,6 +25,8 @@ SAID = """\
 37 37 PENDING N/A QOSMaxJobsPerUserLimit
 38 38 PENDING N/A SomethingNew
 39 39 SUSPENDED 2026-11-26T20:13:42 None
+41 41 PENDING N/A Dependency
+42 42 PENDING N/A DependencyNeverSatisfied
 40 40 COMPLETING 2026-11-26T20:13:42 None
 """
 
@@ -32,15 +35,20 @@ SAID = """\
 def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, reasons.Wait | None]:
     asked = []
     monkeypatch.setattr(slurm, "run", lambda argv, **_: asked.append(argv) or SAID)
-    found = scheduler.look_up([str(job) for job in range(18, 41)])
+    found = scheduler.look_up([str(job) for job in range(17, 43)])
     assert len(asked) == 1  # however many jobs there are
     return {job: reasons.explain(job, told) for job, told in found.items()}
 
 
 @pytest.mark.parametrize(("job", "words", "step"), [
+    ("17", "the partition does not allow", "in another --partition"),
     ("18", "above what the partition allows", "shorter --time"),
     ("19", "more nodes, or fewer", "--nodes"),
     ("20", "the partition is down", "another --partition"),
+    ("22", "not to start before its time", ""),
+    ("31", "others are before it", ""),
+    ("41", "waits for the job before it to end", ""),
+    ("42", "will not end as it asks", "scancel 42, and submit again"),
     ("23", "its owner holds it", "scontrol release 23"),
     ("29", "down, drained or reserved", "sinfo -R"),
     ("30", "a node failed to start it", "scontrol release 30"),
@@ -65,7 +73,7 @@ def test_what_can_never_start_and_what_is_held_are_told_from_what_waits(
 ) -> None:
     never = {job for job, wait in waits.items() if wait and wait.never}
     held = {job for job, wait in waits.items() if wait and wait.held}
-    assert (never, held) == ({"18", "19", "34"}, {"23", "30", "33"})
+    assert (never, held) == ({"17", "18", "19", "34", "42"}, {"23", "30", "33"})
 
 
 def test_slurms_expected_start_is_told_where_it_says(waits: dict[str, reasons.Wait | None]) -> None:

@@ -141,6 +141,12 @@ def test_what_is_asked_for_by_itself_is_what_the_partition_shows(
     (["--gpus-per-node", "-1"], ["gpus_per_node", "'-1'"]),
     (["--gpus-per-node", "2", "--sbatch", "gres=gpu:4"], ["--gpus-per-node 2", "gres=gpu:4", "differ"]),
     (["--gpus-per-node", "a100:2", "--tasks-per-node", "3"], ["--tasks-per-node 3", "a100:2"]),
+    (["--sbatch", "time=4h"], ["--sbatch time", "give --time"]), (["--sbatch", "job-name=x"], ["give --name"]),
+    (["--sbatch", "part=gpu"], ["partition", "give --partition", "write another option's name out"]),
+    (["--sbatch", "output=x"], ["--sbatch output", "leave it out"]),
+    (["--mem", "8G", "--sbatch", "mem=9G"], ["--mem 8G", "mem=9G", "give one of them"]),
+    (["--nodes", "0"], ["nodes = 0", "must be at least 1"]),
+    (["--cpus-per-task", "0"], ["cpus_per_task = 0", "at least 1", "or leave it out"]),
     (["--tasks", "none"], ["tasks", "'none'", "auto"]), (["--tasks", "0"], ["tasks", "'0'"]),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_meant_names_itself_and_what_is_allowed(
@@ -162,6 +168,34 @@ def test_a_stage_of_one_rank_asks_for_its_share_of_a_nodes_memory(
     assert options(site, "train").get("mem") == mem
     for stage in ("sample", "evaluate"):
         assert options(site, stage).get("mem") == share and options(site, stage)["cpus-per-task"] == "6"
+
+
+@pytest.mark.parametrize(("profile", "words", "train", "one"), [
+    ("", ["--sbatch", "mem=400G", "--sbatch", "cpus-per-task=6"], ("400G", "6"), ("100G", "6")),
+    ("sbatch: {mem: 400G}", [], ("400G", None), ("100G", None)),
+    ("sbatch: {mem: 400G, cpus-per-task: 6}", ["--mem", "8G", "--cpus-per-task", "2"], ("8G", "2"), ("2G", "2")),
+    ("sbatch: {mem-per-cpu: 4G}", ["--mem", "none"], (None, None), (None, None)),
+    ("mem_per_gpu: 40G", ["--sbatch", "mem=400G"], ("400G", None), ("100G", None)),
+])  # fmt: skip
+def test_memory_and_cpus_that_are_asked_for_by_an_option_of_sbatchs_are_shared_out_as_by_ours(
+    tmp_path: Path,
+    profile: str,
+    words: list[str],
+    train: tuple[str | None, str | None],
+    one: tuple[str | None, str | None],
+) -> None:
+    """64 sample tasks once asked for a whole node's memory each."""
+    site = resolved(tmp_path, "--gpus-per-node", "4", *words, profile=profile)
+    for stage, asked in (("train", train), ("sample", one), ("evaluate", one)):
+        told = options(site, stage)
+        assert (told.get("mem"), told.get("cpus-per-task")) == asked
+        assert not {"mem-per-cpu", "mem-per-gpu"} & told.keys()
+
+
+def test_setup_may_be_a_line_or_a_block_of_them(tmp_path: Path) -> None:
+    assert resolved(tmp_path, profile="setup: module load cuda").setup == ("module load cuda",)
+    block = resolved(tmp_path, profile="setup: |\n  module load cuda\n  export A=1\n")
+    assert block.setup == ("module load cuda", "export A=1")
 
 
 PROFILE = """
@@ -198,6 +232,21 @@ def test_what_is_typed_for_a_stage_goes_before_its_section_and_what_is_typed_for
     )  # its own, and no share of it
     site = resolved(tmp_path, *typed, profile=PROFILE)
     assert options(site, "train")["partition"] == "urgent" and options(site, "sample")["partition"] == "cheap"
+
+
+@pytest.mark.parametrize(("profile", "named"), [
+    ("- a", ["found a list", "keys and values", "configs/cluster/example.yaml"]),
+    ("sbatch: {nice: [1]}", ["sbatch.nice = [1]", "a word or a number"]),
+    ("account: [a]", ["account = ['a']", "must be a word"]), ("nodes: 1.5", ["nodes = 1.5", "must be a whole number"]),
+    ("via: qsub", ["via = 'qsub'", "must be 'submitit' or 'sbatch'"]), ("mem: 32 GB", ["mem = '32 GB'", "32G"]),
+    ("signal_lead_s: 2m", ["signal_lead_s = '2m'", "a whole number", "default 120"]),
+])  # fmt: skip
+def test_a_profile_that_cannot_be_meant_names_the_key_and_what_is_allowed_in_plain_words(
+    tmp_path: Path, profile: str, named: list[str]
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        resolved(tmp_path, profile=profile)
+    assert [word for word in named if word not in str(refused.value)] == [] and "input" not in str(refused.value)
 
 
 def test_a_section_with_a_key_that_there_is_not_is_refused(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_without_a_partition_everything_is_for_training_and_the_log_says_so(
     _, packed = pack(at(folder), "train", tmp_path / "cache")
     assert len(packed) == NUM_IMAGES
     assert "no list_eval_partition.txt: every image is for training" in capsys.readouterr().out
-    with pytest.raises(RequestError, match="no 'test' split: name one that it has: train"):
+    with pytest.raises(RequestError, match=r"no 'test' split: name one that it has: train"):
         pack(at(folder), "test", tmp_path / "cache")
 
 

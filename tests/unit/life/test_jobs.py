@@ -318,6 +318,21 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
+@pytest.mark.parametrize(("asked", "gloo", "nccl"), [("ib0", "ib0", "ib0"), (None, "lo", None)])
+def test_a_profiles_interface_goes_before_the_one_that_leads_to_rank_0_and_a_users_variable_before_both(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, gloo: str, nccl: str | None
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set here goes again
+        monkeypatch.delenv(name)
+    training._choose_network(asked, "127.0.0.1")
+    assert (os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")) == (gloo, nccl)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    training._choose_network(asked, "127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
 def test_what_this_node_lacks_another_life_may_find(run: RunDir) -> None:
     done = job(run, "train", SLURM_JOB_ID="17")
     assert done.returncode == 1 and "cannot write the data cache" in done.stdout and "data_cache" in done.stdout

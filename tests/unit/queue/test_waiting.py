@@ -83,6 +83,17 @@ def test_a_job_that_does_not_come_to_its_end_does_not_block_the_run(run: RunDir,
     assert len(asked) > 10
 
 
+def test_a_slurm_that_does_not_answer_is_said_with_what_to_do(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(jobs: list[str]) -> dict[str, str]:
+        raise scheduler.NoAnswer("squeue: no answer in 30 s")
+
+    told(run, "17", "submitted", stage="train")
+    monkeypatch.setattr(scheduler, "available", lambda: True)
+    monkeypatch.setattr(scheduler, "queued", silent)
+    with pytest.raises(scheduler.NoAnswer, match=r"whether job 17 is in the queue .* try again later\n  squeue"):
+        jobs_in_queue(run, "train")
+
+
 def test_jobs_of_other_stages_and_sets_and_of_this_machine_are_not_asked_for(run: RunDir, answers: Answers) -> None:
     told(run, "17", "submitted", stage="train", via="sbatch", set="")
     told(run, "18", "submitted", stage="sample", via="sbatch", set="fid")

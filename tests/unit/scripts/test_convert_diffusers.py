@@ -10,6 +10,7 @@ import contextlib
 import copy as copy_module
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,11 @@ from ddpm.diffusion import samplers
 from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
+from ddpm.run.records import read_metrics, read_run
 from launch import origin
 from launch.queue import borrowing
 from tests.conftest import PROJECT
+from tests.draws import drawn
 from tools import convert_diffusers
 
 diffusers = pytest.importorskip("diffusers")
@@ -196,6 +199,35 @@ def test_a_run_of_them_is_sampled_and_scored_by_the_scripts(tmp_path):
         origin.read(origin.Origin(str(tmp_path / "published"), None, None, None), reading.of_run(run))
     again = refused(tmp_path / "published", tmp_path / "again.safetensors", "--run", run.path)
     assert "theirs exists: choose another name" in again
+
+
+@pytest.mark.parametrize("source", drawn("trains on from", ["the run", "the file"], 1))
+def test_a_new_run_trains_on_from_them(tmp_path, source):
+    """With an optimizer, data and a length of its own; so slowly that what it has learned is less than rounding."""
+    publish(tmp_path / "published", SMALL)
+    out, runs = tmp_path / "out.safetensors", tmp_path / "runs"
+    convert(tmp_path / "published", out, "data.name=digits", "--run", runs / "theirs")
+    words = [runs / "theirs" / "config.yaml", "--from", runs / "theirs" if source == "the run" else out, "--name", "on"]
+    words += [
+        "train.total_steps=3",
+        "train.global_batch=4",
+        "train.lr=1e-9",
+        "train.warmup_steps=0",
+        "log.every_steps=1",
+    ]
+    words += ["log.grid_every_steps=null", "--cluster", "local", "--wait", "--root", runs]
+    argv = [sys.executable, PROJECT / "launch" / "submit.py", *words]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(runs / "on")
+    began = read_run(run)["from"]
+    assert began["source"] == str(words[2]) and began["step"] == 800_000
+    state, weights = generations.load(run, 3), load_file(out)
+    assert state["step"] == 3 and len(state["optimizer"]["state"]) == len(weights)
+    for name, value in weights.items():
+        assert torch.allclose(state["model"][name], value, atol=1e-6)
+    losses = [line["loss"] for line in read_metrics(run)]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
 
 
 # ---------------------------------------------------------------- whole pipelines, as they are saved

@@ -47,6 +47,11 @@ def test_a_screen_is_filled_and_the_chosen_run_is_on_it(width: int, height: int)
     assert screen.left
 
 
+def test_nodes_on_which_lives_died_by_themselves_are_named_on_a_runs_page() -> None:
+    page = view.page([row("cifar10", bad_nodes=["n1", "n7"])], 80, details=True)
+    assert page[-1] == "cifar10: lives of it died by themselves on n1, n7"
+
+
 def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
     name = "x" * 100
     assert all(line.startswith((name, "run")) for line in columns.lines([row(name)], 60)[0])
