@@ -82,8 +82,9 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("ReservationDeleted", "its reservation is gone", ASK_LESS + "without --sbatch reservation=…", "held"),
     ("ReqNodeNotAvail", "nodes that it needs are down, drained or reserved",
      "wait, or ask for others; sinfo -R says why", ""),
-    ("Nodes required for job are DOWN, DRAINED or reserved", "nodes that it needs are down, drained or reserved",
-     "wait, or ask for others; sinfo -R says why", ""),
+    ("Nodes required for job are DOWN, DRAINED or reserved",
+     "jobs in partitions of higher priority are before it, or nodes that it needs are down, drained or reserved",
+     "wait, or ask for others; sinfo -R tells of nodes that are down", ""),
     ("Cleaning", "its life before is still being cleaned up", "", ""),
     ("Prolog", "its node is being made ready", "", ""),
 )  # fmt: skip
@@ -114,7 +115,9 @@ def explain(job: str, queued: Queued) -> Wait | None:
     for name, words, step, marks in TABLE:
         if reason.strip("()").startswith(name) if " " in name else name == known:
             told = f"{words}: {detail.rpartition(':')[2]}" if ":" in detail else words
-            return Wait(known if name == known else name, told, step.format(job=job), *_marks(marks), start)
+            return Wait(
+                known if name == known else reason.strip("()"), told, step.format(job=job), *_marks(marks), start
+            )
     for pattern, words, step, marks in FAMILIES:
         if re.fullmatch(pattern, known):
             who, option = ("its QOS", "--qos") if known.startswith("QOS") else ("its account", "--account")

@@ -138,7 +138,7 @@ def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> Non
                     e["job"]: (e.get("stage", "train"), e.get("set", "")) for e in events if e["event"] == "submitted"
                 }
                 at_work = next((stages.get(job) for job, state in states.items() if state == "RUNNING"), ("", ""))
-                follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]), at_work, known)
+                follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]), at_work, states)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         follower.close()

@@ -1,6 +1,7 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from ddpm.config.data import Data
 from ddpm.config.sample import Sample
 from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
-from launch.checkup import files, node, profile
+from launch.checkup import cluster, files, node, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
@@ -40,3 +41,13 @@ def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monk
     assert "time: 4h " in drafted and "account" not in drafted and "partition: gpu\n" in drafted
     monkeypatch.setattr(inquiry, "accounts", lambda: ["a", "b"])
     assert "# account: one of a, b\n" in profile.draft(Site(partition="gpu", gpus_per_node=1))
+
+
+def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(site: Site) -> str:
+        return next(cluster._site(site, Path("runs"))).what
+
+    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
+    whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
+    assert told(Site(gpus_per_node=1)) == whole
+    assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
