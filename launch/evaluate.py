@@ -23,6 +23,7 @@ from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
+from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.records import data_of
 from ddpm.sampling.request import read_request
@@ -130,6 +131,10 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     if asked in names or (asked is None and len(names) == 1):
         return asked or names[0]
     if not names:
+        sent = [e for e in read_events(run) if e["event"] == "submitted" and e.get("stage") == "sample"]
+        queued = {name: jobs_in_queue(run, "sample", name) for name in dict.fromkeys(e.get("set", "") for e in sent)}
+        if told := ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs):
+            raise RequestError(f"run {run.name} has no samples yet; they are in the queue: {told}")
         raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
