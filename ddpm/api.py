@@ -1,7 +1,7 @@
-"""The package as a library: a config, a network, and a trained model whose samples are an array.
+"""The package as a library: configs, networks, and trained models that are sampled into arrays.
 
-Owns: how a run directory, or a file of EMA weights, becomes a `Model`. Must not know: launchers, sample sets on disk,
-or how a sample is computed, which is sampling/generate.py's: the same request gives the same bytes here and there.
+Owns: how a run directory, or a file of EMA weights, becomes a `Model`. Must not know: launchers, or sample sets on
+disk. sampling/generate.py computes samples, so that a request gives the same bytes here as in a job.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The config in a YAML file, with `section.key=value` overrides. RequestError for what is wrong with it."""
+    """The config in a YAML file, with `section.key=value` overrides. Raises RequestError for a mistake in it."""
     return reading.load(Path(path), overrides)
 
 
 def build_model(config: Config, device: Device = None) -> UNet:
-    """The config's network with initial weights that follow from its seed, float32, in training mode."""
+    """The config's network with initial weights from its seed, float32, in training mode, on `device`."""
     return build.build_model(config, as_device(device), "fp32")
 
 
 def build_diffusion(config: Config, device: Device = None) -> Diffusion:
-    """The config's schedule with the forward process and the loss, on `device`."""
+    """The config's schedule with the forward process and the loss, its tables on `device`."""
     return Diffusion(schedules.build(config.diffusion)).to(as_device(device))
 
 
 def batches(
     config: Config, device: Device = None, *, cache: str | Path = "runs/.cache/data"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end: x_0 float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), in the order of a training run.
+    """Endless batches in the order of a training run: x_0 float32 (B, 3, H, W) in [-1, 1], labels int64 (B,).
 
-    B is the config's global batch. Its images are downloaded and packed into `cache` unless they are there:
-    RequestError for data that cannot serve, EnvironmentLacks where it cannot be fetched or written.
+    B is the config's global batch. The images are downloaded and packed into `cache` unless they are there. Raises
+    RequestError for unusable data, EnvironmentLacks if it cannot be fetched or written.
     """
     _, packed = pack(config.data, "train", Path(cache).expanduser())
     size, where = config.train.global_batch, as_device(device)
@@ -85,10 +85,10 @@ def save(
     step: int = 0,
     classes: Sequence[str] = (),
 ) -> None:
-    """A network's weights, or their average, as a .safetensors file, float32: `load` takes it, and `submit.py --from`.
+    """Write a network's weights, or their average, as a float32 .safetensors file, for `load` and `submit.py --from`.
 
-    config: kept in it, so that `load` needs no other. RequestError where `path` exists, is called otherwise, or has no
-    folder.
+    config, classes: stored in it, so that `load` needs no config. step: stored too. Raises RequestError if `path`
+    exists, does not end in .safetensors, or its folder does not exist.
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
@@ -119,11 +119,10 @@ def load(
     """The trained model in a run directory, in a folder that was exported from one, or in a .safetensors file of EMA
     weights with the `config` they belong to, which `save` may have kept in it.
 
-    step: which checkpoint; the newest good one unless given. weights: ema | model. precision: fp32 | bf16. None is what
-    a sampling job takes: the config's sample.weights and sample.precision, whose `auto` is bf16 where the run was
-    trained in it.
-    A checkpoint's size and digest are verified. RequestError for what does not exist or fit, DoNotRetry where a run
-    has checkpoints and all are damaged; damaged ones that are passed over are said.
+    step: which checkpoint; None: the newest good one. weights: ema | model. precision: fp32 | bf16. For these two, None
+    is what a sampling job takes: the config's sample.weights and sample.precision, whose `auto` is bf16 if the run was
+    trained in it. A checkpoint's size and digest are verified; damaged ones that are passed over are named on stderr.
+    Raises RequestError for something that does not exist or fit, DoNotRetry if all checkpoints of a run are damaged.
     """
     path = Path(path).expanduser()
     if weights not in (None, "ema", "model"):
@@ -152,7 +151,7 @@ def _load_run(run: RunDir, step: int | None, weights: str | None, device: torch.
 
 
 def _classes_of(run: RunDir) -> list[str]:
-    """The names of the classes that it was trained on; of an old run they may not be known."""
+    """The names of the classes that the run was trained on; [] if an old run does not record them."""
     labels = read_run(run).get("labels") if run.run_json.exists() else None
     return list(labels.get("classes") or {}) if isinstance(labels, dict) else []
 
@@ -186,10 +185,10 @@ def _load_file(
 
 
 class Model:
-    """A trained network and all that its samples follow from.
+    """A trained network, and everything else that its samples depend on.
 
-    network: of `config`, in eval mode, on any device. precision: fp32 | bf16, in which it is evaluated. step, weights:
-    where it comes from, for messages. classes: their names, by label; their numbers where none are given.
+    network: the config's, in eval mode, on any device. precision: fp32 | bf16, in which it is evaluated. step, weights:
+    where it comes from, for messages. classes: names by label; by default their numbers.
     """
 
     def __init__(
@@ -221,16 +220,16 @@ class Model:
         )
 
     def to(self, device: Device) -> Model:
-        """Itself, its network moved there. None: a GPU where there is one, else the CPU."""
+        """Move the network to `device` and return the model. None: a GPU if there is one, else the CPU."""
         self.network.to(as_device(device))
         return self
 
     def save(self, path: str | Path) -> None:
-        """`ddpm.save` of its weights, with all that `load` needs to make this model of them again."""
+        """Write the weights by `ddpm.save`, with all that `load` needs to restore this model."""
         save(self.network, path, config=self.config, step=self.step, classes=self.classes)
 
     def eps(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The noise that the network sees in x_t: float32 (B, C, H, W), without gradients.
+        """The noise that the network predicts for x_t: float32 (B, C, H, W), without gradients.
 
         x_t: (B, C, H, W) floating; t: int64 (B,), 0 .. T-1; labels: int64 (B,), for a model with classes, where
         num_classes means "no label" if it was trained with label_dropout. All on `device`. ValueError for others.
@@ -256,18 +255,18 @@ class Model:
         variance: str | None = None,
         output: str = "numpy",
     ) -> Any:
-        """Images 0 .. num-1 of a request: uint8 (num, H, W, 3), 0 to 255. The same bytes in another form by `output`:
-        numpy; torch, a tensor uint8 (num, 3, H, W) on the CPU; pil, a list of RGB pictures.
+        """Sample images 0 .. num-1 of a request: uint8 (num, H, W, 3). output: numpy; torch, the same bytes as a
+        tensor, uint8 (num, 3, H, W), on the CPU; pil, a list of RGB pictures.
 
-        What is not given is the config's `sample` section's; for another sampler than the config's, 100 steps of
-        ddim, 20 of dpmpp_2m, or all timesteps. labels: a class, by its index or its name of
-        `classes`, for all images, or (num,) of them, one for each; None: the classes in turn.
-        batch: rows of every network call, used or not; at most `num` unless given. variance: fixed_large | fixed_small,
-        of ancestral sampling; None: the config's diffusion.variance.
+        Arguments that are None are taken from the config's `sample` section; steps of a sampler that is not the
+        config's are 100 for ddim, 20 for dpmpp_2m, all timesteps for ancestral. labels: one class for all images, by
+        its index or its name in `classes`, or (num,) of them; None: the classes in turn. batch: rows of every network
+        call, used or not; by default at most `num`. variance: fixed_large | fixed_small, of ancestral sampling; None:
+        the config's diffusion.variance.
 
-        Image i follows from (seed, i) and the request alone: the bytes are those of a sample set of a run
-        with the same sampler, steps, eta, guidance, labels, batch, variance and precision, on the same device.
-        RequestError for values outside what the config allows, DoNotRetry where the network's output is not finite.
+        Image i is a function of (seed, i) and the request: on the same device it has the bytes of a run's sample set
+        with the same sampler, steps, eta, guidance, labels, batch, variance and precision. Raises RequestError for
+        values that the config does not allow, DoNotRetry if the network's output is not finite.
         """
         check_output(output)
         asked = {
@@ -287,7 +286,7 @@ class Model:
         return as_output(np.concatenate([part.images for part in parts]), output)
 
     def _request(self, num: int, asked: dict[str, Any], variance: str | None) -> Request:
-        """The request for `num` images, checked as a config's is."""
+        """The request for `num` images, checked like a config."""
         tree = self.config.model_dump()
         changes: dict[str, Any] = {"num_samples": num, "shards": 1, "class_plan": None}
         if "sampler" in asked:
@@ -300,7 +299,7 @@ class Model:
         return replace(request, batch=asked.get("batch", request.batch), weights=self.weights)
 
     def _labels(self, labels: int | str | Sequence[int | str] | np.ndarray | Tensor, num: int) -> np.ndarray:
-        """int64 (num,)"""
+        """The label of each image, int64 (num,). Raises RequestError."""
         classes = self.config.model.num_classes
         if not classes:
             raise RequestError("labels: the model has no classes (model.num_classes = 0); leave them out")

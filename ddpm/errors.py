@@ -33,17 +33,17 @@ class EnvironmentLacks(DDPMError):
 
 
 class NodeUnfit(DDPMError):
-    """This node cannot do the work that another one may: a job that meets this is tried again."""
+    """This node cannot do the work, but another one may: the job is tried again."""
 
 
 class RunBusy(DDPMError):
-    """Another job holds the run, or has fenced this one out."""
+    """Another job has the run, or has taken it over from this one."""
 
     exit_code = EXIT_BUSY
 
 
 class RunGone(RunBusy):
-    """The run directory was moved, renamed, deleted or copied over under the job that has it."""
+    """The run directory was moved, renamed, deleted or overwritten by a copy while a job had it."""
 
     exit_code = EXIT_FATAL
 
@@ -63,7 +63,7 @@ class Stopped(Exception):
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """A value in a message: as Python writes it, and no more than a person reads."""
+    """A value as it appears in a message: its repr, shortened to `most` characters."""
     try:
         text = repr(value)
     except ValueError:  # Python writes no number of more than 4300 digits

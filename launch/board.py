@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""TensorBoard for runs, on the login node: bound to localhost, on a free port, with the ssh line that reaches it."""
+"""Start TensorBoard for runs on this login node, on localhost and a free port; prints the ssh line that reaches it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/board.py                   all runs
-  python launch/board.py cifar10 low-lr    these
+  python launch/board.py cifar10 low-lr    these runs
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories (default: all)")
-    parser.add_argument("--port", type=int, help="default: a free one")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument("--port", type=int, help="port (default: a free one)")
+    parser.add_root()
     parser.add_argument("--dry-run", action="store_true", help="print the command; start nothing")
     return parser.parse_args()
 
@@ -50,9 +50,9 @@ def free_port(wanted: int | None) -> int:
 
 
 def link(runs: list[RunDir], where: Path) -> None:
-    """A folder that has the runs' tb/ by the runs' names, which TensorBoard shows. Raises EnvironmentLacks.
+    """Make the folder `where`, with a link to each run's tb/ under the run's name. Raises EnvironmentLacks.
 
-    Of a run's directory it would be shown by path, and it would look again and again through all that lies there.
+    Given run directories, TensorBoard would show paths instead of names, and rescan everything in them again and again.
     """
     try:
         where.parent.mkdir(mode=0o700, exist_ok=True)

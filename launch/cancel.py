@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""End a run: what waits is taken out of the queue, what runs saves and leaves, and nothing comes back by itself."""
+"""End runs: waiting jobs leave the queue, running ones save and exit, and none comes back by itself."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from launch.queue import work
 from launch.terminal import console
 
 EXAMPLES = """examples:
-  python launch/cancel.py cifar10          its training, what follows, what succeeds it; on this machine too
+  python launch/cancel.py cifar10          all its jobs: training, later stages, successors; on this machine too
   python launch/cancel.py low high 'lr-*'  several runs; a sweep by its name
 
-It leaves a file STOP in a run that is not complete. What is saved stays; submit it again to go on, which removes that.
+A run that is not complete keeps a file STOP. What was saved stays; submitting the run again removes STOP and goes on.
 """
 PATIENCE_S = 120.0
-"""For what runs to save and leave; after that SLURM is told to end it."""
+"""Time for running jobs to save and exit; after that they are ended by scancel."""
 POLL_S = 1.0
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     return parser.parse_args()
 
 
 def wait(run: RunDir, found: work.Work) -> work.Work:
-    """Until nothing is at work any more, or patience ends; what still is. Raises SchedulerError.
+    """Wait until nothing is at work or PATIENCE_S is over; returns what still is. Raises SchedulerError.
 
-    A beat tells of life for a minute after its end: it counts where it alone was found.
+    A heartbeat still looks alive for a minute after its process ended: it counts only if nothing else was found.
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -70,7 +70,7 @@ def tell(found: work.Work) -> None:
 
 
 def await_end(run: RunDir, found: work.Work, before: int) -> int:
-    """before: the step that was saved when it was told to leave."""
+    """Wait for one run, and say how it ended; returns the exit code. before: the step saved when it was told to end."""
     left = wait(run, found)
     if left.jobs:
         scheduler.cancel(list(left.jobs))

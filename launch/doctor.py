@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Whether this account can do on this cluster what a submission will ask for, before anything is queued."""
+"""Check, before anything is queued, whether this account and cluster can do what a submission will ask for."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ from launch.cluster.options import PROFILES, add_options, resolve
 from launch.terminal import console
 
 EXAMPLES = """examples:
-  python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, a save's time
-  python launch/doctor.py --partition gpu --probe              … and what a node has, by a job of a minute
+  python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, time of a save
+  python launch/doctor.py --partition gpu --probe              … and a node, by a job of about a minute
   python launch/doctor.py --profile mysite                     what a site profile asks for
-  python launch/doctor.py --partition gpu --write-profile mysite       draft one
+  python launch/doctor.py --partition gpu --write-profile mysite       draft a site profile
 
-Exit code 0 where nothing fails, 3 where something does.
+Exit code: 0 if no check fails, 3 if one does.
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument(
         "words", nargs="*", metavar="CONFIG key=value", help="what to train, as for submit.py (default: cifar10.yaml)"
     )
-    parser.add_argument("--probe", action="store_true", help="ask a node too, by a job on it")
+    parser.add_argument("--probe", action="store_true", help="check a compute node too, by a short job on it")
     parser.add_argument("--wait-s", type=float, default=300, help="how long to wait for that job (default 300)")
     parser.add_argument(
-        "--write-profile", metavar="NAME", help="draft configs/cluster/NAME.yaml, or a path, of what was seen"
+        "--write-profile",
+        metavar="NAME",
+        help="draft a profile of what was found: configs/cluster/NAME.yaml, or a path",
     )
-    parser.add_argument("--root", help="where runs will lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     add_options(parser)
     return parser.parse_intermixed_args()
 
@@ -82,7 +84,7 @@ def main() -> int:
 
 
 def _place(name: str) -> Path:
-    """As --profile will read it."""
+    """The file that --profile NAME will read."""
     return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{check_name(name, '--write-profile')}.yaml"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score a sample set of a run, or two folders of images."""
+"""Score a sample set of a run, or a folder of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import launch.first  # noqa: F401
 import argparse
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,34 +22,36 @@ from ddpm.config import section as sections
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
+from ddpm.run import files
 from ddpm.run.events import read_events
-from ddpm.run.paths import RunDir, SampleSet
+from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of
-from ddpm.sampling.request import read_request
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
-from ddpm.scoring.record import Score, is_signed, scores_of
+from ddpm.scoring.record import Score, scores_of
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path
 from launch.cluster.options import add_options, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
+from launch.evaluation import Outcome, do, of_score
 from launch.queue import borrowing, bounds, chain, local, milestones
 from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, of_other_samples, own_request, score_by
-from launch.queue.submitting import describe, submit_alone
+from launch.queue.submitting import describe
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
 from launch.terminal.images import score_images
-from launch.terminal.results import print_milestones, print_score
+from launch.terminal.results import print_milestones
 
 EXAMPLES = """examples:
   python launch/evaluate.py cifar10                                   the run's sample set, against its training images
   python launch/evaluate.py cifar10 --set early --reference test
   python launch/evaluate.py cifar10 --bits-per-dim                    of the test images; --num-images 500 for a part
   python launch/evaluate.py cifar10 --all-milestones                  samples and a score of each milestone
+  python launch/evaluate.py cifar10 --save-stats train.npz --tasks 4     of its training images, by a job of their own
   python launch/evaluate.py cifar10 --compare paper fast              two sets side by side; RUN/SET names another run's
   python launch/evaluate.py --images my-pngs --reference stats.npz    any images; pytorch-fid's statistics, or a folder
   python launch/evaluate.py --images photos --size 64 --save-stats photos.npz     the statistics alone, for pytorch-fid
@@ -58,7 +59,7 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="which sample set (default: the only one)")
     parser.add_argument("--reference", help="train, test, a pytorch-fid .npz, or images: a folder, zip, .npz or .npy")
@@ -66,11 +67,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compare", nargs="+", metavar="SET", help="show the scores of these sets and their differences"
     )
-    parser.add_argument("--size", type=int, help="with --images: crop and resize all images to so many pixels")
+    parser.add_argument("--size", type=int, help="with --images: crop and resize all images to this many pixels")
     parser.add_argument(
-        "--keep", metavar="DIR", help="with --images: keep features there; processes with the same one share the work"
+        "--keep", metavar="DIR", help="with --images: keep features in DIR; processes with the same DIR share the work"
     )
-    parser.add_argument("--save-stats", metavar="FILE.npz", help="with --images: write their statistics instead")
+    parser.add_argument(
+        "--save-stats", metavar="FILE.npz", help="write statistics instead: of --images, or of a run's --reference"
+    )
     parser.add_argument(
         "--extractor",
         help="inception, dinov2, file:PATH, random-inception or pixels (default: the run's config's; else inception)",
@@ -80,17 +83,19 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="the variational bound of the test images (or of --reference train), as Ho et al. report it",
     )
-    parser.add_argument("--step", type=int, help="with --bits-per-dim: of which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, help="with --bits-per-dim: which checkpoint (default: the newest)")
     parser.add_argument(
-        "--num-images", type=int, help="with --bits-per-dim: of so many, chosen by sample.seed (default: all)"
+        "--num-images", type=int, help="with --bits-per-dim: how many images, chosen by sample.seed (default: all)"
     )
     parser.add_argument(
         "--all-milestones", action="store_true", help="sample and score each milestone that has no score yet"
     )
-    parser.add_argument("--wait", action="store_true", help="stay until the score is there")
-    parser.add_argument("--json", action="store_true", help="all of a score as JSON, on a terminal too; else in a pipe")
+    parser.add_argument("--wait", action="store_true", help="wait until the score is there")
+    parser.add_argument(
+        "--json", action="store_true", help="print all of a score as JSON on a terminal too, as in a pipe"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     add_options(parser)
     args = parser.parse_args()
     if (args.run is None) == (args.images is None) and not (args.compare and args.images is None):
@@ -107,8 +112,10 @@ def parse() -> argparse.Namespace:
         parser.error("--all-milestones is of a RUN, as its config has it (sample, evaluate)")
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
-    if not args.images and (args.size or args.save_stats or args.keep):
-        parser.error("--size, --save-stats and --keep go with --images; a run's samples have its size")
+    if not args.images and (args.size or args.keep):
+        parser.error("--size and --keep go with --images; a run's samples have its size")
+    if args.run and args.save_stats and (args.set_name or args.bits_per_dim or args.all_milestones):
+        parser.error("--save-stats is of a run's --reference, train or test, and not of samples")
     if args.images and bool(args.reference) == bool(args.save_stats):
         parser.error("--images needs --reference: a pytorch-fid .npz, or images to compare with; or --save-stats")
     if args.size is not None and args.size < 1:
@@ -142,18 +149,6 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     )
 
 
-def show(run: RunDir, set_name: str, score: Score | None, *, as_json: bool) -> int:
-    """The score that was asked for, and on stderr what is to be said of it."""
-    if score is None:
-        why = f"python launch/logs.py {run.path} says why"
-        print(f"error: no score of {set_name}; {why}; the same command goes on", file=sys.stderr)
-        return 1
-    print_score(score.record, score.path, as_json=as_json)
-    if not is_signed(score.record):
-        print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
-    return 0
-
-
 def _whole(reference: str) -> str:
     if reference in SPLITS:
         return reference
@@ -177,6 +172,8 @@ def main() -> int:
         return score_bound(run, config, site, args)
     if args.all_milestones:
         return score_milestones(run, config, site, args)
+    if args.save_stats:
+        return save_statistics(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := own_request(run, set_name).num_samples) < LEAST_SCORED:
         more = f"python launch/sample.py {run.path} --set OTHER --num-samples 50000"
@@ -200,7 +197,7 @@ def main() -> int:
     def in_queue() -> list[str]:
         return evaluations_in_queue(run, set_name, asked, config.evaluate)
 
-    return do(job, in_queue, lambda: score_by(run, set_name, asked), args)
+    return do(job, in_queue, of_score(run, set_name, lambda: score_by(run, set_name, asked), args), args)
 
 
 def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
@@ -218,7 +215,34 @@ def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespac
         holding = (score for score in scores_of(run, name) if not (score.damage or of_other_samples(run, score)))
         return next(holding, None)
 
-    return do(job, lambda: jobs_in_queue(run, "evaluate", name), found, args)
+    return do(job, lambda: jobs_in_queue(run, "evaluate", name), of_score(run, name, found, args), args)
+
+
+def save_statistics(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
+    """Of the run's own images, by a job whose tasks share the work; evaluations find what it has computed."""
+    split, extractor = args.reference or "train", args.extractor or config.evaluate.extractor
+    if split not in SPLITS:
+        raise RequestError(f"--reference {split}: of a run's own images, train or test; of others: --images {split}")
+    path = environment.user_path(args.save_stats, "--save-stats")
+    if path.exists() or not path.parent.is_dir():
+        raise RequestError(f"--save-stats {path}: {'exists' if path.exists() else 'no such directory'}; name another")
+    check_for_run(run, config, split)
+    said = ("--reference", split, "--extractor", extractor, "--save-stats", str(path))
+    name = f"statistics-{split}-{files.sha256_json(said)[:8]}"
+    parts = 1 if site.tasks == "auto" else site.tasks
+    job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=said, parts=parts)
+    if args.dry_run:
+        print(describe(job) + "\n# dry run: nothing was written or queued")
+        return 0
+    prepare.ensure_weights(extractor, Path(data_of(run)["cache"]))
+
+    def told() -> int | None:
+        if path.exists():
+            print(f"{path}: statistics of {split}, {extractor} features")
+        return 0 if path.exists() else None
+
+    made = Outcome(f"the file of statistics of {split}", str(path), told)
+    return do(job, lambda: jobs_in_queue(run, "evaluate", name), made, args)
 
 
 def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
@@ -266,44 +290,6 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
 def _steps(steps: list[int]) -> str:
     some = ", ".join(map(str, steps if len(steps) < 12 else [*steps[:4], "…", *steps[-4:]]))
     return f"{len(steps)} (step {some})" if steps else ""
-
-
-def _has_gap(made: SampleSet) -> bool:
-    """Whether samples are asked for that are not there."""
-    return made.request.exists() and made.num_published() < read_request(made).shards
-
-
-def do(job: Job, in_queue: Callable[[], list[str]], score: Callable[[], Score | None], args: argparse.Namespace) -> int:
-    """Have a score computed, here or by SLURM, after what makes its set; returns the exit code."""
-    run, name = job.run, job.set_name
-    if not _has_gap(run.sample_set(name)) and (there := score()) is not None:
-        more = "" if args.bits_per_dim else "; --reference and --extractor make others"
-        print(f"the score of {name} is complete: nothing to do{more}", file=sys.stderr)
-        return show(run, name, there, as_json=args.json)
-    job = replace(job, despite=run.stop_mark())
-    prepare.settle_code(run, new=args.code == "new")
-    if job.site.is_local:
-        process, log = local.start(run, [job])
-        with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
-            code = follow.follow_process(run, process, log)
-        if code:
-            return code if code == 130 else 1
-        return show(run, name, score(), as_json=args.json)
-    with turn(run):
-        if ids := in_queue():
-            print(f"the score of {name} is in the queue already, as job {' '.join(ids)}: nothing to submit")
-        else:
-            waiting = jobs_in_queue(run, "sample", name)
-            use_shell_of(run, job.site)
-            new, waits = submit_alone(replace(job, after=":".join(waiting) or None))
-            ids = [new]
-            said = f"queued: evaluate as job {new}; the score will be in {run.eval}"
-            print("\n".join([said, *filter(None, [waits]), follow.watch_with(run)]))
-    if not args.wait:
-        return 0
-    with contextlib.redirect_stdout(sys.stderr):
-        follow.follow_jobs(run, ids, [("sample", name), ("evaluate", name)])
-    return show(run, name, score(), as_json=args.json)
 
 
 if __name__ == "__main__":

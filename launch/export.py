@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A run's averaged weights as a folder for others: safetensors, config and a model card, read by `ddpm.load`."""
+"""Export a run's averaged weights as a folder for others: safetensors, config, model card. `ddpm.load` reads it."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ EXAMPLES = """examples:
   python launch/export.py cifar10 ~/cifar10-ho              model.safetensors, config.yaml and README.md
   python launch/export.py cifar10 early --step 100000       of an earlier checkpoint
 
-Anywhere, without the run:  ddpm.load("cifar10-ho").sample(16)
+Use it anywhere, without the run:  ddpm.load("cifar10-ho").sample(16)
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a name or a directory")
     parser.add_argument("dest", metavar="DEST", help="a folder that does not exist yet")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     return parser.parse_args()
 
 
 def for_others(config: Config, run: RunDir) -> Config:
-    """The config without this machine's paths, and with what `auto` was for the run."""
+    """The config without paths of this machine, and with `auto` replaced by what it meant for the run."""
     data, evaluate = config.data, config.evaluate
     if data.path is not None:
         data = data.model_copy(update={"path": Path(data.path).name})
@@ -64,7 +64,7 @@ def for_others(config: Config, run: RunDir) -> Config:
 
 
 def export(run: RunDir, dest: Path, step: int | None) -> int:
-    """Make the folder, whole or not at all; which step it is of. Raises RequestError. Loads torch."""
+    """Make the folder, whole or not at all; returns the step of its weights. Raises RequestError. Loads torch."""
     config = reading.of_run(run)
     generation = generations.choose(run, step, console.warn)
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())

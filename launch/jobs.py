@@ -4,6 +4,7 @@
     python -m launch.jobs sample RUN SET [--shards 0-63 [--tasks N] | --offset O]
     python -m launch.jobs evaluate RUN SET [--reference R] [--extractor E] [--round N]
     python -m launch.jobs evaluate RUN NAME --bits-per-dim
+    python -m launch.jobs evaluate RUN NAME --reference train --extractor inception --save-stats FILE
 
 Each stage checks in the run directory that its predecessor is done, whatever the scheduler's dependency said, and a
 job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
@@ -35,13 +36,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("stage", choices=["train", "sample", "evaluate"])
     parser.add_argument("run", type=Path)
     parser.add_argument("set_name", nargs="?", default="")
-    parser.add_argument("--shards", "--shard", type=numbers, default=None, help="as 0-2,5; what is done is left alone")
-    parser.add_argument("--tasks", type=int, default=1, help="divide them among so many tasks of an array")
+    parser.add_argument(
+        "--shards", "--shard", type=numbers, default=None, help="which shards, e.g. 0-2,5; finished ones are left alone"
+    )
+    parser.add_argument("--tasks", type=int, default=1, help="number of array tasks that divide them")
     parser.add_argument("--offset", type=int, default=0, help="without --shards: task I makes shard I + OFFSET")
-    parser.add_argument("--reference", default=None)
-    parser.add_argument("--extractor", default=None)
-    parser.add_argument("--round", default="")
-    parser.add_argument("--bits-per-dim", action="store_true", help="of bits-per-dim/NAME/request.json")
+    parser.add_argument("--reference", default=None, help="instead of the config's")
+    parser.add_argument("--extractor", default=None, help="instead of the config's")
+    parser.add_argument(
+        "--round", default="", help="how often missing shards were queued again, and how many were missing"
+    )
+    parser.add_argument(
+        "--bits-per-dim", action="store_true", help="compute what bits-per-dim/NAME/request.json asks for"
+    )
+    parser.add_argument("--save-stats", type=Path, default=None, help="only write the reference's statistics to a file")
     return parser.parse_args(argv)
 
 
@@ -75,6 +83,10 @@ def work(life: Life, args: argparse.Namespace) -> int:
         from launch.life import likelihood
 
         return likelihood.evaluate(life, args.set_name)
+    if args.save_stats:
+        from launch.life import reference
+
+        return reference.save_statistics(life, args.reference, args.extractor, args.save_stats)
     starting.request_of(life, args.set_name)
     from launch.life import scoring
 

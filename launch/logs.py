@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a run's jobs say: the log of its newest job, over all lives of that."""
+"""Show the log of a run's newest job, over all its restarts."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from launch.terminal import console, logfiles
 from launch.terminal.overview import describe
 
 EXAMPLES = """examples:
-  python launch/logs.py cifar10                    of whatever ran last
-  python launch/logs.py cifar10 -f                 its end, and what is added, by later jobs too, until none is left
-  python launch/logs.py cifar10 --stage train      of the training alone
+  python launch/logs.py cifar10                    of whichever job ran last
+  python launch/logs.py cifar10 -f                 its end and what is added, also by later jobs, until none is left
+  python launch/logs.py cifar10 --stage train      of training jobs alone
   python launch/logs.py cifar10 --all | less       SLURM's own lines too
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a name, a directory, a pattern or a sweep")
-    parser.add_argument("-f", "--follow", action="store_true", help="stay, and show what is added")
-    parser.add_argument("--stage", choices=logfiles.STAGES, help="of these jobs alone")
-    parser.add_argument("--all", action="store_true", help="with what srun, slurmstepd and submitit say")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument("-f", "--follow", action="store_true", help="stay, and show new lines")
+    parser.add_argument("--stage", choices=logfiles.STAGES, help="only jobs of this stage")
+    parser.add_argument("--all", action="store_true", help="include the lines of srun, slurmstepd and submitit")
+    parser.add_root()
     return parser.parse_args()
 
 
 def how_it_ended(run: RunDir) -> str:
-    """In a line; "" while anything of it is queued or at work, or nobody can tell."""
+    """One line about the run's end; "" while a job of it is queued or at work, or SLURM does not answer."""
     try:
         if work.of_run(run):
             return ""
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def show(run: RunDir, args: argparse.Namespace) -> int:
-    """What the newest job of a run says. Raises RequestError where none has said anything."""
+    """Show the log of a run's newest job; returns the exit code. Raises RequestError if there is none."""
     keep = logfiles.Filter(everything=args.all)
     files = logfiles.of_run(run, args.stage)
     if args.follow:

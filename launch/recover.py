@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What of a run holds, file by file; and two ways on for one that was copied in part, purged or damaged."""
+"""Check a run file by file, and repair one that was copied in part, purged or damaged."""
 
 from __future__ import annotations
 
@@ -36,20 +36,26 @@ EXAMPLES = """examples:
   python launch/recover.py cifar10 --rebuild        make manifests for checkpoints that prove themselves
   python launch/recover.py cifar10 --start-over     move what training wrote into runs/cifar10/set-aside-TIME/
 
-What another copy of the run still has comes back with rsync -a --checksum THERE/ runs/cifar10/. Exit code 0 where all
-holds, 1 where something does not.
+Bring back what another copy of the run still has: rsync -a --checksum THERE/ runs/cifar10/. Exit code: 0 if every file
+holds, 1 if one does not.
 """
 OF_TRAINING = ("checkpoints", "events", "tb", "grids", "samples", "eval", "heartbeat.json")
-"""What a new beginning must not find; metrics* too. The config, where it came from and the logs stay."""
+"""What --start-over moves away, with metrics*. Config, run.json and logs stay."""
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a name or a directory")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--rebuild", action="store_true", help="manifests for checkpoints whose content proves itself")
-    what.add_argument("--start-over", action="store_true", help="set aside what training wrote, and lose nothing")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    what.add_argument(
+        "--rebuild", action="store_true", help="make manifests for checkpoints whose content proves itself"
+    )
+    what.add_argument(
+        "--start-over",
+        action="store_true",
+        help="move what training wrote aside, so that it starts at step 0; loses nothing",
+    )
+    parser.add_root()
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What removing runs would free; with --yes, remove them."""
+"""Show what removing runs would free; with --yes, remove them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from launch.queue.turns import turn
 from launch.terminal import console
 
 EXAMPLES = """examples:
-  python launch/remove.py old-run            what it has, and how much; removes nothing
+  python launch/remove.py old-run            its parts and their sizes; removes nothing
   python launch/remove.py old-run --yes      remove it, for good
-  python launch/remove.py 'lr-*' other       several runs, or a sweep by its name; none of them where one is refused
+  python launch/remove.py 'lr-*' other       several runs, or a sweep by its name; if one is refused, none is removed
 
-Refused while anything of the run is queued or at work (python launch/cancel.py RUN), and where another run reads it.
+Refused while a job of the run is queued or at work (end it: python launch/cancel.py RUN), or another run reads it.
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
     parser.add_argument("--yes", action="store_true", help="remove them")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A run as one page for a browser, whole without a network; of several runs, one that compares them. Loads no torch."""
+"""Write a run as one HTML page that needs no network; of several runs, a page that compares them. Loads no torch."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/report.py cifar10                          runs/cifar10/report.html
-  python launch/report.py cifar10 low-lr high-lr           runs/comparison.html: what differs, and what came of it
-  python launch/report.py 'cifar10-lr*'                    the same of a pattern of names, or a sweep
+  python launch/report.py cifar10 low-lr high-lr           runs/comparison.html: how they differ, and their results
+  python launch/report.py 'cifar10-lr*'                    the same for a pattern of names, or a sweep
   python launch/report.py /shared/runs/cifar10 --out cifar10.html     of a run that you may only read
 
-The page is as the run was when it was made: type it again for a newer one.
+The page shows the run as it was when the page was made: run the command again for a newer one.
 """
 COMPARISON = "comparison.html"
 SUFFIXES = (".html", ".htm")
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
-    parser.add_argument("--out", metavar="FILE.html", help="where to (default: in the run; of several, beside them)")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument("--out", metavar="FILE.html", help="output file (default: in the run; of several, beside them)")
+    parser.add_root()
     return parser.parse_args()
 
 

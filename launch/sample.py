@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Sample a trained run: an array job whose shards are made once, whatever happens to their jobs."""
+"""Sample a trained run by an array job; each shard is made once, whatever happens to its job."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from launch.terminal import console, follow
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
   python launch/sample.py cifar10 --sampler ancestral --shards 128    all 1000 steps, as in the paper
-  python launch/sample.py cifar10 --sampler ancestral --variance fixed_small     the other variance of its reverse steps
+  python launch/sample.py cifar10 --sampler ancestral --variance fixed_small     the posterior's variance
   python launch/sample.py cifar10-conditional --sampler dpmpp_2m --class-plan balanced
-      … --guidance 1.5                                                of a run that had train.label_dropout=0.1
+      … --guidance 1.5                                                of a run trained with train.label_dropout=0.1
   python launch/sample.py cifar10-conditional --class 3 --num-samples 64       one class alone, by name or number
   python launch/sample.py cifar10 --set early --step 100000 --num-samples 5000
   python launch/sample.py cifar10 --set early --png                   unpack a finished set to PNG files
 
-The same command again submits only the shards that are missing. Where it runs is where the run was submitted to.
+The same command again submits only the missing shards. It runs where the run was submitted to, unless options differ.
 """
 OPTIONS = {
     "num_samples": int,
@@ -67,7 +67,7 @@ OPTIONS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a run's name, or its directory")
     parser.add_argument("--set", dest="set_name", help="the sample set's name (default: from sampler, step and seed)")
     for name, kind in OPTIONS.items():
@@ -75,12 +75,12 @@ def parse() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--class-plan", metavar="PLAN", help="samples per class: balanced, or counts: 100,100,50")
     which.add_argument(
-        "--class", dest="classes", action="append", metavar="CLASS", help="of this class alone: its name or number"
+        "--class", dest="classes", action="append", metavar="CLASS", help="sample this class alone, by name or number"
     )
     parser.add_argument(
         "--variance",
         choices=VARIANCES,
-        help="of ancestral sampling; default: the config's diffusion.variance",
+        help="variance of ancestral sampling (default: the config's diffusion.variance)",
     )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
     parser.add_argument(
@@ -89,10 +89,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--png", action="store_true", help="unpack the finished set to samples/SET/png/, each class to its own folder"
     )
-    parser.add_argument("--prepare", action="store_true", help="publish the request, queue nothing")
-    parser.add_argument("--wait", action="store_true", help="stay until the shards are done")
+    parser.add_argument("--prepare", action="store_true", help="write the request; queue nothing")
+    parser.add_argument("--wait", action="store_true", help="wait until the shards are done")
     parser.add_argument("--dry-run", action="store_true", help="print the request and the job script; touch nothing")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     add_options(parser)
     return parser.parse_args()
 
@@ -149,8 +149,10 @@ def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
 
 
 def one_class(words: list[str], num_samples: int, names: list[str], num_classes: int) -> list[int]:
-    """The counts of a set of one class, with a word where its name is another's number. names: of the classes, where
-    they are known. Raises RequestError."""
+    """The class plan of --class; warns where the word is the name of one class and the number of another.
+
+    names: of the classes, where they are known. Raises RequestError.
+    """
     word, *more = words
     if more:
         raise RequestError(f"--class {' --class '.join(words)}: one class at a time; for several give --class-plan")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How runs get on: state, step, speed, restarts and goodput, from their directories and squeue. Loads no torch."""
+"""Show runs: state, step, speed, restarts and goodput, from their directories and squeue. Loads no torch."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ EXAMPLES = """examples:
   python launch/status.py cifar10 --events     its life: submitted, allocated, started, checkpoint, …
   python launch/status.py --watch | tee life   a line whenever something changes
   python launch/status.py --json               for scripts
-  python launch/status.py --compare 'cifar10-lr*'      what differs, loss and score of each, the best first
+  python launch/status.py --compare 'cifar10-lr*'      how they differ, loss and score, the best first
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names, directories, patterns or sweeps (default: all)")
     parser.add_argument("--watch", action="store_true", help="refresh every few seconds, with keys on a terminal")
-    parser.add_argument("--json", action="store_true", help="one JSON list")
-    parser.add_argument("--events", action="store_true", help="list life events instead")
-    parser.add_argument("--compare", action="store_true", help="runs side by side: what differs, loss, score; sorted")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--events", action="store_true", help="list the events of their lives instead")
+    parser.add_argument("--compare", action="store_true", help="how runs differ, their loss and score, the best first")
+    parser.add_root()
     return parser.parse_args()
 
 

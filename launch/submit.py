@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Submit a training run, and what follows it."""
+"""Submit a training run and, with --then, what follows it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from launch.terminal import console, faults, follow, plan, recipes
 from launch.terminal.results import print_results
 
 EXAMPLES = """examples:
-  python launch/submit.py --partition gpu                               the whole command: Ho et al.'s CIFAR-10 model
+  python launch/submit.py --partition gpu                               Ho et al.'s CIFAR-10 model
   python launch/submit.py configs/cifar10.yaml train.lr=1e-4 --name low-lr --partition gpu --nodes 2 --gpus-per-node 4
   python launch/submit.py --partition gpu --time 4h --then sample,evaluate    … then 50,000 images, and their FID
   python launch/submit.py --list                                        the recipes in configs/
@@ -46,37 +46,46 @@ EXAMPLES = """examples:
   python launch/submit.py configs/quickstart.yaml --cluster local --wait      on this machine
 
 The same command again resumes the run, extends it (train.total_steps=… or total_epochs=…), or says that it is complete.
-python launch/cancel.py NAME ends it, with a save; nothing comes back until it is submitted again.
+End a run with python launch/cancel.py NAME: it saves, and stays ended until it is submitted again.
 """
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument(
         "words",
         nargs="*",
         metavar="CONFIG key=value",
-        help="a config file (default configs/cifar10.yaml), or a run to go on with; any key, e.g. train.lr=1e-4",
+        help="a config file (default configs/cifar10.yaml), or a run to resume; any keys, e.g. train.lr=1e-4",
     )
-    parser.add_argument("--list", action="store_true", help="show the recipes in configs/, and leave")
-    parser.add_argument("--name", help="the run's name (default: the config's; after the data where that is another)")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_argument("--list", action="store_true", help="list the recipes in configs/")
+    parser.add_argument("--name", help="the run's name (default: the config's, or after data that is not the recipe's)")
+    parser.add_root()
     parser.add_argument(
-        "--from", dest="origin", metavar="RUN|FILE[@STEP]", help="start a new run from these weights, not from its seed"
+        "--from",
+        dest="origin",
+        metavar="RUN|FILE[@STEP]",
+        help="start a new run from these weights instead of random ones",
     )
-    parser.add_argument("--from-weights", choices=("ema", "model"), help="which of a run's (default: ema)")
+    parser.add_argument(
+        "--from-weights", choices=("ema", "model"), help="with --from: which weights of the run (default: ema)"
+    )
     parser.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="KEY=A,B,…",
-        help="a run for each value; again: for each pair",
+        help="a run for each value; given twice: for each pair",
     )
-    parser.add_argument("--then", default="", metavar="sample,evaluate", help="what to do when training is done")
-    parser.add_argument("--wait", action="store_true", help="stay until all is done, showing progress")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be asked for, and the resolved config")
+    parser.add_argument("--then", default="", metavar="sample,evaluate", help="stages to queue after training")
+    parser.add_argument("--wait", action="store_true", help="wait until all is done, showing progress")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the request and the resolved config; change nothing"
+    )
     parser.add_argument("--verbose", action="store_true", help="with --dry-run: the exact job scripts too")
-    parser.add_argument("--prepare", action="store_true", help="all but queueing: data, checks, run directory")
+    parser.add_argument(
+        "--prepare", action="store_true", help="pack data, check, make the run directory; queue nothing"
+    )
     add_options(parser)
     parser.set_defaults(base=None)  # what a run that goes on was submitted with
     return parser.parse_intermixed_args()

@@ -37,11 +37,11 @@ EXAMPLES = """examples:
   python launch/sample.py runs/ho --sampler ancestral                       a run, to sample and score
   python launch/evaluate.py runs/ho
 
-  python launch/submit.py configs/mine.yaml --from runs/ho --partition gpu  a run that is trained on from there
+  python launch/submit.py configs/mine.yaml --from runs/ho --partition gpu  a new run that starts from there
 
-FOLDER is that of a DDPMPipeline or DDIMPipeline (unet/, scheduler/), or holds config.json and the weights of a
-UNet2DModel, and scheduler_config.json if there is one. Weights are .safetensors or .bin, whole or in shards, or .fp16.
-ones alone. The scheduler says betas, variance and clipping; --sampler and --steps say at which steps to sample.
+FOLDER is a DDPMPipeline's or DDIMPipeline's (unet/, scheduler/), or has config.json and the weights of a UNet2DModel,
+and perhaps scheduler_config.json. Weights may be .safetensors or .bin, whole or in shards, or .fp16. files alone. The
+scheduler gives betas, variance and clipping; --sampler and --steps of launch/sample.py give the sampling steps.
 """
 CONFIG = environment.PROJECT / "configs" / "cifar10.yaml"
 NETWORK = {
@@ -112,7 +112,7 @@ RENAMES = (
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("source", metavar="FOLDER", type=Path, help="the published model, on this machine")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to make")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to the config")

@@ -36,7 +36,7 @@ PLOT_POINTS = 60
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="a config file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, e.g. model.base_channels=64")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the schedule's alpha_bar and SNR there")

@@ -34,8 +34,8 @@ EXAMPLES = """examples:
   python tools/prefetch.py --from cifar-10-python.tar.gz pt_inception-2015-12-05-6726825d.pth     brought by hand
   python tools/prefetch.py --statistics                       … and the reference's statistics, computed here
 
-All of it lies in one folder, which it prints: copy that beside the runs of another cluster and nothing is fetched
-there. What is there already is left alone; a download that was cut short begins again.
+It prints the folder that has all of it: copy that folder beside the runs of another cluster, and nothing is fetched
+there. Files that are there already stay; a download that was cut short starts again.
 """
 
 
@@ -126,11 +126,11 @@ def compute_statistics(config: Config, cache: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="what will be trained, as for submit.py")
     parser.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE", help="files brought by hand")
     parser.add_argument("--statistics", action="store_true", help="compute the reference's statistics too")
-    parser.add_argument("--root", help="where runs lie (default: DDPM_RUNS, or runs/ in the project)")
+    parser.add_root()
     parser.add_argument("--profile", metavar="SITE", help="the site profile whose data_cache is used")
     return parser.parse_intermixed_args()
 

@@ -29,7 +29,7 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    parser = console.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="a config file: its data section is read")
     parser.add_argument("words", nargs="+", metavar="[key=value …] DIR", help="changes to it, and the folder to make")
     parser.add_argument("--split", default="train", help="train (default), test, or another that the data has")

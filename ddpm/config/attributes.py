@@ -1,4 +1,4 @@
-"""CelebA's attributes, by which its images are chosen and labelled: their names. Must not know where images lie."""
+"""Names of CelebA's attributes, by which images are selected and labelled. Must not know where images are."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HEADER = (
     "Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
     "Wearing_Necktie Young"
 )
-"""Line 2 of its list of attributes."""
+"""Line 2 of CelebA's list of attributes."""
 NAMES = HEADER.split()
 
 
 def unknown_name(attributes: Iterable[str], label_attributes: Iterable[str], known: list[str]) -> str:
-    """What is wrong with the first attribute asked for that is not among the `known`; "" where all are."""
+    """The message for the first attribute that is not among the `known`; "" if all are."""
     for key, names in (("attributes", attributes), ("label_attributes", label_attributes)):
         for name in names:
             if name not in known:

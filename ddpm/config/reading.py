@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` to a config: what is wrong is said once, with the nearest match."""
+"""Reads a config from a YAML file and `key=value`; each mistake is reported once, with the nearest match."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ddpm.run.records import read_run
 def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
     """The config in YAML file `path` with `key=value` overrides. RequestError names key, value and what is allowed.
 
-    shelf: where else a file may lie that was meant when `path` does not exist.
+    shelf: a folder whose files are suggested too if `path` does not exist.
     """
     try:
         text = read_text(path)
@@ -45,7 +45,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
 
 
 def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
-    """The config in the YAML that stands in `path`. Raises RequestError."""
+    """The config in `text`, the content of `path`. Raises RequestError."""
     tree = load_yaml(text, str(path))
     if tree is None:
         tree = {}
@@ -66,9 +66,9 @@ def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
-    """The config of a run, which must mean the mathematics that the run began with. Raises RequestError, DamagedFile.
+    """The config of a run; its digest must be the one that the run began with. Raises RequestError, DamagedFile.
 
-    overrides: of what its digest does not cover. A run.json of old may not tell the digest.
+    overrides: of keys that the digest does not cover. An old run.json may have no digest, which passes.
     """
     record = read_run(run) if run.run_json.exists() else {}
     words = [str(word) for word in record.get("command") or []]
@@ -88,7 +88,7 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put one `section.key=value` into `tree`; the value is read as YAML. One length of training replaces another."""
+    """Put one `section.key=value` into `tree`, reading the value as YAML; a length of training replaces another one."""
     key, eq, text = str(override).partition("=")
     if not eq or not key:
         raise RequestError(f"{shown(override)} is not key=value; for example train.lr=1e-4")

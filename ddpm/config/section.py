@@ -1,6 +1,6 @@
-"""What every section of a config is: typed, frozen, and a mistake in one line that names the key and what is allowed.
+"""Base class of config sections: typed, frozen, and each mistake is one line with the key and what is allowed.
 
-Owns: that, for any pydantic model. Must not know: which keys there are (the files beside it, launchers' profiles).
+Owns: these messages, for any pydantic model. Must not know: which keys there are (other files here, site profiles).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 MOST = 12
-"""Keys that a message lists."""
+"""Number of keys that a message lists."""
 PLAIN = {
     **{"Input should be": "must be", "a valid integer": "a whole number", "a valid number": "a number"},
     **{
@@ -37,7 +37,7 @@ PLAIN = {
     },
     **{"greater than or equal to": "at least", "less than or equal to": "at most", "greater than": "more than"},
 }
-"""pydantic's words, and ours."""
+"""pydantic's words -> ours."""
 
 
 class Section(BaseModel):
@@ -45,9 +45,9 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     all_keys: ClassVar[str] = ""
-    """Where a person sees all of them, in words."""
+    """For messages: where a person finds all keys."""
     secret: ClassVar[bool] = False
-    """Whether no message may repeat what is in it."""
+    """Whether its values are secret and must not appear in messages."""
 
 
 def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -63,7 +63,7 @@ def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def unknown_key(key: str, known: list[str], where: str = "") -> str:
-    """What to say of a key that there is not: those that may be meant. where: in words, where all of them are."""
+    """The message for an unknown key, with the keys that may be meant. where: where a person finds all keys."""
     if inside := [k for k in known if k.startswith(f"{key}.")]:
         some = ", ".join(inside[:MOST]) + (f", …; {where}" if inside[MOST:] else "")
         return f"{key!r} is a section; give one of its keys: {some}"
@@ -79,8 +79,8 @@ def unknown_key(key: str, known: list[str], where: str = "") -> str:
 
 
 def meant(key: str, known: list[str]) -> list[str]:
-    """The keys that have that name in another section, or are called so elsewhere, the likeliest first; those of the
-    section that is named alone, where there are any."""
+    """The keys that `key` may mean, the likeliest first: keys of that name in other sections, and keys that other
+    projects call so; if the named section has some, only those."""
     section, _, leaf = key.rpartition(".")
     other = [k for k in SYNONYMS.get(leaf, ()) if k in known]
     same = [k for k in known if k.rpartition(".")[2] == leaf]
@@ -137,7 +137,7 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
 
 
 def _near(word: object, expected: str) -> str | None:
-    """The one of several words that is meant by another. expected: 'this', 'that' or 'those'."""
+    """The word of `expected` ("'this', 'that' or 'those'") that `word` may mean; None if there is none."""
     known = re.findall("'([^']+)'", expected)
     if not isinstance(word, str) or len(known) < 2:
         return None
@@ -146,7 +146,7 @@ def _near(word: object, expected: str) -> str | None:
 
 
 def _secret_section(kind: type[BaseModel], loc: list[str]) -> str:
-    """The section on the way of keys of which nothing may be repeated, or ""."""
+    """The secret section that the keys `loc` lead into, or ""."""
     section: Any = kind
     for i, part in enumerate(loc):
         field = getattr(section, "model_fields", {}).get(part)

@@ -1,4 +1,4 @@
-"""What other trainers call the config's keys, so that a word of theirs is answered with ours."""
+"""Names that other trainers have for the config's keys, so that a message can suggest ours."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ SYNONYMS = {
     "metric": ("evaluate.extractor",),
     "random_seed": ("seed",),
 }
-"""The last part of a key, to those that may be meant, the likeliest first."""
+"""Last part of a key -> the keys that may be meant, the likeliest first."""

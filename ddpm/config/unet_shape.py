@@ -1,7 +1,7 @@
-"""Which U-Nets there can be: the numbers that make one, and what must hold between them.
+"""Which U-Nets can be built: the numbers that define one, and the conditions between them.
 
-Owns: those checks, once, for the config (on a login node, so without torch) and for the network (network/unet.py). Must
-not know: layers, weights.
+Owns: these checks, for the config (on a login node, so without torch) and for the network (network/unet.py). Must not
+know: layers, weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,12 +16,12 @@ CHOICES = {
 }
 
 MAX_CHANNELS = 1 << 20
-"""Of a level: its convolutions alone would fill tens of terabytes."""
+"""Of a level: its convolutions alone would take tens of terabytes."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The fields of the config's `model` section (ddpm/config/model.py says what each means), and three more.
+    """The fields of the config's `model` section (ddpm/config/model.py explains them), and three more.
 
     ValueError for a structure that cannot be built: "FIELD = VALUE: what is allowed".
     """
@@ -58,13 +58,13 @@ class Structure:
 
     @property
     def embedding(self) -> int:
-        """Channels of what a block is told of t and the class."""
+        """Width of the embedding of t and class that each block receives."""
         return self.time_embed_channels or 4 * self.base_channels
 
     @property
     def least_activation_bytes(self) -> int:
-        """What training keeps of one image at the very least: the input of every block's second convolution, in 16
-        bits. Nothing computes the gradient of its weights without."""
+        """Lower bound of what training keeps for one image: the input of every block's second convolution in 16 bits,
+        without which the gradient of its weights cannot be computed."""
         blocks = 2 * self.blocks_per_level + 1  # of the encoder and the decoder
         return sum(2 * blocks * width * size**2 for width, size in zip(self.widths, self.sizes, strict=True))
 
@@ -141,7 +141,7 @@ class Structure:
             raise ValueError(f"{name} = {list(value) if isinstance(value, tuple) else value}: {allowed}")
 
     def _need_divisor(self, name: str, widths: Iterable[int]) -> None:
-        """The field divides all of `widths`; None divides whatever there is."""
+        """Check that the field, unless it is None, divides all of `widths`."""
         value, widths = getattr(self, name), list(widths)
         for width in widths if value is not None else ():
             if width % value:

@@ -1,4 +1,4 @@
-"""YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once; and no more than fits."""
+"""YAML as people mean it: 1e-4 is a number, `off` and `no` are words, no key occurs twice, and sizes are bounded."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ddpm.errors import RequestError, shown
 from ddpm.run.files import DamagedFile, open_file
 
 MAX_CHARS = 1 << 18
-"""Of a file or value. The largest config of ours has 3,000."""
+"""Of a file or value; our largest config has 3,000."""
 MAX_EXPANDED_CHARS = 1 << 20
-"""With every alias written out: ten lines of ten aliases each, of the line before, are ten thousand million words."""
+"""With every alias expanded: ten lines, each with ten aliases of the line before, would be 10^10 words."""
 MAX_DEPTH = 20
-"""Brackets in brackets; a config has five."""
+"""Of nesting; a config has five levels."""
 MAX_DIGITS = 40
 """Of a whole number."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-4 is a number, `off` and `no` are words, a key stands once; and it is bounded."""
+    """A safe loader with these rules."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._open = 0
         self._has_aliases = "*" in stream
         self._sizes: dict[int, tuple[int, int]] = {}
-        """Characters and depth of each node that is composed, by its id, with its aliases written out."""
+        """id of a composed node -> its characters and depth, with aliases expanded."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         alias = self.peek_event() if self._has_aliases and self.check_event(yaml.AliasEvent) else None
@@ -129,7 +129,7 @@ else:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what other readers of YAML, or ours, would not take for a word: a run may be named 1e-4."""
+    """Quotes words that a YAML reader would take for something else: a run may be named 1e-4."""
 
 
 _Dumper.add_implicit_resolver(*_FLOAT)
@@ -141,7 +141,7 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of YAML. RequestError where it is none, or far too long to be one; OSError,
+    """The text of a YAML file. Raises RequestError if it is no regular file or too long; OSError,
     UnicodeDecodeError."""
     try:
         with io.TextIOWrapper(open_file(path), encoding="utf-8") as f:
@@ -154,7 +154,7 @@ def read_text(path: Path) -> str:
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """What `text` says. RequestError beginning with `where` for what is no YAML, or beyond the bounds above."""
+    """The value of a YAML text. RequestError beginning with `where` if it is not valid or exceeds the bounds above."""
     try:
         if len(text) > MAX_CHARS:
             raise ValueError(f"{len(text)} characters, at most {MAX_CHARS}")
@@ -169,7 +169,7 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def _told(e: Exception) -> str:
-    """In a line; without the text that it is about, which may hold a secret."""
+    """An error of the YAML parser in one line, without the text itself, which may contain a secret."""
     if not isinstance(e, yaml.MarkedYAMLError):
         return " ".join(str(e).split())
     mark = e.problem_mark or e.context_mark
@@ -178,7 +178,7 @@ def _told(e: Exception) -> str:
 
 
 def written_items(text: str, where: str) -> list[str]:
-    """The items of `A,B,[C,D]` as they are written there: commas in brackets and quotes part none.
+    """The items of `A,B,[C,D]` as text: commas inside brackets and quotes do not separate.
 
     Raises RequestError beginning with `where`.
     """

@@ -1,8 +1,8 @@
-"""Images in a file of numpy's, .npy or .npz, with labels in it or beside it: read one at a time, whatever its size.
+"""Images in a numpy file, .npy or .npz, with labels in it or beside it; read one at a time, whatever the file's size.
 
 An .npz has its images under one of IMAGES, and labels, if any, under one of LABELS; labels of NAME.npy or NAME.npz may
 lie in NAME-labels.npy, those of images.npy and train_images.npy in labels.npy and train_labels.npy. Must not know what
-becomes of them.
+images are used for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ddpm.run.files import open_file, sha256_file
 SUFFIXES = (".npz", ".npy")
 IMAGES = ("images", "arr_0", "samples")
 LABELS = ("labels", "label", "arr_1")
-"""numpy's own names are those of guided-diffusion's batches."""
+"""arr_0 and arr_1, numpy's default names, are those of guided-diffusion's batches."""
 PIECE_BYTES = 1 << 20
 
 
@@ -32,20 +32,20 @@ class ArrayFile(NamedTuple):
 
     path: Path
     key: str | None
-    """Of an .npz, under which the images are."""
+    """The array of an .npz that has the images; None for an .npy."""
     shape: tuple[int, int, int, int]
     """(N, H, W, 3), or (N, H, W, 1) in grey."""
     labels: np.ndarray | None
-    """int64 (N,), as the file says them."""
+    """int64 (N,), the file's numbers; None if there are none."""
     beside: Path | None
-    """Where they are, if not in the file."""
+    """The file that has the labels, if not `path`."""
 
     def fingerprint(self) -> Any:
-        """The content of all that was read."""
+        """sha256 of each file that was read."""
         return [sha256_file(self.path), self.beside and sha256_file(self.beside)]
 
     def images(self) -> Iterator[np.ndarray]:
-        """uint8 (H, W, 3) each. Raises RequestError where the file ends before its last."""
+        """Each image, uint8 (H, W, 3). Raises RequestError if the file ends too early."""
         num, *shape = self.shape
         with _opened(self.path, self.key) as file:
             _skip_header(file)
@@ -57,7 +57,7 @@ class ArrayFile(NamedTuple):
                 yield image if shape[-1] == 3 else image.repeat(3, axis=2)
 
     def whole(self) -> np.ndarray:
-        """All of them, uint8 (N, H, W, 3); mapped where they lie so."""
+        """All images, uint8 (N, H, W, 3); memory-mapped if the file has them in this form."""
         if self.key is None and self.shape[-1] == 3:
             return np.load(self.path, allow_pickle=False, mmap_mode="r")
         images = np.empty((*self.shape[:3], 3), np.uint8)
@@ -67,7 +67,7 @@ class ArrayFile(NamedTuple):
 
 
 def open_array(path: Path) -> ArrayFile:
-    """What is in `path`; no image is read yet. Raises RequestError where it holds none, or labels of others."""
+    """Open `path` without reading images. Raises RequestError if it has no usable images, or labels that do not fit."""
     key = None
     try:
         if path.suffix == ".npz":
@@ -102,7 +102,7 @@ def open_array(path: Path) -> ArrayFile:
 
 
 def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, Path | None]:
-    """Those of `num` images and the file that they are in, if not the images' own."""
+    """The labels of `num` images, and the file that has them if it is not `path`; (None, None) if there are none."""
     if key is not None:
         with np.load(path, allow_pickle=False) as archive:
             for name in filter(archive.files.__contains__, LABELS):
@@ -142,7 +142,7 @@ def _expected(num: int) -> str:
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
-    """The classes that occur, in the order of their numbers and called by them, and the index of each value's."""
+    """Class names, which are the distinct values in order, and the class index of each value."""
     numbers = sorted(set(values))
     index = {number: i for i, number in enumerate(numbers)}
     return [str(number) for number in numbers], [index[value] for value in values]
@@ -169,13 +169,13 @@ def _size(path: Path, key: str | None) -> int:
 
 
 def _skip_header(file: IO[bytes]) -> None:
-    """Of a file that `open_array` has looked at."""
+    """Move past the .npy header, which `open_array` has checked."""
     first = np.lib.format.read_magic(file) == (1, 0)
     (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
 
 
 def _read(file: IO[bytes], num: int, path: Path) -> bytes:
-    """So many bytes, fewer at the end."""
+    """The next `num` bytes, fewer at the end of the file. path: for messages."""
     raw = bytearray()
     try:
         while len(raw) < num and (piece := file.read(min(num - len(raw), PIECE_BYTES))):

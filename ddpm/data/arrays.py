@@ -1,6 +1,6 @@
-"""The arrays of a packed dataset as they are written: an image at a time, in numpy's own form, with their digests.
+"""Writes the arrays of a packed dataset, one image at a time, as .npy files with their digests.
 
-Must not know where images come from, nor where the arrays come to lie.
+Must not know where images come from, nor where the dataset will be.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Item = tuple[np.ndarray, int]
 
 
 def write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], classes: Sequence[str]) -> dict[str, Any]:
-    """images.npy, labels.npy and the digest of these, an image at a time: CelebA at 128x128 is 8 GB.
+    """Write images.npy, labels.npy and labels.json into `where`, one image at a time: CelebA at 128x128 is 8 GB.
 
-    Returns what meta.json says of the images. The labels' digest is in a file of its own because caches from before
-    there was one get it added.
+    Returns what meta.json records of the images. The labels' digest has its own file, labels.json, because it is added
+    to old caches that have none.
     """
     labels = []
     digest = hashlib.sha256(digest_head(np.dtype(np.uint8), shape))
@@ -53,7 +53,7 @@ def write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], cla
 
 
 def _shortened(path: Path, shape: tuple[int, ...], num_bytes: int) -> Any:
-    """The digest of images.npy once its header says how many images came. Raises RequestError where none did."""
+    """Correct the number of images in the header of images.npy, and return its digest. RequestError if it is 0."""
     if not shape[0]:
         raise RequestError("data.skip_damaged=true: not one image can be decoded; leave it out to see why")
     with path.open("r+b") as f:

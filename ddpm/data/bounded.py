@@ -1,4 +1,4 @@
-"""Arrays in files that others may have made: they get no more memory than their bytes can fill."""
+"""Checks of array files from others, so that a small file cannot make a reader allocate much memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ddpm.data.listing import BOUNDED
 from ddpm.run import files
 
 MOST_HEADER_BYTES = 64 << 10
-"""Of an .npy: numpy itself parses no more than 10,000."""
+"""Of an .npy header that is read: numpy itself parses no more than 10,000."""
 MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
 """An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 
 
 def check_members(archive: zipfile.ZipFile, num_bytes: int) -> None:
-    """Of an .npz of so many bytes. Raises ValueError where its arrays would take more memory than it can hold."""
+    """Check an .npz of `num_bytes`. Raises ValueError if its arrays would take more memory than it can fill."""
     whole = sum(member.file_size for member in archive.infolist())
     if whole > files.ARRAYS_BYTES or (whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * num_bytes):
         raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
@@ -37,10 +37,10 @@ def unread(error: Exception) -> str:
 
 
 def read_header(file: IO[bytes], num_bytes: int) -> tuple[Any, bool, np.dtype[Any]]:
-    """Shape, whether it is in Fortran's order, and type of an .npy, whole or a member of an .npz, of so many bytes.
+    """Shape, whether in Fortran order, and dtype of an .npy (a file or a member of an .npz) of `num_bytes`.
 
-    Raises ValueError where it is none, or its header tells of another size: numpy would take the memory before it looks
-    for the bytes. The file's position is anywhere afterwards.
+    Raises ValueError if it is no .npy, or its header does not match its size: numpy would allocate before it looks for
+    the bytes. The file's position is undefined afterwards.
     """
     head = io.BytesIO(file.read(MOST_HEADER_BYTES))  # else as much memory as it says that its header takes
     version = np.lib.format.read_magic(head)

@@ -33,10 +33,10 @@ HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
 
 def open_source(data: Data) -> Source:
-    """The images that `data` chooses. Without a data.path all that is known is their splits and classes.
+    """The images that `data` selects. Without a data.path only splits and classes are known.
 
-    Raises RequestError for a path that holds no CelebA, a damaged list, an attribute that the list does not have, or a
-    choice without images or with a class that has none.
+    Raises RequestError for a path without CelebA, a damaged list, an attribute that the list does not have, or a
+    selection that is empty or leaves a class without images.
     """
     if data.path is None:
         return Source("celeba", None, {split: [] for split in SPLITS.values()}, _classes(data))
@@ -44,10 +44,10 @@ def open_source(data: Data) -> Source:
 
 
 def download(data: Data, folder: Path) -> Source:
-    """`open_source` of what lies in `folder`, where what lacks is downloaded first.
+    """`open_source` for `folder`, after downloading the files that it lacks.
 
     The ids and MD5s are torchvision's; its class is not used because it also unpacks the zip. Raises EnvironmentLacks
-    where a download fails.
+    if a download fails.
     """
     for file in (ATTRIBUTES, PARTITION, f"{IMAGES}.zip"):
         if not (folder / file).exists():
@@ -77,7 +77,7 @@ def _fetch(file: str, folder: Path) -> None:
 
 
 def _find(path: Path) -> Path:
-    """The folder, or Kaggle's one zip, that holds the lists."""
+    """The folder that has the lists, or Kaggle's zip of everything. Raises RequestError."""
     if path.is_file():
         if _list(path, ATTRIBUTES) is not None:
             return path
@@ -99,10 +99,10 @@ def _find(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class List:
-    """One of CelebA's lists as it was found."""
+    """One of CelebA's lists."""
 
     path: Path
-    """For messages; of one in a zip, as if that were a folder."""
+    """For messages; for a list in a zip, the path as if the zip were a folder."""
     raw: bytes
 
     @property
@@ -115,7 +115,7 @@ class List:
 
 
 def _list(place: Path, name: str) -> List | None:
-    """CelebA's own list, or what Kaggle has made of it, in a folder or a zip; None where there is none."""
+    """CelebA's own list, or Kaggle's .csv of it, in a folder or a zip; None if there is none."""
     names = [name, PurePosixPath(name).with_suffix(".csv").name]
     if not place.is_file():
         there = [place / n for n in names if (place / n).is_file()]
@@ -137,13 +137,13 @@ def _damaged(found: List, line: int, what: str) -> RequestError:
 
 
 def _fields(of: List, line: str, values: int) -> list[str]:
-    """A file name, which may have spaces in it, and so many values after it; other numbers of them where the line is
-    damaged."""
+    """The fields of a line: a file name, which may contain spaces, and `values` values; a damaged line gives another
+    number of fields."""
     return [f.strip() for f in (line.split(",") if of.is_csv else line.strip().rsplit(None, values))]
 
 
 def read_names(attributes: List) -> list[str]:
-    """The attributes of a list, in its order: of line 2, of a .csv's line 1."""
+    """The attributes of a list in its order: from line 2, or line 1 of a .csv. Raises RequestError."""
     lines = attributes.lines[:2]
     if attributes.is_csv:
         names = _fields(attributes, lines[0], 0)[1:] if lines else []
@@ -190,7 +190,7 @@ def read_partition(found: List) -> dict[str, str]:
 
 
 def _choose(data: Data, folder: Path) -> Source:
-    """What the lists in `folder`, which may be a zip, and the attributes asked for make of its images."""
+    """The source that results from the lists in `folder`, which may be a zip, and the attributes asked for."""
     attributes, partition = _list(folder, ATTRIBUTES), _list(folder, PARTITION)
     assert attributes is not None  # by which the folder was found
     if wrong := unknown_name(data.attributes, data.label_attributes, read_names(attributes)):
@@ -236,7 +236,7 @@ def _choose(data: Data, folder: Path) -> Source:
 
 
 def _classes(data: Data) -> list[str]:
-    """A name for each label: bit i is the i-th of data.label_attributes. Without any there is one class."""
+    """A name for each label, whose bit i is attribute i of data.label_attributes; one class if there are none."""
     names = data.label_attributes
     return [
         ",".join(f"{name}={label >> i & 1}" for i, name in enumerate(names)) or "all"
@@ -245,7 +245,7 @@ def _classes(data: Data) -> list[str]:
 
 
 def _images(folder: Path, listed: Iterable[str]) -> tuple[Path, dict[str, str]]:
-    """The zip or folder with the images, and the name in it of each that is listed: all must be there."""
+    """The zip or folder with the images, and the name in it of each listed image. RequestError if one is missing."""
     # the zip first: a folder beside it may be half unpacked
     for images in (folder,) if folder.is_file() else (folder / f"{IMAGES}.zip", folder / IMAGES):
         if images.exists():

@@ -1,4 +1,4 @@
-"""dataset.json, in which the dataset tools of StyleGAN and EDM keep labels beside images in folders of a thousand each.
+"""dataset.json, in which the dataset tools of StyleGAN and EDM keep labels, with images in folders of a thousand each.
 
 {"labels": [["00000/img00000000.png", 3], ...]} or {"labels": null}; names are relative to where it lies. Must not know
 how it is read. https://github.com/NVlabs/edm/blob/main/dataset_tool.py
@@ -19,17 +19,17 @@ MOST_BYTES = 1 << 30
 
 
 def place(names: Sequence[str], images: Sequence[str]) -> str | None:
-    """Which of `names` is one that lies above all `images`; None where none does."""
+    """The dataset.json among `names` whose folder contains all `images`; None if there is none."""
     found = sorted((n for n in names if PurePosixPath(n).name == NAME), key=len)
     above = (n for n in found if all(PurePosixPath(i).is_relative_to(PurePosixPath(n).parent) for i in images))
     return next(above, None)
 
 
 def classes(raw: bytes, path: PurePath, where: str, images: Sequence[str]) -> dict[str, str] | None:
-    """The class of each image, "" where it says that there are none; None where it is a file of another kind.
+    """The class of each image ("" for all if its labels are null); None if the file is something else.
 
-    path, where: of the folder or zip, and its place in it.
-    Raises RequestError where it is damaged, or is not of these images.
+    raw: the file's content; path: the folder or zip; where: the file's place in it.
+    Raises RequestError if it is damaged, or lacks a label of an image.
     """
     try:
         said: Any = json.loads(raw)

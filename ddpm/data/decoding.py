@@ -1,8 +1,8 @@
-"""One picture to pixels: what cameras, scanners and editors write, as 8-bit sRGB without transparency.
+"""Decodes one picture, as cameras, scanners and editors write them, to 8-bit sRGB without transparency.
 
-Owns what becomes of each kind of picture, and counts what was changed in it; eight bits of RGB stay as they are. Of 16
-bits 65535 is white: greys are rounded to the nearest level, and of colours Pillow keeps the higher byte, which is a
-level below at most. Must not know where pictures come from.
+Owns how each kind of picture is converted, and counts the conversions; 8-bit RGB stays as it is. With 16 bits 65535 is
+white: greys are rounded to the nearest level, and for colours Pillow keeps the higher byte, which is at most one level
+less. Must not know where pictures come from.
 https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 MOST_PIXELS = 1 << 30
-"""Of a picture; it takes four gigabytes, whatever its file has."""
+"""Largest picture that is decoded; it takes four gigabytes of memory."""
 ORIENTATION = 0x0112
 """EXIF's tag of which way up a camera was held."""
 UPRIGHT = {
@@ -29,25 +29,25 @@ UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What turns a picture of each of its values upright, in Pillow's words."""
+"""EXIF orientation -> the Pillow transposition that turns the picture upright."""
 
 
 @dataclass
 class Decoding:
-    """How pictures become pixels, and what came of it."""
+    """How pictures are decoded, and a count of what was done to them."""
 
     background: str = "white"
-    """What transparent pixels lie upon: a colour that Pillow knows."""
+    """Colour behind transparent pixels, in a form that Pillow knows."""
     skip_damaged: bool = False
-    """Whether pictures that cannot be decoded are left out."""
+    """Leave out pictures that cannot be decoded."""
     damaged: dict[str, str] = field(default_factory=dict)
-    """Those, by name, each with why."""
+    """Name -> reason, of pictures that could not be decoded."""
     converted: Counter[str] = field(default_factory=Counter)
-    """How many pictures were changed how."""
+    """Kind of change -> number of pictures."""
 
     def pixels(self, raw: bytes, size: int | None) -> np.ndarray:
-        """The picture in a file's bytes as `to_square` gives it. Raises what Pillow does for one that is damaged, and
-        ValueError for one whose pixels could be any."""
+        """The picture in `raw`, the bytes of its file, as `to_square` returns it. Raises Pillow's errors for a damaged
+        picture, and ValueError for one that has no single meaning (several pages, floating-point pixels)."""
         from PIL import Image
 
         Image.MAX_IMAGE_PIXELS = None  # ours is below, and larger
@@ -58,7 +58,7 @@ class Decoding:
         return self.square(rgb, size)
 
     def square(self, rgb: Any, size: int | None) -> np.ndarray:
-        """As `to_square`, and counted."""
+        """`to_square`, with a count of crops and enlargements."""
         if size is not None and rgb.width != rgb.height:
             self.converted["cropped to their middle"] += 1
         if size is not None and min(rgb.size) < size:
@@ -112,7 +112,7 @@ def _is_16_bit(image: Any) -> bool:
 
 
 def _orientation(image: Any) -> int:
-    """What EXIF says, 1 where it says nothing or is no good: such a picture is shown as it lies, everywhere."""
+    """EXIF's orientation; 1, upright, if there is none or it is damaged, as viewers do."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # struct's, Pillow's and Python's
@@ -121,7 +121,8 @@ def _orientation(image: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> Any:
-    """From a profile's colours to sRGB's; None where they are the same to a level, or the profile is no good."""
+    """The transformation from a colour profile to sRGB; None if it changes nothing by more than one level, or the
+    profile is damaged."""
     from PIL import Image, ImageCms
 
     try:
@@ -139,7 +140,8 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def to_square(image: Any, size: int | None) -> np.ndarray:
-    """A PIL image as uint8 (size, size, 3): RGB, centre-cropped to a square, resized with Lanczos; None keeps it."""
+    """A PIL image as uint8 (size, size, 3): RGB, centre-cropped to a square and resized with Lanczos; size None: kept
+    as it is, (H, W, 3)."""
     from PIL import Image
 
     image = image.convert("RGB")

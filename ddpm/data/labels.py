@@ -1,7 +1,7 @@
-"""Labels and classes as a part of the data: their digest, what a run keeps of them, and what of them has changed.
+"""Labels and classes of the data: their digest, what a run keeps of them, and how they have changed.
 
-The digest of the pixels (whole.py) covers which images there are, and their order. Labels and the names of classes
-change no step of a model without classes, so that whoever compares asks for them only where `model.num_classes` is set.
+The digest of the pixels (whole.py) covers which images there are, and their order. Labels and names of classes do not
+affect a model without classes, so they are compared only if `model.num_classes` is set.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ddpm.data.whole import PackedImages
 
 SHOWN = 4
-"""Classes that a message names."""
+"""Number of changed classes that a message names."""
 TOLD = 40
-"""Classes that are listed when they are packed."""
+"""Number of classes that a message lists."""
 
 
 def labels_digest(labels: np.ndarray, classes: Sequence[str]) -> str:
@@ -36,7 +36,7 @@ def labels_digest(labels: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def labels_record(packed: PackedImages) -> dict[str, Any]:
-    """What run.json keeps: the digest, and each class with its number of images, in the order of their indices."""
+    """`labels` of run.json: {"digest", "classes": name -> number of images, in the order of their indices}."""
     import numpy as np
 
     counts = np.bincount(packed.labels[packed.labels >= 0], minlength=len(packed.classes)).tolist()
@@ -45,15 +45,15 @@ def labels_record(packed: PackedImages) -> dict[str, Any]:
 
 
 def class_names(config: Config, record: Mapping[str, Any]) -> list[str]:
-    """Of a model's labels, in their order; none where it has no classes, or run.json, `record`, does not name them."""
+    """Class names by label; [] if the model has no classes, or run.json (`record`) does not name them."""
     named = (record.get("labels") or {}).get("classes") or {}
     return [str(name) for name in named] if config.model.num_classes == len(named) else []
 
 
 def class_index(word: str, names: Sequence[str], what: str) -> int:
-    """The label of a class by its name, or by its number where none is called so. `names`: of all, by label.
+    """The label of the class that `word` names, or whose number it is if no class has that name. names: by label.
 
-    RequestError, which begins with `what`, where there is none.
+    Raises RequestError, which begins with `what`, if there is no such class.
     """
     for known in (list(names), [str(label) for label in range(len(names))]):
         if word in known:
@@ -66,15 +66,15 @@ def class_index(word: str, names: Sequence[str], what: str) -> int:
 
 
 def told_of_classes(record: dict[str, Any]) -> str:
-    """The classes of a `labels_record` with their indices and numbers of images, in a line; "" where there is one."""
+    """One line with the classes of a `labels_record`, their indices and numbers of images; "" for a single class."""
     each = [f"{i} = {plain(name) or 'no folder'} ({num:,})" for i, (name, num) in enumerate(record["classes"].items())]
     more = f", and {len(each) - TOLD} more" if len(each) > TOLD else ""
     return f"classes: {', '.join(each[:TOLD])}{more}" if len(each) > 1 else ""
 
 
 def labels_changed(kept: dict[str, Any] | None, here: dict[str, Any]) -> str | None:
-    """How the labels of the data differ from those that a run keeps, both as `labels_record` gives them: for a message.
-    None: not at all, or nothing is kept, as by runs from before labels were."""
+    """For a message: how the labels of the data differ from those that a run keeps (both as of `labels_record`). None
+    if they do not, or the run keeps none, as old runs."""
     if not kept or here["digest"] == kept.get("digest"):
         return None
     old, new = kept.get("classes") or {}, here["classes"]

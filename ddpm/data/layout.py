@@ -1,4 +1,4 @@
-"""What the folders of a set of images mean: splits, classes, what merely wraps them; what cannot be told is refused.
+"""Which folders of a set of images are splits, which are classes, and which only wrap them; unclear ones are refused.
 
 Must not know: what is in a file.
 """
@@ -17,19 +17,19 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
 }
 OF_OLD = {"train", "test", "val", "valid"}
-"""Folders that were splits in every version."""
+"""Names of folders that were splits in the first versions too."""
 WORD = re.compile("|".join(sorted(SPLITS, key=len, reverse=True)))
 SHOWN = 8
-"""Folders and duplicates that a message names."""
+"""Number of folders or duplicates that a message names."""
 
 
 def split_of(folder: str) -> str | None:
-    """Which split a folder of that name holds, however it is written; None where it is another."""
+    """The split that a folder's name stands for, in upper or lower case; None if it is no split."""
     return SPLITS.get(folder.lower())
 
 
 def wrappers(images: Sequence[str]) -> int:
-    """How many folders wrap all the images: they say nothing."""
+    """The number of outer folders that contain all images, and so mean nothing."""
     parts = [PurePosixPath(name).parts for name in images]
     depth = 0
     while (
@@ -40,7 +40,7 @@ def wrappers(images: Sequence[str]) -> int:
 
 
 def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
-    """Raise RequestError where some images lie in a split for training and others beside it, or splits lie in what
+    """Raise RequestError if some images are in a training split and others beside it, or if splits are inside what
     would be a class: images of a test split would be trained on. depth: of `wrappers`."""
     folders = [PurePosixPath(name).parts[depth:-1] for name in images]
     outer = {split_of(f[0]) if f else None for f in folders}
@@ -60,7 +60,7 @@ def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
 
 
 def _is_split_by_words(folders: Iterable[str]) -> bool:
-    """Whether some differ in a split's word alone: training_set and test_set, but not freight train and test tube."""
+    """Whether names differ only in a split's word: training_set and test_set do, freight train and test tube do not."""
     found: dict[tuple[str, str], set[str]] = {}
     for folder in folders:
         if match := WORD.search(folder.lower()):
@@ -71,7 +71,7 @@ def _is_split_by_words(folders: Iterable[str]) -> bool:
 
 
 def refuse_twice(path: Path, images: Sequence[str]) -> None:
-    """Raise RequestError where a zip has several images of one name: all but the last could not be reached."""
+    """Raise RequestError if a zip has several images of one name: only the last of them could be read."""
     twice = [f"{name} ({num} times)" for name, num in Counter(images).items() if num > 1]
     if twice:
         more = [f"{len(twice) - SHOWN} more"] if len(twice) > SHOWN else []
@@ -82,6 +82,6 @@ def refuse_twice(path: Path, images: Sequence[str]) -> None:
 
 
 def new_splits(images: Sequence[str], depth: int) -> Iterator[str]:
-    """Folders that are splits now and were classes once: what was packed of them then is something else."""
+    """Folders that count as splits now and counted as classes in old versions: they change the cache key."""
     found = {PurePosixPath(name).parts[depth] for name in images}
     return (name for name in sorted(found) if split_of(name) and name not in OF_OLD)

@@ -1,4 +1,4 @@
-"""Which files there are in a folder or a zip, by name. Must not know: what their folders mean, nor what is in them."""
+"""Lists the files in a folder or a zip by name. Must not know: what their folders mean, nor what is in them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ddpm.run.files import open_file
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
-"""Of pictures that are left out, which is said."""
+"""Kinds of pictures that are not read; their number is logged."""
 MAX_IMAGE_BYTES = 256 << 20
-"""Of a file of one image; ten megabytes of a zip can become ten gigabytes of zeros."""
+"""Of one image's file: ten megabytes of a zip can unpack to ten gigabytes of zeros."""
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Methods of compression by which zipfile unpacks a piece; of others a kilobyte may be a gigabyte."""
+"""Compression methods that zipfile unpacks in bounded pieces; with others a kilobyte may become a gigabyte at once."""
 
 
 def folder_names(path: Path) -> Iterator[str]:
-    """Files below a folder, through links to other folders as well; not through one that leads back to where it lies.
+    """Files below a folder, relative to it, also through links to folders, except links back to a folder above them.
 
-    Raises RequestError for a folder that cannot be looked into: its images would be missing without a word.
+    Raises RequestError for a folder that cannot be read: its images would be missing silently.
     """
 
     def refuse(error: OSError) -> None:
@@ -42,13 +42,12 @@ def folder_names(path: Path) -> Iterator[str]:
 
 
 UTF_8 = 0x800
-"""The flag of a member whose name says that it is UTF-8; macOS, and others, write such names without it."""
+"""Zip flag of a member whose name is UTF-8; macOS and others write UTF-8 names without it."""
 
 
 def zip_names(path: Path) -> dict[str, str]:
-    """The files in a zip: names by which zipfile opens them -> the same as they were meant, with the folders that
-    Windows tells by backslashes. Raises RequestError where it cannot be read, or an image in it is larger than any, or
-    there twice."""
+    """The files in a zip: name by which zipfile opens it -> intended name (UTF-8, / between folders). Raises
+    RequestError if the zip cannot be read, or an image in it is too large or there twice."""
     try:
         with open_file(path) as f, zipfile.ZipFile(f) as archive:
             files = [i for i in archive.infolist() if not i.is_dir()]
@@ -87,10 +86,10 @@ def suffix(name: str) -> str:
 
 
 def readable(name: str) -> str:
-    """The name of a file as text that can be written, whatever its bytes: those that are no UTF-8 as \\xe9."""
+    """A file name as text that can be written; bytes that are not UTF-8 become \\xe9."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_torchvisions(root: Path) -> bool:
-    """Whether CIFAR-10's own archive lies there, or may be downloaded to it."""
+    """Whether a folder has CIFAR-10's own archive, or is empty, so that it can be downloaded to it."""
     return root.is_dir() and (not any(root.iterdir()) or any(root.glob("cifar-10-*")))

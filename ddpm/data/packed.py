@@ -1,4 +1,4 @@
-"""Datasets to one packed uint8 array.
+"""Packs any dataset into one uint8 array.
 
 Any source is decoded once into CACHE/KEY/{images.npy, labels.npy, labels.json, meta.json}; KEY is a digest of the
 source, of what was chosen from it and of how it was resized. The directory appears by one rename, so a killed packing
@@ -37,14 +37,15 @@ PACK_VERSION = 1
 ABANDONED_AFTER_S = 86_400
 SPOTS = 8
 OTHER_PICTURE = 3
-"""Levels by which pictures differ on average that are not the same one: versions of a JPEG's decoder differ by less."""
+"""Mean difference in grey levels above which two pictures are different ones: JPEG decoders differ by less."""
 
 
 # ---------------------------------------------------------------- sources
 
 
 def open_source(data: Data) -> Source:
-    """Check the configured data without writing anything. Raises RequestError for a path that cannot serve."""
+    """The source of the configured data, checked, without writing anything. Raises RequestError for an unusable
+    path."""
     if data.name == "digits":
         return sources.digits()
     path = Path(data.path).expanduser() if data.path else None
@@ -69,8 +70,8 @@ def open_source(data: Data) -> Source:
 
 
 def key_of(data: Data, source: Source, split: str, cache: Path, tell: Callable[[str], None] = lambda text: None) -> str:
-    """Under which key `cache` has the packed data, or will have it. A folder is known by the names, sizes and times of
-    its files; where those are the same as another's whose pixels lie there, by what is in them."""
+    """The key under which `cache` has the packed data, or will have it. A folder is identified by the names, sizes and
+    times of its files, or, if another folder with the same ones is packed there, by the content of its files."""
     key = _key(data, source, split, source.fingerprint())
     if source.kind != "folder" or data.skip_damaged or _alike(cache, key, data, source, split):
         return key
@@ -81,7 +82,7 @@ def key_of(data: Data, source: Source, split: str, cache: Path, tell: Callable[[
 
 
 def _alike(cache: Path, key: str, data: Data, source: Source, split: str) -> bool:
-    """Whether SPOTS of a source's pictures are those that lie there, as far as both can be read."""
+    """Whether a few (SPOTS) of a source's pictures equal those packed under `key`, as far as both can be read."""
     try:
         there = open_packed(cache, key)
     except (DamagedFile, OSError):
@@ -121,7 +122,7 @@ def pack(
     stop_requested: StopRequested = lambda: None,
     or_else: str = "choose another place",
 ) -> tuple[str, PackedImages]:
-    """Unpack `split` of the configured data into `cache` unless it is there and whole; returns its key and the mapped
+    """Pack `split` of the configured data into `cache`, unless it is there and whole; returns its key and the mapped
     arrays.
 
     or_else: what a user can do where `cache` cannot be written to.
@@ -173,7 +174,7 @@ def pack(
 
 
 def _tell(how: Decoding, num: int) -> dict[str, Any]:
-    """Say what was done to pictures and which were left out, a line each; what meta.json keeps of that."""
+    """Log how pictures were converted and which were left out; returns what meta.json keeps of that."""
     record: dict[str, Any] = {}
     if how.converted:
         record["converted"] = dict(how.converted)
@@ -186,7 +187,7 @@ def _tell(how: Decoding, num: int) -> dict[str, Any]:
 
 
 def _check_source(where: Path, packed: PackedImages, data: Data, source: Source, split: str) -> None:
-    """Raises DamagedFile where this is another dataset's, as far as its form and names tell."""
+    """Raise DamagedFile if packed data is another dataset's, as far as its shape and names show."""
     size, num = data.image_size, len(source.members[split])
     says = [packed.split, list(packed.classes), *packed.images.shape[1:3]]
     alike = says == [split, source.classes, size, size] and (data.skip_damaged or num in (0, len(packed)))
@@ -196,10 +197,10 @@ def _check_source(where: Path, packed: PackedImages, data: Data, source: Source,
 
 
 def _publish(tmp: Path, there: Path, look: Callable[[], object], or_else: str) -> None:
-    """Rename `tmp` to its key, unless another job has packed the same meanwhile; what is damaged there moves aside.
+    """Rename `tmp` to `there`, unless another job has packed the same meanwhile; a damaged `there` is moved aside.
 
-    look: raises OSError or DamagedFile where what is there is not the same.
-    Raises EnvironmentLacks where that is not allowed, as with a colleague's in a shared cache.
+    look: raises OSError or DamagedFile if `there` is not the same data.
+    Raises EnvironmentLacks if moving is not permitted, as for a colleague's data in a shared cache.
     """
     cache = there.parent
     while True:
@@ -227,7 +228,7 @@ def _publish(tmp: Path, there: Path, look: Callable[[], object], or_else: str) -
 
 
 def remove_abandoned(where: Path, unchanged_s: float) -> None:
-    """What packings or copies that were killed have left: gigabytes that nobody has written to for so long."""
+    """Remove what killed packings or copies have left and nobody has written to for `unchanged_s` seconds."""
     for left in where.glob(f"{TMP_PREFIX}*"):
         with contextlib.suppress(OSError):
             if max(p.stat().st_mtime for p in (left, *left.glob("*"))) < time.time() - unchanged_s:
@@ -252,9 +253,9 @@ def _in_words(error: Exception) -> str:
 
 
 def load_folder(path: Path) -> PackedImages:
-    """A folder, zip or array of equally sized images as it is: nothing resized, nothing cached, all splits together.
+    """A folder, zip or array of equally sized images, without resizing or caching, all splits together.
 
-    Raises RequestError for no images, damaged ones, or images of several sizes.
+    Raises RequestError if there are no images, damaged ones, or images of several sizes.
     """
     try:
         source = open_source(Data(name="images", path=str(path)))
@@ -273,5 +274,5 @@ def load_folder(path: Path) -> PackedImages:
 
 
 def as_they_are(images: np.ndarray, path: Path) -> PackedImages:
-    """Images uint8 (N, H, W, 3) of `path` that nobody has packed."""
+    """Images uint8 (N, H, W, 3) of `path` in the form of packed data."""
     return PackedImages(images, np.zeros(len(images), np.int64), path.name, "all", images_digest(images))

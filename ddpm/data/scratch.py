@@ -1,4 +1,4 @@
-"""A copy of packed data on a node's own disk: whole or not at all, and never something that a job has to have."""
+"""A copy of packed data on a node's own disk: whole or not at all, and never required by a job."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ COPY_ABANDONED_AFTER_S = 3600
 
 
 def copy_to_scratch(cache: Path, key: str, scratch: Path, *, stop_requested: StopRequested = lambda: None) -> None:
-    """Copy a packed dataset to node-local `scratch`, in place of a copy that is not whole (disks of nodes are cleaned
-    file by file). stop_requested is asked after each chunk.
+    """Copy a packed dataset to node-local `scratch`, replacing an incomplete copy (clean-ups of nodes delete single
+    files). stop_requested is asked after each chunk.
 
     Raises OSError (no room, no such disk), DamagedFile (the disk gives back something else), Stopped.
     """

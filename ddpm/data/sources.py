@@ -33,10 +33,10 @@ PIECE_BYTES = 1 << 16
 PASSING = frozenset((
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
     errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
-"""What a file system says that may be over in a moment, and tells nothing of the picture."""
+"""Errors of a file system that may pass in a moment, and do not mean that a picture is damaged."""
 BACKSLASH = "\\"
 SHOWN = 20
-"""Damaged images that a message names."""
+"""Number of damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
 
 
@@ -50,11 +50,11 @@ class Source:
     """split -> names relative to `path`, sorted; no names where a library reads the images (NUM_IMAGES)."""
     classes: list[str]
     labels: dict[str, int] = field(default_factory=dict)
-    """name -> index into `classes`; -1 in a folder that no training image lies in."""
+    """name -> index into `classes`; -1 for a class that has no training image."""
     selection: Any = None
-    """What else decided which images there are and what their labels mean (JSON): the cache key covers it."""
+    """Whatever else determined the images and the meaning of their labels (JSON): part of the cache key."""
     not_taken: Mapping[str, int] = field(default_factory=dict)
-    """Files of each suffix of pictures that are not taken."""
+    """Suffix -> number of pictures of kinds that are not read."""
     array: ArrayFile | None = None
 
     def num_images(self, split: str) -> int:
@@ -73,7 +73,7 @@ class Source:
 
 
 def _stat(path: Path) -> os.stat_result:
-    """Of what a link leads to; of the link itself where that is nowhere."""
+    """stat of a link's target, or of the link itself if it has none."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -90,10 +90,10 @@ def cifar10(path: Path | None) -> Source:
 
 
 def images(path: Path) -> Source:
-    """Images in CLASS/NAME.png of a folder or zip, optionally under train/ and test/, where folders in a class are of
-    that class; or those of an array.
+    """The images of a folder or zip, CLASS/NAME.png, optionally under train/ and test/ (folders inside a class belong
+    to that class), or of an array file.
 
-    Raises RequestError where there are none.
+    Raises RequestError if there are none.
     """
     if path.is_dir():
         return _from_names("folder", path, {name: readable(name) for name in folder_names(path)})
@@ -114,7 +114,7 @@ def _of_array(path: Path) -> Source:
 
 
 def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
-    """meant: names by which files are opened -> the same as text, with their folders."""
+    """meant: name by which a file is opened -> its name as text, with / between folders."""
     pictures = sorted(
         n for n, m in meant.items() if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(m).parts)
     )
@@ -165,7 +165,8 @@ def _by_number(name: str) -> int:
 def _said_beside(
     kind: str, path: Path, pictures: Mapping[str, str], places: list[str], selection: dict[str, Any]
 ) -> dict[str, str] | None:
-    """The class of each image where a dataset.json says it, which the selection then has. pictures: names by place."""
+    """The class of each image from a dataset.json, whose digest is added to `selection`; None if there is none.
+    pictures: name as text -> name by which it is opened."""
     if (where := dataset_json.place(list(pictures), places)) is None:
         return None
     try:
@@ -188,9 +189,9 @@ def _said_beside(
 def read(
     source: Source, split: str, size: int | None, downloads: Path, how: Decoding | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Each image of a split, uint8 (size, size, 3), and its class. downloads: where what has no path is kept.
+    """Each image of a split, uint8 (size, size, 3), and its label. downloads: folder for data without a path.
 
-    how: what to do with pictures, and where to tell what was done.
+    how: how to decode pictures; it also counts what was done.
     Raises RequestError naming all images that cannot be decoded, EnvironmentLacks (no download, no scikit-learn).
     """
     if source.kind == "digits":
@@ -253,9 +254,9 @@ def _in_a_line(error: Exception) -> str:
 
 
 def told_of_damaged(damaged: Mapping[str, str], num: int, *, skipped: bool = False) -> str:
-    """Which of `num` images cannot be decoded, each with why: SHOWN of them, and how many more; and what to do.
+    """For a message: which of `num` images cannot be decoded and why, at most SHOWN of them, and what to do about it.
 
-    skipped: they are left out, and nothing need be done.
+    skipped: they are left out, so that nothing needs to be done.
     """
     if len(damaged) == 1:
         ((name, why),) = damaged.items()
@@ -267,7 +268,8 @@ def told_of_damaged(damaged: Mapping[str, str], num: int, *, skipped: bool = Fal
 
 
 def _all_of(file: IO[bytes]) -> bytes:
-    """What is in the file of one image. Raises ValueError where that is more than one has, whatever an archive says."""
+    """The content of one image's file. Raises ValueError if it is empty or too large, whatever an archive's index
+    says."""
     raw = bytearray()
     while piece := file.read(PIECE_BYTES):
         raw += piece

@@ -1,8 +1,8 @@
-"""A packed dataset as it lies on disk: mapped, and known to be what was packed.
+"""Maps a packed dataset from disk, and checks that it is what was packed.
 
-Its pixels are all read, once per machine and boot. What was found whole is marked by an empty file on the machine's own
-disk, whose name is a digest of the boot, of the file's identity, size and times, and of the pixels: so there is nothing
-to read back, and a changed file has no mark. Must not know: how anything comes to be packed.
+All pixels are read once per machine and boot. A file that was found whole is marked by an empty file on the machine's
+own disk, whose name is a digest of the boot, of the file's identity, size and times, and of the pixels: the mark need
+not be read, and a changed file has none. Must not know: how data is packed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
 SETTLED_S = 2.0
-"""A file that changed later than this before it was read is not marked: times of files are too coarse to tell a change
-right after from none."""
+"""A file that was changed within this time before it was read is not marked: file times are too coarse to show another
+change right afterwards."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def images_digest(images: np.ndarray) -> str:
 
 
 class Watch:
-    """On the file whose pixels are mapped: who writes into it changes what is trained on."""
+    """Watches the file whose pixels are mapped, since writing into it changes what is trained on."""
 
     def __init__(self, packed: PackedImages) -> None:
         self._packed = packed
@@ -69,8 +69,8 @@ class Watch:
         self._seen = self._now()
 
     def damage(self) -> str:
-        """What is wrong with it, or "". It is read again where what its path says of it (which file it is, size, times)
-        is not what it said before, so a touch costs one reading; a network file system may say so a minute late."""
+        """That the mapped pixels were overwritten, for a message, or "". They are only read again if the file's inode,
+        size or times have changed; a network file system may show that a minute late."""
         if (now := self._now()) != self._seen:
             if images_digest(self._packed.images) != self._packed.digest:
                 return f"{self._path}: overwritten while it was mapped"
@@ -92,9 +92,9 @@ def _identity(stat: os.stat_result) -> list[int]:
 
 
 def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> PackedImages:
-    """Map a packed dataset, from its copy on `scratch` where that looks whole: all but its pixels is checked.
+    """Map a packed dataset, from its copy on `scratch` if that looks whole. Everything but the pixels is checked.
 
-    Raises OSError where it is not there or cannot be read, DamagedFile where it is not whole.
+    Raises OSError if it does not exist or cannot be read, DamagedFile if it is damaged.
     """
     if scratch is not None:
         with contextlib.suppress(OSError, DamagedFile):
@@ -117,8 +117,8 @@ def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> Packed
 
 
 def _check_labels(digest_file: Path, packed: PackedImages) -> None:
-    """Raises DamagedFile where the labels cannot be those that were packed; all that a cache without their digest
-    tells is what they may be."""
+    """Raise DamagedFile if the labels are not those that were packed; without their digest (in an old cache) only their
+    form and range can be checked."""
     labels, num, classes = packed.labels, len(packed), packed.classes
     whole = labels.dtype == np.int64 and labels.shape == (num,) and num > 0
     whole = whole and -1 <= labels.min() <= labels.max() < len(classes)
@@ -132,11 +132,10 @@ def _check_labels(digest_file: Path, packed: PackedImages) -> None:
 def open_verified(
     cache: Path, key: str, *, labels: Sequence[int] = (), stop_requested: StopRequested = lambda: None
 ) -> PackedImages:
-    """`open_packed` of data whose pixels are known to be those that were packed: read once per machine and boot.
+    """`open_packed` with the pixels checked too: they are read once per machine and boot.
 
-    labels: what they must be, where the images have told.
-    A cache from before labels had a digest gets it added, of the labels that it has.
-    Raises Stopped besides.
+    labels: what the labels must be, if known from the source. An old cache gets a digest of the labels that it has.
+    Also raises Stopped.
     """
     packed, where = open_packed(cache, key), cache / key
     if labels and packed.labels.tolist() != list(labels):
@@ -151,10 +150,11 @@ def open_verified(
 
 
 def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_requested: StopRequested) -> None:
-    """Read `path` from byte `first` on into `digest`, unless it was found whole before.
+    """Check the digest of `path` from byte `first` on, unless it was found whole before. digest: a hash of what
+    precedes.
 
-    By read(2), not by a map: a block that the disk has lost is an OSError then, and no SIGBUS.
-    Raises DamagedFile where the digest is not `expected`; OSError, Stopped.
+    Uses read(2) instead of the map, so that a bad block of the disk is an OSError and no SIGBUS.
+    Raises DamagedFile if the digest is not `expected`; OSError; Stopped.
     """
     with path.open("rb") as f:
         stat, began = os.fstat(f.fileno()), time.time()
@@ -174,9 +174,9 @@ def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_reques
 
 
 def _mark(stat: os.stat_result, expected: str) -> Path | None:
-    """Where it is noted that this file was whole. None: nowhere on this machine, so it is read each time."""
-    marks = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"
+    """The mark of a file that was found whole; None if this machine has no place for marks: then it is always read."""
     try:
+        marks = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         marks.mkdir(mode=0o700, exist_ok=True)
         if marks.lstat().st_uid != os.getuid():

@@ -1,10 +1,10 @@
-"""The variational bound of images: how many bits per dimension they cost under a model, in its three parts.
+"""The variational bound on an image's negative log-likelihood, in bits per dimension and in its three parts.
 
 Owns: Ho et al. 2020, equations 5, 8 and 13, in float64. Must not know: networks beyond eps(x_t, t), generators, files.
 
-As Ho et al. count it: one draw of x_t for each t, the predicted x_0 clipped where that of samples is, fixed variances,
-at t = 0 that of the posterior at t = 1 with either. Their decoder takes an approximate normal distribution and no
-probability below 1e-12; here it is exact, far tails included.
+As Ho et al. compute it: one draw of x_t for each t; the predicted x_0 is clipped if that of samples is; the variances
+are fixed, and at t = 0 the posterior's at t = 1 is taken for both kinds. Their decoder approximates the normal
+distribution and takes no probability below 1e-12; here it is exact, far tails included.
 """
 
 import math
@@ -17,7 +17,7 @@ from ddpm.diffusion.samplers import EpsModel, Noise
 from ddpm.diffusion.schedule import Schedule
 
 HALF_BIN = 1.0 / 255.0
-"""Half of a grey level where images lie in [-1, 1]."""
+"""Half the width of a grey level of images in [-1, 1]."""
 
 
 def variational_bound(
@@ -30,11 +30,11 @@ def variational_bound(
     clip_x_0: bool,
     callback: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """(L_T, L_1 + … + L_T-1, L_0) of each image in bits per dimension: float64 (B, 3); their sum is its bound.
+    """(L_T, L_1 + … + L_T-1, L_0) of each image in bits per dimension: float64 (B, 3), which sum to its bound.
 
-    eps_model: is given x_t in float32, once for each timestep. x_0: float64 (B, C, H, W), 256 levels in [-1, 1].
-    noise(t): standard normals like x_0. variance: fixed_large (beta_t) or fixed_small (the posterior's), else
-    ValueError. callback: before each evaluation.
+    eps_model: called with x_t in float32, once for each timestep. x_0: float64 (B, C, H, W), 256 levels in [-1, 1].
+    noise(t): returns standard normals like x_0. variance: fixed_large (beta_t) or fixed_small (the posterior's), else
+    ValueError. callback: called before each evaluation.
     """
     variances = {"fixed_large": schedule.beta, "fixed_small": schedule.posterior_variance}
     if variance not in variances:
@@ -59,7 +59,8 @@ def variational_bound(
         if clip_x_0:
             predicted = predicted.clamp(-1.0, 1.0)
         if i:
-            squared = (weight[i] * (x_0 - predicted)) ** 2  # of the difference of the means: x_t weighs alike in both
+            # the two means differ only in their x_0, since x_t has the same weight in both
+            squared = (weight[i] * (x_0 - predicted)) ** 2
             ratio = posterior[i] / model[i]
             between += total(0.5 * (ratio - 1.0 - math.log(ratio) + squared / model[i]))
         else:

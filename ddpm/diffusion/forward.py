@@ -15,8 +15,8 @@ LOSSES = {"l2": torch.nn.functional.mse_loss, "l1": torch.nn.functional.l1_loss}
 class Diffusion:
     """A schedule's tables in float32, on the CPU until `to` moves them.
 
-    Images are (B, C, H, W) float32, x_0 in [-1, 1]; t is int64 (B,) in [0, S), places in the schedule. A t outside
-    is an error of torch's, never another timestep. Everything must lie on the tables' device.
+    Images are (B, C, H, W) float32, x_0 in [-1, 1]; t is int64 (B,), indices into the schedule in [0, S). For a t
+    outside torch raises an error. All arguments must be on the tables' device.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -41,20 +41,21 @@ class Diffusion:
         return self._at("sqrt_alpha_bar", t) * x_0 + self._at("sqrt_rest", t) * eps
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The x_0 that `q_sample` would have turned into x_t with this eps; not clipped."""
+        """The x_0 from which `q_sample` makes x_t with this eps (equation 4 solved for x_0); not clipped."""
         return (x_t - self._at("sqrt_rest", t) * eps) / self._at("sqrt_alpha_bar", t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """q(x_t-1 | x_t, x_0) (equations 6 and 7): mean (B, C, H, W), variance (B, 1, 1, 1); at t = 0 x_0 and 0."""
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_t-1 | x_t, x_0) (equations 6 and 7); x_0 and 0 at t =
+        0."""
         mean = self._at("posterior_x_0", t) * x_0 + self._at("posterior_x_t", t) * x_t
         return mean, self._at("posterior_variance", t)
 
     @staticmethod
     def loss(eps_pred: Tensor, eps: Tensor, kind: str = "l2") -> Tensor:
-        """Each sample's mean over its elements, float32 (B,); with l2 the batch's mean is L_simple (equation 14).
+        """Mean error over the elements of each sample, float32 (B,); for l2 the batch's mean is L_simple (equation 14).
 
-        eps_pred: (B, C, H, W), any floating type; eps: the same shape, else ValueError. kind: a key of LOSSES:
-        squared or absolute differences.
+        eps_pred: (B, C, H, W), any floating type; eps: the same shape, else ValueError. kind: l2 (squared differences)
+        or l1 (absolute differences), else ValueError.
         """
         if kind not in LOSSES:
             raise ValueError(f"loss kind is {kind!r}; allowed: {', '.join(LOSSES)}")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Guided:
-    """eps(x_t, t) = (1 + weight) eps(x_t, t, labels) - weight eps(x_t, t, no label), of x_t's type.
+    """eps(x_t, t) = (1 + weight) eps(x_t, t, labels) - weight eps(x_t, t, no label), like x_t.
 
-    Both come from one call of the network on twice the rows: first all rows with their labels, then all without.
-    That is two evaluations for each sample, and samplers count them as two (`nfe_per_call`).
+    One call of the network on twice the rows computes both: first all rows with their labels, then all without.
+    Samplers count it as two evaluations for each sample (`nfe_per_call`).
     """
 
     network: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,9 +24,9 @@ class Guided:
     labels: Tensor
     """int64 (B,)"""
     null_label: int
-    """What the network takes for "no label"; it must have been trained with some of its labels dropped."""
+    """The label that means "no label"; the network must have been trained with some of its labels dropped."""
     weight: float
-    """0 is the network with its labels alone, larger is further away from what has no label."""
+    """0: the network with labels alone; the larger, the further away from its prediction without labels."""
     nfe_per_call: ClassVar[int] = 2
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:

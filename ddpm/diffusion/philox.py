@@ -15,7 +15,7 @@ Values = Any
 """An int64 Tensor, or an int64 array of NumPy: operators of both are the same."""
 Words = tuple[Values, Values, Values, Values]
 Step = int | Tensor
-"""Of a run: in [0, 2**48), or int64 () on the device of what is drawn, whose value nobody looks at."""
+"""The step of a run: an int in [0, 2**48), or an int64 () tensor on the device of the draws, which is not checked."""
 StepT = TypeVar("StepT", int, Tensor, Step)
 WORD = 0xFFFFFFFF
 LIMIT_BITS = 48  # of step and of index: a counter word each, and half of the fourth word for what lies above it
@@ -50,10 +50,9 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
 def philox4x32(counter: Words, key: Key | tuple[Values, Values]) -> Words:
     """Philox4x32-10: four random words for each counter.
 
-    key: or two int64 tensors that broadcast with the counter.
-
-    counter: four int64 tensors, or arrays, of values in [0, 2**32) whose shapes broadcast; parts of the counter that
-    are constant are best given with size 1, since the first rounds then cost next to nothing. Returns four of the same.
+    counter: four int64 tensors, or arrays, of values in [0, 2**32) whose shapes broadcast; constant parts are best
+    given with size 1, since the first rounds then cost next to nothing. key: a Key, or two int64 tensors that broadcast
+    with the counter. Returns four tensors, or arrays, of the broadcast shape.
     """
     c_0, c_1, c_2, c_3 = counter
     k_0, k_1 = key
@@ -80,7 +79,7 @@ def counter(element: Values, index: Values, step: Step) -> Words:
 
 
 def words(key: Key, index: Values, step: Step) -> Words:
-    """Those of element 0 of each row."""
+    """The four words of element 0 of each row."""
     return philox4x32(counter(index * 0, index, step), key)
 
 
@@ -91,7 +90,7 @@ def checked_step(step: StepT) -> StepT:
 
 
 def check_index(index: Tensor) -> None:
-    """Int64 (n,); its values are looked at on a CPU only, since a look elsewhere would wait for the device."""
+    """Raise ValueError unless int64 (n,) in [0, 2**48). Values are checked on a CPU only: elsewhere that would wait."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index is {index.dtype} of shape {tuple(index.shape)}; it must be int64 of shape (n,)")
     if index.device.type == "cpu" and len(index):

@@ -58,7 +58,7 @@ def uniform_int(key: Key, index: Tensor, step: Step, high: int) -> Tensor:
 
 
 def bernoulli(key: Key, index: Tensor, step: Step, probability: float) -> Tensor:
-    """True with `probability`, to a precision of 2**-24: bool (B,)."""
+    """True with `probability`, to a precision of 2**-24: bool (n,); index and step as in `normal`."""
     return uniform_int(key, index, step, 1 << 24) < round(probability * (1 << 24))
 
 
@@ -68,10 +68,10 @@ def coin(key: Key, index: Tensor, step: Step) -> Tensor:
 
 
 def places(key: Key, index: Tensor, step: Step) -> Tensor:
-    """All that a draw depends on but for its layer and element, as a tensor: int64 (5, n) on index.device.
+    """All that a draw depends on except its layer and element, as a tensor: int64 (5, n) on index.device.
 
-    For what is compiled, where a number that changes with every step would be a new program. index, step: as in
-    `normal`. Rows: the last three words of the counter, and the key's two.
+    For compiled code, which would be compiled anew for every Python number that changes with the step. index, step: as
+    in `normal`. Rows: the last three words of the counter, then the two of the key.
     """
     check_index(index)
     _, low, low_step, high = counter(index, index, step)
@@ -80,7 +80,7 @@ def places(key: Key, index: Tensor, step: Step) -> Tensor:
 
 
 def keep_mask(places: Tensor, layer: int, num: int, probability: float) -> Tensor:
-    """For dropout: False with `probability`, to a precision of 2**-16; bool (n, num) on places.device.
+    """Dropout's mask: False with `probability`, to a precision of 2**-16; bool (n, num) on places.device.
 
     layer: in [0, 256), num: at most 2**27. The value of element e depends on (places[:, i], layer, e) alone: it is
     the 16-bit number e % 8 of the four words of counter (layer * 2**24 + e // 8, …).
@@ -93,15 +93,15 @@ def keep_mask(places: Tensor, layer: int, num: int, probability: float) -> Tenso
 
 
 def mask_counters(layer: int, probability: float) -> tuple[int, int]:
-    """For what draws the bits of `keep_mask` by itself: the layer's first counter, and the signed 16-bit number below
-    which an element is dropped."""
+    """For kernels that draw the bits of `keep_mask` themselves: the layer's first counter, and the signed 16-bit number
+    below which an element is dropped. ValueError for a layer outside [0, 256)."""
     if not 0 <= layer < 1 << _LAYER_BITS:
         raise ValueError(f"layer is {layer}; at most 255 are allowed")
     return layer << _PLACE_BITS, _dropped_of_65536(probability) - (1 << 15)
 
 
 def keep_share(probability: float) -> float:
-    """The share that `keep_mask` keeps."""
+    """The exact probability with which `keep_mask` keeps an element."""
     return 1.0 - _dropped_of_65536(probability) / (1 << 16)
 
 
@@ -120,8 +120,8 @@ def permutation(key: Key, epoch: int, n: int) -> Tensor:
 
 @functools.cache
 def _draws_on(device: torch.device) -> ModuleType:
-    """kernels.py on a GPU on which it was seen to work; where it builds nothing, or other bits, with a warning, what
-    always works."""
+    """kernels.py on a GPU on which its draws have the right bits; tensor_draws.py elsewhere, on a GPU with a
+    warning."""
     if device.type != "cuda":
         return tensor_draws
     try:

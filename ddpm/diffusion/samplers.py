@@ -1,4 +1,4 @@
-"""From noise to images: samplers as data, and the one loop that follows them.
+"""From noise to images: each sampler is a table of coefficients, which one loop applies.
 
 Owns: ancestral sampling (Ho et al. 2020, algorithm 2), DDIM (Song et al. 2021, "Denoising diffusion implicit models",
 equations 12 and 16) and DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++: fast solver for guided sampling of diffusion
@@ -27,7 +27,7 @@ Noise = Callable[[int], Tensor]
 
 
 class SamplerStep(NamedTuple):
-    """What a callback sees after a step: the state that the step started from, and its prediction, clipped or not."""
+    """What a callback gets after a step: the x_t that the step started from, and the x_0 that it predicted."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     """0 .. num_steps-1, in the order of execution."""
@@ -46,20 +46,20 @@ class SampleResult(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """A sampler on a schedule: what x_t-1 is made of. float64 (S,), in the order of the timesteps; None for zeros."""
+    """The factors of which a sampler makes x_t-1: float64 (S,), in the order of the timesteps; None for zeros."""
 
     schedule: Schedule
-    """Its S timesteps are those that the sampler visits, the last of them first."""
+    """Of the S timesteps that the sampler visits, from the last to the first."""
     x_0: Tensor
     x_t: Tensor
     last_x_0: Tensor | None = None
-    """Of the x_0 that the step before predicted."""
+    """Factor of the x_0 that the step before predicted."""
     sigma: Tensor | None = None
-    """Of the noise."""
+    """Factor of the noise."""
 
 
 class Sampler(Protocol):
-    """The signature of every sampler; what a sampler has no use for, it ignores.
+    """The signature of every sampler; arguments that a sampler does not need are ignored.
 
     steps: in [1, T]. eta: in [0, 1], DDIM alone. variance: fixed_large or fixed_small, ancestral alone.
     ValueError for values outside these.
@@ -138,7 +138,7 @@ def sample(
     clip_x_0: bool = True,
     callback: Callable[[SamplerStep], None] | None = None,
 ) -> SampleResult:
-    """From x_T to x_0, as the coefficients say. Runs without gradients on x_T's device.
+    """Compute x_0 from x_T by a sampler's coefficients, without gradients, on x_T's device.
 
     x_T: (B, C, H, W) float32 standard normal (float64 to study a solver's order), else ValueError; never written to.
     clip_x_0: clip every predicted x_0, and so the result, to [-1, 1]. callback: called after each step; may raise to
@@ -175,6 +175,6 @@ def sample(
 
 
 def to_images(x_0: Tensor) -> np.ndarray:
-    """x_0 (B, C, H, W) floating, on any device -> the nearest levels, uint8 (B, H, W, C); clipped to [-1, 1]."""
+    """x_0 (B, C, H, W) floating, on any device -> the nearest grey levels, uint8 (B, H, W, C); clipped to [-1, 1]."""
     levels = ((x_0.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -55,11 +55,11 @@ class Schedule:
         return cls._derive(torch.arange(len(beta)), beta, torch.cumprod(1.0 - beta, 0))
 
     def respace(self, steps: int, *, keep_first: bool = True) -> Schedule:
-        """The same process seen at `steps` timesteps: round(linspace(0, T-1, steps)), ties to even.
+        """The same process at `steps` of its timesteps: round(linspace(0, T-1, steps)), ties to even.
 
-        keep_first=False: the same of `steps + 1` timesteps, without t = 0, so that the last step of a sampler starts
-        as far from the image as the others are from each other; all timesteps where there are no more than `steps`.
-        alpha_bar is kept as it is at those timesteps and beta recomputed from it. One step keeps the noisiest, T-1.
+        keep_first=False: `steps + 1` timesteps without t = 0, so that a sampler's last step starts as far from the
+        image as the steps are from each other; all timesteps if there are no more than `steps`. alpha_bar keeps its
+        value at each timestep, and beta is recomputed from it. With one step the noisiest timestep, T-1, is kept.
         steps: in [1, S], else ValueError.
         """
         size = len(self.timesteps)
@@ -125,8 +125,8 @@ def cosine(timesteps: int) -> Schedule:
 def dns(timesteps: int, beta_start: float, beta_end: float, offset: float) -> Schedule:
     """The "dynamic negative square": beta_i = low + (high - low) ((i + offset) / (T + 1 + offset))**2, i = 0 .. T-1.
 
-    low and high are beta_start and beta_end scaled by 1000 / T; neither is reached. offset: above 0; 5 is usual, and T
-    gives the slow form. ValueError if offset is not, timesteps < 1 or a scaled beta leaves (0, 1).
+    low and high are beta_start and beta_end scaled by 1000 / T; neither is reached. offset: usually 5; T gives the slow
+    form. ValueError if offset is not above 0, timesteps < 1 or a scaled beta leaves (0, 1).
     """
     if not 0.0 < offset < math.inf:
         raise ValueError(f"offset is {offset}; it must be above 0")

@@ -6,8 +6,8 @@ library, thread or vector unit it is computed. Logarithm and cosine make no such
 vector library that computes it on a CPU differs in the last bit from one kind of CPU to the next. In float64 it does
 too, but no square root of a float32 lies within 4 ulps of float64 of where its rounding to float32 changes.
 
-On a CPU the operations are NumPy's, which take 0.4 to 0.7 of the time of torch's, or torch's where there is enough for
-several threads. `xp` is the one or the other: what is used here both call by the same names.
+On a CPU NumPy computes them, in 0.4 to 0.7 of torch's time; torch does if there is enough work for several threads.
+`xp` is the module that does: both have the functions used here under the same names.
 """
 
 import math
@@ -25,7 +25,7 @@ CHUNK_CPU = 1 << 15
 CHUNK_THREADS = 1 << 17  # where torch shares them between threads
 CHUNK_DEVICE = 1 << 22  # this only bounds their memory
 FEW_THREADS = 3
-"""With so many torch is no faster than NumPy with one."""
+"""With up to this many threads torch is no faster than NumPy with one."""
 
 # Minimax polynomials, lowest power first, fitted in float64 by Lawson's iteration; in brackets their largest error.
 # -4 atanh(s) / s in s**2, |s| <= 3 - sqrt(8) [relative 7e-10]; sin(pi v / 2) / v [relative 5e-9] and cos(pi v / 2)
@@ -81,7 +81,7 @@ def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
 
 
 def _how(num_rows: int, num_counters: int, device: torch.device) -> tuple[Any, Iterator[slice]]:
-    """By what to compute so many, and the rows worked on at once."""
+    """The module (torch or NumPy) that computes this many counters, and the slices of rows to work on at once."""
     if device.type != "cpu":
         return torch, _chunks(num_rows, num_counters, CHUNK_DEVICE)
     if num_rows * num_counters < CHUNK_THREADS or torch.get_num_threads() <= FEW_THREADS:
@@ -90,12 +90,12 @@ def _how(num_rows: int, num_counters: int, device: torch.device) -> tuple[Any, I
 
 
 def _as(xp: Any, *tensors: Tensor) -> tuple[Any, ...]:
-    """The tensors, or arrays upon their memory."""
+    """The tensors for torch; for NumPy arrays that share their memory."""
     return tensors if xp is torch else tuple(t.numpy() for t in tensors)
 
 
 def _number(xp: Any, step: Step) -> Step:
-    """A step that lies on the CPU is no secret there."""
+    """The step as a number where it can be read without waiting for a device: NumPy needs it."""
     return step if xp is torch or not isinstance(step, Tensor) else int(step.numpy())
 
 

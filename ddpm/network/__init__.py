@@ -1,2 +1,2 @@
-"""The network: U-Net, average, building and loading one, what `auto` becomes on a device. Knows no job, and of a run
-its weights alone."""
+"""The network: U-Net, average of its weights, building and loading it, what `auto` becomes on a device. Knows no job,
+and of a run only its weights."""

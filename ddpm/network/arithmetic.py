@@ -1,4 +1,4 @@
-"""How much arithmetic a network takes, and how much of it a device does in a second."""
+"""FLOPs of a network, and the peak FLOP/s of a device."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ PEAKS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
-"""TFLOP/s by the maker's data sheets, without sparsity: in bf16 or fp16, and in fp32, which is TF32 where there is one.
-A word of the device's name; the first that it has counts."""
+"""Word in a device's name (the first match counts) -> TFLOP/s by the maker's data sheet, without sparsity: in bf16 or
+fp16; in fp32, or TF32 where the device has it."""
 
 
 def inputs(model: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -53,7 +53,7 @@ def forward_flops(model: UNet) -> int:
 
 
 def peak(device_name: str, precision: str) -> float | None:
-    """FLOP/s of a device in bf16 | fp16 | off; None where it is not known."""
+    """Peak FLOP/s of a device in bf16 | fp16 | off (fp32); None if it is not known."""
     for name, (half, single) in PEAKS.items():
         if re.search(rf"\b{name}\b", device_name):
             return 1e12 * (single if precision == "off" else half)
@@ -61,6 +61,7 @@ def peak(device_name: str, precision: str) -> float | None:
 
 
 def utilization(config: Config, device_name: str, precision: str) -> float | None:
-    """MFU of one trained image a second on one such device: an image takes three forward passes. None: not known."""
+    """MFU of training at one image a second on one such device; training takes three forward passes an image. None if
+    the device's peak is not known."""
     most = peak(device_name, precision)
     return None if most is None else 3 * forward_flops(build_model(config, META, precision)) / most

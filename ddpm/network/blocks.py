@@ -1,4 +1,4 @@
-"""What the U-Net is made of: two kinds of block, self-attention, and the ways between resolutions.
+"""The U-Net's layers: two kinds of block, self-attention, downsampling and upsampling.
 
 Owns: these layers and what starts at zero in each. Residual block and attention are those of Ho et al. 2020 (appendix
 B: a Wide ResNet block with the time embedding added inside); the plain block is the double convolution of
@@ -18,7 +18,7 @@ from ddpm.network.dropout import Dropout
 
 
 class ResidualBlock(nn.Module):
-    """(B, width_in, H, W), (B, embedding) -> (B, width_out, H, W); places: for dropout's masks."""
+    """x (B, width_in, H, W), emb (B, embedding) -> (B, width_out, H, W); places: of rng.places, for dropout's masks."""
 
     def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + h
 
     def by_own_kernels(self, x: Tensor, shift: Tensor, places: Tensor | None) -> Tensor:
-        """The same; shift: (B, width_out), of `shifts`."""
+        """`forward` by fused.py's kernels; shift: (B, width_out), this block's of `shifts`."""
         h = F.conv2d(fused.norm_act(x, self.norm_1, silu=True), self.conv_1.weight, padding=1)
         h = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)
         h = F.conv2d(h, self.conv_2.weight, padding=1)
@@ -48,14 +48,15 @@ class ResidualBlock(nn.Module):
 
 
 def shifts(blocks: Sequence[ResidualBlock], emb: Tensor) -> tuple[Tensor, ...]:
-    """What each block adds to its first convolution, that one's bias included, by one product: (B, its width) each."""
+    """What each block adds after its first convolution (embedding and the convolution's bias), from one matrix product
+    for all blocks: (B, width_out) each. emb: (B, embedding)."""
     weight, bias = torch.cat([b.embed.weight for b in blocks]), torch.cat([b.embed.bias for b in blocks])
     of_convolutions = torch.cat([cast(Tensor, b.conv_1.bias) for b in blocks])
     return (F.linear(emb, weight, bias) + of_convolutions).split([b.conv_1.out_channels for b in blocks], 1)
 
 
 class PlainBlock(nn.Module):
-    """Twice convolution, GroupNorm, SiLU, and no way around them: the same shapes as ResidualBlock."""
+    """Twice convolution, GroupNorm, SiLU, without a skip connection; shapes as in ResidualBlock."""
 
     has_kernels = False
 
@@ -77,8 +78,8 @@ class PlainBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the H W positions, (B, C, H, W) -> the same; 1x1 convolutions beat linear layers in fp32.
 
-    fused: torch's scaled_dot_product_attention instead of two products and a softmax; may be changed at any time.
-    own_kernels: by fused.py's kernels, with that; as UNet.set_own_kernels says.
+    fused: use torch's scaled_dot_product_attention instead of two products and a softmax; may be changed at any time.
+    own_kernels: use fused.py's kernels around scaled_dot_product_attention; set by UNet.set_own_kernels.
     """
 
     def __init__(self, width: int, heads: int, groups: int | None = None) -> None:
@@ -120,7 +121,7 @@ class AsymmetricConv(nn.Conv2d):
 
 
 class NearestConv(nn.Sequential):
-    """Twice as high and wide by nearest neighbours, and a 3x3 convolution."""
+    """Doubles height and width by nearest neighbours, then a 3x3 convolution."""
 
     own_kernels = False
 
@@ -146,9 +147,10 @@ def upsample(kind: str, width: int) -> nn.Module:
 
 
 def group_norm(width: int, groups: int | None) -> nn.GroupNorm:
-    """groups None: 32 as in the paper, or the most that divide 32 and the channels. Epsilon is that of Ho's code.
+    """GroupNorm with the epsilon of Ho et al.'s code.
 
-    But not a group for each channel: it would take away again what t and class have added to them.
+    groups None: 32 as in the paper, or the largest divisor of 32 that divides the channels; never one group for each
+    channel, which would remove what t and class have added to it.
     """
     most = math.gcd(32, width)
     return nn.GroupNorm(groups or (most // 2 if 1 < most == width else most), width, eps=1e-6)

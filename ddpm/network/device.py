@@ -19,11 +19,11 @@ from ddpm.network import fused
 from ddpm.network.unet import UNet
 
 WORK_TO_SHARE = 1 << 25
-"""Width squared, pixels and images of a batch, to which arithmetic is proportional: 8 times the quickstart's, a
-sixtieth of CIFAR-10's."""
+"""base_channels squared times pixels times images of a batch, to which arithmetic is proportional: from here on threads
+pay. 8 times the quickstart's, a sixtieth of CIFAR-10's."""
 
 Device = torch.device | str | None
-"""None: a GPU where there is one, else the CPU."""
+"""None: a GPU if there is one, else the CPU."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class Resolved:
     deterministic: bool
     threads: int
     dropout: str = "counted"
-    """counted: masks follow from the sample's place in the step; torch: from the rank's generator, as runs of before
-    have begun."""
+    """counted: masks are a function of the sample's place in the step; torch: of the rank's generator, as in old
+    runs."""
     micro_batch: int | None = None
     """What train.micro_batch=auto was found to be."""
     kernels: str = "torch"
-    """own: fused.py's compute what lies between convolutions; torch: torch's do, as runs of before have begun."""
+    """What computes the layers between convolutions: own: fused.py's kernels; torch: torch's, as in old runs."""
 
     def as_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("micro_batch", None), ("kernels", "torch"))}
 
 
 def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, Any] | None = None) -> Resolved:
-    """Turn every `auto` into what it means here, or into what an earlier life of this run found (`kept`).
+    """Turn every `auto` into what it means on this device, or into what an earlier life of this run found (`kept`).
 
-    Raises DoNotRetry where this device cannot compute as the run began.
+    threads: CPU threads that this process may use. Raises DoNotRetry if this device cannot compute as the run began.
     """
     gpu = device.type == "cuda"
     train, kept = config.train, kept or {}
@@ -74,9 +74,9 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
 
 
 def threads_of(config: Config, batch: int, cpus: int) -> int:
-    """With how many threads a CPU is fastest: one, where what they share is so little that they mostly wait for each
-    other. The quickstart's network is trained at 500 images/s by one thread, at 240 by two that sleep at barriers and
-    at 570 by two that spin; beside ten other processes at 83, 45 and 6."""
+    """The number of threads with which a CPU is fastest: one if there is so little work that threads mostly wait for
+    each other, else `cpus`. One thread trains the quickstart's network at 500 images/s, two that sleep at barriers at
+    240 and two that spin at 570; beside ten other processes at 83, 45 and 6."""
     work = config.model.base_channels**2 * config.data.image_size**2 * batch
     return cpus if work >= WORK_TO_SHARE else 1
 
@@ -93,12 +93,15 @@ def apply(resolved: Resolved) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not resolved.deterministic
-    torch.use_deterministic_algorithms(resolved.deterministic, warn_only=False)
+    if resolved.compile:
+        torch.use_deterministic_algorithms(resolved.deterministic)  # loads the compiler, to tell it
+    else:
+        torch.set_deterministic_debug_mode("error" if resolved.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs, decides nothing
 
 
 def as_device(device: Device = None) -> torch.device:
-    """The device that is meant. Raises RequestError where there is none such."""
+    """The torch device that `device` names. Raises RequestError if this machine does not have it."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -111,7 +114,7 @@ def as_device(device: Device = None) -> torch.device:
 
 
 def name_of(device: torch.device) -> str:
-    """As its maker calls a GPU; else cpu."""
+    """A GPU's product name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -122,8 +125,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 class Later:
-    """A bool tensor on its way from the device to the host: asking waits for its own value, not for what was queued
-    after it, as reading the tensor would."""
+    """A bool tensor on its way from the device to the host. bool() waits for its value alone; reading the tensor would
+    also wait for all work queued after it."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self._here, self._arrived = value, None

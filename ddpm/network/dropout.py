@@ -26,7 +26,8 @@ class Dropout(nn.Module):
             return F.dropout(h, self.probability)
         batch, channels, height, width = h.shape
         # channels last, whatever the layout: where that is h's layout the product needs no copy
-        mask = _keep_mask(places, self.layer, channels * height * width, self.probability)
+        keep_mask = _keep_mask if torch.compiler.is_compiling() else rng.keep_mask  # the operator loads a compiler
+        mask = keep_mask(places, self.layer, channels * height * width, self.probability)
         mask = mask.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return h * (mask.to(h.dtype) * (1.0 / rng.keep_share(self.probability)))
 

@@ -1,7 +1,8 @@
-"""Weights that a run starts from, where those are not its seed's: read, fitted, and kept in the run as a file.
+"""Weights that a run starts from instead of random ones: read, checked against the network, and kept in the run as a
+file.
 
-So whatever becomes of their source, each life before the first save begins with the same bits. Must not know: by which
-words they are asked for.
+So each life before the first save starts with the same bits, whatever becomes of their source. Must not know: how a
+user asks for them.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ class Start:
     """Weights to start from, and what run.json says of them."""
 
     data: bytes
-    """Of start.safetensors: float32, by the network's own names."""
+    """The bytes of start.safetensors: float32 tensors under the network's own names."""
     record: dict[str, Any]
     """{"source", "step", "weights", "sha256", "config_digest", "start_sha256"}; sha256: of the checkpoint or file that
     they were read from; start_sha256: of `data`."""
 
 
 def of_run(run: RunDir, step: int | None, weights: str, config: Config, log: Tell) -> Start:
-    """Those of a run's verified checkpoint, of `step` or the newest good one. weights: ema | model.
+    """Weights of a run's verified checkpoint: that of `step`, or the newest good one. weights: ema | model.
 
-    Raises RequestError where they do not fit the config's network or there are none, as `generations.choose`.
+    Raises RequestError if they do not fit the config's network, and as `generations.choose`.
     """
     found = generations.choose(run, step, log)
     try:
@@ -53,9 +54,9 @@ def of_run(run: RunDir, step: int | None, weights: str, config: Config, log: Tel
 
 
 def of_file(path: Path, weights: str | None, config: Config) -> Start:
-    """Those of a .safetensors file, or of one of torch's. weights: which, where a file of torch's has several.
+    """Weights of a .safetensors file, or of a file of torch.save. weights: which, if a torch file has several.
 
-    Raises RequestError where they cannot be read or do not fit the config's network.
+    Raises RequestError if they cannot be read or do not fit the config's network.
     """
     if path.suffix in PICKLED:
         state, step = read_pickled(path, weights or "ema"), 0
@@ -77,9 +78,9 @@ def _start(state: Mapping[str, Tensor], source: Path, file: Path, of: dict[str, 
 
 
 def read_start(run: RunDir, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights that a run keeps to start from, as its run.json tells of them in `record`.
+    """The weights in a run's start.safetensors. record: `from` of its run.json.
 
-    Raises DoNotRetry where they are missing or not what was written, OSError where they cannot be read.
+    Raises DoNotRetry if they are missing or not what was written, OSError if they cannot be read.
     """
     try:
         with open_file(run.start) as f:

@@ -1,8 +1,8 @@
 """The network eps(x_t, t): the U-Net of Ho et al. 2020, "Denoising diffusion probabilistic models", appendix B.
 
 Owns: how the layers of blocks.py make a network of a given structure (config/unet_shape.py), and how it begins. Must
-not know: schedules, losses, devices, precision, which attention implementation or memory layout is fastest where
-(`fused_attention` is for others to choose).
+not know: schedules, losses, devices, precision, or which attention and memory layout is fastest on a device: callers
+choose.
 
 The default is theirs: residual blocks, strided convolution down, nearest neighbour and convolution up, self-attention
 at chosen resolutions and at the bottleneck. The last convolution of every residual block, every attention output and
@@ -37,8 +37,8 @@ from ddpm.network.dropout import number_layers
 class UNet(nn.Module):
     """eps(x_t, t) or, with num_classes > 0, eps(x_t, t, labels).
 
-    structure: the fields of Structure, of which image_size is needed; ValueError that names what cannot be built.
-    fused_attention: of every attention at the start (`set_fused_attention` changes it later).
+    structure: the fields of Structure; image_size is required. ValueError naming a field that cannot be built.
+    fused_attention: of every attention at first; `set_fused_attention` changes it.
     Initial weights are drawn from torch's global generator.
     """
 
@@ -66,9 +66,9 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """x_t: (B, C, H, W) floating; t: int64 (B,), 0 .. T-1; labels: int64 (B,) in [0, num_classes).
 
-        With null_label a label may be num_classes too: "no label". Returns eps, (B, C, H, W); its type is autocast's or
-        the weights'. ValueError for a wrong shape, or for labels that are missing or not wanted. Dropout, in training
-        mode, draws for `places` (rng.places), or without them from torch's global generator.
+        With null_label a label may also be num_classes: "no label". Returns eps, (B, C, H, W), in autocast's type or
+        the weights'. ValueError for a wrong shape, or for labels that are missing or not allowed. In training mode
+        dropout draws its masks for `places` (of rng.places), or without them from torch's global generator.
         """
         if x_t.shape[1:] != (self.in_channels, self.image_size, self.image_size):
             expected = (self.in_channels, self.image_size, self.image_size)
@@ -102,20 +102,20 @@ class UNet(nn.Module):
         return self.conv_out(way.end(h))
 
     def set_own_kernels(self, own: bool) -> None:
-        """Chooses what computes the layers between convolutions; fused.py's kernels want channels last, on a GPU."""
+        """Choose whether fused.py's kernels compute the layers between convolutions: on a GPU, channels last."""
         for module in self.modules():
             if hasattr(module, "own_kernels"):
                 cast(Any, module).own_kernels = own
 
     def set_fused_attention(self, fused: bool) -> None:
-        """Chooses the implementation in every attention of the network; the weights stay."""
+        """Choose the implementation of every attention of the network; weights stay."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fused = fused
 
 
 class _Torch:
-    """How a forward pass goes: by the layers themselves."""
+    """The steps of a forward pass, by the layers themselves."""
 
     def __init__(self, network: UNet, emb: Tensor, places: Tensor | None) -> None:
         self.network, self.emb, self.places = network, emb, places
@@ -136,7 +136,7 @@ class _Torch:
 
 
 class _Own(_Torch):
-    """By fused.py's kernels; the network's blocks are residual ones."""
+    """The steps of a forward pass by fused.py's kernels, for a network of residual blocks."""
 
     def __init__(self, network: UNet, emb: Tensor, places: Tensor | None) -> None:
         super().__init__(network, emb, places)
@@ -158,7 +158,7 @@ class _Own(_Torch):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, what follows each (attention or nothing), and the way to the next resolution."""
+    """The blocks of one resolution, what follows each (attention or nothing), and the change to the next resolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Level(nn.Module):
 
 
 def _encoder(s: Structure) -> tuple[nn.ModuleList, list[int]]:
-    """The levels, largest first, and the widths that they leave to the decoder, conv_in's among them."""
+    """The levels, largest resolution first, and the widths of all skips to the decoder, conv_in's first."""
     levels, width, skips = nn.ModuleList(), s.base_channels, [s.base_channels]
     for size, level_width in zip(s.sizes, s.widths, strict=True):
         level = Level()
@@ -194,7 +194,7 @@ def _bottleneck(s: Structure) -> Level:
 
 
 def _decoder(s: Structure, skips: list[int]) -> nn.ModuleList:
-    """The levels, smallest first; each block takes one of `skips` besides, last first."""
+    """The levels, smallest resolution first; each block also takes one skip, the last one first."""
     levels, width = nn.ModuleList(), s.widths[-1]
     for size, level_width in reversed(list(zip(s.sizes, s.widths, strict=True))):
         level = Level()

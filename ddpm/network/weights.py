@@ -1,4 +1,4 @@
-"""A network with trained weights: those of a run's checkpoint, or of a file, ours or another's."""
+"""Loads trained weights into a network: from a run's checkpoint, or from a file, ours or another project's."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from ddpm.run.files import DamagedFile, open_file
 from ddpm.run.paths import RunDir
 
 MAX_HEADER_BYTES = 8 << 20
-"""A tensor takes a hundred bytes there, and a network has some hundreds."""
+"""Of a .safetensors file: a tensor takes a hundred bytes there, and a network has some hundreds."""
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = ("module.", "_orig_mod.", "ema_model.")
-"""What goes before the names of a network in DDP or an AveragedModel, that was compiled, that others average."""
+"""Prefixes of names in state dicts: of DDP and AveragedModel, of torch.compile, of other projects' averages."""
 BESIDE = ("online_model.",)
-"""What goes before the names of tensors that others keep beside an average."""
+"""Prefixes of tensors that other projects keep beside an average."""
 MORE = "holds more than weights"
 SHOWN = 4
-"""Tensors that a message names."""
+"""Number of tensors that a message names."""
 
 
 def load_network(config: Config, run: RunDir, step: int, weights: str, device: torch.device, precision: str) -> UNet:
-    """The run's network at a verified step, in eval mode. weights: ema | model. RequestError where it is another's."""
+    """The run's network at a verified step, in eval mode. weights: ema | model. RequestError if the checkpoint was
+    trained under another config digest, or does not fit."""
     state = generations.load(run, step)
     generations.check_mathematics(run.checkpoint(step), state, config.digest())
     network = build_model(config, device, precision)
@@ -43,7 +44,8 @@ def load_network(config: Config, run: RunDir, step: int, weights: str, device: t
 
 
 def cast_once(network: UNet, precision: str) -> None:
-    """For evaluations in bf16: the weights that autocast would cast at each one, cast now. The same bits come out."""
+    """For evaluations in bf16: cast once the weights that autocast would cast at every call. Results keep their
+    bits."""
     if precision == "bf16":
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
@@ -51,7 +53,7 @@ def cast_once(network: UNet, precision: str) -> None:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a file of EMA weights, on the CPU, and the step that it says, or 0. RequestError if damaged."""
+    """The tensors of a .safetensors file, on the CPU, and the step in its metadata, or 0. RequestError if damaged."""
     with _opened(path) as f:
         state, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
     step = metadata.get("step", "")
@@ -59,7 +61,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says beside its tensors. Raises as `read_safetensors`."""
+    """The metadata of a .safetensors file. Raises as `read_safetensors`."""
     with _opened(path) as f:
         return dict(f.metadata() or {})
 
@@ -78,8 +80,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_pickled(path: Path, weights: str = "ema") -> dict[str, Tensor]:
-    """The tensors by name in a file of torch's: all there is, or one set of them, as in a checkpoint of ours or of a
-    training framework's. Nothing but tensors is unpickled. weights: ema | model. RequestError where there are none."""
+    """The tensors by name in a file of torch.save: all of it, or one set in it, as in a checkpoint of ours or of a
+    training framework. Only tensors are unpickled. weights: ema | model. RequestError if there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,14 +117,14 @@ def why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _tensors(state: dict[Any, Any]) -> dict[str, Tensor]:
-    """The tensors where there is nothing else but numbers, {} where there is."""
+    """The tensors of a dict that has only tensors and numbers; {} for any other dict."""
     if not all(isinstance(k, str) and isinstance(v, Tensor | int | float | None) for k, v in state.items()):
         return {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def unwrapped(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`state` without what goes before its names, where the rest are the names of `own`; else as it is."""
+    """`state` without prefixes, if that gives the names of `own`; else unchanged."""
     return _unwrapped(own, state, WRAPPERS) or state
 
 
@@ -142,7 +144,7 @@ def _unwrapped(
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Each tensor that only one side has, or that has another shape there, in words."""
+    """A line for each tensor that only one side has, or that differs in shape."""
     both, only_there, only_here = own.keys() & state.keys(), state.keys() - own.keys(), own.keys() - state.keys()
     other_shape = (n for n in sorted(both) if own[n].shape != state[n].shape)
     return [
@@ -157,7 +159,7 @@ def _shape(value: Tensor) -> str:
 
 
 def fitted(network: UNet, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`state` under the network's own names. RequestError naming `source` and tensors where they do not fit."""
+    """`state` under the network's own names. RequestError naming `source` and the tensors that do not fit."""
     own = network.state_dict()
     state = unwrapped(own, state)
     if wrong := misfits(own, state):

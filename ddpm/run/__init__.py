@@ -1,2 +1,2 @@
-"""A run on disk: its paths, atomic files, events, fence, generations. Must not know networks,
-and of mathematics when training is over alone."""
+"""A run on disk: its paths, atomic files, events, fence, generations. Must not know networks, nor mathematics beyond
+the rule by which training ends."""

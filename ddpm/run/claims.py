@@ -1,7 +1,7 @@
-"""Work in parts that several processes share: each part is at work in one of them, whoever comes first.
+"""Work in parts that several processes share: each part is made by the process that claims it first.
 
-One file beside the parts, of whose bytes each stands for a part: a lock on it dies with its holder, on NFS too. On a
-file system without locks every process does all parts, and the first to publish one wins. Must not know what a part is.
+A part is claimed by a lock on one byte of a file beside the parts; the lock dies with its holder, on NFS too. On a file
+system without locks every process makes all parts, and the first to publish one wins. Must not know what a part is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BUSY = (errno.EAGAIN, errno.EACCES)
 
 
 class OthersAtWork(Exception):
-    """Other processes make the parts that are left."""
+    """The remaining parts are being made by other processes."""
 
 
 def work_through(
@@ -36,10 +36,10 @@ def work_through(
     stop_requested: StopRequested = lambda: None,
     stay: bool = True,
 ) -> None:
-    """Make those of `parts` that are not there and nobody else is making.
+    """Make each of `parts` that does not exist yet and that no other process is making.
 
-    is_there: cheap; asked again before a part is made. stay: wait for those that others make, and make them should the
-    others die; otherwise OthersAtWork is raised where there are some. Raises Stopped while waiting.
+    is_there: whether a part exists; cheap, and asked again before a part is made. stay: wait until the others' parts
+    exist, and make them if the others die; otherwise raise OthersAtWork for them. Raises Stopped while waiting.
     """
     todo, said = [part for part in parts if not is_there(part)], False
     while todo:
@@ -64,7 +64,7 @@ def work_through(
 
 @contextmanager
 def _claimed(path: Path, part: int) -> Iterator[bool]:
-    """Within: whether this process alone has the part."""
+    """Within: whether this process has claimed the part."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
     try:
         try:

@@ -16,9 +16,9 @@ from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 class EventLog:
     """Appends to events/JOB.RESTART.jsonl. One file per writer: appends from many hosts lose lines on NFS.
 
-    cluster: whose job it is, where that has a name; where another cluster's job has that file, its name goes before.
-    since: when this life got its nodes. The first line of a life says it, and the last sign (`last_sign`) of the life
-    before it, whose heartbeat is about to be overwritten.
+    cluster: the job's cluster, if it has a name; put before the file's name if another cluster's job has that file.
+    since: when this life got its nodes. A life's first line records it, together with the previous life's last
+    heartbeat (`last_sign`), which is about to be overwritten.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class EventLog:
         self._run, self._since = run, since
 
     def append(self, event: str, **fields: Any) -> None:
-        """Append one line and make it durable: the restart policy and goodput are computed from these."""
+        """Append one line and make it durable. Raises OSError."""
         record = {"event": event, "time": now(), **self._base, **fields}
         self.path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
         with self.path.open("ab+") as f:
@@ -56,7 +56,7 @@ class EventLog:
 
 
 def _is_of_another(path: Path, cluster: str) -> bool:
-    """Whether the first line there is of a job of another cluster."""
+    """Whether the file's first line is of another cluster's job."""
     try:
         with path.open("rb") as f:
             first = parse_events(f.readline(LINES_BYTES), path.name)[0]
@@ -66,14 +66,14 @@ def _is_of_another(path: Path, cluster: str) -> bool:
 
 
 def read_events(run: RunDir) -> list[Record]:
-    """Every life event of a run that can be read, by life and then by time. Raises OSError where it cannot look."""
+    """Every readable life event of a run, by life and then by time. Raises OSError if events/ cannot be listed."""
     return read_events_and_damage(run)[0]
 
 
 def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
-    """Every life event of a run, by life and then by time; and what of events/ cannot be read, a line for each file.
+    """Every readable life event of a run, by life and then by time; and a line for each file that is damaged.
 
-    Raises OSError where it cannot look.
+    Raises OSError if events/ cannot be listed.
     """
     files: list[list[Record]] = []
     damage = []
@@ -95,7 +95,7 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
 
 
 def _without_copies(files: list[list[Record]]) -> list[list[Record]]:
-    """Without those whose every event is in another: a copy that lies beside a file tells nothing twice."""
+    """Without files whose every event is in another file: a copy beside the original must not count twice."""
     kept: dict[tuple[str, int, str], list[list[Record]]] = {}  # by how each begins, as no two lives do
     for events in sorted(filter(None, files), key=len, reverse=True):
         alike = kept.setdefault((*life_of(events[0]), events[0]["time"]), [])
@@ -105,11 +105,11 @@ def _without_copies(files: list[list[Record]]) -> list[list[Record]]:
 
 
 def in_order(files: list[list[Record]]) -> list[Record]:
-    """The events of some files, each in the order it was written in, merged by time.
+    """Merge the events of several files by time, keeping the order within each file.
 
-    No clock puts a life before the one that it follows: a life of a job comes after those with a lower restart number
-    and after its submission, a successor after the job that it succeeds, one that trained after the life whose
-    heartbeat it found, any other after that heartbeat.
+    Whatever the hosts' clocks say, a life comes after the one that it follows: after lives of its job with a lower
+    restart number and after its submission; a successor after the job that it succeeds; a life that trained after the
+    life whose heartbeat it found; any other after that heartbeat.
     """
     lives = [_File(events) for events in files if events]
     of_life = {life.key: life for life in lives}
@@ -120,7 +120,7 @@ def in_order(files: list[list[Record]]) -> list[Record]:
 
 
 class _File:
-    """One file of events/: a life, or the submission of a job. `times`: where its events stand among all others."""
+    """One file of events/: a life, or the submission of a job. `times`: the times by which its events are sorted."""
 
     def __init__(self, events: list[Record]) -> None:
         first = events[0]
@@ -129,7 +129,7 @@ class _File:
         self.times = [e["time"] for e in events]
 
     def settle(self, of_life: dict[tuple[str, int], _File]) -> None:
-        """Make `times` grow from event to event, and begin after what this follows."""
+        """Make `times` increase from event to event, and begin after the files that this one follows."""
         if self._settled:
             return
         self._settled = True  # before the others: they may follow this one, by damaged words of theirs
@@ -141,7 +141,8 @@ class _File:
             self.times[i] = floor = max(floor, at)
 
     def _follows(self, of_life: dict[tuple[str, int], _File]) -> Iterator[tuple[_File, str]]:
-        """The files that this one comes after, and until when: "" is their end."""
+        """The files that this one comes after, each with the time after which it comes; "" stands for the file's
+        end."""
         job, restart = self.key
         first = self.events[0]
         sign = first.get("last_sign")
@@ -156,7 +157,6 @@ class _File:
 
 
 def life_of(record: Record) -> tuple[str, int]:
-    """Which life an event or a heartbeat is of: its job, told from those that have its id on other clusters; which of
-    its lives."""
+    """The life of an event or a heartbeat: its job, with the cluster's name where there is one, and its restart."""
     cluster = record.get("cluster", "")
     return f"{cluster}:{record['job']}" if cluster else str(record["job"]), int(record["restart"])

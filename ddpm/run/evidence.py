@@ -1,9 +1,9 @@
-"""Whether a run without checkpoints was ever saved: a start at step 0 where it was would lose what somebody has yet.
+"""Whether a run without checkpoints was ever saved: restarting such a run at step 0 would lose saved work.
 
-A life that was killed before its first save leaves events and lines of metrics, and honestly begins at 0 again. So what
-counts is what tells of saved steps: a .pt or EMA weights that no save left here unfinished, an event of a save or after
-one, samples and scores of a checkpoint; and metrics where the life that wrote them has no event. A copy may lack any
-of it. How to get back what is missing is the caller's to say.
+A life that was killed before its first save leaves events and lines of metrics, and rightly starts at step 0 again. So
+only traces of saved steps count: a .pt or EMA weights that no unfinished save left here, an event of a save or after
+one, samples and scores of a checkpoint; and metrics whose life has no event. A partial copy may lack any of these. The
+caller says how to get back what is missing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ddpm.run.paths import RunDir, listed
 from ddpm.run.records import read_metrics, usable
 
 OF_TRAINING = ("stop_requested", "rollback")
-"""Events whose step is the one that training was at; that of all others had been saved."""
+"""Events whose step was only reached; the step of every other event had been saved."""
 
 
 class Incomplete(DoNotRetry):
-    """Files are missing or damaged without which training would lose what was saved."""
+    """Files are missing or damaged, and training without them would lose saved work."""
 
 
 def refuse_start(run: RunDir) -> None:
-    """Raise Incomplete where a start at step 0 would be one over what was saved. OSError where it cannot look."""
+    """Raise Incomplete if a start at step 0 would lose saved work; OSError if the run cannot be read."""
     found = list(_told(run))
     if found and not run.steps_saved():  # a life may have saved its first while this was read
         raise Incomplete(
@@ -40,8 +40,7 @@ def refuse_start(run: RunDir) -> None:
 
 
 def check_start(run: RunDir) -> None:
-    """Raise Incomplete where run.json and the weights that the run starts from do not belong together: one of them is
-    another run's."""
+    """Raise Incomplete if run.json and start.safetensors do not belong together: one of them is another run's."""
     record = usable(run)
     if not record:
         return
@@ -55,7 +54,7 @@ def check_start(run: RunDir) -> None:
 
 
 def last_saved(events: list[dict[str, Any]]) -> int:
-    """The step that the last life to save or to go on from a save had saved; else 0."""
+    """The step of the last event that tells of a saved checkpoint; 0 if there is none."""
     return next((_step(e) for e in reversed(events) if e.get("event") in ("checkpoint", "resumed", "finished")), 0)
 
 
@@ -83,7 +82,7 @@ def _told(run: RunDir) -> Iterator[str]:
 
 
 def _reached(run: RunDir) -> int:
-    """The last step that anything tells of that a life leaves before its first save."""
+    """The last step in metrics, heartbeat and grids, which a life writes before its first save too."""
     drawn = (re.fullmatch(r"step-([0-9]{9,})\.png", p.name) for p in listed(run.grids))
     try:
         lines = [record["step"] for record in read_metrics(run)]

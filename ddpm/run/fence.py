@@ -39,11 +39,11 @@ class Fence:
         """Take the lock and the next token.
 
         owner: {"job", "restart", "host"}, written into the lock file for whoever waits.
-        wait_s: less than other ranks wait for this one.
-        is_orphan: whether the present holder is known to be an earlier life that should be gone; it is then fenced out
-        although it still holds the lock: at once where it is of the owner's own job, others after `wait_s` seconds.
-        how_to_end: the command by which a person ends what is at work for the run, for the message.
-        Raises RunBusy after `wait_s` seconds, DoNotRetry where the run belongs to somebody who does not share it.
+        wait_s: how long to wait for the lock; less than other ranks wait for this one.
+        is_orphan: whether the holder is an earlier life that should be gone. It is then fenced out although it still
+        has the lock: at once if it is of the owner's own job, else after `wait_s` seconds.
+        how_to_end: the command that ends what is at work for the run, for the message.
+        Raises RunBusy after `wait_s` seconds, DoNotRetry if the run belongs to another user who does not share it.
         """
         self._run, self._log = run, log
         try:
@@ -73,7 +73,7 @@ class Fence:
         is_orphan: Callable[[dict[str, Any]], bool],
         how_to_end: str,
     ) -> None:
-        """The lock, or the certainty that an orphan has it. Raises RunBusy."""
+        """Return once this process has the lock, or an orphan is known to hold it. Raises RunBusy."""
         deadline = time.monotonic() + wait_s
         said = False
         while not self._try_lock():
@@ -101,7 +101,7 @@ class Fence:
             time.sleep(0.5)
 
     def _claim(self) -> int:
-        """The next number, which nobody else has or will have."""
+        """The next token, which no other writer has or will have."""
         token = self._current()
         while True:
             token += 1
@@ -111,7 +111,7 @@ class Fence:
                     return token
 
     def _try_lock(self) -> bool:
-        """Whether this process has the lock; True too where there are none."""
+        """Whether this process has the lock; also True on a file system without locks."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -139,8 +139,8 @@ class Fence:
     def check(self) -> None:
         """Raise RunBusy if a later writer has taken over: called before every publication.
 
-        RunGone where what lies under the run's name is another directory, maybe a copy whose counter says the same, or
-        has an older copy's files in it. A lock that a person has removed is no such sign while the counter is there.
+        RunGone if the run's path is now another directory (maybe a copy with the same counter), or has an older copy's
+        files in it. A missing lock file alone does not count while the counter is there.
         """
         current, lock = self._current(), _identity(self._run.lock)
         our_home, our_lock = self._ours
@@ -164,7 +164,7 @@ class Fence:
             self._try_lock()
 
     def _whereto(self) -> str:
-        """Where the directory lies now, as far as this machine knows."""
+        """Where the run directory was moved to, for a message; "" if this machine does not know."""
         try:
             home = Path(f"/proc/self/fd/{self._home}").readlink()
         except OSError:
@@ -177,7 +177,7 @@ class Fence:
 
 
 def _identity(path: Path | int) -> tuple[int, int] | None:
-    """What a file stays through renames, and no copy of it is; None where there is none."""
+    """Device and inode, which a rename keeps and a copy does not have; None if the file does not exist."""
     try:
         found = os.fstat(path) if isinstance(path, int) else path.stat()
     except FileNotFoundError:

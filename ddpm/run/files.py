@@ -22,11 +22,11 @@ from typing import Any, BinaryIO
 
 TMP_PREFIX = ".tmp-"
 RECORD_BYTES = 8 << 20
-"""What a JSON record or a line of one has at most: thousands of times what ours have."""
+"""Largest JSON record, or line of JSON, that is read: thousands of times the size of ours."""
 LINES_BYTES = 1 << 30
-"""What a file of JSON lines has at most: metrics of millions of steps, each logged."""
+"""Largest file of JSON lines that is read: metrics of millions of logged steps."""
 ARRAYS_BYTES = 32 << 30
-"""What the images of a shard have at most, or their features: 160,000 images of 256x256."""
+"""Largest file of a shard's images or features that is read: 160,000 images of 256x256."""
 
 
 class DamagedFile(Exception):
@@ -43,7 +43,7 @@ def now() -> str:
 
 
 def seconds(stamp: str) -> float:
-    """Unix time of such a time. Raises ValueError, OverflowError or OSError where it is none."""
+    """Unix time of a `stamp`. Raises ValueError, OverflowError or OSError for anything else."""
     return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
@@ -51,8 +51,8 @@ def seconds(stamp: str) -> float:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte form of a JSON value that digests are taken of: sorted keys, no spaces. Raises DamagedFile for one
-    that is nested beyond all sense, which none of ours is."""
+    """The bytes of a JSON value of which digests are taken: sorted keys, no spaces. Raises DamagedFile if it is nested
+    too deep."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     except RecursionError:
@@ -72,7 +72,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sign(record: dict[str, Any]) -> dict[str, Any]:
-    """`record` with `self_sha256`, the digest of everything else in it: a flipped bit in a manifest is noticed too."""
+    """`record` with `self_sha256`, the digest of everything else in it, which shows a flipped bit."""
     body = {k: v for k, v in record.items() if k != "self_sha256"}
     return {**body, "self_sha256": sha256_json(body)}
 
@@ -99,7 +99,7 @@ def fsync_dir(path: Path) -> None:
 
 
 class HashingFile:
-    """A file that takes sha256 and size of what passes through it: one pass over a checkpoint, not two."""
+    """A file that computes sha256 and size of what is written to it: one pass over a checkpoint instead of two."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw
@@ -174,7 +174,7 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> Bin
 
 
 def not_ours(path: Path) -> str:
-    """Why this user may not write `path` or make files in it, where it is somebody else's; "" where it is not."""
+    """If `path` belongs to another user: why this user cannot write it, for a message; else ""."""
     me = os.geteuid()
     while True:
         try:
@@ -200,7 +200,7 @@ def _user(uid: int) -> str:
 
 
 def rename_new(tmp: Path, path: Path) -> None:
-    """rename(2) that refuses to replace: a hard link is atomic and fails where the name exists, on NFS too."""
+    """Rename without replacing: a hard link is atomic and fails if the name exists, on NFS too."""
     try:
         os.link(tmp, path)
     except FileExistsError:
@@ -225,7 +225,7 @@ def write_json(path: Path, value: Any, **publish: Any) -> None:
 
 # ---------------------------------------------------------------- reading
 def link_to_nothing(path: Path) -> str:
-    """What to say of a path that is a link to what is not (any more); "" where it is none."""
+    """For a message: that `path` is a link whose target does not exist; "" if it is not one."""
     try:
         return f"a link to {path.readlink()}, where nothing is" if path.is_symlink() and not path.exists() else ""
     except OSError:
@@ -233,8 +233,8 @@ def link_to_nothing(path: Path) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file to read, never waiting for a writer of it. Raises OSError, DamagedFile where it is no file but a FIFO,
-    a socket or a device."""
+    """Open a file for reading, without ever waiting for a writer. Raises OSError; DamagedFile if it is a FIFO, a socket
+    or a device."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as e:
@@ -255,8 +255,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, at_most: int = RECORD_BYTES) -> bytes:
-    """What is in a file. Raises OSError, DamagedFile where it is no file, or larger than any of its kind: neither a
-    status view nor a job waits for ever, or takes all memory, for what lies in a file's place."""
+    """The content of a file. Raises OSError; DamagedFile if it is no regular file or larger than `at_most` bytes, so
+    that whatever lies in a file's place makes no reader wait for ever or use up all memory."""
     with open_file(path) as f:
         pieces, size, too_large = [], 0, os.fstat(f.fileno()).st_size > at_most
         while not too_large and (piece := f.read(1 << 20)):
@@ -269,7 +269,7 @@ def read_bytes(path: Path, at_most: int = RECORD_BYTES) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """Raises ValueError where it is no JSON, or long or nested beyond all sense."""
+    """Raises ValueError for anything but JSON, also if it is too long or nested too deep."""
     if len(data) > RECORD_BYTES:
         raise ValueError(f"more than {RECORD_BYTES:,} bytes")
     try:
@@ -279,7 +279,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is missing or no JSON (a status view must not die of it)."""
+    """A JSON object, or None if the file is missing or damaged (a status view must not fail for that)."""
     try:
         value = parse_json(read_bytes(path))
     except (OSError, ValueError, DamagedFile):
@@ -288,7 +288,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in a JSONL file, whatever they say; other lines are left out, as a torn last one is."""
+    """The JSON objects in a JSONL file; lines that are none, such as a torn last one, are left out."""
     records = []
     for line in read_bytes(path, LINES_BYTES).split(b"\n") if path.exists() else []:
         try:

@@ -7,6 +7,8 @@ other images, is as good as damaged. Loads no torch before a state is loaded: ch
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +37,48 @@ class Generation:
     manifest: dict[str, Any]
 
 
+class _Reading(threading.Thread):
+    """Of a file's digest, beside other work."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._path, self._of, self._found = path, _identity(path), ""
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # which whoever wants it meets again
+            self._found = sha256_file(self._path)
+
+    def found(self) -> str:
+        """The digest of the file as it is now, "" where that is not known."""
+        self.join()
+        return self._found if _identity(self._path) == self._of else ""
+
+
+_ahead: dict[Path, _Reading] = {}
+
+
+def read_ahead(run: RunDir) -> None:
+    """Begin to read the newest checkpoint, which `verify` then need not read once more."""
+    with contextlib.suppress(OSError, RuntimeError):  # this user has no thread left
+        for step in run.steps_saved()[:1]:
+            reading = _Reading(run.checkpoint(step))
+            reading.start()
+            _ahead[run.checkpoint(step)] = reading
+
+
+def _identity(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _digest(path: Path) -> str:
+    reading = _ahead.pop(path, None)
+    return (reading.found() if reading is not None else "") or sha256_file(path)
+
+
 def read_manifest(run: RunDir, step: int) -> dict[str, Any]:
-    """A manifest of this run's. Raises DamagedFile where it is not as it was written, or another run's,
-    FileNotFoundError where there is none. One from before manifests said whose they are, or a rebuilt one, is taken."""
+    """A manifest of this run. Raises DamagedFile if it is damaged or another run's, FileNotFoundError if there is none.
+    A manifest without a run's id (an old or rebuilt one) counts as this run's."""
     manifest = read_signed(run.manifest(step))
     if why := _of_others(run, manifest):
         raise DamagedFile(f"{run.manifest(step).name}: {why}")
@@ -53,8 +94,8 @@ def _of_others(run: RunDir, manifest: Mapping[str, Any]) -> str:
 
 
 def of_another(run: RunDir, step: Any, sha256: Any) -> str:
-    """Why what was made of the checkpoint `step`, `sha256` was not made of this run's; "" where it was, or where none
-    of that step is there (any more) to compare it with. Raises OSError where it cannot look for a moment."""
+    """For a message: that something made from the checkpoint (`step`, `sha256`) was not made from this run's; "" if it
+    was, or if the run has no checkpoint of that step to compare with. Raises OSError if a manifest cannot be read."""
     if not isinstance(step, int):
         return ""
     try:
@@ -80,13 +121,13 @@ def verify(run: RunDir, step: int) -> Generation:
         raise DamagedFile(f"{path.name}: missing beside its manifest") from None
     if size != manifest["bytes"]:
         raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
-    if (sha256 := sha256_file(path)) != manifest["sha256"]:
+    if (sha256 := _digest(path)) != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")
     return Generation(step, sha256, manifest)
 
 
 def verify_again(run: RunDir, step: int) -> Generation:
-    """`verify`, tried once more where it could not read: a network file system may lose a file's handle once."""
+    """`verify`, tried again after an OSError: a network file system may lose a file handle once."""
     try:
         return verify(run, step)
     except OSError:
@@ -94,7 +135,7 @@ def verify_again(run: RunDir, step: int) -> Generation:
 
 
 def ema_damage(run: RunDir, generation: Generation) -> str | None:
-    """Why the EMA weights beside a generation are not those saved with it. None: they are, or it tells of none."""
+    """Why the EMA weights beside a generation are not those saved with it; None if they are, or it has none."""
     expected, path = generation.manifest.get("ema_sha256"), run.ema_weights(generation.step)
     try:
         return None if expected in (None, sha256_file(path)) else f"{path.name}: its sha256 does not match the manifest"
@@ -103,10 +144,10 @@ def ema_damage(run: RunDir, generation: Generation) -> str | None:
 
 
 def newest_good(run: RunDir, log: Tell) -> Generation | None:
-    """The newest generation that holds, naming each one that does not; None where none was ever saved.
+    """The newest generation that verifies, logging each one that does not; None if none was ever saved.
 
-    Never a silent start at 0: raises Incomplete where checkpoints exist and all are damaged, or none does and something
-    tells of one, and OSError where none is good and some could not be read, which may be otherwise the next time.
+    Never a silent start at 0: raises Incomplete if all checkpoints are damaged, or if there is none but evidence of
+    one; OSError if none is good and some could not be read, which may work the next time.
     """
     evidence.check_start(run)
     steps = run.steps_saved()
@@ -127,7 +168,7 @@ def newest_good(run: RunDir, log: Tell) -> Generation | None:
 
 
 def check_there(run: RunDir) -> None:
-    """What is seen of `newest_good` without reading checkpoints. Raises Incomplete where none of them can be good."""
+    """`newest_good` as far as it can be known without reading checkpoints. Raises Incomplete if none can be good."""
     evidence.check_start(run)
     steps = run.steps_saved()
     if not steps:
@@ -146,9 +187,9 @@ def check_there(run: RunDir) -> None:
 def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generation:
     """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
 
-    Raises NothingSaved where the run has none, RequestError where `step` is not among them or cannot be used, naming
-    the others, or where those it had are missing, or run.json does not belong to the weights it starts from, and
-    Incomplete where the newest is asked for and all are damaged.
+    Raises NothingSaved if the run has none; RequestError if `step` is not among them or is damaged, naming the others,
+    if checkpoints that it had are missing, or if run.json and start.safetensors do not belong together; Incomplete if
+    the newest is asked for and all are damaged.
     """
     steps = run.steps_saved()
     try:
@@ -173,8 +214,8 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
 
 
 def check_mathematics(path: Path, saved: Mapping[str, Any], digest: str) -> None:
-    """saved: a checkpoint's state or manifest. Raises RequestError where it was trained with another config's
-    mathematics than those of `digest`: its weights may fit all the same."""
+    """Raise RequestError if a checkpoint was trained under another config digest: its weights might fit all the same.
+    saved: its state or manifest."""
     if (there := saved.get("config_digest")) not in (None, digest):
         raise RequestError(
             f"{path} belongs to other mathematics (config digest {str(there)[:12]}, the run's config.yaml has "
@@ -182,8 +223,11 @@ def check_mathematics(path: Path, saved: Mapping[str, Any], digest: str) -> None
         )
 
 
-def load(run: RunDir, step: int) -> dict[str, Any]:
-    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint."""
+def load(run: RunDir, step: int, *, mapped: bool = False) -> dict[str, Any]:
+    """The state saved at `step`, tensors on the CPU. Call `verify` first: one flipped bit loads without a complaint.
+
+    mapped: they lie in the file, for whoever copies them at once and has just read it.
+    """
     import torch
 
-    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True)
+    return torch.load(run.checkpoint(step), map_location="cpu", weights_only=True, mmap=mapped)

@@ -19,7 +19,7 @@ def write_png(path: Path, image: np.ndarray, *, may_publish: Callable[[], None] 
 
 
 def read_png(path: Path) -> np.ndarray:
-    """Raises OSError, also where the file is damaged."""
+    """A PNG as an array, uint8. Raises OSError, also if the file is damaged."""
     try:
         with Image.open(path) as image:
             return np.asarray(image)

@@ -1,7 +1,7 @@
-"""The one voice of everything that runs: a line with its time, for a job's log or a terminal.
+"""Log lines with their time, for a job's log or a terminal: everything that runs prints through `say`.
 
-What is said holds names of folders and classes, and words of other programs and files: a terminal would obey the
-control characters in them.
+Lines contain names of folders and classes and the output of other programs. Control characters in them are escaped,
+since a terminal would obey them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from ddpm.run.files import now
 
 
 def has_control(text: str) -> bool:
-    """Whether it has what is no character to read: a line's end, an escape, half of a surrogate pair."""
+    """Whether the text has control characters: line breaks, escapes, lone surrogates."""
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
 def plain(words: object) -> str:
-    """As text in one line that only shows: what is no printable character is written as \\x1b."""
+    """As one line of printable text: other characters are escaped, as in \\x1b."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(words))
 
 
 def plain_lines(words: object) -> str:
-    """The same of text that may have several lines."""
+    """`plain` for text of several lines."""
     return "\n".join(map(plain, str(words).split("\n")))
 
 
 def amount(num_bytes: int) -> str:
-    """Bytes for people: `572 MiB`, in the unit in which it is at least one."""
+    """A number of bytes for people: `572 MiB`, in the largest unit of which there is at least one."""
     value, unit = float(num_bytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

@@ -26,7 +26,7 @@ NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
 EXPORTED_WEIGHTS, EXPORTED_CONFIG = "model.safetensors", "config.yaml"
 """A model without its run: two files of one folder."""
 ASIDE = ".damaged-"
-"""In the name of what lay damaged where a score was to lie."""
+"""Marks the name of a damaged file that was moved away from where a score belongs."""
 
 
 def is_name(name: str) -> bool:
@@ -43,7 +43,7 @@ def check_name(name: str, what: str = "run name") -> str:
 
 
 def check_set_name(name: str) -> str:
-    """Of a new sample set. Sets of before go on under what they are called."""
+    """Check the name of a new sample set; existing sets keep whatever name they have. Raises RequestError."""
     check_name(name, "sample set name")
     if name.endswith(".json") or ASIDE in name:
         raise RequestError(
@@ -53,21 +53,22 @@ def check_set_name(name: str) -> str:
     return name
 
 
-def fitting(name: str) -> str:
-    """A made-up name as it is allowed: one that is too long ends in a digest of all of it."""
+def fit_name(name: str) -> str:
+    """A name that was put together, made to fit MAX_NAME: one that is too long is cut and ends in a digest of
+    itself."""
     return (
         name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     )
 
 
 def listed(directory: Path) -> list[Path]:
-    """What lies in a directory, nothing where there is none. Unlike glob it raises OSError where it cannot look, also
-    of a link to nothing: what it led to may be missing for a while alone."""
+    """The content of a directory; [] if there is none. Unlike glob, raises OSError if it cannot be read, or is a link
+    to nothing, whose target may only be missing for a while."""
     return [directory / name for name in names_in(directory)]
 
 
 def names_in(directory: Path) -> list[str]:
-    """The same by names: a set has hundreds of files, and a view of many runs takes none of them up."""
+    """`listed` as names: making paths takes time, and a set has hundreds of files."""
     try:
         return os.listdir(directory)  # noqa: PTH208 - it makes paths, which is what takes time
     except FileNotFoundError:
@@ -77,8 +78,8 @@ def names_in(directory: Path) -> list[str]:
 
 
 def is_begun(made: Path) -> bool:
-    """Whether a folder is a sample set or a bound: it has a request, or what is made of one. What cannot be listed may
-    be."""
+    """Whether a folder is a sample set or a bound: it has a request, or files made from one. True if it cannot be
+    listed."""
     try:
         names = ["request.json"] if os.path.lexists(made / "request.json") else names_in(made)
     except OSError:
@@ -161,17 +162,17 @@ class RunDir:
 
     @property
     def code(self) -> Path:
-        """What its jobs run."""
+        """The code that its jobs run."""
         return self.path / "code.zip"
 
     @property
     def notify(self) -> Path:
-        """Whom to tell of its end; for its owner's eyes."""
+        """Whom to tell of the run's end; readable by its owner alone."""
         return self.path / "notify.json"
 
     @property
     def start(self) -> Path:
-        """The weights that the run starts from, where those are another's."""
+        """The weights that the run starts from, if it was begun with another model's."""
         return self.path / "start.safetensors"
 
     @property
@@ -204,11 +205,11 @@ class RunDir:
         return self.path / "STOP"
 
     def is_stopped(self) -> bool:
-        """Whether something is called STOP, whatever it is."""
+        """Whether there is a STOP, be it a file, folder or link."""
         return os.path.lexists(self.stop_file)
 
     def renew_stop(self) -> None:
-        """Put STOP there, or make the one that is there a new one."""
+        """Make STOP, or touch an existing one, which gives it a new mark."""
         if self.is_stopped():
             with contextlib.suppress(PermissionError):  # another's, which is there all the same
                 os.utime(self.stop_file, follow_symlinks=False)
@@ -216,7 +217,7 @@ class RunDir:
             self.stop_file.touch()
 
     def stop_mark(self) -> str:
-        """Which STOP is there: another one than was once, has another mark; "" where there is none."""
+        """What tells one STOP from a later one (its time); "" if there is none."""
         try:
             return str(os.lstat(self.stop_file).st_mtime_ns)
         except OSError:  # of a stale handle too, which is no STOP and ends no training
@@ -256,11 +257,11 @@ class RunDir:
         return self.path / "milestones.json"
 
     def score(self, set_name: str) -> Path:
-        """Of the set's first score."""
+        """The set's first score."""
         return self.eval / f"{set_name}.json"
 
     def further_scores(self, set_name: str) -> Path:
-        """Where the set's scores lie that came after the first."""
+        """The folder of the set's other scores."""
         return self.eval / set_name
 
     def checkpoint(self, step: int) -> Path:
@@ -276,7 +277,7 @@ class RunDir:
         return self.grids / f"step-{step:09d}.png"
 
     def exit_marker(self, job: str, restart: int) -> Path:
-        """The job's own exit code, past what starts its ranks, which may report another's."""
+        """Where rank 0 leaves its exit code for the batch shell: what starts the ranks may report another rank's."""
         return self.logs / f".exit-{job}.{restart}"
 
     def shard_marker(self, job: str) -> Path:
@@ -298,12 +299,12 @@ class RunDir:
         return [BoundSet(p) for p in found if p.is_dir() and p.name[0] != "." and is_name(p.name) and is_begun(p)]
 
     def steps_saved(self) -> list[int]:
-        """Steps whose manifest exists, newest first: what a save has acknowledged (their content is not verified). A
-        manifest that is a link to nothing is none."""
+        """Steps whose manifest exists, newest first; contents are not verified. A manifest that is a link to nothing
+        does not count."""
         return list(self._saved())
 
     def lost_manifests(self) -> list[Path]:
-        """Those that are a link to nothing."""
+        """Manifests that are links to nothing."""
         return sorted(path for _, path in self._manifests() if link_to_nothing(path))
 
     def _saved(self) -> Iterator[int]:
@@ -315,5 +316,5 @@ class RunDir:
         return [(int(m[1]), folder / m[0]) for m in found if m]
 
     def latest_step(self) -> int:
-        """The newest saved step, 0 where there is none: what progress means to the restart policy."""
+        """The newest saved step, 0 if there is none: the restart policy's measure of progress."""
         return next(self._saved(), 0)

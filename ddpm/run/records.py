@@ -1,8 +1,8 @@
-"""What events/, metrics.jsonl, heartbeat.json and run.json say: what is no good of it is left out, and named.
+"""Reads events/, metrics.jsonl, heartbeat.json and run.json; damaged values and records are left out, and named.
 
-Jobs die while they write these files, disks err, and people open them. Whoever takes a record from here need not guard
-against that: what every record of its kind has is there, in its type, and a time is one; what some have is good, or not
-there. Must not know what a record is for.
+Jobs die while they write these files, disks err, and people edit them. Callers need not guard against that: a record
+from here has every required key with a value of its type, and optional keys only with good values. Must not know what a
+record is for.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ddpm.run.paths import RunDir
 
 Record = dict[str, Any]
 SKIMMED_BYTES = 4096
-"""Of a long metrics.jsonl, at its end: some twenty lines."""
+"""Read from the end of a long metrics.jsonl: some twenty lines."""
 THINNED_LINES = 40_000
-"""Of a long metrics.jsonl: more than a chart shows."""
+"""Lines that are kept of a long metrics.jsonl: more than a chart shows."""
 SHORTEST = 100
-"""Bytes of a line, at the least."""
+"""Bytes of the shortest line."""
 ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
-"""Lines of it that hold one of these are rare, and none is left out."""
+"""Lines with one of these are rare, and none of them is left out."""
 Kind = Mapping[str, Callable[[Any], bool]]
-"""Keys, and what their values may be."""
+"""Key -> whether a value of it is good. NAME: required keys; NAME_TOO: optional ones."""
 
 
 # ---------------------------------------------------------------- what a value may be
@@ -54,7 +54,7 @@ def _is_job(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """A loss may have been infinite, or none."""
+    """A number, infinite or NaN ones too: a loss may have been."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
@@ -82,7 +82,7 @@ def _is_sign(value: Any) -> bool:
 
 
 SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
-"""Of a life: what an event keeps of a heartbeat."""
+"""What an event keeps of a heartbeat."""
 EVENT: Kind = {"event": _is_text, **SIGN}
 EVENT_TOO: Kind = {
     **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run", "sha256"), _is_text),
@@ -126,7 +126,8 @@ DATA_TOO: Kind = {
 
 
 def _checked(record: Any, needed: Kind, too: Kind | None = None) -> tuple[Record | None, str]:
-    """The record without what is no good in it, None where that is needed; and what that is, or ""."""
+    """The record without bad optional values, or None if a required one is missing or bad; and what was wrong, or
+    ""."""
     if not isinstance(record, dict):
         return None, "no JSON object"
     for key, is_good in needed.items():
@@ -153,9 +154,9 @@ def _short(value: Any) -> str:
 
 
 def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[Record], list[bytes], str]:
-    """The records in a JSONL file; the lines that do not hold all they should; and what is wrong with it, or "".
+    """The records in a JSONL file; the raw lines that are damaged; and what is wrong with the file, or "".
 
-    A torn last line is left out without a word: its writer was killed, or is at it.
+    A torn last line is left out silently: its writer was killed, or is just writing it.
     """
     *lines, last = data.split(b"\n")
     records, lost, told = [], [], []
@@ -176,7 +177,7 @@ def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[R
 def parse_events(data: bytes, name: str) -> tuple[list[Record], str]:
     """The events in a file of events/, and what is wrong with it, or "".
 
-    Unlike a line of metrics, an event that is not whole is told: how a life ended may stand in it.
+    Unlike a torn line of metrics, a torn event is reported: it may have said how a life ended.
     """
     records, _, wrong = parse_lines(data, name, EVENT, EVENT_TOO)
     if not wrong and not _is_json(data.rpartition(b"\n")[2] or b"0"):
@@ -193,15 +194,15 @@ def _is_json(data: bytes) -> bool:
 
 
 def _by_words(event: Record) -> Record:
-    """The event with each job's id as text, which some once were not."""
+    """The event with job ids as text: old events have numbers."""
     sign = event.get("last_sign")
     ids = {key: str(event[key]) for key in ("job", "successor_of") if event.get(key) is not None}
     return {**event, **ids, **({"last_sign": {**sign, "job": str(sign["job"])}} if sign else {})}
 
 
 def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
-    """The records of metrics.jsonl, by step and each once; the lines that do not hold all they should, or say something
-    else of a step than its last line; and what is wrong with the file, or ""."""
+    """The records of metrics.jsonl, sorted, one for each step (its last line); the damaged and superseded raw lines;
+    and what is wrong with the file, or ""."""
     records, lost, wrong = parse_lines(data, "metrics.jsonl", METRICS, METRICS_TOO)
     if any(a["step"] >= b["step"] for a, b in pairwise(records)):
         last = {record["step"]: record for record in records}
@@ -212,10 +213,11 @@ def parse_metrics(data: bytes) -> tuple[list[Record], list[bytes], str]:
 
 
 def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
-    """For a view of many runs: the last records of metrics.jsonl; the step of the one before them, 0 before the first;
-    and what is wrong with the file, or "". Of a long file that begins and ends as it should nothing else is read.
+    """For a view of many runs: the last records of metrics.jsonl, the step of the record before them (0 if they are the
+    first), and what is wrong with the file, or "". Of a long file whose beginning and end are in order nothing else is
+    read.
 
-    Raises OSError, DamagedFile where it is no such file.
+    Raises OSError, DamagedFile.
     """
     with open_file(run.metrics) as f:
         size = os.fstat(f.fileno()).st_size
@@ -232,13 +234,12 @@ def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
 
 
 def last_validation(metrics: list[Record]) -> float | None:
-    """The newest loss on held-out images that these lines have; None where they have none."""
+    """The newest loss on held-out images in these lines; None if they have none."""
     return next((m["validation_loss"] for m in reversed(metrics) if m.get("validation_loss") is not None), None)
 
 
 def read_metrics(run: RunDir) -> list[Record]:
-    """The lines of metrics.jsonl that can be read. Raises OSError where it cannot look, DamagedFile where it is no such
-    file."""
+    """The readable lines of metrics.jsonl, [] if there is none. Raises OSError, DamagedFile."""
     try:
         return parse_metrics(read_bytes(run.metrics, LINES_BYTES))[0]
     except FileNotFoundError:
@@ -269,10 +270,11 @@ def thin_metrics(run: RunDir) -> tuple[list[Record], int]:
 def missing_lines(
     records: Sequence[Record], every_steps: int, *, begin: int = 0, saved_step: int = 0, logged_step: int = 0
 ) -> str:
-    """Where lines of metrics are missing after step `begin`, or "".
+    """For a message: where lines of metrics are missing after step `begin`; "" if none are.
 
-    every_steps: from line to line, as the config says now; what it once said is a distance found three times in a row.
-    saved_step: a checkpoint's, which promises the lines before it. logged_step: of the last of them, where it is known.
+    every_steps: steps between lines by today's config; a larger distance that occurs three times in a row counts as an
+    earlier setting. saved_step: of a checkpoint, before which every line must exist. logged_step: the last of those
+    lines, if known.
     """
     steps = [begin, *(r["step"] for r in records)]
     distances = groupby(b - a for a, b in pairwise(steps))
@@ -285,7 +287,7 @@ def missing_lines(
 
 
 def parse_heartbeat(data: bytes) -> tuple[Record, str]:
-    """What a heartbeat says, {} where that is no good; and what is wrong with it, or ""."""
+    """The content of a heartbeat, {} if it is damaged; and what is wrong with it, or ""."""
     try:
         record, wrong = _checked(parse_json(data), BEAT, BEAT_TOO)
     except ValueError:
@@ -294,12 +296,12 @@ def parse_heartbeat(data: bytes) -> tuple[Record, str]:
 
 
 def place_of(run: RunDir) -> int:
-    """What tells a run directory from its copies: a heartbeat says where it was written. Raises OSError."""
+    """The run directory's inode, which tells it from its copies: a heartbeat records it. Raises OSError."""
     return run.path.stat().st_ino % 2**63
 
 
 def read_heartbeat(run: RunDir) -> Record:
-    """What the heartbeat says, {} where there is none that can be read."""
+    """The content of heartbeat.json, {} if there is no readable one."""
     try:
         return parse_heartbeat(read_bytes(run.heartbeat))[0]
     except (OSError, DamagedFile):
@@ -307,8 +309,8 @@ def read_heartbeat(run: RunDir) -> Record:
 
 
 def read_run(run: RunDir) -> Record:
-    """What run.json says. Raises DamagedFile where it is missing or not what was written; that of an old run is not
-    signed."""
+    """The content of run.json. Raises DamagedFile if it is missing or not what was written (old ones are not
+    signed)."""
     try:
         record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
@@ -328,8 +330,7 @@ def read_run(run: RunDir) -> Record:
 
 
 def usable(run: RunDir) -> Record:
-    """`read_run`, {} where that cannot be: whoever needs more of it reads it again, and says so. Raises OSError where
-    the file system fails for a moment."""
+    """`read_run`, but {} if run.json is missing or damaged. Raises OSError if the file system fails for a moment."""
     try:
         return read_run(run)
     except (DamagedFile, IsADirectoryError, NotADirectoryError, PermissionError):
@@ -337,21 +338,20 @@ def usable(run: RunDir) -> Record:
 
 
 def identity(run: RunDir) -> dict[str, str]:
-    """What tells the run's own checkpoints from another's of the same config: `run_id`, and `data_digest`, that of its
-    images. What run.json does not say is left out, as that of a run from before ids; all where it cannot be used."""
+    """What tells this run's checkpoints from those of another run of the same config: `run_id`, and `data_digest`, the
+    digest of its images; without keys that run.json does not have (old runs), {} if it is damaged."""
     record = usable(run)
     found = {"run_id": record.get("run_id"), "data_digest": (record.get("data") or {}).get("digest")}
     return {key: value for key, value in found.items() if value}
 
 
 def lost_signature(record: Record) -> bool:
-    """Whether what a run.json says is not signed, though what wrote it signs: only a record from before says no labels,
-    and whoever adds them to one signs it."""
+    """Whether a run.json has lost its signature: it has labels, which are only ever written with a signature."""
     return "labels" in record and "self_sha256" not in record
 
 
 def data_of(run: RunDir) -> Record:
-    """What run.json says of the run's packed data; of weights that were trained elsewhere, only where it would lie.
+    """`data` of run.json: the run's packed data. For weights that were trained elsewhere it has the cache alone.
 
     Raises DamagedFile.
     """

@@ -1,9 +1,9 @@
 """How a training state becomes a generation, and which generations stay.
 
 A save copies the state into reused host buffers (training waits for that alone) and a thread writes them; a second save
-waits for the first. Kill points: before the .pt's rename, a stale temporary; before the .json's, a .pt that does not
-exist, which the save's sign tells for its own: removed by the next life and the next save; after it, a generation. What
-has no manifest and no sign, and what was rejected, may be somebody's only copy: it is moved aside.
+waits for the first. A kill before the .pt's rename leaves a stale temporary; before the .json's rename, a .pt that does
+not count, which the next life or save removes because the save's sign marks it; after it, a generation. A .pt without
+manifest and sign, and one that was rejected, may be somebody's only copy: it is moved aside.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import identity
 
 SPARE_BYTES = 16 * 2**20
-"""Left free by a save, for log lines and events."""
+"""Space that a save leaves free, for log lines and events."""
 
 
 def num_bytes(state: Any) -> int:
-    """Of all tensors in a state tree."""
+    """Bytes of all tensors in a state tree."""
     if hasattr(state, "nbytes"):
         return int(state.nbytes)
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -58,7 +58,7 @@ class HostCopy:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, state: Any) -> Any:
-        """`state` with every tensor copied; complete when this returns, so training may go on changing it."""
+        """`state` with every tensor copied to the host; training may change `state` once this returns."""
         copied = self._copy(state, "")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -107,7 +107,8 @@ class Checkpointer:
         self._clear()
 
     def _clear(self) -> None:
-        """What stays in the way of none but a save of its own step: once is enough to say so."""
+        """Remove what failed saves left. What cannot be removed only blocks a save of its own step: it is logged
+        once."""
         try:
             unfinished.clear(self._run, self._fence.check, self._log)
         except OSError as e:
@@ -136,7 +137,7 @@ class Checkpointer:
             self.wait()
 
     def wait(self, *, raising: bool = True) -> None:
-        """Until the write under way is over. Raises RunBusy; with `raising` also the OSError of a failed write."""
+        """Wait for the write under way. Raises RunBusy; with `raising` also the OSError of a failed write."""
         if self._thread is not None and self._thread.ident is not None:  # it has started
             self._thread.join()
         self._thread = None
@@ -218,7 +219,8 @@ class Checkpointer:
         return str(f.sha256)
 
     def _complete(self, there: Generation, state: dict[str, Any], with_ema: bool) -> None:
-        """What a generation lacks that was saved as one of many and is now to be the last, or has lost since."""
+        """Add what an existing generation lacks: EMA weights or `early_stopped`, if it was not saved as the last one or
+        has lost them."""
         run, step, told = self._run, there.step, settled_in(state)
         damage = ema_damage(run, there)
         if with_ema and (damage or not run.ema_weights(step).exists()):
@@ -233,7 +235,7 @@ class Checkpointer:
         return str(self._fence.token)
 
     def _check_space(self, needed: int) -> None:
-        """Raise OSError where a save does not fit: a disk that it has filled is full for everybody else too."""
+        """Raise OSError if a save would not fit: a disk that it fills is full for everybody else too."""
         free = shutil.disk_usage(self._run.checkpoints).free
         if free < needed + SPARE_BYTES:
             told = f"{amount(free)} free for a checkpoint of {amount(needed)} and {amount(SPARE_BYTES)} to spare"
@@ -245,11 +247,12 @@ class Checkpointer:
         return f.sha256
 
     def _retain(self, newest: int) -> None:
-        """Remove what nobody needs: the manifest first, so that a kill in between leaves a .pt that does not exist.
+        """Remove generations that nobody needs, manifest first, so that a kill in between leaves a .pt that does not
+        count.
 
-        newest: the step just saved. Whatever lies beyond it was rejected when this history began: it must not take the
-        place of a good one, and may be good itself where it could not be read. Raises OSError or DamagedFile, with
-        nothing removed, where a request cannot be read or is not as it was published.
+        newest: the step just saved. Later ones were rejected when this life resumed: they must not take the place of a
+        good one, but are moved aside, since one that could not be read may be good. Raises OSError or DamagedFile, with
+        nothing removed, if the request of a set cannot be read or is damaged.
         """
         run, steps = self._run, self._run.steps_saved()
         reached = [s for s in steps if s <= newest]
@@ -270,8 +273,8 @@ class Checkpointer:
         self._clear()
 
     def _last_good(self, steps: list[int]) -> tuple[set[int], set[int]]:
-        """Of steps, newest first: the last `keep_last` that hold, with those among them that cannot be read now; and
-        those among them that do not hold. Each is read whole but once in a life."""
+        """Of `steps`, newest first, until `keep_last` good ones are found: those that are good or cannot be read now,
+        and those that are damaged. Each is read whole only once in a life."""
         run, kept, damaged = self._run, set(), set()
         good = 0
         for step in steps:
@@ -290,8 +293,8 @@ class Checkpointer:
         return kept, damaged
 
     def _named(self) -> set[Any]:
-        """Steps that sample sets and bounds are made of, and the best milestone. Raises DamagedFile where one of them
-        cannot be told."""
+        """Steps of the checkpoints that sample sets and bounds were made from, and of the best milestone. Raises
+        DamagedFile if one of them cannot be known."""
         run = self._run
         steps = set()
         for path in [*listed(run.samples), *listed(run.bound_set("x").path.parent), run.milestones]:
@@ -316,12 +319,11 @@ class Checkpointer:
 
 
 def ema_bytes(ema: Mapping[str, torch.Tensor], step: int, **said: str) -> bytes:
-    """What a file of EMA weights holds, and says besides; equal weights give equal bytes."""
+    """The bytes of a file of EMA weights, with its step and `said` as metadata; equal weights give equal bytes."""
     return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step), **said})
 
 
 def settled_in(state: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says only where training ended early, which the step alone would not: the mean change of the loss
-    at which it settled."""
+    """`early_stopped` for a manifest, if training ended early: the mean change of the loss at which it settled."""
     settled = state["extra"].get("early_stopped")
     return {} if settled is None or settled is False else {"early_stopped": settled}

@@ -1,7 +1,7 @@
 """Whether training is finished: the one place that answers.
 
-The published fact is the manifest of the last step: its step, and where training ended early the mean change of the
-loss at which it settled. Whoever trains asks the same rule of what it is about to publish.
+The answer is in the manifest of the last step: its step and, if training ended early, the mean change of the loss at
+which it settled. Training applies the same rule to what it is about to publish.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def settled(losses: Sequence[float], config: Config) -> float | None:
-    """The mean change of the last logged losses where it is so small that training ends early, else None.
+    """The mean change of the last logged losses if it is so small that training ends early, else None.
 
     losses: oldest first; the config says how many of the last ones count.
     """
@@ -40,9 +40,9 @@ def is_last(step: int, settled_at: float | None, config: Config) -> bool:
 
 
 def finished_step(run: RunDir, config: Config) -> int | None:
-    """The step at which training has ended, by its end or early; None where it has not.
+    """The step at which training has ended, at its full length or early; None if it has not ended.
 
-    Raises OSError where the file system fails for a moment: an answer would be a guess, by which jobs end for good.
+    Raises OSError if the file system fails for a moment: a wrong answer could end jobs for good.
     """
     try:
         step = run.latest_step()

@@ -1,12 +1,12 @@
-"""How long work is told to stop, and how it tells how far it is: it asks and calls, and knows no signal or terminal."""
+"""Types by which long work asks whether to stop, and reports its progress, without knowing signals or terminals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 StopRequested = Callable[[], "str | None"]
-"""Why to stop, one of STOP_REASONS, or None; cheap enough to be asked at every step."""
+"""Returns why to stop, one of STOP_REASONS, or None; cheap enough to be called at every step."""
 STOP_REASONS = ("", "preempted", "time_limit", "interrupted", "STOP")
-"""In the order of their weight: where ranks were told different ones, the last of them counts."""
+"""By rising weight: if ranks were told different reasons, the last of them in this order counts."""
 ShowProgress = Callable[[int, int], None]
-"""(done, total), in units of the work's own."""
+"""Called with (done, total), in the work's own units."""

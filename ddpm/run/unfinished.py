@@ -1,7 +1,8 @@
-"""What lies in checkpoints/ without a manifest: a save's own leftover goes, everything else is moved aside.
+"""Checkpoint files without a manifest: a save's own leftovers are deleted, everything else is moved aside.
 
-A save says what it begins in `.saving-step-K.TOKEN`, durable before its .pt has a name, removed after its manifest has.
-The file holds its own inode number, so a copy of it says nothing: what lies beside that may be somebody's only copy.
+A save marks what it begins by a sign, `.saving-step-K.TOKEN`, which is durable before its .pt has a name and removed
+after its manifest has one. A sign contains its own inode number, so that a copy of it is recognised: files beside a
+copied sign may be somebody's only copy.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ ASIDE = "set-aside"
 
 @dataclass(frozen=True)
 class Sign:
-    """A save's word that it began."""
+    """A save's mark that it began."""
 
     path: Path
     step: int
     is_ours: bool
-    """Whether it was written here, and is no copy."""
+    """Whether it was written here, and is not a copy."""
 
 
 def begin(run: RunDir, step: int, token: str, may_publish: Callable[[], None]) -> Path:
-    """Say that the generation of `step` is being saved; returns what to unlink when its manifest is there."""
+    """Write the sign of a save of `step`; returns its path, to be unlinked once the manifest exists."""
     path = run.checkpoints / f"{SIGN}{run.checkpoint(step).stem}.{token}"
     with publishing(path, token=token, replace=True, may_publish=may_publish) as f:
         f.write(f"{os.fstat(f.raw.fileno()).st_ino}\n".encode())
@@ -51,7 +52,7 @@ def signs(run: RunDir) -> list[Sign]:
 
 
 def alone(run: RunDir) -> list[int]:
-    """Steps of which a .pt lies there without a manifest, and no save has left it here."""
+    """Steps with a .pt that has no manifest and was not left here by an unfinished save."""
     names = {p.name for p in listed(run.checkpoints)}
     found = (re.fullmatch(r"step-([0-9]{9,})\.pt", name) for name in sorted(names))
     steps = [int(m[1]) for m in found if m and f"{m[0][:-3]}.json" not in names]
@@ -60,11 +61,11 @@ def alone(run: RunDir) -> list[int]:
 
 
 def clear(run: RunDir, may_remove: Callable[[], None], log: Callable[[str], None]) -> None:
-    """Remove what saves that failed or were killed have left, which would take the room of those to come.
+    """Remove what failed or killed saves have left, which would take the space of later ones.
 
-    EMA weights without a .pt or a sign stay, as someone may have meant; so do folders, which no save makes.
-    may_remove: asked after the look around; it raises where a later job has the run, whose any of it may be. Raises
-    OSError, with all else done, where something cannot be moved aside.
+    EMA weights without a .pt or a sign stay, since a person may have put them there; so do folders, which no save
+    makes. may_remove: called after listing and before removing; raises if a later job has the run, to which the files
+    may belong. Raises OSError, after all else is done, if something cannot be moved aside.
     """
     names = sorted(p.name for p in listed(run.checkpoints))
     begun, others = signs(run), alone(run)
@@ -90,9 +91,9 @@ def clear(run: RunDir, may_remove: Callable[[], None], log: Callable[[str], None
 
 
 def set_aside(run: RunDir, paths: list[Path], why: str, log: Callable[[str], None]) -> None:
-    """Move what may be somebody's only copy out of the way, into checkpoints/set-aside/, and say so once.
+    """Move files that may be somebody's only copy into checkpoints/set-aside/, and log it.
 
-    Nothing there counts as a checkpoint, and nobody but people removes it. Raises OSError.
+    Nothing in there counts as a checkpoint, and only people remove it. Raises OSError.
     """
     there = [p for p in paths if os.path.lexists(p)]
     if not there:

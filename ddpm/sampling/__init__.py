@@ -1,1 +1,1 @@
-"""Sample sets: what one asks for, its shards on disk, and the making of a shard. Knows no job."""
+"""Sample sets: the request, the shards on disk, and how a shard is computed. Knows no job."""

@@ -1,4 +1,4 @@
-"""A network as samplers take it, with all that its samples follow from but the request."""
+"""A network in the form that samplers call, with all that samples depend on except the request."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from ddpm.network.device import autocast
 from ddpm.network.unet import UNet
 
 LabelledEpsModel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-"""(x_t (B, C, H, W), t int64 (B,), labels int64 (B,) or None) -> eps (B, C, H, W) float32. Label num_classes stands for
-none, which guidance asks for."""
+"""(x_t (B, C, H, W), t int64 (B,), labels int64 (B,) or None) -> eps (B, C, H, W) float32. Label num_classes means "no
+label", which guidance needs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """What a shard is made with. Guidance wants one that takes the label num_classes for none."""
+    """What a shard is computed with. For guidance its `eps` must accept the label num_classes as "no label"."""
 
     eps: LabelledEpsModel
-    """On `device`."""
+    """Evaluates the network, on `device`."""
     schedule: Schedule
     image_shape: tuple[int, int, int]
     """(C, H, W)"""
     variance: str
-    """The ancestral sampler's; a request's own comes first."""
+    """Variance of the ancestral sampler, unless the request has one."""
     num_classes: int
-    """0 for a model without."""
+    """0 for a model without classes."""
     device: torch.device
 
     @classmethod
     def of(cls, config: Config, network: UNet, precision: str) -> Denoiser:
-        """The config's network where it lies, evaluated in fp32, bf16 or fp16; on a GPU by this project's kernels."""
+        """A denoiser of the config's network on its present device. precision: fp32 | bf16 | fp16. On a GPU it uses
+        fused.py's kernels where they can, and replays evaluations."""
         size = config.data.image_size
         device = next(network.parameters()).device
         network.set_own_kernels(fused.serve(network, device))
@@ -56,7 +57,7 @@ class Denoiser:
 
 
 def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
-    """The network's evaluation, without gradients."""
+    """The network as a function without gradients, evaluated in `precision`."""
 
     def eps(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         with torch.no_grad(), autocast(precision, x_t.device):
@@ -66,9 +67,9 @@ def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
 
 
 class Replays:
-    """Evaluations on a GPU: from the third of a shape on, their kernels are started together, as one CUDA graph.
+    """Evaluations on a GPU: from the third call with a shape on, its kernels are launched together, as one CUDA graph.
 
-    The network must stay where it is; what its weights become is seen.
+    The network's tensors must stay where they are in memory; changes of their values are seen.
     """
 
     def __init__(self, eps: LabelledEpsModel) -> None:

@@ -79,7 +79,7 @@ def generate_shard(
 def sample_labels(request: Request, first: int, num: int, num_classes: int) -> np.ndarray:
     """Class of samples first … first+num-1, int64 (num,); -1 for a model without classes.
 
-    Sample i is of class i % num_classes, or of the class that i falls into where the plan's classes follow each other.
+    Sample i has class i % num_classes; with a class plan all samples of class 0 come first, then those of class 1, ….
     """
     index = np.arange(first, first + num, dtype=np.int64)
     if not num_classes:
@@ -96,7 +96,7 @@ def sample_batch(
     labels: np.ndarray,
     stop_requested: StopRequested = lambda: None,
 ) -> Part:
-    """Samples first … first+n-1, in order. labels: int64 (n,), n <= batch; no matter for a model without classes.
+    """Samples first … first+n-1, in order. labels: int64 (n,), n <= batch; ignored by a model without classes.
 
     Raises Stopped at any step but the last, DoNotRetry if the network's output is not finite.
     """
@@ -161,7 +161,7 @@ def _check_fit(request: Request, denoiser: Denoiser) -> None:
 
 
 def _remove_stale(sample_set: SampleSet, request: Request, index: int, batches: list[tuple[int, int]]) -> None:
-    """Remove the temporaries of this shard's killed lives, and only of this shard's."""
+    """Remove temporaries that killed lives left of this shard, and of no other."""
     finals = [sample_set.shard(index, request.shards), sample_set.shard_manifest(index, request.shards)]
     for final in finals + [part_path(sample_set, first, num) for first, num in batches]:
         for stale in final.parent.glob(f"{files.TMP_PREFIX}{final.name}.*"):
@@ -169,7 +169,7 @@ def _remove_stale(sample_set: SampleSet, request: Request, index: int, batches: 
 
 
 def _already_published(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any] | None:
-    """The manifest of a good shard. What is left of a bad one is removed: manifest first, then it does not exist."""
+    """The manifest of a good shard, else None. A bad shard is removed, manifest first, so that it no longer counts."""
     try:
         return verify_shard(sample_set, request, index).manifest
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Finished batches of a shard in work (samples/SET/part/), kept over a kill, until the shard is published."""
+"""Finished batches of an unfinished shard (samples/SET/part/): they survive a kill, until the shard is published."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def part_path(sample_set: SampleSet, first: int, num: int) -> Path:
 
 
 def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> Part | None:
-    """A finished batch that an earlier life left, or None; a damaged one is removed and said."""
+    """A finished batch that an earlier life left, or None; a damaged one is logged and removed."""
     path = part_path(sample_set, first, num)
     try:
         arrays, _ = read_npz(path)
@@ -45,7 +45,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
 
 
 def is_whole(path: Path, request: Request) -> None:
-    """Raises DamagedFile where a part is not one of this request's, as it was written; removes nothing."""
+    """Raise DamagedFile unless a part is one of this request and undamaged; removes nothing."""
     arrays, _ = read_npz(path)
     part = Part(arrays["images"], int(arrays["nfe"]))
     if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):
@@ -62,7 +62,7 @@ def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, 
 
 
 def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[int, int]]) -> None:
-    """Remove a shard's parts, and the directory with the last shard of the set: no writer can be left then."""
+    """Remove a shard's parts, and after the last shard of the set the directory, when no writer can be left."""
     for first, num in batches:
         part_path(sample_set, first, num).unlink(missing_ok=True)
     if sample_set.part.exists() and not any(sample_set.part.iterdir()) and not missing_shards(sample_set, request):
@@ -70,7 +70,7 @@ def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[in
 
 
 def _check(request: Request, first: int, part: Part) -> str:
-    """Ties a part's pixels to its request and place: a part left by another request is no part."""
+    """A digest that ties a part's pixels to its request and place: another request's part does not pass."""
     digest = hashlib.sha256(f"{request.digest} {first} {part.nfe} {part.images.shape}".encode())
     digest.update(part.images.tobytes())
     return digest.hexdigest()

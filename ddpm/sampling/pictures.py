@@ -1,4 +1,4 @@
-"""Samples as a user wants them: arrays, tensors or pictures; and many in one picture."""
+"""Samples as arrays, tensors or PIL pictures; and a grid of them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def as_output(images: np.ndarray, output: str) -> np.ndarray | Tensor | list[Ima
 
 
 def grid(images: np.ndarray | Tensor | Sequence[Any], columns: int | None = None) -> Image.Image:
-    """Images side by side as one RGB picture, row by row, a thin line apart; small ones are enlarged by a whole factor.
+    """Images as one RGB picture, row by row with a thin line between them; small ones are enlarged by a whole factor.
 
     images: uint8 (N, H, W, 3), a tensor uint8 (N, 3, H, W), or a sequence of PIL pictures of one size: what
-    `Model.sample` returns. columns: as many as make a square unless given. RequestError for others.
+    `Model.sample` returns. columns: by default as many as make a square. RequestError for anything else.
     """
     array = _as_array(images)
     if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:

@@ -1,7 +1,7 @@
-"""What a sample set asks for: samples/SET/request.json, and the request that a config makes.
+"""The request of a sample set: samples/SET/request.json, and how a config makes one.
 
-Owns the request, its digest and what is meant by what it leaves out. Must not know how a sample is computed. Loads no
-torch: publishing a request stays cheap on a login node.
+Owns the request, its digest and the defaults of fields that it leaves out. Must not know how a sample is computed.
+Loads no torch: publishing a request stays cheap on a login node.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class CheckpointRef:
 
 @dataclass(frozen=True)
 class Request:
-    """What a sample set is: everything that its samples follow from. Field for field request.json, less its digest.
+    """Everything that the samples of a set depend on: the fields of request.json, except its digest.
 
-    request.json says `clip_x_0` only where it is false, and `variance` only where it is not the config's: sets from
-    before there was a choice keep their digests.
+    request.json has `clip_x_0` only if it is false, and `variance` only if it is not the config's, so that sets from
+    before these fields keep their digests.
     """
 
     checkpoint: CheckpointRef
@@ -48,10 +48,10 @@ class Request:
     batch: int
     precision: str
     class_plan: tuple[int, ...] | None
-    """How many samples of each class, all of class 0 first; None: the classes in turn."""
+    """Number of samples of each class, all of class 0 first; None: the classes in turn."""
     clip_x_0: bool = True
     variance: str | None = None
-    """The ancestral sampler's, one of VARIANCES; None: the config's diffusion.variance."""
+    """Variance of the ancestral sampler, one of VARIANCES; None: the config's diffusion.variance."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "shards", "batch", "steps"):
@@ -120,14 +120,15 @@ class Request:
 
 
 _LATER = {"clip_x_0": True, "variance": None}
-"""Fields that came after the first sets, and what a request.json means that does not say them."""
+"""Fields that came after the first sets, with their value in a request.json that does not have them."""
 
 
 # ---------------------------------------------------------------- what a config asks for
 
 
 def usual_steps(config: Config, sampler: str) -> int:
-    """Of a sampler that is asked for without its steps: the config's are for the config's sampler."""
+    """Steps of a sampler for which none are given: the config's if it is the config's sampler, else the sampler's usual
+    number."""
     if sampler == config.sample.sampler:
         return config.sample.steps
     timesteps = config.diffusion.timesteps
@@ -135,8 +136,8 @@ def usual_steps(config: Config, sampler: str) -> int:
 
 
 def precision_of(config: Config, run: RunDir | None) -> str:
-    """fp32 | bf16: the config's; its `auto` is what the run was trained in where that was bf16, else fp32. So it is the
-    same on every machine. run: None for weights without one."""
+    """fp32 | bf16: the config's sample.precision; for `auto` bf16 if the run was trained in it, else fp32, so that it
+    is the same on every machine. run: None for weights without a run."""
     if config.sample.precision != "auto":
         return config.sample.precision
     trained_in = ((read_run(run) if run else {}).get("resolved") or {}).get("amp")
@@ -144,7 +145,7 @@ def precision_of(config: Config, run: RunDir | None) -> str:
 
 
 def from_config(config: Config, checkpoint: CheckpointRef, precision: str, variance: str | None = None) -> Request:
-    """The request that `config.sample` makes of one checkpoint. variance: instead of the config's."""
+    """The request that `config.sample` makes for one checkpoint. variance: instead of the config's."""
     s = config.sample
     request = Request(
         checkpoint=checkpoint,
@@ -169,9 +170,9 @@ def from_config(config: Config, checkpoint: CheckpointRef, precision: str, varia
 
 
 def publish_request(sample_set: SampleSet, request: Request) -> Request:
-    """Publish `request` as the set's, once; the same request again is fine and changes nothing.
+    """Publish `request` as the set's; a set that already has the same request stays as it is.
 
-    Raises RequestError if the set already has another one, naming every field that differs.
+    Raises RequestError, naming every field that differs, if the set has another request.
     """
     if not sample_set.request.exists():
         paths.check_set_name(sample_set.name)
@@ -189,8 +190,8 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
 
 
 def read_request(sample_set: SampleSet) -> Request:
-    """The set's request. Raises RequestError where there is none, or where it is damaged; OSError where the file system
-    fails for a moment."""
+    """The set's request. Raises RequestError if there is none or it is damaged, OSError if the file system fails for a
+    moment."""
     try:
         record = files.parse_json(files.read_bytes(sample_set.request))
         return Request.from_record(record if isinstance(record, dict) else {})
@@ -204,7 +205,7 @@ def read_request(sample_set: SampleSet) -> Request:
 
 
 def samples_record(request: Request) -> dict[str, Any]:
-    """What a score says of the samples that it is of: all of the request but how they are divided."""
+    """What a score records of its samples: the whole request except how it is divided into shards and batches."""
     return {
         "num_samples": request.num_samples,
         "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
@@ -223,7 +224,7 @@ def samples_record(request: Request) -> dict[str, Any]:
 
 
 def withdraw_request(sample_set: SampleSet) -> None:
-    """Unpublish the request of a set that has nothing else yet: it was never asked for."""
+    """Unpublish the request of a set that has nothing else yet, as if it had never been asked for."""
     sample_set.request.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a shard that somebody began
         sample_set.path.rmdir()

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
 
 def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[str, Any]:
-    """A shard's manifest. Raises FileNotFoundError, or DamagedFile if it is not what this request's shard must say."""
+    """A shard's manifest. Raises FileNotFoundError, or DamagedFile if it does not match this request's shard."""
     path = sample_set.shard_manifest(index, request.shards)
     manifest = files.read_signed(path)
     first, num = shard_range(request.num_samples, request.shards, index)
@@ -64,7 +64,7 @@ def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
 
 
 def shards_to_make(sample_set: SampleSet, request: Request) -> list[int]:
-    """The missing ones, and those that are not as they were published: every byte of the others is read."""
+    """Missing and damaged shards; every byte of published shards is read."""
     missing = set(missing_shards(sample_set, request))
     for index in set(range(request.shards)) - missing:
         try:
@@ -95,8 +95,8 @@ def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
 def publish_shard(
     sample_set: SampleSet, request: Request, index: int, images: np.ndarray, labels: np.ndarray, nfe: int, token: str
 ) -> dict[str, Any]:
-    """Publish a computed shard; returns its manifest, or that of a twin that was faster. Raises RunBusy if that one is
-    not whole yet."""
+    """Publish a computed shard; returns its manifest, or that of another job that published it first. Raises RunBusy if
+    that job is not done yet."""
     first, num = shard_range(request.num_samples, request.shards, index)
     path = sample_set.shard(index, request.shards)
     try:
@@ -130,11 +130,11 @@ def withdraw_shard(sample_set: SampleSet, request: Request, index: int) -> None:
 def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes: Sequence[str] = ()) -> Path:
     """Write every sample as `directory`/000007.png, for tools that want files; returns `directory`.
 
-    Of a model with classes as `directory`/3-cat/000007.png, in the words of `classes` where it has one for each label.
+    For a model with classes as `directory`/3-cat/000007.png, with names from `classes` if it has one for each label.
 
-    The directory appears whole: a kill leaves a temporary beside it. It says in .unpacked what it holds; one that
-    already holds all of them is left alone. Raises RequestError for a directory with other content, FileNotFoundError
-    or DamagedFile for a shard that is not good.
+    The directory appears whole: a kill leaves a temporary beside it. Its file .unpacked records its content; a
+    directory that already has all samples is left alone. Raises RequestError for a directory with other content,
+    FileNotFoundError or DamagedFile for a shard that is missing or damaged.
     """
     from PIL import Image  # a login node that unpacks nothing does without
 
@@ -167,14 +167,14 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes
 
 
 def _folder(label: int, classes: Sequence[str]) -> str:
-    """Of a class: its label, and as much of its name as a folder may be called."""
+    """The folder of a class: its label, and its name with other characters than letters, digits, . _ - replaced."""
     name = classes[label] if label < len(classes) else ""
     word = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
     return f"{label}-{word}" if word and word != str(label) else str(label)
 
 
 def _begins_alike(sample_set: SampleSet, request: Request, directory: Path) -> bool:
-    """Whether the first picture of each shard is that of the shard: of a directory of old, which does not say more."""
+    """Whether the first picture of each shard is in an old directory, which has no .unpacked."""
     from ddpm.run.images import read_png  # loads Pillow
 
     for index in range(request.shards):
@@ -199,8 +199,8 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
 
 
 def parse_npz(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; zip's own checksums are verified. Raises DamagedFile, also where more memory is asked for
-    than its file can hold. Never unpickles."""
+    """The arrays of an .npz, with its zip checksums verified. Raises DamagedFile, also if its headers ask for more
+    memory than the file can fill. Never unpickles."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
             check_members(members, len(data))

@@ -10,7 +10,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import BoundSet, RunDir, fitting
+from ddpm.run.paths import BoundSet, RunDir, fit_name
 from ddpm.sampling.request import CheckpointRef, precision_of
 
 
@@ -40,7 +40,7 @@ class BoundRequest:
         """Of its directory, and of its score."""
         some = "" if self.num_images is None else f"-{self.num_images}"
         of = "" if self.weights == "ema" else f"-{self.weights}"
-        return fitting(f"bits-per-dim-{self.split}{some}-step{self.checkpoint.step}{of}-seed{self.seed}")
+        return fit_name(f"bits-per-dim-{self.split}{some}-step{self.checkpoint.step}{of}-seed{self.seed}")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> BoundRequest:

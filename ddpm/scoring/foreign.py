@@ -18,7 +18,14 @@ from ddpm.run import files
 from ddpm.run.stopping import ShowProgress
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.gather import Gathered, gather
-from ddpm.scoring.reference import image_features, kept_in_parts, reference_of, write_statistics
+from ddpm.scoring.reference import (
+    image_features,
+    image_record,
+    kept_in_parts,
+    of_gathered,
+    publish_statistics,
+    reference_of,
+)
 from ddpm.scoring.scores import all_scores
 from ddpm.scoring.statistics_file import read_statistics
 
@@ -113,8 +120,5 @@ def save_statistics(
 
     Raises RequestError where `path` is there already, or is in no directory.
     """
-    gathered = gather_images(images, extractor, keep, progress)
-    try:
-        write_statistics(path, gathered, images.name, images_digest=images.digest, extractor_digest=extractor.digest)
-    except FileExistsError:
-        raise RequestError(f"{path}: exists, and is left as it is; name another file, or remove it") from None
+    of = of_gathered(gather_images(images, extractor, keep, progress), image_record(images))
+    publish_statistics(path, of, images, extractor)

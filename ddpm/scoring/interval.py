@@ -72,10 +72,12 @@ class _Projected(NamedTuple):
     """L' mean."""
     trace: float
     m2: np.ndarray
+    """L' m2 L, its lower triangle."""
 
 
 def _projected(moments: Moments, L: np.ndarray) -> _Projected:
-    return _Projected(moments.num, moments.mean, L.T @ moments.mean, float(np.trace(moments.m2)), L.T @ moments.m2 @ L)
+    m2 = metrics.along(moments.m2, L)
+    return _Projected(moments.num, moments.mean, L.T @ moments.mean, float(np.trace(moments.m2)), m2)
 
 
 def _leaving_out(total: _Projected, part: _Projected) -> _Projected:

@@ -73,10 +73,16 @@ def _root_by_eigenvalues(cov: np.ndarray) -> np.ndarray:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def _eigenvalues(cov: np.ndarray, L: np.ndarray) -> np.ndarray:
-    """Of L' cov L, rising; L lower triangular, which halves the products (LAPACK's sygst)."""
-    reduced, _ = lapack.dsygst(cov, L, itype=2, lower=1)
-    return eigvalsh(reduced, driver="evd", overwrite_a=True, check_finite=False)
+def along(m: np.ndarray, L: np.ndarray) -> np.ndarray:
+    """L' m L of a symmetric m (d, d) and a `root` L (d, r): its lower triangle, what is above that is nobody's.
+
+    A triangular L, as Cholesky's, takes a quarter of the work (LAPACK's sygst). One of eigenvectors is square too where
+    all of them are kept, and not triangular.
+    """
+    if L.shape == m.shape and not np.triu(L, 1).any():
+        reduced, _ = lapack.dsygst(m, L, itype=2, lower=1)
+        return np.asarray(reduced)
+    return L.T @ m @ L
 
 
 def noise(values: np.ndarray) -> float:
@@ -95,7 +101,9 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     cov2 = K K', which are exact to rounding.
     """
     L = root(cov2)
-    values = _eigenvalues(cov1, L) if L.shape == cov2.shape else np.zeros(1)
+    values = np.zeros(1)
+    if L.shape == cov2.shape:
+        values = eigvalsh(along(cov1, L), driver="evd", overwrite_a=True, check_finite=False)
     if values[0] > _EIGENVALUE_SPREAD * values[-1]:
         trace_of_root = np.sqrt(values).sum()
     else:

@@ -205,7 +205,7 @@ def told(record: Mapping[str, Any]) -> str:
         return plain(f"{number(record)} {SCORE_NAMES[key]}, bound of {_share(record)}, {record['nfe']} an image")
     words = [f"{SCORE_NAMES[key]} {number(record)}{caution(record)}"]
     if sampler := record.get("sampler"):  # images that no run made have none
-        words.append(f"{_how(sampler)} {record['nfe']}")
+        words.append(f"{sampler_words(sampler)} {record['nfe']}")
         words += ["class plan"] if sampler.get("class_plan") else []
     if (weights := (record.get("checkpoint") or {}).get("weights", "ema")) != "ema":
         words.append(f"{weights} weights")
@@ -214,7 +214,7 @@ def told(record: Mapping[str, Any]) -> str:
     return plain(", ".join(words))
 
 
-def _how(sampler: Mapping[str, Any]) -> str:
+def sampler_words(sampler: Mapping[str, Any]) -> str:
     """A sampler, with what of it is not as usual: `ddim eta 0.5 guided 1.5`."""
     words = [str(sampler["name"])]
     words += [f"eta {sampler['eta']:g}"] if isinstance(sampler.get("eta"), float | int) and sampler["eta"] else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,9 @@ def reference_of(
         made = image_features(images.images, extractor, **told)
         return of_gathered(gather(made, num, grouped=False, **classes), image_record(images))
     features = kept_in_parts(parts, images, extractor, token=token, stay=stay, **told)
-    gathered = gather(features, num, grouped=False, **classes)
-    write_statistics(path, gathered, images.name, replace=True, token=token, **identity)
-    return of_gathered(gathered, image_record(images))
+    made_of = of_gathered(gather(features, num, grouped=False, **classes), image_record(images))
+    write_statistics(path, made_of, replace=True, token=token, **identity)
+    return made_of
 
 
 def kept_in_parts(
@@ -164,8 +165,8 @@ def check_size(images: PackedImages, size: int) -> None:
     height, width = images.images.shape[1:3]
     if (height, width) != (size, size):
         raise RequestError(
-            f"reference = {images.name}: its images are {height}x{width}, the samples {size}x{size}; bring one side to "
-            f"the size of the other"
+            f"reference = {images.name}: its images are {height}x{width}, the samples {size}x{size}; statistics of "
+            f"them at that size can be one: `evaluate.py --images {images.name} --size {size} --save-stats FILE.npz`"
         )
 
 
@@ -177,11 +178,21 @@ def image_record(images: PackedImages) -> dict[str, Any]:
 # ---------------------------------------------------------------- files
 
 
-def write_statistics(
-    path: Path, gathered: Gathered, name: str, *, replace: bool = False, token: str = "", **extra: str
-) -> None:
+def write_statistics(path: Path, of: Reference, *, replace: bool = False, token: str = "", **extra: str) -> None:
     """Write pytorch-fid's .npz (mu, sigma) with `num`, `name`, `features` and `extra` beside, which it ignores."""
-    moments = gathered.moments
-    arrays = {"mu": moments.mean, "sigma": metrics.covariance(moments), "num": np.int64(moments.num)}
-    data = npz_bytes(**arrays, features=gathered.chosen, name=name, **extra)
+    arrays = {"mu": of.mu, "sigma": of.sigma, "num": np.int64(of.record["num_images"])}
+    data = npz_bytes(**arrays, features=of.features, name=of.record["name"], **extra)
     files.write_bytes(path, data, replace=replace, token=token)
+
+
+def publish_statistics(path: Path, of: Reference, images: PackedImages, extractor: Extractor, token: str = "") -> None:
+    """Write them where a user wants them; they may be there already. Raises RequestError where something else is."""
+    identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    try:
+        write_statistics(path, of, token=token, images_digest=images.digest, extractor_digest=extractor.digest)
+    except FileExistsError:
+        with suppress(OSError, DamagedFile):
+            arrays, _ = read_npz(path)
+            if {k: str(arrays.get(k)) for k in identity} == identity:
+                return
+        raise RequestError(f"{path}: exists, and is left as it is; name another file, or remove it") from None

@@ -67,13 +67,15 @@ class StatisticsFile:
         if mu.shape != (d,):
             raise RequestError(
                 f"reference {self.path}: mu {mu.shape} and sigma {sigma.shape} must be ({d},) and ({d}, {d}) for "
-                f"evaluate.extractor={extractor.name}"
+                f"evaluate.extractor={extractor.name}; give the images themselves, or choose the --extractor that it "
+                f"was made with"
             )
         digest = self.arrays.get("extractor_digest")
         if digest is not None and str(digest) != extractor.digest:
             raise RequestError(
                 f"reference {self.path}: was made with another extractor, or other weights, than "
-                f"evaluate.extractor={extractor.name}; give the images themselves"
+                f"evaluate.extractor={extractor.name}; give the images themselves, or write them anew with that one: "
+                f"`evaluate.py --images THEM --extractor … --save-stats FILE.npz`"
             )
         features = of_images.features if of_images else self.arrays.get("features") if digest is not None else None
         return Reference(mu, sigma, self.record, features)

@@ -1,2 +1,2 @@
-"""Training: the state, the step, what rank 0 tells, the loop, and ranks that agree. Must not know jobs, schedulers or
-signals: it asks `stop_requested()`."""
+"""Training: the state, the step, the loop, what rank 0 writes, and agreement between ranks. Must not know jobs,
+schedulers or signals: it asks `stop_requested()`."""

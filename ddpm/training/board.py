@@ -1,7 +1,7 @@
-"""What TensorBoard is shown of a run: under which tags, and once in each of its files what the run is.
+"""What TensorBoard shows of a run: its scalars and grids under their tags, and in each file the config and hparams.
 
-All of it goes into the run's own files, so that no other run appears beside it. Must not know: when, and what a refused
-write means.
+All of it goes into the run's own event files, so that TensorBoard shows nothing of it under other runs. Must not know:
+when it is written, and what a failed write means.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TAGS = {
 }
 """What TensorBoard calls the keys of a line of metrics.jsonl."""
 HPARAMS = ("data", "model", "diffusion", "train")
-"""Sections of the config that decide what is trained."""
+"""Sections of the config that are shown as hparams: they decide what is trained."""
 
 
 def add_scalars(board: Any, record: dict[str, Any]) -> None:
@@ -36,19 +36,20 @@ def add_grid(board: Any, step: int, grid: np.ndarray) -> None:
 
 
 def introduce(board: Any, config: Config, step: int) -> None:
-    """The config as text, at the step where these files begin, and as hparams, whose metrics are the scalars."""
+    """Write the config as text, at the step where this event file begins, and as hparams, whose metrics are the
+    scalars."""
     from torch.utils.tensorboard import summary
 
     text = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
     board.add_text("config", text, step)
-    # of the three that torch makes this one: without the others TensorBoard finds columns and metrics in all runs
+    # only the second of torch's three summaries: without the others TensorBoard finds columns and metrics in all runs
     _, session, _ = summary.hparams(hparams(config), {})
     board.file_writer.add_summary(session)
 
 
 def hparams(config: Config) -> dict[str, Any]:
-    """The config's keys that decide what is trained, as SECTION.KEY; none that is empty, as columns are few. Lists are
-    text, and so are true and false, which TensorBoard would show as 1.0000 and 0.0000."""
+    """SECTION.KEY -> value of the keys that decide what is trained, without empty ones. Lists are JSON text, and so are
+    true and false, which TensorBoard would show as 1.0000 and 0.0000."""
     tree = config.model_dump(mode="json", include={*HPARAMS})
     flat = {"seed": config.seed, **{f"{name}.{key}": v for name in HPARAMS for key, v in tree[name].items()}}
     said = {key: v for key, v in flat.items() if v not in (None, [], {})}

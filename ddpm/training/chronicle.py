@@ -1,6 +1,6 @@
-"""What a life tells of a run: events, log lines, metrics, heartbeat, grids and saves, all of them by rank 0 alone.
+"""What a life writes of a run: events, log lines, metrics, heartbeat, grids and saves, all of them by rank 0 alone.
 
-Every rank has a chronicle and calls it at the same places; those of the ranks above 0 are `Silent`.
+Every rank has a chronicle and calls it at the same places; on ranks above 0 it is `Silent` and does nothing.
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ from ddpm.training.mirror import Mirror
 from ddpm.training.telemetry import Telemetry
 
 PASSING = (errno.EIO, errno.ESTALE, errno.EDQUOT)
-"""Errors of a shared file system that may be over in a moment."""
+"""Errors of a shared file system that may pass in a moment."""
 SAVE_AGAIN_S = 2
 
 
 class Silent:
-    """Tells nothing."""
+    """The interface of a chronicle, which does nothing here."""
 
     def miss(self, step: int) -> None:
-        """Where training goes on from `step`, and a later one had been saved: say so, keep what was told past it."""
+        """Called where training resumes at `step`: if a later step had been saved, say so and keep its metrics."""
 
     def begin(self, step: int, logged_step: int) -> None:
-        """Before the first step of a life, and after each rollback: what was told past `step` will be told again.
+        """Called before the first step of a life and after each rollback: metrics past `step` will be written again.
 
-        logged_step: of the last line of metrics before it.
+        logged_step: step of the last line of metrics at or before `step`.
         """
 
     def say(self, message: str, **fields: Any) -> None:
         """A line in the job's log."""
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """A life event; a full disk ends no training. Raises RunBusy, as all that is written."""
+        """Append a life event; a full disk only logs. Raises RunBusy, as all writing here does."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics."""
+        """Write a line of metrics."""
 
     def lacks_validation(self, step: int) -> bool:
-        """Whether the step has a line of metrics, and that no loss on held-out images."""
+        """Whether the step's line of metrics exists and has no loss on held-out images."""
         return False
 
     def validated(self, step: int, loss: float) -> None:
-        """Add that to the line which an earlier life has written."""
+        """Add the loss on held-out images to a line that an earlier life has written."""
 
     def alive(self, step: int, *, force: bool = False) -> None:
         """A sign of life for the status view."""
 
     def has_grid(self, step: int, attempt: int) -> bool:
-        """Whether the step's grid is there, drawn by the weights of this attempt."""
+        """Whether the step's grid exists and was drawn with weights of this attempt."""
         return False
 
     def grid_again(self, step: int) -> None:
-        """Show the grid that is there."""
+        """Show an existing grid in TensorBoard again."""
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a grid, uint8 (H, W, 3)."""
@@ -79,25 +79,25 @@ class Silent:
         final: bool = False,
         patience_s: Callable[[], float] = lambda: 0.0,
     ) -> bool:
-        """Start a save of `state`, and with `wait` see it through. False: it is known to have failed.
+        """Start a save of `state`; with `wait` return once it is over. False: it has failed, as far as is known.
 
-        patience_s: for how long, once an error has come that may be over in a moment, it is tried again.
+        patience_s: after an error that may pass, for how long to try again.
         """
         return True
 
     def settle(self) -> None:
-        """Until the save under way is over, well or not. Raises RunBusy."""
+        """Wait until the save under way has succeeded or failed. Raises RunBusy."""
 
     def rest(self) -> None:
-        """At a stop, after which this process may be killed, or may go on."""
+        """Called at a stop, after which this process may be killed or may go on."""
 
     def close(self, step: int) -> None:
-        """At the end of training."""
+        """Called at the end of training."""
 
 
 class Chronicle(Silent):
-    """Rank 0's. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for good;
-    on_milestone: called by the thread that has saved one."""
+    """Rank 0's chronicle. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for
+    good; on_milestone: called after each save of a milestone, by the thread that made it."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Chronicle(Silent):
         self._telemetry: Telemetry | None = None
         self._gap = ""
         self._saver: Checkpointer | None = None
-        self._fails = False  # saves do
+        self._fails = False  # whether the last save failed
 
     @property
     def telemetry(self) -> Telemetry:
@@ -179,7 +179,7 @@ class Chronicle(Silent):
             self._on_milestone()
 
     def _not_saved(self, step: int, why: str) -> None:
-        """Of several saves in a row that fail, the first is told. An event's step is one that was saved."""
+        """Log an event for the first of several failed saves in a row. Its `step` is the last one that was saved."""
         if not self._fails:
             self._fails = True
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is due after a step: pure functions of the config, the size of the data, the step and the time."""
+"""What is to be done after a step: pure functions of the config, the size of the data, the step and the time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddpm.config.schema import Config
 
 @dataclass(frozen=True)
 class Due:
-    """num_images: of the dataset, by which epochs are counted."""
+    """Whether something is due after a step. num_images: of the dataset, by which epochs are counted."""
 
     config: Config
     num_images: int
@@ -18,12 +18,12 @@ class Due:
         return step % self.config.log.every_steps == 0
 
     def grid(self, step: int) -> bool:
-        """Not the last one, which is drawn in any case."""
+        """Whether to draw a grid; not at the last step, where one is always drawn."""
         every = self.config.log.grid_every_steps
         return every is not None and step % every == 0 and 0 < step < self.config.train.total_steps
 
     def validate(self, step: int) -> bool:
-        """Of a step whose line is logged; the last one too."""
+        """Whether a logged line includes the loss on held-out images; always at the last step."""
         every = self.config.log.validate_every_steps
         return every is not None and step > 0 and (step % every == 0 or step >= self.config.train.total_steps)
 
@@ -39,7 +39,7 @@ class Due:
         return False
 
     def save(self, step: int, since_save_s: float) -> bool:
-        """since_save_s: by the clock of one rank, which the others follow."""
+        """Whether to save. since_save_s: seconds since the last save, by rank 0's clock."""
         c = self.config.checkpoint
         if step >= self.config.train.total_steps:
             return False  # the end saves by itself

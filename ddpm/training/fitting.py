@@ -1,4 +1,4 @@
-"""How many images a rank can hold at a time: tried out, where nobody has said, and where what was said does not fit."""
+"""How many images at a time fit a rank: tried out for train.micro_batch=auto, and where a given number does not fit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NOT_ONE = "not one image fits here: take a smaller network, or a GPU with more m
 
 
 def fit(step: Step) -> int:
-    """The largest part of a rank's share that fits on all ranks; the step takes it from here on. On all ranks.
+    """Set the step's micro-batch to the largest divisor of a rank's share that fits on all ranks, and return it.
 
-    Where memory is not a GPU's it is the whole share. Raises DoNotRetry where nothing fits.
+    Called on all ranks. Without a GPU it is the whole share. Raises DoNotRetry if not one image fits.
     """
     if step.world.device.type == "cuda":
         found = largest(divisors(step.share)[::-1], step.try_out, step.world)
@@ -32,9 +32,9 @@ def fit(step: Step) -> int:
 
 
 def largest(sizes: Iterable[int], trial: Callable[[int], None], world: World) -> int | None:
-    """The first of `sizes` whose trial has memory enough on every rank; None where none has.
+    """The first of `sizes` for which no rank runs out of memory; None if there is none.
 
-    sizes: falling, the same on all ranks. trial: of so many images; raises torch.OutOfMemoryError.
+    sizes: decreasing, the same on all ranks. trial: computes this many images; may raise torch.OutOfMemoryError.
     """
     for size in sizes:
         failed = 0
@@ -50,7 +50,8 @@ def largest(sizes: Iterable[int], trial: Callable[[int], None], world: World) ->
 
 
 def first(step: Step, work: Callable[[], T]) -> T:
-    """A life's first step, or its warming up. Raises DoNotRetry, with what does, where its images do not fit."""
+    """Run `work`, a life's first step or its warm-up. If its images do not fit, raises DoNotRetry that says how many
+    do."""
     try:
         return work()
     except torch.OutOfMemoryError as e:

@@ -1,4 +1,4 @@
-"""A grid of samples from a network in training: the same noise each time, so that grids can be compared."""
+"""A grid of samples during training, from the same noise each time, so that grids can be compared."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def num_steps(config: Config) -> int:
     return min(GRID_STEPS, config.diffusion.timesteps)
 
 
-def show(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
-    """Rank 0 draws `log.grid_images` samples by the weights of `sample.weights` and publishes them.
+def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
+    """Draw `log.grid_images` samples with the weights of `sample.weights` on rank 0, and publish them.
 
-    Called on all ranks. They agree at each step of the sampler on whether to go on: a stop may be asked of any of them,
-    and none waits for another for as long as a grid takes. Returns why it is left undrawn, or "".
+    Called on all ranks, which agree at each step of the sampler on whether to go on: a stop may be requested of any
+    rank, and none waits for another for as long as a grid takes. Returns the reason of a stop that left it undrawn, or
+    "".
     """
     config, world, step = state.config, state.world, state.at.step
-    if world.share(chronicle.has_grid(step, state.at.attempt)):
+    if world.broadcast(chronicle.has_grid(step, state.at.attempt)):
         chronicle.grid_again(step)
         return ""
     model = state.model if config.sample.weights == "model" else state.ema.model

@@ -1,4 +1,4 @@
-"""A line of metrics: the means of the window since the last one, and how fast this life went."""
+"""The figures of a line of metrics: means since the last line, and the speed of this life."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm.training.state import TrainingState
 
 
 class Meter:
-    """num_images: of the dataset, by which epochs are counted. utilization: of a GPU by one image a second, where it is
+    """num_images: of the dataset, by which epochs are counted. utilization: MFU of a GPU at one image a second, if
     known."""
 
     def __init__(self, num_images: int, utilization: float | None = None) -> None:
@@ -21,11 +21,12 @@ class Meter:
         self._began, self._first = time.monotonic(), 0
 
     def restart(self, step: int) -> None:
-        """Speed is that of steps from here on."""
+        """Measure the speed from this step on."""
         self._began, self._first = time.monotonic(), step
 
     def read(self, state: TrainingState) -> dict[str, Any]:
-        """The window's means over all ranks, as one metrics record; the next window begins."""
+        """The window's means over all ranks and the other figures, as one metrics record; starts the next window.
+        Called on all ranks."""
         config, world, window = state.config, state.world, state.window
         sums = world.mean(torch.stack([window.loss, window.grad_norm])) / max(1, window.steps)
         loss, grad_norm = sums.tolist()

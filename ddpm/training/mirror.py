@@ -1,6 +1,6 @@
-"""The metrics of a run in Weights & Biases too: one run there for all of its lives, by its id.
+"""Mirrors the metrics of a run to Weights & Biases: one W&B run for all lives, with the run's id.
 
-metrics.jsonl is what counts: whatever goes wrong here is one line of the log, after which a life goes on without. Must
+metrics.jsonl is what counts: whatever goes wrong here is one line in the log, and the life goes on without W&B. Must
 not know: whether there is a network, which wandb's own variables say.
 """
 
@@ -19,8 +19,8 @@ from ddpm.training.board import TAGS
 
 
 class Mirror:
-    """Opened by the first record. `held`: within it the signals that stop a life wait, also for wandb's service, which
-    would otherwise die of them before it has written what it was given."""
+    """Opens W&B with the first record. `held`: a context in which stop signals are blocked: wandb's service is started
+    in it, and would otherwise die of them before it has written its data."""
 
     def __init__(
         self, run: RunDir, config: Config, held: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -36,12 +36,12 @@ class Mirror:
         self.show(shown, record["step"])
 
     def show(self, values: Mapping[str, float], step: int) -> None:
-        """Values by name, at a step of training."""
+        """Send values, by name, at a step of training."""
         if self._works:
             self._try(lambda: self._opened().log({**values, "step": step}))
 
     def close(self) -> None:
-        """Have all that was given written; what comes later opens it again."""
+        """Write all that was sent; a later record opens W&B again."""
         if self._there is not None:
             self._try(self._finish)
             self._there = None
@@ -80,6 +80,6 @@ class Mirror:
 
 
 def sync_command(run: RunDir) -> str:
-    """What brings a run's offline parts to the server, as one run."""
+    """The command that uploads a run's offline parts as one W&B run."""
     where = shlex.quote(str(run.path / "wandb"))
     return f"wandb sync --id {usable(run).get('run_id')} {where}/offline-run-*"

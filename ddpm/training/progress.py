@@ -23,25 +23,26 @@ class Window:
         return cls(torch.zeros((), device=device), torch.zeros((), device=device))
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """A step's own loss, and the norm of its gradient where that is finite."""
+        """Add a step's loss, and the norm of its gradient if that is finite."""
         self.loss += loss
         self.grad_norm += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
         self.steps += 1
 
     def state_dict(self, world: World) -> dict[str, Any]:
-        """Every rank's sum of losses (each has its own images); called on all ranks."""
+        """The sums, with every rank's sum of losses, (world_size,), as each has its own images. Called on all ranks."""
         return {"loss": world.gather(self.loss), "grad_norm": self.grad_norm, "steps": self.steps}
 
     @classmethod
     def restored(cls, state: dict[str, Any], world: World) -> Window:
-        """At another world size the mean stands for each rank's own."""
+        """The window of a checkpoint; at another world size each rank gets the mean of the ranks' sums."""
         own = state["loss"][world.rank] if len(state["loss"]) == world.world_size else state["loss"].mean()
-        return cls(own.to(world.device), state["grad_norm"].to(world.device), state["steps"])
+        loss, grad_norm = (value.to(world.device, copy=True) for value in (own, state["grad_norm"]))
+        return cls(loss, grad_norm, state["steps"])
 
 
 @dataclass
 class Progress:
-    """Where a run is: what a checkpoint's step and `extra` hold."""
+    """Where a run is, as in a checkpoint's `step` and `extra`."""
 
     step: int = 0
     attempt: int = 0

@@ -1,8 +1,8 @@
-"""Whether a checkpoint without a manifest proves itself, and the manifest that is then made for it.
+"""Checks a checkpoint without a manifest, and makes a manifest for it if it proves to be the run's own.
 
-A manifest's sha256 is the only proof that bytes are those that were saved. Without it there are: the checksums of the
-archive, its loading without code, that step, config digest and every shape are what the run's must be, and the sha256
-that the run's events tell of its saves: without these, another run's of the same config cannot be told from its own.
+A manifest's sha256 is the only full proof that bytes are those that were saved. Without it, these are checked: the
+checksums of the archive; that it loads without code; that step, config digest and all shapes are the run's; and the
+sha256 in the run's event of that save. Without such an event, another run's checkpoint of the same config would pass.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ddpm.run.saving import ema_bytes, settled_in
 
 
 def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: Callable[[str], None]) -> None:
-    """Publish a manifest, marked as rebuilt, for the .pt of `step`; a damaged one is set aside for it.
+    """Publish a manifest, marked as rebuilt, for the .pt of `step`; a damaged manifest is set aside.
 
-    Raises DamagedFile, with nothing changed, where the .pt proves nothing.
+    Raises DamagedFile, with nothing changed, if the .pt does not pass the checks.
     """
     path = run.checkpoint(step)
     told = [e for e in read_events(run) if e.get("event") == "checkpoint" and e.get("step") == step]
@@ -84,7 +84,7 @@ def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
 
 
 def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
-    """What of a loaded state is not as this run's must be at `step`, or ""."""
+    """In what a loaded state differs from what this run's must be at `step`, or ""."""
     if state["step"] != step or state["images"] != step * config.train.global_batch:
         return f"holds step {state['step']} after {state['images']} images"
     if state["config_digest"] != config.digest():

@@ -24,7 +24,7 @@ RANK_TIMEOUT_S = 600
 
 
 def stop_code(stop_requested: StopRequested) -> int:
-    """What is asked of this rank, as a number that ranks can agree on: the place in STOP_REASONS."""
+    """The stop reason of this rank as its index in STOP_REASONS, on which ranks can agree."""
     return STOP_REASONS.index(stop_requested() or "")
 
 
@@ -41,7 +41,7 @@ class World:
         return self.rank == 0
 
     def agree(self, values: list[int]) -> list[int]:
-        """Element-wise maximum over all ranks of small ints (a request by one is a request by all)."""
+        """Element-wise maximum of small ints over all ranks: a request of one rank becomes one of all."""
         if self.world_size == 1:
             return values
         t = torch.tensor(values, dtype=torch.int64)
@@ -49,7 +49,7 @@ class World:
         return t.tolist()
 
     def agree_later(self, values: list[int]) -> Callable[[], list[int]]:
-        """`agree`, begun now; what is returned waits for the answer."""
+        """Start `agree` without waiting; call the returned function to wait for the result."""
         if self.world_size == 1:
             return lambda: values
         t = torch.tensor(values, dtype=torch.int64)
@@ -57,10 +57,10 @@ class World:
         return lambda: (work.wait(), t.tolist())[1]
 
     def agreed_stop(self, stop_requested: StopRequested) -> str:
-        """Why all ranks stop here, or ""."""
+        """The reason for which all ranks stop here, or ""."""
         return STOP_REASONS[self.agree([stop_code(stop_requested)])[0]]
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         if self.world_size == 1:
             return value
@@ -76,20 +76,20 @@ class World:
         return found
 
     def of_main(self, find: Callable[[], T]) -> T:
-        """What `find` returns on rank 0, on every rank; a DDPMError that it raises there is raised on all."""
+        """Call `find` on rank 0 and return its result on every rank; a DDPMError is raised on every rank too."""
         found, failure = None, None
         if self.is_main:
             try:
                 found = find()
             except DDPMError as e:
                 failure = e
-        found, failure = self.share((found, failure))
+        found, failure = self.broadcast((found, failure))
         if failure is not None:
             raise failure
         return found
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks of a tensor on this world's device, in place: exact where all but one of them have zeros."""
+        """Sum over ranks of a tensor on this world's device, in place; exact if all ranks but one have zeros."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values

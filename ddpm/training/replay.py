@@ -1,4 +1,4 @@
-"""A step replayed on a GPU: its kernels are recorded once, as CUDA graphs, and then started together.
+"""Replays a training step on a GPU: its kernels are recorded once, as CUDA graphs, and then launched together.
 
 Owns: what is recorded, what changes from step to step (the images, the step's number, its learning rate), and how the
 gradients of several ranks meet between two recordings. Must not know: the mathematics, which is the step's.
@@ -24,7 +24,7 @@ Moved = tuple[Tensor, Tensor, Tensor]
 
 
 class Exchange:
-    """The mean of gradients over ranks, by way of one buffer: `gather`, the call, `scatter`."""
+    """The mean of gradients over ranks, through one buffer: `gather`, then a call, then `scatter`."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], world: World) -> None:
         self._parameters, self._world = list(parameters), world
@@ -35,27 +35,27 @@ class Exchange:
                        else f.view_as(p) for f, p in zip(pieces, self._parameters, strict=True)]  # fmt: skip
 
     def gather(self) -> None:
-        """Gradients into the buffer."""
+        """Copy gradients into the buffer."""
         torch._foreach_copy_(self._views, [p.grad for p in self._parameters if p.grad is not None])
 
     def __call__(self) -> None:
-        """Their sum over all ranks."""
+        """Sum the buffer over all ranks."""
         dist.all_reduce(self._flat)
 
     def scatter(self) -> None:
-        """The mean as gradients again."""
+        """Make the buffer's mean the parameters' gradients."""
         self._flat /= self._world.world_size
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
 
 
 def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> AbstractContextManager[None]:
-    """Within, work is recorded, whatever other threads (of NCCL, of a save) ask of the device meanwhile."""
+    """Within: work is recorded, while other threads (of NCCL, of a save) may use the device."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 class Replayable(Protocol):
-    """A step, of which Replay knows the halves."""
+    """What Replay needs of a step: how to compute it, as a whole or in two halves."""
 
     world: World
     state: TrainingState
@@ -68,7 +68,7 @@ class Replayable(Protocol):
 
 
 class Replay:
-    """Two recordings, before and after the exchange between ranks; one where there is a single rank."""
+    """A recorded step: two graphs, before and after the exchange between ranks, or one graph for a single rank."""
 
     def __init__(self, step: Replayable, pinned: Parts) -> None:
         self._static = tuple(part.to(step.world.device) for part in pinned)
@@ -93,11 +93,12 @@ class Replay:
 
     @classmethod
     def of(cls, step: Replayable, pinned: Parts) -> Replay | None:
-        """None, with a warning, where the step cannot be recorded: it is then taken kernel by kernel, as the first."""
+        """Record the step; None, with a warning, if that fails: steps then launch kernel by kernel, as the first
+        did."""
         try:
             torch.cuda.empty_cache()
             return cls(step, pinned)
-        except RuntimeError as e:  # of what does not fit twice, or may not be recorded
+        except RuntimeError as e:  # not enough memory for a second copy, or an operation that cannot be recorded
             warnings.warn(f"steps are not replayed: {type(e).__name__}: {e}".partition("\n")[0], stacklevel=2)
             step.state.optimizer.zero_grad(set_to_none=True)
             return None

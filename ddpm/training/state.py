@@ -1,6 +1,6 @@
-"""What a checkpoint holds: weights, their average, the optimizer's moments, and where the run is.
+"""The state of training that a checkpoint holds: weights, their average, the optimizer's moments, and where the run is.
 
-A state is born fresh, as the seed says; whatever else it becomes, it becomes by `load_state_dict`.
+A new state is that of step 0, from the seed; any other comes from `load_state_dict` or `begin_with`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ddpm.training.ranks import World
 
 
 class TrainingState:
-    """One rank's; all but the window's sum of losses is the same on every rank. amp: bf16 | fp16 | off."""
+    """The state on one rank; only the window's sum of losses differs between ranks. amp: bf16 | fp16 | off."""
 
     def __init__(self, config: Config, world: World, amp: str) -> None:
         self.config, self.world, self.amp = config, world, amp
@@ -36,24 +36,24 @@ class TrainingState:
         self.optimizer = optimizer.build(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp == "fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
-        """Updates that an overflow of fp16 gradients has cost."""
+        """Updates that were skipped because fp16 gradients overflowed, int64 ()."""
         self.window = Window.empty(world.device)
         self.at = Progress()
 
     def start_over(self) -> None:
-        """Become a fresh state; called on all ranks."""
+        """Go back to the state of step 0; called on all ranks."""
         self.load_state_dict(TrainingState(self.config, self.world, self.amp).state_dict())
 
     def begin_with(self, weights: Mapping[str, Tensor]) -> None:
-        """At step 0: these weights, which the average begins at too, in place of the seed's."""
+        """At step 0: take these weights, for the average too, instead of those from the seed."""
         self.model.load_state_dict(weights)
         self.ema.load_state_dict(weights)
 
     @property
     def settled(self) -> float | None:
-        """The mean change of the last logged losses where training ends early by it, else None; the same on all ranks.
+        """The mean change of the last logged losses if training ends early by it, else None; the same on all ranks.
 
-        Judged where a line is logged: a run that was saved between two lines goes on to the next.
+        Only decided right after a line is logged: a run that was saved between two lines goes on to the next one.
         """
         return None if self.window.steps else settled(self.at.early_stop_losses, self.config)
 
@@ -68,7 +68,7 @@ class TrainingState:
         Called on all ranks.
         """
         moments = self.optimizer.state_dict()
-        for group in moments["param_groups"]:  # a GPU has it on the device
+        for group in moments["param_groups"]:  # on a GPU lr is a tensor on the device
             group["lr"] = optimizer.learning_rate(self.config, self.at.step - 1) if self.at.step else group["lr"]
         return {
             "model": self.model.state_dict(),
@@ -89,14 +89,15 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` returned, under the same config digest, on any number of ranks."""
+        """Become what `state_dict` returned, under the same config digest, on any number of ranks: a copy of it, as it
+        may lie in a file."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():  # the fused kernels walk memory: moments must lie as their weights do
-                if value.shape == parameter.shape:
-                    moments[key] = torch.empty_like(parameter).copy_(value)
+                like = parameter if value.shape == parameter.shape else value
+                moments[key] = torch.empty_like(like).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         extra = state["extra"]
         self.skipped.fill_(extra["skipped_steps"])

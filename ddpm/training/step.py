@@ -29,12 +29,13 @@ from ddpm.training.replay import Exchange, Moved, Replay
 from ddpm.training.state import TrainingState
 
 MOST_SKIPPED = 100
-"""Steps in a row whose fp16 gradients overflow, each at half the scale of the one before: it is not the scale then."""
+"""After so many overflows of fp16 gradients in a row, each at half the loss scale before, the scale is not the
+cause."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a step is computed from beside the state: on a GPU the numbers lie there, as the step's images do."""
+    """What a step is computed from, beside the state. On a GPU all of it is on the device."""
 
     step: rng.Step
     lr: float | torch.Tensor
@@ -42,7 +43,7 @@ class Given:
 
 
 class Step:
-    """Moves `state` by one step at a time, on this rank's share of the global batch."""
+    """Advances `state` by one step at a time, on this rank's share of the global batch."""
 
     def __init__(
         self, config: Config, world: World, packed: PackedImages, resolved: Resolved, state: TrainingState
@@ -55,7 +56,7 @@ class Step:
         self.diffusion = Diffusion(schedule.build(config.diffusion)).to(world.device)
         self.gpu = world.device.type == "cuda"
         self.network, self.exchange = self._network()
-        self.data = Watch(packed)
+        self.watch = Watch(packed)
         self.begin_attempt()
 
     def _network(self) -> tuple[Any, Exchange | None]:
@@ -78,14 +79,16 @@ class Step:
         )
 
     def begin_attempt(self) -> None:
-        """Draw as the state's attempt says from here on: called when a life takes it up, and after a rollback."""
+        """Use the random streams of the state's attempt from here on: called when a life resumes, and after a
+        rollback."""
         self.batches, self.ring = self._batches(), Ring()
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.world.device)
         self._replay: Replay | None = None
         self._taken = 0
 
     def _parts(self) -> Parts:
-        """What the state's step needs, on the host: its images and, for a GPU, its numbers, in pinned memory."""
+        """On the host: the images of the state's step and, for a GPU, its number and learning rate, in pinned
+        memory."""
         step, device = self.state.at.step, self.world.device
         parts = self.batches.parts(step, self.world.rank * self.share, self.share, device)
         if not self.gpu:
@@ -94,7 +97,7 @@ class Step:
         return self.ring.pinned((*parts, torch.tensor([step, bits])))
 
     def given(self) -> Given:
-        """What the state's step is computed from."""
+        """The inputs of the state's next step."""
         parts = self._parts()
         if not self.gpu:
             return Given(self.state.at.step, learning_rate(self.config, self.state.at.step), parts)
@@ -104,14 +107,14 @@ class Step:
 
     @staticmethod
     def unpacked(parts: Parts) -> Given:
-        """From `_parts` that lie on a GPU."""
+        """`Given` from the tensors of `_parts`, once they are on the GPU."""
         *images, numbers = parts
         return Given(numbers[0], numbers[1:].view(torch.float64)[0].float(), tuple(images))
 
     def gradients(self, given: Given, *, warm_up: bool = False) -> torch.Tensor:
-        """Gradients of the mean loss over the global batch; returns this rank's loss, float32 ().
+        """Compute gradients of the mean loss over the global batch; returns this rank's loss, float32 ().
 
-        warm_up: of the first micro-batch alone, with the ranks' exchange.
+        warm_up: use only the first micro-batch, but exchange gradients between ranks as always.
         """
         world, at, accumulation = self.world, self.state.at, self.share // self.micro
         if self.resolved.dropout == "torch":
@@ -129,9 +132,10 @@ class Step:
         return total
 
     def try_out(self, num: int) -> None:
-        """Forward and backward of `num` images on this rank alone, not compiled, with room for the optimizer's moments.
+        """Forward and backward of `num` images on this rank alone, not compiled, with the optimizer's moments
+        allocated.
 
-        Raises torch.OutOfMemoryError. Leaves no gradient behind.
+        Raises torch.OutOfMemoryError if they do not fit. Leaves no gradient behind.
         """
         state = self.state
         weights = () if state.optimizer.state else state.model.parameters()
@@ -143,7 +147,7 @@ class Step:
             del room
 
     def _loss(self, network: Any, given: Given, first: int, num: int) -> torch.Tensor:
-        """The mean loss of places first … first+num-1 of this rank's share (equation 14)."""
+        """The mean loss of images first … first+num-1 of this rank's share (equation 14)."""
         config, device, attempt = self.config, self.world.device, self.state.at.attempt
         begin = self.world.rank * self.share + first
         index = torch.arange(begin, begin + num, device=device)
@@ -163,10 +167,11 @@ class Step:
         return self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean()
 
     def take(self) -> Later:
-        """Algorithm 1 once; whether loss and gradient were finite, to be read a step later, so that nothing waits.
+        """Take one step of Algorithm 1. Returns whether loss and gradient were finite, to be read one step later, so
+        that nothing waits for the device.
 
-        On a GPU all but the first step of an attempt are the second one replayed, which starts hundreds of kernels at
-        once.
+        On a GPU the second step of an attempt is recorded, and it and all later ones are replayed: hundreds of kernels
+        are launched at once.
         """
         state = self.state
         if self._taken == 1 and self.replays:
@@ -188,14 +193,14 @@ class Step:
         return self.gpu and self.resolved.dropout == "counted"
 
     def compute(self, given: Given) -> Moved:
-        """Gradients, and the weights moved by them: loss, norm of the gradient, whether both were finite."""
+        """A whole step: gradients, their exchange, and the update."""
         loss = self.gradients(given)
         if self.exchange is not None:
             self.exchange()
         return self.move(given, loss)
 
     def move(self, given: Given, loss: torch.Tensor) -> Moved:
-        """The second half: after the gradients of all ranks."""
+        """The second half of a step, once all ranks' gradients are there: clip, update, clear."""
         state, train = self.state, self.config.train
         if self.exchange is not None:
             self.exchange.scatter()
@@ -208,7 +213,8 @@ class Step:
         return loss, norm, finite
 
     def _update(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Move the weights; where the gradient is not finite the update is masked on the device. Returns a bool ()."""
+        """Update the weights; if the gradient is not finite the update is masked on the device. Returns bool ():
+        whether training is sound."""
         state = self.state
         if state.scaler.is_enabled():
             state.scaler.step(state.optimizer)  # masks and counts an overflow by itself

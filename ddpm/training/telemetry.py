@@ -24,16 +24,16 @@ from ddpm.training.board import add_grid, add_scalars, introduce
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
-"""From a write that TensorBoard was refused to the next file of its own: a full disk stays full for a while."""
+"""Time from a failed write of TensorBoard's to its next event file: a full disk stays full for a while."""
 
 
 class Telemetry:
     """What rank 0 tells the world about a run. Opened at the step that training goes on from.
 
-    logged_step, every_steps: of the last line that was written before `step`, and from line to line: a gap is told,
-    unless it is `gap`, which this life has told before.
-    config: what TensorBoard says of the run; None: nothing.
-    may_publish: asked before a file appears; raises where a later job has taken the run over.
+    logged_step: step of the last line before `step`; every_steps: steps between lines. A gap between lines is logged,
+    unless it is `gap`, which this life has logged before.
+    config: shown in TensorBoard; None: not shown.
+    may_publish: called before a file appears; raises if a later job has taken the run over.
     """
 
     def __init__(
@@ -64,19 +64,21 @@ class Telemetry:
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
     def _trim(self, step: int, logged_step: int, every_steps: int | None) -> None:
-        """Drop lines past the resumed step: they will be written again, equal. What no line can be read of goes aside.
+        """Drop lines past the resumed step, which will be written again with the same values; move unreadable lines
+        aside.
 
-        Always into a new file: what an orphan of an earlier life still appends goes to the one without a name.
+        Always writes a new file: what an orphan of an earlier life still appends goes to the old one, which has no
+        name.
         """
-        kept = self._there(step)
+        kept = self._lines_up_to(step)
         gap = missing_lines(kept, every_steps or step or 1, logged_step=logged_step)
         if gap and gap != self.gap:
             say(f"{gap}: the file was damaged; training goes on without them")
             self.gap = gap
         self._rewrite(kept)
 
-    def _there(self, step: int) -> list[dict[str, Any]]:
-        """The lines up to `step` of the file that has the name."""
+    def _lines_up_to(self, step: int) -> list[dict[str, Any]]:
+        """The lines up to `step` in the file that is now called metrics.jsonl; unreadable ones are moved aside."""
         data = b""
         with contextlib.suppress(FileNotFoundError):
             data = read_bytes(self._run.metrics, LINES_BYTES)
@@ -95,14 +97,15 @@ class Telemetry:
         lines = "".join(json.dumps(r) + "\n" for r in records).encode()
         write_bytes(self._run.metrics, lines, replace=True, may_publish=self._may_publish)
 
-    def _take_along(self) -> None:
-        """Where another file has taken the name since (an older copy, an editor's): this life's lines go there too."""
+    def _move_to_new_file(self) -> None:
+        """If metrics.jsonl was replaced by another file (an older copy, an editor's), write this life's lines there
+        too."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(self._metrics.fileno()), self._run.metrics.stat()):
                 return
         self._metrics.seek(0)
         known = {r["step"]: r for r in parse_metrics(self._metrics.read() + self._unwritten)[0]}
-        known |= {r["step"]: r for r in self._there(self._first_step)}
+        known |= {r["step"]: r for r in self._lines_up_to(self._first_step)}
         self._rewrite(known[step] for step in sorted(known))
         self._metrics.close()
         self._metrics, self._unwritten = self._run.metrics.open("a+b", buffering=0), b""
@@ -110,9 +113,9 @@ class Telemetry:
 
     @property
     def board(self) -> Any:
-        """TensorBoard's writer, made when first needed (its import takes a second), and again after a refused write.
+        """TensorBoard's writer, made when first needed (its import takes a second), and again after a failed write.
 
-        It hides what earlier writers showed past the step that this life began at; so it shows this life from there on.
+        It hides what earlier writers showed past the step at which this life began, and shows this life from there on.
         """
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -133,7 +136,8 @@ class Telemetry:
         return self._board
 
     def _show(self, add: Callable[[Any], None]) -> None:
-        """Add what metrics.jsonl or grids/ holds already to TensorBoard; a writer made for it shows it by itself."""
+        """Show in TensorBoard what was just written to metrics.jsonl or grids/; a new writer does so when it is
+        made."""
         if self._board is not None:
             add(self._board)
         elif time.monotonic() >= self._board_at:
@@ -162,18 +166,18 @@ class Telemetry:
             self._bar.update(0, description=f"{losses}  {record['images_per_s']:.0f} img/s")
 
     def lacks(self, step: int, key: str) -> bool:
-        """Whether an earlier life's line of `step` is there without `key`."""
+        """Whether an earlier life's line of `step` exists and has no `key`."""
         try:
-            return any(r["step"] == step and r.get(key) is None for r in self._there(step))
+            return any(r["step"] == step and r.get(key) is None for r in self._lines_up_to(step))
         except OSError:
             return False
 
     def amend(self, step: int, fields: dict[str, Any]) -> None:
-        """Add to the line of `step`, which an earlier life wrote; before this life's first line."""
+        """Add fields to the line of `step` that an earlier life wrote; called before this life's first line."""
         amended: list[dict[str, Any]] = []
 
         def write() -> None:
-            kept = [{**r, **fields} if r["step"] == step else r for r in self._there(self._first_step)]
+            kept = [{**r, **fields} if r["step"] == step else r for r in self._lines_up_to(self._first_step)]
             self._rewrite(kept)
             self._metrics.close()
             self._metrics = self._run.metrics.open("a+b", buffering=0)
@@ -188,12 +192,12 @@ class Telemetry:
         add_scalars(self.board, record)
 
     def _write(self) -> None:
-        self._take_along()
+        self._move_to_new_file()
         while self._unwritten:  # what a full disk refuses waits for the next line
             self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
     def _try(self, what: str, write: Callable[[], Any]) -> None:
-        """A full disk ends no training, and is told of when that begins."""
+        """Call `write`; an OSError, such as a full disk, ends no training and is logged when it first occurs."""
         try:
             write()
             self._refused.pop(what, None)
@@ -226,7 +230,7 @@ class Telemetry:
         self._show_grid(step, grid)
 
     def grid_again(self, step: int) -> None:
-        """Where an earlier life published the grid of `step`: its image in TensorBoard is hidden by this life's."""
+        """Show an earlier life's grid of `step` again: this life's event file hides its image in TensorBoard."""
         if step > self._first_step:
             self._try("grid", lambda: self._show_grid(step, read_png(self._run.grid(step))))
 
@@ -243,7 +247,7 @@ class Telemetry:
         self.flush_board()
 
     def flush_board(self) -> None:
-        """What TensorBoard was told gets to its file."""
+        """Write TensorBoard's pending data to its file."""
         if self._board is not None:
             self._try("tensorboard", self._board.flush)
 
@@ -260,13 +264,13 @@ _excepthook = threading.excepthook
 
 
 def _validation(record: dict[str, Any]) -> dict[str, str]:
-    """The loss on held-out images as the console has it; {} where the record has none."""
+    """The loss on held-out images as console text; {} if the record has none."""
     loss = record.get("validation_loss")
     return {} if loss is None else {"validation_loss": f"{loss:.4f}"}
 
 
 def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
-    """A refused write ends TensorBoard's thread with a traceback; `Telemetry` tells of it in a line."""
+    """Suppress the traceback of TensorBoard's thread after a failed write: `Telemetry` logs one line for it."""
     if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
         _excepthook(args)
 

@@ -1,6 +1,6 @@
-"""The loop: steps on any number of ranks, stoppable after each, until a verified checkpoint says that all is done.
+"""The training loop: steps on any number of ranks, stoppable after each, until a verified checkpoint of the last one.
 
-Asks `stop_requested()` and knows no signal; reads no environment; tells through its chronicle.
+It asks `stop_requested()` and knows no signals, reads no environment, and writes through its chronicle.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ class Outcome:
 
 
 class Trainer:
-    """One life of one run on one rank. `fence`, `events` are rank 0's alone. `start`: what run.json says of the weights
-    that the run starts from; None: those of its seed. `held_out`: images to validate on, where that is wanted."""
+    """One life of one run on one rank.
+
+    fence, events: on rank 0; None on the others. start: `from` of run.json, the weights that the run starts from; None:
+    random ones. held_out: images to validate on; None: no validation.
+    """
 
     def __init__(
         self,
@@ -104,7 +107,8 @@ class Trainer:
     # ------------------------------------------------------------ resuming
 
     def resume(self) -> None:
-        """Take up the newest good generation, as rank 0 finds it. Raises DoNotRetry where all are damaged."""
+        """Load the newest good generation that rank 0 finds, or start at step 0. Raises DoNotRetry if all are
+        damaged."""
         # a life may have been killed after a rollback and before its next save: its attempt counts all the same
         lived = self.world.of_main(self._attempts_told)
         step = self._newest()
@@ -132,7 +136,7 @@ class Trainer:
         return self.world.of_main(lambda: found.step if (found := generations.newest_good(self.run, say)) else None)
 
     def _restore(self, step: int) -> None:
-        saved = generations.load(self.run, step)
+        saved = generations.load(self.run, step, mapped=self.world.is_main)
         if saved["config_digest"] != self.config.digest():
             raise DoNotRetry(
                 f"the checkpoint of step {saved['step']} belongs to other mathematics (config digest "
@@ -145,15 +149,15 @@ class Trainer:
             self.state.begin_with(read_start(self.run, self._start))
 
     def _begin(self) -> None:
-        """Go on from the state, whatever it has become: nothing of the steps before it is due or known."""
+        """Reset all that depends on earlier steps, after the state was loaded or rolled back."""
         self._finite = self._finite_before = self._asked = None
         self.step.begin_attempt()
         self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
     def fit(self) -> int | None:
-        """What train.micro_batch=auto is here, where no earlier life has found it; else None. On all ranks.
+        """Find train.micro_batch=auto, if no earlier life has; returns it, else None. Called on all ranks.
 
-        Raises DoNotRetry where not one image fits.
+        Raises DoNotRetry if not one image fits.
         """
         if self.config.train.micro_batch != "auto" or self.resolved.micro_batch is not None:
             return None
@@ -167,18 +171,18 @@ class Trainer:
         return self.resolved.compile or self.resolved.kernels == "own"
 
     def _choose_kernels(self) -> None:
-        """Not before this: what an earlier life has compiled comes first."""
+        """Decide which kernels to use. Only here, since an earlier life's compiled kernels must be in place first."""
         own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
         for model in (self.state.model, self.state.ema.model):
             cast(UNet, model).set_own_kernels(own)
 
     def warm_up(self, stop_requested: StopRequested) -> None:
-        """One forward and backward whose gradients are thrown away; not where a stop was asked for before.
+        """One forward and backward whose gradients are thrown away; skipped if a stop was requested before.
 
-        Here the network is compiled. And DDP regroups its buckets after its first backward, in the order in which
-        gradients arrived; with more than two ranks the order of summation follows. Doing it before the first step
-        gives every life the same one. To be called before each `train`, as a life may go on after a stop; once is
-        enough, and all that is done.
+        This compiles the network. Also, DDP regroups its buckets after its first backward in the order in which
+        gradients arrived, and with more than two ranks the order of summation depends on that: doing it before the
+        first step gives every life the same order. Call it before each `train`, since a life may go on after a stop;
+        only the first call does anything.
         """
         wanted = not self.warm and (self.world.world_size > 1 or self.compiles)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
@@ -191,14 +195,13 @@ class Trainer:
     # ------------------------------------------------------------ the loop
 
     def train(self, stop_requested: StopRequested, patience_s: Callable[[str], float] = lambda reason: 0.0) -> Outcome:
-        """Steps until the end or an agreed stop; both leave a verified checkpoint.
+        """Take steps until the end or an agreed stop; both leave a verified checkpoint.
 
-        patience_s: for how long a stop for that reason may try to save; asked on rank 0 once a save has met an error
+        patience_s: for how many seconds a stop for a given reason may retry its save; called on rank 0 after an error
         that may pass.
 
         Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
-        overwritten while it was mapped). A stop whose save failed is
-        reported as `saved=False`.
+        overwritten while it was mapped). A stop whose save failed is reported as `saved=False`.
         """
         self._patience_s = patience_s
         self._choose_kernels()
@@ -206,7 +209,7 @@ class Trainer:
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)
         self._beginning = "resumed"
-        # of the last life's last step, where a stop came before it was validated or drawn
+        # for the last life's last step, if a stop came before it was validated or drawn
         if reason := self._validate_late(stop_requested):
             return self._stop(reason)
         if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
@@ -234,7 +237,8 @@ class Trainer:
         return self._finish(stop_requested)
 
     def _agree(self, stop_requested: StopRequested, at_total: bool) -> tuple[str, bool, bool]:
-        """After a step, on all ranks: why to stop, or ""; whether to roll back; whether to save."""
+        """Called after a step on all ranks, which agree on: why to stop, or ""; whether to roll back; whether to
+        save."""
         step, world = self.at.step, self.world
         # device values are read one step late, so that a GPU never waits for this; at the end there is no later
         bad = _is_bad(self._finite_before) or (at_total and _is_bad(self._finite))
@@ -248,7 +252,7 @@ class Trainer:
         if (code or save_due or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
             # nothing is kept of a step not known as good
             self._asked = None
-            damage = self.step.data.damage()
+            damage = self.step.watch.damage()
             bad = _is_bad(self._finite_before) or _is_bad(self._finite)
             any_bad, damaged, code_now = world.agree([int(bad), int(bool(damage)), stop_code(stop_requested)])
             code = code or code_now
@@ -265,7 +269,7 @@ class Trainer:
         self.chronicle.alive(self.at.step)
 
     def _log(self, stop_requested: StopRequested) -> str:
-        """A line of metrics; why its validation is left out where a stop was requested, or ""."""
+        """Write a line of metrics; returns the reason of a stop that cut its validation short, or ""."""
         record, reason = self.meter.read(self.state), ""
         if self.held_out is not None and self.due.validate(self.at.step):
             loss, reason = self._validate(self.held_out, stop_requested)
@@ -274,9 +278,10 @@ class Trainer:
         return reason
 
     def _validate(self, held_out: HeldOut, stop_requested: StopRequested) -> tuple[float | None, str]:
-        """As `HeldOut.loss`, outside of what is metered; none from where on its images were overwritten."""
+        """`HeldOut.loss`, not counted in the measured speed. Ends validation for this life if its images were
+        overwritten."""
         loss, reason = held_out.loss(self.state, stop_requested)
-        damage = "" if loss is None else held_out.data.damage()
+        damage = "" if loss is None else held_out.watch.damage()
         if self.world.agree([int(bool(damage))])[0]:
             why = damage or "what another rank reads was overwritten while it was mapped"
             self.chronicle.say(f"no validation from here on in this life: {why}", step=self.at.step)
@@ -285,11 +290,12 @@ class Trainer:
         return loss, reason
 
     def _validate_late(self, stop_requested: StopRequested) -> str:
-        """Where the line of this step says no loss on the held-out images, add it; why not, or ""."""
+        """Add the loss on held-out images to this step's line if an earlier life wrote it without; returns the reason
+        of a stop that came before, or ""."""
         step = self.at.step
         if self.held_out is None or not self.due.validate(step):
             return ""
-        if not self.world.share(self.chronicle.lacks_validation(step)):
+        if not self.world.broadcast(self.chronicle.lacks_validation(step)):
             return ""
         loss, reason = self._validate(self.held_out, stop_requested)
         if loss is not None:
@@ -299,14 +305,14 @@ class Trainer:
     # ------------------------------------------------------------ saving, stopping, rolling back
 
     def save(self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0) -> bool:
-        """On all ranks; rank 0 starts a save and with `wait` sees it through. False: it is known to have failed."""
+        """As `Chronicle.save`; called on all ranks."""
         self._saved_at = time.monotonic()
         return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, patience_s=patience_s)
 
     def _stop(self, reason: str) -> Outcome:
         step = self.at.step
         self.chronicle.event("stop_requested", step, reason=reason)
-        saved = self.world.share(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
+        saved = self.world.broadcast(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
         self.chronicle.alive(step, force=True)
         self.chronicle.rest()
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)
@@ -320,14 +326,14 @@ class Trainer:
         if (change := self.state.settled) is not None:
             told = {"early_stop_below": train.early_stop_below, "over_lines": train.early_stop_window}
             self.chronicle.say("the loss has settled: ending early", step=step, mean_change=f"{change:.3g}", **told)
-        saved = self.world.share(self.save(wait=True, final=True))  # the last manifest says that all is there
+        saved = self.world.broadcast(self.save(wait=True, final=True))  # the last manifest says that all is there
         self.chronicle.close(step)
         if saved:
             self.chronicle.event("finished", step)
         return Outcome(True, step, saved=saved)
 
     def roll_back(self) -> None:
-        """Back to the last good generation under a new attempt number, so that the same poison is not drawn again."""
+        """Go back to the last good generation under a new attempt number, so that other random numbers are drawn."""
         at, most = self.at.step, self.config.train.max_rollbacks
         rollbacks, attempt = self.at.rollbacks + 1, self.at.attempt + 1
         self.chronicle.settle()
@@ -358,8 +364,8 @@ class Trainer:
         return "nothing was ever saved" if step is None else f"the checkpoint of step {step} is good, and stays"
 
     def _grid(self, stop_requested: StopRequested) -> str:
-        """Why no grid is drawn, or ""."""
-        return grids.show(self.state, self.chronicle, stop_requested)
+        """Draw a grid; returns the reason of a stop that prevented it, or ""."""
+        return grids.draw_and_publish(self.state, self.chronicle, stop_requested)
 
 
 def _is_bad(finite: Later | None) -> bool:

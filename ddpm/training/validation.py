@@ -1,7 +1,7 @@
-"""The loss on images that training never sees: the same ones at the same timesteps and noise each time.
+"""The loss on images that training never sees: the same images at the same timesteps and noise each time.
 
-So its value changes with the weights alone, and can be compared between steps, lives and runs. Must not know: when it
-is due, and where it is told.
+So it changes with the weights alone, and can be compared between steps, lives and runs. Must not know: when it is due,
+and where it is written.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from ddpm.sampling.denoiser import LabelledEpsModel, eps_of
 from ddpm.training.state import TrainingState
 
 NUM_IMAGES = 1024
-"""Of the split, or all: their loss costs as much as some five steps of 128 images."""
+"""Number of images that are used, or all of a smaller split: their loss costs about as much as five steps of 128."""
 BATCH = 64
-"""Always so many at a time, the last ones padded: what a network makes of an image may depend on it."""
+"""Images per network call, the last call padded: a network's output for an image may depend on the batch size."""
 SEED = 0
-"""Not the run's: runs of several seeds are compared at the same noise."""
+"""Not the run's seed, so that runs with different seeds are compared at the same noise."""
 
 
 class HeldOut:
-    """`packed`: the test split. Images are spread evenly over it, as folders are listed by class; where the model has
-    classes, those of images that have one."""
+    """packed: the test split. The images used are spread evenly over it, since folders are listed by class; for a model
+    with classes only images with a label are used."""
 
     def __init__(self, config: Config, packed: PackedImages, diffusion: Diffusion) -> None:
         self._config, self._packed, self._diffusion = config, packed, diffusion
-        self.data = Watch(packed)
+        self.watch = Watch(packed)
         usable = np.flatnonzero(packed.labels >= 0) if config.model.num_classes else np.arange(len(packed))
         self._num = min(NUM_IMAGES, len(usable))
         self._chosen = usable[np.arange(self._num) * len(usable) // max(1, self._num)]
 
     def loss(self, state: TrainingState, stop_requested: StopRequested) -> tuple[float | None, str]:
-        """The mean loss by the weights of `sample.weights`, in eval mode; on all ranks, each of which computes a share.
+        """(mean loss, "") with the weights of `sample.weights`, in eval mode; called on all ranks, which share the
+        work.
 
-        The same bits on any number of ranks of the same kind of hardware. None, and the reason, where ranks agree to
-        stop before it is known; None where no image can be used.
+        It has the same bits on any number of ranks with the same kind of hardware. (None, reason) if the ranks agree to
+        stop before it is known; (None, "") if no image can be used.
         """
         world, config = state.world, self._config
         model = state.model if config.sample.weights == "model" else state.ema.model

@@ -15,17 +15,30 @@ from launch.cluster.site import Container
 def lines(container: Container, needed: Iterable[Path]) -> list[str]:
     """Of shell: srun's options, and a rank's Python, where slurm/supervise.sh has those of ranks outside.
 
-    needed: folders that a rank reads or writes, beside the project; they lie at the same places inside. Raises
+    needed: folders that a rank reads or writes, beside the project; they lie at the same places inside. Where one is
+    reached by a link, as ~/runs that leads to /scratch, what the link leads to on that node is mounted too: inside, the
+    home may be there, and the link with it. One that is gone, as a checkout that was removed, is left out. Raises
     RequestError where one cannot be mounted; EnvironmentLacks for a $VARIABLE that is not set.
     """
     image = str(expand(container.image or "")) if container.is_file else str(container.image)
-    mounts = [*_outermost([PROJECT, *needed]), *(_mount(mount) for mount in container.mounts)]
+    mounts = ",".join(_mount(mount) for mount in container.mounts)
     if container.runtime == "pyxis":
-        there = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
-        options, python = [f"--container-image={image}", f"--container-mounts={there}"], ["python"]
+        options, python = f'{shlex.quote(f"--container-image={image}")} --container-mounts="$ddpm_mounts"', "python"
     else:
-        options, python = [], ["apptainer", "exec", "--nv", "--bind", ",".join(mounts), image, "python"]
-    return [f"ddpm_srun=({shlex.join(options)})", f"ddpm_python=({shlex.join(python)})"]
+        # it lets go of the signals that wait: rank.sh, which is around it, holds them in it once more
+        inside = f'{shlex.quote(image)} /bin/sh "$DDPM_HOME/slurm/rank.sh" python'
+        options, python = "", f'apptainer exec --nv --bind "$ddpm_mounts" {inside}'
+    return [
+        f"ddpm_mounts={shlex.quote(mounts)}",
+        f"for ddpm_path in {shlex.join(_outermost([PROJECT, *needed]))}; do",
+        '  for ddpm_path in "$ddpm_path" "$(realpath -m -- "$ddpm_path")"; do',
+        '    case ,$ddpm_mounts, in *",$ddpm_path:$ddpm_path,"*) continue ;; esac',
+        '    [ ! -e "$ddpm_path" ] || ddpm_mounts="$ddpm_path:$ddpm_path${ddpm_mounts:+,$ddpm_mounts}"',
+        "  done",
+        "done",
+        f"ddpm_srun=({options})",
+        f"ddpm_python=({python})",
+    ]
 
 
 def check_image(container: Container) -> None:
@@ -38,9 +51,10 @@ def check_image(container: Container) -> None:
 
 
 def _mount(text: str) -> str:
-    """FROM[:TO[:ro]] with the $VARIABLES and ~ of this machine."""
+    """FROM:TO[:ro] with the $VARIABLES and ~ of this machine."""
     source, *rest = text.split(":")
-    return ":".join([str(expand(source)), *rest])
+    there = str(expand(source))
+    return ":".join([there, *(rest or [there])])
 
 
 def _outermost(folders: Iterable[Path]) -> list[str]:

@@ -35,10 +35,10 @@ OTHER_CACHE = "choose another place with --root or DDPM_RUNS, or data_cache in t
 class JobEnvironment:
     """This process in its job, and how its ranks find each other."""
 
-    scheduler: str  # slurm | local
-    job: (
-        str  # "17", or "17_3" for an array task: what `scontrol requeue` takes (the bare id would mean the whole array)
-    )
+    scheduler: str
+    """slurm | local"""
+    job: str
+    """17, or 17_3 for an array task: what `scontrol requeue` takes (the bare id would mean the whole array)."""
     restart: int
     host: str
     rank: int
@@ -89,17 +89,17 @@ def num_nodes() -> int:
 
 
 def batch_shell_can_ask() -> bool:
-    """Whether the batch shell of this job has SLURM's commands, whatever its ranks run in."""
+    """Whether the batch shell of this job has SLURM's commands; in a container its ranks have not."""
     return bool(os.environ.get("DDPM_SHELL_ASKS"))
 
 
 def partition_and_qos() -> tuple[str, str]:
-    """Of the job in which this process runs."""
+    """Partition and QOS of the job in which this process runs; "" if unknown."""
     return os.environ.get("SLURM_JOB_PARTITION", ""), os.environ.get("SLURM_JOB_QOS", "")
 
 
 def memory_asked_for() -> str:
-    """By the job whose batch shell this is, in words."""
+    """The memory that the job of this batch shell asked for, in words."""
     if per_node := os.environ.get("SLURM_MEM_PER_NODE"):
         return f"{per_node} MB per node"
     per_cpu = os.environ.get("SLURM_MEM_PER_CPU")
@@ -107,7 +107,7 @@ def memory_asked_for() -> str:
 
 
 def supervisor_is_heard() -> None:
-    """Tell the batch shell that its supervisor has come so far as to begin: else it goes on without."""
+    """Tell the batch shell that its supervisor has started; if it never does, the shell goes on without it."""
     with contextlib.suppress(OSError, ValueError):
         os.write(int(os.environ.pop("DDPM_HEARD_FD", "")), b"heard")
 
@@ -122,8 +122,8 @@ def host() -> str:
 
 
 def ssh_words() -> str:
-    """What follows `ssh` on the user's own machine to come here: by the address that he has logged in to, which names
-    this one of several login nodes; from inside a job by way of it."""
+    """The words after `ssh` by which the user's own machine reaches this one: the address of the current login, which
+    names one of several login nodes; from inside a job a jump through that node."""
     user, here = getpass.getuser(), socket.getfqdn()
     to, port = [*os.environ.get("SSH_CONNECTION", "").split()[2:4], "", ""][:2]
     if not re.fullmatch(r"[0-9A-Fa-f.:]+", to):
@@ -181,7 +181,7 @@ def current() -> JobEnvironment:
 
 
 def _cpus_of_rank(env: os._Environ[str]) -> int:
-    """What was asked for; else this rank's share of what the step has on this node, where ranks may not be bound."""
+    """CPUs per task as asked for; else an equal share of the step's CPUs on this node, as ranks may not be bound."""
     if asked := env.get("SLURM_CPUS_PER_TASK"):
         return int(asked)
     bound = len(os.sched_getaffinity(0))
@@ -247,7 +247,7 @@ def stage() -> str:
 
 
 def threads_asked() -> str:
-    """How many threads the user wants of every program, "" where he has not said."""
+    """The user's OMP_NUM_THREADS, "" if it is not set to a number."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return asked if asked.isdecimal() and int(asked) > 0 else ""
 
@@ -298,12 +298,12 @@ def set_defaults(**values: str) -> None:
 
 
 def compiler_folder() -> str | None:
-    """Where torch keeps what it compiles, if somebody has said."""
+    """The user's own folder for what torch compiles (TORCHINDUCTOR_CACHE_DIR), or None."""
     return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
 
 def default_partition() -> str | None:
-    """What sbatch takes where no partition is asked for, if the user has exported one."""
+    """The partition that the user has exported for sbatch (SBATCH_PARTITION), or None."""
     return os.environ.get("SBATCH_PARTITION")
 
 

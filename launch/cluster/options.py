@@ -1,4 +1,4 @@
-"""The options of a command line that say where it runs, over a site profile: checked before anything is queued."""
+"""Command-line options for where jobs run, which override a site profile: checked before anything is queued."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ BARE = {
     *("oversubscribe", "propagate", "quiet", "reboot", "requeue", "resv-ports", "share", "spread-job", "stepmgr"),
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
-"""Options of sbatch's that stand without a value, or may."""
+"""Options of sbatch that take no value, or need none."""
 SHARED = {name.replace("_", "-"): name for name in (*MEMORIES, "cpus_per_task")}
-"""Options of sbatch's that are a key of ours, of which a stage of fewer ranks asks for its share."""
+"""Options of sbatch that are keys of ours, of which a stage with fewer ranks asks for its share."""
 WHOLE = {"gpus"}
-"""Options of sbatch's whose names are the beginning of one of these."""
+"""Options of sbatch that begin like one of OURS, and are not it."""
 FLAGS: dict[str, dict[str, Any]] = {
     "partition": {},
     "account": {},
@@ -60,21 +60,21 @@ FLAGS: dict[str, dict[str, Any]] = {
     "exclude": {},
     "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
     "nodes": {"type": int},
-    "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 where the partition has GPUs, else 0"},
+    "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 if the partition has GPUs, else 0"},
     "tasks_per_node": {"type": int, "help": "ranks per node (default: one per GPU, else 1)"},
-    "cpus_per_task": {"type": int, "help": "per rank; with --cluster local too (default there: all, divided)"},
-    "mem": {"metavar": "32G", "help": "memory per node; none: the site's own"},
+    "cpus_per_task": {"type": int, "help": "per rank (default with --cluster local: all, divided among ranks)"},
+    "mem": {"metavar": "32G", "help": "memory per node; none: the site's default"},
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
-    "max_parallel": {"type": int, "help": "array tasks at a time (default 16)"},
+    "max_parallel": {"type": int, "help": "array tasks that run at a time (default 16)"},
     "tasks": {
         "metavar": "N",
-        "help": "tasks that divide a sample job's shards (default auto), or an evaluation's",
+        "help": "array tasks that divide the shards of a set, or an evaluation (default auto)",
     },
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
-        "help": "auto is SLURM; local runs the same jobs as processes on this machine",
+        "help": "auto: SLURM; local: the same jobs as processes on this machine",
     },
 }
 
@@ -86,9 +86,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
     group.add_argument(
         "--code", choices=["kept", "new"], default="kept",
-        help="jobs of a run go on with the code it was begun with; new: with this checkout's",
+        help="the code that jobs run: what the run was begun with (kept, default), or this checkout's",
     )  # fmt: skip
-    group.add_argument("--profile", metavar="SITE", help=f"a file of {PROFILES.relative_to(SHIPPED)}/, or a path")
+    group.add_argument("--profile", metavar="SITE", help=f"a name in {PROFILES.relative_to(SHIPPED)}/, or a path")
 
 
 def load_profile(name: str | None) -> dict[str, Any]:

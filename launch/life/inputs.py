@@ -39,7 +39,7 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
     def bring(stop_requested: StopRequested) -> str:
         return _bring(cache, key, config, labels, stop_requested)
 
-    key = str(world.share(together(life.stop, world, bring if world.is_main else None)))
+    key = str(world.broadcast(together(life.stop, world, bring if world.is_main else None)))
     local = None
     if data.get("scratch"):
         try:
@@ -77,7 +77,7 @@ def held_out(life: Life, config: Config, world: World) -> PackedImages | None:
             say(f"no validation in this life: the test split that it needs cannot be used: {e}")
             return ""
 
-    key = world.share(together(life.stop, world, bring if world.is_main else None))
+    key = world.broadcast(together(life.stop, world, bring if world.is_main else None))
     return packed.open_packed(cache, key) if key else None
 
 

@@ -30,14 +30,14 @@ class Life:
     stop: StopFlag
     env: JobEnvironment
     speaks: bool = True
-    """Whether rank 0 speaks for all of them in its word to the batch shell; else srun does."""
+    """Whether rank 0's exit marker stands for all ranks; else the batch shell goes by srun's exit code."""
 
     def alone(self) -> Life:
-        """Of a rank that has work of its own, and waits for none of the others."""
+        """The life of a rank that works on its own shards and waits for no other rank."""
         return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
 
     def heed_stop(self) -> None:
-        """From here on the run's STOP file is watched; of samples and scores, all but that they are made despite."""
+        """From here on watch the run's STOP file, except the one despite which samples or a score were asked for."""
         self.stop.watch(self.run, self.known_stop())
 
     def is_told_to_stop(self) -> bool:
@@ -47,7 +47,7 @@ class Life:
         return known_stop(self.run, self.env.job) if self.run.is_stopped() else ""
 
     def leave(self, code: int, reason: str = "") -> int:
-        """Leave word for the batch shell, past srun, and end without unwinding: exit codes survive only so."""
+        """Write the exit marker for the batch shell, which reads it instead of srun's exit code; returns `code`."""
         self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
 
@@ -77,17 +77,17 @@ class Life:
                 path.write_text(text)
 
     def until_killed_or_on(
-        self, reason: str, share: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
+        self, reason: str, broadcast: Callable[[Any], Any] = lambda v: v, alive: Callable[[], None] = lambda: None
     ) -> int | None:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
         if reason == "preempted" and self.env.is_scheduled:
-            if share(environment.batch_shell_can_ask() and not scheduler.available("scontrol")):
+            if broadcast(environment.batch_shell_can_ask() and not scheduler.available("scontrol")):
                 return EXIT_REQUEUE  # in a container: the batch shell asks what this is, and does the rest
             if self.env.rank == 0:
                 take_along(self.run, self.env)
                 ending.of_hold(self.run, self.env, environment.stage(), environment.sample_set())
         code = preemption.after_stop(
-            self.stop, reason, self.env, say, share, alive, lambda: mercy_for(self.run, self.env.job)
+            self.stop, reason, self.env, say, broadcast, alive, lambda: mercy_for(self.run, self.env.job)
         )
         if code is None:
             self.stop.clear(reason)
@@ -95,9 +95,9 @@ class Life:
 
 
 def take_along(run: RunDir, env: JobEnvironment) -> None:
-    """Where it was the owner who ended this job: say so, and of a training take along what waits for it.
+    """If the owner cancelled this job: say so, and if it was training, cancel the jobs that wait for it too.
 
-    SLURM calls it COMPLETING then, as one that it has requeued, and tells them apart in the job's log alone.
+    SLURM calls a cancelled job COMPLETING, like one that it requeues; only the job's log tells them apart.
     """
     stage = environment.stage()
     with contextlib.suppress(scheduler.SchedulerError, OSError):

@@ -27,7 +27,7 @@ MARGIN_S = 30
 
 
 class StopFlag:
-    """Set by signals and by the run's STOP file; asked by everything long."""
+    """Why to stop, set by signals and by the run's STOP file; everything that takes long asks it."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -37,7 +37,7 @@ class StopFlag:
         self._polled_at = 0.0
 
     def install(self) -> None:
-        """Take over the signals, from submitit too, whose handlers would leave without a save."""
+        """Install the signal handlers, in place of submitit's too, which would exit without a save."""
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR2, lambda *_: self._set("time_limit"))
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
@@ -50,7 +50,7 @@ class StopFlag:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within: the stop signals wait, also for every process started here, and come through at the end.
+        """Within: stop signals are blocked, also in every process started here, and are delivered at the end.
 
         SLURM signals all processes of a step: a compiler that died of a signal meant for us would fail the step.
         """
@@ -61,7 +61,7 @@ class StopFlag:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, run: RunDir, known_stop: str = "") -> None:
-        """From here on the run's STOP file counts, but for the one that has that mark."""
+        """From here on the run's STOP file counts, except one with the mark `known_stop`."""
         self._run, self._known_stop = run, known_stop
 
     def _on_term(self, signum: int, _: FrameType | None) -> None:
@@ -92,22 +92,22 @@ def after_stop(
     reason: str,
     env: JobEnvironment,
     say: Callable[[str], None],
-    share: Callable[[Any], Any],
+    broadcast: Callable[[Any], Any],
     alive: Callable[[], None],
     ask: Callable[[], scheduler.Mercy],
 ) -> int | None:
-    """With everything saved: the exit code to leave with, or None if nobody meant to kill this job and it goes on.
+    """After a save: the exit code to leave with, or None if nobody meant to end this job, which then goes on.
 
-    Called on all ranks; `share` gives rank 0's word to all. May block until SLURM kills the job; calls `alive`
-    meanwhile. The ranks wait in step, so that none of them takes the others' waiting for death. ask: what SLURM does to
-    jobs that it pre-empts.
+    Called on all ranks. May block until SLURM kills the job. The ranks wait in step, so that none of them takes another
+    one's waiting for its death. broadcast: gives rank 0's value to all ranks. alive: called every half second of
+    waiting. ask: what SLURM does to jobs that it pre-empts.
     """
     if reason == "STOP":
         return 0
     if not env.is_scheduled or reason == "time_limit":
         return EXIT_REQUEUE
     is_main = env.rank == 0
-    mercy = share(ask() if is_main else None)
+    mercy = broadcast(ask() if is_main else None)
     if not mercy.requeues or mercy.grace_s > REQUEUE_AT_ONCE_ABOVE_S:
         # the batch shell submits a successor, or requeues without wasting the grace period; only while RUNNING
         return EXIT_REQUEUE
@@ -118,7 +118,7 @@ def after_stop(
     while True:
         time.sleep(0.5)
         alive()
-        other, over = share((stop(), time.monotonic() >= deadline))
+        other, over = broadcast((stop(), time.monotonic() >= deadline))
         if other in ("time_limit", "STOP"):
             return 0 if other == "STOP" else EXIT_REQUEUE
         if over:

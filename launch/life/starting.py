@@ -7,6 +7,7 @@ import contextlib
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry
+from ddpm.run import generations
 from ddpm.run.log import say
 from ddpm.sampling.request import Request
 from launch.cluster import code, environment, scheduler
@@ -25,6 +26,7 @@ def start_training(life: Life) -> tuple[Config, str | None]:
     if not why:
         borrowing.check_trainable(run)
     if env.rank == 0 and not why:
+        generations.read_ahead(run)
         _note_allocation(life)
     life.stop.watch(run)
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")

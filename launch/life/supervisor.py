@@ -53,11 +53,11 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     if decision.goes_on and known.can_tell:
         fields = {"reason": known.reason, "exit_code": known.code, "progress": known.progress, "stage": stage}
         fields |= {"wait_s": wait_s(known)} if wait_s(known) else {}
-        if not _note(log, "requeued", **fields, **({"bad_node": bad, "error": words.error} if bad else {})):
+        if not _note(run, log, "requeued", **fields, **({"bad_node": bad, "error": words.error} if bad else {})):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
         forget_shard(run, env)
-        return _failed(log, known.code, stage, set_name, decision.why, words)
+        return _failed(run, log, known.code, stage, set_name, decision.why, words)
     avoided = _without(bad, known.shown) if bad and known.shown else ""
     if decision.what == "succeed":
         _have_a_successor(run, env, stage, decision.why, avoided or (known.shown.excluded if known.shown else ""))
@@ -78,7 +78,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
 
 
 def _without(bad: str, shown: scheduler.Shown) -> str:
-    """The nodes that the job is not to have any more, as SLURM lists them; "" where it cannot do without this one."""
+    """The node list to exclude from now on, with `bad` added; "" if too few nodes would be left without `bad`."""
     try:
         total, spare = scheduler.spare_nodes(shown.partition.split(",")[0], shown.excluded)
     except scheduler.SchedulerError as e:
@@ -133,7 +133,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _exclude(env: JobEnvironment, avoided: str) -> None:
-    """From this job, which waits again; from its siblings; and from what waits for it."""
+    """Exclude nodes from this job, which waits again, from other tasks of its array, and from jobs that wait for it."""
     if not avoided:
         return
     base = env.job.partition("_")[0]
@@ -159,7 +159,7 @@ def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, a
 
 
 def _still_ours(env: JobEnvironment, *, or_preempted: bool = False) -> bool:
-    """Whether this life is still to be put back: asked right before each such order. Raises SchedulerError."""
+    """Whether this life may still be requeued or succeeded: asked right before each such order. SchedulerError."""
     why = not_ours(scheduler.show(env.job), env.restart, or_preempted=or_preempted)
     if why:
         say(why)
@@ -167,7 +167,7 @@ def _still_ours(env: JobEnvironment, *, or_preempted: bool = False) -> bool:
 
 
 def _chain_waits_for(successor: str, job: str) -> None:
-    """What was to follow this job follows its successor; otherwise it would start on unfinished work."""
+    """Make jobs that wait for this job wait for its successor; otherwise they would start on unfinished work."""
     try:
         for waiting in scheduler.dependents(job):
             scheduler.make_wait(waiting, successor)
@@ -177,9 +177,8 @@ def _chain_waits_for(successor: str, job: str) -> None:
             f"scontrol update jobid=JOB dependency=afterany:{successor}")  # fmt: skip
 
 
-def _note(log: EventLog, event: str, **fields: object) -> bool:
-    """Whether it was written: a disk too full for one more line must not cost the job its return."""
-    run = RunDir(log.path.parent.parent)
+def _note(run: RunDir, log: EventLog, event: str, **fields: object) -> bool:
+    """Append an event; returns whether it was written: a full disk must not keep the job from being requeued."""
     try:
         log.append(event, world_size=environment.num_tasks(), step=run.latest_step(), **fields)
     except OSError as e:
@@ -188,15 +187,15 @@ def _note(log: EventLog, event: str, **fields: object) -> bool:
     return True
 
 
-def _failed(log: EventLog, code: int, stage: str, set_name: str, why: str, words: LastWords) -> int:
+def _failed(run: RunDir, log: EventLog, code: int, stage: str, set_name: str, why: str, words: LastWords) -> int:
+    """Say that the job has failed for good, in its log, its events and to the owner; returns `code`."""
     env = environment.current()
     reason = f"{why}: {words.told(stage, env.host, environment.memory_asked_for())}"
-    run = RunDir(log.path.parent.parent)
     with contextlib.suppress(OSError):
         if nodes := bad_nodes(of_this_cluster(read_events(run)), env.job):
             reason += f"; lives of it died on {', '.join(nodes)} before"
     fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
-    _note(log, "failed", stage=stage, exit_code=code, reason=reason, **fields)
+    _note(run, log, "failed", stage=stage, exit_code=code, reason=reason, **fields)
     say(f"failed: {reason}")
     ending.of_failure(run, env, stage, set_name, code, reason)
     return code
@@ -212,7 +211,8 @@ def main() -> int:
     except (scheduler.SchedulerError, OSError) as e:
         env = environment.current()
         why = f"could not be put back: {e}; submit the run again"
-        return _failed(env.events(run), int(code) or EXIT_REQUEUE, stage, set_name, why, last_words(run, stage, env))
+        code_left = int(code) or EXIT_REQUEUE
+        return _failed(run, env.events(run), code_left, stage, set_name, why, last_words(run, stage, env))
 
 
 if __name__ == "__main__":

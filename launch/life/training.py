@@ -61,7 +61,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     if world.is_main and not why:
         fence = _take(life, wait_s=min(60, timeout_s / 2))
         why = nothing_to_train(run, config)  # whoever held the run until now may have finished it
-    if why := world.share(why):
+    if why := world.broadcast(why):
         if world.is_main:
             say(why)
         return _leave_together(life, world, 0)
@@ -71,7 +71,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
             held_out = inputs.held_out(life, config, world)
             break
         except Stopped as e:
-            if (code := life.until_killed_or_on(e.reason, world.share)) is not None:
+            if (code := life.until_killed_or_on(e.reason, world.broadcast)) is not None:
                 return _leave_together(life, world, code, e.reason)
     trainer = Trainer(
         config,
@@ -89,7 +89,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
     )
     trainer.resume()
     size = num_bytes(trainer.state.state_dict())  # and logs grow, by what a save leaves free for them
-    if why := world.share(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
+    if why := world.broadcast(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
         needs = f"a checkpoint has {amount(size)}, and logs up to {amount(SPARE_BYTES)}"
         raise DoNotRetry(f"{needs}; {why}, then submit again")
     found = trainer.fit()
@@ -145,7 +145,7 @@ def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
 def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> Resolved:
     """What `auto` means here, as the run's first life found it and wrote down; applied to this process."""
     run = life.run
-    kept = world.share(read_run(run).get("resolved") if world.is_main else None)
+    kept = world.broadcast(read_run(run).get("resolved") if world.is_main else None)
     resolved = device.resolve(config, world.device, life.env.cpus, kept)
     devices.check_precision(life.env, world.device, resolved.amp)
     device.apply(resolved)
@@ -174,7 +174,7 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
                 with suppress(subprocess.TimeoutExpired):
                     asked.wait(QUEUE_AT_MOST_S)
             return _leave_together(life, world, 0)
-        code = life.until_killed_or_on(outcome.reason, world.share, trainer.alive)
+        code = life.until_killed_or_on(outcome.reason, world.broadcast, trainer.alive)
         if code is not None:
             return _leave_together(life, world, code, outcome.reason)
 

@@ -1,8 +1,8 @@
-"""A run that may only be read: somebody else's, or on a file system that takes no more.
+"""Sampling and scoring of a run that can only be read: another user's, or on a read-only or full file system.
 
-It is sampled and scored into a root of one's own. There it gets a directory of its name, which holds what is made
-(sets, scores, logs, events) and links to what is read: its checkpoints, metrics and pictures. `reads` in its run.json
-says whose they are. It cannot be trained: two directories, two locks, one set of checkpoints.
+Results go to a directory of the run's name in the user's own root. It contains what is made (sets, scores, logs,
+events) and links to what is read: checkpoints, metrics and pictures; `reads` in its run.json names their run. It cannot
+be trained, since two directories with two locks would write one set of checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READ = ("checkpoints", "metrics.jsonl", "tb", "grids")
 
 
 def can_write(run: RunDir) -> bool:
-    """Whether what is made of a run can lie in it."""
+    """Whether samples, scores, events and logs can be written into the run."""
     return all(map(_is_open, [run.path, *(run.path / name for name in MADE)]))
 
 
@@ -31,12 +31,12 @@ def _is_open(path: Path) -> bool:
 
 
 def reads(run: RunDir) -> str | None:
-    """Whose checkpoints the run has, where they are another's. Raises DamagedFile."""
+    """The path of the run whose checkpoints this one reads; None if they are its own. Raises DamagedFile."""
     return read_run(run).get("reads")
 
 
 def check_trainable(run: RunDir) -> None:
-    """Raises RequestError where the run may be read and sampled, and not trained, or where something is in the way."""
+    """Raise RequestError if the run cannot be trained: it can only be read, or something is in the way."""
     if other := reads(run):
         raise RequestError(
             f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained. Train that one, or "
@@ -64,9 +64,9 @@ def check_trainable(run: RunDir) -> None:
 
 
 def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
-    """The run itself where it can be written, else the directory in `root` that stands for it, made unless `dry_run`.
+    """The run itself if it can be written, else the directory in `root` for its results, made unless `dry_run`.
 
-    Raises RequestError where it cannot be there.
+    Raises RequestError if that cannot be made.
     """
     if can_write(run):
         if other := reads(run):
@@ -93,8 +93,8 @@ def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
 
 
 def _check_same(mine: RunDir, run: RunDir) -> None:
-    """Raises RequestError where the run that is read is another by now than when `mine` was made of it. Where it is
-    gone, what was made of it is still there to be scored."""
+    """Raise RequestError if the run that `mine` reads is another one now than when `mine` was made. If it is gone,
+    existing samples can still be scored."""
     if not run.run_json.is_file():
         return
     here, there = (read_run(r).get("config_digest") for r in (mine, run))
@@ -106,7 +106,7 @@ def _check_same(mine: RunDir, run: RunDir) -> None:
 
 
 def _make(mine: RunDir, run: RunDir) -> None:
-    """Whole or not at all."""
+    """Make the directory `mine` for `run`, whole or not at all."""
     tmp = mine.path.with_name(f"{TMP_PREFIX}{mine.name}.{os.getpid()}")
     try:
         tmp.mkdir(parents=True)

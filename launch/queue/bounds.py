@@ -1,4 +1,4 @@
-"""Bits per dimension as they are asked for on a login node: the request, what it costs, its publication."""
+"""Requests for bits per dimension, on a login node: the request, its cost, its publication."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ddpm.scoring.bound_request import BoundRequest
 def request_for(
     run: RunDir, config: Config, split: str, step: int | None, num_images: int | None
 ) -> tuple[BoundRequest, int]:
-    """The request, and into how many parts it falls. Raises RequestError for a split, a step or a number not there."""
+    """The request, and its number of parts. Raises RequestError for a split, step or number of images that there is
+    not."""
     from ddpm.data.packed import open_source
 
     if split not in SPLITS:
@@ -36,7 +37,7 @@ def request_for(
 
 
 def cost(request: BoundRequest, config: Config) -> str:
-    """What it takes, in words: that of sampling as many images with all timesteps."""
+    """What the request costs, in words."""
     images = "all images" if request.num_images is None else f"{request.num_images:,} images (seed {request.seed})"
     return (
         f"{request.name}: {config.diffusion.timesteps:,} evaluations of the network for each of {images} of "
@@ -45,7 +46,7 @@ def cost(request: BoundRequest, config: Config) -> str:
 
 
 def publish(run: RunDir, request: BoundRequest) -> None:
-    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before."""
+    """Publish the request if its checkpoint still exists: training keeps the checkpoints of published requests only."""
     where = run.bound_set(request.name)
     existed = where.request.exists()
     bound_request.publish(where, request)

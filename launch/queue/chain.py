@@ -1,6 +1,6 @@
-"""What of a run is left to do, what follows, and the jobs for it: train, an array over the shards, the score.
+"""What a run still needs, and the chain of jobs for it: train, an array over the shards, the score.
 
-The run directory says what is done, and SLURM what is in the queue; whoever submits, and the jobs themselves, ask here.
+The run directory says what is done, and SLURM what is queued. Submissions and jobs both ask here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_ROUNDS = 3
 def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
     """What an existing run still needs: whether to train, and the later stages that are not done.
 
-    Raises RequestError where its sample set was begun with another request.
+    Raises RequestError if its sample set was begun with another request.
     """
     name = sets.chain_set(run, config)
     sampled = "sample" not in stages or not sets.shards_to_make(run, config, name)
@@ -49,7 +49,7 @@ def remaining(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, lis
 
 
 def damage(run: RunDir) -> str | None:
-    """Why the last checkpoint cannot be used, all of it read, its EMA weights too; None where it can."""
+    """Why the last checkpoint cannot be used, after reading all of it and its EMA weights; None if it can."""
     try:
         return generations.ema_damage(run, generations.verify(run, run.latest_step()))
     except (DamagedFile, OSError) as e:
@@ -69,12 +69,12 @@ def nothing_to_train(run: RunDir, config: Config) -> str | None:
 
 
 def is_training(run: RunDir) -> bool:
-    """Whether jobs of SLURM or of this machine have it. Raises SchedulerError."""
+    """Whether a training job is queued or running, in SLURM or on this machine. Raises SchedulerError."""
     return local.running(run) is not None or bool(jobs_in_queue(run, "train"))
 
 
 def lift_stop(run: RunDir) -> None:
-    """Submitting again means going on. RequestError where STOP is no file, but somebody's directory."""
+    """Remove STOP, since submitting again means going on. Raises RequestError if it cannot be removed."""
     if run.is_stopped():
         try:
             is_folder = run.stop_file.is_dir() and not run.stop_file.is_symlink()
@@ -87,7 +87,7 @@ def lift_stop(run: RunDir) -> None:
 
 
 def ways_on(run: RunDir) -> str:
-    """What a person can do about a run whose files are missing or damaged, as the end of a message."""
+    """The end of a message: what a person can do about a run whose files are missing or damaged."""
     return (
         f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.path}/), or see what holds: python "
         f"launch/recover.py {run.path} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
@@ -99,7 +99,7 @@ def ways_on(run: RunDir) -> str:
 
 
 def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train: bool = True) -> list[Job]:
-    """The chain: train, then an array over the shards that are not done, then the score."""
+    """The jobs of the chain: training, then an array over the missing shards, then the score."""
     name = sets.chain_set(run, config)
     jobs = [Job("train", run, site)] if train else []
     if "sample" in stages and (shards := sets.shards_to_make(run, config, name)):
@@ -110,12 +110,12 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
 
 
 def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Submit a chain, each after the one before, however that ended; what is in the queue already is not queued twice.
-    The first comes after the jobs `after`.
+    """Submit a chain of jobs, each to start after the one before has ended in any way; queued ones are not repeated.
+    after: ids of jobs that the first one waits for.
 
-    Returns the job ids of the whole chain, and what to tell of them (once it is queued: a reader may be gone). Where a
-    later part is refused the chain ends before it; where another error comes it is taken back, but not where SLURM does
-    not answer: a second submission finds what there is.
+    Returns the job ids of the whole chain, and lines to print once all is queued (printing may fail). If a later job is
+    refused the chain ends before it. After another error all new jobs are cancelled, except if SLURM does not answer:
+    a second submission then finds what was queued.
     """
     there = [_in_queue(job, config) for job in jobs]
     known = bad_nodes(jobs[0].run) if jobs else []
@@ -164,7 +164,7 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
 
 
 def _catch_up(jobs: list[Job], ids: list[list[str]], late: list[str]) -> None:
-    """Have the jobs of `late` do without the nodes that a life has died on since they were made up."""
+    """Exclude from the jobs `late` the nodes on which a life has died since these jobs were made."""
     for job, mine in zip(jobs, ids, strict=False):
         if mine[0] in late and (without := to_avoid(job)):
             of_the_site = str(job.options().get("exclude") or "")
@@ -173,9 +173,10 @@ def _catch_up(jobs: list[Job], ids: list[list[str]], late: list[str]) -> None:
 
 
 def _with_room(jobs: list[Job], ids: list[list[str]], new: list[str], refusal: str) -> list[Job] | None:
-    """Where the array before took the user's last places in the queue: it is taken back, and the chain with less of it.
+    """After a refusal because the array before took the user's last places in the queue: cancel the array, and return
+    the chain with half of its tasks.
 
-    None where that is not what stands in the way.
+    None if that is not the reason.
     """
     before = jobs[len(ids) - 1] if ids else None
     if before is None or ids[-1][0] not in new or before.site.tasks != "auto" or not scheduler.too_many(refusal):
@@ -190,7 +191,7 @@ def _with_room(jobs: list[Job], ids: list[list[str]], new: list[str], refusal: s
 
 
 def tasks_told(job: Job, job_id: str) -> str:
-    """Of a sample job that was just queued, "" of another."""
+    """For a message: shards and tasks of a sample job that was just queued; "" for other jobs."""
     if not job.shards:
         return ""
     tasks = sent_tasks(job.run, job_id)
@@ -198,7 +199,7 @@ def tasks_told(job: Job, job_id: str) -> str:
 
 
 def _in_queue(job: Job, config: Config) -> list[str]:
-    """Jobs that SLURM has and that do what `job` would. Raises SchedulerError."""
+    """Ids of queued jobs that do the same as `job`. Raises SchedulerError."""
     if job.stage == "evaluate":
         return evaluations_in_queue(job.run, job.set_name, config.evaluate, default=config.evaluate)
     return jobs_in_queue(job.run, job.stage, job.set_name)
@@ -207,10 +208,10 @@ def _in_queue(job: Job, config: Config) -> list[str]:
 def fill_gaps(
     run: RunDir, set_name: str, missing: list[int], again: tuple[str, ...], round_: str, env: JobEnvironment
 ) -> int:
-    """An evaluation that came before its shards: have the missing ones made, and come again after them.
+    """For an evaluation whose set has missing shards: queue a job that makes them, and this evaluation again after it.
 
-    again: what that evaluation was told. Gives up after MAX_ROUNDS rounds that added no shard. `round_` is
-    "ROUND:MISSING" of the round before.
+    Returns the exit code. again: the arguments of this evaluation. round_: "ROUND:MISSING" of the round before, or "";
+    gives up after MAX_ROUNDS rounds that added no shard.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
     if not env.is_scheduled:
@@ -258,14 +259,14 @@ def fill_gaps(
 
 
 def cancelled_samples(run: RunDir, set_name: str) -> str | None:
-    """The job that last made shards of a set, if its owner cancelled it or a task of it."""
+    """The last job for shards of a set, if it or one of its tasks was cancelled; else None."""
     jobs = slurm_jobs(run, read_events(run), "sample", set_name)
     return jobs[-1] if jobs and scheduler.any_cancelled(jobs[-1]) else None
 
 
 def call_off(job: str) -> list[str]:
-    """Cancel what follows `job`, and the tasks of its own array that have not begun: there is nothing for them to go on
-    from. Returns what followed. Raises SchedulerError.
+    """Cancel the jobs that wait for `job`, and the tasks of its array that have not started: they would have nothing to
+    work on. Returns the jobs that waited. Raises SchedulerError.
     """
     found = scheduler.followers(job)
     if found:

@@ -1,4 +1,4 @@
-"""The run directory as submissions write it: made whole, and changed by later ones; what they were, read again."""
+"""The run directory as submissions make it and later ones change it; and what they recorded, read again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from launch.cluster.values import written
 from launch.queue import notify, work
 
 NOT_GIVEN: tuple[Any, ...] = (None, "", [])
-"""Of a site's values: what asks for nothing."""
+"""Values of a site that ask for nothing."""
 
 
 def create_run(
@@ -39,8 +39,8 @@ def create_run(
     start: bytes | None = None,
     told: Notify | None = None,
 ) -> None:
-    """Make the run directory whole: built beside its place, then renamed there. start: of start.safetensors; told: who
-    is, of its end."""
+    """Make the run directory whole: built beside its place, then renamed. start: content of start.safetensors; told:
+    whom to notify of the run's end."""
     tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
     shell = _shell(run, of_record(record["launch"], "launch"), record)
     try:
@@ -60,7 +60,7 @@ def create_run(
 
 
 def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Notify | None = None) -> None:
-    """A later submission: what it may change (length, intervals, resources), never the mathematics."""
+    """Write what a later submission may change (length, intervals, resources). Raises RequestError for other data."""
     old, before, here = read_run(run), data_of(run).get("digest"), record["data"]["digest"]
     changed = labels_changed(old.get("labels"), record["labels"])
     if before != here:
@@ -87,8 +87,8 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
 
 
 def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:
-    """`test` of the record's data: that of the first submission that validated, kept by one that does not. Raises
-    RequestError where the split is now another: one curve would be of two."""
+    """`test` of run.json's data: the split of the first submission that validated. Raises RequestError if this one's is
+    different: one curve would mix two splits."""
     before, now = data_of(run).get("test"), here.get("test")
     if before and now and before["digest"] != now["digest"]:
         raise RequestError(
@@ -100,22 +100,24 @@ def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:
 
 
 def _id_of(run: RunDir, old: dict[str, Any], new: str) -> str | None:
-    """The run's id. One from before ids gets that which its checkpoints say, as where an old run.json was put back;
-    else a new one, and none where they contradict one another: it could be neither's."""
+    """The run's id. A run.json without one gets the id in its checkpoints (an old run.json may have been put back),
+    else a new one; None if its checkpoints have different ids."""
     manifests = (read_json(run.manifest(step)) or {} for step in run.steps_saved())
     said = {str(manifest["run_id"]) for manifest in manifests if manifest.get("run_id")}
     return old.get("run_id") or (new if not said else said.pop() if len(said) == 1 else None)
 
 
 def use_shell_of(run: RunDir, site: Site) -> None:
-    """From now on batch shells of the run begin with what this site says. Raises RequestError, EnvironmentLacks."""
+    """Make this site's setup lines and container those of the run's jobs from now on. RequestError,
+    EnvironmentLacks."""
     _write_shell(run, _shell(run, site, read_run(run)))
     if site.notify != Notify():  # else as the run was submitted with
         notify.keep(run, site.notify)
 
 
 def _shell(run: RunDir, site: Site, record: dict[str, Any]) -> dict[str, list[str]]:
-    """Files that every batch shell sources: the profile's lines, and how ranks are started in its container."""
+    """Content of the files that every batch shell sources: setup.sh, the profile's lines; container.sh, how ranks are
+    started in its container."""
     found = {"setup.sh": list(site.setup), "container.sh": []}
     if site.container.image and not site.is_local:
         check_image(site.container)
@@ -135,12 +137,12 @@ def _write_shell(run: RunDir, shell: dict[str, list[str]]) -> None:
 
 
 def site_of(run: RunDir) -> Site:
-    """Where the run was submitted to: later stages go there too unless told otherwise. Raises DamagedFile."""
+    """Where the run was submitted to, which later stages use too by default. Raises DamagedFile."""
     return of_record(read_run(run).get("launch") or {}, f"`launch` in {run.run_json}")
 
 
 def not_taken(run: RunDir, site: Site) -> str:
-    """What is asked of a job that is in the queue already, and is not what it was submitted with; "" where nothing."""
+    """For a message: in what this request differs from the job that is already queued; "" if in nothing."""
     asked, sent = _flat(site), _flat(site_of(run))
     differ = [key for key in asked if asked[key] not in NOT_GIVEN and asked[key] != sent.get(key)]
     if "partition" in differ and not sent["partition"] and _is_default(asked["partition"]):
@@ -155,7 +157,7 @@ def not_taken(run: RunDir, site: Site) -> str:
 
 
 def _flat(site: Site) -> dict[str, Any]:
-    """Its values by dotted keys: sbatch.nice, sample.time."""
+    """A site's values by dotted keys, such as sbatch.nice and sample.time."""
     flat: dict[str, Any] = {}
     for key, value in site.model_dump(mode="json").items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
@@ -163,7 +165,7 @@ def _flat(site: Site) -> dict[str, Any]:
 
 
 def _is_default(partition: str) -> bool:
-    """Whether jobs that name no partition go there."""
+    """Whether jobs without a partition go to this one."""
     if exported := default_partition():
         return partition == exported
     try:
@@ -182,8 +184,8 @@ def _word(key: str, value: Any) -> str:
 
 
 def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
-    """What a later stage's options go on top of: what the run was submitted with; not that it was made on this machine,
-    where they name a partition or a site."""
+    """The base that a later stage's options override: what the run was submitted with, but not its --cluster local if
+    they name a partition or a profile."""
     base = site_of(run).model_dump(exclude_defaults=True)
     try:
         base |= {"notify": notify.asked_of(run).model_dump(exclude_defaults=True)}
@@ -202,13 +204,13 @@ def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_record(launch: dict[str, Any], where: str) -> Site:
-    """What was once written down of a submission. Raises as `build` does."""
+    """The site in a submission's record. Raises RequestError beginning with `where`."""
     site: Site = build(Site, launch, where)
     return site
 
 
 def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json; `resolved` is filled in by the first life. inputs: of `prepare_inputs`."""
+    """The content of run.json, whose `resolved` the first life fills in. inputs: as of `prepare_inputs`."""
     from importlib.metadata import PackageNotFoundError, version
 
     def of(package: str) -> str | None:

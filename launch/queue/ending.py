@@ -1,7 +1,7 @@
-"""Whether a job's end is the end of what its owner waits for: by the run directory, and by what still follows it.
+"""Whether a job's end is the end of the run, of which its owner is told: by the run directory and the jobs that follow.
 
-A training whose samples follow has not ended the run; what was made of milestones beside it never does, and what a
-person has stopped tells him nothing new.
+Training that is followed by sampling does not end the run, jobs for milestones never do, and nobody is told of a run
+that a person has stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launch.queue.waiting import is_told_to_stop
 
 
 def of_success(run: RunDir, env: JobEnvironment, stage: str, set_name: str) -> None:
-    """Tell that the run has finished, where a job that ended well was the last one."""
+    """Tell that the run has finished, if this job, which succeeded, was its last one."""
     if not _is_asked(run, env, set_name):
         return
     try:
@@ -33,7 +33,7 @@ def of_success(run: RunDir, env: JobEnvironment, stage: str, set_name: str) -> N
 
 
 def of_failure(run: RunDir, env: JobEnvironment, stage: str, set_name: str, code: int, reason: str) -> None:
-    """Tell that it has failed, unless others mend it, or what failed before it was told already."""
+    """Tell that the run has failed, unless a later job repairs it, or an earlier failure was told already."""
     if code == EXIT_BUSY or not _is_asked(run, env, set_name):
         return
     try:
@@ -48,7 +48,7 @@ def of_failure(run: RunDir, env: JobEnvironment, stage: str, set_name: str, code
 
 
 def of_hold(run: RunDir, env: JobEnvironment, stage: str, set_name: str) -> None:
-    """Tell that the job is held, where SLURM says so of one that it is putting back."""
+    """Tell that the job is held, if SLURM says so of a job that it requeues."""
     if not _is_asked(run, env, set_name):
         return
     try:
@@ -75,8 +75,7 @@ def _follows(env: JobEnvironment) -> bool:
 
 
 def _made(run: RunDir, stage: str, set_name: str) -> str:
-    """What there is now that the job was for, in words; "" where it is not there. Raises OSError, DamagedFile,
-    RequestError."""
+    """The job's result in words, "" if it is not complete. Raises OSError, DamagedFile, RequestError."""
     if stage == "train":
         step = finished_step(run, reading.of_run(run))
         return "" if step is None else f"step {step}"

@@ -1,8 +1,8 @@
 """`--cluster local`: the same jobs, one after another, as background processes on this machine.
 
-    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB …, of other runs, that it waits for]
+    python -m launch.queue.local RUN 'JSON list of commands' [PID JOB … of other runs' jobs to wait for]
 
-Its restarts are the user's: submit again. Output goes to logs/local-JOB.out.
+They are not restarted: the user submits again. Output goes to logs/local-JOB.out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Place = tuple[int, str]
 
 
 def stage_command(job: Job) -> list[str]:
-    """The process that `job` is here, which makes all of its shards; torchrun starts the ranks of a training job."""
+    """The command of `job` on this machine, where one process makes all shards; torchrun starts training's ranks."""
     python = [sys.executable, "-u"]
     if job.stage == "train" and job.site.world_size > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.site.world_size}"]
@@ -43,14 +43,14 @@ def stage_command(job: Job) -> list[str]:
 
 
 def running(run: RunDir) -> int | None:
-    """The background process on this machine that trains the run, or will, if there is one."""
+    """The pid of the background job on this machine that trains the run or will train it; None if there is none."""
     return next((pid for pid, stages in at_work(run).values() if "train" in stages), None)
 
 
 def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str, tuple[int, list[str]]]:
-    """The background jobs of this machine that are at work for the run: job -> (process, stages), the newest first.
+    """The run's background jobs on this machine that have not ended: job -> (pid, stages), the newest first.
 
-    events: the run's, where they have been read.
+    events: the run's events, if they have been read already.
     """
     found = {}
     for e in reversed(read_events(run) if events is None else events):
@@ -63,7 +63,7 @@ def at_work(run: RunDir, events: list[dict[str, Any]] | None = None) -> dict[str
 
 
 def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
-    """Whether a process is the one that was begun then, and not a later one of its number. Raises OSError."""
+    """Whether a process is the one that was submitted, and not a later one with the same pid. Raises OSError."""
     try:
         return f"DDPM_JOB={submitted['job']}".encode() in (process / "environ").read_bytes().split(b"\0")
     except PermissionError:  # another user's, whose words can be read
@@ -72,7 +72,7 @@ def _is_at_work(process: Path, submitted: dict[str, Any]) -> bool:
 
 
 def is_behind(events: list[dict[str, Any]]) -> bool:
-    """Whether the newest job of a run with these events is one of this machine that waits for others' to end."""
+    """Whether the newest job of a run with these events is on this machine and waits for other runs' jobs to end."""
     newest: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "submitted"), {})
     before = newest.get("behind")
     if newest.get("via") != "local" or newest.get("host") != environment.host() or not isinstance(before, list):
@@ -86,7 +86,7 @@ def _pairs(words: list[Any]) -> list[tuple[str, str]]:
 
 
 def is_there(pid: str, job: str) -> bool:
-    """Whether background job `job` of this machine, begun as process `pid`, has not ended."""
+    """Whether background job `job` of this machine, started as process `pid`, is still running."""
     try:
         return _is_at_work(Path(f"/proc/{pid}"), {"job": job})
     except OSError:
@@ -96,7 +96,7 @@ def is_there(pid: str, job: str) -> bool:
 def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[subprocess.Popen[bytes], Path]:
     """Start `jobs` in a session of their own, so that closing the terminal does not end them.
 
-    behind: background jobs for which these wait; the log that is returned is named after this one.
+    behind: background jobs for which these wait. Returns the process and its log, which is named after this job.
     """
     name = f"local-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
     run.logs.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[s
 
 
 def _note(run: RunDir, event: str, command: list[str]) -> None:
-    """When samples or a score began and were done: training tells of itself, in the file of the job's name."""
+    """Record when sampling or scoring starts and ends; training writes its own events."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
     if stage != "train":
         log = EventLog(run, f"{environment.current().job}-then", 0, environment.host())
@@ -145,7 +145,7 @@ def _note(run: RunDir, event: str, command: list[str]) -> None:
 
 
 def _tell(run: RunDir, command: list[str], code: int) -> None:
-    """That the run has ended, unless it was stopped: then its owner did that."""
+    """Tell the owner that the run has ended, unless the owner stopped it."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
     env, set_name = environment.current(), of[0] if of else ""
     if code == 0:
@@ -160,9 +160,9 @@ def _tell(run: RunDir, command: list[str], code: int) -> None:
 
 
 def main() -> int:
-    """Run the commands in turn, until one fails or STOP is there. A stop signal goes to the one that runs.
+    """Run the commands in turn, until one fails or STOP exists; a stop signal is passed on to the running command.
 
-    Behind jobs of other runs first of all until those have ended, however they did.
+    If this waits for other runs' jobs, it first waits until those have ended in any way.
     """
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     stages = [command[command.index("launch.jobs") + 1] for command in commands]

@@ -1,4 +1,4 @@
-"""Milestones as they are sampled and scored beside training: their sets, their jobs, the curve, the best of them."""
+"""Milestones that are sampled and scored during training: their sets and jobs, the curve of scores, the best one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, generations
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import RunDir, fitting
+from ddpm.run.paths import RunDir, fit_name
 from ddpm.sampling.request import publish_request, read_request
 from ddpm.sampling.shards import shards_to_make
 from ddpm.scoring.record import key_of
@@ -19,19 +19,19 @@ from launch.queue import sets
 
 
 def steps(run: RunDir) -> list[int]:
-    """Those whose EMA weights were published: milestones and the end, ascending."""
+    """Steps of milestones and of the end (those with EMA weights), ascending."""
     return sorted(step for step in run.steps_saved() if run.ema_weights(step).exists())
 
 
 def when(config: Config) -> str:
-    """When there are some, in words."""
+    """For a message: when milestones are saved."""
     steps, epochs = config.checkpoint.milestone_every_steps, config.checkpoint.milestone_every_epochs
     every = [f"{n} {unit}" for n, unit in ((steps, "steps"), (epochs, "epochs")) if n]
     return f"one comes every {' and every '.join(every)}, and at the end" if every else "one comes at the end"
 
 
 def sampled_as(config: Config) -> Config:
-    """The config whose `sample` is that of a milestone: no more samples than of a set, where it does not say."""
+    """The config with its `sample` section as for milestones: without `evaluate.milestones` at most a set's samples."""
     asked, usual = config.evaluate.milestones, Milestones().num_samples
     num = asked.num_samples if asked else max(sets.LEAST_SCORED, min(usual, config.sample.num_samples))
     shards = min(config.sample.shards, -(-num // config.sample.batch))
@@ -48,14 +48,14 @@ def how_many(config: Config) -> str:
 
 
 def set_name(run: RunDir, config: Config, step: int) -> str:
-    """Of the set that is made of a milestone. config: of `sampled_as`."""
-    return fitting(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
+    """The name of a milestone's set. config: from `sampled_as`."""
+    return fit_name(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
 
 
 def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -> list[tuple[int, list[Job]]]:
-    """For each milestone that has no score: its step, what makes its samples, where some are missing, and scores them.
+    """For each milestone without a score: its step, and the jobs that make its missing samples and score them.
 
-    Their requests are published unless `dry_run`: training then keeps their checkpoints. Raises RequestError.
+    Publishes their requests unless `dry_run`, so that training keeps their checkpoints. Raises RequestError.
     """
     sampled, chains, stop = sampled_as(config), [], run.stop_mark()
     for step in steps(run):
@@ -79,7 +79,7 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
 
 
 def publish(run: RunDir, config: Config, token: str) -> dict[str, Any] | None:
-    """Write milestones.json, of all milestones that have a score; its content, None where it says so already."""
+    """Write milestones.json for all milestones with a score; returns its content, None if it did not change."""
     record, changed = _curve(run, config), None
     while record is not None and record != _there(run):
         files.write_json(run.milestones, record, replace=True, token=token)
@@ -88,9 +88,9 @@ def publish(run: RunDir, config: Config, token: str) -> dict[str, Any] | None:
 
 
 def best_step(run: RunDir, config: Config) -> int:
-    """The step of the milestone that scores best, by the scores that hold; where none is there, by milestones.json.
+    """The step of the milestone with the best score, by the score files; without any, by milestones.json.
 
-    Raises RequestError where none is known, or that is of another run's checkpoint.
+    Raises RequestError if there is none, or it is of another run's checkpoint.
     """
     try:
         best = (_curve(run, config) or files.read_signed(run.milestones))["best"]
@@ -103,7 +103,7 @@ def best_step(run: RunDir, config: Config) -> int:
 
 
 def points(run: RunDir) -> list[dict[str, Any]]:
-    """Of the curve as it is known, by step."""
+    """The points of the curve in milestones.json, by step."""
     return (_there(run) or {}).get("curve", [])
 
 

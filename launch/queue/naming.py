@@ -1,5 +1,4 @@
-"""What a run is called where nobody says: after its recipe, its data where that recipe is another data's, and what a
-sweep varies."""
+"""Default names of runs: from the recipe, from the data if it is not the recipe's, and from what a sweep varies."""
 
 from __future__ import annotations
 
@@ -13,44 +12,44 @@ from ddpm.config.schema import Config
 from ddpm.data.listing import is_torchvisions
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import RunDir, fitting
+from ddpm.run.paths import RunDir, fit_name
 
 NAMED = ("cifar10", "celeba", "digits")
-"""Data that runs are called after."""
+"""Data whose name may be part of a run's name."""
 
 
 def name_of(config: Config, root: Path) -> str:
-    """The config's own name, but where that is of other data than it has: a run is not called cifar10 that is of cats.
+    """The config's own name, unless it names other data than the config has: a run on cats is not called cifar10.
 
-    A run that has the config's name and this data was begun when that was enough, and goes on under it.
+    An existing run with the config's name and this data keeps its name.
     """
     name, called = config.name, _called(config.data)
     other = next((d for d in NAMED if re.match(rf"{d}(?![a-z0-9])", name) and d != called), None)
     if other is None or _is_of(RunDir(root / name), config.data):
         return name
-    return fitting(called + name.removeprefix(other))
+    return fit_name(called + name.removeprefix(other))
 
 
 def of_point(base: str, values: Mapping[str, str]) -> str:
-    """A run of a sweep, after what differs: `cifar10-lr_1e-4`. values: by key, as they were typed."""
+    """The name of one run of a sweep, such as `cifar10-lr_1e-4`. values: by key, as they were typed."""
     words = (re.sub(r"[^A-Za-z0-9._-]+", "~", text).strip("~").replace("~", "-") for text in values.values())
-    return fitting("-".join([base, *(f"{key}_{word}" for key, word in zip(short(values), words, strict=True))]))
+    return fit_name("-".join([base, *(f"{key}_{word}" for key, word in zip(short(values), words, strict=True))]))
 
 
 def of_sweep(base: str, keys: Iterable[str]) -> str:
-    """The same for all of them: `cifar10-lr`."""
-    return fitting("-".join([base, *short(keys)]))
+    """The name of a sweep, such as `cifar10-lr`."""
+    return fit_name("-".join([base, *short(keys)]))
 
 
 def short(keys: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    """The last word of each key of a config, where that tells it from the others and from what is `taken`; else all."""
+    """Each key's last part if that is unique among the keys and not `taken`, else the whole key."""
     whole = list(keys)
     last = [key.rpartition(".")[2] for key in whole]
     return [word if last.count(word) == 1 and word not in taken else key for key, word in zip(whole, last, strict=True)]
 
 
 def _called(data: Data) -> str:
-    """In a run's name: a folder of images by its own."""
+    """What a run's name calls its data: the name of a folder of images, or that of the data set."""
     if (path := _of(data)[1]) is None:
         return data.name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name.removesuffix(".zip")).strip("-.")
@@ -58,7 +57,7 @@ def _called(data: Data) -> str:
 
 
 def _of(data: Data) -> tuple[str, str | None]:
-    """Which images it is: where those that have a name lie does not matter, if they may be those."""
+    """What identifies the images: the data set's name, and for a user's images their path."""
     if data.path is None or data.name not in ("images", "cifar10"):
         return data.name, None
     path = Path(data.path)

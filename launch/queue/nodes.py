@@ -15,17 +15,17 @@ from launch.cluster.job import Job
 from launch.queue.waiting import of_this_cluster
 
 MENDED_AFTER_S = 7 * 86_400
-"""A node that has not been tried for so long may be as good as another."""
+"""After this time without being tried a node counts as mended."""
 
 
 def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
-    """Whether enough nodes of a partition are left without one: those that are needed, and half of them all."""
+    """Whether enough nodes of a partition are left without `node`: as many as are needed, and half of all (`total`)."""
     left = len([other for other in spare if other != node])
     return node in spare and left >= max(needed, total // 2)
 
 
 def bad_nodes(run: RunDir) -> list[str]:
-    """Where lives of the run died by themselves lately, as far as it tells."""
+    """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read."""
     events = []
     with contextlib.suppress(OSError):
         events = of_this_cluster(read_events(run))
@@ -34,9 +34,9 @@ def bad_nodes(run: RunDir) -> list[str]:
 
 
 def to_avoid(job: Job) -> tuple[str, ...]:
-    """The nodes that a new job of the run is not to have, beside those that its site says.
+    """Nodes to exclude from a new job of the run, beside those that its site excludes.
 
-    None where SLURM does not tell its nodes or the run what befell it, or where the job names those that it wants.
+    () if SLURM or the events cannot be asked, or if the job names the nodes that it wants.
     """
     bad, options = bad_nodes(job.run), job.options()
     if not bad or "nodelist" in options:

@@ -1,8 +1,8 @@
 """Tells a run's owner of its end: by a command, a webhook, or a mail of the scheduler's; once for each end.
 
-What is asked for is the site profile's `notify`, which lies in notify.json of the run, and may hold secrets: nothing of
-it is ever printed or recorded. What cannot be told is one line of the log, and no failure. Must not know: what an end
-is.
+The site profile's `notify` is kept in notify.json of the run and may contain secrets: nothing of it is ever printed or
+recorded. A notification that fails is one line in the log, and no failure of the job. Must not know: what counts as an
+end.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from launch.cluster.site import Notify
 LIMIT_S = 10
 HELD = "is held"
 MESSAGE_AT_MOST = 1500
-"""Characters: chat programs take little more."""
+"""Characters: chat programs accept little more."""
 
 
 def keep(run: RunDir, asked: Notify) -> None:
-    """For the jobs of the run, until another submission says otherwise. Raises OSError."""
+    """Keep `asked` for the run's jobs, until another submission replaces it. Raises OSError."""
     record = asked.model_dump(mode="json", exclude_defaults=True)
     if record:
         write_json(run.notify, record, replace=True, mode=0o600)
@@ -43,7 +43,7 @@ def keep(run: RunDir, asked: Notify) -> None:
 
 
 def asked_of(run: RunDir) -> Notify:
-    """What was kept. Raises OSError, DamagedFile, RequestError."""
+    """What `keep` has kept. Raises OSError, DamagedFile, RequestError."""
     try:
         record = parse_json(read_bytes(run.notify))
     except FileNotFoundError:
@@ -55,9 +55,9 @@ def asked_of(run: RunDir) -> Notify:
 
 
 def tell(run: RunDir, env: JobEnvironment, what: str, told: str, **fields: Any) -> None:
-    """That the run `what` (has finished, has failed, is held), unless that was told of this job. fields: of the event.
+    """Tell the owner that the run `what` (has finished, has failed, is held), unless that was told of this job before.
 
-    told: more of it, in a line.
+    told: the rest of the message, in one line. fields: added to the event.
     """
     try:
         ways = _ways(run, env, plain(f"run {run.name} {what}: {told}")[:MESSAGE_AT_MOST], what)
@@ -74,7 +74,7 @@ def tell(run: RunDir, env: JobEnvironment, what: str, told: str, **fields: Any) 
 
 
 def _ways(run: RunDir, env: JobEnvironment, message: str, what: str) -> dict[str, Callable[[], None]]:
-    """How it is to be told, by name. Raises OSError, DamagedFile, RequestError."""
+    """The ways to tell it, by name. Raises OSError, DamagedFile, RequestError."""
     asked = asked_of(run)
     address, words, url = asked.mail, asked.command, asked.url
     body = {"text": message, "run": run.name, "what": what, "path": str(run.path), "job": env.job}
@@ -89,7 +89,7 @@ def _ways(run: RunDir, env: JobEnvironment, message: str, what: str) -> dict[str
 
 
 def _is_first(run: RunDir, env: JobEnvironment, what: str) -> bool:
-    """Whether no process has told this of the job before; of an array's tasks the first tells. Raises OSError."""
+    """Whether this process is the first to tell this of the job (for an array: of any of its tasks). Raises OSError."""
     job = env.job.partition("_")[0] + (f"-{env.cluster}" if env.cluster else "")
     job += f".{env.restart}" if what == HELD else ""  # which may be again
     run.logs.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def _try(name: str, way: Callable[[], None]) -> bool:
 
 
 def _why(e: Exception) -> str:
-    """In words, without what the owner has asked for: an error of a network may say the address."""
+    """The reason of a failure, without parts that could contain a secret, such as the address."""
     if isinstance(e, scheduler.SchedulerError | _Ended):
         return " ".join(str(e).split())
     if isinstance(e, urllib.error.HTTPError):
@@ -120,7 +120,7 @@ def _why(e: Exception) -> str:
 
 
 class _Ended(Exception):
-    """A command, or a request, that did not end well."""
+    """A command or a request that failed."""
 
 
 def _mail(env: JobEnvironment, address: str) -> None:
@@ -146,7 +146,7 @@ def _run(words: list[str], message: str) -> None:
 
 
 def _within_limit(work: Callable[[], None]) -> None:
-    """`work` in a thread: the time limit of a request is that of each answer, and one may come byte by byte."""
+    """Run `work` in a thread for at most LIMIT_S: a request's own time limit starts anew with every byte received."""
     raised: list[Exception] = []
 
     def run() -> None:

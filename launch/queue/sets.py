@@ -13,7 +13,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import RunDir, fitting
+from ddpm.run.paths import RunDir, fit_name
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import (
     CheckpointRef,
@@ -29,24 +29,24 @@ from ddpm.scoring.against import SPLITS, digest_of_split, folder_digest
 from ddpm.scoring.record import Score, file_extractor_name, scores_of
 
 LEAST_SCORED = 2
-"""Samples: of one there is no covariance."""
+"""Fewest samples that can be scored: one sample has no covariance."""
 
 # ---------------------------------------------------------------- names
 
 
 def set_of(run: RunDir, config: Config, step: int, variance: str | None = None) -> str:
-    """The name of the set that the config asks for at `step`: its own, or the chain's that was made there."""
+    """The name of the set that the config asks for at `step`: the step's own, or the chain's if that was made there."""
     own, chain = _set_name(run, config, f"step{step}", variance), _planned_set(run, config)
     return chain if not variance and _sampled_at(run, own) is None and _sampled_at(run, chain) == step else own
 
 
 def own_set(run: RunDir, config: Config, step: int) -> str:
-    """The name that a set of `step` has by itself, whatever the chain made there."""
+    """The name of a set of `step`, whatever the chain made there."""
     return _set_name(run, config, f"step{step}")
 
 
 def chain_set(run: RunDir, config: Config) -> str:
-    """The name of the set that is made when training ends: one for each step at which it has ended."""
+    """The name of the set that is made when training ends, which depends on the step at which it has ended."""
     planned, step = _planned_set(run, config), finished_step(run, config)
     if step is None:
         return planned
@@ -55,7 +55,7 @@ def chain_set(run: RunDir, config: Config) -> str:
 
 
 def _planned_set(run: RunDir, config: Config) -> str:
-    """The chain's name for its set, before training has ended; it may end before the last step."""
+    """The name of the chain's set before training has ended, when it may still end early."""
     upto = "step" if config.train.early_stop_below is None else "upto"
     return _set_name(run, config, f"{upto}{config.train.total_steps}")
 
@@ -78,11 +78,11 @@ def _set_name(run: RunDir, config: Config, at: str, variance: str | None = None)
         asked = _asked(run, former)
         if [asked.get(key) for key in ("eta", "guidance", "class_plan")] == [s.eta, s.guidance, plan]:
             return former
-    return fitting(name(_exactly, s.eta, _plan_name(plan)))
+    return fit_name(name(_exactly, s.eta, _plan_name(plan)))
 
 
 def _plan_name(plan: list[int] | None) -> str:
-    """How many of each class, in a set's name."""
+    """The part of a set's name for its class plan."""
     if plan is None:
         return ""
     labels = [label for label, count in enumerate(plan) if count]
@@ -90,14 +90,14 @@ def _plan_name(plan: list[int] | None) -> str:
 
 
 def _exactly(number: float) -> str:
-    """A number in a name: distinct ones are written distinctly, and without the + of 1e+22."""
+    """A number in a name: different numbers give different text, without the + of 1e+22."""
     short = f"{number:g}"
     return (short if float(short) == number else repr(number)).replace("+", "")
 
 
 def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
-    """What the set's request.json says; nothing where the set is not begun, or the file damaged: whoever goes on with
-    the set reads it again, and says so. Raises OSError where it cannot look."""
+    """The content of the set's request.json; {} if there is none or it is damaged, which whoever continues the set
+    finds out again. Raises OSError if it cannot be read."""
     try:
         record = parse_json(read_bytes(run.sample_set(set_name).request))
         Request.from_record(record if isinstance(record, dict) else {})
@@ -107,7 +107,7 @@ def _asked(run: RunDir, set_name: str) -> dict[str, Any]:
 
 
 def _sampled_at(run: RunDir, set_name: str) -> int | None:
-    """The step of the checkpoint that a set samples; None where the set is not begun."""
+    """The step of the checkpoint that a set samples; None if the set is not begun."""
     return (_asked(run, set_name).get("checkpoint") or {}).get("step")
 
 
@@ -117,17 +117,17 @@ def _sampled_at(run: RunDir, set_name: str) -> int | None:
 def request_for(
     run: RunDir, config: Config, generation: Generation | CheckpointRef, variance: str | None = None
 ) -> Request:
-    """The request that the run's config makes of one checkpoint. variance: instead of the config's."""
+    """The request that the run's config makes for one checkpoint. variance: instead of the config's."""
     at = CheckpointRef(generation.step, generation.sha256)
     return from_config(config, at, precision_of(config, run), variance)
 
 
 class SetOfAnother(RequestError):
-    """A set that was made of another run's checkpoint, or of one that this run has no more under that step."""
+    """A set that was made from another checkpoint than the one that this run has at its step."""
 
 
 def own_request(run: RunDir, set_name: str) -> Request:
-    """The request of a set that is there. Raises as `read_request`, and SetOfAnother."""
+    """The request of an existing set. Raises as `read_request`, and SetOfAnother."""
     request = read_request(run.sample_set(set_name))
     if why := generations.of_another(run, request.checkpoint.step, request.checkpoint.sha256):
         raise SetOfAnother(
@@ -161,10 +161,10 @@ def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
 
 
 def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
-    """Shards of the chain's set that are not done: all of them where the set is not begun.
+    """Missing shards of the chain's set; all of them if the set is not begun.
 
-    Raises RequestError where the set was begun with another request, or of another step than training ends at,
-    which the config must not silently mean, or of another checkpoint than the run's.
+    Raises RequestError if the set was begun with another request, at another step than the one at which training ends,
+    or from another checkpoint than the run's.
     """
     sample_set = run.sample_set(set_name)
     if not sample_set.request.exists():
@@ -183,8 +183,7 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
 
 
 def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
-    """The score of the set, as it is, by that extractor against that reference, as that is; None where there is none
-    that holds."""
+    """The set's valid score with this extractor against this reference, both as they are now; None if there is none."""
     if not _asked(run, set_name):
         return None
     extractor = evaluate.extractor
@@ -226,10 +225,10 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
-    """What tells whether a score's reference is the one that is asked for. Its images decide, where they can be told:
-    those of a folder may have changed, and another one may be called the same.
+    """A function that tells whether a score's reference is the one that is asked for. Its images decide if they are
+    available: a folder may have changed, and another one may have the same name.
 
-    there: all of them: where none can be it, no image is read.
+    there: the references of all scores: if none can be the one, no image is read.
     """
     if asked in SPLITS:
         name = {"split": asked}

@@ -1,7 +1,7 @@
-"""One at a time: between looking for a run's jobs and queueing others, nobody else does either, on any login node.
+"""A lock for submissions: only one process at a time, on any login node, looks for a run's jobs and queues others.
 
-A lock of the file system where it has some, NFS included; else a folder that only one can make, and that counts as left
-behind once it is STALE_S old. The files lie beside the runs, since a run that is submitted first is not there yet.
+It is a lock of the file system where that has locks, NFS included; else a folder that only one process can make, and
+that counts as left behind after STALE_S. The files lie beside the runs, since a new run has no directory yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 @contextmanager
 def turn(run: RunDir) -> Iterator[None]:
-    """Within: this process alone looks and queues for the run. Raises EnvironmentLacks where another does for long."""
+    """Within: this process alone looks for the run's jobs and queues others. Raises EnvironmentLacks after
+    PATIENCE_S."""
     where = run.path.parent / ".cache" / "turns"
     try:
         where.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def _wait(takes: Callable[[], bool], run: RunDir, path: Path) -> None:
 
 
 def _locks(fd: int) -> bool:
-    """Raises OSError where there are no locks."""
+    """Whether this process gets the lock. Raises OSError on a file system without locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Which jobs of a run SLURM has: its events tell of them, and SLURM is asked."""
+"""Which jobs of a run SLURM has: the run's events name them, and SLURM is asked about them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 
 EVALUATION = ("reference", "extractor")
-"""What an evaluation may be told otherwise than its run's config has it."""
+"""Options by which an evaluation may differ from its run's config."""
 COMPLETING_POLL_S = 2.0
 COMPLETING_AT_MOST_S = 60.0
 
 
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
-    """Job ids of this stage that SLURM has. Raises SchedulerError."""
+    """Ids of the run's jobs of this stage (and set) that SLURM has. Raises SchedulerError."""
     return in_queue(slurm_jobs(run, read_events(run), stage, set_name))
 
 
 def of_this_cluster(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those of jobs on other clusters, whose ids mean other jobs here; what names none counts as of this."""
+    """The events without those of jobs on other clusters, whose ids mean other jobs here; events without a cluster
+    stay."""
     here = scheduler.cluster_name()
     return [e for e in events if not here or e.get("cluster", here) == here]
 
 
 def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
-    """Whether a submission may have been for this run: for none, at least, that still lies elsewhere."""
+    """Whether a submission may have been for this run: not if its recorded path is another existing directory."""
     try:
         return Path(submitted.get("run") or run.path).samefile(run.path)
     except (OSError, ValueError):  # moved since, or mounted otherwise on this machine
@@ -38,21 +39,21 @@ def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
 
 
 def is_told_to_stop(run: RunDir, job: str) -> bool:
-    """Whether STOP is there for a job: not the one that was there when samples or a score were asked for."""
+    """Whether STOP exists and is meant for a job, that is, was not there when its samples or score were asked for."""
     return run.is_stopped() and run.stop_mark() != known_stop(run, job)
 
 
 def known_stop(run: RunDir, job: str) -> str:
-    """The mark of the STOP in spite of which a job was submitted; "" where there was none. Raises OSError."""
+    """The mark of the STOP despite which a job was submitted; "" if there was none. Raises OSError."""
     base = job.partition("_")[0]
     told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]
     return str(told[-1].get("despite") or "") if told else ""
 
 
 def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: Evaluate) -> list[str]:
-    """Job ids of the evaluations of a set, by that extractor against that reference, that SLURM has. SchedulerError.
+    """Ids of queued evaluations of a set with this extractor and reference. Raises SchedulerError.
 
-    default: the config's, which is meant where a job was told of none.
+    default: the config's `evaluate`, used for options that a job was not given.
     """
     events = of_this_cluster(read_events(run))
     told = {e["job"]: e.get("args") or [] for e in events if e["event"] == "submitted"}
@@ -61,7 +62,7 @@ def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: E
 
 
 def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
-    """What a job computes that was told `args`."""
+    """The evaluation that a job with arguments `args` computes."""
     said = {option: args[args.index(f"--{option}") + 1] for option in EVALUATION if f"--{option}" in args}
     return default.model_copy(update=said)
 
@@ -69,8 +70,8 @@ def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
 def in_queue(jobs: list[str]) -> list[str]:
     """Those of `jobs` that SLURM has.
 
-    A job that is COMPLETING may be gone in a moment, or in the queue again, as when it was pre-empted: waits for that.
-    One that stays so, as on a node that is out of reach, counts as gone; should it come back, the run is locked.
+    A job that is COMPLETING may soon be gone, or queued again after pre-emption: waits to see which. One that stays
+    COMPLETING, as on an unreachable node, counts as gone; if it should come back, the run's lock keeps it out.
     """
     if not jobs or not scheduler.available():
         return []
@@ -93,10 +94,10 @@ def in_queue(jobs: list[str]) -> list[str]:
 
 
 def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = None, set_name: str = "") -> list[str]:
-    """Ids of this cluster's jobs that the run's events tell of, of one stage or of all, but for those of the run of
-    which this is a copy.
+    """Ids of this cluster's jobs in the run's events, of one stage or of all, without those of a run of which this one
+    is a copy.
 
-    A training job that was submitted by hand is first told of when it has its nodes.
+    A training job that was submitted by hand first appears when it has its nodes.
     """
     events = of_this_cluster(events)
     others = {e["job"] for e in events if e["event"] == "submitted" and not is_of(run, e)}
@@ -107,7 +108,7 @@ def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = No
 
 
 def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
-    """What SLURM does with a job of the run when it takes its nodes, by what is known here and was at submission."""
+    """What SLURM does with a job of the run at pre-emption, by what it says now and said at submission."""
     base = job.partition("_")[0]
     try:
         told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]

@@ -1,4 +1,4 @@
-"""What is at work for a run, or waits to be, wherever it is: the scheduler's jobs, processes here, a trainer's beat."""
+"""Everything that is queued or at work for a run: SLURM's jobs, processes here, a trainer known by its heartbeat."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from launch.queue.turns import turn
 from launch.queue.waiting import slurm_jobs
 
 BEATS_S = 60.0
-"""A trainer gives a sign of life more often."""
+"""A trainer's heartbeat is never older than this."""
 OVER = ("finished", "failed", "requeued", "cancelled")
 
 
 @dataclass(frozen=True)
 class Work:
     jobs: dict[str, str]
-    """The scheduler's: their states, of an array that of its liveliest task."""
+    """SLURM's job -> state; for an array that of its liveliest task."""
     here: dict[str, int]
-    """Background jobs of this machine: their processes."""
+    """Background job of this machine -> pid."""
     elsewhere: str = ""
-    """Who trains the run as none of these, if somebody has just given a sign of life."""
+    """For a message: another trainer that has just given a sign of life, or ""."""
 
     def __bool__(self) -> bool:
         return bool(self.jobs or self.here or self.elsewhere)
@@ -45,7 +45,7 @@ def to_end(run: RunDir) -> str:
 
 
 def of_run(run: RunDir) -> Work:
-    """Raises NoAnswer where SLURM does not answer, SchedulerError where it refuses."""
+    """The run's work. Raises NoAnswer if SLURM does not answer, SchedulerError if it refuses."""
     events = read_events(run)
     jobs = slurm_jobs(run, events)
     asked = jobs if scheduler.available() else []
@@ -60,7 +60,7 @@ def of_run(run: RunDir) -> Work:
 
 
 def end(run: RunDir) -> Work:
-    """Take out of the queue what waits there, and ask the rest to save and leave; what that was.
+    """Cancel waiting jobs, and ask running ones by STOP to save and exit. Returns what there was.
 
     Raises SchedulerError, EnvironmentLacks.
     """
@@ -74,9 +74,10 @@ def end(run: RunDir) -> Work:
 
 
 def _beats(run: RunDir, events: list[dict[str, Any]], gone: list[str]) -> str:
-    """Who has just given a sign of life and not of its end, and is no process of this machine, which would be known.
+    """The trainer of a recent heartbeat that has not ended and is no process of this machine, which would be known; ""
+    if there is none.
 
-    gone: jobs that SLURM has no more.
+    gone: jobs that SLURM no longer has.
     """
     beat, place = read_heartbeat(run), place_of(run)
     age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import DamagedFile
@@ -60,7 +60,13 @@ def _exit_code(error: Exception) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one message, without the whole usage, and knows what was meant."""
+    """A script's parser: a mistake is one message that guesses what was meant, without the whole usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def add_root(self) -> None:
+        self.add_argument("--root", help="folder of the runs (default: DDPM_RUNS, or runs/ in the project)")
 
     def error(self, message: str) -> NoReturn:
         near = self._meant(message)

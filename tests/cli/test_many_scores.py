@@ -116,6 +116,32 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     assert set(snapshot(again.root)) == set(before)
 
 
+def test_statistics_of_a_runs_own_images_are_made_by_a_job_and_stand_for_them(again: Shell) -> None:
+    run, path = again.root / "tiny", again.cwd / "train.npz"
+    assert "train or test; of others: --images b.zip" in again.refused(
+        "evaluate", "tiny", "--reference", "b.zip", "--save-stats", "train.npz"
+    )
+    assert "no such directory" in again.refused("evaluate", "tiny", "--save-stats", "none/train.npz")
+    assert "and not of samples" in again.refused("evaluate", "tiny", "--set", "x", "--save-stats", "train.npz")
+    scores = snapshot(run / "eval")
+    done = again("evaluate", "tiny", "--save-stats", "train.npz")
+    assert done.returncode == 0 and done.stdout == f"{path}: statistics of train, pixels features\n", done.stderr
+    with np.load(path) as made:
+        assert made["mu"].shape == (768,) and made["num"] == read(run / "run.json")["data"]["num_images"]
+    assert f"{path}: exists" in again.refused("evaluate", "tiny", "--save-stats", "train.npz")
+    words = ["--reference", "train", "--extractor", "pixels", "--save-stats", str(path)]
+    before = path.read_bytes()
+    job = again("jobs", "evaluate", str(run), "statistics-train-0", *words)  # a life that comes late
+    assert job.returncode == 0 and path.read_bytes() == before and snapshot(run / "eval") == scores
+    done = again("evaluate", "tiny", "--reference", str(path))
+    assert done.returncode == 0, done.stderr
+    of_file, of_images = read(run / "eval" / TINY_SET / "digits-pixels.json"), read(run / "eval" / f"{TINY_SET}.json")
+    assert of_file["frechet_distance"] == of_images["frechet_distance"]
+    np.savez(path, mu=np.zeros(768), sigma=np.eye(768))
+    job = again("jobs", "evaluate", str(run), "statistics-train-0", *words)
+    assert job.returncode == 78 and "exists, and is left as it is" in job.stdout
+
+
 def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: Shell) -> None:
     run = RunDir(again.root / "tiny")
     run.config.write_text(run.config.read_text().replace("milestones: null", "milestones: {num_samples: 12}"))

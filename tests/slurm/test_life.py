@@ -96,10 +96,10 @@ def undisturbed(site: Site) -> RunDir:
 
 APPTAINER = """\
 #!/bin/bash
-[ "$1 $2 $3" = "exec --nv --bind" ] || exit 9
+[ "$1 $2 $3 $6" = "exec --nv --bind /bin/sh" ] || exit 9
 echo "$5" >>"$(dirname "$0")/entered"
-python=$(command -v "$6")
-shift 6
+python=$(command -v "$8")
+shift 8
 exec /usr/bin/env PATH="$(dirname "$python")" "$python" "$@"
 """
 """Plays it: what runs inside has none of SLURM's commands."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ddpm.run.files import read_json
-from tools.bench import checkpoint, feed, machine, ranks, sampling, scores, starting, training
+from tools.bench import checkpoint, commands, feed, machine, ranks, sampling, scores, starting, training
 from tools.bench.figures import HEAD, Result, lines
 from tools.bench.measure import Bench
 
@@ -59,6 +59,7 @@ ROWS = (
     Row("sampler", "operations of its steps beside the network", sampling.beside_the_network),
     Row("frechet", "the distance at 2048 beside pytorch-fid's", scores.frechet),
     Row("inception", "features beside pytorch-fid's", scores.inception),
+    Row("command", "400 PNGs to their distance, whole, beside pytorch-fid's", commands.row, "cpu"),
     Row("checkpoint", "what training waits for, and reading one", checkpoint.row),
     Row("feed", "batches beside an ImageFolder's", feed.row),
     Row("start", "from a job's start to its first step", starting.start),

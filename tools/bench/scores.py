@@ -25,7 +25,9 @@ from ddpm.scoring.gather import gather
 from ddpm.scoring.kernel_distance import kernel_distance
 from ddpm.scoring.manifold import manifold_scores
 from tools.bench.figures import Figure, Result, ratio
+from tools.bench.machine import peaks
 from tools.bench.measure import Bench
+from tools.bench.workloads import flops
 
 T = TypeVar("T")
 SHARD = 800
@@ -92,9 +94,11 @@ def inception(bench: Bench) -> Result:
 
     times = bench.in_turns({"ours": ours, "theirs": theirs}, rounds=7)
     own, other = values["ours"], values["theirs"]
+    work = flops(extractor.forward, torch.zeros(1, 3, 32, 32, device=bench.device))
+    limit = None if bench.gpu else peaks(bench).flops_per_s / work  # a GPU's peak is measured in bf16
     return Result([
         Figure(f"Inception features, batch {batch}", batch / statistics.median(times["ours"]), "images/s",
-               at_least=bench.goal(gpu=1250)),
+               at_least=bench.goal(gpu=1250), limit=limit),
         ratio("against pytorch-fid", times["theirs"], times["ours"], at_least=bench.goal(cpu=1.2)),
         Figure("largest difference, to their largest", float(np.abs(own - other).max() / np.abs(other).max()),
                at_most=bench.goal(cpu=1e-5)),

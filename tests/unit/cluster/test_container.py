@@ -1,6 +1,5 @@
 """launch/cluster/container.py: ranks in a container, by both ways; srun, which would start them, is played here."""
 
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +57,11 @@ def test_ranks_start_in_the_container_and_the_batch_shell_outside(run: RunDir, v
     record: dict[str, Any] = {"data": {"cache": str(run.path.parent / ".cache" / "data")}}
     directory._write_shell(run, directory._shell(run, site, record))
     words = started(run, via, site)
-    binds = f"{PROJECT},{run.path.parent},/scratch:/s:ro"
+    binds = ",".join([*(f"{place}:{place}" for place in (run.path.parent, PROJECT)), "/scratch:/s:ro"])
     rank = ["bash", str(PROJECT / "slurm" / "rank.sh")]
-    inside = {"": [sys.executable], "pyxis": ["python"],
-              "apptainer": ["apptainer", "exec", "--nv", "--bind", binds, str(image), "python"]}[runtime]  # fmt: skip
-    there = ",".join(f"{place}:{place}" for place in binds.split(",")[:2]) + ",/scratch:/s:ro"
-    options = [f"--container-image={image}", f"--container-mounts={there}"] if runtime == "pyxis" else []
+    enter = ["apptainer", "exec", "--nv", "--bind", binds, str(image), "/bin/sh", rank[1]]
+    inside = {"": [sys.executable], "pyxis": ["python"], "apptainer": [*enter, "python"]}[runtime]
+    options = [f"--container-image={image}", f"--container-mounts={binds}"] if runtime == "pyxis" else []
     entry = ["-u", "-m", "submitit.core._submit"] if via == "submitit" else ["-m", "launch.jobs", "train"]
     assert words == [*options, *rank, *inside, *entry]
     assert (run.path / "container.sh").exists() == bool(runtime)
@@ -76,15 +74,32 @@ def test_a_site_without_one_takes_a_runs_container_away(run: RunDir) -> None:
         assert (run.path / "container.sh").exists() == (site.container.image is not None)
 
 
+def on_a_node(container: Container, needed: list[Path]) -> list[str]:
+    """What a batch shell makes of the lines."""
+    script = "\n".join(["set -eu", *lines(container, needed), 'printf "%s\\n" "${ddpm_python[@]}"'])
+    env = {"DDPM_HOME": "/home of code", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
 def test_paths_of_the_profile_may_have_variables_and_come_through_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "/a b/$(touch x)")
-    container = Container(image="$PLACE/x.sif", mounts=("$PLACE:/data",))
-    _, python = lines(container, [])
-    words = shlex.split(python.removeprefix("ddpm_python=(").removesuffix(")"))
-    assert words[4:6] == [f"{PROJECT},/a b/$(touch x):/data", "/a b/$(touch x)/x.sif"]
+    container = Container(image="$PLACE/x.sif", mounts=("$PLACE:/data", "$PLACE"))
+    words = on_a_node(container, [])
+    there = "/a b/$(touch x)"
+    assert words[4:6] == [f"{PROJECT}:{PROJECT},{there}:/data,{there}:{there}", f"{there}/x.sif"]
     monkeypatch.delenv("PLACE")
     with pytest.raises(EnvironmentLacks, match=r"PLACE.* is not set"):
         lines(container, [])
+
+
+def test_what_a_link_leads_to_is_mounted_too_and_what_is_gone_is_left_out(tmp_path: Path) -> None:
+    real = tmp_path / "scratch" / "my runs"
+    real.mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "runs").symlink_to(real)
+    binds = on_a_node(Container(image="x"), [tmp_path / "home" / "runs", tmp_path / "gone", real])[4].split(",")
+    assert sorted(binds) == sorted(f"{place}:{place}" for place in (PROJECT, tmp_path / "home" / "runs", real))
 
 
 @pytest.mark.parametrize(("profile", "told"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -253,11 +254,16 @@ def test_what_was_written_just_now_is_not_trusted_to_be_unchanged(tmp_path: Path
     assert [reads(tmp_path / "cache", key) for _ in range(2)] == [1, 1]
 
 
+def no_room() -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+
+@pytest.mark.parametrize("place", [lambda: "/nowhere", no_room])
 def test_a_machine_without_a_place_for_marks_reads_each_time(
-    tmp_path: Path, data: Data, later: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Data, later: None, monkeypatch: pytest.MonkeyPatch, place: Callable[[], str]
 ) -> None:
     key, _ = pack(data, "train", tmp_path / "cache")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("tempfile.gettempdir", place)
     assert [reads(tmp_path / "cache", key) for _ in range(2)] == [1, 1]
 
 

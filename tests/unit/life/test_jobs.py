@@ -228,7 +228,7 @@ def stop_on_a_full_disk(world: World, run: RunDir, key: str) -> None:
     try:
         answer = inputs.packed_data(life_on(world, run, 3), make_config(), world).digest
     except Stopped as e:
-        answer = str(world.share(e.reason))
+        answer = str(world.broadcast(e.reason))
     (run.path / str(world.rank)).write_text(answer)
 
 

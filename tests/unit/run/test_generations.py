@@ -12,7 +12,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
-from ddpm.run.files import read_json, sign
+from ddpm.run.files import DamagedFile, read_json, sign
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
 from tests.saves import Unreadable, flip_bit, save_all
@@ -117,6 +117,34 @@ def test_weights_to_start_from_and_a_run_json_that_knows_none_of_them_are_not_of
     run.run_json.write_text(json.dumps({**OWN, "from": began}))
     with pytest.raises(Incomplete, match=r"start\.safetensors is missing, and .*run\.json says that"):
         generations.check_there(run)
+
+
+def test_a_checkpoint_that_was_read_ahead_is_not_read_again_unless_it_changed(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generations.read_ahead(run)  # nothing is there
+    save_all(run, fence, 3, 9)
+    read: list[str] = []
+    digest = generations.sha256_file
+    monkeypatch.setattr(generations, "sha256_file", lambda path: read.append(path.name) or digest(path))
+    generations.read_ahead(run)
+    assert generations.verify(run, 9).step == 9 and read == ["step-000000009.pt"]
+    assert generations.verify(run, 9).step == 9 and len(read) == 2
+    generations.read_ahead(run)
+    flip_bit(run.checkpoint(9), 3000)
+    with pytest.raises(DamagedFile, match="sha256 does not match"):
+        generations.verify(run, 9)
+    generations.read_ahead(run)
+    run.checkpoint(9).unlink()
+    assert generations.newest_good(run, print) == generations.verify(run, 3)
+
+
+def test_a_life_that_goes_on_holds_nothing_of_the_checkpoint_that_it_read(tmp_path: Path) -> None:
+    config, run = make_config(), make_run(tmp_path)
+    with Life(config, run) as life:
+        life.train(stop_at=[5])
+    with Life(config, run):
+        assert str(run.checkpoints) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_pt_without_its_manifest_does_not_exist(run: RunDir, fence: Fence) -> None:

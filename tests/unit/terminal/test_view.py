@@ -63,6 +63,17 @@ def test_each_score_is_shown_with_its_set_and_each_wait_with_its_reason_at_any_w
     assert "ddim100-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
 
 
+def test_every_set_of_a_run_is_listed_and_each_job_with_its_stage() -> None:
+    made = {"paper": {"step": 400, "told": "step 400, ancestral, 1000 steps, 25 images"},
+            "cats": {"step": 200, "told": "step 200, ddim, 4 steps, 12 of 25 images"}}  # fmt: skip
+    jobs = {"jobs": {"20": "RUNNING", "21": "PENDING"}, "stages": {"20": "train", "21": "sample"}}
+    run = row("mine", sets=made, scores={"paper": {"fid": 3.17}}, scores_told={"paper": TOLD}, **jobs)
+    page = view.page([run], 200, details=True)
+    assert page[1:] == [page[1], "mine: cats: step 200, ddim, 4 steps, 12 of 25 images, no score",
+                        f"mine: paper: {TOLD}, step 400"]  # fmt: skip
+    assert "train 20 running, sample 21 pending" in page[1]
+
+
 def test_the_best_founded_score_is_shown_not_the_newest() -> None:
     found = {"b": ("fid", 5000), "a": ("fid", 50_000), "c": ("frechet_distance", 50_000), "d": ("bits_per_dim", 60_000)}
     scores = {name: {key: 1.0, "num_samples": num} for name, (key, num) in found.items()}
