@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
@@ -34,7 +35,9 @@ LONGEST = 24
 """Characters of a value in a table, where there is no room for more."""
 LOSS, VALIDATION = "mean loss", "validation loss"
 WHICH_LOSS = f"over the last {SMOOTHED_LINES} lines of metrics.jsonl"
-OURS = ("run", "step", "loss", LOSS, VALIDATION, "score")
+LEARNED = ("seed", "data", "model", "diffusion", "train")
+"""Sections of the config that a model follows from: their keys get room first, and short names."""
+OURS = ("run", "from", "step", "loss", LOSS, VALIDATION, "score")
 """Columns that are no keys of a config."""
 
 Row = dict[str, Any]
@@ -43,7 +46,8 @@ Row = dict[str, Any]
 def rows(runs: Sequence[RunDir]) -> list[Row]:
     """Each run, the best first: by its score, then by its loss. A row is plain values:
 
-    name, path; sweep: the name of the one that it is of, or None; differs: {"train.lr": 1e-4, …}, what is not the same
+    name, path; sweep: the name of the one that it is of, or None; from: the weights that it started from, or None;
+    differs: {"train.lr": 1e-4, …}, what is not the same
     in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
     smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "step", "key", "value",
     "number", "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set:
@@ -65,6 +69,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
             "name": run.name,
             "path": str(run.path),
             "sweep": (usable(run).get("sweep") or {}).get("name"),
+            "from": _came_from(usable(run).get("from")),
             "differs": {key: reading.value_at(tree, key) for key in keys} if tree else {},
             "step": max(saved, metrics[-1]["step"] if metrics else 0),
             "total_steps": tree["train"]["total_steps"] if tree else None,
@@ -81,6 +86,13 @@ def smoothed_loss(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     """The mean over the last SMOOTHED_LINES lines of metrics.jsonl: the number to compare runs by."""
     losses = [m["loss"] for m in metrics[-SMOOTHED_LINES:] if math.isfinite(m["loss"])]
     return sum(losses) / len(losses) if losses else None
+
+
+def _came_from(record: Any) -> str | None:
+    """The weights that a run started from, in short: `mine@300`."""
+    if not isinstance(record, dict) or not record.get("source"):
+        return None
+    return Path(str(record["source"])).name + (f"@{record['step']}" if record.get("step") else "")
 
 
 def _rank(row: Row) -> tuple[bool, float, bool, float]:
@@ -155,17 +167,21 @@ def page(found: list[Row], width: int) -> list[str]:
     """The table, and under it what the scores in it are of, those that cannot be ranked with them, and so are not in
     it, what cannot be read, and what had no room."""
     keys = list(dict.fromkeys(key for row in found for key in row["differs"]))
-    names = dict(zip(keys, short(keys, OURS), strict=True))
+    learned = [key for key in keys if key.partition(".")[0] in LEARNED]
+    names = {key: key for key in keys} | dict(zip(learned, short(learned, OURS), strict=True))
     shown = [
         table.Column("run", (table.value("name"),), needed=True),
         *(table.Column(names[key], (table.value(key), table.value(key, LONGEST))) for key in keys),
+        table.Column("from", (lambda row: row["from"] or "",)),
         table.Column("step", (lambda row: f"{row['step']}/{row['total_steps'] or '?'}",), right=True),
         table.Column(LOSS, (partial(_loss, "loss"),), right=True),
         table.Column(VALIDATION, (partial(_loss, "validation_loss"),), right=True),
         table.Column("score", (_score_with_set, _score)),
     ]
     flat = [{**row["differs"], **row} for row in found]
-    lines, left_out = table.fitted(flat, width, shown, ["run", LOSS, *names.values(), "score", VALIDATION, "step"])
+    last = [key for key in keys if key not in learned]
+    by_need = ["run", "score", LOSS, *(names[key] for key in learned), "from", "step", VALIDATION, *last]
+    lines, left_out = table.fitted(flat, width, shown, by_need)
     for note in _notes(found, [name for name in (*names.values(), *OURS) if name in left_out]):
         lines += textwrap.wrap(plain(note), width, subsequent_indent="  ", break_on_hyphens=False,
                                break_long_words=False)  # fmt: skip

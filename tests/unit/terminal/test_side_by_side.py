@@ -102,6 +102,20 @@ def test_only_scores_made_alike_share_the_column(tmp_path: Path, width: int, oth
     assert "mine: FID 14.0" in page[of_mine] and "made otherwise" in re.sub(r"\s+", " ", " ".join(page[of_mine:]))
 
 
+def test_scores_losses_and_what_a_model_follows_from_have_room_before_the_rest(tmp_path: Path) -> None:
+    words = ["train.lr=4e-3", "sample.steps=5", "sample.batch=4", "checkpoint.keep_last=2", "evaluate.reference=test"]
+    came = {"from": {"source": "/runs/mine", "step": 300, **dict.fromkeys(("weights", "sha256", "start_sha256"), "x")}}
+    runs = [
+        made(tmp_path, "a-run-with-a-name", losses=(0.5,), scores={"s": (3.0, 50_000)}),
+        made(tmp_path, "b", *words, losses=(0.5,), scores={"s": (4.0, 50_000)}, record=came),
+    ]
+    page = side_by_side.page(side_by_side.rows(runs), 75)
+    assert page[0].split() == ["run", "lr", "from", "step", "mean", "loss", "score"] and "mine@300" in page[2]
+    wide = side_by_side.page(side_by_side.rows(runs), 200)[0]
+    assert "sample.steps" in wide and " steps" not in wide.replace("sample.steps", "")
+    assert "no room for" in " ".join(page) and "sample.batch" in " ".join(page)
+
+
 def test_a_score_of_another_step_than_the_runs_says_so(tmp_path: Path) -> None:
     of = {"early": {"checkpoint": {"step": 20, "weights": "ema"}}}
     runs = [made(tmp_path, "a", losses=(0.5,) * 3, scores={"early": (3.0, 100)}, made_otherwise=of)]
