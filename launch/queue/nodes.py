@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
+from typing import Any
 
-from ddpm.run.events import read_events
+from ddpm.run.events import life_of, read_events
 from ddpm.run.files import seconds
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
@@ -25,12 +27,28 @@ def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool
 
 
 def bad_nodes(run: RunDir) -> list[str]:
-    """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read."""
+    """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read.
+
+    Not those on which they died in the same words before anything began: what fails on two nodes alike, as a wrong line
+    of the profile's `setup`, is not theirs.
+    """
     events = []
     with contextlib.suppress(OSError):
         events = of_this_cluster(read_events(run))
-    lately = (e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S)
-    return list(dict.fromkeys(e["bad_node"] for e in lately))
+    lately = [e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S]
+    began = {life_of(e) for e in events if e["event"] in ("started", "resumed")}
+    alike: dict[str, set[str]] = {}
+    for e in lately:
+        if e.get("error") and life_of(e) not in began:
+            alike.setdefault(_of_any_node(e), set()).add(e["bad_node"])
+    cleared = {error for error, nodes in alike.items() if len(nodes) > 1}
+    blamed = (e for e in lately if life_of(e) in began or _of_any_node(e) not in cleared)
+    return list(dict.fromkeys(e["bad_node"] for e in blamed))
+
+
+def _of_any_node(event: dict[str, Any]) -> str:
+    """A life's last error, without the name of its node and without numbers."""
+    return re.sub(r"\d+", "0", str(event.get("error") or "").replace(event["bad_node"], "NODE"))
 
 
 def to_avoid(job: Job) -> tuple[str, ...]:
@@ -56,5 +74,5 @@ def to_avoid(job: Job) -> tuple[str, ...]:
     if found:
         with contextlib.suppress(OSError):  # nobody may read it
             print(f"{job.stage} job without node {', '.join(found)}: a life of the run died there by itself within a "
-                  f"week", file=sys.stderr, flush=True)  # fmt: skip
+                  f"week (--sbatch nodelist=… asks for one all the same)", file=sys.stderr, flush=True)  # fmt: skip
     return tuple(found)

@@ -122,6 +122,7 @@ def describe(
         "stages": {e["job"]: e.get("stage", "train") for e in events if e["event"] == "submitted"},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
+        "bad_nodes_error": next((e["error"] for e in reversed(events) if e.get("bad_node") and e.get("error")), None),
         "restarts": restarts(events),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},

@@ -1,5 +1,7 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
 from launch.checkup import cluster, files, node, profile
 from launch.cluster import inquiry, scheduler
+from launch.cluster.environment import PROJECT
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 
@@ -51,3 +54,17 @@ def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypa
     whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
     assert told(Site(gpus_per_node=1)) == whole
     assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("modul load x", "setup failed on n1 (exit code 127): modul load x"),
+    ("exit 3", "setup failed on n1: it ended the shell at: exit 3"), ("x=1", "asked the node"),
+])  # fmt: skip
+def test_the_probe_tells_which_setup_line_fails_as_it_would_in_a_job(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "setup.sh").write_text(f"true\n{line}\n")
+    (tmp_path / "python").write_text("#!/bin/sh\necho asked the node")
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "DDPM_HOME": str(PROJECT), "DDPM_PYTHON": str(tmp_path / "python"), "SLURMD_NODENAME": "n1"}
+    script = node.SCRIPT.format(run=tmp_path)
+    done = subprocess.run(["bash", "-c", script, "probe", "asked"], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == told

@@ -48,8 +48,9 @@ def test_a_screen_is_filled_and_the_chosen_run_is_on_it(width: int, height: int)
 
 
 def test_nodes_on_which_lives_died_by_themselves_are_named_on_a_runs_page() -> None:
-    page = view.page([row("cifar10", bad_nodes=["n1", "n7"])], 80, details=True)
-    assert page[-1] == "cifar10: lives of it died by themselves on n1, n7"
+    error = "modul: command not found"
+    page = view.page([row("cifar10", bad_nodes=["n1", "n7"], bad_nodes_error=error)], 80, details=True)
+    assert page[-1] == f"cifar10: lives of it died by themselves on n1, n7: {error}"
 
 
 def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
