@@ -101,14 +101,21 @@ def held(run: RunDir) -> Iterator[Fence]:
 
 
 def check(run: RunDir) -> int:
+    """Prints what holds as it is found, and then what does not."""
     bad = good = newest = 0
+    last = []
     for line in inspection.look(run):
         bad += line.verdict in ("damaged", "missing")
         good += line.verdict == "holds"
         if line.verdict == "holds" and (saved := re.fullmatch(r"checkpoints/step-(\d+)", line.what)):
             newest = max(newest, int(saved[1]))
         why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
-        print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
+        told = f"{line.verdict:8} {line.what}{f': {why}' if why else ''}"
+        if line.verdict in ("damaged", "missing"):
+            last.append(told)
+        else:
+            print(told, flush=True)
+    print("".join(f"{told}\n" for told in last), end="")
     if bad:
         path = shlex.quote(str(run.path))
         print("What can be done:")

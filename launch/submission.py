@@ -185,7 +185,8 @@ def write_down(
     if not exists and start is not None:
         directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
         came = start.record
-        print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
+        source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
+        print(f"it starts from the weights ({came['weights']}) of {source}, which it keeps as {run.start.name}")
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:

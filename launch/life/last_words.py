@@ -72,4 +72,6 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
     lacked = "GPU memory" if GPU_MEMORY.search(said) else "memory" if HOST_MEMORY.search(said) else ""
     died = TASK_DIED.search(said)
-    return LastWords(path, error[:CHARACTERS], lacked, died[1] if died else "", bool(SCANCEL.search(said)))
+    if len(error) > CHARACTERS:
+        error = f"{error[:CHARACTERS].rpartition(' ')[0]} …"
+    return LastWords(path, error, lacked, died[1] if died else "", bool(SCANCEL.search(said)))

@@ -183,6 +183,11 @@ def goodput_table(facts: Facts) -> Html:
     return join([table(columns, rows, class_="kinds"), note(told, "Ticks under the timeline are saves.")])
 
 
+def number(facts: Facts) -> int:
+    """Of the lives of its training."""
+    return len({life_of(e) for e in facts.events if e["event"] != "submitted" and e.get("stage", "train") == "train"})
+
+
 def lives_table(facts: Facts) -> Html:
     """Each life of a training job: when, where, from which step to which, and how it ended."""
     spans: dict[LifeKey, list[Period]] = {}
