@@ -27,6 +27,9 @@ from launch.cluster.values import (
 MEMORIES = ("mem", "mem_per_cpu", "mem_per_gpu")
 LEAST_WORK_S = 120
 
+NO_NODE = "none"
+"""Of `exclude`: no node, not even one on which lives of the run died."""
+
 
 class Stage(Section):
     """What differs where one stage runs; what is not given is as in training, for one rank."""

@@ -189,6 +189,7 @@ def test_what_is_queued_while_a_life_of_the_first_dies_on_a_node_does_without_it
     (["n1", "n3"], {}, ""), (["n1", "n2", "n3"], {"nodes": 3}, ""),
     (["n1", "n2", "n3", "n4"], {"exclude": "n1,n3"}, "n1,n3"),
     (["n1", "n2", "n3", "n4"], {"sbatch": {"exclude": "n1"}}, "n1,n2"),
+    (["n1", "n2", "n3", "n4"], {"exclude": "none"}, ""),
 ])  # fmt: skip
 def test_a_new_job_does_without_a_node_on_which_a_life_of_the_run_died_by_itself(
     run: RunDir, cluster: Cluster, via: str, nodes: list[str], asked: dict[str, Any], excluded: str
