@@ -147,8 +147,9 @@ class Site(Section):
         for stage in ("train", "sample", "evaluate"):
             site = self.at(stage)
             if site.time is not None and site.time * 60 < site.lead_s + LEAST_WORK_S:
+                minutes = "1 minute" if site.time == 1 else f"{site.time} minutes"
                 told.append(
-                    f"time = {site.time} minutes leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work "
+                    f"time = {minutes} leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work "
                     f"before they save, {site.lead_s} s before their end: ask for more"
                 )
         told = told[:1]

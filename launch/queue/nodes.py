@@ -22,7 +22,8 @@ MENDED_AFTER_S = 7 * 86_400
 """After this time without being tried a node counts as mended."""
 
 SETUP = re.compile(
-    r"setup failed on \S+?(?: \(exit code (\d+)\))?: (?:it ended the job's shell .*?, at the line: |no whole command: )?(.+)"
+    r"setup failed on \S+?(?: \(exit code (\d+)\))?: "
+    r"(?:it ended the job's shell .*?, at the line: |no whole command: )?(.+)"
 )
 """A life's last error where a line of the site profile's `setup` failed: its exit code, and the line."""
 NOT_FOUND = "127"

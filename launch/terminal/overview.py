@@ -99,7 +99,8 @@ def describe(
     failed = latest.get("event") == "failed" and state not in AT_WORK
     of_training = _made_of_it(run, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
-    problems = [latest.get("reason") if failed else None, saving, _died(run, events), *damage.told[: 1 if closed else None]]
+    died = latest.get("reason") if failed else _died(run, events)
+    problems = [died, saving, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None

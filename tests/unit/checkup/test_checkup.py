@@ -1,6 +1,8 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
 from launch.checkup import files, node, profile
 from launch.cluster import inquiry, scheduler
+from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 
@@ -40,3 +44,26 @@ def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monk
     assert "time: 4h " in drafted and "account" not in drafted and "partition: gpu\n" in drafted
     monkeypatch.setattr(inquiry, "accounts", lambda: ["a", "b"])
     assert "# account: one of a, b\n" in profile.draft(Site(partition="gpu", gpus_per_node=1))
+
+
+@pytest.mark.parametrize(("setup", "told"), [
+    ("modul load x", ["modul: command not found", "setup failed on n1 (exit code 127): modul load x"]),
+    ("exit 3", ["setup failed on n1: it ended the shell (exit code 3), at the line: exit 3"]),
+    ("return 0", ["setup failed on n1: it ended the shell (exit code 1), at the line: return 0"]),
+])  # fmt: skip
+def test_a_setup_line_that_would_end_a_job_ends_the_probe_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: str, told: list[str]
+) -> None:
+    def run_here(job: Job, home: dict[str, str], script: Path, asked: Path, log: Path) -> str:
+        env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "echo", "PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "n1"}
+        with log.open("w") as out:
+            done = subprocess.run(["bash", str(script), str(asked)], env=env, stdout=out, stderr=out)
+        assert done.returncode != 0
+        return "17"
+
+    monkeypatch.setattr(node, "settle", lambda site, dry_run: site)
+    monkeypatch.setattr(inquiry, "submit_probe", run_here)
+    monkeypatch.setattr(scheduler, "look_up", lambda jobs: {})
+    monkeypatch.setattr(node, "POLL_S", 0)
+    (found,) = node.probe(Site(setup=("export A=1", setup)), tmp_path, patience_s=60)
+    assert found.verdict == "fail" and all(line in found.what for line in told) and "`setup`" in found.remedy
