@@ -15,6 +15,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from ddpm.config import reading
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
@@ -22,7 +23,7 @@ from launch.checkup import cluster, files, node, profile
 from launch.checkup.finding import Finding
 from launch.cluster import environment
 from launch.cluster.options import PROFILES, add_options, resolve
-from launch.terminal import console, recipes
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, time of a save
@@ -32,8 +33,6 @@ EXAMPLES = """examples:
 
 Exit code: 0 if no check fails, 3 if one does.
 """
-DEFAULT_PARAMETERS = 35_746_307
-"""Of cifar10.yaml's network: assumed for a config whose header does not say how many its network has."""
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +55,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     path, changes, _ = console.config_and_changes(args.words, args.root)
-    recipe = recipes.read(path, changes)
+    config = reading.load(path, changes)
     site = resolve(args)
     if site.is_local:
         raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")
@@ -64,12 +63,11 @@ def main() -> int:
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
-    num_parameters = recipe.num_parameters or DEFAULT_PARAMETERS
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
-        num_images = prepare.num_images(recipe.config, RunDir(root / "doctor"))
-    failed = [_say(finding) for finding in files.storage(recipe.config, root, num_parameters, num_images)]
-    refused = [_say(finding) for finding in cluster.cluster(site, root, num_parameters)]
+        num_images = prepare.num_images(config, RunDir(root / "doctor"))
+    failed = [_say(finding) for finding in files.storage(config, root, num_images)]
+    refused = [_say(finding) for finding in cluster.cluster(site, root, config.network.num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")
     elif args.probe:

@@ -131,6 +131,8 @@ def way_on(run: RunDir, newest: int) -> str:
             return f"the run is complete at step {newest}"
     except (DDPMError, DamagedFile, OSError) as e:
         return f"a submission would be refused ({str(e).splitlines()[0]})"
+    if not newest and run.steps_saved():
+        return "a submission would be refused (none of its checkpoints holds)"
     begins = f"goes on from step {newest}" if newest else "begins at step 0"
     return f"submit it again, and it {begins} of {config.train.total_steps}"
 

@@ -45,8 +45,10 @@ def _site(site: Site, root: Path) -> Findings:
             "fail", "no partition is given, and this cluster has no default", f"give one of them: --partition {have}"
         )
         return
-    gpus = f"{site.gpus_per_node} GPU{'s' if site.num_gpus > 1 else ''} a node" if site.num_gpus else "no GPUs"
-    yield Finding("pass", f"partition {name}: {gpus}" + ("" if site.partition else ", the default"))
+    most = max((there[one].gpus_per_node for one in name.split(",") if one in there), default=0)
+    wanted = f"{site.gpus_per_node} GPU{'s' if site.num_gpus > 1 else ''} a node" if site.num_gpus else "no GPUs"
+    has = f", of {most} that a node has (--gpus-per-node)" if most > site.num_gpus else ""
+    yield Finding("pass", f"partition {name}{'' if site.partition else ', the default'}: jobs ask for {wanted}{has}")
     run = RunDir(root / "doctor")
     for stage, shards in (("train", ()), ("sample", tuple(range(16))), ("evaluate", ())):
         job = scheduler.fitting(Job(stage, run, site, "set" if stage != "train" else "", shards))
@@ -111,9 +113,7 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
     told = scheduler.preemption(site.partition)
     line = f"a checkpoint of {amount(size)} takes {_seconds(save_s)} to write here"
     in_time = save_s < site.lead_s / 2
-    yield judged(
-        in_time, f"{line}; {site.lead_s} s are left before a time limit", "raise signal_lead_s in the profile"
-    )
+    yield judged(in_time, f"{line}; {site.lead_s} s are left before a time limit", "raise signal_lead_s in the profile")
     kinds = {k: v for k, v in told.items() if k.startswith(("partition ", "qos "))}
     wanted = f"qos {site.qos}" if "qos" in told.get("PreemptType", "") and site.qos else None
     mercies = {wanted: kinds[wanted]} if wanted in kinds else kinds

@@ -130,7 +130,7 @@ def _bars(own: Sequence[Period], when: Clock, top: float) -> list[Html]:
 def _bar(period: Period, when: Clock, top: float) -> Html:
     x, end = _x(when(period.begin)), _x(when(period.end))
     (job, restart), took = period.life, duration(period.end - period.begin)
-    told = f"{KINDS[period.kind]}: {took}, from {at(period.begin)} to {at(period.end)} UTC, job {job}, life {restart}"
+    told = f"{KINDS[period.kind]}: {took}, from {at(period.begin)} to {at(period.end)} UTC, job {job}.{restart}"
     low, height = (top + LANE / 2 - 2, 4) if period.kind == "queued" else (top, LANE)
     width = f"{max(end - x, 0.8):.1f}"
     return tag("rect", tag("title", told), x=f"{x:.1f}", y=low, width=width, height=height, class_=f"k {period.kind}")

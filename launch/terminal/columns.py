@@ -131,7 +131,10 @@ def _waits(row: Row) -> str:
 
 
 def _jobs(row: Row) -> str:
-    return ", ".join(f"{job} {state.lower()}" for job, state in row["jobs"].items())
+    """Each with its stage: `train 20 running, sample 21 pending`."""
+    return ", ".join(
+        f"{row['stages'].get(job, '')} {job} {state.lower()}".strip() for job, state in row["jobs"].items()
+    )
 
 
 def _first_job(row: Row) -> str:
@@ -143,7 +146,7 @@ def _samples(row: Row) -> str:
     return ", ".join(f"{shards} {name}" for name, shards in row["samples"].items())
 
 
-def _score(row: Row) -> str:
+def score(row: Row) -> str:
     """The best founded one, with its set, and how many others there are."""
     return _with_others(row, lambda name: f"{row['scores_told'][name]} ({name})")
 
@@ -185,7 +188,7 @@ COLUMNS = (
     Column("goodput", (_number("goodput", ".0%"),), right=True),
     Column("jobs", (_jobs, _first_job)),
     Column("samples", (_samples, lambda row: " ".join(row["samples"].values()))),
-    Column("score", (_score, _score_in_short)),
+    Column("score", (score, _score_in_short)),
 )
 BY_NEED = ("run", "state", "step", "%", "end", "waits for", "score", "loss", "saved", "restarts", "goodput", "jobs",
            "img/s", "samples")  # fmt: skip

@@ -33,6 +33,12 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
     return [path for _, path in sorted((stat.st_mtime, path) for stat, path in found if stat.st_size)]
 
 
+def job_of(log: Path) -> str:
+    """Whose it is; "" of a job of this machine."""
+    found = re.fullmatch(r"(?:train|sample|evaluate)-(\d+)(?:_\d+)?\.out", log.name)
+    return found[1] if found else ""
+
+
 class Filter:
     """Lines as they are shown: without NOISE, unless `everything` is; `hidden` counts what is left out."""
 

@@ -10,7 +10,7 @@ from ddpm.config.data import Data
 from ddpm.config.sample import Sample
 from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
-from launch.checkup import files, node, profile
+from launch.checkup import cluster, files, node, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
@@ -22,9 +22,9 @@ def test_the_space_of_a_run_is_that_of_its_end() -> None:
     kept = Checkpoint(keep_last=2, milestone_every_steps=25, milestone_every_epochs=None)
     train, sample = Train(total_epochs=4, global_batch=10), Sample(num_samples=7, shards=1)
     config = Config(name="x", train=train, checkpoint=kept, sample=sample, data=Data(image_size=16))
-    samples = 7 * 16 * 16 * 3
-    assert files.space_of_a_run(config, 1000, 250) == ((4 + 2) * 16_000 + (4 + 1) * 4_000 + samples, 4)
-    assert files.space_of_a_run(config, 1000, None) == (2 * 16_000 + 4_000 + samples, 0)
+    samples, num = 7 * 16 * 16 * 3, config.network.num_parameters
+    assert files.space_of_a_run(config, 250) == ((4 + 2) * 16 * num + (4 + 1) * 4 * num + samples, 4)
+    assert files.space_of_a_run(config, None) == (2 * 16 * num + 4 * num + samples, 0)
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
@@ -67,3 +67,13 @@ def test_a_setup_line_that_would_end_a_job_ends_the_probe_with_its_words(
     monkeypatch.setattr(node, "POLL_S", 0)
     (found,) = node.probe(Site(setup=("export A=1", setup)), tmp_path, patience_s=60)
     assert found.verdict == "fail" and all(line in found.what for line in told) and "`setup`" in found.remedy
+
+
+def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(site: Site) -> str:
+        return next(cluster._site(site, Path("runs"))).what
+
+    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
+    whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
+    assert told(Site(gpus_per_node=1)) == whole
+    assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
