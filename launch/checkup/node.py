@@ -21,14 +21,22 @@ from launch.cluster.site import Site
 
 SKEW_S = 2.0
 POLL_S = 2.0
-SCRIPT = """#!/bin/bash
-DDPM_RUN={run} ddpm_node=${{SLURMD_NODENAME:-$(hostname)}}
-ddpm_end() {{ [ -z "$ddpm_setup" ] || echo "setup failed on $ddpm_node: it ended the shell at: $ddpm_setup"; }}
+SCRIPT = """\
+#!/bin/bash
+DDPM_RUN={run}
+ddpm_node=${{SLURMD_NODENAME:-$(hostname)}}
+ddpm_end() {{
+  local code=$?
+  [ -z "$ddpm_setup" ] ||
+    echo "setup failed on $ddpm_node: it ended the shell (exit code $code), at the line: $ddpm_setup"
+  exit "$code"
+}}
 trap ddpm_end EXIT
 . "$DDPM_HOME/slurm/setup.sh"
-"$DDPM_PYTHON" -m launch.checkup.node_report "$1"
+[ -z "$ddpm_setup" ] || exit 1   # a line of them has returned
+exec "$DDPM_PYTHON" -m launch.checkup.node_report "$1"
 """
-"""Of the probe: the profile's `setup` lines as every batch shell runs them, and what the node then has."""
+"""The site profile's `setup` lines as jobs run them, which end at one that fails; then the report."""
 
 
 def probe(site: Site, root: Path, patience_s: float) -> Findings:

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from textwrap import shorten
 from typing import Any
 
 from ddpm.run.files import seconds
@@ -122,8 +123,8 @@ def until(at: str) -> str:
 
 
 def _waits(row: Row) -> str:
-    """For what, in SLURM's word: of the job that waits for none of the others."""
-    reasons = [wait["reason"] for wait in row["waits"]]
+    """For what, in SLURM's word, or as its sentence begins: of the job that waits for none of the others."""
+    reasons = [r if " " not in r else shorten(r, 28, placeholder=" …") for r in (w["reason"] for w in row["waits"])]
     if row["state"] not in ("queued", "held"):
         return ""
     return next((reason for reason in reasons if reason != "Dependency"), reasons[0] if reasons else "")

@@ -68,7 +68,7 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
         if wait["next_step"] or wait["expected_start"] or ("waits for" in left_out and wait["reason"] != "Dependency"):
             yield f"job {wait['job']} waits: {standing.line(wait)}"
     if row["bad_nodes"] and details:
-        error = f": {row['bad_nodes_error']}" if row["bad_nodes_error"] else ""
+        error = f": {row['bad_nodes_error']}" if row["bad_nodes_error"] and not row["problem"] else ""
         yield f"lives of it died by themselves on {', '.join(row['bad_nodes'])}{error}"
     if row["problem"]:
         yield row["problem"]

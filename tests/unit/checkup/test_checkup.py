@@ -1,6 +1,5 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from ddpm.config.train import Checkpoint, Train
 from launch.checkup import cluster, files, node, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 
@@ -46,6 +46,29 @@ def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monk
     assert "# account: one of a, b\n" in profile.draft(Site(partition="gpu", gpus_per_node=1))
 
 
+@pytest.mark.parametrize(("setup", "told"), [
+    ("modul load x", ["modul: command not found", "setup failed on n1 (exit code 127): modul load x"]),
+    ("exit 3", ["setup failed on n1: it ended the shell (exit code 3), at the line: exit 3"]),
+    ("return 0", ["setup failed on n1: it ended the shell (exit code 1), at the line: return 0"]),
+])  # fmt: skip
+def test_a_setup_line_that_would_end_a_job_ends_the_probe_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: str, told: list[str]
+) -> None:
+    def run_here(job: Job, home: dict[str, str], script: Path, asked: Path, log: Path) -> str:
+        env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "echo", "PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "n1"}
+        with log.open("w") as out:
+            done = subprocess.run(["bash", str(script), str(asked)], env=env, stdout=out, stderr=out)
+        assert done.returncode != 0
+        return "17"
+
+    monkeypatch.setattr(node, "settle", lambda site, dry_run: site)
+    monkeypatch.setattr(inquiry, "submit_probe", run_here)
+    monkeypatch.setattr(scheduler, "look_up", lambda jobs: {})
+    monkeypatch.setattr(node, "POLL_S", 0)
+    (found,) = node.probe(Site(setup=("export A=1", setup)), tmp_path, patience_s=60)
+    assert found.verdict == "fail" and all(line in found.what for line in told) and "`setup`" in found.remedy
+
+
 def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(site: Site) -> str:
         return next(cluster._site(site, Path("runs"))).what
@@ -54,17 +77,3 @@ def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypa
     whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
     assert told(Site(gpus_per_node=1)) == whole
     assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
-
-
-@pytest.mark.parametrize(("line", "told"), [
-    ("modul load x", "setup failed on n1 (exit code 127): modul load x"),
-    ("exit 3", "setup failed on n1: it ended the shell at: exit 3"), ("x=1", "asked the node"),
-])  # fmt: skip
-def test_the_probe_tells_which_setup_line_fails_as_it_would_in_a_job(tmp_path: Path, line: str, told: str) -> None:
-    (tmp_path / "setup.sh").write_text(f"true\n{line}\n")
-    (tmp_path / "python").write_text("#!/bin/sh\necho asked the node")
-    (tmp_path / "python").chmod(0o755)
-    env = {**os.environ, "DDPM_HOME": str(PROJECT), "DDPM_PYTHON": str(tmp_path / "python"), "SLURMD_NODENAME": "n1"}
-    script = node.SCRIPT.format(run=tmp_path)
-    done = subprocess.run(["bash", "-c", script, "probe", "asked"], env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == told

@@ -164,16 +164,16 @@ def died_on(run: RunDir, node: str, when: str) -> None:
     EventLog(run, "7", 0, "host").append("requeued", bad_node=node, time=when)
 
 
-def test_what_fails_alike_on_two_nodes_before_anything_begins_is_not_the_nodes(run: RunDir) -> None:
+def test_a_setup_line_that_fails_on_two_nodes_is_not_the_nodes_fault(run: RunDir) -> None:
     def died(node: str, restart: int, error: str, *, began: bool = False) -> None:
         log = EventLog(run, "7", restart, node)
         if began:
             log.append("started")
         log.append("requeued", bad_node=node, error=error)
 
-    died("n1", 0, "setup failed on n1 (exit code 127): modul load x")
+    died("n1", 0, "setup failed on n1 (exit code 1): module load x")
     assert bad_nodes(run) == ["n1"]
-    died("n2", 1, "setup failed on n2 (exit code 127): modul load x")
+    died("n2", 1, "setup failed on n2 (exit code 1): module load x")
     assert bad_nodes(run) == []
     died("n3", 2, "RuntimeError: CUDA error: uncorrectable ECC error", began=True)
     died("n4", 3, "RuntimeError: CUDA error: uncorrectable ECC error", began=True)
@@ -208,6 +208,7 @@ def test_what_is_queued_while_a_life_of_the_first_dies_on_a_node_does_without_it
     (["n1", "n3"], {}, ""), (["n1", "n2", "n3"], {"nodes": 3}, ""),
     (["n1", "n2", "n3", "n4"], {"exclude": "n1,n3"}, "n1,n3"),
     (["n1", "n2", "n3", "n4"], {"sbatch": {"exclude": "n1"}}, "n1,n2"),
+    (["n1", "n2", "n3", "n4"], {"exclude": "none"}, ""),
 ])  # fmt: skip
 def test_a_new_job_does_without_a_node_on_which_a_life_of_the_run_died_by_itself(
     run: RunDir, cluster: Cluster, via: str, nodes: list[str], asked: dict[str, Any], excluded: str
