@@ -16,7 +16,7 @@ import contextlib
 import math
 from pathlib import Path
 
-from ddpm.config.schema import Config
+from ddpm.config import reading
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
@@ -24,7 +24,7 @@ from launch.checkup import cluster, files, node, profile
 from launch.checkup.finding import Finding
 from launch.cluster import environment
 from launch.cluster.options import PROFILES, add_options, resolve
-from launch.terminal import console, plan, recipes
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python launch/doctor.py --partition gpu                      partition, limits, pre-emption, disk, time of a save
@@ -58,7 +58,7 @@ def main() -> int:
     if not 0 < args.wait_s < math.inf:
         raise RequestError(f"--wait-s {args.wait_s:g}: seconds to wait for the probe's job, more than 0, as 300")
     path, changes, _ = console.config_and_changes(args.words, args.root)
-    recipe = recipes.read(path, changes)
+    config = reading.load(path, changes)
     site = resolve(args)
     if site.is_local:
         raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")
@@ -66,13 +66,12 @@ def main() -> int:
     if draft and draft.exists():
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
-    cache = prepare.cache_of(site, root)
-    num_parameters = plan.known_parameters(recipe.config, recipes.read(path)) or count(recipe.config)
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
-        num_images = prepare.num_images(recipe.config, RunDir(root / "doctor"))
-    failed = [_say(finding) for finding in files.storage(recipe.config, root, cache, num_parameters, num_images)]
-    refused = [_say(finding) for finding in cluster.cluster(site, root, num_parameters)]
+        num_images = prepare.num_images(config, RunDir(root / "doctor"))
+    cache = prepare.cache_of(site, root)
+    failed = [_say(finding) for finding in files.storage(config, root, cache, num_images)]
+    refused = [_say(finding) for finding in cluster.cluster(site, root, config.network.num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")
     elif args.probe:
@@ -86,16 +85,6 @@ def main() -> int:
             ) from None
         print(f"wrote {draft}: look it over, then --profile {args.write_profile}")
     return EnvironmentLacks.exit_code if any(failed + refused) else 0
-
-
-def count(config: Config) -> int:
-    """The parameters of its network, where its file does not say. Loads torch."""
-    import torch
-
-    from ddpm.network.build import build_model
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config, torch.device("meta"), "off").parameters())
 
 
 def _place(name: str) -> Path:

@@ -23,6 +23,7 @@ from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files
+from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of
 from ddpm.scoring.against import SPLITS, check_file, check_for_run
@@ -137,6 +138,10 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     if asked in names or (asked is None and len(names) == 1):
         return asked or names[0]
     if not names:
+        sent = [e for e in read_events(run) if e["event"] == "submitted" and e.get("stage") == "sample"]
+        queued = {name: jobs_in_queue(run, "sample", name) for name in dict.fromkeys(e.get("set", "") for e in sent)}
+        if told := ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs):
+            raise RequestError(f"run {run.name} has no samples yet; they are in the queue: {told}")
         raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
@@ -157,7 +162,7 @@ def main() -> int:
     if args.compare:
         run = console.find_run(args.run, args.root) if args.run else None
         reference = _whole(args.reference) if args.reference else None
-        print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor))
+        print_comparison(chosen_scores(run, args.compare, args.root, reference, args.extractor), as_json=args.json)
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
@@ -254,6 +259,8 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         if not there:
             raise RequestError(f"run {run.name} has no milestones yet: {milestones.when(config)}")
         console.warn(f"milestones: {_steps(there)}; without a score: {_steps(lacking) or 'none'}")
+        if lacking:
+            console.warn(milestones.how_many(config))
         if args.dry_run:
             print("\n\n".join(describe(job) for _, jobs in chains for job in jobs))
             print("# dry run: nothing was written or queued")
@@ -271,7 +278,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
             return code if code == 130 else 1
     if ids and args.wait:
         with contextlib.redirect_stdout(sys.stderr):
-            follow.follow_jobs(run, ids)
+            follow.follow_jobs(run, ids, [(job.stage, job.set_name) for _, jobs in chains for job in jobs])
     if ids and not args.wait:
         return 0
     milestones.publish(run, config, f"evaluate-{os.getpid()}")  # it may be a sibling's, or from before a score

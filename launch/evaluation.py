@@ -92,5 +92,5 @@ def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argpar
     if not args.wait:
         return 0
     with contextlib.redirect_stdout(sys.stderr):
-        follow.follow_jobs(run, ids)
+        follow.follow_jobs(run, ids, [("sample", name), ("evaluate", name)])
     return end()

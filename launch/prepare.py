@@ -117,6 +117,16 @@ def check_existing(run: RunDir, config: Config) -> bool:
     return True
 
 
+def goes_on_from(run: RunDir) -> int:
+    """The step of the newest checkpoint that holds, all of it read, with a line for each that does not; 0 where none
+    was ever saved. Raises RequestError where none holds: a job would end at once."""
+    try:
+        found = generations.newest_good(run, console.warn)
+    except Incomplete as e:
+        raise RequestError(f"{e}. {ways_on(run)}") from None
+    return 0 if found is None else found.step
+
+
 def _why_fixed(there: Config, asked: Config) -> str:
     """Where it is the length alone that may not be another."""
     old, new = there.mathematics(), asked.mathematics()

@@ -101,14 +101,21 @@ def held(run: RunDir) -> Iterator[Fence]:
 
 
 def check(run: RunDir) -> int:
+    """Prints what holds as it is found, and then what does not."""
     bad = good = newest = 0
+    last = []
     for line in inspection.look(run):
         bad += line.verdict in ("damaged", "missing")
         good += line.verdict == "holds"
         if line.verdict == "holds" and (saved := re.fullmatch(r"checkpoints/step-(\d+)", line.what)):
             newest = max(newest, int(saved[1]))
         why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
-        print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
+        told = f"{line.verdict:8} {line.what}{f': {why}' if why else ''}"
+        if line.verdict in ("damaged", "missing"):
+            last.append(told)
+        else:
+            print(told, flush=True)
+    print("".join(f"{told}\n" for told in last), end="")
     if bad:
         path = shlex.quote(str(run.path))
         print("What can be done:")
@@ -131,6 +138,8 @@ def way_on(run: RunDir, newest: int) -> str:
             return f"the run is complete at step {newest}"
     except (DDPMError, DamagedFile, OSError) as e:
         return f"a submission would be refused ({str(e).splitlines()[0]})"
+    if not newest and run.steps_saved():
+        return "a submission would be refused (none of its checkpoints holds)"
     begins = f"goes on from step {newest}" if newest else "begins at step 0"
     return f"submit it again, and it {begins} of {config.train.total_steps}"
 

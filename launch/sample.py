@@ -136,9 +136,10 @@ def class_plan(text: str, num_samples: int, num_classes: int) -> list[int]:
         if not num_classes:
             raise RequestError("--class-plan balanced: the model has no classes (model.num_classes = 0); leave it out")
         if num_samples % num_classes:
+            less, more = (n * num_classes for n in (num_samples // num_classes, num_samples // num_classes + 1))
             raise RequestError(
                 f"--class-plan balanced: num_samples = {num_samples} must be a multiple of the model's "
-                f"{num_classes} classes (model.num_classes)"
+                f"{num_classes} classes (model.num_classes): --num-samples {f'{less} or ' if less else ''}{more}"
             )
         return [num_samples // num_classes] * num_classes
     try:
@@ -186,7 +187,8 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
     except generations.NothingSaved as e:
         raise RequestError(f"{e} (python launch/submit.py)") from None
     except RequestError as e:
-        raise RequestError(f"{e}; choose one with --step" if len(run.steps_saved()) > 1 else str(e)) from None
+        which = f"python launch/recover.py {run.path} tells which hold"
+        raise RequestError(f"{e}; choose one with --step ({which})" if len(run.steps_saved()) > 1 else str(e)) from None
 
 
 def main() -> int:
@@ -231,9 +233,11 @@ def main() -> int:
             f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
             + (f", with\n{lines}" if missing else "")
         )
-        return 0
-    code = make(run, site, sample_set, request, missing, wait=args.wait)
+    code = 0 if args.prepare else make(run, site, sample_set, request, missing, wait=args.wait)
     if code is not None:
+        if args.png and code == 0:
+            again = f"python launch/sample.py {shlex.quote(str(run.path))} --set {shlex.quote(set_name)} --png"
+            print(f"no PNG files yet: {again} makes them, once the shards are done")
         return code
     print(
         f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
@@ -294,7 +298,7 @@ def make(
                 raise
         if not wait:
             return 0
-        follow.follow_jobs(run, there)
+        follow.follow_jobs(run, there, [("sample", set_name)])
     if left := missing_shards(sample_set, request):
         why = f"python launch/logs.py {run.path} says why"
         print(

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpm.config.schema import Config, check_world_size
-from ddpm.errors import RequestError
+from ddpm.errors import EXIT_FATAL, RequestError
+from ddpm.run.events import read_events
+from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.training.mirror import sync_command
 from launch import origin, prepare
@@ -173,16 +175,18 @@ def write_down(
     run = asked.run
     exists = prepare.check_existing(run, config)
     queued = exists and prepare.is_at_work(run, config, site)
+    train, left = what_is_left(run, config, asked.stages) if exists else (True, asked.stages)
+    step = prepare.goes_on_from(run) if exists and train and not queued else run.latest_step()
     if exists:
         prepare.settle_code(run, new=new_code)
     else:
         code.check(code.of_checkout())
-    train, left = what_is_left(run, config, asked.stages) if exists else (True, asked.stages)
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
     if not exists and start is not None:
         directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
         came = start.record
-        print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
+        source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
+        print(f"it starts from the weights ({came['weights']}) of {source}, which it keeps as {run.start.name}")
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:
@@ -193,7 +197,7 @@ def write_down(
     print(f"run: {run.path}")
     if config.log.wandb is not None:
         print(f"wandb: unless WANDB_MODE says otherwise its metrics wait for {sync_command(run)}")
-    if train and (step := run.latest_step()):
+    if train and step:
         print(f"it goes on from step {step} of {config.train.total_steps}")
     if queued and (kept := directory.not_taken(run, site)):
         print(f"warning: {kept}", file=sys.stderr)
@@ -226,10 +230,13 @@ def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """The exit code after waiting, by what the run directory shows; prints the results or what is missing."""
     train, left = chain.remaining(run, config, stages)
     if train or left:
+        last = next((e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed")), {})
+        why = f": {plain(str(last['reason']))}; " if last.get("reason") else "; "
         print(
             f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
             + ("" if train else f", without what was to follow ({', '.join(left)})")
-            + f"; python launch/logs.py {run.path} says why, and the same command goes on",
+            + f"{why}python launch/logs.py {run.path} says {'more' if last.get('reason') else 'why'}"
+            + ("" if last.get("exit_code") == EXIT_FATAL else ", and the same command goes on"),
             file=sys.stderr,
         )
         return 1

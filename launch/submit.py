@@ -91,8 +91,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site, recipes.Recipe | None]:
-    """The run that the command line asks for, or those of a sweep; where they run; and the file of the config.
+def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
+    """The run that the command line asks for, or those of a sweep, and where they run.
 
     A run that is given in place of a config goes on, where it lies. Prints warnings. Raises RequestError.
     """
@@ -127,7 +127,7 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site, reci
         asked.append(Asked(run, typed, config, stages, source, of))
     for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr)
-    return asked, site, _recipe(path)
+    return asked, site
 
 
 def read_config(path: Path, overrides: list[str], stages: list[str], root: Path) -> Config:
@@ -145,14 +145,6 @@ def read_config(path: Path, overrides: list[str], stages: list[str], root: Path)
             f"compares variances; ask for more, or leave evaluate out of --then"
         )
     return config
-
-
-def _recipe(path: Path) -> recipes.Recipe | None:
-    """A config file as it stands; None where it is no config by itself."""
-    try:
-        return recipes.read(path)
-    except RequestError:
-        return None
 
 
 def _here(config: Config, run: RunDir) -> list[str]:
@@ -183,20 +175,20 @@ def main() -> int:
     if args.list:
         recipes.print_table(SHIPPED / "configs")
         return 0
-    asked, site, recipe = read_command_line(args)
+    asked, site = read_command_line(args)
     if args.sweep:
-        return sweep.submit(asked, site, args, recipe)
-    return submit(asked[0], site, args, recipe)
+        return sweep.submit(asked, site, args)
+    return submit(asked[0], site, args)
 
 
-def submit(asked: Asked, site: Site, args: argparse.Namespace, recipe: recipes.Recipe | None) -> int:
+def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
     run, config, stages = asked.run, asked.config, asked.stages
     if args.dry_run:
         num = submission.check_dry(asked)
         prepare.warn_of_batch(config, num)
         site = settle(site, dry_run=True)
         box = submission.in_container(config, site, run)
-        plan.print_dry_run(config, site, run, stages, num, recipe, scripts=args.verbose, in_container=box)
+        plan.print_dry_run(config, site, run, stages, num, scripts=args.verbose, in_container=box)
         return 0
     exists, start = submission.check(asked)
     site = settle(site, dry_run=False)  # from here on it is about what the environment lacks

@@ -39,7 +39,7 @@ from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local
 from launch.queue.naming import of_point, of_sweep
 from launch.submission import Asked, Here, Queued
-from launch.terminal import console, follow, plan, recipes, side_by_side
+from launch.terminal import console, follow, plan, side_by_side
 
 MOST = 1000
 """Runs of one sweep."""
@@ -141,10 +141,10 @@ class Point:
         return self.asked.typed.resolve_length(self.inputs["data"]["num_images"])
 
 
-def submit(asked: list[Asked], site: Site, args: argparse.Namespace, recipe: recipes.Recipe | None) -> int:
+def submit(asked: list[Asked], site: Site, args: argparse.Namespace) -> int:
     """Queue all that is not done, or start it here; the exit code. A DDPMError says what is queued and what not."""
     if args.dry_run:
-        return _show(asked, site, recipe, scripts=args.verbose)
+        return _show(asked, site, scripts=args.verbose)
     exist = []
     for one in asked:
         with naming(one.sweep):
@@ -265,7 +265,7 @@ def _wait(asked: list[Asked], points: list[Point]) -> int:
     return worst
 
 
-def _show(asked: list[Asked], site: Site, recipe: recipes.Recipe | None, *, scripts: bool) -> int:
+def _show(asked: list[Asked], site: Site, *, scripts: bool) -> int:
     """A dry run."""
     nums, stand = [], []
     for one in asked:
@@ -280,12 +280,12 @@ def _show(asked: list[Asked], site: Site, recipe: recipes.Recipe | None, *, scri
             prepare.warn_of_batch(one.config, num)
         batches.add(batch)
     site = settle(site, dry_run=True)
-    plan.print_sweep([(one.run.name, one.config, one.sweep["values"]) for one in asked], stand, nums, site, recipe)
+    plan.print_sweep([(one.run.name, one.config, one.sweep["values"]) for one in asked], stand, nums, site)
     one = asked[0]
     if scripts:
         print(f"# the first of them, {one.run.name}:")
         box = submission.in_container(one.config, site, one.run)
-        plan.print_dry_run(one.config, site, one.run, one.stages, nums[0], recipe, scripts=True, in_container=box)
+        plan.print_dry_run(one.config, site, one.run, one.stages, nums[0], scripts=True, in_container=box)
         return 0
     print("# dry run: nothing was written or queued; --verbose shows all of the first")
     return 0

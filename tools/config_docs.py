@@ -150,7 +150,7 @@ def _recipe(path: Path) -> tuple[str, ...]:
     return (
         f"`{path.stem}`",
         f"{config.data.name} {size}×{size}" + (f", {num} classes" if num else ""),
-        f"{(recipe.num_parameters or 0) / 1e6:.1f} M",
+        f"{config.network.num_parameters / 1e6:.1f} M",
         f"{config.train.total_steps:,} × {config.train.global_batch}",
         "not measured" if hours is None else f"{hours:.0f}",
         "none" if recipe.fid in ("", "none") else f"{recipe.fid} ({by})",

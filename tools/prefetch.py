@@ -68,7 +68,10 @@ def check_names(paths: list[Path]) -> None:
     known = list(FETCHED.values())
     for path in paths:
         if path.name not in known:
-            raise RequestError(f"--from {path}: no file of this name is fetched; known are {', '.join(known)}")
+            raise RequestError(
+                f"--from {path}: no file of this name is fetched; known are {', '.join(known)}. Images of your own "
+                f"stay where they are: data.name=images data.path=THERE at submission"
+            )
 
 
 def bring(path: Path, cache: Path) -> None:

@@ -7,6 +7,7 @@ import difflib
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
     overrides: of keys that the digest does not cover. An old run.json may have no digest, which passes.
     """
     record = read_run(run) if run.run_json.exists() else {}
-    came = f" (it was submitted with: {shlex.join(map(str, record['command']))})" if record.get("command") else ""
+    words = [str(word) for word in record.get("command") or []]
+    again = any(Path(word).name == run.name and before != "--name" for before, word in pairwise(words))
+    came = f" (it was submitted with: {shlex.join(words)})" if words and not again else " from a copy of the run"
     if not os.path.lexists(run.config):
         raise RequestError(f"{run.config} is missing: restore it{came}")
     if run.config.is_file() and not read_bytes(run.config).strip():

@@ -49,6 +49,11 @@ class Config(Section):
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
 
+    @property
+    def network(self) -> Structure:
+        of = self.model.model_dump()
+        return Structure(image_size=self.data.image_size, null_label=self.train.label_dropout > 0, **of)
+
     @model_validator(mode="after")
     def _a_network(self) -> Config:
         check_name(self.name)

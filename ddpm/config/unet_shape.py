@@ -68,6 +68,45 @@ class Structure:
         blocks = 2 * self.blocks_per_level + 1  # of the encoder and the decoder
         return sum(2 * blocks * width * size**2 for width, size in zip(self.widths, self.sizes, strict=True))
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the network, as network/unet.py builds it."""
+        w0, emb, plain = self.base_channels, self.embedding, self.block == "plain"
+
+        def conv(width_in: int, width_out: int, size: int = 3) -> int:
+            return (width_in * size**2 + 1) * width_out
+
+        def block(width_in: int, width_out: int) -> int:  # its norms are of two numbers a channel
+            skip = conv(width_in, width_out, 1) if width_in != width_out and not plain else 0
+            norms = 2 * (width_out + (width_out if plain else width_in))
+            return conv(width_in, width_out) + conv(width_out, width_out) + (emb + 1) * width_out + norms + skip
+
+        def attention(width: int) -> int:
+            return conv(width, 3 * width, 1) + conv(width, width, 1) + 2 * width
+
+        def side(name: str, size: int, width: int) -> int:
+            return attention(width) if size in self.attention_resolutions and self.attention_in in ("both", name) else 0
+
+        down = {"conv": 3, "conv_asymmetric": 3, "pool": 0}[self.downsample]
+        up = {"conv": 3, "transpose": 2}[self.upsample]
+        total, width, skips = conv(self.in_channels, w0), w0, [w0]
+        levels = list(zip(self.sizes, self.widths, strict=True))
+        for size, wide in levels:
+            for _ in range(self.blocks_per_level):
+                total, width = total + block(width, wide) + side("encoder", size, wide), wide
+                skips.append(width)
+            if size != self.sizes[-1]:
+                total += conv(width, width, down) if down else 0
+                skips.append(width)
+        total += 2 * block(width, width) + (attention(width) if self.middle_attention else 0)
+        for size, wide in reversed(levels):
+            for _ in range(self.blocks_per_level + 1):
+                total, width = total + block(width + skips.pop(), wide) + side("decoder", size, wide), wide
+            total += conv(width, width, up) if size != self.sizes[0] else 0
+        classes = (self.num_classes + self.null_label) * emb if self.num_classes else 0
+        time = (w0 + 1) * 4 * w0 + (4 * w0 + 1) * emb
+        return total + 2 * width + conv(width, self.in_channels) + classes + time
+
     def __post_init__(self) -> None:
         for name in ("image_size", "in_channels", "base_channels", "blocks_per_level", "attention_heads"):
             self._need(getattr(self, name) >= 1, name, "must be at least 1")

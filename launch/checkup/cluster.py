@@ -45,8 +45,10 @@ def _site(site: Site, root: Path) -> Findings:
             "fail", "no partition is given, and this cluster has no default", f"give one of them: --partition {have}"
         )
         return
-    gpus = f"{site.gpus_per_node} GPU{'s' if site.num_gpus > 1 else ''} a node" if site.num_gpus else "no GPUs"
-    yield Finding("pass", f"partition {name}: {gpus}" + ("" if site.partition else ", the default"))
+    most = max((there[one].gpus_per_node for one in name.split(",") if one in there), default=0)
+    wanted = f"{site.gpus_per_node} GPU{'s' if site.num_gpus > 1 else ''} a node" if site.num_gpus else "no GPUs"
+    has = f", of {most} that a node has (--gpus-per-node)" if most > site.num_gpus else ""
+    yield Finding("pass", f"partition {name}{'' if site.partition else ', the default'}: jobs ask for {wanted}{has}")
     run = RunDir(root / "doctor")
     for stage, shards in (("train", ()), ("sample", tuple(range(16))), ("evaluate", ())):
         job = scheduler.fitting(Job(stage, run, site, "set" if stage != "train" else "", shards))

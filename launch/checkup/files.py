@@ -33,13 +33,13 @@ BY_HAND["cifar10"] += "; or type data.path=FOLDER_OR_ZIP, here and at submission
 """What to do where they cannot be fetched from here."""
 
 
-def space_of_a_run(config: Config, num_parameters: int, num_images: int | None) -> tuple[int, int]:
+def space_of_a_run(config: Config, num_images: int | None) -> tuple[int, int]:
     """Bytes that a run has in the end, and how many milestones of it are kept for good: its checkpoints, averaged
     weights and samples. num_images: of the data, by which epochs are counted; None: not known, and those count as none.
     """
     if num_images is not None or config.train.total_images:
         config = config.resolve_length(num_images or 0)
-    steps, kept = config.train.total_steps or 0, config.checkpoint
+    steps, kept, num_parameters = config.train.total_steps or 0, config.checkpoint, config.network.num_parameters
     milestones = steps // kept.milestone_every_steps if kept.milestone_every_steps else 0
     if kept.milestone_every_epochs and num_images:
         milestones += steps * config.train.global_batch // (kept.milestone_every_epochs * num_images)
@@ -48,9 +48,9 @@ def space_of_a_run(config: Config, num_parameters: int, num_images: int | None) 
     return checkpoints + averages + config.sample.num_samples * config.data.image_size**2 * 3, milestones
 
 
-def storage(config: Config, root: Path, cache: Path, num_parameters: int, num_images: int | None) -> Findings:
+def storage(config: Config, root: Path, cache: Path, num_images: int | None) -> Findings:
     """Whether there is room for a run, and whether what it reads is there. cache: of packed data and weights;
-    num_parameters: of its network; num_images: of the data."""
+    num_images: of the data."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = tempfile.TemporaryFile(dir=root)
@@ -63,7 +63,7 @@ def storage(config: Config, root: Path, cache: Path, num_parameters: int, num_im
         except OSError as e:
             told = f"{root} has no file locks ({e.strerror}): a run's fence is then its only guard"
             yield Finding("warn", told, "keep runs where there are, if you can")
-    need, milestones = space_of_a_run(config, num_parameters, num_images)
+    need, milestones = space_of_a_run(config, num_images)
     there = os.statvfs(root)
     free = there.f_bavail * there.f_frsize
     told = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -20,6 +21,22 @@ from launch.cluster.site import Site
 
 SKEW_S = 2.0
 POLL_S = 2.0
+SCRIPT = """\
+#!/bin/bash
+DDPM_RUN={run}
+ddpm_node=${{SLURMD_NODENAME:-$(hostname)}}
+ddpm_end() {{
+  local code=$?
+  [ -z "$ddpm_setup" ] ||
+    echo "setup failed on $ddpm_node: it ended the shell (exit code $code), at the line: $ddpm_setup"
+  exit "$code"
+}}
+trap ddpm_end EXIT
+. "$DDPM_HOME/slurm/setup.sh"
+[ -z "$ddpm_setup" ] || exit 1   # a line of them has returned
+exec "$DDPM_PYTHON" -m launch.checkup.node_report "$1"
+"""
+"""The site profile's `setup` lines as jobs run them, which end at one that fails; then the report."""
 
 
 def probe(site: Site, root: Path, patience_s: float) -> Findings:
@@ -35,8 +52,8 @@ def probe(site: Site, root: Path, patience_s: float) -> Findings:
     kept.path.mkdir(exist_ok=True)
     home = at_home(code.unpack(kept))
     try:
-        ask = 'exec "$DDPM_PYTHON" -m launch.checkup.node_report "$1"'
-        script.write_text("\n".join(["#!/bin/bash", *site.setup, ask, ""]))
+        (kept.path / "setup.sh").write_text("".join(f"{line}\n" for line in site.setup))
+        script.write_text(SCRIPT.format(run=shlex.quote(str(kept.path))))
         brief = site.model_copy(update={"nodes": 1, "time": 5})
         job = inquiry.submit_probe(Job("train", kept, brief), home, script, asked, log)
         state = _wait(job, answer, patience_s)

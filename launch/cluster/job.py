@@ -12,7 +12,7 @@ from typing import Any
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from launch.cluster import code
-from launch.cluster.site import Site
+from launch.cluster.site import NO_NODE, Site
 
 SBATCH_TIMEOUT_S = 60
 
@@ -81,7 +81,7 @@ class Job:
             "account": site.account,
             "qos": site.qos,
             "constraint": site.constraint,
-            "exclude": site.exclude,
+            "exclude": None if site.exclude == NO_NODE else site.exclude,
             "time": site.time,
             "nodes": site.nodes,
             "ntasks-per-node": site.ranks_per_node,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ddpm.config.schema import Config
 from ddpm.config.train import divisors
-from ddpm.config.unet_shape import Structure
 from ddpm.errors import RequestError
 from launch.cluster.site import Site
 from launch.cluster.values import memory_bytes
@@ -25,7 +24,7 @@ def check_batch(config: Config, site: Site) -> str | None:
     share = config.train.global_batch // site.world_size
     micro = config.train.micro_batch
     images = 1 if micro == "auto" else micro or share
-    each = Structure(image_size=config.data.image_size, **config.model.model_dump()).least_activation_bytes
+    each = config.network.least_activation_bytes
     limit, where = _memory(site)
     key = "train.micro_batch" if micro else "train.global_batch"
     told = (

@@ -58,7 +58,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "account": {},
     "qos": {},
     "constraint": {},
-    "exclude": {},
+    "exclude": {"help": "nodes not to use; none: use those too on which lives of the run died"},
     "time": {"metavar": "4h", "help": "time limit of one job (4h, 90m, 2d, 1-12:00:00); the run continues in the next"},
     "nodes": {"type": int},
     "gpus_per_node": {"metavar": "[TYPE:]N", "help": "default: 1 if the partition has GPUs, else 0"},

@@ -82,8 +82,10 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("ReservationDeleted", "its reservation is gone", ASK_LESS + "without --sbatch reservation=…", "held"),
     ("ReqNodeNotAvail", "nodes that it needs are down, drained or reserved",
      "wait, or ask for others; sinfo -R says why", ""),
-    ("Nodes required for job are DOWN, DRAINED or reserved", "nodes that it needs are down, drained or reserved",
-     "wait, or ask for others; sinfo -R says why", ""),
+    ("Nodes required for job are DOWN, DRAINED or reserved",
+     "the nodes that it could have are down, drained, or kept for jobs in partitions of higher priority",
+     "wait, or ask for others, or another --partition; sinfo -R lists nodes that are down or drained: where it lists "
+     "none, jobs of such a partition are before it", ""),
     ("Cleaning", "its life before is still being cleaned up", "", ""),
     ("Prolog", "its node is being made ready", "", ""),
 )  # fmt: skip
@@ -109,12 +111,14 @@ def explain(job: str, queued: Queued) -> Wait | None:
     """What a job waits for; None where it does not wait."""
     if queued.state != "PENDING":
         return None
-    reason, start = queued.reason or "None", queued.start
+    reason, start = (queued.reason or "None").strip("()"), queued.start
     known, _, detail = reason.partition(", ")  # ReqNodeNotAvail, UnavailableNodes:n[1-3]
     for name, words, step, marks in TABLE:
-        if reason.strip("()").startswith(name) if " " in name else name == known:
-            told = f"{words}: {detail.rpartition(':')[2]}" if ":" in detail else words
-            return Wait(known if name == known else name, told, step.format(job=job), *_marks(marks), start)
+        if " " in name and reason.startswith(name):
+            return Wait(reason, words, step.format(job=job), *_marks(marks), start)
+        if name == known:
+            told = f"{words}: {detail.rpartition(':')[2]}" if detail else words
+            return Wait(known, told, step.format(job=job), *_marks(marks), start)
     for pattern, words, step, marks in FAMILIES:
         if re.fullmatch(pattern, known):
             who, option = ("its QOS", "--qos") if known.startswith("QOS") else ("its account", "--account")

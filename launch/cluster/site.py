@@ -27,6 +27,9 @@ from launch.cluster.values import (
 MEMORIES = ("mem", "mem_per_cpu", "mem_per_gpu")
 LEAST_WORK_S = 120
 
+NO_NODE = "none"
+"""Of `exclude`: no node, not even one on which lives of the run died."""
+
 
 class Stage(Section):
     """What differs for one stage; keys that are not given are as in training, for one rank."""
@@ -145,8 +148,9 @@ class Site(Section):
         for stage in ("train", "sample", "evaluate"):
             site = self.at(stage)
             if site.time is not None and site.time * 60 < site.lead_s + LEAST_WORK_S:
+                minutes = "1 minute" if site.time == 1 else f"{site.time} minutes"
                 told.append(
-                    f"time = {site.time} minutes leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work "
+                    f"time = {minutes} leaves {stage} jobs less than {LEAST_WORK_S // 60} minutes of work "
                     f"before they save, {site.lead_s} s before their end: ask for more"
                 )
         told = told[:1]

@@ -26,6 +26,8 @@ FEWER = {
     "train": "hold fewer images at a time: train.micro_batch=auto",
     "sample": "compute fewer images at a time: launch/sample.py --set OTHER --batch …, or ask for GPUs with more",
 }
+FROM_SETUP = r"^\S*setup\.sh: (?:eval: )?line \d+: "
+"""How the shell begins what it says of a setup line."""
 TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): tasks? [\d,-]+: ", re.M)
 
 
@@ -68,8 +70,13 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     began = list(re.finditer(rf"^\[batch\] .* restart={restart} ", text, re.M))
     said = text[began[-1].start() :] if began else text
     own = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(OTHERS)]
-    error = next((line for line in reversed(own) if OWN.search(line)), "")
+    at = next((i for i in reversed(range(len(own))) if OWN.search(own[i])), None)
+    error = own[at] if at is not None else ""
+    if at and error.startswith("setup failed"):  # and what the line itself said, as modul: command not found
+        error = f"{re.sub(FROM_SETUP, '', own[at - 1])[: CHARACTERS // 2]}; {error}"
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
     lacked = "GPU memory" if GPU_MEMORY.search(said) else "memory" if HOST_MEMORY.search(said) else ""
     died = TASK_DIED.search(said)
-    return LastWords(path, error[:CHARACTERS], lacked, died[1] if died else "", bool(SCANCEL.search(said)))
+    if len(error) > CHARACTERS:
+        error = f"{error[:CHARACTERS].rpartition(' ')[0]} …"
+    return LastWords(path, error, lacked, died[1] if died else "", bool(SCANCEL.search(said)))

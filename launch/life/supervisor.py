@@ -32,7 +32,7 @@ from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
 from launch.life.life import after_scancel
 from launch.queue import ending
-from launch.queue.nodes import may_do_without
+from launch.queue.nodes import by_the_profile, may_do_without, setup_line
 from launch.queue.submitting import submit_successor
 from launch.queue.waiting import of_this_cluster
 from launch.terminal import streams
@@ -58,7 +58,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     if decision.what == "fail":
         forget_shard(run, env)
         return _failed(run, log, known.code, stage, set_name, decision.why, words)
-    avoided = _without(bad, known.shown) if bad and known.shown else ""
+    avoided = _without(bad, known.shown, run, words.error) if bad and known.shown else ""
     if decision.what == "succeed":
         _have_a_successor(run, env, stage, decision.why, avoided or (known.shown.excluded if known.shown else ""))
     elif decision.what == "requeue":
@@ -77,8 +77,16 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
 # ---------------------------------------------------------------- what is done
 
 
-def _without(bad: str, shown: scheduler.Shown) -> str:
-    """The node list to exclude from now on, with `bad` added; "" if too few nodes would be left without `bad`."""
+def _without(bad: str, shown: scheduler.Shown, run: RunDir, error: str) -> str:
+    """The node list to exclude from now on, with `bad` added; "" if too few nodes would be left without `bad`, or if
+    the life died there of the site profile."""
+    this = {"bad_node": bad, "error": error}
+    try:
+        if by_the_profile([*of_this_cluster(read_events(run)), this], setup_line(this)[1]):
+            say(f"no fault of node {bad}, which is not left out: mend the site profile's `setup` ({error})")
+            return ""
+    except OSError:
+        pass
     try:
         total, spare = scheduler.spare_nodes(shown.partition.split(",")[0], shown.excluded)
     except scheduler.SchedulerError as e:

@@ -130,7 +130,7 @@ def _bars(own: Sequence[Period], when: Clock, top: float) -> list[Html]:
 def _bar(period: Period, when: Clock, top: float) -> Html:
     x, end = _x(when(period.begin)), _x(when(period.end))
     (job, restart), took = period.life, duration(period.end - period.begin)
-    told = f"{KINDS[period.kind]}: {took}, from {at(period.begin)} to {at(period.end)} UTC, job {job}, life {restart}"
+    told = f"{KINDS[period.kind]}: {took}, from {at(period.begin)} to {at(period.end)} UTC, job {job}.{restart}"
     low, height = (top + LANE / 2 - 2, 4) if period.kind == "queued" else (top, LANE)
     width = f"{max(end - x, 0.8):.1f}"
     return tag("rect", tag("title", told), x=f"{x:.1f}", y=low, width=width, height=height, class_=f"k {period.kind}")
@@ -181,6 +181,11 @@ def goodput_table(facts: Facts) -> Html:
     told = "" if share is None else f"Goodput {share:.1%}: the share of the time on nodes that ended in saved steps. "
     columns = (Column(""), Column(""), Column("time", True), Column("of that on nodes", True))
     return join([table(columns, rows, class_="kinds"), note(told, "Ticks under the timeline are saves.")])
+
+
+def number(facts: Facts) -> int:
+    """Of the lives of its training."""
+    return len({life_of(e) for e in facts.events if e["event"] != "submitted" and e.get("stage", "train") == "train"})
 
 
 def lives_table(facts: Facts) -> Html:

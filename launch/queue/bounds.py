@@ -23,8 +23,8 @@ def request_for(
         raise RequestError(f"--reference {split}: bits per dimension are of the run's own data: test, or train")
     source = open_source(config.data)
     if split not in source.members:
-        have = ", ".join(sorted(source.members))
-        raise RequestError(f"--reference {split}: {config.data.name} has no such images, and has {have}: give that")
+        use = " or ".join(f"--reference {member}" for member in sorted(source.members))
+        raise RequestError(f"bits per dimension are of the {split} images, and {config.data.name} has none here: {use}")
     there = source.num_images(split)
     if num_images is not None and not 1 <= num_images <= there:
         raise RequestError(f"--num-images {num_images}: must be from 1 to {there:,}, the images to {split} with")

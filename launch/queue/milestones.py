@@ -31,11 +31,20 @@ def when(config: Config) -> str:
 
 
 def sampled_as(config: Config) -> Config:
-    """The config with its `sample` section as for milestones."""
-    num = (config.evaluate.milestones or Milestones()).num_samples
+    """The config with its `sample` section as for milestones: without `evaluate.milestones` at most a set's samples."""
+    asked, usual = config.evaluate.milestones, Milestones().num_samples
+    num = asked.num_samples if asked else max(sets.LEAST_SCORED, min(usual, config.sample.num_samples))
     shards = min(config.sample.shards, -(-num // config.sample.batch))
     sample = config.sample.model_copy(update={"num_samples": num, "shards": shards, "class_plan": None})
     return config.model_copy(update={"sample": sample})
+
+
+def how_many(config: Config) -> str:
+    """Samples of each, in words, and what says so."""
+    key = "evaluate.milestones" if config.evaluate.milestones else "sample.num_samples"
+    more = f" (at most {Milestones().num_samples:,}; evaluate.milestones, at submission, asks for others)"
+    num = sampled_as(config).sample.num_samples
+    return f"{num:,} samples of each, by the config's {key}{'' if config.evaluate.milestones else more}"
 
 
 def set_name(run: RunDir, config: Config, step: int) -> str:

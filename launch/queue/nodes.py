@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from ddpm.run.events import read_events
 from ddpm.run.files import seconds
@@ -12,10 +15,18 @@ from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import default_partition
 from launch.cluster.job import Job
+from launch.cluster.site import NO_NODE
 from launch.queue.waiting import of_this_cluster
 
 MENDED_AFTER_S = 7 * 86_400
 """After this time without being tried a node counts as mended."""
+
+SETUP = re.compile(
+    r"setup failed on \S+?(?: \(exit code (\d+)\))?: "
+    r"(?:it ended the job's shell .*?, at the line: |no whole command: )?(.+)"
+)
+"""A life's last error where a line of the site profile's `setup` failed: its exit code, and the line."""
+NOT_FOUND = "127"
 
 
 def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
@@ -24,22 +35,41 @@ def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool
     return node in spare and left >= max(needed, total // 2)
 
 
-def bad_nodes(run: RunDir) -> list[str]:
-    """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read."""
+def setup_line(event: dict[str, Any]) -> tuple[str, str]:
+    """Exit code and line of the `setup` by which a life died; ("", "") where it died of something else."""
+    found = SETUP.search(str(event.get("error", "")))
+    return (found[1] or "", found[2].strip()) if found else ("", "")
+
+
+def by_the_profile(events: Sequence[dict[str, Any]], line: str) -> bool:
+    """Whether a `setup` line fails by the profile's fault, and not by a node's: it is no command, or failed on two."""
+    same = [event for event in events if line and event.get("bad_node") and setup_line(event)[1] == line]
+    return len({e["bad_node"] for e in same}) > 1 or any(setup_line(e)[0] == NOT_FOUND for e in same)
+
+
+def bad_nodes(run: RunDir, setup: Sequence[str] | None = None) -> list[str]:
+    """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read. Not those
+    where a `setup` line failed by the profile's fault, or one that is not in `setup` any more."""
     events = []
     with contextlib.suppress(OSError):
         events = of_this_cluster(read_events(run))
-    lately = (e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S)
-    return list(dict.fromkeys(e["bad_node"] for e in lately))
+    lately = [e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S]
+
+    def counts(event: dict[str, Any]) -> bool:
+        _, line = setup_line(event)
+        gone = bool(line) and setup is not None and not any(line in lines for lines in setup)
+        return not gone and not by_the_profile(lately, line)
+
+    return list(dict.fromkeys(e["bad_node"] for e in lately if counts(e)))
 
 
 def to_avoid(job: Job) -> tuple[str, ...]:
     """Nodes to exclude from a new job of the run, beside those that its site excludes.
 
-    () if SLURM or the events cannot be asked, or if the job names the nodes that it wants.
+    () if SLURM or the events cannot be asked, if the job names the nodes that it wants, or with --exclude none.
     """
-    bad, options = bad_nodes(job.run), job.options()
-    if not bad or "nodelist" in options:
+    bad, options = bad_nodes(job.run, job.site.setup), job.options()
+    if not bad or "nodelist" in options or job.site.at(job.stage).exclude == NO_NODE:
         return ()
     site = job.site.at(job.stage)
     try:
@@ -56,5 +86,5 @@ def to_avoid(job: Job) -> tuple[str, ...]:
     if found:
         with contextlib.suppress(OSError):  # nobody may read it
             print(f"{job.stage} job without node {', '.join(found)}: a life of the run died there by itself within a "
-                  f"week", file=sys.stderr, flush=True)  # fmt: skip
+                  f"week (--exclude {NO_NODE} lets it have them all)", file=sys.stderr, flush=True)  # fmt: skip
     return tuple(found)

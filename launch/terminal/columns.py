@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from textwrap import shorten
 from typing import Any
 
 from ddpm.run.files import seconds
@@ -122,15 +123,19 @@ def until(at: str) -> str:
 
 
 def _waits(row: Row) -> str:
-    """SLURM's reason for which the run waits: that of a job that does not wait for another one of the run."""
-    reasons = [wait["reason"] for wait in row["waits"]]
+    """SLURM's reason for which the run waits, or the beginning of its sentence: that of a job that does not wait for
+    another one of the run."""
+    reasons = [r if " " not in r else shorten(r, 28, placeholder=" …") for r in (w["reason"] for w in row["waits"])]
     if row["state"] not in ("queued", "held"):
         return ""
     return next((reason for reason in reasons if reason != "Dependency"), reasons[0] if reasons else "")
 
 
 def _jobs(row: Row) -> str:
-    return ", ".join(f"{job} {state.lower()}" for job, state in row["jobs"].items())
+    """Each with its stage: `train 20 running, sample 21 pending`."""
+    return ", ".join(
+        f"{row['stages'].get(job, '')} {job} {state.lower()}".strip() for job, state in row["jobs"].items()
+    )
 
 
 def _first_job(row: Row) -> str:
@@ -142,7 +147,7 @@ def _samples(row: Row) -> str:
     return ", ".join(f"{shards} {name}" for name, shards in row["samples"].items())
 
 
-def _score(row: Row) -> str:
+def score(row: Row) -> str:
     """The best founded score, with its set, and the number of other scores."""
     return _with_others(row, lambda name: f"{row['scores_told'][name]} ({name})")
 
@@ -185,7 +190,7 @@ COLUMNS = (
     Column("goodput", (_number("goodput", ".0%"),), right=True),
     Column("jobs", (_jobs, _first_job)),
     Column("samples", (_samples, lambda row: " ".join(row["samples"].values()))),
-    Column("score", (_score, _score_in_short)),
+    Column("score", (score, _score_in_short)),
 )
 BY_NEED = ("run", "state", "step", "%", "end", "waits for", "score", "loss", "saved", "restarts", "goodput", "jobs",
            "img/s", "samples")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -61,9 +62,15 @@ def _asked(asked: Evaluate, default: Evaluate) -> str:
     return "".join(f" --{option} {shlex.quote(value)}" for option, value, usual in pairs if value != usual)
 
 
-def print_comparison(scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the table. Raises RequestError if the scores cannot be compared."""
+def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the table, or JSON. Raises RequestError if the scores cannot be compared."""
     check_comparable(scores)
+    if as_json:
+        first = next(iter(scores.values()))
+        apart = {word: None if record is first else difference(first, record) for word, record in scores.items()}
+        rows = [{"set": word, "score": scores[word], "difference": d and d._asdict()} for word, d in apart.items()]
+        print(json.dumps(rows, indent=1))
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -114,6 +114,10 @@ def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path,
     if not path.is_file():
         for there in (environment.user_path(files[0]), environment.runs_root(root) / files[0]):
             if _may_be_run(there):
+                if not (there / "config.yaml").exists():
+                    from ddpm.config import reading
+
+                    reading.of_run(RunDir(there))  # says that it is lost
                 return there / "config.yaml", changes, RunDir(there)
         if path.is_dir():
             way = (

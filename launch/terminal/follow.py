@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be 
 def watch_with(run: RunDir) -> str:
     """The line to print once something of a run is queued."""
     return f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch"
+
+
+Stage = tuple[str, str]
+"""Its name, and the set that it is of; "" of training."""
 
 
 class Follower:
@@ -54,20 +59,22 @@ class Follower:
             self._bar.start()
             self._task = self._bar.add_task("waiting", total=None)
 
-    def show(self, state: str) -> None:
+    def show(self, state: str, at_work: Stage | None = None, jobs: Collection[str] = ()) -> None:
+        """at_work: what runs; None: not known. jobs: of whose logs alone it tells."""
+        stage, set_name = at_work or (None, "")
         beat = read_heartbeat(self._run)
         step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
         trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < work.BEATS_S
-        if total is not None and (step >= total or not trains):
+        if stage not in (None, "train") or (total is not None and (step >= total or not trains)):
             now, speed = time.time(), ""
-            made = making.newest(self._run, now)
+            made = making.newest(self._run, now, set_name) if stage in (None, "sample") else None
             if made is None:  # a score of what is there, or training that is not under way
-                step, total, what, loss = 0, None, self._says().lstrip(), ""
+                step, total, what, loss = 0, None, self._says(jobs).lstrip(), ""
             else:
                 step, total, what = made.shards, made.of_shards, "shards"
-                loss = f"  {made.told(now)}" if 0 < made.images < made.of_images else self._says()
+                loss = f"  {made.told(now)}" if 0 < made.images < made.of_images else self._says(jobs)
         if self._bar is not None:
             self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
@@ -75,9 +82,10 @@ class Follower:
             count = f" {step}{f'/{total}' if total else ''}" if what in ("step", "shards") else ""
             print(f"{state} {what}{count}{loss}{speed}".rstrip(), flush=True)
 
-    def _says(self) -> str:
-        """The last line of the log with a time, without the time."""
-        log = self._log or next(reversed(logfiles.of_run(self._run, None)), None)
+    def _says(self, jobs: Collection[str]) -> str:
+        """The last line with a time of these jobs' newest log, without the time."""
+        logs = [self._log] if self._log else logfiles.of_run(self._run, None)
+        log = next((log for log in reversed(logs) if not jobs or logfiles.job_of(log) in jobs), None)
         said = re.findall(r"^20\S+Z (.*)$", logfiles.tail(log), re.M) if log else []
         return f"  {plain(said[-1])}" if said else ""
 
@@ -108,15 +116,16 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
     return process.returncode
 
 
-def follow_jobs(run: RunDir, jobs: list[str]) -> None:
-    """Show progress until SLURM has none of `jobs` nor of their successors. Asks squeue, which is cheaper than
-    sacct."""
+def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> None:
+    """Show progress until SLURM has none of `jobs` nor of their successors: any other job of the run, or of the stages
+    `only`. Asks squeue, which is cheaper than sacct."""
     follower = Follower(run)
     quiet = ending = 0
     known = set(jobs)
     try:
         while quiet < 3:  # a job that comes back is away for a moment
-            known |= set(slurm_jobs(run, read_events(run)))
+            events = read_events(run)
+            known.update(*(slurm_jobs(run, events, *of) for of in only) if only else [slurm_jobs(run, events)])
             try:
                 states = scheduler.queued(sorted(known))
             except scheduler.SchedulerError:
@@ -125,7 +134,11 @@ def follow_jobs(run: RunDir, jobs: list[str]) -> None:
             ending = ending + 1 if set(states.values()) == {"COMPLETING"} else 0
             quiet = 0 if states and ending < ENDING_POLLS else quiet + 1
             if states:
-                follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]))
+                stages = {
+                    e["job"]: (e.get("stage", "train"), e.get("set", "")) for e in events if e["event"] == "submitted"
+                }
+                at_work = next((stages.get(job) for job, state in states.items() if state == "RUNNING"), ("", ""))
+                follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]), at_work, states)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         follower.close()

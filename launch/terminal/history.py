@@ -11,8 +11,8 @@ from ddpm.run.paths import RunDir
 
 Event = dict[str, Any]
 HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign",
-          "sha256")  # fmt: skip
-HIDDEN_IN_SHORT = ("world_size", "code", "via", "pid", "despite", "behind", "cluster", "preemption")
+          "sha256", "preemption")  # fmt: skip
+HIDDEN_IN_SHORT = ("world_size", "code", "via", "pid", "despite", "behind", "cluster")
 TAIL_BYTES = 4 << 20
 WORDS = {
     "DUE TO PREEMPTION": "preempted",
@@ -33,7 +33,7 @@ def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
 def short_lines(run: RunDir, events: list[Event]) -> Iterator[str]:
     """The same for a screen, with the most important part of each line first."""
     for e, rest in _told(run, events, (*HIDDEN, *HIDDEN_IN_SHORT)):
-        yield f"{e['time'][5:16].replace('T', ' ')}  {e['event']:14} {rest}  (job {e['job']}, life {e['restart'] + 1})"
+        yield f"{e['time'][5:16].replace('T', ' ')}  {e['event']:14} {rest}  (job {e['job']}.{e['restart']})"
 
 
 def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) -> Iterator[tuple[Event, str]]:

@@ -34,6 +34,12 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
     return [path for _, path in sorted((stat.st_mtime, path) for stat, path in found if stat.st_size)]
 
 
+def job_of(log: Path) -> str:
+    """Whose it is; "" of a job of this machine."""
+    found = re.fullmatch(r"(?:train|sample|evaluate)-(\d+)(?:_\d+)?\.out", log.name)
+    return found[1] if found else ""
+
+
 class Filter:
     """Decides which lines are shown: those of NOISE only with `everything`. `hidden` counts the others."""
 

@@ -44,9 +44,10 @@ class Making(NamedTuple):
         return None
 
 
-def newest(run: RunDir, now: float) -> Making | None:
-    """Of the set that was begun last; None where there is none, or its request cannot be read. now: Unix time."""
-    begun = [s for s in run.sample_sets() if s.request.exists()]
+def newest(run: RunDir, now: float, set_name: str = "") -> Making | None:
+    """Of the set that was begun last, or of one by its name; None where there is none, or its request cannot be read.
+    now: Unix time."""
+    begun = [s for s in run.sample_sets() if s.request.exists() and set_name in ("", s.name)]
     if not begun:
         return None
     made = max(begun, key=lambda s: s.request.stat().st_mtime)

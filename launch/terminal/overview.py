@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.errors import EXIT_BUSY, RequestError
+from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
@@ -24,9 +25,10 @@ from ddpm.run.records import (
     skim_metrics,
 )
 from ddpm.run.state import finished_step
-from ddpm.scoring.record import SCORE_NAMES, all_scores, told
+from ddpm.sampling.request import Request, samples_record
+from ddpm.scoring.record import SCORE_NAMES, all_scores, sampler_words, told
 from launch.cluster.scheduler import Queued, cluster_name
-from launch.queue import local
+from launch.queue import local, nodes, work
 from launch.queue.sets import of_other_samples
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, making, standing
@@ -99,7 +101,8 @@ def describe(
     failed = latest.get("event") == "failed" and state not in AT_WORK
     of_training = _made_of_it(run, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
-    problems = [latest.get("reason") if failed else None, saving, *damage.told[: 1 if closed else None]]
+    died = latest.get("reason") if failed else _died(run, events)
+    problems = [died, saving, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
@@ -117,8 +120,10 @@ def describe(
         "expected_end": made.end(now) if made else _expected_end(config, step, last) if state == "running" else None,
         "making": {"set": made.set_name, "images": made.images, "told": made.told(now)} if made else None,
         "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
+        "stages": {e["job"]: e.get("stage", "train") for e in events if e["event"] == "submitted"},
         "waits": standing.waits(jobs or {}),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
+        "bad_nodes_error": next((e["error"] for e in reversed(events) if e.get("bad_node") and e.get("error")), None),
         "restarts": restarts(events),
         "goodput": goodput.share(spent),
         "allocated_s": {kind: round(s, 1) for kind, s in spent.items()},
@@ -148,10 +153,15 @@ def _training(
 
 def _made_of_it(run: RunDir, damage: Damage) -> dict[str, Any]:
     """Its sample sets and their scores."""
-    samples = damage.read(lambda: {s.name: _shards(s) for s in run.sample_sets()}) or {}
+    sets = damage.read(lambda: {s.name: _set(run, s) for s in run.sample_sets()}) or {}
     damage.read(lambda: _check_sets(run, damage))
     scores, told_of = damage.read(lambda: _scores(run, damage)) or ({}, {})
-    return {"samples": samples, "scores": scores, "scores_told": told_of}
+    return {
+        "samples": {name: of.pop("shards") for name, of in sets.items()},
+        "sets": sets,
+        "scores": scores,
+        "scores_told": told_of,
+    }
 
 
 def restarts(events: list[dict[str, Any]]) -> int:
@@ -196,6 +206,17 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
     minutes = (time.time() - seconds(last["time"])) / 60
     late = f"nothing was saved for {minutes:.0f} minutes, though a save is due every {every:g}: its log says why"
     return late if minutes > OVERDUE * every + 1 else None
+
+
+def _died(run: RunDir, events: list[dict[str, Any]]) -> str | None:
+    """Why the last life ended that died by itself, while none has begun since and its job waits to; in words."""
+    lives = [e for e in events if e["event"] in (*LIVES, *TRAINING)]
+    last: dict[str, Any] = lives[-1] if lives else {}
+    if last.get("event") != "requeued" or not last.get("error"):
+        return None
+    mend = f"; mend the site profile's `setup`, then {work.to_end(run)}, and submit again with --profile"
+    alike = nodes.by_the_profile(events, nodes.setup_line(last)[1])
+    return f"its last life died on node {last.get('bad_node')}: {last['error']}{mend if alike else ''}"
 
 
 def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> None:
@@ -258,9 +279,20 @@ def _config(run: RunDir, damage: Damage) -> Config | None:
     return config
 
 
-def _shards(of: SampleSet) -> str:
-    asked = (read_json(of.request) or {}).get("shards")
-    return f"{of.num_published()}/{asked if isinstance(asked, int) else '?'}"
+def _set(run: RunDir, of: SampleSet) -> dict[str, Any]:
+    """Its shards; the step that it is of, None where its request cannot be read; in words what it is of."""
+    asked, done = read_json(of.request) or {}, of.num_published()
+    num = asked.get("shards")
+    found: dict[str, Any] = {"shards": f"{done}/{num if isinstance(num, int) else '?'}", "step": None}
+    found["told"] = "request.json is missing or damaged"
+    with contextlib.suppress(DamagedFile, DDPMError):
+        request = Request.from_record(asked)
+        made = making.newest(run, time.time(), of.name) if done < request.shards else None
+        how = sampler_words(samples_record(request)["sampler"])
+        images = f"{made.images if made else 0:,} of " if done < request.shards else ""
+        words = f"step {request.checkpoint.step}, {how}, {request.steps} steps, {images}{request.num_samples:,} images"
+        found |= {"step": request.checkpoint.step, "told": words}
+    return found
 
 
 def _state(

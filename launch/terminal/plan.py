@@ -22,14 +22,14 @@ MEASURED = {(Model(dropout=0.1), 32): (6335, "one H200, bf16")}
 
 
 def print_dry_run(
-    config: Config, site: Site, run: RunDir, stages: list[str], num_images: int | None, recipe: recipes.Recipe | None,
-    *, scripts: bool, in_container: Sequence[str] = (),
+    config: Config, site: Site, run: RunDir, stages: list[str], num_images: int | None, *,
+    scripts: bool, in_container: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """num_images: where it is known without packing; recipe: the file of the config; scripts: those of its jobs too.
+    """num_images: where it is known without packing; scripts: those of its jobs too.
 
     in_container: what the run keeps of how ranks are started in one.
     """
-    for line in lines(config, site, num_images, known_parameters(config, recipe)):
+    for line in lines(config, site, num_images):
         print(f"# {line}")
     print(f"# run directory: {run.path}")
     known = config.train.total_steps is not None
@@ -56,12 +56,12 @@ def print_dry_run(
 
 def print_sweep(
     points: Sequence[tuple[str, Config, Mapping[str, Any]]], stand: Sequence[str], nums: Sequence[int | None],
-    site: Site, recipe: recipes.Recipe | None,
+    site: Site,
 ) -> None:  # fmt: skip
     """points: name, config, and the values that differ, by key; stand: how far each is; nums: its images to sample."""
     asked = []
     for (_, config, _), num in zip(points, nums, strict=True):
-        asked.append([*lines(config, site, num, known_parameters(config, recipe))])
+        asked.append([*lines(config, site, num)])
     print(f"# {_num(len(points), 'run')}, each:")
     for line, *others in zip(*asked, strict=True):
         if set(others) <= {line}:
@@ -76,33 +76,27 @@ def print_sweep(
                 print(f"# {name}: {line}")
 
 
-def lines(config: Config, site: Site, num_images: int | None, num_parameters: int | None) -> Iterator[str]:
-    """num_images, num_parameters: where they are known without data and torch."""
-    yield f"model: {_model(config, num_parameters)}"
+def lines(config: Config, site: Site, num_images: int | None) -> Iterator[str]:
+    """num_images: where it is known without data."""
+    yield f"model: {_model(config)}"
     yield f"data: {_data(config, num_images)}"
     yield f"steps: {_steps(config, num_images)}"
     yield f"GPUs: {_gpus(config, site)}{_cost(config, site)}"
     yield f"time: {_time(site)}"
 
 
-def known_parameters(config: Config, recipe: recipes.Recipe | None) -> int | None:
-    """Where the file says how many, and nothing changes its network."""
-    return recipe.num_parameters if recipe is not None and _network(recipe.config) == _network(config) else None
-
-
 def _network(config: Config) -> tuple[Model, int]:
     return config.model, config.data.image_size
 
 
-def _model(config: Config, num_parameters: int | None) -> str:
+def _model(config: Config) -> str:
     m = config.model
     classes = f"of {m.num_classes} classes" if m.num_classes else "without classes"
     attention = f"attention at {', '.join(map(str, m.attention_resolutions))}" if m.attention_resolutions else ""
-    size = f"{num_parameters / 1e6:.1f} M parameters" if num_parameters else ""
     widths = " ".join(str(m.base_channels * mult) for mult in m.channel_mults)
     told = [
         f"U-Net {classes}",
-        size,
+        f"{config.network.num_parameters / 1e6:.1f} M parameters",
         f"channels {widths}",
         f"{_num(m.blocks_per_level, m.block + ' block')} a level",
         attention,

@@ -2,10 +2,10 @@
 
 Owns: reading what the comment at the top of a config file says, in these words:
 
-    Network: 35,746,307 parameters     Memory: 7.1 GiB     reports FID 3.17 [for 50,000 samples | at epoch 180]
+    Memory: 7.1 GiB     reports FID 3.17 [for 50,000 samples | at epoch 180]
 
 The rest is in the config.
-Must not know: torch, which would take seconds, so it counts nothing itself (tools/inspect_config.py does).
+Must not know: torch, which would take seconds, so it does not estimate memory (tools/inspect_config.py does).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class Recipe:
 
     name: str
     config: Config
-    num_parameters: int | None
     memory_gib: float | None
     fid: str
 
@@ -56,13 +55,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """overrides: key=value, over what the file says. Raises RequestError where that is no valid config."""
     config = reading.load(path, overrides, shelf=SHIPPED / "configs")
     text = header(path.read_text())
-    parameters = re.search(r"\bNetwork: ([\d,]+) parameters", text)
     memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)
     fid = re.search(r"\breports? (?:(no) FID|FID (\d+(?:\.\d+)?(?: for [\d,]+ samples| at epoch \d+)?))", text)
     return Recipe(
         name=path.stem,
         config=config,
-        num_parameters=int(parameters[1].replace(",", "")) if parameters else None,
         memory_gib=float(memory[1]) if memory else None,
         fid=("none" if fid[1] else fid[2]) if fid else "",
     )
@@ -98,7 +95,7 @@ def _row(recipe: Recipe) -> tuple[str, ...]:
     return (
         recipe.name,
         f"{config.data.name} {size}x{size}",
-        "-" if recipe.num_parameters is None else f"{recipe.num_parameters / 1e6:.1f} M",
+        f"{config.network.num_parameters / 1e6:.1f} M",
         str(config.train.global_batch),
         length(config),
         "-" if recipe.memory_gib is None else f"{recipe.memory_gib:g}",

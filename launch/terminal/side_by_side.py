@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
@@ -34,7 +35,9 @@ LONGEST = 24
 """Characters of a value in a table, where there is no room for more."""
 LOSS, VALIDATION = "mean loss", "validation loss"
 WHICH_LOSS = f"over the last {SMOOTHED_LINES} lines of metrics.jsonl"
-OURS = ("run", "step", "loss", LOSS, VALIDATION, "score")
+LEARNED = ("seed", "data", "model", "diffusion", "train")
+"""Sections of the config that a model follows from: their keys get room first, and short names."""
+OURS = ("run", "from", "step", "loss", LOSS, VALIDATION, "score")
 """Columns that are no keys of a config."""
 
 Row = dict[str, Any]
@@ -43,14 +46,16 @@ Row = dict[str, Any]
 def rows(runs: Sequence[RunDir]) -> list[Row]:
     """Each run, the best first: by its score, then by its loss. A row is plain values:
 
-    name, path; sweep: the name of the one that it is of, or None; differs: {"train.lr": 1e-4, …}, what is not the same
+    name, path; sweep: the name of the one that it is of, or None; from: the weights that it started from, or None;
+    differs: {"train.lr": 1e-4, …}, what is not the same
     in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
-    smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "key", "value", "number",
-    "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set: words} of all
-    that hold; problem: what cannot be read, or None.
+    smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "step", "key", "value",
+    "number", "of", "ranked"}, number and of being words, `FID 4.21` and `ddim 100, 50,000 vs train`; scores: {set:
+    words} of all that hold; problem: what cannot be read, or None.
 
-    Scores are ranked by one kind alone, features, reference and number of samples being the same: the one that most of
-    the runs have. Of a run with several of it the lowest is shown; of one with none its newest other, not ranked.
+    Scores are ranked by one kind alone, all but checkpoint and seed being the same (sampler, evaluations, number of
+    samples, reference, features): the one that most of the runs have. Of a run with several of it the lowest is shown;
+    of one with none its newest other, not ranked.
     """
     damages = [Damage() for _ in runs]
     trees = [_config(run, damage) for run, damage in zip(runs, damages, strict=True)]
@@ -64,6 +69,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
             "name": run.name,
             "path": str(run.path),
             "sweep": (usable(run).get("sweep") or {}).get("name"),
+            "from": _came_from(usable(run).get("from")),
             "differs": {key: reading.value_at(tree, key) for key in keys} if tree else {},
             "step": max(saved, metrics[-1]["step"] if metrics else 0),
             "total_steps": tree["train"]["total_steps"] if tree else None,
@@ -80,6 +86,13 @@ def smoothed_loss(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     """The mean over the last SMOOTHED_LINES lines of metrics.jsonl: the number to compare runs by."""
     losses = [m["loss"] for m in metrics[-SMOOTHED_LINES:] if math.isfinite(m["loss"])]
     return sum(losses) / len(losses) if losses else None
+
+
+def _came_from(record: Any) -> str | None:
+    """The weights that a run started from, in short: `mine@300`."""
+    if not isinstance(record, dict) or not record.get("source"):
+        return None
+    return Path(str(record["source"])).name + (f"@{record['step']}" if record.get("step") else "")
 
 
 def _rank(row: Row) -> tuple[bool, float, bool, float]:
@@ -112,19 +125,24 @@ def _scores(run: RunDir, damage: Damage) -> Records:
     return {s.name: s.record for s in sorted(every, key=lambda score: str(score.record.get("created", "")))}
 
 
-def _kind(record: Mapping[str, Any]) -> tuple[int, int, str]:
+Kind = tuple[int, int, int, str]
+
+
+def _kind(record: Mapping[str, Any]) -> Kind:
     """What is the same of two scores that can be ranked; of those the better kind is the greater."""
-    of = [record.get("extractor"), record["reference"].get("digest") or record["reference"]]
-    return -list(SCORE_NAMES).index(key_of(record)), record["num_samples"], json.dumps(of, sort_keys=True)
+    weights = (record.get("checkpoint") or {}).get("weights")
+    reference = record["reference"].get("digest") or record["reference"]
+    of = json.dumps([record.get("extractor"), reference, record.get("sampler"), weights], sort_keys=True)
+    return -list(SCORE_NAMES).index(key_of(record)), record["num_samples"], record["nfe"], of
 
 
-def _most_common(scores: Sequence[Records]) -> tuple[int, int, str] | None:
+def _most_common(scores: Sequence[Records]) -> Kind | None:
     kinds = [{_kind(record) for record in of.values()} for of in scores]
     every = {kind for of in kinds for kind in of}
     return max(every, key=lambda kind: (sum(kind in of for of in kinds), kind), default=None)
 
 
-def _chosen(of: Records, kind: tuple[int, int, str] | None) -> Row | None:
+def _chosen(of: Records, kind: Kind | None) -> Row | None:
     if not of:
         return None
     ranked = [name for name in of if _kind(of[name]) == kind]
@@ -133,7 +151,8 @@ def _chosen(of: Records, kind: tuple[int, int, str] | None) -> Row | None:
     key = key_of(record)
     words = {"number": f"{SCORE_NAMES[key]} {number(record)}"}
     words["of"] = told(record).removeprefix(words["number"]).lstrip(", ")
-    return {"set": name, "key": key, "value": record[key], **words, "ranked": bool(ranked)}
+    step = (record.get("checkpoint") or {}).get("step")
+    return {"set": name, "step": step, "key": key, "value": record[key], **words, "ranked": bool(ranked)}
 
 
 # ---------------------------------------------------------------- as a table
@@ -145,48 +164,60 @@ def show(found: list[Row]) -> None:
 
 
 def page(found: list[Row], width: int) -> list[str]:
-    """The table, and under it what the scores are of, what cannot be ranked, or read, and what had no room."""
+    """The table, and under it what the scores in it are of, those that cannot be ranked with them, and so are not in
+    it, what cannot be read, and what had no room."""
     keys = list(dict.fromkeys(key for row in found for key in row["differs"]))
-    names = dict(zip(keys, short(keys, OURS), strict=True))
-    of = {f"{row['score']['of']} ({row['score']['set']})" for row in found if row["score"]}
+    learned = [key for key in keys if key.partition(".")[0] in LEARNED]
+    names = {key: key for key in keys} | dict(zip(learned, short(learned, OURS), strict=True))
     shown = [
         table.Column("run", (table.value("name"),), needed=True),
         *(table.Column(names[key], (table.value(key), table.value(key, LONGEST))) for key in keys),
+        table.Column("from", (lambda row: row["from"] or "",)),
         table.Column("step", (lambda row: f"{row['step']}/{row['total_steps'] or '?'}",), right=True),
         table.Column(LOSS, (partial(_loss, "loss"),), right=True),
         table.Column(VALIDATION, (partial(_loss, "validation_loss"),), right=True),
-        table.Column("score", (partial(_score, forms=FORMS[len(of) > 1]), partial(_score, forms=FORMS[0]))),
+        table.Column("score", (_score_with_set, _score)),
     ]
     flat = [{**row["differs"], **row} for row in found]
-    lines, left_out = table.fitted(flat, width, shown, ["run", LOSS, *names.values(), "score", VALIDATION, "step"])
-    for note in _notes(found, of, [name for name in (*names.values(), *OURS) if name in left_out]):
+    last = [key for key in keys if key not in learned]
+    by_need = ["run", "score", LOSS, *(names[key] for key in learned), "from", "step", VALIDATION, *last]
+    lines, left_out = table.fitted(flat, width, shown, by_need)
+    for note in _notes(found, [name for name in (*names.values(), *OURS) if name in left_out]):
         lines += textwrap.wrap(plain(note), width, subsequent_indent="  ", break_on_hyphens=False,
                                break_long_words=False)  # fmt: skip
     return lines
-
-
-FORMS = (("number",), ("number", "of", "set"))
 
 
 def _loss(key: str, row: Mapping[str, Any]) -> str:
     return "" if row[key] is None else f"{row[key]:.4f}"
 
 
-def _score(row: Mapping[str, Any], forms: Sequence[str]) -> str:
-    return ", ".join(row["score"][form] for form in forms) if row["score"] else ""
+def _score(row: Mapping[str, Any]) -> str:
+    return _number(row) if row["score"] and row["score"]["ranked"] else ""
 
 
-def _notes(found: list[Row], of: set[str], left_out: list[str]) -> Iterator[str]:
+def _score_with_set(row: Mapping[str, Any]) -> str:
+    return f"{said}, {row['score']['set']}" if (said := _score(row)) else ""
+
+
+def _number(row: Mapping[str, Any]) -> str:
+    """The score, with its step where that is not the run's."""
+    score = row["score"]
+    return str(score["number"]) + ("" if score["step"] in (None, row["step"]) else f" at step {score['step']}")
+
+
+def _notes(found: list[Row], left_out: list[str]) -> Iterator[str]:
     if LOSS not in left_out and any(row["loss"] is not None for row in found):
         yield f"{LOSS}: {WHICH_LOSS}"
-    if len(of) == 1:
-        yield f"score: {', '.join(of)}"
+    ranked = {row["score"]["of"]: None for row in found if row["score"] and row["score"]["ranked"]}
+    if ranked and "score" not in left_out:
+        yield f"score: {'; '.join(ranked)}"
     if len(found) > 1 and not any(row["differs"] for row in found):
         yield "their configs do not differ"
     if left_out:
         yield f"no room for {', '.join(left_out)}: --json has all"
     for row in found:
-        if row["score"] and not row["score"]["ranked"]:
-            yield f"{row['name']}: its score is of other features, samples or another reference: not ranked"
+        if (score := row["score"]) and not score["ranked"]:
+            yield f"{row['name']}: {_number(row)}, {score['of']} ({score['set']}): made otherwise, so not ranked"
         if row["problem"]:
             yield f"{row['name']}: {row['problem']}"

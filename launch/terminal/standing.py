@@ -69,10 +69,13 @@ def word(f: Facts) -> str:
     last: dict[str, Any] = tale[-1] if tale else {}
     if last.get("event") in ("failed", "cancelled"):
         return str(last["event"])
+    ending = {stages.get((job, f.cluster), "train") for job in jobs.keys() - active.keys()}
     if f.finished:
-        return "complete"
+        return "completing" if ending & {*LATER} else "complete"
     if f.stop_file or (last.get("event"), last.get("reason")) == ("stop_requested", "STOP"):
         return "stopped"
+    if ending - {*LATER}:  # it was pre-empted, maybe, and what waits for it waits on
+        return "completing"
     if active:  # what is to follow a training of which nobody knows how it ended
         return _in_queue(active)
     if jobs:

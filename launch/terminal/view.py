@@ -60,15 +60,27 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
         yield f"{row['making']['set']}: {row['making']['told']}"
     if details and row["validation_loss"] is not None:
         yield f"validation loss {row['validation_loss']:.4f}"
-    if details or "score" in left_out:
-        yield from (f"{name}: {told}" for name, told in row["scores_told"].items())
+    if details:
+        yield from _samples_and_scores(row)
+    elif "score" in left_out and row["scores_told"]:
+        yield table.score(row)
     for wait in row["waits"]:
         if wait["next_step"] or wait["expected_start"] or ("waits for" in left_out and wait["reason"] != "Dependency"):
             yield f"job {wait['job']} waits: {standing.line(wait)}"
     if row["bad_nodes"] and details:
-        yield f"lives of it died by themselves on {', '.join(row['bad_nodes'])}"
+        error = f": {row['bad_nodes_error']}" if row["bad_nodes_error"] and not row["problem"] else ""
+        yield f"lives of it died by themselves on {', '.join(row['bad_nodes'])}{error}"
     if row["problem"]:
         yield row["problem"]
+
+
+def _samples_and_scores(row: Row) -> Iterator[str]:
+    """A line for each score, and each set that has none."""
+    scored = {name.partition("/")[0] for name in row["scores_told"]}
+    yield from (f"{name}: {of['told']}, no score" for name, of in row["sets"].items() if name not in scored)
+    for name, told in row["scores_told"].items():
+        step = row["sets"].get(name.partition("/")[0], {}).get("step")
+        yield f"{name}: {told}{'' if step is None else f', step {step}'}"
 
 
 def where_time_went(row: Row) -> str:

@@ -36,6 +36,16 @@ def test_data_of_ones_own_are_looked_at_as_a_submission_does(shell: Shell) -> No
     )
 
 
+def test_the_space_is_that_of_the_config_given_whatever_its_file_says(shell: Shell) -> None:
+    def told(*words: str) -> str:
+        done = shell("doctor", *words, "checkpoint.milestone_every_steps=100", "train.total_steps=200")
+        return re.search(r"a run has about (.*) in the end", done.stdout)[1]
+
+    header = "# Network: 35,746,307 parameters.\n"
+    (shell.cwd / "mine.yaml").write_text(header + "model: {base_channels: 8}\nsample: {num_samples: 10, shards: 1}\n")
+    assert told("mine.yaml").endswith("MiB") and told("mine.yaml", "model.base_channels=256").endswith("GiB")
+
+
 def test_what_makes_no_sense_is_refused(shell: Shell) -> None:
     assert "nothing to ask" in shell.refused("doctor", "--cluster", "local")
     assert "no such" in shell.refused("doctor", "--profile", "nowhere")

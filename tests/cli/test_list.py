@@ -60,7 +60,7 @@ def test_a_pipe_gets_plain_lines_that_are_not_wrapped(shell: Shell) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_header_is_understood(path: Path) -> None:
     recipe = recipes.read(path)
-    assert recipe.num_parameters is not None
+    assert f"Network: {recipe.config.network.num_parameters:,} parameters" in recipes.header(path.read_text())
     if path.stem != "quickstart":  # made here, not reported by anyone
         assert recipe.fid
 
@@ -80,18 +80,18 @@ def test_what_a_header_does_not_say_is_a_dash(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "bare.yaml").write_text("seed: 1\n")
     recipes.print_table(tmp_path)
     table = rows(capsys.readouterr().out)
-    assert table["mine"].split() == ["mine", "cifar10", "32x32", "-", "128", "1,000,000", "images", "-", "-"]
-    assert table["bare"].split() == ["bare", "cifar10", "32x32", "-", "128", "800,000", "steps", "-", "-"]
+    assert table["mine"].split() == ["mine", "cifar10", "32x32", "35.7", "M", "128", "1,000,000", "images", "-", "-"]
+    assert table["bare"].split() == ["bare", "cifar10", "32x32", "35.7", "M", "128", "800,000", "steps", "-", "-"]
 
 
 def test_numbers_in_a_header_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "told.yaml").write_text(
-        '# Doe, Roe 2031, "A [bold] title": a network.\n#\n# Network: 1,250,000 parameters. They report\n'
-        "# FID 4.2. Memory: 3.5 GiB.\nname: told\n# Memory: 9 GiB: no header any more\n"
+        '# Doe, Roe 2031, "A [bold] title": a network.\n#\n# They report\n'
+        "# FID 4.2. Memory: 3.5 GiB.\nname: told\nmodel: {base_channels: 64}\n# Memory: 9 GiB: no header any more\n"
     )
     recipes.print_table(tmp_path)
     told = rows(capsys.readouterr().out)["told"]
-    wanted = "told cifar10 32x32 1.2 M 128 800,000 steps 3.5 4.2"
+    wanted = "told cifar10 32x32 9.0 M 128 800,000 steps 3.5 4.2"
     assert " ".join(told.split()) == wanted
 
 

@@ -104,6 +104,10 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     done = again("evaluate", "--compare", "tiny/a", "tiny/b")
     assert done.returncode == 0, done.stderr
     assert "+4 ± 3" in done.stdout and "62" in done.stdout and "fewer samples than the 768 dimensions" in done.stdout
+    rows = json.loads(again("evaluate", "tiny", "--compare", "a", "b", "--json").stdout)
+    assert [(row["set"], row["score"]["nfe"], row["difference"] and row["difference"]["value"]) for row in rows] == [
+        ("a", 4, None), ("b", 4, 4.0)
+    ]  # fmt: skip
     other = again.refused("evaluate", "tiny", "--compare", "a", "c")  # of what the run was not trained on
     assert "c: no score against train" in other
     (scores / "b.json").write_text(json.dumps({**read(scores / "b.json"), "frechet_distance": 1.0}))
@@ -158,7 +162,8 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
 
 
 def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:
-    assert "digits has no such images, and has train" in again.refused("evaluate", "tiny", "--bits-per-dim")
+    told = again.refused("evaluate", "tiny", "--bits-per-dim")
+    assert "of the test images, and digits has none here: --reference train" in told
     words = ["tiny", "--bits-per-dim", "--reference", "train", "--step", "400", "--num-images"]
     assert "--num-images 0: must be from 1 to" in again.refused("evaluate", *words, "0")
     done = again("evaluate", *words, "20")

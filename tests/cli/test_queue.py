@@ -139,6 +139,22 @@ def test_what_waits_in_the_queue_is_not_removed(shell: Shell, slurm: Path) -> No
     assert (shell.root / "tiny").exists()
 
 
+def test_samples_that_are_in_the_queue_are_said_to_be_where_a_score_is_asked_for(shell: Shell, slurm: Path) -> None:
+    shell("submit", "tiny.yaml", *SLURM, "--then", "sample,evaluate")
+    told = shell("evaluate", "tiny").stderr
+    assert told == f"error: run tiny has no samples yet; they are in the queue: {TINY_SET} as job 101\n"
+    shell.put("squeue", "exit 0")
+    assert "has no samples yet: python launch/sample.py" in shell("evaluate", "tiny").stderr
+
+
+def test_png_files_that_wait_for_shards_are_said_to_with_the_command_that_makes_them(again: Shell, slurm: Path) -> None:
+    made = f"python launch/sample.py {again.root}/tiny --set cats --png makes them, once the shards are done"
+    for how in (["--prepare"], [], []):
+        done = again("sample", "tiny", "--set", "cats", "--shards", "1", "--png", *how, *SLURM)
+        assert done.returncode == 0 and f"no PNG files yet: {made}" in done.stdout, done.stdout + done.stderr
+    assert "PNG" not in again("sample", "tiny", "--set", "cats", *SLURM).stdout
+
+
 def test_a_set_with_eta_is_another_set_than_the_one_without(again: Shell) -> None:
     samples = again.root / "tiny" / "samples"
     before = snapshot(samples / TINY_SET)

@@ -120,6 +120,31 @@ def test_litter_of_other_systems_is_no_part_of_a_run_and_what_cannot_be_looked_i
     assert told_of["checkpoints/"][0] == "damaged" and told_of[f"{SET}/request.json"][0] == "holds"
 
 
+def test_where_every_checkpoint_is_damaged_all_say_that_none_goes_on(again: Shell) -> None:
+    run = again.root / RUN
+    for path in (run / "checkpoints").glob("step-*.pt"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    lines_told = again("recover", RUN).stdout.splitlines()
+    verdicts = [line.split()[0] for line in lines_told[: lines_told.index("What can be done:")]]
+    assert verdicts == sorted(verdicts, key="damaged".__eq__) and "damaged" in verdicts  # last, where they are seen
+    told = lines_told[-1]
+    assert told.endswith("a submission would be refused (none of its checkpoints holds)")
+    done = again.submit("train.total_steps=500")
+    assert done.returncode == 2 and "every checkpoint in" in done.stderr and "--rebuild" in done.stderr, done.stderr
+    assert "it goes on from" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_run_without_its_config_is_not_taken_for_another_recipe(again: Shell) -> None:
+    run = again.root / RUN
+    (run / "config.yaml").unlink()
+    told = again.refused("submit", str(run), "--cluster", "local")
+    assert f"{run}/config.yaml is missing: restore it (it was submitted with: " in told and "did you mean" not in told
+    (run / "run.json").write_text(json.dumps({"command": ["python", "launch/submit.py", str(run), "seed=0"]}))
+    assert f"{run}/config.yaml is missing: restore it from a copy of the run" in again.refused("submit", str(run))
+
+
 def test_a_copy_without_manifests_is_refused_by_submit_and_mended_by_rebuilding_them(again: Shell) -> None:
     run = again.root / RUN
     manifests = {p: p.read_bytes() for p in (run / "checkpoints").glob("step-*.json")}

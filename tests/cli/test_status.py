@@ -36,6 +36,7 @@ def test_status_as_json_has_every_field_of_a_finished_run(finished: Shell) -> No
     assert row["loss"] > 0 and row["images_per_s"] > 0 and row["epoch"] > 1 and 0 < row["goodput"] <= 1
     assert row["heartbeat_age_s"] > 0 and row["host"] == socket.gethostname() and row["jobs"] == {}
     assert row["samples"] == {TINY_SET: "2/2"}
+    assert row["sets"] == {TINY_SET: {"step": 400, "told": "step 400, ddim, 4 steps, 25 images"}}
     assert row["scores"][TINY_SET]["num_samples"] == 25 and row["scores"][TINY_SET]["frechet_distance"] > 0
     assert snapshot(finished.root) == before
 

@@ -549,6 +549,20 @@ def test_what_is_no_row_of_images_makes_no_grid(images, columns, message):
         ddpm.grid(images, columns=columns)
 
 
+def test_a_small_network_is_sampled_by_one_thread_and_the_callers_threads_stay(run, monkeypatch):
+    model, before, seen = ddpm.load(run.path, device="cpu"), torch.get_num_threads(), []
+    forward = model.network.forward
+    monkeypatch.setattr(
+        model.network, "forward", lambda *a, **k: seen.append(torch.get_num_threads()) or forward(*a, **k)
+    )
+    torch.set_num_threads(2)
+    try:
+        model.sample(2, steps=2)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_num_must_be_positive(run):
     with pytest.raises(RequestError, match=r"sample\.num_samples = 0"):
         load(run.path).sample(0)

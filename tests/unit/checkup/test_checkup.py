@@ -1,6 +1,7 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
 import errno
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -11,9 +12,10 @@ from ddpm.config.data import Data
 from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
-from launch import doctor
-from launch.checkup import files, node, profile
+from launch.checkup import cluster, files, node, profile
 from launch.cluster import inquiry, scheduler
+from launch.cluster.environment import PROJECT
+from launch.cluster.job import Job
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 
@@ -22,9 +24,9 @@ def test_the_space_of_a_run_is_that_of_its_end() -> None:
     kept = Checkpoint(keep_last=2, milestone_every_steps=25, milestone_every_epochs=None)
     train, sample = Train(total_epochs=4, global_batch=10), Sample(num_samples=7, shards=1)
     config = Config(name="x", train=train, checkpoint=kept, sample=sample, data=Data(image_size=16))
-    samples = 7 * 16 * 16 * 3
-    assert files.space_of_a_run(config, 1000, 250) == ((4 + 2) * 16_000 + (4 + 1) * 4_000 + samples, 4)
-    assert files.space_of_a_run(config, 1000, None) == (2 * 16_000 + 4_000 + samples, 0)
+    samples, num = 7 * 16 * 16 * 3, config.network.num_parameters
+    assert files.space_of_a_run(config, 250) == ((4 + 2) * 16 * num + (4 + 1) * 4 * num + samples, 4)
+    assert files.space_of_a_run(config, None) == (2 * 16 * num + 4 * num + samples, 0)
 
 
 @pytest.mark.parametrize("extractor", ["inception", "dinov2"])
@@ -36,7 +38,7 @@ def test_weights_that_scores_need_are_there_or_fetched_or_brought_by_hand(
 
     def told(unreachable: str) -> files.Finding:
         monkeypatch.setattr(files, "_unreachable", lambda host: unreachable)
-        return list(files.storage(config, tmp_path, tmp_path / "cache", 1000, None))[-1]
+        return list(files.storage(config, tmp_path, tmp_path / "cache", None))[-1]
 
     lacking = told("github.com does not answer")
     assert lacking.verdict == "warn" and f"prefetch.py --from {files.FETCHED[extractor]}" in lacking.remedy
@@ -53,12 +55,8 @@ def test_a_root_without_room_for_a_file_is_none_without_locks(tmp_path: Path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    (found,) = files.storage(Config(name="x"), tmp_path, tmp_path, 1000, None)
+    (found,) = files.storage(Config(name="x"), tmp_path, tmp_path, None)
     assert found.verdict == "fail" and "cannot be written (No space left on device)" in found.what
-
-
-def test_the_network_is_counted_where_its_file_does_not_say() -> None:
-    assert doctor.count(Config(name="x")) == 35_746_307
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
@@ -78,3 +76,36 @@ def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monk
     assert "time: 4h " in drafted and "account" not in drafted and "partition: gpu\n" in drafted
     monkeypatch.setattr(inquiry, "accounts", lambda: ["a", "b"])
     assert "# account: one of a, b\n" in profile.draft(Site(partition="gpu", gpus_per_node=1))
+
+
+@pytest.mark.parametrize(("setup", "told"), [
+    ("modul load x", ["modul: command not found", "setup failed on n1 (exit code 127): modul load x"]),
+    ("exit 3", ["setup failed on n1: it ended the shell (exit code 3), at the line: exit 3"]),
+    ("return 0", ["setup failed on n1: it ended the shell (exit code 1), at the line: return 0"]),
+])  # fmt: skip
+def test_a_setup_line_that_would_end_a_job_ends_the_probe_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: str, told: list[str]
+) -> None:
+    def run_here(job: Job, home: dict[str, str], script: Path, asked: Path, log: Path) -> str:
+        env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": "echo", "PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "n1"}
+        with log.open("w") as out:
+            done = subprocess.run(["bash", str(script), str(asked)], env=env, stdout=out, stderr=out)
+        assert done.returncode != 0
+        return "17"
+
+    monkeypatch.setattr(node, "settle", lambda site, dry_run: site)
+    monkeypatch.setattr(inquiry, "submit_probe", run_here)
+    monkeypatch.setattr(scheduler, "look_up", lambda jobs: {})
+    monkeypatch.setattr(node, "POLL_S", 0)
+    (found,) = node.probe(Site(setup=("export A=1", setup)), tmp_path, patience_s=60)
+    assert found.verdict == "fail" and all(line in found.what for line in told) and "`setup`" in found.remedy
+
+
+def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(site: Site) -> str:
+        return next(cluster._site(site, Path("runs"))).what
+
+    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
+    whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
+    assert told(Site(gpus_per_node=1)) == whole
+    assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"

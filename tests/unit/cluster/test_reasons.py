@@ -3,6 +3,7 @@
 import pytest
 
 from launch.cluster import reasons, scheduler, slurm
+from launch.terminal import columns
 
 SAID = """\
 17 17 PENDING N/A PartitionConfig
@@ -24,6 +25,7 @@ SAID = """\
 36 36 PENDING N/A AssocGrpGRESMinutes
 37 37 PENDING N/A QOSMaxJobsPerUserLimit
 38 38 PENDING N/A SomethingNew
+28 28 PENDING N/A ReqNodeNotAvail, Reserved for maintenance
 39 39 SUSPENDED 2026-11-26T20:13:42 None
 41 41 PENDING N/A Dependency
 42 42 PENDING N/A DependencyNeverSatisfied
@@ -50,7 +52,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, reasons.Wait | None]:
     ("41", "waits for the job before it to end", ""),
     ("42", "will not end as it asks", "scancel 42, and submit again"),
     ("23", "its owner holds it", "scontrol release 23"),
-    ("29", "down, drained or reserved", "sinfo -R"),
+    ("28", "down, drained or reserved: Reserved for maintenance", "sinfo -R"),
+    ("29", "kept for jobs in partitions of higher priority", "another --partition"),
     ("30", "a node failed to start it", "scontrol release 30"),
     ("32", "n[1-3]", "sinfo -R"),
     ("33", "a node failed to start it", "scontrol release 33"),
@@ -84,3 +87,14 @@ def test_slurms_expected_start_is_told_where_it_says(waits: dict[str, reasons.Wa
 
 def test_what_runs_is_suspended_or_ends_waits_for_nothing(waits: dict[str, reasons.Wait | None]) -> None:
     assert [waits[job] for job in ("25", "26", "39", "40")] == [None] * 4
+
+
+def test_a_reason_that_is_a_sentence_is_passed_on_whole_and_begins_in_the_table(
+    waits: dict[str, reasons.Wait | None],
+) -> None:
+    told = waits["29"]
+    assert told is not None
+    sentence = "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions"
+    assert f"({sentence})" in str(told) and told.to_json()["reason"] == sentence
+    waiting = next(column for column in columns.COLUMNS if column.name == "waits for")
+    assert waiting.forms[0]({"state": "queued", "waits": [told.to_json()]}) == "Nodes required for job are …"

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from launch.life import gathering, last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.life.progress import progress
+from launch.queue import nodes
 from tests.saves import Unreadable
 
 Shell = Callable[..., int]
@@ -544,6 +546,26 @@ def test_a_life_that_died_by_itself_is_put_back_elsewhere_with_what_waits_for_it
     dies_on(run, shell_ends, monkeypatch, "n1", 127, "bash: python: command not found")
     assert cluster.requeued == ["17"] and cluster.avoided == [(job, "n9,n1") for job in ("17", "18", "19")]
     assert (last(run)["bad_node"], last(run)["error"]) == ("n1", "bash: python: command not found")
+
+
+SETUP_FAILED = "/code/slurm/setup.sh: line 24: {}\nsetup failed on {} (exit code {}): {}"
+
+
+@pytest.mark.parametrize(("said", "code", "blamed"), [
+    ("modul: command not found", 127, []), ("module: cannot load cuda/99", 1, ["n1"]),
+])  # fmt: skip
+def test_a_setup_line_that_is_no_command_or_fails_on_two_nodes_is_the_profiles_fault(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch,
+    said: str, code: int, blamed: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(nodes, "MENDED_AFTER_S", math.inf)  # the events here have another year's time
+    line = said.partition(":")[0] + " load x"
+    dies_on(run, shell_ends, monkeypatch, "n1", code, SETUP_FAILED.format(said, "n1", code, line))
+    assert [out for job, out in cluster.avoided if job == "17"] == nodes.bad_nodes(run) == blamed
+    assert nodes.bad_nodes(run, ["module load y"]) == []  # that line is not in the profile any more
+    assert last(run)["error"] == f"{said}; setup failed on n1 (exit code {code}): {line}"
+    dies_on(run, shell_ends, monkeypatch, "n2", code, SETUP_FAILED.format(said, "n2", code, line))
+    assert [out for job, out in cluster.avoided if job == "17"] == blamed and nodes.bad_nodes(run, [line]) == []
 
 
 @pytest.mark.parametrize(("nodes", "excluded", "avoided"), [

@@ -52,6 +52,20 @@ def _num_attentions(modules: Sequence[nn.Module] | nn.Module) -> list[int]:
     return [sum(isinstance(m, Attention) for m in module.modules()) for module in modules]
 
 
+@pytest.mark.parametrize("changes", [
+    {}, PLAIN, {"downsample": "conv_asymmetric"}, {"attention_resolutions": (), "middle_attention": False},
+    {"attention_resolutions": (16, 8), "attention_in": "encoder"}, {"attention_in": "decoder"},
+    {"time_embed_channels": 48}, {"num_classes": 3}, {"num_classes": 3, "null_label": True}, {"in_channels": 1},
+    {"channel_mults": (1, 2, 1), "blocks_per_level": 2}, {"channel_mults": (2,), "attention_resolutions": ()},
+])  # fmt: skip
+def test_a_structure_knows_the_number_of_its_networks_parameters(changes) -> None:
+    with torch.device("meta"):
+        model = _small(**changes)
+    s = {"image_size": 16, "base_channels": 32, "channel_mults": (1, 2), "blocks_per_level": 1,
+         "attention_resolutions": (8,), "attention_heads": 2}  # fmt: skip
+    assert Structure(**{**s, **changes}).num_parameters == sum(p.numel() for p in model.parameters())
+
+
 def test_the_default_is_the_papers_cifar10_network():
     with torch.device("meta"):
         model = UNet(image_size=32)

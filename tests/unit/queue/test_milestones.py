@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ddpm.config.sample import Milestones
+from ddpm.config.sample import Milestones, Sample
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.files import sign
@@ -30,6 +30,10 @@ def test_a_milestone_is_sampled_as_the_config_says_but_for_its_number() -> None:
     assert (sampled.sample.num_samples, sampled.sample.shards, sampled.sample.batch) == (600, 2, 500)
     assert sampled.digest() == Config().digest()
     assert milestones.sampled_as(Config()).sample.num_samples == 5000
+    few = Config().model_copy(update={"sample": Sample(num_samples=60, shards=2)})
+    assert milestones.sampled_as(few).sample.num_samples == 60
+    assert milestones.how_many(few).startswith("60 samples of each, by the config's sample.num_samples (at most 5,000")
+    assert milestones.how_many(config_of(num_samples=600)) == "600 samples of each, by the config's evaluate.milestones"
 
 
 def scored(run: RunDir, config: Config, step: int, value: float) -> str:

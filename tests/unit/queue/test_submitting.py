@@ -23,6 +23,7 @@ from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job, numbers, share
 from launch.cluster.site import Site, Stage
 from launch.queue import chain, submitting, waiting
+from launch.queue.nodes import bad_nodes
 from tests.cli.harness import TINY
 
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
@@ -163,6 +164,24 @@ def died_on(run: RunDir, node: str, when: str) -> None:
     EventLog(run, "7", 0, "host").append("requeued", bad_node=node, time=when)
 
 
+def test_a_setup_line_that_fails_on_two_nodes_is_not_the_nodes_fault(run: RunDir) -> None:
+    def died(node: str, restart: int, error: str, *, began: bool = False) -> None:
+        log = EventLog(run, "7", restart, node)
+        if began:
+            log.append("started")
+        log.append("requeued", bad_node=node, error=error)
+
+    died("n1", 0, "setup failed on n1 (exit code 1): module load x")
+    assert bad_nodes(run) == ["n1"]
+    died("n2", 1, "setup failed on n2 (exit code 1): module load x")
+    assert bad_nodes(run) == []
+    died("n3", 2, "RuntimeError: CUDA error: uncorrectable ECC error", began=True)
+    died("n4", 3, "RuntimeError: CUDA error: uncorrectable ECC error", began=True)
+    died("n5", 4, "")
+    died("n6", 5, "")
+    assert bad_nodes(run) == ["n3", "n4", "n5", "n6"]
+
+
 @pytest.mark.parametrize(("asked", "excluded"), [("", "n2"), ("n1", "n1,n2")])
 def test_what_is_queued_while_a_life_of_the_first_dies_on_a_node_does_without_it_too(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, asked: str, excluded: str
@@ -189,6 +208,7 @@ def test_what_is_queued_while_a_life_of_the_first_dies_on_a_node_does_without_it
     (["n1", "n3"], {}, ""), (["n1", "n2", "n3"], {"nodes": 3}, ""),
     (["n1", "n2", "n3", "n4"], {"exclude": "n1,n3"}, "n1,n3"),
     (["n1", "n2", "n3", "n4"], {"sbatch": {"exclude": "n1"}}, "n1,n2"),
+    (["n1", "n2", "n3", "n4"], {"exclude": "none"}, ""),
 ])  # fmt: skip
 def test_a_new_job_does_without_a_node_on_which_a_life_of_the_run_died_by_itself(
     run: RunDir, cluster: Cluster, via: str, nodes: list[str], asked: dict[str, Any], excluded: str

@@ -10,8 +10,9 @@ from ddpm.run.files import stamp
 NOTHING: dict[str, Any] = {
     "name": "run", "path": "/runs/run", "state": "prepared", "step": 0, "saved_step": 0, "total_steps": 800_000,
     "loss": None, "validation_loss": None, "images_per_s": None, "epoch": None, "expected_end": None, "jobs": {},
-    "waits": [], "bad_nodes": [], "restarts": 0, "goodput": None, "allocated_s": {}, "heartbeat_age_s": None,
-    "host": None, "making": None, "samples": {}, "scores": {}, "scores_told": {}, "problem": None,
+    "waits": [], "bad_nodes": [], "bad_nodes_error": None, "restarts": 0, "goodput": None, "allocated_s": {},
+    "heartbeat_age_s": None, "host": None, "making": None, "stages": {}, "sets": {}, "samples": {}, "scores": {},
+    "scores_told": {}, "problem": None,
 }  # fmt: skip
 PRIORITY = {"job": "1234567", "reason": "Priority", "words": "others are before it", "next_step": "",
             "can_start": True, "held": False, "expected_start": None}  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
-from launch.cluster import slurm
+from launch.cluster import scheduler, slurm
 from launch.queue import chain
 from launch.terminal import console, faults, follow
 from launch.terminal.results import print_score
@@ -66,6 +68,37 @@ def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, caps
     shutil.rmtree(made.path)
     follow.Follower(run).show("17:RUNNING")
     assert capsys.readouterr().out == "17:RUNNING\n"
+
+
+def test_one_set_is_waited_for_and_told_of_whatever_else_of_the_run_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    for job, stage, name in (("17", "sample", "fast"), ("18", "sample", "paper"), ("19", "evaluate", "fast"),
+                             ("20", "train", ""), ("21", "sample", "fast")):  # fmt: skip
+        EventLog(run, job, 0, "n1", prefix="submit-").append("submitted", stage=stage, set=name)
+    for name, age_s in (("fast", 10), ("paper", 0)):
+        made = run.sample_set(name)
+        made.path.mkdir(parents=True)
+        made.request.write_text('{"shards": 4, "num_samples": 402}')
+        os.utime(made.request, (time.time() - age_s,) * 2)
+    run.sample_set("fast").shard_manifest(0, 4).touch()
+    asked: list[list[str]] = []
+
+    def queued(jobs: list[str]) -> dict[str, str]:
+        asked.append(jobs)
+        return dict.fromkeys(jobs, "RUNNING") if len(asked) < 2 else {}
+
+    monkeypatch.setattr(scheduler, "queued", queued)
+    monkeypatch.setattr(follow, "POLL_S", 0)
+    follow.follow_jobs(run, ["17"], [("sample", "fast")])
+    assert {tuple(jobs) for jobs in asked} == {("17", "21")}
+    assert re.match(r"17:RUNNING 21:RUNNING shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
+    asked.clear()
+    follow.follow_jobs(run, ["20"])
+    assert asked[0] == ["17", "18", "19", "20", "21"]
+    follow.Follower(run).show("20:RUNNING", ("train", ""))
+    assert "shards" not in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.fixture

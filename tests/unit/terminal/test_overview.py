@@ -152,3 +152,13 @@ def test_a_job_here_that_waits_for_another_runs_is_queued_and_none_of_it_is_runn
         mine.kill()
     assert (waits["state"], waits["jobs"]) == ("queued", {"local-1": "PENDING"})
     assert begins["state"] != "queued" and begins["jobs"] == {"local-1": "RUNNING"}
+
+
+@pytest.mark.parametrize("setup", [True, False])
+def test_why_the_last_life_died_is_told_until_another_begins(run: RunDir, setup: bool) -> None:
+    why = "modul: command not found; setup failed on n1 (exit code 127): modul load x" if setup else "RuntimeError: x"
+    tell(run, "requeued", bad_node="n1", error=why)
+    problem = describe(run, {})["problem"]
+    assert f"died on node n1: {why}" in problem and ("mend the site profile's `setup`" in problem) is setup
+    tell(run, "resumed", restart=1, step=0)
+    assert why not in (describe(run, {})["problem"] or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from tests.cli.harness import TINY
 def made(
     root: Path, name: str, *words: str, losses: tuple[float, ...] = (), scores: dict[str, Any] | None = None,
     record: dict[str, Any] | None = None, validation: float | None = None,
+    made_otherwise: dict[str, dict[str, Any]] | None = None,
 ) -> RunDir:  # fmt: skip
-    """A run of these words with a line of metrics for each loss, and scores: set -> (value, number of samples)."""
+    """A run of these words with a line of metrics for each loss, and scores: set -> (value, number of samples);
+    made_otherwise: set -> what its record says instead."""
     run = RunDir(root / name)
     run.eval.mkdir(parents=True)
     run.config.write_text(reading.of_text(TINY, Path("tiny.yaml"), [f"name={name!r}", *words]).to_yaml())
@@ -32,7 +35,7 @@ def made(
     for set_name, (value, num) in (scores or {}).items():
         of = {"reference": {"name": "digits", "split": "train", "digest": "d"}, "extractor": {"name": "inception"},
               "sampler": {"name": "ddim"}, "num_samples": num, "nfe": 4}  # fmt: skip
-        run.score(set_name).write_text(json.dumps({"fid": value, **of}))
+        run.score(set_name).write_text(json.dumps({"fid": value, **of, **(made_otherwise or {}).get(set_name, {})}))
     return run
 
 
@@ -64,9 +67,59 @@ def test_runs_are_sorted_by_score_then_loss_with_the_keys_alone_that_differ(tmp_
     page = side_by_side.page(rows, 200)
     assert page[0].split() == ["run", "channel_mults", "lr", "step", "mean", "loss", "validation", "loss", "score"]
     assert good["validation_loss"] == 0.0456 and "  0.0456  " in page[1]
-    assert "FID 3.00, ddim 4, 50,000 vs train, a" in page[1] and any("few: its score is of other" in x for x in page)
+    assert "FID 3.00, a" in page[1] and any(x.startswith("few: FID 1.00, (fewer") for x in page)
     page = side_by_side.page([good], 200)
-    assert page[1].endswith("FID 3.00") and "score: ddim 4, 50,000 vs train (a)" in page
+    assert page[1].endswith("FID 3.00, a") and "score: ddim 4, 50,000 vs train" in page
+
+
+@pytest.mark.parametrize("otherwise", [
+    {"sampler": {"name": "ancestral"}, "nfe": 1000}, {"nfe": 1000}, {"sampler": {"name": "ddim", "eta": 1.0}},
+    {"sampler": {"name": "ddim", "guidance": 2.0}}, {"sampler": {"name": "ddim", "class_plan": [10, 90]}},
+    {"num_samples": 10_000}, {"extractor": {"name": "pixels"}},
+    {"reference": {"name": "digits", "split": "test", "digest": "e"}},
+    {"checkpoint": {"step": 60, "weights": "model"}},
+])  # fmt: skip
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_only_scores_made_alike_share_the_column(tmp_path: Path, width: int, otherwise: dict[str, Any]) -> None:
+    runs = [
+        made(tmp_path, "a", "seed=1", scores={"fast": (166.0, 50_000)}),
+        made(tmp_path, "b", "seed=2", scores={"fast": (192.0, 50_000)}),
+        made(tmp_path, "mine", scores={"paper": (14.0, 50_000)}, made_otherwise={"paper": otherwise}),
+        made(
+            tmp_path,
+            "both",
+            scores={"paper": (13.0, 50_000), "fast": (170.0, 50_000)},
+            made_otherwise={"paper": otherwise},
+        ),
+    ]
+    rows = side_by_side.rows(runs)
+    assert [(row["name"], row["score"]["value"], row["score"]["ranked"]) for row in rows] == [
+        ("a", 166.0, True), ("both", 170.0, True), ("b", 192.0, True), ("mine", 14.0, False)
+    ]  # fmt: skip
+    page = side_by_side.page(rows, width)
+    of_mine = next(i for i, line in enumerate(page) if line.startswith("mine: "))
+    assert "14.0" not in " ".join(page[:of_mine]) and "score: ddim 4, 50,000 vs train" in page
+    assert "mine: FID 14.0" in page[of_mine] and "made otherwise" in re.sub(r"\s+", " ", " ".join(page[of_mine:]))
+
+
+def test_scores_losses_and_what_a_model_follows_from_have_room_before_the_rest(tmp_path: Path) -> None:
+    words = ["train.lr=4e-3", "sample.steps=5", "sample.batch=4", "checkpoint.keep_last=2", "evaluate.reference=test"]
+    came = {"from": {"source": "/runs/mine", "step": 300, **dict.fromkeys(("weights", "sha256", "start_sha256"), "x")}}
+    runs = [
+        made(tmp_path, "a-run-with-a-name", losses=(0.5,), scores={"s": (3.0, 50_000)}),
+        made(tmp_path, "b", *words, losses=(0.5,), scores={"s": (4.0, 50_000)}, record=came),
+    ]
+    page = side_by_side.page(side_by_side.rows(runs), 75)
+    assert page[0].split() == ["run", "lr", "from", "step", "mean", "loss", "score"] and "mine@300" in page[2]
+    wide = side_by_side.page(side_by_side.rows(runs), 200)[0]
+    assert "sample.steps" in wide and " steps" not in wide.replace("sample.steps", "")
+    assert "no room for" in " ".join(page) and "sample.batch" in " ".join(page)
+
+
+def test_a_score_of_another_step_than_the_runs_says_so(tmp_path: Path) -> None:
+    of = {"early": {"checkpoint": {"step": 20, "weights": "ema"}}}
+    runs = [made(tmp_path, "a", losses=(0.5,) * 3, scores={"early": (3.0, 100)}, made_otherwise=of)]
+    assert side_by_side.page(side_by_side.rows(runs), 80)[1].endswith("FID 3.00 at step 20, early")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -48,6 +48,9 @@ DONE = [*BEGUN, event("finished")]
     ("stopped", Facts(BEGUN, {}, stop_file=True)),
     ("ended", Facts([*BEGUN, event("stop_requested", reason="preempted")], {})),
     ("completing", Facts(BEGUN, {"101": ENDING})),
+    ("completing", Facts(BEGUN, {"101": ENDING, **FOLLOWS})),  # pre-empted, with its followers
+    ("completing", Facts(DONE, {"102": ENDING, "103": ENDING}, finished=True)),
+    ("queued", Facts(DONE, {"102": ENDING, "103": WAITS}, finished=True)),
     ("running", Facts(BEGUN, {}, beats=True)),
     ("queued", Facts(DONE, FOLLOWS, finished=True)),
     ("sampling", Facts(DONE, {"102": RUNNING, "103": WAITS}, finished=True)),

@@ -48,8 +48,9 @@ def test_a_screen_is_filled_and_the_chosen_run_is_on_it(width: int, height: int)
 
 
 def test_nodes_on_which_lives_died_by_themselves_are_named_on_a_runs_page() -> None:
-    page = view.page([row("cifar10", bad_nodes=["n1", "n7"])], 80, details=True)
-    assert page[-1] == "cifar10: lives of it died by themselves on n1, n7"
+    error = "modul: command not found"
+    page = view.page([row("cifar10", bad_nodes=["n1", "n7"], bad_nodes_error=error)], 80, details=True)
+    assert page[-1] == f"cifar10: lives of it died by themselves on n1, n7: {error}"
 
 
 def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
@@ -61,6 +62,23 @@ def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
 def test_each_score_is_shown_with_its_set_and_each_wait_with_its_reason_at_any_width(width: int) -> None:
     page = " ".join(" ".join(view.page(of_every_kind(), width, details=False)).split())
     assert "ddim100-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
+
+
+def test_a_run_without_a_score_has_no_line_of_one() -> None:
+    rows = [row("none"), row("scored", scores={"paper": {"fid": 3.17}}, scores_told={"paper": TOLD})]
+    page = view.page(rows, 40, details=False)
+    assert not any(line.strip() == "none:" for line in page) and any(line.startswith("scored: FID") for line in page)
+
+
+def test_every_set_of_a_run_is_listed_and_each_job_with_its_stage() -> None:
+    made = {"paper": {"step": 400, "told": "step 400, ancestral, 1000 steps, 25 images"},
+            "cats": {"step": 200, "told": "step 200, ddim, 4 steps, 12 of 25 images"}}  # fmt: skip
+    jobs = {"jobs": {"20": "RUNNING", "21": "PENDING"}, "stages": {"20": "train", "21": "sample"}}
+    run = row("mine", sets=made, scores={"paper": {"fid": 3.17}}, scores_told={"paper": TOLD}, **jobs)
+    page = view.page([run], 200, details=True)
+    assert page[1:] == [page[1], "mine: cats: step 200, ddim, 4 steps, 12 of 25 images, no score",
+                        f"mine: paper: {TOLD}, step 400"]  # fmt: skip
+    assert "train 20 running, sample 21 pending" in page[1]
 
 
 def test_the_best_founded_score_is_shown_not_the_newest() -> None:
