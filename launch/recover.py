@@ -17,6 +17,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from itertools import groupby
 from os import getpid
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from launch.queue import borrowing, chain, work
 from launch.terminal import console, inspection
 
 EXAMPLES = """examples:
-  python launch/recover.py cifar10                  a line for each file: holds, damaged, missing; changes nothing
+  python launch/recover.py cifar10                  what holds, each file that is damaged or missing; changes nothing
   python launch/recover.py cifar10 --rebuild        make manifests for checkpoints that prove themselves
   python launch/recover.py cifar10 --start-over     move what training wrote into runs/cifar10/set-aside-TIME/
 
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="move what training wrote aside, so that it starts at step 0; loses nothing",
     )
+    parser.add_argument("--verbose", action="store_true", help="a line for each file that holds too")
     parser.add_root()
     return parser.parse_args()
 
@@ -100,31 +102,38 @@ def held(run: RunDir) -> Iterator[Fence]:
         fence.release()
 
 
-def check(run: RunDir) -> int:
-    """Prints what holds as it is found, and then what does not."""
-    bad = good = newest = 0
-    last = []
-    for line in inspection.look(run):
-        bad += line.verdict in ("damaged", "missing")
-        good += line.verdict == "holds"
-        if line.verdict == "holds" and (saved := re.fullmatch(r"checkpoints/step-(\d+)", line.what)):
-            newest = max(newest, int(saved[1]))
-        why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
-        told = f"{line.verdict:8} {line.what}{f': {why}' if why else ''}"
-        if line.verdict in ("damaged", "missing"):
-            last.append(told)
-        else:
-            print(told, flush=True)
-    print("".join(f"{told}\n" for told in last), end="")
+def check(run: RunDir, *, verbose: bool) -> int:
+    """What holds, in numbers or file by file (`verbose`), then each file that does not, and what can be done."""
+    bad: list[inspection.Line] = []
+    good = newest = 0
+    for room, of_room in groupby(inspection.look(run), key=lambda line: line.what.partition("/")[0]):
+        here = list(of_room)
+        holding = [line for line in here if line.verdict == "holds"]
+        bad += [line for line in here if line.verdict in ("damaged", "missing")]
+        good += len(holding)
+        saved = [re.fullmatch(r"checkpoints/step-(\d+)", line.what) for line in holding]
+        newest = max([newest, *(int(found[1]) for found in saved if found)])
+        told = [line for line in here if line.verdict not in ("damaged", "missing")]
+        if len(holding) > 1 and not verbose:
+            more = inspection.Line("holds", f"{room}/", f"{len(holding)} files")
+            told = [more, *(line for line in told if line not in holding)]
+        _print(run, told)
+    _print(run, bad)
     if bad:
         path = shlex.quote(str(run.path))
         print("What can be done:")
         print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {path}/")
         print(f"  make manifests                python launch/recover.py {path} --rebuild   (of what proves itself)")
         print(f"  start over on purpose         python launch/recover.py {path} --start-over   (loses nothing)")
-    told = f"{bad} of these {bad + good} do not hold" if bad else f"all {good} of these hold"
-    print(f"{told}: {way_on(run, newest)}")
+    summary = f"{len(bad)} of these {len(bad) + good} do not hold" if bad else f"all {good} of these hold"
+    print(f"{summary}: {way_on(run, newest)}")
     return 1 if bad else 0
+
+
+def _print(run: RunDir, lines: list[inspection.Line]) -> None:
+    for line in lines:
+        why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
+        print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
 
 
 def way_on(run: RunDir, newest: int) -> str:
@@ -223,7 +232,7 @@ def main() -> int:
     run = find(args.run, args.root)
     if args.rebuild:
         return rebuild(run)
-    return start_over(run) if args.start_over else check(run)
+    return start_over(run) if args.start_over else check(run, verbose=args.verbose)
 
 
 if __name__ == "__main__":

@@ -187,8 +187,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
     except generations.NothingSaved as e:
         raise RequestError(f"{e} (python launch/submit.py)") from None
     except RequestError as e:
-        which = f"python launch/recover.py {run.path} tells which hold"
-        raise RequestError(f"{e}; choose one with --step ({which})" if len(run.steps_saved()) > 1 else str(e)) from None
+        raise RequestError(f"{e}; choose one with --step" if str(e).endswith("]") else str(e)) from None
 
 
 def main() -> int:

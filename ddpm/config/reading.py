@@ -71,7 +71,7 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
     overrides: of keys that the digest does not cover. An old run.json may have no digest, which passes.
     """
     record = read_run(run) if run.run_json.exists() else {}
-    words = [str(word) for word in record.get("command") or []]
+    words = [str(word) for word in record.get("first_command") or record.get("command") or []]
     again = any(Path(word).name == run.name and before != "--name" for before, word in pairwise(words))
     came = f" (it was submitted with: {shlex.join(words)})" if words and not again else " from a copy of the run"
     if not os.path.lexists(run.config):

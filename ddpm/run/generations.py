@@ -209,8 +209,18 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
     try:
         return verify_again(run, step)
     except DamagedFile as e:
-        others = [s for s in steps if s != step]
-        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; others: {others}") from None
+        others = [other for other in steps if other != step and _holds(run, other)]
+        told = (
+            f"others: {others}" if others else "none of the others can be either" if steps[1:] else "there is no other"
+        )
+        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; {told}") from None
+
+
+def _holds(run: RunDir, step: int) -> bool:
+    try:
+        return bool(verify(run, step))
+    except (DamagedFile, OSError):
+        return False
 
 
 def check_mathematics(path: Path, saved: Mapping[str, Any], digest: str) -> None:

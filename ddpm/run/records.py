@@ -109,7 +109,7 @@ BEAT_TOO: Kind = {
 RUN_TOO: Kind = {
     **dict.fromkeys(("config_digest", "created", "reads", "run_id"), _is_text),
     **dict.fromkeys(("launch", "resolved"), _is_tree),
-    "command": _is_words,
+    **dict.fromkeys(("command", "first_command"), _is_words),
     "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
     "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
     "sweep": lambda value: _checked(value, SWEEP)[1] == "",

@@ -11,7 +11,7 @@ from launch.cluster.environment import JobEnvironment
 from launch.terminal.logfiles import NOISE
 
 TAIL_BYTES = 256 * 1024
-CHARACTERS = 300
+CHARACTERS = 600
 OTHERS = (*NOISE, "[batch]")
 """Beginnings of lines that are not the work's own."""
 OWN = re.compile(
@@ -78,5 +78,5 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     lacked = "GPU memory" if GPU_MEMORY.search(said) else "memory" if HOST_MEMORY.search(said) else ""
     died = TASK_DIED.search(said)
     if len(error) > CHARACTERS:
-        error = f"{error[:CHARACTERS].rpartition(' ')[0]} …"
+        error = f"{error[:CHARACTERS].rpartition(' ')[0] or error[:CHARACTERS]} …"
     return LastWords(path, error, lacked, died[1] if died else "", bool(SCANCEL.search(said)))

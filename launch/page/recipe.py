@@ -51,7 +51,7 @@ def config(facts: Facts) -> Html:
 
 def recipe_of(record: Mapping[str, Any]) -> Path | None:
     """The config in configs/ that the run was submitted with, as its command says; None where that names none."""
-    words = [str(word) for word in record.get("command") or []][2:]
+    words = [str(word) for word in record.get("first_command") or record.get("command") or []][2:]
     if not words:
         return None
     named = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
@@ -152,10 +152,11 @@ def _classes(record: Mapping[str, Any]) -> Html:
 
 def again(facts: Facts) -> Html:
     """The commands, as they were typed or as the run's files say."""
-    words = list(map(str, facts.record.get("command") or []))
+    words, first = (list(map(str, facts.record.get(key) or [])) for key in ("command", "first_command"))
     frozen = ["python", "launch/submit.py", str(facts.run.config), "--name", f"{facts.run.name}-again", *_site(facts)]
     unpacked = ["unzip", str(facts.run.code), "-d", f"{facts.run.name}-code"]
     parts = [
+        ("Training, as it was submitted first:", [shlex.join(first)] if first not in ([], words) else []),
         ("Training, as it was submitted last:", [shlex.join(words)] if words else []),
         ("The same from what is frozen in the run:", [shlex.join(frozen)]),
         ("The code that its jobs ran:", [shlex.join(unpacked)] if facts.run.code.is_file() else []),

@@ -81,6 +81,8 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     notify.keep(run, told or Notify())
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
     kept |= {key: old[key] for key in ("from", "sweep") if key in old}
+    if first := old.get("first_command") or old.get("command"):  # names the config, which `submit.py RUN` does not
+        kept["first_command"] = first
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)

@@ -187,7 +187,8 @@ def _unsaved(run: RunDir) -> Lines:
     except evidence.Incomplete as e:
         yield Line("missing", "checkpoints/", str(e))
     saved = evidence.last_saved(read_events(run)) if run.latest_step() else 0
-    if saved > run.latest_step() and saved not in unfinished.alone(run):  # told by _checkpoints
+    told = [*unfinished.alone(run), *(int(path.stem[5:]) for path in run.lost_manifests())]  # as damaged
+    if saved > run.latest_step() and saved not in told:
         yield Line("missing", f"checkpoints/step-{saved:09d}", "events/ tells that it was saved")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ RUN = "tiny"
 def lines(shell: Shell, code: int, *args: str) -> dict[str, tuple[str, str]]:
     """What it says of each file: verdict and reason."""
     before = snapshot(shell.root)
-    done = shell("recover", RUN, *args)
+    done = shell("recover", RUN, "--verbose", *args)
     assert done.returncode == code and done.stderr == "", done.stdout + done.stderr
     assert snapshot(shell.root) == before
     told = {}
@@ -39,6 +40,19 @@ def test_of_a_finished_run_every_file_holds(finished: Shell) -> None:
     for part in ("config.yaml", "run.json", "events/", "metrics.jsonl", "heartbeat.json", "fence", "step-000000400",
                  "ema-000000400", "request.json", "shard-00001", "features-pixels-00001", "eval/"):  # fmt: skip
         assert part in names, part
+
+
+def test_what_does_not_hold_comes_last_each_once_and_what_holds_in_numbers(again: Shell) -> None:
+    run = again.root / RUN
+    flipped(run / "checkpoints" / "step-000000200.pt")
+    (run / "checkpoints" / "step-000000400.json").unlink()
+    said = again("recover", RUN).stdout.splitlines()
+    at = said.index("What can be done:")
+    assert [line.split()[0] for line in said[at - 2 : at]] == ["damaged"] * 2 and "2 of these" in said[-1]
+    assert all(line.startswith("holds") for line in said[: at - 2])
+    assert any(re.fullmatch(r"holds    samples/: \d+ files", line) for line in said) and len(said) < 20
+    told = again.refused("sample", RUN, "--step", "200", "--set", "x")
+    assert "there is no other" in told and "choose one" not in told
 
 
 def gone(path: Path) -> None:

@@ -657,3 +657,8 @@ def test_out_of_memory_is_called_so_with_how_much_was_asked_for(
 def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, line: str, error: str) -> None:
     words = last_words.read(tmp_path / "log", ENDS.format(line), 3)
     assert error in words.error and bool(words.error) == bool(error) and words.node == "n4"
+
+
+def test_a_long_error_is_cut_between_words(tmp_path: Path) -> None:
+    words = last_words.read(tmp_path / "log", ENDS.format("RuntimeError: " + "word " * 400), 3)
+    assert words.error.endswith("word word …") and len(words.error) <= last_words.CHARACTERS + 2

@@ -263,6 +263,9 @@ def test_a_config_is_compared_with_the_recipe_that_its_command_named() -> None:
     assert named("configs/quickstart.yaml", "--cluster", "local") == "quickstart.yaml"
     assert named("--partition", "gpu") == "cifar10.yaml"
     assert named("mine.yaml") is None and named("elsewhere/cifar10.yaml") is None and recipe.recipe_of({}) is None
+    first = ["python", "launch/submit.py", "configs/quickstart.yaml"]
+    later = recipe.recipe_of({"command": ["python", "launch/submit.py", "runs/x"], "first_command": first})
+    assert later is not None and later.name == "quickstart.yaml"
     other = Config(name="b").model_copy(update={"seed": 3})
     assert recipe.differences(other, Config(name="a")) == [("seed", 3, 0)]
 

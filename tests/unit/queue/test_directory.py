@@ -1,14 +1,16 @@
 """launch/queue/directory.py: what a later submission may change of a run's record."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddpm.config import reading
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
-from ddpm.run.records import data_of
+from ddpm.run.records import data_of, read_run
 from launch.cluster.site import Notify, Site
 from launch.queue import directory
 from tests.training import make_config
@@ -34,6 +36,25 @@ def test_a_run_keeps_its_test_split_and_a_submission_with_another_is_refused(tmp
     with pytest.raises(RequestError, match=r"run run was validated on another test split \(digest t, now other\)"):
         directory.update_run(run, config, record(key="k2", digest="other"))
     assert run.run_json.read_bytes() == frozen
+
+
+def test_a_run_keeps_the_command_that_began_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, config = RunDir(tmp_path / "run"), make_config()
+    inputs = {"data": {"cache": str(tmp_path), "digest": "d"}, "labels": {}}
+
+    def submit(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["launch/submit.py", *words])
+        record = directory.describe(config, Site(), run, inputs)
+        (directory.update_run if run.path.exists() else directory.create_run)(run, config, record)
+
+    submit("mine.yaml")
+    submit("runs/run")
+    submit("runs/run", "train.total_steps=9")
+    record = read_run(run)
+    assert record["first_command"][-1] == "mine.yaml" and record["command"][-1] == "train.total_steps=9"
+    run.config.unlink()
+    with pytest.raises(RequestError, match=r"restore it \(it was submitted with: python launch/submit.py mine.yaml\)"):
+        reading.of_run(run)
 
 
 @pytest.mark.parametrize("text", ["no JSON", '{"mail": 3}', "[]"])
