@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Iterable
@@ -39,6 +40,21 @@ def lines(container: Container, needed: Iterable[Path]) -> list[str]:
         f"ddpm_srun=({options})",
         f"ddpm_python=({python})",
     ]
+
+
+def lent_by_a_process(mounts: Path = Path("/proc/self/mounts")) -> str:
+    """What to say where this process is in a container whose files come from a process of the same job, which SLURM's
+    stop signals end as well; "" where it is not."""
+    with contextlib.suppress(OSError):
+        for line in mounts.read_text(errors="replace").splitlines():
+            if re.search(r" fuse\.(squashfuse|fuse-overlayfs)", line):
+                return (
+                    f"warning: this container's files come through {line.split()[0]}, which SLURM's stop signals end, "
+                    "and then the save that they ask for may fail: give the image as a folder (apptainer build "
+                    "--sandbox FOLDER IMAGE.sif), or have the profile's setup export APPTAINER_UNSQUASH=1, which "
+                    "unpacks it at each start"
+                )
+    return ""
 
 
 def check_image(container: Container) -> None:
