@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -60,6 +61,8 @@ def _fetch(url: str, part: Path) -> None:
             due = (have if goes_on else 0) + int(answer.headers.get("Content-Length") or 0)
             with part.open("ab" if goes_on else "wb") as f:
                 shutil.copyfileobj(answer, f, 1 << 20)
+                f.flush()
+                os.fsync(f.fileno())
     except urllib.error.HTTPError as e:
         if e.code != 416:  # all of it was there
             raise
