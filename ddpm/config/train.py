@@ -13,7 +13,7 @@ from ddpm.errors import shown
 BY_LENGTH = ("cosine",)
 """Learning rates that depend on the length: with one of them the length is part of the mathematics."""
 LENGTHS = ("total_steps", "total_images", "total_epochs")
-"""Keys of `train` for its length, of which exactly one is given."""
+"""Keys of `train` for its length; a config sets exactly one."""
 
 
 class Train(Section):

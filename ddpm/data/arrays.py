@@ -55,7 +55,7 @@ def write_arrays(where: Path, items: Iterator[Item], shape: tuple[int, ...], cla
 def _shortened(path: Path, shape: tuple[int, ...], num_bytes: int) -> Any:
     """Correct the number of images in the header of images.npy, and return its digest. RequestError if it is 0."""
     if not shape[0]:
-        raise RequestError("data.skip_damaged=true: not one image can be decoded, so that there is nothing to train on")
+        raise RequestError("data.skip_damaged=true: not one image can be decoded; leave it out to see why")
     with path.open("r+b") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
         header = f.tell()

@@ -55,7 +55,7 @@ def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
     raise RequestError(
         f"data.path = {path}: which images are for training cannot be told; they lie in "
         f"{', '.join([*told[:SHOWN], *more])}; put all into train/CLASS/ and test/CLASS/, move what belongs to "
-        f"neither away, and rename what is called as a split is, or nearly ({' '.join(SPLITS)})"
+        f"neither away, and rename a class whose name is nearly a split's ({' '.join(SPLITS)})"
     )
 
 

@@ -192,7 +192,7 @@ class Chronicle(Silent):
         say(message, **fields)
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        self.fence.check()  # what lies under the run's name may be another, of which this would tell saved steps
+        self.fence.check()  # under this name there may be another run by now, whose events this would enter
         try:
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:

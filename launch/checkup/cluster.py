@@ -111,9 +111,7 @@ def _saving(site: Site, root: Path, num_parameters: int) -> Findings:
     told = scheduler.preemption(site.partition)
     line = f"a checkpoint of {amount(size)} takes {_seconds(save_s)} to write here"
     in_time = save_s < site.lead_s / 2
-    yield judged(
-        in_time, f"{line}; {site.lead_s} s are left before a time limit", "raise signal_lead_s in the profile"
-    )
+    yield judged(in_time, f"{line}; {site.lead_s} s are left before a time limit", "raise signal_lead_s in the profile")
     kinds = {k: v for k, v in told.items() if k.startswith(("partition ", "qos "))}
     wanted = f"qos {site.qos}" if "qos" in told.get("PreemptType", "") and site.qos else None
     mercies = {wanted: kinds[wanted]} if wanted in kinds else kinds

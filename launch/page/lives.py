@@ -1,4 +1,4 @@
-"""A run's life: when it waited, started, trained, saved and lost time, as a timeline and as a table; its goodput."""
+"""The section on a run's life: a timeline and a table of when it waited, trained, saved and lost time; its goodput."""
 
 from __future__ import annotations
 

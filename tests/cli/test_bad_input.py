@@ -29,7 +29,7 @@ BAD = {
     "negative": (["train.lr=-1"], ["train.lr", "-1", "more than 0"]),
     "infinite": (["train.lr=.inf"], ["train.lr", "finite"]),
     "dropout of one": (["model.dropout=1.0"], ["model.dropout", "less than 1"]),
-    "seed beyond 63 bits": ([f"seed={2**63}"], ["seed", "at most"]),
+    "seed beyond 63 bits": ([f"seed={2**63}"], ["seed", "less than"]),
     "unknown choice": (["sample.sampler=euler"], ["sample.sampler", "euler", "ddim"]),
     "micro_batch that does not divide": (["train.micro_batch=3"], ["train.micro_batch = 3", "[1, 2, 4, 8]"]),
     "an entity before a project": (
