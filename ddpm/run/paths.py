@@ -88,18 +88,24 @@ def is_begun(made: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class SampleSet:
-    """Paths of samples/SET: the request, the shards and their features."""
-
+class Folder:
     path: Path
 
     @property
     def name(self) -> str:
         return self.path.name
 
+
+class Made(Folder):
+    """What is made of a checkpoint as its request asks for."""
+
     @property
     def request(self) -> Path:
         return self.path / "request.json"
+
+
+class SampleSet(Made):
+    """Paths of samples/SET: the request, the shards and their features."""
 
     @property
     def part(self) -> Path:
@@ -124,33 +130,15 @@ class SampleSet:
         return self.features(extractor, index, count).with_suffix(".json")
 
 
-@dataclass(frozen=True)
-class BoundSet:
+class BoundSet(Made):
     """Paths of bits-per-dim/NAME: what is asked for, and its parts."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def request(self) -> Path:
-        return self.path / "request.json"
 
     def part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.npy"
 
 
-@dataclass(frozen=True)
-class RunDir:
+class RunDir(Folder):
     """Paths of one run. The layout is public: users script against it."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def config(self) -> Path:

@@ -91,15 +91,19 @@ def _data(config: Config, cache: Path) -> Findings:
         yield Finding("pass", f"data.path = {config.data.path}: {told}")
     if config.data.path is not None or config.data.name in ("digits", "images"):
         return
-    there = (cache / "data").glob("*/meta.json")
-    if packed := [p for p in there if (read_json(p) or {}).get("name") == config.data.name]:
-        yield Finding("pass", f"{config.data.name} is packed in {packed[0].parent.parent}")
+    if is_packed(config.data.name, cache):
+        yield Finding("pass", f"{config.data.name} is packed in {cache / 'data'}")
         return
     host = "www.cs.toronto.edu" if config.data.name == "cifar10" else "drive.google.com"
     if why := _unreachable(host):
         yield Finding("fail", f"{config.data.name} is not here, and {why}", BY_HAND[config.data.name])
     else:
         yield Finding("pass", f"{config.data.name} is not here yet: the first submission fetches it from {host}")
+
+
+def is_packed(name: str, cache: Path) -> bool:
+    """Whether data of that name was packed there."""
+    return any((read_json(path) or {}).get("name") == name for path in (cache / "data").glob("*/meta.json"))
 
 
 def _weights(extractor: str, cache: Path) -> Findings:
@@ -110,7 +114,7 @@ def _weights(extractor: str, cache: Path) -> Findings:
     hub = Path.home() / ".cache" / "torch" / "hub" / "checkpoints" / where.name  # whence a submission copies them
     if where.exists() or hub.exists():
         yield Finding("pass", f"{name}'s weights are in {where.parent if where.exists() else hub.parent}")
-    elif extractor == "dinov2":  # fetched by nothing of ours
+    elif extractor == "dinov2":  # which prefetch.py alone fetches
         yield Finding("warn", f"{name}'s weights are not in {where.parent}: no score without them", BY_HAND[extractor])
     elif why := _unreachable("github.com"):
         told = f"{name}'s weights are not in {where.parent}, and {why}: no score without them"
