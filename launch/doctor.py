@@ -58,7 +58,7 @@ def main() -> int:
     if not 0 < args.wait_s < math.inf:
         raise RequestError(f"--wait-s {args.wait_s:g}: seconds to wait for the probe's job, more than 0, as 300")
     path, changes, _ = console.config_and_changes(args.words, args.root)
-    config = reading.load(path, changes)
+    config = reading.load(path, changes, shelf=environment.SHIPPED / "configs")
     site = resolve(args)
     if site.is_local:
         raise RequestError("--cluster local: nothing to ask; this machine runs the jobs itself (tools/quickstart.sh)")
