@@ -7,7 +7,8 @@ that is replayed beats a compiled one.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +80,17 @@ def threads_of(config: Config, batch: int, cpus: int) -> int:
     240 and two that spin at 570; beside ten other processes at 83, 45 and 6."""
     work = config.model.base_channels**2 * config.data.image_size**2 * batch
     return cpus if work >= WORK_TO_SHARE else 1
+
+
+@contextmanager
+def few_threads(config: Config, batch: int) -> Iterator[None]:
+    """Within: no more threads than such batches are fastest with; as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_of(config, batch, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _own_kernels(config: Config, device: torch.device) -> bool:
