@@ -28,7 +28,7 @@ from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.forward import Diffusion
 from ddpm.errors import RequestError, shown
 from ddpm.network import build
-from ddpm.network.device import Device, as_device, few_threads
+from ddpm.network.device import Device, as_device, with_fitting_threads
 from ddpm.network.ema import EMA
 from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_metadata, read_safetensors, set_weights
@@ -282,10 +282,9 @@ class Model:
         denoiser = Denoiser.of(self.config, self.network, self.precision)
         classes = sample_labels(request, 0, num, denoiser.num_classes) if labels is None else self._labels(labels, num)
         firsts = range(0, num, request.batch)
-        parts = (sample_batch(request, denoiser, first, classes[first : first + request.batch]) for first in firsts)
-        with few_threads(self.config, request.batch):
-            images = np.concatenate([part.images for part in parts])
-        return as_output(images, output)
+        with with_fitting_threads(self.config, request.batch, self.device):
+            parts = [sample_batch(request, denoiser, first, classes[first : first + request.batch]) for first in firsts]
+        return as_output(np.concatenate([part.images for part in parts]), output)
 
     def _request(self, num: int, asked: dict[str, Any], variance: str | None) -> Request:
         """The request for `num` images, checked like a config."""

@@ -55,7 +55,7 @@ class DoNotRetry(DDPMError):
 
 
 class Stopped(Exception):
-    """Raised inside long work when a stop was requested; `reason` is what `stop_requested()` returned."""
+    """Raised inside long work when a stop was requested; `reason` is the word that `stop_requested()` returned."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -13,6 +13,7 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import contextlib
+import math
 from pathlib import Path
 
 from ddpm.config import reading
@@ -54,6 +55,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    if not 0 < args.wait_s < math.inf:
+        raise RequestError(f"--wait-s {args.wait_s:g}: seconds to wait for the probe's job, more than 0, as 300")
     path, changes, _ = console.config_and_changes(args.words, args.root)
     config = reading.load(path, changes)
     site = resolve(args)
@@ -66,7 +69,8 @@ def main() -> int:
     num_images = None
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
         num_images = prepare.num_images(config, RunDir(root / "doctor"))
-    failed = [_say(finding) for finding in files.storage(config, root, num_images)]
+    cache = prepare.cache_of(site, root)
+    failed = [_say(finding) for finding in files.storage(config, root, cache, num_images)]
     refused = [_say(finding) for finding in cluster.cluster(site, root, config.network.num_parameters)]
     if any(refused) and (args.probe or draft):
         print("not done: a node was not asked, and no profile drafted, until that is mended")

@@ -23,6 +23,7 @@ from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, R
 from ddpm.run.evidence import Incomplete
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
+from launch.cluster.container import lent_by_a_process
 from launch.cluster.job import numbers, share
 from launch.life import starting
 from launch.life.decision import GONE
@@ -56,6 +57,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def work(life: Life, args: argparse.Namespace) -> int:
     """Do what the job is for; returns its exit code. torch is loaded here, where there is something to do."""
     faults.check_threads(life.env.cpus + 2)  # one saves, one shows
+    if life.env.rank == 0 and (warning := lent_by_a_process()):
+        say(warning)
     if args.stage == "train":
         config, why = starting.start_training(life)
         if why and life.env.world_size == 1:

@@ -1,7 +1,7 @@
-"""`--from RUN|FILE[@STEP]`: which weights a new run starts from, and whether a run that exists did.
+"""`--from RUN|FILE[@STEP]`: the weights that a new run starts from, and whether an existing run started from them.
 
-A folder that launch/export.py made counts as its file of weights.
-Loads torch once weights are read. What becomes of them is ddpm/network/start.py's.
+A folder from launch/export.py stands for its file of weights. Loads torch when weights are read, by
+ddpm/network/start.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ddpm.network.start import Start
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-"""Of files of weights."""
+"""Suffixes of files of weights."""
 DIFFUSERS = ("model_index.json", "config.json", "unet")
-"""What lies in a published model's folder, and in none of ours."""
+"""Files of a published model in diffusers' layout, which none of our folders has."""
 
 
 class Origin(NamedTuple):
@@ -37,13 +37,13 @@ class Origin(NamedTuple):
     root: str | None
 
     def places(self) -> list[Path]:
-        """Where it may lie: as it is typed, in a folder that was exported, among the runs."""
+        """Where it may be: the path as typed, an exported folder's weights, a run of that name."""
         typed = environment.user_path(self.word, "--from")
         return [typed, typed / EXPORTED_WEIGHTS, environment.runs_root(self.root) / self.word]
 
 
 def asked(word: str | None, weights: str | None, root: str | None) -> Origin | None:
-    """What the options say. Raises RequestError."""
+    """What the options ask for; None without --from. Raises RequestError."""
     if word is None:
         if weights is not None:
             raise RequestError(f"--from-weights {weights}: goes with --from RUN|FILE[@STEP], which is not there")
@@ -57,7 +57,7 @@ def asked(word: str | None, weights: str | None, root: str | None) -> Origin | N
 
 
 def check_same(run: RunDir, origin: Origin | None) -> None:
-    """Raises RequestError where a run that exists did not start from what is asked for. Its source may be gone."""
+    """Raise RequestError if an existing run did not start from what is asked for. The source itself may be gone."""
     if origin is None:
         return
     began = read_run(run).get("from")
@@ -76,7 +76,7 @@ def check_same(run: RunDir, origin: Origin | None) -> None:
 
 
 def read(origin: Origin, config: Config) -> Start:
-    """The weights. Raises RequestError where there are none, or where they do not fit the config's network."""
+    """Read the weights. Raises RequestError if there are none, or they do not fit the config's network."""
     path, exported, _ = origin.places()
     if (file := next((p for p in (path, exported) if p.is_file()), None)) is not None:
         return _of_file(file, origin, config)
@@ -120,7 +120,7 @@ def _of_file(path: Path, origin: Origin, config: Config) -> Start:
 
 
 def _apart(there: Config | None, here: Config, *keys: str) -> str:
-    """What of the configs differs, as `; key is A there and B here`, or ""."""
+    """The differences between two configs in some keys, as `; key is A there and B here`, or ""."""
     if there is None:
         return ""
     old, new = there.model_dump(mode="json"), here.model_dump(mode="json")

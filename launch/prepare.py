@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from launch.cluster.site import Site
 from launch.queue import local, work
 from launch.queue.chain import ways_on
 from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
-from launch.terminal import console
+from launch.terminal import console, faults
 
 CELEBA_TRAIN_IMAGES = 162_770
 """In the data set's own partition."""
@@ -245,6 +246,13 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
     except KeyboardInterrupt:
         print("nothing was queued; the same command packs anew, and keeps what is packed whole", file=sys.stderr)
         raise
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise EnvironmentLacks(
+            f"{faults.words(e, cache)}: make room there (python launch/remove.py frees a run's), or choose another "
+            f"place: --root, DDPM_RUNS, or data_cache in the profile"
+        ) from None
     except DDPMError:
         for path in made:  # a refused request leaves nothing behind
             with contextlib.suppress(OSError):

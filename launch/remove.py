@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run.fence import Fence
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, not_ours
 from ddpm.run.log import amount
 from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
@@ -49,6 +49,10 @@ def check(run: RunDir, root: Path) -> None:
     """Raises RequestError where somebody still needs the run."""
     if run.path.is_symlink():
         raise RequestError(f"{run.path} is a link to {run.path.resolve()}: give that, or remove the link yourself")
+    for path in (run.path, run.path.parent):
+        if not os.access(path, os.W_OK):
+            why = not_ours(path) or f"{path} cannot be written"
+            raise RequestError(f"run {run.name} cannot be removed from here: {why}")
     if found := work.of_run(run):
         raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {work.to_end(run)}")
     if who := list(_borrowers(run, root)):

@@ -1,6 +1,6 @@
-"""One run's submission: what is asked for, what of it is checked before anything is queued, and its beginning.
+"""The submission of one run: the request, its checks before anything is queued, and its start.
 
-`submit.py` does it for one run, `sweep.py` for several.
+`submit.py` uses it for one run, `sweep.py` for several.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """A run as a command line asks for it."""
+    """One run that a command line asks for."""
 
     run: RunDir
     typed: Config
-    """Its length may be in epochs or images."""
+    """The config as typed; its length may be in epochs or images."""
     config: Config
-    """Its length is in steps, if that is known before the data is packed."""
+    """The config with its length in steps, if that is known before the data is packed."""
     stages: list[str]
-    """What is to follow training."""
+    """Stages after training."""
     source: origin.Origin | None = None
     sweep: Mapping[str, Any] = field(default_factory=dict)
-    """What run.json says of the sweep that it is of: {"name", "values": {"train.lr": 1e-4}}."""
+    """`sweep` of run.json, if the run is part of one: {"name", "values": {"train.lr": 1e-4}}."""
 
 
 class Here(NamedTuple):
-    """What was started on this machine."""
+    """A background process that was started on this machine."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
 
 class Queued(NamedTuple):
-    """What SLURM was given: job ids; and the stages after training that it is yet to be given, by `queue_rest`."""
+    """Ids of queued jobs, and the stages that `queue_rest` has still to queue."""
 
     jobs: list[str]
     left: list[str]
@@ -68,7 +68,7 @@ class Queued(NamedTuple):
 
 
 def check_resources(config: Config, site: Site, run: RunDir) -> list[str]:
-    """Before the scheduler is asked for GPUs: however many it has, the number of ranks is known. Returns warnings."""
+    """Check what does not need the scheduler: the number of ranks is known already. Returns warnings; RequestError."""
     check_world_size(config, site.world_size)
     if site.is_local and site.nodes > 1:
         raise RequestError(
@@ -80,7 +80,7 @@ def check_resources(config: Config, site: Site, run: RunDir) -> list[str]:
 
 
 def check(asked: Asked) -> tuple[bool, Start | None]:
-    """What the run will read, and what there is of it: whether it exists, and the weights that a new one starts from.
+    """Check what the run will read. Returns whether the run exists, and the weights that a new one starts from.
 
     Raises RequestError.
     """
@@ -92,7 +92,7 @@ def check(asked: Asked) -> tuple[bool, Start | None]:
 
 
 def check_dry(asked: Asked) -> int | None:
-    """The same as far as a dry run goes; the number of training images, where it is known."""
+    """`check` without side effects, for a dry run; returns the number of training images, if it is known."""
     run, config = asked.run, asked.config
     if prepare.check_existing(run, config):
         origin.check_same(run, asked.source)
@@ -104,13 +104,13 @@ def check_dry(asked: Asked) -> int | None:
 
 
 def in_container(config: Config, site: Site, run: RunDir) -> list[str]:
-    """How the run's ranks would be started in the profile's container; [] where it has none."""
+    """The shell lines that start ranks in the profile's container; [] without a container."""
     root = run.path.parent
     return container.lines(site.container, [root, prepare.cache_of(site, root)]) if site.container.image else []
 
 
 def is_complete(asked: Asked) -> bool:
-    """Of a run that exists: whether nothing of what is asked for is left to do."""
+    """Whether an existing run has everything that is asked for."""
     done = chain.remaining(asked.run, asked.config, asked.stages) == (False, [])
     return done and chain.damage(asked.run) is None
 
@@ -130,9 +130,9 @@ def begin(
     train_alone: bool = False,
     behind: Sequence[local.Place] = (),
 ) -> Queued | Here:
-    """Write the run down, and have what is left of it queued, or started on this machine.
+    """Make or update the run directory, and queue what the run still needs, or start it on this machine.
 
-    inputs: of `prepare_inputs`; existed: what `check` said of it; train_alone: leave what follows for `queue_rest`;
+    inputs: from `prepare_inputs`; existed: from `check`; train_alone: leave later stages for `queue_rest`;
     behind: the process and the name of a background job for which one on this machine waits.
     """
     run = asked.run
@@ -168,9 +168,9 @@ def begin(
 def write_down(
     asked: Asked, config: Config, site: Site, inputs: dict[str, Any], start: Start | None, *, new_code: bool
 ) -> tuple[bool, list[str], bool]:
-    """Make the run directory, or bring it up to date, unless its training is in the queue.
+    """Make the run directory, or update it unless its training is queued.
 
-    Returns whether it existed, the later stages that are left, and whether training is.
+    Returns whether it existed, the later stages that are left, and whether training is left.
     """
     run = asked.run
     exists = prepare.check_existing(run, config)
@@ -185,7 +185,8 @@ def write_down(
     if not exists and start is not None:
         directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
         came = start.record
-        print(f"it starts from the weights ({came['weights']}) of {came['source']}, which it keeps as {run.start.name}")
+        source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
+        print(f"it starts from the weights ({came['weights']}) of {source}, which it keeps as {run.start.name}")
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:
@@ -204,7 +205,8 @@ def write_down(
 
 
 def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:
-    """Whether to train, and the stages after it, of a run that exists; says where its last checkpoint is damaged."""
+    """For an existing run: whether to train, and the stages after it. Prints a line if its last checkpoint is
+    damaged."""
     train, left = chain.remaining(run, config, stages)
     if train or (why := chain.damage(run)) is None:
         return train, left
@@ -213,7 +215,7 @@ def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, 
 
 
 def queue_rest(asked: Asked, config: Config, site: Site, begun: Queued) -> Queued:
-    """What is to follow a training that was begun alone; the ids of all. Raises as `chain.queue`."""
+    """Queue the stages after a training that was queued alone; returns all job ids. Raises as `chain.queue`."""
     with turn(asked.run):
         jobs = chain.jobs_of(asked.run, config, site, begun.left, train=False)
         ids, told = chain.queue(jobs, config, after=begun.jobs)
@@ -225,7 +227,7 @@ def queue_rest(asked: Asked, config: Config, site: Site, begun: Queued) -> Queue
 
 
 def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
-    """After waiting: what the run directory says was done; the scheduler's word is not enough."""
+    """The exit code after waiting, by what the run directory shows; prints the results or what is missing."""
     train, left = chain.remaining(run, config, stages)
     if train or left:
         last = next((e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed")), {})

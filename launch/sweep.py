@@ -164,7 +164,7 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace) -> int:
     with _telling(points):
         _begin(points, site, args)
     if args.wait and not args.prepare:
-        return _wait(asked, points)
+        return _wait(asked, points, args.root)
     name = asked[0].sweep["name"]
     print(f"compare them with: python launch/status.py --compare {shlex.quote(name)}{console.same_root(args.root)}")
     return 0
@@ -243,7 +243,7 @@ def _telling(points: list[Point]) -> Iterator[None]:
         raise
 
 
-def _wait(asked: list[Asked], points: list[Point]) -> int:
+def _wait(asked: list[Asked], points: list[Point], root: str | None) -> int:
     """Until all are done; then side by side. 1 where one has failed."""
     worst = 0
     begun = [point.asked for point in points]
@@ -257,6 +257,9 @@ def _wait(asked: list[Asked], points: list[Point]) -> int:
         if isinstance(point.begun, Here):
             ended = follow.follow_process(run, *point.begun)
             if ended == 130:
+                if point is not points[-1]:
+                    whole = f"python launch/cancel.py {shlex.quote(point.asked.sweep['name'])}{console.same_root(root)}"
+                    print(f"the others begin when it ends; stop all of the sweep with: {whole}", file=sys.stderr)
                 return 130
         elif point.begun is not None:
             follow.follow_jobs(run, point.begun.jobs)

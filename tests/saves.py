@@ -91,7 +91,7 @@ class Unreadable:
             reads = how & os.O_ACCMODE == os.O_RDONLY if isinstance(how, int) else "r" in how
             if reads and isinstance(path, str | Path) and times.get(Path(path), 0):
                 times[Path(path)] -= 1
-                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+                raise OSError(errno.EIO, "Input/output error", str(path))
             return real(path, *args, **options)
 
         return opened

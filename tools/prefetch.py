@@ -12,30 +12,32 @@ import launch.first  # noqa: F401
 
 # isort: split
 import argparse
-import hashlib
+import re
 import shutil
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.errors import EnvironmentLacks, RequestError, shown
 from ddpm.run.files import open_file, publishing
 from launch import prepare
-from launch.checkup.files import BY_HAND, FETCHED
+from launch.checkup.files import BY_HAND, FETCHED, is_packed
 from launch.cluster import environment
 from launch.cluster.options import load_profile
 from launch.cluster.site import Site
 from launch.terminal import console
+from tools.download import digest_of, download
 
 EXAMPLES = """examples:
   python tools/prefetch.py                                    CIFAR-10 and the Inception weights
   python tools/prefetch.py configs/celeba-64.yaml --profile mysite
   python tools/prefetch.py --from cifar-10-python.tar.gz pt_inception-2015-12-05-6726825d.pth     brought by hand
+  python tools/prefetch.py --mirror https://example.org/files                                    tried first
   python tools/prefetch.py --statistics                       … and the reference's statistics, computed here
 
 It prints the folder that has all of it: copy that folder beside the runs of another cluster, and nothing is fetched
-there. Files that are there already stay; a download that was cut short starts again.
+there. Files that are there already stay; a download that was cut short goes on.
 """
 
 
@@ -47,6 +49,7 @@ class Known(NamedTuple):
     algorithm: str
     digest: str
     """Or the beginning of it."""
+    url: str = ""
 
 
 def known_files() -> dict[str, Known]:
@@ -57,9 +60,9 @@ def known_files() -> dict[str, Known]:
 
     weights = extractors.beside(Path("data"))
     return {
-        CIFAR10.filename: Known(Path("data") / "cifar10", "md5", CIFAR10.tgz_md5),
-        extractors.WEIGHTS_FILE: Known(weights, "sha256", extractors.PUBLISHED_SHA256_PREFIX),
-        dinov2.WEIGHTS_FILE: Known(weights, "sha256", ""),
+        CIFAR10.filename: Known(Path("data") / "cifar10", "md5", CIFAR10.tgz_md5, CIFAR10.url),
+        extractors.WEIGHTS_FILE: Known(weights, "sha256", extractors.PUBLISHED_SHA256_PREFIX, extractors.WEIGHTS_URL),
+        dinov2.WEIGHTS_FILE: Known(weights, "sha256", "", dinov2.WEIGHTS_URL),
     }
 
 
@@ -82,7 +85,7 @@ def bring(path: Path, cache: Path) -> None:
     place = known_files()[path.name]
     try:
         with open_file(path) as source:
-            digest = _digest(source, place.algorithm) if place.digest else ""
+            digest = digest_of(source, place.algorithm) if place.digest else ""
             if not digest.startswith(place.digest):
                 raise RequestError(
                     f"--from {path}: its {place.algorithm} is {digest}, and not that of the published file "
@@ -100,12 +103,21 @@ def bring(path: Path, cache: Path) -> None:
     print(f"{path.name}: in {target.parent}")
 
 
-def _digest(source: BinaryIO, algorithm: str) -> str:
-    """Of all that is in a file."""
-    digest = hashlib.new(algorithm)
-    while piece := source.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
+def fetch(name: str, cache: Path, mirrors: list[str]) -> None:
+    """The file that is published for data or an extractor of that name, unless it, or what is made of it, is there.
+
+    Raises EnvironmentLacks.
+    """
+    if name not in FETCHED or (name == "cifar10" and is_packed(name, cache)):
+        return
+    import torch
+
+    file = FETCHED[name]
+    place = known_files()[file]
+    target = cache / place.where / file
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / file  # whence it is copied
+    if not any(path.exists() for path in (target, hub, target.with_name("cifar-10-batches-py"))):
+        download([*(f"{m.rstrip('/')}/{file}" for m in mirrors), place.url], target, place.algorithm, place.digest)
 
 
 def compute_statistics(config: Config, cache: Path) -> None:
@@ -129,6 +141,10 @@ def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="what will be trained, as for submit.py")
     parser.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE", help="files brought by hand")
+    parser.add_argument(
+        "--mirror", dest="mirrors", action="append", default=[], metavar="URL",
+        help="a folder that has the published files by their names: asked first; may be given again",
+    )  # fmt: skip
     parser.add_argument("--statistics", action="store_true", help="compute the reference's statistics too")
     parser.add_root()
     parser.add_argument("--profile", metavar="SITE", help="the site profile whose data_cache is used")
@@ -144,17 +160,21 @@ def main() -> int:
     site = Site(**load_profile(args.profile))
     root = environment.runs_root(args.root)
     cache = prepare.cache_of(site, root)
+    if odd := [url for url in args.mirrors if not re.match(r"https?://[!-~]+$", url)]:
+        raise RequestError(f"--mirror {shown(odd[0])}: an address, as https://example.org/files")
     files = [environment.user_path(name, "--from") for name in args.files]
     check_names(files)
     for file in files:
         bring(file, cache)
     lacking = []
-    for name, fetch in (
+    for name, ready in (
         (config.data.name, lambda: prepare.prepare_inputs(config, site, root, [])),
         (config.evaluate.extractor, lambda: prepare.ensure_weights(config.evaluate.extractor, cache / "data")),
     ):
         try:
-            fetch()
+            if name != config.data.name or config.data.path is None:
+                fetch(name, cache, args.mirrors)
+            ready()
         except EnvironmentLacks as e:  # what can be had is fetched all the same
             lacking.append("\n      → ".join(filter(None, (str(e), BY_HAND.get(name)))))
     if lacking:

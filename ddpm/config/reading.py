@@ -31,8 +31,8 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
     except FileNotFoundError:
         if why := link_to_nothing(path):
             raise RequestError(f"config file {path} is {why}: bring that back, or restore the file") from None
-        known = {p.name: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
-        near = difflib.get_close_matches(path.name, known, 1, 0.5)
+        known = {p.stem: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, known, 1, 0.5)
         there = ", ".join(map(str, known.values()))
         hint = f"did you mean {known[near[0]]}?" if near else f"there are: {there}"
         if not known:

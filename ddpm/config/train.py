@@ -13,7 +13,7 @@ from ddpm.errors import shown
 BY_LENGTH = ("cosine",)
 """Learning rates that depend on the length: with one of them the length is part of the mathematics."""
 LENGTHS = ("total_steps", "total_images", "total_epochs")
-"""Keys of `train` for its length, of which exactly one is given."""
+"""Keys of `train` for its length; a config sets exactly one."""
 
 
 class Train(Section):
@@ -136,6 +136,9 @@ class Log(Section):
     validate_every_steps: int | None = Field(None, ge=1)
     """Steps between losses on images of the test split, at the same timesteps and noise each time, with the weights
     that `sample.weights` names; also at the end. Must be a multiple of every_steps; null: none."""
+    histogram_every_steps: int | None = Field(None, ge=1)
+    """Steps between histograms of the gradients in TensorBoard, each of another forward and backward pass of rank 0;
+    null: none."""
     wandb: str | None = None
     """Weights & Biases project that also gets metrics and scores, offline unless WANDB_MODE says otherwise."""
 

@@ -93,15 +93,27 @@ class Batches:
         index: int64 (n,), the rows' places in the global batch.
         """
         raw, labels = self._store(index.device).take(parts)
-        raw = raw.permute(0, 3, 1, 2).contiguous()  # while they are bytes
-        if self.flip:
-            raw = torch.where(rng.coin(self._flip, index, step)[:, None, None, None], raw.flip(3), raw)
-        return raw.float().div_(127.5).sub_(1), labels
+        planes = _planes(raw, rng.coin(self._flip, index, step) if self.flip else None)  # while they are bytes
+        return planes.float().div_(127.5).sub_(1), labels
 
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 and labels of rows first … first+num-1 of step `step`, as `images` gives them."""
         parts = sent(self.parts(step, first, num, device), device)
         return self.images(parts, step, torch.arange(first, first + num, device=device))
+
+
+def _planes(images: torch.Tensor, flips: torch.Tensor | None) -> torch.Tensor:
+    """uint8 (n, H, W, C) -> (n, C, H, W), those of `flips` mirrored: on a CPU in the same copy."""
+    planes = images.permute(0, 3, 1, 2)
+    if flips is None:
+        return planes.contiguous()
+    if images.is_cuda:
+        planes = planes.contiguous()
+        return torch.where(flips[:, None, None, None], planes.flip(3), planes)
+    ways, out = (planes.numpy(), planes.numpy()[..., ::-1]), np.empty(planes.shape, np.uint8)
+    for i, flip in enumerate(flips.tolist()):
+        out[i] = ways[flip][i]
+    return torch.from_numpy(out)
 
 
 class Ring:

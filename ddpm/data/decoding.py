@@ -104,8 +104,7 @@ class Decoding:
 
 
 def _is_16_bit(image: Any) -> bool:
-    """Whether a picture that was opened and not yet loaded has 16 bits of each level in its file, of which there may be
-    fewer in its mode."""
+    """Whether a picture has 16 bits per channel in its file; its mode may have fewer. Ask before loading it."""
     args = image.tile[0].args if image.tile else ""
     rawmode = args if isinstance(args, str) else next(iter(args or ()), "")
     return image.mode.startswith("I") or ";16" in str(rawmode)

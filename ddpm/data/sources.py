@@ -121,9 +121,11 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
     images = [n for n in pictures if suffix(n) in IMAGE_SUFFIXES]
     not_taken = Counter(suffix(n) for n in pictures if suffix(n) in NOT_TAKEN)
     if not images:
+        kinds = ", ".join(f"{num} {kind}" for kind, num in not_taken.items())
         raise RequestError(
             f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
             f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
+            + (f"; pictures of other kinds are there ({kinds}): save them as .png" if kinds else "")
         )
     places = [meant[n] for n in images]
     layout.refuse_twice(path, places)

@@ -1,4 +1,4 @@
-"""Maps a packed dataset from disk, and checks that it is what was packed.
+"""Maps a packed dataset from disk, and checks that nothing changed since it was packed.
 
 All pixels are read once per machine and boot. A file that was found whole is marked by an empty file on the machine's
 own disk, whose name is a digest of the boot, of the file's identity, size and times, and of the pixels: the mark need

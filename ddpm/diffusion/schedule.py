@@ -43,6 +43,10 @@ class Schedule:
     posterior_variance: Tensor
     """float64: variance of q(x_t-1 | x_t, x_0) (equation 7); 0 at the first."""
 
+    def __repr__(self) -> str:
+        t = self.timesteps
+        return f"<Schedule: {len(t)} timesteps, {int(t[0])} to {int(t[-1])}>"
+
     @classmethod
     def from_beta(cls, beta: Tensor) -> Schedule:
         """The schedule of all T timesteps. beta: float64 (T,), every value in (0, 1), else ValueError."""

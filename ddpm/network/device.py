@@ -83,10 +83,10 @@ def threads_of(config: Config, batch: int, cpus: int) -> int:
 
 
 @contextmanager
-def few_threads(config: Config, batch: int) -> Iterator[None]:
-    """Within: no more threads than such batches are fastest with; as many as before afterwards."""
+def with_fitting_threads(config: Config, batch: int, device: torch.device) -> Iterator[None]:
+    """Within: on a CPU as many threads as pay (`threads_of`), and no more than there were."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_of(config, batch, before))
+    torch.set_num_threads(threads_of(config, batch, before) if device.type == "cpu" else before)
     try:
         yield
     finally:

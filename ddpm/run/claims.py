@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm.errors import Stopped
+from ddpm.run.files import look_anew
 from ddpm.run.log import say
 from ddpm.run.stopping import StopRequested
 
@@ -48,7 +49,9 @@ def work_through(
             with _claimed(directory / NAME, part) as mine:
                 if not mine:
                     busy.append(part)
-                elif not is_there(part):
+                    continue
+                look_anew(directory)
+                if not is_there(part):
                     make(part)
         if len(busy) == len(todo):
             if not stay:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DoNotRetry, RunBusy, RunGone
-from ddpm.run.files import not_ours, read_bytes, write_bytes
+from ddpm.run.files import DamagedFile, look_anew, not_ours, read_bytes, write_bytes
 from ddpm.run.paths import RunDir
 
 
@@ -53,6 +53,7 @@ class Fence:
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
             os.truncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps({**owner, "run": str(run.path)}).encode(), 0)
+            os.fsync(self._fd)  # NFS tells other hosts of a file at its closing, and this one stays open
             self.token = self._claim()
             write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
         except OSError as e:
@@ -124,13 +125,14 @@ class Fence:
 
     def _holder(self) -> dict[str, Any]:
         try:
-            value = json.loads(os.pread(self._fd, 4096, 0))
-        except ValueError:
+            value = json.loads(read_bytes(self._run.lock))  # opened anew: NFS asks its server then, and not before
+        except (OSError, ValueError, DamagedFile):
             return {}
         return value if isinstance(value, dict) else {}
 
     def _current(self) -> int:
         try:
+            look_anew(self._run.path)
             number = int(read_bytes(self._run.fence))
             return number if number < 2**63 else 0  # as what is no number
         except (FileNotFoundError, ValueError):

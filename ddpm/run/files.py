@@ -15,7 +15,7 @@ import pwd
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,8 @@ RECORD_BYTES = 8 << 20
 """Largest JSON record, or line of JSON, that is read: thousands of times the size of ours."""
 LINES_BYTES = 1 << 30
 """Largest file of JSON lines that is read: metrics of millions of logged steps."""
+STALE_TRIES = 10
+"""How often a file is opened once more that was replaced under its reader."""
 ARRAYS_BYTES = 32 << 30
 """Largest file of a shard's images or features that is read: 160,000 images of 256x256."""
 
@@ -199,12 +201,21 @@ def _user(uid: int) -> str:
         return f"uid {uid}"
 
 
+def _is_linked(tmp: Path, path: Path) -> bool:
+    """Whether that link was made all the same: an NFS server that is asked twice, as when its answer is lost, says that
+    the name exists (link(2), BUGS)."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(tmp.lstat(), path.lstat())
+    return False
+
+
 def rename_new(tmp: Path, path: Path) -> None:
     """Rename without replacing: a hard link is atomic and fails if the name exists, on NFS too."""
     try:
         os.link(tmp, path)
     except FileExistsError:
-        raise
+        if not _is_linked(tmp, path):
+            raise
     except OSError:  # a file system without hard links: the fencing token still keeps writers apart
         if path.exists():
             raise FileExistsError(path) from None
@@ -254,9 +265,26 @@ def open_file(path: Path) -> BinaryIO:
         raise
 
 
+def look_anew(directory: Path) -> None:
+    """On NFS a host remembers for a minute which file had a name there, or that none had, unless it opens the
+    directory."""
+    os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+
+
 def read_bytes(path: Path, at_most: int = RECORD_BYTES) -> bytes:
     """The content of a file. Raises OSError; DamagedFile if it is no regular file or larger than `at_most` bytes, so
     that whatever lies in a file's place makes no reader wait for ever or use up all memory."""
+    for _ in range(STALE_TRIES):
+        try:
+            return _read_bytes(path, at_most)
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+        look_anew(path.parent)  # another host has replaced it
+    return _read_bytes(path, at_most)
+
+
+def _read_bytes(path: Path, at_most: int) -> bytes:
     with open_file(path) as f:
         pieces, size, too_large = [], 0, os.fstat(f.fileno()).st_size > at_most
         while not too_large and (piece := f.read(1 << 20)):

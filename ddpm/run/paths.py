@@ -70,7 +70,7 @@ def listed(directory: Path) -> list[Path]:
 def names_in(directory: Path) -> list[str]:
     """`listed` as names: making paths takes time, and a set has hundreds of files."""
     try:
-        return os.listdir(directory)  # noqa: PTH208 - it makes paths, which is what takes time
+        return os.listdir(directory)  # noqa: PTH208 - iterdir makes paths, which takes time
     except FileNotFoundError:
         if why := link_to_nothing(directory):
             raise NotADirectoryError(errno.ENOTDIR, why, str(directory)) from None
@@ -88,18 +88,24 @@ def is_begun(made: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class SampleSet:
-    """Paths of samples/SET: the request, the shards and their features."""
-
+class Folder:
     path: Path
 
     @property
     def name(self) -> str:
         return self.path.name
 
+
+class Made(Folder):
+    """What is made of a checkpoint as its request asks for."""
+
     @property
     def request(self) -> Path:
         return self.path / "request.json"
+
+
+class SampleSet(Made):
+    """Paths of samples/SET: the request, the shards and their features."""
 
     @property
     def part(self) -> Path:
@@ -124,33 +130,15 @@ class SampleSet:
         return self.features(extractor, index, count).with_suffix(".json")
 
 
-@dataclass(frozen=True)
-class BoundSet:
+class BoundSet(Made):
     """Paths of bits-per-dim/NAME: what is asked for, and its parts."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def request(self) -> Path:
-        return self.path / "request.json"
 
     def part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.npy"
 
 
-@dataclass(frozen=True)
-class RunDir:
+class RunDir(Folder):
     """Paths of one run. The layout is public: users script against it."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def config(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -65,8 +66,9 @@ def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[in
     """Remove a shard's parts, and after the last shard of the set the directory, when no writer can be left."""
     for first, num in batches:
         part_path(sample_set, first, num).unlink(missing_ok=True)
-    if sample_set.part.exists() and not any(sample_set.part.iterdir()) and not missing_shards(sample_set, request):
-        sample_set.part.rmdir()
+    with contextlib.suppress(OSError):  # another removes it too, or a file system tells late that it did
+        if sample_set.part.exists() and not any(sample_set.part.iterdir()) and not missing_shards(sample_set, request):
+            sample_set.part.rmdir()
 
 
 def _check(request: Request, first: int, part: Part) -> str:

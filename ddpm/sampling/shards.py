@@ -53,7 +53,7 @@ def read_manifest(sample_set: SampleSet, request: Request, index: int) -> dict[s
 
 
 def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
-    """Shards without a good manifest. Reads manifests only: `verify_shard` is what hashes the images."""
+    """Shards without a good manifest. Reads manifests only; `verify_shard` hashes the images."""
     missing = []
     for index in range(request.shards):
         try:

@@ -1,4 +1,4 @@
-"""What a score compares with, by the name that a user gives it: train, test, a pytorch-fid .npz, a folder or zip."""
+"""The reference that a user names: train, test, a pytorch-fid .npz, a folder or zip of images."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ SPLITS = ("train", "test")
 
 
 def open_reference(run: RunDir, config: Config, name: str, stop_requested: StopRequested) -> PackedImages | Path:
-    """What the run was trained on, or its data's test split; or the statistics' file; or the images.
+    """The reference `name` of a run: its packed training data or test split, images of a folder or zip, or the path of
+    a statistics file.
 
-    Raises RequestError, also where the data is no longer what the run was trained on; DamagedFile where run.json does
-    not say which data it is; EnvironmentLacks, Stopped.
+    Raises RequestError, also if the data is no longer what the run was trained on; DamagedFile if run.json does not say
+    which data that is; EnvironmentLacks; Stopped.
     """
     from ddpm.data.packed import load_folder, pack
 
@@ -41,7 +42,7 @@ def open_reference(run: RunDir, config: Config, name: str, stop_requested: StopR
 
 
 def _trained_on(run: RunDir, config: Config, stop_requested: StopRequested) -> PackedImages:
-    """The packed data that run.json tells of; packed again where that is gone and the images are still the same."""
+    """The packed data that run.json names; packed again if it is gone and the images are still the same."""
     from ddpm.data.packed import open_verified, pack
 
     data = data_of(run)
@@ -66,7 +67,7 @@ def _trained_on(run: RunDir, config: Config, stop_requested: StopRequested) -> P
 
 
 def _check_trained_on(run: RunDir, config: Config, packed: PackedImages) -> None:
-    """Raises RequestError where this is not the data that the run was trained on, by what run.json tells of it."""
+    """Raise RequestError if this is not the data that the run was trained on, by run.json's digests."""
     from ddpm.data.labels import labels_changed, labels_record
 
     record, data = read_run(run), data_of(run)
@@ -82,7 +83,7 @@ def _check_trained_on(run: RunDir, config: Config, packed: PackedImages) -> None
 
 
 def _check_classes(run: RunDir, config: Config, packed: PackedImages) -> None:
-    """Raises RequestError where the model's classes are called otherwise here: scores by class would be of others."""
+    """Raise RequestError if the classes here have other names than the model's: scores by class would be wrong."""
     then = list((read_run(run).get("labels") or {}).get("classes") or {})
     if config.model.num_classes and then and then != list(packed.classes):
         raise RequestError(
@@ -92,7 +93,7 @@ def _check_classes(run: RunDir, config: Config, packed: PackedImages) -> None:
 
 
 def check_for_run(run: RunDir, config: Config, name: str) -> None:
-    """`check_reference` for a run that there is: what it was trained on may be packed, and the images gone."""
+    """`check_reference` for an existing run, whose packed data may exist while the images are gone."""
     from ddpm.data.packed import open_packed
 
     data = data_of(run)
@@ -109,7 +110,7 @@ def check_for_run(run: RunDir, config: Config, name: str) -> None:
 
 
 def check_reference(config: Config, name: str) -> None:
-    """Raises RequestError where `name` is a split that the run's data does not have, no such file, or one image."""
+    """Raise RequestError if `name` is a split that the data does not have, a missing file, or a single image."""
     from ddpm.data.packed import open_source
     from ddpm.scoring.statistics_file import read_statistics
 
@@ -152,7 +153,7 @@ def check_file(name: str) -> Path:
 
 
 def digest_of_split(run: RunDir, split: str) -> str | None:
-    """Of the images that `split` means for the run; None where nothing tells. Reads a few images at most."""
+    """The digest of the images of `split` for the run; None if it is not known. Reads a few images at most."""
     from ddpm.data.packed import key_of, open_packed, open_source
 
     try:
@@ -167,7 +168,8 @@ def digest_of_split(run: RunDir, split: str) -> str | None:
 
 
 def folder_digest(path: Path) -> str:
-    """Of the images in a folder or zip, as a score keeps it; "" where they cannot be read. One image at a time."""
+    """The digest of the images in a folder or zip, as scores record it; "" if they cannot be read. Reads one at a
+    time."""
     import numpy as np
 
     from ddpm.data.packed import open_source

@@ -1,4 +1,4 @@
-"""What bits per dimension are asked of: bits-per-dim/NAME/request.json. Loads no torch."""
+"""The request of bits per dimension: bits-per-dim/NAME/request.json. Loads no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ddpm.sampling.request import CheckpointRef, precision_of
 
 @dataclass(frozen=True)
 class BoundRequest:
-    """All that the number follows from but the images themselves. Field for field request.json, less its digest."""
+    """Everything that the number depends on except the images: the fields of request.json, except its digest."""
 
     checkpoint: CheckpointRef
     weights: str
     split: str
     """`test` or `train`, of the run's data."""
     num_images: int | None
-    """So many of them, chosen by the seed; None: all."""
+    """Number of images, chosen by the seed; None: all."""
     seed: int
     batch: int
     precision: str
@@ -37,14 +37,14 @@ class BoundRequest:
 
     @property
     def name(self) -> str:
-        """Of its directory, and of its score."""
+        """The name of its directory and of its score."""
         some = "" if self.num_images is None else f"-{self.num_images}"
         of = "" if self.weights == "ema" else f"-{self.weights}"
         return fit_name(f"bits-per-dim-{self.split}{some}-step{self.checkpoint.step}{of}-seed{self.seed}")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> BoundRequest:
-        """Of request.json's content. Raises DamagedFile if its form or its digest does not hold."""
+        """The request in request.json's content. Raises DamagedFile if its form or digest is wrong."""
         body = {k: v for k, v in record.items() if k != "digest"}
         try:
             request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
@@ -58,7 +58,7 @@ class BoundRequest:
 def request_of(
     run: RunDir, config: Config, checkpoint: CheckpointRef, split: str, num_images: int | None
 ) -> BoundRequest:
-    """What the run's config makes of one checkpoint."""
+    """The request that the run's config makes for one checkpoint."""
     s = config.sample
     return BoundRequest(
         checkpoint, s.weights, split, num_images, s.seed, s.batch if num_images is None else min(s.batch, num_images),
@@ -67,7 +67,7 @@ def request_of(
 
 
 def publish(where: BoundSet, request: BoundRequest) -> None:
-    """Publish the request, once. Raises RequestError where there is another one under its name."""
+    """Publish the request, unless it exists already. Raises RequestError if there is another one under its name."""
     where.path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
     where.path.mkdir(exist_ok=True)
     try:
@@ -82,7 +82,7 @@ def publish(where: BoundSet, request: BoundRequest) -> None:
 
 
 def read(where: BoundSet) -> BoundRequest:
-    """Raises RequestError where there is none that holds."""
+    """The request. Raises RequestError if it is missing or damaged."""
     try:
         record = files.parse_json(files.read_bytes(where.request))
         return BoundRequest.from_record(record if isinstance(record, dict) else {})

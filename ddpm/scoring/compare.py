@@ -1,4 +1,4 @@
-"""Scores side by side: what makes two of them comparable, and how far apart they are. Loads nothing heavy."""
+"""Compares scores: whether two of them are comparable, and their difference. Loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ddpm.scoring.record import SCORE_NAMES, half_width, key_of
 
 class Difference(NamedTuple):
     value: float
-    """Of the second from the first: negative where the second is better."""
+    """Second score minus first: negative if the second is better."""
     half_width: float | None
-    """Of its 95 % interval; None where one of the two has none."""
+    """Half width of its 95 % interval; None if one of the scores has no interval."""
 
     @property
     def means_something(self) -> bool:
-        """Whether the interval leaves no room for none."""
+        """Whether the interval excludes 0."""
         return self.half_width is not None and abs(self.value) > self.half_width
 
 
 def check_comparable(scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises RequestError where two scores, by their names, were taken with other features or another reference."""
+    """Raise RequestError if two of the scores (by name) have other features or another reference."""
     (first, a), *others = scores.items()
     for name, b in others:
         for what, of_a, of_b in (
@@ -46,8 +46,8 @@ def _shown(record: Mapping[str, Any], what: str) -> str:
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
-    """Of two comparable scores. Their samples are taken as independent; with one seed they are not, and the true
-    interval is rather narrower."""
+    """The difference of two comparable scores. Their samples are assumed to be independent; with equal seeds they are
+    not, and the true interval is narrower."""
     halves = [half_width(a), half_width(b)]
     value = float(b[key_of(b)]) - float(a[key_of(a)])
     return Difference(value, None if None in halves else math.hypot(*(h for h in halves if h is not None)))

@@ -1,4 +1,4 @@
-"""DINOv2's features, with which FD-DINOv2 is defined: a vision transformer's class token.
+"""DINOv2's features, by which FD-DINOv2 is defined: the class token of a vision transformer.
 
 Oquab et al. 2023, "DINOv2: learning robust visual features without supervision" (arXiv:2304.07193); Stein et al. 2023,
 "Exposing flaws of generative model evaluation metrics …" (arXiv:2306.04675), who measure with ViT-L/14 at 224x224. The
@@ -24,9 +24,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build(state: Mapping[str, Tensor]) -> nn.Module:
-    """The transformer of these weights: x (B, 3, H, W) float32 in [0, 1] -> (B, d), d being 1024 for ViT-L.
+    """The transformer with these weights: x (B, 3, H, W) float32 in [0, 1] -> (B, d), d = 1024 for ViT-L.
 
-    Raises EnvironmentLacks without timm, RequestError where the weights are not DINOv2's.
+    Raises EnvironmentLacks without timm, RequestError if the weights are not DINOv2's.
     """
     try:
         from timm.models.vision_transformer import VisionTransformer

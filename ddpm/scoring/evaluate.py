@@ -1,4 +1,4 @@
-"""From verified shards to a score: merges a sample set's features, refuses what is not whole, writes the score.
+"""From verified shards to a score: merges a sample set's features, refuses incomplete sets, writes the score.
 
 Owns the refusals and what a score says that it is of. Must not know jobs or schedulers: a refusal names the shards, and
 whoever called decides how they are repaired. Shards are merged in order of their index, so a score does not depend on
@@ -46,7 +46,8 @@ class BrokenSet(DDPMError):
 
 
 def check_set(sample_set: SampleSet, request: Request) -> list[dict[str, Any]]:
-    """The manifests of a complete set, in order. Raises BrokenSet naming every shard that is missing or not of it."""
+    """The manifests of a complete set, in order. Raises BrokenSet naming every shard that is missing or does not
+    fit."""
     expected = {sample_set.shard_manifest(i, request.shards).name for i in range(request.shards)}
     strangers = sorted(p.name for p in sample_set.path.glob("shard-*.json") if p.name not in expected)
     if strangers:
@@ -94,7 +95,7 @@ def gather_set(
     token: str = "",
     stay: bool = True,
 ) -> Gathered:
-    """What scores are made of, of all features of a set, in order of shards.
+    """Everything that scores need from the features of a set, in the order of its shards.
 
     progress(done, total): of shards, whenever the features of one have been computed. Processes that do this at once
     share the shards whose features are missing. stay: wait for those that others compute; else OthersAtWork is
@@ -206,6 +207,6 @@ def evaluate_set(
 
 
 def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
-    """What a set's score is a score of; the same provenance, the same score."""
+    """What a set's score was computed from; equal provenance means an equal score."""
     said = {**samples_record(request), "reference": reference, "extractor": extractor.record, "nfe": nfe}
     return {key: said[key] for key in PROVENANCE}

@@ -1,4 +1,4 @@
-"""Images to features: the networks (or none) under the Fréchet distance.
+"""From images to features: the networks (or none) behind the Fréchet distance.
 
 Owns the extractors and what identifies their features. Must not know scores, sample sets, runs or jobs.
 
@@ -36,31 +36,31 @@ from ddpm.scoring import dinov2, network_file
 from ddpm.scoring.record import file_extractor_name
 
 VERSION = 1
-"""Of the features: raised when a change here changes their values, so that none are reused."""
+"""Version of the features: raised if a change here changes their values, so that old ones are not reused."""
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256_PREFIX = "6726825d"
-"""Of the published weights, by the hub's convention that a file's name ends in it."""
+"""Of the published weights: by torch.hub's convention a file's name ends in it."""
 _DOWNLOAD_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Images uint8 (B, H, W, 3), array or tensor, to features float32 (B, dim) on the CPU."""
+    """A function from images uint8 (B, H, W, 3), array or tensor, to features float32 (B, dim) on the CPU."""
 
     name: str
     dim: int
     weights_sha256: str | None
-    """Of the weights file; for random weights of their bytes; None without any."""
+    """sha256 of the weights file, or of the bytes of random weights; None without weights."""
     resize: str
-    """How images reach the network's input size."""
+    """How images are resized to the network's input size."""
     forward: Callable[[Tensor], Tensor] = field(repr=False, compare=False)
     """x: (B, 3, H, W) float32 in [0, 1] on `device` -> (B, dim)."""
     device: torch.device = field(default=torch.device("cpu"), compare=False)
     classifier: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """(classes, dim) of the network's last layer, without its bias, where features lead to an Inception Score."""
+    """Weights (classes, dim) of the network's last layer, without bias, for the Inception Score; None without one."""
 
     @property
     def published(self) -> bool:
@@ -69,12 +69,12 @@ class Extractor:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Of the score record."""
+        """`extractor` of a score record."""
         return {"name": self.name, "weights_sha256": self.weights_sha256, "resize": self.resize}
 
     @property
     def digest(self) -> str:
-        """Identifies the features, apart from the rounding of the hardware."""
+        """A digest that identifies the features, up to the hardware's rounding."""
         return files.sha256_json([self.name, self.weights_sha256, self.resize, VERSION])
 
     def __call__(self, images: np.ndarray | Tensor) -> np.ndarray:
@@ -233,12 +233,12 @@ def ensure_inception_weights(shared: Path | None = None) -> Path:
 
 
 def dinov2_weights_path() -> Path:
-    """Where torch's hub keeps the authors' file."""
+    """Where torch's hub keeps the authors' weights file."""
     return Path(torch.hub.get_dir()) / "checkpoints" / dinov2.WEIGHTS_FILE
 
 
 def _found(hub: Path, shared: Path | None) -> Path:
-    """Where a file is to be read, that of the hub or that of the shared folder."""
+    """Where to read a file: in the shared folder if there is one, unless only the hub's folder has it."""
     path = shared / hub.name if shared else hub
     return hub if hub.exists() and not path.exists() else path
 
@@ -307,7 +307,7 @@ def _load_weights(path: Path, url: str) -> tuple[dict[str, Tensor], str]:
 def _built(
     build: Callable[[Mapping[str, Tensor]], nn.Module], state: Mapping[str, Tensor], path: Path, url: str
 ) -> nn.Module:
-    """The network of weights that were found at `path`. Raises EnvironmentLacks where they are another's."""
+    """The network with the weights from `path`. Raises EnvironmentLacks if they are another network's."""
     try:
         return build(state)
     except RequestError as e:

@@ -1,6 +1,6 @@
-"""Features on disk, kept while images and extractor are the same: those of sample shards are samples/SET/features-*.
+"""Features on disk, reused while images and extractor are the same; those of shards are samples/SET/features-*.
 
-And any array of numbers that is kept so.
+`kept_array` keeps any array of numbers in this way.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def shard_features(
     stop_requested: StopRequested = lambda: None,
     token: str = "",
 ) -> np.ndarray:
-    """Features float32 (n, d) of a published shard: the kept ones if shard and extractor are the same, else new ones.
+    """Features float32 (n, d) of a published shard: kept ones if shard and extractor are the same, else new ones.
 
     The shard's images are verified either way. Raises FileNotFoundError or DamagedFile for the shard, Stopped.
     """
@@ -56,7 +56,7 @@ def shard_features(
 
 
 def expected_features(request: Request, shard: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
-    """What the manifest of a shard's features says. shard: its own manifest."""
+    """The manifest that a shard's features must have. shard: the shard's manifest."""
     return {
         "shard": shard["shard"],
         "num": shard["num"],
@@ -75,7 +75,7 @@ def kept_features(
     *,
     token: str = "",
 ) -> np.ndarray:
-    """Features float32 (n, d) of images: `kept_array` of them. expected: with `num`. Raises Stopped."""
+    """Features float32 (n, d) of images, by `kept_array`. expected: must contain `num`. Raises Stopped."""
     shape = (expected["num"], extractor.dim)
     return kept_array(
         path, expected, shape, lambda: extract(extractor, images, stop_requested=stop_requested), token=token
@@ -90,7 +90,7 @@ def kept_array(
     *,
     token: str = "",
 ) -> np.ndarray:
-    """The array at `path` if its manifest says `expected`, which it follows from; else a new one, kept there."""
+    """The array at `path` if its manifest equals `expected`; else a newly computed one, which is kept there."""
     try:
         return _read_array(path, expected, shape)
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def kept_array(
 
 
 def is_kept(path: Path, expected: Mapping[str, Any]) -> bool:
-    """Whether there is such an array, by its manifest: `kept_array` is what reads it."""
+    """Whether `kept_array` would find the array, by its manifest alone."""
     try:
         _check_manifest(path, expected)
     except (FileNotFoundError, DamagedFile):

@@ -1,6 +1,6 @@
-"""Images that no run of ours made: a folder, a zip, an .npz or an .npy, read and scored where they lie.
+"""Scores images that no run made: a folder, a zip, an .npz or an .npy.
 
-Owns that all images of a set have one size. Must not know runs or sample sets.
+Owns the check that all images of a set have one size. Must not know runs or sample sets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ddpm.scoring.statistics_file import read_statistics
 def load_images(path: Path, size: int | None = None) -> PackedImages:
     """The images of a folder, a zip or an array file.
 
-    size: crop and resize them to so many pixels, as data is packed; None: as they are, which must be all of one size.
+    size: crop and resize them to this many pixels, as for packed data; None: keep them, which must all have one size.
     Raises RequestError.
     """
     try:

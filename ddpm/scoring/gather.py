@@ -1,4 +1,4 @@
-"""One pass over features, in the order of their samples, to all that scores are made of.
+"""One pass over features, in the order of their samples, for everything that scores need.
 
 Owns what is kept of them, which does not grow with their number: moments by group and by class, the sums of the
 Inception Score, and the features that are compared one with another. At 2048 dimensions 34 MB a group or class and
@@ -19,20 +19,20 @@ from ddpm.scoring.inception_score import SPLITS, InceptionScore
 from ddpm.scoring.metrics import Moments
 
 CLASSES_AT_MOST = 32
-"""Of more classes there are no scores by class: their moments would not fit in memory."""
+"""With more classes there are no scores by class: their moments would not fit in memory."""
 _ROWS = 512
 """Features that a group gathers before they become moments: one matrix product for many."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What is left of the features of a set, or of a reference."""
+    """What is kept of the features of a set, or of a reference."""
 
     moments: Moments
     groups: list[Moments]
-    """Of the jackknife; none where there are too few samples to leave some out, or none were wanted."""
+    """Groups of the jackknife; [] if there are too few samples to leave some out, or none were wanted."""
     classes: list[Moments | None]
-    """By label; None where a class has fewer than two samples. Empty without classes."""
+    """By label; None for a class with fewer than two samples. [] without classes."""
     chosen: np.ndarray
     """Features float32 (n, d), those of manifold.chosen."""
     inception_score: tuple[float, float] | None
@@ -47,11 +47,12 @@ def gather(
     grouped: bool = True,
     classifier: np.ndarray | None = None,
 ) -> Gathered:
-    """Of features (n, d) that come in parts, `num` in all, at least 2.
+    """Gather features (n, d) that come in parts, `num` rows in all, at least 2.
 
-    labels: int (num,), each sample's class, where there are num_classes classes, some maybe without one.
-    grouped: whether there will be an interval.
-    classifier: (classes, d), where there is an Inception Score.
+    labels: int (num,), each sample's class of num_classes. There are no scores by class if one is below 0 (no class) or
+        if there are more than CLASSES_AT_MOST classes.
+    grouped: whether to keep groups for an interval.
+    classifier: (classes, d), for an Inception Score; None: none.
     """
     num_groups = interval.GROUPS if grouped and num >= 2 * interval.GROUPS else 1
     group_of = interval.groups_of(num) if num_groups > 1 else np.zeros(num, dtype=np.int64)
@@ -83,7 +84,7 @@ def gather(
 
 
 class _Bins:
-    """Moments by group. Rows wait until a group has enough of them, or everything has come."""
+    """Moments by group. Rows are collected until a group has _ROWS of them, or all have come."""
 
     def __init__(self, num: int) -> None:
         self.moments: list[Moments | None] = [None] * num

@@ -18,16 +18,17 @@ _BLOCK = 1024
 
 class KernelDistance(NamedTuple):
     mean: float
-    """Around 0 for the same distribution, so slightly negative at times."""
+    """Around 0 for equal distributions, so that it may be slightly negative."""
     std: float | None
     """Of the subsets' distances, not of the mean; None where the only subset is all there is."""
     subset_size: int
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> KernelDistance:
-    """Of features x (n, d) and y (m, d), n and m at least 2. Subsets are of 1,000, or of all where there are fewer.
+    """The kernel distance of features x (n, d) and y (m, d), n and m at least 2.
 
-    The kernel of each pair is computed once, for all subsets that have both: they overlap unless n is far above 10,000.
+    A subset has SUBSET_SIZE features, or as many as the smaller set has. The kernel of each pair is computed
+    once, for all subsets that have both: they overlap unless n is far above 10,000.
     """
     size = min(SUBSET_SIZE, len(x), len(y))
     whole = size == len(x) == len(y)

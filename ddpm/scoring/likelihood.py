@@ -1,8 +1,8 @@
-"""Bits per dimension of a dataset under a model: made in parts of one batch each, kept, and merged to one number.
+"""Bits per dimension of a dataset under a model: computed in parts of one batch each, which are kept and then merged.
 
-A part follows from the request and its place alone: the network always runs at `batch` rows, so that the number does
-not depend on who made which part. It costs one evaluation of the network for each image and timestep. Must not know
-jobs.
+A part is a function of the request and its index: the network always runs at `batch` rows, so that the result does not
+depend on which process made which part. It costs one evaluation of the network for each image and timestep. Must not
+know jobs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def bits_per_dim(
     token: str = "",
     stay: bool = True,
 ) -> dict[str, Any]:
-    """Compute what is missing, merge, and publish the record, which is returned; at once where it is there already.
+    """Compute missing parts, merge all, publish the score's record and return it; an existing record is returned at
+    once.
 
     images: the request's split. make_denoiser: of the request's checkpoint, asked once, where a part is missing.
     timesteps: evaluations of an image. progress: counts images. stay: wait for parts that other processes make; else

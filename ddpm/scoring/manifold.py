@@ -1,4 +1,4 @@
-"""Scores of fidelity and variety apart, by nearest neighbours among features.
+"""Separate scores of fidelity and variety, by nearest neighbours among features.
 
 Precision and recall: Kynkäänniemi et al. 2019, "Improved precision and recall metric for assessing generative models"
 (arXiv:1904.06991), k = 3, equal to torch-fidelity's. Density and coverage: Naeem et al. 2020, "Reliable fidelity and
@@ -28,20 +28,20 @@ class Manifold(NamedTuple):
     recall: float
     """Share of references within a sample's ball."""
     density: float
-    """In how many references' balls a sample lies, over k; may exceed 1."""
+    """Number of references' balls that contain a sample, on average, divided by k; may exceed 1."""
     coverage: float
     """Share of references with a sample in their ball."""
 
 
 def chosen(num: int) -> np.ndarray:
-    """Which of `num` features are compared: all, or MOST of them, in order."""
+    """Indices of the features that are compared: all of `num`, or MOST of them, ascending."""
     if num <= MOST:
         return np.arange(num)
     return np.sort(np.random.RandomState(SEED).permutation(num)[:MOST])
 
 
 def manifold_scores(samples: np.ndarray, reference: np.ndarray) -> Manifold | None:
-    """Of features samples (n, d) and reference (m, d); None where a side has no fifth neighbour."""
+    """The scores of features samples (n, d) against reference (m, d); None if a side has no fifth neighbour."""
     if min(len(samples), len(reference)) <= K_DENSITY:
         return None
     x, y = samples.astype(np.float64), reference.astype(np.float64)

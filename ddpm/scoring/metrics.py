@@ -14,9 +14,10 @@ import numpy as np
 from scipy.linalg import eigvalsh, lapack
 
 _CHOLESKY_SPREAD = 1e-5
-"""Between the smallest and the largest of a Cholesky factor's diagonal: above, the factor loses no digit that counts"""
+"""Least ratio of smallest to largest diagonal element at which a Cholesky factor is exact enough."""
 _EIGENVALUE_SPREAD = 1e-13
-"""Of the product's eigenvalues: above, the smallest root is known to three digits, and the sum to far more."""
+"""Least ratio of smallest to largest eigenvalue of the product: the smallest root then has three exact digits, and the
+sum far more."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def covariance(moments: Moments) -> np.ndarray:
 
 
 def root(cov: np.ndarray) -> np.ndarray:
-    """L (d, r) with cov = L L': Cholesky's where that is well-conditioned, else of the rank that rounding leaves."""
+    """L (d, r) with cov = L L': Cholesky's factor if it is well-conditioned, else with the rank that rounding
+    leaves."""
     with contextlib.suppress(np.linalg.LinAlgError):
         L = np.linalg.cholesky(cov)
         diagonal = np.diagonal(L)
@@ -74,7 +76,7 @@ def _root_by_eigenvalues(cov: np.ndarray) -> np.ndarray:
 
 
 def along(m: np.ndarray, L: np.ndarray) -> np.ndarray:
-    """L' m L of a symmetric m (d, d) and a `root` L (d, r): its lower triangle, what is above that is nobody's.
+    """L' m L for a symmetric m (d, d) and a `root` L (d, r): only its lower triangle is valid.
 
     A triangular L, as Cholesky's, takes a quarter of the work (LAPACK's sygst). One of eigenvectors is square too where
     all of them are kept, and not triangular.
@@ -86,7 +88,7 @@ def along(m: np.ndarray, L: np.ndarray) -> np.ndarray:
 
 
 def noise(values: np.ndarray) -> float:
-    """Below it, an eigenvalue is what rounding left of a zero."""
+    """The bound below which an eigenvalue counts as a zero with rounding errors."""
     return len(values) * np.finfo(np.float64).eps * float(values.max(initial=0.0))
 
 

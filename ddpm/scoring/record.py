@@ -1,4 +1,4 @@
-"""The scores of a sample set on disk: what they are called, where they lie, whether they hold, and one line of each.
+"""The scores of a sample set on disk: their names and places, whether they are valid, and one line for each.
 
 A set's first score is eval/SET.json; each further one, against another reference or by another extractor, is
 eval/SET/REFERENCE-EXTRACTOR.json. None is ever overwritten. They are signed as manifests are; those from before they
@@ -23,24 +23,24 @@ from ddpm.run.log import plain
 from ddpm.run.paths import ASIDE, RunDir, is_name, listed
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance", "bits_per_dim": "bits/dim"}
-"""Keys of a record, and what people call them: it has one of these."""
+"""Key of the score in a record, which has exactly one of these -> its name for people."""
 PROVENANCE = ("num_samples", "reference", "extractor", "checkpoint", "sampler", "nfe", "seed", "precision")
-"""What a set's score is a score of; the same provenance, the same score."""
+"""Keys for what a set's score was computed from; equal provenance means an equal score."""
 _UNSIGNED = {*SCORE_NAMES, *PROVENANCE, "created", "command"}
-"""All that a score said before scores were signed: one without a signature that says more has lost it."""
+"""Keys of scores from before signatures: an unsigned score with other keys has lost its signature."""
 _DIMENSIONS = {"inception": 2048, "random-inception": 2048, "pixels": 768}
-"""Of features, where a score from before it said so leaves them out."""
+"""Dimensions of features, for old scores that do not record them."""
 FEW_SAMPLES = 10_000
-"""Below, a Fréchet distance is mostly its own bias: said beside the number."""
+"""With fewer samples a Fréchet distance is mostly bias, which is said beside the number."""
 
 
 def key_for(*, published: bool) -> str:
-    """Only what is computed with the published weights is a FID."""
+    """The key of a Fréchet distance: `fid` only if it is computed with the published weights."""
     return "fid" if published else "frechet_distance"
 
 
 def key_of(record: Mapping[str, Any]) -> str:
-    """Under which key the record's score stands. KeyError where it has none."""
+    """The key of the record's score. KeyError if it has none."""
     for key in SCORE_NAMES:
         if key in record:
             return key
@@ -48,7 +48,7 @@ def key_of(record: Mapping[str, Any]) -> str:
 
 
 def file_extractor_name(sha256: str) -> str:
-    """What features of a network from a file are called: the path may come to mean another."""
+    """The name of a file's network in scores, by its content, since the path may come to mean another file."""
     return f"file-{sha256[:12]}"
 
 
@@ -57,7 +57,7 @@ def file_extractor_name(sha256: str) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of a set as it lies there. `damage` says why it must not be shown as one; `record` is then empty."""
+    """A score of a set on disk. `damage` says why it is not valid; `record` is then empty."""
 
     name: str
     """SET, or SET/REFERENCE-EXTRACTOR."""
@@ -67,7 +67,7 @@ class Score:
 
 
 def read_score(path: Path) -> dict[str, Any]:
-    """A score's record. Raises FileNotFoundError, or DamagedFile where its signature or its form does not hold."""
+    """A score's record. Raises FileNotFoundError, or DamagedFile if its signature or form is wrong."""
     try:
         record = files.parse_json(files.read_bytes(path))
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def is_signed(record: Mapping[str, Any]) -> bool:
 
 
 def _malformed(record: Mapping[str, Any]) -> str | None:
-    """What in a record is not what whoever shows it relies on."""
+    """What in a record has not the form that its readers rely on; None if nothing."""
     keys = [key for key in SCORE_NAMES if key in record]
     if len(keys) != 1:
         return f"it has {' and '.join(keys) or 'no score'}"
@@ -114,7 +114,7 @@ def _malformed(record: Mapping[str, Any]) -> str | None:
 
 
 def scores_of(run: RunDir, set_name: str) -> list[Score]:
-    """Every score of a set, the first one first; damaged ones too."""
+    """Every score of a set, including damaged ones, the first one first."""
     first, further = run.score(set_name), run.further_scores(set_name)
     return [
         *_read({} if _has_scores(first) else {set_name: first}),
@@ -160,7 +160,7 @@ def _read(paths: Mapping[str, Path]) -> Iterator[Score]:
 
 
 def publish_score(run: RunDir, set_name: str, record: Mapping[str, Any], token: str = "") -> Path:
-    """Write a score where no other one is lost by it; returns where. What lies there damaged is moved aside."""
+    """Write a score without overwriting another; returns its path. A damaged file in its place is moved aside."""
     signed = files.sign(dict(record))
     word = f"{_called(record['reference'])}-{(record.get('extractor') or {}).get('name', 'bound')}"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).lstrip(".-")[:80] or "score"
@@ -199,7 +199,7 @@ def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told(record: Mapping[str, Any]) -> str:
-    """A score in one line, with what it is a score of: `FID 4.21, ddim 100, 50,000 vs train`."""
+    """A score in one line, with what it was computed from: `FID 4.21, ddim 100, 50,000 vs train`."""
     key = key_of(record)
     if key == "bits_per_dim":
         return plain(f"{number(record)} {SCORE_NAMES[key]}, bound of {_share(record)}, {record['nfe']} an image")
@@ -225,7 +225,7 @@ def sampler_words(sampler: Mapping[str, Any]) -> str:
 
 
 def curve_of(record: Mapping[str, Any]) -> str:
-    """What a score is measured by, as a name that such a score of another step has too: fid/ddim-100-50000-train."""
+    """A name that scores of different steps share if they are otherwise alike: fid/ddim-100-50000-train."""
     sampler = record.get("sampler") or {"name": "bound"}
     guided = f"-guided{sampler['guidance']:g}" if isinstance(sampler.get("guidance"), float | int) else ""
     words = [f"{sampler['name']}{guided}", record["nfe"], record["num_samples"], _called(record["reference"])]
@@ -251,19 +251,19 @@ def _called(reference: Mapping[str, Any]) -> str:
 
 
 def number(record: Mapping[str, Any]) -> str:
-    """The score as far as its interval lets it mean anything; three digits where there is none."""
+    """The score rounded to what its interval supports; three digits without an interval."""
     key = key_of(record)
     return rounded(record[key], half_width(record))
 
 
 def half_width(record: Mapping[str, Any]) -> float | None:
-    """Of the score's interval; None for a record from before there was one."""
+    """Half width of the score's interval; None for an old record without one."""
     ends = record.get(f"{key_of(record)}_interval")
     return None if not ends else (ends[1] - ends[0]) / 2
 
 
 def rounded(value: float, uncertain_by: float | None) -> str:
-    """`value` to the first digit in which it is uncertain."""
+    """`value` rounded to its first uncertain digit."""
     if not uncertain_by or not math.isfinite(uncertain_by):
         digits = 2 if not value else 2 - math.floor(math.log10(abs(value)))
     else:

@@ -1,4 +1,4 @@
-"""What samples are compared with: the statistics of a reference's features, kept on disk by images and extractor.
+"""The statistics of a reference's features, cached on disk by images and extractor.
 
 The files are .npz that pytorch-fid reads; those that others give are read in statistics_file.py. Must not know sample
 sets or runs.
@@ -31,21 +31,21 @@ from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
 
 PART_IMAGES = 4096
-"""Images whose features are one file of the cache: a stop loses at most as many."""
+"""Number of images whose features are one file of the cache: a stop loses at most the work of one file."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: mu float64 (d,), sigma float64 (d, d), and where they come from."""
+    """A reference: mu float64 (d,), sigma float64 (d, d), and where they come from."""
 
     mu: np.ndarray
     sigma: np.ndarray
     record: dict[str, Any]
-    """{"name", "split", "num_images", "digest"} of the score record; null where a file does not say."""
+    """{"name", "split", "num_images", "digest"} for the score record; None for what a file does not say."""
     features: np.ndarray | None = None
-    """Features float32 (n, d), those of manifold.chosen; None where there are statistics alone."""
+    """Features float32 (n, d), those of manifold.chosen; None if only statistics are known."""
     classes: list[Moments | None] = field(default_factory=list)
-    """By label, where they were asked for."""
+    """Moments by label, if they were asked for."""
 
 
 # ---------------------------------------------------------------- images
@@ -161,7 +161,7 @@ def kept_in_parts(
 
 
 def check_size(images: PackedImages, size: int) -> None:
-    """Raises RequestError where a reference's images are not of the samples' size: features would tell that apart."""
+    """Raise RequestError if a reference's images have another size than the samples: the score would measure that."""
     height, width = images.images.shape[1:3]
     if (height, width) != (size, size):
         raise RequestError(
@@ -186,7 +186,8 @@ def write_statistics(path: Path, of: Reference, *, replace: bool = False, token:
 
 
 def publish_statistics(path: Path, of: Reference, images: PackedImages, extractor: Extractor, token: str = "") -> None:
-    """Write them where a user wants them; they may be there already. Raises RequestError where something else is."""
+    """Write the statistics to a user's path, unless the same are there already. Raises RequestError for another
+    file."""
     identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
     try:
         write_statistics(path, of, token=token, images_digest=images.digest, extractor_digest=extractor.digest)

@@ -1,4 +1,4 @@
-"""All scores of a set against a reference, from what one pass over their features has left.
+"""All scores of a set against a reference, from what `gather` has kept of their features.
 
 Owns which scores there are, their names, and which of them need what. Must not know files, sample sets or images.
 """
@@ -21,7 +21,7 @@ from ddpm.scoring.reference import Reference
 
 
 def all_scores(of: Gathered, reference: Reference, *, published: bool) -> dict[str, Any]:
-    """A score record's numbers, by their public names; what cannot be known with this reference is left out.
+    """The numbers of a score record by their public names, without those that this reference does not allow.
 
     published: whether the features are those that FID, KID and Inception Score are defined with.
     """

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from ddpm.scoring.reference import Reference
 
 _SINGLE = np.finfo(np.float32)
-"""Features are of this type: no mean of theirs is larger, and what is left of rounding is measured by it."""
+"""Features have this type, which bounds their means and gives the size of rounding errors."""
 
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """What was read, and found to be whole: mu and sigma are float64 where they are there."""
+    """A statistics file that was read and checked; mu and sigma, if present, are float64."""
 
     path: Path
     arrays: dict[str, np.ndarray]
     record: dict[str, Any]
     images: PackedImages | None
-    """guided-diffusion's arr_0, or what else array_file.IMAGES are called."""
+    """Images in the file, under one of array_file.IMAGES (guided-diffusion's arr_0); else None."""
 
     def reference(
         self,
@@ -120,7 +120,7 @@ def read_statistics(path: Path) -> StatisticsFile:
 
 
 def _name(arrays: dict[str, np.ndarray], path: Path) -> str:
-    """What the file calls itself, as JSON takes it."""
+    """The file's own name for itself, as text."""
     said = arrays.get("name")
     name = str(said) if said is not None and said.dtype.kind == "U" and said.shape == () else path.stem
     return name.encode(errors="replace").decode()

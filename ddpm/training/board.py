@@ -7,6 +7,7 @@ when it is written, and what a failed write means.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ddpm.config.schema import Config
@@ -33,6 +34,12 @@ def add_scalars(board: Any, record: dict[str, Any]) -> None:
 
 def add_grid(board: Any, step: int, grid: np.ndarray) -> None:
     board.add_image("samples", grid, step, dataformats="HWC")
+
+
+def add_histograms(board: Any, step: int, values: Mapping[str, np.ndarray]) -> None:
+    for name, of_part in values.items():
+        if of_part.size:
+            board.add_histogram(f"gradients/{name}", of_part, step)
 
 
 def introduce(board: Any, config: Config, step: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ class Silent:
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         """Publish a grid, uint8 (H, W, 3)."""
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Show histograms of the gradients, by part of the network, in TensorBoard."""
 
     def save(
         self,
@@ -189,7 +192,7 @@ class Chronicle(Silent):
         say(message, **fields)
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        self.fence.check()  # what lies under the run's name may be another, of which this would tell saved steps
+        self.fence.check()  # under this name there may be another run by now, whose events this would enter
         try:
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:
@@ -222,6 +225,9 @@ class Chronicle(Silent):
 
     def grid(self, step: int, grid: np.ndarray) -> None:
         self.telemetry.grid(step, grid)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        self.telemetry.histograms(step, values)
 
     def save(
         self,

@@ -27,6 +27,11 @@ class Due:
         every = self.config.log.validate_every_steps
         return every is not None and step > 0 and (step % every == 0 or step >= self.config.train.total_steps)
 
+    def histogram(self, step: int) -> bool:
+        """Whether to show histograms of the gradients; not at the last step, after which there are none."""
+        every = self.config.log.histogram_every_steps
+        return every is not None and step % every == 0 and 0 < step < self.config.train.total_steps
+
     def milestone(self, step: int) -> bool:
         """Whether the generation of `step` is kept for good."""
         c = self.config.checkpoint

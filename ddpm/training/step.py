@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +138,24 @@ class Step:
 
         Raises torch.OutOfMemoryError if they do not fit. Leaves no gradient behind.
         """
-        state = self.state
-        weights = () if state.optimizer.state else state.model.parameters()
+        weights = () if self.state.optimizer.state else self.state.model.parameters()
         room = [(torch.empty_like(p), torch.empty_like(p)) for p in weights]
         try:
-            self._loss(state.model, self.given(), 0, num).backward()
+            with self.gradients_alone(num):
+                pass
+        finally:
+            del room
+
+    @contextmanager
+    def gradients_alone(self, num: int) -> Iterator[None]:
+        """Within: the parameters have the scaled gradients of the first `num` images of this rank's next step, computed
+        by this rank alone and not compiled. Afterwards they have none."""
+        state = self.state
+        try:
+            state.scaler.scale(self._loss(state.model, self.given(), 0, num)).backward()
+            yield
         finally:
             state.optimizer.zero_grad(set_to_none=True)
-            del room
 
     def _loss(self, network: Any, given: Given, first: int, num: int) -> torch.Tensor:
         """The mean loss of images first … first+num-1 of this rank's share (equation 14)."""

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,7 +20,7 @@ from ddpm.run.images import read_png, write_png
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.records import missing_lines, parse_metrics, place_of
-from ddpm.training.board import add_grid, add_scalars, introduce
+from ddpm.training.board import add_grid, add_histograms, add_scalars, introduce
 
 HEARTBEAT_EVERY_S = 5.0
 BOARD_AGAIN_AFTER_S = 60.0
@@ -239,6 +239,10 @@ class Telemetry:
             self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: add_grid(board, step, grid)))
         self.flush_board()
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Show histograms of the gradients, by part of the network."""
+        self._try("tensorboard", lambda: self._show(lambda board: add_histograms(board, step, values)))
 
     def sync(self) -> None:
         """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""

@@ -24,7 +24,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
-from ddpm.training import fitting, grids
+from ddpm.training import fitting, grids, histograms
 from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
@@ -232,6 +232,10 @@ class Trainer:
                 return self._stop(reason)
             if save_due:
                 self.save()
+            if self.due.histogram(self.at.step):
+                if self.world.is_main:
+                    self.chronicle.histograms(self.at.step, histograms.of_gradients(self.step))
+                self.meter.restart(self.at.step)
             if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
                 return self._stop(reason)
         return self._finish(stop_requested)

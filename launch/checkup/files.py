@@ -48,18 +48,21 @@ def space_of_a_run(config: Config, num_images: int | None) -> tuple[int, int]:
     return checkpoints + averages + config.sample.num_samples * config.data.image_size**2 * 3, milestones
 
 
-def storage(config: Config, root: Path, num_images: int | None) -> Findings:
-    """Whether there is room for a run, and its data. num_images: of the data."""
+def storage(config: Config, root: Path, cache: Path, num_images: int | None) -> Findings:
+    """Whether there is room for a run, and whether what it reads is there. cache: of packed data and weights;
+    num_images: of the data."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root) as f:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        probe = tempfile.TemporaryFile(dir=root)
     except OSError as e:
-        if not os.access(root, os.W_OK):
-            yield Finding("fail", f"{root} cannot be written ({e.strerror})", "choose another place: --root, DDPM_RUNS")
-            return
-        told = f"{root} has no file locks ({e.strerror}): a run's fence is then its only guard"
-        yield Finding("warn", told, "keep runs where there are, if you can")
+        yield Finding("fail", f"{root} cannot be written ({e.strerror})", "choose another place: --root, DDPM_RUNS")
+        return
+    with probe as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            told = f"{root} has no file locks ({e.strerror}): a run's fence is then its only guard"
+            yield Finding("warn", told, "keep runs where there are, if you can")
     need, milestones = space_of_a_run(config, num_images)
     there = os.statvfs(root)
     free = there.f_bavail * there.f_frsize
@@ -70,10 +73,11 @@ def storage(config: Config, root: Path, num_images: int | None) -> Findings:
     if there.f_files:
         told = f"{root}: room for {there.f_favail:,} files, and a run has up to {FILES_OF_A_RUN:,}"
         yield judged(there.f_favail > FILES_OF_A_RUN, told, "remove what you do not need, or choose another --root")
-    yield from _data(config, root)
+    yield from _data(config, cache)
+    yield from _weights(config.evaluate.extractor, cache)
 
 
-def _data(config: Config, root: Path) -> Findings:
+def _data(config: Config, cache: Path) -> Findings:
     if config.data.path is not None:  # as a submission looks, which decodes nothing yet
         from ddpm.data.packed import open_source
 
@@ -87,17 +91,44 @@ def _data(config: Config, root: Path) -> Findings:
         yield Finding("pass", f"data.path = {config.data.path}: {told}")
     if config.data.path is not None or config.data.name in ("digits", "images"):
         return
-    there = (root / ".cache" / "data").glob("*/meta.json")
-    if packed := [p for p in there if (read_json(p) or {}).get("name") == config.data.name]:
-        yield Finding("pass", f"{config.data.name} is packed in {packed[0].parent.parent}")
+    if is_packed(config.data.name, cache):
+        yield Finding("pass", f"{config.data.name} is packed in {cache / 'data'}")
         return
     host = "www.cs.toronto.edu" if config.data.name == "cifar10" else "drive.google.com"
+    if why := _unreachable(host):
+        yield Finding("fail", f"{config.data.name} is not here, and {why}", BY_HAND[config.data.name])
+    else:
+        yield Finding("pass", f"{config.data.name} is not here yet: the first submission fetches it from {host}")
+
+
+def is_packed(name: str, cache: Path) -> bool:
+    """Whether data of that name was packed there."""
+    return any((read_json(path) or {}).get("name") == name for path in (cache / "data").glob("*/meta.json"))
+
+
+def _weights(extractor: str, cache: Path) -> Findings:
+    """Those that scores need; a training needs none."""
+    if extractor not in FETCHED:
+        return
+    name, where = extractor.capitalize(), cache / "weights" / FETCHED[extractor]
+    hub = Path.home() / ".cache" / "torch" / "hub" / "checkpoints" / where.name  # whence a submission copies them
+    if where.exists() or hub.exists():
+        yield Finding("pass", f"{name}'s weights are in {where.parent if where.exists() else hub.parent}")
+    elif extractor == "dinov2":  # which prefetch.py alone fetches
+        yield Finding("warn", f"{name}'s weights are not in {where.parent}: no score without them", BY_HAND[extractor])
+    elif why := _unreachable("github.com"):
+        told = f"{name}'s weights are not in {where.parent}, and {why}: no score without them"
+        yield Finding("warn", told, BY_HAND[extractor])
+    else:
+        yield Finding("pass", f"{name}'s weights are not here yet: the first submission that scores fetches them")
+
+
+def _unreachable(host: str) -> str:
     try:
         socket.create_connection((host, 443), timeout=5).close()
-        yield Finding("pass", f"{config.data.name} is not here yet: the first submission fetches it from {host}")
     except OSError as e:
-        told = f"{config.data.name} is not here, and {host} does not answer ({e})"
-        yield Finding("fail", told, BY_HAND[config.data.name])
+        return f"{host} does not answer ({e})"
+    return ""
 
 
 def written_per_s(root: Path) -> float:

@@ -38,7 +38,7 @@ def report(asked: Path) -> dict[str, Any]:
             told["gpu"] = torch.cuda.get_device_name(0)
             told["sum"] = float(torch.ones(1024, device="cuda").sum())
             told["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    except Exception as e:  # whatever a driver, a library or a device says is what is asked for
+    except Exception as e:  # any error of a driver, a library or a device is a finding
         told["torch_error"] = f"{type(e).__name__}: {e}"
     return told
 

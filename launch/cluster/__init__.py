@@ -1,6 +1,6 @@
-"""The cluster: what this process was started as, what the site is like, and all that is known of its scheduler.
+"""The cluster: the environment of this process, the site profile, and everything about the scheduler.
 
-Owns what a job of ours asks for, how it is queued, and every question and order to SLURM. The others come in by
-scheduler.py. Batch shells are in slurm/, and how a life answers SLURM's signals in launch/life/. Must not know which
-jobs a run needs (launch/queue/), or what a job does (launch/life/).
+Owns what a job asks for, how it is queued, and every query and order to SLURM. Other rooms use scheduler.py alone.
+Batch shells are in slurm/; launch/life/ answers SLURM's signals. Must not know which jobs a run needs (launch/queue/),
+or what a job does (launch/life/).
 """

@@ -1,4 +1,4 @@
-"""How the nodes of a job find each other: the first one's address, and the interface that leads there."""
+"""How the nodes of a job find each other: the first node's address, and the interface that leads there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def first_node_address(env: Mapping[str, str]) -> str:
 
 
 def _first(nodes: str) -> str:
-    """Of a host list, of which only SLURM knows all forms; without its commands the first of each of its brackets."""
+    """The first host of a host list, by SLURM, which alone knows all forms; without its commands by the list's text."""
     if "[" in nodes:
         with contextlib.suppress(SchedulerError):
             if found := slurm.run(["scontrol", "show", "hostnames", nodes], timeout_s=20).split():
@@ -39,7 +39,7 @@ def _first(nodes: str) -> str:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this node reaches another one, or itself; None where that cannot be said.
+    """The network interface by which this node reaches `address`, which may be its own; None if it is not known.
 
     A host's own name often resolves to 127.0.1.1, which nobody else reaches.
     """
@@ -65,7 +65,7 @@ def is_own_address(address: str) -> bool:
 
 
 def name_of(address: str) -> str:
-    """The name that leads back to an IP address; the address where there is none."""
+    """The host name of an IP address, if it resolves back to it, else the address."""
     with contextlib.suppress(OSError):
         name = socket.gethostbyaddr(address)[0]
         if address in {found[4][0] for found in socket.getaddrinfo(name, None)}:

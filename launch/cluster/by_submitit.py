@@ -1,7 +1,7 @@
-"""Jobs by submitit: its runner and its pickles, which lie in logs/submitit/; our script, our options, our supervisor.
+"""Queues jobs by submitit: its runner and pickles (in logs/submitit/) with our script, options and supervisor.
 
-Of submitit this uses the two classes that its runner reads with, and no executor: those always ask for a time limit,
-wait for sbatch without end, and take silence for a refusal. pyproject.toml says with which versions this was tried.
+Only the two classes that submitit's runner reads are used, and none of its executors: they always ask for a time limit,
+wait for sbatch for ever, and take its silence for a refusal. pyproject.toml names the versions that were tried.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from launch.cluster.job import SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3
-"""Of submitit's own handling of a time limit, which the entry takes over."""
+"""For submitit's own handling of time limits, which our entry replaces."""
 
 
 class Named:
-    """A function by its name: what submits does not load it, and a pickle holds nothing but the name.
+    """A function that is pickled as its name alone, so that submitting need not load it.
 
-    So a requeued job runs the run's code on the run directory, not objects of the day when it was queued.
+    A requeued job thus runs the run's code on the run directory, not objects from the time when it was queued.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,9 +37,9 @@ class Named:
 
 
 def folder(job: Job) -> Path:
-    """The submitter's alone: whoever could write there would have a job load their pickle, which is to run their code.
+    """The folder of pickles, writable by the submitter alone: whoever can write a pickle can have a job run their code.
 
-    So in a run that a group shares, each other user has one of their own.
+    In a run that a group shares, every other user therefore has a folder of their own.
     """
     where = job.run.logs / "submitit"
     try:
@@ -50,13 +50,13 @@ def folder(job: Job) -> Path:
 
 
 def command(job: Job, script: str) -> list[str]:
-    """The sbatch of `script`."""
+    """The sbatch command for `script`."""
     array = [f"--array={_array(job)}"] if job.is_array else []
     return ["sbatch", *flags(job.options()), *array, script]
 
 
 def script_text(job: Job) -> str:
-    """The script, of the form that submitit gives it."""
+    """The job script, in submitit's form."""
     options = job.options()
     told = {**job.home, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
     told |= {"DDPM_SET": job.set_name} if job.set_name else {}
@@ -87,9 +87,9 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Queues it; its id as SLURM gives it. Raises SchedulerError.
+    """Queue the job; returns its id. Raises SchedulerError.
 
-    Pickles and script lie in the folder before there is a job, and get its id once there is one.
+    Pickles and script are written before the job exists, and are renamed to its id afterwards.
     """
     from submitit.core.utils import DelayedSubmission, JobPaths
 

@@ -1,4 +1,4 @@
-"""Jobs by the templates in slurm/, exactly as they are submitted by hand."""
+"""Queues jobs by the templates in slurm/, exactly as by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def template(home: dict[str, str], stage: str) -> str:
 
 
 def command(job: Job) -> list[str]:
-    """Its sbatch. Of a sample job each task takes its share of the shards that are named."""
+    """The sbatch command of a job. The tasks of a sample job divide the shards that are named."""
     array = [f"--array=0-{job.num_tasks - 1}%{job.site.max_parallel}"] if job.is_array else []
     args = [str(job.run.path), *([job.set_name] if job.set_name else []), *job.extra_args]
     args += ["--shards", ranges(job.shards)] if job.shards else []
@@ -30,18 +30,18 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Queues it; its id as SLURM gives it. Raises SchedulerError."""
+    """Queue the job; returns its id. Raises SchedulerError."""
     return sbatch(command(job), job.home)
 
 
 def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
-    """Queue a job of `stage` with the options of another, which ran this code; its id. Raises SchedulerError."""
+    """Queue a job of `stage` with another job's options, to run this process's code; returns its id. SchedulerError."""
     here = at_home(PROJECT)
     return sbatch(["sbatch", "--parsable", *flags(options), template(here, stage), *args], here)
 
 
 def sbatch(words: list[str], home: dict[str, str]) -> str:
-    """Run one sbatch where the code lies; returns the job id. Raises SchedulerError."""
+    """Run one sbatch in the folder of the code; returns the job id. Raises SchedulerError."""
     env = {**os.environ, **home}
     with environment.outside_allocation():
         return slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=home["DDPM_HOME"], env=env)

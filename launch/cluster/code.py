@@ -1,7 +1,7 @@
-"""The code of a run is kept with it: its jobs run that, whatever becomes of the checkout that submitted them.
+"""A run's own copy of the code, which its jobs run, whatever happens to the checkout that submitted them.
 
-RUN/code.zip travels with the run. Jobs run it unpacked, in .cache/code/DIGEST beside the runs, which runs of the same
-code share; what lies there is only a copy.
+RUN/code.zip belongs to the run. Jobs run an unpacked copy of it in .cache/code/DIGEST beside the runs, which runs with
+the same code share.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from launch.cluster.unpacker import MAIN, mend
 TREES = ("ddpm", "launch", "slurm")
 SUFFIXES = (".py", ".sh", ".sbatch")
 MAX_BYTES = 64 << 20
-"""Of all files together; ours are under 2 MB."""
+"""Limit for all files together; ours have less than 2 MB."""
 UNPACKER = "launch/cluster/unpacker.py"
 MAX_TOLD = 5
-"""Files that a difference names."""
+"""Number of changed files that a message names."""
 
 Code = Mapping[str, bytes]
 """Files by their names, relative to the project."""
@@ -39,7 +39,7 @@ Code = Mapping[str, bytes]
 
 @functools.cache
 def of_checkout() -> Code:
-    """What is submitted with, as it is now: the same for all runs that one command submits."""
+    """This checkout's code; read once, so that all runs of one command get the same."""
     found = {}
     for tree in TREES:
         place = SHIPPED if tree == "slurm" else PROJECT
@@ -50,7 +50,7 @@ def of_checkout() -> Code:
 
 
 def of_run(run: RunDir) -> Code | None:
-    """What the run's jobs run; None where it has none yet. Raises DamagedFile."""
+    """The code in the run's code.zip; None if it has none yet. Raises DamagedFile."""
     try:
         packed = read_bytes(run.code, MAX_BYTES)
     except FileNotFoundError:
@@ -76,12 +76,12 @@ def _is_ours(name: str) -> bool:
 
 
 def digest(code: Code) -> str:
-    """A name for it, by its content."""
+    """A digest of the code, which names it."""
     return sha256_json({name: hashlib.sha256(data).hexdigest() for name, data in sorted(code.items())})[:16]
 
 
 def check(code: Code) -> None:
-    """Raises RequestError where a file is no Python: each life would die of it, on a node of its own."""
+    """Raise RequestError if a file has a syntax error: every life would fail with it, on its node."""
     for name, data in code.items():
         if name.endswith(".py") and (why := _mistake(name, data)):
             raise RequestError(f"{PROJECT / name}, line {why}: mend it, then submit again")
@@ -97,7 +97,7 @@ def _mistake(name: str, data: bytes) -> str:
 
 
 def home(run: RunDir) -> Path:
-    """Where the run's code lies unpacked, or will. Raises DamagedFile."""
+    """The folder of the run's unpacked code, which may not exist yet. Raises DamagedFile."""
     return _place(run, of_run(run) or of_checkout())
 
 
@@ -106,7 +106,7 @@ def _place(run: RunDir, code: Code) -> Path:
 
 
 def keep(run: RunDir, code: Code) -> None:
-    """Make it the run's."""
+    """Write `code` as the run's code.zip."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted({**code, MAIN: code.get(UNPACKER, b"")}.items()):
@@ -116,9 +116,9 @@ def keep(run: RunDir, code: Code) -> None:
 
 
 def unpack(run: RunDir) -> Path:
-    """Lay the run's code where its jobs find it, this checkout's where it had none; returns where.
+    """Unpack the run's code where its jobs look for it; a run without code gets this checkout's. Returns the folder.
 
-    Raises DamagedFile; EnvironmentLacks where it cannot lie there.
+    Raises DamagedFile; EnvironmentLacks if the folder cannot be written.
     """
     code = of_run(run)
     if code is None:
@@ -144,13 +144,13 @@ def unpack(run: RunDir) -> Path:
 
 
 def last_run(run: RunDir) -> str | None:
-    """The digest of the code that jobs of the run were last submitted with; None where no event says."""
+    """The digest of the code with which jobs of the run were last submitted; None if no event has it."""
     told = (e.get("code") for e in reversed(read_events(run)) if e["event"] == "submitted")
     return next((digest for digest in told if isinstance(digest, str)), None)
 
 
 def differences(old: Code, new: Code) -> str:
-    """In which files, and by how many lines, `new` is another than `old`; "" where they are the same."""
+    """For a message: the files that differ, each with its lines added and removed; "" if none do."""
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     told = [f"{name} {_lines_changed(old.get(name, b''), new.get(name, b''))}" for name in changed[:MAX_TOLD]]
     more = len(changed) - len(told)

@@ -1,7 +1,8 @@
-"""Ranks in a container: what stands before their command, as lines of shell. Supervision and SLURM stay outside."""
+"""How ranks are started in a container, as lines of shell; supervision and SLURM stay outside."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Iterable
@@ -13,12 +14,12 @@ from launch.cluster.site import Container
 
 
 def lines(container: Container, needed: Iterable[Path]) -> list[str]:
-    """Of shell: srun's options, and a rank's Python, where slurm/supervise.sh has those of ranks outside.
+    """Shell lines that set srun's options and the command for Python, in place of slurm/supervise.sh's defaults.
 
-    needed: folders that a rank reads or writes, beside the project; they lie at the same places inside. Where one is
-    reached by a link, as ~/runs that leads to /scratch, what the link leads to on that node is mounted too: inside, the
-    home may be there, and the link with it. One that is gone, as a checkout that was removed, is left out. Raises
-    RequestError where one cannot be mounted; EnvironmentLacks for a $VARIABLE that is not set.
+    needed: folders that a rank reads or writes, beside the project; they are mounted at the same paths. If a path leads
+    through a link, as ~/runs to /scratch, the link's target on that node is mounted too, since the home with the link
+    may be mounted inside. A folder that no longer exists, such as a removed checkout, is left out. Raises RequestError
+    if one cannot be mounted; EnvironmentLacks for a $VARIABLE that is not set.
     """
     image = str(expand(container.image or "")) if container.is_file else str(container.image)
     mounts = ",".join(_mount(mount) for mount in container.mounts)
@@ -41,8 +42,23 @@ def lines(container: Container, needed: Iterable[Path]) -> list[str]:
     ]
 
 
+def lent_by_a_process(mounts: Path = Path("/proc/self/mounts")) -> str:
+    """What to say where this process is in a container whose files come from a process of the same job, which SLURM's
+    stop signals end as well; "" where it is not."""
+    with contextlib.suppress(OSError):
+        for line in mounts.read_text(errors="replace").splitlines():
+            if re.search(r" fuse\.(squashfuse|fuse-overlayfs)", line):
+                return (
+                    f"warning: this container's files come through {line.split()[0]}, which SLURM's stop signals end, "
+                    "and then the save that they ask for may fail: give the image as a folder (apptainer build "
+                    "--sandbox FOLDER IMAGE.sif), or have the profile's setup export APPTAINER_UNSQUASH=1, which "
+                    "unpacks it at each start"
+                )
+    return ""
+
+
 def check_image(container: Container) -> None:
-    """Raises RequestError for a file that there is not."""
+    """Raise RequestError if the image is a file that does not exist."""
     if container.is_file and not (image := expand(container.image or "")).exists():
         raise RequestError(
             f"container.image = {image}: no such file or folder here; give its path as nodes see it, or where it is "
@@ -58,7 +74,7 @@ def _mount(text: str) -> str:
 
 
 def _outermost(folders: Iterable[Path]) -> list[str]:
-    """Without those that lie in another of them."""
+    """The folders without those inside another one of them. Raises RequestError for a path that cannot be mounted."""
     found = list(dict.fromkeys(folders))
     kept = [str(path) for path in found if not any(other in path.parents for other in found)]
     for path in kept:

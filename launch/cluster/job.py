@@ -1,4 +1,4 @@
-"""What a job of ours is: one stage of a run, what its entry is told, and what sbatch is asked for."""
+"""What a job is: one stage of a run, its arguments, and its sbatch options."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SBATCH_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of a run: train; sample (an array whose tasks divide `shards` among them); evaluate (one, or an array
-    whose tasks share `parts`, whoever comes first)."""
+    """One stage of a run: train; sample (an array whose tasks divide `shards`); evaluate (one job, or an array whose
+    tasks claim `parts`)."""
 
     stage: str
     run: RunDir
@@ -28,18 +28,19 @@ class Job:
     set_name: str = ""
     shards: tuple[int, ...] = ()
     after: str | None = None
-    """A job id that must have ended, however it ended: the run directory says whether its work is done."""
+    """Ids of jobs, joined by colons, that must have ended in any way before: the run directory says what they did."""
     extra_args: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    """Nodes that it is not to have, beside those that the site says."""
+    """Nodes to exclude, beside the site's."""
     parts: int = 1
     """Into how many an evaluation falls that several tasks may work on."""
     despite: str = ""
-    """The mark of the STOP that was there when samples or a score were asked for: it is of training, and no other."""
+    """The mark of a STOP that existed when samples or a score were asked for: it was meant for training only."""
 
     @property
     def home(self) -> dict[str, str]:
-        """What its batch shell is told: where the run's code lies, and the Python that runs it. Raises DamagedFile."""
+        """Environment variables for its batch shell: the folder of the run's code, and the Python. Raises
+        DamagedFile."""
         return at_home(code.home(self.run))
 
     @property
@@ -62,17 +63,17 @@ class Job:
         return replace(self, site=fewer) if self.is_array else self
 
     def shards_of(self, task: int) -> list[int]:
-        """What one of its tasks makes."""
+        """The shards that one of its tasks makes."""
         return share(self.shards, task, self.num_tasks)
 
     def arguments(self, shards: Sequence[int] = ()) -> list[str]:
-        """Of `python -m launch.jobs`."""
+        """The arguments of `python -m launch.jobs`."""
         where = [self.set_name] if self.set_name else []
         chosen = ["--shards", ranges(shards)] if shards else []
         return [self.stage, str(self.run.path), *where, *chosen, *self.extra_args]
 
     def options(self) -> dict[str, str | bool]:
-        """sbatch's long options, but for --array; True is a flag."""
+        """Its long sbatch options except --array; True stands for a flag without value."""
         site = self.site.at(self.stage)
         values: dict[str, Any] = {
             "job-name": f"{self.run.name}-{self.stage}",
@@ -104,23 +105,23 @@ class Job:
 
 
 def at_home(home: Path) -> dict[str, str]:
-    """What a batch shell is told that runs the code which lies there."""
+    """Environment variables for a batch shell that runs the code in `home`."""
     return {"DDPM_HOME": str(home), "DDPM_PYTHON": sys.executable}
 
 
 def check_path(run: RunDir, site: Site) -> None:
-    """Raises RequestError where SLURM, and submitit, would take the run's path for a pattern, and write elsewhere."""
+    """Raise RequestError if SLURM and submitit would read the run's path as a pattern, and write elsewhere."""
     if not site.is_local and re.search(r"[%\\]", str(run.path)):
         raise RequestError(f"{run.path}: SLURM reads % and \\ in a path as a pattern; keep runs elsewhere (--root)")
 
 
 def flags(options: dict[str, str | bool]) -> list[str]:
-    """As words of a command line."""
+    """Options as words of a command line."""
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
 
 
 def share(shards: Sequence[int], task: int, tasks: int) -> list[int]:
-    """Of the shards that `tasks` tasks make, those of one."""
+    """The shards of task number `task`, of `tasks` tasks that divide them."""
     return list(shards[task::tasks])
 
 

@@ -1,4 +1,4 @@
-"""Whether a batch can fit where it is to run, as far as that is known before. Refuses nothing that might work."""
+"""Checks before submission whether a batch can fit in memory. Refuses nothing that might work."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from launch.cluster.values import memory_bytes
 
 NO_GPU, NO_GPU_HAS = "no GPU has", 1 << 40
 LARGE_GPU = 80 << 30
-"""Bytes; most are smaller."""
+"""Bytes of a large GPU; most have less."""
 
 
 def check_batch(config: Config, site: Site) -> str | None:
-    """Raises RequestError where the images that a rank holds at a time cannot fit; returns a warning, or None.
+    """Raise RequestError if the images that a rank holds at a time cannot fit; returns a warning, or None.
 
-    What an image needs is a lower bound; tools/inspect_config.py estimates what it takes in fp32, but needs torch.
+    The memory of an image is a lower bound; tools/inspect_config.py estimates the real need, but loads torch.
     """
     share = config.train.global_batch // site.world_size
     micro = config.train.micro_batch
@@ -44,7 +44,7 @@ def check_batch(config: Config, site: Site) -> str | None:
 
 
 def _memory(site: Site) -> tuple[int, str]:
-    """Bytes that a rank can have at most, and who has no more."""
+    """The most memory that a rank can have, in bytes, and words for what sets that limit."""
     on_gpu = Path("/dev/nvidiactl").exists() if site.is_local else site.gpus_per_node != 0
     if on_gpu:  # null: one where the partition has GPUs
         return NO_GPU_HAS, NO_GPU

@@ -48,8 +48,9 @@ BARE = {
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
 """Options of sbatch that take no value, or need none."""
-SHARED = {name.replace("_", "-"): name for name in (*MEMORIES, "cpus_per_task")}
-"""Options of sbatch that are keys of ours, of which a stage with fewer ranks asks for its share."""
+OF_A_STAGE = (*MEMORIES, "cpus_per_task", "account", "qos", "constraint", "exclude")
+SHARED = {name.replace("_", "-"): name for name in OF_A_STAGE}
+"""Options of sbatch that are keys of ours too. A stage has its own, or asks only for its share of them."""
 WHOLE = {"gpus"}
 """Options of sbatch that begin like one of OURS, and are not it."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -182,9 +183,9 @@ def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
-    """Memory and CPUs that are asked for by an option of sbatch's count as by ours.
+    """Move what an option of sbatch asks for into the key of ours that asks for the same.
 
-    options: those of sbatch's that were typed; a profile's give way to what was typed of ours.
+    options: the options of sbatch that were typed. A profile's give way to our own options that were typed.
     """
     for option, key in SHARED.items():
         if option not in extra or extra[option] is None:

@@ -12,12 +12,12 @@ from launch.cluster import slurm
 class Partition:
     name: str
     gpus_per_node: int
-    """The most that a node of it has."""
+    """The most that any of its nodes has."""
     is_default: bool
     gpu_types: frozenset[str] = frozenset()
-    """Of its nodes with GPUs, "" for those that are told without a type."""
+    """Types of its nodes' GPUs; "" for GPUs without a type."""
     time_limit: str | None = None
-    """The longest that a job may ask for, as SLURM writes it; None: any."""
+    """The longest time limit of a job, as SLURM writes it; None: no limit."""
 
 
 def partitions() -> dict[str, Partition]:
@@ -39,7 +39,7 @@ def partitions() -> dict[str, Partition]:
 
 
 def gpus_of(gres: str) -> list[tuple[str, int]]:
-    """(type, number) of the GPUs among generic resources, written as nodes have them or as jobs ask for them.
+    """(type, number) of the GPUs in a gres string, as of nodes or as in requests of jobs:
 
     gpu, gpu:4, gpu:a100:4(S:0-1), gpu:tesla:v100:4, gpu:a100:no_consume:4, lscratch:100 beside them.
     """

@@ -91,7 +91,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 FAMILIES: tuple[tuple[str, str, str, str], ...] = (
-    # of the limits of a QOS or an account ("association"), of which SLURM has some dozens
+    # the limits of a QOS or an account ("association"): SLURM has some dozens
     (r"(?:QOS|Assoc)Max(?:Wall\w*|\w+Per(?:Job|Node))(?:Limit)?",
      "it asks for more than {who} allows one job to have", ASK_LESS + "for less, or with another {option}", "never"),
     (r"(?:QOS|Assoc)Min\w+", "it asks for less than {who} demands of a job",

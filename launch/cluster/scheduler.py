@@ -1,6 +1,6 @@
-"""The door to the scheduler: what the rest of launch/ asks of it, orders, and queues with it.
+"""The interface to the scheduler for the rest of launch/: queries, orders, and queueing.
 
-Outside this room nobody imports the files behind it.
+The modules behind it are not imported outside this room.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ T = TypeVar("T")
 
 
 class Way(Protocol):
-    """How jobs come into the queue: one of the modules by_*."""
+    """A way of queueing jobs: one of the modules by_*."""
 
     def describe(self, job: Job) -> str: ...
     def submit(self, job: Job) -> str: ...
@@ -96,38 +96,38 @@ WAYS: dict[str, Way] = {"submitit": by_submitit, "sbatch": by_template}
 
 
 def describe(job: Job) -> str:
-    """What --dry-run shows of a job: the exact script that SLURM would get."""
+    """What --dry-run shows of a job: the exact command and script."""
     return WAYS[job.site.via].describe(fitting(job))
 
 
 def by_hand(job: Job) -> str:
-    """What a person types, in any directory, to queue `job`."""
+    """The command line by which a person queues `job`, in any directory."""
     home = " ".join(f"{k}={shlex.quote(v)}" for k, v in job.home.items())
     return f"{home} {shlex.join(by_template.command(fitting(job)))}"
 
 
 def fitting(job: Job) -> Job:
-    """The job with no more tasks than an array of this cluster may have."""
+    """The job with at most as many tasks as an array may have on this cluster."""
     return job.with_tasks(max_array_size()) if job.is_array and available() else job
 
 
 def submit(job: Job) -> str:
-    """Queue `job`, which fits, as it is; returns its id. Raises SchedulerError."""
+    """Queue a job (from `fitting`); returns its id. Raises SchedulerError."""
     return WAYS[job.site.via].submit(job)
 
 
 def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
-    """Queue a job of `stage` with the options of another; returns its id. Raises SchedulerError."""
+    """Queue a job of `stage` with another job's options; returns its id. Raises SchedulerError."""
     return by_template.submit_again(stage, options, args)
 
 
 def queued(jobs: list[str]) -> dict[str, str]:
-    """The states of those of `jobs` that SLURM still has. Raises SchedulerError."""
+    """The states of those `jobs` that SLURM still has. Raises SchedulerError."""
     return {job: told.state for job, told in look_up(jobs).items()}
 
 
 def followers(job: str) -> list[str]:
-    """What waits for `job` to end, and what waits for that. Raises SchedulerError."""
+    """Jobs that wait for `job` to end, directly or through other jobs. Raises SchedulerError."""
     found: list[str] = []
     todo = [job.partition("_")[0]]
     while todo:
@@ -138,7 +138,7 @@ def followers(job: str) -> list[str]:
 
 
 def patiently(ask: Callable[[], T], on: type[Exception] = NoAnswer, patience_s: float | None = None) -> T:
-    """`ask()`, again while it raises `on`, as when slurmctld restarts; raises it in the end, others at once."""
+    """Call `ask`, again for `patience_s` (default PATIENCE_S) while it raises `on`, as when slurmctld restarts."""
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:

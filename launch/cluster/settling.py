@@ -1,4 +1,4 @@
-"""A site's words against what the partitions of this cluster have and allow."""
+"""Checks a site's requests against what the partitions of this cluster have and allow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ddpm.errors import EnvironmentLacks, RequestError
 from launch.cluster import slurm
-from launch.cluster.answers import SchedulerError
+from launch.cluster.answers import NOT_REACHED, SchedulerError
 from launch.cluster.container import check_image
 from launch.cluster.environment import default_partition
 from launch.cluster.partitions import Partition, partitions
@@ -24,8 +24,8 @@ GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 def settle(site: Site, *, dry_run: bool) -> Site:
     """Fill in what only the scheduler knows, and check the partition against it.
 
-    Raises EnvironmentLacks where there is no SLURM, RequestError for a partition or an image that does not exist. A dry
-    run does without a scheduler and then assumes a GPU per node.
+    Raises EnvironmentLacks without SLURM, RequestError for a partition or an image that does not exist. A dry run works
+    without a scheduler, and then assumes one GPU per node.
     """
     if site.container.image and site.is_local:
         print("warning: the profile's container is for SLURM's jobs: here the run uses this Python", file=sys.stderr)
@@ -51,7 +51,7 @@ def settle(site: Site, *, dry_run: bool) -> Site:
         except SchedulerError as e:
             if not dry_run:
                 raise EnvironmentLacks(
-                    f"SLURM does not answer ({e}); try again later, or run here with --cluster local"
+                    f"SLURM does not answer ({e}): {NOT_REACHED}, or run here with --cluster local"
                 ) from None
     for where in (site, site.sample, site.evaluate) if known else ():
         _check_partition(where, known)
@@ -71,14 +71,14 @@ def settle(site: Site, *, dry_run: bool) -> Site:
 
 
 def _meant(names: str | None, known: dict[str, Partition]) -> list[Partition]:
-    """The partitions that are asked for, or the one that SLURM takes."""
+    """The partitions that are asked for, or the default one."""
     asked = names or default_partition()
     found = [known[name] for name in asked.split(",") if name in known] if asked else []
     return found or [p for p in known.values() if p.is_default] or list(known.values())
 
 
 def _check_partition(asked: Site | Stage, known: dict[str, Partition]) -> None:
-    """Raises RequestError for one that there is not, and for a time limit that none of those asked for allows."""
+    """Raise RequestError for an unknown partition, or a time limit that none of the requested ones allows."""
     for name in (asked.partition or "").split(","):
         if name and name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -99,7 +99,7 @@ def _check_partition(asked: Site | Stage, known: dict[str, Partition]) -> None:
 
 
 def _with_types(site: Site, known: dict[str, Partition]) -> Site:
-    """With the type of the GPUs where there is but one, and a stage whose own partition has none without."""
+    """The site with the GPUs' type added if there is only one, and without GPUs for stages whose partition has none."""
 
     def types(names: str | None) -> set[str]:
         return {kind for p in _meant(names, known) for kind in p.gpu_types}

@@ -1,4 +1,4 @@
-"""Where jobs run: what a site profile may say, and the resources of a job."""
+"""Where jobs run: the keys of a site profile, and the resources of a job."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_NODE = "none"
 
 
 class Stage(Section):
-    """What differs where one stage runs; what is not given is as in training, for one rank."""
+    """What differs for one stage; keys that are not given are as in training, for one rank."""
 
     partition: Word | None = None
     account: Word | None = None
@@ -41,7 +41,7 @@ class Stage(Section):
     exclude: Word | None = None
     time: Minutes | None = None
     gpus_per_node: Gpus = None
-    """null: one where training has some. To sample, a rank on each of them makes its share; to score, one is used."""
+    """null: one if training has some. Sampling starts a rank on each, which divide the shards; scoring uses one."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Memory = None
     mem_per_cpu: Memory = None
@@ -51,14 +51,14 @@ class Stage(Section):
 
 
 class Container(Section):
-    """What the ranks of a job run in; their job's batch shell, which supervises them, stays outside."""
+    """The container in which ranks run; the batch shell, which supervises them, stays outside."""
 
     image: Line | None = None
     """null: they run as they are. A file or folder, or where it is fetched from: docker://pytorch/pytorch:2.11.0,
     nvcr.io#nvidia/pytorch:26.01-py3. Its `python` has what this project depends on; the project itself is mounted."""
     runtime: Literal["apptainer", "pyxis"] = "apptainer"
     mounts: Mounts = ()
-    """FROM[:TO[:ro]] of what ranks need beside the project, the runs and their data cache, such as scratch."""
+    """Further mounts, FROM[:TO[:ro]], beside the project, the runs and their data cache; for example scratch."""
 
     @property
     def is_file(self) -> bool:
@@ -66,11 +66,11 @@ class Container(Section):
 
 
 class Notify(Section):
-    """How its owner is told that a run has finished, has failed for good, or is held: once, and never at a requeue."""
+    """How a run's owner is told that it has finished, has failed for good, or is held: once, and never at a requeue."""
 
     secret = True
     mail: Mail | None = None
-    """SLURM mails to it when the job ends that ends the run; of a hold it does not."""
+    """Address to which SLURM mails when the job that ends the run ends; it sends no mail about a hold."""
     command: Command = ()
     """A program and its words, run without a shell where the job ran, with the message on its standard input."""
     url: Url | None = None
@@ -78,7 +78,7 @@ class Notify(Section):
 
 
 class Site(Section):
-    """A site profile (configs/cluster/NAME.yaml); what options.FLAGS names, the command line may say instead."""
+    """A site profile (configs/cluster/NAME.yaml); the command line may override the keys in options.FLAGS."""
 
     all_keys = "configs/cluster/example.yaml shows them"
     cluster: Literal["auto", "slurm", "local"] = "auto"
@@ -89,18 +89,18 @@ class Site(Section):
     constraint: Word | None = None
     exclude: Word | None = None
     time: Minutes | None = None
-    """Time limit of one job; a run that needs longer comes back. 4h, 90m, 2d or SLURM's own form; kept in minutes."""
+    """Time limit of one job, as 4h, 90m, 2d or in SLURM's form, kept in minutes; a longer run is requeued."""
     nodes: int = Field(1, ge=1)
     gpus_per_node: Gpus = None
-    """A number, or TYPE:NUMBER. null: one where the partition has GPUs, else none."""
+    """A number, or TYPE:NUMBER. null: one if the partition has GPUs, else none."""
     gpu_request: Literal["auto", "gpus-per-node", "gres", "gpus-per-task", "none"] = "auto"
-    """The option by which this site wants GPUs asked for. auto: --gpus-per-node, with their type where the partition
-    has but one; none: sbatch.gres or another of the options here does."""
+    """The option by which this site wants GPUs requested. auto: --gpus-per-node, with the type if the partition has
+    only one; none: by sbatch.gres or another option here."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks per node; one per GPU where there are GPUs."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Memory = None
-    """Per node. One of these three; none unsets what a profile has."""
+    """Per node. At most one of these three; none: unset what a profile has."""
     mem_per_cpu: Memory = None
     mem_per_gpu: Memory = None
     sbatch: Options = Field(default_factory=dict)
@@ -113,24 +113,25 @@ class Site(Section):
     data_cache: Line | None = None
     """Shared place of packed data; null: .cache beside the runs."""
     network_interface: Word | None = None
-    """By which ranks on several nodes reach each other, e.g. ib0; null: the one that leads to the first of them."""
+    """Interface by which ranks on several nodes reach each other, e.g. ib0; null: the one that leads to rank 0's
+    node."""
     signal_lead_s: int = Field(120, ge=10)
     """Seconds before the time limit at which a job saves and asks to be put back."""
     rank_timeout_s: int = Field(600, ge=10)
-    """A rank that does not answer the others for this long ends the job, which is then tried again. It must exceed what
-    a save at a stop takes: all ranks wait for rank 0 to write it."""
+    """If a rank does not answer the others for this long, the job ends and is tried again. Must be longer than a save
+    at a stop takes, for which all ranks wait."""
     max_parallel: int = Field(16, ge=1)
     """Array tasks that run at a time."""
     tasks: Tasks = "auto"
-    """Tasks of a sample job, each of which makes its share of the shards, one after the other. auto: as many as may run
-    at a time; fewer where SLURM takes fewer."""
+    """Tasks of a sample job, which divide the shards. auto: as many as may run at a time; fewer if SLURM accepts only
+    fewer."""
     sample: Stage = Field(default_factory=Stage)
     """What differs for tasks that sample."""
     evaluate: Stage = Field(default_factory=Stage)
     """What differs for the job that scores."""
     notify: Notify = Field(default_factory=Notify, exclude=True)
-    """Whom to tell of a run's end. It may hold secrets: no record of a submission has it, but a file of the run that
-    its owner alone can read."""
+    """Whom to tell of a run's end. It may contain secrets: it is in no record of a submission, only in a file of the
+    run that its owner alone can read."""
 
     @property
     def is_local(self) -> bool:
@@ -138,11 +139,11 @@ class Site(Section):
 
     @property
     def lead_s(self) -> int:
-        """How long before its time limit a job is told to save: at most a third of the limit."""
+        """Seconds before its time limit at which a job is told to save: at most a third of the limit."""
         return self.signal_lead_s if self.time is None else min(self.signal_lead_s, self.time * 60 // 3)
 
     def warnings(self) -> list[str]:
-        """What would be queued as it is asked for, and is hardly meant."""
+        """Warnings about requests that are valid but hardly intended."""
         told = []
         for stage in ("train", "sample", "evaluate"):
             site = self.at(stage)
@@ -170,7 +171,7 @@ class Site(Section):
         return str(self.gpus_per_node or "").rpartition(":")[0]
 
     def typed(self, number: int) -> str:
-        """So many GPUs, as SLURM's options have them."""
+        """A number of GPUs in the form of SLURM's options, with their type."""
         return f"{self.gpu_type}:{number}" if self.gpu_type else str(number)
 
     @property
@@ -178,8 +179,8 @@ class Site(Section):
         return self.tasks_per_node or self.num_gpus or 1
 
     def at(self, stage: str) -> Site:
-        """Where a stage runs: training as it is; the others, of one rank, or to sample one for each GPU that it has of
-        its own, with these ranks' share of its node's memory."""
+        """The site of one stage. Training: this one. Other stages: with one rank (sampling: one for each GPU of its
+        own), and these ranks' share of a node's memory."""
         if stage == "train":
             return self
         own: Stage = self.sample if stage == "sample" else self.evaluate
@@ -197,7 +198,7 @@ class Site(Section):
         return asked.model_copy(update={"gpus_per_node": gpus, "sbatch": sbatch})
 
     def gpu_options(self) -> dict[str, str]:
-        """sbatch's options that ask for the GPUs of this."""
+        """The sbatch options that request the GPUs of this site."""
         others = {"gpus", "gpus-per-task", "gpus-per-socket"} & {k for k, v in self.sbatch.items() if v is not None}
         if "gpus-per-task" in others:
             return {"ntasks": str(self.world_size)}

@@ -1,4 +1,4 @@
-"""One of SLURM's commands, with a time limit: what it prints, or the error that its words make. Knows no run."""
+"""Runs one SLURM command with a time limit; returns what it prints, or raises an error with its words. Knows no run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NO_ANSWER = re.compile(
 )
 LINES_AT_MOST = 20
 USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_", "SLURM_TIME_FORMAT")
-"""Variables by which a user has SLURM's commands show less, or show it otherwise: not what is asked here."""
+"""Variables that change what SLURM's commands show to a user: removed, since their output is parsed here."""
 
 
 def failure(command: str, said: str) -> SchedulerError:
-    """The error that a command's words make: all of them, since the last line may be the one that says least.
+    """The error for a command's output, with all of it, since the last line may say least.
 
-    Whether SLURM was out of reach is in the last: what a site's plugin wrote before may be about anything.
+    Whether SLURM was unreachable is read from the last line: earlier lines may be a site plugin's.
     """
     lines = words(command, said)
     unreached = lines and NO_ANSWER.search(lines[-1])
@@ -32,7 +32,7 @@ def failure(command: str, said: str) -> SchedulerError:
 
 
 def words(command: str, said: str) -> list[str]:
-    """The lines that a command wrote, without its name, without control characters."""
+    """The lines of a command's output, without its name before them and without control characters."""
     lines = (line.rstrip().removeprefix(f"{command}: ") for line in said.splitlines())
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines if line]
 
@@ -54,7 +54,7 @@ def available(command: str = "sbatch") -> bool:
 def run(
     argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
-    """What the command prints. env: instead of this process's without USERS_OWN. Raises SchedulerError."""
+    """Run a command; returns its output. env: default this process's, without USERS_OWN. Raises SchedulerError."""
     if env is None:
         env = {k: v for k, v in os.environ.items() if not k.startswith(USERS_OWN)}
     try:

@@ -1,4 +1,4 @@
-"""Orders that SLURM takes, each one command with a time limit. Knows no run."""
+"""Orders to SLURM, each one command with a time limit. Knows no run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from launch.cluster.answers import NoJobId
 from launch.cluster.slurm import TIMEOUT_S, shortened, words
 
 JOB_ID = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
-"""The whole of the line in which sbatch tells it, with --parsable and without."""
+"""The whole line in which sbatch prints the id, with --parsable and without."""
 
 
 def submit(
     argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
-    """Run an sbatch; returns the job's id, whatever a site has it say around that. Raises SchedulerError."""
+    """Run sbatch; returns the job's id, whatever else a site's sbatch prints. Raises SchedulerError."""
     said = slurm.run(argv, timeout_s=timeout_s, cwd=cwd, env=env)
     found = [match[1] for line in said.splitlines() if (match := JOB_ID.fullmatch(line.strip()))]
     if not found:
@@ -25,7 +25,7 @@ def submit(
 
 
 def too_many(refusal: str) -> bool:
-    """Whether a refusal of sbatch's may be about how many jobs the user has, of which each task of an array is one."""
+    """Whether sbatch may have refused because the user has too many jobs; each task of an array counts as one."""
     return bool(re.search(r"Submit\w*Limit|violates accounting/QOS policy", refusal))
 
 
@@ -34,28 +34,28 @@ def requeue(job: str) -> None:
 
 
 def exclude(job: str, nodes: str) -> None:
-    """`job`, which waits, is not to have these nodes. Raises SchedulerError."""
+    """Exclude nodes from a waiting job. Raises SchedulerError."""
     slurm.run(["scontrol", "update", f"jobid={job}", f"excnodelist={nodes}"])
 
 
 def delay(job: str, seconds: int) -> None:
-    """`job`, which waits, is not to begin before so long. Raises SchedulerError."""
+    """Keep a waiting job from starting for so many seconds. Raises SchedulerError."""
     slurm.run(["scontrol", "update", f"jobid={job}", f"starttime=now+{seconds}"])
 
 
 def mail_at_end(job: str, address: str) -> None:
-    """Have SLURM mail there when `job`, which runs, ends. Raises SchedulerError."""
+    """Have SLURM mail to an address when a running job ends. Raises SchedulerError."""
     kind = "END,FAIL" + (",ARRAY_TASKS" if "_" in job else "")  # of a job that fails it mails no END
     slurm.run(["scontrol", "update", f"jobid={job}", f"mailuser={address}", f"mailtype={kind}"])
 
 
 def make_wait(job: str, other: str) -> None:
-    """`job`, which has not begun, waits for `other` to end, and for nothing else. Raises SchedulerError."""
+    """Make a waiting job wait for `other` to end, and for nothing else. Raises SchedulerError."""
     slurm.run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])
 
 
 def cancel_waiting(job: str) -> None:
-    """Of an array: its tasks that have not begun."""
+    """Cancel the job if it has not started; of an array the tasks that have not. Raises SchedulerError."""
     slurm.run(["scancel", "--state=PENDING", job])
 
 

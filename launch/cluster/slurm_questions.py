@@ -1,4 +1,4 @@
-"""Questions to SLURM, and how its answers are read. Knows no run."""
+"""Queries to SLURM, and how its answers are read. Knows no run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from launch.cluster.answers import Mercy, NoAnswer, Queued, SchedulerError, Show
 from launch.cluster.slurm import TIMEOUT_S
 
 CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
-"""Where it lies by default, and where slurmd keeps what it was sent."""
+"""slurm.conf by default, and where slurmd keeps one that was sent to it."""
 NAMED = re.compile(r"^\s*ClusterName\s*=\s*([^\s#]+)", re.M | re.I)
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
-"""How the names of jobs end that are queued here, or by the templates."""
+"""How the names of this project's jobs end."""
 
 
 def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
@@ -48,10 +48,10 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
 
 
 def look_up(jobs: list[str]) -> dict[str, Queued]:
-    """Those of `jobs` that SLURM still has, by one question for all of them. Raises SchedulerError.
+    """Those of `jobs` that SLURM still has, by one query for all of them. Raises SchedulerError.
 
-    COMPLETING says that a job's processes are ending, and nothing of what follows: one that is pre-empted is COMPLETING
-    before it is PENDING again. Jobs of other users are told too, where the site shows them: a group may share a run.
+    COMPLETING only means that a job's processes are ending: a pre-empted job is COMPLETING before it is PENDING again.
+    Jobs of other users are included if the site shows them, since a group may share a run.
     """
     found: dict[str, Queued] = {}
     for line in _squeue(jobs):
@@ -70,7 +70,8 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
 
 
 def _squeue(jobs: list[str]) -> list[str]:
-    """Its lines about these. Of one id alone it says that it is unknown; of several it leaves out those that are."""
+    """squeue's lines about these jobs. It reports an error for a single unknown id, and leaves out unknown ones of
+    several."""
     ids = ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))  # an array's stands for all of its tasks
     try:
         asked = ["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", ids]
@@ -88,7 +89,7 @@ def dependents(job: str) -> list[str]:
 
 
 def any_cancelled(job: str) -> bool:
-    """Whether SLURM remembers `job`, or a task of it, as cancelled by its owner or an administrator."""
+    """Whether SLURM still knows that `job`, or a task of it, was cancelled by its owner or an administrator."""
     try:
         return bool(re.search(r"\bJobState=CANCELLED\b", slurm.run(["scontrol", "show", "job", "-o", job])))
     except NoAnswer:
@@ -98,7 +99,7 @@ def any_cancelled(job: str) -> bool:
 
 
 def cluster_name() -> str:
-    """This cluster's, in lower case: a job knows it, else slurm.conf or slurmctld says; "" where neither does."""
+    """This cluster's name in lower case, from the job's environment, slurm.conf or slurmctld; "" if none has it."""
     return environment.cluster() or (_name_of_the_cluster() if slurm.available("squeue") else "")
 
 
@@ -116,7 +117,7 @@ def _name_of_the_cluster() -> str:
 
 
 def max_array_size() -> int:
-    """One more than the largest index that an array may have; 1 where SLURM allows no arrays."""
+    """SLURM's MaxArraySize, one more than the largest index of an array; 1 if arrays are not allowed."""
     try:
         return max(1, int(_setting(slurm.run(["scontrol", "show", "config"]), "MaxArraySize") or 1001))
     except SchedulerError:
@@ -124,17 +125,17 @@ def max_array_size() -> int:
 
 
 def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
-    """How many nodes a partition has, and those of them that are not excluded. Raises SchedulerError."""
+    """The number of nodes of a partition, and the names of those that are not excluded. Raises SchedulerError."""
     every = set(slurm.run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"]).split())
     without = set(slurm.run(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
     return len(every), sorted(every - without)
 
 
 def mercy(job: str, told: dict[str, str] | None = None) -> Mercy:
-    """Whether and how soon pre-emption requeues `job`; where SLURM does not say, that it does, and at once.
+    """Whether and how soon pre-emption requeues `job`; if SLURM does not say, that it does so at once.
 
-    told: what preemption() was on the login node, and `no-requeue` where the job must not be: accounting is often out
-    of a node's reach, and a container has none of SLURM's commands.
+    told: the result of preemption() on the login node, with `no-requeue` if the job must not be requeued: a node often
+    cannot reach accounting, and a container has none of SLURM's commands.
     """
     told = told or {}
     try:
@@ -171,8 +172,8 @@ def _mercy(mode: str, grace_s: int, config: str, known: bool, *, may_requeue: bo
 
 
 def _of_qos(name: str, told: dict[str, str]) -> tuple[str, int, bool]:
-    """PreemptMode and GraceTime in seconds, and whether both are known: from accounting, or from what it once said;
-    else the mode from slurmctld, which keeps the grace time to itself.
+    """PreemptMode and GraceTime (s) of a QOS, and whether both are known: from accounting now or as `told`; else the
+    mode alone from slurmctld, which does not show the grace time.
     """
     try:
         said = slurm.run(["sacctmgr", "-nP", "show", "qos", name, "format=PreemptMode,GraceTime"], timeout_s=10).strip()
@@ -196,8 +197,8 @@ def mode_and_grace(said: str) -> tuple[str, int]:
 
 
 def preemption(partitions: str | None) -> dict[str, str]:
-    """What this cluster does with jobs that it pre-empts, as far as it says: its own settings, and its
-    PreemptMode|GraceTime of each QOS where it goes by them, else of these partitions; None: of all that there are.
+    """How this cluster pre-empts, as far as it says: its settings, and PreemptMode|GraceTime of each QOS, if
+    pre-emption is by QOS, else of these partitions (None: of all).
     """
     told: dict[str, str] = {}
     with contextlib.suppress(SchedulerError):
@@ -225,7 +226,7 @@ def _field(shown: str, key: str) -> str | None:
 
 
 def _stamp(local_time: str | None) -> str | None:
-    """Of a local time as SLURM writes it; None for anything else, such as None and Unknown."""
+    """The stamp of a local time as SLURM writes it; None for anything else, such as None and Unknown."""
     try:
         return stamp(datetime.strptime(local_time or "", "%Y-%m-%dT%H:%M:%S"))
     except ValueError:

@@ -1,6 +1,6 @@
-"""python RUN/code.zip DIR: lay out in DIR what of the run's code is not there, or is no longer as it was.
+"""python RUN/code.zip DIR: unpack into DIR the files of the run's code that are missing there or have changed.
 
-It travels in the archive as its __main__.py and needs nothing but Python: what a job runs may have been purged.
+It is the archive's __main__.py and needs only Python, since a purge may have removed the code that a job runs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 MAIN = "__main__.py"
 BYTECODE = f"bytecode-{sys.implementation.cache_tag}.sha256"
-"""In DIR: the digest of what this Python has compiled of it, which is trusted as it was made."""
+"""File in DIR with the digest of the bytecode that this Python has made of it, which is then trusted."""
 
 
 def mend(archive: zipfile.ZipFile, place: Path) -> None:
-    """Make `place` what the archive says, file by file, none of them half written. Raises OSError."""
+    """Make `place` equal to the archive, writing each file whole. Raises OSError."""
     names = {name for name in archive.namelist() if name != MAIN}
     for name in names:
         data, there = archive.read(name), place / name
@@ -44,7 +44,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def bytecode(place: Path) -> str:
-    """A digest of all that this Python has compiled there."""
+    """A digest of all bytecode of this Python in `place`."""
     digest = hashlib.sha256()
     for path in sorted(place.rglob(f"*.{sys.implementation.cache_tag}.pyc")):
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""How the values of a site profile and of its options are read and checked: times, memory, GPUs, words, lines."""
+"""Reads and checks the values of site profiles and options: times, memory, GPUs, words, lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm.run.log import has_control
 
 UNIT_MIN = {"m": 1, "min": 1, "h": 60, "d": 1440}
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-"""Of memory, in bytes; an amount without one is in M."""
+"""Units of memory in bytes; an amount without one is in M."""
 
 
 def minutes(text: str | int) -> int:
@@ -37,7 +37,7 @@ def minutes(text: str | int) -> int:
 
 
 def written(total_min: int) -> str:
-    """A time limit as `minutes` reads it, and people write it: 4h, 1d12h, 2h30m."""
+    """A time limit as people write it, and `minutes` reads it: 4h, 1d12h, 2h30m."""
     (days, rest), parts = divmod(total_min, 1440), []
     for number, unit in ((days, "d"), (rest // 60, "h"), (rest % 60, "m")):
         parts += [f"{number}{unit}"] if number else []
@@ -45,7 +45,7 @@ def written(total_min: int) -> str:
 
 
 def slurm_minutes(text: str) -> int:
-    """A time limit as SLURM writes it, in minutes, begun ones too; 0 where it is none. A:B is minutes and seconds."""
+    """A time limit in SLURM's form, in minutes, rounded up; 0 for anything else. A:B is minutes and seconds."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text)
     if match is None:
         return 0
@@ -70,13 +70,13 @@ def _amount(mem: str) -> tuple[int, str]:
 
 
 def memory_bytes(mem: str) -> int:
-    """0: all that a node has."""
+    """Bytes of an amount such as 32G; 0 stands for all memory of a node."""
     number, unit = _amount(mem)
     return number * UNITS[unit.upper() or "M"]
 
 
 def memory_share(mem: str | None, parts: int) -> str | None:
-    """One of `parts` equal shares of an amount of memory; None for all that a node has, which has no shares."""
+    """One of `parts` equal shares of an amount of memory, rounded up; None if the amount is all memory of a node."""
     number, unit = _amount(mem or "0")
     if parts == 1 or not number:
         return mem if number else None
@@ -110,7 +110,7 @@ def _one_line(text: Any) -> Any:
 
 
 def _options(options: Any) -> Any:
-    """What becomes lines of a job's script, one for each."""
+    """sbatch options, each of which becomes one line of a job's script."""
     for key, value in options.items() if isinstance(options, dict) else ():
         if not isinstance(value, str | int | None):
             raise ValueError(
@@ -158,7 +158,7 @@ def _mail(text: Any) -> Any:
 
 
 def _command(words: Any) -> Any:
-    """Words that may hold a password: none is repeated."""
+    """A command's words; the message repeats none of them, as they may contain a password."""
     fits = isinstance(words, list | tuple) and all(isinstance(w, str) and "\0" not in w for w in words)
     if not fits or (words and not words[0]) or has_control("".join(words)):
         raise ValueError(
@@ -169,7 +169,7 @@ def _command(words: Any) -> Any:
 
 
 def _url(text: Any) -> Any:
-    """An address that may hold a secret: it is not repeated."""
+    """A URL; the message does not repeat it, as it may contain a secret."""
     try:
         if isinstance(text, str) and re.fullmatch(r"https?://[A-Za-z0-9\[][!-~]{1,2000}", text):
             at = urllib.parse.urlsplit(text)

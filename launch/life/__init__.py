@@ -1,1 +1,2 @@
-"""One start of one job: signals, the work of its stage, whether it is put back. Asks queue/ what is left of a run."""
+"""One start of a job: signals, the work of its stage, and whether it is requeued. Asks queue/ what a run still
+needs."""

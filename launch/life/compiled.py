@@ -1,9 +1,9 @@
 """Compiled code: kept from life to life as one file of the run, and brought to each node's own disk.
 
-A rank compiles in a folder that is its own, on the node's disk, and brings there first what the run's file holds. Once
-all are past compiling rank 0 makes that file of its node's folders, whole or not at all, with its digest in its first
-line. So what a life left that died within a library is never found; and what is damaged, or was made for another kind
-of node, is compiled anew. No torch here: which folder it is has to be said before it is loaded.
+Each rank compiles in a folder of its own on the node's disk, into which it first unpacks the run's file. Once all ranks
+have compiled, rank 0 writes the run's file anew from the folders of its node, whole or not at all, with a digest in its
+first line. So nothing from a life that died while compiling is ever used, and code that is damaged or for another kind
+of node is compiled anew. Loads no torch: the folder must be chosen before torch is loaded.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ HEADER_BYTES = 1 << 12
 MOST_BYTES = 4 << 30
 _LOCK = ".lock"
 _held: list[tuple[Path, BinaryIO]] = []
-"""This process's folder, and the lock that tells others that it lives."""
+"""This process's folder, and a lock that shows other processes that it is alive."""
 
 
 def choose_folder() -> None:
-    """Have the compiler work in a new folder of this node, unless the user has given it one."""
+    """Make the compiler use a new folder on this node, unless the user has chosen one."""
     if _held or environment.compiler_folder() is not None:
         return
     try:
@@ -64,7 +64,7 @@ def leave() -> None:
 
 
 def _remove_left(where: Path) -> None:
-    """What lives that were killed have left there."""
+    """Remove folders that killed lives have left."""
     for lock in where.glob(f"{PREFIX}*/{_LOCK}"):
         with contextlib.suppress(OSError), lock.open("ab") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where its process lives
@@ -75,11 +75,11 @@ def _remove_left(where: Path) -> None:
 def compiling(
     run: RunDir, kind: str, *, world: World, may_publish: Callable[[], None] | None, anew: Callable[[bool], bool | None]
 ) -> Iterator[None]:
-    """Within: the network or its kernels are compiled, or what the run's file holds is loaded. On all ranks.
+    """Within: the network or its kernels are compiled, or loaded from the run's file. Called on all ranks.
 
-    kind: what compiled code is for. may_publish: rank 0's check that the run is still its own; None on the others.
-    anew: whether something was compiled, asked afterwards, with whether there are kernels now that were not; None: it
-    did not come to that.
+    kind: the kind of node and torch that compiled code is for. may_publish: rank 0's check that the run is still its
+    own; None on other ranks. anew: called afterwards, with whether new kernels appeared; returns whether something was
+    compiled, or None if the work was not done.
     """
     folder, began = _held[0][0] if _held else None, time.monotonic()
     why = _bring(run.compiled, folder, kind) if folder is not None else "in a folder of the user's"
@@ -108,8 +108,8 @@ def _num_kernels(folder: Path | None) -> int:
 
 
 def pack(folders: list[Path], kind: str) -> bytes:
-    """The content of the run's file: a line that signs the rest, and a zip archive of what the folders hold together:
-    the compiler names files by what is in them."""
+    """The content of the run's file: one line with the digest of the rest, and a zip archive of all folders' files. The
+    compiler names files by their content, so equal names are equal files."""
     out, files = io.BytesIO(), dict[str, Path]()
     for folder in folders:
         files |= {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
@@ -122,7 +122,7 @@ def pack(folders: list[Path], kind: str) -> bytes:
 
 
 def unpack(file: Path, folder: Path, kind: str) -> None:
-    """What `pack` made, into the folder. Raises DamagedFile with the reason, OSError."""
+    """Unpack the output of `pack` into `folder`. Raises DamagedFile with the reason, OSError."""
     with open_file(file) as f:
         if os.fstat(f.fileno()).st_size > MOST_BYTES:
             raise DamagedFile(f"{file.name}: larger than any of its kind")
@@ -140,7 +140,7 @@ def unpack(file: Path, folder: Path, kind: str) -> None:
 
 
 def _bring(file: Path, folder: Path, kind: str) -> str:
-    """Why it is not in the folder now, or ""."""
+    """Unpack the run's file into the folder; returns why that failed, or ""."""
     try:
         unpack(file, folder, kind)
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _bring(file: Path, folder: Path, kind: str) -> str:
 
 
 def this_cpu() -> str:
-    """What libraries are compiled for that compute on it."""
+    """What identifies this kind of CPU for compiled code: its feature flags."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

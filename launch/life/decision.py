@@ -1,10 +1,10 @@
-"""Whether a job is put back when its batch shell ends: the evidence, and what follows from it. Asks nobody.
+"""Whether a job is requeued when its batch shell ends: the evidence, and the decision, which asks nobody.
 
-A crash leaves SLURM's job FAILED, which SLURM never requeues; a job that saved before its time limit left with 75. Both
-are put back, and only while SLURM calls this very life of the job RUNNING: under scancel it is COMPLETING, and a
-requeue would raise it from the dead; and where a node was out of reach, a later life may run elsewhere. Policy by
-progress: endless while it advances; failed after MAX_RETRIES retries in a row without any. SLURM itself requeues what
-it pre-empts; where it does not, a successor goes on, also for a job that is COMPLETING by pre-emption.
+After a crash SLURM's job is FAILED, and SLURM never requeues it; a job that saved before its time limit exits with 75.
+Both are requeued, but only while SLURM calls this life of the job RUNNING: under scancel it is COMPLETING, and a
+requeue would revive it; and if a node was unreachable, a later life may already run elsewhere. A job is retried without
+limit while it makes progress, and fails after MAX_RETRIES retries in a row without any. SLURM itself requeues jobs that
+it pre-empts; where it does not, a successor job goes on, also for a job that is COMPLETING because of pre-emption.
 """
 
 from __future__ import annotations
@@ -17,46 +17,47 @@ from launch.cluster.scheduler import Mercy, Shown
 
 MAX_RETRIES = 3
 WAIT_S = (0, 60, 300)
-"""Before the first retry in a row, the second, the third, beside what SLURM itself waits: what a life met, such as a
+"""Seconds before the first, second and third retry in a row, beside SLURM's own delay: a passing problem, such as a
 file system that is away, may be over by then."""
 UNCOUNTED = ("preempted", "suspended")
-"""Reasons to come back that are no retry."""
+"""Reasons for a requeue that do not count as a retry."""
 GONE = "gone"
-"""Why a life left whose run was moved away: what lies under its name is not told how it ended."""
+"""Reason of a life whose run was moved away: nothing is written under the run's old name."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Facts about a job whose batch shell ends, and where each is from. What decides nothing more is not asked for."""
+    """Facts about a job whose batch shell ends, with their sources. Facts that cannot change the decision are not
+    asked."""
 
     stage: str
     """train, sample or evaluate: the batch script's."""
     code: int
-    """The exit code that rank 0 left in its marker, past srun; srun's where it left none."""
+    """The exit code in rank 0's marker; srun's if there is no marker."""
     reason: str = "crash"
-    """Why rank 0 says that it left, in its marker."""
+    """The reason in rank 0's marker."""
     restart: int = 0
-    """Which life of the job this is: the shell's environment."""
+    """The number of this life of the job, from the shell's environment."""
     shown: Shown | None = None
-    """What SLURM says of the job (scontrol); None: it knows none."""
+    """What scontrol shows of the job; None: SLURM does not know it."""
     stop_file: bool = False
     """Whether a person has made STOP in the run directory."""
     progress: int | None = None
-    """How far the job has come: saved steps; its shard's batches; its features. None: the run is unreadable."""
+    """The job's progress (saved steps, its shards' batches, or features); None: the run cannot be read."""
     retries: int = 0
     """How often in a row the job, or those it succeeds, was put back at this progress by its own fault: the events."""
     mercy: Mercy | None = None
-    """What SLURM does to jobs that it pre-empts; asked for where the job may have been."""
+    """How SLURM pre-empts; asked only if the job may have been pre-empted."""
     uncounted: int = 0
-    """Lives of the job since the last one of which the events tell anything but its beginning."""
+    """Number of lives since the last one whose events have more than its start."""
     can_tell: bool = True
-    """Whether the events can be read, and take one line more: this life will be counted."""
+    """Whether events can be read and written, so that this life will be counted."""
 
 
 @dataclass(frozen=True)
 class Decision:
     what: Literal["leave", "fail", "requeue", "succeed"]
-    """Leave it to SLURM; say that it has failed; requeue it; have a successor go on."""
+    """leave: leave it to SLURM; fail: say that it has failed; requeue; succeed: submit a successor job."""
     why: str = ""
     """For the job's log, and for the event of a failure."""
 
@@ -106,9 +107,9 @@ def _put_back(e: Evidence, *, forbidden: bool) -> Decision:
 
 
 def not_ours(shown: Shown | None, restart: int, *, or_preempted: bool = False) -> str:
-    """Why this life is not to be put back, by what SLURM says of the job; "" where it is.
+    """Why this life must not be requeued, by SLURM's state of the job; "" if it may be.
 
-    or_preempted: or followed by a successor, which may also be where pre-emption is ending it.
+    or_preempted: ask about a successor instead, which is also allowed while pre-emption is ending the job.
     """
     if shown is None or shown.state != "RUNNING":
         if or_preempted and shown is not None and shown.preempted and shown.restarts == restart:
@@ -120,16 +121,16 @@ def not_ours(shown: Shown | None, restart: int, *, or_preempted: bool = False) -
 
 
 NO_FAULT_OF_ITS_OWN = (*UNCOUNTED, "time_limit", "interrupted", "STOP", "save_failed", "out_of_memory")
-"""Reasons to leave that say nothing against the node."""
+"""Reasons for an end that say nothing against the node."""
 
 
 def blames_its_node(e: Evidence) -> bool:
-    """Whether this life died by itself in a way that another node may not see."""
+    """Whether this life died by itself in a way that may not happen on another node."""
     return e.code not in (0, EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE) and e.reason not in NO_FAULT_OF_ITS_OWN
 
 
 def wait_s(e: Evidence) -> int:
-    """How long a job that is put back now is kept from its next start."""
+    """Seconds for which a job that is requeued now is kept from starting."""
     counts = e.code != EXIT_REQUEUE and e.reason not in UNCOUNTED
     return WAIT_S[min(e.retries, len(WAIT_S) - 1)] if counts else 0
 
@@ -138,7 +139,7 @@ def wait_s(e: Evidence) -> int:
 
 
 def retries_without_progress(events: list[dict[str, Any]], job: str, now_at: int) -> int:
-    """How many times in a row `job`, or those it succeeds, was put back by its own fault at the progress it has."""
+    """How often in a row `job`, or jobs it succeeds, was requeued through its own fault at progress `now_at`."""
     count, lives = 0, {job}
     for event in reversed(events):
         if event.get("job") in lives and event.get("successor_of"):
@@ -152,13 +153,13 @@ def retries_without_progress(events: list[dict[str, Any]], job: str, now_at: int
 
 
 def uncounted_lives(events: list[dict[str, Any]], job: str, restart: int) -> int:
-    """How many lives of the job began since the last that had room to tell what became of it."""
+    """How many lives of the job have started since the last one that could write more than its start."""
     told = (e for e in events if e.get("job") == job and e["event"] != "allocated")
     return restart - max((int(e["restart"]) for e in told), default=0)
 
 
 def bad_nodes(events: list[dict[str, Any]], job: str) -> list[str]:
-    """Nodes on which lives of the job, or of those it succeeds, died by themselves; in their order."""
+    """Nodes on which lives of the job, or of jobs it succeeds, died by themselves, in order of time."""
     lives = {job}
     for event in reversed(events):
         if event.get("job") in lives and event.get("successor_of"):

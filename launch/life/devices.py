@@ -1,4 +1,4 @@
-"""Where a job computes, and whether that is what it was given. Loads torch."""
+"""The device of a process, and whether torch can use the GPUs that the job was given. Loads torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def one_device(env: JobEnvironment) -> torch.device:
-    """Where a process computes: on a GPU of its own, where its node has several ranks of a job. Raises NodeUnfit."""
+    """The device of this process: its own GPU if several ranks share a node, else the first one or the CPU. Raises
+    NodeUnfit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and env.local_rank:
         device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
@@ -23,7 +24,7 @@ def one_device(env: JobEnvironment) -> torch.device:
 
 
 def check(env: JobEnvironment, device: torch.device, gpus: Path = NVIDIA_GPUS) -> None:
-    """Raises NodeUnfit where SLURM gave this job GPUs of a node that has them, and torch cannot use them."""
+    """Raise NodeUnfit if SLURM gave this job GPUs, the node has them, and torch cannot use them."""
     if device.type == "cuda" or not environment.gpus_given() or not any(gpus.glob("*")):
         return
     why = f"torch {torch.__version__} was built with CUDA {torch.version.cuda}: is the driver as new, nvidia-smi well?"
@@ -33,9 +34,9 @@ def check(env: JobEnvironment, device: torch.device, gpus: Path = NVIDIA_GPUS) -
 
 
 def check_precision(env: JobEnvironment, device: torch.device, precision: str, *, has_bf16: bool | None = None) -> None:
-    """Raises NodeUnfit where bf16 would be emulated: seventy times slower than fp32 on a CPU with AVX2 alone.
+    """Raise NodeUnfit if bf16 would be emulated: seventy times slower than fp32 on a CPU that only has AVX2.
 
-    has_bf16: whether this CPU's convolutions take it; None: torch is asked.
+    has_bf16: whether this CPU's convolutions support it; None: ask torch.
     """
     if precision != "bf16" or device.type != "cpu":
         return

@@ -1,4 +1,4 @@
-"""The evidence at the end of a batch shell: what is known of its job, as far as it can be read and asked."""
+"""Gathers the evidence about a job at the end of its batch shell, as far as it can be read and asked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: str) -> Evidence:
-    """What is known of the job, in the order of what it costs to ask. SchedulerError where SLURM stays silent."""
+    """The evidence about a job, cheapest questions first. Raises SchedulerError if SLURM does not answer."""
     said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
     known = Evidence(stage, code, restart=env.restart)
     if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
@@ -51,7 +51,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
 
 
 def _was_suspended(shown: scheduler.Shown, env: JobEnvironment) -> bool:
-    """Whether SLURM suspended this life, and let it go on just before it died: its ranks took each other for dead."""
+    """Whether SLURM suspended this life and resumed it shortly before it died: its ranks took each other for dead."""
     at = shown.suspended_at
     return at is not None and at > env.since and time.time() - seconds(at) < AFTER_SUSPENSION_S
 
@@ -74,7 +74,7 @@ def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
 
 
 def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str) -> Evidence:
-    """With what the run directory says. Raises OSError."""
+    """`known` with what the run directory shows. Raises OSError."""
     here, events = progress(run, env.job, known.stage, set_name), of_this_cluster(read_events(run))
     return replace(
         known,
@@ -94,7 +94,8 @@ def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
 
 
 def _read(ask: Callable[[], T]) -> T | None:
-    """What the run directory says; None where its file system fails for long: before a time limit there is little."""
+    """Call `ask`, repeatedly while the file system fails; None if it fails for READ_PATIENCE_S, since little time may
+    be left."""
     try:
         return scheduler.patiently(ask, OSError, min(scheduler.PATIENCE_S, READ_PATIENCE_S))
     except OSError as e:
@@ -103,6 +104,6 @@ def _read(ask: Callable[[], T]) -> T | None:
 
 
 def say(text: str) -> None:
-    """A line in the job's log; where the log's disk is full, the job is put back without a word."""
+    """Print a line to the job's log; a full disk is ignored, so that the job is still requeued."""
     with contextlib.suppress(OSError):
         print(f"[batch] {text}", flush=True)

@@ -1,4 +1,4 @@
-"""The data that a life trains on: packed again where the cache is gone; from a node's own disk where there is one."""
+"""The data that a life trains on: packed again if the cache is gone, and copied to a node's own disk if wanted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from launch.life.life import Life
 
 
 def packed_data(life: Life, config: Config, world: World, fence: Fence | None = None) -> PackedImages:
-    """The packed training data, on all ranks. Raises Stopped, on all ranks; DoNotRetry where the data is another.
+    """The packed training data; called on all ranks. Raises Stopped on all ranks; DoNotRetry if the data has changed.
 
-    Rank 0 reads all of it (once per machine and boot) before any rank maps it, and packs it again where it is damaged
-    or gone; one rank of each node does the same with a copy on scratch.
-    fence: rank 0's, to add the labels to the record of a run from before they were kept. Raises DamagedFile where
-    run.json does not say which data it is.
+    Rank 0 reads all of it (once per machine and boot) before any rank maps it, and packs it again if it is damaged or
+    gone; one rank of each node does the same for a copy on scratch.
+    fence: on rank 0, to add labels to the run.json of an old run that has none. Raises DamagedFile if run.json does not
+    say which data it is.
     """
     record, data = read_run(life.run), data_of(life.run)
     if not (data.get("key") and data.get("digest")):
@@ -60,10 +60,10 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
 
 
 def held_out(life: Life, config: Config, world: World) -> PackedImages | None:
-    """The test split, packed, on all ranks, where the run validates on it. Raises Stopped, on all ranks.
+    """The packed test split, if the run validates on it, else None; called on all ranks. Raises Stopped on all ranks.
 
-    Where it is damaged or gone and cannot be packed again, or is another than when the run was submitted, training goes
-    on without validation, and a line says so.
+    If it is damaged or gone and cannot be packed again, or has changed since the submission, training goes on without
+    validation, which is logged.
     """
     if config.log.validate_every_steps is None:
         return None
@@ -82,7 +82,7 @@ def held_out(life: Life, config: Config, world: World) -> PackedImages | None:
 
 
 def _bring_test(cache: Path, known: dict[str, Any], config: Config, stop_requested: StopRequested) -> str:
-    """The key of the test split, whole. Raises DamagedFile where its images are not those of the submission."""
+    """The key of the verified test split. Raises DamagedFile if its images are not those of the submission."""
     try:
         key, there = str(known["key"]), packed.open_verified(cache, known["key"], stop_requested=stop_requested)
     except (KeyError, DamagedFile, OSError):
@@ -93,9 +93,9 @@ def _bring_test(cache: Path, known: dict[str, Any], config: Config, stop_request
 
 
 def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None, stop_requested: StopRequested) -> str:
-    """The key of the run's data, whole: packed again where it is not, which gives another key where files were touched.
+    """The key of the run's verified data. Damaged data is packed again, under another key if files were touched.
 
-    Raises Stopped; DoNotRetry or EnvironmentLacks where it cannot be packed here.
+    Raises Stopped; DoNotRetry or EnvironmentLacks if it cannot be packed here.
     """
     why = "gone"
     try:
@@ -127,7 +127,7 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
 
 
 def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
-    """A run from before labels were kept: from now on they are compared."""
+    """Add labels to the run.json of an old run, so that they are compared from now on."""
     try:
         record = sign({"labels": labels_record(there), **read_run(life.run)})
         write_json(life.run.run_json, record, replace=True, may_publish=fence.check)
@@ -136,7 +136,7 @@ def _keep_labels(life: Life, fence: Fence, there: PackedImages) -> None:
 
 
 def _copy_to(local: Path | None, life: Life, world: World, cache: Path, key: str) -> None:
-    """One rank of each node copies; where it cannot, its node reads the cache."""
+    """Copy the data to scratch on one rank of each node; if that fails, its node reads the cache."""
 
     def copy(stop_requested: StopRequested) -> None:
         assert local is not None
@@ -149,9 +149,9 @@ def _copy_to(local: Path | None, life: Life, world: World, cache: Path, key: str
 
 
 def together(stop: StopRequested, world: World, work: Callable[[StopRequested], Any] | None) -> Any:
-    """`work` on the ranks that have some; the others answer it meanwhile, so that none takes its silence for death.
+    """Run `work` on the ranks that have some, while the others answer them, so that no rank is taken for dead.
 
-    `work` asks what it is given every few seconds, and raises Stopped where that says so. Returns what it returns.
+    `work` must call its argument every few seconds, and raise Stopped if that returns a reason. Returns its result.
     Raises Stopped on all ranks, also where `work` met an error of its own while it stopped.
     """
     heard = ""

@@ -1,4 +1,4 @@
-"""What the log of a life says about its end: the last error of its own, whether memory ran out, where it went wrong."""
+"""Why a life ended, from its log: its last error, whether memory ran out, and on which node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.terminal.logfiles import NOISE
 TAIL_BYTES = 256 * 1024
 CHARACTERS = 600
 OTHERS = (*NOISE, "[batch]")
-"""How lines begin that are not the work's own."""
+"""Beginnings of lines that are not the work's own."""
 OWN = re.compile(
     r"^\S+Z failed: |^setup failed|^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Unfit|Lacks)\b"
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
@@ -21,7 +21,7 @@ OWN = re.compile(
 HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
 GPU_MEMORY = re.compile(r"CUDA out of memory|cuda\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
-"""SLURM's word to a job that somebody cancels; to others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
+"""SLURM's line for a job that a person cancels; for others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
 FEWER = {
     "train": "hold fewer images at a time: train.micro_batch=auto",
     "sample": "compute fewer images at a time: launch/sample.py --set OTHER --batch …, or ask for GPUs with more",
@@ -36,14 +36,14 @@ class LastWords:
     log: Path | None = None
     error: str = ""
     lacked: str = ""
-    """memory or GPU memory, where one of them ran out."""
+    """What ran out: memory, or GPU memory; else ""."""
     node: str = ""
-    """Of the rank that died first, where srun says so."""
+    """The node of the rank that died first, if srun names it."""
     cancelled: bool = False
-    """Whether SLURM says that it was cancelled, and by nothing but scancel."""
+    """Whether SLURM says that it was cancelled by scancel."""
 
     def told(self, stage: str, host: str, mem: str) -> str:
-        """Where it ended and why, for a message. mem: what the job had asked for."""
+        """For a message: where and why it ended. mem: the memory that the job had asked for."""
         what = f"out of {self.lacked}" if self.lacked else ""
         what += f" (it had asked for {mem}: ask for more, --mem)" if self.lacked == "memory" else ""
         what += f" ({FEWER.get(stage, 'ask for GPUs with more')})" if self.lacked == "GPU memory" else ""
@@ -53,7 +53,7 @@ class LastWords:
 
 
 def last_words(run: RunDir, stage: str, env: JobEnvironment) -> LastWords:
-    """Of the life that ends now. Nothing where the log cannot be read."""
+    """The last words of the life that ends now; empty if the log cannot be read."""
     names = (f"{stage}-{env.job}.out", f"{stage}-{env.job}_0.out")  # the second by hand, without an array, once
     try:
         there = [path for path in (run.logs / name for name in names) if path.exists()]
@@ -66,7 +66,7 @@ def last_words(run: RunDir, stage: str, env: JobEnvironment) -> LastWords:
 
 
 def read(path: Path, text: str, restart: int) -> LastWords:
-    """What is said in the log's tail since this life began."""
+    """The last words in `text`, the end of the log, since life number `restart` began."""
     began = list(re.finditer(rf"^\[batch\] .* restart={restart} ", text, re.M))
     said = text[began[-1].start() :] if began else text
     own = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(OTHERS)]

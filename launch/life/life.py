@@ -82,9 +82,9 @@ class Life:
         """After a saved stop, on all ranks: the exit code to leave with, or None to go on."""
         if reason == "preempted" and self.env.is_scheduled:
             if broadcast(environment.batch_shell_can_ask() and not scheduler.available("scontrol")):
-                return EXIT_REQUEUE  # in a container: the batch shell asks what this is, and does the rest
+                return EXIT_REQUEUE  # in a container: the batch shell finds out why, and does the rest
             if self.env.rank == 0:
-                take_along(self.run, self.env)
+                after_scancel(self.run, self.env)
                 ending.of_hold(self.run, self.env, environment.stage(), environment.sample_set())
         code = preemption.after_stop(
             self.stop, reason, self.env, say, broadcast, alive, lambda: mercy_for(self.run, self.env.job)
@@ -94,7 +94,7 @@ class Life:
         return code
 
 
-def take_along(run: RunDir, env: JobEnvironment) -> None:
+def after_scancel(run: RunDir, env: JobEnvironment) -> None:
     """If the owner cancelled this job: say so, and if it was training, cancel the jobs that wait for it too.
 
     SLURM calls a cancelled job COMPLETING, like one that it requeues; only the job's log tells them apart.
@@ -106,15 +106,15 @@ def take_along(run: RunDir, env: JobEnvironment) -> None:
             return
         if not last_words(run, stage, env).cancelled:
             return
-        took = scheduler.followers(env.job) if stage == "train" else []
-        what = f", and with it what was to follow: job {' '.join(took)}" if took else ""
+        followers = scheduler.followers(env.job) if stage == "train" else []
+        what = f", and with it what was to follow: job {' '.join(followers)}" if followers else ""
         say(f"cancelled by scancel{what}")
-        # first the word: this process is killed in a moment
+        # the event first: this process is killed in a moment
         env.events(run).append(
-            "cancelled", world_size=env.world_size, step=run.latest_step(), stage=stage, with_it=took
+            "cancelled", world_size=env.world_size, step=run.latest_step(), stage=stage, with_it=followers
         )
-        if took:
-            scheduler.cancel(took)
+        if followers:
+            scheduler.cancel(followers)
 
 
 def begin(run: RunDir) -> Life:

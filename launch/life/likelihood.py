@@ -18,7 +18,8 @@ from launch.life.showing import show_score
 
 
 def evaluate(life: Life, name: str) -> int:
-    """What bits-per-dim/NAME/request.json asks for; the array's first task merges, the others leave before."""
+    """Compute what bits-per-dim/NAME/request.json asks for; an array's first task merges the parts. Returns the exit
+    code."""
     run, env = life.run, life.env
     config = reading.of_run(run)
     request = bound_request.read(run.bound_set(name))

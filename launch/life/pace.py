@@ -1,4 +1,4 @@
-"""How fast images come, and when the last one will."""
+"""The rate of work, in images a second, and its expected end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ WINDOW = 16
 
 
 class Pace:
-    """What is told of work at each of its steps. The rate is that of the last ones: what an earlier life left comes at
-    once, and would make it too high for long."""
+    """The rate over the last reports alone: parts that an earlier life left are reported at once, and would make an
+    overall rate too high for long."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
     def told(self, done: int, total: int) -> dict[str, str]:
-        """images_per_s, and when the last of `total` will be there; nothing before there is a rate."""
+        """images_per_s, and `ends`, the expected time of the last of `total`; {} while there is no rate yet."""
         self._seen.append((time.monotonic(), done))
         (began, had), (at, _) = self._seen[0], self._seen[-1]
         if at <= began or done <= had:

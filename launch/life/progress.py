@@ -1,4 +1,4 @@
-"""How far a job has come: what advances when a life of it was not in vain. Another job's work is not its progress."""
+"""The progress of a job, a number that grows if a life of it was useful. Other jobs' work does not count."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from launch.cluster.job import numbers
 
 
 def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
-    """Saved steps; shards of the job's own and finished batches of them; or features that are there, parts of a bound.
+    """train: saved steps; sample: finished batches and shards of the job's own; evaluate: features and parts of a
+    bound.
 
-    Raises OSError where it cannot look.
+    Raises OSError if the run cannot be read.
     """
     if stage == "train":
         return run.latest_step()
@@ -30,7 +31,8 @@ def progress(run: RunDir, job: str, stage: str, set_name: str) -> int:
 
 
 def _of_shards(where: SampleSet, shards: list[int]) -> int:
-    """A shard counts as all of its batches and one more, so that what is published advances what was in parts."""
+    """Finished batches of these shards; a published shard counts one more than its batches, so that publishing is
+    progress."""
     try:
         read_bytes(where.request)  # a file system that fails for a moment is no damage: OSError
         request = read_request(where)

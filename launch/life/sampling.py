@@ -1,4 +1,4 @@
-"""A life that makes shards of a sample set, one after the other."""
+"""A life that makes shards of a sample set, one after another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def sample(life: Life, set_name: str, shards: list[int]) -> int:
-    """Those of a set that are not done; publishes its request first where a chained job is the first to come by."""
+    """Make the missing ones of `shards`; in a chain the first job also publishes the set's request. Returns the exit
+    code."""
     run, env = life.run, life.env
     config, request = request_of(life, set_name)
     sample_set = run.sample_set(set_name)
@@ -71,7 +72,8 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
 
 
 def denoiser_of(life: Life, set_name: str, config: Config, request: Request | BoundRequest) -> Denoiser:
-    """The request's weights on this job's device. Raises NodeUnfit, DamagedFile; DoNotRetry where they are others."""
+    """The request's network on this job's device. Raises NodeUnfit, DamagedFile; DoNotRetry if its checkpoint is gone
+    or another one."""
     import torch
 
     from ddpm.network.device import threads_of

@@ -1,4 +1,4 @@
-"""A score where people watch training: in TensorBoard, and in W&B."""
+"""Shows a score in TensorBoard and in W&B."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from launch.cluster import environment
 
 
 def mirror_of(run: RunDir, config: Config, held: Callable[[], AbstractContextManager[None]] = nullcontext) -> Mirror:
-    """Offline, as nodes seldom have a network, unless the user's own variables say otherwise."""
+    """The run's W&B mirror, offline unless the user's own variables say otherwise, since nodes seldom have a
+    network."""
     environment.set_defaults(WANDB_MODE="offline")
     return Mirror(run, config, held)
 
 
 def show_score(run: RunDir, config: Config, record: Mapping[str, Any]) -> None:
-    """At its checkpoint's step. In a folder beside the files of a training that may be at work: TensorBoard reads on in
-    the newest file of a folder alone."""
+    """Show a score at its checkpoint's step. It goes to a folder of its own: TensorBoard only follows the newest file
+    of a folder, which may be that of a training at work."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -1,4 +1,4 @@
-"""What a life does before it loads torch, which takes seconds: is there anything to do?"""
+"""What a life does before it loads torch, which takes seconds: it finds out whether there is anything to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launch.queue.sets import ensure_request
 
 
 def start_training(life: Life) -> tuple[Config, str | None]:
-    """The run's config, and why rank 0 must not train, or None. From here on the run's STOP file is watched."""
+    """The run's config, and on rank 0 why there is nothing to train, or None. Starts watching the run's STOP file."""
     run, env = life.run, life.env
     config = reading.of_run(run)
     why = nothing_to_train(run, config) if env.rank == 0 else None
@@ -36,8 +36,8 @@ def start_training(life: Life) -> tuple[Config, str | None]:
 
 
 def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
-    """The run's config, and what is asked for of a set. Raises DoNotRetry where there is nothing to sample from; then
-    what was to follow is called off too, which would find out the same, each task on a node of its own.
+    """The run's config and the request of a set. Raises DoNotRetry if there is nothing to sample from, after cancelling
+    the jobs that were to follow, each task of which would find out the same on a node of its own.
     """
     config = reading.of_run(life.run)
     try:
@@ -51,9 +51,10 @@ def request_of(life: Life, set_name: str) -> tuple[Config, Request]:
 
 
 def _note_allocation(life: Life) -> None:
-    """Tell goodput of this life, which may die before it trains, and when SLURM had freed the nodes of the one before.
+    """Record for goodput that this life has started, and when SLURM had freed the nodes of the life before.
 
-    A life that is killed says nothing more; its last heartbeat is too early, and from before training there is none.
+    This life may die before it trains. The end of a killed life is not recorded otherwise: its last heartbeat is too
+    early, and before training there is none.
     """
     run, env = life.run, life.env
     shown = None

@@ -1,8 +1,8 @@
-"""The end of a batch shell: gather the evidence, decide whether the job is put back, do it or say why not.
+"""The end of a batch shell: gathers the evidence, decides whether the job is requeued, does it or says why not.
 
     python -m launch.life.supervisor RUN STAGE EXIT_CODE [SET]
 
-What is decided, and why, is decision.py's.
+decision.py has the rules.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from launch.life.decision import (
 )
 from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
-from launch.life.life import take_along
+from launch.life.life import after_scancel
 from launch.queue import ending
 from launch.queue.nodes import by_the_profile, may_do_without, setup_line
 from launch.queue.submitting import submit_successor
@@ -67,7 +67,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         say(decision.why)
         told = of_this_cluster(read_events(run)) if words.cancelled else []
         if words.cancelled and not any(e["event"] == "cancelled" and e["job"] == env.job for e in told):
-            take_along(run, env)  # its ranks could not, in a container
+            after_scancel(run, env)  # its ranks could not, in a container
         ending.of_hold(run, env, stage, set_name)
     elif known.code == 0:
         ending.of_success(run, env, stage, set_name)

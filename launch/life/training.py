@@ -1,6 +1,6 @@
-"""A life of training on all its ranks: join, take the run, bring the data, train until the end or a stop. Loads torch.
+"""A life of training on all its ranks: join, lock the run, load the data, train until the end or a stop. Loads torch.
 
-What comes before torch is starting.py's.
+starting.py does what comes before torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ QUEUE_AT_MOST_S = 120.0
 
 
 def train(life: Life, config: Config, why: str | None) -> int:
-    """Train on all ranks; returns the exit code. why: rank 0 must not, as it has found already."""
+    """Train on all ranks; returns the exit code. why: on rank 0, the reason for which there is nothing to train."""
     run, env = life.run, life.env
     devices.one_device(env)  # a rank without one must not let the others wait for it
     site = site_of(run)
@@ -99,7 +99,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
 
 
 def save_patience_s(life: Life, reason: str) -> float:
-    """How long a stop may try to save: while its job has time, less what a save takes, and the other ranks wait."""
+    """Seconds for which a stop may retry its save: as long as the job has time and the other ranks wait."""
     ranks_wait = site_of(life.run).rank_timeout_s / 2
     if reason != "preempted":  # USR2 comes at least 54 s before the end where 60 were asked for
         return min(ranks_wait, TRY_TO_SAVE_S)
@@ -108,7 +108,7 @@ def save_patience_s(life: Life, reason: str) -> float:
 
 
 def _choose_network(asked: str | None, rank_0: str) -> None:
-    """By which interface gloo listens; NCCL finds its own unless one is asked for."""
+    """Set the interface on which gloo listens; NCCL finds its own unless one is given."""
     if asked:
         environment.set_defaults(NCCL_SOCKET_IFNAME=asked)
     if name := asked or addresses.interface_towards(rank_0):
@@ -116,7 +116,7 @@ def _choose_network(asked: str | None, rank_0: str) -> None:
 
 
 def _take(life: Life, wait_s: float) -> Fence:
-    """The run, for this life alone. Raises RunBusy."""
+    """Lock the run for this life. Raises RunBusy."""
     return Fence(
         life.run,
         life.env.owner(),
@@ -128,7 +128,7 @@ def _take(life: Life, wait_s: float) -> Fence:
 
 
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
-    """Whether the lock's holder is an earlier life of this very job, or a job that SLURM no longer runs."""
+    """Whether the lock's holder is an earlier life of this job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
         return False  # a run on this machine is nothing that SLURM knows of
     if env.cluster and other.get("cluster", env.cluster) != env.cluster:
@@ -143,7 +143,7 @@ def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
 
 
 def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> Resolved:
-    """What `auto` means here, as the run's first life found it and wrote down; applied to this process."""
+    """What `auto` means for the run, as its first life found and recorded; also applies it to this process."""
     run = life.run
     kept = world.broadcast(read_run(run).get("resolved") if world.is_main else None)
     resolved = device.resolve(config, world.device, life.env.cpus, kept)
@@ -180,8 +180,8 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
 
 
 def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | None:
-    """Have milestones sampled and scored by jobs beside this one, where the config wants it: queued by a process of its
-    own, which training does not wait for. On this machine they would take what training computes with: not here."""
+    """Start a process that queues jobs to sample and score milestones, if the config asks for it; training does not
+    wait for it. Not with --cluster local, where such jobs would slow training down."""
     if config.evaluate.milestones is None or not life.env.is_scheduled or life.run.is_stopped():
         return None
     command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
@@ -208,13 +208,13 @@ def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) 
 
 
 def _kind(resolved: Resolved, world: World) -> str:
-    """What compiled code is for."""
+    """The kind of device and torch that compiled code is for."""
     name = device.name_of(world.device) if world.device.type == "cuda" else compiled.this_cpu()
     return f"torch {torch.__version__}, {resolved.amp}, {name}"
 
 
 def _compiled_anew() -> bool:
-    """Whether this process's compiler found less than all of what it was to make."""
+    """Whether this process's compiler had to compile anything."""
     from torch._dynamo.utils import counters
 
     told = counters["inductor"]
@@ -222,7 +222,8 @@ def _compiled_anew() -> bool:
 
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
-    """The batch shell has rank 0's word before any rank is gone: srun ends a step with its first bad exit."""
+    """Write rank 0's exit marker before any rank exits, since srun ends a step at its first bad exit; returns
+    `code`."""
     life.leave(code, reason)
     world.barrier()
     ranks.leave()

@@ -1,4 +1,4 @@
-"""Axes: from values to places on paper, and which of them are marked."""
+"""Axes: from values to positions in a drawing, and their ticks."""
 
 from __future__ import annotations
 

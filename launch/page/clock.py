@@ -1,4 +1,4 @@
-"""Time along an axis on which what took long is long, and what nobody worked in is cut short."""
+"""A time axis on which long breaks, in which nobody worked, are cut short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page is made of, read once: whatever of a run exists, and what of it cannot be read in words."""
+"""Reads a run once for its page: whatever of it exists, and in words what of it cannot be read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _record(run: RunDir) -> dict[str, Any]:
 
 
 def _config(run: RunDir) -> Config | None:
-    """None where it cannot be read, of which the row tells."""
+    """The run's config; None if it cannot be read, which the row says."""
     try:
         return reading.load(run.config)
     except (DDPMError, DamagedFile, OSError):

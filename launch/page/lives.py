@@ -1,4 +1,4 @@
-"""A run's life: when it waited, started, trained, saved and lost time, as a timeline and as a table; its goodput."""
+"""The section on a run's life: a timeline and a table of when it waited, trained, saved and lost time; its goodput."""
 
 from __future__ import annotations
 
@@ -181,6 +181,11 @@ def goodput_table(facts: Facts) -> Html:
     told = "" if share is None else f"Goodput {share:.1%}: the share of the time on nodes that ended in saved steps. "
     columns = (Column(""), Column(""), Column("time", True), Column("of that on nodes", True))
     return join([table(columns, rows, class_="kinds"), note(told, "Ticks under the timeline are saves.")])
+
+
+def number(facts: Facts) -> int:
+    """Of the lives of its training."""
+    return len({life_of(e) for e in facts.events if e["event"] != "submitted" and e.get("stage", "train") == "train"})
 
 
 def lives_table(facts: Facts) -> Html:

@@ -1,4 +1,4 @@
-"""HTML that shows any text as that: what is not markup of ours is escaped where it goes in."""
+"""HTML in which all text is escaped: only `Html` values are markup."""
 
 from __future__ import annotations
 

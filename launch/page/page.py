@@ -84,7 +84,8 @@ def _figures(facts: Facts) -> Html:
     if row["images_per_s"] is not None:
         found.append(("images a second", f"{row['images_per_s']:,.0f}", "last told"))
     if row["goodput"] is not None:
-        lives_told = f"{row['restarts'] + 1} lives" if row["restarts"] else "one life"
+        num = lives.number(facts)
+        lives_told = f"{num} lives" if num > 1 else "one life"
         found.append(("goodput", f"{row['goodput']:.1%}", lives_told))
     items = [tag("div", tag("dt", name), tag("dd", value, tag("small", more))) for name, value, more in found]
     return tag("dl", *items, class_="figures")

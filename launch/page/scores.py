@@ -1,4 +1,4 @@
-"""Scores with what they are of: as tables, and by step."""
+"""Scores with what they were computed from: as tables, and by step."""
 
 from __future__ import annotations
 

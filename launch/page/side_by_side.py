@@ -1,4 +1,4 @@
-"""The page of several runs: what differs between them, beside what came of it."""
+"""The page of several runs: how they differ, and their results."""
 
 from __future__ import annotations
 

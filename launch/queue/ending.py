@@ -1,4 +1,4 @@
-"""Whether a job's end is the end of the run, of which its owner is told: by the run directory and the jobs that follow.
+"""Whether a job's end is the end of the run, from the run directory and the jobs that follow; its owner is then told.
 
 Training that is followed by sampling does not end the run, jobs for milestones never do, and nobody is told of a run
 that a person has stopped.

@@ -49,7 +49,7 @@ def short(keys: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
 
 
 def _called(data: Data) -> str:
-    """What a run's name calls its data: the name of a folder of images, or that of the data set."""
+    """The word for the data in a run's name: the folder's name for a folder of images, or the data set's name."""
     if (path := _of(data)[1]) is None:
         return data.name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name.removesuffix(".zip")).strip("-.")

@@ -35,7 +35,8 @@ def turn(run: RunDir) -> Iterator[None]:
         fd = os.open(where / run.name, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as e:
         raise EnvironmentLacks(
-            f"cannot write {where} ({e.strerror}): choose another place for runs with --root"
+            f"cannot write {where} ({e.strerror}), where what is done to a run waits its turn: have that mended, or "
+            f"choose another place for runs with --root"
         ) from None
     claim = where / f"{run.name}.claim"
     claimed = False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm.errors import RequestError
 from ddpm.run.events import read_events
-from ddpm.run.files import seconds
+from ddpm.run.files import not_ours, seconds
 from ddpm.run.paths import RunDir
 from ddpm.run.records import place_of, read_heartbeat
 from launch.cluster import environment, scheduler
@@ -62,8 +64,11 @@ def of_run(run: RunDir) -> Work:
 def end(run: RunDir) -> Work:
     """Cancel waiting jobs, and ask running ones by STOP to save and exit. Returns what there was.
 
-    Raises SchedulerError, EnvironmentLacks.
+    Raises SchedulerError, EnvironmentLacks, RequestError where the run cannot be written.
     """
+    if not os.access(run.path, os.W_OK):
+        why = not_ours(run.path) or f"{run.path} cannot be written"
+        raise RequestError(f"run {run.name} cannot be ended from here: {why}")
     with turn(run):  # nobody queues more of it meanwhile
         found = of_run(run)
         if found:  # first: whatever comes back, or succeeds another, ends at its start

@@ -1,4 +1,4 @@
-"""A model card: what a model is, what it was trained on, how it scored and by what, and how it is used; in Markdown."""
+"""A model card in Markdown: what a model is, how it was trained, its scores, and how to use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ images = model.sample(16, seed=0)  # uint8 (16, {size}, {size}, 3)
 def card(
     config: Config, record: dict[str, Any], manifest: dict[str, Any], sha256: str, scores: list[Score], *, name: str
 ) -> str:
-    """record: run.json's; manifest: of the checkpoint whose weights these are; sha256: of the file of weights."""
+    """The text of the card. record: run.json; manifest: of the exported checkpoint; sha256: of the weights file."""
     parts = [
         "---\nlibrary_name: ddpm-hpc\ntags: [diffusion, ddpm, unconditional-image-generation]\n---"
         if not config.model.num_classes

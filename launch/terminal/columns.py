@@ -1,4 +1,4 @@
-"""Runs as a table whose lines fit the terminal: a line a run, and every column that is shown is shown whole.
+"""A table of runs that fits the terminal: one line for each run; columns are shown whole or not at all.
 
 A pure function of `overview.describe`'s rows and a width. Must not know where rows come from, or who draws them.
 """
@@ -23,13 +23,13 @@ GAP = "  "
 
 @dataclass(frozen=True)
 class Column:
-    """forms: what it says of a run; the last one is taken where the first does not fit."""
+    """forms: functions from a run to its cell, the widest first; the last one is used if the first does not fit."""
 
     name: str
     forms: tuple[Callable[[Row], str], ...]
     right: bool = False
     needed: bool = False
-    """Shown whatever the width is."""
+    """Shown at any width."""
 
 
 def lines(rows: list[dict[str, Any]], width: int) -> tuple[list[str], set[str]]:
@@ -42,7 +42,7 @@ def lines(rows: list[dict[str, Any]], width: int) -> tuple[list[str], set[str]]:
 def fitted(
     rows: list[dict[str, Any]], width: int, columns: Sequence[Column], by_name: Sequence[str]
 ) -> tuple[list[str], set[str]]:
-    """The same of any columns; by_name: all of them, who gets room first."""
+    """`lines` for any columns; by_name: all their names, in the order in which they get room."""
     chosen: dict[str, list[str]] = {}
     left_out = set()
     by_need = sorted(columns, key=lambda column: by_name.index(column.name))
@@ -78,7 +78,7 @@ def _aligned(column: Column, cells: list[str]) -> list[str]:
 
 
 def _cells(text: str) -> int:
-    """How wide it is on a terminal."""
+    """The width of a text on a terminal, in cells."""
     return sum((unicodedata.east_asian_width(c) in "WF") + (not unicodedata.combining(c)) for c in text)
 
 
@@ -86,7 +86,7 @@ def _cells(text: str) -> int:
 
 
 def value(key: str, longest: int | None = None) -> Callable[[Row], str]:
-    """What a config has at a key, in a cell; of a longer text its end."""
+    """A function that shows a row's value of `key`; of a text longer than `longest` its end."""
 
     def said(row: Row) -> str:
         text = row[key] if isinstance(row.get(key), str) else "" if key not in row else json.dumps(row[key])
@@ -104,7 +104,7 @@ def _step(row: Row) -> str:
 
 
 def _percent(row: Row) -> str:
-    """Not 100 % before it is done."""
+    """Progress in percent, rounded down, so that 100 % means done."""
     step, total = row["step"], row["total_steps"]
     return f"{100 * step // total}%" if total else ""
 
@@ -123,7 +123,8 @@ def until(at: str) -> str:
 
 
 def _waits(row: Row) -> str:
-    """For what, in SLURM's word, or as its sentence begins: of the job that waits for none of the others."""
+    """SLURM's reason for which the run waits, or the beginning of its sentence: that of a job that does not wait for
+    another one of the run."""
     reasons = [r if " " not in r else shorten(r, 28, placeholder=" …") for r in (w["reason"] for w in row["waits"])]
     if row["state"] not in ("queued", "held"):
         return ""
@@ -147,7 +148,7 @@ def _samples(row: Row) -> str:
 
 
 def score(row: Row) -> str:
-    """The best founded one, with its set, and how many others there are."""
+    """The best founded score, with its set, and the number of other scores."""
     return _with_others(row, lambda name: f"{row['scores_told'][name]} ({name})")
 
 
@@ -165,7 +166,8 @@ def _with_others(row: Row, tell: Callable[[str], str]) -> str:
 
 
 def _best_founded(row: Row) -> str:
-    """The score of most images, a FID before another distance and the newest of equals; bits per dimension last."""
+    """The name of the score with most images; FID before other distances, newer before older, bits per dimension
+    last."""
 
     def worth(at: int, name: str) -> tuple[bool, int, bool, int]:
         score = row["scores"].get(name, {})
@@ -192,4 +194,4 @@ COLUMNS = (
 )
 BY_NEED = ("run", "state", "step", "%", "end", "waits for", "score", "loss", "saved", "restarts", "goodput", "jobs",
            "img/s", "samples")  # fmt: skip
-"""Who gets room first."""
+"""The order in which columns get room."""

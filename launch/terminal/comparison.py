@@ -19,15 +19,15 @@ from launch.queue.sets import of_other_samples, score_by
 from launch.terminal import console, streams
 
 UNCUT = 10_000
-"""Columns of a pipe: whoever reads it wants the names whole."""
+"""Width of the table in a pipe, so that no name is cut."""
 
 
 def chosen_scores(
     run: RunDir | None, words: list[str], root: str | None, reference: str | None, extractor: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The record of each SET (of `run`) or RUN/SET, by its word. Raises RequestError where there is no such score.
+    """The score record of each SET (of `run`) or RUN/SET, by its word. Raises RequestError if there is no such score.
 
-    reference, extractor: which of a set's scores; as its run's config has it, where they are not given.
+    reference, extractor: which of a set's scores; None: as in its run's config.
     """
     found: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -57,13 +57,13 @@ def chosen_scores(
 
 
 def _asked(asked: Evaluate, default: Evaluate) -> str:
-    """The options that make the score which was looked for."""
+    """The options of evaluate.py that compute the score that was asked for."""
     pairs = (("reference", asked.reference, default.reference), ("extractor", asked.extractor, default.extractor))
     return "".join(f" --{option} {shlex.quote(value)}" for option, value, usual in pairs if value != usual)
 
 
 def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
-    """Raises RequestError where they cannot be compared."""
+    """Print the table, or JSON. Raises RequestError if the scores cannot be compared."""
     check_comparable(scores)
     if as_json:
         first = next(iter(scores.values()))

@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {hint}\n")
 
     def _meant(self, message: str) -> list[str]:
-        """What may have been meant by the first of the words that are no arguments."""
+        """Suggestions for the first unrecognized argument."""
         if unknown := re.match(r"unrecognized arguments: --([^\s=]+)(?:=(\S*))?", message):
             if keys := self._keys(unknown[1].replace("-", "_")):
                 after = [*sys.argv, ""][[*sys.argv, f"--{unknown[1]}"].index(f"--{unknown[1]}") + 1 :][:1]
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         return []
 
     def _keys(self, word: str) -> list[str]:
-        """The config's keys that were typed as an option, where this script takes keys."""
+        """Config keys that a mistyped option may mean, if this script takes keys."""
         if not any("key=value" in str(action.metavar) for action in self._actions):
             return []
         from ddpm.config.schema import Config
@@ -130,7 +130,7 @@ def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path,
 
 
 def warn(message: str) -> None:
-    """What a result is not made of."""
+    """Print to stderr, which is not part of the result."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -152,17 +152,17 @@ def show_progress(doing: str) -> ShowProgress:
 
 
 def same_root(option: str | None) -> str:
-    """What a command in a message needs, to find what this one found."""
+    """The --root option for a command in a message, if this command had one."""
     return f" --root {shlex.quote(option)}" if option else ""
 
 
 def all_runs(root: Path) -> list[RunDir]:
-    """The runs in a directory, by name, and the directories in it of which it cannot be known."""
+    """The runs in a directory, by name, and directories in it that may be runs but cannot be read."""
     return [RunDir(p) for p in sorted(listed(root)) if not p.name.startswith(".") and _may_be_run(p)]
 
 
 def _may_be_run(path: Path) -> bool:
-    """Whether a run is there, or what damage has left of one."""
+    """Whether a path is a run, also a damaged one, or cannot be read."""
     try:
         names = {p.name for p in path.iterdir()}
     except PermissionError:  # another user's
@@ -173,7 +173,7 @@ def _may_be_run(path: Path) -> bool:
 
 
 def find_run(word: str, root: str | None) -> RunDir:
-    """A run by its directory or its name. Raises RequestError naming the runs there are."""
+    """A run by its directory or its name. Raises RequestError naming the existing runs."""
     base = environment.runs_root(root)
     for path in (environment.user_path(word), base / word):
         if _may_be_run(path):
@@ -189,7 +189,7 @@ def find_run(word: str, root: str | None) -> RunDir:
 
 
 def _sweep_of(run: RunDir) -> str | None:
-    """The name of the sweep that a run is of."""
+    """The name of the sweep that a run belongs to; None if it does not."""
     return (usable(run).get("sweep") or {}).get("name")
 
 

@@ -1,5 +1,5 @@
-"""Which exceptions are no fault of this program, but the request's, a file's or the machine's: a person can act on
-their words. Any other keeps its traceback."""
+"""Which exceptions are shown as a sentence: those caused by the request, a file or the machine, on which a person can
+act. Any other one is a fault of this program, and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMITS = {
     "v": (resource.RLIMIT_AS, "memory"),
     "f": (resource.RLIMIT_FSIZE, "a file"),
 }
-"""By ulimit's letter."""
+"""ulimit's letter -> the limit and its name."""
 OF_ERRNO = {errno.EMFILE: "n", errno.EAGAIN: "u", errno.ENOMEM: "v", errno.EFBIG: "f"}
 OF_WORDS = {
     "too many open files": "n",
@@ -30,13 +30,13 @@ OF_WORDS = {
     "can't allocate memory": "v",
     "not enough memory": "v",
 }
-"""What libraries say in errors of their own."""
+"""Text in libraries' own errors -> ulimit's letter."""
 
 
 def words(error: BaseException, where: object = "") -> str | None:
-    """What to tell of `error`, in a line or a few; None where it is a fault of this program.
+    """The message for `error`, in a line or a few; None if it is a fault of this program.
 
-    where: what it is about, if it does not say so: a full disk does not.
+    where: the path that it is about, if it does not say so: an error about a full disk does not.
     """
     if isinstance(error, OSError) and where:
         error.filename = error.filename or str(where)
@@ -50,7 +50,8 @@ def words(error: BaseException, where: object = "") -> str | None:
 
 
 def of_a_job(error: BaseException, where: object) -> Exception | None:
-    """The same as an exception of ours. What the machine lacked, another start may find; what is in the way stays."""
+    """The error as one of our exceptions, None if it is a fault of this program: NodeUnfit for what another start may
+    not meet, DoNotRetry for what stays in the way."""
     told = words(error, where)
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
@@ -59,14 +60,14 @@ def of_a_job(error: BaseException, where: object) -> Exception | None:
 
 
 def _whose(error: BaseException) -> str:
-    """Whose the file is that this user may not write, "" where that is not why."""
+    """For a permission error: whose the file is; else ""."""
     if not isinstance(error, PermissionError) or not error.filename:
         return ""
     return not_ours(Path(os.fsdecode(error.filename)))
 
 
 def check_threads(num: int) -> None:
-    """Raises RuntimeError where so many threads cannot be: OpenMP ends a process that gets none, without saying why."""
+    """Raise RuntimeError if this process cannot start `num` threads: OpenMP would end it without saying why."""
     done = threading.Event()
     threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(num)]
     try:
@@ -77,7 +78,7 @@ def check_threads(num: int) -> None:
 
 
 def small_files(num_bytes: float = math.inf) -> str:
-    """Why this process, and what it starts, cannot write a file of that size; "" where it can."""
+    """Why this process and its children cannot write a file of `num_bytes`; "" if they can."""
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return "" if soft == resource.RLIM_INFINITY or num_bytes <= soft else _of_limit("f")
 
@@ -91,7 +92,7 @@ def _in_short(error: BaseException) -> str:
 
 
 def _link(error: BaseException) -> str:
-    """Where a link to nothing lies in the place of what was to be opened or made."""
+    """That the path of the error is a link to nothing; "" if it is not."""
     if not isinstance(error, FileExistsError | FileNotFoundError) or not error.filename:
         return ""
     path = Path(os.fsdecode(error.filename))
@@ -99,7 +100,7 @@ def _link(error: BaseException) -> str:
 
 
 def _limit(error: BaseException) -> str | None:
-    """The letter of the limit that the error tells of."""
+    """ulimit's letter of the limit behind the error; None if it is not about a limit."""
     if isinstance(error, MemoryError):
         return "v"
     if isinstance(error, OSError) and error.errno in OF_ERRNO:

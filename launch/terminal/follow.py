@@ -1,4 +1,4 @@
-"""Following a run while its jobs run: a progress bar on a terminal, lines elsewhere. Watches, and changes nothing."""
+"""Shows a run's progress while its jobs run: a bar on a terminal, lines elsewhere. Changes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be 
 
 
 def watch_with(run: RunDir) -> str:
-    """Said once something of a run is queued."""
+    """The line to print once something of a run is queued."""
     return f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch"
 
 
@@ -39,7 +39,7 @@ class Follower:
     """Shows how a run gets on while its jobs run: a progress bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, run: RunDir, log: Path | None = None) -> None:
-        """log: what the work writes, where that is one file; else the run's newest."""
+        """log: the file that the work writes; None: the run's newest log."""
         self._run, self._log = run, log
         self._bar: Any = None
         self._task: Any = None
@@ -83,7 +83,7 @@ class Follower:
             print(f"{state} {what}{count}{loss}{speed}".rstrip(), flush=True)
 
     def _says(self, jobs: Collection[str]) -> str:
-        """The last line of the log that has a time, without that."""
+        """The last line with a time of these jobs' newest log, without the time."""
         logs = [self._log] if self._log else logfiles.of_run(self._run, None)
         log = next((log for log in reversed(logs) if not jobs or logfiles.job_of(log) in jobs), None)
         said = re.findall(r"^20\S+Z (.*)$", logfiles.tail(log), re.M) if log else []
@@ -95,7 +95,7 @@ class Follower:
 
 
 def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> int:
-    """Until a background process ends; returns its exit code. Ctrl-C stops watching, not the work."""
+    """Show progress until a background process ends; returns its exit code. Ctrl-C stops watching, not the work."""
     follower = Follower(run, log)
     try:
         while process.poll() is None:
@@ -117,8 +117,8 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
 
 
 def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> None:
-    """Until SLURM has none of `jobs`, nor one that took its place: any other of the run, or of these stages only. Asks
-    squeue, which is light, not sacct."""
+    """Show progress until SLURM has none of `jobs` nor of their successors: any other job of the run, or of the stages
+    `only`. Asks squeue, which is cheaper than sacct."""
     follower = Follower(run)
     quiet = ending = 0
     known = set(jobs)

@@ -24,7 +24,7 @@ LifeKey = tuple[str, int]
 
 KINDS = ("kept", "start_up", "lost", "stopping", "pending")
 ALIVE_S = 60.0
-"""A heartbeat this near is of a life that goes on; one from the future is no sign of it."""
+"""A life with a heartbeat younger than this counts as alive; heartbeats from the future are ignored."""
 
 
 class Period(NamedTuple):
@@ -45,7 +45,7 @@ def breakdown(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> 
 
 
 def periods(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> list[Period]:
-    """The same one by one, life by life, each life's in order of time; none is empty."""
+    """The periods behind `breakdown`, life by life and in order of time; none is empty."""
     lives: dict[LifeKey, list[dict[str, Any]]] = {}
     signs: dict[LifeKey, float] = {}
     for sign in [*(e["last_sign"] for e in events if e.get("last_sign")), beat]:
@@ -98,6 +98,6 @@ def _of_life(events: list[dict[str, Any]], last_sign: float, alive: bool) -> lis
 
 
 def share(spent: dict[str, float]) -> float | None:
-    """Kept seconds over all that is decided; None where nothing is."""
+    """Kept seconds divided by all seconds except pending ones; None if nothing is kept yet."""
     decided = sum(spent.values()) - spent["pending"]
     return spent["kept"] / decided if decided > 0 and spent["kept"] > 0 else None

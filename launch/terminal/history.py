@@ -1,4 +1,4 @@
-"""A run's life for people: a line an event, saves that follow each other folded into one, and who ended a life."""
+"""A run's life for people: a line for each event, consecutive saves folded into one, and who ended a life."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = {
     "DUE TO TIME LIMIT": "time_limit",
     "DUE TO NODE FAILURE": "node failure",
 }
-"""What SLURM says in a job's log of who ended a life, and what that is to people."""
+"""SLURM's words in a job's log for the end of a life -> words for people."""
 UNKNOWN = "SIGTERM: preempted, cancelled or requeued"
 
 
@@ -31,13 +31,13 @@ def lines(run: RunDir, events: list[Event]) -> Iterator[str]:
 
 
 def short_lines(run: RunDir, events: list[Event]) -> Iterator[str]:
-    """The same of one run, for a screen: what fits there comes first."""
+    """The same for a screen, with the most important part of each line first."""
     for e, rest in _told(run, events, (*HIDDEN, *HIDDEN_IN_SHORT)):
         yield f"{e['time'][5:16].replace('T', ' ')}  {e['event']:14} {rest}  (job {e['job']}.{e['restart']})"
 
 
 def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) -> Iterator[tuple[Event, str]]:
-    """Each event, saves folded, and what it says besides."""
+    """Each event, with saves folded, and its further fields as text."""
     for is_save, group in groupby(
         clear(run, events), key=lambda e: (e["event"] == "checkpoint", e["job"], e["restart"])
     ):
@@ -53,7 +53,7 @@ def _told(run: RunDir, events: list[Event], hidden: tuple[str, ...] = HIDDEN) ->
 
 
 def clear(run: RunDir, events: list[Event]) -> Iterator[Event]:
-    """The events, and in place of `preempted` what SLURM said later of who it was."""
+    """The events, with `preempted` replaced by what SLURM's log says of who ended the life."""
     scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
     ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
     for e in events:
@@ -63,7 +63,7 @@ def clear(run: RunDir, events: list[Event]) -> Iterator[Event]:
 
 
 def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:
-    """Who ended a life that was sent SIGTERM: it cannot know it, and calls it `preempted`; later SLURM says it."""
+    """Who ended a life by SIGTERM: the life itself cannot know and records `preempted`; SLURM's log says it later."""
     if (event["job"], event["restart"]) in scancelled:
         return "scancel"
     words = _of_lives(run, event["job"]).get(event["restart"], "")
@@ -71,7 +71,7 @@ def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:
 
 
 def _of_lives(run: RunDir, job: str) -> dict[int, str]:
-    """SLURM's last word on each life of a job, as the end of its log has it; "" where it says nothing."""
+    """SLURM's last words on each life of a job, from the job's log; "" if there are none."""
     path = run.logs / f"train-{job}.out"
     try:
         with path.open("rb") as f:

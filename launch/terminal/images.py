@@ -14,7 +14,7 @@ from launch.terminal.results import print_score
 
 
 def score_images(args: argparse.Namespace) -> int:
-    """Two sets of images, on this machine; or the statistics of one."""
+    """Score one set of images against another on this machine, or write one set's statistics. Returns the exit code."""
     images = _there("--images", args.images)
     reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
     name = args.extractor or "inception"

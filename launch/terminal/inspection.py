@@ -1,4 +1,4 @@
-"""What of a run holds: each file read and verified, nothing changed. Loads torch where there are EMA weights."""
+"""Verifies a run file by file, and changes nothing. Loads torch if there are EMA weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Lines = Iterator[Line]
 
 
 def look(run: RunDir) -> Lines:
-    """Every file of the run that can be told good from bad."""
+    """A line for every file of the run that can be verified."""
     parts = {
         **{"run.json": _records, "events/": _events, "metrics.jsonl": _life, "checkpoints/": _checkpoints},
         **{"checkpoints/ by events/": _unsaved, f"checkpoints/{unfinished.ASIDE}/": _aside, "grids/": _grids},
@@ -56,7 +56,7 @@ def look(run: RunDir) -> Lines:
 
 
 def _going_on(what: str, lines: Callable[..., Lines], *args: Any) -> Lines:
-    """`lines(*args)`, and where it cannot look a line that says so: the rest of the run is looked at all the same."""
+    """The lines of `lines(*args)`; if something cannot be read, a line that says so, and the inspection goes on."""
     try:
         yield from lines(*args)
     except (OSError, DamagedFile, DDPMError) as e:
@@ -64,7 +64,7 @@ def _going_on(what: str, lines: Callable[..., Lines], *args: Any) -> Lines:
 
 
 def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = True) -> Lines:
-    """check(*args) raises where the file does not hold; a text that it returns says more of it."""
+    """The line for one file. check(*args) raises if the file is damaged; text that it returns is added to the line."""
     try:
         more = check(*args)
         yield Line("holds", what, more if isinstance(more, str) else "")
@@ -122,7 +122,7 @@ def _events(run: RunDir) -> Lines:
 
 
 def _trained(run: RunDir) -> bool:
-    """Whether it was saved, or cannot be told not to have been."""
+    """Whether the run was saved before, or this cannot be ruled out."""
     try:
         return bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
     except OSError:
@@ -202,7 +202,7 @@ def _generation(run: RunDir, step: int) -> str:
 
 
 def _ema(run: RunDir, step: int) -> None:
-    """The weights are those in the checkpoint beside them."""
+    """Check that the EMA weights equal those in the checkpoint."""
     with open_file(run.ema_weights(step)) as file:
         data = file.read()
     import safetensors.torch

@@ -1,4 +1,4 @@
-"""Keys of a terminal as they are pressed, each by its name; the terminal is left as it was."""
+"""Reads single key presses from a terminal, by name, and restores the terminal afterwards."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from types import TracebackType
 
 NAMES = {b"\x1b[A": "up", b"\x1b[B": "down", b"\x1bOA": "up", b"\x1bOB": "down", b"\r": "enter", b"\n": "enter",
          b"\x1b": "back", b"\x7f": "back", b"\x08": "back", b"\x1b[D": "back", b"\x1bOD": "back"}  # fmt: skip
-"""What a key sends, and what it is here; any other counts as the letter that it is."""
+"""Bytes that a key sends -> its name; other keys are named by their letter."""
 REST_S = 0.05
-"""For the rest of a key that sends several bytes."""
+"""How long to wait for the remaining bytes of a key that sends several."""
 
 
 class Keys:
-    """Within: keys come one by one, unseen, and not by lines. Where standard input is no terminal none ever comes."""
+    """Within: keys arrive one by one and without echo. If standard input is no terminal, none ever arrives."""
 
     def __init__(self) -> None:
         self._fd = sys.stdin.fileno() if sys.stdin.isatty() else -1
@@ -39,7 +39,7 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)  # type: ignore[arg-type]
 
     def pressed(self, within_s: float) -> str:
-        """The next key, "" where none comes within that time."""
+        """The next key, "" if none is pressed within that time."""
         if not self.there:
             time.sleep(within_s)
             return ""

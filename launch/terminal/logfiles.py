@@ -1,4 +1,4 @@
-"""A run's logs: which files they are, and what of their lines is the scheduler's own."""
+"""A run's logs: which files they are, and which of their lines are the scheduler's own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ddpm.run.paths import RunDir, listed
 
 STAGES = ("train", "sample", "evaluate")
 NOISE = ("srun:", "slurmstepd", "submitit ")
-"""How the lines begin that are the scheduler's, and not the work's."""
+"""Beginnings of lines that come from the scheduler."""
 POLL_S = 0.5
 ASK_EVERY_S = 3.0
-"""While nothing is added: a job that comes back is away for a moment."""
+"""How often to ask for the run's state while nothing is added: a requeued job is away for a moment."""
 BLOCK = 1 << 20
 
 
 def of_run(run: RunDir, stage: str | None) -> list[Path]:
-    """The log files of one stage, or of all, the one written to last at the end: one for each job, whose lives append
-    to it, and for each task of an array; none of a job that has said nothing. On one machine, a job's stages share one.
+    """The log files of one stage, or of all stages, the most recently written one last. Each job and each task of an
+    array has one, to which its lives append; with --cluster local the stages of a job share one. Empty ones are left
+    out.
     """
     local = {e["job"]: (e.get("stage") or "").split("+") for e in read_events(run) if e["event"] == "submitted"}
     found = []
@@ -40,7 +41,7 @@ def job_of(log: Path) -> str:
 
 
 class Filter:
-    """Lines as they are shown: without NOISE, unless `everything` is; `hidden` counts what is left out."""
+    """Decides which lines are shown: those of NOISE only with `everything`. `hidden` counts the others."""
 
     def __init__(self, *, everything: bool) -> None:
         self._everything, self.hidden = everything, 0
@@ -61,10 +62,10 @@ def show(path: Path, keep: Callable[[str], bool]) -> None:
 def follow(
     find: Callable[[], list[Path]], keep: Callable[[str], bool], over: Callable[[], str] = str, last_lines: int = 10
 ) -> str:
-    """The end of the newest file, and from then on what is added to any of them: also to one that a later job begins.
+    """Print the end of the newest file, and then whatever is added to any of them, also to those of later jobs.
 
-    over: how the run has ended, "" while anything of it is at work or nobody can tell; asked while nothing is added.
-    Until it says so twice, which is returned, or ctrl-C.
+    over: returns how the run has ended, "" while it is at work or this is unknown; asked while nothing is added.
+    Returns that text once it was given twice in a row; ctrl-C ends it too.
     """
     files = find()
     at = {path: path.stat().st_size for path in files}
@@ -94,7 +95,7 @@ def follow(
 
 
 def tail(path: Path, most: int = 4096) -> str:
-    """The end of a file; nothing where it is gone."""
+    """The end of a file as text; "" if it is gone."""
     try:
         with path.open("rb") as f:
             f.seek(max(0, f.seek(0, 2) - most))
@@ -104,7 +105,7 @@ def tail(path: Path, most: int = 4096) -> str:
 
 
 def _begin(path: Path, last_lines: int) -> int:
-    """Where the last lines of a file begin."""
+    """The byte at which the last lines of a file begin."""
     with path.open("rb") as f:
         size = f.seek(0, 2)
         start = f.seek(max(0, size - BLOCK))

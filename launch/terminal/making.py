@@ -1,4 +1,4 @@
-"""How far the samples are that are being made: by the files of their set, so that anybody can ask at any time."""
+"""How far the making of samples is, from the files of their set, so that anybody can ask at any time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ddpm.sampling.request import shard_range
 from launch.terminal.columns import until
 
 RECENT_S = 900.0
-"""The pace is that of the last quarter of an hour; where nothing came in it, that of all of the work."""
+"""The pace is measured over the last quarter of an hour; if no image came in it, over all of the work."""
 
 
 class Making(NamedTuple):
-    """Of one set, as it stands."""
+    """How far one set is."""
 
     set_name: str
     shards: int

@@ -58,7 +58,7 @@ def print_sweep(
     points: Sequence[tuple[str, Config, Mapping[str, Any]]], stand: Sequence[str], nums: Sequence[int | None],
     site: Site,
 ) -> None:  # fmt: skip
-    """points: name, config, and the values that differ, by key; stand: what there is of each; nums: its images."""
+    """points: name, config, and the values that differ, by key; stand: how far each is; nums: its images to sample."""
     asked = []
     for (_, config, _), num in zip(points, nums, strict=True):
         asked.append([*lines(config, site, num)])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from launch.cluster.environment import SHIPPED
 from launch.terminal import streams
 
 NOTES = (
@@ -52,7 +53,7 @@ def header(text: str) -> str:
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """overrides: key=value, over what the file says. Raises RequestError where that is no valid config."""
-    config = reading.load(path, overrides)
+    config = reading.load(path, overrides, shelf=SHIPPED / "configs")
     text = header(path.read_text())
     memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)
     fid = re.search(r"\breports? (?:(no) FID|FID (\d+(?:\.\d+)?(?: for [\d,]+ samples| at epoch \d+)?))", text)

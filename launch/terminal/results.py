@@ -14,7 +14,7 @@ from ddpm.config.schema import Config
 from ddpm.run.files import read_json
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
-from ddpm.run.records import read_metrics
+from ddpm.run.records import thin_metrics
 from ddpm.scoring.record import SCORE_NAMES, all_scores, half_width, key_of, rounded, scores_of, told
 from launch.queue.sets import chain_set, of_other_samples, score_by
 
@@ -24,7 +24,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     step = run.latest_step()
     name = chain_set(run, config)
     score = score_by(run, name, config.evaluate) if "evaluate" in stages else None
-    metrics = [m for m in read_metrics(run) if m["step"] <= step]
+    metrics = [m for m in thin_metrics(run)[0] if m["step"] <= step]
     rows = {"steps": f"{step}"}
     if metrics:
         rows["images/s"] = f"{statistics.median(m['images_per_s'] for m in metrics):.0f}"

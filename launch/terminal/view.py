@@ -62,7 +62,7 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
         yield f"validation loss {row['validation_loss']:.4f}"
     if details:
         yield from _samples_and_scores(row)
-    elif "score" in left_out:
+    elif "score" in left_out and row["scores_told"]:
         yield table.score(row)
     for wait in row["waits"]:
         if wait["next_step"] or wait["expected_start"] or ("waits for" in left_out and wait["reason"] != "Dependency"):

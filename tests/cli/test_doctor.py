@@ -49,6 +49,9 @@ def test_the_space_is_that_of_the_config_given_whatever_its_file_says(shell: She
 def test_what_makes_no_sense_is_refused(shell: Shell) -> None:
     assert "nothing to ask" in shell.refused("doctor", "--cluster", "local")
     assert "no such" in shell.refused("doctor", "--profile", "nowhere")
+    for seconds in ("-3", "nan", "inf"):
+        assert "more than 0, as 300" in shell.refused("doctor", "--probe", "--wait-s", seconds)
+    assert "configs/cifar10.yaml?" in shell.refused("doctor", "cifar-10.yaml")
     (shell.cwd / "there.yaml").touch()
     assert "exists; choose another name" in shell.refused("doctor", "--write-profile", "there.yaml")
     assert "not allowed" in shell.refused("doctor", "--write-profile", "../etc/x")

@@ -94,6 +94,7 @@ NOBODY = {
     ". tools/env.sh": "makes an environment of gigabytes; tools/test.sh begins with it",
     "tools/quickstart.sh": "makes an environment, then is a command that tests/cli/test_local.py runs in small",
     "tools/test.sh": "runs these tests",
+    "sudo tools/slurm_testbed/nfs.sh": "tests/nfs runs it",
     "tools/slurm_testbed/trixie.sh": "makes another Debian of 6 GB",
     "sudo tools/slurm_testbed/trixie.sh": "makes another Debian of 6 GB",
 }
@@ -103,7 +104,7 @@ OTHERS_OPTIONS = {
     *("--against", "--count", "--data", "--install", "--minutes", "--mutants", "--out", "--reduced", "--stages"),
     *("--array", "--exclusive", "--gres", "--kill-on-bad-exit", "--ntasks-per-node", "--open-mode", "--requeue"),
     *("--signal", "--samples-find-deep", "--wrap", "--index-url", "--no-index", "--find-links"),
-    *("--resume", "--resume_checkpoint", "--resume_from_checkpoint"),
+    *("--resume", "--resume_checkpoint", "--resume_from_checkpoint", "--sandbox"),
 }
 """Of the modules and shell scripts in tools/, of SLURM, and of programs beside ours."""
 

@@ -17,7 +17,7 @@ def test_a_run_starts_from_anothers_weights_and_keeps_them(again: Shell) -> None
 
     done = again.submit(*words, "train.lr=1e-4", "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"it starts from the weights (ema) of {source}, which it keeps as start.safetensors" in done.stdout
+    assert f"it starts from the weights (ema) of {source}@200, which it keeps as start.safetensors" in done.stdout
     said = "".join(path.read_text() for path in (run / "logs").iterdir() if path.is_file())
     assert f"starting at step 0 weights_of={source} step=200" in said
     began, there = read_signed(run / "run.json")["from"], read(source / "checkpoints" / "step-000000200.json")

@@ -56,6 +56,15 @@ def test_it_is_shown_and_not_sampled_where_it_lies(again: Shell, theirs: Path) -
     assert done.returncode == 2 and "with --root a place of your own" in done.stderr
 
 
+def test_it_is_neither_ended_nor_removed_by_another_and_a_sentence_says_why(again: Shell, theirs: Path) -> None:
+    before = snapshot(again.root)
+    for words in (["cancel", "tiny"], ["remove", "tiny"], ["remove", "tiny", "--yes"]):
+        done = as_a_user(again, *words)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stdout + done.stderr
+        assert "from here: " in done.stderr and f"{theirs} cannot be written" in done.stderr
+    assert snapshot(again.root) == before
+
+
 def test_it_is_not_trained_and_a_sentence_says_why(again: Shell, theirs: Path, tmp_path: Path) -> None:
     longer = ["train.total_steps=500", "--cluster", "local"]
     before, own = snapshot(again.root), tmp_path / "own"

@@ -140,7 +140,10 @@ def test_where_every_checkpoint_is_damaged_all_say_that_none_goes_on(again: Shel
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    told = again("recover", RUN).stdout.splitlines()[-1]
+    lines_told = again("recover", RUN).stdout.splitlines()
+    verdicts = [line.split()[0] for line in lines_told[: lines_told.index("What can be done:")]]
+    assert verdicts == sorted(verdicts, key="damaged".__eq__) and "damaged" in verdicts  # last, where they are seen
+    told = lines_told[-1]
     assert told.endswith("a submission would be refused (none of its checkpoints holds)")
     done = again.submit("train.total_steps=500")
     assert done.returncode == 2 and "every checkpoint in" in done.stderr and "--rebuild" in done.stderr, done.stderr

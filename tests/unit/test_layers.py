@@ -194,7 +194,10 @@ def listed(readme: str) -> list[str]:
 FILES = python_files(PROJECT, *TOPS)
 DDPM = {module: path for module, path in FILES.items() if module.split(".")[0] == "ddpm"}
 HEAVY = ("ddpm.run.saving", "ddpm.run.images")  # for who has tensors and pictures
-SCRIPTS = ["submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export", "report"]
+SCRIPTS = [
+    *("submit", "sample", "evaluate", "status", "board", "logs", "cancel", "remove", "export", "report", "doctor"),
+    "recover",
+]
 
 
 def test_there_is_something_to_check() -> None:
@@ -367,9 +370,11 @@ def test_importing_every_script_loads_no_torch() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["status"], ["submit", "--dry-run"]], ids=" ".join)
 def test_help_status_and_dry_run_load_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    there = ["--root", str(PROJECT / "tests" / "compat" / "fixture")]
+    of_runs = [[*there], ["--json", *there], ["--events", *there], ["--compare", *there], ["--root", str(tmp_path)]]
     calls = {
         "--help": [[s, "--help"] for s in SCRIPTS],
-        "status": [["status", "--root", str(tmp_path)]],
+        "status": [["status", *words] for words in of_runs],
         "submit": [["submit", "--dry-run", "--cluster", "local", "--root", str(tmp_path)]],
     }[arguments[0]]
     code = "import runpy\n"

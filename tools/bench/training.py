@@ -13,6 +13,7 @@ import torch
 
 from ddpm.network.device import Later
 from ddpm.training.step import Step
+from ddpm.training.trainer import Trainer
 from tools.bench import workloads
 from tools.bench.counting import Operations, launched, launches, parts_of, profiled
 from tools.bench.figures import Figure, Result, ratio
@@ -107,6 +108,48 @@ def parts(bench: Bench) -> Result:
     return result
 
 
+class Watch:
+    """A trainer's loop while it is measured, as its `stop_requested`: `steps` of it after `warm_up`, and where asked
+    two more under the profiler. Raises Enough once that is done."""
+
+    def __init__(self, bench: Bench, trainer: Trainer, warm_up: int, steps: int, *, profile: bool) -> None:
+        self._bench, self._trainer, self._ends = bench, trainer, (warm_up, warm_up + steps)
+        self._profile, self._began = profile, time.perf_counter()
+        self.marks: list[float] = []
+        """When the measured steps began, and when they were done."""
+        self.host: list[float] = []
+        """The host's time of each step."""
+        self.first_steps_s = 0.0
+        self.prof: Any = None
+        self._take = trainer.step.take
+        trainer.step.take = self._timed  # type: ignore[method-assign]
+
+    def _timed(self) -> Later:
+        started = time.perf_counter()
+        try:
+            return self._take()
+        finally:
+            self.host.append(time.perf_counter() - started)
+
+    def __call__(self) -> None:
+        at, last = self._trainer.at.step, self._ends[1]
+        if at == 2:  # compiled, tried out, recorded
+            self._bench.sync()
+            self.first_steps_s = time.perf_counter() - self._began
+        if at in self._ends:
+            self._bench.sync()
+            self.marks.append(time.perf_counter())
+        if len(self.marks) == 2 and not self._profile:
+            raise Enough
+        if self._profile and at == last + 2:
+            self.prof = profiled(self._bench.device)
+            self.prof.start()
+        if self._profile and at == last + 4:
+            self._bench.sync()
+            self.prof.stop()
+            raise Enough
+
+
 def loop(
     bench: Bench, batch: int, *overrides: str, profile: bool = False, replayed: bool = True, goal: float | None = None
 ) -> Result:
@@ -119,58 +162,26 @@ def loop(
     alone = contextlib.nullcontext() if replayed else kernel_by_kernel()
     with alone, trainer_of(bench, f"train.global_batch={batch}", *overrides) as trainer:
         details |= {"amp": trainer.resolved.amp, "compile": trainer.resolved.compile}
-        began = time.perf_counter()
+        watch = Watch(bench, trainer, warm_up, steps, profile=profile)
         trainer.warm_up(lambda: None)
-        marks: list[float] = []
-        host: list[float] = []
-        prof: Any = None
-        take = trainer.step.take
-
-        def timed() -> Later:
-            started = time.perf_counter()
-            try:
-                return take()
-            finally:
-                host.append(time.perf_counter() - started)
-
-        trainer.step.take = timed  # type: ignore[method-assign]
-
-        def stop_requested() -> None:
-            nonlocal prof
-            if trainer.at.step == 2:  # compiled, tried out, recorded
-                bench.sync()
-                details["first_steps_s"] = time.perf_counter() - began
-            if trainer.at.step in (warm_up, warm_up + steps):
-                bench.sync()
-                marks.append(time.perf_counter())
-            if len(marks) == 2 and not profile:
-                raise Enough
-            if profile and trainer.at.step == warm_up + steps + 2:
-                prof = profiled(bench.device)
-                prof.start()
-            if profile and trainer.at.step == warm_up + steps + 4:
-                bench.sync()
-                prof.stop()
-                raise Enough
-
-        try:
-            trainer.train(stop_requested)
-        except Enough:
-            pass
-    rate = steps * batch / (marks[1] - marks[0])
+        with contextlib.suppress(Enough):
+            trainer.train(watch)
+    details["first_steps_s"] = watch.first_steps_s
+    took = watch.marks[1] - watch.marks[0]
+    rate = steps * batch / took
     figures = [
         Figure(f"loop, batch {batch}", rate, "images/s", at_least=goal, limit=best_training(bench, batch)),
-        Figure("a step", (marks[1] - marks[0]) / steps * 1e3, "ms"),
+        Figure("a step", took / steps * 1e3, "ms"),
         Figure("the first two steps", details["first_steps_s"], "s"),
         Figure(
             "host's time of a step",
-            statistics.median(host[warm_up:]) * 1e3,
+            statistics.median(watch.host[warm_up:]) * 1e3,
             "ms",
             at_most=bench.goal(gpu=0.3) if batch == 16 else None,
         ),
     ]
-    if prof is not None:
-        details |= launches(prof, 2)
+    if watch.prof is not None:
+        details |= launches(watch.prof, 2)
         figures.append(Figure("kernels of a step", details["kernels_per_step"]))
         figures.append(Figure("operators of a step", details["aten_ops_per_step"]))
     if bench.gpu:

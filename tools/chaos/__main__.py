@@ -55,7 +55,7 @@ SECONDS = {
     "time-limit": 150, "one-rank-signalled": 470, "term-by-hand": 50, "stop-file": 15, "signal-in-save": 45,
     "signal-in-packing": 85, "signal-in-compile": 170, "signal-in-evaluation": 80, "one-rank-killed": 90,
     "rank-stopped": 85, "node-failure": 160, "crash-loop": 20, "slurmctld-restart": 195, "two-jobs": 220,
-    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190, "fifty-thousand": 480, "inception-killed": 900,
+    "orphan": 170, "orphan-of-stepd": 85, "array-task-requeued": 190, "fifty-thousand": 1750, "inception-killed": 900,
 }  # fmt: skip
 """What a row took at its full count, on two cores that others used too."""
 

@@ -51,8 +51,8 @@ install_packages() {
     export DEBIAN_FRONTEND=noninteractive
     log=$(mktemp)
     # The second try is for a machine whose package lists are empty or old.
-    apt-get install -y --no-install-recommends "${PACKAGES[@]}" >"$log" 2>&1 </dev/null ||
-        { apt-get update && apt-get install -y --no-install-recommends "${PACKAGES[@]}"; } >>"$log" 2>&1 </dev/null ||
+    local install=(apt-get -o DPkg::Lock::Timeout=60 install -y --no-install-recommends "${PACKAGES[@]}")
+    "${install[@]}" >"$log" 2>&1 </dev/null || { apt-get update && "${install[@]}"; } >>"$log" 2>&1 </dev/null ||
         { tail -n 20 "$log" >&2; rm -f "$log"; die 3 "apt-get could not install ${PACKAGES[*]}"; }
     rm -f "$log"
 }

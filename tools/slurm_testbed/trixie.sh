@@ -60,6 +60,7 @@ inside() {
     mkdir -p "$ROOT/root/.config/pip"
     cp "${PIP_CONFIGS[1]}" "$ROOT/root/.config/pip/pip.conf" 2>/dev/null || true
 
+    mount --bind "$ROOT" "$ROOT"
     mount -t proc proc "$ROOT/proc"
     mount --rbind /sys "$ROOT/sys"
     mount --rbind /dev "$ROOT/dev"
@@ -76,7 +77,12 @@ inside() {
     tar -C "$PROJECT" -c --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data --exclude='./.*_cache' \
         --exclude=__pycache__ --exclude='./*.egg-info' --mode=a+rX --owner=0 --group=0 . | tar -C "$ROOT$INSIDE" -x
 
-    chroot "$ROOT" /usr/bin/env -u PYTHON -u VIRTUAL_ENV -u PYTHONPATH -u TMPDIR -u SLURM_CONF -u PIP_CONFIG_FILE \
+    # No chroot, in which users may make no namespaces, as containers need them.
+    cd "$ROOT"
+    pivot_root . .
+    umount -l .
+    cd /
+    /usr/bin/env -u PYTHON -u VIRTUAL_ENV -u PYTHONPATH -u TMPDIR -u SLURM_CONF -u PIP_CONFIG_FILE \
         -u XDG_CONFIG_HOME -u LC_ALL LANG=C.UTF-8 HOME=/root PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \
         bash -euc 'cd "$1"
             shift
@@ -95,7 +101,8 @@ outside() {
     fi
     PATH=$PATH:/usr/sbin:/sbin
     command -v debootstrap >/dev/null ||
-        { apt-get install -y debootstrap || { apt-get update && apt-get install -y debootstrap; }; } \
+        { apt-get -o DPkg::Lock::Timeout=60 install -y debootstrap ||
+            { apt-get update && apt-get -o DPkg::Lock::Timeout=60 install -y debootstrap; }; } \
             >/dev/null 2>&1 </dev/null || die 3 "debootstrap is missing and apt-get could not install it"
     mkdir -p "$ROOT"
     exec 9>>"$MARK"

@@ -1,13 +1,15 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
+import errno
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from ddpm.config.data import Data
-from ddpm.config.sample import Sample
+from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.schema import Config
 from ddpm.config.train import Checkpoint, Train
 from launch.checkup import cluster, files, node, profile
@@ -25,6 +27,36 @@ def test_the_space_of_a_run_is_that_of_its_end() -> None:
     samples, num = 7 * 16 * 16 * 3, config.network.num_parameters
     assert files.space_of_a_run(config, 250) == ((4 + 2) * 16 * num + (4 + 1) * 4 * num + samples, 4)
     assert files.space_of_a_run(config, None) == (2 * 16 * num + 4 * num + samples, 0)
+
+
+@pytest.mark.parametrize("extractor", ["inception", "dinov2"])
+def test_weights_that_scores_need_are_there_or_fetched_or_brought_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extractor: str
+) -> None:
+    config = Config(name="x", data=Data(name="digits"), evaluate=Evaluate(extractor=extractor))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+
+    def told(unreachable: str) -> files.Finding:
+        monkeypatch.setattr(files, "_unreachable", lambda host: unreachable)
+        return list(files.storage(config, tmp_path, tmp_path / "cache", None))[-1]
+
+    lacking = told("github.com does not answer")
+    assert lacking.verdict == "warn" and f"prefetch.py --from {files.FETCHED[extractor]}" in lacking.remedy
+    assert (told("").verdict == "pass") == (extractor == "inception")  # a submission fetches those alone
+    (tmp_path / "cache" / "weights").mkdir(parents=True)
+    (tmp_path / "cache" / "weights" / files.FETCHED[extractor]).touch()
+    assert told("github.com does not answer") == files.Finding(
+        "pass", f"{extractor.capitalize()}'s weights are in {tmp_path / 'cache' / 'weights'}"
+    )
+
+
+def test_a_root_without_room_for_a_file_is_none_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    (found,) = files.storage(Config(name="x"), tmp_path, tmp_path, None)
+    assert found.verdict == "fail" and "cannot be written (No space left on device)" in found.what
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])

@@ -11,7 +11,7 @@ from ddpm.config.section import build
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir
 from launch.cluster import by_submitit, code
-from launch.cluster.container import check_image, lines
+from launch.cluster.container import check_image, lent_by_a_process, lines
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
 from launch.cluster.settling import settle
@@ -124,3 +124,22 @@ def test_a_path_that_cannot_be_mounted_is_named() -> None:
 def test_on_this_machine_a_container_is_left_out_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     settle(Site(cluster="local", container=Container(image="/nowhere/x.sif")), dry_run=False)
     assert "container is for SLURM's jobs" in capsys.readouterr().err
+
+
+MOUNTS = """\
+{root} {at} {type} ro,nosuid,nodev,relatime,user_id=65534,group_id=65534,allow_other 0 0
+overlay / overlay rw,lowerdir=/a,upperdir=/b,workdir=/c 0 0
+"""
+
+
+@pytest.mark.parametrize(("root", "kind", "warned"), [
+    ("squashfuse_ll", "fuse.squashfuse_ll", True), ("fuse-overlayfs", "fuse.fuse-overlayfs", True),
+    ("/dev/loop0", "squashfs", False), ("x:/y", "fuse.sshfs", False),
+])  # fmt: skip
+def test_an_image_that_a_process_of_the_job_mounts_is_warned_of(
+    tmp_path: Path, root: str, kind: str, warned: bool
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS.format(root=root, at="/var/apptainer/mnt/session/rootfs", type=kind))
+    said = lent_by_a_process(tmp_path / "mounts")
+    assert (f"come through {root}, which SLURM's stop signals end" in said) == warned == bool(said)
+    assert lent_by_a_process(tmp_path / "none") == ""

@@ -192,6 +192,19 @@ def test_memory_and_cpus_that_are_asked_for_by_an_option_of_sbatchs_are_shared_o
         assert not {"mem-per-cpu", "mem-per-gpu"} & told.keys()
 
 
+def test_words_that_are_asked_for_by_an_option_of_sbatchs_give_way_to_a_stages_own_and_are_known(
+    tmp_path: Path, cluster: None
+) -> None:
+    """A QOS may allow more time than its partition, whichever way it was asked for."""
+    words = ("--sbatch", "qos=long", "--sbatch", "account=lab", "--sbatch", "constraint=a", "--sbatch", "exclude=n1")
+    site = resolved(tmp_path, "--partition", "gpu", "--time", "3d", *words, profile="sample: {qos: short, time: 1h}")
+    settle(site, dry_run=False)
+    train, sample = options(site, "train"), options(site, "sample")
+    assert (train["qos"], sample["qos"], site.sbatch) == ("long", "short", {})
+    for key, value in (("account", "lab"), ("constraint", "a"), ("exclude", "n1")):
+        assert train[key] == sample[key] == value
+
+
 def test_setup_may_be_a_line_or_a_block_of_them(tmp_path: Path) -> None:
     assert resolved(tmp_path, profile="setup: module load cuda").setup == ("module load cuda",)
     block = resolved(tmp_path, profile="setup: |\n  module load cuda\n  export A=1\n")

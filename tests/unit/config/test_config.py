@@ -255,6 +255,7 @@ UNAFFECTED: dict[str, Any] = {
     "log__grid_every_steps": 7,
     "log__grid_images": 7,
     "log__validate_every_steps": 6,
+    "log__histogram_every_steps": 7,
     "log__wandb": "a project",
     "sample__num_samples": 9,
     "sample__sampler": "ancestral",

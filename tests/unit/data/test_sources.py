@@ -243,6 +243,8 @@ def test_pictures_that_are_not_taken_are_counted_and_a_jfif_is_a_jpeg(
     pack(Data(name="images", path=str(archive), image_size=8), "train", tmp_path / "cache")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "2 .gif, 1 .avif" in line
+    with pytest.raises(RequestError, match=r"no images in this zip; .*other kinds are there \(1 \.gif\): save them as"):
+        sources.images(write_zip(tmp_path / "b.zip", {"cat/0.gif": png()}))
 
 
 # ---------------------------------------------------------------- folders and zips as people and their tools make them

@@ -322,7 +322,7 @@ def test_a_request_that_cannot_be_read_now_is_no_lack_of_progress(
     begun_set(run)
     takes_shard(run, "17", 1, monkeypatch)
     Unreadable(monkeypatch, {run.sample_set("fid").request: 1})
-    with pytest.raises(OSError, match="Stale"):
+    with pytest.raises(OSError, match="Input/output error"):
         progress(run, "17", "sample", "fid")
 
 

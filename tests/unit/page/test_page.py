@@ -176,6 +176,7 @@ def test_the_life_is_told_period_by_period_and_adds_up_to_goodput(tmp_path: Path
     drawn = lives.timeline(of)
     assert drawn.count("<rect") == 8 and "training that was lost: 30 s" in drawn and drawn.count('class="save"') == 1
     rows = re.findall(r"<tr>(.*?)</tr>", lives.lives_table(of))
+    assert lives.number(of) == len(rows) - 1
     assert "without a word" in rows[1] and "finished" in rows[2] and "0 – 50" in rows[1] and "50 – 100" in rows[2]
 
 

@@ -1,12 +1,16 @@
 """ddpm/run/files.py: a name appears whole or not at all, and what was published stays as it is."""
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -37,6 +41,45 @@ def test_publishing_without_hard_links_does_not_replace_either(tmp_path: Path, m
     with pytest.raises(FileExistsError):
         write_bytes(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first" and names(tmp_path) == ["a"]
+
+
+def test_a_link_that_a_server_makes_and_denies_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_twice(tmp: Path, path: Path, link: Callable[[Path, Path], None] = os.link) -> None:
+        link(tmp, path)
+        raise FileExistsError(17, "File exists")  # of NFS, where its first answer was lost
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    write_bytes(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first" and names(tmp_path) == ["a"]
+
+
+def test_a_link_to_what_was_removed_at_once_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"first")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("times", "read"), [(3, True), (1000, False)])
+def test_what_another_host_replaces_while_it_is_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, read: bool
+) -> None:
+    write_bytes(tmp_path / "a", b"second")
+    stale = iter(range(times))
+
+    def of_nfs(path: Path, opened: Callable[[Path], BinaryIO] = files.open_file) -> BinaryIO:
+        if next(stale, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return opened(path)
+
+    monkeypatch.setattr(files, "open_file", of_nfs)
+    with nullcontext() if read else pytest.raises(OSError, match="Stale"):
+        assert read_bytes(tmp_path / "a") == b"second"
 
 
 def test_replace_is_for_those_who_ask(tmp_path: Path) -> None:

@@ -140,6 +140,6 @@ def test_a_file_system_that_fails_for_a_moment_gives_no_answer_by_which_jobs_wou
     live(config, run)
     with monkeypatch.context() as m:
         Unreadable(m, {run.manifest(TOTAL): 1})
-        with pytest.raises(OSError, match="Stale file handle"):
+        with pytest.raises(OSError, match="Input/output error"):
             finished_step(run, config)
         assert finished_step(run, config) == TOTAL

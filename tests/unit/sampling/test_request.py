@@ -145,6 +145,6 @@ def test_a_request_that_cannot_be_read_for_a_moment_is_not_called_damaged(
 ) -> None:
     sample_set = make_set(tmp_path / "run", make_request())
     Unreadable(monkeypatch, {sample_set.request: 1})
-    with pytest.raises(OSError, match="Stale file handle"):
+    with pytest.raises(OSError, match="Input/output error"):
         read_request(sample_set)
     assert read_request(sample_set) == make_request()

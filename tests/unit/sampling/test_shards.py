@@ -11,6 +11,7 @@ from ddpm.errors import RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
+from ddpm.sampling import parts
 from ddpm.sampling.parts import Part, is_whole, read_part, write_part
 from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, shards_to_make, verify_shard
 from tests.sampling import make_request, make_set
@@ -74,6 +75,19 @@ def test_a_twins_finished_batch_is_left_as_it_is(sample_set: SampleSet) -> None:
     there = read_part(sample_set, REQUEST, 0, 3)
     assert there is not None and there.images.tobytes() == IMAGES.tobytes()
     assert len(list(sample_set.part.iterdir())) == 1
+
+
+def test_the_folder_of_parts_may_be_removed_by_another_at_the_same_moment(
+    sample_set: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_is_missing(*_: object) -> list[int]:
+        sample_set.part.rmdir()
+        return []
+
+    monkeypatch.setattr(parts, "missing_shards", none_is_missing)
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    parts.remove_parts(sample_set, REQUEST, [(0, 3)])
+    assert not sample_set.part.exists()
 
 
 def test_a_part_is_whole_for_its_own_request_alone(sample_set: SampleSet) -> None:

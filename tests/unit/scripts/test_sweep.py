@@ -20,6 +20,7 @@ from ddpm.run.paths import NAME_RE, RunDir
 from launch import submit, sweep
 from launch.cluster import environment, scheduler, slurm
 from launch.queue.naming import of_point, of_sweep
+from launch.submission import Asked, Here
 from tests.cli.harness import TINY
 from tests.unit.queue.test_submitting import TOO_MANY, Cluster
 
@@ -134,3 +135,19 @@ def test_whatever_is_at_work_here_of_any_sweep_of_the_root_is_waited_for(tmp_pat
         for process in work.values():
             process.kill()
             process.wait()
+
+
+def test_ctrl_c_while_a_sweep_here_is_watched_says_how_to_stop_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = []
+    for seed in (1, 2):
+        run, config = RunDir(tmp_path / f"tiny-seed_{seed}"), read([f"seed={seed}"])
+        one = Asked(run, config, config, [], sweep={"name": "tiny-seed", "values": {"seed": seed}})
+        here = Here(subprocess.Popen(["true"]), tmp_path / "log")
+        points.append(sweep.Point(one, False, {"data": {"num_images": 10}}, here))
+        assert here.process.wait() == 0
+    monkeypatch.setattr(sweep.follow, "follow_process", lambda *_: 130)
+    assert sweep._wait([point.asked for point in points], points, "/my runs") == 130
+    assert "python launch/cancel.py tiny-seed --root '/my runs'" in capsys.readouterr().err
+    assert sweep._wait([points[1].asked], points[1:], None) == 130 and capsys.readouterr().err == ""

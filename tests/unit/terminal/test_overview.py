@@ -21,6 +21,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import place_of
 from launch.cluster import environment
 from launch.queue import local
+from launch.terminal import overview, view
 from launch.terminal.overview import describe
 from tests.cli.harness import TINY
 
@@ -104,6 +105,25 @@ def test_the_end_is_where_the_speed_leads(run: RunDir) -> None:
     run.metrics.write_text(json.dumps(line) + "\n")
     told = datetime.fromisoformat(describe(run, {})["expected_end"].replace("Z", "+00:00"))
     assert abs((told - ago(0)).total_seconds() - (400 - 100) * 8 / 0.8) < 60
+
+
+def test_while_samples_are_made_the_pace_and_the_end_are_theirs(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "_state", lambda *_: "sampling")
+    made = run.sample_set("s")
+    made.path.mkdir(parents=True)
+    made.request.write_text('{"num_samples": 40, "shards": 4}')
+    for shard, minutes in enumerate((10, 5)):
+        path, at = made.shard_manifest(shard, 4), ago(minutes).timestamp()
+        path.touch()
+        os.utime(path, (at, at))
+    row = describe(run, {})
+    assert row["images_per_s"] == pytest.approx(10 / 600, rel=0.01)
+    left_s = (datetime.fromisoformat(row["expected_end"].replace("Z", "+00:00")) - ago(0)).total_seconds()
+    assert left_s == pytest.approx(20 * 60, rel=0.01)
+    (line,) = [line for line in view.page([row], 200, details=False) if line.startswith("tiny: ")]
+    assert line.startswith("tiny: s: 20 of 40 images, 0.0167 images/s, until ")
+    monkeypatch.setattr(overview, "_state", lambda *_: "running")
+    assert describe(run, {})["making"] is None
 
 
 def test_a_job_that_samples_on_this_machine_is_shown_as_at_work(run: RunDir) -> None:

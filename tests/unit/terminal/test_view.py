@@ -64,6 +64,12 @@ def test_each_score_is_shown_with_its_set_and_each_wait_with_its_reason_at_any_w
     assert "ddim100-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
 
 
+def test_a_run_without_a_score_has_no_line_of_one() -> None:
+    rows = [row("none"), row("scored", scores={"paper": {"fid": 3.17}}, scores_told={"paper": TOLD})]
+    page = view.page(rows, 40, details=False)
+    assert not any(line.strip() == "none:" for line in page) and any(line.startswith("scored: FID") for line in page)
+
+
 def test_every_set_of_a_run_is_listed_and_each_job_with_its_stage() -> None:
     made = {"paper": {"step": 400, "told": "step 400, ancestral, 1000 steps, 25 images"},
             "cats": {"step": 200, "told": "step 200, ddim, 4 steps, 12 of 25 images"}}  # fmt: skip

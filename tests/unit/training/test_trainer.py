@@ -2,6 +2,9 @@
 
 import errno
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -514,3 +517,20 @@ def test_milestones_by_epoch_are_the_first_steps_past_each(tmp_path: Path) -> No
     assert sorted(p.name for p in run.checkpoints.glob("ema-*")) == [
         *("ema-000000003.safetensors", "ema-000000005.safetensors", "ema-000000008.safetensors")
     ]
+
+
+def test_lives_that_compile_nothing_load_no_compiler(tmp_path: Path) -> None:
+    """Which takes torch as long as all the rest of it."""
+    code = """
+        import sys
+        from pathlib import Path
+        from tests.training import live, make_config, make_run
+
+        config = make_config(model__dropout=0.1, train__optimizer=sys.argv[1])
+        live(config, make_run(Path(sys.argv[2])), stops=[5])
+        print({"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys())
+    """
+    for optimizer in ("adam", "adamw"):
+        command = [sys.executable, "-c", textwrap.dedent(code), optimizer, str(tmp_path / optimizer)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+        assert done.stdout.splitlines()[-1:] == ["set()"], done.stdout + done.stderr

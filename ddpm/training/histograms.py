@@ -1,0 +1,28 @@
+"""Histograms of the gradients, for TensorBoard: where they are asked for, since each takes a pass through the network.
+
+Nothing of the training depends on them: the gradients are those of images that the next step will see, and go nowhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ddpm.training.step import Step
+
+MOST_VALUES = 100_000
+"""Of a part of the network; of more, evenly chosen ones."""
+
+
+def of_gradients(step: Step) -> dict[str, np.ndarray]:
+    """Finite values by part of the network, of as many images of this rank's next step as it holds at a time."""
+    found = {}
+    with step.gradients_alone(step.micro):
+        scale = step.state.scaler.get_scale()
+        for name, part in step.state.model.named_children():
+            of_part = [p.grad.flatten() for p in part.parameters() if p.grad is not None]
+            if of_part:
+                flat = torch.cat(of_part)
+                values = flat[:: -(-flat.numel() // MOST_VALUES)].float() / scale
+                found[name] = values[torch.isfinite(values)].cpu().numpy()
+    return found
