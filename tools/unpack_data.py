@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python tools/unpack_data.py configs/cifar10.yaml real                           real/000000.png … real/049999.png
   python tools/unpack_data.py configs/cifar10.yaml data.image_size=64 real-64 --split test --num 5000
   python tools/unpack_data.py configs/cifar10.yaml real --by-class                real/airplane/000029.png …
+  python tools/unpack_data.py configs/cifar10-conditional.yaml model.num_classes=0 real       no folders of its classes
 """
 
 
@@ -34,7 +35,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("words", nargs="+", metavar="[key=value …] DIR", help="changes to it, and the folder to make")
     parser.add_argument("--split", default="train", help="train (default), test, or another that the data has")
     parser.add_argument("--num", type=int, metavar="N", help="this many images, evenly spaced over the split")
-    parser.add_argument("--by-class", action="store_true", help="a folder for each class")
+    parser.add_argument(
+        "--by-class", action="store_true", help="a folder for each class, as a config with model.num_classes has it"
+    )
     parser.add_argument("--root", help="where runs lie, whose packed data is used (default: DDPM_RUNS, or runs/)")
     parser.add_argument("--profile", metavar="SITE", help="the site profile whose data_cache is used")
     args = parser.parse_intermixed_args()
@@ -80,9 +83,11 @@ def main() -> int:
     num = len(packed) if args.num is None else args.num
     if not 1 <= num <= len(packed):
         raise RequestError(f"--num {num}: the {args.split} split has {len(packed)} images")
-    classes = read_signed(cache / key / "meta.json")["classes"] if args.by_class else None
+    by_class = args.by_class or config.model.num_classes > 0
+    classes = read_signed(cache / key / "meta.json")["classes"] if by_class else None
     unpack(packed, args.folder, [i * len(packed) // num for i in range(num)], classes)
-    print(f"{num} images of {config.data.name}, {args.split}: {args.folder}")
+    told = f" in {len(classes)} class folders" if classes else ""
+    print(f"{num} images of {config.data.name}, {args.split}: {args.folder}{told}")
     return 0
 
 

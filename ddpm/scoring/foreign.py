@@ -36,7 +36,11 @@ def load_images(path: Path, size: int | None = None) -> PackedImages:
     size: crop and resize them to this many pixels, as for packed data; None: keep them, which must all have one size.
     Raises RequestError.
     """
-    return load_folder(path) if size is None else _resized(path, size)
+    try:
+        return load_folder(path) if size is None else _resized(path, size)
+    except RequestError as e:
+        all_of_it = "\n  (a score is of all images of a folder: to score the others alone, move these out of it)"
+        raise RequestError(f"{e}{all_of_it if 'cannot be decoded' in str(e) else ''}") from None
 
 
 def _resized(path: Path, size: int) -> PackedImages:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddpm.errors import DDPMError
+from ddpm.run.log import say
 from ddpm.scoring import interval, metrics
 from ddpm.scoring.gather import Gathered
 from ddpm.scoring.kernel_distance import kernel_distance
@@ -27,6 +28,7 @@ def all_scores(of: Gathered, reference: Reference, *, published: bool) -> dict[s
     fid, kid = key_for(published=published), "kid" if published else "kernel_distance"
     if not all(np.isfinite(values).all() for values in (of.moments.m2, reference.mu, reference.sigma)):
         raise DDPMError("the Fréchet distance is not finite: features or reference hold values that are not")
+    say("computing the scores", samples=of.moments.num, dimensions=len(reference.mu))
     cov = metrics.covariance(of.moments)
     distance = metrics.frechet_distance(of.moments.mean, cov, reference.mu, reference.sigma)
     scores: dict[str, Any] = {fid: distance}

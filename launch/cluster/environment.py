@@ -233,11 +233,13 @@ def for_jobs(home: Path) -> dict[str, str]:
     home: where its code lies.
 
     Its threads sleep at their barriers, unless the user wants it otherwise: the cores are not theirs alone, and threads
-    that spin beside another such job take turns with it (a tenth of the speed, where sleeping ones have half).
+    that spin beside another such job take turns with it (a tenth of the speed, where sleeping ones have half). Those of
+    numpy's OpenBLAS, which computes scores, have a variable of their own.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_"))}
     path = os.environ.get("PYTHONPATH")
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    kept.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     return {**kept, "PYTHONPATH": f"{home}:{path}" if path else str(home), "PYTHONUNBUFFERED": "1"}
 
 

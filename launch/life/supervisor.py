@@ -32,7 +32,7 @@ from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
 from launch.life.life import after_scancel
 from launch.queue import ending
-from launch.queue.nodes import by_the_profile, may_do_without, setup_line
+from launch.queue.nodes import by_the_profile, may_do_without
 from launch.queue.submitting import submit_successor
 from launch.queue.waiting import of_this_cluster
 from launch.terminal import streams
@@ -82,7 +82,7 @@ def _without(bad: str, shown: scheduler.Shown, run: RunDir, error: str) -> str:
     the life died there of the site profile."""
     this = {"bad_node": bad, "error": error}
     try:
-        if by_the_profile([*of_this_cluster(read_events(run)), this], setup_line(this)[1]):
+        if by_the_profile(of_this_cluster(read_events(run)), this):
             say(f"no fault of node {bad}, which is not left out: mend the site profile's `setup` ({error})")
             return ""
     except OSError:

@@ -26,6 +26,8 @@ SETUP = re.compile(
     r"(?:it ended the job's shell .*?, at the line: |no whole command: )?(.+)"
 )
 """A life's last error where a line of the site profile's `setup` failed: its exit code, and the line."""
+NO_PYTHON = re.compile(r"(.+) does not run on node \S+")
+"""Why the batch shell put a job back by itself (slurm/supervise.sh)."""
 NOT_FOUND = "127"
 
 
@@ -41,15 +43,23 @@ def setup_line(event: dict[str, Any]) -> tuple[str, str]:
     return (found[1] or "", found[2].strip()) if found else ("", "")
 
 
-def by_the_profile(events: Sequence[dict[str, Any]], line: str) -> bool:
-    """Whether a `setup` line fails by the profile's fault, and not by a node's: it is no command, or failed on two."""
-    same = [event for event in events if line and event.get("bad_node") and setup_line(event)[1] == line]
-    return len({e["bad_node"] for e in same}) > 1 or any(setup_line(e)[0] == NOT_FOUND for e in same)
+def by_the_profile(events: Sequence[dict[str, Any]], this: dict[str, Any]) -> bool:
+    """Whether the life that `this` event tells of died by the site's fault, and not by its node's: a `setup` line is no
+    command, or failed on two nodes, or on neither of two is the Python that was to run."""
+    code, line = setup_line(this)
+    python = _no_python(this)
+    same = [e for e in (*events, this) if (setup_line(e)[1] == line if line else python and _no_python(e) == python)]
+    return code == NOT_FOUND or len({e["bad_node"] for e in same if e.get("bad_node")}) > 1
+
+
+def _no_python(event: dict[str, Any]) -> str:
+    found = NO_PYTHON.match(str(event.get("reason", "")))
+    return found[1] if found else ""
 
 
 def bad_nodes(run: RunDir, setup: Sequence[str] | None = None) -> list[str]:
     """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read. Not those
-    where a `setup` line failed by the profile's fault, or one that is not in `setup` any more."""
+    where what failed is the site profile's, or a line that is not in `setup` any more."""
     events = []
     with contextlib.suppress(OSError):
         events = of_this_cluster(read_events(run))
@@ -58,7 +68,7 @@ def bad_nodes(run: RunDir, setup: Sequence[str] | None = None) -> list[str]:
     def counts(event: dict[str, Any]) -> bool:
         _, line = setup_line(event)
         gone = bool(line) and setup is not None and not any(line in lines for lines in setup)
-        return not gone and not by_the_profile(lately, line)
+        return not gone and not by_the_profile(lately, event)
 
     return list(dict.fromkeys(e["bad_node"] for e in lately if counts(e)))
 

@@ -212,11 +212,12 @@ def _died(run: RunDir, events: list[dict[str, Any]]) -> str | None:
     """Why the last life ended that died by itself, while none has begun since and its job waits to; in words."""
     lives = [e for e in events if e["event"] in (*LIVES, *TRAINING)]
     last: dict[str, Any] = lives[-1] if lives else {}
-    if last.get("event") != "requeued" or not last.get("error"):
+    why = last.get("error") or last.get("reason")
+    if last.get("event") != "requeued" or not last.get("bad_node") or not why:
         return None
     mend = f"; mend the site profile's `setup`, then {work.to_end(run)}, and submit again with --profile"
-    alike = nodes.by_the_profile(events, nodes.setup_line(last)[1])
-    return f"its last life died on node {last.get('bad_node')}: {last['error']}{mend if alike else ''}"
+    of_setup = nodes.setup_line(last)[1] and nodes.by_the_profile(events, last)
+    return f"its last life died on node {last['bad_node']}: {why}{mend if of_setup else ''}"
 
 
 def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> None:

@@ -98,6 +98,10 @@ def test_bad_image_sets_are_refused_by_what_the_user_named(shell: Shell) -> None
     assert "a holds images of 8x8, large of 12x12; give --size" in refused("a", "large")
     message = refused("mixed", "a")
     assert "several sizes (8x8, 16x16)" in message and "--size" in message
+    folder(shell.cwd / "hurt", range(3))
+    (shell.cwd / "hurt" / "bad.png").write_bytes(b"no picture")
+    message = refused("hurt", "a")
+    assert "bad.png cannot be decoded" in message and "to score the others alone, move these out of it" in message
     np.save(shell.cwd / "grey.npy", np.zeros((3, 8, 8), np.uint8))
     assert "grey.npy: its images are uint8 (3, 8, 8)" in refused("grey.npy", "a")
     (shell.cwd / "torn.npy").write_bytes(b"\x93NUMPY")

@@ -48,9 +48,12 @@ def test_every_image_comes_out_as_it_is_trained_on(shell: Shell, images: list[st
     assert all(np.array_equal(pixels(folder / f"{i:06d}.png"), packed.images[i]) for i in range(9))
 
 
-def test_classes_become_folders_when_asked_for(shell: Shell, images: list[str]) -> None:
+@pytest.mark.parametrize("words", [["--by-class"], ["model.num_classes=2"]])
+def test_classes_become_folders_where_the_model_has_them_or_when_asked_for(
+    shell: Shell, images: list[str], words: list[str]
+) -> None:
     flat = unpack(shell, *images, "flat")
-    folder = unpack(shell, *images, "--by-class", "by-class")
+    folder = unpack(shell, *images, *words, "by-class")
     names = {str(p.relative_to(folder)) for p in folder.rglob("*.png")}
     assert names == {f"{'cat' if i < 3 else 'dog'}/{i:06d}.png" for i in range(9)}
     assert all((flat / Path(name).name).read_bytes() == (folder / name).read_bytes() for name in names)

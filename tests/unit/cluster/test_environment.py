@@ -78,10 +78,11 @@ def test_a_job_by_hand_takes_as_many_threads_as_the_user_wants_of_every_program(
 def test_threads_of_background_jobs_sleep_at_their_barriers_unless_the_user_wants_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert environment.for_jobs(Path("/code"))["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert environment.for_jobs(Path("/code"))["OMP_WAIT_POLICY"] == "ACTIVE"
+    for name, asleep, awake in (("OMP_WAIT_POLICY", "PASSIVE", "ACTIVE"), ("OPENBLAS_THREAD_TIMEOUT", "4", "30")):
+        monkeypatch.delenv(name, raising=False)
+        assert environment.for_jobs(Path("/code"))[name] == asleep
+        monkeypatch.setenv(name, awake)
+        assert environment.for_jobs(Path("/code"))[name] == awake
 
 
 @pytest.mark.parametrize(("nodes", "first"), [

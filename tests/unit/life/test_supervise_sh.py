@@ -17,7 +17,9 @@ from launch.cluster import by_submitit, by_template, code
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
 from launch.cluster.site import Site
+from launch.life import last_words
 from launch.life.decision import bad_nodes
+from launch.queue import nodes
 
 
 @dataclass
@@ -144,6 +146,21 @@ def test_a_setup_line_that_fails_ends_the_life_named_and_the_job_is_put_back(she
     if "exit" not in setup:
         line = next(line for line in setup.splitlines() if line.split()[0] in ("false", "module", "cd", "if", "echo"))
         assert "setup failed on n1" in shell.said and line in shell.said
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("modul load x", "modul: command not found; setup failed on n1 (exit code 127): modul load x"),
+    ("ls /nowhere", "ls: cannot access '/nowhere': No such file or directory; setup failed on n1 (exit code 2): ls"),
+    ("exit 3", "setup failed on n1: it ended the job's shell (exit code 3), at the line: exit 3"),
+])  # fmt: skip
+def test_what_a_setup_line_said_before_it_failed_is_part_of_the_error_that_the_supervisor_tells(
+    shell: Shell, line: str, told: str
+) -> None:
+    shell.put("python", "echo heard >&$DDPM_HEARD_FD")
+    shell.life("true", setup=f"export LC_ALL=C\n{line}\n", python=str(shell.bin / "python"))
+    log = shell.run.logs / "train-17.out"
+    words = last_words.read(log, log.read_text(), 0)
+    assert words.error.startswith(told) and nodes.setup_line({"error": words.error})[1] == line
 
 
 @pytest.mark.parametrize("via", ["sbatch", "submitit"])

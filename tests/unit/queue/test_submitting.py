@@ -175,6 +175,11 @@ def test_a_setup_line_that_fails_on_two_nodes_is_not_the_nodes_fault(run: RunDir
     assert bad_nodes(run) == ["n1"]
     died("n2", 1, "setup failed on n2 (exit code 1): module load x")
     assert bad_nodes(run) == []
+    for restart, node in ((7, "n7"), (8, "n8")):  # as slurm/supervise.sh tells it
+        EventLog(run, "7", restart, node).append(
+            "requeued", bad_node=node, reason=f"/x/python does not run on node {node}"
+        )
+        assert bad_nodes(run) == (["n7"] if node == "n7" else [])
     died("n3", 2, "RuntimeError: CUDA error: uncorrectable ECC error", began=True)
     died("n4", 3, "RuntimeError: CUDA error: uncorrectable ECC error", began=True)
     died("n5", 4, "")
