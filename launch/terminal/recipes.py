@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from launch.cluster.environment import SHIPPED
 from launch.terminal import streams
 
 NOTES = (
@@ -51,9 +49,9 @@ def header(text: str) -> str:
     return " ".join(filter(None, lines))
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """overrides: key=value, over what the file says. Raises RequestError where that is no valid config."""
-    config = reading.load(path, overrides, shelf=SHIPPED / "configs")
+def read(path: Path) -> Recipe:
+    """Raises RequestError where it is no valid config."""
+    config = reading.load(path)
     text = header(path.read_text())
     memory = re.search(r"\bMemory: (\d+(?:\.\d+)?) GiB", text)
     fid = re.search(r"\breports? (?:(no) FID|FID (\d+(?:\.\d+)?(?: for [\d,]+ samples| at epoch \d+)?))", text)
