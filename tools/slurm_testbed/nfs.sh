@@ -122,7 +122,8 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 if ! grep -q '^made' "$MARK"; then
     find "$ROOT" -mindepth 1 ! -path "$MARK" -delete
-    (fetch) >"$log" 2>&1 </dev/null || { tail -n 20 "$log" >&2; die 3 "Debian's packages could not be had"; }
+    fetch >"$log" 2>&1 </dev/null & # not in a condition, where set -e would not hold
+    wait $! || { tail -n 20 "$log" >&2; die 3 "Debian's packages could not be had"; }
     echo "made $(date -u +%FT%TZ)" >"$MARK"
 fi
 exec 9>&-
