@@ -106,8 +106,10 @@ esac
 [ "${1:-}" = -- ] && [ $# -ge 2 ] || { usage >&2; die 2 "a COMMAND after -- is needed"; }
 shift
 ROOT=$(realpath -m "$ROOT")
-[[ $ROOT$PROJECT =~ ^/[A-Za-z0-9._/-]+$ ]] || die 2 "ROOT=$ROOT, project $PROJECT: A-Z a-z 0-9 . _ / - only"
-[[ $ROOT/ != /tmp/* && $PROJECT/ != /tmp/* ]] || die 2 "ROOT=$ROOT, project $PROJECT: /tmp is another one in there"
+for path in "$ROOT" "$PROJECT"; do
+    [[ $path =~ ^/[A-Za-z0-9._/-]+$ ]] || die 3 "$path: A-Z a-z 0-9 . _ / - only"
+    [[ $path/ != /tmp/* ]] || die 3 "$path: /tmp is another one in there"
+done
 [ "$(id -u)" = 0 ] || die 3 "must be root: mounts and name spaces need it, in the booted Linux too"
 command -v apt-get >/dev/null || die 3 "no apt-get here: kernel and server are Debian's packages"
 [ "$(dpkg --print-architecture)" = amd64 ] || die 3 "this machine is no amd64"
