@@ -30,8 +30,7 @@ def start_training(life: Life) -> tuple[Config, str | None]:
         _note_allocation(life)
     life.stop.watch(run)
     environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")
-    if config.train.compile:
-        compiled.choose_folder()
+    compiled.choose_folder()
     return config, why
 
 

@@ -196,7 +196,7 @@ def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | No
 
 
 def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:
-    if not trainer.compiles or trainer.config.train.compile is False:
+    if not trainer.compiles:
         return nullcontext()
     return compiled.compiling(
         life.run,

@@ -27,9 +27,11 @@ die() { local rc=$1; shift; echo "apptainer.sh: $*" >&2; exit "$rc"; }
 
 # apt's own tools, with lists and caches of their own: what this system installs stays as it is.
 fetch() {
-    local mirror private=(-o "Dir::State=$ROOT/apt" -o "Dir::Cache=$ROOT/apt" -o "Dir::Etc::SourceList=$ROOT/apt/sources"
+    local mirror private=(-o "Dir::State=$ROOT/apt" -o "Dir::Cache=$ROOT/apt"
+        -o "Dir::Etc::SourceList=$ROOT/apt/sources"
         -o Dir::Etc::SourceParts=- -o Dir::Etc::Preferences=- -o Dir::Etc::PreferencesParts=-
-        -o Dir::State::Status=/dev/null -o APT::Sandbox::User=root -o Acquire::Languages=none)
+        -o Dir::State::Status=/dev/null -o APT::Sandbox::User=root
+        -o Acquire::Languages=none -o Acquire::Check-Valid-Until=false)
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' 2>/dev/null | head -n 1)
     mkdir -p "$ROOT/apt/lists/partial" "$ROOT/apt/archives/partial"
     echo "deb ${mirror:-http://deb.debian.org/debian} sid main" >"$ROOT/apt/sources"
@@ -60,6 +62,12 @@ make_image() {
     echo "export PATH=/opt/python/bin:/opt/bin" >"$image/.singularity.d/env/90-environment.sh"
 }
 
+make_all() {
+    fetch
+    unpack
+    make_image
+}
+
 ROOT=/var/tmp/ddpm-apptainer
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
@@ -82,7 +90,8 @@ flock 9
 if ! grep -q '^made' "$MARK"; then
     find "$ROOT" -mindepth 1 ! -path "$MARK" -delete
     log=$(mktemp)
-    { fetch && unpack && make_image; } >"$log" 2>&1 </dev/null || { tail -n 20 "$log" >&2; rm -f "$log"; die 1 "failed"; }
+    make_all >"$log" 2>&1 </dev/null & # not in a condition, where set -e would not hold
+    wait $! || { tail -n 20 "$log" >&2; rm -f "$log"; die 1 "apptainer could not be had"; }
     rm -f "$log"
     echo "made $(date -u +%FT%TZ)" >"$MARK"
 fi

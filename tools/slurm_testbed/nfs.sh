@@ -106,8 +106,10 @@ esac
 [ "${1:-}" = -- ] && [ $# -ge 2 ] || { usage >&2; die 2 "a COMMAND after -- is needed"; }
 shift
 ROOT=$(realpath -m "$ROOT")
-[[ $ROOT$PROJECT =~ ^/[A-Za-z0-9._/-]+$ ]] || die 2 "ROOT=$ROOT, project $PROJECT: A-Z a-z 0-9 . _ / - only"
-[[ $ROOT/ != /tmp/* && $PROJECT/ != /tmp/* ]] || die 2 "ROOT=$ROOT, project $PROJECT: /tmp is another one in there"
+for path in "$ROOT" "$PROJECT"; do
+    [[ $path =~ ^/[A-Za-z0-9._/-]+$ ]] || die 3 "$path: A-Z a-z 0-9 . _ / - only"
+    [[ $path/ != /tmp/* ]] || die 3 "$path: /tmp is another one in there"
+done
 [ "$(id -u)" = 0 ] || die 3 "must be root: mounts and name spaces need it, in the booted Linux too"
 command -v apt-get >/dev/null || die 3 "no apt-get here: kernel and server are Debian's packages"
 [ "$(dpkg --print-architecture)" = amd64 ] || die 3 "this machine is no amd64"
@@ -122,7 +124,8 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 if ! grep -q '^made' "$MARK"; then
     find "$ROOT" -mindepth 1 ! -path "$MARK" -delete
-    (fetch) >"$log" 2>&1 </dev/null || { tail -n 20 "$log" >&2; die 3 "Debian's packages could not be had"; }
+    fetch >"$log" 2>&1 </dev/null & # not in a condition, where set -e would not hold
+    wait $! || { tail -n 20 "$log" >&2; die 3 "Debian's packages could not be had"; }
     echo "made $(date -u +%FT%TZ)" >"$MARK"
 fi
 exec 9>&-
