@@ -16,11 +16,13 @@ from launch.cluster import scheduler
 from launch.cluster.environment import default_partition
 from launch.cluster.job import Job
 from launch.cluster.site import NO_NODE
+from launch.queue import work
 from launch.queue.waiting import of_this_cluster
 
 MENDED_AFTER_S = 7 * 86_400
 """After this time without being tried a node counts as mended."""
 
+OF_LIVES = ("submitted", "allocated", "started", "resumed", "requeued", "finished", "failed")
 SETUP = re.compile(
     r"setup failed on \S+?(?: \(exit code (\d+)\))?: "
     r"(?:it ended the job's shell .*?, at the line: |no whole command: )?(.+)"
@@ -55,6 +57,17 @@ def by_the_profile(events: Sequence[dict[str, Any]], this: dict[str, Any]) -> bo
 def _no_python(event: dict[str, Any]) -> str:
     found = NO_PYTHON.match(str(event.get("reason", "")))
     return found[1] if found else ""
+
+
+def why_died(run: RunDir, events: Sequence[dict[str, Any]]) -> str | None:
+    """Why the last life ended that died by itself on a node, while none has begun since and its job waits to."""
+    last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in OF_LIVES), {})
+    why = last.get("error") or last.get("reason")
+    if last.get("event") != "requeued" or not last.get("bad_node") or not why:
+        return None
+    mend = f"; mend the site profile's `setup`, then {work.to_end(run)}, and submit again with --profile"
+    of_setup = setup_line(last)[1] and by_the_profile(events, last)
+    return f"its last life died on node {last['bad_node']}: {why}{mend if of_setup else ''}"
 
 
 def bad_nodes(run: RunDir, setup: Sequence[str] | None = None) -> list[str]:

@@ -28,7 +28,7 @@ from ddpm.run.state import finished_step
 from ddpm.sampling.request import Request, samples_record
 from ddpm.scoring.record import SCORE_NAMES, all_scores, sampler_words, told
 from launch.cluster.scheduler import Queued, cluster_name
-from launch.queue import local, nodes, work
+from launch.queue import local, nodes
 from launch.queue.sets import of_other_samples
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, making, standing
@@ -101,7 +101,7 @@ def describe(
     failed = latest.get("event") == "failed" and state not in AT_WORK
     of_training = _made_of_it(run, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
-    died = latest.get("reason") if failed else _died(run, events)
+    died = latest.get("reason") if failed else nodes.why_died(run, events)
     problems = [died, saving, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
@@ -206,18 +206,6 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
     minutes = (time.time() - seconds(last["time"])) / 60
     late = f"nothing was saved for {minutes:.0f} minutes, though a save is due every {every:g}: its log says why"
     return late if minutes > OVERDUE * every + 1 else None
-
-
-def _died(run: RunDir, events: list[dict[str, Any]]) -> str | None:
-    """Why the last life ended that died by itself, while none has begun since and its job waits to; in words."""
-    lives = [e for e in events if e["event"] in (*LIVES, *TRAINING)]
-    last: dict[str, Any] = lives[-1] if lives else {}
-    why = last.get("error") or last.get("reason")
-    if last.get("event") != "requeued" or not last.get("bad_node") or not why:
-        return None
-    mend = f"; mend the site profile's `setup`, then {work.to_end(run)}, and submit again with --profile"
-    of_setup = nodes.setup_line(last)[1] and nodes.by_the_profile(events, last)
-    return f"its last life died on node {last['bad_node']}: {why}{mend if of_setup else ''}"
 
 
 def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> None:

@@ -56,8 +56,10 @@ def word(f: Facts) -> str:
         return str(event.get("stage") or stages.get(job, "train"))
 
     active = {job: told for job, told in jobs.items() if told.state != "COMPLETING"}
+    ending = {stages.get((job, f.cluster), "train") for job in jobs.keys() - active.keys()}
     of_training = {job: told for job, told in active.items() if stages.get((job, f.cluster), "train") not in LATER}
-    if of_training or (f.finished and active):
+    follows = bool(ending & {*LATER}) and all(told.reason == "Dependency" for told in active.values())
+    if of_training or (f.finished and active and not follows):
         stands = _in_queue(of_training or active)
         if stands != "running" or of_training:
             return stands
@@ -69,7 +71,6 @@ def word(f: Facts) -> str:
     last: dict[str, Any] = tale[-1] if tale else {}
     if last.get("event") in ("failed", "cancelled"):
         return str(last["event"])
-    ending = {stages.get((job, f.cluster), "train") for job in jobs.keys() - active.keys()}
     if f.finished:
         return "completing" if ending & {*LATER} else "complete"
     if f.stop_file or (last.get("event"), last.get("reason")) == ("stop_requested", "STOP"):

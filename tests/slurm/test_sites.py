@@ -16,7 +16,7 @@ from launch.cluster.options import load_profile
 from tests.conftest import PROJECT, requires
 from tests.draws import drawn
 from tests.images import write_zip
-from tests.slurm.test_life import APPTAINER, Site
+from tests.slurm.test_life import APPTAINER, SMALL, Site
 from tools.slurm_testbed.harness import ACCOUNTING, SlurmTestbed, missing
 
 PLUGIN = """\
@@ -128,6 +128,25 @@ def test_the_doctor_tells_what_the_site_allows_and_what_a_node_has(strict: Site)
     assert load_profile(str(draft))["partition"] == "gpu"
     said = strict.script("doctor", recipe, "--partition", "gpu", "--account", "nobodys", code=3)
     assert re.search("fail  SLURM would refuse a job to train: .*Invalid account", said), said
+
+
+def test_a_typo_in_a_setup_line_costs_no_node_and_status_and_the_probe_tell_it(strict: Site) -> None:
+    typo, name, words = strict.bed.workdir / "typo.yaml", "typo", ["--gpus-per-node", "0", "train.total_steps=10"]
+    typo.write_text("setup: ['modul load x']\n")
+    (job,) = strict.submit(name, "--profile", str(typo), *words)
+    died = "modul: command not found; setup failed on n"
+    strict.bed.wait_for(lambda: "died on node" in strict.script("status", name), 60, "the end of a life")
+    assert died in strict.script("status", name) and "no fault of node" in strict.log(name)
+    recipe = str(PROJECT / "configs" / "quickstart.yaml")
+    asked = ["--partition", "gpu", "--gpus-per-node", "0", "--profile", str(typo), "--probe"]
+    assert "modul: command not found" in strict.script("doctor", recipe, *asked, code=3)
+    strict.script("cancel", name)
+    strict.bed.wait_for(lambda: strict.bed.squeue() == "", 60, "an empty queue")
+    assert {r["ExcNodeList"] for r in strict.bed.records(job)} <= {"(null)", ""}
+    said = strict.script("submit", "--partition", "gpu", "--name", name, f"data.path={strict.images}", *SMALL, *words)
+    assert "without node" not in said, said
+    (again,) = re.findall(r"^queued: train as job (\d+)", said, re.M)
+    assert strict.bed.wait_state(again, timeout_s=120) == "COMPLETED", strict.log(name)
 
 
 def refused(site: Site, name: str, *words: str) -> str:

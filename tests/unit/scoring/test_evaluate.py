@@ -230,9 +230,12 @@ def test_a_set_that_does_not_exist_is_refused(made: Made) -> None:
 # ---------------------------------------------------------------- the score file
 
 
-def test_the_score_file_has_the_public_form(made: Made) -> None:
+def test_the_score_file_has_the_public_form_and_that_it_is_computed_is_said(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = packed()
     result = made.evaluate(real, command=["launch/evaluate.py", "my run"])
+    assert "computing the scores samples=" in capsys.readouterr().out
     assert files.read_json(made.run.eval / "fid.json") == result
     assert files.sign(result) == result
     distance, created = result.pop("frechet_distance"), result.pop("created")

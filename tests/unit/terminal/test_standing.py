@@ -50,7 +50,8 @@ DONE = [*BEGUN, event("finished")]
     ("completing", Facts(BEGUN, {"101": ENDING})),
     ("completing", Facts(BEGUN, {"101": ENDING, **FOLLOWS})),  # pre-empted, with its followers
     ("completing", Facts(DONE, {"102": ENDING, "103": ENDING}, finished=True)),
-    ("queued", Facts(DONE, {"102": ENDING, "103": WAITS}, finished=True)),
+    ("completing", Facts(DONE, {"102": ENDING, "103": WAITS}, finished=True)),  # samples, pre-empted maybe
+    ("queued", Facts(DONE, {"102": ENDING, "103": PRIORITY}, finished=True)),
     ("running", Facts(BEGUN, {}, beats=True)),
     ("queued", Facts(DONE, FOLLOWS, finished=True)),
     ("sampling", Facts(DONE, {"102": RUNNING, "103": WAITS}, finished=True)),
