@@ -64,7 +64,8 @@ def test_every_package_and_module_of_it_imports(wheel: Path, tmp_path: Path) -> 
 
 def test_an_installation_needs_no_checkout(built: Path, tmp_path: Path) -> None:
     """Its commands train a run, whose jobs run the installed code and its templates."""
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--prefix", str(tmp_path), str(built)]
+    options = ["--no-deps", "--no-index", "--ignore-installed"]  # else pip removes the project from this environment
+    install = [sys.executable, "-m", "pip", "install", *options, "--prefix", str(tmp_path), str(built)]
     assert subprocess.run(install, capture_output=True).returncode == 0
     (packages,) = tmp_path.glob("lib/python*/site-packages")
     where = tmp_path / "elsewhere"
