@@ -42,7 +42,7 @@ from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
-from launch.terminal.images import score_images
+from launch.terminal.images import check_new, score_images
 from launch.terminal.results import print_milestones
 
 EXAMPLES = """examples:
@@ -219,8 +219,7 @@ def save_statistics(run: RunDir, config: Config, site: Site, args: argparse.Name
     if split not in SPLITS:
         raise RequestError(f"--reference {split}: of a run's own images, train or test; of others: --images {split}")
     path = environment.user_path(args.save_stats, "--save-stats")
-    if path.exists() or not path.parent.is_dir():
-        raise RequestError(f"--save-stats {path}: {'exists' if path.exists() else 'no such directory'}; name another")
+    check_new(path)
     check_for_run(run, config, split)
     said = ("--reference", split, "--extractor", extractor, "--save-stats", str(path))
     name = f"statistics-{split}-{files.sha256_json(said)[:8]}"
