@@ -26,7 +26,7 @@ from ddpm.run import files
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of
-from ddpm.scoring.against import SPLITS, check_file, check_for_run
+from ddpm.scoring.against import SPLITS, check_file, check_for_run, num_parts
 from ddpm.scoring.record import Score, scores_of
 from launch import prepare
 from launch.cluster import environment
@@ -43,7 +43,7 @@ from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
-from launch.terminal.images import score_images
+from launch.terminal.images import check_new, score_images
 from launch.terminal.results import print_milestones
 
 EXAMPLES = """examples:
@@ -179,15 +179,15 @@ def main() -> int:
         more = f"python launch/sample.py {run.path} --set OTHER --num-samples 50000"
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}: {more}")
     reference = args.reference or config.evaluate.reference
-    check_for_run(run, config, reference)
-    reference = _whole(reference)
     change = {"reference": reference, "extractor": args.extractor or config.evaluate.extractor}
-    asked = config.evaluate.model_copy(update=change)
+    check_for_run(run, config.model_copy(update={"evaluate": config.evaluate.model_copy(update=change)}), reference)
+    reference = _whole(reference)
+    asked = config.evaluate.model_copy(update=change | {"reference": reference})
     site = settle(site, dry_run=args.dry_run)
     chosen = ("--extractor", asked.extractor) if args.extractor else ()
     job = Job("evaluate", run, site, set_name, (), None, ("--reference", reference, *chosen))
     if args.tasks and site.tasks != "auto":
-        job = replace(job, parts=site.tasks)
+        job = replace(job, parts=max(own_request(run, set_name).shards, num_parts(run, config, reference)))
     if args.dry_run:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
         print(describe(job) + "\n# dry run: nothing was written or queued")
@@ -224,12 +224,11 @@ def save_statistics(run: RunDir, config: Config, site: Site, args: argparse.Name
     if split not in SPLITS:
         raise RequestError(f"--reference {split}: of a run's own images, train or test; of others: --images {split}")
     path = environment.user_path(args.save_stats, "--save-stats")
-    if path.exists() or not path.parent.is_dir():
-        raise RequestError(f"--save-stats {path}: {'exists' if path.exists() else 'no such directory'}; name another")
+    check_new(path)
     check_for_run(run, config, split)
     said = ("--reference", split, "--extractor", extractor, "--save-stats", str(path))
     name = f"statistics-{split}-{files.sha256_json(said)[:8]}"
-    parts = 1 if site.tasks == "auto" else site.tasks
+    parts = 1 if site.tasks == "auto" else num_parts(run, config, split)
     job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=said, parts=parts)
     if args.dry_run:
         print(describe(job) + "\n# dry run: nothing was written or queued")

@@ -209,7 +209,7 @@ def start_over(run: RunDir) -> int:
         fsync_dir(aside)
         fsync_dir(run.path)
     print(f"set aside in {aside}: {', '.join(p.name for p in moved)}")
-    print("submit the run again, and it begins at step 0; nothing removes what was set aside")
+    print(f"{way_on(run, 0)}; nothing removes what was set aside")
     return 0
 
 

@@ -15,6 +15,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.run.stopping import StopRequested
+from ddpm.scoring.record import DIMENSIONS, PART_IMAGES
 
 if TYPE_CHECKING:
     from ddpm.data.packed import PackedImages
@@ -109,8 +110,27 @@ def check_for_run(run: RunDir, config: Config, name: str) -> None:
         raise RequestError(f"reference = {name}: has one image; a score needs at least 2 on each side")
 
 
+def num_parts(run: RunDir, config: Config, name: str) -> int:
+    """Into how many parts the features of a reference's images fall, which several tasks share. Raises RequestError."""
+    from ddpm.data.packed import open_source
+    from ddpm.scoring.statistics_file import read_statistics
+
+    if name == "train" and (packed := data_of(run).get("num_images")):
+        num = int(packed)
+    elif name in SPLITS:
+        num = open_source(config.data).num_images(name)
+    elif (path := check_file(name)).suffix == ".npz":
+        images = read_statistics(path).images
+        num = 0 if images is None else len(images)
+    else:
+        source = open_source(Data(name="images", path=str(path)))
+        num = sum(source.num_images(split) for split in source.members)
+    return -(-num // PART_IMAGES)
+
+
 def check_reference(config: Config, name: str) -> None:
-    """Raise RequestError if `name` is a split that the data does not have, a missing file, or a single image."""
+    """Raise RequestError if `name` is a split that the data does not have, a missing file, statistics that do not fit
+    the config's extractor, or a single image."""
     from ddpm.data.packed import open_source
     from ddpm.scoring.statistics_file import read_statistics
 
@@ -123,7 +143,8 @@ def check_reference(config: Config, name: str) -> None:
     else:
         path = check_file(name)
         if path.suffix == ".npz":
-            read_statistics(path)
+            extractor = config.evaluate.extractor
+            read_statistics(path).check_fits(extractor, DIMENSIONS.get(extractor))
             return
         try:
             found = open_source(Data(name="images", path=str(path))).members

@@ -28,8 +28,10 @@ PROVENANCE = ("num_samples", "reference", "extractor", "checkpoint", "sampler", 
 """Keys for what a set's score was computed from; equal provenance means an equal score."""
 _UNSIGNED = {*SCORE_NAMES, *PROVENANCE, "created", "command"}
 """Keys of scores from before signatures: an unsigned score with other keys has lost its signature."""
-_DIMENSIONS = {"inception": 2048, "random-inception": 2048, "pixels": 768}
-"""Dimensions of features, for old scores that do not record them."""
+DIMENSIONS = {"inception": 2048, "random-inception": 2048, "pixels": 768}
+"""Dimensions of features by extractor: for old scores that do not record them, and for files of statistics."""
+PART_IMAGES = 4096
+"""Number of a reference's images whose features are one file of the cache: a stop loses at most the work of one."""
 FEW_SAMPLES = 10_000
 """With fewer samples a Fréchet distance is mostly bias, which is said beside the number."""
 
@@ -275,7 +277,7 @@ def rounded(value: float, uncertain_by: float | None) -> str:
 def caution(record: Mapping[str, Any]) -> str:
     """What of the numbers of samples makes the score mean less than it seems to; begins with a blank."""
     num = record["num_samples"]
-    dimensions = record.get("dimensions", _DIMENSIONS.get(record["extractor"]["name"], 0))
+    dimensions = record.get("dimensions", DIMENSIONS.get(record["extractor"]["name"], 0))
     if num < dimensions:
         return f" (fewer samples than the {dimensions:,} dimensions)"
     return f" (under {FEW_SAMPLES:,} samples)" if num < FEW_SAMPLES else ""

@@ -29,9 +29,7 @@ from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import extract, is_kept, kept_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
-
-PART_IMAGES = 4096
-"""Number of images whose features are one file of the cache: a stop loses at most the work of one file."""
+from ddpm.scoring.record import PART_IMAGES
 
 
 @dataclass(frozen=True)

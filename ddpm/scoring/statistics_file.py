@@ -61,15 +61,10 @@ class StatisticsFile:
             of_images = reference_of(
                 self.images, extractor, cache_dir, stop_requested=stop_requested, token=token, stay=stay
             )
-            if extractor.name != "inception" or "mu" not in self.arrays:
+            if not self._moments_count_for(extractor.name):
                 return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
-        mu, sigma, d = self.arrays["mu"], self.arrays["sigma"], extractor.dim
-        if mu.shape != (d,):
-            raise RequestError(
-                f"reference {self.path}: mu {mu.shape} and sigma {sigma.shape} must be ({d},) and ({d}, {d}) for "
-                f"evaluate.extractor={extractor.name}; give the images themselves, or choose the --extractor that it "
-                f"was made with"
-            )
+        self.check_fits(extractor.name, extractor.dim)
+        mu, sigma = self.arrays["mu"], self.arrays["sigma"]
         digest = self.arrays.get("extractor_digest")
         if digest is not None and str(digest) != extractor.digest:
             raise RequestError(
@@ -79,6 +74,21 @@ class StatisticsFile:
             )
         features = of_images.features if of_images else self.arrays.get("features") if digest is not None else None
         return Reference(mu, sigma, self.record, features)
+
+    def _moments_count_for(self, extractor: str) -> bool:
+        return "mu" in self.arrays and (self.images is None or extractor == "inception")
+
+    def check_fits(self, extractor: str, d: int | None) -> None:
+        """Raise RequestError if its mu and sigma count for that extractor, whose features have d dimensions (None: not
+        known yet), and have other ones."""
+        if d is None or not self._moments_count_for(extractor) or self.arrays["mu"].shape == (d,):
+            return
+        mu, sigma = self.arrays["mu"], self.arrays["sigma"]
+        raise RequestError(
+            f"reference {self.path}: mu {mu.shape} and sigma {sigma.shape} must be ({d},) and ({d}, {d}) for "
+            f"evaluate.extractor={extractor}; give the images themselves, or choose the --extractor that it was made "
+            f"with"
+        )
 
 
 def read_statistics(path: Path) -> StatisticsFile:

@@ -23,8 +23,8 @@ def score_images(args: argparse.Namespace) -> int:
         print(f"would {what} with {name} on this machine")
         return 0
     stats = Path(args.save_stats).expanduser() if args.save_stats else None
-    if stats and (stats.exists() or not stats.absolute().parent.is_dir()):
-        raise RequestError(f"--save-stats {stats}: {'exists' if stats.exists() else 'no such directory'}; name another")
+    if stats:
+        check_new(stats)
     keep = Path(args.keep).expanduser() if args.keep else None
     if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
         raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
@@ -47,6 +47,14 @@ def score_images(args: argparse.Namespace) -> int:
             result = evaluate_images(packed, reference, extractor, args.size, keep, show)
         print_score(result, None, as_json=args.json)
     return 0
+
+
+def check_new(stats: Path) -> None:
+    """Raise RequestError where no statistics can be written under that name: before hours of work are lost to it."""
+    folder = stats.absolute().parent
+    if stats.exists() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "exists" if stats.exists() else f"{folder} cannot be written" if folder.is_dir() else "no such directory"
+        raise RequestError(f"--save-stats {stats}: {why}; name another")
 
 
 def _there(option: str, word: str, or_else: str = "") -> Path:

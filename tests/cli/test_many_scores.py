@@ -54,6 +54,20 @@ def test_a_reference_that_is_none_is_refused_before_and_in_a_job(again: Shell) -
 
     no_covariance = npz("negative.npz", mu=np.zeros(768), sigma=-np.eye(768))
     assert "eigenvalue -1" in again.refused("evaluate", "tiny", "--reference", no_covariance)
+    of_inception = npz("inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    misfit = again.refused("evaluate", "tiny", "--reference", of_inception)
+    assert "must be (768,) and (768, 768) for evaluate.extractor=pixels" in misfit
+    assert "must be (2048,)" in again.refused(
+        "evaluate",
+        "tiny",
+        "--extractor",
+        "random-inception",
+        "--reference",
+        npz("pixels.npz", mu=np.zeros(768), sigma=np.eye(768)),
+    )
+    chain = again.refused("submit", "tiny.yaml", "--name", "other", f"evaluate.reference={of_inception}", "--then",
+                          "sample,evaluate", "--cluster", "local")  # fmt: skip
+    assert "must be (768,)" in chain and not (again.root / "other").exists()
     many = npz("many.npz", mu=np.zeros(768), sigma=np.eye(768), num="many")
     assert "num = 'many'" in again.refused("evaluate", "tiny", "--reference", many)
     larger = npz("larger.npz", arr_0=np.zeros((3, 64, 64, 3), np.uint8))

@@ -194,6 +194,13 @@ def test_where_slurm_has_no_arrays_one_job_makes_all_shards(again: Shell, slurm:
     assert sent.split()[-3:] == ["many", "--shards", "0-2"] and "--array" not in sent and "%a" not in sent
 
 
+def test_no_more_tasks_are_queued_than_a_score_or_its_statistics_have_parts(again: Shell, slurm: Path) -> None:
+    asked = again("evaluate", "tiny", *SLURM, "--save-stats", "train.npz", "--tasks", "500", "--dry-run")
+    assert asked.returncode == 0 and "array" not in asked.stdout, asked.stdout + asked.stderr  # 1,797 images: one part
+    asked = again("evaluate", "tiny", *SLURM, "--tasks", "500", "--dry-run")
+    assert asked.returncode == 0 and "--array=0-1" in asked.stdout, asked.stdout + asked.stderr  # two shards
+
+
 def test_a_set_whose_job_is_refused_does_not_forbid_the_next_try(again: Shell, slurm: Path) -> None:
     words = ["tiny", "--set", "later", *SLURM]
     again.put("sbatch", 'echo "sbatch: error: lua: ask for a type" >&2; echo "sbatch: error: Unspecified" >&2; exit 1')

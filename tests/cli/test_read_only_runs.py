@@ -125,3 +125,14 @@ def test_a_copied_checkpoint_of_other_mathematics_is_refused_before_anything_is_
     for path in (again.root / "tiny" / "checkpoints").glob("*.json"):
         path.write_text(json.dumps(sign({**read(path), "config_digest": "c" * 64})))
     assert "belongs to other mathematics" in again.refused("sample", "tiny", "--set", "new", "--cluster", "local")
+
+
+def test_statistics_that_cannot_be_written_there_are_refused_before_any_work(again: Shell, theirs: Path) -> None:
+    before = snapshot(again.root)
+    for what in (["--images", str(theirs / "samples" / TINY_SET / "shard-00000-of-00002.npz")], [str(theirs)]):
+        done = as_a_user(again, "evaluate", *what, "--extractor", "pixels", "--root", str(again.root),
+                         "--save-stats", str(theirs / "stats.npz"))  # fmt: skip
+        assert done.returncode in (2, 3) and "features of" not in done.stderr, done.stdout + done.stderr
+        if what[0] == "--images":
+            assert f"{theirs} cannot be written; name another" in done.stderr, done.stderr
+    assert snapshot(again.root) == before

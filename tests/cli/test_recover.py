@@ -272,6 +272,15 @@ def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("lost", ["config.yaml", "run.json"])
+def test_a_new_beginning_without_what_a_submission_needs_says_that_it_would_be_refused(again: Shell, lost: str) -> None:
+    (again.root / RUN / lost).unlink()
+    done = again("recover", RUN, "--start-over")
+    assert done.returncode == 0 and "a submission would be refused" in done.stdout, done.stdout + done.stderr
+    assert f"{lost} is missing" in done.stdout and "begins at step 0" not in done.stdout
+    assert again("submit", "tiny.yaml", "--cluster", "local").returncode != 0
+
+
 def test_folders_that_are_kept_elsewhere_stay_there_and_what_is_set_aside_can_be_reached(again: Shell) -> None:
     run, scratch = again.root / RUN, again.root.parent / "scratch"
     scratch.mkdir()
