@@ -86,7 +86,7 @@ def _classes_there_are(have: list[str]) -> str:
     if len(have) > 1:
         some = ", ".join(map(plain, have[:12])) + (", …" if len(have) > 12 else "")
         return f"the data has {len(have)} classes ({some}); use {len(have)}, or 0 for a model without classes"
-    return "the images lie in no class folders, or all in one; sort them into CLASS/NAME.png, or use 0"
+    return "the data has no classes, or one: sort pictures into CLASS/NAME.png, give an array labels, or use 0"
 
 
 def check_existing(run: RunDir, config: Config) -> bool:

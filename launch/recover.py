@@ -176,7 +176,7 @@ def rebuild(run: RunDir) -> int:
                 failed += 1
                 print(f"damaged  {e}: left as it is")
     if not lacking:
-        print("every checkpoint has its manifest: nothing to rebuild")
+        print("every checkpoint has its manifest: nothing to rebuild (without --rebuild: whether they hold)")
     elif failed < len(lacking):
         print(f"{len(lacking) - failed} of {len(lacking)} rebuilt: {way_on(run, run.latest_step())}")
     return 1 if failed else 0

@@ -88,7 +88,9 @@ def open_array(path: Path) -> ArrayFile:
         raise
     except Exception as e:  # zipfile and numpy raise a dozen kinds, depending on which bit flipped
         raise _unreadable(path, str(e)) from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape) or fortran:
+    if 0 in shape:
+        raise RequestError(f"data.path = {path}: holds no images: they are {dtype} {shape}; save it again with some")
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or fortran:
         last = ", channels last" if len(shape) == 4 and shape[1] in (1, 3) else ""
         order = ", in C's order" if fortran else ""
         raise RequestError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import urllib.parse
 from typing import Annotated, Any, Literal
 
@@ -132,7 +133,17 @@ def _shell_lines(lines: Any) -> Any:
     for line in split:
         if isinstance(line, str) and has_control(line.replace("\t", " ")):
             raise ValueError(f"setup = {line!r}: has control characters: type it anew")
+    if split and all(isinstance(line, str) for line in split):
+        _check_shell("\n".join(split))
     return tuple(split)
+
+
+def _check_shell(text: str) -> None:
+    """That bash can read it; nothing is run."""
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, errors="surrogateescape")
+    if done.returncode:
+        why = done.stderr.partition("\n")[0].removeprefix("bash: ")
+        raise ValueError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
 
 
 def _mounts(value: Any) -> Any:

@@ -65,7 +65,7 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     changed = labels_changed(old.get("labels"), record["labels"])
     if before != here:
         raise RequestError(
-            f"run {run.name} was trained on other pixels (digest {str(before)[:12]}, now {here[:12]}"
+            f"run {run.name} was begun with other pixels (digest {str(before)[:12]}, now {here[:12]}"
             + (f"; {changed}" if changed else "")
             + "); restore the data, or choose another --name"
         )

@@ -440,7 +440,7 @@ def test_a_model_without_classes_does_not_mind_what_they_are_called(shell: Shell
     assert done.returncode == 0, done.stderr
     (shell.cwd / "images" / "cat").rename(shell.cwd / "images" / "pussycat")  # the hounds come first now
     done = shell.submit("--prepare", *words)
-    assert done.returncode == 2 and "trained on other pixels" in done.stderr and "'cat'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "begun with other pixels" in done.stderr and "'cat'" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", ["images.npy", "meta.json"])

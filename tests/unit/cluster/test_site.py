@@ -211,6 +211,14 @@ def test_setup_may_be_a_line_or_a_block_of_them(tmp_path: Path) -> None:
     assert block.setup == ("module load cuda", "export A=1")
 
 
+@pytest.mark.parametrize("line", ["if true; then", "module load 'cuda", "export A=$(date", "touch {here} )"])
+def test_setup_that_bash_cannot_read_is_refused_and_not_run(tmp_path: Path, line: str) -> None:
+    here = tmp_path / "here"
+    with pytest.raises(RequestError, match="bash cannot read"):
+        resolved(tmp_path, profile=f"setup: |\n  touch {here}\n  {line.format(here=here)}\n")
+    assert not here.exists()
+
+
 PROFILE = """
 partition: gpu
 time: 1d

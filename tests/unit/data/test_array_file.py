@@ -101,7 +101,7 @@ WRONG = {
     "floats": (lambda p: saved(p, images=IMAGES / 255), r"its images are float64 \(12, 8, 8, 3\); save them as uint8"),
     "objects": (lambda p: saved(p, images=np.array([{}])), "its images are object"),
     "Fortran's order": (lambda p: saved(p, images=np.asfortranarray(IMAGES)), "in C's order"),
-    "none": (lambda p: saved(p, images=IMAGES[:0]), r"uint8 \(0, 8, 8, 3\)"),
+    "none": (lambda p: saved(p, images=IMAGES[:0]), r"holds no images: they are uint8 \(0, 8, 8, 3\)"),
     "statistics": (lambda p: saved(p, mu=np.zeros(3), sigma=np.eye(3)), "holds mu, sigma; images must be under images"),
     "labels of others": (
         lambda p: saved(p, images=IMAGES, labels=LABELS[:5]),

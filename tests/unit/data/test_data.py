@@ -195,9 +195,9 @@ FLAT = {f"{i}.png": png(i) for i in range(3)}
 CLASSES = {
     "fewer in the data": (MEMBERS, 3, r"has 2 classes \(cat, dog\); use 2, or 0"),
     "more in the data": ({f"{k}/0.png": png() for k in "abc"}, 2, r"has 3 classes \(a, b, c\); use 3, or 0"),
-    "no class folders": (FLAT, 10, "lie in no class folders, or all in one; .* or use 0"),
-    "only splits": ({f"{s}/{k}": v for s in ("train", "test") for k, v in FLAT.items()}, 2, "lie in no class folders"),
-    "one class folder": ({f"faces/{k}": v for k, v in FLAT.items()}, 2, "or all in one"),
+    "no class folders": (FLAT, 10, "has no classes, or one: .* or use 0"),
+    "only splits": ({f"{s}/{k}": v for s in ("train", "test") for k, v in FLAT.items()}, 2, "has no classes, or one"),
+    "one class folder": ({f"faces/{k}": v for k, v in FLAT.items()}, 2, "has no classes, or one"),
 }
 
 
