@@ -262,6 +262,12 @@ def test_a_step_that_cannot_be_read_is_refused_with_those_that_can(run: RunDir, 
     flip_bit(run.checkpoint(6), 100)
     with pytest.raises(RequestError, match=r"the checkpoint of step 6 cannot be used: .*; others: \[9, 3\]"):
         generations.choose(run, 6)
+    flip_bit(run.checkpoint(3), 100)
+    with pytest.raises(RequestError, match=r"step 6 cannot be used: .*; others: \[9\]"):
+        generations.choose(run, 6)
+    flip_bit(run.checkpoint(9), 100)
+    with pytest.raises(RequestError, match=r"step 6 cannot be used: .*; none of the others can be either"):
+        generations.choose(run, 6)
 
 
 def test_where_all_are_damaged_there_is_no_newest_to_read(run: RunDir, fence: Fence) -> None:
