@@ -166,6 +166,7 @@ def test_the_compiler_itself_finds_what_another_node_compiled(
     run = make_run(tmp_path / "run")
 
     def compile_it(folder: Path) -> torch.Tensor:
+        torch.use_deterministic_algorithms(True)  # as lives that compile say it, whatever was said here before
         torch.compiler.reset()
         counters.clear()
         work = torch.compile(lambda x: x @ x, options={"cpp.simdlen": 1})  # which needs no g++
