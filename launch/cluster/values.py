@@ -139,8 +139,12 @@ def _shell_lines(lines: Any) -> Any:
 
 
 def _check_shell(text: str) -> None:
-    """That bash can read it; nothing is run."""
-    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, errors="surrogateescape")
+    """Raises ValueError where bash cannot read the lines; nothing of them is run. Where there is no bash, jobs find it
+    out."""
+    try:
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, errors="surrogateescape")
+    except OSError:
+        return
     if done.returncode:
         why = done.stderr.partition("\n")[0].removeprefix("bash: ")
         raise ValueError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
