@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
             f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
         )
     _check_command(site)
+    _check_setup(site)
     return site
 
 
@@ -180,6 +182,16 @@ def _one_of_memories(layer: dict[str, Any], where: str) -> dict[str, Any]:
     if len(given := [name for name in MEMORIES if layer.get(name) not in (None, "none")]) > 1:
         raise RequestError(f"{where}: {' and '.join(given)}: SLURM takes one of them; give one")
     return {**layer, **{name: layer[name] if name in given else None for name in MEMORIES}} if given else layer
+
+
+def _check_setup(site: Site) -> None:
+    """Raises RequestError if bash cannot read the setup lines; none is run. Without a bash here, jobs find it out."""
+    if site.setup and (bash := shutil.which("bash")):
+        text = "\n".join(site.setup)
+        done = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True, errors="surrogateescape")
+        if done.returncode:
+            why = done.stderr.partition("\n")[0].partition(": ")[2]
+            raise RequestError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
 
 
 def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import urllib.parse
 from typing import Annotated, Any, Literal
 
@@ -133,21 +132,7 @@ def _shell_lines(lines: Any) -> Any:
     for line in split:
         if isinstance(line, str) and has_control(line.replace("\t", " ")):
             raise ValueError(f"setup = {line!r}: has control characters: type it anew")
-    if split and all(isinstance(line, str) for line in split):
-        _check_shell("\n".join(split))
     return tuple(split)
-
-
-def _check_shell(text: str) -> None:
-    """Raises ValueError where bash cannot read the lines; nothing of them is run. Where there is no bash, jobs find it
-    out."""
-    try:
-        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, errors="surrogateescape")
-    except OSError:
-        return
-    if done.returncode:
-        why = done.stderr.partition("\n")[0].removeprefix("bash: ")
-        raise ValueError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
 
 
 def _mounts(value: Any) -> Any:
