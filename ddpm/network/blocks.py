@@ -20,6 +20,9 @@ from ddpm.network.dropout import Dropout
 class ResidualBlock(nn.Module):
     """x (B, width_in, H, W), emb (B, embedding) -> (B, width_out, H, W); places: of rng.places, for dropout's masks."""
 
+    by_sample = ("conv_2.bias", "skip.bias")
+    """Parameters whose gradients fused.py's kernels give sample by sample."""
+
     def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float, groups: int | None) -> None:
         super().__init__()
         self.norm_1 = group_norm(width_in, groups)
@@ -38,13 +41,14 @@ class ResidualBlock(nn.Module):
 
     def by_own_kernels(self, x: Tensor, shift: Tensor, places: Tensor | None) -> Tensor:
         """`forward` by fused.py's kernels; shift: (B, width_out), this block's of `shifts`."""
-        h = F.conv2d(fused.norm_act(x, self.norm_1, silu=True), self.conv_1.weight, padding=1)
-        h = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)
+        h, x = fused.norm_act(x, self.norm_1, silu=True)
+        h = F.conv2d(h, self.conv_1.weight, padding=1)
+        h, _ = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)
         h = F.conv2d(h, self.conv_2.weight, padding=1)
-        bias = cast(Tensor, self.conv_2.bias)
+        bias, of_skip = cast(Tensor, self.conv_2.bias), None
         if isinstance(self.skip, nn.Conv2d):
-            x, bias = fused.pointwise(x, self.skip.weight), bias + cast(Tensor, self.skip.bias)
-        return fused.add(x, h, bias)
+            x, of_skip = fused.pointwise(x, self.skip.weight), self.skip.bias
+        return fused.add(x, h, bias, of_skip)
 
 
 def shifts(blocks: Sequence[ResidualBlock], emb: Tensor) -> tuple[Tensor, ...]:
@@ -82,6 +86,8 @@ class Attention(nn.Module):
     own_kernels: use fused.py's kernels around scaled_dot_product_attention; set by UNet.set_own_kernels.
     """
 
+    by_sample = ("proj.bias",)
+
     def __init__(self, width: int, heads: int, groups: int | None = None) -> None:
         super().__init__()
         self.heads, self.fused, self.own_kernels = heads, True, False
@@ -93,7 +99,8 @@ class Attention(nn.Module):
         batch, width, height, breadth = x.shape
         per_head = width // self.heads
         if self.own_kernels:
-            h = fused.pointwise(fused.norm_act(x, self.norm, silu=False), self.qkv.weight, self.qkv.bias)
+            h, x = fused.norm_act(x, self.norm, silu=False)
+            h = fused.pointwise(h, self.qkv.weight, self.qkv.bias)
             rows = h.permute(0, 2, 3, 1).view(batch, height * breadth, 3, self.heads, per_head)
             q, k, v = (part.transpose(1, 2) for part in rows.unbind(2))
             h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -124,6 +131,7 @@ class NearestConv(nn.Sequential):
     """Doubles height and width by nearest neighbours, then a 3x3 convolution."""
 
     own_kernels = False
+    by_sample = ("1.bias",)
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))

@@ -1,4 +1,4 @@
-"""The layers between convolutions by the kernels of kernels.py, with their gradients.
+"""The layers between convolutions by the kernels of norm_kernels.py and kernels.py, with their gradients.
 
 Owns: how these kernels are differentiated, and on what they can be used. Must not know: blocks, networks, steps. The
 mathematics is that of torch's layers; what differs is where float32 is rounded to the type of the activations.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,20 +19,18 @@ from ddpm.network.dropout import Dropout
 
 
 @functools.cache
-def kernels_on(device: torch.device) -> ModuleType | None:
-    """kernels.py on a GPU on which it was seen to work; None elsewhere, with a warning where it builds nothing, or what
-    it builds computes something else."""
+def work_on(device: torch.device) -> bool:
+    """Whether the kernels were seen to work on this GPU; with a warning where nothing can be built for it, or what is
+    built computes something else."""
     if device.type != "cuda":
-        return None
+        return False
     try:
-        from ddpm.network import kernels
-
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         check(device, torch.bfloat16 if bf16 else torch.float16)
-        return kernels
+        return True
     except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
         warnings.warn(f"layers on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
-    return None
+    return False
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -50,11 +47,12 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         places, given = rng.places(rng.key(0, "dropout"), index, 1), drawn("given", 128, 24, 24)
 
         narrow = x.to(dtype)
-        h = double(norm_act(narrow, norm, silu=True, shift=shift, dropout=dropout, places=places))
-        ours = add(concat(h, h), concat(h, h), bias)
+        h, again = norm_act(narrow, norm, silu=True, shift=shift, dropout=dropout, places=places)
+        h, again = double(h), double(again)
+        ours = add(concat(h, again), concat(again, h), bias)
         h = dropout(nn.functional.silu(norm(narrow.float() + shift[:, :, None, None])), places)
-        h = nn.functional.interpolate(h, scale_factor=2.0)
-        theirs = 2 * torch.cat([h, h], 1) + bias[:, None, None]
+        h = nn.functional.interpolate(h + narrow, scale_factor=2.0)
+        theirs = torch.cat([h, h], 1) + bias[:, None, None]
         of = [x, shift, bias, *norm.parameters()]
         found = [[y, *torch.autograd.grad((y.float() * given).sum(), of)] for y in (ours, theirs)]
         for one, other in zip(*found, strict=True):
@@ -63,11 +61,13 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 
 def serve(model: nn.Module, device: torch.device) -> bool:
     """Whether there are kernels for all of the model's layers that ask for some."""
-    if not all(getattr(m, "has_kernels", True) for m in model.modules()) or (kernels := kernels_on(device)) is None:
+    if not all(getattr(m, "has_kernels", True) for m in model.modules()) or not work_on(device):
         return False
+    from ddpm.network.norm_kernels import Division
+
     try:
         for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
-            kernels.Groups.of(norm.num_channels, norm.num_groups)
+            Division.of(norm.num_channels, 1, norm.num_groups)
     except ValueError:
         return False
     return True
@@ -76,20 +76,23 @@ def serve(model: nn.Module, device: torch.device) -> bool:
 def norm_act(
     x: Tensor, norm: nn.GroupNorm, *, silu: bool, shift: Tensor | None = None, dropout: Dropout | None = None,
     places: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """dropout(silu(norm(x + shift))); x: (B, C, H, W), channels last; shift: (B, C). The type is x's."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dropout(silu(norm(x + shift))), and x for what else is done with it: then one kernel adds up its gradient.
+
+    x: (B, C, H, W), channels last; shift: (B, C). The types are x's.
+    """
     masks = None
     if dropout is not None and dropout.training and dropout.probability:
         if places is None:
             raise ValueError("dropout draws for places")
         masks = (places, dropout.layer, dropout.probability)
-    found: Tensor = _Norm.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, masks)
-    return found
+    y, x = _Norm.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, masks)
+    return y, x
 
 
-def add(a: Tensor, b: Tensor | None, bias: Tensor) -> Tensor:
-    """a + b + bias, or a + bias; (B, C, H, W), channels last, and (C,)."""
-    found: Tensor = _Add.apply(a, b, bias)
+def add(a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None = None) -> Tensor:
+    """a + bias, and where they are there + b + bias_2; (B, C, H, W), channels last, and (C,)."""
+    found: Tensor = _Add.apply(a, b, bias, bias_2)
     return found
 
 
@@ -119,7 +122,7 @@ def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
 def _masks(masks: Any) -> Any:
     if masks is None:
         return None
-    from ddpm.network.kernels import Masks
+    from ddpm.network.norm_kernels import Masks
 
     places, layer, probability = masks
     first, bound = rng.mask_counters(layer, probability)
@@ -136,42 +139,52 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
         masks: Any,
-    ) -> Tensor:  # fmt: skip
-        from ddpm.network import kernels
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        from ddpm.network import norm_kernels
 
         x = _rows(x)
-        y, means, rstds = kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
+        y, means, rstds = norm_kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
         ctx.save_for_backward(x, shift, weight, bias, means, rstds)
         ctx.groups, ctx.silu, ctx.masks = groups, silu, masks
-        return y
+        ctx.set_materialize_grads(False)
+        return y, x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from ddpm.network import kernels
+    def backward(ctx: Any, dy: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
+        from ddpm.network import norm_kernels
 
+        if dy is None:
+            return more, *[None] * 7
         x, shift, weight, bias, means, rstds = ctx.saved_tensors
-        dx, sums = kernels.norm_backward(
-            _rows(dy), x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(ctx.masks)
+        more = None if more is None else _rows(more)
+        dx, of_weight, of_bias, of_shift = norm_kernels.norm_backward(
+            _rows(dy), more, x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(ctx.masks)
         )
-        of_bias, of_weight = sums[:2].sum(1)
-        of_shift = None if shift is None else sums[2].to(shift.dtype)
-        return dx, of_shift, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None, None, None
+        return dx, of_shift, _summed(of_weight, weight), _summed(of_bias, bias), None, None, None, None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor | None, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None) -> Tensor:
         from ddpm.network import kernels
 
-        ctx.both, ctx.dtype = b is not None, bias.dtype
-        return kernels.add(_rows(a), None if b is None else _rows(b), bias)
+        ctx.save_for_backward(bias, bias_2)
+        ctx.both = b is not None
+        return kernels.add(_rows(a), None if b is None else _rows(b), bias, bias_2)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         from ddpm.network import kernels
 
-        d = _rows(d)
-        return d, d if ctx.both else None, kernels.sum_rows(d).to(ctx.dtype)
+        d, (bias, bias_2) = _rows(d), ctx.saved_tensors
+        of_samples = kernels.sum_positions(d)
+        of_2 = None if bias_2 is None else _summed(of_samples, bias_2)
+        return d, d if ctx.both else None, _summed(of_samples, bias), of_2
+
+
+def _summed(of_samples: Tensor, parameter: Tensor) -> Tensor:
+    """A parameter's gradient from those of samples, (B, C): as they are for one of `_of_samples`."""
+    return of_samples if parameter.ndim == 2 else of_samples.sum(0).to(parameter.dtype)
 
 
 class _Concat(torch.autograd.Function):
@@ -203,20 +216,50 @@ class _Double(torch.autograd.Function):
         return kernels.halve(_rows(d))
 
 
-def once_cast(model: nn.Module, precision: str) -> Any:
-    """The model's forward pass with all that autocast would cast, weight by weight, cast at once; the same bits."""
+def for_training(model: nn.Module, precision: str) -> Any:
+    """The model's forward pass, its parameters prepared together: those that autocast would cast are cast at once, to
+    the same bits; and where kernels give a parameter's gradient sample by sample, all of these are summed at once."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None:
-        return model
-    of = [(name, p) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.ConvTranspose2d)
-          for name, p in m.named_parameters(name, recurse=False)]  # fmt: skip
-    names, weights = [name for name, _ in of], [weight for _, weight in of]
+    parameters, by_sample = dict(model.named_parameters()), _by_sample(model)
+    cast = [f"{name}.{of}" for name, m in model.named_modules()
+            if isinstance(m, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) and dtype is not None
+            for of, _ in m.named_parameters(recurse=False)]  # fmt: skip
 
-    def forward(*arguments: Any) -> Any:
-        narrow = dict(zip(names, _Cast.apply(dtype, *weights), strict=True))
-        return torch.func.functional_call(model, narrow, arguments)
+    def forward(x: Tensor, *others: Any) -> Any:
+        together = by_sample if getattr(model, "own_kernels", False) else []
+        narrow = [name for name in cast if name not in together]
+        given: dict[str, Tensor] = {}
+        if narrow:
+            given |= zip(narrow, _Cast.apply(dtype, *(parameters[name] for name in narrow)), strict=True)
+        if together:
+            expanded = _BySample.apply(x.shape[0], *(parameters[name] for name in together))
+            given |= zip(together, expanded, strict=True)
+        return torch.func.functional_call(model, given, (x, *others))
 
     return forward
+
+
+def _by_sample(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients these layers give sample by sample."""
+    there = {name for name, _ in model.named_parameters()}
+    found = []
+    for name, module in model.named_modules():
+        of_it = ("weight", "bias") if isinstance(module, nn.GroupNorm) else getattr(module, "by_sample", ())
+        found += [f"{name}.{of}" if name else of for of in of_it]
+    return [name for name in found if name in there]
+
+
+class _BySample(torch.autograd.Function):
+    """(C,) each -> (B, C) each, of which all rows are one in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, num: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(p.detach().expand(num, -1) for p in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        sums = torch.cat(gradients, 1).sum(0)
+        return None, *sums.split([g.shape[1] for g in gradients])
 
 
 class _Cast(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What lies between the convolutions as one kernel each, for GPUs: normalisation with what surrounds it, sums, copies.
+"""What lies between convolutions and norms as one kernel each, for GPUs: sums, and copies from place to place.
 
 Owns: how these are computed from channels-last tensors, (N, H, W, C) in memory. Must not know: layers, gradients' ways.
 All is computed in float32 and rounded once; every sum has an order of its own, so the same input gives the same bits.
@@ -6,183 +6,31 @@ All is computed in float32 and rounded once; every sum has an order of its own, 
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE, _WIDTH = 4096, 64
-_PARTS = 128
-"""Of the rows of a sum over all of them."""
-_ANY = ["size", "rows", "first_counter", "bound"]
-"""Numbers of which no value has a kernel of its own."""
-
-
-class Masks(NamedTuple):
-    """Which elements dropout keeps, as of rng.keep_mask, and by what it multiplies them."""
-
-    places: Tensor
-    first_counter: int
-    bound: int
-    scale: float
+_WIDTH = 64
+"""Channels of a program."""
+_SUMMED = 8192
+"""Elements of a tile that is summed."""
+_PROGRAMS = 256
+"""So many keep a GPU busy."""
 
 
 @triton.jit
-def _kept(places, rows, row, first, P: tl.constexpr, C: tl.constexpr, bound):
-    """Whether elements are kept, bool (P, C); first: int64 (P,), the number of each position's first element."""
-    index = tl.load(places + row).to(tl.uint32)
-    step = tl.load(places + rows + row).to(tl.uint32)
-    high = tl.load(places + 2 * rows + row).to(tl.uint32)
-    key_0 = tl.load(places + 3 * rows + row).to(tl.uint32)
-    key_1 = tl.load(places + 4 * rows + row).to(tl.uint32)
-    counter = (first[:, None] + tl.arange(0, C // 8)[None, :]).to(tl.uint32)
-    zero = counter * 0
-    w_0, w_1, w_2, w_3 = tl.philox_impl(counter, zero + index, zero + step, zero + high, zero + key_0, zero + key_1, 10)
-    w_0, w_1 = w_0.to(tl.int32, bitcast=True), w_1.to(tl.int32, bitcast=True)
-    w_2, w_3 = w_2.to(tl.int32, bitcast=True), w_3.to(tl.int32, bitcast=True)
-    low = tl.join(tl.join(w_0 << 16 >> 16, w_2 << 16 >> 16), tl.join(w_1 << 16 >> 16, w_3 << 16 >> 16))
-    upper = tl.join(tl.join(w_0 >> 16, w_2 >> 16), tl.join(w_1 >> 16, w_3 >> 16))
-    return tl.reshape(tl.join(low, upper), (P, C)) >= bound
-
-
-@triton.jit
-def _same_group(c, size, inside, C: tl.constexpr):
-    """Which channels are of which group, bool (groups, C)."""
-    return ((c // size)[None, :] == tl.arange(0, C // 2)[:, None]) & inside[None, :]
-
-
-@triton.jit
-def _of_groups(values, same):
-    """The sum of each channel's group: float32 (C,) -> (C,)."""
-    sums = tl.sum(tl.where(same, values[None, :], 0.0), 1)
-    return tl.sum(tl.where(same, sums[:, None], 0.0), 0)
-
-
-@triton.jit(do_not_specialize=_ANY)
-def _norm_kernel(
-    y, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale, eps,
-    channels, size, width, in_shift, C: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    DROP: tl.constexpr,
-):  # fmt: skip
-    """A sample's next `width` channels, in groups of `size`, by one program. C: a power of two, at least `width`.
-
-    in_shift: from one sample's shift to the next one's.
-    """
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, C)
-    inside = c < width
-    channel = tl.program_id(0) * width + c
-    same = _same_group(c, size, inside, C)
-    moved = tl.load(shift + row * in_shift + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
-    x += row * positions * channels
-    y += row * positions * channels
-    mean, square = c * 0.0, c * 0.0
-    for begin in range(0, positions, P):  # Chan's way to join what was seen with what comes
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        v = tl.load(x + p[:, None] * channels + channel[None, :], mask=valid, other=0).to(tl.float32)
-        num = tl.minimum(P, positions - begin).to(tl.float32)
-        of_tile = tl.sum(v, 0) / num
-        from_it = tl.where(valid, v - of_tile[None, :], 0.0)
-        delta = of_tile - mean
-        mean += delta * (num / (begin + num))
-        square += tl.sum(from_it * from_it, 0) + delta * delta * (begin * num / (begin + num))
-    mean = tl.where(inside, mean + moved, 0.0)
-    of_group = _of_groups(mean, same) / size
-    delta = mean - of_group
-    variance = _of_groups(square + delta * delta * positions, same) / (size * positions)
-    rstd = 1.0 / tl.sqrt(variance + eps)
-    tl.store(means + row * channels + channel, of_group, mask=inside)
-    tl.store(rstds + row * channels + channel, rstd, mask=inside)
-    w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32) * rstd
-    b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32) + (moved - of_group) * w
-    for begin in range(0, positions, P):
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        at = p[:, None] * channels + channel[None, :]
-        v = tl.load(x + at, mask=valid, other=0).to(tl.float32) * w[None, :] + b[None, :]
-        if SILU:
-            v = v * tl.sigmoid(v)
-        if DROP:
-            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
-            v = tl.where(_kept(places, rows, row, first, P, C, bound), v * scale, 0.0)
-        tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
-
-
-@triton.jit(do_not_specialize=_ANY)
-def _norm_backward_kernel(
-    dx, sums, dy, x, shift, weight, bias, means, rstds, places, rows, positions, first_counter, bound, scale,
-    channels, size, width, in_shift, C: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    DROP: tl.constexpr,
-):  # fmt: skip
-    """As above. sums: float32 (3, N, channels), of this sample for bias, weight and, with SHIFT, shift."""
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, C)
-    inside = c < width
-    channel = tl.program_id(0) * width + c
-    same = _same_group(c, size, inside, C)
-    moved = tl.load(shift + row * in_shift + channel, mask=inside, other=0).to(tl.float32) if SHIFT else c * 0.0
-    x += row * positions * channels
-    dy += row * positions * channels
-    dx += row * positions * channels
-    mean = tl.load(means + row * channels + channel, mask=inside, other=0) - moved
-    rstd = tl.load(rstds + row * channels + channel, mask=inside, other=0)
-    w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
-    b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
-    sum_d, sum_dn, sum_n = c * 0.0, c * 0.0, c * 0.0
-    for begin in range(0, positions, P):
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        at = p[:, None] * channels + channel[None, :]
-        n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-        d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
-        if DROP:
-            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
-            d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
-        if SILU:
-            u = n * w[None, :] + b[None, :]
-            s = tl.sigmoid(u)
-            d = d * (s * (1.0 + u * (1.0 - s)))
-        n = tl.where(valid, n, 0.0)
-        sum_d += tl.sum(d, 0)
-        sum_dn += tl.sum(d * n, 0)
-        sum_n += tl.sum(n, 0)
-    at_sums = sums + row * channels + channel
-    all_rows = tl.num_programs(1).to(tl.int64) * channels
-    tl.store(at_sums, sum_d, mask=inside)
-    tl.store(at_sums + all_rows, sum_dn, mask=inside)
-    num = size * positions
-    of_d = _of_groups(w * sum_d, same) / num
-    of_dn = _of_groups(w * sum_dn, same) / num
-    if SHIFT:
-        tl.store(at_sums + 2 * all_rows, rstd * (w * sum_d - positions * of_d - of_dn * sum_n), mask=inside)
-    for begin in range(0, positions, P):
-        p = begin + tl.arange(0, P)
-        valid = (p < positions)[:, None] & inside[None, :]
-        at = p[:, None] * channels + channel[None, :]
-        n = (tl.load(x + at, mask=valid, other=0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-        d = tl.load(dy + at, mask=valid, other=0).to(tl.float32)
-        if DROP:
-            first = (p.to(tl.int64) * channels + tl.program_id(0) * width) // 8 + first_counter
-            d = tl.where(_kept(places, rows, row, first, P, C, bound), d * scale, 0.0)
-        if SILU:
-            u = n * w[None, :] + b[None, :]
-            s = tl.sigmoid(u)
-            d = d * (s * (1.0 + u * (1.0 - s)))
-        d = rstd[None, :] * (w[None, :] * d - of_d[None, :] - n * of_dn[None, :])
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _add_kernel(out, a, b, bias, rows, channels, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """a + b + bias, or without B a + bias."""
+def _add_kernel(
+    out, a, b, bias, bias_2, rows, channels, B: tl.constexpr, BIAS_2: tl.constexpr, C: tl.constexpr, P: tl.constexpr
+):
+    """a + bias, and where they are there + b + bias_2."""
     at, valid, channel = _tile(rows, channels, channels, 0, C, P)
     v = tl.load(a + at, mask=valid, other=0).to(tl.float32)
     if B:
         v += tl.load(b + at, mask=valid, other=0).to(tl.float32)
     v += tl.load(bias + channel, mask=channel < channels, other=0).to(tl.float32)[None, :]
+    if BIAS_2:
+        v += tl.load(bias_2 + channel, mask=channel < channels, other=0).to(tl.float32)[None, :]
     tl.store(out + at, v.to(out.dtype.element_ty), mask=valid)
 
 
@@ -196,25 +44,42 @@ def _tile(rows, width, channels, first, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows_kernel(out, a, rows, channels, part, C: tl.constexpr, P: tl.constexpr):
-    """out: float32 (parts, channels), the sum of `part` rows each."""
+def _sum_positions_kernel(out, a, positions, channels, C: tl.constexpr, P: tl.constexpr):
+    """C channels of a sample. out: float32 (N, channels)."""
+    row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * C + tl.arange(0, C)
-    first = tl.program_id(1).to(tl.int64) * part
-    last = tl.minimum(first + part, rows)
+    a += row * positions * channels
     total = tl.zeros((C,), tl.float32)
-    for begin in range(first, last, P):
-        row = begin + tl.arange(0, P)
-        valid = (row < last)[:, None] & (channel < channels)[None, :]
-        total += tl.sum(tl.load(a + row[:, None] * channels + channel[None, :], mask=valid, other=0).to(tl.float32), 0)
-    tl.store(out + tl.program_id(1) * channels + channel, total, mask=channel < channels)
+    for begin in range(0, positions, P):
+        p = begin + tl.arange(0, P)
+        valid = (p < positions)[:, None] & (channel < channels)[None, :]
+        total += tl.sum(tl.load(a + p[:, None] * channels + channel[None, :], mask=valid, other=0).to(tl.float32), 0)
+    tl.store(out + row * channels + channel, total, mask=channel < channels)
 
 
 @triton.jit
-def _columns_kernel(out, a, rows, width, in_out, out_first, in_a, a_first, C: tl.constexpr, P: tl.constexpr):
-    """`width` channels from one place in rows of in_a channels to another in rows of in_out."""
-    to, valid, _ = _tile(rows, width, in_out, out_first, C, P)
-    at, valid, _ = _tile(rows, width, in_a, a_first, C, P)
-    tl.store(out + to, tl.load(a + at, mask=valid), mask=valid)
+def _concat_kernel(out, a, b, rows, width_a, width_b, C: tl.constexpr, P: tl.constexpr):
+    """Rows of `width_a` and rows of `width_b` channels, side by side."""
+    width = width_a + width_b
+    to, valid, channel = _tile(rows, width, width, 0, C, P)
+    of_a = valid & (channel < width_a)[None, :]
+    at_a, _, _ = _tile(rows, width, width_a, 0, C, P)
+    at_b, _, _ = _tile(rows, width, width_b, -width_a, C, P)
+    v = tl.load(a + at_a, mask=of_a, other=0)
+    tl.store(out + to, tl.where(of_a, v, tl.load(b + at_b, mask=valid & (~of_a), other=0)), mask=valid)
+
+
+@triton.jit
+def _split_kernel(a, b, both, rows, width_a, width_b, C: tl.constexpr, P: tl.constexpr):
+    """What _concat_kernel has put side by side."""
+    width = width_a + width_b
+    at, valid, channel = _tile(rows, width, width, 0, C, P)
+    of_a = valid & (channel < width_a)[None, :]
+    to_a, _, _ = _tile(rows, width, width_a, 0, C, P)
+    to_b, _, _ = _tile(rows, width, width_b, -width_a, C, P)
+    v = tl.load(both + at, mask=valid, other=0)
+    tl.store(a + to_a, v, mask=of_a)
+    tl.store(b + to_b, v, mask=valid & (~of_a))
 
 
 @triton.jit
@@ -245,117 +110,49 @@ def _halve_kernel(out, a, width, channels, C: tl.constexpr, P: tl.constexpr):
 # ---------------------------------------------------------------- launching; tensors are (N, C, H, W), channels last
 
 
-class Groups(NamedTuple):
-    """How the channels of a normalisation are divided among programs."""
-
-    size: int
-    num: int
-    width: int
-    padded: int
-
-    @classmethod
-    def of(cls, channels: int, groups: int) -> "Groups":
-        """Raises ValueError where 2, 4, … groups at a time are never a whole number of words of eight channels, a group
-        has one channel, or more than a program holds."""
-        size, num = channels // groups, 1
-        while num < groups and groups % (2 * num) == 0 and (2 * num * size <= _WIDTH or num * size % 8):
-            num *= 2
-        if num * size % 8 or size < 2 or num * size > 4 * _WIDTH:
-            raise ValueError(f"{groups} groups of {size} channels")
-        return cls(size, num, num * size, triton.next_power_of_2(num * size))
-
-
-def norm(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
-    masks: Masks | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """SiLU of the group norm of x + shift, masked; its means (N, C) and the inverse of its deviations, float32.
-
-    shift: (N, C), the channels side by side.
-    """
-    y = torch.empty_like(x)
-    means = x.new_empty(x.shape[:2], dtype=torch.float32)
-    rstds = torch.empty_like(means)
-    grid, options, drop = _norm_launch(x, shift, groups, masks)
-    with torch.cuda.device_of(x):
-        _norm_kernel[grid](
-            y, x, _or(shift, x), weight, bias, means, rstds, *drop, eps, SHIFT=shift is not None, SILU=silu, **options
-        )
-    return y, means, rstds
-
-
-def norm_backward(
-    dy: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, means: Tensor, rstds: Tensor,
-    groups: int, silu: bool, masks: Masks | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of x; and a sample's of bias, weight and, where there is one, shift: float32 (3, N, C)."""
-    dx = torch.empty_like(x)
-    sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
-    grid, options, drop = _norm_launch(x, shift, groups, masks)
-    with torch.cuda.device_of(x):
-        _norm_backward_kernel[grid](
-            dx, sums, dy, x, _or(shift, x), weight, bias, means, rstds, *drop, SHIFT=shift is not None, SILU=silu,
-            **options,
-        )  # fmt: skip
-    return dx, sums
-
-
-def _norm_launch(
-    x: Tensor, shift: Tensor | None, groups: int, masks: Masks | None
-) -> tuple[tuple[int, int], dict[str, object], list[object]]:
-    num, channels, height, width = x.shape
-    g, drop = Groups.of(channels, groups), masks or Masks(x, 0, 0, 1.0)
-    arguments = [drop.places, num, height * width, drop.first_counter, drop.bound, drop.scale]
-    sizes = {"channels": channels, "size": g.size, "width": g.width, "C": g.padded, "P": _TILE // g.padded}
-    sizes["in_shift"] = _or(shift, x).stride(0)
-    return (channels // g.width, num), {**sizes, "DROP": masks is not None, "num_warps": 8}, arguments
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
-
-
-def add(a: Tensor, b: Tensor | None, bias: Tensor) -> Tensor:
-    """a + b + bias, or a + bias; bias: (C,)."""
+def add(a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None) -> Tensor:
+    """a + bias, and where they are there + b + bias_2; the biases' channels side by side."""
     out, channels = torch.empty_like(a), a.shape[1]
     rows = a.numel() // channels
     with torch.cuda.device_of(a):
-        _add_kernel[_grid(rows, channels)](out, a, _or(b, a), bias, rows, channels, B=b is not None, **_SIZES)
+        _add_kernel[_grid(rows, channels)](
+            out, a, a if b is None else b, bias, bias if bias_2 is None else bias_2, rows, channels,
+            B=b is not None, BIAS_2=bias_2 is not None, **_SIZES,
+        )  # fmt: skip
     return out
 
 
-def sum_rows(a: Tensor) -> Tensor:
-    """Over all but the channels: float32 (C,)."""
-    channels, rows = a.shape[1], a.numel() // a.shape[1]
-    part = max(64, triton.cdiv(triton.cdiv(rows, _PARTS), 64) * 64)
-    parts = triton.cdiv(rows, part)
-    out = a.new_empty((parts, channels), dtype=torch.float32)
+def sum_positions(a: Tensor) -> Tensor:
+    """Over height and width: float32 (N, C)."""
+    num, channels, height, width = a.shape
+    out = a.new_empty((num, channels), dtype=torch.float32)
+    C = _WIDTH
+    while C > 16 and num * triton.cdiv(channels, C) < _PROGRAMS:
+        C //= 2
+    P = min(triton.next_power_of_2(height * width), _SUMMED // C)
     with torch.cuda.device_of(a):
-        _sum_rows_kernel[(triton.cdiv(channels, _WIDTH), parts)](out, a, rows, channels, part, C=_WIDTH, P=64)
-    return out.sum(0)
+        _sum_positions_kernel[(triton.cdiv(channels, C), num)](
+            out, a, height * width, channels, C=C, P=P, num_warps=max(1, min(8, P * C // 1024))
+        )
+    return out
 
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
     """Side by side in their channels."""
     out = _empty(a, a.shape[1] + b.shape[1], *a.shape[2:])
-    _columns(out, a, a.shape[1], 0, 0)
-    _columns(out, b, b.shape[1], a.shape[1], 0)
+    rows = out.numel() // out.shape[1]
+    with torch.cuda.device_of(a):
+        _concat_kernel[_grid(rows, out.shape[1])](out, a, b, rows, a.shape[1], b.shape[1], **_SIZES)
     return out
 
 
 def split(both: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """What `concat` has joined; first: channels of the first one."""
-    rest = both.shape[1] - first
-    a, b = _empty(both, first, *both.shape[2:]), _empty(both, rest, *both.shape[2:])
-    _columns(a, both, first, 0, 0)
-    _columns(b, both, rest, 0, first)
+    a, b = _empty(both, first, *both.shape[2:]), _empty(both, both.shape[1] - first, *both.shape[2:])
+    rows = both.numel() // both.shape[1]
+    with torch.cuda.device_of(both):
+        _split_kernel[_grid(rows, both.shape[1])](a, b, both, rows, first, b.shape[1], **_SIZES)
     return a, b
-
-
-def _columns(out: Tensor, a: Tensor, width: int, out_first: int, a_first: int) -> None:
-    rows = a.numel() // a.shape[1]
-    with torch.cuda.device_of(a):
-        _columns_kernel[_grid(rows, width)](out, a, rows, width, out.shape[1], out_first, a.shape[1], a_first, **_SIZES)
 
 
 def double(a: Tensor) -> Tensor:

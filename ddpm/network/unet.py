@@ -43,6 +43,7 @@ class UNet(nn.Module):
     """
 
     own_kernels = False
+    by_sample = ("conv_in.bias",)
 
     def __init__(self, *, fused_attention: bool = True, **structure: Any) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class _Own(_Torch):
         return fused.concat(a, b)
 
     def end(self, x: Tensor) -> Tensor:
-        return fused.norm_act(x, self.network.norm_out, silu=True)
+        return fused.norm_act(x, self.network.norm_out, silu=True)[0]
 
 
 class Level(nn.Module):
@@ -164,6 +165,11 @@ class Level(nn.Module):
         super().__init__()
         self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
         self.resample: nn.Module | None = None
+
+    @property
+    def by_sample(self) -> tuple[str, ...]:
+        """As of blocks.py's: the bias of what fused.conv computes."""
+        return ("resample.bias",) if type(self.resample) is nn.Conv2d else ()
 
     def add(self, block: nn.Module, attention: nn.Module) -> None:
         self.blocks.append(block)

@@ -23,7 +23,7 @@ from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
-from ddpm.network.fused import once_cast
+from ddpm.network.fused import for_training
 from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange, Moved, Replay
@@ -65,7 +65,7 @@ class Step:
         if self.resolved.compile:
             network: Any = torch.compile(state.model)
         else:
-            network = once_cast(state.model, self.resolved.amp) if self.gpu else state.model
+            network = for_training(state.model, self.resolved.amp) if self.gpu else state.model
         if world.world_size == 1:
             return network, None
         if self.gpu:  # what is replayed cannot hold DDP's hooks

@@ -35,7 +35,7 @@ def test_output_and_gradients_are_as_near_to_the_exact_ones_as_those_of_torchs_k
     def found(own: bool, precision: str, dtype: torch.dtype) -> list[torch.Tensor]:
         model.to(dtype).set_own_kernels(own)
         model.zero_grad()
-        forward = fused.once_cast(model, precision) if own else model
+        forward = fused.for_training(model, precision) if own else model
         with autocast(precision, device):
             y = forward(x.to(dtype), t, None, places)
         (y.float() - x).square().mean().backward()

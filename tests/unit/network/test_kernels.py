@@ -1,5 +1,5 @@
-"""ddpm/network/kernels.py without a GPU: Triton's interpreter gives what torch's layers give, and compilers take
-them. tests/gpu has the same on a GPU."""
+"""ddpm/network/kernels.py and norm_kernels.py without a GPU: Triton's interpreter gives what torch's layers give, and
+compilers take them. tests/gpu has the same on a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SETTING = """
         return torch.randn(shape).to(memory_format=torch.channels_last)
 
     def gradients(y, of, given):
-        return torch.autograd.grad(y, of, given)
+        return torch.autograd.grad(y, of, given, retain_graph=True)
 """
 
 
@@ -49,7 +49,8 @@ def test_norm_shift_silu_and_dropout_are_those_of_the_layers() -> None:
     code = """
     for channels, groups, height, width, all_of_it in [
         (32, 8, 4, 4, True),
-        (32, 4, 16, 17, True),  # more than one tile of positions, and not whole ones
+        (32, 4, 16, 17, True),  # not a whole tile
+        (32, 8, 36, 40, True),  # more than one tile, and not whole ones
         (384, 32, 2, 3, False),  # groups of twelve
         (16, 4, 1, 1, False),
     ]:
@@ -59,27 +60,33 @@ def test_norm_shift_silu_and_dropout_are_those_of_the_layers() -> None:
         shift = torch.randn(3, 2 * channels)[:, channels:].requires_grad_() if all_of_it else None  # rows apart
         dropout = Dropout(0.3, layer=3) if all_of_it else None
         of, given = [x, norm.weight, norm.bias] + [shift] * all_of_it, rows(3, channels, height, width)
-        ours = fused.norm_act(x, norm, silu=channels != 16, shift=shift, dropout=dropout, places=places)
+        ours, again = fused.norm_act(x, norm, silu=channels != 16, shift=shift, dropout=dropout, places=places)
+        assert torch.equal(again, x)
         h = norm(x if shift is None else x + shift[:, :, None, None])
         h = h if channels == 16 else F.silu(h)
         theirs = h if dropout is None else dropout(h, places)
         assert torch.equal(ours == 0, theirs == 0)
         assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        for a, b in zip(gradients(ours, of, given), gradients(theirs, of, given), strict=True):
-            assert_close(a, b, rtol=1e-4, atol=2e-5 * float(b.abs().max()))
+        more = rows(3, channels, height, width)
+        for one, other in [([ours], [theirs]), ([ours, again], [theirs, x])]:  # x used again, or not
+            both = zip(gradients(one, of, [given, more][:len(one)]), gradients(other, of, [given, more][:len(one)]))
+            for a, b in both:
+                assert_close(a, b, rtol=1e-4, atol=2e-5 * float(b.abs().max()))
         print("equal")
     """
-    assert interpreted(SETTING + code).split() == ["equal"] * 4
+    assert interpreted(SETTING + code).split() == ["equal"] * 5
 
 
 def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
     code = """
-    a, b, bias = (rows(3, 24, 4, 6).requires_grad_() for _ in range(3))
-    bias = torch.randn(24).requires_grad_()
+    a, b = (rows(3, 24, 4, 6).requires_grad_() for _ in range(2))
+    c = rows(3, 72, 4, 6).requires_grad_()
+    bias, bias_2 = torch.randn(2, 24).requires_grad_().unbind()
     for ours, theirs, of in [
+        (fused.add(a, b, bias, bias_2), a + b + (bias + bias_2)[:, None, None], [a, b, bias, bias_2]),
         (fused.add(a, b, bias), a + b + bias[:, None, None], [a, b, bias]),
         (fused.add(a, None, bias), a + bias[:, None, None], [a, bias]),
-        (fused.concat(a, b), torch.cat([a, b], 1), [a, b]),
+        (fused.concat(a, c), torch.cat([a, c], 1), [a, c]),
         (fused.double(a), F.interpolate(a, scale_factor=2.0), [a]),
     ]:
         given = rows(*ours.shape)
@@ -93,12 +100,17 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
         p.data = p.data if p.any() else 0.05 * torch.randn_like(p)
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([1, 5, 9])
     found = []
-    for own in (False, True):
+    for own, prepared in [(False, False), (True, False), (True, True)]:
         model.set_own_kernels(own)
-        y = model(x, t, None, places)
+        y = (fused.for_training(model, "off") if prepared else model)(x, t, None, places)
         found.append([y, *gradients(y.square().mean(), list(model.parameters()), None)])
-    for theirs, ours in zip(*found, strict=True):
-        assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+    theirs, *ours = found
+    for one in ours:
+        for a, b in zip(one, theirs, strict=True):
+            assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+    names = fused._by_sample(model)
+    assert {"conv_in.bias", "norm_out.weight", "encoder.0.resample.bias", "decoder.0.resample.1.bias"} <= set(names)
+    assert "conv_out.bias" not in names and len(names) == len(set(names))
     print("equal")
     """
     assert interpreted(SETTING + code) == "equal\n"
@@ -106,40 +118,49 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda recipe: recipe.stem)
 def test_every_recipe_has_norms_that_the_kernels_serve(recipe: Path) -> None:
-    from ddpm.network import kernels
+    from ddpm.network.norm_kernels import Division
 
     model = build_model(reading.load(recipe), torch.device("meta"), "bf16")
     for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
-        kernels.Groups.of(norm.num_channels, norm.num_groups)
+        Division.of(norm.num_channels, 64, norm.num_groups)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(12, 3), (64, 64), (512, 1)])
 def test_norms_of_odd_groups_are_left_to_torch(channels: int, groups: int) -> None:
-    from ddpm.network import kernels
+    from ddpm.network.norm_kernels import Division
 
     with pytest.raises(ValueError, match=f"^{groups} groups of {channels // groups} channels$"):
-        kernels.Groups.of(channels, groups)
+        Division.of(channels, 64, groups)
 
 
-def test_the_kernels_of_a_norm_compile_for_a_gpu_and_read_whole_words() -> None:
+@pytest.mark.parametrize(("channels", "positions", "whole"), [
+    (128, 1024, True), (256, 256, True), (512, 64, True), (384, 1024, False), (128, 4096, False),
+])  # fmt: skip
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_kernels_of_a_norm_compile_for_a_gpu_keep_their_tiles_in_registers_and_read_whole_words(
+    channels: int, positions: int, whole: bool, backward: bool
+) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ddpm.network import kernels
+    from ddpm.network import norm_kernels
 
+    by = norm_kernels.Division.of(channels, positions, 32)
+    assert by.whole == whole
     wide, narrow, float_32 = "i32", "*bf16", "*fp32"
-    tables = {n: narrow for n in ("y", "x", "dy", "dx", "shift")}
-    tables |= {n: float_32 for n in ("weight", "bias", "means", "rstds", "sums")} | {"places": "*i64"}
-    sizes = dict.fromkeys(("positions", "channels", "width", "in_shift"), wide)
-    others = dict.fromkeys(("rows", "first_counter", "bound", "size"), wide) | {"scale": "fp32", "eps": "fp32"}
-    kinds = {"C": 64, "P": 64, "SHIFT": True, "SILU": True, "DROP": True}
-    for kernel in (kernels._norm_kernel, kernels._norm_backward_kernel):
-        names = kernel.arg_names
-        source = ASTSource(
-            fn=kernel,
-            signature={n: {**tables, **sizes, **others}.get(n, "constexpr") for n in names},
-            constexprs=kinds,
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in {**tables, **sizes}},
-        )
-        ptx = str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"])
-        assert "ld.global.v4.b32" in ptx, kernel
+    tables = {n: narrow for n in ("y", "x", "dy", "dx", "more", "shift", "of_shift")}
+    tables |= {n: float_32 for n in ("weight", "bias", "means", "rstds", "of_weight", "of_bias")} | {"places": "*i64"}
+    sizes = dict.fromkeys(("positions", "channels", "in_shift"), wide)
+    others = dict.fromkeys(("rows", "first_counter", "bound", "size", "words"), wide) | {"scale": "fp32", "eps": "fp32"}
+    kinds = {"C": by.C, "P": by.P, "WHOLE": by.whole, "SHIFT": True, "SILU": True, "DROP": True}
+    kernel = norm_kernels._norm_backward_kernel if backward else norm_kernels._norm_kernel
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: {**tables, **sizes, **others}.get(n, "constexpr") for n in names},
+        constexprs=kinds | ({"MORE": True} if backward else {}),
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in {**tables, **sizes}},
+    )
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": by.num_warps})
+    assert "ld.global.v4.b32" in str(found.asm["ptx"]), kernel
+    assert "st.local" not in str(found.asm["ptx"]), kernel
