@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.diffusion import rng
+from ddpm.network import attention
 from ddpm.network.dropout import Dropout
 
 
@@ -28,8 +29,9 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     try:
         from ddpm.network import kernels
 
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        check(device, torch.bfloat16 if bf16 else torch.float16)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        check(device, dtype)
+        attention.check(device, dtype)
         return kernels
     except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
         warnings.warn(f"layers on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
@@ -106,8 +108,13 @@ def double(a: Tensor) -> Tensor:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution, as a product of matrices. weight: (C', C, 1, 1)."""
-    return nn.functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    """A 1x1 convolution, as a product of matrices; the bias's gradient is summed by a kernel. weight: (C', C, 1, 1)."""
+    added = None if bias is None else bias.detach()
+    y = nn.functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), added).permute(0, 3, 1, 2)
+    if bias is None:
+        return y
+    found: Tensor = _Biased.apply(y, bias)
+    return found
 
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -172,6 +179,22 @@ class _Add(torch.autograd.Function):
 
         d = _rows(d)
         return d, d if ctx.both else None, kernels.sum_rows(d).to(ctx.dtype)
+
+
+class _Biased(torch.autograd.Function):
+    """a, to which the bias was added already: its gradient alone."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
+        from ddpm.network import kernels
+
+        d = _rows(d)
+        return d, kernels.sum_rows(d).to(ctx.dtype)
 
 
 class _Concat(torch.autograd.Function):
