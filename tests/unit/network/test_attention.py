@@ -3,6 +3,10 @@ compilers take its kernels. tests/gpu has the same on a GPU."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -126,11 +130,14 @@ def test_products_of_matrices_serve_where_probabilities_are_few(
 
 
 @pytest.mark.parametrize("columns", [16, 256])
-def test_its_kernels_compile_for_a_gpu_read_whole_words_and_keep_all_in_registers(columns: int) -> None:
+def test_its_kernels_compile_for_a_gpu_read_whole_words_and_keep_all_in_registers(columns: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler
     from triton.compiler import ASTSource
 
     from ddpm.network import softmax
+
+    cuobjdump = Path(compiler.__file__).parent / "bin" / "cuobjdump"
 
     kinds = {"p": "*bf16", "scores": "*fp32", "d_scores": "*bf16", "dp": "*fp32", "width": "i32"}
     for kernel in (softmax._softmax_kernel, softmax._softmax_backward_kernel):
@@ -143,4 +150,6 @@ def test_its_kernels_compile_for_a_gpu_read_whole_words_and_keep_all_in_register
         )
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
         assert "ld.global.v4.b32" in str(built.asm["ptx"]), kernel
-        assert ".local" not in str(built.asm["ptx"]), kernel
+        (tmp_path / "cubin").write_bytes(built.asm["cubin"])
+        used = subprocess.run([cuobjdump, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True)
+        assert re.findall(r"STACK:(\d+)", used.stdout + used.stderr) == ["0"], used
