@@ -3,8 +3,8 @@
 Owns: how it is computed and differentiated, and for which shapes that is the faster way. Must not know: layers, blocks.
 All of a head's probabilities lie in memory, in the activations' type; scores and gradients of probabilities are float32
 until they are rounded once. Nothing is added in an order that varies, so the same input gives the same bits; torch's
-scaled_dot_product_attention gives them at a price. Where no gradient is asked for, as in sampling, torch's is taken: its
-forward pass keeps scores and probabilities on the chip, and so moves less than half the bytes.
+scaled_dot_product_attention gives them at a price. Where no gradient is asked for, as in sampling, torch's is taken:
+its forward pass keeps scores and probabilities on the chip, and so moves less than half the bytes.
 """
 
 from __future__ import annotations
