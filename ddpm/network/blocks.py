@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm.network import fused
+from ddpm.network.attention import attention
 from ddpm.network.dropout import Dropout
 
 
@@ -83,10 +84,10 @@ class Attention(nn.Module):
     """Self-attention over the H W positions, (B, C, H, W) -> the same; 1x1 convolutions beat linear layers in fp32.
 
     fused: use torch's scaled_dot_product_attention instead of two products and a softmax; may be changed at any time.
-    own_kernels: use fused.py's kernels around scaled_dot_product_attention; set by UNet.set_own_kernels.
+    own_kernels: use fused.py's kernels and attention.py; set by UNet.set_own_kernels.
     """
 
-    by_sample = ("proj.bias",)
+    by_sample = ("qkv.bias", "proj.bias")
 
     def __init__(self, width: int, heads: int, groups: int | None = None) -> None:
         super().__init__()
@@ -96,16 +97,13 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, width, height, breadth = x.shape
-        per_head = width // self.heads
         if self.own_kernels:
             h, x = fused.norm_act(x, self.norm, silu=False)
             h = fused.pointwise(h, self.qkv.weight, self.qkv.bias)
-            rows = h.permute(0, 2, 3, 1).view(batch, height * breadth, 3, self.heads, per_head)
-            q, k, v = (part.transpose(1, 2) for part in rows.unbind(2))
-            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-            h = h.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
-            return fused.add(x, fused.pointwise(h, self.proj.weight), cast(Tensor, self.proj.bias))
+            h = fused.pointwise(attention(h, self.heads), self.proj.weight)
+            return fused.add(x, h, cast(Tensor, self.proj.bias))
+        batch, width, height, breadth = x.shape
+        per_head = width // self.heads
         # (B, heads, channels of a head, positions), a view in either memory layout. The fused kernels of a GPU want the
         # channels side by side, which channels_last gives; otherwise torch takes its own plain path.
         q, k, v = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, per_head, height * breadth).unbind(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.diffusion import rng
+from ddpm.network import attention
 from ddpm.network.dropout import Dropout
 
 
@@ -25,8 +26,9 @@ def work_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        check(device, torch.bfloat16 if bf16 else torch.float16)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        check(device, dtype)
+        attention.check(device, dtype)
         return True
     except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
         warnings.warn(f"layers on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
@@ -109,8 +111,13 @@ def double(a: Tensor) -> Tensor:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution, as a product of matrices. weight: (C', C, 1, 1)."""
-    return nn.functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    """A 1x1 convolution, as a product of matrices; the bias's gradient is summed by a kernel. weight: (C', C, 1, 1)."""
+    added = None if bias is None else (bias[0] if bias.ndim == 2 else bias).detach().to(weight.dtype)
+    y = nn.functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), added).permute(0, 3, 1, 2)
+    if bias is None:
+        return y
+    found: Tensor = _Biased.apply(y, bias)
+    return found
 
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -183,8 +190,24 @@ class _Add(torch.autograd.Function):
 
 
 def _summed(of_samples: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter's gradient from those of samples, (B, C): as they are for one of `_of_samples`."""
+    """A parameter's gradient from those of samples, (B, C): as they are for one of `_BySample`."""
     return of_samples if parameter.ndim == 2 else of_samples.sum(0).to(parameter.dtype)
+
+
+class _Biased(torch.autograd.Function):
+    """a, to which the bias was added already: its gradient alone."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
+        from ddpm.network import kernels
+
+        d, (bias,) = _rows(d), ctx.saved_tensors
+        return d, _summed(kernels.sum_positions(d), bias)
 
 
 class _Concat(torch.autograd.Function):

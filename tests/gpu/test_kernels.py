@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from ddpm.diffusion import rng
-from ddpm.network import fused
+from ddpm.network import attention, fused
 from ddpm.network.device import autocast
 from ddpm.network.unet import UNet
 from ddpm.network.weights import cast_once
@@ -61,3 +63,64 @@ def test_replayed_evaluations_have_the_bits_of_others(device: torch.device) -> N
             t = torch.full((8,), 10 * i, device=device)
             assert torch.equal(replays(x, t, None), eps(x, t, None)), i
     assert list(replays._recorded.values()) != [None] and replays._recorded
+
+
+def attended(device: torch.device, heads: int, dtype: torch.dtype, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of 256 channels, and a gradient of what comes of them."""
+    index = torch.arange(8, device=device)
+    shapes = {"qkv": (3 * 256, side, side), "given": (256, side, side)}
+    drawn = [rng.normal(rng.key(0, name), index, 0, shape).to(dtype) for name, shape in shapes.items()]
+    qkv, given = (x.contiguous(memory_format=torch.channels_last) for x in drawn)
+    return 2 * qkv, given
+
+
+@pytest.mark.parametrize("side", [4, 7, 16])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_and_its_gradient_are_as_near_to_the_exact_ones_as_torchs(
+    device: torch.device, dtype: torch.dtype, heads: int, side: int
+) -> None:
+    qkv, given = attended(device, heads, dtype, side)
+
+    def found(attend: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        of = qkv.to(dtype).requires_grad_()
+        y = attend(of, heads)
+        return [x.double() for x in (y, *torch.autograd.grad(y, of, given.to(dtype)))]
+
+    exact = found(attention._torchs, torch.float64)
+    theirs, ours = found(attention._torchs, dtype), found(attention.Attention.apply, dtype)
+    for e, a, b in zip(exact, theirs, ours, strict=True):
+        assert (b - e).norm() <= 2 * (a - e).norm() + 1e-6 * e.norm(), ((a - e).norm(), (b - e).norm())
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_has_the_same_bits_again_and_in_a_graph(device: torch.device, heads: int) -> None:
+    qkv, given = attended(device, heads, torch.bfloat16, 16)
+    qkv.requires_grad_()
+
+    def found() -> list[torch.Tensor]:
+        y = attention.Attention.apply(qkv, heads)
+        return [y, *torch.autograd.grad(y, qkv, given)]
+
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
+    try:
+        first, second = found(), found()
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            recorded = found()
+        graph.replay()
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    for one, *others in zip(first, second, recorded, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_the_default_attention_is_computed_by_products_in_training_alone(device: torch.device) -> None:
+    qkv, _ = attended(device, 1, torch.bfloat16, 16)
+    assert attention.attention(qkv.requires_grad_(), 1).grad_fn.name() == "AttentionBackward"
+    assert torch.equal(attention.attention(qkv.detach(), 1), attention._torchs(qkv.detach(), 1))

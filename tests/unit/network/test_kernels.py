@@ -93,6 +93,12 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
         assert_close(ours, theirs)
         for one, other in zip(gradients(ours, of, given), gradients(theirs, of, given), strict=True):
             assert_close(one, other)
+    weight = (0.2 * torch.randn(40, 24, 1, 1)).requires_grad_()
+    wide = torch.randn(40).requires_grad_()
+    ours, theirs, given = fused.pointwise(a, weight, wide), F.conv2d(a, weight, wide), rows(3, 40, 4, 6)
+    assert_close(ours, theirs)
+    for one, other in zip(*(gradients(y, [a, weight, wide], given) for y in (ours, theirs)), strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
     fused.check(torch.device("cpu"), torch.float16)
     shape = {"base_channels": 16, "channel_mults": (1, 2), "blocks_per_level": 1, "attention_resolutions": (4,)}
     model = UNet(image_size=8, dropout=0.2, **shape).to(memory_format=torch.channels_last)
