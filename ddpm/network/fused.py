@@ -18,6 +18,9 @@ from ddpm.diffusion import rng
 from ddpm.network import attention
 from ddpm.network.dropout import Dropout
 
+_WORD = 8
+"""Channels of sixteen bits that are read at a time."""
+
 
 @functools.cache
 def work_on(device: torch.device) -> bool:
@@ -121,9 +124,26 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """layer(x), its bias added by a kernel of ours."""
+    """layer(x), its bias added by a kernel of ours. Pictures, of three channels, get zeros to fill a word, which matrix
+    units read at a time."""
     assert layer.bias is not None
-    return add(nn.functional.conv2d(x, layer.weight, None, layer.stride, layer.padding), None, layer.bias)
+    weight, few = layer.weight, layer.in_channels
+    if missing := -few % _WORD:
+        weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, missing))
+        shape = (x.shape[0], few + missing, *x.shape[2:])
+        wide = torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last).zero_()
+        wide[:, :few] = x
+        x = wide
+    return add(nn.functional.conv2d(x, weight, None, layer.stride, layer.padding), None, layer.bias)
+
+
+def conv_to_few(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """layer(x), of few channels, as a word of them."""
+    assert layer.bias is not None
+    few = layer.out_channels
+    weight = nn.functional.pad(layer.weight, (0, 0, 0, 0, 0, 0, 0, -few % _WORD))
+    y = nn.functional.conv2d(x, weight, None, layer.stride, layer.padding)
+    return y[:, :few] + layer.bias.to(y.dtype)[:, None, None]
 
 
 def _masks(masks: Any) -> Any:

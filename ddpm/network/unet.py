@@ -100,7 +100,7 @@ class UNet(nn.Module):
                 h = attention(way.block(block, way.join(h, skips.pop())))
             if level.resample is not None:
                 h = way.conv(level.resample, h)
-        return self.conv_out(way.end(h))
+        return way.end(h)
 
     def set_own_kernels(self, own: bool) -> None:
         """Choose whether fused.py's kernels compute the layers between convolutions: on a GPU, channels last."""
@@ -133,7 +133,8 @@ class _Torch:
         return torch.cat([a, b], 1)
 
     def end(self, x: Tensor) -> Tensor:
-        return F.silu(self.network.norm_out(x))
+        out: Tensor = self.network.conv_out(F.silu(self.network.norm_out(x)))
+        return out
 
 
 class _Own(_Torch):
@@ -155,7 +156,8 @@ class _Own(_Torch):
         return fused.concat(a, b)
 
     def end(self, x: Tensor) -> Tensor:
-        return fused.norm_act(x, self.network.norm_out, silu=True)[0]
+        x, _ = fused.norm_act(x, self.network.norm_out, silu=True)
+        return fused.conv_to_few(x, self.network.conv_out)
 
 
 class Level(nn.Module):
