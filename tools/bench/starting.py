@@ -1,8 +1,8 @@
 """From the start of a job's process to its first step: of a run's first life, and of one that goes on with it.
 
 Real jobs, as `launch/submit.py --prepare` leaves them. What the first life compiles, the whole network or kernels for
-it, the second one finds in the run's compiled.zip. On a GPU both lives
-of the default network end within a minute together, or the row fails.
+it, the second one finds in the run's compiled.zip. On a GPU both lives of the default network end within a minute
+together, or the row fails.
 """
 
 from __future__ import annotations

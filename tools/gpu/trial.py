@@ -113,9 +113,10 @@ def killed(where: RunDir, limit_s: float, ends: float) -> tuple[str, int, int]:
         time.sleep(0.2)
         assert local.at_work(where), "the first life has ended: run.log says why"
         assert time.monotonic() < ends - STOP_S, "no checkpoint in time"
-    killed_at, (job,) = beat(where), local.at_work(where)
+    (job,) = local.at_work(where)
     end(where)
-    return job, killed_at, where.latest_step()
+    saved = where.latest_step()
+    return job, max(beat(where), saved), saved
 
 
 def end(where: RunDir) -> None:
