@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 
 class Life:
-    """One Trainer on a run with everything it holds; use as a context manager."""
+    """One Trainer on a run with everything it holds, on the device of `world`; use as a context manager."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Life:
         before_resume: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
         torch.set_num_threads(1)
-        resolved = resolve(config, CPU, 1)
+        resolved = resolve(config, world.device, 1)
         apply(resolved)
         owner = {"job": "1", "restart": restart, "host": "here"}
         self.fence = Fence(run, owner, wait_s=0) if world.is_main else None
@@ -144,6 +144,57 @@ def live(config: schema.Config, run: RunDir, *, stops: Iterable[int] = (), **opt
         outcome = life.train()
     assert outcome.finished and outcome.saved
     return outcome
+
+
+def fill_zeros(network: torch.nn.Module, std: float) -> None:
+    """As if trained: what begins at zero (last layers, biases) becomes normals, the same on every device."""
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if not p.any():
+                p.copy_(std * torch.randn(p.shape, generator=drawn))
+
+
+def first_gradients(
+    config: schema.Config, run: RunDir, device: torch.device = CPU, more: Callable[[Trainer], None] = lambda _: None
+) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the first step with weights as if trained, by a life of which `more` is asked first."""
+    with Life(config, run, world=ranks.World(0, 1, device), images=make_images(50)) as life:
+        step = life.trainer.step
+        fill_zeros(step.state.model, 0.1)
+        more(life.trainer)
+        loss = float(step.gradients(step.given()))
+        return loss, [p.grad.double().cpu() for p in step.state.model.parameters() if p.grad is not None]
+
+
+def apart(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The length of the difference of all gradients together, by the length of theirs."""
+    a, b = (torch.cat([g.flatten() for g in of]) for of in (ours, theirs))
+    return float((a - b).norm() / b.norm())
+
+
+def assert_micro_batches_agree(
+    path: Path,
+    device: torch.device,
+    amp: str,
+    loss_to: float,
+    gradients_to: float,
+    more: Callable[[Trainer], None] = lambda _: None,
+) -> None:
+    """With dropout a batch of 16, whole, by halves and by quarters, has one loss and one gradient, to relative
+    differences of `loss_to` and `gradients_to`; other masks change ten times as much."""
+    options = {"train__global_batch": 16, "train__amp": amp, "model__base_channels": 32, "model__dropout": 0.1}
+
+    def found(name: str, **changes: Any) -> tuple[float, list[torch.Tensor]]:
+        return first_gradients(make_config(**{**options, **changes}), make_run(path / name), device, more)
+
+    loss, gradients = found("whole")
+    for micro in (8, 4):
+        of_parts = found(f"by-{micro}", train__micro_batch=micro)
+        assert abs(of_parts[0] - loss) <= loss_to * loss, (micro, of_parts[0], loss)
+        assert (found_apart := apart(of_parts[1], gradients)) <= gradients_to, (micro, found_apart)
+    without = found("without", model__dropout=0.0)
+    assert apart(without[1], gradients) > 10 * gradients_to
 
 
 # ---------------------------------------------------------------- meddling

@@ -107,9 +107,20 @@ def apply(resolved: Resolved) -> None:
     torch.backends.cudnn.benchmark = not resolved.deterministic
     if resolved.compile:
         torch.use_deterministic_algorithms(resolved.deterministic)  # loads the compiler, to tell it
+        _keep_apart(resolved.amp)
     else:
         torch.set_deterministic_debug_mode("error" if resolved.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs, decides nothing
+
+
+def _keep_apart(amp: str) -> None:
+    """Have code compiled from here on kept by `amp` too. A torch of before May 2026 keeps it by whether autocast is on,
+    not by its type: a network in fp16 was given the code of one in bf16, whose gradients do not overflow
+    (https://github.com/pytorch/pytorch/pull/181564)."""
+    import torch.compiler.config as compiler
+
+    if hasattr(compiler, "cache_key_tag"):  # torch 2.6 has none
+        compiler.cache_key_tag = f"ddpm {amp}"
 
 
 def as_device(device: Device = None) -> torch.device:

@@ -91,24 +91,28 @@ def test_a_run_learns_what_it_learns_on_a_cpu(
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(
     device: torch.device, tmp_path: Path, compiled: bool
 ) -> None:
+    """From a loss times 2**60 on, no step of 15 comes back to where fp16 holds its gradients."""
     run = make_run(tmp_path)
-    seen: list[tuple[int, float, int]] = []
-    made_of: list[torch.dtype] = []
+    skipped_before: list[int] = []
+    made_of: set[torch.dtype] = set()
     with Life(run, device, train__total_steps=20, train__amp="fp16", train__compile=compiled) as trainer:
-        scaler = trainer.state.scaler
-        conv_out = trainer.state.model.conv_out
+        scaler, network = trainer.state.scaler, trainer.step.network
+
+        def noted(*arguments: Any) -> torch.Tensor:
+            eps: torch.Tensor = network(*arguments)
+            made_of.add(eps.dtype)
+            return eps
 
         def stop_requested() -> None:
-            seen.append((trainer.at.step, float(scaler.get_scale()), int(trainer.state.skipped)))
             if trainer.at.step == 5:
+                skipped_before.append(int(trainer.state.skipped))
                 scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**60})
 
-        if not compiled:
-            conv_out.register_forward_hook(lambda module, inputs, output: made_of.append(output.dtype))
+        trainer.step.network = noted
         assert trainer.train(stop_requested).finished
-    assert set(made_of) <= {torch.float16} and bool(made_of) is not compiled
+    assert made_of == {torch.float16}  # and not bf16, of whose compiled code torch may have made a cache
     state = generations.load(run, 20)
-    assert state["extra"]["skipped_steps"] > 0 and state["scaler"]["scale"] < 2.0**60, seen[4:9]
+    assert state["extra"]["skipped_steps"] - skipped_before[0] == 15 and state["scaler"]["scale"] == 2.0**45
     assert all(torch.isfinite(w).all() for w in state["model"].values())
     assert all(math.isfinite(loss) for loss in column(run))
 
@@ -268,7 +272,7 @@ def test_samples_have_the_same_bytes_under_every_sharding(device: torch.device, 
     import numpy as np
 
     images = []
-    for shards in ("1", "3"):
+    for shards in ("1", "5"):  # of which the batches lie otherwise, and the last one of each is a part
         script(calm, "sample", "calm", "--set", f"in-{shards}", "--shards", shards, "--wait")
         files = sorted((calm / "calm" / "samples" / f"in-{shards}").glob("shard-*.npz"))
         assert len(files) == int(shards)

@@ -21,7 +21,7 @@ from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.parts import Part, read_part, write_part
 from ddpm.sampling.request import Request, shard_range
 from ddpm.sampling.shards import missing_shards, unpack_png, verify_shard
-from tests.sampling import make_request, make_set
+from tests.sampling import IN_EVERY_WAY, digests_in_every_way, make_request, make_set
 
 STEPS = make_request().steps
 SHAPE = (3, 6, 5)
@@ -115,6 +115,13 @@ def test_every_sharding_gives_the_same_bytes(tmp_path: Path, changes: dict[str, 
     if request.class_plan is not None:
         expected = np.array([0] * 20 + [2] * 30 + [3] * 3)
     np.testing.assert_array_equal(labels, expected)
+
+
+@pytest.mark.parametrize("name", IN_EVERY_WAY)
+def test_a_unet_gives_the_same_bytes_in_every_way_that_a_set_is_made(tmp_path: Path, name: str) -> None:
+    """tests/gpu asks the same of a GPU."""
+    digests, _ = digests_in_every_way(tmp_path / "run", IN_EVERY_WAY[name], torch.device("cpu"))
+    assert len(digests) == 3 and len(set(digests.values())) == 1
 
 
 def test_labels_reach_the_row_of_their_sample(tmp_path: Path) -> None:

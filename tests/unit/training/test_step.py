@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ddpm.api import load_config
-from ddpm.config.schema import Config
 from ddpm.data.batches import Batches
 from ddpm.errors import DoNotRetry
 from ddpm.network.device import resolve
@@ -22,7 +21,9 @@ from ddpm.training.step import Step
 from tests.conftest import PROJECT
 from tests.training import (
     Life,
+    assert_micro_batches_agree,
     differences,
+    first_gradients,
     lines,
     live,
     make_config,
@@ -49,16 +50,6 @@ def test_gradients_of_ranks_meet_in_one_buffer_and_come_back_as_their_mean(monke
         assert torch.equal(cast(torch.Tensor, w.grad), 2 * grad) and cast(torch.Tensor, w.grad).stride() == w.stride()
 
 
-def first_gradients(config: Config, run: RunDir) -> tuple[float, list[torch.Tensor]]:
-    with Life(config, run) as life:
-        trainer = life.trainer
-        with torch.no_grad():
-            for p in trainer.state.model.parameters():  # as if trained: its last layer begins at zero
-                p.add_(0.01)
-        loss = float(trainer.step.gradients(trainer.step.given()))
-        return loss, [p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None]
-
-
 def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Path) -> None:
     whole = first_gradients(make_config(), make_run(tmp_path / "whole"))
     parts = first_gradients(make_config(train__micro_batch=1), make_run(tmp_path / "parts"))
@@ -67,6 +58,12 @@ def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Pat
     assert len(whole[1]) == len(parts[1]) > 10
     for a, b in zip(whole[1], parts[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(a.abs().max())))
+
+
+@pytest.mark.parametrize(("amp", "loss_to", "gradients_to"), [("off", 1e-6, 1e-5), ("bf16", 2e-3, 0.02)])
+def test_masks_are_the_same_at_every_micro_batch(tmp_path: Path, amp: str, loss_to: float, gradients_to: float) -> None:
+    """To the rounding that tests/gpu explains, which asks the same of a GPU."""
+    assert_micro_batches_agree(tmp_path, torch.device("cpu"), amp, loss_to, gradients_to)
 
 
 def test_labels_are_dropped_as_often_as_asked_and_by_step_and_sample_alone(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""ddpm/network/device.py: this process's switches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import PROJECT, requires
+
+CODE = """
+import sys
+import torch
+from torch._functorch._aot_autograd import autograd_cache
+from ddpm.network.device import Resolved, apply, autocast
+
+of = autograd_cache.AOTAutogradCacheDetails
+made = of.__init__
+
+def as_in_2025(self, *arguments, **options):
+    made(self, *arguments, **options)
+    self.autocast_state = {}
+
+of.__init__ = as_in_2025
+cpu, layer, x = torch.device("cpu"), torch.nn.Linear(4, 4), torch.randn(2, 4)
+for amp in ("bf16", "fp16"):
+    apply(Resolved(amp, compile=True, deterministic=True, threads=1))
+    torch.compiler.reset()
+    with autocast(amp, cpu):
+        y = torch.compile(layer)(x)
+    (y.float() * 2.0**60).sum().backward()  # the code is kept once its gradient is compiled too
+    print(y.dtype)
+"""
+
+
+def test_a_network_compiled_in_fp16_is_not_given_code_that_torch_has_kept_of_one_in_bf16(tmp_path: Path) -> None:
+    requires(shutil.which("g++"), "no g++, by which torch compiles for a CPU", "install g++")
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=PROJECT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})  # fmt: skip
+    assert done.stdout.split() == ["torch.bfloat16", "torch.float16"], done.stderr[-2000:]

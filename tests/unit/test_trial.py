@@ -1,0 +1,52 @@
+"""`python -m tools.gpu --stages run`: killed and resumed, it brings back what it promises and leaves nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm.run.paths import RunDir
+from tests.conftest import requires
+from tools.gpu import trial
+
+
+def test_a_trial_brings_back_its_curve_grid_and_digest_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requires(shutil.which("nvidia-smi") is None, "a GPU, on which the trial is none of half a minute", "a CPU")
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        (folder := tmp_path / "images" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    smaller = ("model.base_channels=8", "model.channel_mults=[1]", "model.attention_resolutions=[]")
+    monkeypatch.setattr(trial, "REHEARSAL", (*trial.REHEARSAL, *smaller))
+    monkeypatch.setattr(trial, "SAVE_EVERY_MIN", 0.03)
+    monkeypatch.setattr(trial, "STOP_S", 12.0)
+    seen: list[RunDir] = []
+    monkeypatch.setattr(
+        trial, "submit", lambda data, where, submit=trial.submit: (seen.append(where), submit(data, where))
+    )
+    (out := tmp_path / "out").mkdir()
+    assert trial.run(out, 50, tmp_path / "images") == 0
+    told = json.loads((out / "run.json").read_text())
+    assert told["last_step"] > told["killed_at"] >= told["saved"] > 0 and len(told["sha256"]) == 64
+    assert told["next_step_after_s"] <= told["back_at_that_step_after_s"]
+    assert len(told["loss"]) == len(told["images_per_s"]) == len(told["steps"]) >= 1
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size[0] >= 64
+    assert "stopped reason=STOP" in (out / "run.log").read_text()
+    assert not seen[0].path.parent.exists() and processes_of(seen[0]) == []
+
+
+def processes_of(run: RunDir) -> list[bytes]:
+    found = []
+    for words in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            found += [line for line in [words.read_bytes()] if str(run.path).encode() in line]
+    return found
