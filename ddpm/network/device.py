@@ -41,7 +41,8 @@ class Resolved:
     micro_batch: int | None = None
     """What train.micro_batch=auto was found to be."""
     kernels: str = "torch"
-    """What computes the layers between convolutions: own: fused.py's kernels; torch: torch's, as in old runs."""
+    """What computes the layers between convolutions, and the update: own: this project's kernels; torch: torch's, as in
+    old runs."""
 
     def as_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("micro_batch", None), ("kernels", "torch"))}

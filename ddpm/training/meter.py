@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ddpm.training.optimizer import learning_rate
-from ddpm.training.progress import Window
 from ddpm.training.state import TrainingState
 
 
@@ -47,7 +46,7 @@ class Meter:
             record["mfu"] = speed / world.world_size * self._utilization
         if state.scaler.is_enabled():
             record["skipped_steps"] = int(state.skipped)
-        state.window = Window.empty(world.device)
+        window.begin()
         state.at.early_stop_losses = [*state.at.early_stop_losses, loss][-config.train.early_stop_window :]
         self.restart(step)
         return record

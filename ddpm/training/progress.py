@@ -12,7 +12,10 @@ from ddpm.training.ranks import World
 
 @dataclass
 class Window:
-    """Sums since the last log line, on the device; saved with a checkpoint so that a restart changes no line."""
+    """Sums since the last log line, on the device; saved with a checkpoint so that a restart changes no line.
+
+    The tensors stay where they are from line to line, since a recorded step adds to them.
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -23,10 +26,15 @@ class Window:
         return cls(torch.zeros((), device=device), torch.zeros((), device=device))
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Add a step's loss, and the norm of its gradient if that is finite."""
+        """Add a step's loss, and the norm of its gradient if that is finite; the host counts the steps."""
         self.loss += loss
-        self.grad_norm += torch.where(torch.isfinite(grad_norm), grad_norm, 0)
-        self.steps += 1
+        self.grad_norm += grad_norm.masked_fill(~torch.isfinite(grad_norm), 0)
+
+    def begin(self) -> None:
+        """Start the next line's."""
+        self.loss.zero_()
+        self.grad_norm.zero_()
+        self.steps = 0
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """The sums, with every rank's sum of losses, (world_size,), as each has its own images. Called on all ranks."""

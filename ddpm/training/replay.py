@@ -1,7 +1,7 @@
 """Replays a training step on a GPU: its kernels are recorded once, as CUDA graphs, and then launched together.
 
-Owns: what is recorded, what changes from step to step (the images, the step's number, its learning rate), and how the
-gradients of several ranks meet between two recordings. Must not know: the mathematics, which is the step's.
+Owns: what is recorded, what changes from step to step (the images, and the step's numbers), and how the gradients of
+several ranks meet between two recordings. Must not know: the mathematics, which is the step's.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ Moved = tuple[Tensor, Tensor, Tensor]
 """Loss float32 (), the gradient's norm float32 (), whether both are finite bool ()."""
 
 
+_PIECE = 4
+"""A gradient begins at a multiple of so many elements of the buffer: a GPU reads 16 bytes at a time."""
+
+
 class Exchange:
     """The mean of gradients over ranks, through one buffer: `gather`, then a call, then `scatter`."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], world: World) -> None:
         self._parameters, self._world = list(parameters), world
-        sizes = [p.numel() for p in self._parameters]
+        sizes = [-(-p.numel() // _PIECE) * _PIECE for p in self._parameters]
         self._flat = torch.zeros(sum(sizes), device=world.device)
-        pieces = self._flat.split(sizes)
+        pieces = [f[: p.numel()] for f, p in zip(self._flat.split(sizes), self._parameters, strict=True)]
         self._views = [torch.as_strided(f, p.shape, p.stride()) if p.is_contiguous(memory_format=torch.channels_last)
                        else f.view_as(p) for f, p in zip(pieces, self._parameters, strict=True)]  # fmt: skip
 
@@ -65,6 +69,7 @@ class Replayable(Protocol):
     def gradients(self, given: Any) -> Tensor: ...
     def compute(self, given: Any) -> Moved: ...
     def move(self, given: Any, loss: Tensor) -> Moved: ...
+    def recorded(self) -> None: ...
 
 
 class Replay:
@@ -90,6 +95,7 @@ class Replay:
         finally:
             for group in groups:
                 group["capturable"] = False
+        step.recorded()
 
     @classmethod
     def of(cls, step: Replayable, pinned: Parts) -> Replay | None:

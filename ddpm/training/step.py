@@ -28,6 +28,7 @@ from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange, Moved, Replay
 from ddpm.training.state import TrainingState
+from ddpm.training.update import Update, serves
 
 MOST_SKIPPED = 100
 """After so many overflows of fp16 gradients in a row, each at half the loss scale before, the scale is not the
@@ -41,6 +42,8 @@ class Given:
     step: rng.Step
     lr: float | torch.Tensor
     parts: Parts
+    share: torch.Tensor | None = None
+    """By how much of its way to the weights their average moves; None on a CPU, where EMA.update knows it."""
 
 
 class Step:
@@ -85,17 +88,20 @@ class Step:
         self.batches, self.ring = self._batches(), Ring()
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.world.device)
         self._replay: Replay | None = None
+        self._own: Update | None = None  # made when first used: an earlier life's compiled kernels are in place then
         self._taken = 0
 
     def _parts(self) -> Parts:
-        """On the host: the images of the state's step and, for a GPU, its number and learning rate, in pinned
-        memory."""
+        """On the host: the images of the state's step and, for a GPU, its number, its learning rate and the average's
+        share, in pinned memory."""
         step, device = self.state.at.step, self.world.device
         parts = self.batches.parts(step, self.world.rank * self.share, self.share, device)
         if not self.gpu:
             return parts
-        (bits,) = struct.unpack("<q", struct.pack("<d", learning_rate(self.config, step)))
-        return self.ring.pinned((*parts, torch.tensor([step, bits])))
+        decay = self.state.ema.decay_at(step + 1)
+        share = 0.0 if decay is None else 1.0 - decay
+        bits = struct.unpack("<2q", struct.pack("<2d", learning_rate(self.config, step), share))
+        return self.ring.pinned((*parts, torch.tensor([step, *bits])))
 
     def given(self) -> Given:
         """The inputs of the state's next step."""
@@ -110,26 +116,29 @@ class Step:
     def unpacked(parts: Parts) -> Given:
         """`Given` from the tensors of `_parts`, once they are on the GPU."""
         *images, numbers = parts
-        return Given(numbers[0], numbers[1:].view(torch.float64)[0].float(), tuple(images))
+        lr, share = numbers[1:].view(torch.float64).float()
+        return Given(numbers[0], lr, tuple(images), share)
 
     def gradients(self, given: Given, *, warm_up: bool = False) -> torch.Tensor:
         """Compute gradients of the mean loss over the global batch; returns this rank's loss, float32 ().
 
         warm_up: use only the first micro-batch, but exchange gradients between ranks as always.
         """
-        world, at, accumulation = self.world, self.state.at, self.share // self.micro
+        at, accumulation = self.state.at, self.share // self.micro
         if self.resolved.dropout == "torch":
-            torch.manual_seed(rng.derive_seed(self.config.seed, "dropout", at.attempt, at.step, world.rank))
-        total = torch.zeros((), device=world.device)
+            torch.manual_seed(rng.derive_seed(self.config.seed, "dropout", at.attempt, at.step, self.world.rank))
+        total = None
         for i in range(1 if warm_up else accumulation):
             last = i == accumulation - 1 or warm_up
             apart = isinstance(self.network, DistributedDataParallel) and not last
             with self.network.no_sync() if apart else nullcontext():
-                loss = self._loss(self.network, given, i * self.micro, self.micro) / accumulation
+                loss = self._loss(self.network, given, i * self.micro, self.micro)
+                loss = loss if accumulation == 1 else loss / accumulation
                 self.state.scaler.scale(loss).backward()
-            total += loss.detach()
+            total = loss.detach() if total is None else total + loss.detach()
         if self.exchange is not None:
             self.exchange.gather()
+        assert total is not None
         return total
 
     def try_out(self, num: int) -> None:
@@ -188,12 +197,13 @@ class Step:
         if self._taken == 1 and self.replays:
             self._replay = Replay.of(self, self._parts())
         if self._replay is not None:
-            loss, norm, finite = self._replay(self._parts())
+            _, _, finite = self._replay(self._parts())
             self.ring.used()
         else:
-            loss, norm, finite = self.compute(self.given())
-        state.ema.update(state.model, state.at.step + 1)
-        state.window.add(loss, norm)
+            _, _, finite = self.compute(self.given())
+        if self.own is None:
+            state.ema.update(state.model, state.at.step + 1)
+        state.window.steps += 1
         state.at.step += 1
         self._taken += 1
         return Later(finite)
@@ -212,16 +222,49 @@ class Step:
 
     def move(self, given: Given, loss: torch.Tensor) -> Moved:
         """The second half of a step, once all ranks' gradients are there: clip, update, clear."""
-        state, train = self.state, self.config.train
+        state = self.state
         if self.exchange is not None:
             self.exchange.scatter()
-        state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip or math.inf)
-        for group in state.optimizer.param_groups:
-            group["lr"] = given.lr
-        finite = self._update(loss, norm)
+        if self.own is not None and not state.scaler.is_enabled():
+            assert isinstance(given.lr, torch.Tensor) and given.share is not None
+            norm, finite = self.own(loss, given.lr, given.share, state.window)
+        else:
+            state.scaler.unscale_(state.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self._max_norm)
+            for group in state.optimizer.param_groups:
+                group["lr"] = given.lr
+            finite = self._update(loss, norm)
+            if self.own is not None:
+                assert given.share is not None
+                self.own.average(given.share)
+            state.window.add(loss, norm)
         state.optimizer.zero_grad(set_to_none=True)
         return loss, norm, finite
+
+    @property
+    def own(self) -> Update | None:
+        """What updates here by kernels of this project, where layers have some too: not on a CPU."""
+        state, asked = self.state, self.gpu and self.resolved.kernels == "own"
+        if asked and self._own is None and serves(self.world.device):
+            adam = not state.scaler.is_enabled()  # else the scaler decides of a step
+            self._own = Update(state.model, state.ema.model, state.optimizer, adam=adam, max_norm=self._max_norm)
+        return self._own
+
+    @property
+    def _max_norm(self) -> float:
+        return self.config.train.grad_clip or math.inf
+
+    def recorded(self) -> None:
+        """Called between the recording of a step and its first replay."""
+        if self._own is not None:
+            self._own.tell()
+
+    def warm_up(self) -> None:
+        """Compute gradients of a micro-batch, which are thrown away: all that a step needs is compiled then."""
+        self.gradients(self.given(), warm_up=True)
+        if self.own is not None:
+            self.own.compile()
+        self.state.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Update the weights; if the gradient is not finite the update is masked on the device. Returns bool ():

@@ -188,8 +188,7 @@ class Trainer:
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
         self._choose_kernels()
-        fitting.first(self.step, lambda: self.step.gradients(self.step.given(), warm_up=True))
-        self.state.optimizer.zero_grad(set_to_none=True)
+        fitting.first(self.step, self.step.warm_up)
         self.warm = True
 
     # ------------------------------------------------------------ the loop

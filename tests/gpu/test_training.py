@@ -21,6 +21,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training.ranks import World
+from ddpm.training.replay import Exchange
 from ddpm.training.step import Step
 from ddpm.training.trainer import Trainer
 from tests.conftest import PROJECT
@@ -158,7 +159,8 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_bits_of_one_that_was
 def test_replayed_steps_have_the_bits_of_those_taken_kernel_by_kernel(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
 ) -> None:
-    changes = {**CALM, "train__amp": amp, "train__deterministic": True, "model__dropout": 0.1}
+    average = {"train__ema_every_steps": 2, "train__ema_start_step": 5, "train__ema_warmup": True}
+    changes = {**CALM, **average, "train__amp": amp, "train__deterministic": True, "model__dropout": 0.1}
     runs = []
     for replays in (True, False):
         if not replays:
@@ -167,6 +169,24 @@ def test_replayed_steps_have_the_bits_of_those_taken_kernel_by_kernel(
         with Life(runs[-1], device, **changes) as trainer:
             trainer.train(lambda: None)
             assert (trainer.step._replay is not None) is replays
+            assert trainer.resolved.kernels == "own" and trainer.step.own is not None
+    assert differences(*(generations.load(run, 30) for run in runs)) == []
+    assert column(runs[0]) == column(runs[1]) and column(runs[0], "grad_norm") == column(runs[1], "grad_norm")
+
+
+def test_a_rank_of_several_replays_its_two_recordings_with_the_bits_of_one_alone(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one rank, whose exchange of gradients is with nobody."""
+    runs = []
+    for exchanged in (True, False):
+        runs.append(make_run(tmp_path / str(exchanged)))
+        with Life(runs[-1], device, **CALM, train__deterministic=True) as trainer:
+            if exchanged:
+                monkeypatch.setattr("ddpm.training.replay.dist.all_reduce", lambda flat: flat)
+                trainer.step.exchange = Exchange(trainer.state.model.parameters(), trainer.world)
+            trainer.train(lambda: None)
+            assert trainer.step._replay is not None
     assert differences(*(generations.load(run, 30) for run in runs)) == []
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.diffusion import rng
 from ddpm.training.trainer import Trainer
+from ddpm.training.update import Update
 
 SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
 NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
@@ -78,6 +79,7 @@ def parts_of(trainer: Trainer, counted: Operations) -> Iterator[None]:
         ("clip", torch.nn.utils, "clip_grad_norm_"),
         ("optimizer", state.optimizer, "step"),
         ("average", state.ema, "update"),
+        ("update", Update, "__call__"),
         *(("randomness", rng, draw) for draw in ("normal", "uniform_int", "places")),
     ]
     with contextlib.ExitStack() as stack:

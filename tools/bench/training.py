@@ -22,7 +22,7 @@ from tools.bench.measure import Bench
 from tools.bench.workloads import own_step, trainer_of
 
 EAGER = "train.compile=false"
-OUTSIDE = ("data", "randomness", "clip", "optimizer", "average", "rest")
+OUTSIDE = ("data", "randomness", "clip", "optimizer", "average", "update", "rest")
 
 
 @contextlib.contextmanager
