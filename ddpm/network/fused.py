@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -257,75 +256,3 @@ class _Double(torch.autograd.Function):
         from ddpm.network import kernels
 
         return kernels.halve(_rows(d))
-
-
-def for_training(model: nn.Module, precision: str) -> Any:
-    """The model's forward pass, its parameters prepared together: those that autocast would cast are cast at once, to
-    the same bits; and where kernels give a parameter's gradient sample by sample, all of these are summed at once."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    parameters, by_sample = dict(model.named_parameters()), _by_sample(model)
-    cast = [f"{name}.{of}" for name, m in model.named_modules()
-            if isinstance(m, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) and dtype is not None
-            for of, _ in m.named_parameters(recurse=False)]  # fmt: skip
-
-    def forward(x: Tensor, *others: Any) -> Any:
-        together = by_sample if getattr(model, "own_kernels", False) else []
-        narrow = [name for name in cast if name not in together]
-        given: dict[str, Tensor] = {}
-        if narrow:
-            given |= zip(narrow, _Cast.apply(dtype, *(parameters[name] for name in narrow)), strict=True)
-        if together:
-            expanded = _BySample.apply(x.shape[0], *(parameters[name] for name in together))
-            given |= zip(together, expanded, strict=True)
-        return torch.func.functional_call(model, given, (x, *others))
-
-    return forward
-
-
-def _by_sample(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradients these layers give sample by sample."""
-    there = {name for name, _ in model.named_parameters()}
-    found = []
-    for name, module in model.named_modules():
-        of_it = ("weight", "bias") if isinstance(module, nn.GroupNorm) else getattr(module, "by_sample", ())
-        found += [f"{name}.{of}" if name else of for of in of_it]
-    return [name for name in found if name in there]
-
-
-class _BySample(torch.autograd.Function):
-    """(C,) each -> (B, C) each, of which all rows are one in memory."""
-
-    @staticmethod
-    def forward(ctx: Any, num: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(p.detach().expand(num, -1) for p in parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sums = torch.cat(gradients, 1).sum(0)
-        return None, *sums.split([g.shape[1] for g in gradients])
-
-
-class _Cast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_cast(weights, dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_cast(gradients, torch.float32)
-
-
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Laid out as they are; as flat rows, which torch copies together whatever their shapes."""
-    dense = [t if t.is_contiguous() or _is_channels_last(t) else t.contiguous() for t in tensors]
-    out = [torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device) for t in dense]
-    torch._foreach_copy_(_flat(out), _flat(dense))
-    return out
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.as_strided((t.numel(),), (1,)) for t in tensors]

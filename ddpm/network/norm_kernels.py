@@ -19,6 +19,8 @@ _SECTOR, _WIDEST = 16, 64
 _WHOLE, _PART, _LEAST = 16384, 4096, 512
 """Elements of a tile: at most, for one that is a program's whole work and kept between its passes; of one of many; and
 at least. A warp has a thousand of them, up to sixteen warps."""
+_MANY = 256
+"""Programs that leave no multiprocessor of a large GPU idle."""
 _ANY = ["size", "rows", "first_counter", "bound"]
 """Numbers of which no value has a kernel of its own."""
 
@@ -257,6 +259,8 @@ def norm(
     means = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstds = torch.empty_like(means)
     grid, options, drop = _launch(x, shift, groups, masks)
+    if options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY:
+        options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads, one computes
     with torch.cuda.device_of(x):
         _norm_kernel[grid](y, x, _or(shift, x), weight, bias, means, rstds, *drop, eps, SILU=silu, **options)
     return y, means, rstds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network.device import Later, Resolved, autocast
-from ddpm.network.fused import for_training
+from ddpm.network.prepared import Prepared
 from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange, Moved, Replay
@@ -68,7 +68,7 @@ class Step:
         if self.resolved.compile:
             network: Any = torch.compile(state.model)
         else:
-            network = for_training(state.model, self.resolved.amp) if self.gpu else state.model
+            network = Prepared(state.model, self.resolved.amp) if self.gpu else state.model
         if world.world_size == 1:
             return network, None
         if self.gpu:  # what is replayed cannot hold DDP's hooks
@@ -215,19 +215,33 @@ class Step:
 
     def compute(self, given: Given) -> Moved:
         """A whole step: gradients, their exchange, and the update."""
+        if self._takes_narrow:
+            with self.network.narrow_gradients() as narrow:
+                return self.move(given, self.gradients(given), narrow)
         loss = self.gradients(given)
         if self.exchange is not None:
             self.exchange()
         return self.move(given, loss)
 
-    def move(self, given: Given, loss: torch.Tensor) -> Moved:
-        """The second half of a step, once all ranks' gradients are there: clip, update, clear."""
+    @property
+    def _takes_narrow(self) -> bool:
+        """Whether gradients are used as they are computed, in sixteen bits: where nothing is added to them."""
+        alone = self.exchange is None and self.micro == self.share and not self.state.scaler.is_enabled()
+        return alone and self.own is not None and isinstance(self.network, Prepared)
+
+    def move(
+        self, given: Given, loss: torch.Tensor, narrow: Mapping[torch.nn.Parameter, torch.Tensor] | None = None
+    ) -> Moved:
+        """The second half of a step, once all ranks' gradients are there: clip, update, clear.
+
+        narrow: gradients that are not the parameters' own .grad.
+        """
         state = self.state
         if self.exchange is not None:
             self.exchange.scatter()
         if self.own is not None and not state.scaler.is_enabled():
             assert isinstance(given.lr, torch.Tensor) and given.share is not None
-            norm, finite = self.own(loss, given.lr, given.share, state.window)
+            norm, finite = self.own(loss, given.lr, given.share, state.window, narrow or {})
         else:
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self._max_norm)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ddpm.training.progress import Window
 
 _WORD_BYTES = 16
 """That a GPU reads at a time, where they lie together."""
+_NONE: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
 
 
 class Update:
@@ -53,9 +55,9 @@ class Update:
         self._places = torch.from_numpy(np.stack([*columns, self._sizes], 1)).to(device)
         self._gradients = torch.zeros(len(self._of), dtype=torch.int64, device=device)
         self._partials, self._factors = torch.zeros(len(self._of), device=device), torch.zeros(5, device=device)
-        self._wanted: list[int] = []
-        """Where the gradients of the last call lie."""
-        self._told: list[int] = []
+        self._wanted: list[tuple[int, bool]] = []
+        """Where the gradients of the last call lie, and whether they are narrow."""
+        self._told: list[tuple[int, bool]] = []
         """Where the device was told that they lie."""
 
     def _moments(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
@@ -77,24 +79,31 @@ class Update:
         chunks = -(-of_each // most)
         self._of = np.repeat(np.arange(len(sizes)), chunks)
         first = np.arange(len(self._of)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        self._begin, self._sizes = first * most * 4, np.minimum(of_each[self._of] - first * most, most)
+        self._begin, self._sizes = first * most, np.minimum(of_each[self._of] - first * most, most)
 
-    def _addresses(self, begins: Sequence[int]) -> np.ndarray:
-        """Where each chunk begins, int64 (chunks,), of tensors that begin there."""
-        found: np.ndarray = np.array(begins)[self._of] + self._begin
+    def _addresses(self, begins: Sequence[int], narrow: Sequence[bool] | None = None) -> np.ndarray:
+        """Where each chunk begins, int64 (chunks,), of tensors that begin there. narrow: which are in bf16, and so told
+        by an odd address."""
+        odd = np.array(narrow)[self._of] if narrow else np.zeros(len(self._of), np.int64)
+        found: np.ndarray = np.array(begins)[self._of] + self._begin * np.where(odd, 2, 4) + odd
         return found
 
-    def __call__(self, loss: Tensor, lr: Tensor, share: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, loss: Tensor, lr: Tensor, share: Tensor, window: Window, narrow: Mapping[nn.Parameter, Tensor] = _NONE
+    ) -> tuple[Tensor, Tensor]:
         """Clip the parameters' gradients, take a step of Adam, move the average by `share` of its way to the weights.
 
-        loss, lr, share: float32 (), on the device. window: to which loss and norm are added. Returns the gradient's
-        norm, float32 (), and whether it and the loss are finite, bool (): if not, weights, moments and counts stay.
+        loss, lr, share: float32 (), on the device. window: to which loss and norm are added. narrow: gradients in
+        bf16, in place of the parameters' own. Returns the gradient's norm, float32 (), and whether it and the loss are
+        finite, bool (): if not, weights, moments and counts stay.
         """
-        small = self._kernels.CHUNK  # of which the gradient's elements are read one by one
-        there = [(p.grad, p, _WORD_BYTES if p.numel() >= small else 4) for p in self._parameters if p.grad is not None]
-        gradients = [_as_it_lies(*of) for of in there]
-        assert len(gradients) == len(self._parameters), "a parameter has no gradient"
-        self._wanted = [g.data_ptr() for g in gradients]
+        gradients = []
+        for p in self._parameters:
+            g = narrow.get(p, p.grad)
+            assert g is not None and g.dtype in (p.dtype, torch.bfloat16), "a parameter has no gradient"
+            whole = p.numel() >= self._kernels.CHUNK  # else its elements are read one by one
+            gradients.append(_as_it_lies(g, p, _WORD_BYTES if whole else g.itemsize))
+        self._wanted = [(g.data_ptr(), g.dtype == torch.bfloat16) for g in gradients]
         if not recording(loss.device):
             self.tell()
         kernels, chunks, counters = self._kernels, len(self._of), len(self._counts)
@@ -137,7 +146,8 @@ class Update:
         replayed, as a copy from the host cannot be recorded with it."""
         if self._told == self._wanted:
             return
-        addresses = torch.from_numpy(self._addresses(self._wanted))
+        begins, narrow = zip(*self._wanted, strict=True)
+        addresses = torch.from_numpy(self._addresses(begins, narrow))
         if self._gradients.is_cuda:
             addresses = addresses.pin_memory()  # its memory is used by nobody else until it was copied
         self._gradients.copy_(addresses, non_blocking=True)
@@ -195,6 +205,6 @@ def _as_it_lies(t: Tensor, weight: Tensor, word_bytes: int = _WORD_BYTES) -> Ten
     word_bytes: what must divide its address.
     """
     strides = zip(t.stride(), weight.stride(), t.shape, strict=True)
-    alike = t.dtype == weight.dtype and all(a == b for a, b, size in strides if size > 1)
+    alike = all(a == b for a, b, size in strides if size > 1)
     whole = t.data_ptr() % word_bytes == 0
-    return t if alike and whole else torch.empty_like(weight, requires_grad=False).copy_(t)
+    return t if alike and whole else torch.empty_like(weight, dtype=t.dtype, requires_grad=False).copy_(t)

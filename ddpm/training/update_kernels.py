@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 CHUNK = 2048
-"""Elements of a chunk: float32, side by side in memory, of one parameter, whose last chunk may have less. 16 divides
+"""Elements of a chunk: side by side in memory, of one parameter, whose last chunk may have less. 16 divides
 its addresses; that of its gradient if it is whole."""
 ROW = 5
 """Numbers of a chunk in the table of places, int64 (chunks, 5): addresses of the weights, of both moments and of the
@@ -37,16 +37,28 @@ def _inside(i, num, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _gradient(address, i, inside, WHOLE: tl.constexpr):
+    """A chunk's gradient, float32; at an odd address it is bf16, and begins a byte before."""
+    if address % 2 == 1:
+        begin = (address - 1).to(tl.pointer_type(tl.bfloat16))
+        begin = tl.multiple_of(begin, 16) if WHOLE else begin
+        g = tl.load(begin + i, mask=inside, other=0.0).to(tl.float32)
+    else:
+        g = tl.load(_at(address, i, WHOLE), mask=inside, other=0.0)
+    return g
+
+
+@triton.jit
 def _squares(partial, gradient, num, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
     i = tl.arange(0, CHUNK)
-    g = tl.load(_at(gradient, i, WHOLE), mask=_inside(i, num, WHOLE), other=0.0)
+    g = _gradient(gradient, i, _inside(i, num, WHOLE), WHOLE)
     tl.store(partial, tl.sum(g * g, 0))
 
 
 @triton.jit
 def squares_kernel(partials, places, gradients, CHUNK: tl.constexpr, ROW: tl.constexpr):
     """partials: float32 (chunks,), the sum of squares of each chunk's gradient. gradients: int64 (chunks,), where they
-    are."""
+    are, as of `_gradient`."""
     chunk = tl.program_id(0)
     num, gradient = tl.load(places + chunk * ROW + 4), tl.load(gradients + chunk)
     if num == CHUNK:
@@ -109,11 +121,11 @@ def factors_kernel(
 
 
 @triton.jit
-def _adam(weight, gradient, first, second, factors, inside, beta_1, beta_2, decay, eps, ADAMW: tl.constexpr):
+def _adam(weight, g, first, second, factors, inside, beta_1, beta_2, decay, eps, ADAMW: tl.constexpr):
     """Move a chunk's weights and moments, if the gradient is finite; returns the weights."""
     taken = tl.broadcast_to(tl.load(factors), inside.shape) > 0.0
     clip, size, root, lost = tl.load(factors + 1), tl.load(factors + 2), tl.load(factors + 3), tl.load(factors + 4)
-    g = tl.load(gradient, mask=inside, other=0.0) * clip
+    g *= clip
     before = tl.load(weight, mask=inside, other=0.0)
     w = before
     if ADAMW:
@@ -149,7 +161,7 @@ def _move(
     inside, weight = _inside(i, num, WHOLE), _at(tl.load(row), i, True)
     if ADAM:
         first, second = _at(tl.load(row + 1), i, True), _at(tl.load(row + 2), i, True)
-        g = _at(tl.load(gradient), i, WHOLE)
+        g = _gradient(tl.load(gradient), i, inside, WHOLE)
         w = _adam(weight, g, first, second, factors, inside, beta_1, beta_2, decay, eps, ADAMW)
     else:
         w = tl.load(weight, mask=inside, other=0.0)

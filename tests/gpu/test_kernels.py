@@ -11,6 +11,7 @@ from torch import nn
 from ddpm.diffusion import rng
 from ddpm.network import attention, fused
 from ddpm.network.device import autocast
+from ddpm.network.prepared import Prepared
 from ddpm.network.unet import UNet
 from ddpm.network.weights import cast_once
 from ddpm.sampling.denoiser import Replays, eps_of
@@ -37,7 +38,7 @@ def test_output_and_gradients_are_as_near_to_the_exact_ones_as_those_of_torchs_k
     def found(own: bool, precision: str, dtype: torch.dtype) -> list[torch.Tensor]:
         model.to(dtype).set_own_kernels(own)
         model.zero_grad()
-        forward = fused.for_training(model, precision) if own else model
+        forward = Prepared(model, precision) if own else model
         with autocast(precision, device):
             y = forward(x.to(dtype), t, None, places)
         (y.float() - x).square().mean().backward()

@@ -67,7 +67,7 @@ ROWS = (
     Row("command", "400 PNGs to their distance, whole, beside pytorch-fid's", commands.row, "cpu"),
     Row("batch-512", "the loop", _loop(512, goal=7600), "cuda"),
     Row("batch-16", "the loop", _loop(16, goal=3500), "cuda"),
-    Row("deterministic", "the loop", _loop(128, "train.deterministic=true"), "cuda"),
+    Row("deterministic", "what it costs the loop", training.determinism, "cuda"),
     Row("kernel-by-kernel", "the loop, nothing replayed", _loop(128, replayed=False), "cuda"),
     Row("compiled", "the loop by torch.compile", _loop(128, "train.compile=true", profile=True), "cuda"),
     Row("batch-1024", "the loop", _loop(1024), "cuda"),

@@ -150,6 +150,21 @@ class Watch:
             raise Enough
 
 
+def determinism(bench: Bench) -> Result:
+    """What `train.deterministic` costs the loop: both ways in turns."""
+    rates: dict[str, list[float]] = {"false": [], "true": []}
+    for way in list(rates) * bench.pick(gpu=3, cpu=1, small=1):
+        eager = () if bench.gpu else (EAGER,)
+        batch = bench.pick(gpu=128, cpu=4, small=2)
+        rates[way].append(loop(bench, batch, *eager, f"train.deterministic={way}").figures[0].value)
+    without, with_it = (statistics.median(found) for found in rates.values())
+    return Result([
+        Figure("with train.deterministic", with_it, "images/s"),
+        Figure("without", without, "images/s"),
+        Figure("share lost", 1 - with_it / without, at_most=bench.goal(gpu=0.03)),
+    ])  # fmt: skip
+
+
 def loop(
     bench: Bench, batch: int, *overrides: str, profile: bool = False, replayed: bool = True, goal: float | None = None
 ) -> Result:

@@ -29,7 +29,8 @@ SETTING = """
     from torch.nn import functional as F
     from torch.testing import assert_close
     from ddpm.diffusion import rng
-    from ddpm.network import fused
+    from ddpm.network import fused, prepared
+    from ddpm.network.prepared import Prepared
     from ddpm.network.dropout import Dropout
     from ddpm.network.unet import UNet
 
@@ -106,15 +107,15 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
         p.data = p.data if p.any() else 0.05 * torch.randn_like(p)
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([1, 5, 9])
     found = []
-    for own, prepared in [(False, False), (True, False), (True, True)]:
+    for own, with_prepared in [(False, False), (True, False), (True, True)]:
         model.set_own_kernels(own)
-        y = (fused.for_training(model, "off") if prepared else model)(x, t, None, places)
+        y = (Prepared(model, "off") if with_prepared else model)(x, t, None, places)
         found.append([y, *gradients(y.square().mean(), list(model.parameters()), None)])
     theirs, *ours = found
     for one in ours:
         for a, b in zip(one, theirs, strict=True):
             assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
-    names = fused._by_sample(model)
+    names = prepared.by_sample(model)
     assert {"conv_in.bias", "norm_out.weight", "encoder.0.resample.bias", "decoder.0.resample.1.bias"} <= set(names)
     assert "conv_out.bias" not in names and len(names) == len(set(names))
     print("equal")
