@@ -153,7 +153,7 @@ class Watch:
 def determinism(bench: Bench) -> Result:
     """What `train.deterministic` costs the loop: both ways in turns."""
     rates: dict[str, list[float]] = {"false": [], "true": []}
-    for way in list(rates) * bench.pick(gpu=3, cpu=1, small=1):
+    for way in list(rates) * bench.pick(gpu=2, cpu=1, small=1):
         eager = () if bench.gpu else (EAGER,)
         batch = bench.pick(gpu=128, cpu=4, small=2)
         rates[way].append(loop(bench, batch, *eager, f"train.deterministic={way}").figures[0].value)
