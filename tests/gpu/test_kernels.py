@@ -96,10 +96,10 @@ def test_attention_and_its_gradient_are_as_near_to_the_exact_ones_as_torchs(
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_has_the_same_bits_again_and_in_a_graph(device: torch.device, heads: int) -> None:
-    qkv, given = attended(device, heads, torch.bfloat16, 16)
-    qkv.requires_grad_()
+    drawn, given = attended(device, heads, torch.bfloat16, 16)
 
     def found() -> list[torch.Tensor]:
+        qkv = drawn.detach().requires_grad_()  # one of this stream
         y = attention.Attention.apply(qkv, heads)
         return [y, *torch.autograd.grad(y, qkv, given)]
 

@@ -48,32 +48,46 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], ulps: flo
         assert off <= ulps * 2.0**-23 * largest + more, (tuple(a.shape), float(off), float(largest))
 
 
+def assert_as_near(ours: list[torch.Tensor], theirs: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """To eight units in the last place of a tensor's largest value, and twice what torch's own float32 is off there:
+    where gradient and decay nearly cancel, Adam makes a whole step of what rounding has left."""
+    for a, b, e in zip(ours, theirs, exact, strict=True):
+        off, allowed = (a.double() - e).abs(), 2 * (b.double() - e).abs() + 8 * 2.0**-23 * e.double().abs().max()
+        assert a.dtype == torch.float32 and a.shape == e.shape, tuple(a.shape)
+        assert bool((off <= allowed).all()), (tuple(a.shape), float((off - allowed).max()))
+
+
 KINDS = [(torch.optim.Adam, 0.0, 1.0), (torch.optim.Adam, 0.1, math.inf), (torch.optim.AdamW, 0.1, 1e4)]
 
 
 @pytest.mark.parametrize(("kind", "decay", "most"), KINDS)
-def test_it_is_torchs_update_in_float64_to_eight_units_in_the_last_place(
+def test_it_is_as_near_to_the_exact_update_as_torchs(
     device: torch.device, kind: type[torch.optim.Optimizer], decay: float, most: float
 ) -> None:
     assert serves(device)
     ours = network(device)
-    theirs, average = copy.deepcopy(ours).double(), copy.deepcopy(ours)
-    their_average = copy.deepcopy(theirs).requires_grad_(False)
-    one, other = adam(ours, kind, decay), adam(theirs, kind, decay)
-    update, window = Update(ours, average, one, adam=True, max_norm=most), Window.empty(device)
+    average, optimizer = copy.deepcopy(ours), adam(ours, kind, decay)
+    update, window = Update(ours, average, optimizer, adam=True, max_norm=most), Window.empty(device)
+    others = []
+    for dtype in (torch.float32, torch.float64):
+        model = network(device).to(dtype)
+        others.append((model, copy.deepcopy(model).requires_grad_(False), adam(model, kind, decay)))
     for step in range(1, 6):
         gradients, lr, share = draw(ours, step), 1e-3 * step, [0.9, 0.0, 0.1, 1.0, 1e-4][step - 1]
-        give(ours, gradients), give(theirs, gradients)
+        give(ours, gradients)
         numbers = torch.tensor([lr, share], device=device)
         norm, finite = update(torch.ones((), device=device), *numbers, window)
-        expected = nn.utils.clip_grad_norm_(theirs.parameters(), most)
-        other.param_groups[0]["lr"] = float(numbers[0])
-        other.step()
-        weights = [p.detach() for p in theirs.parameters()]
-        torch._foreach_lerp_(list(their_average.parameters()), weights, float(numbers[1]))
+        expected = []
+        for model, its_average, its in others:
+            give(model, gradients)
+            expected.append(nn.utils.clip_grad_norm_(model.parameters(), most))
+            its.param_groups[0]["lr"] = float(numbers[0])
+            its.step()
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_(list(its_average.parameters()), weights, float(numbers[1]))
         assert bool(finite) and float(window.loss) == step
-        assert_close([norm], [expected], 8)
-        assert_close(everything(ours, average, one), everything(theirs, their_average, other), 8)
+        theirs, exact = (everything(*other) for other in others)
+        assert_as_near([norm, *everything(ours, average, optimizer)], [expected[0], *theirs], [expected[1], *exact])
 
 
 def test_what_is_recorded_has_the_bits_of_what_is_not_and_an_infinity_moves_no_weight(device: torch.device) -> None:

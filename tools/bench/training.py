@@ -42,6 +42,7 @@ def against_others(bench: Bench) -> Result:
     torch.compiler.reset()
     result = Result()
     with trainer_of(bench, f"train.global_batch={batch}") as trainer:
+        trainer.warm_up(lambda: None)
         amp = trainer.resolved.amp != "off"
         works = {"ours": own_step(trainer)}
         flops = {}
@@ -78,6 +79,7 @@ def parts(bench: Bench) -> Result:
     """Not compiled and not replayed, so that it has parts: time, operations, and waits of the host for a GPU."""
     batch, result = bench.pick(gpu=128, cpu=4, small=2), Result()
     with kernel_by_kernel(), trainer_of(bench, f"train.global_batch={batch}", EAGER) as trainer:
+        trainer.warm_up(lambda: None)
         step, counted = own_step(trainer), Operations()
         for _ in range(3):
             step()

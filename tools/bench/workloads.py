@@ -46,7 +46,7 @@ def noise_images(num: int = 50_000) -> data.PackedImages:
 
 @contextmanager
 def trainer_of(bench: Bench, *overrides: str, world: World | None = None, threads: int = 0) -> Iterator[Trainer]:
-    """A trainer of the default recipe in a run of its own, ready to step."""
+    """A trainer of the default recipe in a run of its own. It steps by torch's kernels until it is warmed up."""
     asked = cifar10(bench, *CALM, *overrides)
     world = world or World(0, 1, bench.device)
     resolved: Resolved = resolve(asked, bench.device, threads or bench.threads)
