@@ -93,7 +93,7 @@ def test_a_dry_run_begins_with_what_is_asked_for_and_shows_scripts_where_they_ar
     assert model.startswith("# model: U-Net without classes, 35.7 M parameters, channels 128 256 256 256")
     assert data.startswith("# data: cifar10, downloaded where it is missing, 32x32, 50,000 images")
     assert steps == "# steps: 800,000 of 128 images: 102,400,000 images (2,048 epochs)"
-    assert gpus.startswith("# GPUs: 4 a100 on each of 2 nodes, 16 images a rank and step; about 4 GPU hours at 6,335")
+    assert gpus.startswith("# GPUs: 4 a100 on each of 2 nodes, 16 images a rank and step; about 3 GPU hours at 8,779")
     assert limit.startswith("# time: 4 h 00 min a job; 120 s before its end the run saves, goes back into the queue")
     assert "#SBATCH" not in text and "--verbose shows the exact job script" in text
     assert "GPU hours unknown here" in shell("submit", "--dry-run", "model.base_channels=64").stdout
