@@ -71,6 +71,7 @@ ROWS = (
     Row("kernel-by-kernel", "the loop, nothing replayed", _loop(128, replayed=False), "cuda"),
     Row("compiled", "the loop by torch.compile", _loop(128, "train.compile=true", profile=True), "cuda"),
     Row("batch-1024", "the loop", _loop(1024), "cuda"),
+    Row("recipes", "the loop of every other recipe", training.recipes, "cuda"),
     Row("sampling-compiled", "DDIM by torch.compile", sampling.compiled, "cuda"),
 )
 """In order of their worth: what does not fit the time is left out, and said."""

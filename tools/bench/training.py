@@ -14,7 +14,7 @@ import torch
 from ddpm.network.device import Later
 from ddpm.training.step import Step
 from ddpm.training.trainer import Trainer
-from tools.bench import workloads
+from tools.bench import PROJECT, workloads
 from tools.bench.counting import Operations, launched, launches, parts_of, profiled
 from tools.bench.figures import Figure, Result, ratio
 from tools.bench.machine import best_training, cost
@@ -165,6 +165,28 @@ def determinism(bench: Bench) -> Result:
         Figure("without", without, "images/s"),
         Figure("share lost", 1 - with_it / without, at_most=bench.goal(gpu=0.03)),
     ])  # fmt: skip
+
+
+def recipes(bench: Bench) -> Result:
+    """The loop of every other recipe as it is, on a GPU; elsewhere a rehearsal."""
+    elsewhere = () if bench.gpu else (EAGER, "train.amp=off", "train.global_batch=4", "train.micro_batch=null")
+    result, (warm_up, steps) = Result(), (10, 30) if bench.gpu else (2, 1)
+    for name in sorted(path.stem for path in (PROJECT / "configs").glob("*.yaml")):
+        if name in ("cifar10", "quickstart"):
+            continue
+        if time.monotonic() > bench.ends:
+            result.notes.append(f"no time left for {name}")
+            continue
+        torch.compiler.reset()
+        with trainer_of(bench, *elsewhere, "train.total_epochs=null", "train.total_steps=1000", recipe=name) as trainer:
+            watch = Watch(bench, trainer, warm_up, steps, profile=False)
+            trainer.warm_up(lambda: None)
+            with contextlib.suppress(Enough):
+                trainer.train(watch)
+            rate = steps * trainer.config.train.global_batch / (watch.marks[1] - watch.marks[0])
+            amp, kernels = trainer.resolved.amp, trainer.resolved.kernels
+        result.figures.append(Figure(f"{name}, {amp}, kernels: {kernels}", rate, "images/s"))
+    return result
 
 
 def loop(

@@ -34,20 +34,23 @@ def width(bench: Bench) -> int:
     return bench.pick(gpu=128, cpu=128, small=32)
 
 
-def cifar10(bench: Bench, *overrides: str) -> schema.Config:
+def cifar10(bench: Bench, *overrides: str, recipe: str = "cifar10") -> schema.Config:
+    """configs/cifar10.yaml, or another recipe there."""
     small = SMALL if bench.small else ()
-    return reading.load(PROJECT / "configs" / "cifar10.yaml", [*small, *overrides])
+    return reading.load(PROJECT / "configs" / f"{recipe}.yaml", [*small, *overrides])
 
 
-def noise_images(num: int = 50_000) -> data.PackedImages:
-    images = np.random.default_rng(0).integers(0, 256, size=(num, 32, 32, 3), dtype=np.uint8)
-    return data.PackedImages(images, np.zeros(num, np.int64), "noise", "train", data.images_digest(images))
+def noise_images(num: int = 50_000, size: int = 32, num_classes: int = 1) -> data.PackedImages:
+    images = np.random.default_rng(0).integers(0, 256, size=(num, size, size, 3), dtype=np.uint8)
+    return data.PackedImages(images, np.arange(num) % num_classes, "noise", "train", data.images_digest(images))
 
 
 @contextmanager
-def trainer_of(bench: Bench, *overrides: str, world: World | None = None, threads: int = 0) -> Iterator[Trainer]:
-    """A trainer of the default recipe in a run of its own. It steps by torch's kernels until it is warmed up."""
-    asked = cifar10(bench, *CALM, *overrides)
+def trainer_of(
+    bench: Bench, *overrides: str, world: World | None = None, threads: int = 0, recipe: str = "cifar10"
+) -> Iterator[Trainer]:
+    """A trainer of the recipe in a run of its own. It steps by torch's kernels until it is warmed up."""
+    asked = cifar10(bench, *CALM, *overrides, recipe=recipe)
     world = world or World(0, 1, bench.device)
     resolved: Resolved = resolve(asked, bench.device, threads or bench.threads)
     apply(resolved)
@@ -57,7 +60,8 @@ def trainer_of(bench: Bench, *overrides: str, world: World | None = None, thread
         main = world.is_main
         fence = Fence(run, owner) if main else None
         events = EventLog(run, "bench", 0, "here") if main else None
-        images = noise_images(bench.pick(gpu=50_000, cpu=5_000, small=500))
+        size, classes = asked.data.image_size, asked.model.num_classes or 1
+        images = noise_images(bench.pick(gpu=50_000, cpu=5_000, small=500) * 32**2 // size**2, size, classes)
         trainer = Trainer(asked, run, world, images, resolved, fence=fence, events=events, owner=owner)
         trainer.resume()
         try:
