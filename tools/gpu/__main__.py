@@ -35,37 +35,58 @@ SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
 
 
-def bounded(command: list[str], log: Path, limit_s: float) -> int:
-    """Run `command` in the project, its output in `log` and here; killed at its limit, with all that it started."""
-    print(f"== {' '.join(command[2:])} (at most {limit_s:.0f} s)", flush=True)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = 124
-            process.send_signal(signal.SIGINT)  # pytest then says what failed so far
+def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -> int:
+    """Run the commands in the project, so many at once, the output of each in its log and, when it is done, here.
+
+    At the limit all that they started is killed. Returns the largest exit code; 124 if there was not enough time.
+    """
+    ends, waiting = time.monotonic() + limit_s, dict(commands)
+    started: dict[Path, subprocess.Popen[bytes]] = {}
+    running, codes = list[Path](), [0]
+    try:
+        while (waiting or running) and time.monotonic() < ends:
+            for log, command in list(waiting.items())[: at_once - len(running)]:
+                print(f"== {' '.join(command[2:])} (at most {ends - time.monotonic():.0f} s)", flush=True)
+                with log.open("wb") as out:
+                    started[log] = subprocess.Popen(
+                        command, cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )  # fmt: skip
+                running.append(log)
+                del waiting[log]
+            for log in [log for log in running if started[log].poll() is not None]:
+                running.remove(log)
+                codes.append(abs(started[log].returncode))
+                print(log.read_text(errors="replace")[-5000:], flush=True)
+            time.sleep(0.05)
+        for log in running:
+            started[log].send_signal(signal.SIGINT)  # pytest then says what failed so far
+        for log in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-        finally:
+                started[log].wait(10)
+            print(log.read_text(errors="replace")[-5000:], flush=True)
+        for log in waiting:
+            print(f"no time left for {log.stem}")
+        return max(codes + [124] * bool(waiting or running))
+    finally:
+        for process in started.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    print(log.read_text(errors="replace")[-5000:], flush=True)
-    return code
 
 
 def checks(out: Path, limit_s: float) -> int:
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--tb=short", "--durations=8"]
-    return bounded(command, out / "checks.log", limit_s - 10)
+    """The files of tests/gpu side by side, where there are cores: most of their time is their compilers'."""
+    files = sorted((PROJECT / "tests" / "gpu").glob("test_*.py"))
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3"]
+    commands = {out / f"checks-{file.stem.removeprefix('test_')}.log": [*pytest, str(file)] for file in files}
+    return bounded(commands, limit_s - 10, at_once=max(1, len(os.sched_getaffinity(0)) // 4))
 
 
 def bench(out: Path, limit_s: float, rows: list[str]) -> int:
     """Its rows on this GPU; a goal that is missed is no failure here, where all figures are wanted."""
     small = [] if torch.cuda.is_available() else ["--small"]
     command = [sys.executable, "-m", "tools.bench", *rows, *small, "--json", str(out / "bench.json")]
-    code = bounded([*command, "--minutes", f"{(limit_s - 40) / 60:.2f}"], out / "bench.log", limit_s)
+    code = bounded({out / "bench.log": [*command, "--minutes", f"{(limit_s - 40) / 60:.2f}"]}, limit_s)
     record = read_json(out / "bench.json") or {}
     notes = [note for row in record.get("rows", {}).values() for note in row["notes"]]
     return int(code not in (0, 1) or not record or any(note.startswith("failed") for note in notes))
