@@ -38,11 +38,12 @@ def _inside(i, num, WHOLE: tl.constexpr):
 
 @triton.jit
 def _gradient(address, i, inside, WHOLE: tl.constexpr):
-    """A chunk's gradient, float32; at an odd address it is bf16, and begins a byte before."""
+    """A chunk's gradient, float32; at an odd address it is bf16, float32's upper half, and begins a byte before."""
     if address % 2 == 1:
-        begin = (address - 1).to(tl.pointer_type(tl.bfloat16))
+        begin = (address - 1).to(tl.pointer_type(tl.uint16))
         begin = tl.multiple_of(begin, 16) if WHOLE else begin
-        g = tl.load(begin + i, mask=inside, other=0.0).to(tl.float32)
+        half = tl.load(begin + i, mask=inside, other=0).to(tl.uint32)
+        g = (half << 16).to(tl.float32, bitcast=True)  # not every GPU has the type
     else:
         g = tl.load(_at(address, i, WHOLE), mask=inside, other=0.0)
     return g
