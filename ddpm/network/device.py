@@ -58,12 +58,12 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = ("bf16" if bf16 else "fp16") if gpu else "off"
     own = kept.get("kernels") == "own" if kept else gpu and train.compile is not True and _own_kernels(config, device)
-    deterministic = own or not gpu  # where it is free, or nearly
+    free = own or not gpu  # nearly so on a GPU
     resolved = Resolved(
         amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,
         compile=kept.get("compile", gpu and not own) if train.compile == "auto" else train.compile,
         kernels="own" if own else "torch",
-        deterministic=kept.get("deterministic", deterministic) if train.deterministic == "auto" else train.deterministic,
+        deterministic=kept.get("deterministic", free) if train.deterministic == "auto" else train.deterministic,
         threads=kept.get("threads", threads if gpu else threads_of(config, train.global_batch, threads)),
         dropout=kept.get("dropout", "torch") if kept else "counted",
         micro_batch=kept.get("micro_batch") if train.micro_batch == "auto" else None,
