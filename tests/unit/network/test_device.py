@@ -1,4 +1,4 @@
-"""ddpm/network/device.py: this process's switches."""
+"""ddpm/network/device.py: what `auto` becomes, and this process's switches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from ddpm.network import device
 from tests.conftest import PROJECT, requires
+from tests.training import make_config
 
 CODE = """
 import sys
@@ -40,3 +45,19 @@ def test_a_network_compiled_in_fp16_is_not_given_code_that_torch_has_kept_of_one
     done = subprocess.run([sys.executable, "-c", CODE], cwd=PROJECT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})  # fmt: skip
     assert done.stdout.split() == ["torch.bfloat16", "torch.float16"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_determinism_is_asked_of_a_gpu_where_own_kernels_make_it_cheap_and_of_no_run_that_began_without(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_own_kernels", lambda *_: own)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    gpu, config = torch.device("cuda"), make_config()
+    found = device.resolve(config, gpu, 2)
+    assert (found.deterministic, found.compile, found.kernels) == (own, not own, "own" if own else "torch")
+    kept = {**found.as_dict(), "deterministic": False}
+    assert device.resolve(config, gpu, 2, kept).deterministic is False
+    asked = make_config(train__deterministic=not own)
+    assert device.resolve(asked, gpu, 2).deterministic is not own
+    assert device.resolve(config, torch.device("cpu"), 2).deterministic
