@@ -35,9 +35,12 @@ def _add_kernel(
 
 
 @triton.jit
-def _tile(rows, width, channels, first, C: tl.constexpr, P: tl.constexpr):
-    """This program's P rows of C of the `width` channels from `first` on: where, whether they are there, channels."""
-    row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+def _tile(rows, width, channels, first, C: tl.constexpr, P: tl.constexpr, AXIS: tl.constexpr = 0):
+    """This program's P rows of C of the `width` channels from `first` on: where, whether they are there, channels.
+
+    AXIS: of the grid, along which rows are divided.
+    """
+    row = tl.program_id(AXIS).to(tl.int64) * P + tl.arange(0, P)
     channel = tl.program_id(1) * C + tl.arange(0, C)
     valid = (row < rows)[:, None] & (channel < width)[None, :]
     return row[:, None] * channels + (first + channel)[None, :], valid, channel
@@ -85,9 +88,9 @@ def _split_kernel(a, b, both, rows, width_a, width_b, C: tl.constexpr, P: tl.con
 @triton.jit
 def _double_kernel(out, a, width, channels, C: tl.constexpr, P: tl.constexpr):
     """Rows of 2 * width pixels, two from each of `width`; as many again below them."""
-    row = tl.program_id(2).to(tl.int64)
-    at, valid, channel = _tile(2 * width, channels, channels, 0, C, P)
-    pixel = tl.program_id(0) * P + tl.arange(0, P)
+    row = tl.program_id(0).to(tl.int64)
+    at, valid, channel = _tile(2 * width, channels, channels, 0, C, P, 2)
+    pixel = tl.program_id(2) * P + tl.arange(0, P)
     source = ((row // 2) * width + pixel // 2)[:, None] * channels + channel[None, :]
     tl.store(out + row * 2 * width * channels + at, tl.load(a + source, mask=valid), mask=valid)
 
@@ -95,9 +98,9 @@ def _double_kernel(out, a, width, channels, C: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _halve_kernel(out, a, width, channels, C: tl.constexpr, P: tl.constexpr):
     """Rows of `width` pixels, each the sum of four: the gradient of the above."""
-    row = tl.program_id(2).to(tl.int64)
-    at, valid, channel = _tile(width, channels, channels, 0, C, P)
-    pixel = tl.program_id(0) * P + tl.arange(0, P)
+    row = tl.program_id(0).to(tl.int64)
+    at, valid, channel = _tile(width, channels, channels, 0, C, P, 2)
+    pixel = tl.program_id(2) * P + tl.arange(0, P)
     first = a + (row * 4 * width + pixel * 2)[:, None] * channels + channel[None, :]
     below = first + 2 * width * channels
     v = tl.load(first, mask=valid, other=0).to(tl.float32)
@@ -169,7 +172,7 @@ def halve(a: Tensor) -> Tensor:
 
 def _resampled(kernel, a: Tensor, out: Tensor, narrow: int) -> Tensor:
     num, channels, height, width = out.shape
-    grid = (triton.cdiv(width, 32), triton.cdiv(channels, _WIDTH), num * height)
+    grid = (num * height, triton.cdiv(channels, _WIDTH), triton.cdiv(width, 32))  # the first may exceed 65,535
     with torch.cuda.device_of(a):
         kernel[grid](out, a, narrow, channels, C=_WIDTH, P=32)
     return out

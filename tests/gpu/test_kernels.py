@@ -52,6 +52,15 @@ def test_output_and_gradients_are_as_near_to_the_exact_ones_as_those_of_torchs_k
         assert (b - e).norm() <= 2 * (a - e).norm() + 1e-6 * e.norm(), (tuple(e.shape), (a - e).norm(), (b - e).norm())
 
 
+def test_more_rows_of_pictures_than_the_second_dimension_of_a_grid_can_count_are_doubled(device: torch.device) -> None:
+    torch.manual_seed(0)
+    a = torch.randn(2049, 8, 16, 16, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    given = torch.randn(2049, 8, 32, 32, device=device)
+    ours, theirs = fused.double(a), nn.functional.interpolate(a, scale_factor=2.0)
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, a, given), torch.autograd.grad(theirs, a, given))
+
+
 def test_replayed_evaluations_have_the_bits_of_others(device: torch.device) -> None:
     model = network(device).eval()
     model.set_own_kernels(True)

@@ -123,6 +123,26 @@ def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
     assert interpreted(SETTING + code) == "equal\n"
 
 
+def test_many_rows_of_pictures_are_within_what_a_gpu_can_launch() -> None:
+    """65,535 programs along the second and third dimension of a grid: 2048 pictures of CIFAR-10 have more rows."""
+    code = """
+    from ddpm.network import kernels
+    grids = []
+    class Noted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *given, **options: None
+    kernels._double_kernel = kernels._halve_kernel = Noted()
+    small = torch.empty(2048, 1, 16, 16).to(memory_format=torch.channels_last)
+    large = kernels.double(small)
+    assert large.shape == (2048, 1, 32, 32) and kernels.halve(large).shape == small.shape
+    assert [x * y * z for x, y, z in grids] == [2048 * 32, 2048 * 16]
+    assert all(y <= 65_535 and z <= 65_535 for _, y, z in grids), grids
+    print("within")
+    """
+    assert interpreted(SETTING + code) == "within\n"
+
+
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda recipe: recipe.stem)
 def test_every_recipe_has_norms_that_the_kernels_serve(recipe: Path) -> None:
     from ddpm.network.norm_kernels import Division
