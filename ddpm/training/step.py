@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -258,11 +259,19 @@ class Step:
     @property
     def own(self) -> Update | None:
         """What updates here by kernels of this project, where layers have some too: not on a CPU."""
-        state, asked = self.state, self.gpu and self.resolved.kernels == "own"
-        if asked and self._own is None and serves(self.world.device):
+        state = self.state
+        if self._own is None and self._all_have_own:
             adam = not state.scaler.is_enabled()  # else the scaler decides of a step
             self._own = Update(state.model, state.ema.model, state.optimizer, adam=adam, max_norm=self._max_norm)
         return self._own
+
+    @cached_property
+    def _all_have_own(self) -> bool:
+        """Whether they serve on all ranks, whose weights would come apart if some took torch's. Called on all ranks."""
+        if not self.gpu:
+            return False
+        serve = self.resolved.kernels == "own" and serves(self.world.device)
+        return not self.world.agree([int(not serve)])[0]
 
     @property
     def _max_norm(self) -> float:

@@ -1,5 +1,6 @@
 """ddpm/training/step.py: what one step computes, and from what."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 from unittest import mock
@@ -48,6 +49,32 @@ def test_gradients_of_ranks_meet_in_one_buffer_and_come_back_as_their_mean(monke
     exchange.scatter()
     for w, grad in zip(weights, before, strict=True):
         assert torch.equal(cast(torch.Tensor, w.grad), 2 * grad) and cast(torch.Tensor, w.grad).stride() == w.stride()
+
+
+@pytest.mark.parametrize(("here", "elsewhere", "own"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_ranks_update_by_own_kernels_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, elsewhere: bool, own: bool
+) -> None:
+    """Else rounding would let their weights come apart, which are never exchanged."""
+    asked = []
+
+    def agree(self: World, values: list[int]) -> list[int]:
+        asked.append(values)
+        return [max(value, not elsewhere) for value in values]
+
+    monkeypatch.setattr("ddpm.training.step.serves", lambda device: here)
+    monkeypatch.setattr("ddpm.training.step.Update", mock.Mock())
+    with Life(make_config(), make_run(tmp_path)) as life:
+        step = life.trainer.step
+        assert step.own is None  # on a CPU
+        resolved = replace(step.resolved, kernels="own")
+        step = Step(step.config, step.world, step.packed, resolved, step.state)
+        step.gpu = True
+        monkeypatch.setattr(World, "agree", agree)
+        for _ in range(2):
+            assert (step.own is not None) is own
+            step.begin_attempt()
+    assert asked == [[not here]]  # once in a life, in the same place on all ranks
 
 
 def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Path) -> None:
