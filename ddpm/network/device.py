@@ -57,7 +57,8 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     train, kept = config.train, kept or {}
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = ("bf16" if bf16 else "fp16") if gpu else "off"
-    own = kept.get("kernels") == "own" if kept else gpu and train.compile is not True and _own_kernels(config, device)
+    compiled = train.compile is True  # perhaps asked for by a later life alone
+    own = not compiled and (kept.get("kernels") == "own" if kept else gpu and _own_kernels(config, device))
     free = own or not gpu  # nearly so on a GPU
     resolved = Resolved(
         amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,

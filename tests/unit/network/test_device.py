@@ -61,3 +61,10 @@ def test_determinism_is_asked_of_a_gpu_where_own_kernels_make_it_cheap_and_of_no
     asked = make_config(train__deterministic=not own)
     assert device.resolve(asked, gpu, 2).deterministic is not own
     assert device.resolve(config, torch.device("cpu"), 2).deterministic
+
+
+def test_a_run_of_own_kernels_whose_compiling_is_asked_for_later_is_compiled_with_those_of_torch() -> None:
+    kept = {"amp": "bf16", "compile": False, "deterministic": True, "dropout": "counted", "kernels": "own"}
+    for asked, kernels in ((False, "own"), (True, "torch")):
+        found = device.resolve(make_config(train__compile=asked), torch.device("cpu"), 1, kept)
+        assert found.compile is asked and found.kernels == kernels
