@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ddpm.config.train import divisors
 from ddpm.training.step import Step
 
 MOST_VALUES = 100_000
@@ -15,9 +16,21 @@ MOST_VALUES = 100_000
 
 
 def of_gradients(step: Step) -> dict[str, np.ndarray]:
-    """Finite values by part of the network, of as many images of this rank's next step as it holds at a time."""
+    """Finite values by part of the network, of as many images of this rank's next step as it holds at a time; of fewer
+    where these do not fit beside its recorded steps; none where not one does."""
+    for num in divisors(step.micro)[::-1]:
+        try:
+            return _of_gradients(step, num)
+        except torch.OutOfMemoryError:
+            pass
+        if step.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {}
+
+
+def _of_gradients(step: Step, num: int) -> dict[str, np.ndarray]:
     found = {}
-    with step.gradients_alone(step.micro):
+    with step.gradients_alone(num):
         scale = step.state.scaler.get_scale()
         for name, part in step.state.model.named_children():
             of_part = [p.grad.flatten() for p in part.parameters() if p.grad is not None]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm.run import generations
 from ddpm.training import histograms
+from ddpm.training.step import Step
 from tests.training import Life, differences, live, make_config, make_run
 
 OPTIONS: dict[str, Any] = {"log__every_steps": 2, "model__dropout": 0.5}
@@ -47,3 +50,25 @@ def test_they_are_those_of_the_next_step_and_leave_no_gradient(tmp_path: Path, m
         assert whole is not None and step.micro == step.share
         assert found["conv_out"][0] == pytest.approx(float(whole.flatten()[0]), rel=1e-5)
         step.state.optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("fits", [0, 2])
+def test_where_not_all_images_fit_beside_the_steps_they_are_of_fewer_or_none_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
+    tried = []
+    alone = Step.gradients_alone
+
+    def small(step: Step, num: int) -> AbstractContextManager[None]:
+        tried.append(num)
+        if num > fits:
+            raise torch.OutOfMemoryError
+        return alone(step, num)
+
+    plain, told = make_run(tmp_path / "plain"), make_run(tmp_path / "told")
+    live(make_config(**OPTIONS), plain)
+    monkeypatch.setattr(Step, "gradients_alone", small)
+    live(make_config(**OPTIONS, log__histogram_every_steps=3), told)
+    assert tried == 2 * ([4, 2, 1] if fits == 0 else [4, 2])
+    assert differences(generations.load(plain, TOTAL), generations.load(told, TOTAL)) == []
+    assert shown(told.tensorboard).get("gradients/conv_in", []) == ([] if fits == 0 else [3, 6])
