@@ -19,6 +19,8 @@ from tests.conftest import PROJECT
 from tests.gpu.test_training import column
 from tests.training import differences
 
+TOTAL = 2400
+"""Steps: replayed they take about a millisecond each, and a signal must come before the last of them."""
 OPTIONS = [
     "data.name=digits",
     "data.image_size=8",
@@ -26,7 +28,7 @@ OPTIONS = [
     "model.channel_mults=[1,2]",
     "model.attention_resolutions=[4]",
     "diffusion.timesteps=50",
-    "train.total_steps=800",
+    f"train.total_steps={TOTAL}",
     "train.global_batch=32",
     "train.deterministic=true",
     "train.compile=false",
@@ -97,9 +99,9 @@ def test_a_run_that_was_killed_and_stopped_in_real_processes_ends_with_the_bits_
     submit(calm, "disturbed")
     wait_for(run, 400)
     signal_job(run, signal.SIGTERM)
-    assert run.latest_step() < 800 and read_events(run)[-1]["event"] in ("checkpoint", "stop_requested")
+    assert run.latest_step() < TOTAL and read_events(run)[-1]["event"] in ("checkpoint", "stop_requested")
     submit(calm, "disturbed", "--wait")
-    assert differences(generations.load(RunDir(calm / "calm"), 800), generations.load(run, 800)) == []
+    assert differences(generations.load(RunDir(calm / "calm"), TOTAL), generations.load(run, TOTAL)) == []
     assert column(RunDir(calm / "calm")) == column(run)
 
 
