@@ -85,18 +85,17 @@ def keep_mask(places: Tensor, layer: int, num: int, probability: float) -> Tenso
     layer: in [0, 256), num: at most 2**27. The value of element e depends on (places[:, i], layer, e) alone: it is
     the 16-bit number e % 8 of the four words of counter (layer * 2**24 + e // 8, …).
     """
-    if not 0 < num <= 8 << _PLACE_BITS:
-        raise ValueError(f"layer is {layer} and num is {num}; at most 255 and 2**27 are allowed")
+    counters = mask_counters(layer, num, probability)
     out = torch.empty((places.shape[1], num), dtype=torch.bool, device=places.device)
-    _draws_on(places.device).keep_mask(out, places, *mask_counters(layer, probability))
+    _draws_on(places.device).keep_mask(out, places, *counters)
     return out
 
 
-def mask_counters(layer: int, probability: float) -> tuple[int, int]:
+def mask_counters(layer: int, num: int, probability: float) -> tuple[int, int]:
     """For kernels that draw the bits of `keep_mask` themselves: the layer's first counter, and the signed 16-bit number
-    below which an element is dropped. ValueError for a layer outside [0, 256)."""
-    if not 0 <= layer < 1 << _LAYER_BITS:
-        raise ValueError(f"layer is {layer}; at most 255 are allowed")
+    below which an element is dropped. ValueError for what `keep_mask` does not allow."""
+    if not (0 <= layer < 1 << _LAYER_BITS and 0 < num <= 8 << _PLACE_BITS):
+        raise ValueError(f"layer is {layer} and num is {num}; at most 255 and 2**27 are allowed")
     return layer << _PLACE_BITS, _dropped_of_65536(probability) - (1 << 15)
 
 

@@ -145,13 +145,13 @@ def conv_to_few(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return y[:, :few] + layer.bias.to(y.dtype)[:, None, None]
 
 
-def _masks(masks: Any) -> Any:
+def _masks(x: Tensor, masks: Any) -> Any:
     if masks is None:
         return None
     from ddpm.network.norm_kernels import Masks
 
     places, layer, probability = masks
-    first, bound = rng.mask_counters(layer, probability)
+    first, bound = rng.mask_counters(layer, x.shape[1:].numel(), probability)
     return Masks(places, first, bound, 1.0 / rng.keep_share(probability))
 
 
@@ -169,7 +169,7 @@ class _Norm(torch.autograd.Function):
         from ddpm.network import norm_kernels
 
         x = _rows(x)
-        y, means, rstds = norm_kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(masks))
+        y, means, rstds = norm_kernels.norm(x, shift, weight, bias, groups, eps, silu, _masks(x, masks))
         ctx.save_for_backward(x, shift, weight, bias, means, rstds)
         ctx.groups, ctx.silu, ctx.masks = groups, silu, masks
         ctx.set_materialize_grads(False)
@@ -184,7 +184,7 @@ class _Norm(torch.autograd.Function):
         x, shift, weight, bias, means, rstds = ctx.saved_tensors
         more = None if more is None else _rows(more)
         dx, of_weight, of_bias, of_shift = norm_kernels.norm_backward(
-            _rows(dy), more, x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(ctx.masks)
+            _rows(dy), more, x, shift, weight, bias, means, rstds, ctx.groups, ctx.silu, _masks(x, ctx.masks)
         )
         return dx, of_shift, _summed(of_weight, weight), _summed(of_bias, bias), None, None, None, None
 

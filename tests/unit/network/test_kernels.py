@@ -78,6 +78,24 @@ def test_norm_shift_silu_and_dropout_are_those_of_the_layers() -> None:
     assert interpreted(SETTING + code).split() == ["equal"] * 5
 
 
+def test_a_layer_that_has_more_elements_than_masks_are_counted_for_is_refused_as_by_the_layers() -> None:
+    """Its masks would be those of the next layer again."""
+    code = """
+    from ddpm.network import norm_kernels
+    norm_kernels.norm = lambda x, *others: (x, x, x)
+    norm, dropout, x = nn.GroupNorm(1, 8), Dropout(0.3, layer=3), torch.empty(1).expand(1, 8, 4096, 4096)
+    fused._rows = lambda x: x
+    for height in (4096, 4097):
+        try:
+            fused.norm_act(x[:, :, :1].expand(1, 8, height, 4096), norm, silu=True, dropout=dropout, places=places)
+            print("drawn")
+        except ValueError as e:
+            print(e)
+    """
+    refused = f"layer is 3 and num is {8 * 4097 * 4096}; at most 255 and 2**27 are allowed"
+    assert interpreted(SETTING + code) == f"drawn\n{refused}\n"
+
+
 def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
     code = """
     a, b = (rows(3, 24, 4, 6).requires_grad_() for _ in range(2))
