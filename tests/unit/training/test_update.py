@@ -456,6 +456,34 @@ def test_lives_whose_updates_are_replayed_end_with_the_bits_of_those_taken_kerne
     assert interpreted(LIVES + code).splitlines()[-1] == "same"
 
 
+def test_lives_whose_steps_cannot_be_recorded_go_on_kernel_by_kernel_with_the_same_bits() -> None:
+    code = """
+    import warnings
+    calm = ended("calm", begin=on_a_gpu())
+    where = {}
+
+    @contextlib.contextmanager
+    def failing(graph, pool=None):
+        with recorded(graph, pool):
+            yield
+            where["failed"] = len(graph.kernels)
+        raise torch.OutOfMemoryError("of a second copy")
+
+    replay._recorded = failing
+    begin = on_a_gpu()
+    step_module.Step.replays = 1  # they are tried, and `ended` expects none
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert same(calm, ended("not recorded", begin=begin, stops=[5]))
+    assert where == {"failed": 3}
+    assert [str(w.message) for w in told if "replayed" in str(w.message)] == [
+        "steps are not replayed: OutOfMemoryError: of a second copy"
+    ] * 2
+    print("same")
+    """
+    assert interpreted(LIVES + code).splitlines()[-1] == "same"
+
+
 def test_its_kernels_compile_for_a_gpu_move_four_numbers_at_a_time_and_spill_none(tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
