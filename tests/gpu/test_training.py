@@ -194,6 +194,3 @@ def test_the_masks_of_a_step_cost_no_run_its_bits_at_another_micro_batch(device:
             trainer.train(lambda: None)
         losses.append(column(run))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-# ---------------------------------------------------------------- real processes

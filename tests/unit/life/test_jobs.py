@@ -160,6 +160,16 @@ def test_the_file_holds_what_all_ranks_of_a_node_compiled(tmp_path: Path) -> Non
             p.unlink()
 
 
+def test_in_a_runs_first_life_all_ranks_compute_as_rank_0_found(tmp_path: Path) -> None:
+    run, of_rank_0 = make_run(tmp_path / "run"), {"amp": "bf16", "deterministic": False, "threads": 7, "kernels": "own"}
+    answers = iter([None, of_rank_0])
+    world = SimpleNamespace(is_main=False, device=torch.device("cpu"), broadcast=lambda value: next(answers))
+    life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2))
+    with mock.patch.object(training.devices, "check_precision"), mock.patch.object(training.device, "apply"):
+        found = training._resolved(life, make_config(), world, None)  # type: ignore[arg-type]
+    assert {k: getattr(found, k) for k in of_rank_0} == of_rank_0
+
+
 def test_the_compiler_itself_finds_what_another_node_compiled(
     tmp_path: Path, on_a_node: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
