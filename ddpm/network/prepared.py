@@ -28,7 +28,8 @@ class Prepared:
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
         together = self._by_sample if getattr(self._model, "own_kernels", False) else []
-        names = [name for name in self._cast if name not in together]
+        apart = set(together)
+        names = [name for name in self._cast if name not in apart]
         given: dict[str, Tensor] = {}
         if names:
             wide = [self._parameters[name] for name in names]

@@ -233,7 +233,10 @@ class Trainer:
                 self.save()
             if self.due.histogram(self.at.step):
                 if self.world.is_main:
-                    self.chronicle.histograms(self.at.step, histograms.of_gradients(self.step))
+                    found = histograms.of_gradients(self.step)
+                    if not found:
+                        self.chronicle.say("no histograms: not one image fits beside the steps", step=self.at.step)
+                    self.chronicle.histograms(self.at.step, found)
                 self.meter.restart(self.at.step)
             if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
                 return self._stop(reason)

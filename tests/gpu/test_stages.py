@@ -6,11 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import PROJECT
 
 
-def test_a_stage_that_there_is_not_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.gpu", "--stages", "benhc", "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(("words", "told"), [
+    (["--stages", "benhc"], "benhc; there are: checks, bench, run"),
+    (["--rows", "quick", "lop"], "no row lop;"),
+    (["--minutes", "0"], "--minutes 0: give more than 0"),
+    (["--data", "nowhere.zip"], "--data nowhere.zip: does not exist;"),
+    (["--out", "/dev/null/here"], "--out /dev/null/here: Not a directory;"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_minute_is_spent(words: list[str], told: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.gpu", "--out", str(tmp_path / "out"), *words]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "benhc" in done.stderr and "checks, bench, run" in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and told in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout and not list(tmp_path.iterdir())

@@ -35,6 +35,17 @@ def test_a_goal_that_is_missed_is_shown_and_ends_with_1(
     assert json.loads((tmp_path / "now").read_text())["rows"]["made-up"]["figures"]["speed"]["at_least"] == 1.15
 
 
+@pytest.mark.parametrize("place", [".", "nowhere/kept.json"])
+def test_figures_that_could_not_be_kept_are_not_measured(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "ROWS", (bench.Row("made-up", "", lambda _: pytest.fail("measured")),))
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / place)])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert f"--json {tmp_path / place}: give a file" in capsys.readouterr().err
+
+
 def test_a_row_that_fails_is_named_and_a_peer_that_is_not_there_fails_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

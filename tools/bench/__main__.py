@@ -117,6 +117,8 @@ def main() -> int:
     names = [name for asked in args.names for name in (QUICK if asked == "quick" else [asked])]
     if unknown := [name for name in names if name not in rows]:
         parser.error(f"no row {', '.join(unknown)}; there are: {', '.join(rows)}")
+    if args.json and (args.json.is_dir() or not os.access(args.json.absolute().parent, os.W_OK)):
+        parser.error(f"--json {args.json}: give a file in a folder that is there and can be written")
     before = read_json(args.against) if args.against else {}
     if before is None or not isinstance(before.get("rows", {}), dict):
         parser.error(f"--against {args.against}: not what --json keeps")

@@ -28,6 +28,7 @@ import torch
 
 from ddpm.run.files import read_json
 from tools.bench import PROJECT
+from tools.bench.__main__ import ROWS
 from tools.gpu import trial
 
 STAGES = ("checks", "bench", "run")
@@ -94,8 +95,10 @@ def bench(out: Path, limit_s: float, rows: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--out", type=Path, default=PROJECT / "runs" / "gpu")
+    parser.add_argument("--minutes", type=float, default=8, help="for all stages together (default: 8)")
+    parser.add_argument(
+        "--out", type=Path, default=PROJECT / "runs" / "gpu", help="for their files (default: runs/gpu)"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help="some of checks,bench,run")
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of the bench; quick: those that say most")
     parser.add_argument("--data", type=Path, help="images for the run: a folder or zip with train/CLASS/*")
@@ -103,8 +106,17 @@ def main() -> int:
     stages = args.stages.split(",")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"no stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
+    if unknown := [row for row in args.rows if row not in ("quick", *(known.name for known in ROWS))]:
+        parser.error(f"--rows: no row {', '.join(unknown)}; python -m tools.bench --help lists them")
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g}: give more than 0")
+    if args.data is not None and not args.data.exists():
+        parser.error(f"--data {args.data}: does not exist; give a folder or a zip with train/CLASS/*")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        parser.error(f"--out {args.out}: {e.strerror}; give a folder that can be written")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is then ended too
-    args.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + args.minutes * 60
     codes = {}
     for stage in stages:

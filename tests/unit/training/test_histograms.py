@@ -54,7 +54,7 @@ def test_they_are_those_of_the_next_step_and_leave_no_gradient(tmp_path: Path, m
 
 @pytest.mark.parametrize("fits", [0, 2])
 def test_where_not_all_images_fit_beside_the_steps_they_are_of_fewer_or_none_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fits: int
 ) -> None:
     tried = []
     alone = Step.gradients_alone
@@ -70,5 +70,6 @@ def test_where_not_all_images_fit_beside_the_steps_they_are_of_fewer_or_none_and
     monkeypatch.setattr(Step, "gradients_alone", small)
     live(make_config(**OPTIONS, log__histogram_every_steps=3), told)
     assert tried == 2 * ([4, 2, 1] if fits == 0 else [4, 2])
+    assert capsys.readouterr().out.count("no histograms: not one image fits") == (2 if fits == 0 else 0)
     assert differences(generations.load(plain, TOTAL), generations.load(told, TOTAL)) == []
     assert shown(told.tensorboard).get("gradients/conv_in", []) == ([] if fits == 0 else [3, 6])
