@@ -14,7 +14,8 @@ from tests.conftest import PROJECT
 @pytest.mark.parametrize(("words", "told"), [
     (["--stages", "benhc"], "benhc; there are: checks, bench, run"),
     (["--rows", "quick", "lop"], "no row lop;"),
-    (["--minutes", "0"], "--minutes 0: give more than 0"),
+    (["--minutes", "0"], "--minutes 0: give a number above 0"),
+    (["--stages", "run"], "--stages run: needs images"),
     (["--data", "nowhere.zip"], "--data nowhere.zip: does not exist;"),
     (["--out", "/dev/null/here"], "--out /dev/null/here: Not a directory;"),
 ])  # fmt: skip
@@ -23,3 +24,10 @@ def test_what_cannot_be_is_refused_before_any_minute_is_spent(words: list[str], 
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and told in done.stderr
     assert "Traceback" not in done.stderr and not done.stdout and not list(tmp_path.iterdir())
+
+
+def test_figures_of_an_earlier_call_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text('{"rows": {"feed": {"notes": []}}}')
+    command = [sys.executable, "-m", "tools.gpu", "--out", str(tmp_path), "--stages", "bench", "--rows", "feed"]
+    done = subprocess.run([*command, "--minutes", "0.01"], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "{'bench': 1}" in done.stdout, done.stdout + done.stderr

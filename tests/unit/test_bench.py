@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -43,7 +44,18 @@ def test_figures_that_could_not_be_kept_are_not_measured(
     monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / place)])
     with pytest.raises(SystemExit, match="2"):
         bench.main()
-    assert f"--json {tmp_path / place}: give a file" in capsys.readouterr().err
+    assert re.search(rf"--json {tmp_path / place}: .*; give a file", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kept", ["", "{}", '{"rows": {"feed": 3}}', '{"rows": {"feed": {"figures": {"a": "b"}}}}'])
+def test_what_was_not_kept_by_json_is_no_measure(
+    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "f").write_text(kept)
+    monkeypatch.setattr(sys, "argv", ["bench", "feed", "--small", "--against", str(tmp_path / "f")])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "not what --json keeps" in capsys.readouterr().err
 
 
 def test_a_row_that_fails_is_named_and_a_peer_that_is_not_there_fails_nothing(

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -100,6 +102,23 @@ def _isa() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
+def _keep(record: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _is_record(kept: dict[str, Any]) -> bool:
+    """Whether this is what `_keep` has written."""
+    rows = kept.get("rows")
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        return False
+    figures = [row.get("figures") for row in rows.values()]
+    if not all(isinstance(of_row, dict) for of_row in figures):
+        return False
+    values = [figure.get("value") if isinstance(figure, dict) else None for row in figures for figure in row.values()]
+    return all(isinstance(value, int | float) for value in values)
+
+
 def main() -> int:
     rows = {row.name: row for row in ROWS}
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
@@ -108,7 +127,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows (default: all; quick: {', '.join(QUICK)})")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=10, help="no row is begun after them (default: 10)")
-    parser.add_argument("--json", type=Path, metavar="F", help="keep all figures here, rewritten after each row")
+    parser.add_argument(
+        "--json", type=Path, metavar="F", help="keep this call's figures here, rewritten after each row"
+    )
     parser.add_argument("--against", type=Path, metavar="F", help="what --json kept: shown beside")
     parser.add_argument("--small", action="store_true", help="a quarter of the width, one round: a rehearsal, no goals")
     args = parser.parse_args()
@@ -117,16 +138,23 @@ def main() -> int:
     names = [name for asked in args.names for name in (QUICK if asked == "quick" else [asked])]
     if unknown := [name for name in names if name not in rows]:
         parser.error(f"no row {', '.join(unknown)}; there are: {', '.join(rows)}")
-    if args.json and (args.json.is_dir() or not os.access(args.json.absolute().parent, os.W_OK)):
-        parser.error(f"--json {args.json}: give a file in a folder that is there and can be written")
-    before = read_json(args.against) if args.against else {}
-    if before is None or not isinstance(before.get("rows", {}), dict):
-        parser.error(f"--against {args.against}: not what --json keeps")
+    if not 0 <= args.minutes < math.inf:
+        parser.error(f"--minutes {args.minutes:g}: give a number from 0 on")
+    before = read_json(args.against) if args.against else {"rows": {}}
+    if before is None or not _is_record(before):
+        parser.error(f"--against {args.against}: not what --json keeps, or not there")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a row has started is then ended too
     device = torch.device(args.device)
     chosen = [rows[name] for name in names] or [row for row in ROWS if args.device in row.on]
     record: dict[str, Any] = {**about(device), "small": args.small, "rows": {}}
+    try:
+        _keep(record, args.json)
+    except OSError as e:
+        parser.error(f"--json {args.json}: {e.strerror}; give a file in a folder that is there and can be written")
     print(" ".join(f"{k}={v}" for k, v in record.items() if k != "rows"))
-    if before and (before.get("name"), before.get("small")) != (record["name"], record["small"]):
+    if args.against and not {row.name for row in chosen} & before["rows"].keys():
+        print(f"--against has none of these rows: {', '.join(before['rows']) or 'none at all'}")
+    if args.against and (before.get("name"), before.get("small")) != (record["name"], record["small"]):
         print(f"--against is of another machine or size: {before.get('name')}, small={before.get('small')}")
     print(HEAD, flush=True)
     ends, good = time.monotonic() + args.minutes * 60, True
@@ -139,10 +167,9 @@ def main() -> int:
         result, ran = run_row(row, bench)
         good = good and ran and not any(f.missed for f in result.figures)
         record["rows"][row.name] = {**result.as_record(), "took_s": time.monotonic() - began}
-        then = before.get("rows", {}).get(row.name, {}).get("figures")
+        then = before["rows"].get(row.name, {}).get("figures")
         print("\n".join(lines(f"{row.name} ({time.monotonic() - began:.0f} s)", result, then)), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+        _keep(record, args.json)
         if bench.gpu:
             torch.cuda.empty_cache()
     return int(not good)

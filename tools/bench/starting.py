@@ -8,7 +8,6 @@ together, or the row fails.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -55,16 +54,17 @@ def life(run: RunDir, limit_s: float, end_limit_s: float) -> tuple[float, str]:
     with (run.logs / "bench.out").open("w+") as out:
         began = time.monotonic()
         job = subprocess.Popen([sys.executable, "-m", "launch.jobs", "train", str(run.path)], cwd=PROJECT, stdout=out,
-                               stderr=subprocess.STDOUT, env=variables, start_new_session=True)  # fmt: skip
-        while len(read_jsonl(run.metrics)) <= known and job.poll() is None and time.monotonic() < began + limit_s:
-            time.sleep(0.01)
-        took = time.monotonic() - began
-        job.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(end_limit_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+                               stderr=subprocess.STDOUT, env=variables)  # fmt: skip
+        try:  # in this process's group: what ends that ends the job
+            while len(read_jsonl(run.metrics)) <= known and job.poll() is None and time.monotonic() < began + limit_s:
+                time.sleep(0.01)
+            took = time.monotonic() - began
+            job.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(end_limit_s)
+        finally:
+            job.kill()
+            job.wait()
         out.seek(0)
         said = out.read()
     if len(read_jsonl(run.metrics)) <= known:

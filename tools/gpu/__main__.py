@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -87,14 +88,16 @@ def bench(out: Path, limit_s: float, rows: list[str]) -> int:
     """Its rows on this GPU; a goal that is missed is no failure here, where all figures are wanted."""
     small = [] if torch.cuda.is_available() else ["--small"]
     command = [sys.executable, "-m", "tools.bench", *rows, *small, "--json", str(out / "bench.json")]
-    code = bounded({out / "bench.log": [*command, "--minutes", f"{(limit_s - 40) / 60:.2f}"]}, limit_s)
+    (out / "bench.json").unlink(missing_ok=True)  # an earlier call's
+    code = bounded({out / "bench.log": [*command, "--minutes", f"{max(0.0, limit_s - 40) / 60:.2f}"]}, limit_s)
     record = read_json(out / "bench.json") or {}
     notes = [note for row in record.get("rows", {}).values() for note in row["notes"]]
     return int(code not in (0, 1) or not record or any(note.startswith("failed") for note in notes))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8, help="for all stages together (default: 8)")
     parser.add_argument(
         "--out", type=Path, default=PROJECT / "runs" / "gpu", help="for their files (default: runs/gpu)"
@@ -108,12 +111,15 @@ def main() -> int:
         parser.error(f"no stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     if unknown := [row for row in args.rows if row not in ("quick", *(known.name for known in ROWS))]:
         parser.error(f"--rows: no row {', '.join(unknown)}; python -m tools.bench --help lists them")
-    if not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes:g}: give more than 0")
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes {args.minutes:g}: give a number above 0")
+    if stages == ["run"] and args.data is None:
+        parser.error("--stages run: needs images, as --data FOLDER_OR_ZIP")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data}: does not exist; give a folder or a zip with train/CLASS/*")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "stages.json").write_text("{}\n")
     except OSError as e:
         parser.error(f"--out {args.out}: {e.strerror}; give a folder that can be written")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is then ended too
