@@ -29,5 +29,6 @@ def test_what_cannot_be_is_refused_before_any_minute_is_spent(words: list[str], 
 def test_figures_of_an_earlier_call_are_not_taken_for_this_ones(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text('{"rows": {"feed": {"notes": []}}}')
     command = [sys.executable, "-m", "tools.gpu", "--out", str(tmp_path), "--stages", "bench", "--rows", "feed"]
-    done = subprocess.run([*command, "--minutes", "0.01"], cwd=PROJECT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "{'bench': 1}" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run([*command, "--minutes", "0.4"], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert "no time left: feed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "{'bench': 1}" in done.stdout

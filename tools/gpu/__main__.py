@@ -92,7 +92,7 @@ def bench(out: Path, limit_s: float, rows: list[str]) -> int:
     code = bounded({out / "bench.log": [*command, "--minutes", f"{max(0.0, limit_s - 40) / 60:.2f}"]}, limit_s)
     record = read_json(out / "bench.json") or {}
     notes = [note for row in record.get("rows", {}).values() for note in row["notes"]]
-    return int(code not in (0, 1) or not record or any(note.startswith("failed") for note in notes))
+    return int(code not in (0, 1) or not record.get("rows") or any(note.startswith("failed") for note in notes))
 
 
 def main() -> int:
