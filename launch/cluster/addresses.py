@@ -17,32 +17,55 @@ SIOCGIFADDR = 0x8915
 
 def first_node_address(env: Mapping[str, str]) -> str:
     """The address of rank 0's node, which is the first of the step's node list."""
-    first = _first(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
-    try:
-        return str(socket.getaddrinfo(first, None, socket.AF_INET)[0][4][0])
-    except OSError:
-        pass
-    # a cluster whose node names do not resolve: slurmctld knows their addresses, srun the one it started from
+    first, _ = _ends(_nodes(env))
+    # where names do not resolve and slurmctld is not heard, srun knows the address that it started from
+    return _address(first) or env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+
+
+def _address(node: str) -> str | None:
+    """The node's IP address: by its name, else as slurmctld has it; None if it is not known."""
+    with contextlib.suppress(OSError):
+        return _resolved(node)
     with contextlib.suppress(OSError, SchedulerError):
-        if match := re.search(r"NodeAddr=(\S+)", slurm.run(["scontrol", "show", "node", "-o", first], timeout_s=20)):
-            return str(socket.getaddrinfo(match.group(1), None, socket.AF_INET)[0][4][0])
-    return env.get("SLURM_LAUNCH_NODE_IPADDR", first)
+        if match := re.search(r"NodeAddr=(\S+)", slurm.run(["scontrol", "show", "node", "-o", node], timeout_s=20)):
+            return _resolved(match.group(1))
+    return None
 
 
-def _first(nodes: str) -> str:
-    """The first host of a host list, by SLURM, which alone knows all forms; without its commands by the list's text."""
+def _resolved(name: str) -> str:
+    return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
+
+
+def _nodes(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+
+
+def _ends(nodes: str) -> tuple[str, str]:
+    """The first and the last host of a host list, by SLURM, which alone knows all forms; without its commands by the
+    list's text, as rack[1-2]-node[03,05]."""
     if "[" in nodes:
         with contextlib.suppress(SchedulerError):
             if found := slurm.run(["scontrol", "show", "hostnames", nodes], timeout_s=20).split():
-                return found[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # rack[1-2]-node[03,05]
+                return found[0], found[-1]
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
+    return first, re.sub(r"\[(?:[^\]]*[,-])?([^\],-]+)\]", r"\1", nodes).split(",")[-1]
+
+
+def interface_of(env: Mapping[str, str], rank_0: str) -> str | None:
+    """The network interface by which this node reaches the others of its step; None if it is not known.
+
+    rank_0: the address of the first node, as this one sees it. There its own name often resolves to 127.0.1.1, and the
+    way to that is one on which nobody else reaches it: the first node asks for the way to the last.
+    """
+    if rank_0.startswith("127."):
+        first, last = _ends(_nodes(env))
+        if first != last and (address := _address(last)):
+            return interface_towards(address)
+    return interface_towards(rank_0)
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this node reaches `address`, which may be its own; None if it is not known.
-
-    A host's own name often resolves to 127.0.1.1, which nobody else reaches.
-    """
+    """The network interface by which this node reaches `address`, which may be its own; None if it is not known."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.connect((address, 9))  # of a datagram: nothing is sent
         own = s.getsockname()[0]

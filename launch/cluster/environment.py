@@ -20,7 +20,7 @@ from ddpm.run.events import EventLog
 from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
-from launch.cluster.addresses import first_node_address, is_own_address, name_of
+from launch.cluster.addresses import first_node_address, interface_of, is_own_address, name_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 """Where the packages lie: a checkout, a run's code, or where pip has put them."""
@@ -291,6 +291,11 @@ def outside_allocation() -> Iterator[None]:
         yield
     finally:
         os.environ.update(saved)
+
+
+def interface_of_peers(rank_0: str) -> str | None:
+    """The network interface by which this node reaches the job's others. rank_0: the address of the first one."""
+    return interface_of(os.environ, rank_0)
 
 
 def set_defaults(**values: str) -> None:

@@ -25,7 +25,7 @@ from ddpm.run.saving import SPARE_BYTES, num_bytes
 from ddpm.training import ranks
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
-from launch.cluster import addresses, environment, scheduler
+from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life import compiled, devices, inputs
 from launch.life.life import Life
@@ -111,7 +111,7 @@ def _choose_network(asked: str | None, rank_0: str) -> None:
     """Set the interface on which gloo listens; NCCL finds its own unless one is given."""
     if asked:
         environment.set_defaults(NCCL_SOCKET_IFNAME=asked)
-    if name := asked or addresses.interface_towards(rank_0):
+    if name := asked or environment.interface_of_peers(rank_0):
         environment.set_defaults(GLOO_SOCKET_IFNAME=name)
 
 

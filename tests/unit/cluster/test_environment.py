@@ -129,6 +129,32 @@ def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
     assert outward not in (None, "lo") and addresses.interface_towards(own) == outward
 
 
+@pytest.mark.parametrize(("nodes", "last"), [
+    ("n[1-4]", "n4"), ("a[3,5-7],b[1-2]", "b2"), ("rack[1-2]-node[03,05]", "rack2-node05"), ("x1,x2", "x2"),
+    ("r[07-09]c[1-2]n[004-006]", "r09c2n006"), ("n[1,3]", "n3"),
+])  # fmt: skip
+def test_a_first_node_that_knows_itself_by_a_loopback_takes_the_interface_towards_the_last(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, last: str
+) -> None:
+    """As Debian writes 127.0.1.1 into /etc/hosts: other nodes reach nothing that listens there."""
+    known = {last: "192.0.2.9"}
+
+    def resolve(name: str, *_: object) -> list[tuple[object, ...]]:
+        return [(0, 0, 0, "", (known.get(name, "127.0.1.1"), 0))]
+
+    def unanswered(argv: list[str], **_: object) -> str:
+        raise SchedulerError("scontrol: not found on this machine")
+
+    monkeypatch.setattr(slurm, "run", unanswered)
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr(addresses, "interface_towards", lambda address: f"towards {address}")
+    env = {"SLURM_STEP_NODELIST": nodes}
+    assert addresses.interface_of(env, addresses.first_node_address(env)) == "towards 192.0.2.9"
+    assert addresses.interface_of(env, "192.0.2.1") == "towards 192.0.2.1"
+    alone = {"SLURM_STEP_NODELIST": last}
+    assert addresses.interface_of(alone, "127.0.1.1") == "towards 127.0.1.1"
+
+
 @pytest.mark.parametrize(
     ("connection", "words"),
     [
