@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ddpm.errors import NodeUnfit
+from ddpm.errors import DoNotRetry, NodeUnfit
+from ddpm.training.ranks import World
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
 
@@ -31,6 +32,25 @@ def check(env: JobEnvironment, device: torch.device, gpus: Path = NVIDIA_GPUS) -
     if torch.version.cuda is None:
         why = f"torch {torch.__version__} is its CPU build: delete .venv and run tools/env.sh, or install the other"
     raise NodeUnfit(f"{env.host} has GPUs for this job, but torch cannot use them. {why}")
+
+
+def check_apart(world: World, host: str) -> None:
+    """Called on all ranks. Raise DoNotRetry if two of them would have one GPU, which NCCL refuses; NodeUnfit if some
+    have a GPU and others none: they would wait for each other."""
+    if world.world_size == 1:
+        return
+    gpu = str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else ""
+    told = world.all_of((host, gpu))
+    gpus = [gpu for _, gpu in told]
+    if any(gpus) and (without := [rank for rank, gpu in enumerate(gpus) if not gpu]):
+        hosts = ", ".join(sorted({told[rank][0] for rank in without}))
+        raise NodeUnfit(f"torch sees no GPU on rank {without[0]} ({hosts}), and others have one: is the driver well?")
+    for rank, (host, gpu) in enumerate(told):
+        if gpu and (other := gpus.index(gpu)) < rank:
+            raise DoNotRetry(
+                f"ranks {other} and {rank} would both compute on one GPU of {host}: a job needs a GPU for each task of "
+                f"a node, as --gpus-per-node 4 gives; by hand --ntasks-per-node 4 beside it"
+            )
 
 
 def check_precision(env: JobEnvironment, device: torch.device, precision: str, *, has_bf16: bool | None = None) -> None:

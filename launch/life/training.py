@@ -57,6 +57,7 @@ def train(life: Life, config: Config, why: str | None) -> int:
         master_port=env.master_port,
         timeout_s=timeout_s,
     )
+    devices.check_apart(world, env.host)
     fence = None
     if world.is_main and not why:
         fence = _take(life, wait_s=min(60, timeout_s / 2))
@@ -151,6 +152,8 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
         resolved = device.resolve(config, world.device, life.env.cpus, world.broadcast(resolved.as_dict()))
     devices.check_precision(life.env, world.device, resolved.amp)
     device.apply(resolved)
+    if resolved.deterministic:  # NVLink's switches sum in no fixed order; NCCL, not in use yet, will read this
+        environment.set_defaults(NCCL_NVLS_ENABLE="0")
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": device.name_of(world.device), "world_size": world.world_size}
         _keep(run, fence, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -23,7 +24,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from ddpm.data import packed, scratch
-from ddpm.errors import NodeUnfit, Stopped
+from ddpm.errors import DoNotRetry, NodeUnfit, Stopped
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import StopRequested
@@ -170,6 +171,23 @@ def test_in_a_runs_first_life_all_ranks_compute_as_rank_0_found(tmp_path: Path) 
     assert {k: getattr(found, k) for k in of_rank_0} == of_rank_0
 
 
+@pytest.mark.parametrize(("deterministic", "users", "found"), [
+    (True, None, "0"), (True, "1", "1"), (False, None, None),
+])  # fmt: skip
+def test_switches_that_sum_in_any_order_are_left_out_of_a_deterministic_run_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool, users: str | None, found: str | None
+) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", users or "")
+    if users is None:
+        monkeypatch.delenv("NCCL_NVLS_ENABLE")
+    life = SimpleNamespace(run=make_run(tmp_path), env=SimpleNamespace(cpus=2))
+    config = make_config(train__deterministic=deterministic)
+    world = SimpleNamespace(is_main=False, device=torch.device("cpu"), broadcast=lambda value: value)
+    with mock.patch.object(training.device, "apply"):
+        training._resolved(life, config, world, None)  # type: ignore[arg-type]
+    assert os.environ.get("NCCL_NVLS_ENABLE") == found
+
+
 def test_the_compiler_itself_finds_what_another_node_compiled(
     tmp_path: Path, on_a_node: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +298,23 @@ def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monke
         devices.check(env, cpu, tmp_path)
     monkeypatch.delenv("SLURM_STEP_GPUS")
     devices.check(env, cpu, tmp_path)  # none was asked for
+
+
+@pytest.mark.parametrize(("others", "told"), [
+    ([("n1", "GPU-b"), ("n2", "GPU-a"), ("n2", "GPU-c")], None),
+    ([("n1", "GPU-b"), ("n2", "GPU-a"), ("n2", "GPU-a")], (DoNotRetry, r"ranks 2 and 3 .* one GPU of n2: .*--gpus")),
+    ([("n1", ""), ("n2", ""), ("n2", "GPU-c")], (NodeUnfit, r"no GPU on rank 1 \(n1, n2\)")),
+])  # fmt: skip
+def test_ranks_that_share_a_gpu_or_of_which_some_have_none_are_told_of_it_before_they_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch, others: list[tuple[str, str]], told: tuple[type[Exception], str] | None
+) -> None:
+    uuid = SimpleNamespace(uuid="GPU-0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: uuid)
+    world = SimpleNamespace(world_size=4, device=torch.device("cuda", 0), all_of=lambda own: [own, *others])
+    with pytest.raises(told[0], match=told[1]) if told else contextlib.nullcontext():
+        devices.check_apart(world, "n1")  # type: ignore[arg-type]
+    here = SimpleNamespace(world_size=4, device=torch.device("cpu"), all_of=lambda own: [own] * 4)
+    devices.check_apart(here, "n1")  # type: ignore[arg-type]
 
 
 def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
