@@ -266,7 +266,7 @@ def assert_same_end(one: RunDir, other: RunDir, step: int) -> None:
 # ---------------------------------------------------------------- several ranks
 
 
-def _joined(rank: int, world_size: int, port: int, timeout_s: float, work: Callable[..., None], *args: Any) -> None:
+def joined(rank: int, world_size: int, port: int, timeout_s: float, work: Callable[..., None], *args: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     world = ranks.join(
@@ -312,15 +312,25 @@ def live_on_ranks(
     on_ranks(world_size, _rank, config, run, list(stop_at), seen)
 
 
-def on_ranks(world_size: int, work: Callable[..., None], *args: Any, timeout_s: float = 600) -> None:
-    """work(world, *args) on `world_size` gloo ranks, each a process of its own."""
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, and never forked with threads
+def on_ranks(
+    world_size: int,
+    work: Callable[..., None],
+    *args: Any,
+    timeout_s: float = 600,
+    join: Callable[..., None] = joined,
+    start: str = "forkserver",
+) -> None:
+    """work(world, *args) on `world_size` ranks, each a process of its own, which `join` brings together.
+
+    start: forkserver imports torch once, and never forks it with threads; spawn forks nothing, for a GPU.
+    """
+    context = multiprocessing.get_context(start)
     context.set_forkserver_preload(["tests.training", "torch.utils.tensorboard", "torch._dynamo"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     processes = [
-        context.Process(target=_joined, args=(rank, world_size, port, timeout_s, work, *args))
+        context.Process(target=join, args=(rank, world_size, port, timeout_s, work, *args))
         for rank in range(world_size)
     ]
     for p in processes:

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 RANK_TIMEOUT_S = 600
 """A rank that does not answer its peers for this long ends the job; compiling the network takes up to two minutes."""
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What carries tensors between ranks, by the kind of their device."""
 
 
 def stop_code(stop_requested: StopRequested) -> int:
@@ -127,7 +129,7 @@ def join(
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            BACKENDS[device.type],
             init_method=f"tcp://{master_addr}:{master_port}",
             rank=rank,
             world_size=world_size,

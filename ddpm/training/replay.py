@@ -7,8 +7,8 @@ several ranks meet between two recordings. Must not know: the mathematics, which
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -53,9 +53,16 @@ class Exchange:
             parameter.grad = view
 
 
-def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> AbstractContextManager[None]:
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     """Within: work is recorded, while other threads (of NCCL, of a save) may use the device."""
-    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+    with (
+        torch.cuda.stream(
+            torch.cuda.current_stream()
+        ),  # also where a recording fails, after which torch stays on its own
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        yield
 
 
 class Replayable(Protocol):

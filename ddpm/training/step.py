@@ -73,7 +73,9 @@ class Step:
         if world.world_size == 1:
             return network, None
         if self.gpu:  # what is replayed cannot hold DDP's hooks
-            return network, Exchange(state.model.parameters(), world)
+            exchange = Exchange(state.model.parameters(), world)
+            exchange()  # connects the ranks, which takes memory: before it is tried out how many images fit
+            return network, exchange
         return DistributedDataParallel(network, gradient_as_bucket_view=True), None
 
     def _batches(self) -> Batches:
