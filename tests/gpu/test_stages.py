@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PROJECT
+from tools.gpu import __main__ as gpu
 
 
 @pytest.mark.parametrize(("words", "told"), [
@@ -32,3 +33,11 @@ def test_figures_of_an_earlier_call_are_not_taken_for_this_ones(tmp_path: Path) 
     done = subprocess.run([*command, "--minutes", "0.4"], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert "no time left: feed" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 1 and "{'bench': 1}" in done.stdout
+
+
+def test_the_files_that_take_longest_are_begun_first_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(gpu, "bounded", lambda commands, *_, **__: seen.extend(c[-1] for c in commands.values()))
+    gpu.checks(Path("out"), 60)
+    assert seen[: len(gpu.LONGEST)] == [f"tests/gpu/test_{name}.py" for name in sorted(gpu.LONGEST)]
+    assert sorted(seen) == sorted(str(f.relative_to(PROJECT)) for f in (PROJECT / "tests" / "gpu").glob("test_*.py"))

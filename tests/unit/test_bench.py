@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ddpm.config import schema
 from tools.bench import __main__ as bench
+from tools.bench import measure, training
 from tools.bench.counting import Operations, launched, profiled
 from tools.bench.figures import Figure, Result, interval, ratio
 
@@ -34,6 +38,50 @@ def test_a_goal_that_is_missed_is_shown_and_ends_with_1(
     shown = capsys.readouterr().out
     assert ("MISSED" in shown) == bool(code) and ">= 1.15" in shown and "(before 0.6, now" in shown
     assert json.loads((tmp_path / "now").read_text())["rows"]["made-up"]["figures"]["speed"]["at_least"] == 1.15
+
+
+def test_the_last_row_has_all_the_time_that_is_left_and_others_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+
+    def run(of: measure.Bench) -> Result:
+        left.append(of.ends - time.monotonic())
+        return Result()
+
+    monkeypatch.setattr(bench, "ROWS", tuple(bench.Row(name, "", run) for name in "abcd"))
+    monkeypatch.setattr(sys, "argv", ["bench", "--minutes", "10"])
+    assert bench.main() == 0
+    assert left == pytest.approx([200, 200, 300, 600], abs=20)  # as long as such rows and this machine may take
+
+
+def test_a_recipe_that_fails_is_named_those_that_are_compiled_come_last_and_only_where_there_is_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a GPU has kernels for some of them."""
+    long = {"cifar10-accumulate", "celeba-64"}
+    taken = []
+
+    def measured(bench: measure.Bench, name: str, *overrides: str) -> Figure:
+        taken.append(name)
+        if name == "celeba-32":
+            raise torch.OutOfMemoryError("not one image")
+        return Figure(name, 1.0)
+
+    def resolve(config: schema.Config, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(compile=config.name in long)
+
+    monkeypatch.setattr(training, "_recipe", measured)
+    monkeypatch.setattr(training, "resolve", resolve)
+    for seconds in (3600, 60):
+        found = training.recipes(measure.Bench(torch.device("cpu"), True, time.monotonic() + seconds))
+        assert found.failed and "failed: celeba-32: OutOfMemoryError: not one image" in found.notes
+        assert taken[:2] == ["celeba-128", "celeba-32"] and set(taken) == {f.name for f in found.figures} | {
+            "celeba-32"
+        }
+        if seconds == 3600:
+            assert taken[-2:] == sorted(long) and len(found.notes) == 1
+        else:
+            assert not long & set(taken) and {f"no time left for {name}" for name in long} < set(found.notes)
+        taken.clear()
 
 
 @pytest.mark.parametrize("place", [".", "nowhere/kept.json"])

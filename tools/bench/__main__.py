@@ -80,16 +80,15 @@ ROWS = (
 QUICK = ("peaks", "loop", "training", "network", "inception", "checkpoint")
 
 
-def run_row(row: Row, bench: Bench) -> tuple[Result, bool]:
-    """Whether it came to an end, besides."""
+def run_row(row: Row, bench: Bench) -> Result:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a trainer tells is no part of the table
-            return row.run(bench), True
+            return row.run(bench)
     except ImportError as e:
-        return Result(notes=[f"not run: {e}"]), True
+        return Result(notes=[f"not run: {e}"])
     except Exception as e:
         traceback.print_exc()
-        return Result(notes=[f"failed: {type(e).__name__}: {e}"]), False
+        return Result(notes=[f"failed: {type(e).__name__}: {e}"])
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -163,9 +162,10 @@ def main() -> int:
         if began > ends:
             print(f"no time left: {', '.join(r.name for r in chosen[i:])}")
             break
-        bench = Bench(device, args.small, min(ends, began + max(20.0, (ends - began) / 3)))
-        result, ran = run_row(row, bench)
-        good = good and ran and not any(f.missed for f in result.figures)
+        share = (ends - began) / min(3, len(chosen) - i)  # the last one has all that is left
+        bench = Bench(device, args.small, min(ends, began + max(20.0, share)))
+        result = run_row(row, bench)
+        good = good and not result.failed and not any(f.missed for f in result.figures)
         record["rows"][row.name] = {**result.as_record(), "took_s": time.monotonic() - began}
         then = before["rows"].get(row.name, {}).get("figures")
         print("\n".join(lines(f"{row.name} ({time.monotonic() - began:.0f} s)", result, then)), flush=True)

@@ -45,6 +45,10 @@ class Result:
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def failed(self) -> bool:
+        return any(note.startswith("failed") for note in self.notes)
+
     def as_record(self) -> dict[str, Any]:
         figures = {f.name: {k: v for k, v in asdict(f).items() if k != "name" and v not in (None, "")}
                    for f in self.figures}  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import socket
 import statistics
 import sys
@@ -25,6 +26,7 @@ LIMIT_S = 300
 
 
 def _rank(*arguments: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else ranks would take the GPU, where there is one
     with contextlib.redirect_stdout(sys.stderr):  # what trainers tell is no part of the table
         _measure(*arguments)
 

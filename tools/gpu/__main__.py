@@ -33,6 +33,8 @@ from tools.bench.__main__ import ROWS
 from tools.gpu import trial
 
 STAGES = ("checks", "bench", "run")
+LONGEST = ("training", "jobs", "ranks")
+"""Files of tests/gpu that take longest: the others fit beside them."""
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
 
@@ -78,9 +80,12 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
 
 def checks(out: Path, limit_s: float) -> int:
     """The files of tests/gpu side by side, where there are cores: most of their time is their compilers'."""
-    files = sorted((PROJECT / "tests" / "gpu").glob("test_*.py"))
+    names = sorted(file.stem.removeprefix("test_") for file in (PROJECT / "tests" / "gpu").glob("test_*.py"))
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3"]
-    commands = {out / f"checks-{file.stem.removeprefix('test_')}.log": [*pytest, str(file)] for file in files}
+    commands = {
+        out / f"checks-{name}.log": [*pytest, f"tests/gpu/test_{name}.py"]
+        for name in sorted(names, key=lambda name: name not in LONGEST)
+    }
     return bounded(commands, limit_s - 10, at_once=max(1, len(os.sched_getaffinity(0)) // 4))
 
 
