@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddpm.run.paths import RunDir
 from tests.conftest import requires
+from tests.training import make_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     requires(torch.cuda.is_available(), "torch sees no GPU here", "run python -m tools.gpu on a node that has one")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that a CPU has trained."""
+    from tests.gpu.test_training import CALM, Life
+
+    run = make_run(tmp_path_factory.mktemp("cpu"))
+    with Life(run, torch.device("cpu"), **CALM) as trainer:
+        trainer.train(lambda: None)
+    return run

@@ -1,4 +1,5 @@
-"""Training on a GPU: every precision, compiled and not; overflows, stops and kills; nothing in a step waits for it."""
+"""Training on a GPU: every precision; overflows, stops and kills; nothing in a step waits for it. Compiled:
+test_compiled.py."""
 
 from __future__ import annotations
 
@@ -19,8 +20,6 @@ from ddpm.training.ranks import World
 from ddpm.training.step import Step
 from ddpm.training.trainer import Trainer
 from tests.training import differences, make_config, make_images, make_run, on_ranks
-
-PRECISIONS = [("off", False), ("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)]
 
 
 class Life:
@@ -60,19 +59,12 @@ CALM = {"train__total_steps": 30, "train__lr": 1e-4}
 """At a high learning rate rounding grows into another path within ten steps, on any device."""
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    run = make_run(tmp_path_factory.mktemp("cpu"))
-    with Life(run, torch.device("cpu"), **CALM) as trainer:
-        trainer.train(lambda: None)
-    return run
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_run_learns_what_it_learns_on_a_cpu(device: torch.device, tmp_path: Path, on_cpu: RunDir, amp: str) -> None:
+    assert_learns(device, make_run(tmp_path), on_cpu, amp)
 
 
-@pytest.mark.parametrize(("amp", "compiled"), PRECISIONS)
-def test_a_run_learns_what_it_learns_on_a_cpu(
-    device: torch.device, tmp_path: Path, on_cpu: RunDir, amp: str, compiled: bool
-) -> None:
-    run = make_run(tmp_path)
+def assert_learns(device: torch.device, run: RunDir, on_cpu: RunDir, amp: str, *, compiled: bool = False) -> None:
     with Life(run, device, train__amp=amp, train__compile=compiled, **CALM) as trainer:
         assert trainer.train(lambda: None).finished
     assert generations.verify(run, 30).step == 30
@@ -81,12 +73,12 @@ def test_a_run_learns_what_it_learns_on_a_cpu(
     assert column(run, "grad_norm") == pytest.approx(column(on_cpu, "grad_norm"), rel=0.05)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(
-    device: torch.device, tmp_path: Path, compiled: bool
-) -> None:
+def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(device: torch.device, tmp_path: Path) -> None:
+    assert_overflows(device, make_run(tmp_path))
+
+
+def assert_overflows(device: torch.device, run: RunDir, *, compiled: bool = False) -> None:
     """From a loss times 2**60 on, no step of 15 comes back to where fp16 holds its gradients."""
-    run = make_run(tmp_path)
     skipped_before: list[int] = []
     made_of: set[torch.dtype] = set()
     with Life(run, device, train__total_steps=20, train__amp="fp16", train__compile=compiled) as trainer:
@@ -125,10 +117,14 @@ def test_a_step_never_waits_for_the_device(device: torch.device, tmp_path: Path,
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("amp", "compiled"), [("bf16", False), ("bf16", True), ("fp16", False)])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_a_deterministic_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
-    device: torch.device, tmp_path: Path, amp: str, compiled: bool
+    device: torch.device, tmp_path: Path, amp: str
 ) -> None:
+    assert_goes_on(device, tmp_path, amp)
+
+
+def assert_goes_on(device: torch.device, tmp_path: Path, amp: str, *, compiled: bool = False) -> None:
     changes = {
         "train__total_steps": 12,
         "train__amp": amp,
@@ -191,15 +187,3 @@ def test_steps_after_a_recording_that_failed_stay_on_their_stream_and_have_the_s
         assert trainer.step._replay is not None
     runs = [make_run(tmp_path / name) for name in ("unrecorded", "replayed")]
     assert differences(*(generations.load(run, 30) for run in runs)) == []
-
-
-def test_the_masks_of_a_step_cost_no_run_its_bits_at_another_micro_batch(device: torch.device, tmp_path: Path) -> None:
-    """To rounding: with dropout, compiled, on the whole batch and on a quarter of it at a time."""
-    losses = []
-    for micro in (None, 2):
-        run = make_run(tmp_path / str(micro))
-        changes = {"train__global_batch": 8, "train__micro_batch": micro, "train__compile": True, "train__amp": "off"}
-        with Life(run, device, **{**CALM, **changes, "model__dropout": 0.3}) as trainer:
-            trainer.train(lambda: None)
-        losses.append(column(run))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

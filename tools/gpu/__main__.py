@@ -33,7 +33,7 @@ from tools.bench.__main__ import ROWS
 from tools.gpu import trial
 
 STAGES = ("checks", "bench", "run")
-LONGEST = ("training", "jobs", "ranks")
+LONGEST = ("compiled", "jobs", "ranks", "training")
 """Files of tests/gpu that take longest: the others fit beside them."""
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
