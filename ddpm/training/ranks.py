@@ -96,6 +96,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def of_rank_0(self, values: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values of a contiguous tensor on this world's device, in place on every rank."""
+        if self.world_size > 1:
+            dist.broadcast(values, src=0)
+        return values
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a float tensor on this world's device."""
         return self.sum(values) / self.world_size if self.world_size > 1 else values

@@ -49,6 +49,15 @@ class TrainingState:
         self.model.load_state_dict(weights)
         self.ema.load_state_dict(weights)
 
+    def begin_as_rank_0(self) -> None:
+        """At step 0: take rank 0's weights, since a CPU of another kind may draw others by the last bit, and ranks only
+        ever exchange gradients. Called on all ranks."""
+        if self.world.world_size > 1:
+            weights = self.model.state_dict()
+            flat = self.world.of_rank_0(torch.cat([w.flatten() for w in weights.values()]))
+            parts = flat.split([w.numel() for w in weights.values()])
+            self.begin_with({name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)})
+
     @property
     def settled(self) -> float | None:
         """The mean change of the last logged losses if training ends early by it, else None; the same on all ranks.

@@ -147,6 +147,8 @@ class Trainer:
     def _begin_with_start(self) -> None:
         if self._start is not None:
             self.state.begin_with(read_start(self.run, self._start))
+        else:
+            self.state.begin_as_rank_0()
 
     def _begin(self) -> None:
         """Reset all that depends on earlier steps, after the state was loaded or rolled back."""

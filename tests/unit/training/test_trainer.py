@@ -25,7 +25,8 @@ from ddpm.run.saving import Checkpointer
 from ddpm.training import chronicle, ranks
 from ddpm.training.meter import Meter
 from ddpm.training.replay import Exchange
-from ddpm.training.trainer import Outcome
+from ddpm.training.state import TrainingState
+from ddpm.training.trainer import Outcome, Trainer
 from tests.conftest import PROJECT
 from tests.images import write_zip
 from tests.saves import flip_bit
@@ -258,6 +259,26 @@ def test_ranks_that_come_and_go_see_the_samples_of_one_rank(tmp_path: Path) -> N
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert {**ours, "loss": 0, "grad_norm": 0} == {**theirs, "loss": 0, "grad_norm": 0}
     assert [e["world_size"] for e in read_events(run) if e["event"] in ("started", "resumed")] == [2, 1, 2]
+
+
+def begin_apart(world: ranks.World, config: Config, run: RunDir) -> None:
+    def meddle(trainer: Trainer) -> None:
+        with torch.no_grad():
+            for p in (*trainer.state.model.parameters(), *trainer.state.ema.model.parameters()):
+                p.add_(world.rank / 1024)
+
+    with Life(config, run, world=world, warm_up=False, before_resume=meddle) as life:
+        state = life.trainer.state
+        weights = [p.detach().clone() for p in (*state.model.parameters(), *state.ema.model.parameters())]
+        for of_rank in world.all_of(weights):
+            assert all(torch.equal(a, b) for a, b in zip(weights, of_rank, strict=True))
+    drawn = list(TrainingState(config, ranks.World(0, 1, world.device), "off").model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, drawn * 2, strict=True))
+
+
+def test_ranks_begin_with_the_weights_that_rank_0_draws(tmp_path: Path) -> None:
+    """As where nodes have CPUs of several kinds, which draw normals to another last bit."""
+    on_ranks(2, begin_apart, make_config(model__num_classes=2), make_run(tmp_path))
 
 
 def live_by_one_buffer(world: ranks.World, config: Config, run: RunDir) -> None:
