@@ -83,6 +83,9 @@ def lines(config: Config, site: Site, num_images: int | None) -> Iterator[str]:
     yield f"steps: {_steps(config, num_images)}"
     yield f"GPUs: {_gpus(config, site)}{_cost(config, site)}"
     yield f"time: {_time(site)}"
+    own = {"cpus-per-task", "cpus-per-gpu", "exclusive"} & site.sbatch.keys()
+    if site.num_gpus and site.world_size > 1 and site.cpus_per_task is None and not own:
+        yield "CPUs: as many as SLURM gives unasked, often one a rank; --cpus-per-task 4 leaves NCCL some of its own"
 
 
 def _network(config: Config) -> tuple[Model, int]:

@@ -89,12 +89,16 @@ def test_dry_run_prints_the_config_that_would_be_frozen(shell: Shell) -> None:
 
 def test_a_dry_run_begins_with_what_is_asked_for_and_shows_scripts_where_they_are_wanted(shell: Shell) -> None:
     text = shell("submit", "--dry-run", "--time", "4h", "--nodes", "2", "--gpus-per-node", "a100:4").stdout
-    model, data, steps, gpus, limit = text.splitlines()[:5]
+    model, data, steps, gpus, limit, cpus = text.splitlines()[:6]
     assert model.startswith("# model: U-Net without classes, 35.7 M parameters, channels 128 256 256 256")
     assert data.startswith("# data: cifar10, downloaded where it is missing, 32x32, 50,000 images")
     assert steps == "# steps: 800,000 of 128 images: 102,400,000 images (2,048 epochs)"
     assert gpus.startswith("# GPUs: 4 a100 on each of 2 nodes, 16 images a rank and step; about 3 GPU hours at 8,779")
     assert limit.startswith("# time: 4 h 00 min a job; 120 s before its end the run saves, goes back into the queue")
+    assert cpus.startswith("# CPUs: as many as SLURM gives unasked, often one a rank; --cpus-per-task 4")
+    for words in (["--cpus-per-task", "4"], ["--sbatch", "cpus-per-gpu=4"]):
+        assert "# CPUs" not in shell("submit", "--dry-run", "--gpus-per-node", "4", *words).stdout
+    assert "# CPUs" not in shell("submit", "--dry-run").stdout
     assert "#SBATCH" not in text and "--verbose shows the exact job script" in text
     assert "GPU hours unknown here" in shell("submit", "--dry-run", "model.base_channels=64").stdout
     small = shell("submit", "--dry-run", "tiny.yaml", "train.global_batch=2000", "--cluster", "local")
