@@ -159,7 +159,7 @@ class Later:
         if value.is_cuda:
             self._here = torch.empty_like(value, device="cpu", pin_memory=True)
             self._here.copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(blocking=True)  # else this CPU spins, with NCCL and a save beside it
             self._arrived.record()
 
     def __bool__(self) -> bool:
