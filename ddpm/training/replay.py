@@ -56,12 +56,8 @@ class Exchange:
 @contextmanager
 def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     """Within: work is recorded, while other threads (of NCCL, of a save) may use the device."""
-    with (
-        torch.cuda.stream(
-            torch.cuda.current_stream()
-        ),  # also where a recording fails, after which torch stays on its own
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-    ):
+    here = torch.cuda.stream(torch.cuda.current_stream())  # torch stays on its own where a recording fails
+    with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         yield
 
 

@@ -86,7 +86,7 @@ def checks(out: Path, limit_s: float) -> int:
         out / f"checks-{name}.log": [*pytest, f"tests/gpu/test_{name}.py"]
         for name in sorted(names, key=lambda name: name not in LONGEST)
     }
-    return bounded(commands, limit_s - 10, at_once=max(1, len(os.sched_getaffinity(0)) // 2))
+    return bounded(commands, limit_s - 10, at_once=max(1, len(os.sched_getaffinity(0)) // 4))
 
 
 def bench(out: Path, limit_s: float, rows: list[str]) -> int:
