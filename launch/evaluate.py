@@ -274,7 +274,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
             code = follow.follow_process(run, process, log)
         if code:
-            return code if code == 130 else 1
+            return code
     if ids and args.wait:
         with contextlib.redirect_stdout(sys.stderr):
             follow.follow_jobs(run, ids, [(job.stage, job.set_name) for _, jobs in chains for job in jobs])

@@ -284,7 +284,7 @@ def make(
         publish(run, sample_set, request)
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
-            return code if code == 130 else 1
+            return code
     else:
         with turn(run):
             use_shell_of(run, site)

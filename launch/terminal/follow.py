@@ -95,7 +95,8 @@ class Follower:
 
 
 def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> int:
-    """Show progress until a background process ends; returns its exit code. Ctrl-C stops watching, not the work."""
+    """Show progress until a background process ends; returns the exit code to leave with: 0, 1 where it failed, 130
+    after ctrl-C, which stops watching, not the work."""
     follower = Follower(run, log)
     try:
         while process.poll() is None:
@@ -113,7 +114,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             file=sys.stderr,
         )
         print(f"error: the job ended with exit code {process.returncode}; its log: {log}", file=sys.stderr)
-    return process.returncode
+    return 1 if process.returncode else 0
 
 
 def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> None:
