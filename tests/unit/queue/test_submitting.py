@@ -124,6 +124,15 @@ def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(r
     assert {"--export=ALL", "--account=lab"} <= options_of(cluster.of("sbatch")[1])
 
 
+def test_the_successor_of_one_task_of_an_evaluation_computes_the_same(run: RunDir, cluster: Cluster) -> None:
+    site = Site(via="sbatch", account="lab", tasks=2)
+    submitting.submit(Job("evaluate", run, site, "bound", extra_args=("--bits-per-dim",), parts=2))
+    submitting.submit_successor(run, "evaluate", "101_1")
+    heir = cluster.of("sbatch")[1]
+    assert heir[-3:] == [str(run.path), "bound", "--bits-per-dim"] and "--account=lab" in heir
+    assert f"--output={run.logs}/evaluate-%j.out" in heir and submitting.sent_where(run, "101_1") == site
+
+
 @pytest.mark.parametrize("odd", ['"options": 7', '"options": null', '"set": 7', '"args": "x"', '"job": 101'])
 def test_a_job_whose_submission_is_odd_has_a_successor_all_the_same(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, odd: str
