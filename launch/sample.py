@@ -254,19 +254,9 @@ def _by_hand(job: Job) -> str:
 
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:
-    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before.
-
-    Returns whether it is new.
-    """
-    existed = sample_set.request.exists()
-    publish_request(sample_set, request)
-    if not existed and not run.manifest(request.checkpoint.step).exists():
-        withdraw_request(sample_set)
-        raise RequestError(
-            f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
-            f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
-        )
-    return not existed
+    """Publish the request; returns whether it is new. Raises RequestError where its checkpoint is gone."""
+    step = request.checkpoint.step
+    return sets.publish_while_kept(run, sample_set, step, lambda: publish_request(sample_set, request))
 
 
 def make(

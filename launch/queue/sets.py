@@ -13,7 +13,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import RunDir, fit_name
+from ddpm.run.paths import Made, RunDir, fit_name
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import (
     CheckpointRef,
@@ -24,6 +24,7 @@ from ddpm.sampling.request import (
     publish_request,
     read_request,
     samples_record,
+    withdraw_request,
 )
 from ddpm.scoring.against import SPLITS, digest_of_split, folder_digest
 from ddpm.scoring.record import Score, file_extractor_name, scores_of
@@ -120,6 +121,20 @@ def request_for(
     """The request that the run's config makes for one checkpoint. variance: instead of the config's."""
     at = CheckpointRef(generation.step, generation.sha256)
     return from_config(config, at, precision_of(config, run), variance)
+
+
+def publish_while_kept(run: RunDir, made: Made, step: int, publish: Callable[[], object]) -> bool:
+    """Have a request published while its checkpoint is there: training keeps those that a request names, but not
+    before. Returns whether it is new. Raises RequestError where the checkpoint has just been removed."""
+    existed = made.request.exists()
+    publish()
+    if not existed and not run.manifest(step).exists():
+        withdraw_request(made)
+        raise RequestError(
+            f"the checkpoint of step {step} was just removed, as training keeps only the newest; there are "
+            f"{sorted(run.steps_saved())}: give one as --step, or none for the newest"
+        )
+    return not existed
 
 
 class SetOfAnother(RequestError):

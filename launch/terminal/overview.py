@@ -14,7 +14,7 @@ from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.paths import Made, RunDir, SampleSet, listed
 from ddpm.run.records import (
     last_validation,
     lost_signature,
@@ -234,7 +234,7 @@ def _check_newest(run: RunDir, saved: int) -> None:
 
 def _check_sets(run: RunDir, damage: Damage) -> None:
     """Those that were made of another run's checkpoint."""
-    made: list[SampleSet | BoundSet] = [*run.sample_sets(), *run.bound_sets()]
+    made: list[Made] = [*run.sample_sets(), *run.bound_sets()]
     for where in made:
         at = (read_json(where.request) or {}).get("checkpoint")
         if isinstance(at, dict) and (why := of_another(run, at.get("step"), at.get("sha256"))):
