@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm.errors import EXIT_REQUEUE, Stopped
 from ddpm.run.claims import OthersAtWork
@@ -20,6 +20,8 @@ from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
 from launch.queue import ending
 from launch.queue.waiting import known_stop, mercy_for
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Life:
         self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
 
-    def result_of(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | int:
+    def result_of(self, compute: Callable[[], T]) -> T | int:
         """What is computed, and again where a stop was none; the exit code instead, if this job leaves before: it is
         told to stop, or others are still at their parts, of whom the first task merges."""
         while True:

@@ -12,7 +12,7 @@ from ddpm.scoring.against import open_reference
 from ddpm.scoring.likelihood import bits_per_dim
 from ddpm.scoring.record import told as told_of
 from launch.life.life import Life
-from launch.life.pace import Pace
+from launch.life.pace import shown
 from launch.life.sampling import denoiser_of
 from launch.life.showing import show_score
 
@@ -27,10 +27,7 @@ def evaluate(life: Life, name: str) -> int:
     command = ["python", "launch/evaluate.py", str(run.path), "--bits-per-dim", "--reference", request.split]
     command += ["--step", str(request.checkpoint.step)]
     command += [] if request.num_images is None else ["--num-images", str(request.num_images)]
-    pace = Pace()
-
-    def show(done: int, total: int) -> None:
-        say("bits per dimension", images=f"{done}/{total}", **pace.told(done, total))
+    show = shown("bits per dimension")
 
     def compute() -> dict[str, Any]:
         images = open_reference(run, config, request.split, life.stop)
@@ -45,7 +42,7 @@ def evaluate(life: Life, name: str) -> int:
             command=command,
             stop_requested=life.stop,
             progress=show,
-            token=f"{env.job}.{env.restart}",
+            token=env.token,
             stay=not env.array_task,
         )
 
