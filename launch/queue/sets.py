@@ -208,23 +208,22 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     found = [
         score
         for score in scores_of(run, set_name)
-        if not (score.damage or of_other_samples(run, score))
-        and (score.record.get("extractor") or {}).get("name") == extractor
+        if not wrong_with(run, score) and (score.record.get("extractor") or {}).get("name") == extractor
     ]
     is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
     return next((score for score in found if is_it(score.record["reference"])), None)
 
 
-def of_other_samples(run: RunDir, score: Score) -> str:
-    """In what a score says to be of other samples than its set's request asks for, or of another run's checkpoint, for
-    a message; "" where in nothing, or where nothing tells. Raises OSError where it cannot look."""
-    set_name = score.name.partition("/")[0]
+def wrong_with(run: RunDir, score: Score) -> str:
+    """Why a score does not hold, for a message: it is damaged, says to be of other samples than its set's request asks
+    for, or is of another run's checkpoint; "" where it holds, or nothing tells. Raises OSError where it cannot look."""
     if score.damage:
-        return ""
+        return score.damage
     if isinstance(at := score.record.get("checkpoint"), dict) and (
         why := generations.of_another(run, at.get("step"), at.get("sha256"))
     ):
         return f"{score.path.name} {why}"
+    set_name = score.name.partition("/")[0]
     if not (asked := _asked(run, set_name)):
         return ""
     there, due = (_flat(r) for r in (score.record, samples_record(Request.from_record(asked))))

@@ -15,7 +15,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
 from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
-from launch.queue.sets import of_other_samples, score_by
+from launch.queue.sets import score_by, wrong_with
 from launch.terminal import console, streams
 
 UNCUT = 10_000
@@ -44,7 +44,7 @@ def chosen_scores(
         asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
         score = score_by(of, name, asked)
         if score is None:
-            damaged = list(filter(None, (s.damage or of_other_samples(of, s) for s in scores_of(of, name))))
+            damaged = list(filter(None, (wrong_with(of, s) for s in scores_of(of, name))))
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
                 + (f" ({plain('; '.join(damaged))})" if damaged else "")

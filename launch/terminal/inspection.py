@@ -31,7 +31,7 @@ from ddpm.scoring import bound_request
 from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.terminal import faults
 
 
@@ -289,7 +289,7 @@ def _milestones(run: RunDir) -> None:
 
 def _score(run: RunDir, path: Path) -> None:
     score = Score(str(path.relative_to(run.eval).with_suffix("")), path, read_score(path))
-    if wrong := of_other_samples(run, score):
+    if wrong := wrong_with(run, score):
         raise DamagedFile(wrong)
 
 

@@ -29,7 +29,7 @@ from ddpm.sampling.request import Request, samples_record
 from ddpm.scoring.record import SCORE_NAMES, all_scores, sampler_words, told
 from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local, nodes
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, making, standing
 
@@ -247,7 +247,7 @@ def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]
     for score in sorted(all_scores(run), key=lambda score: str(score.record.get("created", ""))):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
-        elif why := of_other_samples(run, score):
+        elif why := wrong_with(run, score):
             damage.tell(why)
         else:
             scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}

@@ -16,7 +16,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import thin_metrics
 from ddpm.scoring.record import SCORE_NAMES, all_scores, half_width, key_of, rounded, scores_of, told
-from launch.queue.sets import chain_set, of_other_samples, score_by
+from launch.queue.sets import chain_set, score_by, wrong_with
 
 
 def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
@@ -33,11 +33,11 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
         rows["score"] = told(score.record) + ("" if key_of(score.record) == "fid" else ": no FID")
         rows["score file"] = f"{score.path}"
     elif "evaluate" in stages:
-        wrong = [s.damage or of_other_samples(run, s) for s in scores_of(run, name)]
+        wrong = [wrong_with(run, s) for s in scores_of(run, name)]
         rows["score"] = plain("; ".join(["none that holds", *filter(None, wrong)]))
     for bound in all_scores(run):
         is_here = "bits_per_dim" in bound.record and bound.record["checkpoint"]["step"] == step
-        if is_here and not of_other_samples(run, bound):
+        if is_here and not wrong_with(run, bound):
             rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"

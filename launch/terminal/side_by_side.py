@@ -24,7 +24,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import last_validation, skim_metrics, usable
 from ddpm.scoring.record import SCORE_NAMES, all_scores, key_of, number, told
 from launch.queue.naming import short
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.terminal import columns as table
 from launch.terminal import streams
 from launch.terminal.overview import Damage
@@ -121,7 +121,7 @@ Records = dict[str, dict[str, Any]]
 
 def _scores(run: RunDir, damage: Damage) -> Records:
     """Those that hold, by their names, the newest last."""
-    every = damage.read(lambda: [s for s in all_scores(run) if not s.damage and not of_other_samples(run, s)]) or []
+    every = damage.read(lambda: [s for s in all_scores(run) if not wrong_with(run, s)]) or []
     return {s.name: s.record for s in sorted(every, key=lambda score: str(score.record.get("created", "")))}
 
 
