@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -16,7 +14,7 @@ from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, now, read_json, sign, write_bytes, write_json
+from ddpm.run.files import DamagedFile, now, publishing_folder, read_json, sign, write_bytes, write_json
 from ddpm.run.log import plain
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
@@ -39,24 +37,18 @@ def create_run(
     start: bytes | None = None,
     told: Notify | None = None,
 ) -> None:
-    """Make the run directory whole: built beside its place, then renamed. start: content of start.safetensors; told:
-    whom to notify of the run's end."""
-    tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
+    """Make the run directory. start: content of start.safetensors; told: whom to notify of the run's end."""
     shell = _shell(run, of_record(record["launch"], "launch"), record)
-    try:
-        tmp.mkdir(parents=True)
-        for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
-            (tmp / sub).mkdir()
-        write_bytes(tmp / "config.yaml", config.to_yaml().encode())
-        _write_shell(RunDir(tmp), shell)
-        notify.keep(RunDir(tmp), told or Notify())
+    with publishing_folder(run.path) as folder:
+        made = RunDir(folder)
+        for part in (made.events, made.checkpoints, made.tensorboard, made.grids, made.logs, made.samples, made.eval):
+            part.mkdir()
+        write_bytes(made.config, config.to_yaml().encode())
+        _write_shell(made, shell)
+        notify.keep(made, told or Notify())
         if start is not None:
-            write_bytes(RunDir(tmp).start, start)
-        write_json(tmp / "run.json", sign(record))
-        tmp.rename(run.path)
-        fsync_dir(run.path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+            write_bytes(made.start, start)
+        write_json(made.run_json, sign(record))
 
 
 def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Notify | None = None) -> None:
