@@ -32,6 +32,8 @@ THINNED_LINES = 40_000
 """Lines that are kept of a long metrics.jsonl: more than a chart shows."""
 SHORTEST = 100
 """Bytes of the shortest line."""
+BEATS_S = 60.0
+"""The heartbeat of a trainer at work is never older than this."""
 ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
 """Lines with one of these are rare, and none of them is left out."""
 Kind = Mapping[str, Callable[[Any], bool]]

@@ -15,7 +15,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import seconds
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
-from ddpm.run.records import read_heartbeat
+from ddpm.run.records import BEATS_S, read_heartbeat
 from launch.cluster import scheduler
 from launch.queue import work
 from launch.queue.waiting import slurm_jobs
@@ -66,7 +66,7 @@ class Follower:
         step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
-        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < work.BEATS_S
+        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
         if stage not in (None, "train") or (total is not None and (step >= total or not trains)):
             now, speed = time.time(), ""
             made = making.newest(self._run, now, set_name) if stage in (None, "sample") else None

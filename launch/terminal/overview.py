@@ -16,6 +16,7 @@ from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
 from ddpm.run.paths import Made, RunDir, SampleSet, listed
 from ddpm.run.records import (
+    BEATS_S,
     last_validation,
     lost_signature,
     missing_lines,
@@ -33,7 +34,6 @@ from launch.queue.sets import wrong_with
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, making, standing
 
-SILENT_AFTER_S = 60.0
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
 LIVES = ("allocated", "started", "resumed", "requeued")
 """Events that only a life that had its nodes tells."""
@@ -93,7 +93,7 @@ def describe(
     here = damage.read(lambda: local.at_work(run, every)) or {}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
-    beats = age is not None and abs(age) < SILENT_AFTER_S and _is_own(run, every, beat)
+    beats = age is not None and abs(age) < BEATS_S and _is_own(run, every, beat)
     state = None if closed else damage.read(lambda: _state(run, events, config, jobs, beats, here))
     state = state or "unreadable"
     step = max(saved, beat.get("step", 0))
