@@ -24,7 +24,7 @@ from ddpm.run.files import (
 from ddpm.run.images import read_png
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import lost_signature, parse_events, parse_heartbeat, parse_metrics, read_run
-from ddpm.sampling.parts import is_whole
+from ddpm.sampling.parts import whole_part
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring import bound_request
@@ -243,7 +243,7 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
         if shard.exists() or where.shard_manifest(i, request.shards).exists():
             yield from _judged(f"{name}/{shard.name}", verify_shard, where, request, i)
     for path in _sorted(where.part, ".npz"):
-        yield from _judged(f"{name}/part/{path.name}", is_whole, path, request)
+        yield from _judged(f"{name}/part/{path.name}", whole_part, path, request)
     for path in _sorted(where.path, ".npy"):
         yield from _judged(f"{name}/{path.name}", _features, path)
 

@@ -66,6 +66,14 @@ class Damage:
             self.tell(faults.words(e) or str(e))
             return None
 
+    def config(self, run: RunDir) -> Config | None:
+        """The run's config; None where it cannot be read, as one that is torn, or another version's."""
+        try:
+            return reading.of_run(run)
+        except (RequestError, DamagedFile, OSError) as e:
+            self.tell(str(e).splitlines()[0])
+            return None
+
 
 def read_life(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of a run that can be read, and what cannot."""
@@ -256,13 +264,8 @@ def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _config(run: RunDir, damage: Damage) -> Config | None:
-    """The run's config; None where it cannot be read, as one that is torn, or another version's."""
-    try:
-        config = reading.of_run(run)
-    except (RequestError, DamagedFile, OSError) as e:
-        damage.tell(str(e).splitlines()[0])
-        return None
-    if config.train.total_steps is None:
+    """The run's config; None where it cannot be read, or says no length in steps."""
+    if (config := damage.config(run)) is not None and config.train.total_steps is None:
         damage.tell("its config has no length in steps")
         return None
     return config
