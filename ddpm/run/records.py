@@ -92,7 +92,7 @@ EVENT_TOO: Kind = {
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
     **{"successor_of": _is_job, "launch": _is_tree},
-    **dict.fromkeys(("qos", "preemption"), lambda v: _is_tree(v) and all(map(_is_text, v.values()))),
+    "preemption": lambda value: _is_tree(value) and all(map(_is_text, value.values())),
 }
 METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},

@@ -22,7 +22,7 @@ from launch.queue import local, nodes
 from launch.queue.directory import of_record
 from launch.queue.waiting import submission
 
-ALSO = ("qos", "preemption", "launch", "code", "despite")
+ALSO = ("preemption", "launch", "code", "despite")
 """What the event of a submission says that its successor's says too."""
 
 

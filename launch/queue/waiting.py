@@ -117,8 +117,7 @@ def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
     told: dict[str, Any] = {}
     with contextlib.suppress(OSError):
         told = submission(run, job)
-    once = {f"qos {name}": said for name, said in (told.get("qos") or {}).items()}  # as it was written before
-    known = {**once, **(told.get("preemption") or {})}
+    known = dict(told.get("preemption") or {})
     if "no-requeue" in (told.get("options") or {}):
         known["no-requeue"] = "1"
     return scheduler.mercy(job, known)

@@ -4,8 +4,6 @@ import errno
 import itertools
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -20,7 +18,6 @@ from ddpm.run.files import stamp
 from ddpm.run.paths import RunDir
 from ddpm.sampling import request as requests
 from launch.cluster import environment, scheduler
-from launch.cluster.environment import PROJECT
 from launch.life import gathering, last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
@@ -522,11 +519,6 @@ def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends
         log.append("failed", reason="x")
     shell_ends(1)
     assert len(cluster.requeued) == 1
-
-
-def test_the_shells_of_jobs_that_had_begun_under_the_earlier_name_find_it(run: RunDir) -> None:
-    done = subprocess.run([sys.executable, "-m", "launch.supervisor", str(run.path), "train", "0"], cwd=PROJECT)
-    assert done.returncode == 0
 
 
 # ---------------------------------------------------------------- bad nodes

@@ -295,7 +295,7 @@ def test_a_job_that_the_version_before_queued_starts(run: RunDir) -> None:
 
 def test_what_submits_does_not_load_what_runs(run: RunDir, cluster: Cluster) -> None:
     code = (
-        "import sys; from launch import submit, sample, evaluate, status, supervisor; "
+        "import sys; from launch import submit, sample, evaluate, status; from launch.life import supervisor; "
         "from launch.cluster import by_submitit; from pickle import dumps; "
         "dumps(by_submitit.Named(by_submitit.ENTRY)); "
         "sys.exit('launch.jobs' in sys.modules)"
@@ -523,11 +523,9 @@ def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and
     submitting.submit(Job("train", run, Site(via="sbatch", partition="gpu", sbatch={"no-requeue": True})))
     monkeypatch.setattr(scheduler, "preemption", lambda partitions: {})
     heir = submitting.submit_successor(run, "train", "101")
-    before = {"options": {}, "stage": "train", "qos": {"normal": "requeue|00:02:00"}}  # as versions before wrote it
-    EventLog(run, "90", 0, "host").append("submitted", **before)
     monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
     kept = {**told, "no-requeue": "1"}
-    assert [waiting.mercy_for(run, job) for job in ("101", heir, "90", "7")] == [kept, kept, told, {}]
+    assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [kept, kept, {}]
 
 
 def test_what_a_job_runs_is_laid_out_again_where_it_was_purged_meanwhile(run: RunDir, tmp_path: Path) -> None:
