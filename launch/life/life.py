@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm.errors import EXIT_REQUEUE, Stopped
-from ddpm.run.claims import OthersAtWork
+from ddpm.run.claims import OthersAtWork, Worker
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
@@ -37,6 +37,11 @@ class Life:
     def alone(self) -> Life:
         """The life of a rank that works on its own shards and waits for no other rank."""
         return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
+
+    @property
+    def worker(self) -> Worker:
+        """This process to those with which it shares work: of an array the first task merges, the others leave."""
+        return Worker(self.stop, self.env.token, stay=not self.env.array_task)
 
     def heed_stop(self) -> None:
         """From here on watch the run's STOP file, except the one despite which samples or a score were asked for."""

@@ -20,7 +20,7 @@ from launch.life.showing import show_score
 def evaluate(life: Life, name: str) -> int:
     """Compute what bits-per-dim/NAME/request.json asks for; an array's first task merges the parts. Returns the exit
     code."""
-    run, env = life.run, life.env
+    run = life.run
     config = reading.of_run(run)
     request = bound_request.read(run.bound_set(name))
     life.heed_stop()
@@ -40,10 +40,8 @@ def evaluate(life: Life, name: str) -> int:
             timesteps=config.diffusion.timesteps,
             num_classes=config.model.num_classes,
             command=command,
-            stop_requested=life.stop,
             progress=show,
-            token=env.token,
-            stay=not env.array_task,
+            worker=life.worker,
         )
 
     result = life.result_of(compute)

@@ -30,10 +30,7 @@ def save_statistics(life: Life, split: str, extractor: str, path: Path) -> int:
         images = open_reference(run, config, split, life.stop)
         assert isinstance(images, PackedImages)  # of a split
         by = build_extractor(extractor, device, image_size=config.data.image_size, shared=beside(cache))
-        made = reference_of(
-            images, by, cache / "reference", stop_requested=life.stop, progress=show, token=env.token,
-            stay=not env.array_task,
-        )  # fmt: skip
+        made = reference_of(images, by, cache / "reference", progress=show, worker=life.worker)
         if not env.array_task:  # the first task's to write
             publish_statistics(path, made, images, by, env.token)
             say(f"{path}: statistics of {len(images)} images of {split}, {by.name} features")

@@ -96,11 +96,9 @@ def _scorer(
             image_size=size,
             num_classes=config.model.num_classes,
             command=command,
-            stop_requested=life.stop,
             progress=show,
             reference_progress=shown("features of the reference"),
-            token=env.token,
-            stay=not env.array_task,
+            worker=life.worker,
         )
 
     return score
