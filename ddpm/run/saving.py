@@ -297,7 +297,7 @@ class Checkpointer:
         DamagedFile if one of them cannot be known."""
         run = self._run
         steps = set()
-        for path in [*listed(run.samples), *listed(run.bound_set("x").path.parent), run.milestones]:
+        for path in [*listed(run.samples), *listed(run.bounds), run.milestones]:
             if why := link_to_nothing(path):  # it was moved, and may be back tomorrow
                 raise DamagedFile(f"{path}: {why}")
         sets: list[Made] = [*run.sample_sets(), *run.bound_sets()]

@@ -65,6 +65,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
+    def add_runs(self) -> None:
+        self.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+
     def add_root(self) -> None:
         self.add_argument("--root", help="folder of the runs (default: DDPM_RUNS, or runs/ in the project)")
 
