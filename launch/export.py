@@ -28,6 +28,7 @@ from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.record import all_scores
 from launch.cluster import environment
+from launch.queue.sets import wrong_with
 from launch.terminal import console
 from launch.terminal.card import card
 
@@ -68,7 +69,8 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
     from ddpm.run.saving import ema_bytes
 
-    scores = [score for score in all_scores(run) if not score.damage and _is_of(score.record, generation.sha256)]
+    holding = (score for score in all_scores(run) if not wrong_with(run, score))
+    scores = [score for score in holding if _is_of(score.record, generation.sha256)]
     with publishing_folder(dest) as folder:
         weights = folder / EXPORTED_WEIGHTS
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))
