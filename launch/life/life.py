@@ -45,13 +45,7 @@ class Life:
 
     def heed_stop(self) -> None:
         """From here on watch the run's STOP file, except the one despite which samples or a score were asked for."""
-        self.stop.watch(self.run, self.known_stop())
-
-    def is_told_to_stop(self) -> bool:
-        return self.run.is_stopped() and self.run.stop_mark() != self.known_stop()
-
-    def known_stop(self) -> str:
-        return known_stop(self.run, self.env.job) if self.run.is_stopped() else ""
+        self.stop.watch(self.run, known_stop(self.run, self.env.job) if self.run.is_stopped() else "")
 
     def leave(self, code: int, reason: str = "") -> int:
         """Write the exit marker for the batch shell, which reads it instead of srun's exit code; returns `code`."""
