@@ -186,8 +186,8 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
         return generations.choose(run, run.latest_step() if asked is None else asked)
     except generations.NothingSaved as e:
         raise RequestError(f"{e} (python launch/submit.py)") from None
-    except RequestError as e:
-        raise RequestError(f"{e}; choose one with --step" if str(e).endswith("]") else str(e)) from None
+    except generations.AnotherStep as e:
+        raise RequestError(f"{e}; choose one with --step") from None
 
 
 def main() -> int:
