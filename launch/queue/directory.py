@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import __version__
+from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.data.labels import labels_changed
@@ -137,7 +138,7 @@ def site_of(run: RunDir) -> Site:
 
 def not_taken(run: RunDir, site: Site) -> str:
     """For a message: in what this request differs from the job that is already queued; "" if in nothing."""
-    asked, sent = _flat(site), _flat(site_of(run))
+    asked, sent = (reading.flat(where.model_dump(mode="json")) for where in (site, site_of(run)))
     differ = [key for key in asked if asked[key] not in NOT_GIVEN and asked[key] != sent.get(key)]
     if "partition" in differ and not sent["partition"] and _is_default(asked["partition"]):
         differ.remove("partition")
@@ -148,14 +149,6 @@ def not_taken(run: RunDir, site: Site) -> str:
         f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
         f"{work.to_end(run)}, and submit again"
     )
-
-
-def _flat(site: Site) -> dict[str, Any]:
-    """A site's values by dotted keys, such as sbatch.nice and sample.time."""
-    flat: dict[str, Any] = {}
-    for key, value in site.model_dump(mode="json").items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _is_default(partition: str) -> bool:

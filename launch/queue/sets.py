@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ddpm.config import reading
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
@@ -226,16 +227,9 @@ def wrong_with(run: RunDir, score: Score) -> str:
     set_name = score.name.partition("/")[0]
     if not (asked := _asked(run, set_name)):
         return ""
-    there, due = (_flat(r) for r in (score.record, samples_record(Request.from_record(asked))))
+    there, due = (reading.flat(r) for r in (score.record, samples_record(Request.from_record(asked))))
     wrong = [f"{key} {there[key]!r} instead of {due[key]!r}" for key in due if there.get(key, due[key]) != due[key]]
     return f"{score.path.name} is no score of samples/{set_name}: it says {', '.join(wrong)}" if wrong else ""
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in record.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
 
 
 def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:

@@ -278,8 +278,8 @@ def test_a_config_is_compared_with_the_recipe_that_its_command_named() -> None:
     first = ["python", "launch/submit.py", "configs/quickstart.yaml"]
     later = recipe.recipe_of({"command": ["python", "launch/submit.py", "runs/x"], "first_command": first})
     assert later is not None and later.name == "quickstart.yaml"
-    other = Config(name="b").model_copy(update={"seed": 3})
-    assert recipe.differences(other, Config(name="a")) == [("seed", 3, 0)]
+    other = Config(name="a").model_copy(update={"seed": 3})
+    assert reading.differences(other, Config(name="b")) == [("name", "a", "b"), ("seed", 3, 0)]
 
 
 def test_runs_side_by_side_begin_with_the_best_and_show_what_differs(tmp_path: Path) -> None:
