@@ -68,6 +68,11 @@ def of_gathered(gathered: Gathered, record: dict[str, Any]) -> Reference:
     return Reference(moments.mean, metrics.covariance(moments), record, gathered.chosen, gathered.classes)
 
 
+def _identity(images: PackedImages, extractor: Extractor) -> dict[str, str]:
+    """What features or their statistics are of."""
+    return {"images_digest": images.digest, "extractor_digest": extractor.digest}
+
+
 def reference_of(
     images: PackedImages,
     extractor: Extractor,
@@ -88,7 +93,7 @@ def reference_of(
         features = image_features(images.images, extractor, progress, worker)
         return of_gathered(gather(features, len(images), grouped=False), image_record(images))
     path = cache_dir / f"reference-{images.digest[:20]}-{extractor.digest[:20]}.npz"
-    identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    identity = _identity(images, extractor)
     if not by_class:
         try:
             arrays, _ = read_npz(path)
@@ -132,8 +137,8 @@ def kept_in_parts(
 
     def place(index: int) -> tuple[Path, dict[str, Any], np.ndarray]:
         part = images.images[index * PART_IMAGES :][:PART_IMAGES]
-        of = {"images_digest": images.digest, "extractor_digest": extractor.digest}
-        return directory / f"features-{index:05d}.npy", {"part": index, "num": len(part), **of}, part
+        expected = {"part": index, "num": len(part), **_identity(images, extractor)}
+        return directory / f"features-{index:05d}.npy", expected, part
 
     def features_of(index: int) -> np.ndarray:
         return kept_features(*place(index), extractor, worker)
@@ -179,9 +184,9 @@ def write_statistics(path: Path, of: Reference, *, replace: bool = False, token:
 def publish_statistics(path: Path, of: Reference, images: PackedImages, extractor: Extractor, token: str = "") -> None:
     """Write the statistics to a user's path, unless the same are there already. Raises RequestError for another
     file."""
-    identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    identity = _identity(images, extractor)
     try:
-        write_statistics(path, of, token=token, images_digest=images.digest, extractor_digest=extractor.digest)
+        write_statistics(path, of, replace=False, token=token, **identity)
     except FileExistsError:
         with suppress(OSError, DamagedFile):
             arrays, _ = read_npz(path)
