@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,9 +88,8 @@ class Life:
             if self.env.rank == 0:
                 after_scancel(self.run, self.env)
                 ending.of_hold(self.run, self.env, environment.stage(), environment.sample_set())
-        code = preemption.after_stop(
-            self.stop, reason, self.env, say, broadcast, alive, lambda: mercy_for(self.run, self.env.job)
-        )
+        ask = partial(mercy_for, self.run, self.env.job)
+        code = preemption.after_stop(self.stop, reason, self.env, broadcast, alive, ask)
         if code is None:
             self.stop.clear(reason)
         return code
