@@ -38,7 +38,7 @@ POLL_S = 1.0
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+    parser.add_runs()
     parser.add_root()
     return parser.parse_args()
 

@@ -37,7 +37,7 @@ from launch.cluster.site import Site
 from launch.evaluation import Outcome, do, of_score
 from launch.queue import borrowing, bounds, chain, local, milestones
 from launch.queue.directory import base_of, use_shell_of
-from launch.queue.sets import LEAST_SCORED, of_other_samples, own_request, score_by
+from launch.queue.sets import LEAST_SCORED, own_request, score_by, wrong_with
 from launch.queue.submitting import describe
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
@@ -212,7 +212,7 @@ def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespac
     print(bounds.cost(request, config), file=sys.stderr)
 
     def found() -> Score | None:
-        holding = (score for score in scores_of(run, name) if not (score.damage or of_other_samples(run, score)))
+        holding = (score for score in scores_of(run, name) if not wrong_with(run, score))
         return next(holding, None)
 
     return do(job, lambda: jobs_in_queue(run, "evaluate", name), of_score(run, name, found, args), args)
@@ -274,7 +274,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
             code = follow.follow_process(run, process, log)
         if code:
-            return code if code == 130 else 1
+            return code
     if ids and args.wait:
         with contextlib.redirect_stdout(sys.stderr):
             follow.follow_jobs(run, ids, [(job.stage, job.set_name) for _, jobs in chains for job in jobs])

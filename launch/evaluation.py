@@ -76,9 +76,7 @@ def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argpar
         process, log = local.start(run, [job])
         with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
             code = follow.follow_process(run, process, log)
-        if code:
-            return code if code == 130 else 1
-        return end()
+        return code or end()
     with turn(run):
         if ids := in_queue():
             print(f"{asked.what} is in the queue already, as job {' '.join(ids)}: nothing to submit")

@@ -12,8 +12,6 @@ import launch.first  # noqa: F401
 
 # isort: split
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 from ddpm.config import reading
@@ -22,7 +20,7 @@ from ddpm.config.schema import Config
 from ddpm.data.labels import class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
-from ddpm.run.files import TMP_PREFIX, fsync_dir, sha256_file, write_bytes, write_json
+from ddpm.run.files import publishing_folder, sha256_file, write_bytes, write_json
 from ddpm.run.log import amount
 from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
@@ -30,6 +28,7 @@ from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.record import all_scores
 from launch.cluster import environment
+from launch.queue.sets import wrong_with
 from launch.terminal import console
 from launch.terminal.card import card
 
@@ -70,21 +69,16 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
     from ddpm.run.saving import ema_bytes
 
-    scores = [score for score in all_scores(run) if not score.damage and _is_of(score.record, generation.sha256)]
-    tmp = dest.with_name(f"{TMP_PREFIX}{dest.name}.{os.getpid()}")
-    try:
-        tmp.mkdir()
-        weights = tmp / EXPORTED_WEIGHTS
+    holding = (score for score in all_scores(run) if not wrong_with(run, score))
+    scores = [score for score in holding if _is_of(score.record, generation.sha256)]
+    with publishing_folder(dest) as folder:
+        weights = folder / EXPORTED_WEIGHTS
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))
-        write_bytes(tmp / EXPORTED_CONFIG, for_others(config, run).to_yaml().encode())
+        write_bytes(folder / EXPORTED_CONFIG, for_others(config, run).to_yaml().encode())
         if names := class_names(config, read_run(run)):
-            write_json(tmp / "classes.json", names)
+            write_json(folder / "classes.json", names)
         text = card(config, read_run(run), generation.manifest, sha256_file(weights), scores, name=run.name)
-        write_bytes(tmp / "README.md", text.encode())
-        tmp.rename(dest)
-        fsync_dir(dest.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        write_bytes(folder / "README.md", text.encode())
     return generation.step
 
 

@@ -29,6 +29,7 @@ from launch.life import starting
 from launch.life.decision import GONE
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
+from launch.queue.waiting import is_told_to_stop
 from launch.terminal import faults, streams
 
 
@@ -70,7 +71,7 @@ def work(life: Life, args: argparse.Namespace) -> int:
             return training.train(life, config, why)
         finally:
             compiled.leave()
-    if life.is_told_to_stop():  # a training that it ended has nothing to be sampled; that is no failure
+    if is_told_to_stop(life.run, life.env.job):  # a training that it ended has nothing to be sampled: no failure
         say(f"{life.run.stop_file} ends this too; submitting the run again goes on, and removes it")
         return life.leave(0)
     if args.stage == "sample":

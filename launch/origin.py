@@ -120,17 +120,11 @@ def _of_file(path: Path, origin: Origin, config: Config) -> Start:
 
 
 def _apart(there: Config | None, here: Config, *keys: str) -> str:
-    """The differences between two configs in some keys, as `; key is A there and B here`, or ""."""
-    if there is None:
-        return ""
-    old, new = there.model_dump(mode="json"), here.model_dump(mode="json")
-    told = []
-    for section in (old.keys() & set(keys)) | {key.partition(".")[0] for key in keys if "." in key}:
-        for leaf in new[section]:
-            full = f"{section}.{leaf}"
-            if (section in keys or full in keys) and old[section].get(leaf) != new[section][leaf]:
-                told.append(f"{full} is {old[section].get(leaf)!r} there and {new[section][leaf]!r} here")
-    return "".join(f"; {line}" for line in sorted(told))
+    """The differences between two configs in some keys or sections, as `; key is A there and B here`, or ""."""
+    found = [] if there is None else reading.differences(there, here)
+    told = (f"; {key} is {old!r} there and {new!r} here" for key, old, new in found
+            if key in keys or key.partition(".")[0] in keys)  # fmt: skip
+    return "".join(sorted(told))
 
 
 def _warn(message: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
-from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
 from ddpm.config.schema import Config
 from ddpm.config.train import LENGTHS
@@ -211,14 +210,11 @@ def _at_work(run: RunDir) -> str:
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
     there = reading.of_run(run)
-    old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
-    covered = there.mathematics(), asked.mathematics()
-    lines = []
-    for key in sections.field_keys(Config):
-        a, b = reading.value_at(old, key), reading.value_at(new, key)
-        if a != b and not (mathematics and all(reading.value_at(tree, key) is None for tree in covered)):
-            lines.append(f"{key} is {a!r} there and {b!r} here")
-    return "; ".join(lines)
+    found = reading.differences(there, asked)
+    if mathematics:
+        covered = there.mathematics(), asked.mathematics()
+        found = [one for one in found if any(reading.value_at(tree, one[0]) is not None for tree in covered)]
+    return "; ".join(f"{key} is {old!r} there and {new!r} here" for key, old, new in found)
 
 
 def cache_of(site: Site, root: Path) -> Path:

@@ -39,7 +39,7 @@ Refused while a job of the run is queued or at work (end it: python launch/cance
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+    parser.add_runs()
     parser.add_argument("--yes", action="store_true", help="remove them")
     parser.add_root()
     return parser.parse_args()

@@ -37,7 +37,7 @@ SUFFIXES = (".html", ".htm")
 
 def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+    parser.add_runs()
     parser.add_argument("--out", metavar="FILE.html", help="output file (default: in the run; of several, beside them)")
     parser.add_root()
     return parser.parse_args()

@@ -186,8 +186,8 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
         return generations.choose(run, run.latest_step() if asked is None else asked)
     except generations.NothingSaved as e:
         raise RequestError(f"{e} (python launch/submit.py)") from None
-    except RequestError as e:
-        raise RequestError(f"{e}; choose one with --step" if str(e).endswith("]") else str(e)) from None
+    except generations.AnotherStep as e:
+        raise RequestError(f"{e}; choose one with --step") from None
 
 
 def main() -> int:
@@ -254,19 +254,9 @@ def _by_hand(job: Job) -> str:
 
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:
-    """Publish the request, while its checkpoint is there: training keeps those that a request names, but not before.
-
-    Returns whether it is new.
-    """
-    existed = sample_set.request.exists()
-    publish_request(sample_set, request)
-    if not existed and not run.manifest(request.checkpoint.step).exists():
-        withdraw_request(sample_set)
-        raise RequestError(
-            f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
-            f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
-        )
-    return not existed
+    """Publish the request; returns whether it is new. Raises RequestError where its checkpoint is gone."""
+    step = request.checkpoint.step
+    return sets.publish_while_kept(run, sample_set, step, lambda: publish_request(sample_set, request))
 
 
 def make(
@@ -284,7 +274,7 @@ def make(
         publish(run, sample_set, request)
         process, log = local.start(run, [job])
         if code := follow.follow_process(run, process, log):
-            return code if code == 130 else 1
+            return code
     else:
         with turn(run):
             use_shell_of(run, site)

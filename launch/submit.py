@@ -220,7 +220,7 @@ def await_here(run: RunDir, config: Config, stages: list[str], started: Here, *,
         print(f"running in the background as pid {process.pid}; follow it with: tail -f {log}")
         return 0
     code = follow.follow_process(run, process, log)
-    return submission.outcome(run, config, stages) if code == 0 else (code if code == 130 else 1)
+    return code or submission.outcome(run, config, stages)
 
 
 if __name__ == "__main__":

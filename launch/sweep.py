@@ -263,7 +263,7 @@ def _wait(asked: list[Asked], points: list[Point], root: str | None) -> int:
                 return 130
         elif point.begun is not None:
             follow.follow_jobs(run, point.begun.jobs)
-        worst = max(worst, 1 if ended else submission.outcome(run, point.config, point.asked.stages))
+        worst = max(worst, ended or submission.outcome(run, point.config, point.asked.stages))
     side_by_side.show(side_by_side.rows([one.run for one in asked]))
     return worst
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from ddpm.config import reading, section  # noqa: E402
 from ddpm.data import packed as data  # noqa: E402
 from ddpm.errors import RequestError  # noqa: E402
-from ddpm.run.files import TMP_PREFIX, read_signed  # noqa: E402
+from ddpm.run.files import publishing_folder, read_signed  # noqa: E402
 from launch import prepare  # noqa: E402
 from launch.cluster import environment  # noqa: E402
 from launch.cluster.options import load_profile  # noqa: E402
@@ -56,10 +54,8 @@ def unpack(images: data.PackedImages, folder: Path, ids: list[int], classes: lis
     """
     from PIL import Image
 
-    tmp = folder.with_name(f"{TMP_PREFIX}{folder.name}.{os.getpid()}")
     show = console.show_progress("unpacking")
-    try:
-        tmp.mkdir(parents=True)
+    with publishing_folder(folder) as tmp:
         for name in classes or []:
             (tmp / name).mkdir(exist_ok=True)
         for done, i in enumerate(ids, start=1):
@@ -67,9 +63,6 @@ def unpack(images: data.PackedImages, folder: Path, ids: list[int], classes: lis
             Image.fromarray(images.images[i]).save(where / f"{i:06d}.png")
             if done % 500 == 0 or done == len(ids):
                 show(done, len(ids))
-        tmp.rename(folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def main() -> int:

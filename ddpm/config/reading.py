@@ -109,6 +109,21 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
+def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both values, in the order of the config."""
+    trees = [config.model_dump(mode="json") for config in (a, b)]
+    found = ((key, *(value_at(tree, key) for tree in trees)) for key in field_keys(Config))
+    return [(key, ours, theirs) for key, ours, theirs in found if ours != theirs]
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree's values by dotted keys: those of its sections as section.key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
 def value_at(tree: Mapping[str, Any], key: str) -> Any:
     """The value of `section.key` in a config's tree, or None."""
     value: Any = tree

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.errors import Stopped
@@ -28,19 +29,32 @@ class OthersAtWork(Exception):
     """The remaining parts are being made by other processes."""
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A process that shares work with others."""
+
+    stop_requested: StopRequested = lambda: None
+    token: str = ""
+    """Names it in temporaries, so that two lives on two hosts never share one."""
+    stay: bool = True
+    """Whether it waits until parts exist that others make, and makes them if the others die; else OthersAtWork is
+    raised for them."""
+
+
+ALONE = Worker()
+
+
 def work_through(
     directory: Path,
     parts: Sequence[int],
     is_there: Callable[[int], bool],
     make: Callable[[int], object],
-    *,
-    stop_requested: StopRequested = lambda: None,
-    stay: bool = True,
+    worker: Worker = ALONE,
 ) -> None:
     """Make each of `parts` that does not exist yet and that no other process is making.
 
-    is_there: whether a part exists; cheap, and asked again before a part is made. stay: wait until the others' parts
-    exist, and make them if the others die; otherwise raise OthersAtWork for them. Raises Stopped while waiting.
+    is_there: whether a part exists; cheap, and asked again before a part is made. Raises Stopped while waiting,
+    OthersAtWork.
     """
     todo, said = [part for part in parts if not is_there(part)], False
     while todo:
@@ -54,12 +68,12 @@ def work_through(
                 if not is_there(part):
                     make(part)
         if len(busy) == len(todo):
-            if not stay:
+            if not worker.stay:
                 raise OthersAtWork(f"others make the {len(busy)} parts in {directory} that are left")
             if not said:
                 say(f"waiting for others, who make {len(busy)} of the parts in {directory}")
                 said = True
-            if reason := stop_requested():
+            if reason := worker.stop_requested():
                 raise Stopped(reason)
             time.sleep(POLL_S)
         todo = [part for part in busy if not is_there(part)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.files import LINES_BYTES, DamagedFile, now, read_bytes
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.paths import RunDir, files_of_kind
 from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
 
 
@@ -77,7 +77,7 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
     """
     files: list[list[Record]] = []
     damage = []
-    for path in sorted(p for p in listed(run.events) if p.suffix == ".jsonl" and not p.name.startswith(".")):
+    for path in files_of_kind(run.events, ".jsonl"):
         name = f"events/{path.name}"
         try:
             found, wrong = parse_events(read_bytes(path, LINES_BYTES), name)

@@ -18,7 +18,7 @@ from ddpm.errors import DoNotRetry
 from ddpm.run import unfinished
 from ddpm.run.events import read_events
 from ddpm.run.files import DamagedFile, link_to_nothing, read_json
-from ddpm.run.paths import RunDir, listed
+from ddpm.run.paths import RunDir, files_of_kind, listed
 from ddpm.run.records import read_metrics, usable
 
 OF_TRAINING = ("stop_requested", "rollback")
@@ -70,8 +70,7 @@ def _told(run: RunDir) -> Iterator[str]:
     events = read_events(run)
     if step := max((_step(e) for e in events if e.get("event") not in OF_TRAINING), default=0):
         yield f"events/ tells of saved step {step}"
-    scores = sorted(p for p in listed(run.eval) if p.suffix == ".json" and not p.name.startswith("."))
-    for path in [s.request for s in run.sample_sets()] + scores:
+    for path in [s.request for s in run.sample_sets()] + files_of_kind(run.eval, ".json"):
         made_of = _record(path).get("checkpoint")
         if isinstance(made_of, dict) and (step := _step(made_of)):
             yield f"{path} is of step {step}"

@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -232,6 +233,19 @@ def write_bytes(path: Path, data: bytes, **publish: Any) -> None:
 
 def write_json(path: Path, value: Any, **publish: Any) -> None:
     write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n", **publish)
+
+
+@contextmanager
+def publishing_folder(path: Path) -> Iterator[Path]:
+    """Within: a new folder to be filled, which at the end is `path`, whole or not at all."""
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{os.getpid()}")
+    try:
+        tmp.mkdir(parents=True)
+        yield tmp
+        tmp.rename(path)
+        fsync_dir(path.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- reading

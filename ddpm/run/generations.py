@@ -28,6 +28,10 @@ class NothingSaved(RequestError):
     """A checkpoint was asked for of a run that has none; how a run is trained is the caller's to say."""
 
 
+class AnotherStep(RequestError):
+    """The checkpoint of a step was asked for that cannot be had, and there are others; how is the caller's to say."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """A checkpoint whose size, digest and manifest hold."""
@@ -205,15 +209,16 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
         assert generation is not None
         return generation
     if step not in steps:
-        raise RequestError(f"run {run.name} has no checkpoint of step {step}; it has {sorted(steps)}")
+        raise AnotherStep(f"run {run.name} has no checkpoint of step {step}; it has {sorted(steps)}")
     try:
         return verify_again(run, step)
     except DamagedFile as e:
         others = [other for other in steps if other != step and _holds(run, other)]
-        told = (
-            f"others: {others}" if others else "none of the others can be either" if steps[1:] else "there is no other"
-        )
-        raise RequestError(f"the checkpoint of step {step} cannot be used: {e}; {told}") from None
+        said = f"the checkpoint of step {step} cannot be used: {e}"
+        if others:
+            raise AnotherStep(f"{said}; others: {others}") from None
+        told = "none of the others can be either" if steps[1:] else "there is no other"
+        raise RequestError(f"{said}; {told}") from None
 
 
 def _holds(run: RunDir, step: int) -> bool:

@@ -77,9 +77,19 @@ def names_in(directory: Path) -> list[str]:
         return []
 
 
-def is_begun(made: Path) -> bool:
-    """Whether a folder is a sample set or a bound: it has a request, or files made from one. True if it cannot be
-    listed."""
+def files_of_kind(directory: Path, suffix: str) -> list[Path]:
+    """What in a directory ends in `suffix`, sorted; without hidden files, as other systems leave them."""
+    return sorted(p for p in listed(directory) if p.suffix == suffix and not p.name.startswith("."))
+
+
+def begun_in(directory: Path) -> list[Path]:
+    """The folders in a directory that are sample sets or bounds."""
+    named = (p for p in sorted(listed(directory)) if p.is_dir() and p.name[0] != "." and is_name(p.name))
+    return [p for p in named if _is_begun(p)]
+
+
+def _is_begun(made: Path) -> bool:
+    """Whether a folder has a request, or files made from one. True if it cannot be listed."""
     try:
         names = ["request.json"] if os.path.lexists(made / "request.json") else names_in(made)
     except OSError:
@@ -236,6 +246,10 @@ class RunDir(Folder):
         return self.path / "samples"
 
     @property
+    def bounds(self) -> Path:
+        return self.path / "bits-per-dim"
+
+    @property
     def eval(self) -> Path:
         return self.path / "eval"
 
@@ -276,15 +290,13 @@ class RunDir(Folder):
         return SampleSet(self.samples / name)
 
     def sample_sets(self) -> list[SampleSet]:
-        found = sorted(listed(self.samples))
-        return [SampleSet(p) for p in found if p.is_dir() and p.name[0] != "." and is_name(p.name) and is_begun(p)]
+        return [SampleSet(path) for path in begun_in(self.samples)]
 
     def bound_set(self, name: str) -> BoundSet:
-        return BoundSet(self.path / "bits-per-dim" / name)
+        return BoundSet(self.bounds / name)
 
     def bound_sets(self) -> list[BoundSet]:
-        found = sorted(listed(self.path / "bits-per-dim"))
-        return [BoundSet(p) for p in found if p.is_dir() and p.name[0] != "." and is_name(p.name) and is_begun(p)]
+        return [BoundSet(path) for path in begun_in(self.bounds)]
 
     def steps_saved(self) -> list[int]:
         """Steps whose manifest exists, newest first; contents are not verified. A manifest that is a link to nothing

@@ -32,6 +32,8 @@ THINNED_LINES = 40_000
 """Lines that are kept of a long metrics.jsonl: more than a chart shows."""
 SHORTEST = 100
 """Bytes of the shortest line."""
+BEATS_S = 60.0
+"""The heartbeat of a trainer at work is never older than this."""
 ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
 """Lines with one of these are rare, and none of them is left out."""
 Kind = Mapping[str, Callable[[Any], bool]]
@@ -90,7 +92,7 @@ EVENT_TOO: Kind = {
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
     **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
     **{"successor_of": _is_job, "launch": _is_tree},
-    **dict.fromkeys(("qos", "preemption"), lambda v: _is_tree(v) and all(map(_is_text, v.values()))),
+    "preemption": lambda value: _is_tree(value) and all(map(_is_text, value.values())),
 }
 METRICS: Kind = {
     **{"step": _is_count, "time": _is_time},

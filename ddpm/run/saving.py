@@ -36,7 +36,7 @@ from ddpm.run.files import (
 )
 from ddpm.run.generations import Generation, Tell, ema_damage, verify_again
 from ddpm.run.log import amount
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.paths import Made, RunDir, listed
 from ddpm.run.records import identity
 
 SPARE_BYTES = 16 * 2**20
@@ -297,10 +297,10 @@ class Checkpointer:
         DamagedFile if one of them cannot be known."""
         run = self._run
         steps = set()
-        for path in [*listed(run.samples), *listed(run.bound_set("x").path.parent), run.milestones]:
+        for path in [*listed(run.samples), *listed(run.bounds), run.milestones]:
             if why := link_to_nothing(path):  # it was moved, and may be back tomorrow
                 raise DamagedFile(f"{path}: {why}")
-        sets: list[SampleSet | BoundSet] = [*run.sample_sets(), *run.bound_sets()]
+        sets: list[Made] = [*run.sample_sets(), *run.bound_sets()]
         for made in sets:
             try:
                 read_bytes(made.request)  # a file system that fails for a moment is no damage

@@ -31,26 +31,22 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
     """A finished batch that an earlier life left, or None; a damaged one is logged and removed."""
     path = part_path(sample_set, first, num)
     try:
-        arrays, _ = read_npz(path)
-        part = Part(arrays["images"], int(arrays["nfe"]))
-        if str(arrays["check"]) == _check(request, first, part):
-            return part
-        reason = "its content does not match its check"
+        return whole_part(path, request)
     except FileNotFoundError:
-        return None
+        pass
     except (DamagedFile, KeyError, ValueError, TypeError) as e:
-        reason = str(e)
-    say(f"part={path} damaged, computing these samples again: {reason}")
-    path.unlink(missing_ok=True)
+        say(f"part={path} damaged, computing these samples again: {e}")
+        path.unlink(missing_ok=True)
     return None
 
 
-def is_whole(path: Path, request: Request) -> None:
-    """Raise DamagedFile unless a part is one of this request and undamaged; removes nothing."""
+def whole_part(path: Path, request: Request) -> Part:
+    """A part. Raises DamagedFile, KeyError, ValueError or TypeError unless it is of this request, and undamaged."""
     arrays, _ = read_npz(path)
     part = Part(arrays["images"], int(arrays["nfe"]))
     if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):
         raise DamagedFile("its content does not match its check")
+    return part
 
 
 def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:

@@ -18,7 +18,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files, paths
 from ddpm.run.files import DamagedFile
-from ddpm.run.paths import RunDir, SampleSet
+from ddpm.run.paths import Made, RunDir, SampleSet
 from ddpm.run.records import read_run
 
 
@@ -223,11 +223,11 @@ def samples_record(request: Request) -> dict[str, Any]:
     }
 
 
-def withdraw_request(sample_set: SampleSet) -> None:
-    """Unpublish the request of a set that has nothing else yet, as if it had never been asked for."""
-    sample_set.request.unlink(missing_ok=True)
+def withdraw_request(made: Made) -> None:
+    """Unpublish a request of which nothing was made yet, as if it had never been asked for."""
+    made.request.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a shard that somebody began
-        sample_set.path.rmdir()
+        made.path.rmdir()
 
 
 def differences(there: Request, asked: Request) -> str:

@@ -17,10 +17,10 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DDPMError, RequestError
 from ddpm.run import files, paths
-from ddpm.run.claims import OthersAtWork, work_through
+from ddpm.run.claims import ALONE, OthersAtWork, Worker, work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
-from ddpm.run.stopping import ShowProgress, StopRequested
+from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.generate import sample_labels
 from ddpm.sampling.request import Request, read_request, samples_record, shard_range
 from ddpm.sampling.shards import read_manifest, withdraw_shard
@@ -90,16 +90,13 @@ def gather_set(
     extractor: Extractor,
     *,
     num_classes: int = 0,
-    stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
-    token: str = "",
-    stay: bool = True,
+    worker: Worker = ALONE,
 ) -> Gathered:
     """Everything that scores need from the features of a set, in the order of its shards.
 
     progress(done, total): of shards, whenever the features of one have been computed. Processes that do this at once
-    share the shards whose features are missing. stay: wait for those that others compute; else OthersAtWork is
-    raised where there are some.
+    share the shards whose features are missing. Raises OthersAtWork.
 
     Damaged shards are withdrawn, so that whoever repairs the set finds them missing, and named by BrokenSet at the end.
     Features that are already computed stay: a stop (Stopped) loses at most one shard's.
@@ -113,15 +110,15 @@ def gather_set(
 
     def make(index: int) -> None:
         with suppress(FileNotFoundError, DamagedFile):  # named below
-            shard_features(sample_set, request, index, extractor, stop_requested=stop_requested, token=token)
+            shard_features(sample_set, request, index, extractor, worker)
             progress(sum(i == index or there(i) for i in range(request.shards)), request.shards)
 
-    work_through(sample_set.path, range(request.shards), there, make, stop_requested=stop_requested, stay=stay)
+    work_through(sample_set.path, range(request.shards), there, make, worker)
 
     def features() -> Iterator[np.ndarray]:
         for index in range(request.shards):
             try:
-                yield shard_features(sample_set, request, index, extractor, stop_requested=stop_requested, token=token)
+                yield shard_features(sample_set, request, index, extractor, worker)
             except (FileNotFoundError, DamagedFile) as e:
                 withdraw_shard(sample_set, request, index)
                 problems[index] = f"{e} (withdrawn)"
@@ -150,11 +147,9 @@ def evaluate_set(
     command: list[str],
     num_classes: int = 0,
     image_size: int | None = None,
-    stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     reference_progress: ShowProgress = lambda done, total: None,
-    token: str = "",
-    stay: bool = True,
+    worker: Worker = ALONE,
 ) -> dict[str, Any]:
     """Score a complete sample set and publish the record, which is returned.
 
@@ -162,9 +157,8 @@ def evaluate_set(
     image_size: the samples', which a reference's images must have. num_classes: of the run's model; with classes in
     the reference too there are scores by class.
     progress(done, total): of shards; reference_progress: of the reference's images.
-    stay: wait for what other evaluations compute that this needs too; else OthersAtWork is raised where there is some.
     If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
-    Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped.
+    Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped, OthersAtWork.
     """
     sample_set = run.sample_set(paths.check_name(set_name, "sample set name"))
     request = read_request(sample_set)
@@ -185,25 +179,25 @@ def evaluate_set(
         if {k: there.record.get(k) for k in PROVENANCE} == provenance:
             return there.record
     by_class = num_classes > 1 and isinstance(reference, PackedImages) and reference.split in SPLITS
-    kept: dict[str, Any] = {"stop_requested": stop_requested, "token": token, "stay": stay}
     statistics, busy = None, OthersAtWork()
     try:
         if file is not None:
-            statistics = file.reference(extractor, cache_dir, **kept)
+            statistics = file.reference(extractor, cache_dir, worker)
         else:
             assert isinstance(reference, PackedImages)
-            told: dict[str, Any] = {"by_class": by_class, "progress": reference_progress}
-            statistics = reference_of(reference, extractor, cache_dir, **told, **kept)
+            statistics = reference_of(
+                reference, extractor, cache_dir, by_class=by_class, progress=reference_progress, worker=worker
+            )
     except OthersAtWork as e:  # there may be something left to do of the set
         busy = e
     gathered = gather_set(
-        sample_set, request, extractor, num_classes=num_classes if by_class else 0, progress=progress, **kept
+        sample_set, request, extractor, num_classes=num_classes if by_class else 0, progress=progress, worker=worker
     )
     if statistics is None:
         raise busy
     scores = all_scores(gathered, statistics, published=extractor.published)
     result = {**scores, **provenance, "created": files.now(), "command": command}
-    return read_score(publish_score(run, set_name, result, token))
+    return read_score(publish_score(run, set_name, result, worker.token))
 
 
 def _provenance(request: Request, nfe: int, reference: dict[str, Any], extractor: Extractor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ddpm.errors import Stopped
 from ddpm.run import files
+from ddpm.run.claims import ALONE, Worker
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import SampleSet
@@ -41,9 +42,7 @@ def shard_features(
     request: Request,
     index: int,
     extractor: Extractor,
-    *,
-    stop_requested: StopRequested = lambda: None,
-    token: str = "",
+    worker: Worker = ALONE,
 ) -> np.ndarray:
     """Features float32 (n, d) of a published shard: kept ones if shard and extractor are the same, else new ones.
 
@@ -52,7 +51,7 @@ def shard_features(
     shard = verify_shard(sample_set, request, index)
     path = sample_set.features(extractor.name, index, request.shards)
     expected = expected_features(request, shard.manifest, extractor)
-    return kept_features(path, expected, shard.images, extractor, stop_requested, token=token)
+    return kept_features(path, expected, shard.images, extractor, worker)
 
 
 def expected_features(request: Request, shard: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
@@ -71,15 +70,14 @@ def kept_features(
     expected: Mapping[str, Any],
     images: np.ndarray,
     extractor: Extractor,
-    stop_requested: StopRequested,
-    *,
-    token: str = "",
+    worker: Worker,
 ) -> np.ndarray:
     """Features float32 (n, d) of images, by `kept_array`. expected: must contain `num`. Raises Stopped."""
-    shape = (expected["num"], extractor.dim)
-    return kept_array(
-        path, expected, shape, lambda: extract(extractor, images, stop_requested=stop_requested), token=token
-    )
+
+    def compute() -> np.ndarray:
+        return extract(extractor, images, stop_requested=worker.stop_requested)
+
+    return kept_array(path, expected, (expected["num"], extractor.dim), compute, worker.token)
 
 
 def kept_array(
@@ -87,8 +85,7 @@ def kept_array(
     expected: Mapping[str, Any],
     shape: tuple[int, ...],
     compute: Callable[[], np.ndarray],
-    *,
-    token: str = "",
+    token: str,
 ) -> np.ndarray:
     """The array at `path` if its manifest equals `expected`; else a newly computed one, which is kept there."""
     try:

@@ -105,11 +105,11 @@ def gather_images(
     progress: ShowProgress = lambda done, total: None,
 ) -> Gathered:
     if keep is None or len(images) < 2:
-        features = image_features(images.images, extractor, progress=progress)
+        features = image_features(images.images, extractor, progress)
     else:
         parts = keep / f"images-{images.digest[:20]}-{extractor.digest[:20]}"
         parts.mkdir(parents=True, exist_ok=True)
-        features = kept_in_parts(parts, images, extractor, progress=progress)
+        features = kept_in_parts(parts, images, extractor, progress)
     return gather(features, len(images), classifier=extractor.classifier)
 
 

@@ -22,7 +22,7 @@ from ddpm.diffusion import rng
 from ddpm.diffusion.bound import variational_bound
 from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.run import files
-from ddpm.run.claims import work_through
+from ddpm.run.claims import ALONE, Worker, work_through
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
@@ -41,18 +41,15 @@ def bits_per_dim(
     timesteps: int,
     num_classes: int,
     command: list[str],
-    stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
-    token: str = "",
-    stay: bool = True,
+    worker: Worker = ALONE,
 ) -> dict[str, Any]:
     """Compute missing parts, merge all, publish the score's record and return it; an existing record is returned at
     once.
 
     images: the request's split. make_denoiser: of the request's checkpoint, asked once, where a part is missing.
-    timesteps: evaluations of an image. progress: counts images. stay: wait for parts that other processes make; else
-    OthersAtWork is raised where there are some. Raises Stopped; RequestError for the images; DoNotRetry where the
-    network's output is not finite.
+    timesteps: evaluations of an image. progress: counts images. Raises Stopped; OthersAtWork; RequestError for the
+    images; DoNotRetry where the network's output is not finite.
     """
     where, batch = run.bound_set(request.name), request.batch
     index = chosen(request, images)
@@ -66,9 +63,9 @@ def bits_per_dim(
 
     def terms(part: int) -> np.ndarray:
         def compute() -> np.ndarray:
-            return _terms(request, images, parts[part], denoiser(), stop_requested)
+            return _terms(request, images, parts[part], denoiser(), worker.stop_requested)
 
-        return kept_array(where.part(part), expected(part), (len(parts[part]), 3), compute, token=token)
+        return kept_array(where.part(part), expected(part), (len(parts[part]), 3), compute, worker.token)
 
     def make(part: int) -> None:
         terms(part)
@@ -89,14 +86,14 @@ def bits_per_dim(
     for published in scores_of(run, request.name):
         if {key: published.record.get(key) for key in said} == said:
             return published.record
-    work_through(where.path, range(len(parts)), there, make, stop_requested=stop_requested, stay=stay)
+    work_through(where.path, range(len(parts)), there, make, worker)
     record = {
         **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
         **said,
         "created": files.now(),
         "command": command,
     }
-    return read_score(publish_score(run, request.name, record, token))
+    return read_score(publish_score(run, request.name, record, worker.token))
 
 
 def chosen(request: BoundRequest, images: PackedImages) -> np.ndarray:

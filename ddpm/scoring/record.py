@@ -264,6 +264,14 @@ def half_width(record: Mapping[str, Any]) -> float | None:
     return None if not ends else (ends[1] - ends[0]) / 2
 
 
+def with_spread(record: Mapping[str, Any], key: str) -> str:
+    """A further measure and the deviation that stands beside it: `0.0021 ± 0.0004`; "" where the record has none."""
+    if (value := record.get(key)) is None:
+        return ""
+    spread = record.get(f"{key}_std")
+    return rounded(value, spread) + (f" ± {rounded(spread, spread)}" if spread else "")
+
+
 def rounded(value: float, uncertain_by: float | None) -> str:
     """`value` rounded to its first uncertain digit."""
     if not uncertain_by or not math.isfinite(uncertain_by):

@@ -19,10 +19,10 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
 from ddpm.run import files
-from ddpm.run.claims import work_through
+from ddpm.run.claims import ALONE, Worker, work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
-from ddpm.run.stopping import ShowProgress, StopRequested
+from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
@@ -52,15 +52,14 @@ class Reference:
 def image_features(
     images: np.ndarray,
     extractor: Extractor,
-    *,
-    stop_requested: StopRequested = lambda: None,
-    progress: ShowProgress = lambda done, total: None,
+    progress: ShowProgress,
+    worker: Worker = ALONE,
 ) -> Iterator[np.ndarray]:
     """Features of images uint8 (n, H, W, 3), in parts."""
     if len(images) < 2:
         raise RequestError(f"{len(images)} images: a score needs at least 2 on each side")
     for first in range(0, len(images), PART_IMAGES):
-        yield extract(extractor, images[first : first + PART_IMAGES], stop_requested=stop_requested)
+        yield extract(extractor, images[first : first + PART_IMAGES], stop_requested=worker.stop_requested)
         progress(min(first + PART_IMAGES, len(images)), len(images))
 
 
@@ -69,30 +68,32 @@ def of_gathered(gathered: Gathered, record: dict[str, Any]) -> Reference:
     return Reference(moments.mean, metrics.covariance(moments), record, gathered.chosen, gathered.classes)
 
 
+def _identity(images: PackedImages, extractor: Extractor) -> dict[str, str]:
+    """What features or their statistics are of."""
+    return {"images_digest": images.digest, "extractor_digest": extractor.digest}
+
+
 def reference_of(
     images: PackedImages,
     extractor: Extractor,
     cache_dir: Path | None,
     *,
     by_class: bool = False,
-    stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
-    token: str = "",
-    stay: bool = True,
+    worker: Worker = ALONE,
 ) -> Reference:
     """Statistics of a dataset, kept in `cache_dir` under (digest of the images, digest of the extractor).
 
     The file is an .npz that pytorch-fid reads. Features are kept in parts beside it: a stop loses little, and
     statistics by class are made of them, and processes that compute them at once share the parts. What is damaged is
-    computed again, and said. cache_dir None: nothing is kept. stay: wait for parts that others compute; else
-    OthersAtWork is raised where there are some. progress(done, total): of images, whenever features of some are there.
+    computed again, and said. cache_dir None: nothing is kept. progress(done, total): of images, whenever features of
+    some are there. Raises Stopped, OthersAtWork.
     """
-    told: dict[str, Any] = {"stop_requested": stop_requested, "progress": progress}
     if cache_dir is None:
-        features = image_features(images.images, extractor, **told)
+        features = image_features(images.images, extractor, progress, worker)
         return of_gathered(gather(features, len(images), grouped=False), image_record(images))
     path = cache_dir / f"reference-{images.digest[:20]}-{extractor.digest[:20]}.npz"
-    identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    identity = _identity(images, extractor)
     if not by_class:
         try:
             arrays, _ = read_npz(path)
@@ -114,11 +115,11 @@ def reference_of(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parts))
     except OSError as e:  # another's cache
         say(f"reference={path} not kept: {e}")
-        made = image_features(images.images, extractor, **told)
+        made = image_features(images.images, extractor, progress, worker)
         return of_gathered(gather(made, num, grouped=False, **classes), image_record(images))
-    features = kept_in_parts(parts, images, extractor, token=token, stay=stay, **told)
+    features = kept_in_parts(parts, images, extractor, progress, worker)
     made_of = of_gathered(gather(features, num, grouped=False, **classes), image_record(images))
-    write_statistics(path, made_of, replace=True, token=token, **identity)
+    write_statistics(path, made_of, replace=True, token=worker.token, **identity)
     return made_of
 
 
@@ -126,24 +127,21 @@ def kept_in_parts(
     directory: Path,
     images: PackedImages,
     extractor: Extractor,
-    *,
-    stop_requested: StopRequested = lambda: None,
-    progress: ShowProgress = lambda done, total: None,
-    token: str = "",
-    stay: bool = True,
+    progress: ShowProgress,
+    worker: Worker = ALONE,
 ) -> Iterator[np.ndarray]:
     """Features of a dataset, in parts that are kept in `directory`, and shared among the processes that make them.
 
-    All are there when this returns. Raises OthersAtWork where others make some and `stay` is not wanted, Stopped.
+    All are there when this returns. Raises OthersAtWork, Stopped.
     """
 
     def place(index: int) -> tuple[Path, dict[str, Any], np.ndarray]:
         part = images.images[index * PART_IMAGES :][:PART_IMAGES]
-        of = {"images_digest": images.digest, "extractor_digest": extractor.digest}
-        return directory / f"features-{index:05d}.npy", {"part": index, "num": len(part), **of}, part
+        expected = {"part": index, "num": len(part), **_identity(images, extractor)}
+        return directory / f"features-{index:05d}.npy", expected, part
 
     def features_of(index: int) -> np.ndarray:
-        return kept_features(*place(index), extractor, stop_requested, token=token)
+        return kept_features(*place(index), extractor, worker)
 
     def there(index: int) -> bool:
         return is_kept(*place(index)[:2])
@@ -154,7 +152,7 @@ def kept_in_parts(
         features_of(index)
         progress(sum(place(i)[1]["num"] for i in parts if i == index or there(i)), len(images))
 
-    work_through(directory, parts, there, make, stop_requested=stop_requested, stay=stay)
+    work_through(directory, parts, there, make, worker)
     return map(features_of, parts)
 
 
@@ -186,9 +184,9 @@ def write_statistics(path: Path, of: Reference, *, replace: bool = False, token:
 def publish_statistics(path: Path, of: Reference, images: PackedImages, extractor: Extractor, token: str = "") -> None:
     """Write the statistics to a user's path, unless the same are there already. Raises RequestError for another
     file."""
-    identity = {"images_digest": images.digest, "extractor_digest": extractor.digest}
+    identity = _identity(images, extractor)
     try:
-        write_statistics(path, of, token=token, images_digest=images.digest, extractor_digest=extractor.digest)
+        write_statistics(path, of, replace=False, token=token, **identity)
     except FileExistsError:
         with suppress(OSError, DamagedFile):
             arrays, _ = read_npz(path)

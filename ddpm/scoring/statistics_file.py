@@ -16,8 +16,8 @@ import numpy as np
 from ddpm.data import array_file
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import RequestError, shown
+from ddpm.run.claims import ALONE, Worker
 from ddpm.run.files import DamagedFile
-from ddpm.run.stopping import StopRequested
 from ddpm.sampling.shards import read_npz
 
 if TYPE_CHECKING:
@@ -40,15 +40,7 @@ class StatisticsFile:
     images: PackedImages | None
     """Images in the file, under one of array_file.IMAGES (guided-diffusion's arr_0); else None."""
 
-    def reference(
-        self,
-        extractor: Extractor,
-        cache_dir: Path | None,
-        *,
-        stop_requested: StopRequested = lambda: None,
-        token: str = "",
-        stay: bool = True,
-    ) -> Reference:
+    def reference(self, extractor: Extractor, cache_dir: Path | None, worker: Worker = ALONE) -> Reference:
         """With features of its images, where it has some: they are kept in `cache_dir`.
 
         A batch's own mu and sigma, which are Inception's and of more images than it holds, count for `inception`.
@@ -58,9 +50,7 @@ class StatisticsFile:
 
         of_images = None
         if self.images is not None:
-            of_images = reference_of(
-                self.images, extractor, cache_dir, stop_requested=stop_requested, token=token, stay=stay
-            )
+            of_images = reference_of(self.images, extractor, cache_dir, worker=worker)
             if not self._moments_count_for(extractor.name):
                 return Reference(of_images.mu, of_images.sigma, self.record, of_images.features)
         self.check_fits(extractor.name, extractor.dim)

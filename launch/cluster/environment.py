@@ -61,6 +61,11 @@ class JobEnvironment:
     def events(self, run: RunDir) -> EventLog:
         return EventLog(run, self.job, self.restart, self.host, since=self.since, cluster=self.cluster)
 
+    @property
+    def token(self) -> str:
+        """Names this life of the job in temporary files: 17.2."""
+        return f"{self.job}.{self.restart}"
+
     def owner(self) -> dict[str, object]:
         named = {"cluster": self.cluster} if self.cluster else {}
         return {"job": self.job, "restart": self.restart, "host": self.host, **named}

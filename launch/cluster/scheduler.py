@@ -1,7 +1,9 @@
 """The interface to the scheduler for the rest of launch/: queries, orders, and queueing.
 
-The modules behind it are not imported outside this room.
+The modules behind it are not imported outside this room: what of them others may use is imported here.
 """
+
+# ruff: noqa: F401
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from launch.cluster import by_submitit, by_template
 from launch.cluster.answers import NOT_REACHED, Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
+from launch.cluster.by_template import submit_again
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
@@ -39,46 +42,6 @@ from launch.cluster.slurm_questions import (
     spare_nodes,
 )
 
-__all__ = [
-    "NOT_REACHED",
-    "Mercy",
-    "NoAnswer",
-    "NoJobId",
-    "Queued",
-    "SchedulerError",
-    "Shown",
-    "Wait",
-    "any_cancelled",
-    "available",
-    "by_hand",
-    "cancel",
-    "cancel_waiting",
-    "cluster_name",
-    "delay",
-    "dependents",
-    "describe",
-    "exclude",
-    "explain",
-    "fitting",
-    "followers",
-    "look_up",
-    "mail_at_end",
-    "make_wait",
-    "max_array_size",
-    "mercy",
-    "mode_and_grace",
-    "partitions",
-    "patiently",
-    "preemption",
-    "queued",
-    "requeue",
-    "show",
-    "spare_nodes",
-    "submit",
-    "submit_again",
-    "too_many",
-]
-
 PATIENCE_S = 90
 RETRY_S = 3
 
@@ -96,14 +59,14 @@ WAYS: dict[str, Way] = {"submitit": by_submitit, "sbatch": by_template}
 
 
 def describe(job: Job) -> str:
-    """What --dry-run shows of a job: the exact command and script."""
-    return WAYS[job.site.via].describe(fitting(job))
+    """What --dry-run shows of a job (from `fitting`): the exact command and script."""
+    return WAYS[job.site.via].describe(job)
 
 
 def by_hand(job: Job) -> str:
-    """The command line by which a person queues `job`, in any directory."""
+    """The command line by which a person queues `job` (from `fitting`), in any directory."""
     home = " ".join(f"{k}={shlex.quote(v)}" for k, v in job.home.items())
-    return f"{home} {shlex.join(by_template.command(fitting(job)))}"
+    return f"{home} {shlex.join(by_template.command(job))}"
 
 
 def fitting(job: Job) -> Job:
@@ -114,11 +77,6 @@ def fitting(job: Job) -> Job:
 def submit(job: Job) -> str:
     """Queue a job (from `fitting`); returns its id. Raises SchedulerError."""
     return WAYS[job.site.via].submit(job)
-
-
-def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
-    """Queue a job of `stage` with another job's options; returns its id. Raises SchedulerError."""
-    return by_template.submit_again(stage, options, args)
 
 
 def queued(jobs: list[str]) -> dict[str, str]:

@@ -31,8 +31,8 @@ NO_NODE = "none"
 """Of `exclude`: no node, not even one on which lives of the run died."""
 
 
-class Stage(Section):
-    """What differs for one stage; keys that are not given are as in training, for one rank."""
+class Resources(Section):
+    """What a job asks for, and where."""
 
     partition: Word | None = None
     account: Word | None = None
@@ -40,12 +40,19 @@ class Stage(Section):
     constraint: Word | None = None
     exclude: Word | None = None
     time: Minutes | None = None
-    gpus_per_node: Gpus = None
-    """null: one if training has some. Sampling starts a rank on each, which divide the shards; scoring uses one."""
+    """Time limit of one job, as 4h, 90m, 2d or in SLURM's form, kept in minutes; a longer run is requeued."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Memory = None
+    """Per node. At most one of these three; none: unset what a profile has."""
     mem_per_cpu: Memory = None
     mem_per_gpu: Memory = None
+
+
+class Stage(Resources):
+    """What differs for one stage; keys that are not given are as in training, for one rank."""
+
+    gpus_per_node: Gpus = None
+    """null: one if training has some. Sampling starts a rank on each, which divide the shards; scoring uses one."""
     sbatch: Options = Field(default_factory=dict)
     """Beside training's; null takes one of those away."""
 
@@ -77,19 +84,12 @@ class Notify(Section):
     """Gets the message as JSON, {"text": …}, as chat programs' webhooks take it."""
 
 
-class Site(Section):
+class Site(Resources):
     """A site profile (configs/cluster/NAME.yaml); the command line may override the keys in options.FLAGS."""
 
     all_keys = "configs/cluster/example.yaml shows them"
     cluster: Literal["auto", "slurm", "local"] = "auto"
     via: Literal["submitit", "sbatch"] = "submitit"
-    partition: Word | None = None
-    account: Word | None = None
-    qos: Word | None = None
-    constraint: Word | None = None
-    exclude: Word | None = None
-    time: Minutes | None = None
-    """Time limit of one job, as 4h, 90m, 2d or in SLURM's form, kept in minutes; a longer run is requeued."""
     nodes: int = Field(1, ge=1)
     gpus_per_node: Gpus = None
     """A number, or TYPE:NUMBER. null: one if the partition has GPUs, else none."""
@@ -98,11 +98,6 @@ class Site(Section):
     only one; none: by sbatch.gres or another option here."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks per node; one per GPU where there are GPUs."""
-    cpus_per_task: int | None = Field(None, ge=1)
-    mem: Memory = None
-    """Per node. At most one of these three; none: unset what a profile has."""
-    mem_per_cpu: Memory = None
-    mem_per_gpu: Memory = None
     sbatch: Options = Field(default_factory=dict)
     """Further sbatch options without their dashes, e.g. {reservation: course}."""
     setup: ShellLines = ()

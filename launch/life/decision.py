@@ -10,6 +10,7 @@ it pre-empts; where it does not, a successor job goes on, also for a job that is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
@@ -140,16 +141,10 @@ def wait_s(e: Evidence) -> int:
 
 def retries_without_progress(events: list[dict[str, Any]], job: str, now_at: int) -> int:
     """How often in a row `job`, or jobs it succeeds, was requeued through its own fault at progress `now_at`."""
-    count, lives = 0, {job}
-    for event in reversed(events):
-        if event.get("job") in lives and event.get("successor_of"):
-            lives.add(event["successor_of"])
-        if event["event"] != "requeued" or event.get("job") not in lives:
-            continue
-        if event.get("progress") != now_at:
-            break
-        count += event.get("reason") not in UNCOUNTED
-    return count
+    jobs = _succeeded(events, job)
+    told = (e for e in reversed(events) if e["event"] == "requeued" and e.get("job") in jobs)
+    here = takewhile(lambda e: e.get("progress") == now_at, told)
+    return sum(e.get("reason") not in UNCOUNTED for e in here)
 
 
 def uncounted_lives(events: list[dict[str, Any]], job: str, restart: int) -> int:
@@ -160,9 +155,15 @@ def uncounted_lives(events: list[dict[str, Any]], job: str, restart: int) -> int
 
 def bad_nodes(events: list[dict[str, Any]], job: str) -> list[str]:
     """Nodes on which lives of the job, or of jobs it succeeds, died by themselves, in order of time."""
-    lives = {job}
-    for event in reversed(events):
-        if event.get("job") in lives and event.get("successor_of"):
-            lives.add(event["successor_of"])
-    named = (str(e["bad_node"]) for e in events if e.get("bad_node") and e.get("job") in lives)
+    jobs = _succeeded(events, job)
+    named = (str(e["bad_node"]) for e in events if e.get("bad_node") and e.get("job") in jobs)
     return list(dict.fromkeys(named))
+
+
+def _succeeded(events: list[dict[str, Any]], job: str) -> set[str]:
+    """The job, and those that it succeeds."""
+    jobs = {job}
+    for event in reversed(events):
+        if event.get("job") in jobs and event.get("successor_of"):
+            jobs.add(event["successor_of"])
+    return jobs

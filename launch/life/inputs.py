@@ -39,7 +39,7 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
     def bring(stop_requested: StopRequested) -> str:
         return _bring(cache, key, config, labels, stop_requested)
 
-    key = str(world.broadcast(together(life.stop, world, bring if world.is_main else None)))
+    key = _of_rank_0(life, world, bring)
     local = None
     if data.get("scratch"):
         try:
@@ -77,8 +77,13 @@ def held_out(life: Life, config: Config, world: World) -> PackedImages | None:
             say(f"no validation in this life: the test split that it needs cannot be used: {e}")
             return ""
 
-    key = world.broadcast(together(life.stop, world, bring if world.is_main else None))
+    key = _of_rank_0(life, world, bring)
     return packed.open_packed(cache, key) if key else None
+
+
+def _of_rank_0(life: Life, world: World, bring: Callable[[StopRequested], str]) -> str:
+    """What rank 0 brings, on all ranks. Raises Stopped on all ranks."""
+    return str(world.broadcast(together(life.stop, world, bring if world.is_main else None)))
 
 
 def _bring_test(cache: Path, known: dict[str, Any], config: Config, stop_requested: StopRequested) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm.errors import EXIT_REQUEUE, Stopped
-from ddpm.run.claims import OthersAtWork
+from ddpm.run.claims import OthersAtWork, Worker
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
@@ -20,6 +21,8 @@ from launch.life.last_words import last_words
 from launch.life.preemption import StopFlag
 from launch.queue import ending
 from launch.queue.waiting import known_stop, mercy_for
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,21 @@ class Life:
         """The life of a rank that works on its own shards and waits for no other rank."""
         return replace(self, env=replace(self.env, rank=0, world_size=1), speaks=False)
 
+    @property
+    def worker(self) -> Worker:
+        """This process to those with which it shares work: of an array the first task merges, the others leave."""
+        return Worker(self.stop, self.env.token, stay=not self.env.array_task)
+
     def heed_stop(self) -> None:
         """From here on watch the run's STOP file, except the one despite which samples or a score were asked for."""
-        self.stop.watch(self.run, self.known_stop())
-
-    def is_told_to_stop(self) -> bool:
-        return self.run.is_stopped() and self.run.stop_mark() != self.known_stop()
-
-    def known_stop(self) -> str:
-        return known_stop(self.run, self.env.job) if self.run.is_stopped() else ""
+        self.stop.watch(self.run, known_stop(self.run, self.env.job) if self.run.is_stopped() else "")
 
     def leave(self, code: int, reason: str = "") -> int:
         """Write the exit marker for the batch shell, which reads it instead of srun's exit code; returns `code`."""
         self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
 
-    def result_of(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | int:
+    def result_of(self, compute: Callable[[], T]) -> T | int:
         """What is computed, and again where a stop was none; the exit code instead, if this job leaves before: it is
         told to stop, or others are still at their parts, of whom the first task merges."""
         while True:
@@ -86,9 +88,8 @@ class Life:
             if self.env.rank == 0:
                 after_scancel(self.run, self.env)
                 ending.of_hold(self.run, self.env, environment.stage(), environment.sample_set())
-        code = preemption.after_stop(
-            self.stop, reason, self.env, say, broadcast, alive, lambda: mercy_for(self.run, self.env.job)
-        )
+        ask = partial(mercy_for, self.run, self.env.job)
+        code = preemption.after_stop(self.stop, reason, self.env, broadcast, alive, ask)
         if code is None:
             self.stop.clear(reason)
         return code

@@ -12,7 +12,7 @@ from ddpm.scoring.against import open_reference
 from ddpm.scoring.likelihood import bits_per_dim
 from ddpm.scoring.record import told as told_of
 from launch.life.life import Life
-from launch.life.pace import Pace
+from launch.life.pace import shown
 from launch.life.sampling import denoiser_of
 from launch.life.showing import show_score
 
@@ -20,17 +20,14 @@ from launch.life.showing import show_score
 def evaluate(life: Life, name: str) -> int:
     """Compute what bits-per-dim/NAME/request.json asks for; an array's first task merges the parts. Returns the exit
     code."""
-    run, env = life.run, life.env
+    run = life.run
     config = reading.of_run(run)
     request = bound_request.read(run.bound_set(name))
     life.heed_stop()
     command = ["python", "launch/evaluate.py", str(run.path), "--bits-per-dim", "--reference", request.split]
     command += ["--step", str(request.checkpoint.step)]
     command += [] if request.num_images is None else ["--num-images", str(request.num_images)]
-    pace = Pace()
-
-    def show(done: int, total: int) -> None:
-        say("bits per dimension", images=f"{done}/{total}", **pace.told(done, total))
+    show = shown("bits per dimension")
 
     def compute() -> dict[str, Any]:
         images = open_reference(run, config, request.split, life.stop)
@@ -43,10 +40,8 @@ def evaluate(life: Life, name: str) -> int:
             timesteps=config.diffusion.timesteps,
             num_classes=config.model.num_classes,
             command=command,
-            stop_requested=life.stop,
             progress=show,
-            token=f"{env.job}.{env.restart}",
-            stay=not env.array_task,
+            worker=life.worker,
         )
 
     result = life.result_of(compute)

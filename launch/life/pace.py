@@ -1,10 +1,13 @@
-"""The rate of work, in images a second, and its expected end."""
+"""The rate of work, in images a second, and its expected end; told in the log."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from datetime import datetime, timedelta, timezone
+
+from ddpm.run.log import say
+from ddpm.run.stopping import ShowProgress
 
 WINDOW = 16
 
@@ -26,3 +29,9 @@ class Pace:
         end = datetime.now(timezone.utc) + timedelta(seconds=(total - done) / rate)
         ends = {"ends": f"{end:%Y-%m-%dT%H:%M:%SZ}"} if done < total else {}
         return {"images_per_s": f"{rate:.3g}", **ends}
+
+
+def shown(doing: str) -> ShowProgress:
+    """A function (done, total) that logs how many images are done, and their pace."""
+    pace = Pace()
+    return lambda done, total: say(doing, images=f"{done}/{total}", **pace.told(done, total))

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ddpm.errors import EXIT_REQUEUE
+from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
@@ -91,7 +92,6 @@ def after_stop(
     stop: StopFlag,
     reason: str,
     env: JobEnvironment,
-    say: Callable[[str], None],
     broadcast: Callable[[Any], Any],
     alive: Callable[[], None],
     ask: Callable[[], scheduler.Mercy],

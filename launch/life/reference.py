@@ -8,8 +8,6 @@ import torch
 
 from ddpm.config import reading
 from ddpm.data.packed import PackedImages
-from ddpm.errors import Stopped
-from ddpm.run.claims import OthersAtWork
 from ddpm.run.log import say
 from ddpm.run.records import data_of
 from ddpm.scoring.against import open_reference
@@ -17,38 +15,25 @@ from ddpm.scoring.extractors import beside, build_extractor
 from ddpm.scoring.reference import publish_statistics, reference_of
 from launch.life import devices
 from launch.life.life import Life
-from launch.life.pace import Pace
+from launch.life.pace import shown
 
 
 def save_statistics(life: Life, split: str, extractor: str, path: Path) -> int:
     """Those of the run's own images to `path`, and where evaluations look for them."""
     run, env = life.run, life.env
-    config, cache, token = reading.of_run(run), Path(data_of(run)["cache"]), f"{env.job}.{env.restart}"
+    config, cache = reading.of_run(run), Path(data_of(run)["cache"])
     life.heed_stop()
     torch.set_num_threads(env.cpus)
-    device, pace = devices.one_device(env), Pace()
+    device, show = devices.one_device(env), shown("features of the reference")
 
-    def show(done: int, total: int) -> None:
-        say("features of the reference", images=f"{done}/{total}", **pace.told(done, total))
-
-    while True:
-        try:
-            images = open_reference(run, config, split, life.stop)
-            assert isinstance(images, PackedImages)  # of a split
-            by = build_extractor(extractor, device, image_size=config.data.image_size, shared=beside(cache))
-            made = reference_of(
-                images, by, cache / "reference", stop_requested=life.stop, progress=show, token=token,
-                stay=not env.array_task,
-            )  # fmt: skip
-            if not env.array_task:  # the first task's to write
-                publish_statistics(path, made, images, by, token)
-                say(f"{path}: statistics of {len(images)} images of {split}, {by.name} features")
-        except Stopped as e:
-            say("stopped; finished parts are kept", reason=e.reason)
-            code = life.until_killed_or_on(e.reason)
-            if code is None:
-                continue
-            return life.leave(code, e.reason)
-        except OthersAtWork as e:
-            say(str(e))
+    def compute() -> int:
+        images = open_reference(run, config, split, life.stop)
+        assert isinstance(images, PackedImages)  # of a split
+        by = build_extractor(extractor, device, image_size=config.data.image_size, shared=beside(cache))
+        made = reference_of(images, by, cache / "reference", progress=show, worker=life.worker)
+        if not env.array_task:  # the first task's to write
+            publish_statistics(path, made, images, by, env.token)
+            say(f"{path}: statistics of {len(images)} images of {split}, {by.name} features")
         return life.leave(0)
+
+    return life.result_of(compute)

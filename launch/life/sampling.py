@@ -51,7 +51,7 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
                 denoiser,
                 stop_requested=life.stop,
                 progress=told,
-                token=f"{env.job}.{env.restart}",
+                token=env.token,
             )
         except Stopped as e:
             say("stopped; finished batches are kept", reason=e.reason, shard=shard)

@@ -22,7 +22,7 @@ from ddpm.scoring.record import key_of
 from ddpm.scoring.record import told as told_of
 from launch.life import devices
 from launch.life.life import Life
-from launch.life.pace import Pace
+from launch.life.pace import Pace, shown
 from launch.life.showing import show_score
 from launch.queue import chain, milestones
 from launch.queue.sets import ensure_request
@@ -80,13 +80,10 @@ def _scorer(
     against = reference or config.evaluate.reference
     command = ["python", "launch/evaluate.py", str(run.path), "--set", set_name, "--reference", against]
     command += ["--extractor", extractor] if extractor else []
-    pace, of_reference, num = Pace(), Pace(), request.num_samples
+    pace, num = Pace(), request.num_samples
 
     def show(done: int, total: int) -> None:
         say("features", shards=f"{done}/{total}", **pace.told(done * num // total, num))
-
-    def show_reference(done: int, total: int) -> None:
-        say("features of the reference", images=f"{done}/{total}", **of_reference.told(done, total))
 
     def score() -> dict[str, Any]:
         name, size = extractor or config.evaluate.extractor, config.data.image_size
@@ -99,11 +96,9 @@ def _scorer(
             image_size=size,
             num_classes=config.model.num_classes,
             command=command,
-            stop_requested=life.stop,
             progress=show,
-            reference_progress=show_reference,
-            token=f"{env.job}.{env.restart}",
-            stay=not env.array_task,
+            reference_progress=shown("features of the reference"),
+            worker=life.worker,
         )
 
     return score
@@ -112,7 +107,7 @@ def _scorer(
 def _on_the_curve(life: Life, config: Config) -> None:
     """What a milestone scores, in milestones.json, where that is news."""
     run, env = life.run, life.env
-    if (record := milestones.publish(run, config, f"{env.job}.{env.restart}")) is None:
+    if (record := milestones.publish(run, config, env.token)) is None:
         return
     best = record["best"]
     say("best milestone so far", step=best["step"], **{record["score"]: f"{best[record['score']]:.4f}"})

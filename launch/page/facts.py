@@ -13,7 +13,7 @@ from ddpm.run.files import DamagedFile, parse_json, read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
 from ddpm.scoring.record import Score, all_scores
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.terminal.overview import Damage, read_life
 
 SHOWN_BYTES = 64 << 10
@@ -88,7 +88,7 @@ def _config(run: RunDir) -> Config | None:
 
 
 def _scores(run: RunDir) -> list[Score]:
-    found = [score for score in all_scores(run) if not score.damage and not of_other_samples(run, score)]
+    found = [score for score in all_scores(run) if not wrong_with(run, score)]
     return sorted(found, key=_weight, reverse=True)
 
 

@@ -183,9 +183,14 @@ def goodput_table(facts: Facts) -> Html:
     return join([table(columns, rows, class_="kinds"), note(told, "Ticks under the timeline are saves.")])
 
 
+def _trains(event: Event) -> bool:
+    """Whether it is of a training job's life."""
+    return event["event"] != "submitted" and event.get("stage", "train") == "train"
+
+
 def number(facts: Facts) -> int:
     """Of the lives of its training."""
-    return len({life_of(e) for e in facts.events if e["event"] != "submitted" and e.get("stage", "train") == "train"})
+    return len({life_of(e) for e in facts.events if _trains(e)})
 
 
 def lives_table(facts: Facts) -> Html:
@@ -195,7 +200,7 @@ def lives_table(facts: Facts) -> Html:
         spans.setdefault(period.life, []).append(period)
     own: dict[LifeKey, list[Event]] = {}
     for e in history.clear(facts.run, facts.events):
-        if e["event"] != "submitted" and e.get("stage", "train") == "train":
+        if _trains(e):
             own.setdefault(life_of(e), []).append(e)
     lives = list(own)
     rows = [_life(life, own[life], spans.get(life, []), facts) for life in lives[-MOST_LIVES:]]

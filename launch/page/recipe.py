@@ -9,7 +9,6 @@ from typing import Any
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.config.section import field_keys
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
 from ddpm.sampling.request import Request, read_request
@@ -22,7 +21,6 @@ from launch.page.words import moment
 
 USUAL = "cifar10.yaml"
 """What launch/submit.py takes where no config is named."""
-NOT_OF_RECIPE = ("name",)
 MOST_CLASSES, MOST_SETS = 100, 20
 
 
@@ -40,7 +38,8 @@ def config(facts: Facts) -> Html:
         name, recipe = "the defaults of the config", Config()
     rows = [
         [tag("code", key), tag("code", as_typed(own)), tag("code", as_typed(others))]
-        for key, own, others in differences(facts.config, recipe)
+        for key, own, others in reading.differences(facts.config, recipe)
+        if key != "name"
     ]
     differing = (Column("key"), Column("here"), Column("there"))
     parts = [note("It differs from ", name, " in:"), table(differing, rows)]
@@ -58,14 +57,6 @@ def recipe_of(record: Mapping[str, Any]) -> Path | None:
     path = SHIPPED / "configs" / (named[0].name if named else USUAL)
     is_shipped = not named or named[0].parent.name == "configs"
     return path if is_shipped and path.is_file() else None
-
-
-def differences(own: Config, other: Config) -> list[tuple[str, Any, Any]]:
-    """Keys whose values differ, with both, in the order of the config."""
-    a, b = own.model_dump(mode="json"), other.model_dump(mode="json")
-    keys = (key for key in field_keys(Config) if key not in NOT_OF_RECIPE)
-    found = ((key, reading.value_at(a, key), reading.value_at(b, key)) for key in keys)
-    return [(key, here, there) for key, here, there in found if here != there]
 
 
 def as_typed(value: Any) -> str:

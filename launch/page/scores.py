@@ -6,7 +6,19 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddpm.scoring.record import SCORE_NAMES, Score, against, caution, half_width, key_of, number, rounded, told
+from ddpm.scoring.record import (
+    SCORE_NAMES,
+    Score,
+    against,
+    caution,
+    half_width,
+    key_of,
+    number,
+    rounded,
+    sampler_words,
+    told,
+    with_spread,
+)
 from launch.page.chart import Line, chart
 from launch.page.markup import Column, Html, Part, join, note, table, tag
 from launch.page.words import digits, moment
@@ -146,12 +158,8 @@ def _step(record: Mapping[str, Any]) -> int:
 
 
 def _sampler(record: Mapping[str, Any]) -> str:
-    sampler = record.get("sampler")
-    if not sampler:  # bits per dimension, and images that no run made
-        return ""
-    more = [f"{key} {sampler[key]:g}" for key in ("eta", "guidance") if sampler.get(key)]
-    more += [str(sampler["variance"])] if sampler.get("variance") else []
-    return " ".join([sampler["name"], *more])
+    sampler = record.get("sampler")  # bits per dimension, and images that no run made, have none
+    return sampler_words(sampler) if sampler else ""
 
 
 def _measures(score: Score) -> list[Part]:
@@ -159,18 +167,10 @@ def _measures(score: Score) -> list[Part]:
     manifold = r.get("manifold") or {}
     measures = [manifold.get(key) for key in ("precision", "recall", "density", "coverage")]
     cells: list[Part] = ["" if limit is None else rounded(limit, half_width(r))]
-    cells += [_spread(r, "kid", "kernel_distance"), _spread(r, "inception_score")]
+    cells += [with_spread(r, "kid") or with_spread(r, "kernel_distance"), with_spread(r, "inception_score")]
     cells += ["" if value is None else f"{value:.3f}" for value in measures]
     cells += ["" if r.get(key) is None else digits(r[key]) for key in ("rate", "distortion")]
     return list(cells)
-
-
-def _spread(record: Mapping[str, Any], *keys: str) -> str:
-    for key in keys:
-        if (value := record.get(key)) is not None:
-            spread = record.get(f"{key}_std")
-            return rounded(value, spread) + (f" ± {rounded(spread, spread)}" if spread else "")
-    return ""
 
 
 def _provenance(score: Score) -> list[Part]:

@@ -8,12 +8,11 @@ be trained, since two directories with two locks would write one set of checkpoi
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.errors import RequestError
-from ddpm.run.files import TMP_PREFIX, fsync_dir, not_ours, sign, write_bytes, write_json
+from ddpm.run.files import not_ours, publishing_folder, sign, write_bytes, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 
@@ -107,19 +106,13 @@ def _check_same(mine: RunDir, run: RunDir) -> None:
 
 def _make(mine: RunDir, run: RunDir) -> None:
     """Make the directory `mine` for `run`, whole or not at all."""
-    tmp = mine.path.with_name(f"{TMP_PREFIX}{mine.name}.{os.getpid()}")
-    try:
-        tmp.mkdir(parents=True)
+    with publishing_folder(mine.path) as folder:
         for name in MADE:
-            (tmp / name).mkdir()
+            (folder / name).mkdir()
         for name in READ:
-            (tmp / name).symlink_to(run.path / name)
-        write_bytes(RunDir(tmp).config, run.config.read_bytes())
+            (folder / name).symlink_to(run.path / name)
+        write_bytes(RunDir(folder).config, run.config.read_bytes())
         for there in (run.path / "setup.sh", run.code):
             if there.exists():
-                write_bytes(tmp / there.name, there.read_bytes())
-        write_json(RunDir(tmp).run_json, sign({**read_run(run), "reads": str(run.path)}))
-        tmp.rename(mine.path)
-        fsync_dir(mine.path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+                write_bytes(folder / there.name, there.read_bytes())
+        write_json(RunDir(folder).run_json, sign({**read_run(run), "reads": str(run.path)}))

@@ -10,6 +10,7 @@ from ddpm.sampling.request import CheckpointRef
 from ddpm.scoring import bound_request
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.bound_request import BoundRequest
+from launch.queue.sets import publish_while_kept
 
 
 def request_for(
@@ -46,13 +47,6 @@ def cost(request: BoundRequest, config: Config) -> str:
 
 
 def publish(run: RunDir, request: BoundRequest) -> None:
-    """Publish the request if its checkpoint still exists: training keeps the checkpoints of published requests only."""
+    """Publish the request. Raises RequestError where its checkpoint is gone."""
     where = run.bound_set(request.name)
-    existed = where.request.exists()
-    bound_request.publish(where, request)
-    if not existed and not run.manifest(request.checkpoint.step).exists():
-        where.request.unlink(missing_ok=True)
-        raise RequestError(
-            f"the checkpoint of step {request.checkpoint.step} was just removed, as training keeps only the newest; "
-            f"there are {sorted(run.steps_saved())}: give one as --step, or none for the newest"
-        )
+    publish_while_kept(run, where, request.checkpoint.step, lambda: bound_request.publish(where, request))

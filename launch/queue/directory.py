@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -12,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import __version__
+from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, now, read_json, sign, write_bytes, write_json
+from ddpm.run.files import DamagedFile, now, publishing_folder, read_json, sign, write_bytes, write_json
 from ddpm.run.log import plain
 from ddpm.run.paths import SCHEMA, RunDir
 from ddpm.run.records import data_of, read_run
@@ -39,24 +38,18 @@ def create_run(
     start: bytes | None = None,
     told: Notify | None = None,
 ) -> None:
-    """Make the run directory whole: built beside its place, then renamed. start: content of start.safetensors; told:
-    whom to notify of the run's end."""
-    tmp = run.path.with_name(f"{TMP_PREFIX}{run.name}.{os.getpid()}")
+    """Make the run directory. start: content of start.safetensors; told: whom to notify of the run's end."""
     shell = _shell(run, of_record(record["launch"], "launch"), record)
-    try:
-        tmp.mkdir(parents=True)
-        for sub in ("events", "checkpoints", "tb", "grids", "logs", "samples", "eval"):
-            (tmp / sub).mkdir()
-        write_bytes(tmp / "config.yaml", config.to_yaml().encode())
-        _write_shell(RunDir(tmp), shell)
-        notify.keep(RunDir(tmp), told or Notify())
+    with publishing_folder(run.path) as folder:
+        made = RunDir(folder)
+        for part in (made.events, made.checkpoints, made.tensorboard, made.grids, made.logs, made.samples, made.eval):
+            part.mkdir()
+        write_bytes(made.config, config.to_yaml().encode())
+        _write_shell(made, shell)
+        notify.keep(made, told or Notify())
         if start is not None:
-            write_bytes(RunDir(tmp).start, start)
-        write_json(tmp / "run.json", sign(record))
-        tmp.rename(run.path)
-        fsync_dir(run.path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+            write_bytes(made.start, start)
+        write_json(made.run_json, sign(record))
 
 
 def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Notify | None = None) -> None:
@@ -145,7 +138,7 @@ def site_of(run: RunDir) -> Site:
 
 def not_taken(run: RunDir, site: Site) -> str:
     """For a message: in what this request differs from the job that is already queued; "" if in nothing."""
-    asked, sent = _flat(site), _flat(site_of(run))
+    asked, sent = (reading.flat(where.model_dump(mode="json")) for where in (site, site_of(run)))
     differ = [key for key in asked if asked[key] not in NOT_GIVEN and asked[key] != sent.get(key)]
     if "partition" in differ and not sent["partition"] and _is_default(asked["partition"]):
         differ.remove("partition")
@@ -156,14 +149,6 @@ def not_taken(run: RunDir, site: Site) -> str:
         f"its training is in the queue already, and stays as it was submitted: {'; '.join(told)}. To change that, "
         f"{work.to_end(run)}, and submit again"
     )
-
-
-def _flat(site: Site) -> dict[str, Any]:
-    """A site's values by dotted keys, such as sbatch.nice and sample.time."""
-    flat: dict[str, Any] = {}
-    for key, value in site.model_dump(mode="json").items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _is_default(partition: str) -> bool:

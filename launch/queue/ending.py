@@ -17,6 +17,7 @@ from ddpm.scoring.record import scores_of, told
 from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.queue import notify
+from launch.queue.sets import wrong_with
 from launch.queue.waiting import is_told_to_stop
 
 
@@ -85,4 +86,4 @@ def _made(run: RunDir, stage: str, set_name: str) -> str:
         return ""
     if stage == "sample":
         return f"samples {set_name}" if asked else ""
-    return next((told(score.record) for score in reversed(scores_of(run, set_name)) if not score.damage), "")
+    return next((told(score.record) for score in reversed(scores_of(run, set_name)) if not wrong_with(run, score)), "")

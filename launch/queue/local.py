@@ -135,19 +135,23 @@ def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[s
     return process, log
 
 
-def _note(run: RunDir, event: str, command: list[str]) -> None:
-    """Record when sampling or scoring starts and ends; training writes its own events."""
+def _does(command: list[str]) -> tuple[str, str]:
+    """Stage and set of a `stage_command`."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
+    return stage, of[0] if of else ""
+
+
+def _note(run: RunDir, event: str, stage: str, set_name: str) -> None:
+    """Record when sampling or scoring starts and ends; training writes its own events."""
     if stage != "train":
         log = EventLog(run, f"{environment.current().job}-then", 0, environment.host())
         with contextlib.suppress(OSError):  # a full disk ends nothing
-            log.append(event, stage=stage, set=of[0] if of else "", step=run.latest_step())
+            log.append(event, stage=stage, set=set_name, step=run.latest_step())
 
 
-def _tell(run: RunDir, command: list[str], code: int) -> None:
+def _tell(run: RunDir, stage: str, set_name: str, code: int) -> None:
     """Tell the owner that the run has ended, unless the owner stopped it."""
-    stage, _, *of = command[command.index("launch.jobs") + 1 :]
-    env, set_name = environment.current(), of[0] if of else ""
+    env = environment.current()
     if code == 0:
         ending.of_success(run, env, stage, set_name)
         return
@@ -165,7 +169,8 @@ def main() -> int:
     If this waits for other runs' jobs, it first waits until those have ended in any way.
     """
     run, commands = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
-    stages = [command[command.index("launch.jobs") + 1] for command in commands]
+    work = [_does(command) for command in commands]
+    stages = [stage for stage, _ in work]
     child: subprocess.Popen[bytes] | None = None
     unheard: list[int] = []  # by a command: none was running
 
@@ -189,7 +194,7 @@ def main() -> int:
         if (i or before) and is_told_to_stop(run, environment.current().job):
             return 0
         if stages[i] not in stages[:i]:
-            _note(run, "stage_began", command)
+            _note(run, "stage_began", *work[i])
         with contextlib.suppress(DDPMError, DamagedFile):  # what is not there shows where it is needed
             code.unpack(run)  # it may have been purged meanwhile
         started = subprocess.Popen(command)
@@ -199,11 +204,11 @@ def main() -> int:
         ended = child.wait()
         child = None
         if ended:
-            _tell(run, command, ended)
+            _tell(run, *work[i], ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:
-            _note(run, "stage_done", command)
-    _tell(run, commands[-1], 0)
+            _note(run, "stage_done", *work[i])
+    _tell(run, *work[-1], 0)
     return 0
 
 

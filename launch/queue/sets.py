@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ddpm.config import reading
 from ddpm.config.sample import FILE, Evaluate
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import RunDir, fit_name
+from ddpm.run.paths import Made, RunDir, fit_name
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import (
     CheckpointRef,
@@ -24,6 +25,7 @@ from ddpm.sampling.request import (
     publish_request,
     read_request,
     samples_record,
+    withdraw_request,
 )
 from ddpm.scoring.against import SPLITS, digest_of_split, folder_digest
 from ddpm.scoring.record import Score, file_extractor_name, scores_of
@@ -122,6 +124,20 @@ def request_for(
     return from_config(config, at, precision_of(config, run), variance)
 
 
+def publish_while_kept(run: RunDir, made: Made, step: int, publish: Callable[[], object]) -> bool:
+    """Have a request published while its checkpoint is there: training keeps those that a request names, but not
+    before. Returns whether it is new. Raises RequestError where the checkpoint has just been removed."""
+    existed = made.request.exists()
+    publish()
+    if not existed and not run.manifest(step).exists():
+        withdraw_request(made)
+        raise RequestError(
+            f"the checkpoint of step {step} was just removed, as training keeps only the newest; there are "
+            f"{sorted(run.steps_saved())}: give one as --step, or none for the newest"
+        )
+    return not existed
+
+
 class SetOfAnother(RequestError):
     """A set that was made from another checkpoint than the one that this run has at its step."""
 
@@ -193,35 +209,27 @@ def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     found = [
         score
         for score in scores_of(run, set_name)
-        if not (score.damage or of_other_samples(run, score))
-        and (score.record.get("extractor") or {}).get("name") == extractor
+        if not wrong_with(run, score) and (score.record.get("extractor") or {}).get("name") == extractor
     ]
     is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
     return next((score for score in found if is_it(score.record["reference"])), None)
 
 
-def of_other_samples(run: RunDir, score: Score) -> str:
-    """In what a score says to be of other samples than its set's request asks for, or of another run's checkpoint, for
-    a message; "" where in nothing, or where nothing tells. Raises OSError where it cannot look."""
-    set_name = score.name.partition("/")[0]
+def wrong_with(run: RunDir, score: Score) -> str:
+    """Why a score does not hold, for a message: it is damaged, says to be of other samples than its set's request asks
+    for, or is of another run's checkpoint; "" where it holds, or nothing tells. Raises OSError where it cannot look."""
     if score.damage:
-        return ""
+        return score.damage
     if isinstance(at := score.record.get("checkpoint"), dict) and (
         why := generations.of_another(run, at.get("step"), at.get("sha256"))
     ):
         return f"{score.path.name} {why}"
+    set_name = score.name.partition("/")[0]
     if not (asked := _asked(run, set_name)):
         return ""
-    there, due = (_flat(r) for r in (score.record, samples_record(Request.from_record(asked))))
+    there, due = (reading.flat(r) for r in (score.record, samples_record(Request.from_record(asked))))
     wrong = [f"{key} {there[key]!r} instead of {due[key]!r}" for key in due if there.get(key, due[key]) != due[key]]
     return f"{score.path.name} is no score of samples/{set_name}: it says {', '.join(wrong)}" if wrong else ""
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in record.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
 
 
 def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:

@@ -13,16 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from ddpm.errors import RequestError
-from ddpm.run.events import EventLog, read_events
+from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
 from launch.cluster import code, environment, scheduler
 from launch.cluster.job import Job
 from launch.cluster.site import Site
 from launch.queue import local, nodes
 from launch.queue.directory import of_record
-from launch.queue.waiting import of_this_cluster
+from launch.queue.waiting import submission
 
-ALSO = ("qos", "preemption", "launch", "code", "despite")
+ALSO = ("preemption", "launch", "code", "despite")
 """What the event of a submission says that its successor's says too."""
 
 
@@ -120,21 +120,15 @@ def why_it_waits(job_id: str, stage: str) -> str:
 
 def sent_tasks(run: RunDir, job_id: str) -> int:
     """With how many tasks a sample job was submitted."""
-    return int(_submission(run, job_id).get("tasks") or 1)
+    return int(submission(run, job_id).get("tasks") or 1)
 
 
 def sent_where(run: RunDir, job_id: str) -> Site | None:
     """What an evaluation was submitted with; None where its event does not say."""
     try:
-        return of_record(_submission(run, job_id)["launch"], f"the submission of job {job_id}")
+        return of_record(submission(run, job_id)["launch"], f"the submission of job {job_id}")
     except (KeyError, TypeError, RequestError):
         return None
-
-
-def _submission(run: RunDir, job_id: str) -> dict[str, Any]:
-    """The event of a job's submission; nothing where there is none."""
-    events = of_this_cluster(read_events(run))
-    return next((e for e in reversed(events) if e["event"] == "submitted" and e["job"] == job_id), {})
 
 
 def _submitted(run: RunDir, job: str, stage: str, via: str, world_size: int, **fields: Any) -> None:
@@ -150,8 +144,10 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
 
     The event that it was is written where there is room for it.
     """
-    told = _submission(run, job)  # of one by hand there is none, and any of it may be lost
+    told = submission(run, job)  # of one by hand there is none, and any of it may be lost
     options = {**(told.get("options") or _as_it_is(job)), **({"exclude": avoided} if avoided else {})}
+    if "output" in options:  # of a task of an array, which the successor is not
+        options["output"] = str(options["output"]).replace("%A_%a", "%j")
     record = {"set": told.get("set", environment.sample_set()), "options": options, "args": told.get("args") or []}
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]
     new = scheduler.submit_again(stage, {"export": "ALL", **options}, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,12 @@ def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
         return True
 
 
+def submission(run: RunDir, job: str) -> dict[str, Any]:
+    """The event of a job's submission, or of the array's of which it is a task; {} if there is none. Raises OSError."""
+    base, events = job.partition("_")[0], of_this_cluster(read_events(run))
+    return next((e for e in reversed(events) if e["event"] == "submitted" and e["job"] == base), {})
+
+
 def is_told_to_stop(run: RunDir, job: str) -> bool:
     """Whether STOP exists and is meant for a job, that is, was not there when its samples or score were asked for."""
     return run.is_stopped() and run.stop_mark() != known_stop(run, job)
@@ -45,9 +52,7 @@ def is_told_to_stop(run: RunDir, job: str) -> bool:
 
 def known_stop(run: RunDir, job: str) -> str:
     """The mark of the STOP despite which a job was submitted; "" if there was none. Raises OSError."""
-    base = job.partition("_")[0]
-    told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]
-    return str(told[-1].get("despite") or "") if told else ""
+    return str(submission(run, job).get("despite") or "")
 
 
 def evaluations_in_queue(run: RunDir, set_name: str, asked: Evaluate, default: Evaluate) -> list[str]:
@@ -109,14 +114,10 @@ def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = No
 
 def mercy_for(run: RunDir, job: str) -> scheduler.Mercy:
     """What SLURM does with a job of the run at pre-emption, by what it says now and said at submission."""
-    base = job.partition("_")[0]
-    try:
-        told = [e for e in of_this_cluster(read_events(run)) if e["event"] == "submitted" and e["job"] == base]
-    except OSError:
-        told = []
-    last = told[-1] if told else {}
-    once = {f"qos {name}": said for name, said in (last.get("qos") or {}).items()}  # as it was written before
-    known = {**once, **(last.get("preemption") or {})}
-    if "no-requeue" in (last.get("options") or {}):
+    told: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        told = submission(run, job)
+    known = dict(told.get("preemption") or {})
+    if "no-requeue" in (told.get("options") or {}):
         known["no-requeue"] = "1"
     return scheduler.mercy(job, known)

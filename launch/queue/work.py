@@ -12,14 +12,12 @@ from ddpm.errors import RequestError
 from ddpm.run.events import read_events
 from ddpm.run.files import not_ours, seconds
 from ddpm.run.paths import RunDir
-from ddpm.run.records import place_of, read_heartbeat
+from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler
 from launch.queue import local
 from launch.queue.turns import turn
 from launch.queue.waiting import slurm_jobs
 
-BEATS_S = 60.0
-"""A trainer's heartbeat is never older than this."""
 OVER = ("finished", "failed", "requeued", "cancelled")
 
 

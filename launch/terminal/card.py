@@ -7,7 +7,17 @@ from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data.labels import class_names
-from ddpm.scoring.record import SCORE_NAMES, Score, against, caution, half_width, key_of, number, rounded
+from ddpm.scoring.record import (
+    SCORE_NAMES,
+    Score,
+    against,
+    caution,
+    half_width,
+    key_of,
+    number,
+    rounded,
+    sampler_words,
+)
 
 USE = """```python
 import ddpm
@@ -86,15 +96,10 @@ def _scores(scores: list[Score]) -> str:
         sampler = r.get("sampler") or {"name": "-"}
         features = of["name"] + (f" (sha256 {of['weights_sha256'][:12]})" if of.get("weights_sha256") else "")
         rows.append((
-            SCORE_NAMES[key_of(r)] + caution(r), number(r), interval, _sampler(sampler), str(r["nfe"]),
+            SCORE_NAMES[key_of(r)] + caution(r), number(r), interval, sampler_words(sampler), str(r["nfe"]),
             against(r), features, str(r.get("seed", "-")), str(r.get("created", "-"))[:10],
         ))  # fmt: skip
     return _table(rows)
-
-
-def _sampler(sampler: dict[str, Any]) -> str:
-    more = [f"{key} {sampler[key]:g}" for key in ("eta", "guidance") if sampler.get(key)]
-    return " ".join([sampler["name"], *more])
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -14,8 +14,8 @@ from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
-from ddpm.scoring.record import SCORE_NAMES, caution, key_of, number, rounded, scores_of
-from launch.queue.sets import of_other_samples, score_by
+from ddpm.scoring.record import SCORE_NAMES, caution, half_width, key_of, number, rounded, sampler_words, scores_of
+from launch.queue.sets import score_by, wrong_with
 from launch.terminal import console, streams
 
 UNCUT = 10_000
@@ -44,7 +44,7 @@ def chosen_scores(
         asked = Evaluate(reference=reference or config.reference, extractor=extractor or config.extractor)
         score = score_by(of, name, asked)
         if score is None:
-            damaged = list(filter(None, (s.damage or of_other_samples(of, s) for s in scores_of(of, name))))
+            damaged = list(filter(None, (wrong_with(of, s) for s in scores_of(of, name))))
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
                 + (f" ({plain('; '.join(damaged))})" if damaged else "")
@@ -82,8 +82,9 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) 
                          overflow="fold")  # fmt: skip
     for word, record in scores.items():
         limit = record.get(f"{key}_infinity")
-        cells = [record["sampler"]["name"], str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
-        cells += ["" if record is first else _told(first, record), "-" if limit is None else _limit(record, limit)]
+        cells = [sampler_words(record["sampler"]), str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
+        cells.append("" if record is first else _told(first, record))
+        cells.append("-" if limit is None else rounded(limit, half_width(record)))
         table.add_row(*(plain(cell) for cell in (word, *cells)))
     width = None if sys.stdout.isatty() else UNCUT
     terminal = Console(file=streams.below(sys.stdout), width=width, markup=False, highlight=False, emoji=False)
@@ -101,8 +102,3 @@ def _told(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         return f"{rounded(value, None)} ± ?"
     sign = "+" if value > 0 else ""
     return f"{sign}{rounded(value, half)} ± {rounded(half, half)}" + ("" if means else ", may be none")
-
-
-def _limit(record: Mapping[str, Any], limit: float) -> str:
-    low, high = record[f"{key_of(record)}_interval"]
-    return rounded(limit, (high - low) / 2)

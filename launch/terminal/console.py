@@ -65,6 +65,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
+    def add_runs(self) -> None:
+        self.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+
     def add_root(self) -> None:
         self.add_argument("--root", help="folder of the runs (default: DDPM_RUNS, or runs/ in the project)")
 
@@ -179,7 +182,7 @@ def find_run(word: str, root: str | None) -> RunDir:
         if _may_be_run(path):
             return RunDir(path)
     every = all_runs(base)
-    names, sweeps = [run.name for run in every], list(dict.fromkeys(filter(None, map(_sweep_of, every))))
+    names, sweeps = [run.name for run in every], list(dict.fromkeys(filter(None, map(sweep_of, every))))
     known = ", ".join(map(plain, names)) or "none"
     if sweeps:
         known += f", and the sweeps {', '.join(map(plain, sweeps))}"
@@ -188,7 +191,7 @@ def find_run(word: str, root: str | None) -> RunDir:
     raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere){meant}")
 
 
-def _sweep_of(run: RunDir) -> str | None:
+def sweep_of(run: RunDir) -> str | None:
     """The name of the sweep that a run belongs to; None if it does not."""
     return (usable(run).get("sweep") or {}).get("name")
 
@@ -205,7 +208,7 @@ def find_runs(words: Sequence[str], root: str | None) -> list[RunDir]:
         except RequestError:
             every = all_runs(environment.runs_root(root))
             runs = [r for r in every if fnmatch.fnmatchcase(r.name, word)]
-            runs = runs or [r for r in every if _sweep_of(r) == word]
+            runs = runs or [r for r in every if sweep_of(r) == word]
             if not runs:
                 raise
         found |= {run.path: run for run in runs}

@@ -15,7 +15,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import seconds
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
-from ddpm.run.records import read_heartbeat
+from ddpm.run.records import BEATS_S, read_heartbeat
 from launch.cluster import scheduler
 from launch.queue import work
 from launch.queue.waiting import slurm_jobs
@@ -66,7 +66,7 @@ class Follower:
         step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
         loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
         speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
-        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < work.BEATS_S
+        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
         if stage not in (None, "train") or (total is not None and (step >= total or not trains)):
             now, speed = time.time(), ""
             made = making.newest(self._run, now, set_name) if stage in (None, "sample") else None
@@ -95,7 +95,8 @@ class Follower:
 
 
 def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> int:
-    """Show progress until a background process ends; returns its exit code. Ctrl-C stops watching, not the work."""
+    """Show progress until a background process ends; returns the exit code to leave with: 0, 1 where it failed, 130
+    after ctrl-C, which stops watching, not the work."""
     follower = Follower(run, log)
     try:
         while process.poll() is None:
@@ -113,7 +114,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             file=sys.stderr,
         )
         print(f"error: the job ended with exit code {process.returncode}; its log: {log}", file=sys.stderr)
-    return process.returncode
+    return 1 if process.returncode else 0
 
 
 def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> None:

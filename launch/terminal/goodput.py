@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 from ddpm.run.events import life_of
 from ddpm.run.files import seconds
+from ddpm.run.records import BEATS_S
 
 LifeKey = tuple[str, int]
 
 KINDS = ("kept", "start_up", "lost", "stopping", "pending")
-ALIVE_S = 60.0
-"""A life with a heartbeat younger than this counts as alive; heartbeats from the future are ignored."""
 
 
 class Period(NamedTuple):
@@ -49,7 +48,7 @@ def periods(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> li
     lives: dict[LifeKey, list[dict[str, Any]]] = {}
     signs: dict[LifeKey, float] = {}
     for sign in [*(e["last_sign"] for e in events if e.get("last_sign")), beat]:
-        if "time" in sign and "job" in sign and seconds(sign["time"]) < at + ALIVE_S:
+        if "time" in sign and "job" in sign and seconds(sign["time"]) < at + BEATS_S:  # none from the future
             life = life_of(sign)
             signs[life] = max(signs.get(life, 0.0), seconds(sign["time"]))
     for e in events:
@@ -62,7 +61,7 @@ def periods(events: list[dict[str, Any]], beat: dict[str, Any], at: float) -> li
     found = []
     for life, own in lives.items():
         last_sign = signs.get(life, 0.0)
-        alive = own[-1]["event"] not in ("finished", "failed", "requeued") and at - last_sign < ALIVE_S
+        alive = own[-1]["event"] not in ("finished", "failed", "requeued") and at - last_sign < BEATS_S
         found += [Period(life, *part) for part in _of_life(own, last_sign, alive)]
     return found
 

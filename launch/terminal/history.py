@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ddpm.run.paths import RunDir
+from launch.terminal.logfiles import tail
 
 Event = dict[str, Any]
 HIDDEN = ("event", "time", "job", "restart", "host", "options", "args", "launch", "run", "qos", "since", "last_sign",
@@ -72,13 +73,7 @@ def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:
 
 def _of_lives(run: RunDir, job: str) -> dict[int, str]:
     """SLURM's last words on each life of a job, from the job's log; "" if there are none."""
-    path = run.logs / f"train-{job}.out"
-    try:
-        with path.open("rb") as f:
-            f.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            text = f.read().decode(errors="replace")
-    except OSError:
-        return {}
+    text = tail(run.logs / f"train-{job}.out", TAIL_BYTES)
     _, *parts = re.split(r"^\[batch\] .* restart=(\d+) ", text, flags=re.M)
     return {int(life): _word_of(said) for life, said in zip(parts[::2], parts[1::2], strict=True)}
 

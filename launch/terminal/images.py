@@ -28,13 +28,12 @@ def score_images(args: argparse.Namespace) -> int:
     keep = Path(args.keep).expanduser() if args.keep else None
     if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
         raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
-    import torch
-
+    from ddpm.network.device import as_device
     from ddpm.scoring.extractors import build_extractor, ensure_weights
     from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
 
     ensure_weights(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = as_device()
     packed = load_images(images, args.size)
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))

@@ -22,16 +22,16 @@ from ddpm.run.files import (
     sha256_file,
 )
 from ddpm.run.images import read_png
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.paths import BoundSet, RunDir, SampleSet, files_of_kind, listed
 from ddpm.run.records import lost_signature, parse_events, parse_heartbeat, parse_metrics, read_run
-from ddpm.sampling.parts import is_whole
+from ddpm.sampling.parts import whole_part
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring import bound_request
 from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.record import Score, read_score
 from launch.cluster import code
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.terminal import faults
 
 
@@ -114,7 +114,7 @@ def _start(run: RunDir, began: dict[str, Any]) -> None:
 
 
 def _events(run: RunDir) -> Lines:
-    paths = _sorted(run.events, ".jsonl")
+    paths = files_of_kind(run.events, ".jsonl")
     for path in paths:
         yield from _judged(f"events/{path.name}", _told, path)
     if not paths and _trained(run):
@@ -217,7 +217,7 @@ def _ema(run: RunDir, step: int) -> None:
 
 
 def _grids(run: RunDir) -> Lines:
-    for path in _sorted(run.grids, ".png"):
+    for path in files_of_kind(run.grids, ".png"):
         yield from _judged(f"grids/{path.name}", read_png, path)
 
 
@@ -242,9 +242,9 @@ def _shards(where: SampleSet, request: Request, name: str) -> Lines:
         shard = where.shard(i, request.shards)
         if shard.exists() or where.shard_manifest(i, request.shards).exists():
             yield from _judged(f"{name}/{shard.name}", verify_shard, where, request, i)
-    for path in _sorted(where.part, ".npz"):
-        yield from _judged(f"{name}/part/{path.name}", is_whole, path, request)
-    for path in _sorted(where.path, ".npy"):
+    for path in files_of_kind(where.part, ".npz"):
+        yield from _judged(f"{name}/part/{path.name}", whole_part, path, request)
+    for path in files_of_kind(where.path, ".npy"):
         yield from _judged(f"{name}/{path.name}", _features, path)
 
 
@@ -256,7 +256,7 @@ def _bounds(run: RunDir) -> Lines:
 def _bound_set(run: RunDir, where: BoundSet) -> Lines:
     name = f"bits-per-dim/{where.name}"
     yield from _judged(f"{name}/request.json", _bound, run, where)
-    for path in _sorted(where.path, ".npy"):
+    for path in files_of_kind(where.path, ".npy"):
         yield from _judged(f"{name}/{path.name}", _features, path)
 
 
@@ -276,8 +276,8 @@ def _features(path: Path) -> None:
 
 def _scores(run: RunDir) -> Lines:
     yield from _judged("milestones.json", _milestones, run, needed=False)
-    further = [p for p in listed(run.eval) if p.is_dir() and not p.name.startswith(".")]
-    for path in sorted([*_sorted(run.eval, ".json"), *(p for there in further for p in _sorted(there, ".json"))]):
+    folders = [run.eval, *(p for p in listed(run.eval) if p.is_dir() and not p.name.startswith("."))]
+    for path in sorted(path for folder in folders for path in files_of_kind(folder, ".json")):
         yield from _judged(str(path.relative_to(run.path)), _score, run, path)
 
 
@@ -289,9 +289,5 @@ def _milestones(run: RunDir) -> None:
 
 def _score(run: RunDir, path: Path) -> None:
     score = Score(str(path.relative_to(run.eval).with_suffix("")), path, read_score(path))
-    if wrong := of_other_samples(run, score):
+    if wrong := wrong_with(run, score):
         raise DamagedFile(wrong)
-
-
-def _sorted(directory: Path, suffix: str) -> list[Path]:
-    return sorted(p for p in listed(directory) if p.suffix == suffix and not p.name.startswith("."))

@@ -11,6 +11,8 @@ from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir, listed
 
 STAGES = ("train", "sample", "evaluate")
+OF_SLURM = re.compile(r"(train|sample|evaluate)-(\d+)(_\d+)?\.out")
+"""The log of a job of SLURM's, or of a task of its array: its stage and its id."""
 NOISE = ("srun:", "slurmstepd", "submitit ")
 """Beginnings of lines that come from the scheduler."""
 POLL_S = 0.5
@@ -27,7 +29,7 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
     local = {e["job"]: (e.get("stage") or "").split("+") for e in read_events(run) if e["event"] == "submitted"}
     found = []
     for path in listed(run.logs):
-        match = re.fullmatch(r"(train|sample|evaluate)-\d+(_\d+)?\.out", path.name)
+        match = OF_SLURM.fullmatch(path.name)
         stages = [match[1]] if match else local.get(path.stem, STAGES) if path.name.startswith("local-") else []
         if path.is_file() and path.suffix == ".out" and (stage in stages if stage else stages):
             found.append((path.stat(), path))
@@ -36,8 +38,8 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
 
 def job_of(log: Path) -> str:
     """Whose it is; "" of a job of this machine."""
-    found = re.fullmatch(r"(?:train|sample|evaluate)-(\d+)(?:_\d+)?\.out", log.name)
-    return found[1] if found else ""
+    found = OF_SLURM.fullmatch(log.name)
+    return found[2] if found else ""
 
 
 class Filter:

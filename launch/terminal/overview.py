@@ -14,8 +14,9 @@ from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
-from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
+from ddpm.run.paths import Made, RunDir, SampleSet, listed
 from ddpm.run.records import (
+    BEATS_S,
     last_validation,
     lost_signature,
     missing_lines,
@@ -29,11 +30,10 @@ from ddpm.sampling.request import Request, samples_record
 from ddpm.scoring.record import SCORE_NAMES, all_scores, sampler_words, told
 from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local, nodes
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, making, standing
 
-SILENT_AFTER_S = 60.0
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
 LIVES = ("allocated", "started", "resumed", "requeued")
 """Events that only a life that had its nodes tells."""
@@ -66,6 +66,14 @@ class Damage:
             self.tell(faults.words(e) or str(e))
             return None
 
+    def config(self, run: RunDir) -> Config | None:
+        """The run's config; None where it cannot be read, as one that is torn, or another version's."""
+        try:
+            return reading.of_run(run)
+        except (RequestError, DamagedFile, OSError) as e:
+            self.tell(str(e).splitlines()[0])
+            return None
+
 
 def read_life(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of a run that can be read, and what cannot."""
@@ -93,7 +101,7 @@ def describe(
     here = damage.read(lambda: local.at_work(run, every)) or {}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
-    beats = age is not None and abs(age) < SILENT_AFTER_S and _is_own(run, every, beat)
+    beats = age is not None and abs(age) < BEATS_S and _is_own(run, every, beat)
     state = None if closed else damage.read(lambda: _state(run, events, config, jobs, beats, here))
     state = state or "unreadable"
     step = max(saved, beat.get("step", 0))
@@ -234,7 +242,7 @@ def _check_newest(run: RunDir, saved: int) -> None:
 
 def _check_sets(run: RunDir, damage: Damage) -> None:
     """Those that were made of another run's checkpoint."""
-    made: list[SampleSet | BoundSet] = [*run.sample_sets(), *run.bound_sets()]
+    made: list[Made] = [*run.sample_sets(), *run.bound_sets()]
     for where in made:
         at = (read_json(where.request) or {}).get("checkpoint")
         if isinstance(at, dict) and (why := of_another(run, at.get("step"), at.get("sha256"))):
@@ -247,7 +255,7 @@ def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]
     for score in sorted(all_scores(run), key=lambda score: str(score.record.get("created", ""))):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
-        elif why := of_other_samples(run, score):
+        elif why := wrong_with(run, score):
             damage.tell(why)
         else:
             scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
@@ -256,13 +264,8 @@ def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _config(run: RunDir, damage: Damage) -> Config | None:
-    """The run's config; None where it cannot be read, as one that is torn, or another version's."""
-    try:
-        config = reading.of_run(run)
-    except (RequestError, DamagedFile, OSError) as e:
-        damage.tell(str(e).splitlines()[0])
-        return None
-    if config.train.total_steps is None:
+    """The run's config; None where it cannot be read, or says no length in steps."""
+    if (config := damage.config(run)) is not None and config.train.total_steps is None:
         damage.tell("its config has no length in steps")
         return None
     return config

@@ -15,8 +15,18 @@ from ddpm.run.files import read_json
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import thin_metrics
-from ddpm.scoring.record import SCORE_NAMES, all_scores, half_width, key_of, rounded, scores_of, told
-from launch.queue.sets import chain_set, of_other_samples, score_by
+from ddpm.scoring.record import (
+    SCORE_NAMES,
+    all_scores,
+    half_width,
+    key_of,
+    number,
+    rounded,
+    scores_of,
+    told,
+    with_spread,
+)
+from launch.queue.sets import chain_set, score_by, wrong_with
 
 
 def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
@@ -33,11 +43,11 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
         rows["score"] = told(score.record) + ("" if key_of(score.record) == "fid" else ": no FID")
         rows["score file"] = f"{score.path}"
     elif "evaluate" in stages:
-        wrong = [s.damage or of_other_samples(run, s) for s in scores_of(run, name)]
+        wrong = [wrong_with(run, s) for s in scores_of(run, name)]
         rows["score"] = plain("; ".join(["none that holds", *filter(None, wrong)]))
     for bound in all_scores(run):
         is_here = "bits_per_dim" in bound.record and bound.record["checkpoint"]["step"] == step
-        if is_here and not of_other_samples(run, bound):
+        if is_here and not wrong_with(run, bound):
             rows["likelihood"] = told(bound.record)
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
@@ -73,8 +83,7 @@ def print_milestones(run: RunDir, *, as_json: bool) -> None:
     print(f"{SCORE_NAMES[key]} of {record['num_samples']:,} samples each vs {record['reference']}")
     for point in record["curve"]:
         best = "  the best" if point["step"] == record["best"]["step"] else ""
-        ends = point.get(f"{key}_interval")
-        print(f"  step {point['step']:<12}{rounded(point[key], (ends[1] - ends[0]) / 2 if ends else None)}{best}")
+        print(f"  step {point['step']:<12}{number(point)}{best}")
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -85,9 +94,8 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (limit := record.get(f"{key}_infinity")) is not None:
         yield "in the limit", f"{SCORE_NAMES[key]} {rounded(limit, half)}"
     for name in ("kid", "kernel_distance", "inception_score"):
-        if (value := record.get(name)) is not None:
-            spread = record.get(f"{name}_std")
-            yield name.replace("_", " "), rounded(value, spread) + (f" ± {rounded(spread, spread)}" if spread else "")
+        if measure := with_spread(record, name):
+            yield name.replace("_", " "), measure
     if manifold := record.get("manifold"):
         yield "manifold", ", ".join(f"{k} {manifold[k]:.2f}" for k in ("precision", "recall", "density", "coverage"))
     if classes := record.get(f"{key}_per_class"):

@@ -23,8 +23,6 @@ from launch.terminal import console, faults, history, logfiles, streams, view
 from launch.terminal.keys import Keys
 from launch.terminal.overview import read_life
 
-LOOK_EVERY_S = 5.0
-"""Not more often: each look asks the scheduler."""
 SIZE_EVERY_S = 0.2
 CLEAR, OTHER_SCREEN, BACK = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 BOLD, REVERSE, PLAIN = "\x1b[1m", "\x1b[7m", "\x1b[0m"
@@ -93,7 +91,7 @@ class _Looker:
             if self._error is not None:
                 raise self._error
             return self._rows
-        if not self._looks and time.monotonic() - self._began >= LOOK_EVERY_S:
+        if not self._looks and time.monotonic() - self._began >= view.LOOK_EVERY_S:
             self._looks = True
             threading.Thread(target=self._once, daemon=True).start()
         return None

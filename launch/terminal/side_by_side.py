@@ -17,16 +17,14 @@ from typing import Any
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.config.section import field_keys
-from ddpm.errors import RequestError
-from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import last_validation, skim_metrics, usable
 from ddpm.scoring.record import SCORE_NAMES, all_scores, key_of, number, told
 from launch.queue.naming import short
-from launch.queue.sets import of_other_samples
+from launch.queue.sets import wrong_with
 from launch.terminal import columns as table
-from launch.terminal import streams
+from launch.terminal import console, streams
 from launch.terminal.overview import Damage
 from launch.terminal.view import columns
 
@@ -58,7 +56,8 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
     of one with none its newest other, not ranked.
     """
     damages = [Damage() for _ in runs]
-    trees = [_config(run, damage) for run, damage in zip(runs, damages, strict=True)]
+    configs = [damage.config(run) for run, damage in zip(runs, damages, strict=True)]
+    trees = [config.model_dump(mode="json") if config else None for config in configs]
     scores = [_scores(run, damage) for run, damage in zip(runs, damages, strict=True)]
     keys, kind = _differing([tree for tree in trees if tree]), _most_common(scores)
     found = []
@@ -68,7 +67,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
         found.append({
             "name": run.name,
             "path": str(run.path),
-            "sweep": (usable(run).get("sweep") or {}).get("name"),
+            "sweep": console.sweep_of(run),
             "from": _came_from(usable(run).get("from")),
             "differs": {key: reading.value_at(tree, key) for key in keys} if tree else {},
             "step": max(saved, metrics[-1]["step"] if metrics else 0),
@@ -100,15 +99,6 @@ def _rank(row: Row) -> tuple[bool, float, bool, float]:
     return score is None, score["value"] if score else 0.0, row["loss"] is None, row["loss"] or 0.0
 
 
-def _config(run: RunDir, damage: Damage) -> dict[str, Any] | None:
-    """Its config's tree."""
-    try:
-        return reading.of_run(run).model_dump(mode="json")
-    except (RequestError, DamagedFile, OSError) as e:
-        damage.tell(str(e).splitlines()[0])
-        return None
-
-
 def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = (key for key in field_keys(Config) if key != "name")
     return [key for key in keys if len({json.dumps(reading.value_at(tree, key)) for tree in trees}) > 1]
@@ -121,7 +111,7 @@ Records = dict[str, dict[str, Any]]
 
 def _scores(run: RunDir, damage: Damage) -> Records:
     """Those that hold, by their names, the newest last."""
-    every = damage.read(lambda: [s for s in all_scores(run) if not s.damage and not of_other_samples(run, s)]) or []
+    every = damage.read(lambda: [s for s in all_scores(run) if not wrong_with(run, s)]) or []
     return {s.name: s.record for s in sorted(every, key=lambda score: str(score.record.get("created", "")))}
 
 

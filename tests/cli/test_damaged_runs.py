@@ -205,6 +205,12 @@ def test_what_a_finished_chain_prints_names_a_score_of_other_samples(
         assert "none that holds" in out and DAMAGES[name][1] in out and "Fréchet distance" not in out, out
 
 
+def test_a_model_card_tells_no_score_of_other_samples(damaged: Shell, tmp_path: Path) -> None:
+    done = damaged("export", "score-as-of-old", str(tmp_path / "model"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "None was computed of these weights." in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_a_run_that_lacks_what_is_exported_is_refused(damaged: Shell) -> None:
     for name, told in (
         ("checkpoints-file", "Not a directory: "),

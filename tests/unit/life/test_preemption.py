@@ -28,7 +28,8 @@ def test_a_grace_period_that_is_longer_than_the_wait_or_not_known_is_not_taken_f
 
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(preemption.time, "sleep", sleep)
+    monkeypatch.setattr(preemption, "say", said.append)
     env = JobEnvironment("slurm", "17", 0, "n1", 0, 1, 0, "n1", 0, 1, None, "2026-11-27T09:00:00.000Z")
-    left = after_stop(StopFlag(), "preempted", env, said.append, lambda word: word, lambda: None, lambda: mercy)
+    left = after_stop(StopFlag(), "preempted", env, lambda word: word, lambda: None, lambda: mercy)
     assert left == code and now[0] == pytest.approx(waits, abs=1)
     assert [line for line in said if "alive" in line] == ([f"still alive: {told}; going on"] if told else [])

@@ -4,8 +4,6 @@ import errno
 import itertools
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -20,7 +18,6 @@ from ddpm.run.files import stamp
 from ddpm.run.paths import RunDir
 from ddpm.sampling import request as requests
 from launch.cluster import environment, scheduler
-from launch.cluster.environment import PROJECT
 from launch.life import gathering, last_words, supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
@@ -122,10 +119,6 @@ def last(run: RunDir) -> dict[str, Any]:
     return read_events(run)[-1]
 
 
-def test_done_work_is_left_alone(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
-    assert shell_ends(0) == 0 and cluster.requeued == [] and read_events(run) == []
-
-
 def test_a_saved_stop_and_a_crash_are_put_back(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
     shell_ends(75, said="75 time_limit")
     assert last(run)["event"] == "requeued" and last(run)["reason"] == "time_limit"
@@ -138,21 +131,13 @@ def test_a_saved_stop_and_a_crash_are_put_back(run: RunDir, cluster: Cluster, sh
 def test_the_jobs_own_word_goes_before_sruns_code(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
     """srun may report a peer that was killed while rank 0 had finished."""
     assert shell_ends(143, said="0 crash") == 0
-    assert cluster.requeued == [] and not list(run.logs.iterdir())
+    assert cluster.requeued == [] and read_events(run) == [] and not list(run.logs.iterdir())
     assert shell_ends(0, said="78 crash") == 78 and last(run)["event"] == "failed"
 
 
 def test_a_marker_that_a_full_disk_left_empty_is_no_word(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
     shell_ends(1, said="")
     assert cluster.requeued == ["17"] and last(run)["exit_code"] == 1
-
-
-@pytest.mark.parametrize("code", [76, 78])
-def test_what_would_end_the_same_way_is_not_put_back(
-    run: RunDir, cluster: Cluster, shell_ends: Shell, code: int
-) -> None:
-    assert shell_ends(code) == code and cluster.requeued == []
-    assert last(run)["event"] == "failed" and str(code) in last(run)["reason"]
 
 
 def test_a_job_whose_run_was_moved_tells_nothing_to_what_lies_under_its_name(
@@ -220,15 +205,6 @@ def test_ranks_that_take_each_other_for_dead_after_a_suspension_come_back_withou
     assert bool(cluster.delays or any(e.get("bad_node") for e in read_events(run))) is (reason == "crash")
 
 
-def test_one_new_step_starts_the_count_anew(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
-    for step in (5, 5, 5, 6, 6, 6):
-        saved(run, step)
-        shell_ends(1)
-    assert len(cluster.requeued) == 6
-    shell_ends(1)
-    assert len(cluster.requeued) == 6
-
-
 def test_preemptions_never_count_and_never_break_the_count(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
     for _ in range(10):
         shell_ends(75, said="75 preempted")
@@ -238,12 +214,6 @@ def test_preemptions_never_count_and_never_break_the_count(run: RunDir, cluster:
         shell_ends(75, said="75 preempted")
     shell_ends(1)
     assert len(cluster.requeued) == 16 and last(run)["event"] == "failed"
-
-
-def test_another_jobs_crashes_are_not_counted(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
-    for job in ("17", "18", "19", "20", "21"):  # each submitted again by a person
-        shell_ends(1, job=job)
-    assert len(cluster.requeued) == 5
 
 
 def test_where_requeue_is_forbidden_a_successor_goes_once_and_inherits_the_count(
@@ -522,11 +492,6 @@ def test_events_of_people_are_no_lives(run: RunDir, cluster: Cluster, shell_ends
         log.append("failed", reason="x")
     shell_ends(1)
     assert len(cluster.requeued) == 1
-
-
-def test_the_shells_of_jobs_that_had_begun_under_the_earlier_name_find_it(run: RunDir) -> None:
-    done = subprocess.run([sys.executable, "-m", "launch.supervisor", str(run.path), "train", "0"], cwd=PROJECT)
-    assert done.returncode == 0
 
 
 # ---------------------------------------------------------------- bad nodes

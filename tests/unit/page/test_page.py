@@ -27,6 +27,8 @@ from launch.page.facts import Facts, headline
 from launch.page.markup import Column, Html, document, table, tag
 from launch.page.words import duration
 from launch.terminal import goodput
+from launch.terminal.card import card
+from launch.terminal.comparison import print_comparison
 from tests.unit.terminal.rows import row
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m"
@@ -236,6 +238,17 @@ def test_scores_that_differ_in_their_step_alone_are_a_curve_and_a_table_of_their
     assert headline([final, *milestones]) is final
 
 
+def test_a_sampler_is_told_with_all_that_is_not_usual_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    guided = {"name": "ancestral", "guidance": 1.5, "variance": "fixed_small", "clip_x_0": False}
+    said = "ancestral fixed_small unclipped guided 1.5"
+    of = score("paper", 300, 4.26, 50_000, sampler=guided, created=stamp(0))
+    manifest = {"step": 300, "images": 1, "sha256": "0", "created": stamp(0)}
+    assert f"<td>{said}</td>" in scores.tables([of])
+    assert f"| {said} |" in card(Config(), {}, manifest, "0", [of], name="x")
+    print_comparison({"paper": of.record, "other": score("other", 300, 4.5, 50_000).record}, as_json=False)
+    assert f" {said} " in capsys.readouterr().out
+
+
 def test_what_each_class_scores_stands_under_its_name() -> None:
     by_class = score("conditional", 300, 4.26, 50_000, fid_per_class=[12.34, None, 7.0])
     odd = score("odd", 300, 4.5, 50_000, fid_per_class="none")
@@ -248,8 +261,7 @@ def test_what_each_class_scores_stands_under_its_name() -> None:
 
 def test_a_score_that_is_no_score_of_ours_is_counted_beside_the_others() -> None:
     odd = [
-        score("odd", 1, 5.0, **{key: value})
-        for key, value in (("checkpoint", None), ("manifold", 3), ("sampler", {"name": 3}))
+        score("odd", 1, 5.0, **{key: value}) for key, value in (("checkpoint", None), ("manifold", 3), ("sampler", 3))
     ]
     html = scores.tables([score("good", 1, 4.0), *odd])
     assert "good" in html and "3 in eval/ of another form, not shown" in html
@@ -266,8 +278,8 @@ def test_a_config_is_compared_with_the_recipe_that_its_command_named() -> None:
     first = ["python", "launch/submit.py", "configs/quickstart.yaml"]
     later = recipe.recipe_of({"command": ["python", "launch/submit.py", "runs/x"], "first_command": first})
     assert later is not None and later.name == "quickstart.yaml"
-    other = Config(name="b").model_copy(update={"seed": 3})
-    assert recipe.differences(other, Config(name="a")) == [("seed", 3, 0)]
+    other = Config(name="a").model_copy(update={"seed": 3})
+    assert reading.differences(other, Config(name="b")) == [("name", "a", "b"), ("seed", 3, 0)]
 
 
 def test_runs_side_by_side_begin_with_the_best_and_show_what_differs(tmp_path: Path) -> None:

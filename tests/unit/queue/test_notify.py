@@ -17,7 +17,7 @@ import pytest
 from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run.events import read_events
-from ddpm.run.files import write_json
+from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
@@ -103,6 +103,14 @@ def of_a_set(run: RunDir, name: str, *, shards: int, done: int, score: bool = Fa
         write_json(run.score(name), {"frechet_distance": 2.0, "sampler": {"name": "ddim"}, **of})
 
 
+def of_another_runs_checkpoint(run: RunDir) -> None:
+    of_a_set(run, "s", shards=1, done=1, score=True)
+    run.checkpoints.mkdir()
+    write_json(run.manifest(5), sign({"sha256": "a" * 64}))
+    score = json.loads(run.score("s").read_text())
+    write_json(run.score("s"), {**score, "checkpoint": {"step": 5, "sha256": "b" * 64}}, replace=True)
+
+
 ENDS: dict[str, tuple[Callable[[RunDir, Ears], object], str, str, bool]] = {
     "trained": (lambda run, ears: None, "train", "", True),
     "trained, and samples follow": (lambda run, ears: ears.follows.append("18"), "train", "", False),
@@ -111,6 +119,7 @@ ENDS: dict[str, tuple[Callable[[RunDir, Ears], object], str, str, bool]] = {
     "all shards": (lambda run, ears: of_a_set(run, "s", shards=2, done=2), "sample", "s", True),
     "a task of several": (lambda run, ears: of_a_set(run, "s", shards=2, done=1), "sample", "s", False),
     "scored": (lambda run, ears: of_a_set(run, "s", shards=1, done=1, score=True), "evaluate", "s", True),
+    "scored by another run": (lambda run, ears: of_another_runs_checkpoint(run), "evaluate", "s", False),
     "shards to be made again": (lambda run, ears: of_a_set(run, "s", shards=2, done=1, score=True), "evaluate", "s",
                                 False),
     "not scored yet": (lambda run, ears: of_a_set(run, "s", shards=1, done=1), "evaluate", "s", False),

@@ -124,6 +124,15 @@ def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(r
     assert {"--export=ALL", "--account=lab"} <= options_of(cluster.of("sbatch")[1])
 
 
+def test_the_successor_of_one_task_of_an_evaluation_computes_the_same(run: RunDir, cluster: Cluster) -> None:
+    site = Site(via="sbatch", account="lab", tasks=2)
+    submitting.submit(Job("evaluate", run, site, "bound", extra_args=("--bits-per-dim",), parts=2))
+    submitting.submit_successor(run, "evaluate", "101_1")
+    heir = cluster.of("sbatch")[1]
+    assert heir[-3:] == [str(run.path), "bound", "--bits-per-dim"] and "--account=lab" in heir
+    assert f"--output={run.logs}/evaluate-%j.out" in heir and submitting.sent_where(run, "101_1") == site
+
+
 @pytest.mark.parametrize("odd", ['"options": 7', '"options": null', '"set": 7', '"args": "x"', '"job": 101'])
 def test_a_job_whose_submission_is_odd_has_a_successor_all_the_same(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, odd: str
@@ -286,7 +295,7 @@ def test_a_job_that_the_version_before_queued_starts(run: RunDir) -> None:
 
 def test_what_submits_does_not_load_what_runs(run: RunDir, cluster: Cluster) -> None:
     code = (
-        "import sys; from launch import submit, sample, evaluate, status, supervisor; "
+        "import sys; from launch import submit, sample, evaluate, status; from launch.life import supervisor; "
         "from launch.cluster import by_submitit; from pickle import dumps; "
         "dumps(by_submitit.Named(by_submitit.ENTRY)); "
         "sys.exit('launch.jobs' in sys.modules)"
@@ -514,11 +523,9 @@ def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and
     submitting.submit(Job("train", run, Site(via="sbatch", partition="gpu", sbatch={"no-requeue": True})))
     monkeypatch.setattr(scheduler, "preemption", lambda partitions: {})
     heir = submitting.submit_successor(run, "train", "101")
-    before = {"options": {}, "stage": "train", "qos": {"normal": "requeue|00:02:00"}}  # as versions before wrote it
-    EventLog(run, "90", 0, "host").append("submitted", **before)
     monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
     kept = {**told, "no-requeue": "1"}
-    assert [waiting.mercy_for(run, job) for job in ("101", heir, "90", "7")] == [kept, kept, told, {}]
+    assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [kept, kept, {}]
 
 
 def test_what_a_job_runs_is_laid_out_again_where_it_was_purged_meanwhile(run: RunDir, tmp_path: Path) -> None:

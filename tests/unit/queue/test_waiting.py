@@ -225,7 +225,7 @@ def test_a_run_that_two_clusters_share_asks_each_for_its_own_jobs_and_counts_the
     for cluster, jobs in (("a", ["17", "16"]), ("b", ["17", "18", "16"])):
         monkeypatch.setattr(scheduler, "cluster_name", lambda here=cluster: here)
         assert sorted(jobs_in_queue(run, "train")) == sorted(jobs) and sorted(asked[-1]) == sorted(jobs)
-        assert submitting._submission(run, "17")["options"] == {"partition": cluster}
+        assert waiting.submission(run, "17")["options"] == {"partition": cluster}
         here = waiting.of_this_cluster(read_events(run))
         assert (retries_without_progress(here, "17", 0), bad_nodes(here, "17")) == (1, [f"node-{cluster}"])
 

@@ -14,7 +14,7 @@ import pytest
 
 from ddpm.errors import Stopped
 from ddpm.run import claims
-from ddpm.run.claims import OthersAtWork, work_through
+from ddpm.run.claims import OthersAtWork, Worker, work_through
 
 
 def _hold(directory: Path, ready: Any) -> None:
@@ -33,19 +33,19 @@ def test_a_part_whose_maker_is_killed_is_made_by_who_waits_for_it(tmp_path: Path
     assert ready.wait(30)
     made: list[int] = []
 
-    def work(**options: Any) -> None:
-        work_through(tmp_path, range(3), lambda part: part in made, made.append, **options)
+    def work(worker: Worker) -> None:
+        work_through(tmp_path, range(3), lambda part: part in made, made.append, worker)
 
     with pytest.raises(OthersAtWork):
-        work(stay=False)
+        work(Worker(stay=False))
     assert made == [0, 2]
     with pytest.raises(Stopped, match="time_limit"):
-        work(stop_requested=lambda: "time_limit")
+        work(Worker(lambda: "time_limit"))
 
     def asked() -> None:
         other.kill()
 
-    work(stop_requested=asked)
+    work(Worker(asked))
     other.join()
     assert made == [0, 2, 1]
 

@@ -117,6 +117,16 @@ def test_a_kill_in_the_middle_leaves_a_temporary_and_no_final_file(tmp_path: Pat
     assert left.startswith(".tmp-a.7.")
 
 
+def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path: Path) -> None:
+    with files.publishing_folder(tmp_path / "made") as folder:
+        (folder / "one").touch()
+        assert not (tmp_path / "made").exists()
+    with pytest.raises(KeyError), files.publishing_folder(tmp_path / "broken") as folder:
+        (folder / "one").touch()
+        raise KeyError
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["made", "made/one"]
+
+
 def test_everything_is_durable_before_its_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, link = os.fsync, os.link

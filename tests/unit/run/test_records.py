@@ -117,7 +117,8 @@ def test_a_job_is_its_id_in_words_however_an_event_has_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "odd", [{"tasks": "four"}, {"qos": {"normal": 1}}, {"bad_node": 3}, {"run": 1}, {"launch": "gpu"}, {"pid": -1}]
+    "odd",
+    [{"tasks": "four"}, {"preemption": {"qos normal": 1}}, {"bad_node": 3}, {"run": 1}, {"launch": "gpu"}, {"pid": -1}],
 )
 def test_what_a_submission_tells_is_of_its_kind_or_left_out(tmp_path: Path, odd: dict[str, Any]) -> None:
     run = RunDir(tmp_path)

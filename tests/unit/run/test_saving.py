@@ -26,12 +26,6 @@ from tests.training import differences, live, make_config, make_run
 # ---------------------------------------------------------------- what is saved
 
 
-def test_a_generation_loads_as_it_was_saved(run: RunDir, fence: Fence) -> None:
-    save_all(run, fence, 5)
-    assert generations.verify(run, 5).step == 5
-    assert differences(generations.load(run, 5), state_at(5)) == []
-
-
 def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 5)
     manifest = read_json(run.manifest(5))
@@ -163,14 +157,6 @@ def test_the_best_milestone_is_kept_and_nothing_is_removed_while_it_cannot_be_to
     log: list[str] = []
     save_all(run, fence, 4, keep_last=1, log=log)
     assert run.steps_saved() == [4, 3, 1] and "milestones.json: its self_sha256" in log[-1]
-
-
-def test_a_request_that_is_no_request_ends_no_training(run: RunDir, fence: Fence) -> None:
-    for name, content in (("a", "{}"), ("b", "not json"), ("c", '{"checkpoint": null}')):
-        run.sample_set(name).path.mkdir(parents=True)
-        run.sample_set(name).request.write_text(content)
-    save_all(run, fence, 1, 2)
-    assert run.steps_saved() == [2, 1]
 
 
 REQUESTS = {

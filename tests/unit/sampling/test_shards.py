@@ -12,7 +12,7 @@ from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling import parts
-from ddpm.sampling.parts import Part, is_whole, read_part, write_part
+from ddpm.sampling.parts import Part, read_part, whole_part, write_part
 from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, shards_to_make, verify_shard
 from tests.sampling import make_request, make_set
 from tests.saves import flip_bit
@@ -93,6 +93,6 @@ def test_the_folder_of_parts_may_be_removed_by_another_at_the_same_moment(
 def test_a_part_is_whole_for_its_own_request_alone(sample_set: SampleSet) -> None:
     write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
     path = next(sample_set.part.iterdir())
-    is_whole(path, REQUEST)
+    whole_part(path, REQUEST)
     with pytest.raises(DamagedFile, match="does not match its check"):
-        is_whole(path, make_request(num_samples=6, shards=2, batch=3, seed=6))
+        whole_part(path, make_request(num_samples=6, shards=2, batch=3, seed=6))

@@ -19,7 +19,7 @@ from PIL import Image
 from ddpm.data.packed import PackedImages, images_digest
 from ddpm.errors import DDPMError, RequestError, Stopped
 from ddpm.run import files
-from ddpm.run.claims import OthersAtWork
+from ddpm.run.claims import OthersAtWork, Worker
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import CheckpointRef, Request
 from ddpm.sampling.shards import missing_shards, verify_shard, withdraw_shard
@@ -130,7 +130,7 @@ def test_a_score_is_the_same_to_the_last_bit_whoever_computed_features_and_in_wh
 def test_a_stop_keeps_the_features_of_finished_shards(made: Made) -> None:
     polls = iter([None] * 3 + ["SIGTERM"])
     with pytest.raises(Stopped, match="SIGTERM"):
-        made.moments(stop_requested=lambda: next(polls))
+        made.moments(worker=Worker(lambda: next(polls)))
     assert made.images == [12] * 3
     made.moments()
     assert made.images == [12] * SHARDS
@@ -366,7 +366,7 @@ def _evaluation(made: Made, stay: bool, answers: Any) -> None:
 
     made.extractor = dataclasses.replace(made.extractor, forward=slow)
     with contextlib.suppress(OthersAtWork):
-        record = made.evaluate(packed(), stay=stay)
+        record = made.evaluate(packed(), worker=Worker(stay=stay))
     answers.put((sum(made.images), record and record["frechet_distance"]))
 
 
@@ -405,7 +405,7 @@ def test_a_stop_keeps_the_finished_parts_of_a_reference(tmp_path: Path, monkeypa
     extractor, seen = tiny_extractor()
     polls = iter([None, None, "SIGTERM"])
     with pytest.raises(Stopped, match="SIGTERM"):
-        reference_of(packed(), extractor, tmp_path, stop_requested=lambda: next(polls))
+        reference_of(packed(), extractor, tmp_path, worker=Worker(lambda: next(polls)))
     assert seen == [20, 20] and not list(tmp_path.glob("*.npz"))
     made = reference_of(packed(), extractor, tmp_path)
     assert seen == [20, 20, 10]

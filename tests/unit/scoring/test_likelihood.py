@@ -19,7 +19,7 @@ from ddpm.diffusion import rng
 from ddpm.diffusion.bound import log_level, variational_bound
 from ddpm.diffusion.schedule import Schedule, linear
 from ddpm.errors import DoNotRetry, RequestError, Stopped
-from ddpm.run.claims import OthersAtWork
+from ddpm.run.claims import OthersAtWork, Worker
 from ddpm.run.paths import RunDir
 from ddpm.sampling.denoiser import Denoiser, LabelledEpsModel
 from ddpm.sampling.request import CheckpointRef
@@ -163,7 +163,7 @@ def test_a_killed_one_computes_nothing_twice_and_gives_the_whole(tmp_path: Path)
     assert whole.calls == 5 * STEPS
     polls = iter([None] * (2 * STEPS + 3) + ["preempted"])
     with pytest.raises(Stopped):
-        killed(stop_requested=lambda: next(polls))
+        killed(worker=Worker(lambda: next(polls)))
     assert killed.calls == 2 * STEPS + 3
     shown: list[tuple[int, int]] = []
     assert killed(progress=lambda *p: shown.append(p)) == expected
@@ -215,7 +215,7 @@ def _task(where: Path, stay: bool, calls: Any) -> None:
     torch.set_num_threads(1)
     made = Made(where)
     with contextlib.suppress(OthersAtWork):
-        made(stay=stay)
+        made(worker=Worker(stay=stay))
     calls.put(made.calls)
 
 
