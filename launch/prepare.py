@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
-from ddpm.config import section as sections
 from ddpm.config.sample import WITHOUT_WEIGHTS
-from ddpm.config.schema import Config
+from ddpm.config.schema import OF_BITS, Config
 from ddpm.config.train import LENGTHS
 from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
@@ -211,14 +210,24 @@ def _at_work(run: RunDir) -> str:
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:
     """The keys that differ between the run's config and `asked`; `mathematics`: only those that its digest covers."""
     there = reading.of_run(run)
-    old, new = there.model_dump(mode="json"), asked.model_dump(mode="json")
     covered = there.mathematics(), asked.mathematics()
-    lines = []
-    for key in sections.field_keys(Config):
-        a, b = reading.value_at(old, key), reading.value_at(new, key)
-        if a != b and not (mathematics and all(reading.value_at(tree, key) is None for tree in covered)):
-            lines.append(f"{key} is {a!r} there and {b!r} here")
-    return "; ".join(lines)
+    return "; ".join(
+        f"{key} is {a!r} there and {b!r} here"
+        for key, (a, b) in reading.differences(there, asked).items()
+        if not (mathematics and all(reading.value_at(tree, key) is None for tree in covered))
+    )
+
+
+def told_of_changes(run: RunDir, config: Config) -> list[str]:
+    """Lines on what of an existing run's config a submission with `config` changes."""
+    changed, step = reading.differences(reading.of_run(run), config), run.latest_step()
+    told = [f"{key}={reading.as_typed(now)} (it was {reading.as_typed(old)})" for key, (old, now) in changed.items()]
+    lines = [f"its config changes: {', '.join(told)}"] if told else []
+    if step and (of_bits := [key for key in changed if key in OF_BITS]):
+        lines.append(
+            f"with another {' and '.join(of_bits)} the bits after step {step} are not those of a run that kept it"
+        )
+    return lines
 
 
 def cache_of(site: Site, root: Path) -> Path:

@@ -115,3 +115,19 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both, in the order of the config."""
+    a, b = one.model_dump(mode="json"), other.model_dump(mode="json")
+    both = {key: (value_at(a, key), value_at(b, key)) for key in field_keys(Config)}
+    return {key: (here, there) for key, (here, there) in both.items() if here != there}
+
+
+def as_typed(value: Any) -> str:
+    """As one would type it after `key=`."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {as_typed(v)}' for key, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_typed, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -23,7 +23,9 @@ from ddpm.run.files import sha256_json
 from ddpm.run.paths import check_name
 
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
-"""Keys of `train` that change no step: they are not in the digest."""
+"""Keys of `train` that change no step's mathematics: they are not in the digest."""
+OF_BITS = ("train.micro_batch", "train.compile", "train.deterministic")
+"""Of these, the keys that change its bits."""
 LATER = {
     "data": ("attributes", "label_attributes"),
     "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),

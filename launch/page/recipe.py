@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
+from ddpm.config.reading import as_typed
 from ddpm.config.schema import Config
-from ddpm.config.section import field_keys
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
 from ddpm.sampling.request import Request, read_request
@@ -62,19 +62,7 @@ def recipe_of(record: Mapping[str, Any]) -> Path | None:
 
 def differences(own: Config, other: Config) -> list[tuple[str, Any, Any]]:
     """Keys whose values differ, with both, in the order of the config."""
-    a, b = own.model_dump(mode="json"), other.model_dump(mode="json")
-    keys = (key for key in field_keys(Config) if key not in NOT_OF_RECIPE)
-    found = ((key, reading.value_at(a, key), reading.value_at(b, key)) for key in keys)
-    return [(key, here, there) for key, here, there in found if here != there]
-
-
-def as_typed(value: Any) -> str:
-    """As one would type it after `key=`."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {as_typed(v)}' for key, v in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_typed, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return [(key, *both) for key, both in reading.differences(own, other).items() if key not in NOT_OF_RECIPE]
 
 
 # ---------------------------------------------------------------- where it came from
@@ -94,12 +82,22 @@ def origin(facts: Facts) -> Html:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("what auto became", ", ".join(f"{key} {as_typed(value)}" for key, value in resolved.items())),
         ("submitted to", ", ".join(f"{key} {as_typed(value)}" for key, value in (record.get("launch") or {}).items())),
+        ("config changed", _changes(record)),
         ("hosts", _hosts(facts)),
         ("began with", _digest(f"{began.get('weights')} of {began.get('source')}", began.get("sha256"))),
         ("weights of", str(record.get("reads") or "")),
     ]  # fmt: skip
     told = [[name, value] for name, value in rows if value]
     return join([table((Column(""), Column("")), told, class_="facts"), _classes(record)])
+
+
+def _changes(record: Mapping[str, Any]) -> str:
+    """What later submissions changed in the config, and from which step on."""
+    return "; ".join(
+        f"from step {change['step']:,} on {key} {as_typed(now)}, before {as_typed(before)}"
+        for change in record.get("changes") or []
+        for key, (before, now) in change["keys"].items()
+    )
 
 
 def _code(value: object) -> Part:

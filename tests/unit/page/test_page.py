@@ -270,6 +270,12 @@ def test_a_config_is_compared_with_the_recipe_that_its_command_named() -> None:
     assert recipe.differences(other, Config(name="a")) == [("seed", 3, 0)]
 
 
+def test_what_was_changed_in_the_config_of_a_begun_run_is_shown(tmp_path: Path) -> None:
+    change = {"step": 1200, "keys": {"train.deterministic": ["auto", False], "log.wandb": [None, "mine"]}}
+    html = recipe.origin(facts(tmp_path, [], record={"changes": [change]}))
+    assert "from step 1,200 on train.deterministic false, before auto; from step 1,200 on log.wandb mine" in html
+
+
 def test_runs_side_by_side_begin_with_the_best_and_show_what_differs(tmp_path: Path) -> None:
     def run(name: str, lr: float, loss: float, *of: Score) -> Facts:
         config = reading.of_text(f"train: {{lr: {lr}, warmup_steps: 10}}", tmp_path / f"{name}.yaml")
