@@ -32,6 +32,8 @@ def run_script(main: Callable[[], int]) -> None:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while everything was loaded
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
+    except SystemExit as e:  # argparse has said all there is to say
+        code = int(e.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -81,7 +81,7 @@ def print_table(shelf: Path) -> None:
     for row in rows:
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else PIPE_COLUMNS
-    terminal = Console(file=streams.below(sys.stdout), width=wide, highlight=False, markup=False)
+    terminal = streams.drawing(sys.stdout, width=wide, highlight=False, markup=False)
     terminal.width = max(terminal.width, Console(width=1000).measure(table).minimum)
     terminal.print(table)
     for note in NOTES:

@@ -10,6 +10,9 @@ code: 1 where a goal is missed or a row failed, 0 else; a row for which there wa
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 
 from ddpm.run.files import read_json
+from launch.terminal import console
 from tools.bench import checkpoint, commands, feed, machine, ranks, sampling, scores, starting, training
 from tools.bench.figures import HEAD, Result, lines
 from tools.bench.measure import Bench
@@ -176,4 +180,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run_script(main)

@@ -10,6 +10,9 @@ python -m tools.chaos --list                   rows, counts and what the full on
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import os
@@ -20,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
+from launch.terminal import console, streams
 from tools.chaos import (
     anywhere,
     cluster,
@@ -162,7 +165,7 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
     table = Table("fault", "promised", "seen", "", "s")
     for r in records:
         table.add_row(r["fault"], r["promised"], r["seen"], r["outcome"], str(r["seconds"]))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    streams.drawing(sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     told = {k: sum(r["outcome"] == k for r in records) for k in ("passed", "failed", "not run")}
     print(json.dumps({**told, "rows": len(records)}))
     return 1 if told["failed"] else 0
@@ -174,4 +177,4 @@ def _interrupt(signum: int, _: FrameType | None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # whoever ends the bench ends its clusters and runs too
-    sys.exit(main())
+    console.run_script(main)

@@ -14,6 +14,9 @@ passed; one that did not run is named.
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -28,6 +31,7 @@ from pathlib import Path
 import torch
 
 from ddpm.run.files import read_json
+from launch.terminal import console
 from tools.bench import PROJECT
 from tools.bench.__main__ import ROWS
 from tools.gpu import trial
@@ -145,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run_script(main)
