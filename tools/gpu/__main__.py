@@ -40,6 +40,15 @@ STAGES = ("checks", "bench", "run")
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
 
+GUARDED = (
+    "/bin/sh",
+    "-c",
+    'exec 3<&0; { read -r _ <&3; kill -9 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-',
+    "sh",
+)
+"""Before a command that leads a process group: all of the group is killed once its input, a pipe, is closed, as it is
+when we are killed."""
+
 
 def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -> int:
     """Run the commands in the project, so many at once, the output of each in its log and, when it is done, here.
@@ -55,8 +64,8 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
                 print(f"== {' '.join(command[2:])} (at most {ends - time.monotonic():.0f} s)", flush=True)
                 with log.open("wb") as out:
                     started[log] = subprocess.Popen(
-                        command, cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                        start_new_session=True,
+                        [*GUARDED, *command], cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT,
+                        stdin=subprocess.PIPE, start_new_session=True,
                     )  # fmt: skip
                 running.append(log)
                 del waiting[log]
