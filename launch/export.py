@@ -99,6 +99,7 @@ def main() -> int:
     dest = environment.user_path(args.dest, "DEST")
     if dest.exists() or dest.is_symlink():
         raise RequestError(f"DEST = {dest}: exists; name a folder that does not")
+    console.check_outside_runs(dest, "DEST")
     if not dest.parent.is_dir():
         raise RequestError(f"DEST = {dest}: there is no folder {dest.parent} to make it in")
     try:

@@ -330,6 +330,8 @@ def main() -> int:
     for path in (out, run):
         if path is not None and path.exists():
             raise RequestError(f"{path} exists: choose another name, or move it away")
+        if path is not None:
+            console.check_outside_runs(path, "OUT" if path is out else "--run")
     if run is not None:
         check_name(run.name)
     name = run.name if run is not None else out.stem

@@ -20,6 +20,7 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.config.unet_shape import Structure
 from ddpm.errors import RequestError
+from ddpm.run.files import write_bytes
 from launch.cluster.environment import PROJECT
 from launch.terminal import console, recipes, streams
 
@@ -50,6 +51,8 @@ def parse() -> argparse.Namespace:
         raise RequestError(f"--plot {args.plot}: it draws SVG alone; name a file that ends in .svg")
     if args.plot is not None and not args.plot.parent.is_dir():
         raise RequestError(f"--plot {args.plot}: there is no folder {args.plot.parent}; make it, or name another")
+    if args.plot is not None:
+        console.check_outside_runs(args.plot, "--plot")
     return args
 
 
@@ -215,7 +218,7 @@ def main() -> int:
     for warning in config.warnings():
         print(f"\nwarning: {warning}")
     if args.plot is not None:
-        args.plot.write_text(svg(noise, title), encoding="utf-8")
+        write_bytes(args.plot, svg(noise, title).encode(), replace=True)
         print(f"drawn: {args.plot}")
     return 0
 

@@ -81,6 +81,7 @@ def main() -> int:
     args = parse()
     if args.folder.exists():
         raise RequestError(f"{args.folder} exists: name another folder, or remove it")
+    console.check_outside_runs(args.folder, "DIR")
     config = reading.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
     site: Site = section.build(Site, load_profile(args.profile), f"profile {args.profile}")
     cache = prepare.cache_of(site, environment.runs_root(args.root)) / "data"

@@ -174,6 +174,16 @@ def _may_be_run(path: Path) -> bool:
     return "run.json" in names or {"config.yaml", "checkpoints"} <= names
 
 
+def check_outside_runs(path: Path, option: str) -> None:
+    """Raise RequestError where `path`, which a user gives for output, lies in a run: there it may take a file's place,
+    or be taken for one, and it goes when the run is removed."""
+    there = path.expanduser().resolve()
+    for folder in (there, *there.parents):
+        marks = ("config.yaml", "run.json", "checkpoints")
+        if sum(os.path.lexists(folder / mark) for mark in marks) > 1:  # one alone may be anybody's
+            raise RequestError(f"{option} {path}: lies in run {plain(folder.name)}; name a place outside of runs")
+
+
 def find_run(word: str, root: str | None) -> RunDir:
     """A run by its directory or its name. Raises RequestError naming the existing runs."""
     base = environment.runs_root(root)

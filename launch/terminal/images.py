@@ -26,6 +26,8 @@ def score_images(args: argparse.Namespace) -> int:
     if stats:
         check_new(stats)
     keep = Path(args.keep).expanduser() if args.keep else None
+    if keep:
+        console.check_outside_runs(keep, "--keep")
     if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
         raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
     import torch
@@ -51,6 +53,7 @@ def score_images(args: argparse.Namespace) -> int:
 
 def check_new(stats: Path) -> None:
     """Raise RequestError where no statistics can be written under that name: before hours of work are lost to it."""
+    console.check_outside_runs(stats, "--save-stats")
     folder = stats.absolute().parent
     if stats.exists() or not os.access(folder, os.W_OK | os.X_OK):
         why = "exists" if stats.exists() else f"{folder} cannot be written" if folder.is_dir() else "no such directory"

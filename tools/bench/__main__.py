@@ -147,6 +147,10 @@ def main() -> int:
     before = read_json(args.against) if args.against else {"rows": {}}
     if before is None or not _is_record(before):
         parser.error(f"--against {args.against}: not what --json keeps, or not there")
+    if args.json is not None:
+        console.check_outside_runs(args.json, "--json")
+        if args.json.is_file() and args.json.stat().st_size and not _is_record(read_json(args.json) or {}):
+            parser.error(f"--json {args.json}: exists, and is not what --json has kept; name another file")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a row has started is then ended too
     device = torch.device(args.device)
     chosen = [rows[name] for name in names] or [row for row in ROWS if args.device in row.on]

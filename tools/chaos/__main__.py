@@ -106,6 +106,15 @@ def show_list() -> None:
         print(f"{name:22} {counts:22} {SECONDS[name]:4} s  {(row.__doc__ or '').splitlines()[0]}")
 
 
+def _is_table(path: Path) -> bool:
+    """Whether this is what `tabulate` has written, or nothing."""
+    try:
+        rows = json.loads(path.read_bytes() or b"[]")
+    except ValueError:
+        return False
+    return isinstance(rows, list) and all(isinstance(row, dict) and "outcome" in row for row in rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.chaos", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -122,6 +131,10 @@ def main() -> int:
         parser.error(f"unknown row {unknown[0]!r}; there are {', '.join(ROWS)}")
     if args.count is not None and args.count < 1:
         parser.error(f"--count {args.count}: at least 1")
+    if args.json is not None:
+        console.check_outside_runs(args.json, "--json")
+        if args.json.is_file() and not _is_table(args.json):
+            parser.error(f"--json {args.json}: exists, and is no table of this bench; name another file")
     if args.list:
         show_list()
         return 0

@@ -130,6 +130,7 @@ def main() -> int:
         parser.error("--stages run: needs images, as --data FOLDER_OR_ZIP")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data}: does not exist; give a folder or a zip with train/CLASS/*")
+    console.check_outside_runs(args.out, "--out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "stages.json").write_text("{}\n")
