@@ -42,11 +42,16 @@ def largest(sizes: Iterable[int], trial: Callable[[int], None], world: World) ->
             trial(size)
         except torch.OutOfMemoryError:
             failed = 1
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(world.device)
         if not world.agree([failed])[0]:
             return size
     return None
+
+
+def free(device: torch.device) -> None:
+    """Give back what torch keeps of a trial that is over, or of an aside that did not fit beside the steps."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def first(step: Step, work: Callable[[], T]) -> T:

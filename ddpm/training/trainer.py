@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
@@ -284,9 +286,16 @@ class Trainer:
         return reason
 
     def _validate(self, held_out: HeldOut, stop_requested: StopRequested) -> tuple[float | None, str]:
-        """`HeldOut.loss`, not counted in the measured speed. Ends validation for this life if its images were
-        overwritten."""
-        loss, reason = held_out.loss(self.state, stop_requested)
+        """`HeldOut.loss`, not counted in the measured speed; none where it does not fit beside the steps. Ends
+        validation for this life if its images were overwritten."""
+        loss, reason, lacked = None, "", ""
+        try:
+            loss, reason = held_out.loss(self.state, stop_requested)
+        except torch.OutOfMemoryError as e:
+            lacked = str(e)
+        if lacked:
+            self.chronicle.say("no validation: it does not fit beside the steps", step=self.at.step, error=lacked)
+            fitting.free(self.world.device)
         damage = "" if loss is None else held_out.watch.damage()
         if self.world.agree([int(bool(damage))])[0]:
             why = damage or "what another rank reads was overwritten while it was mapped"
