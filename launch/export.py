@@ -28,7 +28,7 @@ from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
-from ddpm.scoring.record import all_scores
+from ddpm.scoring.record import all_scores, best_founded_first
 from launch.cluster import environment
 from launch.terminal import console
 from launch.terminal.card import card
@@ -70,7 +70,8 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
     from ddpm.run.saving import ema_bytes
 
-    scores = [score for score in all_scores(run) if not score.damage and _is_of(score.record, generation.sha256)]
+    of_it = [score for score in all_scores(run) if not score.damage and _is_of(score.record, generation.sha256)]
+    scores = best_founded_first(of_it, config.evaluate)
     tmp = dest.with_name(f"{TMP_PREFIX}{dest.name}.{os.getpid()}")
     try:
         tmp.mkdir()

@@ -10,7 +10,7 @@ from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
 from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.page import curves, lives, pictures, recipe, scores
-from launch.page.facts import Facts, headline
+from launch.page.facts import Facts
 from launch.page.markup import Html, Part, document, join, note, section, tag
 from launch.page.style import STYLE
 from launch.page.words import at, digits
@@ -70,7 +70,7 @@ def _lead(facts: Facts) -> str:
 
 
 def _figures(facts: Facts) -> Html:
-    row, best = facts.row, headline(facts.scores)
+    row, best = facts.row, next(iter(facts.scores), None)
     loss = smoothed_loss(facts.metrics)
     found: list[tuple[str, str, str]] = []
     if best is not None:

@@ -23,7 +23,7 @@ from launch.page import curves, lives, pictures, recipe, scores, side_by_side
 from launch.page.axes import across, scale
 from launch.page.chart import MOST_POINTS, finite, smoothed, thinned
 from launch.page.clock import clock
-from launch.page.facts import Facts, headline
+from launch.page.facts import Facts
 from launch.page.markup import Column, Html, document, table, tag
 from launch.page.words import duration
 from launch.terminal import goodput
@@ -233,7 +233,6 @@ def test_scores_that_differ_in_their_step_alone_are_a_curve_and_a_table_of_their
     html = scores.tables([final, other, *milestones])
     assert html.index("4.26") < html.index("FID † by step") < html.index("<b>6.0")
     assert "under 10,000 samples" in html and "6666" in html and "4.16 – 4.36" in html
-    assert headline([final, *milestones]) is final
 
 
 def test_what_each_class_scores_stands_under_its_name() -> None:
