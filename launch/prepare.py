@@ -19,7 +19,7 @@ from ddpm.run import generations
 from ddpm.run.events import read_events
 from ddpm.run.evidence import Incomplete
 from ddpm.run.files import DamagedFile
-from ddpm.run.log import plain
+from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
@@ -282,8 +282,8 @@ def warn_of_batch(config: Config, num_images: int | None) -> None:
     """Epochs run across batches, so that training works."""
     if num_images is not None and (batch := config.train.global_batch) > num_images:
         print(
-            f"warning: train.global_batch = {batch}: the data has {num_images} images, so that every step shows some "
-            f"of them more than once; a batch is usually a small part of the data",
+            f"warning: train.global_batch = {batch}: the data has {counted(num_images, 'image')}, so that every step "
+            f"shows some of them more than once; a batch is usually a small part of the data",
             file=sys.stderr,
         )
 
@@ -300,7 +300,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         at, test = data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
         held_out = {"test": {"key": at, "digest": test.digest}} if config.log.validate_every_steps else {}
     print(
-        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
+        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {counted(len(packed), 'image')}, "
         f"digest {packed.digest[:12]}",
         flush=True,
     )

@@ -21,6 +21,7 @@ from ddpm.config.schema import Config
 from ddpm.config.unet_shape import Structure
 from ddpm.errors import RequestError
 from ddpm.run.files import write_bytes
+from ddpm.run.log import counted
 from launch.cluster.environment import PROJECT
 from launch.terminal import console, recipes, streams
 
@@ -122,7 +123,7 @@ def memory(config: Config, model: UNet) -> dict[str, int]:
     micro = config.train.micro_batch
     images = micro if isinstance(micro, int) else config.train.global_batch
     exact = {name: size * num_parameters(model) for name, size in BYTES_PER_PARAMETER.items()}
-    return {**exact, f"activations of {images} images": images * activation_bytes(model)}
+    return {**exact, f"activations of {counted(images, 'image')}": images * activation_bytes(model)}
 
 
 # ---------------------------------------------------------------- schedule

@@ -20,6 +20,7 @@ from ddpm.config import reading, section
 from ddpm.data import packed as data
 from ddpm.errors import RequestError
 from ddpm.run.files import TMP_PREFIX, read_signed
+from ddpm.run.log import counted
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.options import load_profile
@@ -88,12 +89,12 @@ def main() -> int:
     key, packed = data.pack(config.data, args.split, cache, progress=console.show_progress("packing"))
     num = len(packed) if args.num is None else args.num
     if not 1 <= num <= len(packed):
-        raise RequestError(f"--num {num}: the {args.split} split has {len(packed)} images")
+        raise RequestError(f"--num {num}: the {args.split} split has {counted(len(packed), 'image')}")
     by_class = args.by_class or config.model.num_classes > 0
     classes = read_signed(cache / key / "meta.json")["classes"] if by_class else None
     unpack(packed, args.folder, [i * len(packed) // num for i in range(num)], classes)
     told = f" in {len(classes)} class folders" if classes else ""
-    print(f"{num} images of {config.data.name}, {args.split}: {args.folder}{told}")
+    print(f"{counted(num, 'image')} of {config.data.name}, {args.split}: {args.folder}{told}")
     return 0
 
 

@@ -23,6 +23,7 @@ from ddpm.diffusion.bound import variational_bound
 from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.run import files
 from ddpm.run.claims import work_through
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
@@ -105,7 +106,7 @@ def chosen(request: BoundRequest, images: PackedImages) -> np.ndarray:
     if num is None:
         return np.arange(size)
     if num > size:
-        raise RequestError(f"num_images = {num}: {images.name} has {size} images to {images.split} with")
+        raise RequestError(f"num_images = {num}: {images.name} has {counted(size, 'image')} to {images.split} with")
     return np.sort(rng.permutation(rng.key(request.seed, "bound_images"), 0, size)[:num].numpy())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ddpm.config.train import divisors
 from ddpm.errors import DoNotRetry
+from ddpm.run.log import counted
 from ddpm.training.ranks import World
 from ddpm.training.step import Step
 
@@ -66,4 +67,5 @@ def first(step: Step, work: Callable[[], T]) -> T:
     alone = replace(step.world, rank=0, world_size=1)  # the others are in their own first step
     fits = largest(smaller, step.try_out, alone)
     instead = NOT_ONE if fits is None else f"{fits} do: use train.micro_batch={fits}, or auto, which changes no step"
-    raise DoNotRetry(f"{step.micro} images at a time on each rank do not fit here ({why}); {instead}")
+    images = counted(step.micro, "image")
+    raise DoNotRetry(f"there is no room here for {images} at a time on each rank ({why}); {instead}")

@@ -23,7 +23,7 @@ from ddpm.network.unet import UNet
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training import fitting, grids, histograms
@@ -356,7 +356,7 @@ class Trainer:
         self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
             raise DoNotRetry(
-                f"loss or gradients were non-finite {rollbacks} times (last near step {at}), more than "
+                f"loss or gradients were non-finite {counted(rollbacks, 'time')} (last near step {at}), more than "
                 f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
                 f"train.amp=off in a new run"
             )

@@ -10,7 +10,7 @@ from ddpm.config import reading
 from ddpm.data.packed import PackedImages
 from ddpm.errors import Stopped
 from ddpm.run.claims import OthersAtWork
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.records import data_of
 from ddpm.scoring.against import open_reference
 from ddpm.scoring.extractors import beside, build_extractor
@@ -42,7 +42,7 @@ def save_statistics(life: Life, split: str, extractor: str, path: Path) -> int:
             )  # fmt: skip
             if not env.array_task:  # the first task's to write
                 publish_statistics(path, made, images, by, token)
-                say(f"{path}: statistics of {len(images)} images of {split}, {by.name} features")
+                say(f"{path}: statistics of {counted(len(images), 'image')} of {split}, {by.name} features")
         except Stopped as e:
             say("stopped; finished parts are kept", reason=e.reason)
             code = life.until_killed_or_on(e.reason)

@@ -12,6 +12,7 @@ from ddpm.config.reading import as_typed
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import counted
 from ddpm.sampling.request import Request, read_request
 from launch.cluster import code
 from launch.cluster.environment import SHIPPED
@@ -111,7 +112,7 @@ def _digest(name: str, sha256: object) -> Part:
 def _data(facts: Facts, data: Mapping[str, Any]) -> Part:
     words = [
         facts.config.data.name if facts.config else "",
-        f"{data['num_images']:,} images" if data.get("num_images") else "",
+        f"{counted(data['num_images'], 'image', ',')}" if data.get("num_images") else "",
     ]
     told = ", ".join(filter(None, words))
     return _digest(f"{told}, digest", data["digest"]) if data.get("digest") else told

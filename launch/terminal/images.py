@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ddpm.errors import RequestError
+from ddpm.run.log import counted
 from launch.terminal import console
 from launch.terminal.results import print_score
 
@@ -43,7 +44,7 @@ def score_images(args: argparse.Namespace) -> int:
     show = console.show_progress("features of")
     if stats:
         save_statistics(packed, stats, extractor, keep, show)
-        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
+        print(f"{stats}: statistics of {counted(len(packed), 'image')}, {extractor.name} features")
     elif reference:
         with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
             result = evaluate_images(packed, reference, extractor, args.size, keep, show)

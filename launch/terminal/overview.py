@@ -14,6 +14,7 @@ from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
+from ddpm.run.log import counted
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, listed
 from ddpm.run.records import (
     last_validation,
@@ -147,7 +148,10 @@ def _training(
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
         if saved > config.train.total_steps:
-            damage.tell(f"config.yaml says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
+            damage.tell(
+                f"config.yaml says {counted(config.train.total_steps, 'step')}, and {saved} are saved: it is an older "
+                f"one"
+            )
     return beat, metrics, saved, config
 
 
@@ -282,7 +286,8 @@ def _set(run: RunDir, of: SampleSet) -> dict[str, Any]:
         made = making.newest(run, time.time(), of.name) if done < request.shards else None
         how = sampler_words(samples_record(request)["sampler"])
         images = f"{made.images if made else 0:,} of " if done < request.shards else ""
-        words = f"step {request.checkpoint.step}, {how}, {request.steps} steps, {images}{request.num_samples:,} images"
+        words = f"step {request.checkpoint.step}, {how}, {counted(request.steps, 'step')}, {images}"
+        words += counted(request.num_samples, "image", ",")
         found |= {"step": request.checkpoint.step, "told": words}
     return found
 

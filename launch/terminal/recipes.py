@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from ddpm.run.log import counted
 from launch.terminal import streams
 
 NOTES = (
@@ -107,4 +108,4 @@ def length(config: Config) -> str:
     for number, unit in ((train.total_epochs, "epochs"), (train.total_images, "images")):
         if number is not None:
             return f"{number:,} {unit}"
-    return f"{train.total_steps:,} steps"
+    return counted(train.total_steps, "step", ",")
