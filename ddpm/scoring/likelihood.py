@@ -29,7 +29,7 @@ from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.features import is_kept, kept_array
-from ddpm.scoring.record import publish_score, read_score, scores_of
+from ddpm.scoring.record import publish_score, read_score, score_with
 from ddpm.scoring.reference import image_record
 
 
@@ -78,18 +78,9 @@ def bits_per_dim(
     def there(part: int) -> bool:
         return is_kept(where.part(part), expected(part))
 
-    said = {
-        "num_samples": len(index),
-        "reference": image_record(images),
-        "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
-        "bound": {"variance": request.variance, "clip_x_0": request.clip_x_0},
-        "nfe": timesteps,
-        "seed": request.seed,
-        "precision": request.precision,
-    }
-    for published in scores_of(run, request.name):
-        if {key: published.record.get(key) for key in said} == said:
-            return published.record
+    said = _provenance(request, len(index), images, timesteps)
+    if (published := score_with(run, request.name, said)) is not None:
+        return published
     work_through(where.path, range(len(parts)), there, make, stop_requested=stop_requested, stay=stay)
     record = {
         **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
@@ -98,6 +89,19 @@ def bits_per_dim(
         "command": command,
     }
     return read_score(publish_score(run, request.name, record, token))
+
+
+def _provenance(request: BoundRequest, num: int, images: PackedImages, timesteps: int) -> dict[str, Any]:
+    """What a bound was computed from; equal provenance means an equal one."""
+    return {
+        "num_samples": num,
+        "reference": image_record(images),
+        "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
+        "bound": {"variance": request.variance, "clip_x_0": request.clip_x_0},
+        "nfe": timesteps,
+        "seed": request.seed,
+        "precision": request.precision,
+    }
 
 
 def chosen(request: BoundRequest, images: PackedImages) -> np.ndarray:

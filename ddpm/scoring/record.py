@@ -140,6 +140,12 @@ def _has_scores(first: Path) -> bool:
     return bool(_scores_in(first))
 
 
+def score_with(run: RunDir, set_name: str, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a set's score that was computed from just this."""
+    records = (score.record for score in scores_of(run, set_name))
+    return next((r for r in records if {key: r.get(key) for key in provenance} == provenance), None)
+
+
 def all_scores(run: RunDir) -> list[Score]:
     """Every score of every set of a run."""
     names = {
