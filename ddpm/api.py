@@ -34,6 +34,7 @@ from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_metadata, read_safetensors, set_weights
 from ddpm.run import generations
 from ddpm.run.files import write_bytes
+from ddpm.run.log import counted
 from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from ddpm.run.saving import ema_bytes
@@ -213,7 +214,7 @@ class Model:
 
     def __repr__(self) -> str:
         size, num = self.config.data.image_size, sum(p.numel() for p in self.network.parameters())
-        classes = f", {len(self.classes)} classes" if self.classes else ""
+        classes = f", {counted(len(self.classes), 'class')}" if self.classes else ""
         return (
             f"<Model {self.config.name}: {self.weights} of step {self.step:,}, {num:,} parameters, "
             f"{size}x{size}{classes}, {self.precision} on {self.device}>"

@@ -98,6 +98,14 @@ def parse() -> argparse.Namespace:
     parser.add_root()
     add_options(parser)
     args = parser.parse_args()
+    _check(args, parser)
+    if args.extractor:
+        args.extractor = extractor_of(args.extractor)
+    return args
+
+
+def _check(args: argparse.Namespace, parser: console.Parser) -> None:
+    """Leave with a message where words do not go together."""
     if (args.run is None) == (args.images is None) and not (args.compare and args.images is None):
         parser.error("give a RUN, or --images with --reference")
     if args.compare and (args.set_name or args.size or args.save_stats):
@@ -110,8 +118,6 @@ def parse() -> argparse.Namespace:
         args.run is None or args.compare or args.set_name or args.extractor or args.reference or args.bits_per_dim
     ):
         parser.error("--all-milestones is of a RUN, as its config has it (sample, evaluate)")
-    if args.extractor:
-        args.extractor = extractor_of(args.extractor)
     if not args.images and (args.size or args.keep):
         parser.error("--size and --keep go with --images; a run's samples have its size")
     if args.run and args.save_stats and (args.set_name or args.bits_per_dim or args.all_milestones):
@@ -122,7 +128,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"--size {args.size}: must be at least 1")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save-stats {args.save_stats}: name an .npz, which is what pytorch-fid reads")
-    return args
 
 
 def extractor_of(word: str) -> str:

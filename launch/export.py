@@ -26,7 +26,7 @@ from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
-from ddpm.scoring.record import all_scores
+from ddpm.scoring.record import all_scores, best_founded_first
 from launch.cluster import environment
 from launch.queue.sets import wrong_with
 from launch.terminal import console
@@ -70,7 +70,8 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
     from ddpm.run.saving import ema_bytes
 
     holding = (score for score in all_scores(run) if not wrong_with(run, score))
-    scores = [score for score in holding if _is_of(score.record, generation.sha256)]
+    of_it = [score for score in holding if _is_of(score.record, generation.sha256)]
+    scores = best_founded_first(of_it, config.evaluate)
     with publishing_folder(dest) as folder:
         weights = folder / EXPORTED_WEIGHTS
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))
@@ -93,6 +94,7 @@ def main() -> int:
     dest = environment.user_path(args.dest, "DEST")
     if dest.exists() or dest.is_symlink():
         raise RequestError(f"DEST = {dest}: exists; name a folder that does not")
+    console.check_outside_runs(dest, "DEST")
     if not dest.parent.is_dir():
         raise RequestError(f"DEST = {dest}: there is no folder {dest.parent} to make it in")
     try:

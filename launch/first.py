@@ -16,7 +16,7 @@ def is_script() -> bool:
     """Whether one of launch/ or tools/ was started, or is as a command of an installation, and not imported."""
     began = getattr(sys.modules["__main__"], "__file__", None) or ""
     folder, name = os.path.split(os.path.abspath(began))  # noqa: PTH100
-    return name.startswith("ddpm-") or folder in (f"{ROOT}/launch", f"{ROOT}/tools")
+    return name.startswith("ddpm-") or f"{folder}/".startswith((f"{ROOT}/launch/", f"{ROOT}/tools/"))
 
 
 if is_script() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:

@@ -12,6 +12,9 @@ job that starts on finished work changes nothing. Exit codes: ddpm/errors.py.
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import os
@@ -30,7 +33,7 @@ from launch.life.decision import GONE
 from launch.life.life import Life, begin
 from launch.queue.chain import ways_on
 from launch.queue.waiting import is_told_to_stop
-from launch.terminal import faults, streams
+from launch.terminal import console, faults, streams
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -147,4 +150,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    console.run_script(lambda: main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import argparse
 import contextlib
 
 from ddpm.errors import RequestError
-from ddpm.run.log import plain
+from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.queue import work
@@ -84,7 +84,7 @@ def show(run: RunDir, args: argparse.Namespace) -> int:
     print(f"==> {files[-1]} <==", file=sys.stderr, flush=True)
     logfiles.show(files[-1], keep)
     if keep.hidden:
-        print(f"({keep.hidden} lines of SLURM's own not shown: --all)", file=sys.stderr)
+        print(f"({counted(keep.hidden, 'line')} of SLURM's own not shown: --all)", file=sys.stderr)
     if others := files[:-1]:
         last = ", ".join(path.name for path in others[-3:])
         print(f"({len(others)} older in {run.logs}: {'… ' if others[3:] else ''}{last})", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ddpm.config import reading
 from ddpm.config.sample import WITHOUT_WEIGHTS
-from ddpm.config.schema import Config
+from ddpm.config.schema import OF_BITS, Config
 from ddpm.config.train import LENGTHS
 from ddpm.data.labels import labels_record, told_of_classes
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
@@ -19,7 +19,7 @@ from ddpm.run import generations
 from ddpm.run.events import read_events
 from ddpm.run.evidence import Incomplete
 from ddpm.run.files import DamagedFile
-from ddpm.run.log import plain
+from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
@@ -217,6 +217,18 @@ def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False)
     return "; ".join(f"{key} is {old!r} there and {new!r} here" for key, old, new in found)
 
 
+def told_of_changes(run: RunDir, config: Config) -> list[str]:
+    """Lines on what of an existing run's config a submission with `config` changes."""
+    changed, step = reading.differences(reading.of_run(run), config), run.latest_step()
+    told = [f"{key}={reading.as_typed(now)} (it was {reading.as_typed(old)})" for key, old, now in changed]
+    lines = [f"its config changes: {', '.join(told)}"] if told else []
+    if step and (of_bits := [key for key, *_ in changed if key in OF_BITS]):
+        lines.append(
+            f"with another {' and '.join(of_bits)} the bits after step {step} are not those of a run that kept it"
+        )
+    return lines
+
+
 def cache_of(site: Site, root: Path) -> Path:
     """Where packed data and statistics are kept: absolute, because jobs run in the project's directory."""
     return environment.expand(site.data_cache).absolute() if site.data_cache else root / ".cache"
@@ -269,8 +281,8 @@ def warn_of_batch(config: Config, num_images: int | None) -> None:
     """Epochs run across batches, so that training works."""
     if num_images is not None and (batch := config.train.global_batch) > num_images:
         print(
-            f"warning: train.global_batch = {batch}: the data has {num_images} images, so that every step shows some "
-            f"of them more than once; a batch is usually a small part of the data",
+            f"warning: train.global_batch = {batch}: the data has {counted(num_images, 'image')}, so that every step "
+            f"shows some of them more than once; a batch is usually a small part of the data",
             file=sys.stderr,
         )
 
@@ -287,7 +299,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         at, test = data.pack(config.data, "test", cache / "data", progress=bar, or_else=environment.OTHER_CACHE)
         held_out = {"test": {"key": at, "digest": test.digest}} if config.log.validate_every_steps else {}
     print(
-        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {len(packed)} images, "
+        f"data: {config.data.name} {config.data.image_size}x{config.data.image_size}, {counted(len(packed), 'image')}, "
         f"digest {packed.digest[:12]}",
         flush=True,
     )

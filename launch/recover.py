@@ -26,6 +26,7 @@ from ddpm.errors import DDPMError, DoNotRetry, EnvironmentLacks, RequestError, R
 from ddpm.run import generations
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, read_signed
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.state import finished_step
 from launch.cluster import environment
@@ -115,7 +116,7 @@ def check(run: RunDir, *, verbose: bool) -> int:
         newest = max([newest, *(int(found[1]) for found in saved if found)])
         told = [line for line in here if line.verdict not in ("damaged", "missing")]
         if len(holding) > 1 and not verbose:
-            more = inspection.Line("holds", f"{room}/", f"{len(holding)} files")
+            more = inspection.Line("holds", f"{room}/", f"{counted(len(holding), 'file')}")
             told = [more, *(line for line in told if line not in holding)]
         _print(run, told)
     _print(run, bad)

@@ -21,7 +21,7 @@ from pathlib import Path
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run.fence import Fence
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, not_ours
-from ddpm.run.log import amount
+from ddpm.run.log import amount, counted
 from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
 from launch.queue import borrowing, work
@@ -87,9 +87,9 @@ def tell(run: RunDir) -> None:
     parts = {path.name: sizes(path) for path in listed(run.path)}
     for name, (size, num) in sorted(parts.items(), key=lambda part: -part[1][0]):
         if size >= 1 << 16:
-            print(f"  {amount(size):>10}  {num:>7,} files  {name}")
+            print(f"  {amount(size):>10}  {counted(num, 'file', '>7,')}  {name}")
     total, files = sum(size for size, _ in parts.values()), sum(num for _, num in parts.values())
-    print(f"  {amount(total):>10}  {files:>7,} files  in all")
+    print(f"  {amount(total):>10}  {counted(files, 'file', '>7,')}  in all")
     for path in listed(run.path):
         if path.is_symlink():
             print(f"{path.name} is a link: {path.resolve()} stays as it is")

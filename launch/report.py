@@ -20,6 +20,7 @@ from ddpm.run.log import amount
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.page import facts, page, side_by_side
+from launch.page.markup import BEGINNING
 from launch.status import rows_of
 from launch.terminal import console
 
@@ -50,7 +51,11 @@ def place(args: argparse.Namespace, runs: list[RunDir]) -> Path:
     else:
         path = environment.user_path(args.out, "--out")
         if path.suffix not in SUFFIXES:
-            raise RequestError(f"--out {path}: must end in .html; what is there under such a name is replaced")
+            raise RequestError(f"--out {path}: must end in .html")
+        if path not in [run.report for run in runs]:
+            console.check_outside_runs(path, "--out")
+        if path.is_file() and not _is_page(path):
+            raise RequestError(f"--out {path}: exists, and is no page of this script's; name another file")
     if path.is_dir():
         raise RequestError(f"{path} is a folder: name a file with --out FILE.html")
     if not path.parent.is_dir():
@@ -58,6 +63,11 @@ def place(args: argparse.Namespace, runs: list[RunDir]) -> Path:
     if args.out is None and (why := not_ours(path.parent)):
         raise RequestError(f"{why}. Or write elsewhere: --out FILE.html")
     return path
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as f:
+        return f.read(len(BEGINNING)) in (BEGINNING.encode(), b"")
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from ddpm.config.schema import Config
 from ddpm.data.labels import class_index, class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
-from ddpm.run.log import plain
+from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.run.records import read_run
 from ddpm.run.state import finished_step
@@ -229,7 +229,7 @@ def main() -> int:
         use_shell_of(run, site)
         lines = _by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
         print(
-            f"prepared {sample_set.path}: {len(missing)} of {request.shards} shards to make"
+            f"prepared {sample_set.path}: {len(missing)} of {counted(request.shards, 'shard')} to make"
             + (f", with\n{lines}" if missing else "")
         )
     code = 0 if args.prepare else make(run, site, sample_set, request, missing, wait=args.wait)
@@ -239,7 +239,8 @@ def main() -> int:
             print(f"no PNG files yet: {again} makes them, once the shards are done")
         return code
     print(
-        f"sample set {set_name} is complete: {request.num_samples} images in {request.shards} shards, {sample_set.path}"
+        f"sample set {set_name} is complete: {counted(request.num_samples, 'image')} in "
+        f"{counted(request.shards, 'shard')}, {sample_set.path}"
     )
     if args.png:
         names = class_names(config, read_run(run))

@@ -185,6 +185,8 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
     run, config, stages = asked.run, asked.config, asked.stages
     if args.dry_run:
         num = submission.check_dry(asked)
+        for line in prepare.told_of_changes(run, config) if run.path.exists() else []:
+            print(f"# {line}")
         prepare.warn_of_batch(config, num)
         site = settle(site, dry_run=True)
         box = submission.in_container(config, site, run)

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from ddpm.config.schema import Config
 from ddpm.data.sources import NUM_IMAGES as KNOWN
+from ddpm.run.log import counted
 from launch.cluster.environment import PROJECT
 from launch.prepare import CELEBA_TRAIN_IMAGES
 from launch.terminal import plan, recipes
@@ -149,7 +150,7 @@ def _recipe(path: Path) -> tuple[str, ...]:
     by = "Ho et al. 2020" if "Ho, Jain, Abbeel" in recipes.header(path.read_text()) else "its project"
     return (
         f"`{path.stem}`",
-        f"{config.data.name} {size}×{size}" + (f", {num} classes" if num else ""),
+        f"{config.data.name} {size}×{size}" + (f", {counted(num, 'class')}" if num else ""),
         f"{config.network.num_parameters / 1e6:.1f} M",
         f"{config.train.total_steps:,} × {config.train.global_batch}",
         "not measured" if hours is None else f"{hours:.0f}",

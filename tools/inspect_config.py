@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from ddpm.config import reading  # noqa: E402
-from ddpm.config.schema import Config  # noqa: E402
-from ddpm.config.unet_shape import Structure  # noqa: E402
-from ddpm.errors import RequestError  # noqa: E402
-from launch.cluster.environment import PROJECT  # noqa: E402
-from launch.terminal import console, recipes, streams  # noqa: E402
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.config.unet_shape import Structure
+from ddpm.errors import RequestError
+from ddpm.run.files import write_bytes
+from ddpm.run.log import counted
+from launch.cluster.environment import PROJECT
+from launch.terminal import console, recipes, streams
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,6 +52,8 @@ def parse() -> argparse.Namespace:
         raise RequestError(f"--plot {args.plot}: it draws SVG alone; name a file that ends in .svg")
     if args.plot is not None and not args.plot.parent.is_dir():
         raise RequestError(f"--plot {args.plot}: there is no folder {args.plot.parent}; make it, or name another")
+    if args.plot is not None:
+        console.check_outside_runs(args.plot, "--plot")
     return args
 
 
@@ -114,7 +123,7 @@ def memory(config: Config, model: UNet) -> dict[str, int]:
     micro = config.train.micro_batch
     images = micro if isinstance(micro, int) else config.train.global_batch
     exact = {name: size * num_parameters(model) for name, size in BYTES_PER_PARAMETER.items()}
-    return {**exact, f"activations of {images} images": images * activation_bytes(model)}
+    return {**exact, f"activations of {counted(images, 'image')}": images * activation_bytes(model)}
 
 
 # ---------------------------------------------------------------- schedule
@@ -172,7 +181,6 @@ def svg(schedule: Schedule, title: str) -> str:
 
 
 def print_layers(rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -180,7 +188,7 @@ def print_layers(rows: list[tuple[str, ...]]) -> None:
         table.add_column(name, justify="right" if name in ("channels", "blocks", "parameters") else "left")
     for row in rows:
         table.add_row(*row)
-    Console(file=streams.below(sys.stdout), width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    streams.drawing(sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
 def main() -> int:
@@ -211,7 +219,7 @@ def main() -> int:
     for warning in config.warnings():
         print(f"\nwarning: {warning}")
     if args.plot is not None:
-        args.plot.write_text(svg(noise, title), encoding="utf-8")
+        write_bytes(args.plot, svg(noise, title).encode(), replace=True)
         print(f"drawn: {args.plot}")
     return 0
 

@@ -21,6 +21,7 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EnvironmentLacks, RequestError, shown
 from ddpm.run.files import open_file, publishing
+from ddpm.run.log import counted
 from launch import prepare
 from launch.checkup.files import BY_HAND, FETCHED, is_packed
 from launch.cluster import environment
@@ -134,7 +135,7 @@ def compute_statistics(config: Config, cache: Path) -> None:
     name, size = config.evaluate.extractor, config.data.image_size
     extractor = extractors.build_extractor(name, device, shared=shared, image_size=size, warn=console.warn)
     reference_of(images, extractor, cache / "data" / "reference", progress=console.show_progress("features of"))
-    print(f"statistics of {len(images)} images by {extractor.name}: in {cache / 'data' / 'reference'}")
+    print(f"statistics of {counted(len(images), 'image')} by {extractor.name}: in {cache / 'data' / 'reference'}")
 
 
 def parse() -> argparse.Namespace:

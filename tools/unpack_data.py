@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
+import argparse
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from ddpm.config import reading, section  # noqa: E402
-from ddpm.data import packed as data  # noqa: E402
-from ddpm.errors import RequestError  # noqa: E402
-from ddpm.run.files import publishing_folder, read_signed  # noqa: E402
-from launch import prepare  # noqa: E402
-from launch.cluster import environment  # noqa: E402
-from launch.cluster.options import load_profile  # noqa: E402
-from launch.cluster.site import Site  # noqa: E402
-from launch.terminal import console  # noqa: E402
+from ddpm.config import reading, section
+from ddpm.data import packed as data
+from ddpm.errors import RequestError
+from ddpm.run.files import publishing_folder, read_signed
+from ddpm.run.log import counted
+from launch import prepare
+from launch.cluster import environment
+from launch.cluster.options import load_profile
+from launch.cluster.site import Site
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python tools/unpack_data.py configs/cifar10.yaml real                           real/000000.png … real/049999.png
@@ -69,18 +75,19 @@ def main() -> int:
     args = parse()
     if args.folder.exists():
         raise RequestError(f"{args.folder} exists: name another folder, or remove it")
+    console.check_outside_runs(args.folder, "DIR")
     config = reading.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
     site: Site = section.build(Site, load_profile(args.profile), f"profile {args.profile}")
     cache = prepare.cache_of(site, environment.runs_root(args.root)) / "data"
     key, packed = data.pack(config.data, args.split, cache, progress=console.show_progress("packing"))
     num = len(packed) if args.num is None else args.num
     if not 1 <= num <= len(packed):
-        raise RequestError(f"--num {num}: the {args.split} split has {len(packed)} images")
+        raise RequestError(f"--num {num}: the {args.split} split has {counted(len(packed), 'image')}")
     by_class = args.by_class or config.model.num_classes > 0
     classes = read_signed(cache / key / "meta.json")["classes"] if by_class else None
     unpack(packed, args.folder, [i * len(packed) // num for i in range(num)], classes)
     told = f" in {len(classes)} class folders" if classes else ""
-    print(f"{num} images of {config.data.name}, {args.split}: {args.folder}{told}")
+    print(f"{counted(num, 'image')} of {config.data.name}, {args.split}: {args.folder}{told}")
     return 0
 
 

@@ -130,3 +130,12 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def as_typed(value: Any) -> str:
+    """As one would type it after `key=`."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {as_typed(v)}' for key, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_typed, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

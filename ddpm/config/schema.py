@@ -20,10 +20,13 @@ from ddpm.config.unet_shape import Structure
 from ddpm.config.yaml import dump_yaml
 from ddpm.errors import RequestError
 from ddpm.run.files import sha256_json
+from ddpm.run.log import counted
 from ddpm.run.paths import check_name
 
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
-"""Keys of `train` that change no step: they are not in the digest."""
+"""Keys of `train` that change no step's mathematics: they are not in the digest."""
+OF_BITS = ("train.micro_batch", "train.compile", "train.deterministic")
+"""Of these, the keys that change its bits."""
 LATER = {
     "data": ("attributes", "label_attributes"),
     "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),
@@ -115,7 +118,7 @@ class Config(Section):
         images = train.total_images or (train.total_epochs or 0) * num_images
         tree = self.model_dump()
         tree["train"] |= dict.fromkeys(LENGTHS) | {"total_steps": -(-images // train.global_batch)}
-        resolved = build(Config, tree, f"a length of {images} images")
+        resolved = build(Config, tree, f"a length of {counted(images, 'image')}")
         assert isinstance(resolved, Config)
         return resolved
 
@@ -171,7 +174,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     batch, micro = config.train.global_batch, config.train.micro_batch
     if batch % world_size:
         raise RequestError(
-            f"train.global_batch = {batch} does not divide over {world_size} ranks; it does over "
+            f"train.global_batch = {batch} does not divide over {counted(world_size, 'rank')}; it does over "
             f"{divisors(batch)}, or choose a multiple of {world_size} such as "
             f"{max(1, round(batch / world_size)) * world_size}"
         )
@@ -180,7 +183,7 @@ def check_world_size(config: Config, world_size: int) -> int:
         return 1
     if share % micro:
         raise RequestError(
-            f"train.micro_batch = {micro} does not divide each rank's share of {share} images "
-            f"(train.global_batch = {batch} over {world_size} ranks); these do: {divisors(share)}"
+            f"train.micro_batch = {micro} does not divide each rank's share of {counted(share, 'image')} "
+            f"(train.global_batch = {batch} over {counted(world_size, 'rank')}); these do: {divisors(share)}"
         )
     return share // micro

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -93,12 +93,24 @@ def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:
     try:
         return kind.model_validate(dict(tree))
     except ValidationError as e:
-        lines = {problem(kind, dict(err)): None for err in e.errors()}
+        told: dict[str, list[Fault]] = {}
+        for fault in dict.fromkeys(problem(kind, dict(err)) for err in e.errors()):
+            told.setdefault(fault.what, []).append(fault)
+        lines = [what + ", or ".join(f.allowed for f in faults) + faults[0].more for what, faults in told.items()]
         raise RequestError(f"{where}: " + "\n  ".join(lines)) from None
 
 
-def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
-    """One validation error as `key = value: what is allowed`."""
+class Fault(NamedTuple):
+    """What is wrong with a value. Each type of a union (`auto`, true or false) finds its own; one line tells all."""
+
+    what: str
+    """`key = value: must be `, or a whole sentence."""
+    allowed: str = ""
+    more: str = ""
+
+
+def problem(kind: type[BaseModel], err: dict[str, Any]) -> Fault:
+    """One validation error in words."""
     loc = [str(p) for p in err["loc"] if not str(p).startswith(("function-", "literal[", "constrained-"))]
     known, beyond = field_keys(kind), ""
     key = ".".join(loc)
@@ -107,17 +119,17 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         key = ".".join(loc) if ".".join(loc) in known else key
     if err["type"] != "value_error" and (inside := _secret_section(kind, loc)):
         keys = ", ".join(k.removeprefix(f"{inside}.") for k in known if k.startswith(f"{inside}."))
-        return f"{inside}: what is there is none of its keys' values, and not shown here; its keys: {keys}"
+        return Fault(f"{inside}: what is there is none of its keys' values, and not shown here; its keys: {keys}")
     if err["type"] in ("extra_forbidden", "invalid_key"):
-        return unknown_key(key, known, kind.all_keys if issubclass(kind, Section) else "")
+        return Fault(unknown_key(key, known, kind.all_keys if issubclass(kind, Section) else ""))
     message = str(err["msg"]).removeprefix("Value error, ")
     for theirs, ours in PLAIN.items() if err["type"] != "value_error" else ():
         message = message.replace(theirs, ours)
     if err["type"] == "value_error":
         is_named = bool(loc) and re.search(rf"\b{re.escape(loc[-1])}\b", message)
-        return message if not loc or is_named else f"{key} = {message}"
+        return Fault(message if not loc or is_named else f"{key} = {message}")
     if err["type"] == "model_type":
-        return f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults"
+        return Fault(f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults")
     if err["type"] == "tuple_type":
         message = f"must be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
     if err["type"] == "int_type" and isinstance(err["input"], str):
@@ -133,7 +145,9 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> str:
         allowed += f"; did you mean {near!r}?"
     if beyond and field is not None and get_origin(field.annotation) is dict:
         key, allowed = f"{key}.{beyond}", ""
-    return f"{key} = {shown(err['input'])}: {message[0].lower()}{message[1:]}{allowed}"
+    message = message[0].lower() + message[1:]
+    must_be = "must be " if message.startswith("must be ") else ""
+    return Fault(f"{key} = {shown(err['input'])}: {must_be}", message.removeprefix(must_be), allowed)
 
 
 def _near(word: object, expected: str) -> str | None:

@@ -19,6 +19,7 @@ import numpy as np
 from ddpm.data.bounded import check_members, read_header, unread
 from ddpm.errors import RequestError
 from ddpm.run.files import open_file, sha256_file
+from ddpm.run.log import counted
 
 SUFFIXES = (".npz", ".npy")
 IMAGES = ("images", "arr_0", "samples")
@@ -52,7 +53,7 @@ class ArrayFile(NamedTuple):
             for index in range(num):
                 raw = _read(file, math.prod(shape), self.path)
                 if len(raw) < math.prod(shape):
-                    raise _unreadable(self.path, f"it ends after {index} of {num} images")
+                    raise _unreadable(self.path, f"it ends after {index} of {counted(num, 'image')}")
                 image = np.frombuffer(raw, np.uint8).reshape(shape)
                 yield image if shape[-1] == 3 else image.repeat(3, axis=2)
 
@@ -140,7 +141,7 @@ def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
 
 
 def _expected(num: int) -> str:
-    return f"expected a whole number for each of {num} images; save them so, or take them away"
+    return f"expected a whole number for each of {counted(num, 'image')}; save them so, or take them away"
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:

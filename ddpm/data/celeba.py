@@ -21,6 +21,7 @@ from ddpm.data.listing import zip_names
 from ddpm.data.sources import Source
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import TMP_PREFIX
+from ddpm.run.log import counted
 
 IMAGES = "img_align_celeba"
 ATTRIBUTES = "list_attr_celeba.txt"
@@ -170,7 +171,7 @@ def read_attributes(found: List, wanted: Iterable[str]) -> dict[str, tuple[bool,
             raise _damaged(found, number, f"{fields[0]} stands twice")
         rows[fields[0]] = tuple(fields[i] == "1" for i in columns)
     if head == 2 and int(lines[0]) != len(rows):
-        raise _damaged(found, 1, f"it announces {int(lines[0])} images, and {len(rows)} follow")
+        raise _damaged(found, 1, f"it announces {counted(int(lines[0]), 'image')}, and {len(rows)} follow")
     return rows
 
 
@@ -201,7 +202,7 @@ def _choose(data: Data, folder: Path) -> Source:
     if unsplit := sorted(rows.keys() - split_of.keys()):
         where = partition.path if partition else PARTITION
         raise RequestError(
-            f"data.path: {where} lacks {len(unsplit)} of {len(rows)} images ({unsplit[0]}, …): copy it again"
+            f"data.path: {where} lacks {len(unsplit)} of {counted(len(rows), 'image')} ({unsplit[0]}, …): copy it again"
         )
     values = tuple(wanted.values())
     chosen = sorted(name for name, bits in rows.items() if bits[: len(values)] == values)
@@ -211,8 +212,8 @@ def _choose(data: Data, folder: Path) -> Source:
             for i, (name, value) in enumerate(wanted.items())
         )
         raise RequestError(
-            f"data.attributes = {wanted}: of {len(rows)} images {len(chosen)} are left, none of them for training"
-            f"{f' ({each})' if each else ''}; ask for less"
+            f"data.attributes = {wanted}: of {counted(len(rows), 'image')} {len(chosen)} are left, none of them for "
+            f"training{f' ({each})' if each else ''}; ask for less"
         )
     images, place = _images(folder, rows)
     members: dict[str, list[str]] = {}

@@ -12,6 +12,7 @@ from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from ddpm.errors import RequestError
+from ddpm.run.log import counted
 
 NAME = "dataset.json"
 MOST_BYTES = 1 << 30
@@ -51,7 +52,7 @@ def classes(raw: bytes, path: PurePath, where: str, images: Sequence[str]) -> di
         )
     if lost := [name for name in images if name not in labels]:
         raise RequestError(
-            f"data.path = {path}: {where}: {len(lost)} of {len(images)} images have no label in it, such as {lost[0]}; "
-            f"copy all of it again, or remove the file to have the folders as classes"
+            f"data.path = {path}: {where}: {len(lost)} of {counted(len(images), 'image')} have no label in it, such as "
+            f"{lost[0]}; copy all of it again, or remove the file to have the folders as classes"
         )
     return {name: str(labels[name]) for name in images}

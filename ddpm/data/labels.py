@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import RequestError
 from ddpm.run.files import sha256_json
-from ddpm.run.log import plain
+from ddpm.run.log import counted, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,9 @@ def labels_changed(kept: dict[str, Any] | None, here: dict[str, Any]) -> str | N
         moved = [(i, a, b) for i, (a, b) in enumerate(_side_by_side(list(old), list(new))) if a != b]
         told = [f"class {i} was {_word(a)} and is {_word(b)} now" for i, a, b in moved[:SHOWN]]
         return "its classes changed: " + ", ".join(told) + _more(len(moved))
-    counts = [f"{name!r} had {old[name]} images and has {new[name]}" for name in old if old[name] != new[name]]
+    counts = [
+        f"{name!r} had {counted(old[name], 'image')} and has {new[name]}" for name in old if old[name] != new[name]
+    ]
     if counts:
         return "images changed their class: " + ", ".join(counts[:SHOWN]) + _more(len(counts))
     return "images changed their class, and no class its number of images"

@@ -30,7 +30,7 @@ from ddpm.data.sources import Source
 from ddpm.data.whole import PackedImages, images_digest, open_packed, open_verified
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, sha256_file, sha256_json, sign, write_json
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.stopping import ShowProgress, StopRequested
 
 PACK_VERSION = 1
@@ -178,7 +178,7 @@ def _tell(how: Decoding, num: int) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if how.converted:
         record["converted"] = dict(how.converted)
-        say(f"of {num} pictures: " + ", ".join(f"{count} {what}" for what, count in how.converted.items()))
+        say(f"of {counted(num, 'picture')}: " + ", ".join(f"{count} {what}" for what, count in how.converted.items()))
     if how.damaged:
         record["skipped"] = how.damaged
         told = sources.told_of_damaged(how.damaged, num, skipped=True)
@@ -192,7 +192,9 @@ def _check_source(where: Path, packed: PackedImages, data: Data, source: Source,
     says = [packed.split, list(packed.classes), *packed.images.shape[1:3]]
     alike = says == [split, source.classes, size, size] and (data.skip_damaged or num in (0, len(packed)))
     if not alike or (source.kind in ("digits", "cifar10") and packed.name != source.kind):
-        told = f"{packed.name}, {packed.split}, {len(packed)} images of {len(packed.classes)} classes"
+        told = (
+            f"{packed.name}, {packed.split}, {counted(len(packed), 'image')} of {counted(len(packed.classes), 'class')}"
+        )
         raise DamagedFile(f"{where}: is of other data ({told})")
 
 

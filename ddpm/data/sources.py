@@ -24,6 +24,7 @@ from ddpm.data.decoding import Decoding, to_square
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.files import read_bytes, sha256_file, sha256_json
+from ddpm.run.log import counted
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
@@ -266,7 +267,7 @@ def told_of_damaged(damaged: Mapping[str, str], num: int, *, skipped: bool = Fal
     lines = [f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN]]
     more = [f"and {len(damaged) - SHOWN} more"] if len(damaged) > SHOWN else []
     listed, todo = "\n  ".join([*lines, *more]), "" if skipped else "; replace or remove them"
-    return f"{len(damaged)} of {num} images cannot be decoded{todo}:\n  {listed}"
+    return f"{len(damaged)} of {counted(num, 'image')} cannot be decoded{todo}:\n  {listed}"
 
 
 def _all_of(file: IO[bytes]) -> bytes:

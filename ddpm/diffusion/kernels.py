@@ -118,15 +118,33 @@ def _first_word_kernel(out, index, num_rows, key_0, key_1, step_low, step_high, 
 
 # ---------------------------------------------------------------- launching
 
+_MOST = 65_535
+"""Programs along the second axis of a grid."""
+
+
+def parts(num_rows: int) -> list[slice]:
+    """The rows of each launch that has a program for every row along its grid's second axis."""
+    return [slice(begin, begin + _MOST) for begin in range(0, num_rows, _MOST)]
+
+
+def of_part(rows: Tensor, part: slice, axis: int = 0) -> Tensor:
+    """A part of a tensor's rows; of all rows the tensor itself, which costs nothing."""
+    num = rows.shape[axis] - part.start
+    return rows if not part.start and num <= _MOST else rows.narrow(axis, part.start, min(num, _MOST))
+
 
 def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
     """Fills out, float32 (n, elements) and contiguous; index: int64 (n,)."""
     num_rows, num_elements = out.shape
     if not num_rows or not num_elements:
         return
-    grid = (triton.cdiv(triton.cdiv(num_elements, 4), _BLOCK), num_rows)
+    blocks = triton.cdiv(triton.cdiv(num_elements, 4), _BLOCK)
     with torch.cuda.device_of(out):
-        _normal_kernel[grid](out, index.contiguous(), num_elements, *_scalars(key, step), **TERMS, BLOCK=_BLOCK, **FUSE)
+        for part in parts(num_rows):
+            rows, indices = of_part(out, part), of_part(index, part).contiguous()
+            _normal_kernel[blocks, len(rows)](
+                rows, indices, num_elements, *_scalars(key, step), **TERMS, BLOCK=_BLOCK, **FUSE
+            )
 
 
 def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> None:
@@ -134,9 +152,11 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
     num_rows, num = out.shape
     if not num_rows:
         return
-    grid = (triton.cdiv(triton.cdiv(num, 8), _BLOCK), num_rows)
+    blocks = triton.cdiv(triton.cdiv(num, 8), _BLOCK)
     with torch.cuda.device_of(out):
-        _mask_kernel[grid](out, places.contiguous(), num_rows, num, first_counter, bound, BLOCK=_BLOCK)
+        for part in parts(num_rows):
+            rows, there = of_part(out, part), of_part(places, part, 1).contiguous()
+            _mask_kernel[blocks, len(rows)](rows, there, len(rows), num, first_counter, bound, BLOCK=_BLOCK)
 
 
 def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:

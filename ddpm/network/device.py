@@ -18,6 +18,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError, shown
 from ddpm.network import fused
 from ddpm.network.unet import UNet
+from ddpm.run.log import counted
 
 WORK_TO_SHARE = 1 << 25
 """base_channels squared times pixels times images of a batch, to which arithmetic is proportional: from here on threads
@@ -135,7 +136,7 @@ def as_device(device: Device = None) -> torch.device:
     except (RuntimeError, TypeError):
         raise RequestError(f"device = {shown(device)}: use cpu, or cuda for a GPU") from None
     if meant.type == "cuda" and (meant.index or 0) >= (num := torch.cuda.device_count()):
-        raise RequestError(f"device = {shown(str(meant))}: torch sees {num} GPUs here; use another, or cpu")
+        raise RequestError(f"device = {shown(str(meant))}: torch sees {counted(num, 'GPU')} here; use another, or cpu")
     return meant
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm.diffusion.kernels import of_part, parts
+
 _WIDTH = 64
 """Channels of a program."""
 _SUMMED = 8192
@@ -134,9 +136,11 @@ def sum_positions(a: Tensor) -> Tensor:
         C //= 2
     P = min(triton.next_power_of_2(height * width), _SUMMED // C)
     with torch.cuda.device_of(a):
-        _sum_positions_kernel[(triton.cdiv(channels, C), num)](
-            out, a, height * width, channels, C=C, P=P, num_warps=max(1, min(8, P * C // 1024))
-        )
+        for part in parts(num):
+            of, sums = of_part(a, part), of_part(out, part)
+            _sum_positions_kernel[triton.cdiv(channels, C), len(of)](
+                sums, of, height * width, channels, C=C, P=P, num_warps=max(1, min(8, P * C // 1024))
+            )
     return out
 
 

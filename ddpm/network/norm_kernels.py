@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm.diffusion.kernels import of_part, parts
+
 _SECTOR, _WIDEST = 16, 64
 """Channels of a program, where their groups allow: at least a memory's sector of them, and at most so many."""
 _WHOLE, _PART, _LEAST = 16384, 4096, 512
@@ -258,11 +260,16 @@ def norm(
     y = torch.empty_like(x)
     means = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstds = torch.empty_like(means)
-    grid, options, drop = _launch(x, shift, groups, masks)
-    if options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY:
-        options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads, one computes
-    with torch.cuda.device_of(x):
-        _norm_kernel[grid](y, x, _or(shift, x), weight, bias, means, rstds, *drop, eps, SILU=silu, **options)
+    for part in parts(len(x)):
+        at, moved = of_part(x, part), None if shift is None else of_part(shift, part)
+        grid, options, drop = _launch(at, moved, groups, masks, part)
+        if options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY:
+            options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads meanwhile
+        with torch.cuda.device_of(x):
+            _norm_kernel[grid](
+                of_part(y, part), at, _or(moved, at), weight, bias, of_part(means, part), of_part(rstds, part), *drop,
+                eps, SILU=silu, **options,
+            )  # fmt: skip
     return y, means, rstds
 
 
@@ -275,21 +282,26 @@ def norm_backward(
     of_weight = x.new_empty(x.shape[:2], dtype=torch.float32)
     of_bias = torch.empty_like(of_weight)
     of_shift = None if shift is None else torch.empty_like(of_weight, dtype=shift.dtype)
-    grid, options, drop = _launch(x, shift, groups, masks)
-    with torch.cuda.device_of(x):
-        _norm_backward_kernel[grid](
-            dx, of_weight, of_bias, _or(of_shift, x), dy, _or(more, x), x, _or(shift, x), weight, bias, means, rstds,
-            *drop, MORE=more is not None, SILU=silu, **options,
-        )  # fmt: skip
+    for part in parts(len(x)):
+        of = [None if t is None else of_part(t, part) for t in (dx, of_weight, of_bias, of_shift, dy, more, x, shift)]
+        to, to_weight, to_bias, to_shift, given, and_more, at, moved = of
+        assert at is not None
+        grid, options, drop = _launch(at, moved, groups, masks, part)
+        with torch.cuda.device_of(x):
+            _norm_backward_kernel[grid](
+                to, to_weight, to_bias, _or(to_shift, at), given, _or(and_more, at), at, _or(moved, at), weight, bias,
+                of_part(means, part), of_part(rstds, part), *drop, MORE=more is not None, SILU=silu, **options,
+            )  # fmt: skip
     return dx, of_weight, of_bias, of_shift
 
 
 def _launch(
-    x: Tensor, shift: Tensor | None, groups: int, masks: Masks | None
+    x: Tensor, shift: Tensor | None, groups: int, masks: Masks | None, part: slice
 ) -> tuple[tuple[int, int], dict[str, Any], list[object]]:
     num, channels, height, width = x.shape
     by, drop = Division.of(channels, height * width, groups), masks or Masks(x, 0, 0, 1.0)
-    arguments = [drop.places, num, height * width, drop.first_counter, drop.bound, drop.scale]
+    rows, places = (num, x) if masks is None else (masks.places.shape[1], of_part(masks.places, part, 1))
+    arguments = [places, rows, height * width, drop.first_counter, drop.bound, drop.scale]
     options: dict[str, Any] = {"channels": channels, "size": by.size, "words": by.width // 8, "C": by.C, "P": by.P}
     options |= {"WHOLE": by.whole, "num_warps": by.num_warps, "in_shift": _or(shift, x).stride(0)}
     options |= {"SHIFT": shift is not None, "DROP": masks is not None}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ddpm.errors import Stopped
 from ddpm.run.files import look_anew
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.stopping import StopRequested
 
 NAME = ".claims"
@@ -69,7 +69,7 @@ def work_through(
                     make(part)
         if len(busy) == len(todo):
             if not worker.stay:
-                raise OthersAtWork(f"others make the {len(busy)} parts in {directory} that are left")
+                raise OthersAtWork(f"others make what is left in {directory}: {counted(len(busy), 'part')}")
             if not said:
                 say(f"waiting for others, who make {len(busy)} of the parts in {directory}")
                 said = True

@@ -37,6 +37,12 @@ def amount(num_bytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "bytes" or value >= 99.95 else f"{value:.1f} {unit}"
 
 
+def counted(number: int, what: str, form: str = "") -> str:
+    """`1 image`, `2 images`, `2 classes`. form: of the number, as in an f-string."""
+    more = "" if number == 1 else "es" if what.endswith("s") else "s"
+    return f"{number:{form}} {what}{more}"
+
+
 def say(message: str = "", **fields: object) -> None:
     """One log line: `2026-11-20T09:00:00.000Z message key=value …`."""
     told = [plain_lines(message)] if message else []

@@ -21,6 +21,7 @@ from ddpm.data.bounded import check_members, unread
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import counted
 from ddpm.run.paths import SampleSet
 from ddpm.sampling.request import Request, shard_range
 
@@ -84,7 +85,7 @@ def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
     arrays = parse_npz(data, path.name)
     images, labels = arrays.get("images"), arrays.get("labels")
     if images is None or labels is None or len(images) != manifest["num"] or len(labels) != manifest["num"]:
-        raise DamagedFile(f"{path.name}: does not hold {manifest['num']} images and labels")
+        raise DamagedFile(f"{path.name}: does not hold {counted(manifest['num'], 'image')} and labels")
     if int(arrays.get("first", -1)) != manifest["first"]:
         raise DamagedFile(
             f"{path.name}: begins at sample {arrays.get('first')}, not at {manifest['first']}: a copy of another shard"
@@ -146,7 +147,7 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes
         if alike and len(list(directory.rglob("*.png"))) == request.num_samples:
             return directory
         raise RequestError(
-            f"{directory} exists and does not hold this set's {request.num_samples} images; remove it, "
+            f"{directory} exists and does not hold this set's {counted(request.num_samples, 'image')}; remove it, "
             f"or name another directory"
         )
     tmp = directory.with_name(f"{files.TMP_PREFIX}{directory.name}")

@@ -28,7 +28,7 @@ from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import expected_features, is_kept, shard_features
 from ddpm.scoring.gather import Gathered, gather
-from ddpm.scoring.record import PROVENANCE, publish_score, read_score, scores_of
+from ddpm.scoring.record import PROVENANCE, publish_score, read_score, score_with
 from ddpm.scoring.reference import check_size, image_record, reference_of
 from ddpm.scoring.scores import all_scores
 from ddpm.scoring.statistics_file import read_statistics
@@ -168,16 +168,11 @@ def evaluate_set(
     images = file.images if file else reference
     if isinstance(images, PackedImages) and image_size is not None:
         check_size(images, image_size)
-    manifests = check_set(sample_set, request)
-    provenance = _provenance(
-        request,
-        manifests[0]["nfe"],
-        file.record if file else image_record(reference),  # type: ignore[arg-type]
-        extractor,
-    )
-    for there in scores_of(run, set_name):
-        if {k: there.record.get(k) for k in PROVENANCE} == provenance:
-            return there.record
+    nfe = check_set(sample_set, request)[0]["nfe"]
+    of_reference = file.record if file else image_record(reference)  # type: ignore[arg-type]
+    provenance = _provenance(request, nfe, of_reference, extractor)
+    if (there := score_with(run, set_name, provenance)) is not None:
+        return there
     by_class = num_classes > 1 and isinstance(reference, PackedImages) and reference.split in SPLITS
     statistics, busy = None, OthersAtWork()
     try:

@@ -23,12 +23,13 @@ from ddpm.diffusion.bound import variational_bound
 from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.run import files
 from ddpm.run.claims import ALONE, Worker, work_through
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.scoring.bound_request import BoundRequest
 from ddpm.scoring.features import is_kept, kept_array
-from ddpm.scoring.record import publish_score, read_score, scores_of
+from ddpm.scoring.record import publish_score, read_score, score_with
 from ddpm.scoring.reference import image_record
 
 
@@ -74,18 +75,9 @@ def bits_per_dim(
     def there(part: int) -> bool:
         return is_kept(where.part(part), expected(part))
 
-    said = {
-        "num_samples": len(index),
-        "reference": image_record(images),
-        "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
-        "bound": {"variance": request.variance, "clip_x_0": request.clip_x_0},
-        "nfe": timesteps,
-        "seed": request.seed,
-        "precision": request.precision,
-    }
-    for published in scores_of(run, request.name):
-        if {key: published.record.get(key) for key in said} == said:
-            return published.record
+    said = _provenance(request, len(index), images, timesteps)
+    if (published := score_with(run, request.name, said)) is not None:
+        return published
     work_through(where.path, range(len(parts)), there, make, worker)
     record = {
         **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
@@ -96,13 +88,26 @@ def bits_per_dim(
     return read_score(publish_score(run, request.name, record, worker.token))
 
 
+def _provenance(request: BoundRequest, num: int, images: PackedImages, timesteps: int) -> dict[str, Any]:
+    """What a bound was computed from; equal provenance means an equal one."""
+    return {
+        "num_samples": num,
+        "reference": image_record(images),
+        "checkpoint": {**asdict(request.checkpoint), "weights": request.weights},
+        "bound": {"variance": request.variance, "clip_x_0": request.clip_x_0},
+        "nfe": timesteps,
+        "seed": request.seed,
+        "precision": request.precision,
+    }
+
+
 def chosen(request: BoundRequest, images: PackedImages) -> np.ndarray:
     """Indices of the request's images, int64, ascending. Raises RequestError where there are fewer."""
     size, num = len(images), request.num_images
     if num is None:
         return np.arange(size)
     if num > size:
-        raise RequestError(f"num_images = {num}: {images.name} has {size} images to {images.split} with")
+        raise RequestError(f"num_images = {num}: {images.name} has {counted(size, 'image')} to {images.split} with")
     return np.sort(rng.permutation(rng.key(request.seed, "bound_images"), 0, size)[:num].numpy())
 
 

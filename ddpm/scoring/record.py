@@ -11,16 +11,19 @@ import contextlib
 import math
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import ASIDE, RunDir, is_name, listed
+
+if TYPE_CHECKING:
+    from ddpm.config.sample import Evaluate
 
 SCORE_NAMES = {"fid": "FID", "frechet_distance": "Fréchet distance", "bits_per_dim": "bits/dim"}
 """Key of the score in a record, which has exactly one of these -> its name for people."""
@@ -137,12 +140,40 @@ def _has_scores(first: Path) -> bool:
     return bool(_scores_in(first))
 
 
+def score_with(run: RunDir, set_name: str, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a set's score that was computed from just this."""
+    records = (score.record for score in scores_of(run, set_name))
+    return next((r for r in records if {key: r.get(key) for key in provenance} == provenance), None)
+
+
 def all_scores(run: RunDir) -> list[Score]:
     """Every score of every set of a run."""
     names = {
         p.stem if p.suffix == ".json" and not _has_scores(p) else p.name for p in listed(run.eval) if _is_a_sets(p)
     }
     return [score for name in sorted(names) for score in scores_of(run, name)]
+
+
+def best_founded_first(scores: Iterable[Score], asked: Evaluate | None) -> list[Score]:
+    """Valid scores of a run, those that say most of it first: of the most images; FID before other distances; against
+    the reference and by the extractor that its config asks for; of the latest step; of the most evaluations an image;
+    the newest. Bits per dimension come last. asked: of the config; None where it cannot be read."""
+
+    def worth(score: Score) -> tuple[Any, ...]:
+        r = score.record
+        step = (r.get("checkpoint") or {}).get("step")
+        is_asked = asked is not None and (
+            Path(asked.reference).name in (r["reference"].get("split"), r["reference"].get("name")),
+            (r.get("extractor") or {}).get("name") == asked.extractor,
+        )
+        key = key_of(r)
+        latest = step if isinstance(step, int) else 0
+        return (
+            *(key != "bits_per_dim", r["num_samples"], key == "fid", is_asked or (False, False)),
+            *(latest, r["nfe"], str(r.get("created", ""))),
+        )
+
+    return sorted(scores, key=worth, reverse=True)
 
 
 def _is_a_sets(path: Path) -> bool:

@@ -21,7 +21,7 @@ from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.claims import ALONE, Worker, work_through
 from ddpm.run.files import DamagedFile
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
@@ -57,7 +57,7 @@ def image_features(
 ) -> Iterator[np.ndarray]:
     """Features of images uint8 (n, H, W, 3), in parts."""
     if len(images) < 2:
-        raise RequestError(f"{len(images)} images: a score needs at least 2 on each side")
+        raise RequestError(f"{counted(len(images), 'image')}: a score needs at least 2 on each side")
     for first in range(0, len(images), PART_IMAGES):
         yield extract(extractor, images[first : first + PART_IMAGES], stop_requested=worker.stop_requested)
         progress(min(first + PART_IMAGES, len(images)), len(images))
@@ -106,7 +106,7 @@ def reference_of(
             say(f"reference={path} not usable, computing it again: {e}")
     num = len(images.images)
     if num < 2:
-        raise RequestError(f"{images.name}: {num} images: a score needs at least 2 on each side")
+        raise RequestError(f"{images.name}: {counted(num, 'image')}: a score needs at least 2 on each side")
     classes: dict[str, Any] = {"labels": images.labels, "num_classes": len(images.classes)} if by_class else {}
     parts = path.with_suffix("")
     try:

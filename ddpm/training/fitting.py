@@ -10,6 +10,7 @@ import torch
 
 from ddpm.config.train import divisors
 from ddpm.errors import DoNotRetry
+from ddpm.run.log import counted
 from ddpm.training.ranks import World
 from ddpm.training.step import Step
 
@@ -42,11 +43,16 @@ def largest(sizes: Iterable[int], trial: Callable[[int], None], world: World) ->
             trial(size)
         except torch.OutOfMemoryError:
             failed = 1
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(world.device)
         if not world.agree([failed])[0]:
             return size
     return None
+
+
+def free(device: torch.device) -> None:
+    """Give back what torch keeps of a trial that is over, or of an aside that did not fit beside the steps."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def first(step: Step, work: Callable[[], T]) -> T:
@@ -61,4 +67,5 @@ def first(step: Step, work: Callable[[], T]) -> T:
     alone = replace(step.world, rank=0, world_size=1)  # the others are in their own first step
     fits = largest(smaller, step.try_out, alone)
     instead = NOT_ONE if fits is None else f"{fits} do: use train.micro_batch={fits}, or auto, which changes no step"
-    raise DoNotRetry(f"{step.micro} images at a time on each rank do not fit here ({why}); {instead}")
+    images = counted(step.micro, "image")
+    raise DoNotRetry(f"there is no room here for {images} at a time on each rank ({why}); {instead}")

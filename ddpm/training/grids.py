@@ -15,6 +15,7 @@ from ddpm.errors import Stopped
 from ddpm.run.images import tile
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import eps_of
+from ddpm.training import fitting
 from ddpm.training.chronicle import Silent
 from ddpm.training.state import TrainingState
 
@@ -30,7 +31,7 @@ def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: St
 
     Called on all ranks, which agree at each step of the sampler on whether to go on: a stop may be requested of any
     rank, and none waits for another for as long as a grid takes. Returns the reason of a stop that left it undrawn, or
-    "".
+    "". A grid that does not fit beside the steps is left out; the next one is tried all the same.
     """
     config, world, step = state.config, state.world, state.at.step
     if world.broadcast(chronicle.has_grid(step, state.at.attempt)):
@@ -39,16 +40,26 @@ def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: St
     model = state.model if config.sample.weights == "model" else state.ema.model
     model.eval()
 
+    polls, drawn, lacked = 0, None, ""
+
     def poll() -> str | None:
+        nonlocal polls
+        polls += 1
         return world.agreed_stop(stop_requested) or None
 
     try:
         if world.is_main:
-            drawn = draw(config, model, schedules.build(config.diffusion), state.amp, poll)
+            try:
+                drawn = draw(config, model, schedules.build(config.diffusion), state.amp, poll)
+            except torch.OutOfMemoryError as e:
+                lacked = str(e).partition("\n")[0]
+        if lacked:
+            chronicle.say("no grid: it does not fit beside the steps", step=step, error=lacked)
+            fitting.free(world.device)
+        while polls < num_steps(config):  # the others ask as often
+            _go_on(poll)
+        if drawn is not None:
             chronicle.grid(step, drawn)
-        else:
-            for _ in range(num_steps(config)):
-                _go_on(poll)
     except Stopped as e:
         chronicle.say("grid not drawn: a stop was requested", step=step)
         return e.reason

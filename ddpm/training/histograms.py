@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ddpm.config.train import divisors
+from ddpm.training import fitting
 from ddpm.training.step import Step
 
 MOST_VALUES = 100_000
@@ -23,8 +24,7 @@ def of_gradients(step: Step) -> dict[str, np.ndarray]:
             return _of_gradients(step, num)
         except torch.OutOfMemoryError:
             pass
-        if step.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        fitting.free(step.world.device)
     return {}
 
 

@@ -20,6 +20,7 @@ from ddpm.run import generations, unfinished
 from ddpm.run.events import read_events
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, now, sha256_file, sign, write_json
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from ddpm.run.records import identity
 from ddpm.run.saving import ema_bytes, settled_in
@@ -86,7 +87,7 @@ def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
 def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
     """In what a loaded state differs from what this run's must be at `step`, or ""."""
     if state["step"] != step or state["images"] != step * config.train.global_batch:
-        return f"holds step {state['step']} after {state['images']} images"
+        return f"holds step {state['step']} after {counted(state['images'], 'image')}"
     if state["config_digest"] != config.digest():
         return f"belongs to other mathematics (config digest {state['config_digest'][:12]})"
     model = build_model(config, torch.device("meta"), "off")

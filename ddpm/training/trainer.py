@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
@@ -21,7 +23,7 @@ from ddpm.network.unet import UNet
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training import fitting, grids, histograms
@@ -286,9 +288,16 @@ class Trainer:
         return reason
 
     def _validate(self, held_out: HeldOut, stop_requested: StopRequested) -> tuple[float | None, str]:
-        """`HeldOut.loss`, not counted in the measured speed. Ends validation for this life if its images were
-        overwritten."""
-        loss, reason = held_out.loss(self.state, stop_requested)
+        """`HeldOut.loss`, not counted in the measured speed; none where it does not fit beside the steps. Ends
+        validation for this life if its images were overwritten."""
+        loss, reason, lacked = None, "", ""
+        try:
+            loss, reason = held_out.loss(self.state, stop_requested)
+        except torch.OutOfMemoryError as e:
+            lacked = str(e)
+        if lacked:
+            self.chronicle.say("no validation: it does not fit beside the steps", step=self.at.step, error=lacked)
+            fitting.free(self.world.device)
         damage = "" if loss is None else held_out.watch.damage()
         if self.world.agree([int(bool(damage))])[0]:
             why = damage or "what another rank reads was overwritten while it was mapped"
@@ -349,7 +358,7 @@ class Trainer:
         self.chronicle.say("non-finite loss or gradient", near_step=at, rollback=f"{rollbacks}/{most}")
         if rollbacks > most:
             raise DoNotRetry(
-                f"loss or gradients were non-finite {rollbacks} times (last near step {at}), more than "
+                f"loss or gradients were non-finite {counted(rollbacks, 'time')} (last near step {at}), more than "
                 f"train.max_rollbacks = {most}; {self._what_stays()}. Lower train.lr, set train.grad_clip, or use "
                 f"train.amp=off in a new run"
             )

@@ -44,21 +44,27 @@ class HeldOut:
         work.
 
         It has the same bits on any number of ranks with the same kind of hardware. (None, reason) if the ranks agree to
-        stop before it is known; (None, "") if no image can be used.
+        stop before it is known; (None, "") if no image can be used. Raises torch.OutOfMemoryError on all ranks if a
+        batch does not fit on one of them.
         """
         world, config = state.world, self._config
         model = state.model if config.sample.weights == "model" else state.ema.model
         batches = -(-self._num // BATCH)
-        losses = torch.zeros(batches * BATCH, device=world.device)
+        losses, lacked = torch.zeros(batches * BATCH, device=world.device), ""
         model.eval()
         try:
             for first in range(0, batches, world.world_size):
                 if reason := world.agreed_stop(stop_requested):
                     return None, reason
-                if (batch := first + world.rank) < batches:
-                    losses[batch * BATCH :][:BATCH] = self._of(batch, eps_of(model, state.amp), world.device)
+                if (batch := first + world.rank) < batches and not lacked:
+                    try:
+                        losses[batch * BATCH :][:BATCH] = self._of(batch, eps_of(model, state.amp), world.device)
+                    except torch.OutOfMemoryError as e:
+                        lacked = str(e).partition("\n")[0] or "here"
         finally:
             state.model.train()
+        if world.agree([int(bool(lacked))])[0]:
+            raise torch.OutOfMemoryError(lacked or "on another rank")
         found = world.sum(losses)[: self._num].tolist()
         return (math.fsum(found) / self._num if found else None), ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddpm.errors import DDPMError
-from ddpm.run.log import amount
+from ddpm.run.log import amount, counted
 from ddpm.run.paths import RunDir
 from launch.checkup.files import BYTES_PER_PARAMETER, written_per_s
 from launch.checkup.finding import Finding, Findings, judged
@@ -56,7 +56,7 @@ def _site(site: Site, root: Path) -> Findings:
         while refused and job.num_tasks > 1 and scheduler.too_many(refused):
             job = job.with_tasks(job.num_tasks // 2)  # as a submission does
             refused = _tried(job)
-        told = f"a job to {stage}" + (f" of {job.num_tasks} tasks" if shards else "")
+        told = f"a job to {stage}" + (f" of {counted(job.num_tasks, 'task')}" if shards else "")
         if refused:
             yield Finding(
                 "fail",
@@ -91,13 +91,13 @@ def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Fin
         told = f"without --time a job here may run for {limit or 'as long as it takes'}"
         yield judged(long, told, "give --time: shorter jobs start sooner, and a run comes back")
     if (size := int(known.get("MaxArraySize", "1001"))) > 1:
-        yield Finding("pass", f"arrays have at most {size - 1} tasks")
+        yield Finding("pass", f"arrays have at most {counted(size - 1, 'task')}")
     else:
         yield Finding("warn", "arrays are off", "nothing: one job makes all shards of a set")
     if (most := inquiry.most_submitted(site.qos)) is not None:
         yield judged(
             most > 2,
-            f"you may have {most} jobs in the queue",
+            f"you may have {counted(most, 'job')} in the queue",
             "a chain needs three: submit without --then, and again with it once that has ended",
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.files import read_json
-from ddpm.run.log import amount
+from ddpm.run.log import amount, counted
 from launch.checkup.finding import Finding, Findings, judged
 
 BYTES_PER_PARAMETER = 16
@@ -87,7 +87,7 @@ def _data(config: Config, cache: Path) -> Findings:
             yield Finding("fail", str(e))
             return
         own = source.kind in ("folder", "zip", "array") and "train" in source.members
-        told = f"{source.num_images('train'):,} images to train on" if own else "is there"
+        told = f"{counted(source.num_images('train'), 'image', ',')} to train on" if own else "is there"
         yield Finding("pass", f"data.path = {config.data.path}: {told}")
     if config.data.path is not None or config.data.name in ("digits", "images"):
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.files import read_json, write_json
-from ddpm.run.log import amount, plain
+from ddpm.run.log import amount, counted, plain
 from ddpm.run.paths import RunDir
 from launch.checkup.finding import Finding, Findings, judged
 from launch.cluster import code, inquiry, scheduler
@@ -107,7 +107,7 @@ def _node(told: dict[str, Any], said: dict[str, Any], asked_at: float, site: Sit
         return
     gpus = f"{told['gpus']} x {told.get('gpu')}, NCCL {told.get('nccl')}" if told["gpus"] else "no GPU"
     parts = [f"Python {told['python']}", f"torch {told['torch']} (CUDA {told['cuda']})", gpus]
-    parts += [f"{told['cpus']} CPUs for us", f"{amount(told['tmp_bytes'])} free in its tmp"]
+    parts += [f"{counted(told['cpus'], 'CPU')} for us", f"{amount(told['tmp_bytes'])} free in its tmp"]
     good = not site.num_gpus or told["gpus"] > 0
     yield judged(good, f"node {host}: {', '.join(parts)}", _no_gpu_there(told, site), "fail")
 

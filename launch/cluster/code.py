@@ -21,6 +21,7 @@ from pathlib import Path
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.events import read_events
 from ddpm.run.files import TMP_PREFIX, DamagedFile, read_bytes, sha256_json, write_bytes
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT, SHIPPED
 from launch.cluster.unpacker import MAIN, mend
@@ -154,7 +155,7 @@ def differences(old: Code, new: Code) -> str:
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     told = [f"{name} {_lines_changed(old.get(name, b''), new.get(name, b''))}" for name in changed[:MAX_TOLD]]
     more = len(changed) - len(told)
-    return ", ".join(told) + (f", and {more} file{'s' if more > 1 else ''} more" if more else "")
+    return ", ".join(told) + (f", and {counted(more, 'file')} more" if more else "")
 
 
 def _lines_changed(old: bytes, new: bytes) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ddpm.config.schema import Config
 from ddpm.config.train import divisors
 from ddpm.errors import RequestError
+from ddpm.run.log import counted
 from launch.cluster.site import Site
 from launch.cluster.values import memory_bytes
 
@@ -28,8 +29,8 @@ def check_batch(config: Config, site: Site) -> str | None:
     limit, where = _memory(site)
     key = "train.micro_batch" if micro else "train.global_batch"
     told = (
-        f"{key} = {getattr(config.train, key.partition('.')[2])}: {images} images at a time on each rank keep at least "
-        f"{_gib(images * each)}"
+        f"{key} = {getattr(config.train, key.partition('.')[2])}: {counted(images, 'image')} at a time on each rank "
+        f"{'keeps' if images == 1 else 'keep'} at least {_gib(images * each)}"
     )
     if images * each > limit:
         fits = [n for n in divisors(share) if n * each <= limit]

@@ -8,7 +8,7 @@ import torch
 
 from ddpm.config import reading
 from ddpm.data.packed import PackedImages
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.records import data_of
 from ddpm.scoring.against import open_reference
 from ddpm.scoring.extractors import beside, build_extractor
@@ -33,7 +33,7 @@ def save_statistics(life: Life, split: str, extractor: str, path: Path) -> int:
         made = reference_of(images, by, cache / "reference", progress=show, worker=life.worker)
         if not env.array_task:  # the first task's to write
             publish_statistics(path, made, images, by, env.token)
-            say(f"{path}: statistics of {len(images)} images of {split}, {by.name} features")
+            say(f"{path}: statistics of {counted(len(images), 'image')} of {split}, {by.name} features")
         return life.leave(0)
 
     return life.result_of(compute)

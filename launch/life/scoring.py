@@ -11,7 +11,7 @@ import torch
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.records import data_of
 from ddpm.sampling.request import Request
 from ddpm.sampling.shards import missing_shards
@@ -44,7 +44,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
 
     if missing := missing_shards(run.sample_set(set_name), request):
         if env.array_task:
-            say(f"{len(missing)} shards of {set_name} are missing: the first task has them made")
+            say(f"{set_name} lacks {counted(len(missing), 'shard')}: the first task has what is missing made")
             return life.leave(0)
         return have_made(missing)
     life.heed_stop()

@@ -12,7 +12,7 @@ from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile, parse_json, read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
-from ddpm.scoring.record import Score, all_scores
+from ddpm.scoring.record import Score, all_scores, best_founded_first
 from launch.queue.sets import wrong_with
 from launch.terminal.overview import Damage, read_life
 
@@ -47,17 +47,18 @@ def read(run: RunDir, row: dict[str, Any]) -> Facts:
     damage.tell(row["problem"] or "")
     text = damage.read(lambda: read_bytes(run.config, SHOWN_BYTES)) or b""
     metrics, every = damage.read(lambda: thin_metrics(run)) or ([], 1)
+    config = _config(run)
     return Facts(
         run=run,
         row=row,
         record=damage.read(lambda: _record(run)) or {},
-        config=_config(run),
+        config=config,
         config_text=text.decode(errors="replace").strip(),
         events=read_life(run)[0],
         beat=read_heartbeat(run),
         metrics=metrics,
         every=every,
-        scores=damage.read(lambda: _scores(run)) or [],
+        scores=damage.read(lambda: _scores(run, config)) or [],
         damage=tuple(damage.told),
         made=time.time(),
     )
@@ -87,19 +88,6 @@ def _config(run: RunDir) -> Config | None:
         return None
 
 
-def _scores(run: RunDir) -> list[Score]:
+def _scores(run: RunDir, config: Config | None) -> list[Score]:
     found = [score for score in all_scores(run) if not wrong_with(run, score)]
-    return sorted(found, key=_weight, reverse=True)
-
-
-def _weight(score: Score) -> tuple[int, int, str]:
-    checkpoint = score.record.get("checkpoint")
-    step = checkpoint.get("step") if isinstance(checkpoint, dict) else None
-    at = step if isinstance(step, int) else 0
-    return score.record["num_samples"], at, str(score.record.get("created", ""))
-
-
-def headline(scores: list[Score]) -> Score | None:
-    """The score that stands for the run: the first of a distance; bits per dimension only where there is none."""
-    distances = [score for score in scores if "bits_per_dim" not in score.record]
-    return next(iter(distances or scores), None)
+    return best_founded_first(found, config.evaluate if config else None)

@@ -61,16 +61,21 @@ def note(*inside: Part) -> Html:
     return tag("p", *inside, class_="note")
 
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+BEGINNING = (
+    '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
+    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+)
+"""Of every page that `document` has made."""
+
+
 def document(title: str, *inside: Part, style: str) -> str:
     """A whole page, which may load nothing but the pictures in it, whatever stands in it."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     head = join([
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
         Html('<link rel="icon" href="data:,">'),
         tag("title", title),
         tag("style", Html(style)),
     ])  # fmt: skip
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>{tag("main", *inside)}</body>\n</html>\n'
+    return f"{BEGINNING}{head}</head>\n<body>{tag('main', *inside)}</body>\n</html>\n"

@@ -8,9 +8,10 @@ from typing import Any
 from ddpm import __version__
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import counted
 from ddpm.scoring.record import SCORE_NAMES, key_of
 from launch.page import curves, lives, pictures, recipe, scores
-from launch.page.facts import Facts, headline
+from launch.page.facts import Facts
 from launch.page.markup import Html, Part, document, join, note, section, tag
 from launch.page.style import STYLE
 from launch.page.words import at, digits
@@ -58,10 +59,10 @@ def _lead(facts: Facts) -> str:
     """What was trained, in a line."""
     c = facts.config
     if c is None:
-        return f"{facts.row['state']}, {facts.row['step']:,} steps"
+        return f"{facts.row['state']}, {counted(facts.row['step'], 'step', ',')}"
     size, images = c.data.image_size, (facts.record.get("data") or {}).get("num_images")
-    of = f"{images:,} images" if images else "images"
-    kind = f"{c.model.num_classes} classes" if c.model.num_classes else "no classes"
+    of = f"{counted(images, 'image', ',')}" if images else "images"
+    kind = counted(c.model.num_classes, "class") if c.model.num_classes else "no classes"
     return (
         f"A diffusion model of {c.data.name}, {of} of {size}×{size}, {kind}; batches of {c.train.global_batch}, "
         f"{c.diffusion.timesteps:,} {c.diffusion.schedule} noise steps. As of {at(facts.made)} UTC: "
@@ -70,7 +71,7 @@ def _lead(facts: Facts) -> str:
 
 
 def _figures(facts: Facts) -> Html:
-    row, best = facts.row, headline(facts.scores)
+    row, best = facts.row, next(iter(facts.scores), None)
     loss = smoothed_loss(facts.metrics)
     found: list[tuple[str, str, str]] = []
     if best is not None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import reading
+from ddpm.config.reading import as_typed
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import counted
 from ddpm.sampling.request import Request, read_request
 from launch.cluster import code
 from launch.cluster.environment import SHIPPED
@@ -59,15 +61,6 @@ def recipe_of(record: Mapping[str, Any]) -> Path | None:
     return path if is_shipped and path.is_file() else None
 
 
-def as_typed(value: Any) -> str:
-    """As one would type it after `key=`."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {as_typed(v)}' for key, v in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_typed, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 # ---------------------------------------------------------------- where it came from
 
 
@@ -85,12 +78,22 @@ def origin(facts: Facts) -> Html:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("what auto became", ", ".join(f"{key} {as_typed(value)}" for key, value in resolved.items())),
         ("submitted to", ", ".join(f"{key} {as_typed(value)}" for key, value in (record.get("launch") or {}).items())),
+        ("config changed", _changes(record)),
         ("hosts", _hosts(facts)),
         ("began with", _digest(f"{began.get('weights')} of {began.get('source')}", began.get("sha256"))),
         ("weights of", str(record.get("reads") or "")),
     ]  # fmt: skip
     told = [[name, value] for name, value in rows if value]
     return join([table((Column(""), Column("")), told, class_="facts"), _classes(record)])
+
+
+def _changes(record: Mapping[str, Any]) -> str:
+    """What later submissions changed in the config, and from which step on."""
+    return "; ".join(
+        f"from step {change['step']:,} on {key} {as_typed(now)}, before {as_typed(before)}"
+        for change in record.get("changes") or []
+        for key, (before, now) in change["keys"].items()
+    )
 
 
 def _code(value: object) -> Part:
@@ -104,7 +107,7 @@ def _digest(name: str, sha256: object) -> Part:
 def _data(facts: Facts, data: Mapping[str, Any]) -> Part:
     words = [
         facts.config.data.name if facts.config else "",
-        f"{data['num_images']:,} images" if data.get("num_images") else "",
+        f"{counted(data['num_images'], 'image', ',')}" if data.get("num_images") else "",
     ]
     told = ", ".join(filter(None, words))
     return _digest(f"{told}, digest", data["digest"]) if data.get("digest") else told

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ddpm.config.reading import as_typed
 from ddpm.errors import RequestError
 from ddpm.scoring.compare import check_comparable
 from ddpm.scoring.record import SCORE_NAMES, key_of
-from launch.page import curves, pictures, recipe, scores
+from launch.page import curves, pictures, scores
 from launch.page.chart import Line, chart
 from launch.page.facts import Facts
 from launch.page.markup import Column, Html, Part, document, join, note, section, table, tag
@@ -52,7 +53,7 @@ def of_runs(every: Sequence[Facts], page: Path) -> str:
 def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
     """A row for each run; what differs in more keys than have room there is a table of its own, a row for each key."""
     keys = list(dict.fromkeys(key for row in rows for key in row["differs"]))
-    values = {key: [recipe.as_typed(row["differs"][key]) if row["differs"] else "" for row in rows] for key in keys}
+    values = {key: [as_typed(row["differs"][key]) if row["differs"] else "" for row in rows] for key in keys}
     beside = keys if len(keys) <= MOST_BESIDE else []
     columns = [Column("run"), *(Column(tag("code", key), True) for key in beside), Column("state")]
     columns += [

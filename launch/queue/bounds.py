@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import generations
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
 from ddpm.scoring import bound_request
@@ -39,7 +40,11 @@ def request_for(
 
 def cost(request: BoundRequest, config: Config) -> str:
     """What the request costs, in words."""
-    images = "all images" if request.num_images is None else f"{request.num_images:,} images (seed {request.seed})"
+    images = (
+        "all images"
+        if request.num_images is None
+        else f"{counted(request.num_images, 'image', ',')} (seed {request.seed})"
+    )
     return (
         f"{request.name}: {config.diffusion.timesteps:,} evaluations of the network for each of {images} of "
         f"{request.split}, as ancestral sampling of as many would take"

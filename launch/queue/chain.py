@@ -15,7 +15,7 @@ from ddpm.errors import EXIT_FATAL, DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.events import read_events
 from ddpm.run.files import DamagedFile
-from ddpm.run.log import say
+from ddpm.run.log import counted, say
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
 from launch.cluster import environment, scheduler
@@ -195,7 +195,7 @@ def tasks_told(job: Job, job_id: str) -> str:
     if not job.shards:
         return ""
     tasks = sent_tasks(job.run, job_id)
-    return f" ({len(job.shards)} shards in {tasks} task{'s' if tasks > 1 else ''})"
+    return f" ({counted(len(job.shards), 'shard')} in {counted(tasks, 'task')})"
 
 
 def _in_queue(job: Job, config: Config) -> list[str]:
@@ -214,16 +214,15 @@ def fill_gaps(
     gives up after MAX_ROUNDS rounds that added no shard.
     """
     repair = f"python launch/sample.py {run.path} --set {set_name}"
+    lacks = f"{set_name} lacks {counted(len(missing), 'shard')} ({ranges(missing)})"
     if not env.is_scheduled:
-        raise DoNotRetry(f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}): {repair}")
+        raise DoNotRetry(f"{lacks}: {repair}")
     if is_told_to_stop(run, env.job):
-        raise DoNotRetry(
-            f"{run.stop_file} forbids making the {len(missing)} missing shards of {set_name}; go on: {repair}"
-        )
+        raise DoNotRetry(f"{run.stop_file} forbids making what is missing: {lacks}; go on: {repair}")
     if not scheduler.available():  # as in a container
         raise DoNotRetry(
-            f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}), and there is no sbatch here to have "
-            f"them made: on a login node {repair}, then python launch/evaluate.py {run.path} --set {set_name}"
+            f"{lacks}, and there is no sbatch here to have them made: on a login node {repair}, then python "
+            f"launch/evaluate.py {run.path} --set {set_name}"
         )
     before, _, had = round_.partition(":")
     site, known = sent_where(run, env.job) or site_of(run), known_stop(run, env.job)
@@ -231,15 +230,11 @@ def fill_gaps(
         waiting = jobs_in_queue(run, "sample", set_name)
         if not waiting:
             if job := cancelled_samples(run, set_name):
-                raise DoNotRetry(
-                    f"{len(missing)} shards of {set_name} are missing ({ranges(missing)}), because job {job} was "
-                    f"cancelled, and so they stay: {repair} makes them"
-                )
+                raise DoNotRetry(f"{lacks}, because job {job} was cancelled, and goes without: {repair} makes them")
             rounds = int(before or 0) + 1 if not had or len(missing) >= int(had) else 1
             if rounds > MAX_ROUNDS:
                 print(
-                    f"failed: {len(missing)} shards of {set_name} are still missing ({ranges(missing)}) after "
-                    f"{MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}",
+                    f"failed: {lacks} after {MAX_ROUNDS} rounds without a new one; see {run.logs}, then: {repair}",
                     flush=True,
                 )
                 return EXIT_FATAL
@@ -249,7 +244,7 @@ def fill_gaps(
         said = (*again, "--round", round_)
         new = submit(Job("evaluate", run, site, set_name, (), after, said, despite=known))
     print(
-        f"{len(missing)} shards of {set_name} are missing: job {after} makes them, job {new} scores after it",
+        f"{lacks}: job {after} makes what is missing, job {new} scores after it",
         flush=True,
     )
     return 0

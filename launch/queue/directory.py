@@ -69,16 +69,20 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
         )
     record = {**record, "data": {**record["data"], **_held_out(run, record["data"])}}
     shell = _shell(run, of_record(record["launch"], "launch"), record)
-    write_bytes(run.config, config.to_yaml().encode(), replace=True)
     _write_shell(run, shell)
     notify.keep(run, told or Notify())
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
     kept |= {key: old[key] for key in ("from", "sweep") if key in old}
+    changes = old.get("changes", [])
+    if keys := {key: both for key, *both in reading.differences(reading.of_run(run), config)}:
+        changes = [*changes, {"time": now(), "step": run.latest_step(), "keys": keys}]
+    kept |= {"changes": changes} if changes else {}
     if first := old.get("first_command") or old.get("command"):  # names the config, which `submit.py RUN` does not
         kept["first_command"] = first
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
+    write_bytes(run.config, config.to_yaml().encode(), replace=True)  # after the record of what changes in it
 
 
 def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:

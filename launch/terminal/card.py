@@ -7,6 +7,7 @@ from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.data.labels import class_names
+from ddpm.run.log import counted
 from ddpm.scoring.record import (
     SCORE_NAMES,
     Score,
@@ -37,7 +38,7 @@ def card(
         else "---\nlibrary_name: ddpm-hpc\ntags: [diffusion, ddpm, class-conditional]\n---",
         f"# {name}",
         f"A diffusion model of {config.data.image_size}x{config.data.image_size} images: the exponential average of "
-        f"its weights after {manifest['step']:,} steps.",
+        f"its weights after {counted(manifest['step'], 'step', ',')}.",
         USE.format(size=config.data.image_size),
         "## Training",
         _table([("", ""), *_training(config, record, manifest)]),
@@ -59,11 +60,14 @@ def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) 
     data, train, versions = record.get("data") or {}, config.train, record.get("versions") or {}
     found = record.get("resolved") or {}
     lines = [
-        ("data", config.data.name + (f", {data['num_images']:,} images" if data.get("num_images") else "")),
+        (
+            "data",
+            config.data.name + (f", {counted(data['num_images'], 'image', ',')}" if data.get("num_images") else ""),
+        ),
         ("digest of its pixels", f"`{data['digest']}`" if data.get("digest") else ""),
-        ("seen", f"{manifest['images']:,} images in batches of {train.global_batch}"),
+        ("seen", f"{counted(manifest['images'], 'image', ',')} in batches of {train.global_batch}"),
         ("network", f"U-Net, {config.model.base_channels} channels times {list(config.model.channel_mults)}"),
-        ("noise", f"{config.diffusion.timesteps} steps, {config.diffusion.schedule}"),
+        ("noise", f"{counted(config.diffusion.timesteps, 'step')}, {config.diffusion.schedule}"),
         ("optimizer", f"{train.optimizer}, learning rate {train.lr:g}, {train.lr_schedule}"),
         ("average", f"decay {train.ema_decay:g}"),
         ("seed", str(config.seed)),

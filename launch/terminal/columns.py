@@ -161,19 +161,8 @@ def _score_in_short(row: Row) -> str:
 
 
 def _with_others(row: Row, tell: Callable[[str], str]) -> str:
-    names = list(row["scores_told"])
-    return "" if not names else tell(_best_founded(row)) + (f" +{len(names) - 1}" if names[1:] else "")
-
-
-def _best_founded(row: Row) -> str:
-    """The name of the score with most images; FID before other distances, newer before older, bits per dimension
-    last."""
-
-    def worth(at: int, name: str) -> tuple[bool, int, bool, int]:
-        score = row["scores"].get(name, {})
-        return "bits_per_dim" not in score, score.get("num_samples", 0), "fid" in score, at
-
-    return max(enumerate(row["scores_told"]), key=lambda item: worth(*item))[1]
+    first, *others = row["scores_told"] or [""]
+    return (tell(first) if first else "") + (f" +{len(others)}" if others else "")
 
 
 COLUMNS = (

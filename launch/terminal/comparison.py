@@ -71,7 +71,6 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) 
         rows = [{"set": word, "score": scores[word], "difference": d and d._asdict()} for word, d in apart.items()]
         print(json.dumps(rows, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
 
     first = next(iter(scores.values()))
@@ -87,7 +86,7 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) 
         cells.append("-" if limit is None else rounded(limit, half_width(record)))
         table.add_row(*(plain(cell) for cell in (word, *cells)))
     width = None if sys.stdout.isatty() else UNCUT
-    terminal = Console(file=streams.below(sys.stdout), width=width, markup=False, highlight=False, emoji=False)
+    terminal = streams.drawing(sys.stdout, width=width, markup=False, highlight=False, emoji=False)
     terminal.print(table)
     for word, record in scores.items():
         if why := caution(record):

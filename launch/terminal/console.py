@@ -32,6 +32,8 @@ def run_script(main: Callable[[], int]) -> None:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while everything was loaded
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
+    except SystemExit as e:  # argparse has said all there is to say
+        code = int(e.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -173,6 +175,16 @@ def _may_be_run(path: Path) -> bool:
     except OSError:
         return False
     return "run.json" in names or {"config.yaml", "checkpoints"} <= names
+
+
+def check_outside_runs(path: Path, option: str) -> None:
+    """Raise RequestError where `path`, which a user gives for output, lies in a run: there it may take a file's place,
+    or be taken for one, and it goes when the run is removed."""
+    there = path.expanduser().resolve()
+    for folder in (there, *there.parents):
+        marks = ("config.yaml", "run.json", "checkpoints")
+        if sum(os.path.lexists(folder / mark) for mark in marks) > 1:  # one alone may be anybody's
+            raise RequestError(f"{option} {path}: lies in run {plain(folder.name)}; name a place outside of runs")
 
 
 def find_run(word: str, root: str | None) -> RunDir:

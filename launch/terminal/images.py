@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ddpm.errors import RequestError
+from ddpm.run.log import counted
 from launch.terminal import console
 from launch.terminal.results import print_score
 
@@ -26,6 +27,8 @@ def score_images(args: argparse.Namespace) -> int:
     if stats:
         check_new(stats)
     keep = Path(args.keep).expanduser() if args.keep else None
+    if keep:
+        console.check_outside_runs(keep, "--keep")
     if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
         raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
     from ddpm.network.device import as_device
@@ -40,7 +43,7 @@ def score_images(args: argparse.Namespace) -> int:
     show = console.show_progress("features of")
     if stats:
         save_statistics(packed, stats, extractor, keep, show)
-        print(f"{stats}: statistics of {len(packed)} images, {extractor.name} features")
+        print(f"{stats}: statistics of {counted(len(packed), 'image')}, {extractor.name} features")
     elif reference:
         with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
             result = evaluate_images(packed, reference, extractor, args.size, keep, show)
@@ -50,6 +53,7 @@ def score_images(args: argparse.Namespace) -> int:
 
 def check_new(stats: Path) -> None:
     """Raise RequestError where no statistics can be written under that name: before hours of work are lost to it."""
+    console.check_outside_runs(stats, "--save-stats")
     folder = stats.absolute().parent
     if stats.exists() or not os.access(folder, os.W_OK | os.X_OK):
         why = "exists" if stats.exists() else f"{folder} cannot be written" if folder.is_dir() else "no such directory"

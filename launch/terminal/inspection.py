@@ -22,6 +22,7 @@ from ddpm.run.files import (
     sha256_file,
 )
 from ddpm.run.images import read_png
+from ddpm.run.log import counted
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, files_of_kind, listed
 from ddpm.run.records import lost_signature, parse_events, parse_heartbeat, parse_metrics, read_run
 from ddpm.sampling.parts import whole_part
@@ -87,7 +88,9 @@ def _records(run: RunDir) -> Lines:
 def _config(run: RunDir) -> str:
     config, saved = reading.load(run.config), run.latest_step()
     if config.train.total_steps is not None and config.train.total_steps < saved:
-        raise DamagedFile(f"says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
+        raise DamagedFile(
+            f"says {counted(config.train.total_steps, 'step')}, and {saved} are saved: it is an older one"
+        )
     return config.digest()[:12]
 
 
@@ -138,12 +141,12 @@ def _life(run: RunDir) -> Lines:
 
 def _told(path: Path) -> str:
     records, wrong = parse_events(read_bytes(path, LINES_BYTES), path.name)
-    return _unless(wrong, f"{len(records)} lines")
+    return _unless(wrong, f"{counted(len(records), 'line')}")
 
 
 def _metrics(path: Path) -> str:
     records, _, wrong = parse_metrics(read_bytes(path, LINES_BYTES))
-    return _unless(wrong, f"{len(records)} lines")
+    return _unless(wrong, f"{counted(len(records), 'line')}")
 
 
 def _heartbeat(path: Path) -> str:
@@ -194,7 +197,11 @@ def _unsaved(run: RunDir) -> Lines:
 
 def _aside(run: RunDir) -> Lines:
     if aside := listed(run.checkpoints / unfinished.ASIDE):
-        yield Line("aside", f"checkpoints/{unfinished.ASIDE}/", f"{len(aside)} files; what is moved back counts again")
+        yield Line(
+            "aside",
+            f"checkpoints/{unfinished.ASIDE}/",
+            f"{counted(len(aside), 'file')}; what is moved back counts again",
+        )
 
 
 def _generation(run: RunDir, step: int) -> str:

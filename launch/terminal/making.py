@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 from ddpm.run.files import read_json, stamp
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir, SampleSet, listed
 from ddpm.sampling.request import shard_range
 from launch.terminal.columns import until
@@ -32,7 +33,9 @@ class Making(NamedTuple):
         """In words: `12,500 of 50,000 images, 38.2 images/s, until 14:05`."""
         pace = f", {self.images_per_s:.3g} images/s" if self.images_per_s else ""
         end = self.end(now)
-        return f"{self.images:,} of {self.of_images:,} images{pace}{f', until {until(end)}' if end else ''}"
+        return (
+            f"{self.images:,} of {counted(self.of_images, 'image', ',')}{pace}{f', until {until(end)}' if end else ''}"
+        )
 
     def end(self, now: float) -> str | None:
         """When the last image will be there, at this pace: a stamp."""

@@ -14,6 +14,7 @@ from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.generations import of_another, read_manifest
+from ddpm.run.log import counted
 from ddpm.run.paths import Made, RunDir, SampleSet, listed
 from ddpm.run.records import (
     BEATS_S,
@@ -27,7 +28,7 @@ from ddpm.run.records import (
 )
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import Request, samples_record
-from ddpm.scoring.record import SCORE_NAMES, all_scores, sampler_words, told
+from ddpm.scoring.record import SCORE_NAMES, all_scores, best_founded_first, sampler_words, told
 from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local, nodes
 from launch.queue.sets import wrong_with
@@ -107,7 +108,7 @@ def describe(
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in AT_WORK
-    of_training = _made_of_it(run, damage)
+    of_training = _made_of_it(run, config, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     died = latest.get("reason") if failed else nodes.why_died(run, events)
     problems = [died, saving, *damage.told[: 1 if closed else None]]
@@ -155,15 +156,18 @@ def _training(
     if config:
         damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
         if saved > config.train.total_steps:
-            damage.tell(f"config.yaml says {config.train.total_steps} steps, and {saved} are saved: it is an older one")
+            damage.tell(
+                f"config.yaml says {counted(config.train.total_steps, 'step')}, and {saved} are saved: it is an older "
+                f"one"
+            )
     return beat, metrics, saved, config
 
 
-def _made_of_it(run: RunDir, damage: Damage) -> dict[str, Any]:
+def _made_of_it(run: RunDir, config: Config | None, damage: Damage) -> dict[str, Any]:
     """Its sample sets and their scores."""
     sets = damage.read(lambda: {s.name: _set(run, s) for s in run.sample_sets()}) or {}
     damage.read(lambda: _check_sets(run, damage))
-    scores, told_of = damage.read(lambda: _scores(run, damage)) or ({}, {})
+    scores, told_of = damage.read(lambda: _scores(run, config, damage)) or ({}, {})
     return {
         "samples": {name: of.pop("shards") for name, of in sets.items()},
         "sets": sets,
@@ -249,18 +253,21 @@ def _check_sets(run: RunDir, damage: Damage) -> None:
             damage.tell(f"{where.path.relative_to(run.path)} {why}")
 
 
-def _scores(run: RunDir, damage: Damage) -> tuple[dict[str, Any], dict[str, str]]:
-    """Each score of the run that holds, by its name: its number, and a line with what it is of."""
-    scores, lines = {}, {}
-    for score in sorted(all_scores(run), key=lambda score: str(score.record.get("created", ""))):
+def _scores(run: RunDir, config: Config | None, damage: Damage) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each score of the run that holds, by its name: its number, and a line with what it is of; the best founded
+    first."""
+    good, kept = [], (*SCORE_NAMES, "num_samples")
+    for score in all_scores(run):
         if score.damage:
             damage.tell(f"eval/ holds no score in {score.damage}")
         elif why := wrong_with(run, score):
             damage.tell(why)
         else:
-            scores[score.name] = {k: score.record[k] for k in (*SCORE_NAMES, "num_samples") if k in score.record}
-            lines[score.name] = told(score.record)
-    return scores, lines
+            good.append(score)
+    good = best_founded_first(good, config.evaluate if config else None)
+    return {s.name: {k: s.record[k] for k in kept if k in s.record} for s in good}, {
+        s.name: told(s.record) for s in good
+    }
 
 
 def _config(run: RunDir, damage: Damage) -> Config | None:
@@ -282,7 +289,8 @@ def _set(run: RunDir, of: SampleSet) -> dict[str, Any]:
         made = making.newest(run, time.time(), of.name) if done < request.shards else None
         how = sampler_words(samples_record(request)["sampler"])
         images = f"{made.images if made else 0:,} of " if done < request.shards else ""
-        words = f"step {request.checkpoint.step}, {how}, {request.steps} steps, {images}{request.num_samples:,} images"
+        words = f"step {request.checkpoint.step}, {how}, {counted(request.steps, 'step')}, {images}"
+        words += counted(request.num_samples, "image", ",")
         found |= {"step": request.checkpoint.step, "told": words}
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ddpm.config.model import Model
 from ddpm.config.schema import Config
+from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from launch.cluster.site import Site
 from launch.queue import chain
@@ -62,7 +63,7 @@ def print_sweep(
     asked = []
     for (_, config, _), num in zip(points, nums, strict=True):
         asked.append([*lines(config, site, num)])
-    print(f"# {_num(len(points), 'run')}, each:")
+    print(f"# {counted(len(points), 'run')}, each:")
     for line, *others in zip(*asked, strict=True):
         if set(others) <= {line}:
             print(f"#   {line}")
@@ -94,37 +95,34 @@ def _network(config: Config) -> tuple[Model, int]:
 
 def _model(config: Config) -> str:
     m = config.model
-    classes = f"of {m.num_classes} classes" if m.num_classes else "without classes"
+    classes = f"of {counted(m.num_classes, 'class')}" if m.num_classes else "without classes"
     attention = f"attention at {', '.join(map(str, m.attention_resolutions))}" if m.attention_resolutions else ""
     widths = " ".join(str(m.base_channels * mult) for mult in m.channel_mults)
     told = [
         f"U-Net {classes}",
         f"{config.network.num_parameters / 1e6:.1f} M parameters",
         f"channels {widths}",
-        f"{_num(m.blocks_per_level, m.block + ' block')} a level",
+        f"{counted(m.blocks_per_level, m.block + ' block')} a level",
         attention,
     ]
     return ", ".join(filter(None, told))
 
 
-def _num(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number > 1)}"
-
-
 def _data(config: Config, num_images: int | None) -> str:
     d = config.data
     where = f" in {d.path}" if d.path else {"digits": "", "images": ""}.get(d.name, ", downloaded where it is missing")
-    many = f", {num_images:,} images" if num_images else ""
+    many = f", {counted(num_images, 'image', ',')}" if num_images else ""
     return f"{d.name}{where}, {d.image_size}x{d.image_size}{many}{', mirrored at random' if d.flip else ''}"
 
 
 def _steps(config: Config, num_images: int | None) -> str:
     t = config.train
     if t.total_steps is None:
-        return f"{recipes.length(config)} of {t.global_batch} images a step (steps known once the data is packed)"
+        batch = counted(t.global_batch, "image")
+        return f"{recipes.length(config)} of {batch} a step (steps known once the data is packed)"
     images = t.total_steps * t.global_batch
     epochs = f" ({images / num_images:,.0f} epochs)" if num_images else ""
-    return f"{t.total_steps:,} of {t.global_batch} images: {images:,} images{epochs}"
+    return f"{t.total_steps:,} of {counted(t.global_batch, 'image')}: {counted(images, 'image', ',')}{epochs}"
 
 
 def _what(site: Site, num: int) -> str:
@@ -133,10 +131,10 @@ def _what(site: Site, num: int) -> str:
 
 def _gpus(config: Config, site: Site) -> str:
     ranks = site.world_size
-    share = f"{config.train.global_batch // ranks} images a rank and step" if ranks > 1 else ""
+    share = f"{counted(config.train.global_batch // ranks, 'image')} a rank and step" if ranks > 1 else ""
     if not site.num_gpus:
-        where = "on this machine" if site.is_local else f"on {_num(site.nodes, 'node')}"
-        told = f"none asked for, {_num(ranks, 'rank')} {where}"
+        where = "on this machine" if site.is_local else f"on {counted(site.nodes, 'node')}"
+        told = f"none asked for, {counted(ranks, 'rank')} {where}"
     else:
         kind = f" {site.gpu_type}" if site.gpu_type else ""
         nodes = f" on each of {site.nodes} nodes" if site.nodes > 1 else " on one node"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from ddpm.run.log import counted
 from launch.terminal import streams
 
 NOTES = (
@@ -81,7 +82,7 @@ def print_table(shelf: Path) -> None:
     for row in rows:
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else PIPE_COLUMNS
-    terminal = Console(file=streams.below(sys.stdout), width=wide, highlight=False, markup=False)
+    terminal = streams.drawing(sys.stdout, width=wide, highlight=False, markup=False)
     terminal.width = max(terminal.width, Console(width=1000).measure(table).minimum)
     terminal.print(table)
     for note in NOTES:
@@ -107,4 +108,4 @@ def length(config: Config) -> str:
     for number, unit in ((train.total_epochs, "epochs"), (train.total_images, "images")):
         if number is not None:
             return f"{number:,} {unit}"
-    return f"{train.total_steps:,} steps"
+    return counted(train.total_steps, "step", ",")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ddpm.config.schema import Config
 from ddpm.run.files import read_json
-from ddpm.run.log import plain
+from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import thin_metrics
 from ddpm.scoring.record import (
@@ -52,7 +52,7 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     if run.grid(step).exists():
         rows["grid"] = f"{run.grid(step)}"
     rows["all of it"] = plain(shlex.join(["python", "launch/report.py", str(run.path)]))
-    print(f"run {run.name} is complete: {step} steps")
+    print(f"run {run.name} is complete: {counted(step, 'step')}")
     for what, value in rows.items():
         print(f"  {what:18}{value}")
 

@@ -20,7 +20,7 @@ from ddpm.config.section import field_keys
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import last_validation, skim_metrics, usable
-from ddpm.scoring.record import SCORE_NAMES, all_scores, key_of, number, told
+from ddpm.scoring.record import SCORE_NAMES, all_scores, best_founded_first, key_of, number, told
 from launch.queue.naming import short
 from launch.queue.sets import wrong_with
 from launch.terminal import columns as table
@@ -58,7 +58,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
     damages = [Damage() for _ in runs]
     configs = [damage.config(run) for run, damage in zip(runs, damages, strict=True)]
     trees = [config.model_dump(mode="json") if config else None for config in configs]
-    scores = [_scores(run, damage) for run, damage in zip(runs, damages, strict=True)]
+    scores = [_scores(*of) for of in zip(runs, configs, damages, strict=True)]
     keys, kind = _differing([tree for tree in trees if tree]), _most_common(scores)
     found = []
     for run, damage, tree, of in zip(runs, damages, trees, scores, strict=True):
@@ -109,10 +109,10 @@ def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
 Records = dict[str, dict[str, Any]]
 
 
-def _scores(run: RunDir, damage: Damage) -> Records:
-    """Those that hold, by their names, the newest last."""
+def _scores(run: RunDir, config: Config | None, damage: Damage) -> Records:
+    """Those that hold, by their names, the best founded first."""
     every = damage.read(lambda: [s for s in all_scores(run) if not wrong_with(run, s)]) or []
-    return {s.name: s.record for s in sorted(every, key=lambda score: str(score.record.get("created", "")))}
+    return {s.name: s.record for s in best_founded_first(every, config.evaluate if config else None)}
 
 
 Kind = tuple[int, int, int, str]
@@ -136,7 +136,7 @@ def _chosen(of: Records, kind: Kind | None) -> Row | None:
     if not of:
         return None
     ranked = [name for name in of if _kind(of[name]) == kind]
-    name = min(ranked, key=lambda name: of[name][key_of(of[name])]) if ranked else list(of)[-1]
+    name = min(ranked, key=lambda name: of[name][key_of(of[name])]) if ranked else next(iter(of))
     record = of[name]
     key = key_of(record)
     words = {"number": f"{SCORE_NAMES[key]} {number(record)}"}

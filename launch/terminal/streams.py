@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddpm.run.log import plain_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Plain:
@@ -27,6 +30,18 @@ class Plain:
 def below(stream: Any) -> Any:
     """For what draws on a terminal: the stream itself."""
     return stream._stream if isinstance(stream, Plain) else stream
+
+
+def drawing(stream: Any, **settings: Any) -> Console:
+    """rich's console for tables on `stream`. Where `… | head` has read enough, rich would leave with 1: here that is an
+    error as with any other print."""
+    from rich.console import Console
+
+    class Drawing(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Drawing(file=below(stream), **settings)
 
 
 def make_safe() -> None:

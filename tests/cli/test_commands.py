@@ -30,7 +30,7 @@ def logs(again: Shell) -> Path:
 def test_logs_are_of_what_ran_last_without_what_slurm_says(again: Shell, logs: Path) -> None:
     done = again("logs", "tiny")
     assert done.stdout == "shard 1\n" and f"==> {logs}/sample-18_1.out <==" in done.stderr
-    assert "(1 lines of SLURM's own not shown: --all)" in done.stderr and "3 older" in done.stderr
+    assert "(1 line of SLURM's own not shown: --all)" in done.stderr and "3 older" in done.stderr
     done = again("logs", "tiny", "--stage", "train")
     told = done.stdout.splitlines()
     assert [line for line in told if "[batch]" not in line] == ["step=1", "step=2"] and len(told) == 4

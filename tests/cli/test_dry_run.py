@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,15 +146,6 @@ def test_a_script_without_its_environment_says_which_line_to_type(shell: Shell, 
     done = subprocess.run([argv[0], "-S", "-E", *argv[1:]], capture_output=True, text=True, **options)
     assert done.returncode == 3 and done.stdout == "" and "Traceback" not in done.stderr
     assert f". {PROJECT}/tools/env.sh && python {argv[1]} 'a run'" in done.stderr and "lacks pydantic" in done.stderr
-
-
-@pytest.mark.parametrize("script", ["submit", "status"])
-def test_ctrl_c_while_a_script_loads_what_it_needs_is_no_traceback(shell: Shell, script: str) -> None:
-    (shell.cwd / "yaml.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
-    argv, options = shell.command(script)
-    options["env"]["PYTHONPATH"] = str(shell.cwd)
-    done = subprocess.run(argv, capture_output=True, text=True, **options)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 EXAMPLES = [line.split("  ") for line in sample.EXAMPLES.splitlines() if "python launch/sample.py" in line]

@@ -193,8 +193,12 @@ def test_a_run_that_is_stopped_in_every_way_ends_with_the_weights_of_an_undistur
 def test_more_steps_extend_a_finished_run_from_where_it_is(again: Shell) -> None:
     run = again.root / "tiny"
     before = (run / "checkpoints" / "step-000000400.pt").read_bytes()
-    done = again.submit("train.total_steps=440", "--wait")
+    asked = ["train.total_steps=440", "train.deterministic=false"]
+    changes = "its config changes: train.total_steps=440 (it was 400), train.deterministic=false (it was auto)"
+    assert f"# {changes}\n# with another train.deterministic" in again.submit(*asked, "--dry-run").stdout
+    done = again.submit(*asked, "--wait")
     assert done.returncode == 0 and "complete: 440 steps" in done.stdout, done.stderr
+    assert f"{changes}\nwith another train.deterministic the bits after step 400 are not" in done.stdout
     assert [(e["event"], e["step"]) for e in events(run) if e["event"] in ("resumed", "finished")] == [
         ("finished", 400),
         ("resumed", 400),

@@ -61,6 +61,20 @@ def test_more_rows_of_pictures_than_the_second_dimension_of_a_grid_can_count_are
     torch.testing.assert_close(torch.autograd.grad(ours, a, given), torch.autograd.grad(theirs, a, given))
 
 
+def test_more_pictures_than_a_grid_has_programs_for_are_normalised_and_summed(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(65_537, 16, 2, 2, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    norm, bias = nn.GroupNorm(4, 16, device=device), torch.randn(16, device=device).requires_grad_()
+    given = torch.randn_like(x)
+    ours = fused.add(fused.norm_act(x, norm, silu=True)[0], None, bias)
+    theirs = nn.functional.silu(norm(x)) + bias[:, None, None]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    of = [x, bias, *norm.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y, of, given) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+    assert len(rng.normal(rng.key(0, "x"), torch.arange(65_537, device=device), 0, (4,))) == 65_537
+
+
 def test_replayed_evaluations_have_the_bits_of_others(device: torch.device) -> None:
     model = network(device).eval()
     model.set_own_kernels(True)

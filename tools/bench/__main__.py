@@ -10,6 +10,9 @@ code: 1 where a goal is missed or a row failed, 0 else; a row for which there wa
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 
 from ddpm.run.files import read_json
+from launch.terminal import console
 from tools.bench import checkpoint, commands, feed, machine, ranks, sampling, scores, starting, training
 from tools.bench.figures import HEAD, Result, lines
 from tools.bench.measure import Bench
@@ -142,6 +146,10 @@ def main() -> int:
     before = read_json(args.against) if args.against else {"rows": {}}
     if before is None or not _is_record(before):
         parser.error(f"--against {args.against}: not what --json keeps, or not there")
+    if args.json is not None:
+        console.check_outside_runs(args.json, "--json")
+        if args.json.is_file() and args.json.stat().st_size and not _is_record(read_json(args.json) or {}):
+            parser.error(f"--json {args.json}: exists, and is not what --json has kept; name another file")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a row has started is then ended too
     device = torch.device(args.device)
     chosen = [rows[name] for name in names] or [row for row in ROWS if args.device in row.on]
@@ -176,4 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run_script(main)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from ddpm.scoring.extractors import WEIGHTS_FILE, random_weights
-from tools.bench import PROJECT
+from tools.bench import PROJECT, die_with_parent
 from tools.bench.figures import Figure, Result, ratio
 from tools.bench.measure import Bench
 
@@ -78,7 +78,7 @@ def _prepared(where: Path, num: int) -> tuple[Path, Path, dict[str, str]]:
 
 
 def _said(argv: list[str], env: dict[str, str]) -> str:
-    done = subprocess.run(argv, cwd=PROJECT, env=env, capture_output=True, text=True)
+    done = subprocess.run(argv, cwd=PROJECT, env=env, capture_output=True, text=True, preexec_fn=die_with_parent)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)}: {done.stderr[-1500:]}")
     return done.stdout

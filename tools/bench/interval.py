@@ -9,6 +9,9 @@ it is usually fitted.
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 from functools import reduce
 from typing import NamedTuple
@@ -17,6 +20,7 @@ import numpy as np
 
 from ddpm.scoring import interval, metrics
 from ddpm.scoring.gather import gather
+from launch.terminal import console
 
 
 class Coverage(NamedTuple):
@@ -71,7 +75,7 @@ def coverage(d: int, num: int, draws: int) -> Coverage:
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=200)
     draws = parser.parse_args().draws
@@ -83,7 +87,8 @@ def main() -> None:
               f"{found.half_width:.3f}")  # fmt: skip
         print(f"  limit {found.limit:.3f} ± {found.limit_deviation:.3f}; by growing parts {found.growing:.3f} ± "
               f"{found.growing_deviation:.3f}")  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    console.run_script(main)

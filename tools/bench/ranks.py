@@ -18,6 +18,7 @@ import torch
 
 from ddpm.training import ranks
 from ddpm.training.ranks import World
+from tools.bench import die_with_parent
 from tools.bench.figures import Figure, Result, ratio
 from tools.bench.measure import Bench
 from tools.bench.workloads import own_step, trainer_of
@@ -26,6 +27,7 @@ LIMIT_S = 300
 
 
 def _rank(*arguments: Any) -> None:
+    die_with_parent()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else ranks would take the GPU, where there is one
     with contextlib.redirect_stdout(sys.stderr):  # what trainers tell is no part of the table
         _measure(*arguments)

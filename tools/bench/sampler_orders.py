@@ -14,6 +14,9 @@ They also end at about alpha_bar = 1 - 1e-4, which alone costs the samples some 
 but no second order is to be expected of them.
 """
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import math
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from ddpm.diffusion.samplers import SAMPLERS, sample
 from ddpm.diffusion.schedule import Schedule, cosine, dns, linear
+from launch.terminal import console
 
 STEPS = (5, 10, 20, 50, 100, 200, 500, 1000)
 FITTED_STEPS = STEPS[-4:]
@@ -160,4 +164,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.run_script(main)

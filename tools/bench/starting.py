@@ -19,7 +19,7 @@ from pathlib import Path
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
-from tools.bench import PROJECT
+from tools.bench import PROJECT, die_with_parent
 from tools.bench.figures import Figure, Result
 from tools.bench.measure import Bench
 from tools.bench.workloads import SMALL
@@ -54,7 +54,7 @@ def life(run: RunDir, limit_s: float, end_limit_s: float) -> tuple[float, str]:
     with (run.logs / "bench.out").open("w+") as out:
         began = time.monotonic()
         job = subprocess.Popen([sys.executable, "-m", "launch.jobs", "train", str(run.path)], cwd=PROJECT, stdout=out,
-                               stderr=subprocess.STDOUT, env=variables)  # fmt: skip
+                               stderr=subprocess.STDOUT, env=variables, preexec_fn=die_with_parent)  # fmt: skip
         try:  # in this process's group: what ends that ends the job
             while len(read_jsonl(run.metrics)) <= known and job.poll() is None and time.monotonic() < began + limit_s:
                 time.sleep(0.01)
@@ -78,7 +78,8 @@ def lives(bench: Bench, limits_s: Limits, *overrides: str) -> tuple[tuple[float,
         submit = [sys.executable, "launch/submit.py", "configs/cifar10.yaml", *RUN, *overrides, "--name", "start",
                   "--cluster", "local", "--prepare", "--root", root]  # fmt: skip
         submit += ["--gpus-per-node", "1"] if bench.gpu else []
-        done = subprocess.run(submit, cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(submit, cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                              preexec_fn=die_with_parent)  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(done.stdout + done.stderr)
         run = RunDir(Path(root) / "start")

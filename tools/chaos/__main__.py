@@ -10,6 +10,9 @@ python -m tools.chaos --list                   rows, counts and what the full on
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import os
@@ -20,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ddpm.run.files import now, write_json
 from launch.cluster.environment import PROJECT
+from launch.terminal import console, streams
 from tools.chaos import (
     anywhere,
     cluster,
@@ -103,6 +106,15 @@ def show_list() -> None:
         print(f"{name:22} {counts:22} {SECONDS[name]:4} s  {(row.__doc__ or '').splitlines()[0]}")
 
 
+def _is_table(path: Path) -> bool:
+    """Whether this is what `tabulate` has written, or nothing."""
+    try:
+        rows = json.loads(path.read_bytes() or b"[]")
+    except ValueError:
+        return False
+    return isinstance(rows, list) and all(isinstance(row, dict) and "outcome" in row for row in rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.chaos", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -119,6 +131,10 @@ def main() -> int:
         parser.error(f"unknown row {unknown[0]!r}; there are {', '.join(ROWS)}")
     if args.count is not None and args.count < 1:
         parser.error(f"--count {args.count}: at least 1")
+    if args.json is not None:
+        console.check_outside_runs(args.json, "--json")
+        if args.json.is_file() and not _is_table(args.json):
+            parser.error(f"--json {args.json}: exists, and is no table of this bench; name another file")
     if args.list:
         show_list()
         return 0
@@ -162,7 +178,7 @@ def tabulate(wanted: list[str], args: argparse.Namespace) -> int:
     table = Table("fault", "promised", "seen", "", "s")
     for r in records:
         table.add_row(r["fault"], r["promised"], r["seen"], r["outcome"], str(r["seconds"]))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    streams.drawing(sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     told = {k: sum(r["outcome"] == k for r in records) for k in ("passed", "failed", "not run")}
     print(json.dumps({**told, "rows": len(records)}))
     return 1 if told["failed"] else 0
@@ -174,4 +190,4 @@ def _interrupt(signum: int, _: FrameType | None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # whoever ends the bench ends its clusters and runs too
-    sys.exit(main())
+    console.run_script(main)

@@ -14,6 +14,9 @@ passed; one that did not run is named.
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -28,6 +31,7 @@ from pathlib import Path
 import torch
 
 from ddpm.run.files import read_json
+from launch.terminal import console
 from tools.bench import PROJECT
 from tools.bench.__main__ import ROWS
 from tools.gpu import trial
@@ -37,6 +41,15 @@ LONGEST = ("compiled", "jobs", "ranks", "training")
 """Files of tests/gpu that take longest: the others fit beside them."""
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
+
+GUARDED = (
+    "/bin/sh",
+    "-c",
+    'exec 3<&0; { read -r _ <&3; kill -9 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-',
+    "sh",
+)
+"""Before a command that leads a process group: all of the group is killed once its input, a pipe, is closed, as it is
+when we are killed."""
 
 
 def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -> int:
@@ -53,8 +66,8 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
                 print(f"== {' '.join(command[2:])} (at most {ends - time.monotonic():.0f} s)", flush=True)
                 with log.open("wb") as out:
                     started[log] = subprocess.Popen(
-                        command, cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                        start_new_session=True,
+                        [*GUARDED, *command], cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT,
+                        stdin=subprocess.PIPE, start_new_session=True,
                     )  # fmt: skip
                 running.append(log)
                 del waiting[log]
@@ -122,6 +135,7 @@ def main() -> int:
         parser.error("--stages run: needs images, as --data FOLDER_OR_ZIP")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data}: does not exist; give a folder or a zip with train/CLASS/*")
+    console.check_outside_runs(args.out, "--out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "stages.json").write_text("{}\n")
@@ -150,4 +164,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run_script(main)

@@ -40,11 +40,16 @@ def run(out: Path, limit_s: float, data: Path) -> int:
     ends = time.monotonic() + limit_s
     with tempfile.TemporaryDirectory(prefix="ddpm-trial-") as root:
         where = RunDir(Path(root) / "trial")
+        guard = subprocess.Popen(
+            [sys.executable, "-m", "tools.gpu.trial", root], cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             found = lives(where, limit_s, ends, data)
             lines = told(where, out, found)
         finally:
             end(where)
+            guard.kill()
+            guard.wait()
             for kept, name in ((where.logs.glob("*.out"), "run.log"), (where.grids.glob("*.png"), "grid.png")):
                 for last in sorted(kept)[-1:]:
                     shutil.copy(last, out / name)
@@ -145,3 +150,15 @@ def told(where: RunDir, out: Path, found: dict[str, Any]) -> list[dict[str, Any]
     }
     (out / "run.json").write_text(json.dumps(record) + "\n")
     return lines
+
+
+def main() -> None:
+    """The guard of a trial: once its input is closed, as it is when the trial is killed, end the run and remove it."""
+    sys.stdin.read()
+    root = Path(sys.argv[1])
+    end(RunDir(root / "trial"))
+    shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -163,6 +163,23 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.compile=on", "train.compile = 'on': must be 'auto', or true or false (default 'auto')"),
+        ("train.deterministic=3", "train.deterministic = 3: must be 'auto', or true or false (default 'auto')"),
+        ("train.micro_batch=0", "train.micro_batch = 0: must be at least 1, or 'auto' (or leave it out)"),
+    ],
+)
+def test_a_key_of_several_types_tells_in_one_line_all_that_it_takes(tmp_path: Path, override: str, line: str) -> None:
+    assert refusal(tmp_path, "seed: 1", override) == f"command line: {line}"
+
+
+def test_a_value_that_no_type_of_its_key_takes_is_one_line(tmp_path: Path) -> None:
+    for key in sorted(set(field_keys(Config)) - {"data.attributes", "evaluate.milestones"}):  # these have keys
+        assert len(refusal(tmp_path, "seed: 1", f"{key}={{no: key}}").splitlines()) == 1, key
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("data.name=image", ["did you mean 'images'?"]),

@@ -39,7 +39,7 @@ CHANGES = {
     "in another order": ([0, 0, 1], ["dog", "cat"], "class 0 was 'cat' and is 'dog' now, class 1 was 'dog' and is"),
     "one more": ([0, 0, 1], ["cat", "dog", "eel"], "class 2 was none and is 'eel' now"),
     "one less": ([0, 0, 0], ["cat"], "class 1 was 'dog' and is none now"),
-    "moved": ([0, 1, 1], ["cat", "dog"], "'cat' had 2 images and has 1, 'dog' had 1 images and has 2"),
+    "moved": ([0, 1, 1], ["cat", "dog"], "'cat' had 2 images and has 1, 'dog' had 1 image and has 2"),
     "swapped": ([1, 0, 0], ["cat", "dog"], "images changed their class, and no class its number of images"),
     "many": ([0, 1, 2], list("abcdefgh"), r"class 3 was none and is 'd' now \(and 4 more\)"),
 }

@@ -161,6 +161,53 @@ def test_many_rows_of_pictures_are_within_what_a_gpu_can_launch() -> None:
     assert interpreted(SETTING + code) == "within\n"
 
 
+def test_more_samples_than_a_grid_has_programs_for_are_computed_in_parts_of_the_same_bits() -> None:
+    """The second axis of a grid ends at 65,535; here at 2."""
+    code = """
+    from ddpm.diffusion import kernels as draws
+    from ddpm.network import kernels, norm_kernels
+    from ddpm.network.norm_kernels import Masks
+
+    def found():
+        torch.manual_seed(1)
+        places = rng.places(rng.key(0, "dropout"), torch.arange(5), 7)
+        x, dy, more = (rows(5, 32, 2, 2) for _ in range(3))
+        shift, weight, bias, masks = torch.randn(5, 64)[:, 32:], *torch.randn(2, 32), Masks(places, 3, 9000, 1.4)
+        for moved, drop in [(shift, masks), (None, None)]:
+            y, means, rstds = norm_kernels.norm(x, moved, weight, bias, 8, 1e-6, True, drop)
+            yield from (y, means, rstds)
+            back = norm_kernels.norm_backward(dy, more, x, moved, weight, bias, means, rstds, 8, True, drop)
+            yield from back if moved is not None else back[:3]
+        yield kernels.sum_positions(x)
+        normal, mask = torch.empty(5, 9), torch.empty(5, 40, dtype=torch.bool)
+        draws.normal(normal, torch.arange(5), rng.key(0, "x"), 3)
+        draws.keep_mask(mask, places, 3, 9000)
+        yield from (normal, mask)
+
+    def noted(kernel):
+        class Noted:
+            def __getitem__(self, grid):
+                grids.append(grid)
+                return kernel[grid]
+        return Noted()
+
+    grids = []
+    for of, names in [(norm_kernels, ["_norm_kernel", "_norm_backward_kernel"]), (kernels, ["_sum_positions_kernel"]),
+                      (draws, ["_normal_kernel", "_mask_kernel"])]:
+        for name in names:
+            setattr(of, name, noted(getattr(of, name)))
+    whole = list(found())
+    assert len(grids) == 7 and {grid[1] for grid in grids} == {5} and draws._MOST == 65_535, grids
+    grids.clear()
+    draws._MOST = 2
+    for a, b in zip(whole, found(), strict=True):
+        assert torch.equal(a, b)
+    assert len(grids) == 21 and {grid[1] for grid in grids} == {2, 1}, grids
+    print("equal")
+    """
+    assert interpreted(SETTING + code) == "equal\n"
+
+
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda recipe: recipe.stem)
 def test_every_recipe_has_norms_that_the_kernels_serve(recipe: Path) -> None:
     from ddpm.network.norm_kernels import Division

@@ -112,5 +112,5 @@ def test_shards_whose_job_was_cancelled_are_not_made_anew_by_the_score(
     run.run_json.write_text('{"launch": {}}')
     EventLog(run, "102", 0, "login", prefix="submit-").append("submitted", stage="sample", set="set", via="sbatch")
     env = life_of(run, monkeypatch, SLURM_JOB_ID="103").env
-    with pytest.raises(DoNotRetry, match=r"2 shards of set.*\(3-4\).*job 102 was cancelled.*launch/sample.py"):
+    with pytest.raises(DoNotRetry, match=r"set lacks 2 shards \(3-4\).*job 102 was cancelled.*launch/sample.py"):
         chain.fill_gaps(run, "set", [3, 4], None, "", env)

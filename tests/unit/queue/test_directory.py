@@ -11,6 +11,7 @@ from ddpm.config import reading
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
+from launch import prepare
 from launch.cluster.site import Notify, Site
 from launch.queue import directory
 from tests.training import make_config
@@ -55,6 +56,29 @@ def test_a_run_keeps_the_command_that_began_it(tmp_path: Path, monkeypatch: pyte
     run.config.unlink()
     with pytest.raises(RequestError, match=r"restore it \(it was submitted with: python launch/submit.py mine.yaml\)"):
         reading.of_run(run)
+
+
+def test_what_a_later_submission_changes_in_the_config_is_told_and_kept_with_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = RunDir(tmp_path / "run"), make_config()
+    record = directory.describe(config, Site(), run, {"data": {"cache": str(tmp_path), "digest": "d"}, "labels": {}})
+    directory.create_run(run, config, record)
+    assert prepare.told_of_changes(run, config) == []
+    changed = make_config(train__deterministic=False, log__every_steps=2)
+    (line,) = prepare.told_of_changes(run, changed)  # nothing is trained yet: there are no bits to differ from
+    assert line == "its config changes: train.deterministic=false (it was auto), log.every_steps=2 (it was 3)"
+    monkeypatch.setattr(RunDir, "latest_step", lambda self: 7)
+    assert prepare.told_of_changes(run, make_config(log__every_steps=2))[1:] == []
+    for key, value in (("train__deterministic", True), ("train__compile", False), ("train__micro_batch", 1)):
+        bits = prepare.told_of_changes(run, make_config(**{key: value}))[1]
+        assert bits.startswith(f"with another {key.replace('__', '.')} the bits after step 7 are not those"), bits
+    directory.update_run(run, changed, record)
+    directory.update_run(run, changed, record)
+    directory.update_run(run, config, record)
+    first, second = read_run(run)["changes"]
+    assert first["keys"] == {"train.deterministic": ["auto", False], "log.every_steps": [3, 2]} and first["step"] == 7
+    assert second["keys"] == {"train.deterministic": [False, "auto"], "log.every_steps": [2, 3]}
 
 
 @pytest.mark.parametrize("text", ["no JSON", '{"mail": 3}', "[]"])

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from ddpm.config.sample import Evaluate
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.scoring import record as records
-from ddpm.scoring.record import all_scores, publish_score, read_score, scores_of, told
+from ddpm.scoring.record import Score, all_scores, best_founded_first, publish_score, read_score, scores_of, told
 
 OLD: dict[str, Any] = {
     "fid": 4.2134,
@@ -169,6 +170,31 @@ def test_a_run_without_scores_has_none(tmp_path: Path) -> None:
 )
 def test_a_score_says_what_it_is_of_and_no_more_than_it_means(changes: dict[str, Any], line: str) -> None:
     assert told({**NEW, **changes}) == line
+
+
+def test_the_best_founded_score_comes_first_and_not_the_newest() -> None:
+    """Each differs from the one before it in one thing that counts for less than those of the later ones."""
+    step, test = {"checkpoint": {**OLD["checkpoint"], "step": 400_000}}, {**OLD["reference"], "split": "test"}
+    fewer: list[dict[str, Any]] = [
+        {},
+        {"created": "2026-11-25T00:00:00.000Z"},
+        {"nfe": 20, "created": "2026-11-28T00:00:00.000Z"},
+        step,
+        {"reference": test, "nfe": 1000},
+        {"fid": None, "frechet_distance": 1.0},
+        {"num_samples": 5000},
+        {"fid": None, "bits_per_dim": 3.0, "num_samples": 60_000},
+    ]
+    scores = []
+    for i, changes in enumerate(fewer):
+        record = {key: value for key, value in {**OLD, **changes}.items() if value is not None}
+        scores.append(Score(str(i), Path(f"{i}.json"), record))
+    for seed in range(5):
+        mixed = random.Random(seed).sample(scores, len(scores))
+        assert best_founded_first(mixed, Evaluate()) == scores
+    only = [score for score in scores if score.name in "04"]
+    assert best_founded_first(only, Evaluate(reference="test"))[0].name == "4"
+    assert best_founded_first(only, None) == only[::-1]  # of equal steps the one of more evaluations
 
 
 def test_what_is_no_fid_is_not_called_so() -> None:

@@ -18,6 +18,7 @@ from ddpm.run.paths import RunDir
 from ddpm.training import grids, ranks
 from ddpm.training.trainer import Outcome
 from tests.training import (
+    ALONE,
     Killed,
     Life,
     assert_same_end,
@@ -48,6 +49,56 @@ def test_a_grid_shows_the_weights_that_the_config_samples_and_changes_no_step(tm
     network.load_state_dict(generations.load(run, TOTAL)[weights])
     drawn = grids.draw(config, network.eval(), schedule.build(config.diffusion), "off", lambda: None)
     assert np.array_equal(grid_of(run, TOTAL), drawn) and run.grid(3).exists()
+
+
+class Full:
+    """In place of `eps_of`: at the steps given, the third evaluation runs out of memory."""
+
+    def __init__(self, at: list[int], life: Life, of: Any) -> None:
+        self.at, self.life, self.of = at, life, of
+
+    def __call__(self, *of: Any) -> Any:
+        eps, calls = self.of(*of), 0
+
+        def evaluate(*given: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if self.life.trainer.at.step in self.at and calls == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nSo many bytes")
+            return eps(*given)
+
+        return evaluate
+
+
+def live_on_a_full_gpu(world: ranks.World, config: Config, run: RunDir) -> None:
+    with Life(config, run, world=world) as life:
+        grids.eps_of = Full([2, 4, 8], life, grids.eps_of)  # type: ignore[assignment]
+        assert life.train() == Outcome(True, TOTAL)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_grid_that_does_not_fit_is_left_out_and_the_next_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], world_size: int
+) -> None:
+    plain, run = make_run(tmp_path / "plain"), make_run(tmp_path / "full")
+    config = make_config(log__grid_every_steps=2)
+    monkeypatch.setattr(grids, "eps_of", grids.eps_of)
+    if world_size == 1:
+        live(config, plain)
+        live_on_a_full_gpu(ALONE, config, run)
+    else:
+        on_ranks(2, live_undisturbed, config, plain)
+        on_ranks(2, live_on_a_full_gpu, config, run)
+    assert_same_end(plain, run, TOTAL)
+    assert [step for step in range(1, TOTAL + 1) if run.grid(step).exists()] == [6]
+    told = capfd.readouterr().out
+    line = "no grid: it does not fit beside the steps step={} error=CUDA out of memory.\n"
+    assert world_size > 1 or [told.count(line.format(step)) for step in (2, 4, 6, 8)] == [1, 1, 0, 1]
+
+
+def live_undisturbed(world: ranks.World, config: Config, run: RunDir) -> None:
+    with Life(config, run, world=world) as life:
+        life.train()
 
 
 def stop_rank_1_within_a_grid(world: ranks.World, config: Config, run: RunDir) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm.config.schema import Config
@@ -82,6 +83,36 @@ def test_any_number_of_ranks_gives_the_same_bits(tmp_path: Path, monkeypatch: py
     of_an_average_on_ranks(ALONE, config, run)
     on_ranks(3, of_an_average_on_ranks, config, run)
     assert len(told := [path.read_text() for path in tmp_path.glob("?-?")]) == 4 and len(set(told)) == 1
+
+
+def validate_on_a_full_gpu(world: ranks.World, config: Config, run: RunDir, full: int) -> None:
+    """Rank `full` has no room at step 4."""
+    validation.BATCH, of = 6, validation.HeldOut._of  # so that each rank has some
+    with Life(config, run, world=world, held_out=HELD_OUT) as life:
+
+        def lacking(*given: Any) -> torch.Tensor:
+            if world.rank == full and life.trainer.at.step == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nSo many bytes")
+            return of(*given)
+
+        validation.HeldOut._of = lacking  # type: ignore[method-assign]
+        assert life.train() == Outcome(True, TOTAL)
+
+
+@pytest.mark.parametrize(("world_size", "full"), [(1, 0), (2, 0), (2, 1)])
+def test_a_validation_that_does_not_fit_is_left_out_and_the_next_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], world_size: int, full: int
+) -> None:
+    run = make_run(tmp_path)
+    monkeypatch.setattr(validation.HeldOut, "_of", validation.HeldOut._of)
+    monkeypatch.setattr(validation, "BATCH", validation.BATCH)
+    if world_size == 1:
+        validate_on_a_full_gpu(ALONE, CONFIG, run, full)
+    else:
+        on_ranks(2, validate_on_a_full_gpu, CONFIG, run, full)
+    assert list(validated(run)) == [TOTAL] and [r["step"] for r in read_jsonl(run.metrics)] == [2, 4, 6, 8]
+    line = "no validation: it does not fit beside the steps step=4 error=CUDA out of memory.\n"
+    assert world_size > 1 or line in capfd.readouterr().out
 
 
 def test_it_is_a_multiple_of_the_steps_between_lines() -> None:

@@ -1,0 +1,62 @@
+"""Ctrl-C while a script loads what it needs, and a reader that has read enough: neither is a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.cli.harness import Shell
+from tests.conftest import PROJECT
+
+SCRIPTS = [
+    path.relative_to(PROJECT).as_posix()
+    for folder in ("launch", "tools")
+    for path in sorted((PROJECT / folder).glob("*.py"))
+    if "\n    console.run_script(main)" in path.read_text()
+]
+MODULES = [
+    "launch.jobs",
+    "tools.bench",
+    "tools.bench.interval",
+    "tools.bench.sampler_orders",
+    "tools.chaos",
+    "tools.gpu",
+]
+
+
+def command(shell: Shell, script: str, *words: str) -> tuple[list[str], dict[str, Any]]:
+    options = shell.command("")[1]
+    options["env"].pop("PYTHONUNBUFFERED", None)
+    argv = ["-m", script] if script in MODULES else [str(PROJECT / script)]
+    return [sys.executable, *argv, *words], {**options, "cwd": PROJECT, "stderr": subprocess.PIPE, "text": True}
+
+
+def test_there_are_scripts_to_try() -> None:
+    assert {"launch/submit.py", "launch/status.py", "tools/prefetch.py", "tools/unpack_data.py"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", ["launch/submit.py", "launch/status.py", "tools/unpack_data.py", *MODULES])
+def test_ctrl_c_while_a_script_loads_what_it_needs_is_no_traceback(shell: Shell, script: str) -> None:
+    for module in ("yaml", "torch", "numpy"):  # whichever of them it loads first
+        text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+        (shell.cwd / f"{module}.py").write_text(text)
+    argv, options = command(shell, script)
+    options["env"]["PYTHONPATH"] = str(shell.cwd)
+    done = subprocess.run(argv, stdout=subprocess.PIPE, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
+def test_a_reader_that_has_read_enough_ends_a_script_well(shell: Shell, script: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    for words in (["--help"], *([["--list"]] if script in ("launch/submit.py", "tools.chaos") else [])):
+        argv, options = command(shell, script, *words)
+        done = subprocess.run(argv, stdout=write, **options)
+        assert (done.returncode, done.stderr) == (0, ""), (script, words)
+    os.close(write)
