@@ -29,7 +29,7 @@ def test_one_thing_is_no_plural(number: int, what: str, form: str, words: str) -
 def test_messages_say_one_thing_as_one(tmp_path: Path) -> None:
     images = np.zeros((1, 8, 8, 3), np.uint8)
     with pytest.raises(RequestError, match=r"^1 image: a score needs at least 2 on each side$"):
-        list(image_features(images, build_extractor("pixels", "cpu")))
+        list(image_features(images, build_extractor("pixels", "cpu"), lambda done, total: None))
     only = dict.fromkeys(LENGTHS) | {"total_images": 1}
     config = make_config(train__lr_schedule="cosine", **{f"train__{key}": value for key, value in only.items()})
     with pytest.raises(RequestError, match=r"^a length of 1 image: "):
