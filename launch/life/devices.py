@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ddpm.errors import NodeUnfit
+from ddpm.network.device import keep_freed_memory
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
 
@@ -14,12 +15,14 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def one_device(env: JobEnvironment) -> torch.device:
-    """The device of this process: its own GPU if several ranks share a node, else the first one or the CPU. Raises
-    NodeUnfit."""
+    """The device of this process: its own GPU if several ranks share a node, else the first one or the CPU, for which
+    the process then keeps its memory. Raises NodeUnfit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and env.local_rank:
         device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
     check(env, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

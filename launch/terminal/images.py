@@ -30,11 +30,14 @@ def score_images(args: argparse.Namespace) -> int:
         raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
     import torch
 
+    from ddpm.network.device import keep_freed_memory
     from ddpm.scoring.extractors import build_extractor, ensure_weights
     from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
 
     ensure_weights(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     packed = load_images(images, args.size)
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
