@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ddpm.errors import DoNotRetry, NodeUnfit
-from ddpm.network.device import as_device
+from ddpm.network.device import as_device, keep_freed_memory
 from ddpm.training.ranks import World
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
@@ -16,12 +16,14 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def one_device(env: JobEnvironment) -> torch.device:
-    """The device of this process: its own GPU if several ranks share a node, else the first one or the CPU. Raises
-    NodeUnfit."""
+    """The device of this process: its own GPU if several ranks share a node, else the first one or the CPU, for which
+    the process then keeps its memory. Raises NodeUnfit."""
     device = as_device()
     if device.type == "cuda" and env.local_rank:
         device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
     check(env, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

@@ -31,12 +31,14 @@ def score_images(args: argparse.Namespace) -> int:
         console.check_outside_runs(keep, "--keep")
     if keep and not (keep.is_dir() and os.access(keep, os.W_OK)):
         raise RequestError(f"--keep {keep}: not a directory that can be written; make it first")
-    from ddpm.network.device import as_device
+    from ddpm.network.device import as_device, keep_freed_memory
     from ddpm.scoring.extractors import build_extractor, ensure_weights
     from ddpm.scoring.foreign import evaluate_images, load_images, save_statistics
 
     ensure_weights(name)
     device = as_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     packed = load_images(images, args.size)
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))

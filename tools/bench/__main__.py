@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from ddpm.network.device import keep_freed_memory
 from ddpm.run.files import read_json
 from launch.terminal import console
 from tools.bench import checkpoint, commands, feed, machine, ranks, sampling, scores, starting, training
@@ -152,6 +153,8 @@ def main() -> int:
             parser.error(f"--json {args.json}: exists, and is not what --json has kept; name another file")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a row has started is then ended too
     device = torch.device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as jobs do; here the others have it too
     chosen = [rows[name] for name in names] or [row for row in ROWS if args.device in row.on]
     record: dict[str, Any] = {**about(device), "small": args.small, "rows": {}}
     try:

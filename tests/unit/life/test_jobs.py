@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
@@ -341,6 +342,45 @@ def test_bf16_on_a_cpu_without_it_is_refused_in_words_and_elsewhere_computed() -
     devices.check_precision(env, gpu, "bf16", has_bf16=False)
     for precision in ("fp32", "off", "fp16"):
         devices.check_precision(env, cpu, precision, has_bf16=False)
+
+
+FAULTS = """
+import resource
+import sys
+
+import torch
+
+{begins}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for round in range(20):
+    torch.ones(16, 2**20)  # 64 MB: more than glibc keeps by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, file=sys.stderr)
+"""
+JOB = """
+from launch.cluster import environment
+from launch.life import devices
+
+devices.one_device(environment.current())
+"""
+IMAGES = """
+from launch import evaluate
+
+sys.argv = ["evaluate.py", "--images", "images", "--save-stats", "stats.npz", "--extractor", "pixels"]
+assert evaluate.main() == 0
+"""
+
+
+@pytest.mark.parametrize("begins", [JOB, IMAGES], ids=["a job", "a score of images"])
+def test_what_computes_on_a_cpu_does_it_in_memory_that_it_has_already(begins: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "images" / f"{i}.png")
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", FAULTS.format(begins=begins)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    faults, blocks = int(done.stderr.split()[-1]), 20 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert faults < blocks / 4
 
 
 # ---------------------------------------------------------------- exit codes
