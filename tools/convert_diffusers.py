@@ -3,30 +3,35 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from ddpm.config import reading  # noqa: E402
-from ddpm.config.schema import Config  # noqa: E402
-from ddpm.errors import RequestError  # noqa: E402
-from ddpm.run.files import TMP_PREFIX, write_bytes  # noqa: E402
-from ddpm.run.paths import RunDir, check_name  # noqa: E402
-from launch import prepare  # noqa: E402
-from launch.cluster import environment  # noqa: E402
-from launch.cluster.site import Site  # noqa: E402
-from launch.queue import directory  # noqa: E402
-from launch.terminal import console  # noqa: E402
-from tools.diffusers_folder import Folder, find, read_object, read_weights  # noqa: E402
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.errors import RequestError
+from ddpm.run.files import TMP_PREFIX, write_bytes
+from ddpm.run.paths import RunDir, check_name
+from launch import prepare
+from launch.cluster import environment
+from launch.cluster.site import Site
+from launch.queue import directory
+from launch.terminal import console
+from tools.diffusers_folder import Folder, find, read_object, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from ddpm.config import reading  # noqa: E402
-from ddpm.config.schema import Config  # noqa: E402
-from ddpm.config.unet_shape import Structure  # noqa: E402
-from ddpm.errors import RequestError  # noqa: E402
-from launch.cluster.environment import PROJECT  # noqa: E402
-from launch.terminal import console, recipes, streams  # noqa: E402
+from ddpm.config import reading
+from ddpm.config.schema import Config
+from ddpm.config.unet_shape import Structure
+from ddpm.errors import RequestError
+from launch.cluster.environment import PROJECT
+from launch.terminal import console, recipes, streams
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import sys
+from os.path import dirname, realpath
+
+sys.path[0] = dirname(dirname(realpath(__file__)))
+
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from ddpm.config import reading, section  # noqa: E402
-from ddpm.data import packed as data  # noqa: E402
-from ddpm.errors import RequestError  # noqa: E402
-from ddpm.run.files import TMP_PREFIX, read_signed  # noqa: E402
-from launch import prepare  # noqa: E402
-from launch.cluster import environment  # noqa: E402
-from launch.cluster.options import load_profile  # noqa: E402
-from launch.cluster.site import Site  # noqa: E402
-from launch.terminal import console  # noqa: E402
+from ddpm.config import reading, section
+from ddpm.data import packed as data
+from ddpm.errors import RequestError
+from ddpm.run.files import TMP_PREFIX, read_signed
+from launch import prepare
+from launch.cluster import environment
+from launch.cluster.options import load_profile
+from launch.cluster.site import Site
+from launch.terminal import console
 
 EXAMPLES = """examples:
   python tools/unpack_data.py configs/cifar10.yaml real                           real/000000.png … real/049999.png
