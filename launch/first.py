@@ -7,7 +7,10 @@ import _signal  # and not `signal`, which takes a moment to load, in which ctrl-
 import os
 import sys
 
-NEEDED = ("pydantic", "yaml", "rich", "numpy", "torch", "safetensors")
+NEEDED = {"pydantic": "2.7", "yaml": "6.0", "rich": "13", "numpy": "1.26", "torch": "2.6", "safetensors": "0.4"}
+"""What is imported -> its least version, as in pyproject.toml."""
+PACKAGES = {"yaml": "pyyaml"}
+"""Their names in an index, where they differ."""
 LEAST = (3, 10)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100 - of an old Python too
 
@@ -30,7 +33,24 @@ def lacking() -> str:
     if sys.version_info < LEAST:
         return f"Python {sys.version.split()[0]} is too old (3.10 to 3.13)"
     missing = [name for name in NEEDED if find_spec(name) is None]
-    return f"this Python ({sys.executable}) lacks {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"this Python ({sys.executable}) lacks {', '.join(missing)}"
+    old = [f"{name} {has} (pip install '{PACKAGES.get(name, name)}>={least}')"
+           for name, least in NEEDED.items() if (has := _older(PACKAGES.get(name, name), least))]  # fmt: skip
+    return f"this Python ({sys.executable}) has too old {', '.join(old)}" if old else ""
+
+
+def _older(package: str, least: str) -> str:
+    """The version of a package that is older than `least`, of two numbers at most; "" if it is not, or says none."""
+    import re
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        has = version(package)
+        numbers = [[int(n) for n in re.findall(r"\d+", text)[:2]] for text in (has, least)]
+    except (PackageNotFoundError, TypeError):  # put there without its metadata, or with half of them
+        return ""
+    return has if numbers[0] < numbers[1] else ""
 
 
 def check() -> None:

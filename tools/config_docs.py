@@ -63,7 +63,7 @@ def keys() -> str:
 def _section(kind: Any) -> type[BaseModel] | None:
     """The section that a key holds, or may hold."""
     kinds = [kind, *get_args(kind)]
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return next((k for k in kinds if isinstance(k, type(BaseModel))), None)
 
 
 def _flat(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

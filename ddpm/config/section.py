@@ -55,7 +55,7 @@ def field_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if isinstance(kind, type(BaseModel)):  # to Python 3.10 dict[str, bool] is a `type` as well
             keys += field_keys(kind, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")

@@ -105,7 +105,7 @@ class Decoding:
 
 def _is_16_bit(image: Any) -> bool:
     """Whether a picture has 16 bits per channel in its file; its mode may have fewer. Ask before loading it."""
-    args = image.tile[0].args if image.tile else ""
+    args = image.tile[0][3] if image.tile else ""  # by place: before Pillow 11 it has no name
     rawmode = args if isinstance(args, str) else next(iter(args or ()), "")
     return image.mode.startswith("I") or ";16" in str(rawmode)
 

@@ -156,7 +156,9 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
         environment.set_defaults(NCCL_NVLS_ENABLE="0")
     if fence is not None and not kept:
         found = {**resolved.as_dict(), "device": device.name_of(world.device), "world_size": world.world_size}
-        _keep(run, fence, found)
+        _keep(run, fence, {**found, "torch": torch.__version__})
+    elif world.is_main and (first := (kept or {}).get("torch", torch.__version__)) != torch.__version__:
+        say(f"torch {torch.__version__} goes on where {first} began: the same images and noise, sums rounded otherwise")
     return resolved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from ddpm.config import reading
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.sampling.request import CheckpointRef
-from launch import sample
+from launch import first, sample
 from launch.queue.naming import name_of
 from launch.queue.sets import request_for
 from tests.celeba import write_celeba
@@ -146,6 +147,36 @@ def test_a_script_without_its_environment_says_which_line_to_type(shell: Shell, 
     done = subprocess.run([argv[0], "-S", "-E", *argv[1:]], capture_output=True, text=True, **options)
     assert done.returncode == 3 and done.stdout == "" and "Traceback" not in done.stderr
     assert f". {PROJECT}/tools/env.sh && python {argv[1]} 'a run'" in done.stderr and "lacks pydantic" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["prefetch", "inspect_config", "convert_diffusers", "unpack_data"])
+def test_a_tool_without_its_environment_says_so_too(tool: str) -> None:
+    argv = [sys.executable, "-S", "-E", str(PROJECT / "tools" / f"{tool}.py")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 3 and "lacks pydantic" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "told"),
+    [("pydantic", "1.10.17", "pip install 'pydantic>=2.7'"), ("PyYAML", "5.4.1", "pip install 'pyyaml>=6.0'"),
+     ("torch", "2.6.0a0+ecf3bae", ""), ("torch", "2.10.0", "")],
+)  # fmt: skip
+def test_a_package_that_is_too_old_is_named_before_it_is_loaded(
+    shell: Shell, package: str, version: str, told: str
+) -> None:
+    metadata = shell.cwd / f"{package}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    argv, options = shell.command("submit", "--help")
+    options["env"]["PYTHONPATH"] = os.pathsep.join([str(shell.cwd), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(argv, capture_output=True, text=True, **options)
+    assert done.returncode == (3 if told else 0) and "Traceback" not in done.stderr
+    assert not told or (told in done.stderr and version in done.stderr)
+
+
+def test_the_least_versions_that_scripts_ask_for_are_those_of_the_project() -> None:
+    asked = re.findall(r'^  "([a-z]+)>=([0-9.]+)[",]', (PROJECT / "pyproject.toml").read_text(), re.M)
+    assert {first.PACKAGES.get(name, name): least for name, least in first.NEEDED.items()}.items() <= set(asked)
 
 
 EXAMPLES = [line.split("  ") for line in sample.EXAMPLES.splitlines() if "python launch/sample.py" in line]

@@ -53,7 +53,7 @@ def test_a_finished_run_holds_what_the_design_promises(finished: Shell) -> None:
     config, record = yaml.safe_load((run / "config.yaml").read_text()), read(run / "run.json")
     assert config["name"] == "tiny" and config["train"]["total_steps"] == 400
     assert set(record) >= {"schema", "name", "created", "config_digest", "git", "versions", "command", "resolved"}
-    assert record["schema"] == 1 and set(record["resolved"]) >= {"amp", "compile", "threads", "deterministic"}
+    assert record["schema"] == 1 and set(record["resolved"]) >= {"amp", "compile", "threads", "deterministic", "torch"}
     assert record["command"][-5:] == ["--cluster", "local", "--then", "sample,evaluate", "--wait"]
 
     lines = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

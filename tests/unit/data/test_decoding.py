@@ -119,7 +119,8 @@ LEVELS = np.array([0, 257, 0x12FF, 32768, 65535], np.uint16)
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_of_grey_are_scaled(kind: str) -> None:
-    pixels, told = decoded(encoded(Image.fromarray(LEVELS[None]), kind))
+    by_hand = b"P5 5 1 65535\n" + LEVELS.astype(">u2").tobytes()  # Pillow 10 does not write it
+    pixels, told = decoded(by_hand if kind == "PPM" else encoded(Image.fromarray(LEVELS[None]), kind))
     assert pixels[0, :, 0].tolist() == [0, 1, 19, 128, 255] and told == {"scaled from 16 bits": 1}
 
 

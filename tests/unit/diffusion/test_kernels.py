@@ -24,6 +24,13 @@ def _triton() -> None:
     requires(triton, "torch came without Triton", "install a torch wheel for Linux x86-64")
 
 
+def requires_triton_3_4() -> None:
+    """Before it, no constant may be a tuple, the interpreter knows less, and what is compiled is described otherwise:
+    such a GPU takes torch's operations, with a warning."""
+    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+    requires(version >= (3, 4), f"Triton {triton.__version__} is older than 3.4", "install torch 2.8 or later")
+
+
 def interpreted(code: str) -> str:
     """What the code prints where Triton interprets its kernels, which is decided when they are defined."""
     done = subprocess.run(
@@ -106,8 +113,11 @@ def compiled(fuse: bool) -> str:
 
 
 def test_the_compiled_normals_fuse_nothing_and_round_divisions_and_roots_correctly() -> None:
+    requires_triton_3_4()
+
     def operations(ptx: str) -> set[str]:
-        return set(re.findall(r"\b(?:fma|div|sqrt|rcp|rsqrt)\S*", ptx))
+        found = re.findall(r"\b(?:fma|div|sqrt|rcp|rsqrt)\S*", ptx)
+        return {name.replace(".ftz", "") for name in found}  # Triton 3.4 and 3.5 flush denormals; here are none
 
     assert operations(compiled(fuse=False)) == {"div.rn.f32", "sqrt.rn.f32"}
     assert any(op.startswith("fma") for op in operations(compiled(fuse=True)))  # else this would notice nothing

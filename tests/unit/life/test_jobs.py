@@ -189,6 +189,17 @@ def test_switches_that_sum_in_any_order_are_left_out_of_a_deterministic_run_unle
     assert os.environ.get("NCCL_NVLS_ENABLE") == found
 
 
+def test_a_run_that_goes_on_with_another_torch_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    world = SimpleNamespace(is_main=True, device=torch.device("cpu"), broadcast=lambda value: value)
+    life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2))
+    for first, told in ({}, False), ({"torch": torch.__version__}, False), ({"torch": "2.6.0"}, True):
+        run.run_json.write_text(json.dumps({"resolved": {"amp": "off", "threads": 1, **first}}))
+        with mock.patch.object(training.device, "apply"):
+            training._resolved(life, make_config(), world, None)  # type: ignore[arg-type]
+        assert (f"torch {torch.__version__} goes on where 2.6.0 began" in capsys.readouterr().out) is told
+
+
 def test_the_compiler_itself_finds_what_another_node_compiled(
     tmp_path: Path, on_a_node: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ddpm.network import attention
 from tests.conftest import requires
-from tests.unit.diffusion.test_kernels import interpreted, triton
+from tests.unit.diffusion.test_kernels import interpreted, requires_triton_3_4, triton
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,7 @@ def test_scores_whose_exponentials_overflow_give_probabilities() -> None:
 
 
 def test_the_layer_takes_it_in_training_alone_and_has_the_gradients_of_torchs_layer() -> None:
+    requires(attention._WIDE, "torch multiplies no matrices of 16 bits into one of 32", "install torch 2.8 or later")
     code = """
     layer = Attention(64, heads=2).to(memory_format=torch.channels_last)
     for p in layer.parameters():
@@ -126,11 +127,13 @@ def test_the_layer_takes_it_in_training_alone_and_has_the_gradients_of_torchs_la
 def test_products_of_matrices_serve_where_probabilities_are_few(
     width: int, side: int, heads: int, served: bool
 ) -> None:
+    requires(attention._WIDE, "torch multiplies no matrices of 16 bits into one of 32", "install torch 2.8 or later")
     assert attention.serves(torch.Size((9, 3 * width, side, side)), heads) is served
 
 
 @pytest.mark.parametrize("columns", [16, 256])
 def test_its_kernels_compile_for_a_gpu_read_whole_words_and_keep_all_in_registers(columns: int, tmp_path: Path) -> None:
+    requires_triton_3_4()
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import compiler
     from triton.compiler import ASTSource

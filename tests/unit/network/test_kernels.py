@@ -12,7 +12,7 @@ from torch import nn
 from ddpm.config import reading
 from ddpm.network.build import build_model
 from tests.conftest import PROJECT, requires
-from tests.unit.diffusion.test_kernels import interpreted, triton
+from tests.unit.diffusion.test_kernels import interpreted, requires_triton_3_4, triton
 
 CONFIGS = PROJECT / "configs"
 
@@ -97,6 +97,7 @@ def test_a_layer_that_has_more_elements_than_masks_are_counted_for_is_refused_as
 
 
 def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
+    requires_triton_3_4()
     code = """
     a, b = (rows(3, 24, 4, 6).requires_grad_() for _ in range(2))
     c = rows(3, 72, 4, 6).requires_grad_()
@@ -232,6 +233,7 @@ def test_norms_of_odd_groups_are_left_to_torch(channels: int, groups: int) -> No
 def test_the_kernels_of_a_norm_compile_for_a_gpu_keep_their_tiles_in_registers_and_read_whole_words(
     channels: int, positions: int, whole: bool, backward: bool
 ) -> None:
+    requires_triton_3_4()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -58,7 +58,8 @@ def test_the_pace_is_that_of_all_tasks_since_those_at_work_began(tmp_path: Path)
     assert found is not None and found.images_per_s == pytest.approx(200 / 101)
     end = found.end(NOW)
     assert end is not None
-    assert datetime.fromisoformat(end).timestamp() == pytest.approx(NOW + 600 / (200 / 101), abs=0.01)
+    at = datetime.fromisoformat(end.replace("Z", "+00:00"))
+    assert at.timestamp() == pytest.approx(NOW + 600 / (200 / 101), abs=0.01)
     assert found.told(NOW) == f"200 of 800 images, 1.98 images/s, until {until(end)}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import requires
-from tests.unit.diffusion.test_kernels import interpreted, triton
+from tests.unit.diffusion.test_kernels import interpreted, requires_triton_3_4, triton
 
 
 @pytest.fixture(autouse=True)
@@ -485,6 +485,7 @@ def test_lives_whose_steps_cannot_be_recorded_go_on_kernel_by_kernel_with_the_sa
 
 
 def test_its_kernels_compile_for_a_gpu_move_four_numbers_at_a_time_and_spill_none(tmp_path: Path) -> None:
+    requires_triton_3_4()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
