@@ -375,6 +375,22 @@ def test_finished_batches_are_the_progress_of_a_shard_until_it_is_done(
     assert shell_ends(0, stage="sample", set_name="fid") == 0 and list(run.logs.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("request_is", "marker_is"), [("", "1"), ("{", "1"), (None, "1"), ("whole", "1,"), ("whole", "")]
+)
+def test_a_task_whose_set_or_shards_cannot_be_told_has_not_advanced(
+    run: RunDir, request_is: str | None, marker_is: str
+) -> None:
+    where = begun_set(run)
+    (where.part / "000000020-2.npz").touch()
+    run.shard_marker("17").write_text(marker_is)
+    if request_is is None:
+        where.request.unlink()
+    elif request_is != "whole":
+        where.request.write_text(request_is)
+    assert progress(run, "17", "sample", "fid") == 0
+
+
 def test_a_task_of_several_shards_advances_with_each_of_their_batches_and_with_each_that_is_done(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +402,8 @@ def test_a_task_of_several_shards_advances_with_each_of_their_batches_and_with_e
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     Life(run, StopFlag(), environment.current()).works_on([0, 1])
     look()
-    for first in (0, 2, 18):
+    for first in range(0, 20, 2):
+        (where.part / f".tmp-1-{first:09d}-2.npz").touch()
         (where.part / f"{first:09d}-2.npz").touch()
         look()
     for path in where.part.iterdir():  # shard 0 is published, and its parts go

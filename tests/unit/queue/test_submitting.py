@@ -57,10 +57,10 @@ class Cluster:
         if argv[:2] == ["sinfo", "-h"]:
             if self.nodes is None:
                 raise slurm.NoAnswer("sinfo: no answer")
-            return "\n".join(self.nodes)
+            return "\n".join(self.nodes if "gpu" in argv else ["n9"])
         if "hostnames" in argv:
             return "\n".join(argv[-1].split(","))
-        there = {"sinfo": "gpu*|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
+        there = {"sinfo": "cpu|(null)\ngpu*|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
         return {**there, "squeue": "\n".join(self.queue)}.get(argv[0], "")
 
     def of(self, command: str) -> list[list[str]]:
@@ -231,6 +231,16 @@ def test_a_new_job_does_without_a_node_on_which_a_life_of_the_run_died_by_itself
         assert [o for o in options if "exclude" in o] == ([f"--exclude={wanted}"] if wanted else [])
     if excluded:
         assert f"--exclude={excluded}" in submitting.by_hand(train)
+
+
+def test_of_the_nodes_on_which_lives_died_no_more_than_half_of_the_partition_is_left_out(
+    run: RunDir, cluster: Cluster
+) -> None:
+    cluster.nodes = ["n1", "n2", "n3", "n4"]
+    for node in ("n4", "n2", "n3"):
+        died_on(run, node, now())
+    submitting.submit(Job("train", run, Site(via="sbatch")))
+    assert "--exclude=n4,n2" in options_of(cluster.of("sbatch")[-1])
 
 
 def test_where_slurm_does_not_tell_its_nodes_a_new_job_is_queued_all_the_same(run: RunDir, cluster: Cluster) -> None:
