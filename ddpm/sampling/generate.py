@@ -156,8 +156,6 @@ def _check_fit(request: Request, denoiser: Denoiser) -> None:
         raise RequestError(
             f"class_plan = {list(request.class_plan)}: needs one count for each of the model's {num_classes} classes"
         )
-    if request.sampler not in samplers.SAMPLERS:
-        raise RequestError(f"sampler = {request.sampler!r}: use one of {', '.join(samplers.SAMPLERS)}")
 
 
 def _remove_stale(sample_set: SampleSet, request: Request, index: int, batches: list[tuple[int, int]]) -> None:

@@ -90,6 +90,10 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
+def slurm_shows(*, may_requeue: bool, time_limit: str) -> scheduler.Shown:
+    return scheduler.Shown("RUNNING", 0, may_requeue, "gpu", "normal", time_limit, None)
+
+
 def options_of(command: list[str]) -> set[str]:
     return {word for word in command if word.startswith("--") and word != "--parsable"}
 
@@ -139,6 +143,19 @@ def test_a_job_whose_submission_is_odd_has_a_successor_all_the_same(
     options = options_of(cluster.of("sbatch")[1])
     assert "--account=lab" in options and ("--job-name=tiny-train" in options) == (key != "options")
     assert [e["successor_of"] for e in read_events(run) if e["job"] == "102"] == ["101"]
+
+
+@pytest.mark.parametrize(("shown", "flags"), [
+    (None, []),
+    (slurm_shows(may_requeue=True, time_limit=""), []),
+    (slurm_shows(may_requeue=False, time_limit="1:00:00"), ["--no-requeue", "--time=1:00:00"]),
+])  # fmt: skip
+def test_a_successor_of_a_job_by_hand_asks_for_what_slurm_shows_of_it(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, shown: scheduler.Shown | None, flags: list[str]
+) -> None:
+    monkeypatch.setattr(scheduler, "show", lambda job: shown)
+    assert submitting.submit_successor(run, "train", "7") == "101"
+    assert sorted(options_of(cluster.of("sbatch")[0])) == ["--export=ALL", *flags]
 
 
 def test_a_number_of_tasks_that_is_odd_counts_as_one(run: RunDir, cluster: Cluster) -> None:
@@ -520,15 +537,17 @@ def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = {"qos normal": "requeue|00:02:00"}
-    monkeypatch.setattr(scheduler, "preemption", lambda partitions: told if partitions == "gpu" else {})
+    monkeypatch.setattr(scheduler, "preemption", lambda asked: told if asked == "gpu" else {"of": repr(asked)})
+    submitting.submit(Job("train", run, Site(via="sbatch")))
+    assert read_events(run)[0]["preemption"] == {"of": "None"}  # whichever partition it is to be
     submitting.submit(Job("train", run, Site(via="sbatch", partition="gpu", sbatch={"no-requeue": True})))
     monkeypatch.setattr(scheduler, "preemption", lambda partitions: {})
-    heir = submitting.submit_successor(run, "train", "101")
+    heir = submitting.submit_successor(run, "train", "102")
     before = {"options": {}, "stage": "train", "qos": {"normal": "requeue|00:02:00"}}  # as versions before wrote it
     EventLog(run, "90", 0, "host").append("submitted", **before)
     monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
     kept = {**told, "no-requeue": "1"}
-    assert [waiting.mercy_for(run, job) for job in ("101", heir, "90", "7")] == [kept, kept, told, {}]
+    assert [waiting.mercy_for(run, job) for job in ("102", heir, "90", "7")] == [kept, kept, told, {}]
 
 
 def test_what_a_job_runs_is_laid_out_again_where_it_was_purged_meanwhile(run: RunDir, tmp_path: Path) -> None:
