@@ -90,6 +90,26 @@ def test_the_folder_of_parts_may_be_removed_by_another_at_the_same_moment(
     assert not sample_set.part.exists()
 
 
+def test_the_folder_of_parts_stays_while_shards_are_missing(sample_set: SampleSet) -> None:
+    """Another task may be about to write there."""
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    publish_shard(sample_set, REQUEST, 0, IMAGES, LABELS, 3, "")
+    parts.remove_parts(sample_set, REQUEST, [(0, 3)])
+    assert list(sample_set.part.iterdir()) == []
+    publish_shard(sample_set, REQUEST, 1, IMAGES, LABELS, 3, "")
+    parts.remove_parts(sample_set, REQUEST, [(3, 3)])
+    assert not sample_set.part.exists()
+
+
+def test_a_damaged_batch_makes_room_for_the_one_computed_again(sample_set: SampleSet) -> None:
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    path = next(sample_set.part.iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_part(sample_set, REQUEST, 0, 3) is None
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    is_whole(path, REQUEST)
+
+
 def test_a_part_is_whole_for_its_own_request_alone(sample_set: SampleSet) -> None:
     write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
     path = next(sample_set.part.iterdir())
