@@ -26,6 +26,7 @@ from launch.queue import chain, submitting, waiting
 from launch.queue.nodes import bad_nodes
 from tests.cli.harness import TINY
 
+INVALID = scheduler.SchedulerError("sbatch: error: Invalid account")
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
 
 
@@ -35,7 +36,7 @@ class Cluster:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.accepts = 1000
-        self.otherwise: Exception = scheduler.SchedulerError("sbatch: error: Invalid account")
+        self.otherwise: Exception = INVALID
         self.array_size = 1001
         self.room = 10_000  # for jobs, of which each task of an array is one
         self.queue: list[str] = []
@@ -362,10 +363,13 @@ def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: 
 def test_a_chain_in_which_something_breaks_half_way_is_taken_back(
     run: RunDir, cluster: Cluster, via: str, error: Exception
 ) -> None:
-    cluster.accepts, cluster.otherwise = 1, error
-    with pytest.raises(type(error), match="no"):
-        chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
-    assert cluster.of("scancel") == [["scancel", "101"]]
+    cluster.otherwise = error
+    for there in (["scancel", "101"],), ():
+        cluster.commands.clear()
+        cluster.accepts = len(there)
+        with pytest.raises(type(error), match="no"):
+            chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
+        assert cluster.of("scancel") == [*there]
 
 
 @VIA
@@ -479,6 +483,17 @@ def test_a_number_of_tasks_that_was_asked_for_is_not_taken_back_for_the_score(
     sampled = Job("sample", run, site, "set", tuple(range(64)))
     ids, told = chain.queue([Job("train", run, site), sampled, Job("evaluate", run, site, "set")], Config())
     assert len(ids) == 2 and "not queued: evaluate" in told[-1] and cluster.of("scancel") == []
+
+
+@VIA
+@pytest.mark.parametrize(("shards", "otherwise"), [(64, INVALID), (1, TOO_MANY)])
+def test_samples_are_not_taken_back_for_a_score_that_would_have_no_room_without_them_either(
+    run: RunDir, cluster: Cluster, via: str, shards: int, otherwise: Exception
+) -> None:
+    cluster.accepts, cluster.otherwise = 1, otherwise
+    sampled = Job("sample", run, Site(via=via), "set", tuple(range(shards)))
+    ids, told = chain.queue([sampled, Job("evaluate", run, Site(via=via), "set")], Config())
+    assert ids == ["101"] and "not queued: evaluate" in told[-1] and cluster.of("scancel") == []
 
 
 def test_a_chain_that_is_queued_stays_though_nobody_reads_of_it(
