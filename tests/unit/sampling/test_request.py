@@ -17,6 +17,7 @@ from ddpm.sampling.request import (
     precision_of,
     publish_request,
     read_request,
+    usual_steps,
     withdraw_request,
 )
 from tests.sampling import make_request, make_set
@@ -165,6 +166,16 @@ def test_the_variance_that_the_config_has_anyway_is_no_other_request() -> None:
     usual = from_config(config, at, "fp32")
     assert from_config(config, at, "fp32", "fixed_large") == usual
     assert from_config(config, at, "fp32", "fixed_small").digest != usual.digest
+
+
+@pytest.mark.parametrize(("sampler", "timesteps", "steps"), [
+    ("ddim", 1000, 40), ("dpmpp_2m", 1000, 20), ("ancestral", 1000, 1000), ("ancestral", 50, 50), ("dpmpp_2m", 45, 20),
+])  # fmt: skip
+def test_a_sampler_takes_the_configs_steps_if_it_is_the_configs_and_else_its_usual_number(
+    sampler: str, timesteps: int, steps: int
+) -> None:
+    config = Config.model_validate({"diffusion": {"timesteps": timesteps}, "sample": {"sampler": "ddim", "steps": 40}})
+    assert usual_steps(config, sampler) == steps
 
 
 @pytest.mark.parametrize(("asked", "trained_in", "precision"), [
