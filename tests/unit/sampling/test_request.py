@@ -17,6 +17,7 @@ from ddpm.sampling.request import (
     precision_of,
     publish_request,
     read_request,
+    samples_record,
     usual_steps,
     withdraw_request,
 )
@@ -97,6 +98,8 @@ def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the
     others = [make_request(), make_request(guidance=1), make_request(class_plan=[50, 3]), make_request(clip_x_0=False)]
     others += [make_request(variance="fixed_small"), make_request(variance="fixed_large")]
     assert len({r.digest for r in [request, *others]}) == 7
+    assert len({files.sha256_json(samples_record(r)) for r in [request, *others]}) == 7  # a score says it too
+    assert samples_record(make_request(shards=3, batch=9)) == samples_record(make_request())
 
 
 def test_a_variance_survives_the_file_that_says_it_only_where_it_was_asked_for(tmp_path: Path) -> None:
