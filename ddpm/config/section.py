@@ -68,7 +68,7 @@ def unknown_key(key: str, known: list[str], where: str = "") -> str:
         some = ", ".join(inside[:MOST]) + (f", …; {where}" if inside[MOST:] else "")
         return f"{key!r} is a section; give one of its keys: {some}"
     section, _, leaf = key.rpartition(".")
-    siblings = [k for k in known if section and k.startswith(f"{section}.")] or known
+    siblings = [k for k in known if k.startswith(f"{section}.")] or known
     words = [k.rpartition(".")[2] for k in siblings] + [word for word in SYNONYMS if meant(word, siblings)]
     alike = [meant(word, siblings)[0] for word in difflib.get_close_matches(leaf, words, 3, 0.75)]
     if near := meant(key, known) or alike[:1]:
@@ -85,7 +85,7 @@ def meant(key: str, known: list[str]) -> list[str]:
     other = [k for k in SYNONYMS.get(leaf, ()) if k in known]
     same = [k for k in known if k.rpartition(".")[2] == leaf]
     found = list(dict.fromkeys([*other, *same]))
-    return [k for k in found if section and k.startswith(f"{section}.")] or found
+    return [k for k in found if k.startswith(f"{section}.")] or found
 
 
 def build(kind: type[Any], tree: Mapping[str, Any], where: str) -> Any:

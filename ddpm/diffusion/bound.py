@@ -65,7 +65,7 @@ def variational_bound(
             between += total(0.5 * (ratio - 1.0 - math.log(ratio) + squared / model[i]))
         else:
             # the mean is the predicted x_0
-            decoder = total(-log_level(x_0, predicted, math.sqrt(posterior[1] if len(posterior) > 1 else model[0])))
+            decoder = total(-log_level(x_0, predicted, math.sqrt(posterior[1])))
     return torch.stack([prior, between, decoder], 1)
 
 

@@ -20,7 +20,6 @@ class Diffusion:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
         # rounded to float32 once, after the square roots were taken in float64
         self._tables = {
             "sqrt_alpha_bar": schedule.alpha_bar.sqrt(),

@@ -29,7 +29,7 @@ def settle(site: Site, *, dry_run: bool) -> Site:
     """
     if site.container.image and site.is_local:
         print("warning: the profile's container is for SLURM's jobs: here the run uses this Python", file=sys.stderr)
-    elif site.container.image and not dry_run:
+    elif not dry_run:
         check_image(site.container)
     if site.is_local:
         if site.num_gpus and not any(path for kind in GPU_DEVICES for path in Path("/dev").glob(kind)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddpm.errors import RequestError
-from ddpm.run.files import DamagedFile, read_bytes
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.sampling.request import read_request, shard_range
 from launch.cluster.job import numbers
@@ -34,13 +33,12 @@ def _of_shards(where: SampleSet, shards: list[int]) -> int:
     """Finished batches of these shards; a published shard counts one more than its batches, so that publishing is
     progress."""
     try:
-        read_bytes(where.request)  # a file system that fails for a moment is no damage: OSError
         request = read_request(where)
         ranges = {shard: shard_range(request.num_samples, request.shards, shard) for shard in shards}
-    except (FileNotFoundError, RequestError, DamagedFile):
+    except RequestError:
         return 0
-    begins = [n.partition("-")[0] for n in _names(where.part) if n.endswith(".npz")]
-    there = [int(b) for b in begins if b.isdecimal()]
+    begins = [n.partition("-")[0] for n in _names(where.part)]
+    there = [int(b) for b in begins if b.isdecimal()]  # no temporary
     count = 0
     for shard, (first, num) in ranges.items():
         if where.shard_manifest(shard, request.shards).exists():

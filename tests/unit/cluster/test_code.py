@@ -70,6 +70,34 @@ def test_code_that_is_no_python_is_refused_by_its_line(run: RunDir) -> None:
     code.check(code.of_checkout())
 
 
+def test_a_run_never_gets_code_that_is_no_python(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "of_checkout", lambda: {"launch/jobs.py": b"if\n"})
+    with pytest.raises(RequestError, match="no job could run this code"):
+        code.unpack(run)
+    assert not run.code.exists()
+
+
+def test_an_archive_that_would_fill_the_disk_is_not_unpacked(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    code.keep(run, {"ddpm/x.py": bytes(1 << 20)})
+    monkeypatch.setattr(code, "MAX_BYTES", 1 << 19)
+    assert run.code.stat().st_size < code.MAX_BYTES
+    with pytest.raises(DamagedFile, match="no code of ours"):
+        code.of_run(run)
+
+
+def test_a_kill_while_it_is_laid_out_leaves_none_of_it(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out = code.mend
+
+    def killed(archive: zipfile.ZipFile, place: Path) -> None:
+        lay_out(archive, place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(code, "mend", killed)
+    with pytest.raises(KeyboardInterrupt):
+        code.unpack(run)
+    assert not code.home(run).exists()
+
+
 @pytest.mark.parametrize("name", ["../../etc/x.py", "ddpm/../../x.py", "/etc/x.py", "ddpm/x.so", "tests/x.py"])
 def test_an_archive_with_other_names_than_ours_is_not_unpacked(run: RunDir, name: str) -> None:
     with zipfile.ZipFile(run.code, "w") as archive:

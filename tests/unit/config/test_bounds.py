@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from ddpm.config.reading import load
+from ddpm.config.schema import Config
+from ddpm.config.section import build, field_keys
 from ddpm.config.yaml import MAX_CHARS, dump_yaml, load_yaml
 from ddpm.errors import RequestError, shown
 from launch.cluster.options import load_profile
@@ -142,3 +145,23 @@ def test_a_count_that_nothing_could_hold_is_refused_by_its_key_and_at_once(tmp_p
     with pytest.raises(RequestError) as e:
         load(tmp_path / "c.yaml", overrides)
     assert key in str(e.value) and time.process_time() - began < 5
+
+
+MAY_BE_NONE_AT_ALL = {
+    "seed", "model.dropout", "model.num_classes", "train.weight_decay", "train.warmup_steps", "train.label_dropout",
+    "train.ema_decay", "train.ema_start_step", "train.max_rollbacks", "sample.eta", "sample.seed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", field_keys(Config))
+def test_no_key_takes_less_than_nothing_and_few_take_nothing(key: str) -> None:
+    for value in (-1, 0):
+        *sections, leaf = key.split(".")
+        tree: dict[str, object] = {leaf: value}
+        for section in reversed(sections):
+            tree = {section: tree}
+        if value == 0 and key in MAY_BE_NONE_AT_ALL:
+            build(Config, tree, "config")
+            continue
+        with pytest.raises(RequestError, match=re.escape(key)):
+            build(Config, tree, "config")

@@ -432,6 +432,7 @@ def test_what_is_allowed_and_hardly_meant_is_warned_of(tmp_path: Path) -> None:
     assert blind.startswith("model.norm_groups = 128: a group for each channel of level 0,")
     (short,) = read(tmp_path, "", "train.total_steps=100").warnings()
     assert short.startswith("train.warmup_steps = 5000: train.total_steps = 100 ") and "train.warmup_steps=10" in short
+    assert read(tmp_path, "", "train.total_steps=100", "train.warmup_steps=100").warnings() != []
     assert read(tmp_path, "", "train.total_steps=100", "train.warmup_steps=10").warnings() == []
 
 

@@ -1,5 +1,6 @@
 """launch/life/{gathering,supervisor}.py: which ends of a job put it back. SLURM's answers are given here."""
 
+import contextlib
 import errno
 import itertools
 import math
@@ -42,6 +43,7 @@ class Cluster:
         self.avoided: list[tuple[str, str]] = []
         self.suspended_at: str | None = None
         self.delays: list[int] = []
+        self.slept: list[float] = []
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(scheduler, "dependents", lambda job: [w for w, other in c.waits.items() if other == job])
     monkeypatch.setattr(scheduler, "make_wait", c.waits.__setitem__)
     monkeypatch.setattr(supervisor, "submit_successor", successor)
-    monkeypatch.setattr(supervisor.time, "sleep", lambda s: None)
+    monkeypatch.setattr(supervisor.time, "sleep", c.slept.append)
     return c
 
 
@@ -119,6 +121,42 @@ def last(run: RunDir) -> dict[str, Any]:
     return read_events(run)[-1]
 
 
+def test_done_work_is_left_alone_and_its_owner_may_be_told(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for end in ("of_success", "of_hold", "of_failure"):
+        monkeypatch.setattr(supervisor.ending, end, lambda *_, end=end: told.append(end))
+    assert shell_ends(0) == 0 and cluster.requeued == [] and read_events(run) == []
+    assert told == ["of_success"] and cluster.slept == []
+
+
+def test_done_work_is_done_though_what_a_task_said_of_its_shards_cannot_be_removed(
+    run: RunDir, cluster: Cluster, shell_ends: Shell
+) -> None:
+    run.shard_marker("17").mkdir()
+    assert shell_ends(0, stage="sample", set_name="fid") == 0 and read_events(run) == []
+
+
+def test_a_log_on_a_full_disk_costs_no_job_its_return(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full, contextlib.redirect_stdout(full):
+        shell_ends(1)
+    assert cluster.requeued == ["17"]
+
+
+def test_the_shell_of_a_job_that_was_put_back_waits_for_slurm_to_end_it(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell that left first would end the job before SLURM has put it back."""
+    shell_ends(1)
+    assert sum(cluster.slept) == supervisor.KILLED_WITHIN_S
+    ended = iter([7, 7, 7, 1, 1, 1])  # our parent: the shell, until it is killed
+    monkeypatch.setattr(supervisor.os, "getppid", lambda: next(ended))
+    cluster.slept.clear()
+    shell_ends(75, said="75 time_limit")
+    assert sum(cluster.slept) == 2
+
+
 def test_a_saved_stop_and_a_crash_are_put_back(run: RunDir, cluster: Cluster, shell_ends: Shell) -> None:
     shell_ends(75, said="75 time_limit")
     assert last(run)["event"] == "requeued" and last(run)["reason"] == "time_limit"
@@ -147,10 +185,13 @@ def test_a_job_whose_run_was_moved_tells_nothing_to_what_lies_under_its_name(
     assert cluster.requeued == [] and read_events(run) == []
 
 
+@pytest.mark.parametrize("said", ["75 preempted", "75 crash"])
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
-def test_a_job_that_is_not_running_is_slurms(run: RunDir, cluster: Cluster, shell_ends: Shell, state: str) -> None:
+def test_a_job_that_is_not_running_is_slurms(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, state: str, said: str
+) -> None:
     cluster.state = state
-    assert shell_ends(75, said="75 preempted") == 75
+    assert shell_ends(75, said=said) == 75
     assert cluster.requeued == [] and cluster.successors == [] and read_events(run) == []
 
 
@@ -308,6 +349,22 @@ def test_finished_batches_are_the_progress_of_a_shard_until_it_is_done(
     assert shell_ends(0, stage="sample", set_name="fid") == 0 and list(run.logs.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("request_is", "marker_is"), [("", "1"), ("{", "1"), (None, "1"), ("whole", "1,"), ("whole", "")]
+)
+def test_a_task_whose_set_or_shards_cannot_be_told_has_not_advanced(
+    run: RunDir, request_is: str | None, marker_is: str
+) -> None:
+    where = begun_set(run)
+    (where.part / "000000020-2.npz").touch()
+    run.shard_marker("17").write_text(marker_is)
+    if request_is is None:
+        where.request.unlink()
+    elif request_is != "whole":
+        where.request.write_text(request_is)
+    assert progress(run, "17", "sample", "fid") == 0
+
+
 def test_a_task_of_several_shards_advances_with_each_of_their_batches_and_with_each_that_is_done(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +376,8 @@ def test_a_task_of_several_shards_advances_with_each_of_their_batches_and_with_e
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     Life(run, StopFlag(), environment.current()).works_on([0, 1])
     look()
-    for first in (0, 2, 18):
+    for first in range(0, 20, 2):
+        (where.part / f".tmp-1-{first:09d}-2.npz").touch()
         (where.part / f"{first:09d}-2.npz").touch()
         look()
     for path in where.part.iterdir():  # shard 0 is published, and its parts go
@@ -367,9 +425,34 @@ def test_a_slurmctld_that_is_away_for_a_moment_does_not_cost_the_job_its_return(
             raise scheduler.NoAnswer("scontrol: Unable to contact slurm controller")
         return answers(job)
 
+    def requeue(job: str) -> None:
+        cluster.requeued.append(job)
+        assert cluster.slept[-1] == gathering.SETTLE_S, "a slurmctld that has just come back may lose a requeue"
+
     monkeypatch.setattr(scheduler, "show", show)
+    monkeypatch.setattr(scheduler, "requeue", requeue)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(cluster.slept))
     shell_ends(1)
     assert cluster.requeued == ["17"]
+
+
+def test_a_successor_for_which_nothing_could_be_made_to_wait_is_no_failure(
+    run: RunDir,
+    cluster: Cluster,
+    shell_ends: Shell,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise scheduler.SchedulerError("scontrol: Access/permission denied")
+
+    monkeypatch.setattr(scheduler, "make_wait", refuse)
+    cluster.may_requeue, cluster.waits = False, {"18": "17"}
+    assert shell_ends(1) == 1
+    assert cluster.successors == ["17"] and "failed" not in [e["event"] for e in read_events(run)]
+    assert (
+        "by hand, for each job that does: scontrol update jobid=JOB dependency=afterany:101" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("may_requeue", [True, False])

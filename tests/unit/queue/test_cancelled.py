@@ -103,6 +103,9 @@ def test_a_task_that_finds_no_training_to_go_on_from_calls_off_its_siblings_and_
     with pytest.raises(DoNotRetry, match=r"training ended at step 0.*Cancelled, as it was to follow: job 103"):
         request_of(life_of(run, monkeypatch, **array), "set")
     assert cluster.cancelled == [["103"], ["--state=PENDING", "102"]]
+    with pytest.raises(DoNotRetry, match="training ended at step 0"):
+        request_of(life_of(run, monkeypatch, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1", **array), "set")
+    assert len(cluster.cancelled) == 2  # by one rank for all
 
 
 def test_shards_whose_job_was_cancelled_are_not_made_anew_by_the_score(

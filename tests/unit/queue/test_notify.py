@@ -17,7 +17,7 @@ import pytest
 from ddpm.config.section import build
 from ddpm.errors import RequestError
 from ddpm.run.events import read_events
-from ddpm.run.files import sign, write_json
+from ddpm.run.files import DamagedFile, sign, write_json
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.cluster.environment import JobEnvironment
@@ -164,9 +164,53 @@ def test_a_job_that_is_held_is_told(run: RunDir, ears: Ears, monkeypatch: pytest
     monkeypatch.setattr(scheduler, "look_up", lambda jobs: {"17": state})
     ending.of_hold(run, HERE, "train", "")
     assert not ears.heard
+    monkeypatch.setattr(scheduler, "look_up", lambda jobs: {})
+    ending.of_hold(run, HERE, "train", "")
+    assert not ears.heard
+    monkeypatch.setattr(scheduler, "look_up", lambda jobs: {"17": state})
     state = scheduler.Queued("COMPLETING", "JobHeldAdmin")
     ending.of_hold(run, HERE, "train", "")
     assert "is held: train job 17: the cluster's administrators hold it" in ears.heard[0]["text"]
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [OSError("stale"), DamagedFile("torn"), RequestError("gone")])
+def test_a_run_that_cannot_be_read_is_not_called_finished_and_its_failure_is_told(
+    run: RunDir, ears: Ears, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked(run, mail="me@x.org")
+    monkeypatch.setattr(ending, "finished_step", failing(error))
+    ending.of_success(run, HERE, "train", "")
+    assert not ears.mails
+    ending.of_failure(run, HERE, "evaluate", "s", 1, "no memory")
+    assert ears.mails
+
+
+def test_where_slurm_does_not_answer_an_end_is_told_and_a_hold_is_not(
+    run: RunDir, ears: Ears, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(run, mail="me@x.org")
+    for question in ("look_up", "followers"):
+        monkeypatch.setattr(scheduler, question, failing(scheduler.NoAnswer("away")))
+    ending.of_hold(run, HERE, "train", "")
+    assert not ears.mails
+    ending.of_success(run, HERE, "train", "")
+    assert ears.mails
+
+
+def test_a_run_that_went_away_ends_without_a_word(run: RunDir, ears: Ears, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(run, mail="me@x.org")
+    monkeypatch.setattr(ending, "is_told_to_stop", failing(OSError("stale")))
+    for end in (ending.of_success, ending.of_hold):
+        end(run, HERE, "train", "")
+    ending.of_failure(run, HERE, "train", "", 1, "no memory")
+    assert not ears.mails
 
 
 def broken_url(run: RunDir, ears: Ears) -> None:

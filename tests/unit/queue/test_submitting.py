@@ -26,6 +26,7 @@ from launch.queue import chain, submitting, waiting
 from launch.queue.nodes import bad_nodes
 from tests.cli.harness import TINY
 
+INVALID = scheduler.SchedulerError("sbatch: error: Invalid account")
 VIA = pytest.mark.parametrize("via", ["submitit", "sbatch"])
 
 
@@ -35,7 +36,7 @@ class Cluster:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.accepts = 1000
-        self.otherwise: Exception = scheduler.SchedulerError("sbatch: error: Invalid account")
+        self.otherwise: Exception = INVALID
         self.array_size = 1001
         self.room = 10_000  # for jobs, of which each task of an array is one
         self.queue: list[str] = []
@@ -57,10 +58,10 @@ class Cluster:
         if argv[:2] == ["sinfo", "-h"]:
             if self.nodes is None:
                 raise slurm.NoAnswer("sinfo: no answer")
-            return "\n".join(self.nodes)
+            return "\n".join(self.nodes if "gpu" in argv else ["n9"])
         if "hostnames" in argv:
             return "\n".join(argv[-1].split(","))
-        there = {"sinfo": "gpu*|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
+        there = {"sinfo": "cpu|(null)\ngpu*|gpu:2\n", "scontrol": f"MaxArraySize = {self.array_size}\n"}
         return {**there, "squeue": "\n".join(self.queue)}.get(argv[0], "")
 
     def of(self, command: str) -> list[list[str]]:
@@ -88,6 +89,10 @@ def run(tmp_path: Path) -> RunDir:
     for path in (run.checkpoints, run.logs, run.events):
         path.mkdir(parents=True)
     return run
+
+
+def slurm_shows(*, may_requeue: bool, time_limit: str) -> scheduler.Shown:
+    return scheduler.Shown("RUNNING", 0, may_requeue, "gpu", "normal", time_limit, None)
 
 
 def options_of(command: list[str]) -> set[str]:
@@ -148,6 +153,19 @@ def test_a_job_whose_submission_is_odd_has_a_successor_all_the_same(
     options = options_of(cluster.of("sbatch")[1])
     assert "--account=lab" in options and ("--job-name=tiny-train" in options) == (key != "options")
     assert [e["successor_of"] for e in read_events(run) if e["job"] == "102"] == ["101"]
+
+
+@pytest.mark.parametrize(("shown", "flags"), [
+    (None, []),
+    (slurm_shows(may_requeue=True, time_limit=""), []),
+    (slurm_shows(may_requeue=False, time_limit="1:00:00"), ["--no-requeue", "--time=1:00:00"]),
+])  # fmt: skip
+def test_a_successor_of_a_job_by_hand_asks_for_what_slurm_shows_of_it(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, shown: scheduler.Shown | None, flags: list[str]
+) -> None:
+    monkeypatch.setattr(scheduler, "show", lambda job: shown)
+    assert submitting.submit_successor(run, "train", "7") == "101"
+    assert sorted(options_of(cluster.of("sbatch")[0])) == ["--export=ALL", *flags]
 
 
 def test_a_number_of_tasks_that_is_odd_counts_as_one(run: RunDir, cluster: Cluster) -> None:
@@ -240,6 +258,16 @@ def test_a_new_job_does_without_a_node_on_which_a_life_of_the_run_died_by_itself
         assert [o for o in options if "exclude" in o] == ([f"--exclude={wanted}"] if wanted else [])
     if excluded:
         assert f"--exclude={excluded}" in submitting.by_hand(train)
+
+
+def test_of_the_nodes_on_which_lives_died_no_more_than_half_of_the_partition_is_left_out(
+    run: RunDir, cluster: Cluster
+) -> None:
+    cluster.nodes = ["n1", "n2", "n3", "n4"]
+    for node in ("n4", "n2", "n3"):
+        died_on(run, node, now())
+    submitting.submit(Job("train", run, Site(via="sbatch")))
+    assert "--exclude=n4,n2" in options_of(cluster.of("sbatch")[-1])
 
 
 def test_where_slurm_does_not_tell_its_nodes_a_new_job_is_queued_all_the_same(run: RunDir, cluster: Cluster) -> None:
@@ -344,10 +372,13 @@ def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: 
 def test_a_chain_in_which_something_breaks_half_way_is_taken_back(
     run: RunDir, cluster: Cluster, via: str, error: Exception
 ) -> None:
-    cluster.accepts, cluster.otherwise = 1, error
-    with pytest.raises(type(error), match="no"):
-        chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
-    assert cluster.of("scancel") == [["scancel", "101"]]
+    cluster.otherwise = error
+    for there in (["scancel", "101"],), ():
+        cluster.commands.clear()
+        cluster.accepts = len(there)
+        with pytest.raises(type(error), match="no"):
+            chain.queue([Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")], Config())
+        assert cluster.of("scancel") == [*there]
 
 
 @VIA
@@ -463,6 +494,17 @@ def test_a_number_of_tasks_that_was_asked_for_is_not_taken_back_for_the_score(
     assert len(ids) == 2 and "not queued: evaluate" in told[-1] and cluster.of("scancel") == []
 
 
+@VIA
+@pytest.mark.parametrize(("shards", "otherwise"), [(64, INVALID), (1, TOO_MANY)])
+def test_samples_are_not_taken_back_for_a_score_that_would_have_no_room_without_them_either(
+    run: RunDir, cluster: Cluster, via: str, shards: int, otherwise: Exception
+) -> None:
+    cluster.accepts, cluster.otherwise = 1, otherwise
+    sampled = Job("sample", run, Site(via=via), "set", tuple(range(shards)))
+    ids, told = chain.queue([sampled, Job("evaluate", run, Site(via=via), "set")], Config())
+    assert ids == ["101"] and "not queued: evaluate" in told[-1] and cluster.of("scancel") == []
+
+
 def test_a_chain_that_is_queued_stays_though_nobody_reads_of_it(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,13 +561,15 @@ def test_what_only_the_login_node_knows_of_a_qos_is_written_down_for_the_job_and
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = {"qos normal": "requeue|00:02:00"}
-    monkeypatch.setattr(scheduler, "preemption", lambda partitions: told if partitions == "gpu" else {})
+    monkeypatch.setattr(scheduler, "preemption", lambda asked: told if asked == "gpu" else {"of": repr(asked)})
+    submitting.submit(Job("train", run, Site(via="sbatch")))
+    assert read_events(run)[0]["preemption"] == {"of": "None"}  # whichever partition it is to be
     submitting.submit(Job("train", run, Site(via="sbatch", partition="gpu", sbatch={"no-requeue": True})))
     monkeypatch.setattr(scheduler, "preemption", lambda partitions: {})
-    heir = submitting.submit_successor(run, "train", "101")
+    heir = submitting.submit_successor(run, "train", "102")
     monkeypatch.setattr(scheduler, "mercy", lambda job, told: told)
     kept = {**told, "no-requeue": "1"}
-    assert [waiting.mercy_for(run, job) for job in ("101", heir, "7")] == [kept, kept, {}]
+    assert [waiting.mercy_for(run, job) for job in ("102", heir, "7")] == [kept, kept, {}]
 
 
 def test_what_a_job_runs_is_laid_out_again_where_it_was_purged_meanwhile(run: RunDir, tmp_path: Path) -> None:

@@ -45,14 +45,21 @@ def test_nobody_else_has_a_turn_within_one(tmp_path: Path, locks: bool) -> None:
     assert not list((tmp_path / ".cache" / "turns").glob("*.claim"))
 
 
-def test_who_waits_says_so_and_gives_up_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("locks", [True, False])
+def test_who_waits_says_so_once_and_gives_up_with_what_to_do_and_the_turn_stays_whose_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], locks: bool
 ) -> None:
-    monkeypatch.setattr(turns, "PATIENCE_S", 0)
+    monkeypatch.setattr(turns, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(turns, "POLL_S", 0.01)
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)
+    if not locks:
+        take_locks_away()
     run = RunDir(tmp_path / "tiny")
-    with turns.turn(run), pytest.raises(EnvironmentLacks, match="another submission of tiny"), turns.turn(run):
-        pass
-    assert capsys.readouterr().err.count("waiting for it") == 1
+    with turns.turn(run):
+        for _ in range(2):
+            with pytest.raises(EnvironmentLacks, match="another submission of tiny"), turns.turn(run):
+                pass
+            assert capsys.readouterr().err.count("waiting for it") == 1
     with turns.turn(run), turns.turn(RunDir(tmp_path / "other")):
         pass
 
@@ -66,3 +73,12 @@ def test_a_claim_that_was_left_behind_is_taken_over(tmp_path: Path, monkeypatch:
     with turns.turn(RunDir(tmp_path / "tiny")):
         assert claim.exists()
     assert not claim.exists()
+
+
+def test_a_place_in_which_no_turn_can_be_waited_for_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / ".cache").touch()
+    with (
+        pytest.raises(EnvironmentLacks, match=r"\.cache/turns .*Not a directory.*--root"),
+        turns.turn(RunDir(tmp_path / "tiny")),
+    ):
+        pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config.sample import Evaluate
-from ddpm.errors import DoNotRetry
+from ddpm.errors import EXIT_FATAL, DoNotRetry
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler, slurm, slurm_questions
@@ -165,6 +165,42 @@ def test_a_copy_of_a_run_has_none_of_the_originals_jobs_and_a_run_by_another_nam
     assert jobs_in_queue(copy, "train") == ["17", "18"]
 
 
+def sent_by(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What is given to sbatch, whose jobs are 101 and on."""
+    sent: list[list[str]] = []
+
+    def run(argv: list[str], **_: object) -> str:
+        sent.extend([argv] if argv[0] == "sbatch" else [])
+        return f"{100 + len(sent)}"
+
+    monkeypatch.setattr(slurm, "run", run)
+    return sent
+
+
+@pytest.mark.parametrize(("before", "missing", "next_round"), [
+    ("", [3, 4], "1:2"), ("1:2", [3, 4], "2:2"), ("2:2", [3, 4], "3:2"), ("3:2", [4], "1:1"), ("3:2", [3, 4], None),
+])  # fmt: skip
+def test_missing_shards_are_made_until_three_rounds_have_added_none(
+    run: RunDir, answers: Answers, monkeypatch: pytest.MonkeyPatch, before: str, missing: list[int],
+    next_round: str | None,
+) -> None:  # fmt: skip
+    """STOP was there when the score was asked for: what it has made goes on too."""
+    monkeypatch.setenv("SLURM_JOB_ID", "90")
+    run.run_json.write_text('{"launch": {"via": "sbatch"}}')
+    run.checkpoints.mkdir()
+    run.stop_file.touch()
+    told(run, "90", "submitted", stage="evaluate", via="sbatch", set="fid", despite=run.stop_mark())
+    answers({})
+    sent = sent_by(monkeypatch)
+    code = chain.fill_gaps(run, "fid", missing, ("--reference", "test"), before, environment.current())
+    assert (code, len(sent)) == ((0, 2) if next_round else (EXIT_FATAL, 0))
+    if next_round:
+        assert "--dependency=afterany:101" in sent[1]
+        assert sent[1][-4:] == ["--reference", "test", "--round", next_round]
+        new = [e for e in read_events(run) if e["job"] in ("101", "102")]
+        assert [(e["stage"], e["despite"]) for e in new] == [(s, run.stop_mark()) for s in ("sample", "evaluate")]
+
+
 def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_the_run_was(
     run: RunDir, answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,13 +210,7 @@ def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_
     run.run_json.write_text(json.dumps(theirs))
     run.checkpoints.mkdir()
     answers({})
-    sent: list[list[str]] = []
-
-    def sbatch(argv: list[str], **_: object) -> str:
-        sent.extend([argv] if argv[0] == "sbatch" else [])
-        return f"{100 + len(sent)}"
-
-    monkeypatch.setattr(slurm, "run", sbatch)
+    sent = sent_by(monkeypatch)
     mine = Site(account="mine", via="sbatch", sample=Stage(qos="long"), setup=("module load x",))
     submitting.submit(Job("evaluate", run, mine, "fid", extra_args=("--reference", "train")))
     for job in ("101", submitting.submit_successor(run, "evaluate", "101"), "7"):

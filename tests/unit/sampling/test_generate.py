@@ -445,6 +445,12 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
     assert not (tmp_path / "png").exists()
     for index in range(2):
         run_shard(sample_set, request, index)
+    whole = sample_set.shard(1, 2).read_bytes()
+    sample_set.shard(1, 2).write_bytes(whole[:-1])
+    with pytest.raises(DamagedFile):
+        unpack_png(sample_set, request, tmp_path / "png")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    sample_set.shard(1, 2).write_bytes(whole)
     unpack_png(sample_set, request, tmp_path / "png")
     images = np.concatenate([verify_shard(sample_set, request, i).images for i in range(2)])
     assert len(list((tmp_path / "png").glob("*"))) == 9 + 1  # and .unpacked, which says what they are
@@ -460,12 +466,12 @@ def test_the_pngs_of_classes_lie_in_folders_of_theirs(tmp_path: Path, monkeypatc
     request = make_request(num_samples=9, shards=1, batch=4)
     sample_set = make_set(tmp_path / "run", request)
     run_shard(sample_set, request, 0)
-    shard = verify_shard(sample_set, request, 0)._replace(labels=np.arange(9) % 3)
+    shard = verify_shard(sample_set, request, 0)._replace(labels=np.arange(9) % 4)
     monkeypatch.setattr("ddpm.sampling.shards.verify_shard", lambda *_: shard)
-    there = unpack_png(sample_set, request, tmp_path / "png", ["cat", "../a b", "2"])
+    there = unpack_png(sample_set, request, tmp_path / "png", ["cät", "../a b", "2"])
     found = sorted(str(p.relative_to(there)) for p in there.rglob("*.png"))
     assert found == [
-        f"{folder}/{i:06d}.png" for n, folder in enumerate(("0-cat", "1-a-b", "2")) for i in range(n, 9, 3)
+        f"{folder}/{i:06d}.png" for n, folder in enumerate(("0-c-t", "1-a-b", "2", "3")) for i in range(n, 9, 4)
     ]
     assert unpack_png(sample_set, request, there) == there  # again: nothing to do
 

@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 
+from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir, SampleSet
-from ddpm.sampling.request import CheckpointRef, Request, publish_request, read_request
+from ddpm.sampling.request import (
+    CheckpointRef,
+    Request,
+    from_config,
+    precision_of,
+    publish_request,
+    read_request,
+    samples_record,
+    usual_steps,
+    withdraw_request,
+)
 from tests.sampling import make_request, make_set
 from tests.saves import Unreadable
 
@@ -87,6 +98,8 @@ def test_what_is_asked_of_classes_and_clipping_survives_the_file_and_changes_the
     others = [make_request(), make_request(guidance=1), make_request(class_plan=[50, 3]), make_request(clip_x_0=False)]
     others += [make_request(variance="fixed_small"), make_request(variance="fixed_large")]
     assert len({r.digest for r in [request, *others]}) == 7
+    assert len({files.sha256_json(samples_record(r)) for r in [request, *others]}) == 7  # a score says it too
+    assert samples_record(make_request(shards=3, batch=9)) == samples_record(make_request())
 
 
 def test_a_variance_survives_the_file_that_says_it_only_where_it_was_asked_for(tmp_path: Path) -> None:
@@ -148,3 +161,44 @@ def test_a_request_that_cannot_be_read_for_a_moment_is_not_called_damaged(
     with pytest.raises(OSError, match="Input/output error"):
         read_request(sample_set)
     assert read_request(sample_set) == make_request()
+
+
+def test_the_variance_that_the_config_has_anyway_is_no_other_request() -> None:
+    config = Config.model_validate({"sample": {"sampler": "ancestral", "steps": 1000}})
+    at = CheckpointRef(12, "ab" * 32)
+    usual = from_config(config, at, "fp32")
+    assert from_config(config, at, "fp32", "fixed_large") == usual
+    assert from_config(config, at, "fp32", "fixed_small").digest != usual.digest
+
+
+@pytest.mark.parametrize(("sampler", "timesteps", "steps"), [
+    ("ddim", 1000, 40), ("dpmpp_2m", 1000, 20), ("ancestral", 1000, 1000), ("ancestral", 50, 50), ("dpmpp_2m", 45, 20),
+])  # fmt: skip
+def test_a_sampler_takes_the_configs_steps_if_it_is_the_configs_and_else_its_usual_number(
+    sampler: str, timesteps: int, steps: int
+) -> None:
+    config = Config.model_validate({"diffusion": {"timesteps": timesteps}, "sample": {"sampler": "ddim", "steps": 40}})
+    assert usual_steps(config, sampler) == steps
+
+
+@pytest.mark.parametrize(("asked", "trained_in", "precision"), [
+    ("auto", None, "fp32"), ("auto", "fp32", "fp32"), ("auto", "fp16", "fp32"), ("auto", "bf16", "bf16"),
+    ("fp32", "bf16", "fp32"), ("bf16", "fp32", "bf16"),
+])  # fmt: skip
+def test_the_precision_of_auto_is_what_the_run_was_trained_in_on_every_machine(
+    tmp_path: Path, asked: str, trained_in: str | None, precision: str
+) -> None:
+    config = Config.model_validate({"sample": {"precision": asked}})
+    run = RunDir(tmp_path) if trained_in else None
+    if run:
+        run.run_json.write_text(f'{{"resolved": {{"amp": "{trained_in}"}}}}')
+    assert precision_of(config, run) == precision
+
+
+def test_of_a_set_that_was_never_begun_nothing_is_left(tmp_path: Path) -> None:
+    for begun in (False, True):
+        sample_set = make_set(tmp_path / "run", make_request())
+        if begun:
+            sample_set.shard(0, 8).touch()
+        withdraw_request(sample_set)
+        assert not sample_set.request.exists() and sample_set.path.exists() == begun

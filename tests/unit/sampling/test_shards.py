@@ -13,7 +13,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling import parts
 from ddpm.sampling.parts import Part, read_part, whole_part, write_part
-from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, shards_to_make, verify_shard
+from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, read_npz, shards_to_make, verify_shard
 from tests.sampling import make_request, make_set
 from tests.saves import flip_bit
 
@@ -88,6 +88,37 @@ def test_the_folder_of_parts_may_be_removed_by_another_at_the_same_moment(
     write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
     parts.remove_parts(sample_set, REQUEST, [(0, 3)])
     assert not sample_set.part.exists()
+
+
+def test_the_folder_of_parts_stays_while_shards_are_missing(sample_set: SampleSet) -> None:
+    """Another task may be about to write there."""
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    publish_shard(sample_set, REQUEST, 0, IMAGES, LABELS, 3, "")
+    parts.remove_parts(sample_set, REQUEST, [(0, 3)])
+    assert list(sample_set.part.iterdir()) == []
+    publish_shard(sample_set, REQUEST, 1, IMAGES, LABELS, 3, "")
+    parts.remove_parts(sample_set, REQUEST, [(3, 3)])
+    assert not sample_set.part.exists()
+
+
+OTHER = {
+    "cut": lambda data, check: data[:-1],
+    "other pixels": lambda data, check: npz_bytes(images=IMAGES + 1, nfe=3, check=check),
+    "no check": lambda data, check: npz_bytes(images=IMAGES, nfe=3),
+    "no number": lambda data, check: npz_bytes(images=IMAGES, nfe="three", check=check),
+    "numbers": lambda data, check: npz_bytes(images=IMAGES, nfe=[3, 3], check=check),
+}
+
+
+@pytest.mark.parametrize("how", OTHER)
+def test_a_damaged_batch_makes_room_for_the_one_computed_again(sample_set: SampleSet, how: str) -> None:
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    path = next(sample_set.part.iterdir())
+    arrays, data = read_npz(path)
+    path.write_bytes(OTHER[how](data, str(arrays["check"])))
+    assert read_part(sample_set, REQUEST, 0, 3) is None
+    write_part(sample_set, REQUEST, 0, Part(IMAGES, 3), "")
+    assert path.read_bytes() == data
 
 
 def test_a_part_is_whole_for_its_own_request_alone(sample_set: SampleSet) -> None:

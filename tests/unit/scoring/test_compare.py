@@ -30,6 +30,7 @@ def test_where_one_has_no_interval_their_difference_has_none() -> None:
         ),
         ({"extractor": {**NEW["extractor"], "weights_sha256": "00" * 32}}, "extractor differs.*6726825d.*000000"),
         ({"extractor": {**NEW["extractor"], "resize": "none"}}, "extractor differs"),
+        ({"extractor": {"name": "pixels", "weights_sha256": None}}, r"extractor differs \(inception .*, and pixels\);"),
     ],
 )
 def test_scores_of_other_features_or_references_are_not_compared(changes: dict[str, Any], why: str) -> None:

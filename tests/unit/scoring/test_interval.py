@@ -88,6 +88,12 @@ def test_a_last_class_without_a_sample_is_one_all_the_same() -> None:
     assert [None if m is None else m.num for m in classes] == [3, 3, None]
 
 
+def test_where_a_sample_has_no_class_there_are_no_scores_by_class() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(6, 2)
+    assert gather([x], 6, labels=np.array([0, 1, -1, 0, 1, 2]), num_classes=3).classes == []
+    assert gather([x], 6, labels=np.arange(6) % 2, num_classes=33).classes == []
+
+
 def test_features_that_are_not_as_many_as_announced_are_refused() -> None:
     with pytest.raises(ValueError, match="3 features came of 4"):
         gather([np.zeros((3, 2), np.float32)], 4)

@@ -87,6 +87,7 @@ def test_the_bound_of_a_gaussian_is_its_closed_form(variance: str) -> None:
     want = closed_form(schedule, levels, variance)
     assert got.shape == (5, 3)
     np.testing.assert_allclose(got.mean(0).numpy(), want, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(float(got[:, 0].mean()), want[0], rtol=1e-9)  # no noise in it
     assert abs(float(got.sum(1).mean()) - sum(want)) < 1e-4
 
 

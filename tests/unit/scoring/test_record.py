@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def test_a_score_from_before_they_were_signed_is_read_as_it_is(tmp_path: Path) -
         ({**OLD, "fid": "4.2"}, "its fid is '4.2', no number"),
         ({**OLD, "fid": True}, "its fid is True"),
         ({**OLD, "fid": float("nan")}, "its fid is nan"),
+        (files.sign({**NEW, "fid_interval": [4.1]}), "its fid_interval is [4.1]"),
+        (files.sign({**NEW, "fid_interval": [4.1, "4.3"]}), "its fid_interval is [4.1, '4.3']"),
+        (files.sign({**NEW, "fid_interval": 4.1}), "its fid_interval is 4.1"),
         ({k: v for k, v in OLD.items() if k != "fid"}, "it has no score"),
         ({k: v for k, v in OLD.items() if k != "num_samples"}, "its num_samples is None"),
         ({**OLD, "sampler": "ddim"}, "its sampler is 'ddim'"),
@@ -84,7 +88,7 @@ def test_a_score_from_before_they_were_signed_is_read_as_it_is(tmp_path: Path) -
 def test_what_does_not_hold_is_named_and_is_no_score(tmp_path: Path, value: Any, why: str) -> None:
     (tmp_path / "eval").mkdir()
     write(tmp_path / "eval" / "a.json", value)
-    with pytest.raises(DamagedFile, match=f"a.json: .*{why}"):
+    with pytest.raises(DamagedFile, match=rf"a.json: .*{re.escape(why)}"):
         read_score(tmp_path / "eval" / "a.json")
     (score,) = all_scores(RunDir(tmp_path))
     assert (score.name, score.record) == ("a", {}) and why in score.damage

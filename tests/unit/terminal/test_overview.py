@@ -154,11 +154,16 @@ def test_a_job_here_that_waits_for_another_runs_is_queued_and_none_of_it_is_runn
     assert begins["state"] != "queued" and begins["jobs"] == {"local-1": "RUNNING"}
 
 
-@pytest.mark.parametrize("setup", [True, False])
-def test_why_the_last_life_died_is_told_until_another_begins(run: RunDir, setup: bool) -> None:
-    why = "modul: command not found; setup failed on n1 (exit code 127): modul load x" if setup else "RuntimeError: x"
-    tell(run, "requeued", bad_node="n1", error=why)
-    problem = describe(run, {})["problem"]
-    assert f"died on node n1: {why}" in problem and ("mend the site profile's `setup`" in problem) is setup
+@pytest.mark.parametrize(("why", "setup"), [
+    ({"error": "modul: command not found; setup failed on n1 (exit code 127): modul load x", "reason": "crash"}, True),
+    ({"error": "RuntimeError: x", "reason": "crash"}, False),
+    ({"error": "", "reason": "crash"}, False),
+    ({"reason": "/x/python does not run on node n1"}, False),
+])  # fmt: skip
+def test_why_the_last_life_died_is_told_until_another_begins(run: RunDir, why: dict[str, str], setup: bool) -> None:
+    tell(run, "requeued", job="7", bad_node="n2", reason="/x/python does not run on node n2")
+    tell(run, "requeued", bad_node="n1", **why)
+    problem, said = describe(run, {})["problem"], why.get("error") or why["reason"]
+    assert f"died on node n1: {said}" in problem and ("mend the site profile's `setup`" in problem) is setup
     tell(run, "resumed", restart=1, step=0)
-    assert why not in (describe(run, {})["problem"] or "")
+    assert said not in (describe(run, {})["problem"] or "")

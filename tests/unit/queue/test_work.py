@@ -1,0 +1,129 @@
+"""launch/queue/work.py: what is at work for a run, and how it is ended. SLURM's answers are given here."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+
+from ddpm.errors import RequestError
+from ddpm.run.events import EventLog
+from ddpm.run.files import stamp, write_json
+from ddpm.run.paths import RunDir
+from launch.cluster import environment, scheduler
+from launch.queue import local, work
+
+
+@pytest.fixture
+def slurm(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What SLURM has of the run's jobs, and what was cancelled; what is at work here."""
+    run.events.mkdir()
+    told: dict[str, Any] = {"states": {}, "here": {}, "asked": [], "cancelled": []}
+
+    def queued(jobs: list[str]) -> dict[str, str]:
+        told["asked"].append(jobs)
+        if isinstance(told["states"], Exception):
+            raise told["states"]
+        return {job: told["states"][job] for job in jobs if job in told["states"]}
+
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": told["states"] is not None)
+    monkeypatch.setattr(scheduler, "queued", queued)
+    monkeypatch.setattr(scheduler, "cancel_waiting", lambda job: told["cancelled"].append((job, run.is_stopped())))
+    monkeypatch.setattr(local, "at_work", lambda run: told["here"])
+    return told
+
+
+def submitted(run: RunDir, *jobs: str) -> None:
+    for job in jobs:
+        EventLog(run, job, 0, "login").append("submitted", stage="train", via="sbatch")
+
+
+def beats(run: RunDir, age_s: float = 5, **fields: Any) -> None:
+    """A heartbeat of job 17's second life."""
+    at = stamp(datetime.fromtimestamp(time.time() - age_s, tz=timezone.utc))
+    record = {"time": at, "job": "17", "restart": 1, "step": 3, "host": "n1", "inode": run.path.stat().st_ino}
+    write_json(run.heartbeat, {**record, **fields}, replace=True)
+
+
+def test_what_slurm_has_and_what_is_at_work_here_is_told(run: RunDir, slurm: dict[str, Any]) -> None:
+    assert not work.of_run(run) and slurm["asked"] == []
+    submitted(run, "17", "18")
+    beats(run, job="90")  # which of them this is nobody knows
+    slurm["states"], slurm["here"] = {"18": "PENDING"}, {"local-1": (77, ["train"])}
+    found = work.of_run(run)
+    assert found and str(found) == "job 18 (pending), pid 77 on this machine"
+    slurm["states"] = {}
+    assert str(work.of_run(run)) == "pid 77 on this machine"
+    slurm["states"], slurm["here"] = {"17": "RUNNING"}, {}
+    assert str(work.of_run(run)) == "job 17 (running)"
+
+
+def test_where_slurm_does_not_answer_nobody_can_tell_and_where_there_is_none_nobody_is_asked(
+    run: RunDir, slurm: dict[str, Any]
+) -> None:
+    submitted(run, "17")
+    slurm["states"] = scheduler.NoAnswer("Unable to contact slurm controller")
+    with pytest.raises(scheduler.NoAnswer, match="cannot tell whether run run is at work"):
+        work.of_run(run)
+    slurm["states"] = None
+    assert not work.of_run(run)
+
+
+def test_a_trainer_elsewhere_is_known_by_its_heartbeat_of_the_last_minute(run: RunDir, slurm: dict[str, Any]) -> None:
+    for age_s in (5, 55, -5):  # by the clock of another host
+        beats(run, age_s)
+        assert str(work.of_run(run)).startswith("job 17 on n1, alive")
+    for age_s in (65, -65):
+        beats(run, age_s)
+        assert not work.of_run(run)
+    beats(run, inode=run.path.stat().st_ino + 1)  # came along with a copy
+    assert not work.of_run(run)
+
+
+@pytest.mark.parametrize(("job", "restart", "event", "alive"), [
+    ("17", 1, "finished", False), ("17", 1, "failed", False), ("17", 1, "requeued", False),
+    ("17", 1, "cancelled", False), ("17", 1, "started", True), ("17", 0, "requeued", True), ("18", 1, "finished", True),
+])  # fmt: skip
+def test_a_trainer_that_has_said_that_it_ends_is_not_at_work(
+    run: RunDir, slurm: dict[str, Any], job: str, restart: int, event: str, alive: bool
+) -> None:
+    beats(run)
+    for what in ("allocated", event):
+        EventLog(run, job, restart, "n1").append(what)
+    slurm["states"] = None
+    assert bool(work.of_run(run)) == alive
+
+
+def test_a_trainer_whose_job_slurm_has_not_any_more_is_not_at_work(run: RunDir, slurm: dict[str, Any]) -> None:
+    submitted(run, "17")
+    beats(run, job="17_3")
+    assert not work.of_run(run)
+
+
+@pytest.mark.parametrize("host", ["here", "another"])
+def test_a_process_of_this_machine_that_has_ended_is_not_at_work(run: RunDir, slurm: dict[str, Any], host: str) -> None:
+    beats(run, job="local-1", restart=0, host=host)
+    where = environment.host() if host == "here" else host
+    EventLog(run, "local-1", 0, where).append("submitted", stage="train", via="local", pid=77)
+    assert bool(work.of_run(run)) == (host == "another")
+
+
+def test_an_end_makes_stop_before_it_cancels_what_waits(run: RunDir, slurm: dict[str, Any]) -> None:
+    assert not work.end(run) and not run.is_stopped()
+    submitted(run, "17", "18")
+    slurm["states"] = {"17": "RUNNING", "18": "PENDING"}
+    assert list(work.end(run).jobs) == ["17", "18"]
+    assert sorted(slurm["cancelled"]) == [("17", True), ("18", True)]
+
+
+@pytest.mark.parametrize("owner", ["", "it is another's"])
+def test_a_run_that_cannot_be_written_is_not_ended_from_here(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(work, "not_ours", lambda path: owner)
+    with pytest.raises(RequestError, match=f"cannot be ended from here: {owner or '.*cannot be written'}"):
+        work.end(run)
