@@ -15,7 +15,7 @@ from ddpm.config.diffusion import Diffusion
 from ddpm.config.model import Model
 from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.section import Section, build
-from ddpm.config.train import BY_LENGTH, LENGTHS, Checkpoint, Log, Train, divisors
+from ddpm.config.train import LENGTHS, WITHOUT_LENGTH, Checkpoint, Log, Train, divisors
 from ddpm.config.unet_shape import Structure
 from ddpm.config.yaml import dump_yaml
 from ddpm.errors import RequestError
@@ -154,7 +154,7 @@ class Config(Section):
             for key in keys:
                 if record[section][key] == defaults[section][key]:
                     del record[section][key]
-        if self.train.lr_schedule in BY_LENGTH:
+        if self.train.lr_schedule not in WITHOUT_LENGTH:
             record["train"] |= {key: value for key, value in length.items() if value is not None}
         return record
 

@@ -202,7 +202,9 @@ def evaluate_set(
     if statistics is None:
         raise busy
     scores = all_scores(gathered, statistics, published=extractor.published)
-    result = {**scores, **provenance, "created": files.now(), "command": command}
+    codes = sorted({str(m["code"]) for m in manifests if m.get("code")})
+    made_by = {"samples_code": codes} if codes else {}
+    result = {**scores, **provenance, **made_by, "created": files.now(), "command": command}
     return read_score(publish_score(run, set_name, result, token))
 
 
