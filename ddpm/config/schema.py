@@ -24,13 +24,17 @@ from ddpm.run.paths import check_name
 
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
 """Keys of `train` that change no step: they are not in the digest."""
-LATER = {
-    "data": ("attributes", "label_attributes"),
-    "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),
-    "diffusion": ("dns_offset",),
-    "train": ("weight_decay", "label_dropout", "ema_start_step", "ema_every_steps", "ema_warmup"),
+FIRST = {
+    "data": ("name", "image_size", "flip"),
+    "model": (
+        *("base_channels", "channel_mults", "blocks_per_level", "block", "attention_resolutions", "attention_heads"),
+        *("dropout", "num_classes"),
+    ),
+    "diffusion": ("timesteps", "schedule", "beta_start", "beta_end", "prediction", "loss", "variance"),
+    "train": ("global_batch", "optimizer", "lr", "warmup_steps", "lr_schedule", "grad_clip", "amp", "ema_decay"),
 }
-"""Keys that came after the first runs: the digest leaves them out at their defaults, so that those runs keep theirs."""
+"""Keys of the first runs. The digest leaves any later key out at its default, so that runs from before it keep
+theirs: the default of a new key must mean what was done without it."""
 NUM_CIFAR10_CLASSES = 10
 
 
@@ -136,8 +140,8 @@ class Config(Section):
         return told
 
     def mathematics(self) -> dict[str, Any]:
-        """Keys that change the mathematics of training, by section; keys in LATER only if they differ from their
-        default.
+        """Keys that change the mathematics of training, by section; keys that are not in FIRST only if they
+        differ from their default.
 
         Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
         scoring, and where the data lies and how its pictures are read (run.json keeps a digest of the resulting
@@ -150,8 +154,8 @@ class Config(Section):
         for key in UNLEARNED:
             del record["train"][key]
         defaults = type(self)().model_dump(mode="json")
-        for section, keys in LATER.items():
-            for key in keys:
+        for section, first in FIRST.items():
+            for key in record[section].keys() - set(first):
                 if record[section][key] == defaults[section][key]:
                     del record[section][key]
         if self.train.lr_schedule not in WITHOUT_LENGTH:

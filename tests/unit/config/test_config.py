@@ -391,6 +391,17 @@ def test_an_average_that_would_never_be_one_is_refused_once_the_length_is_known(
         config.resolve_length(12)
 
 
+def test_a_key_that_is_added_leaves_the_digests_of_runs_from_before_it() -> None:
+    class Weighted(Diffusion):
+        snr_gamma: float | None = None
+
+    class Later(Config):
+        diffusion: Weighted = Weighted()
+
+    assert Later().digest() == Config().digest()
+    assert Later(diffusion=Weighted(snr_gamma=5.0)).digest() != Config().digest()
+
+
 @pytest.mark.parametrize("kind", ["linear", "dns"])
 @pytest.mark.parametrize("timesteps", [2, 50, 1000])
 def test_the_end_of_alpha_bar_is_the_schedules(kind: str, timesteps: int) -> None:
