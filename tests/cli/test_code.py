@@ -106,3 +106,16 @@ def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code
     assert scored.returncode == 0, scored.stderr
     codes = read(run / "eval" / "mine.json")["samples_code"]
     assert len(codes) == 2 and made_by in codes
+
+
+def test_a_run_that_has_saved_nothing_takes_the_mended_code_by_itself(shell: Shell, tmp_path: Path) -> None:
+    checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
+    checkout.edit("ddpm/training/step.py", "\nclass Step:", "\nthis_is_a_mistake\n\n\nclass Step:")
+    failed = checkout.train(2)
+    assert failed.returncode == 1 and "NameError" in failed.stdout + failed.stderr
+    checkout.edit("ddpm/training/step.py", "\nthis_is_a_mistake\n\n\n", "\n# mended\n")
+    kept = checkout.train(2, "--code", "kept")
+    assert kept.returncode == 1 and "NameError" in kept.stdout + kept.stderr
+    mended = checkout.train(2)
+    assert mended.returncode == 0 and "code: from now on that of this checkout" in mended.stdout, mended.stderr
+    assert len(list(run.glob("code-*.zip"))) == 1
