@@ -6,6 +6,7 @@ the number of ranks is checked where they are known (`check_world_size`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -166,8 +167,20 @@ class Config(Section):
         """sha256 of the mathematics."""
         return sha256_json(self.mathematics())
 
-    def to_yaml(self) -> str:
-        return dump_yaml(self.model_dump(mode="json"))
+    def to_yaml(self, like: Mapping[str, Any] | None = None) -> str:
+        """like: a config's keys, as written by other code: those that it has not are left out at their defaults, since
+        that code would refuse them."""
+        tree, defaults = self.model_dump(mode="json"), type(self)().model_dump(mode="json")
+        if like is not None:
+            tree = _without_new(tree, like, defaults)
+        return dump_yaml(tree)
+
+
+def _without_new(tree: Any, like: Any, defaults: Any) -> Any:
+    if not all(isinstance(each, Mapping) for each in (tree, like, defaults)):
+        return tree
+    kept = (key for key in tree if key in like or tree[key] != defaults.get(key))
+    return {key: _without_new(tree[key], like.get(key), defaults.get(key)) for key in kept}
 
 
 def check_world_size(config: Config, world_size: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from ddpm import __version__
 from ddpm.config.schema import Config
 from ddpm.config.section import build
+from ddpm.config.yaml import load_yaml, read_text
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, now, read_json, sign, write_bytes, write_json
@@ -76,7 +77,8 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
         )
     record = {**record, "data": {**record["data"], **_held_out(run, record["data"])}}
     shell = _shell(run, of_record(record["launch"], "launch"), record)
-    write_bytes(run.config, config.to_yaml().encode(), replace=True)
+    text = config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))
+    write_bytes(run.config, text.encode(), replace=True)
     _write_shell(run, shell)
     notify.keep(run, told or Notify())
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}
