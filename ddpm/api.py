@@ -50,7 +50,7 @@ PRECISIONS = ("fp32", "bf16")
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config in a YAML file, with `section.key=value` overrides. Raises RequestError for a mistake in it."""
-    return reading.load(Path(path), overrides)
+    return reading.load(Path(path), [overrides] if isinstance(overrides, str) else overrides)
 
 
 def build_model(config: Config, device: Device = None) -> UNet:
@@ -164,6 +164,14 @@ def _load_file(
     device: torch.device,
     precision: str | None,
 ) -> Model:
+    if (
+        path.suffix == ".pt"
+        and (run := RunDir(path.absolute().parent.parent)).config.is_file()
+        and path.stem[5:].isdigit()
+    ):
+        raise RequestError(
+            f"{path} is a checkpoint of a run: load that, {str(run.path)!r} with step={int(path.stem[5:])}"
+        )
     said = read_metadata(path)
     if config is None and "config" in said:
         config = reading.of_text(said["config"], path)
