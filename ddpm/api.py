@@ -164,14 +164,9 @@ def _load_file(
     device: torch.device,
     precision: str | None,
 ) -> Model:
-    if (
-        path.suffix == ".pt"
-        and (run := RunDir(path.absolute().parent.parent)).config.is_file()
-        and path.stem[5:].isdigit()
-    ):
-        raise RequestError(
-            f"{path} is a checkpoint of a run: load that, {str(run.path)!r} with step={int(path.stem[5:])}"
-        )
+    run, step_of = RunDir(path.absolute().parent.parent), path.stem.removeprefix("step-")
+    if path.suffix == ".pt" and step_of.isdecimal() and run.config.is_file():
+        raise RequestError(f"{path} is a checkpoint of a run: load that, {str(run.path)!r} with step={int(step_of)}")
     said = read_metadata(path)
     if config is None and "config" in said:
         config = reading.of_text(said["config"], path)
