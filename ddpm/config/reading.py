@@ -83,8 +83,9 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
     except RequestError as e:
         if not (str(e).startswith(f"{run.config}: ") and run.code.is_file()):
             raise
-        hint = f"if other code wrote that, work on the run from its checkout; {run.code} has that code"
-        raise RequestError(f"{e}\n  ({hint})") from None
+        raise RequestError(
+            f"{e}. If other code wrote it, work on the run from that checkout; {run.code} has that code"
+        ) from None
     if (digest := record.get("config_digest")) not in (None, config.digest()):
         raise RequestError(
             f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "

@@ -398,9 +398,9 @@ def test_a_config_that_other_code_wrote_says_where_that_code_is(tmp_path: Path) 
     run.config.write_text("train: {lr_schedule: decay}\n")
     with pytest.raises(RequestError, match="must be 'constant' or 'cosine'") as e:
         of_run(run)
-    assert "code" not in str(e.value)
+    assert "checkout" not in str(e.value)
     run.code.touch()
-    with pytest.raises(RequestError, match=r"from its checkout; .*run/code\.zip has that code"):
+    with pytest.raises(RequestError, match=r"from that checkout; .*run/code\.zip has that code"):
         of_run(run)
 
 
