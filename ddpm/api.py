@@ -51,7 +51,7 @@ PRECISIONS = ("fp32", "bf16")
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config in a YAML file, with `section.key=value` overrides. Raises RequestError for a mistake in it."""
-    return reading.load(Path(path), overrides)
+    return reading.load(Path(path), [overrides] if isinstance(overrides, str) else overrides)
 
 
 def build_model(config: Config, device: Device = None) -> UNet:
@@ -165,6 +165,9 @@ def _load_file(
     device: torch.device,
     precision: str | None,
 ) -> Model:
+    run, step_of = RunDir(path.absolute().parent.parent), path.stem.removeprefix("step-")
+    if path.suffix == ".pt" and step_of.isdecimal() and run.config.is_file():
+        raise RequestError(f"{path} is a checkpoint of a run: load that, {str(run.path)!r} with step={int(step_of)}")
     said = read_metadata(path)
     if config is None and "config" in said:
         config = reading.of_text(said["config"], path)

@@ -126,7 +126,7 @@ def begin(
     *,
     existed: bool,
     prepare_only: bool,
-    new_code: bool,
+    code_asked: str | None,
     train_alone: bool = False,
     behind: Sequence[local.Place] = (),
 ) -> Queued | Here:
@@ -142,7 +142,7 @@ def begin(
         elif existed and asked.source is not None:
             raise RequestError(f"run {run.name} was removed meanwhile: submit it again")
         config = asked.typed.resolve_length(inputs["data"]["num_images"])
-        exists, left, train = write_down(asked, config, site, inputs, start, new_code=new_code)
+        exists, left, train = write_down(asked, config, site, inputs, start, code_asked=code_asked)
         if prepare_only:
             how = "queue it with"
             if site.is_local:
@@ -166,7 +166,7 @@ def begin(
 
 
 def write_down(
-    asked: Asked, config: Config, site: Site, inputs: dict[str, Any], start: Start | None, *, new_code: bool
+    asked: Asked, config: Config, site: Site, inputs: dict[str, Any], start: Start | None, *, code_asked: str | None
 ) -> tuple[bool, list[str], bool]:
     """Make the run directory, or update it unless its training is queued.
 
@@ -178,7 +178,8 @@ def write_down(
     train, left = what_is_left(run, config, asked.stages) if exists else (True, asked.stages)
     step = prepare.goes_on_from(run) if exists and train and not queued else run.latest_step()
     if exists:
-        prepare.settle_code(run, new=new_code)
+        unsaved = train and not queued and not step  # nothing was made by what it has
+        prepare.settle_code(run, new=code_asked == "new" or (unsaved and code_asked != "kept"))
     else:
         code.check(code.of_checkout())
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})

@@ -203,7 +203,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
 
     inputs = prepare.prepare_inputs(config, site, run.path.parent, stages)
     begun = submission.begin(asked, site, inputs, start, existed=exists, prepare_only=args.prepare,
-                             new_code=args.code == "new")  # fmt: skip
+                             code_asked=args.code)  # fmt: skip
     config = asked.typed.resolve_length(inputs["data"]["num_images"])
     if isinstance(begun, Here):
         return await_here(run, config, stages, begun, wait=args.wait)

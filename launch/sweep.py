@@ -207,7 +207,7 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
         one = point.asked
         start = origin.read(one.source, one.config) if one.source is not None and not point.existed else None
         begun = submission.begin(one, site, point.inputs, start, existed=point.existed, prepare_only=args.prepare,
-                                 new_code=args.code == "new", train_alone=True, behind=before)  # fmt: skip
+                                 code_asked=args.code, train_alone=True, behind=before)  # fmt: skip
         point.begun = begun
         if isinstance(begun, Here):
             before.append((begun.process.pid, begun.log.stem))

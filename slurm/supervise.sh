@@ -34,7 +34,7 @@ ddpm_end() {
     echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
     [ "$code" != 0 ] || code=1
   fi
-  { heard=$(DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
+  { heard=$(builtin cd -- "$DDPM_HOME" && DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
       "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
   local end=$?
   [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code"
@@ -91,6 +91,8 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   trap : TERM USR2 CONT
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
+# Python's -m looks for modules in the working directory first, which mostly is the checkout, as it is by now.
+builtin cd -- "$DDPM_HOME" || exit 2
 export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container
 command -v scontrol >/dev/null && DDPM_SHELL_ASKS=1
 [ -n "$DDPM_SHELL_ASKS" ] || echo "[batch] no scontrol on node $ddpm_node: SLURM itself puts this job back where it" \

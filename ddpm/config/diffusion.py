@@ -43,7 +43,7 @@ class Diffusion(Section):
     def _betas(self) -> Diffusion:
         if self.beta_start >= self.beta_end:
             raise ValueError(f"diffusion.beta_start = {self.beta_start}: must be below beta_end = {self.beta_end}")
-        if self.schedule != "cosine" and self.beta_end * 1000 / self.timesteps >= 1:
+        if self.schedule in NEEDED_BY["beta_end"] and self.beta_end * 1000 / self.timesteps >= 1:
             least = int(self.beta_end * 1000) + 1
             raise ValueError(
                 f"diffusion.timesteps = {self.timesteps}: beta_end is scaled by 1000/T and reaches 1; "
@@ -69,8 +69,9 @@ class Diffusion(Section):
 
 @functools.cache
 def _log_alpha_bar(schedule: str, size: int, beta_start: float, beta_end: float, dns_offset: float) -> float:
-    """log alpha_bar of the last timestep; schedule.py computes it exactly, but needs torch."""
-    if schedule == "cosine":  # its betas are clipped
+    """log alpha_bar of the last timestep; schedule.py computes it exactly, but needs torch. 0 for a schedule that keeps
+    its own betas below 1, as the cosine."""
+    if schedule not in NEEDED_BY["beta_end"]:
         return 0.0
     dns, offset = schedule == "dns", dns_offset
     places = (((i + offset) / (size + 1 + offset)) ** 2 if dns else i / (size - 1) for i in range(size))

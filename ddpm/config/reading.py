@@ -78,7 +78,14 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
         raise RequestError(f"{run.config} is missing: restore it{came}")
     if run.config.is_file() and not read_bytes(run.config).strip():
         raise RequestError(f"{run.config} is empty: restore it{came}")
-    config = load(run.config, overrides)
+    try:
+        config = load(run.config, overrides)
+    except RequestError as e:
+        if not (str(e).startswith(f"{run.config}: ") and run.code.is_file()):
+            raise
+        raise RequestError(
+            f"{e}. If other code wrote it, work on the run from that checkout; {run.code} has that code"
+        ) from None
     if (digest := record.get("config_digest")) not in (None, config.digest()):
         raise RequestError(
             f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -22,6 +22,10 @@ class Kind(NamedTuple):
 
 SAMPLERS = {"ancestral": Kind(has_variance=True), "ddim": Kind(100, has_eta=True), "dpmpp_2m": Kind(20)}
 """By sampler name; diffusion/samplers.py computes them."""
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 def kind_of(sampler: str) -> Kind:
@@ -46,7 +50,7 @@ MOST_SAMPLES, MOST_SHARDS = 10**9, 10**6
 class Sample(Section):
     num_samples: int = Field(50_000, ge=1, le=MOST_SAMPLES)
     """Images in the set."""
-    sampler: Literal["ancestral", "ddim", "dpmpp_2m"] = "ddim"
+    sampler: SamplerName = "ddim"
     """`ancestral` (Ho et al.), `ddim` (Song et al.), `dpmpp_2m` (DPM-Solver++(2M), Lu et al.)."""
     steps: int = Field(100, ge=1)
     """Sampler steps, at most diffusion.timesteps."""

@@ -6,6 +6,7 @@ the number of ranks is checked where they are known (`check_world_size`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ from ddpm.config.diffusion import Diffusion
 from ddpm.config.model import Model
 from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.section import Section, build
-from ddpm.config.train import BY_LENGTH, LENGTHS, Checkpoint, Log, Train, divisors
+from ddpm.config.train import LENGTHS, WITHOUT_LENGTH, Checkpoint, Log, Train, divisors
 from ddpm.config.unet_shape import Structure
 from ddpm.config.yaml import dump_yaml
 from ddpm.errors import RequestError
@@ -27,13 +28,17 @@ UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_
 """Keys of `train` that change no step's mathematics: they are not in the digest."""
 OF_BITS = ("train.micro_batch", "train.compile", "train.deterministic")
 """Of these, the keys that change its bits."""
-LATER = {
-    "data": ("attributes", "label_attributes"),
-    "model": ("attention_in", "middle_attention", "downsample", "upsample", "norm_groups", "time_embed_channels"),
-    "diffusion": ("dns_offset",),
-    "train": ("weight_decay", "label_dropout", "ema_start_step", "ema_every_steps", "ema_warmup"),
+FIRST = {
+    "data": ("name", "image_size", "flip"),
+    "model": (
+        *("base_channels", "channel_mults", "blocks_per_level", "block", "attention_resolutions", "attention_heads"),
+        *("dropout", "num_classes"),
+    ),
+    "diffusion": ("timesteps", "schedule", "beta_start", "beta_end", "prediction", "loss", "variance"),
+    "train": ("global_batch", "optimizer", "lr", "warmup_steps", "lr_schedule", "grad_clip", "amp", "ema_decay"),
 }
-"""Keys that came after the first runs: the digest leaves them out at their defaults, so that those runs keep theirs."""
+"""Keys of the first runs. The digest leaves any later key out at its default, so that runs from before it keep
+theirs: the default of a new key must mean what was done without it."""
 NUM_CIFAR10_CLASSES = 10
 
 
@@ -139,8 +144,8 @@ class Config(Section):
         return told
 
     def mathematics(self) -> dict[str, Any]:
-        """Keys that change the mathematics of training, by section; keys in LATER only if they differ from their
-        default.
+        """Keys that change the mathematics of training, by section; keys that are not in FIRST only if they
+        differ from their default.
 
         Left out: length, early stopping, resources (micro_batch, compile), checkpoint intervals, logging, sampling,
         scoring, and where the data lies and how its pictures are read (run.json keeps a digest of the resulting
@@ -153,11 +158,11 @@ class Config(Section):
         for key in UNLEARNED:
             del record["train"][key]
         defaults = type(self)().model_dump(mode="json")
-        for section, keys in LATER.items():
-            for key in keys:
+        for section, first in FIRST.items():
+            for key in record[section].keys() - set(first):
                 if record[section][key] == defaults[section][key]:
                     del record[section][key]
-        if self.train.lr_schedule in BY_LENGTH:
+        if self.train.lr_schedule not in WITHOUT_LENGTH:
             record["train"] |= {key: value for key, value in length.items() if value is not None}
         return record
 
@@ -165,8 +170,20 @@ class Config(Section):
         """sha256 of the mathematics."""
         return sha256_json(self.mathematics())
 
-    def to_yaml(self) -> str:
-        return dump_yaml(self.model_dump(mode="json"))
+    def to_yaml(self, like: Mapping[str, Any] | None = None) -> str:
+        """like: a config's keys, as written by other code: those that it has not are left out at their defaults, since
+        that code would refuse them."""
+        tree, defaults = self.model_dump(mode="json"), type(self)().model_dump(mode="json")
+        if like is not None:
+            tree = _without_new(tree, like, defaults)
+        return dump_yaml(tree)
+
+
+def _without_new(tree: Any, like: Any, defaults: Any) -> Any:
+    if not all(isinstance(each, Mapping) for each in (tree, like, defaults)):
+        return tree
+    kept = (key for key in tree if key in like or tree[key] != defaults.get(key))
+    return {key: _without_new(tree[key], like.get(key), defaults.get(key)) for key in kept}
 
 
 def check_world_size(config: Config, world_size: int) -> int:

@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from ddpm.config.section import Section
 from ddpm.errors import shown
 
-BY_LENGTH = ("cosine",)
-"""Learning rates that depend on the length: with one of them the length is part of the mathematics."""
+WITHOUT_LENGTH = ("constant",)
+"""Learning rates that do not depend on the length: with any other the length is part of the mathematics."""
 LENGTHS = ("total_steps", "total_images", "total_epochs")
 """Keys of `train` for its length; a config sets exactly one."""
 
@@ -94,7 +94,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _learning(self) -> Train:
         known = self.total_steps is not None
-        if known and self.lr_schedule in BY_LENGTH and self.warmup_steps >= self.total_steps:
+        if known and self.lr_schedule not in WITHOUT_LENGTH and self.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"train.warmup_steps = {self.warmup_steps}: must be below train.total_steps = "
                 f"{self.total_steps} with lr_schedule={self.lr_schedule}; for a short run give "

@@ -100,6 +100,11 @@ def images(path: Path) -> Source:
         return _from_names("folder", path, {name: readable(name) for name in folder_names(path)})
     if path.suffix in array_file.SUFFIXES:
         return _of_array(path)
+    if path.is_file() and path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
+        raise RequestError(
+            f"data.path = {path}: neither a folder, nor a .zip, .npz or .npy; write its images into one, for example "
+            f"by numpy.savez('FILE.npz', images=IMAGES, labels=LABELS), uint8 (N, H, W, 3)"
+        )
     return _from_names("zip", path, zip_names(path))
 
 

@@ -7,7 +7,8 @@ probabilistic models", algorithm 2). Must not know: networks beyond eps(x_t, t),
 All are one loop, x_t-1 = a x_0 + b x_t + c (the x_0 of the step before) + sigma noise with x_0 clipped to [-1, 1], and
 differ in their coefficients: floats computed in float64 before the loop, so that a step costs few kernels and no wait
 for the device. All visit timesteps of `Schedule.respace(steps)`, evenly spaced in t, and end with x_0 itself. A new
-sampler is a function from a schedule to its `Coefficients`, and a line in SAMPLERS.
+sampler is a function from a schedule to its `Coefficients`, a line in SAMPLERS, and one in ddpm/config/sample.py. A
+method with two evaluations a step, as Heun's, is two steps here, the second of them at the timestep that it corrects.
 """
 
 from collections.abc import Callable

@@ -5,12 +5,13 @@ and the selection of fewer timesteps (Nichol & Dhariwal 2021, "Improved DDPM", s
 images, networks, devices.
 
 t runs 0 .. T-1, so that the paper's x_t is `t - 1` here and alpha_bar_prev at t = 0 is 1. A new schedule is a function
-that returns `Schedule.from_beta(beta)`, and a line in `build`.
+that returns `Schedule.from_beta(beta)`, a line in SCHEDULES, and its name in ddpm/config/diffusion.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -94,14 +95,9 @@ class Schedule:
 
 def build(diffusion: Diffusion) -> Schedule:
     """The schedule that a config's `diffusion` section names. ValueError for a name or numbers that make none."""
-    d = diffusion
-    if d.schedule == "linear":
-        return linear(d.timesteps, d.beta_start, d.beta_end)
-    if d.schedule == "cosine":
-        return cosine(d.timesteps)
-    if d.schedule == "dns":
-        return dns(d.timesteps, d.beta_start, d.beta_end, d.dns_offset)
-    raise ValueError(f"schedule is {d.schedule!r}; allowed: linear, cosine, dns")
+    if diffusion.schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {diffusion.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+    return SCHEDULES[diffusion.schedule](diffusion)
 
 
 def linear(timesteps: int, beta_start: float, beta_end: float) -> Schedule:
@@ -137,6 +133,13 @@ def dns(timesteps: int, beta_start: float, beta_end: float, offset: float) -> Sc
     scale = _scale(timesteps, beta_start, beta_end)
     fraction = (torch.arange(timesteps, dtype=torch.float64) + offset) / (timesteps + 1 + offset)
     return Schedule.from_beta(scale * (beta_start + (beta_end - beta_start) * fraction**2))
+
+
+SCHEDULES: dict[str, Callable[[Diffusion], Schedule]] = {
+    "linear": lambda d: linear(d.timesteps, d.beta_start, d.beta_end),
+    "cosine": lambda d: cosine(d.timesteps),
+    "dns": lambda d: dns(d.timesteps, d.beta_start, d.beta_end, d.dns_offset),
+}
 
 
 def _scale(timesteps: int, beta_start: float, beta_end: float) -> float:

@@ -163,6 +163,10 @@ class RunDir(Folder):
         """The code that its jobs run."""
         return self.path / "code.zip"
 
+    def earlier_code(self, digest: str) -> Path:
+        """Code that its jobs ran before it was given other code."""
+        return self.path / f"code-{digest}.zip"
+
     @property
     def notify(self) -> Path:
         """Whom to tell of the run's end; readable by its owner alone."""

@@ -39,12 +39,14 @@ def generate_shard(
     stop_requested: StopRequested = lambda: None,
     progress: ShowProgress = lambda done, total: None,
     token: str = "",
+    code: str = "",
 ) -> dict[str, Any]:
     """Compute and publish shard `index` of a published request; returns its manifest, at once if it is already good.
 
     denoiser: of the request's checkpoint, weights and precision.
     stop_requested is asked at every sampler step. progress counts the shard's samples, after each batch.
-    token: names this job in temporaries, so that two lives on two hosts never share one.
+    token: names this job in temporaries, so that two lives on two hosts never share one. code: the digest of the code
+    that computes it, for its manifest.
 
     A kill loses the batch in work. Raises Stopped(reason); RequestError if the model's classes are not the request's;
     DoNotRetry if the network's output is not finite.
@@ -71,7 +73,7 @@ def generate_shard(
     nfe = {part.nfe for part in parts}
     assert len(nfe) == 1, f"every sample takes the same number of network evaluations, found {nfe}"
     images = np.concatenate([part.images for part in parts])
-    manifest = publish_shard(sample_set, request, index, images, labels, nfe.pop(), token)
+    manifest = publish_shard(sample_set, request, index, images, labels, nfe.pop(), token, code)
     remove_parts(sample_set, request, batches)
     return manifest
 

@@ -22,6 +22,10 @@ from ddpm.run.paths import Made, RunDir, SampleSet
 from ddpm.run.records import read_run
 
 
+class OfOtherCode(DamagedFile):
+    """A whole request for what this code does not know, as a sampler that other code has."""
+
+
 @dataclass(frozen=True)
 class CheckpointRef:
     step: int
@@ -112,7 +116,9 @@ class Request:
             raise DamagedFile("its digest does not match its content")
         try:
             request = cls(**{**body, "checkpoint": CheckpointRef(**body["checkpoint"])})
-        except (KeyError, TypeError, ValueError, OverflowError, RequestError) as e:
+        except RequestError as e:
+            raise OfOtherCode(f"it asks for what this code does not know ({e})") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise DamagedFile(f"this version cannot read it ({e})") from None
         if request.digest != record["digest"]:
             raise DamagedFile("it says what is left out of a request.json")
@@ -197,6 +203,11 @@ def read_request(sample_set: SampleSet) -> Request:
         return Request.from_record(record if isinstance(record, dict) else {})
     except FileNotFoundError:
         raise RequestError(f"{sample_set.request}: no such sample set") from None
+    except OfOtherCode as e:
+        raise RequestError(
+            f"{sample_set.request}: {e}. The checkout that wrote it does: submit from there with --code new, or start "
+            f"another set with --set OTHERNAME"
+        ) from None
     except (DamagedFile, ValueError, IsADirectoryError, PermissionError) as e:
         raise RequestError(
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "

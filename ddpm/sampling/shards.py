@@ -6,6 +6,7 @@ login node.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import re
@@ -64,6 +65,15 @@ def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
     return missing
 
 
+def codes(sample_set: SampleSet, request: Request) -> list[str]:
+    """Digests of the code by which the set's shards were made, where they say so."""
+    found = set()
+    for index in range(request.shards):
+        with contextlib.suppress(FileNotFoundError, DamagedFile):
+            found.add(read_manifest(sample_set, request, index).get("code"))
+    return sorted(digest for digest in found if isinstance(digest, str))
+
+
 def shards_to_make(sample_set: SampleSet, request: Request) -> list[int]:
     """Missing and damaged shards; every byte of published shards is read."""
     missing = set(missing_shards(sample_set, request))
@@ -94,10 +104,17 @@ def verify_shard(sample_set: SampleSet, request: Request, index: int) -> Shard:
 
 
 def publish_shard(
-    sample_set: SampleSet, request: Request, index: int, images: np.ndarray, labels: np.ndarray, nfe: int, token: str
+    sample_set: SampleSet,
+    request: Request,
+    index: int,
+    images: np.ndarray,
+    labels: np.ndarray,
+    nfe: int,
+    token: str,
+    code: str = "",
 ) -> dict[str, Any]:
     """Publish a computed shard; returns its manifest, or that of another job that published it first. Raises RunBusy if
-    that job is not done yet."""
+    that job is not done yet. code: the digest of the code that computed it."""
     first, num = shard_range(request.num_samples, request.shards, index)
     path = sample_set.shard(index, request.shards)
     try:
@@ -112,6 +129,7 @@ def publish_shard(
                 "sha256": f.sha256,
                 "request_digest": request.digest,
                 "nfe": nfe,
+                **({"code": code} if code else {}),
             }
         )
         files.write_json(path.with_suffix(".json"), manifest, token=token)

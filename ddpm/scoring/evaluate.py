@@ -168,9 +168,9 @@ def evaluate_set(
     images = file.images if file else reference
     if isinstance(images, PackedImages) and image_size is not None:
         check_size(images, image_size)
-    nfe = check_set(sample_set, request)[0]["nfe"]
+    manifests = check_set(sample_set, request)
     of_reference = file.record if file else image_record(reference)  # type: ignore[arg-type]
-    provenance = _provenance(request, nfe, of_reference, extractor)
+    provenance = _provenance(request, manifests[0]["nfe"], of_reference, extractor)
     if (there := score_with(run, set_name, provenance)) is not None:
         return there
     by_class = num_classes > 1 and isinstance(reference, PackedImages) and reference.split in SPLITS
@@ -191,7 +191,9 @@ def evaluate_set(
     if statistics is None:
         raise busy
     scores = all_scores(gathered, statistics, published=extractor.published)
-    result = {**scores, **provenance, "created": files.now(), "command": command}
+    codes = sorted({str(m["code"]) for m in manifests if m.get("code")})
+    made_by = {"samples_code": codes} if codes else {}
+    result = {**scores, **provenance, **made_by, "created": files.now(), "command": command}
     return read_score(publish_score(run, set_name, result, worker.token))
 
 

@@ -20,6 +20,7 @@ from ddpm.network.arithmetic import utilization
 from ddpm.network.device import Later, Resolved, name_of
 from ddpm.network.start import read_start
 from ddpm.network.unet import UNet
+from ddpm.network.weights import misfits
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
 from ddpm.run.fence import Fence
@@ -144,7 +145,17 @@ class Trainer:
                 f"the checkpoint of step {saved['step']} belongs to other mathematics (config digest "
                 f"{saved['config_digest'][:12]}, now {self.config.digest()[:12]}): restore {self.run.config}"
             )
-        self.state.load_state_dict(saved)
+        wrong = misfits(self.state.model.state_dict(), saved["model"])[:1]
+        if not wrong:
+            try:
+                self.state.load_state_dict(saved)
+            except (KeyError, ValueError) as e:  # what this code keeps beside the weights, and that code did not
+                wrong = [f"{type(e).__name__}: {e}"]
+        if wrong:
+            raise DoNotRetry(
+                f"the checkpoint of step {saved['step']} was saved by code of another network or optimizer "
+                f"({wrong[0]}): go on with that code, or train another run"
+            )
 
     def _begin_with_start(self) -> None:
         if self._start is not None:

@@ -11,6 +11,7 @@ import difflib
 import functools
 import hashlib
 import io
+import re
 import shutil
 import uuid
 import zipfile
@@ -27,7 +28,9 @@ from launch.cluster.environment import PROJECT, SHIPPED
 from launch.cluster.unpacker import MAIN, mend
 
 TREES = ("ddpm", "launch", "slurm")
-SUFFIXES = (".py", ".sh", ".sbatch")
+SUFFIXES = (".py", ".sh", ".sbatch", ".json", ".yaml", ".yml", ".toml", ".txt", ".csv", ".cu", ".cuh", ".cpp", ".h")
+IMPORT = re.compile(r"^(?:from +([\w.]+) +import\b|import +([\w., \t]+))", re.M)
+"""An import that happens when its file is loaded."""
 MAX_BYTES = 64 << 20
 """Limit for all files together; ours have less than 2 MB."""
 UNPACKER = "launch/cluster/unpacker.py"
@@ -45,15 +48,29 @@ def of_checkout() -> Code:
     for tree in TREES:
         place = SHIPPED if tree == "slurm" else PROJECT
         for path in sorted((place / tree).rglob("*")):
-            if path.suffix in SUFFIXES and path.is_file():
-                found[str(path.relative_to(place))] = path.read_bytes()
+            name = path.relative_to(place)
+            hidden = any(part.startswith(".") for part in name.parts)  # as an editor's copies
+            if path.suffix in SUFFIXES and not hidden and path.is_file():
+                found[str(name)] = path.read_bytes()
     return found
 
 
 def of_run(run: RunDir) -> Code | None:
     """The code in the run's code.zip; None if it has none yet. Raises DamagedFile."""
+    return _packed(run.code)
+
+
+def earlier(run: RunDir, digest: str) -> Code | None:
+    """Code that jobs of the run ran once; None if it is not there any more."""
     try:
-        packed = read_bytes(run.code, MAX_BYTES)
+        return _packed(run.earlier_code(digest))
+    except (DamagedFile, OSError):
+        return None
+
+
+def _packed(path: Path) -> Code | None:
+    try:
+        packed = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
         return None
     try:
@@ -68,7 +85,7 @@ def of_run(run: RunDir) -> Code | None:
                 raise zipfile.BadZipFile("it is not what it says that it is")
             return code
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as e:
-        raise DamagedFile(f"{run.code} is damaged ({e}): bring it back, or submit with --code new") from None
+        raise DamagedFile(f"{path} is damaged ({e}): bring it back, or submit with --code new") from None
 
 
 def _is_ours(name: str) -> bool:
@@ -82,10 +99,29 @@ def digest(code: Code) -> str:
 
 
 def check(code: Code) -> None:
-    """Raise RequestError if a file has a syntax error: every life would fail with it, on its node."""
+    """Raise RequestError if a file has a syntax error, or imports what jobs will not have: every life would fail with
+    it, on its node."""
     for name, data in code.items():
-        if name.endswith(".py") and (why := _mistake(name, data)):
+        if not name.endswith(".py"):
+            continue
+        if why := _mistake(name, data):
             raise RequestError(f"{PROJECT / name}, line {why}: mend it, then submit again")
+        if (module := _left_behind(data)) is not None:
+            raise RequestError(
+                f"{PROJECT / name} imports {module}, which lies in this checkout and is no part of what jobs get "
+                f"({', '.join(f'{tree}/' for tree in TREES)}): move it into ddpm/, then submit again"
+            )
+
+
+def _left_behind(data: bytes) -> str | None:
+    """A module of the checkout, outside of what is kept, that a file imports."""
+    for of, several in IMPORT.findall(data.decode(errors="replace")):
+        for module in (of or several).split(","):
+            top = module.split()[0].partition(".")[0] if module.split() else ""
+            there = (PROJECT / f"{top}.py", PROJECT / top / "__init__.py")
+            if top and top not in TREES and any(map(Path.is_file, there)):
+                return top
+    return None
 
 
 @functools.cache
@@ -107,7 +143,11 @@ def _place(run: RunDir, code: Code) -> Path:
 
 
 def keep(run: RunDir, code: Code) -> None:
-    """Write `code` as the run's code.zip."""
+    """Write `code` as the run's code.zip. What was there before stays beside it: it may be nowhere else, and made what
+    is in the run."""
+    with contextlib.suppress(DamagedFile):
+        if (had := of_run(run)) is not None and digest(had) != digest(code):
+            write_bytes(run.earlier_code(digest(had)), read_bytes(run.code, MAX_BYTES), replace=True)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted({**code, MAIN: code.get(UNPACKER, b"")}.items()):
@@ -156,6 +196,11 @@ def differences(old: Code, new: Code) -> str:
     told = [f"{name} {_lines_changed(old.get(name, b''), new.get(name, b''))}" for name in changed[:MAX_TOLD]]
     more = len(changed) - len(told)
     return ", ".join(told) + (f", and {counted(more, 'file')} more" if more else "")
+
+
+def of_library(code: Code) -> Code:
+    """The part of it that computes."""
+    return {name: data for name, data in code.items() if name.startswith("ddpm/")}
 
 
 def _lines_changed(old: bytes, new: bytes) -> str:

@@ -87,8 +87,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
     group.add_argument(
-        "--code", choices=["kept", "new"], default="kept",
-        help="the code that jobs run: what the run was begun with (kept, default), or this checkout's",
+        "--code", choices=["kept", "new"],
+        help="the code that jobs run: what the run was begun with (kept, default once it has saved a step), or this "
+             "checkout's",
     )  # fmt: skip
     group.add_argument("--profile", metavar="SITE", help=f"a name in {PROFILES.relative_to(SHIPPED)}/, or a path")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from launch.cluster.scheduler import Mercy, Shown
+from launch.queue.nodes import MISTAKE
 
 MAX_RETRIES = 3
 WAIT_S = (0, 60, 300)
@@ -53,6 +54,8 @@ class Evidence:
     """Number of lives since the last one whose events have more than its start."""
     can_tell: bool = True
     """Whether events can be read and written, so that this life will be counted."""
+    mistaken: bool = False
+    """Whether it died of an error that code alone makes, and so did the life before, at the same progress."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def decide(e: Evidence) -> Decision:
         return Decision("leave", why)
     if e.stop_file:
         return Decision("fail", "a STOP file forbids another start: submit again to go on, which removes it")
+    if e.mistaken:
+        return Decision("fail", "two lives in a row ended by the same mistake of the code; mend it, submit again with "
+                        "--code new")  # fmt: skip
     if e.retries >= MAX_RETRIES and e.reason not in UNCOUNTED:
         return Decision(
             "fail",
@@ -145,6 +151,15 @@ def retries_without_progress(events: list[dict[str, Any]], job: str, now_at: int
     told = (e for e in reversed(events) if e["event"] == "requeued" and e.get("job") in jobs)
     here = takewhile(lambda e: e.get("progress") == now_at, told)
     return sum(e.get("reason") not in UNCOUNTED for e in here)
+
+
+def mistaken_again(events: list[dict[str, Any]], job: str, error: str, now_at: int | None) -> bool:
+    """Whether the life before this one, of `job` or of the one that it succeeds, died of the same mistake, `error`."""
+    if not MISTAKE.match(error):
+        return False
+    lives = {job, *(e.get("successor_of") for e in events if e.get("job") == job)}
+    last: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "requeued" and e.get("job") in lives), {})
+    return last.get("error") == error and last.get("progress") == now_at
 
 
 def uncounted_lives(events: list[dict[str, Any]], job: str, restart: int) -> int:

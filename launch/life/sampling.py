@@ -8,6 +8,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RunBusy, Stopped
 from ddpm.run.log import say
 from ddpm.sampling.request import Request, shard_range
+from launch.cluster import code
 from launch.life import devices
 from launch.life.life import Life
 from launch.life.pace import Pace
@@ -52,13 +53,14 @@ def sample(life: Life, set_name: str, shards: list[int]) -> int:
                 stop_requested=life.stop,
                 progress=told,
                 token=env.token,
+                code=code.digest(code.of_checkout()),
             )
         except Stopped as e:
             say("stopped; finished batches are kept", reason=e.reason, shard=shard)
-            code = life.until_killed_or_on(e.reason)
-            if code is None:
+            answer = life.until_killed_or_on(e.reason)
+            if answer is None:
                 continue
-            return life.leave(code, e.reason)
+            return life.leave(answer, e.reason)
         except RunBusy as e:  # a twin makes this one; the others are ours all the same
             say(str(e))
             busy = e

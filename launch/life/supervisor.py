@@ -25,6 +25,7 @@ from launch.life.decision import (
     bad_nodes,
     blames_its_node,
     decide,
+    mistaken_again,
     not_ours,
     wait_s,
 )
@@ -48,6 +49,10 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
     words = last_words(run, stage, env) if known.code else LastWords()
     if known.reason == "crash" and words.lacked:
         known = replace(known, reason="out_of_memory")
+    if known.reason == "crash":
+        with contextlib.suppress(OSError):
+            told = of_this_cluster(read_events(run))
+            known = replace(known, mistaken=mistaken_again(told, env.job, words.error, known.progress))
     decision = decide(known)
     bad = (words.node or env.host) if decision.goes_on and blames_its_node(known) else ""
     if decision.goes_on and known.can_tell:

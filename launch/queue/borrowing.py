@@ -86,6 +86,13 @@ def own(run: RunDir, root: Path, *, dry_run: bool) -> RunDir:
     print(f"{run.path} cannot be written: what is made of it goes to {mine.path}", flush=True)
     if dry_run:
         return run
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        there = os.access(root, os.W_OK)
+    except OSError:
+        there = False
+    if not there:
+        raise RequestError(f"{root} cannot be written either: choose another place with --root or DDPM_RUNS")
     reading.of_run(run)
     _make(mine, run)
     return mine

@@ -13,6 +13,7 @@ from ddpm import __version__
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.config.section import build
+from ddpm.config.yaml import load_yaml, read_text
 from ddpm.data.labels import labels_changed
 from ddpm.errors import RequestError
 from ddpm.run.files import DamagedFile, now, publishing_folder, read_json, sign, write_bytes, write_json
@@ -82,7 +83,8 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
-    write_bytes(run.config, config.to_yaml().encode(), replace=True)  # after the record of what changes in it
+    text = config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))
+    write_bytes(run.config, text.encode(), replace=True)  # after the record of what changes in it
 
 
 def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:

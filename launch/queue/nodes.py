@@ -31,6 +31,10 @@ SETUP = re.compile(
 NO_PYTHON = re.compile(r"(.+) does not run on node \S+")
 """Why the batch shell put a job back by itself (slurm/supervise.sh)."""
 NOT_FOUND = "127"
+MISTAKE = re.compile(
+    r"(?:ModuleNotFound|Import|Name|UnboundLocal|Attribute|Type|Syntax|Indentation|Key|Index|NotImplemented)Error\b"
+)
+"""A last error by a mistake of the code. A file system that is away can cause some of them, but hardly twice."""
 
 
 def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
@@ -72,16 +76,18 @@ def why_died(run: RunDir, events: Sequence[dict[str, Any]]) -> str | None:
 
 def bad_nodes(run: RunDir, setup: Sequence[str] | None = None) -> list[str]:
     """Nodes on which lives of the run died by themselves lately, by its events; [] if they cannot be read. Not those
-    where what failed is the site profile's, or a line that is not in `setup` any more."""
+    where what failed is the site profile's, a line that is not in `setup` any more, or the code, elsewhere too."""
     events = []
     with contextlib.suppress(OSError):
         events = of_this_cluster(read_events(run))
+    failed = {str(e.get("last_error")) for e in events if e["event"] == "failed"}
+    mistakes = {error for error in failed if MISTAKE.match(error)}
     lately = [e for e in events if e.get("bad_node") and time.time() - seconds(e["time"]) < MENDED_AFTER_S]
 
     def counts(event: dict[str, Any]) -> bool:
         _, line = setup_line(event)
         gone = bool(line) and setup is not None and not any(line in lines for lines in setup)
-        return not gone and not by_the_profile(lately, event)
+        return not gone and event.get("error") not in mistakes and not by_the_profile(lately, event)
 
     return list(dict.fromkeys(e["bad_node"] for e in lately if counts(e)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,9 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run import generations
 from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
-from ddpm.run.paths import Made, RunDir, fit_name
+from ddpm.run.paths import Made, RunDir, SampleSet, fit_name
 from ddpm.run.state import finished_step
+from ddpm.sampling import shards
 from ddpm.sampling.request import (
     CheckpointRef,
     Request,
@@ -29,6 +32,7 @@ from ddpm.sampling.request import (
 )
 from ddpm.scoring.against import SPLITS, digest_of_split, folder_digest
 from ddpm.scoring.record import Score, file_extractor_name, scores_of
+from launch.cluster import code
 
 LEAST_SCORED = 2
 """Fewest samples that can be scored: one sample has no covariance."""
@@ -258,3 +262,21 @@ def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callabl
 
 def _has(record: dict[str, Any], of: dict[str, str]) -> bool:
     return all(record.get(key) == value for key, value in of.items())
+
+
+def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, *, new: bool) -> None:
+    """Warn where shards of the set were made by other code of ddpm/ than this checkout has, which could make others.
+
+    new: whether what is missing will be made by this checkout's.
+    """
+    here = code.of_checkout()
+    for digest in shards.codes(sample_set, request):
+        kept = None
+        with contextlib.suppress(DamagedFile):
+            kept = code.of_run(run)
+        by = kept if kept is not None and code.digest(kept) == digest else code.earlier(run, digest)
+        if by is None or not (told := code.differences(code.of_library(by), code.of_library(here))):
+            continue
+        of_set = f"shards of {sample_set.name} were made by the code {digest}"
+        ask = "another --set" if new else "another --set and --code new"
+        print(f"warning: {of_set}; this checkout has {told}. To sample with that, give {ask}", file=sys.stderr)

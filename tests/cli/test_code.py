@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli.harness import Shell, events
+from tests.cli.harness import Shell, events, read
 from tests.conftest import PROJECT
 
 
@@ -83,3 +83,39 @@ def test_new_code_is_refused_while_a_job_goes_on_with_the_old(shell: Shell, tmp_
     checkout.edit("ddpm/training/step.py", "\nclass Step:", '\nprint("edited")\n\n\nclass Step:')
     again = checkout("submit", *words, "--code", "new")
     assert again.returncode == 2 and "--code new: job 101 of run tiny would go on" in again.stderr, again.stderr
+
+
+def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code(shell: Shell, tmp_path: Path) -> None:
+    checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
+    assert checkout.train(2).returncode == 0
+    words = ("sample", "tiny", "--num-samples", "4", "--shards", "2", "--set", "mine", "--cluster", "local", "--wait")
+    first = checkout(*words)
+    assert first.returncode == 0 and "warning" not in first.stderr, first.stdout + first.stderr
+    made_by = read(run / "samples" / "mine" / "shard-00000-of-00002.json")["code"]
+    assert made_by == next(e["code"] for e in events(run) if e["event"] == "allocated")
+
+    checkout.edit("ddpm/diffusion/samplers.py", "SAMPLERS: dict", "# another sampler\nSAMPLERS: dict")
+    kept = checkout(*words)
+    told = f"shards of mine were made by the code {made_by}; this checkout has ddpm/diffusion/samplers.py +1 -0"
+    assert kept.returncode == 0 and f"{told}. To sample with that, give another --set and --code new" in kept.stderr
+
+    (run / "samples" / "mine" / "shard-00001-of-00002.json").unlink()
+    mixed = checkout(*words, "--code", "new")
+    assert mixed.returncode == 0 and f"{told}. To sample with that, give another --set\n" in mixed.stderr, mixed.stderr
+    scored = checkout("evaluate", "tiny", "--set", "mine", "--cluster", "local", "--wait", "--json")
+    assert scored.returncode == 0, scored.stderr
+    codes = read(run / "eval" / "mine.json")["samples_code"]
+    assert len(codes) == 2 and made_by in codes
+
+
+def test_a_run_that_has_saved_nothing_takes_the_mended_code_by_itself(shell: Shell, tmp_path: Path) -> None:
+    checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
+    checkout.edit("ddpm/training/step.py", "\nclass Step:", "\nthis_is_a_mistake\n\n\nclass Step:")
+    failed = checkout.train(2)
+    assert failed.returncode == 1 and "NameError" in failed.stdout + failed.stderr
+    checkout.edit("ddpm/training/step.py", "\nthis_is_a_mistake\n\n\n", "\n# mended\n")
+    kept = checkout.train(2, "--code", "kept")
+    assert kept.returncode == 1 and "NameError" in kept.stdout + kept.stderr
+    mended = checkout.train(2)
+    assert mended.returncode == 0 and "code: from now on that of this checkout" in mended.stdout, mended.stderr
+    assert len(list(run.glob("code-*.zip"))) == 1

@@ -48,6 +48,16 @@ def test_it_is_sampled_and_scored_into_ones_own_root(again: Shell, theirs: Path,
     assert snapshot(again.root) == before
 
 
+def test_a_place_for_its_results_that_cannot_be_written_is_named_with_what_to_give(
+    again: Shell, theirs: Path, tmp_path: Path
+) -> None:
+    (closed := tmp_path / "closed").mkdir()
+    closed.chmod(0o555)
+    for root in (closed, closed / "runs"):
+        done = as_a_user(again, "sample", str(theirs), "--set", "mine", "--cluster", "local", "--root", str(root))
+        assert done.returncode == 2 and f"{root} cannot be written either: choose another" in done.stderr, done.stderr
+
+
 def test_it_is_shown_and_not_sampled_where_it_lies(again: Shell, theirs: Path) -> None:
     done = as_a_user(again, "status")
     assert done.returncode == 0 and "complete" in done.stdout and len(done.stdout.splitlines()) == 2

@@ -249,6 +249,8 @@ def test_a_run_of_damaged_checkpoints_is_no_run_without_any(run):
 def test_what_is_not_there_is_named(run, tmp_path):
     with pytest.raises(RequestError, match=r"no checkpoint of step 15; it has \[10, 20\]"):
         load(run.path, step=15)
+    with pytest.raises(RequestError, match=rf"\.pt is a checkpoint of a run: load that, '{run.path}' with step=20"):
+        load(run.checkpoint(20))
     with pytest.raises(RequestError, match="nowhere: no run directory"):
         load(tmp_path / "nowhere")
     with pytest.raises(RequestError, match="empty has no checkpoint yet"):

@@ -98,6 +98,48 @@ def test_a_kill_while_it_is_laid_out_leaves_none_of_it(run: RunDir, monkeypatch:
     assert not code.home(run).exists()
 
 
+def test_code_that_is_replaced_stays_beside_the_run_once(run: RunDir) -> None:
+    old, new = {"ddpm/a.py": b"1\n"}, {"ddpm/a.py": b"2\n"}
+    for kept in (old, old, new, old):
+        code.keep(run, kept)
+    assert code.of_run(run) == old and code.earlier(run, code.digest(new)) == new
+    assert code.earlier(run, code.digest(old)) == old and code.earlier(run, "0" * 16) is None
+    assert len(list(run.path.iterdir())) == 3
+    run.code.write_bytes(b"damaged")
+    code.keep(run, new)
+    assert code.of_run(run) == new
+
+
+@pytest.mark.parametrize(
+    "line", ["import research", "from research.losses import snr", "import os, research as r", "import scratch"]
+)
+def test_an_import_of_what_lies_in_the_checkout_and_is_not_kept_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
+) -> None:
+    monkeypatch.setattr(code, "PROJECT", tmp_path)
+    fine = {"ddpm/a.py": b"import os, json\nfrom ddpm import b\ndef f():\n    import research\n"}
+    (tmp_path / "wandb").mkdir()
+    code.check({**fine, "ddpm/b.py": f"{line}\nimport wandb\n".encode()})
+    (tmp_path / "research").mkdir()
+    for name in ("research/__init__.py", "scratch.py"):
+        (tmp_path / name).touch()
+    code.check(fine)
+    with pytest.raises(RequestError, match=r"ddpm/b\.py imports (research|scratch), .* move it into ddpm/"):
+        code.check({**fine, "ddpm/b.py": f"{line}\n".encode()})
+
+
+def test_tables_beside_the_code_are_kept_and_hidden_copies_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for place in ("PROJECT", "SHIPPED"):
+        monkeypatch.setattr(code, place, tmp_path)
+    names = ("ddpm/a.py", "ddpm/x/weights.json", "ddpm/x/kernel.cu")
+    for name in (*names, "ddpm/.ipynb_checkpoints/a-checkpoint.py", "ddpm/.#a.py", "ddpm/big.npy", "notes/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert code.of_checkout.__wrapped__().keys() == set(names)
+
+
 @pytest.mark.parametrize("name", ["../../etc/x.py", "ddpm/../../x.py", "/etc/x.py", "ddpm/x.so", "tests/x.py"])
 def test_an_archive_with_other_names_than_ours_is_not_unpacked(run: RunDir, name: str) -> None:
     with zipfile.ZipFile(run.code, "w") as archive:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm.config.diffusion import Diffusion
-from ddpm.config.reading import load
+from ddpm.config.reading import load, of_run
 from ddpm.config.schema import Config, check_world_size
 from ddpm.config.section import Section, build, field_keys
 from ddpm.config.synonyms import SYNONYMS
@@ -16,6 +16,7 @@ from ddpm.config.yaml import load_yaml
 from ddpm.diffusion import schedule
 from ddpm.diffusion.samplers import SAMPLERS, sample
 from ddpm.errors import RequestError
+from ddpm.run.paths import RunDir
 from tests.conftest import PROJECT
 from tests.training import make_config
 
@@ -406,6 +407,29 @@ def test_an_average_that_would_never_be_one_is_refused_once_the_length_is_known(
     assert config.resolve_length(13).train.total_steps == 4
     with pytest.raises(RequestError, match=r"12 images: train.ema_every_steps = 4: at most train.total_steps = 3"):
         config.resolve_length(12)
+
+
+def test_a_config_that_other_code_wrote_says_where_that_code_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.config.write_text("train: {lr_schedule: decay}\n")
+    with pytest.raises(RequestError, match="must be 'constant' or 'cosine'") as e:
+        of_run(run)
+    assert "checkout" not in str(e.value)
+    run.code.touch()
+    with pytest.raises(RequestError, match=r"from that checkout; .*run/code\.zip has that code"):
+        of_run(run)
+
+
+def test_a_key_that_is_added_leaves_the_digests_of_runs_from_before_it() -> None:
+    class Weighted(Diffusion):
+        snr_gamma: float | None = None
+
+    class Later(Config):
+        diffusion: Weighted = Weighted()
+
+    assert Later().digest() == Config().digest()
+    assert Later(diffusion=Weighted(snr_gamma=5.0)).digest() != Config().digest()
 
 
 @pytest.mark.parametrize("kind", ["linear", "dns"])

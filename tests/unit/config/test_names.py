@@ -3,8 +3,9 @@
 from typing import get_args
 
 from ddpm.config import sample as of_samples
-from ddpm.config.train import BY_LENGTH, Train
-from ddpm.diffusion import samplers
+from ddpm.config.diffusion import Diffusion
+from ddpm.config.train import WITHOUT_LENGTH, Train
+from ddpm.diffusion import samplers, schedule
 from ddpm.training import optimizer
 
 
@@ -16,7 +17,13 @@ def test_every_sampler_that_may_be_asked_for_is_there() -> None:
     assert names(of_samples.Sample, "sampler") == of_samples.SAMPLERS.keys() == samplers.SAMPLERS.keys()
 
 
+def test_every_noise_schedule_that_may_be_asked_for_is_there() -> None:
+    assert names(Diffusion, "schedule") == schedule.SCHEDULES.keys()
+
+
 def test_every_learning_rate_schedule_that_may_be_asked_for_is_there() -> None:
     assert names(Train, "lr_schedule") == optimizer.SCHEDULES.keys()
     moving = {name for name, share in optimizer.SCHEDULES.items() if len({share(i / 100) for i in range(101)}) > 1}
-    assert moving == set(BY_LENGTH)  # what depends on the length is part of the mathematics
+    assert moving == optimizer.SCHEDULES.keys() - set(
+        WITHOUT_LENGTH
+    )  # what depends on the length is part of the mathematics

@@ -233,6 +233,11 @@ def test_a_path_that_cannot_serve_is_a_request_error(tmp_path: Path) -> None:
         open_source(images_at(tmp_path / "empty"))
     with pytest.raises(RequestError, match="no images in this zip"):
         open_source(images_at(as_zip(tmp_path / "words.zip", {"a.txt": b"hello"})))
+    (tmp_path / "set.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(RequestError, match=r"set\.h5: neither a folder, nor a \.zip, .*numpy\.savez"):
+        open_source(images_at(tmp_path / "set.h5"))
+    as_zip(tmp_path / "whole.zip", {"a/1.png": b"x"}).rename(tmp_path / "whole.part")
+    assert open_source(images_at(tmp_path / "whole.part")).kind == "zip"
     broken = write_zip(tmp_path / "whole.zip", num_images=8)
     broken.write_bytes(broken.read_bytes()[:-200])
     with pytest.raises(RequestError, match=r"whole\.zip: not a readable zip .*copy it again"):

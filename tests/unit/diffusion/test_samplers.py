@@ -1,5 +1,6 @@
 """ddpm/diffusion/samplers.py: the papers' update rules, where noise is used, what is counted and reported."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.guidance import Guided
-from ddpm.diffusion.samplers import SAMPLERS, SamplerStep, ancestral, ddim, dpmpp_2m, sample, to_images
-from ddpm.diffusion.schedule import cosine, linear
+from ddpm.diffusion.samplers import SAMPLERS, Coefficients, SamplerStep, ancestral, ddim, dpmpp_2m, sample, to_images
+from ddpm.diffusion.schedule import Schedule, cosine, linear
 from tools.bench import sampler_orders
 
 SCHEDULE = linear(1000, 1e-4, 0.02)
@@ -119,6 +120,40 @@ def test_dpmpp_2m_is_algorithm_2(schedule, steps):
     result = sample(eps_model, dpmpp_2m(schedule, steps), x_T, noise=_Noise(x_T.shape), clip_x_0=False)
     # float64; the cosine's first prediction is divided by sqrt(alpha_bar) = 5e-5
     torch.testing.assert_close(result.x_0, q, rtol=1e-9, atol=1e-9)
+
+
+def heun(schedule, steps: int) -> Coefficients:
+    """Heun's method: to the next timestep by DDIM, then from its prediction there once more by the mean of both slopes.
+    Place 2i of the table goes on from timestep i, place 2i + 1 corrects what has come to it."""
+    kept = schedule.respace(steps, keep_first=False)
+    at = [i // 2 for i in range(2 * steps - 1)]
+    twice = Schedule(**{f.name: getattr(kept, f.name)[at] for f in dataclasses.fields(kept)})
+    x_0, x_t = (weight[at] for weight in ddim(kept, steps)[1:3])
+    noise = ((1 - kept.alpha_bar) / kept.alpha_bar).sqrt()
+    half = kept.alpha_bar[:-1].sqrt() * (noise[1:] - noise[:-1]) / (2 * noise[:-1])
+    last_x_0 = torch.zeros_like(x_0)
+    x_0[1::2], x_t[1::2], last_x_0[1::2] = half, 1.0, -half
+    return Coefficients(twice, x_0, x_t, last_x_0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_a_method_of_two_evaluations_a_step_is_a_table_of_coefficients_too(steps):
+    x_T = _start(4, 3, 4, 4).double()
+    kept = SCHEDULE.respace(steps, keep_first=False)
+    noise = ((1 - kept.alpha_bar) / kept.alpha_bar).sqrt().tolist()
+    scale, times = kept.alpha_bar.sqrt().tolist(), kept.timesteps.tolist()
+
+    def slope(y: Tensor, i: int) -> Tensor:
+        return _exact_eps(y * scale[i], torch.full((len(y),), times[i]))
+
+    y = x_T / scale[-1]
+    for i in reversed(range(1, steps)):
+        h, d = noise[i - 1] - noise[i], slope(y, i)
+        y = y + h * (d + slope(y + h * d, i - 1)) / 2
+    expected = y - noise[0] * slope(y, 0)
+    result = sample(_exact_eps, heun(SCHEDULE, steps), x_T, noise=_Noise(x_T.shape), clip_x_0=False)
+    torch.testing.assert_close(result.x_0, expected, rtol=1e-9, atol=1e-9)
+    assert result.nfe == 2 * steps - 1
 
 
 def test_deterministic_dpmpp_2m_asks_for_no_noise_and_visits_even_timesteps_above_0():

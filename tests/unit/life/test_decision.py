@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from launch.cluster.scheduler import Mercy, Shown
-from launch.life.decision import MAX_RETRIES, Evidence, decide, not_ours, retries_without_progress, uncounted_lives
+from launch.life.decision import (
+    MAX_RETRIES,
+    Evidence,
+    decide,
+    mistaken_again,
+    not_ours,
+    retries_without_progress,
+    uncounted_lives,
+)
 
 RUNNING = Shown("RUNNING", 0, True, "gpu", "normal", "1:00:00", None)
 CANCELLED = replace(RUNNING, state="COMPLETING")
@@ -52,6 +60,9 @@ ROWS: dict[str, tuple[Evidence, str, str]] = {
     "a crash": (CRASH, "requeue", "exit code 1 (crash); progress 5;"),
     "a crash, the last one that is put back": (replace(CRASH, retries=MAX_RETRIES - 1), "requeue", ""),
     "a crash too many": (LOOPING, "fail", "4 lives in a row ended (crash, exit code 1) without progress beyond 5"),
+    "the same mistake of the code again": (
+        replace(CRASH, retries=1, mistaken=True), "fail", "two lives in a row ended by the same mistake of the code",
+    ),
     "a shard's crash too many": (replace(SHARD, retries=MAX_RETRIES), "fail", "4 lives in a row"),
     "a saved stop at the time limit": (TIME_LIMIT, "requeue", "exit code 75 (time_limit)"),
     "time limits without a new step": (replace(TIME_LIMIT, retries=MAX_RETRIES), "fail", "(time_limit, exit code 75)"),
@@ -133,6 +144,27 @@ def test_retries_are_those_in_a_row_at_the_same_progress(told: list[tuple[str, i
 def test_a_successor_inherits_the_retries() -> None:
     events = [event("requeued", "17", reason="crash", progress=5), event("submitted", "101", successor_of="17")]
     assert retries_without_progress(events, "101", 5) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "job", "progress", "mistaken"),
+    [
+        ("NameError: name 'gama' is not defined", "17", 5, True),
+        ("NameError: name 'gama' is not defined", "101", 5, True),
+        ("NameError: name 'gama' is not defined", "18", 5, False),
+        ("NameError: name 'gama' is not defined", "17", 6, False),
+        ("NameError: name 'gamma' is not defined", "17", 5, False),
+        ("RuntimeError: CUDA error", "16", 5, False),
+        ("", "17", 5, False),
+    ],
+)
+def test_a_mistake_of_the_code_is_known_by_its_return(error: str, job: str, progress: int, mistaken: bool) -> None:
+    events = [
+        event("requeued", "16", error="RuntimeError: CUDA error", progress=5),
+        event("requeued", "17", error="NameError: name 'gama' is not defined", progress=5),
+        event("submitted", "101", successor_of="17"),
+    ]
+    assert mistaken_again(events, job, error, progress) is mistaken
 
 
 def test_lives_are_uncounted_since_the_last_that_told_of_more_than_its_beginning() -> None:

@@ -38,15 +38,15 @@ class Shell:
         path.chmod(0o755)
 
     def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1",
-             alone: bool = False) -> int:  # fmt: skip
-        """alone: `command` begins with supervise.sh itself."""
+             alone: bool = False, cwd: Path | None = None) -> int:  # fmt: skip
+        """alone: `command` begins with supervise.sh itself. cwd: where the job was submitted."""
         (self.run.path / "setup.sh").write_text(setup)
         env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
                "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
                "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
         script = command if alone else f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
-        done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, timeout=60, cwd=cwd)
         self.restart += 1
         self.said = done.stdout + done.stderr + (self.run.logs / "train-17.out").read_text()
         return done.returncode
@@ -122,6 +122,29 @@ def test_a_supervisor_that_is_heard_decides_alone(shell: Shell) -> None:
     shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into $*"; exit 9')
     assert shell.life("exit 3", python=str(shell.bin / "python")) == 9
     assert shell.orders() == [] and f"looked into -m launch.life.supervisor {shell.run.path} train 3" in shell.said
+
+
+@pytest.mark.parametrize("setup", ["", "cd() { true; }\ncd /"])
+def test_a_job_runs_the_runs_code_though_it_was_submitted_in_an_edited_checkout(
+    shell: Shell, tmp_path: Path, setup: str
+) -> None:
+    edited = tmp_path / "checkout"
+    for name in ("launch/__init__.py", "launch/jobs.py", "launch/life/__init__.py", "launch/life/supervisor.py"):
+        (edited / name).parent.mkdir(parents=True, exist_ok=True)
+        (edited / name).write_text('print("EDITED")\n')
+    shell.life('"$DDPM_PYTHON" -m launch.jobs --help', setup=setup, python=sys.executable, cwd=edited)
+    assert "EDITED" not in shell.said and "usage: python -m launch.jobs" in shell.said
+    shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into it from $PWD"')
+    shell.life("true", setup=f"{setup}\nexit 3", python=str(shell.bin / "python"), cwd=edited)
+    assert f"looked into it from {PROJECT}\n" in shell.said
+
+
+def test_setup_lines_run_where_the_job_was_submitted(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "mine.sh").write_text("mine=there")
+    assert (
+        shell.life('echo "mine is $mine"', setup=". ./mine.sh", python="true", cwd=tmp_path) == 0
+        and "mine is there" in shell.said
+    )
 
 
 def test_our_supervisor_is_heard(shell: Shell) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ddpm.config import reading
+from ddpm.config.yaml import dump_yaml, load_yaml
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
@@ -37,6 +38,21 @@ def test_a_run_keeps_its_test_split_and_a_submission_with_another_is_refused(tmp
     with pytest.raises(RequestError, match=r"run run was validated on another test split \(digest t, now other\)"):
         directory.update_run(run, config, record(key="k2", digest="other"))
     assert run.run_json.read_bytes() == frozen
+
+
+def test_a_run_of_other_code_gets_no_key_that_its_code_may_not_know(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path / "run"), make_config()
+    inputs = {"data": {"cache": str(tmp_path), "digest": "d"}, "labels": {}}
+    directory.create_run(run, config, directory.describe(config, Site(), run, inputs))
+    whole = load_yaml(run.config.read_text(), "")
+    begun = {**whole, "log": {"every_steps": 3}, "train": {**whole["train"]}}
+    del begun["evaluate"], begun["train"]["ema_warmup"]
+    run.config.write_text(dump_yaml(begun))
+    longer = make_config(train__total_steps=9, log__grid_images=7, log__grid_every_steps=10_000)
+    directory.update_run(run, longer, directory.describe(longer, Site(), run, inputs))
+    expected = {**begun, "log": {"every_steps": 3, "grid_images": 7}, "train": {**begun["train"], "total_steps": 9}}
+    assert load_yaml(run.config.read_text(), "") == expected
+    assert reading.of_run(run) == longer
 
 
 def test_a_run_keeps_the_command_that_began_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

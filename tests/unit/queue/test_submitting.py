@@ -214,6 +214,17 @@ def test_a_setup_line_that_fails_on_two_nodes_is_not_the_nodes_fault(run: RunDir
     assert bad_nodes(run) == ["n3", "n4", "n5", "n6"]
 
 
+def test_a_node_on_which_the_code_itself_failed_is_not_left_out(run: RunDir) -> None:
+    wrong = "ModuleNotFoundError: No module named 'einops'"
+    EventLog(run, "7", 0, "n1").append("requeued", bad_node="n1", error=wrong)
+    EventLog(run, "7", 1, "n2").append("requeued", bad_node="n2", error="RuntimeError: CUDA error")
+    assert bad_nodes(run) == ["n1", "n2"]
+    EventLog(run, "7", 2, "n3").append("failed", last_error="RuntimeError: CUDA error")
+    assert bad_nodes(run) == ["n1", "n2"]
+    EventLog(run, "7", 2, "n3").append("failed", last_error=wrong)
+    assert bad_nodes(run) == ["n2"]
+
+
 @pytest.mark.parametrize(("asked", "excluded"), [("", "n2"), ("n1", "n1,n2")])
 def test_what_is_queued_while_a_life_of_the_first_dies_on_a_node_does_without_it_too(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, asked: str, excluded: str

@@ -113,6 +113,16 @@ def test_a_variance_survives_the_file_that_says_it_only_where_it_was_asked_for(t
         Request.from_record({**needless, "digest": files.sha256_json(needless)})
 
 
+def test_a_request_for_a_sampler_of_other_code_is_no_damaged_one(tmp_path: Path) -> None:
+    sample_set = make_set(tmp_path / "run", make_request())
+    record = {**make_request().to_record(), "sampler": "heun"}
+    del record["digest"]
+    files.write_json(sample_set.request, {**record, "digest": files.sha256_json(record)}, replace=True)
+    with pytest.raises(RequestError, match=r"does not know \(sampler = 'heun'.*submit from there with --code new") as e:
+        read_request(sample_set)
+    assert "damaged" not in str(e.value)
+
+
 def test_a_damaged_or_missing_request_is_named(tmp_path: Path) -> None:
     sample_set = RunDir(tmp_path / "my run").sample_set("fid")
     with pytest.raises(RequestError, match=r"my run/samples/fid/request.json: no such sample set"):

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ddpm.config.reading import load
 from ddpm.config.schema import Config
+from ddpm.config.unet_shape import Structure
 from ddpm.data.packed import pack
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RunBusy
 from ddpm.network.arithmetic import peak, utilization
@@ -198,6 +199,25 @@ def test_more_steps_with_a_constant_rate_continue_the_finished_run(tmp_path: Pat
     assert short.digest() == long.digest()
     live(long, other)
     assert_same_end(one, other, TOTAL)
+
+
+@pytest.mark.parametrize("change", ["network", "state"])
+def test_a_checkpoint_of_code_with_another_network_or_state_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    config, run = make_config(train__total_steps=2), make_run(tmp_path)
+    live(config, run)
+    if change == "network":  # an edit of its file, which the config does not show
+        built = Structure.embedding.fget  # type: ignore[attr-defined]
+        monkeypatch.setattr(Structure, "embedding", property(lambda self: 2 * built(self)))
+    else:
+        load = TrainingState.load_state_dict
+        monkeypatch.setattr(TrainingState, "load_state_dict", lambda self, s: (s["teacher"], load(self, s)))
+    why = "embed.weight .*there.*here" if change == "network" else "KeyError: 'teacher'"
+    with pytest.raises(
+        DoNotRetry, match=rf"step 2 was saved by code of another network .*{why}.* go on with that code"
+    ):
+        live(make_config(train__total_steps=4), run)
 
 
 # ---------------------------------------------------------------- what a step computes
