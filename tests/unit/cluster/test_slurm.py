@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -356,3 +357,21 @@ def test_an_sbatch_that_waits_by_itself_is_quoted(commands: Path) -> None:
     put(commands / "sbatch", f"echo '{waiting}' >&2; exec /bin/sleep 60")
     with pytest.raises(scheduler.NoAnswer, match=r"no answer in 1 s\n.*temporarily unable to accept job"):
         slurm.run(["sbatch"], timeout_s=1)
+
+
+@pytest.mark.parametrize(("order", "argv"), [
+    (lambda: slurm_orders.requeue("17_3"), "scontrol requeue 17_3"),  # the bare id would mean the whole array
+    (lambda: slurm_orders.exclude("17", "n1,n2"), "scontrol update jobid=17 excnodelist=n1,n2"),
+    (lambda: slurm_orders.delay("17", 60), "scontrol update jobid=17 starttime=now+60"),
+    (lambda: slurm_orders.mail_at_end("17", "a@b"), "scontrol update jobid=17 mailuser=a@b mailtype=END,FAIL"),
+    (lambda: slurm_orders.mail_at_end("17_3", "a@b"),
+     "scontrol update jobid=17_3 mailuser=a@b mailtype=END,FAIL,ARRAY_TASKS"),
+    (lambda: slurm_orders.make_wait("18", "17"), "scontrol update jobid=18 dependency=afterany:17"),
+    (lambda: slurm_orders.cancel_waiting("17"), "scancel --state=PENDING 17"),
+    (lambda: slurm_orders.cancel(["17", "18"]), "scancel 17 18"),
+])  # fmt: skip
+def test_an_order_is_this_line(monkeypatch: pytest.MonkeyPatch, order: Callable[[], None], argv: str) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(slurm, "run", lambda words, **_: given.append(words))
+    order()
+    assert given == [argv.split()]
