@@ -237,6 +237,7 @@ def test_the_state_goes_on_in_torchs_adam_and_torchs_here() -> None:
 
 
 def test_kernels_that_compute_something_else_are_noticed_and_left_for_torchs() -> None:
+    requires_triton_3_4()
     code = """
     import warnings
     from ddpm.training import update_kernels
@@ -426,6 +427,7 @@ LIVES = """
 
 
 def test_lives_whose_updates_are_replayed_end_with_the_bits_of_those_taken_kernel_by_kernel() -> None:
+    requires_triton_3_4()
     """Stopped, rolled back, and with gradients that several ranks exchange; near to a life of torch's update."""
     code = """
     calm = ended("calm", begin=on_a_gpu())
