@@ -103,9 +103,8 @@ def with_fitting_threads(config: Config, batch: int, device: torch.device) -> It
 def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees, for what it computes next on the CPU.
 
-    glibc returns a large block to the system at once, and takes the next one of that size from it page by page: a third
-    of the time of sampling at batch 200 and of Inception features at 64, a fifteenth of that of training at 16. A
-    process that keeps them has up to 1.4 times as much memory. Elsewhere than with glibc nothing happens.
+    glibc returns a large block to the system at once, and takes the next one of that size from it page by page, which
+    costs much of the time where batches are large. Elsewhere than with glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -31,10 +31,8 @@ SETUP = re.compile(
 NO_PYTHON = re.compile(r"(.+) does not run on node \S+")
 """Why the batch shell put a job back by itself (slurm/supervise.sh)."""
 NOT_FOUND = "127"
-MISTAKE = re.compile(
-    r"(?:ModuleNotFound|Import|Name|UnboundLocal|Attribute|Type|Syntax|Indentation|Key|Index|NotImplemented)Error\b"
-)
-"""A last error by a mistake of the code. A file system that is away can cause some of them, but hardly twice."""
+MISTAKE = re.compile(r"(?:Name|UnboundLocal|Attribute|Type|Key|Index|NotImplemented)Error\b")
+"""A last error by a mistake of the code. Not what a file system that is away causes too, as a failed import."""
 
 
 def may_do_without(node: str, total: int, spare: list[str], needed: int) -> bool:
