@@ -5,6 +5,7 @@ python -m tools.config_docs
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -171,6 +172,7 @@ def readme(text: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m tools.config_docs", description=__doc__.splitlines()[0]).parse_args()
     (PROJECT / "configs" / "README.md").write_text(configs_readme())
     top = PROJECT / "README.md"
     top.write_text(readme(top.read_text()))

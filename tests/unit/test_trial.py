@@ -34,7 +34,7 @@ def test_a_trial_brings_back_its_curve_grid_and_digest_and_leaves_no_process(
     )
     (out := tmp_path / "out").mkdir()
     assert trial.run(out, 50, tmp_path / "images") == 0
-    told = json.loads((out / "run.json").read_text())
+    told = json.loads((out / "trial.json").read_text())
     assert told["last_step"] > told["killed_at"] >= told["saved"] > 0 and len(told["sha256"]) == 64
     assert told["next_step_after_s"] <= told["back_at_that_step_after_s"]
     assert len(told["loss"]) == len(told["images_per_s"]) == len(told["steps"]) >= 1

@@ -1,7 +1,8 @@
 """The default recipe on a GPU for as long as there is time: saved often, killed once, resumed, stopped with a save.
 
-What it leaves in a folder: run.json, with the curve, the seconds from the kill to the next step, and the digest of the
-last checkpoint as it was verified (the file is too large to be carried off); grid.png; the last life's output, run.log.
+What it leaves in a folder: trial.json, with the curve, the seconds from the kill to the next step, and the digest of
+the last checkpoint as it was verified (the file is too large to be carried off); grid.png; the last life's output,
+run.log.
 The run itself is removed, and no process of it is left.
 """
 
@@ -148,7 +149,7 @@ def told(where: RunDir, out: Path, found: dict[str, Any]) -> list[dict[str, Any]
         "resolved": (read_json(where.run_json) or {})["resolved"],
         "events": [{k: e[k] for k in ("event", "time", "step") if k in e} for e in read_events(where)],
     }
-    (out / "run.json").write_text(json.dumps(record) + "\n")
+    (out / "trial.json").write_text(json.dumps(record) + "\n")
     return lines
 
 
