@@ -18,7 +18,6 @@ from ddpm.run.files import DamagedFile, parse_json, read_bytes, sha256_file
 from ddpm.run.generations import Generation
 from ddpm.run.paths import Made, RunDir, SampleSet, fit_name
 from ddpm.run.state import finished_step
-from ddpm.sampling import shards
 from ddpm.sampling.request import (
     CheckpointRef,
     Request,
@@ -269,6 +268,8 @@ def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, *, 
 
     new: whether what is missing will be made by this checkout's.
     """
+    from ddpm.sampling import shards  # loads numpy
+
     here = code.of_checkout()
     for digest in shards.codes(sample_set, request):
         kept = None

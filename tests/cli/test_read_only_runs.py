@@ -144,5 +144,5 @@ def test_statistics_that_cannot_be_written_there_are_refused_before_any_work(aga
                          "--save-stats", str(theirs / "stats.npz"))  # fmt: skip
         assert done.returncode in (2, 3) and "features of" not in done.stderr, done.stdout + done.stderr
         if what[0] == "--images":
-            assert f"{theirs} cannot be written; name another" in done.stderr, done.stderr
+            assert f"{theirs / 'stats.npz'}: lies in run tiny; name a place outside of runs" in done.stderr, done.stderr
     assert snapshot(again.root) == before
