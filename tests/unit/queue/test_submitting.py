@@ -215,7 +215,7 @@ def test_a_setup_line_that_fails_on_two_nodes_is_not_the_nodes_fault(run: RunDir
 
 
 def test_a_node_on_which_the_code_itself_failed_is_not_left_out(run: RunDir) -> None:
-    wrong = "ModuleNotFoundError: No module named 'einops'"
+    wrong = "NameError: name 'snr' is not defined"
     EventLog(run, "7", 0, "n1").append("requeued", bad_node="n1", error=wrong)
     EventLog(run, "7", 1, "n2").append("requeued", bad_node="n2", error="RuntimeError: CUDA error")
     assert bad_nodes(run) == ["n1", "n2"]

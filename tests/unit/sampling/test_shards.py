@@ -13,7 +13,7 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
 from ddpm.sampling import parts
 from ddpm.sampling.parts import Part, read_part, whole_part, write_part
-from ddpm.sampling.shards import missing_shards, npz_bytes, publish_shard, read_npz, shards_to_make, verify_shard
+from ddpm.sampling.shards import codes, missing_shards, npz_bytes, publish_shard, read_npz, shards_to_make, verify_shard
 from tests.sampling import make_request, make_set
 from tests.saves import flip_bit
 
@@ -50,6 +50,20 @@ def test_a_shard_that_lacks_something_is_damaged_whatever_its_manifest_says(samp
     forge(sample_set, data)
     with pytest.raises(DamagedFile, match="does not hold 3 images and labels"):
         verify_shard(sample_set, REQUEST, 0)
+
+
+def test_a_set_knows_by_which_code_its_shards_were_made(sample_set: SampleSet) -> None:
+    publish_shard(sample_set, REQUEST, 0, IMAGES, LABELS, 3, "", "c0de")
+    assert codes(sample_set, REQUEST) == ["c0de"]  # of the one that is there
+    publish_shard(sample_set, REQUEST, 1, IMAGES, LABELS, 3, "", "ab12")
+    assert codes(sample_set, REQUEST) == ["ab12", "c0de"]
+    sample_set.shard_manifest(0, 2).write_text("{")
+    assert codes(sample_set, REQUEST) == ["ab12"]
+
+
+def test_shards_of_before_they_said_so_are_of_no_known_code(sample_set: SampleSet) -> None:
+    publish_shard(sample_set, REQUEST, 0, IMAGES, LABELS, 3, "")
+    assert codes(sample_set, REQUEST) == []
 
 
 def test_shards_to_make_are_those_that_are_missing_or_not_as_they_were_published(sample_set: SampleSet) -> None:

@@ -201,7 +201,9 @@ def test_what_was_found_is_kept_and_divides_the_share_of_other_ranks(tmp_path: P
 def test_a_first_step_without_memory_says_what_fits(tmp_path: Path, room: int, told: str) -> None:
     with Life(make_config(), make_run(tmp_path / "run")) as life:
         with_room_for(life, room)
-        with pytest.raises(DoNotRetry, match=rf"^4 images at a time .*Tried to allocate 2 GiB\); {told}"):
+        with pytest.raises(
+            DoNotRetry, match=rf"^there is no room here for 4 images at a time .*Tried to allocate 2 GiB\); {told}"
+        ):
             life.train()
         assert life.trainer.at.step == 0
 
