@@ -50,7 +50,7 @@ def _older(package: str, least: str) -> str:
         numbers = [[int(n) for n in re.findall(r"\d+", text)[:2]] for text in (has, least)]
     except (PackageNotFoundError, TypeError):  # put there without its metadata, or with half of them
         return ""
-    return has if numbers[0] < numbers[1] else ""
+    return has if numbers[0] and numbers[0] < numbers[1] else ""
 
 
 def check() -> None:

@@ -24,6 +24,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
 from ddpm.scoring.against import check_reference
 from launch.cluster import code, environment
+from launch.cluster.scheduler import SchedulerError
 from launch.cluster.site import Site
 from launch.queue import local, work
 from launch.queue.chain import ways_on
@@ -205,6 +206,13 @@ def _at_work(run: RunDir) -> str:
         return f"pid {pid}"
     jobs = in_queue(slurm_jobs(run, read_events(run)))
     return f"job {' '.join(jobs)}" if jobs else ""
+
+
+def is_idle(run: RunDir) -> bool:
+    """Whether nothing of the run is running or queued, as far as it can be asked."""
+    with contextlib.suppress(SchedulerError):
+        return not _at_work(run)
+    return False
 
 
 def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False) -> str:

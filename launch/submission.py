@@ -179,7 +179,8 @@ def write_down(
     step = prepare.goes_on_from(run) if exists and train and not queued else run.latest_step()
     if exists:
         unsaved = train and not queued and not step  # nothing was made by what it has
-        prepare.settle_code(run, new=code_asked == "new" or (unsaved and code_asked != "kept"))
+        by_itself = unsaved and code_asked is None and prepare.is_idle(run)
+        prepare.settle_code(run, new=code_asked == "new" or by_itself)
     else:
         code.check(code.of_checkout())
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})

@@ -6,6 +6,7 @@ if [ ! -f "$DDPM_HOME/launch/jobs.py" ]; then
   echo "DDPM_HOME=$DDPM_HOME is not the project: submit from its root, or export DDPM_HOME" >&2
   exit 2
 fi
+DDPM_HOME=$(CDPATH='' cd -- "$DDPM_HOME" && pwd)
 if [ ! -f "$DDPM_RUN/config.yaml" ]; then
   echo "$DDPM_RUN is no run directory: make one with 'python launch/submit.py --prepare', then give its path" >&2
   exit 2

@@ -65,7 +65,7 @@ def generate_shard(
         part = read_part(sample_set, request, start, count)
         if part is None:
             of_batch = labels[start - first : start - first + count]
-            part = sample_batch(request, denoiser, start, of_batch, stop_requested)
+            part = sample_batch(request, denoiser, start, of_batch, stop_requested)._replace(code=code)
             write_part(sample_set, request, start, part, token)
         parts.append(part)
         progress(start + count - first, num)
@@ -73,7 +73,8 @@ def generate_shard(
     nfe = {part.nfe for part in parts}
     assert len(nfe) == 1, f"every sample takes the same number of network evaluations, found {nfe}"
     images = np.concatenate([part.images for part in parts])
-    manifest = publish_shard(sample_set, request, index, images, labels, nfe.pop(), token, code)
+    made_by = "+".join(sorted({part.code for part in parts} - {""}))
+    manifest = publish_shard(sample_set, request, index, images, labels, nfe.pop(), token, made_by)
     remove_parts(sample_set, request, batches)
     return manifest
 

@@ -21,6 +21,8 @@ class Part(NamedTuple):
     images: np.ndarray
     """uint8 (n, H, W, C)"""
     nfe: int
+    code: str = ""
+    """The digest of the code that computed it, if known."""
 
 
 def part_path(sample_set: SampleSet, first: int, num: int) -> Path:
@@ -43,7 +45,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
 def whole_part(path: Path, request: Request) -> Part:
     """A part. Raises DamagedFile, KeyError, ValueError or TypeError unless it is of this request, and undamaged."""
     arrays, _ = read_npz(path)
-    part = Part(arrays["images"], int(arrays["nfe"]))
+    part = Part(arrays["images"], int(arrays["nfe"]), str(arrays.get("code", "")))
     if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):
         raise DamagedFile("its content does not match its check")
     return part
@@ -51,7 +53,7 @@ def whole_part(path: Path, request: Request) -> Part:
 
 def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:
     sample_set.part.mkdir(exist_ok=True)
-    data = npz_bytes(images=part.images, nfe=part.nfe, check=_check(request, first, part))
+    data = npz_bytes(images=part.images, nfe=part.nfe, code=part.code, check=_check(request, first, part))
     try:
         files.write_bytes(part_path(sample_set, first, len(part.images)), data, token=token)
     except FileExistsError:
@@ -69,6 +71,7 @@ def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[in
 
 def _check(request: Request, first: int, part: Part) -> str:
     """A digest that ties a part's pixels to its request and place: another request's part does not pass."""
-    digest = hashlib.sha256(f"{request.digest} {first} {part.nfe} {part.images.shape}".encode())
+    of = f"{request.digest} {first} {part.nfe} {part.images.shape} {part.code}".rstrip()  # as without, where it is none
+    digest = hashlib.sha256(of.encode())
     digest.update(part.images.tobytes())
     return digest.hexdigest()

@@ -67,11 +67,11 @@ def missing_shards(sample_set: SampleSet, request: Request) -> list[int]:
 
 def codes(sample_set: SampleSet, request: Request) -> list[str]:
     """Digests of the code by which the set's shards were made, where they say so."""
-    found = set()
+    found: set[str] = set()
     for index in range(request.shards):
         with contextlib.suppress(FileNotFoundError, DamagedFile):
-            found.add(read_manifest(sample_set, request, index).get("code"))
-    return sorted(digest for digest in found if isinstance(digest, str))
+            found.update(str(read_manifest(sample_set, request, index).get("code", "")).split("+"))
+    return sorted(found - {""})
 
 
 def shards_to_make(sample_set: SampleSet, request: Request) -> list[int]:

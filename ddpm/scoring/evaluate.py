@@ -23,7 +23,7 @@ from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.generate import sample_labels
 from ddpm.sampling.request import Request, read_request, samples_record, shard_range
-from ddpm.sampling.shards import read_manifest, withdraw_shard
+from ddpm.sampling.shards import codes, read_manifest, withdraw_shard
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import expected_features, is_kept, shard_features
@@ -191,8 +191,7 @@ def evaluate_set(
     if statistics is None:
         raise busy
     scores = all_scores(gathered, statistics, published=extractor.published)
-    codes = sorted({str(m["code"]) for m in manifests if m.get("code")})
-    made_by = {"samples_code": codes} if codes else {}
+    made_by = {"samples_code": by} if (by := codes(sample_set, request)) else {}
     result = {**scores, **provenance, **made_by, "created": files.now(), "command": command}
     return read_score(publish_score(run, set_name, result, worker.token))
 

@@ -115,6 +115,8 @@ def check(code: Code) -> None:
 
 def _left_behind(data: bytes) -> str | None:
     """A module of the checkout, outside of what is kept, that a file imports."""
+    if SHIPPED != PROJECT:  # installed: beside us lie other packages, which jobs have too
+        return None
     for of, several in IMPORT.findall(data.decode(errors="replace")):
         for module in (of or several).split(","):
             top = module.split()[0].partition(".")[0] if module.split() else ""
@@ -185,8 +187,8 @@ def unpack(run: RunDir) -> Path:
 
 
 def last_run(run: RunDir) -> str | None:
-    """The digest of the code with which jobs of the run were last submitted; None if no event has it."""
-    told = (e.get("code") for e in reversed(read_events(run)) if e["event"] == "submitted")
+    """The digest of the code with which a job of the run was last submitted, or began; None if no event has it."""
+    told = (e.get("code") for e in reversed(read_events(run)) if e["event"] in ("submitted", "allocated"))
     return next((digest for digest in told if isinstance(digest, str)), None)
 
 

@@ -76,7 +76,7 @@ def origin(facts: Facts) -> Html:
         ("data", _data(facts, data)),
         ("code", _code_of(facts)),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
-        ("what auto became", ", ".join(f"{key} {as_typed(value)}" for key, value in resolved.items())),
+        ("what auto became", ", ".join(f"{k} {as_typed(v)}" for k, v in resolved.items() if k != "torch")),
         ("submitted to", ", ".join(f"{key} {as_typed(value)}" for key, value in (record.get("launch") or {}).items())),
         ("config changed", _changes(record)),
         ("hosts", _hosts(facts)),

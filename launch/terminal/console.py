@@ -182,8 +182,8 @@ def check_outside_runs(path: Path, option: str) -> None:
     or be taken for one, and it goes when the run is removed."""
     there = path.expanduser().resolve()
     for folder in (there, *there.parents):
-        marks = ("config.yaml", "run.json", "checkpoints")
-        if sum(os.path.lexists(folder / mark) for mark in marks) > 1:  # one alone may be anybody's
+        own, others = folder / "run.json", (folder / "config.yaml", folder / "checkpoints")  # as other trainers have
+        if os.path.lexists(own) and any(map(os.path.lexists, others)):
             raise RequestError(f"{option} {path}: lies in run {plain(folder.name)}; name a place outside of runs")
 
 

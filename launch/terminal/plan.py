@@ -121,7 +121,7 @@ def _steps(config: Config, num_images: int | None) -> str:
         batch = counted(t.global_batch, "image")
         return f"{recipes.length(config)} of {batch} a step (steps known once the data is packed)"
     images = t.total_steps * t.global_batch
-    epochs = f" ({images / num_images:,.0f} epochs)" if num_images else ""
+    epochs = f" ({counted(round(images / num_images), 'epoch', ',')})" if num_images else ""
     return f"{t.total_steps:,} of {counted(t.global_batch, 'image')}: {counted(images, 'image', ',')}{epochs}"
 
 

@@ -159,7 +159,7 @@ def test_a_tool_without_its_environment_says_so_too(tool: str) -> None:
 @pytest.mark.parametrize(
     ("package", "version", "told"),
     [("pydantic", "1.10.17", "pip install 'pydantic>=2.7'"), ("PyYAML", "5.4.1", "pip install 'pyyaml>=6.0'"),
-     ("torch", "2.6.0a0+ecf3bae", ""), ("torch", "2.10.0", "")],
+     ("torch", "2.6.0a0+ecf3bae", ""), ("torch", "2.10.0", ""), ("torch", "unknown", "")],
 )  # fmt: skip
 def test_a_package_that_is_too_old_is_named_before_it_is_loaded(
     shell: Shell, package: str, version: str, told: str

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from launch.cluster import code
@@ -116,7 +117,8 @@ def test_code_that_is_replaced_stays_beside_the_run_once(run: RunDir) -> None:
 def test_an_import_of_what_lies_in_the_checkout_and_is_not_kept_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
 ) -> None:
-    monkeypatch.setattr(code, "PROJECT", tmp_path)
+    for place in ("PROJECT", "SHIPPED"):
+        monkeypatch.setattr(code, place, tmp_path)
     fine = {"ddpm/a.py": b"import os, json\nfrom ddpm import b\ndef f():\n    import research\n"}
     (tmp_path / "wandb").mkdir()
     code.check({**fine, "ddpm/b.py": f"{line}\nimport wandb\n".encode()})
@@ -126,6 +128,21 @@ def test_an_import_of_what_lies_in_the_checkout_and_is_not_kept_is_refused(
     code.check(fine)
     with pytest.raises(RequestError, match=r"ddpm/b\.py imports (research|scratch), .* move it into ddpm/"):
         code.check({**fine, "ddpm/b.py": f"{line}\n".encode()})
+
+
+def test_other_packages_beside_an_installation_are_no_modules_of_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(code, "PROJECT", tmp_path)
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").touch()
+    code.check({"ddpm/a.py": b"import numpy\n"})
+
+
+def test_the_code_of_a_job_that_was_queued_by_hand_is_known_from_its_start(run: RunDir) -> None:
+    for job, event, digest in (("1", "submitted", "aa"), ("2", "allocated", "bb"), ("2", "started", None)):
+        EventLog(run, job, 0, "n1").append(event, code=digest)
+    assert code.last_run(run) == "bb"
 
 
 def test_tables_beside_the_code_are_kept_and_hidden_copies_are_not(

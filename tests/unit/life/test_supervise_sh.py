@@ -38,10 +38,10 @@ class Shell:
         path.chmod(0o755)
 
     def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1",
-             alone: bool = False, cwd: Path | None = None) -> int:  # fmt: skip
+             alone: bool = False, cwd: Path | None = None, home: str = str(PROJECT)) -> int:  # fmt: skip
         """alone: `command` begins with supervise.sh itself. cwd: where the job was submitted."""
         (self.run.path / "setup.sh").write_text(setup)
-        env = {"DDPM_HOME": str(PROJECT), "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
+        env = {"DDPM_HOME": home, "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
                "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
                "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
@@ -137,6 +137,13 @@ def test_a_job_runs_the_runs_code_though_it_was_submitted_in_an_edited_checkout(
     shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into it from $PWD"')
     shell.life("true", setup=f"{setup}\nexit 3", python=str(shell.bin / "python"), cwd=edited)
     assert f"looked into it from {PROJECT}\n" in shell.said
+
+
+def test_a_relative_path_of_the_project_is_one_from_where_the_job_was_submitted(shell: Shell) -> None:
+    shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into it from $PWD"')
+    told = 'ls "$DDPM_HOME/slurm/rank.sh"'
+    assert shell.life(told, python=str(shell.bin / "python"), cwd=PROJECT.parent, home=PROJECT.name) == 0
+    assert f"{PROJECT}/slurm/rank.sh" in shell.said and f"looked into it from {PROJECT}\n" in shell.said
 
 
 def test_setup_lines_run_where_the_job_was_submitted(shell: Shell, tmp_path: Path) -> None:

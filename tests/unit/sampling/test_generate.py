@@ -20,7 +20,7 @@ from ddpm.sampling.denoiser import Denoiser
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.parts import Part, read_part, write_part
 from ddpm.sampling.request import Request, shard_range
-from ddpm.sampling.shards import missing_shards, unpack_png, verify_shard
+from ddpm.sampling.shards import codes, missing_shards, unpack_png, verify_shard
 from tests.sampling import IN_EVERY_WAY, digests_in_every_way, make_request, make_set
 
 STEPS = make_request().steps
@@ -290,6 +290,16 @@ def test_shards_leave_each_others_parts_alone_and_the_last_one_tidies_up(tmp_pat
     assert sorted(p.name for p in sample_set.part.iterdir()) == ["000000010-4.npz", "000000014-4.npz"]
     run_shard(sample_set, request, 1)
     assert not sample_set.part.exists()
+
+
+def test_a_shard_that_other_code_began_names_both(tmp_path: Path) -> None:
+    request = make_request(num_samples=20, shards=2, batch=4)
+    sample_set = make_set(tmp_path / "run", request)
+    with pytest.raises(Stopped):
+        run_shard(sample_set, request, 1, stop_requested=stop_after(2 * STEPS), code="b")
+    assert run_shard(sample_set, request, 1, code="a")["code"] == "a+b"
+    assert run_shard(sample_set, request, 0, code="a")["code"] == "a"
+    assert codes(sample_set, request) == ["a", "b"]
 
 
 def test_a_twin_that_published_first_is_accepted(tmp_path: Path) -> None:

@@ -173,3 +173,12 @@ def test_stop_that_is_a_directory_is_lifted_too_but_never_with_what_is_in_it(tmp
     with pytest.raises(RequestError, match=r"STOP forbids training and cannot be removed \(Directory not empty\)"):
         chain.lift_stop(run)
     assert (run.stop_file / "kept").exists()
+
+
+def test_a_folder_of_another_trainer_is_no_run_into_which_nothing_may_go(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()
+    console.check_outside_runs(tmp_path / "stats" / "fid.npz", "--save-stats")
+    (tmp_path / "run.json").touch()
+    with pytest.raises(RequestError, match="lies in run"):
+        console.check_outside_runs(tmp_path / "stats" / "fid.npz", "--save-stats")
