@@ -270,11 +270,12 @@ def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, *, 
     """
     from ddpm.sampling import shards  # loads numpy
 
-    here = code.of_checkout()
-    for digest in shards.codes(sample_set, request):
-        kept = None
+    here, kept = code.of_checkout(), None
+    others = [digest for digest in shards.codes(sample_set, request) if digest != code.digest(here)]
+    if others:
         with contextlib.suppress(DamagedFile):
             kept = code.of_run(run)
+    for digest in others:
         by = kept if kept is not None and code.digest(kept) == digest else code.earlier(run, digest)
         if by is None or not (told := code.differences(code.of_library(by), code.of_library(here))):
             continue

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,35 @@ def _is_record(kept: dict[str, Any]) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
+def run_rows(
+    chosen: Sequence[Row],
+    args: argparse.Namespace,
+    device: torch.device,
+    record: dict[str, Any],
+    before: dict[str, Any],
+) -> bool:
+    """Run rows one after another, within args.minutes; each is printed, and kept in `record` and the file for it.
+    Returns whether none failed, and none missed its goal. before: an earlier call's figures, shown beside."""
+    print(HEAD, flush=True)
+    ends, good = time.monotonic() + args.minutes * 60, True
+    for i, row in enumerate(chosen):
+        began = time.monotonic()
+        if began > ends:
+            print(f"no time left: {', '.join(r.name for r in chosen[i:])}")
+            break
+        share = (ends - began) / min(3, len(chosen) - i)  # the last one has all that is left
+        bench = Bench(device, args.small, min(ends, began + max(20.0, share)))
+        result = run_row(row, bench)
+        good = good and not result.failed and not any(f.missed for f in result.figures)
+        record["rows"][row.name] = {**result.as_record(), "took_s": time.monotonic() - began}
+        then = before["rows"].get(row.name, {}).get("figures")
+        print("\n".join(lines(f"{row.name} ({time.monotonic() - began:.0f} s)", result, then)), flush=True)
+        _keep(record, args.json)
+        if bench.gpu:
+            torch.cuda.empty_cache()
+    return good
+
+
 def main() -> int:
     rows = {row.name: row for row in ROWS}
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
@@ -166,24 +195,7 @@ def main() -> int:
         print(f"--against has none of these rows: {', '.join(before['rows']) or 'none at all'}")
     if args.against and (before.get("name"), before.get("small")) != (record["name"], record["small"]):
         print(f"--against is of another machine or size: {before.get('name')}, small={before.get('small')}")
-    print(HEAD, flush=True)
-    ends, good = time.monotonic() + args.minutes * 60, True
-    for i, row in enumerate(chosen):
-        began = time.monotonic()
-        if began > ends:
-            print(f"no time left: {', '.join(r.name for r in chosen[i:])}")
-            break
-        share = (ends - began) / min(3, len(chosen) - i)  # the last one has all that is left
-        bench = Bench(device, args.small, min(ends, began + max(20.0, share)))
-        result = run_row(row, bench)
-        good = good and not result.failed and not any(f.missed for f in result.figures)
-        record["rows"][row.name] = {**result.as_record(), "took_s": time.monotonic() - began}
-        then = before["rows"].get(row.name, {}).get("figures")
-        print("\n".join(lines(f"{row.name} ({time.monotonic() - began:.0f} s)", result, then)), flush=True)
-        _keep(record, args.json)
-        if bench.gpu:
-            torch.cuda.empty_cache()
-    return int(not good)
+    return int(not run_rows(chosen, args, device, record, before))
 
 
 if __name__ == "__main__":
