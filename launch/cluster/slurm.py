@@ -58,7 +58,9 @@ def run(
     if env is None:
         env = {k: v for k, v in os.environ.items() if not k.startswith(USERS_OWN)}
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=env)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, cwd=cwd, env=env
+        )
     except FileNotFoundError:
         raise SchedulerError(f"{argv[0]}: not found on this machine") from None
     except subprocess.TimeoutExpired as e:

@@ -17,6 +17,8 @@ from launch.cluster.slurm import TIMEOUT_S
 CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 """slurm.conf by default, and where slurmd keeps one that was sent to it."""
 NAMED = re.compile(r"^\s*ClusterName\s*=\s*([^\s#]+)", re.M | re.I)
+ASKED_AT_ONCE = 10_000
+"""Ids in one query: Linux takes no word of a command that has more than 128 KiB."""
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of this project's jobs end."""
 
@@ -48,12 +50,13 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
 
 
 def look_up(jobs: list[str]) -> dict[str, Queued]:
-    """Those of `jobs` that SLURM still has, by one query for all of them. Raises SchedulerError.
+    """Those of `jobs` that SLURM still has, by one query for all of them, or a few. Raises SchedulerError.
 
     COMPLETING only means that a job's processes are ending: a pre-empted job is COMPLETING before it is PENDING again.
     Jobs of other users are included if the site shows them, since a group may share a run.
     """
     found: dict[str, Queued] = {}
+    wanted = set(jobs)
     for line in _squeue(jobs):
         line, _, whose = line.partition("|")
         owner, _, name = whose.partition("|")
@@ -63,7 +66,7 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
         waits = state == "PENDING"
         why = reason.strip() if (waits and reason != "None") or " held " in reason else ""  # it is put back, to be held
         told = Queued(state, why, _stamp(start) if waits else None)
-        for known in {base, job} & set(jobs):
+        for known in {base, job} & wanted:
             if state == "RUNNING" or known not in found or found[known].state == "COMPLETING":
                 found[known] = told
     return found
@@ -72,14 +75,16 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
 def _squeue(jobs: list[str]) -> list[str]:
     """squeue's lines about these jobs. It reports an error for a single unknown id, and leaves out unknown ones of
     several."""
-    ids = ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))  # an array's stands for all of its tasks
-    try:
-        asked = ["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", ids]
-        return slurm.run(asked).splitlines() if jobs else []
-    except SchedulerError as e:
-        if "Invalid job id" in str(e):
-            return []
-        raise
+    ids = list(dict.fromkeys(job.partition("_")[0] for job in jobs))  # an array's stands for all of its tasks
+    lines = []
+    for first in range(0, len(ids), ASKED_AT_ONCE):
+        some = ",".join(ids[first : first + ASKED_AT_ONCE])
+        try:
+            lines += slurm.run(["squeue", "-a", "-h", "-r", "-o", "%F %i %T %S %r|%U|%j", "-j", some]).splitlines()
+        except SchedulerError as e:
+            if "Invalid job id" not in str(e):
+                raise
+    return lines
 
 
 def dependents(job: str) -> list[str]:

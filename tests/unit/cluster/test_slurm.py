@@ -183,6 +183,12 @@ def test_jobs_of_all_users_are_asked_for_by_their_ids_and_a_strangers_that_has_o
     assert scheduler.queued(["5", "6", "7", "7_1", "8"]) == {"5": "PENDING", "6": "RUNNING"}
 
 
+def test_more_jobs_than_one_word_of_a_command_has_room_for_are_asked_for_in_turn(commands: Path) -> None:
+    put(commands / "squeue", 'eval "last=\\${$#}"; echo "${last##*,} ${last##*,} RUNNING N/A None||"')
+    ids = [str(10_000_000 + i) for i in range(15_000)]
+    assert scheduler.queued(ids) == {ids[9_999]: "RUNNING", ids[-1]: "RUNNING"}
+
+
 def test_one_id_that_slurm_has_forgotten_is_no_failure(commands: Path) -> None:
     put(commands / "squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     assert scheduler.queued(["5"]) == {}
@@ -220,6 +226,12 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
     names = {line.partition("=")[0] for line in slurm.run(["squeue"]).splitlines()}
     assert "SLURM_CONF" in names and not [n for n in names if n.startswith(slurm.USERS_OWN)]
     assert "SQUEUE_STATES=y" in slurm.run(["squeue"], env={**os.environ, "SQUEUE_STATES": "y"})
+
+
+def test_words_of_a_site_that_are_no_utf_8_are_told_all_the_same(commands: Path) -> None:
+    put(commands / "sbatch", r"printf 'sbatch: error: compte p\351rim\351\n' >&2; exit 1")
+    with pytest.raises(scheduler.SchedulerError, match="compte p.rim."):
+        slurm.run(["sbatch"])
 
 
 def test_hidden_partitions_are_seen(commands: Path) -> None:
