@@ -172,9 +172,11 @@ def main() -> int:
     work = [_does(command) for command in commands]
     stages = [stage for stage, _ in work]
     child: subprocess.Popen[bytes] | None = None
+    heard: list[int] = []
     unheard: list[int] = []  # by a command: none was running
 
     def forward(signum: int, _: FrameType | None) -> None:
+        heard.append(signum)
         if child is not None:
             child.send_signal(signum)
         else:
@@ -185,11 +187,11 @@ def main() -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, forward)
     before = _pairs(sys.argv[3:])
-    while not unheard and not run.is_stopped() and any(is_there(pid, job) for pid, job in before):
+    while not heard and not run.is_stopped() and any(is_there(pid, job) for pid, job in before):
         time.sleep(POLL_S)
     for i, command in enumerate(commands):
-        if unheard:
-            return 128 + unheard[0]
+        if heard:  # the command before too, and had its work done by then
+            return 128 + heard[0]
         # it ended the command before; what would follow that has nothing to go on
         if (i or before) and is_told_to_stop(run, environment.current().job):
             return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,3 +132,17 @@ def test_a_job_behind_another_runs_begins_when_that_has_ended_or_ends_itself_whe
             assert waiting.wait(60) == 0 and not done.exists() and before.poll() is None
         before.kill()
     assert waiting.wait(60) == 0 and done.exists() is not stopped and not local.is_behind(read_events(run))
+
+
+def test_a_stop_signal_that_comes_when_a_stage_is_done_already_ends_the_job_all_the_same(run: RunDir) -> None:
+    begun, go, done = (run.path / name for name in ("begun", "go", "done"))
+    last_step = f"trap '' TERM; touch '{begun}'; until [ -e '{go}' ]; do sleep 0.1; done"
+    commands = [["/bin/sh", "-c", last_step, "launch.jobs", "train", str(run.path)],
+                ["/bin/touch", str(done), "launch.jobs", "sample", str(run.path), "few"]]  # fmt: skip
+    argv = [sys.executable, "-m", "launch.queue.local", str(run.path), json.dumps(commands)]
+    of_the_project = {**os.environ, "DDPM_JOB": "local-1", "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(argv, cwd=run.path, env=of_the_project) as job:
+        wait_for(begun.exists, "the first stage")
+        job.terminate()
+        go.touch()
+        assert job.wait(60) == 128 + signal.SIGTERM and not done.exists()
