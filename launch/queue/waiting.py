@@ -33,8 +33,9 @@ def of_this_cluster(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
     """Whether a submission may have been for this run: not if its recorded path is another existing directory."""
+    there = submitted.get("run") or str(run.path)
     try:
-        return Path(submitted.get("run") or run.path).samefile(run.path)
+        return there == str(run.path) or Path(there).samefile(run.path)
     except (OSError, ValueError):  # moved since, or mounted otherwise on this machine
         return True
 

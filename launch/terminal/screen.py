@@ -113,7 +113,6 @@ class Screen:
         self.rows, self._details = rows, details
         self.left, self.has_keys, self.warning = False, True, ""
         self._mode, self._chosen, self._asks, self._told = "table", "", False, ""
-        self._log: Path | None = None
 
     @property
     def row(self) -> Row | None:

@@ -51,6 +51,14 @@ def test_the_file_written_to_last_stands_last_whatever_jobs_are_called(run: RunD
     assert names("train") == ["train-9.out", "local-1.out"] and names("evaluate") == ["evaluate-12.out"]
 
 
+def test_which_of_all_logs_is_the_newest_is_known_without_reading_events(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = wrote(run, "local-1.out", "here")
+    monkeypatch.delattr(logfiles, "read_events")
+    assert logfiles.of_run(run, None) == [local]
+
+
 @pytest.mark.parametrize("everything", [False, True])
 def test_what_slurm_says_is_left_out_and_counted_unless_it_is_asked_for(
     run: RunDir, everything: bool, capsys: pytest.CaptureFixture[str]
