@@ -295,6 +295,17 @@ def half_width(record: Mapping[str, Any]) -> float | None:
     return None if not ends else (ends[1] - ends[0]) / 2
 
 
+def ends(record: Mapping[str, Any]) -> list[str]:
+    """Both ends of the score's interval, rounded as it is; none where the record has none."""
+    return [rounded(end, half_width(record)) for end in record.get(f"{key_of(record)}_interval") or ()]
+
+
+def limit(record: Mapping[str, Any]) -> str:
+    """The score for infinitely many samples, rounded as it is; "" where the record has none."""
+    value = record.get(f"{key_of(record)}_infinity")
+    return "" if value is None else rounded(value, half_width(record))
+
+
 def with_spread(record: Mapping[str, Any], key: str) -> str:
     """A further measure and the deviation that stands beside it: `0.0021 ± 0.0004`; "" where the record has none."""
     if (value := record.get(key)) is None:

@@ -11,8 +11,10 @@ from ddpm.scoring.record import (
     Score,
     against,
     caution,
+    ends,
     half_width,
     key_of,
+    limit,
     number,
     rounded,
     sampler_words,
@@ -100,7 +102,7 @@ def _by_step(scores: Sequence[Score]) -> Html:
         r = score.record
         num: Part = tag("b", number(r)) if r[key_of(r)] == best else number(r)
         digest, computed = _digest("", r["checkpoint"].get("sha256")), moment(r.get("created", ""))
-        rows.append([f"{_step(r):,}", num, _interval(r), *_measures(score), digest, computed])
+        rows.append([f"{_step(r):,}", num, " – ".join(ends(r)), *_measures(score), digest, computed])
     _, _, weights, reference, extractor, seed, precision, _ = _provenance(shown[0])
     of = [in_words(first), join(["reference ", reference]), join(["extractor ", extractor])]
     of += [f"{weights} weights" if weights else "", f"seed {seed}", str(precision)]
@@ -132,8 +134,8 @@ def _row(score: Score) -> list[Part]:
     r, key = score.record, key_of(score.record)
     mark = " †" if "extractor" in r and caution(r) else ""
     return [
-        SCORE_NAMES[key] + mark, tag("b", number(r)), _interval(r), f"{_step(r):,}", _sampler(r), f"{r['nfe']:,}",
-        against(r), str((r.get("extractor") or {}).get("name", "")), score.name,
+        SCORE_NAMES[key] + mark, tag("b", number(r)), " – ".join(ends(r)), f"{_step(r):,}", _sampler(r),
+        f"{r['nfe']:,}", against(r), str((r.get("extractor") or {}).get("name", "")), score.name,
     ]  # fmt: skip
 
 
@@ -148,11 +150,6 @@ def in_words(record: Mapping[str, Any]) -> str:
     return told(record).partition(", ")[2] or against(record)
 
 
-def _interval(record: Mapping[str, Any]) -> str:
-    ends = record.get(f"{key_of(record)}_interval")
-    return " – ".join(rounded(end, half_width(record)) for end in ends) if ends else ""
-
-
 def _step(record: Mapping[str, Any]) -> int:
     return int(record["checkpoint"]["step"])
 
@@ -163,14 +160,14 @@ def _sampler(record: Mapping[str, Any]) -> str:
 
 
 def _measures(score: Score) -> list[Part]:
-    r, limit = score.record, score.record.get(f"{key_of(score.record)}_infinity")
+    r = score.record
     manifold = r.get("manifold") or {}
     measures = [manifold.get(key) for key in ("precision", "recall", "density", "coverage")]
-    cells: list[Part] = ["" if limit is None else rounded(limit, half_width(r))]
-    cells += [with_spread(r, "kid") or with_spread(r, "kernel_distance"), with_spread(r, "inception_score")]
+    cells: list[Part] = [limit(r), with_spread(r, "kid") or with_spread(r, "kernel_distance")]
+    cells.append(with_spread(r, "inception_score"))
     cells += ["" if value is None else f"{value:.3f}" for value in measures]
     cells += ["" if r.get(key) is None else digits(r[key]) for key in ("rate", "distortion")]
-    return list(cells)
+    return cells
 
 
 def _provenance(score: Score) -> list[Part]:

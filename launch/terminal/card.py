@@ -13,10 +13,9 @@ from ddpm.scoring.record import (
     Score,
     against,
     caution,
-    half_width,
+    ends,
     key_of,
     number,
-    rounded,
     sampler_words,
 )
 
@@ -94,14 +93,12 @@ def _scores(scores: list[Score]) -> str:
     ]
     for score in scores:
         r = score.record
-        ends, half = r.get(f"{key_of(r)}_interval"), half_width(r)
-        interval = " to ".join(rounded(end, half) for end in ends) if ends else "-"
         of = r.get("extractor") or {"name": "-"}  # bits per dimension have none, and no sampler
         sampler = r.get("sampler") or {"name": "-"}
         features = of["name"] + (f" (sha256 {of['weights_sha256'][:12]})" if of.get("weights_sha256") else "")
         rows.append((
-            SCORE_NAMES[key_of(r)] + caution(r), number(r), interval, sampler_words(sampler), str(r["nfe"]),
-            against(r), features, str(r.get("seed", "-")), str(r.get("created", "-"))[:10],
+            SCORE_NAMES[key_of(r)] + caution(r), number(r), " to ".join(ends(r)) or "-", sampler_words(sampler),
+            str(r["nfe"]), against(r), features, str(r.get("seed", "-")), str(r.get("created", "-"))[:10],
         ))  # fmt: skip
     return _table(rows)
 

@@ -14,7 +14,7 @@ from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
-from ddpm.scoring.record import SCORE_NAMES, caution, half_width, key_of, number, rounded, sampler_words, scores_of
+from ddpm.scoring.record import SCORE_NAMES, caution, key_of, limit, number, rounded, sampler_words, scores_of
 from launch.queue.sets import score_by, wrong_with
 from launch.terminal import console, streams
 
@@ -80,10 +80,8 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) 
         table.add_column(name, justify="left" if name in ("set", "sampler") else "right",
                          overflow="fold")  # fmt: skip
     for word, record in scores.items():
-        limit = record.get(f"{key}_infinity")
         cells = [sampler_words(record["sampler"]), str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
-        cells.append("" if record is first else _told(first, record))
-        cells.append("-" if limit is None else rounded(limit, half_width(record)))
+        cells += ["" if record is first else _told(first, record), limit(record) or "-"]
         table.add_row(*(plain(cell) for cell in (word, *cells)))
     width = None if sys.stdout.isatty() else UNCUT
     terminal = streams.drawing(sys.stdout, width=width, markup=False, highlight=False, emoji=False)

@@ -18,8 +18,9 @@ from ddpm.run.records import thin_metrics
 from ddpm.scoring.record import (
     SCORE_NAMES,
     all_scores,
-    half_width,
+    ends,
     key_of,
+    limit,
     number,
     rounded,
     scores_of,
@@ -87,12 +88,11 @@ def print_milestones(run: RunDir, *, as_json: bool) -> None:
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    key, half = key_of(record), half_width(record)
-    if half is not None:
-        low, high = (rounded(end, half) for end in record[f"{key}_interval"])
-        yield "95 %", f"{low} to {high}"
-    if (limit := record.get(f"{key}_infinity")) is not None:
-        yield "in the limit", f"{SCORE_NAMES[key]} {rounded(limit, half)}"
+    key = key_of(record)
+    if interval := ends(record):
+        yield "95 %", " to ".join(interval)
+    if of_many := limit(record):
+        yield "in the limit", f"{SCORE_NAMES[key]} {of_many}"
     for name in ("kid", "kernel_distance", "inception_score"):
         if measure := with_spread(record, name):
             yield name.replace("_", " "), measure

@@ -230,7 +230,7 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
 
 def test_words_of_a_site_that_are_no_utf_8_are_told_all_the_same(commands: Path) -> None:
     put(commands / "sbatch", r"printf 'sbatch: error: compte p\351rim\351\n' >&2; exit 1")
-    with pytest.raises(scheduler.SchedulerError, match="compte p.rim."):
+    with pytest.raises(scheduler.SchedulerError, match=r"compte p.rim."):
         slurm.run(["sbatch"])
 
 
