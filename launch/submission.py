@@ -103,7 +103,7 @@ def check_dry(asked: Asked) -> int | None:
     return prepare.num_images(config, run)
 
 
-def in_container(config: Config, site: Site, run: RunDir) -> list[str]:
+def in_container(site: Site, run: RunDir) -> list[str]:
     """The shell lines that start ranks in the profile's container; [] without a container."""
     root = run.path.parent
     return container.lines(site.container, [root, prepare.cache_of(site, root)]) if site.container.image else []

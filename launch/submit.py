@@ -189,7 +189,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
             print(f"# {line}")
         prepare.warn_of_batch(config, num)
         site = settle(site, dry_run=True)
-        box = submission.in_container(config, site, run)
+        box = submission.in_container(site, run)
         plan.print_dry_run(config, site, run, stages, num, scripts=args.verbose, in_container=box)
         return 0
     exists, start = submission.check(asked)

@@ -287,7 +287,7 @@ def _show(asked: list[Asked], site: Site, *, scripts: bool) -> int:
     one = asked[0]
     if scripts:
         print(f"# the first of them, {one.run.name}:")
-        box = submission.in_container(one.config, site, one.run)
+        box = submission.in_container(site, one.run)
         plan.print_dry_run(one.config, site, one.run, one.stages, nums[0], scripts=True, in_container=box)
         return 0
     print("# dry run: nothing was written or queued; --verbose shows all of the first")

@@ -25,8 +25,7 @@ from ddpm.run.log import counted
 from launch import prepare
 from launch.checkup.files import BY_HAND, FETCHED, is_packed
 from launch.cluster import environment
-from launch.cluster.options import load_profile
-from launch.cluster.site import Site
+from launch.cluster.options import of_profile
 from launch.terminal import console
 from tools.download import digest_of, download
 
@@ -123,17 +122,15 @@ def fetch(name: str, cache: Path, mirrors: list[str]) -> None:
 
 def compute_statistics(config: Config, cache: Path) -> None:
     """The reference's, by the config's extractor, as a scoring job would."""
-    import torch
-
     from ddpm.data import packed
+    from ddpm.network.device import as_device
     from ddpm.scoring import extractors
     from ddpm.scoring.reference import reference_of
 
     _, images = packed.pack(config.data, config.evaluate.reference, cache / "data")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = extractors.beside(cache / "data")
     name, size = config.evaluate.extractor, config.data.image_size
-    extractor = extractors.build_extractor(name, device, shared=shared, image_size=size, warn=console.warn)
+    extractor = extractors.build_extractor(name, as_device(), shared=shared, image_size=size, warn=console.warn)
     reference_of(images, extractor, cache / "data" / "reference", progress=console.show_progress("features of"))
     print(f"statistics of {counted(len(images), 'image')} by {extractor.name}: in {cache / 'data' / 'reference'}")
 
@@ -158,7 +155,7 @@ def main() -> int:
     config = reading.load(path, changes, shelf=environment.SHIPPED / "configs")
     if args.statistics and config.evaluate.reference not in ("train", "test"):
         raise RequestError(f"--statistics: evaluate.reference = {config.evaluate.reference} has its own; leave it out")
-    site = Site(**load_profile(args.profile))
+    site = of_profile(args.profile)
     root = environment.runs_root(args.root)
     cache = prepare.cache_of(site, root)
     if odd := [url for url in args.mirrors if not re.match(r"https?://[!-~]+$", url)]:

@@ -14,15 +14,14 @@ import launch.first  # noqa: F401
 import argparse
 from pathlib import Path
 
-from ddpm.config import reading, section
+from ddpm.config import reading
 from ddpm.data import packed as data
 from ddpm.errors import RequestError
 from ddpm.run.files import publishing_folder, read_signed
 from ddpm.run.log import counted
 from launch import prepare
 from launch.cluster import environment
-from launch.cluster.options import load_profile
-from launch.cluster.site import Site
+from launch.cluster.options import of_profile
 from launch.terminal import console
 
 EXAMPLES = """examples:
@@ -77,8 +76,7 @@ def main() -> int:
         raise RequestError(f"{args.folder} exists: name another folder, or remove it")
     console.check_outside_runs(args.folder, "DIR")
     config = reading.load(Path(args.config), args.overrides, shelf=environment.PROJECT / "configs")
-    site: Site = section.build(Site, load_profile(args.profile), f"profile {args.profile}")
-    cache = prepare.cache_of(site, environment.runs_root(args.root)) / "data"
+    cache = prepare.cache_of(of_profile(args.profile), environment.runs_root(args.root)) / "data"
     key, packed = data.pack(config.data, args.split, cache, progress=console.show_progress("packing"))
     num = len(packed) if args.num is None else args.num
     if not 1 <= num <= len(packed):

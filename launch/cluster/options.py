@@ -119,6 +119,12 @@ def load_profile(name: str | None) -> dict[str, Any]:
     return tree or {}
 
 
+def of_profile(name: str | None) -> Site:
+    """The site that a profile alone describes. Raises RequestError."""
+    site: Site = build(Site, load_profile(name), f"profile {name}")
+    return site
+
+
 def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:
     """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
 

@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         return [word] if word in known and "." in word else meant(word, known)
 
 
-def config_and_changes(words: list[str], root: str | None = None) -> tuple[Path, list[str], RunDir | None]:
+def config_and_changes(words: list[str], root: str | None) -> tuple[Path, list[str], RunDir | None]:
     """CONFIG and key=value of a command line: the file, the changes, and the run that was given in place of a file.
 
     Raises RequestError.

@@ -24,7 +24,7 @@ MEASURED = {(Model(dropout=0.1), 32): (8779, "one H200, bf16")}
 
 def print_dry_run(
     config: Config, site: Site, run: RunDir, stages: list[str], num_images: int | None, *,
-    scripts: bool, in_container: Sequence[str] = (),
+    scripts: bool, in_container: Sequence[str],
 ) -> None:  # fmt: skip
     """num_images: where it is known without packing; scripts: those of its jobs too.
 

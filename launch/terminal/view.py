@@ -42,14 +42,9 @@ def page(rows: list[Row], width: int, *, details: bool) -> list[str]:
 
 def show(rows: list[Row], *, details: bool) -> None:
     """Print it once."""
-    shown = page(rows, columns(), details=details)
-    print(_drawn(shown) if sys.stdout.isatty() else "\n".join(shown), file=streams.below(sys.stdout), flush=True)
-
-
-def _drawn(shown: list[str]) -> str:
-    """For a terminal, with the head in bold."""
-    head, *rest = shown
-    return "\n".join([f"\x1b[1m{head}\x1b[0m", *rest])
+    head, *rest = page(rows, columns(), details=details)
+    head = f"\x1b[1m{head}\x1b[0m" if sys.stdout.isatty() else head
+    print("\n".join([head, *rest]), file=streams.below(sys.stdout), flush=True)
 
 
 def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:

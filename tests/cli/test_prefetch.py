@@ -125,6 +125,16 @@ def test_the_files_that_it_knows_are_those_that_a_submission_fetches() -> None:
     assert set(known) == set(files.FETCHED.values())
 
 
+def test_a_profile_with_a_key_that_there_is_not_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = tmp_path / "site.yaml"
+    profile.write_text("partitoin: gpu\n")
+    monkeypatch.setattr(sys, "argv", ["prefetch.py", "--root", str(tmp_path), "--profile", str(profile)])
+    with pytest.raises(RequestError, match="did you mean 'partition'"):
+        prefetch.main()
+
+
 def test_what_was_prefetched_is_trained_sampled_and_scored_without_a_network(shell: Shell, tmp_path: Path) -> None:
     alone = ["unshare", "--user", "--map-root-user", "--net"]
     able = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
