@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from ddpm.run.files import DamagedFile
 from ddpm.sampling.shards import read_npz
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from ddpm.scoring.extractors import Extractor
     from ddpm.scoring.reference import Reference
 
