@@ -97,12 +97,7 @@ def _check_one_size(images: PackedImages, others: PackedImages, reference: Path,
         raise RequestError(f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; {way_on}")
 
 
-def gather_images(
-    images: PackedImages,
-    extractor: Extractor,
-    keep: Path | None = None,
-    progress: ShowProgress = lambda done, total: None,
-) -> Gathered:
+def gather_images(images: PackedImages, extractor: Extractor, keep: Path | None, progress: ShowProgress) -> Gathered:
     if keep is None or len(images) < 2:
         features = image_features(images.images, extractor, progress)
     else:
