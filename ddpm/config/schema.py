@@ -123,8 +123,7 @@ class Config(Section):
         images = train.total_images or (train.total_epochs or 0) * num_images
         tree = self.model_dump()
         tree["train"] |= dict.fromkeys(LENGTHS) | {"total_steps": -(-images // train.global_batch)}
-        resolved = build(Config, tree, f"a length of {counted(images, 'image')}")
-        assert isinstance(resolved, Config)
+        resolved: Config = build(Config, tree, f"a length of {counted(images, 'image')}")
         return resolved
 
     def warnings(self) -> list[str]:

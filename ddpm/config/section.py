@@ -21,10 +21,7 @@ def _listed(value: Any) -> Any:
 
 
 Ints = Annotated[tuple[int, ...], BeforeValidator(_listed)]
-
-
 Strs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-
 
 MOST = 12
 """Number of keys that a message lists."""

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ddpm.data.bounded import check_members, read_header, unread
+from ddpm.data.bounded import check_members, parse_header, read_header, unread
 from ddpm.errors import RequestError
 from ddpm.run.files import open_file, sha256_file
 from ddpm.run.log import counted
@@ -49,7 +49,7 @@ class ArrayFile(NamedTuple):
         """Each image, uint8 (H, W, 3). Raises RequestError if the file ends too early."""
         num, *shape = self.shape
         with _opened(self.path, self.key) as file:
-            _skip_header(file)
+            parse_header(file)  # which `open_array` has checked
             for index in range(num):
                 raw = _read(file, math.prod(shape), self.path)
                 if len(raw) < math.prod(shape):
@@ -169,12 +169,6 @@ def _size(path: Path, key: str | None) -> int:
         return path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         return archive.getinfo(f"{key}.npy").file_size
-
-
-def _skip_header(file: IO[bytes]) -> None:
-    """Move past the .npy header, which `open_array` has checked."""
-    first = np.lib.format.read_magic(file) == (1, 0)
-    (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
 
 
 def _read(file: IO[bytes], num: int, path: Path) -> bytes:

@@ -43,14 +43,18 @@ def read_header(file: IO[bytes], num_bytes: int) -> tuple[Any, bool, np.dtype[An
     the bytes. The file's position is undefined afterwards.
     """
     head = io.BytesIO(file.read(MOST_HEADER_BYTES))  # else as much memory as it says that its header takes
-    version = np.lib.format.read_magic(head)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"an .npy of version {version}, which no plain array has")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(head)
+    shape, fortran, dtype = parse_header(head)
     there = num_bytes - head.tell()
     if not all(type(length) is int for length in shape):
         raise ValueError(f"its header tells of the shape {shape}")
     if (due := math.prod(shape) * dtype.itemsize) != there and not dtype.hasobject:  # numpy refuses those itself
         raise ValueError(f"its header tells of {dtype} {shape}, which takes {due:,} bytes, and it holds {there:,}")
     return shape, fortran, dtype
+
+
+def parse_header(file: IO[bytes]) -> tuple[Any, bool, np.dtype[Any]]:
+    """`read_header` of a file whose header is not too long, unchecked; the file's position is then behind it."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an .npy of version {version}, which no plain array has")
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import RequestError
@@ -79,7 +80,7 @@ def labels_changed(kept: dict[str, Any] | None, here: dict[str, Any]) -> str | N
         return None
     old, new = kept.get("classes") or {}, here["classes"]
     if list(old) != list(new):
-        moved = [(i, a, b) for i, (a, b) in enumerate(_side_by_side(list(old), list(new))) if a != b]
+        moved = [(i, a, b) for i, (a, b) in enumerate(zip_longest(old, new)) if a != b]
         told = [f"class {i} was {_word(a)} and is {_word(b)} now" for i, a, b in moved[:SHOWN]]
         return "its classes changed: " + ", ".join(told) + _more(len(moved))
     counts = [
@@ -88,11 +89,6 @@ def labels_changed(kept: dict[str, Any] | None, here: dict[str, Any]) -> str | N
     if counts:
         return "images changed their class: " + ", ".join(counts[:SHOWN]) + _more(len(counts))
     return "images changed their class, and no class its number of images"
-
-
-def _side_by_side(old: list[str], new: list[str]) -> list[tuple[str | None, str | None]]:
-    num = max(len(old), len(new))
-    return [(old[i] if i < len(old) else None, new[i] if i < len(new) else None) for i in range(num)]
 
 
 def _word(name: str | None) -> str:

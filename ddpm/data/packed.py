@@ -66,6 +66,11 @@ def open_source(data: Data) -> Source:
     return sources.images(path)
 
 
+def open_images(path: Path) -> Source:
+    """The source of a folder, zip or array of images that no config names. Raises as `open_source`."""
+    return open_source(Data(name="images", path=str(path)))
+
+
 # ---------------------------------------------------------------- packing
 
 
@@ -260,7 +265,7 @@ def load_folder(path: Path) -> PackedImages:
     Raises RequestError if there are no images, damaged ones, or images of several sizes.
     """
     try:
-        source = open_source(Data(name="images", path=str(path)))
+        source = open_images(path)
         if source.array is not None:
             return as_they_are(source.array.whole(), path)
         images = [image for split in sorted(source.members) for image, _ in sources.read(source, split, None, path)]

@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpm.data.labels import labels_digest
 from ddpm.errors import Stopped
-from ddpm.run.files import DamagedFile, read_signed, sha256_json, sign, write_json
+from ddpm.run.files import DamagedFile, marks, read_signed, sha256_json, sign, write_json
 from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
@@ -79,13 +79,9 @@ class Watch:
 
     def _now(self) -> list[int] | None:
         try:
-            return _identity(self._path.stat()) if self._path else None
+            return marks(self._path.stat()) if self._path else None
         except OSError:  # gone, which takes nothing from a map
             return None
-
-
-def _identity(stat: os.stat_result) -> list[int]:
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 # ---------------------------------------------------------------- opening
@@ -176,11 +172,11 @@ def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_reques
 def _mark(stat: os.stat_result, expected: str) -> Path | None:
     """The mark of a file that was found whole; None if this machine has no place for marks: then it is always read."""
     try:
-        marks = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
+        places = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        marks.mkdir(mode=0o700, exist_ok=True)
-        if marks.lstat().st_uid != os.getuid():
+        places.mkdir(mode=0o700, exist_ok=True)
+        if places.lstat().st_uid != os.getuid():
             return None  # somebody else's
     except OSError:
         return None
-    return marks / sha256_json([boot, *_identity(stat), expected])
+    return places / sha256_json([boot, *marks(stat), expected])

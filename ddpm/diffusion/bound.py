@@ -33,13 +33,10 @@ def variational_bound(
     """(L_T, L_1 + … + L_T-1, L_0) of each image in bits per dimension: float64 (B, 3), which sum to its bound.
 
     eps_model: called with x_t in float32, once for each timestep. x_0: float64 (B, C, H, W), 256 levels in [-1, 1].
-    noise(t): returns standard normals like x_0. variance: fixed_large (beta_t) or fixed_small (the posterior's), else
-    ValueError. callback: called before each evaluation.
+    noise(t): returns standard normals like x_0. variance: as of Schedule.reverse_variance. callback: called before each
+    evaluation.
     """
-    variances = {"fixed_large": schedule.beta, "fixed_small": schedule.posterior_variance}
-    if variance not in variances:
-        raise ValueError(f"variance is {variance!r}; allowed: {', '.join(variances)}")
-    model = variances[variance].tolist()
+    model = schedule.reverse_variance(variance).tolist()
     posterior, weight = schedule.posterior_variance.tolist(), schedule.posterior_x_0.tolist()
     alpha_bar = schedule.alpha_bar.tolist()
     per_dimension = 1.0 / (math.log(2.0) * x_0[0].numel())

@@ -170,9 +170,9 @@ def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
 
 def _scalars(key: Key, step: Step) -> list[int | Tensor]:
     """Key and step as signed numbers of 32 bits, and whether the step is where it lies."""
-    on_device = isinstance(step, Tensor)
-    words = (*key, 0, 0) if isinstance(step, Tensor) else (*key, step & WORD, step >> 32)
-    signed: list[int | Tensor] = [word - (1 << 32) if word >= 1 << 31 else word for word in words]
-    if isinstance(step, Tensor):
-        signed[2] = step
-    return [*signed, on_device]
+    at = (step, 0) if isinstance(step, Tensor) else (_signed(step & WORD), step >> 32)
+    return [*map(_signed, key), *at, isinstance(step, Tensor)]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word

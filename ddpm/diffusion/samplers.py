@@ -78,10 +78,7 @@ def ancestral(schedule: Schedule, steps: int, *, eta: float = 0.0, variance: str
     (1 - alpha_bar_prev) / (1 - alpha_bar) beta_t (section 3.2 of the paper). The last step adds no noise with either.
     """
     schedule = schedule.respace(steps)
-    variances = {"fixed_large": schedule.beta, "fixed_small": schedule.posterior_variance}
-    if variance not in variances:
-        raise ValueError(f"variance is {variance!r}; allowed: {', '.join(variances)}")
-    sigma = variances[variance].sqrt()
+    sigma = schedule.reverse_variance(variance).sqrt()
     return Coefficients(schedule, schedule.posterior_x_0, schedule.posterior_x_t, sigma=sigma)
 
 

@@ -59,6 +59,14 @@ class Schedule:
             raise ValueError(f"beta at t={t} is {beta[t].item():.6g}; every beta must lie in (0, 1)")
         return cls._derive(torch.arange(len(beta)), beta, torch.cumprod(1.0 - beta, 0))
 
+    def reverse_variance(self, kind: str) -> Tensor:
+        """float64 (S,): of p(x_t-1 | x_t), by kind: fixed_large (beta_t) or fixed_small (the posterior's), else
+        ValueError."""
+        kinds = {"fixed_large": self.beta, "fixed_small": self.posterior_variance}
+        if kind not in kinds:
+            raise ValueError(f"variance is {kind!r}; allowed: {', '.join(kinds)}")
+        return kinds[kind]
+
     def respace(self, steps: int, *, keep_first: bool = True) -> Schedule:
         """The same process at `steps` of its timesteps: round(linspace(0, T-1, steps)), ties to even.
 
@@ -94,29 +102,18 @@ class Schedule:
 
 
 def build(diffusion: Diffusion) -> Schedule:
-    """The schedule that a config's `diffusion` section names. ValueError for a name or numbers that make none."""
-    if diffusion.schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {diffusion.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+    """The schedule that a config's `diffusion` section names."""
     return SCHEDULES[diffusion.schedule](diffusion)
 
 
 def linear(timesteps: int, beta_start: float, beta_end: float) -> Schedule:
-    """beta rises linearly (Ho et al. 2020, section 4); both ends are given for T = 1000 and scaled by 1000 / T.
-
-    ValueError if timesteps < 1 or a scaled beta leaves (0, 1).
-    """
-    scale = _scale(timesteps, beta_start, beta_end)
+    """beta rises linearly (Ho et al. 2020, section 4); both ends are given for T = 1000 and scaled by 1000 / T."""
     fraction = torch.arange(timesteps, dtype=torch.float64) / max(timesteps - 1, 1)
-    return Schedule.from_beta(scale * (beta_start + (beta_end - beta_start) * fraction))
+    return Schedule.from_beta(1000.0 / timesteps * (beta_start + (beta_end - beta_start) * fraction))
 
 
 def cosine(timesteps: int) -> Schedule:
-    """alpha_bar falls as a squared cosine (Nichol & Dhariwal 2021, equation 17, s = 0.008); beta is at most 0.999.
-
-    ValueError if timesteps < 1.
-    """
-    if timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; at least 1 is needed")
+    """alpha_bar falls as a squared cosine (Nichol & Dhariwal 2021, equation 17, s = 0.008); beta is at most 0.999."""
     time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     alpha_bar = torch.cos((time + 0.008) / 1.008 * (math.pi / 2)) ** 2
     return Schedule.from_beta((1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_COSINE_BETA))
@@ -126,13 +123,10 @@ def dns(timesteps: int, beta_start: float, beta_end: float, offset: float) -> Sc
     """The "dynamic negative square": beta_i = low + (high - low) ((i + offset) / (T + 1 + offset))**2, i = 0 .. T-1.
 
     low and high are beta_start and beta_end scaled by 1000 / T; neither is reached. offset: usually 5; T gives the slow
-    form. ValueError if offset is not above 0, timesteps < 1 or a scaled beta leaves (0, 1).
+    form.
     """
-    if not 0.0 < offset < math.inf:
-        raise ValueError(f"offset is {offset}; it must be above 0")
-    scale = _scale(timesteps, beta_start, beta_end)
     fraction = (torch.arange(timesteps, dtype=torch.float64) + offset) / (timesteps + 1 + offset)
-    return Schedule.from_beta(scale * (beta_start + (beta_end - beta_start) * fraction**2))
+    return Schedule.from_beta(1000.0 / timesteps * (beta_start + (beta_end - beta_start) * fraction**2))
 
 
 SCHEDULES: dict[str, Callable[[Diffusion], Schedule]] = {
@@ -140,20 +134,6 @@ SCHEDULES: dict[str, Callable[[Diffusion], Schedule]] = {
     "cosine": lambda d: cosine(d.timesteps),
     "dns": lambda d: dns(d.timesteps, d.beta_start, d.beta_end, d.dns_offset),
 }
-
-
-def _scale(timesteps: int, beta_start: float, beta_end: float) -> float:
-    """1000 / T; ValueError if timesteps < 1 or if it takes one of the ends out of (0, 1)."""
-    if timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; at least 1 is needed")
-    scale = 1000.0 / timesteps
-    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0.0 < scale * value < 1.0:
-            raise ValueError(
-                f"{name} is {value}, which 1000/timesteps scales to {scale * value:.6g}; betas must lie in (0, 1): "
-                f"with timesteps={timesteps}, {name} in (0, {timesteps / 1000:.6g})"
-            )
-    return scale
 
 
 def _shift(alpha_bar: Tensor) -> Tensor:

@@ -123,14 +123,10 @@ def _tensors(state: dict[Any, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def unwrapped(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`state` without prefixes, if that gives the names of `own`; else unchanged."""
-    return _unwrapped(own, state, WRAPPERS) or state
-
-
 def _unwrapped(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], wrappers: tuple[str, ...]
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], wrappers: tuple[str, ...] = WRAPPERS
 ) -> Mapping[str, Tensor] | None:
+    """`state` without prefixes, if that gives the names of `own`; else None."""
     if own.keys() == state.keys():
         return state
     for prefix in wrappers:
@@ -161,7 +157,7 @@ def _shape(value: Tensor) -> str:
 def fitted(network: UNet, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """`state` under the network's own names. RequestError naming `source` and the tensors that do not fit."""
     own = network.state_dict()
-    state = unwrapped(own, state)
+    state = _unwrapped(own, state) or state
     if wrong := misfits(own, state):
         more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise RequestError(

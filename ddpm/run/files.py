@@ -74,6 +74,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def marks(stat: os.stat_result) -> list[int]:
+    """What a file system tells of a file that changes when it is replaced or written to."""
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def sign(record: dict[str, Any]) -> dict[str, Any]:
     """`record` with `self_sha256`, the digest of everything else in it, which shows a flipped bit."""
     body = {k: v for k, v in record.items() if k != "self_sha256"}

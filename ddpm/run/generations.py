@@ -17,7 +17,7 @@ from typing import Any
 from ddpm.errors import RequestError
 from ddpm.run import evidence
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import DamagedFile, read_signed, sha256_file
+from ddpm.run.files import DamagedFile, marks, read_signed, sha256_file
 from ddpm.run.paths import RunDir
 from ddpm.run.records import identity
 
@@ -46,7 +46,7 @@ class _Reading(threading.Thread):
 
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)
-        self._path, self._of, self._found = path, _identity(path), ""
+        self._path, self._of, self._found = path, marks(path.stat()), ""
 
     def run(self) -> None:
         with contextlib.suppress(OSError):  # which whoever wants it meets again
@@ -55,7 +55,7 @@ class _Reading(threading.Thread):
     def found(self) -> str:
         """The digest of the file as it is now, "" where that is not known."""
         self.join()
-        return self._found if _identity(self._path) == self._of else ""
+        return self._found if marks(self._path.stat()) == self._of else ""
 
 
 _ahead: dict[Path, _Reading] = {}
@@ -68,11 +68,6 @@ def read_ahead(run: RunDir) -> None:
             reading = _Reading(run.checkpoint(step))
             reading.start()
             _ahead[run.checkpoint(step)] = reading
-
-
-def _identity(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _digest(path: Path) -> str:

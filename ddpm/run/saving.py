@@ -199,21 +199,9 @@ class Checkpointer:
                     raise
                 raise f.failed from None
         ema = {"ema_sha256": self._write_ema(state["ema"], step)} if with_ema else {}
-        manifest = {
-            "step": step,
-            "images": state["images"],
-            "file": run.checkpoint(step).name,
-            "bytes": f.size,
-            "sha256": f.sha256,
-            "config_digest": state["config_digest"],
-            "world_size": self._world_size,
-            "fence": self._fence.token,
-            "created": now(),
-            **self._identity,
-            **ema,
-            **settled_in(state),
-        }
-        write_json(run.manifest(step), sign(manifest), token=self._token, may_publish=self._fence.check)
+        by = {"world_size": self._world_size, "fence": self._fence.token, "created": now()}
+        manifest = manifest_of(state, run.checkpoint(step).name, f.size, f.sha256, **by, **self._identity, **ema)
+        write_json(run.manifest(step), manifest, token=self._token, may_publish=self._fence.check)
         with contextlib.suppress(OSError):  # the next one removes it
             begun.unlink()
         return str(f.sha256)
@@ -321,6 +309,13 @@ class Checkpointer:
 def ema_bytes(ema: Mapping[str, torch.Tensor], step: int, **said: str) -> bytes:
     """The bytes of a file of EMA weights, with its step and `said` as metadata; equal weights give equal bytes."""
     return safetensors.torch.save({k: v.contiguous() for k, v in ema.items()}, metadata={"step": str(step), **said})
+
+
+def manifest_of(state: dict[str, Any], file: str, size: int, sha256: str, **more: Any) -> dict[str, Any]:
+    """The signed manifest of a checkpoint: what of its state is told without loading it, and `more`."""
+    of_state = {"step": state["step"], "images": state["images"]}
+    of_file = {"file": file, "bytes": size, "sha256": sha256, "config_digest": state["config_digest"]}
+    return sign({**of_state, **of_file, **more, **settled_in(state)})
 
 
 def settled_in(state: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.config import reading
-from ddpm.config.data import Data
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
 from ddpm.run.files import DamagedFile
@@ -112,7 +111,7 @@ def check_for_run(run: RunDir, config: Config, name: str) -> None:
 
 def num_parts(run: RunDir, config: Config, name: str) -> int:
     """Into how many parts the features of a reference's images fall, which several tasks share. Raises RequestError."""
-    from ddpm.data.packed import open_source
+    from ddpm.data.packed import open_images, open_source
     from ddpm.scoring.statistics_file import read_statistics
 
     if name == "train" and (packed := data_of(run).get("num_images")):
@@ -123,7 +122,7 @@ def num_parts(run: RunDir, config: Config, name: str) -> int:
         images = read_statistics(path).images
         num = 0 if images is None else len(images)
     else:
-        source = open_source(Data(name="images", path=str(path)))
+        source = open_images(path)
         num = sum(source.num_images(split) for split in source.members)
     return -(-num // PART_IMAGES)
 
@@ -131,7 +130,7 @@ def num_parts(run: RunDir, config: Config, name: str) -> int:
 def check_reference(config: Config, name: str) -> None:
     """Raise RequestError if `name` is a split that the data does not have, a missing file, statistics that do not fit
     the config's extractor, or a single image."""
-    from ddpm.data.packed import open_source
+    from ddpm.data.packed import open_images, open_source
     from ddpm.scoring.statistics_file import read_statistics
 
     if name in SPLITS:
@@ -147,7 +146,7 @@ def check_reference(config: Config, name: str) -> None:
             read_statistics(path).check_fits(extractor, DIMENSIONS.get(extractor))
             return
         try:
-            found = open_source(Data(name="images", path=str(path))).members
+            found = open_images(path).members
         except RequestError as e:
             raise RequestError(f"reference = {str(e).removeprefix('data.path = ')}") from None
         listed = [image for names in found.values() for image in names]
@@ -193,13 +192,13 @@ def folder_digest(path: Path) -> str:
     time."""
     import numpy as np
 
-    from ddpm.data.packed import open_source
+    from ddpm.data.packed import open_images
     from ddpm.data.sources import read
     from ddpm.data.whole import digest_head
 
     digest = None
     try:
-        source = open_source(Data(name="images", path=str(path)))
+        source = open_images(path)
         splits = sorted(source.members)
         num = sum(source.num_images(split) for split in splits)
         for split in splits:

@@ -4,8 +4,8 @@ Owns the extractors and what identifies their features. Must not know scores, sa
 
 `inception` is pytorch-fid's network (Seitzer 2020; the weights of Heusel et al. 2017, arXiv:1706.08500) with its exact
 preprocessing, in float32. `dinov2` is the transformer of dinov2.py, `file:PATH` a network of the user's, named by its
-sha256. `random-inception` is the same network with seeded random weights, `pixels` no network at
-all: both check the wiring offline, and their numbers are no FID.
+sha256. `random-inception` is the same network with seeded random weights, `pixels` no network at all: both check the
+wiring offline, and their numbers are no FID.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def build_extractor(
         own, sha256, dim = network_file.load(Path(name.removeprefix(FILE)).expanduser(), device, image_size)
         return Extractor(file_extractor_name(sha256), dim, sha256, "its own", own, device)
     if name == "dinov2":
-        where = _found(dinov2_weights_path(), shared)
+        where = _found(hub_path(dinov2.WEIGHTS_FILE), shared)
         state, sha256 = _load_weights(where, dinov2.WEIGHTS_URL)
         transformer = _built(dinov2.build, state, where, dinov2.WEIGHTS_URL).to(device)
         return Extractor(name, state["cls_token"].shape[-1], sha256, dinov2.RESIZE, transformer, device)
     if name == "pixels":
         return Extractor(name, 3 * 16 * 16, None, "box to 16x16", _pixels, device)
     if name == "inception":
-        where = _found(inception_weights_path(), shared)
+        where = _found(hub_path(WEIGHTS_FILE), shared)
         state, sha256 = _load_weights(where, WEIGHTS_URL)
         if not sha256.startswith(PUBLISHED_SHA256_PREFIX):
             warn(f"weights={where} sha256={sha256} not the published ones: scores are frechet_distance, not fid")
@@ -206,9 +206,9 @@ def beside(cache: Path) -> Path:
     return cache.parent / "weights"
 
 
-def inception_weights_path() -> Path:
-    """Where torch's hub, and with it pytorch-fid, keeps the file."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+def hub_path(file: str) -> Path:
+    """Where torch's hub, and with it pytorch-fid, keeps a file of weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def ensure_inception_weights(shared: Path | None = None) -> Path:
@@ -217,7 +217,7 @@ def ensure_inception_weights(shared: Path | None = None) -> Path:
     shared: the folder where it is to lie, instead of torch's hub. Raises EnvironmentLacks with the URL, the place and
     the alternatives.
     """
-    path = _shared(inception_weights_path(), shared)
+    path = _shared(hub_path(WEIGHTS_FILE), shared)
     if path.exists():
         return path
     timeout = socket.getdefaulttimeout()
@@ -230,11 +230,6 @@ def ensure_inception_weights(shared: Path | None = None) -> Path:
     finally:
         socket.setdefaulttimeout(timeout)
     return path
-
-
-def dinov2_weights_path() -> Path:
-    """Where torch's hub keeps the authors' weights file."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / dinov2.WEIGHTS_FILE
 
 
 def _found(hub: Path, shared: Path | None) -> Path:
@@ -272,7 +267,7 @@ def ensure_weights(name: str, shared: Path | None = None) -> None:
     """
     if name == "inception":
         ensure_inception_weights(shared)
-    elif name == "dinov2" and not (path := _shared(dinov2_weights_path(), shared)).exists():
+    elif name == "dinov2" and not (path := _shared(hub_path(dinov2.WEIGHTS_FILE), shared)).exists():
         raise EnvironmentLacks(_lacking(path, dinov2.WEIGHTS_URL, f"are not at {path}"))
     elif name.startswith(FILE) and not Path(name.removeprefix(FILE)).expanduser().is_file():
         raise RequestError(f"evaluate.extractor = {name}: no such file")

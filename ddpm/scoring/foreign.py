@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.config.data import Data
 from ddpm.data import sources
-from ddpm.data.packed import PackedImages, as_they_are, load_folder, open_source
+from ddpm.data.packed import PackedImages, as_they_are, load_folder, open_images
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.stopping import ShowProgress
@@ -45,7 +44,7 @@ def load_images(path: Path, size: int | None = None) -> PackedImages:
 
 def _resized(path: Path, size: int) -> PackedImages:
     try:
-        source = open_source(Data(name="images", path=str(path)))
+        source = open_images(path)
         splits = sorted(source.members)
         images = np.empty((sum(map(source.num_images, splits)), size, size, 3), np.uint8)
         each = (image for split in splits for image, _ in sources.read(source, split, size, path))
@@ -98,12 +97,7 @@ def _check_one_size(images: PackedImages, others: PackedImages, reference: Path,
         raise RequestError(f"{images.name} holds images of {sizes[0]}, {reference} of {sizes[1]}; {way_on}")
 
 
-def gather_images(
-    images: PackedImages,
-    extractor: Extractor,
-    keep: Path | None = None,
-    progress: ShowProgress = lambda done, total: None,
-) -> Gathered:
+def gather_images(images: PackedImages, extractor: Extractor, keep: Path | None, progress: ShowProgress) -> Gathered:
     if keep is None or len(images) < 2:
         features = image_features(images.images, extractor, progress)
     else:

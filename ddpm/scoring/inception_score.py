@@ -17,13 +17,12 @@ SEED = 2020
 class InceptionScore:
     """Sums over features that come in the order of their samples; nothing of a sample is kept.
 
-    classifier: (classes, d), the last layer without its bias, as the score has been computed from the start. With
-    q = mean p, the mean divergence of a part is mean(p log p) - q log q, so that sums are enough.
+    num: of samples, at least SPLITS. classifier: (classes, d), the last layer without its bias, as the score has been
+    computed from the start. With q = mean p, the mean divergence of a part is mean(p log p) - q log q, so that sums are
+    enough.
     """
 
     def __init__(self, num: int, classifier: np.ndarray) -> None:
-        if num < SPLITS:
-            raise ValueError(f"an Inception Score of {num} samples: it needs at least {SPLITS}")
         ends = [i * num // SPLITS for i in range(SPLITS + 1)]
         self.part_of = np.empty(num, dtype=np.int64)
         self.part_of[np.random.RandomState(SEED).permutation(num)] = np.repeat(np.arange(SPLITS), np.diff(ends))

@@ -39,11 +39,6 @@ FEW_SAMPLES = 10_000
 """With fewer samples a Fréchet distance is mostly bias, which is said beside the number."""
 
 
-def key_for(*, published: bool) -> str:
-    """The key of a Fréchet distance: `fid` only if it is computed with the published weights."""
-    return "fid" if published else "frechet_distance"
-
-
 def key_of(record: Mapping[str, Any]) -> str:
     """The key of the record's score. KeyError if it has none."""
     for key in SCORE_NAMES:

@@ -16,7 +16,6 @@ from ddpm.scoring import interval, metrics
 from ddpm.scoring.gather import Gathered
 from ddpm.scoring.kernel_distance import kernel_distance
 from ddpm.scoring.manifold import manifold_scores
-from ddpm.scoring.record import key_for
 from ddpm.scoring.reference import Reference
 
 
@@ -25,7 +24,7 @@ def all_scores(of: Gathered, reference: Reference, *, published: bool) -> dict[s
 
     published: whether the features are those that FID, KID and Inception Score are defined with.
     """
-    fid, kid = key_for(published=published), "kid" if published else "kernel_distance"
+    fid, kid = ("fid", "kid") if published else ("frechet_distance", "kernel_distance")
     if not all(np.isfinite(values).all() for values in (of.moments.m2, reference.mu, reference.sigma)):
         raise DDPMError("the Fréchet distance is not finite: features or reference hold values that are not")
     say("computing the scores", samples=of.moments.num, dimensions=len(reference.mu))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from ddpm.run.files import DamagedFile
 from ddpm.sampling.shards import read_npz
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from ddpm.scoring.extractors import Extractor
     from ddpm.scoring.reference import Reference
 
@@ -165,5 +163,5 @@ def _wrong_count(arrays: dict[str, np.ndarray]) -> str:
     num = arrays.get("num")
     if num is None or (num.shape == () and num.dtype.kind in "iu" and 2 <= int(num) < 2**63):
         return ""
-    shown = repr(num.tolist() if num.size <= 4 else num.shape)[:60]
-    return f"num = {shown}: must be the number of its images, an integer, at least 2"
+    said = repr(num.tolist() if num.size <= 4 else num.shape)[:60]
+    return f"num = {said}: must be the number of its images, an integer, at least 2"

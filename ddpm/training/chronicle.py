@@ -112,8 +112,8 @@ class Chronicle(Silent):
         owner: dict[str, Any],
         world_size: int,
         is_milestone: Callable[[int], bool],
-        mirror: Mirror | None = None,
-        on_milestone: Callable[[], object] = lambda: None,
+        mirror: Mirror | None,
+        on_milestone: Callable[[], object],
     ) -> None:
         self._mirror = mirror or Mirror(run, config)
         self._on_milestone = on_milestone

@@ -15,7 +15,7 @@ class Meter:
     """num_images: of the dataset, by which epochs are counted. utilization: MFU of a GPU at one image a second, if
     known."""
 
-    def __init__(self, num_images: int, utilization: float | None = None) -> None:
+    def __init__(self, num_images: int, utilization: float | None) -> None:
         self._num_images, self._utilization = num_images, utilization
         self._began, self._first = time.monotonic(), 0
 

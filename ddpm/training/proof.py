@@ -19,11 +19,11 @@ from ddpm.network.build import build_model
 from ddpm.run import generations, unfinished
 from ddpm.run.events import read_events
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, now, sha256_file, sign, write_json
+from ddpm.run.files import DamagedFile, now, sha256_file, write_json
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from ddpm.run.records import identity
-from ddpm.run.saving import ema_bytes, settled_in
+from ddpm.run.saving import ema_bytes, manifest_of
 
 
 def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: Callable[[str], None]) -> None:
@@ -43,24 +43,12 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: 
     ema = {}
     if run.ema_weights(step).exists():  # whatever it holds: what it must hold is known
         ema = {"ema_sha256": hashlib.sha256(ema_bytes(state["ema"], step)).hexdigest()}
-    manifest = {
-        "step": step,
-        "images": state["images"],
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": sha256,
-        "config_digest": state["config_digest"],
-        "world_size": told[-1].get("world_size") if told else None,
-        "fence": fence.token,
-        "created": now(),
-        "rebuilt": True,
-        **(identity(run) if saved else {}),
-        **ema,
-        **settled_in(state),
-    }
+    by = {"world_size": told[-1].get("world_size") if told else None, "fence": fence.token, "created": now()}
+    own = identity(run) if saved else {}
+    manifest = manifest_of(state, path.name, path.stat().st_size, sha256, **by, rebuilt=True, **own, **ema)
     fence.check()
     unfinished.set_aside(run, [run.manifest(step)], "damaged", log)
-    write_json(run.manifest(step), sign(manifest), token=str(fence.token), may_publish=fence.check)
+    write_json(run.manifest(step), manifest, token=str(fence.token), may_publish=fence.check)
 
 
 def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:

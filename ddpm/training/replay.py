@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ddpm.data.batches import Parts
 from ddpm.training.ranks import World
-from ddpm.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from ddpm.training.step import Step
 
 Moved = tuple[Tensor, Tensor, Tensor]
 """Loss float32 (), the gradient's norm float32 (), whether both are finite bool ()."""
@@ -61,24 +63,10 @@ def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
         yield
 
 
-class Replayable(Protocol):
-    """What Replay needs of a step: how to compute it, as a whole or in two halves."""
-
-    world: World
-    state: TrainingState
-    exchange: Exchange | None
-
-    def unpacked(self, parts: Parts) -> Any: ...
-    def gradients(self, given: Any) -> Tensor: ...
-    def compute(self, given: Any) -> Moved: ...
-    def move(self, given: Any, loss: Tensor) -> Moved: ...
-    def recorded(self) -> None: ...
-
-
 class Replay:
     """A recorded step: two graphs, before and after the exchange between ranks, or one graph for a single rank."""
 
-    def __init__(self, step: Replayable, pinned: Parts) -> None:
+    def __init__(self, step: Step, pinned: Parts) -> None:
         self._static = tuple(part.to(step.world.device) for part in pinned)
         self._exchange = step.exchange
         self._first, self._second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -101,7 +89,7 @@ class Replay:
         step.recorded()
 
     @classmethod
-    def of(cls, step: Replayable, pinned: Parts) -> Replay | None:
+    def of(cls, step: Step, pinned: Parts) -> Replay | None:
         """Record the step; None, with a warning, if that fails: steps then launch kernel by kernel, as the first
         did."""
         try:

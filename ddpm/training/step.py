@@ -78,17 +78,13 @@ class Step:
             return network, exchange
         return DistributedDataParallel(network, gradient_as_bucket_view=True), None
 
-    def _batches(self) -> Batches:
-        train, data = self.config.train, self.config.data
-        attempt = self.state.at.attempt
-        return Batches(
-            self.packed, seed=self.config.seed, attempt=attempt, flip=data.flip, global_batch=train.global_batch
-        )
-
     def begin_attempt(self) -> None:
         """Use the random streams of the state's attempt from here on: called when a life resumes, and after a
         rollback."""
-        self.batches, self.ring = self._batches(), Ring()
+        config, attempt = self.config, self.state.at.attempt
+        batch, flip = config.train.global_batch, config.data.flip
+        self.batches = Batches(self.packed, seed=config.seed, attempt=attempt, global_batch=batch, flip=flip)
+        self.ring = Ring()
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.world.device)
         self._replay: Replay | None = None
         self._own: Update | None = None  # made when first used: an earlier life's compiled kernels are in place then

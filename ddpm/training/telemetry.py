@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ class Telemetry:
 
     logged_step: step of the last line before `step`; every_steps: steps between lines. A gap between lines is logged,
     unless it is `gap`, which this life has logged before.
-    config: shown in TensorBoard; None: not shown.
+    config: shown in TensorBoard.
     may_publish: called before a file appears; raises if a later job has taken the run over.
     """
 
@@ -43,11 +42,11 @@ class Telemetry:
         step: int,
         total_steps: int,
         owner: dict[str, Any],
-        logged_step: int = 0,
-        every_steps: int | None = None,
+        logged_step: int,
+        every_steps: int,
         gap: str = "",
-        config: Config | None = None,
-        may_publish: Callable[[], None] | None = None,
+        config: Config,
+        may_publish: Callable[[], None],
     ) -> None:
         self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
         self.gap, self._config = gap, config
@@ -63,7 +62,7 @@ class Telemetry:
         self._refused: dict[str, str] = {}
         self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
 
-    def _trim(self, step: int, logged_step: int, every_steps: int | None) -> None:
+    def _trim(self, step: int, logged_step: int, every_steps: int) -> None:
         """Drop lines past the resumed step, which will be written again with the same values; move unreadable lines
         aside.
 
@@ -71,7 +70,7 @@ class Telemetry:
         name.
         """
         kept = self._lines_up_to(step)
-        gap = missing_lines(kept, every_steps or step or 1, logged_step=logged_step)
+        gap = missing_lines(kept, every_steps, logged_step=logged_step)
         if gap and gap != self.gap:
             say(f"{gap}: the file was damaged; training goes on without them")
             self.gap = gap
@@ -120,12 +119,10 @@ class Telemetry:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            if self._may_publish is not None:
-                self._may_publish()  # it makes every folder of its path, also of a run that was moved away
+            self._may_publish()  # it makes every folder of its path, also of a run that was moved away
             threading.excepthook = _quiet_about_the_board
             board = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
-            if self._config is not None:
-                introduce(board, self._config, self._first_step)
+            introduce(board, self._config, self._first_step)
             for record in parse_metrics(read_bytes(self._run.metrics, LINES_BYTES) + self._unwritten)[0]:
                 if record["step"] > self._first_step:
                     add_scalars(board, record)
@@ -174,22 +171,20 @@ class Telemetry:
 
     def amend(self, step: int, fields: dict[str, Any]) -> None:
         """Add fields to the line of `step` that an earlier life wrote; called before this life's first line."""
-        amended: list[dict[str, Any]] = []
+        amended: dict[str, Any] = {}
 
         def write() -> None:
             kept = [{**r, **fields} if r["step"] == step else r for r in self._lines_up_to(self._first_step)]
             self._rewrite(kept)
             self._metrics.close()
             self._metrics = self._run.metrics.open("a+b", buffering=0)
-            amended.extend({**fields, "step": step, "time": r["time"]} for r in kept if r["step"] == step)
+            for of_step in (r for r in kept if r["step"] == step):
+                amended.update(fields, step=step, time=of_step["time"])
 
         self._try("metrics", write)
-        for record in amended:
-            say(step=f"{step}/{self._total_steps}", **_validation(record))
-            self._try("tensorboard", functools.partial(self._show_late, record))
-
-    def _show_late(self, record: dict[str, Any]) -> None:
-        add_scalars(self.board, record)
+        if amended:
+            say(step=f"{step}/{self._total_steps}", **_validation(amended))
+            self._try("tensorboard", lambda: add_scalars(self.board, amended))
 
     def _write(self) -> None:
         self._move_to_new_file()

@@ -82,15 +82,14 @@ class Trainer:
         assert (fence is None) == (events is None), "rank 0 has both, and no other has either"
         self.chronicle = Silent()
         if fence is not None and events is not None:
-            size, is_milestone = world.world_size, self.due.milestone
             self.chronicle = Chronicle(
                 config,
                 run,
                 fence,
                 events,
                 owner=owner,
-                world_size=size,
-                is_milestone=is_milestone,
+                world_size=world.world_size,
+                is_milestone=self.due.milestone,
                 mirror=mirror,
                 on_milestone=on_milestone,
             )

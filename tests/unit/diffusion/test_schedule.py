@@ -81,8 +81,6 @@ def test_a_schedule_is_built_by_its_name():
         ("dns", dns(100, 2e-4, 0.03, 7.0)),
     ):
         assert torch.equal(build(SimpleNamespace(schedule=name, **config)).beta, expected.beta)
-    with pytest.raises(ValueError, match="schedule is 'sigmoid'; allowed: linear, cosine, dns"):
-        build(SimpleNamespace(schedule="sigmoid", **config))
 
 
 @pytest.mark.parametrize("steps", [1000, 10])
@@ -159,37 +157,6 @@ def test_respacing_twice_keeps_the_original_timesteps():
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(ValueError, match=rf"steps is {steps}; .*\[1, 1000\]"):
         linear(*HO).respace(steps)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ((0, 1e-4, 0.02), "timesteps is 0"),
-        ((10, 1e-4, 0.02), "beta_end is 0.02"),
-        ((20, 1e-4, 0.02), "beta_end is 0.02"),  # exactly 1
-        ((1000, 0.0, 0.02), "beta_start is 0.0"),
-        ((1000, -0.1, 0.02), "beta_start is -0.1"),
-        ((1000, 1e-4, float("nan")), "beta_end is nan"),
-    ],
-)
-def test_betas_outside_the_unit_interval_are_refused(arguments, name):
-    with pytest.raises(ValueError, match=name):
-        linear(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: cosine(0), "timesteps is 0"),
-        (lambda: dns(0, 1e-4, 0.02, 5), "timesteps is 0"),
-        (lambda: dns(10, 1e-4, 0.02, 5), "beta_end is 0.02"),
-        (lambda: dns(1000, 1e-4, 0.02, 0), "offset is 0"),
-        (lambda: dns(1000, 1e-4, 0.02, math.inf), "offset is inf"),
-    ],
-)
-def test_impossible_cosine_and_dns_schedules_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.0, -0.1, float("nan")])

@@ -599,7 +599,7 @@ def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_p
     assert "fid" not in result  # these weights are not the published ones
     assert result["num_samples"] == num
     assert result["reference"] | {"digest": ""} == {"name": "b", "split": "all", "num_images": num, "digest": ""}
-    assert result["extractor"]["weights_sha256"] == files.sha256_file(extractors.inception_weights_path())
+    assert result["extractor"]["weights_sha256"] == files.sha256_file(extractors.hub_path(extractors.WEIGHTS_FILE))
     assert result["frechet_distance"] == pytest.approx(by(tmp_path / "a", tmp_path / "b"), rel=1e-4)
 
     # the network itself, image by image and without their preprocessing's detour through files

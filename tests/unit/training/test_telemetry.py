@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddpm.config.schema import Config
 from ddpm.errors import RunBusy
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
@@ -14,8 +15,10 @@ from ddpm.training import telemetry
 from ddpm.training.telemetry import Telemetry
 
 
-def opened(run: RunDir, step: int) -> Telemetry:
-    return Telemetry(run, step=step, total_steps=100, owner={"job": "1", "restart": 0, "host": "h"})
+def opened(run: RunDir, step: int, **options: Any) -> Telemetry:
+    usual = {"owner": {"job": "1", "restart": 0, "host": "h"}, "logged_step": 0, "every_steps": step or 1}
+    usual |= {"config": Config(), "may_publish": lambda: None}
+    return Telemetry(run, step=step, total_steps=100, **{**usual, **options})
 
 
 def line(step: int) -> dict[str, Any]:
@@ -108,13 +111,13 @@ def test_lines_that_are_missing_before_the_resumed_step_are_told(
     run: RunDir, capsys: pytest.CaptureFixture[str], kept: list[int], gap: str
 ) -> None:
     run.metrics.write_text("".join(json.dumps({**line(s), "time": "2026-11-20T09:00:00.000Z"}) + "\n" for s in kept))
-    first = Telemetry(run, step=3, total_steps=9, owner={}, logged_step=3, every_steps=1)
+    first = opened(run, 3, logged_step=3, every_steps=1)
     first.close()
     assert f"metrics.jsonl lacks lines of the steps {gap}" in capsys.readouterr().out
-    Telemetry(run, step=3, total_steps=9, owner={}, logged_step=3, every_steps=1, gap=first.gap).close()
+    opened(run, 3, logged_step=3, every_steps=1, gap=first.gap).close()
     assert "lacks" not in capsys.readouterr().out  # after a rollback, the life has told it
     run.metrics.unlink()
-    Telemetry(run, step=0, total_steps=9, owner={}, logged_step=0, every_steps=1).close()
+    opened(run, 0).close()
     assert "lacks" not in capsys.readouterr().out
 
 
@@ -317,7 +320,7 @@ def test_an_orphan_takes_nothing_along_once_it_may_not_publish(run: RunDir) -> N
         if run.fence.exists():
             raise RunBusy("a later job has it")
 
-    orphan = Telemetry(run, step=0, total_steps=9, owner={}, may_publish=lost)
+    orphan = opened(run, 0, may_publish=lost)
     orphan.log(line(1))
     run.fence.touch()
     heir = opened(run, 0)
