@@ -33,9 +33,9 @@ from ddpm.network.ema import EMA
 from ddpm.network.unet import UNet
 from ddpm.network.weights import load_network, read_metadata, read_safetensors, set_weights
 from ddpm.run import generations
-from ddpm.run.files import write_bytes
+from ddpm.run.files import DamagedFile, parse_json, read_bytes, write_bytes
 from ddpm.run.log import counted
-from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
+from ddpm.run.paths import EXPORTED_CLASSES, EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from ddpm.run.saving import ema_bytes
 from ddpm.sampling.denoiser import Denoiser, eps_of
@@ -133,7 +133,8 @@ def load(
     if path.is_file():
         return _load_file(path, config, step, weights, as_device(device), precision)
     if (path / EXPORTED_WEIGHTS).is_file() and config is None:
-        return _load_file(path / EXPORTED_WEIGHTS, path / EXPORTED_CONFIG, step, weights, as_device(device), precision)
+        weights_file, config = path / EXPORTED_WEIGHTS, path / EXPORTED_CONFIG
+        return _load_file(weights_file, config, step, weights, as_device(device), precision, _exported_classes(path))
     run = RunDir(path)
     if not run.config.is_file():
         raise RequestError(f"{path}: no run directory (it has no config.yaml), and no file of weights")
@@ -157,6 +158,17 @@ def _classes_of(run: RunDir) -> list[str]:
     return list(labels.get("classes") or {}) if isinstance(labels, dict) else []
 
 
+def _exported_classes(folder: Path) -> list[str]:
+    """The names of the classes in an exported folder; [] if it has no file of them."""
+    path = folder / EXPORTED_CLASSES
+    try:
+        return list(map(str, parse_json(read_bytes(path))))
+    except FileNotFoundError:
+        return []
+    except (OSError, DamagedFile, TypeError, ValueError):
+        raise RequestError(f"{path}: no list of class names can be read from it; export again, or remove it") from None
+
+
 def _load_file(
     path: Path,
     config: Config | str | Path | None,
@@ -164,6 +176,7 @@ def _load_file(
     weights: str | None,
     device: torch.device,
     precision: str | None,
+    classes: Sequence[str] = (),
 ) -> Model:
     run, step_of = RunDir(path.absolute().parent.parent), path.stem.removeprefix("step-")
     if path.suffix == ".pt" and step_of.isdecimal() and run.config.is_file():
@@ -182,7 +195,7 @@ def _load_file(
     network = build.build_model(config, device, precision)
     set_weights(network, state, str(path))
     try:
-        classes = list(map(str, json.loads(said["classes"])))
+        classes = classes or list(map(str, json.loads(said["classes"])))
     except (KeyError, TypeError, ValueError):
         classes = []
     return Model(config, network.eval(), precision=precision, step=saved_at, classes=classes)

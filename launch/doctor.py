@@ -78,7 +78,7 @@ def main() -> int:
         failed += [_say(finding) for finding in node.probe(site, root, args.wait_s)]
     if draft and not any(refused):
         try:
-            draft.write_text(profile.draft(site))
+            draft.write_text(profile.draft(site), encoding="utf-8")
         except OSError as e:
             raise EnvironmentLacks(
                 f"{draft} cannot be written ({e.strerror}): give a path that can, ending in .yaml"

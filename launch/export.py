@@ -22,7 +22,7 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.files import publishing_folder, sha256_file, write_bytes, write_json
 from ddpm.run.log import amount
-from ddpm.run.paths import EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
+from ddpm.run.paths import EXPORTED_CLASSES, EXPORTED_CONFIG, EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
@@ -77,7 +77,7 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))
         write_bytes(folder / EXPORTED_CONFIG, for_others(config, run).to_yaml().encode())
         if names := class_names(config, read_run(run)):
-            write_json(folder / "classes.json", names)
+            write_json(folder / EXPORTED_CLASSES, names)
         text = card(config, read_run(run), generation.manifest, sha256_file(weights), scores, name=run.name)
         write_bytes(folder / "README.md", text.encode())
     return generation.step

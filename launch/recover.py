@@ -121,14 +121,28 @@ def check(run: RunDir, *, verbose: bool) -> int:
         _print(run, told)
     _print(run, bad)
     if bad:
-        path = shlex.quote(str(run.path))
         print("What can be done:")
-        print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {path}/")
-        print(f"  make manifests                python launch/recover.py {path} --rebuild   (of what proves itself)")
-        print(f"  start over on purpose         python launch/recover.py {path} --start-over   (loses nothing)")
-    summary = f"{len(bad)} of these {len(bad) + good} do not hold" if bad else f"all {good} of these hold"
+        for what, how in remedies(run, [line.what for line in bad]):
+            print(f"  {what:30}{how}")
+    do = "does" if len(bad) == 1 else "do"
+    summary = f"{len(bad)} of these {len(bad) + good} {do} not hold" if bad else f"all {good} of these hold"
     print(f"{summary}: {way_on(run, newest)}")
     return 1 if bad else 0
+
+
+def remedies(run: RunDir, bad: list[str]) -> list[tuple[str, str]]:
+    """What can be done about what does not hold, and how: only what helps with that."""
+    path = shlex.quote(str(run.path))
+    rooms = {what.partition("/")[0] for what in bad}
+    found = [("bring back what is missing", f"rsync -a --checksum WHERE-IT-IS/ {path}/")]
+    if "checkpoints" in rooms:
+        found.append(("make manifests", f"python launch/recover.py {path} --rebuild   (of what proves itself)"))
+    if rooms & {"checkpoints", "events"} and not rooms & {"config.yaml", "run.json"}:
+        found.append(("start over on purpose", f"python launch/recover.py {path} --start-over   (loses nothing)"))
+    shards = (re.fullmatch(r"samples/([^/]+)/shard-.*", what) for what in bad)
+    for name in dict.fromkeys(shard[1] for shard in shards if shard):
+        found.append(("make damaged shards again", f"python launch/sample.py {path} --set {shlex.quote(name)}"))
+    return found
 
 
 def _print(run: RunDir, lines: list[inspection.Line]) -> None:

@@ -23,8 +23,8 @@ MAX_NAME = 100
 NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
 
 
-EXPORTED_WEIGHTS, EXPORTED_CONFIG = "model.safetensors", "config.yaml"
-"""A model without its run: two files of one folder."""
+EXPORTED_WEIGHTS, EXPORTED_CONFIG, EXPORTED_CLASSES = "model.safetensors", "config.yaml", "classes.json"
+"""A model without its run: files of one folder; classes.json lists their names, where it has some."""
 ASIDE = ".damaged-"
 """Marks the name of a damaged file that was moved away from where a score belongs."""
 

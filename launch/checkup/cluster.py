@@ -58,11 +58,9 @@ def _site(site: Site, root: Path) -> Findings:
             refused = _tried(job)
         told = f"a job to {stage}" + (f" of {counted(job.num_tasks, 'task')}" if shards else "")
         if refused:
-            yield Finding(
-                "fail",
-                f"SLURM would refuse {told}: {refused}",
-                "change what that names (--partition, --account, --qos, --time, --mem), or ask your site",
-            )
+            change = "change what that names (--partition, --account, --qos, --constraint, --time, --mem)"
+            step = scheduler.wait_for_room(refused) or f"{change}, or ask your site"
+            yield Finding("fail", f"SLURM would refuse {told}: {refused}", step)
         else:
             yield Finding("pass", f"SLURM would take {told}")
     asked = ("JobRequeue", "PreemptType", "PreemptMode", "MaxArraySize", "KillWait")
@@ -91,7 +89,7 @@ def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Fin
         told = f"without --time a job here may run for {limit or 'as long as it takes'}"
         yield judged(long, told, "give --time: shorter jobs start sooner, and a run comes back")
     if (size := int(known.get("MaxArraySize", "1001"))) > 1:
-        yield Finding("pass", f"arrays have at most {counted(size - 1, 'task')}")
+        yield Finding("pass", f"arrays have at most {counted(size, 'task')}")
     else:
         yield Finding("warn", "arrays are off", "nothing: one job makes all shards of a set")
     if (most := inquiry.most_submitted(site.qos)) is not None:

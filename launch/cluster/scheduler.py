@@ -28,6 +28,7 @@ from launch.cluster.slurm_orders import (
     make_wait,
     requeue,
     too_many,
+    wait_for_room,
 )
 from launch.cluster.slurm_questions import (
     any_cancelled,

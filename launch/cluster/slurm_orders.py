@@ -29,6 +29,12 @@ def too_many(refusal: str) -> bool:
     return bool(re.search(r"Submit\w*Limit|violates accounting/QOS policy", refusal))
 
 
+def wait_for_room(refusal: str) -> str:
+    """What to do where sbatch says that the queue has as many jobs of the user, or a group, as it may; else ""."""
+    full = re.search(r"Submit\w*Limit", refusal)
+    return "wait for one of your jobs to end, or cancel one (squeue --me); or use another --qos" if full else ""
+
+
 def requeue(job: str) -> None:
     slurm.run(["scontrol", "requeue", job], timeout_s=60)
 

@@ -105,7 +105,9 @@ def _without(bad: str, shown: scheduler.Shown, run: RunDir, error: str) -> str:
     return ",".join(filter(None, [shown.excluded, bad]))
 
 
-def _put_back(env: JobEnvironment, told: str, avoided: str, wait_s: int) -> None:
+def _put_back(env: JobEnvironment, told: str, avoided: str, wait_s: int) -> bool:
+    """Whether it is back. Raises SchedulerError."""
+
     def order() -> bool:
         if not _still_ours(env):
             return False
@@ -125,6 +127,7 @@ def _put_back(env: JobEnvironment, told: str, avoided: str, wait_s: int) -> None
         if os.getppid() != shell:
             break
         time.sleep(1)
+    return is_back
 
 
 def _delay(env: JobEnvironment, wait_s: int) -> None:
@@ -165,7 +168,16 @@ def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, a
     def order() -> str | None:
         return submit_successor(run, stage, env.job, avoided) if _still_ours(env, or_preempted=True) else None
 
-    successor = scheduler.patiently(order)
+    try:
+        successor = scheduler.patiently(order)
+    except (scheduler.NoAnswer, scheduler.NoJobId):
+        raise
+    except scheduler.SchedulerError as refused:  # such as a full queue, in which this job is one of those that fill it
+        say(f"no successor: {_in_a_line(refused)}")
+        with contextlib.suppress(scheduler.SchedulerError):
+            if _put_back(env, told, avoided, 0):
+                return
+        raise
     if successor is not None:
         _chain_waits_for(successor, env.job)
         say(f"{told} requeue is forbidden: successor job {successor}")
@@ -214,6 +226,10 @@ def _failed(run: RunDir, log: EventLog, code: int, stage: str, set_name: str, wh
     return code
 
 
+def _in_a_line(error: Exception) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines())
+
+
 def main() -> int:
     environment.supervisor_is_heard()
     streams.make_safe()
@@ -223,7 +239,7 @@ def main() -> int:
         return end(run, stage, int(code), set_name)
     except (scheduler.SchedulerError, OSError) as e:
         env = environment.current()
-        why = f"could not be put back: {e}; submit the run again"
+        why = f"could not be put back: {_in_a_line(e)}; submit the run again"
         code_left = int(code) or EXIT_REQUEUE
         return _failed(run, env.events(run), code_left, stage, set_name, why, last_words(run, stage, env))
 

@@ -72,9 +72,8 @@ def _submit(job: Job) -> str:
             f"again to go on"
         ) from None
     except scheduler.SchedulerError as e:
-        raise RequestError(
-            f"SLURM refused the {job.stage} job: {e}\n(python launch/doctor.py asks what this site takes of a job)"
-        ) from None
+        step = scheduler.wait_for_room(str(e)) or "python launch/doctor.py asks what this site takes of a job"
+        raise RequestError(f"SLURM refused the {job.stage} job: {e}\n({step})") from None
     try:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.despite:

@@ -87,8 +87,10 @@ def word(f: Facts) -> str:
         return "queued" if f.behind else "starting"
     if f.cluster and last.get("cluster", f.cluster) != f.cluster and last.get("event") != "finished":
         return "elsewhere"
-    if f.jobs is not None and _never_began(f.events, last):
-        return "cancelled"
+    if _never_began(f.events, last):
+        return "queued" if f.jobs is None else "cancelled"
+    if f.jobs is None and last.get("event") == "requeued":
+        return "queued"
     return "ended" if last else "prepared"
 
 
@@ -112,7 +114,7 @@ def _in_queue(active: dict[str, Queued]) -> str:
 
 
 def _never_began(events: list[dict[str, Any]], last: dict[str, Any]) -> bool:
-    """Whether the job that was submitted last is gone without a word: it was cancelled while it waited."""
+    """Whether nothing is heard of the job that was submitted last: it waits, or was cancelled while it did."""
     job = last.get("job")
     told = [e["event"] for e in events if e.get("job") == job]
     return last.get("event") == "submitted" and last.get("via") != "local" and told == ["submitted"]

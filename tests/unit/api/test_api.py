@@ -32,6 +32,7 @@ from ddpm.sampling.denoiser import Denoiser
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.request import CheckpointRef, from_config, publish_request
 from ddpm.sampling.shards import verify_shard
+from launch.export import export
 from tests.conftest import PROJECT
 
 CPU = torch.device("cpu")
@@ -361,6 +362,13 @@ def test_a_class_goes_by_its_name_or_its_number(tmp_path):
         model.sample(4, labels="cow")
     model.save(tmp_path / "mine.safetensors")
     assert load(tmp_path / "mine.safetensors").classes == ["cat", "dog", "eel"]
+    export(run, tmp_path / "exported", None)
+    assert load(tmp_path / "exported").classes == ["cat", "dog", "eel"]
+    (tmp_path / "exported" / "classes.json").unlink()
+    assert load(tmp_path / "exported").classes == ["0", "1", "2"]
+    (tmp_path / "exported" / "classes.json").write_text("[")
+    with pytest.raises(RequestError, match=r"classes\.json: no list of class names"):
+        load(tmp_path / "exported")
 
 
 # ---------------------------------------------------------------- samples

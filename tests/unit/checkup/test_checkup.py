@@ -11,11 +11,13 @@ import pytest
 from ddpm.config.data import Data
 from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.schema import Config
+from ddpm.config.section import build
 from ddpm.config.train import Checkpoint, Train
 from launch.checkup import cluster, files, node, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
+from launch.cluster.options import load_profile
 from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 
@@ -76,6 +78,46 @@ def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monk
     assert "time: 4h " in drafted and "account" not in drafted and "partition: gpu\n" in drafted
     monkeypatch.setattr(inquiry, "accounts", lambda: ["a", "b"])
     assert "# account: one of a, b\n" in profile.draft(Site(partition="gpu", gpus_per_node=1))
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"sbatch": {"reservation": "kürs"}, "setup": ["module load cuda"], "sample": {"time": "1h", "qos": "short"}},
+])  # fmt: skip
+def test_a_drafted_profile_keeps_what_the_checks_were_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, object]
+) -> None:
+    monkeypatch.setattr(profile, "settle", lambda site, dry_run: site.model_copy(update={"gpus_per_node": "a100:1"}))
+    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 1, True, time_limit="1-00:00:00")})
+    monkeypatch.setattr(inquiry, "accounts", lambda: ["a", "b"])
+    options = {"account": "b", "qos": "student", "constraint": "a100|h100", "time": "90m", "mem_per_cpu": "4G"}
+    asked = build(Site, {"partition": "gpu", **options, **more}, "options")
+    (tmp_path / "drafted.yaml").write_text(profile.draft(asked), encoding="utf-8")
+    drafted = load_profile(str(tmp_path / "drafted.yaml"))
+    assert build(Site, drafted, "profile") == asked.model_copy(update={"gpus_per_node": "a100:1"})
+
+
+@pytest.mark.parametrize(("size", "told"), [(1001, "1001 tasks"), (8, "8 tasks"), (1, "off")])
+def test_the_most_tasks_of_an_array_are_told_as_a_submission_takes_them(
+    monkeypatch: pytest.MonkeyPatch, size: int, told: str
+) -> None:
+    found = [f.what for f in cluster._limits(Site(time="1h"), {"MaxArraySize": str(size)}, {})]
+    assert told in found[0]
+
+
+def test_a_full_queue_is_no_reason_to_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def remedies(words: str) -> set[str]:
+        monkeypatch.setattr(cluster, "_tried", lambda job: words)
+        return {f.remedy for f in cluster._site(Site(gpus_per_node=1), Path("runs")) if f.verdict == "fail"}
+
+    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
+    monkeypatch.setattr(scheduler, "fitting", lambda job: job)
+    monkeypatch.setattr(inquiry, "settings", lambda *keys: {})
+    monkeypatch.setattr(inquiry, "of_partition", lambda name: {})
+    monkeypatch.setattr(inquiry, "most_submitted", lambda qos: None)
+    (wait,) = remedies("sbatch: error: QOSMaxSubmitJobPerUserLimit\n  error: Job violates accounting/QOS policy")
+    assert "squeue --me" in wait and "--partition" not in wait
+    (change,) = remedies("sbatch: error: Job violates accounting/QOS policy")
+    assert "--constraint" in change
 
 
 @pytest.mark.parametrize(("setup", "told"), [

@@ -283,6 +283,50 @@ def test_where_pre_emption_means_cancelling_a_pre_empted_run_has_a_successor_and
     assert (cluster.successors, cluster.requeued) == (["17", "20"], ["18", "19_3"])
 
 
+FULL = "sbatch: error: QOSMaxSubmitJobPerUserLimit\n  error: Job violates accounting/QOS policy"
+
+
+@pytest.fixture
+def refused(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue has as many jobs of the user as it may, this one among them."""
+
+    def refuse(*_: Any) -> str:
+        raise scheduler.SchedulerError(FULL)
+
+    cluster.cancels = True
+    monkeypatch.setattr(supervisor, "submit_successor", refuse)
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_pre_empted_job_whose_successor_is_refused_is_put_back_itself(
+    cluster: Cluster, shell_ends: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell_ends(75, said="75 preempted") == 75
+    assert cluster.requeued == ["17"] and "QOSMaxSubmitJobPerUserLimit; error: Job" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("why", ["forbidden", "no grace", "unclear"])
+def test_a_successors_refusal_is_the_end_where_the_job_cannot_be_put_back_or_may_have_one(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    def forbid(job: str) -> None:
+        raise scheduler.SchedulerError("scontrol: Requested operation is presently disabled")
+
+    def unclear(*_: Any) -> str:
+        raise scheduler.NoJobId(FULL)
+
+    if why == "forbidden":
+        monkeypatch.setattr(scheduler, "requeue", forbid)
+    elif why == "unclear":
+        monkeypatch.setattr(supervisor, "submit_successor", unclear)
+    else:
+        cluster.state, cluster.preempted, cluster.grace_s = "COMPLETING", True, 0
+    with pytest.raises(scheduler.SchedulerError, match="QOSMaxSubmitJobPerUserLimit"):
+        shell_ends(75, said="75 preempted")
+    assert cluster.requeued == []
+
+
 @pytest.mark.parametrize("may_requeue", [True, False])
 def test_a_job_that_pre_emption_ends_without_grace_has_a_successor(
     run: RunDir, cluster: Cluster, shell_ends: Shell, may_requeue: bool
@@ -501,7 +545,7 @@ def test_a_requeue_that_slurm_refuses_is_told(
     run: RunDir, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(job: str) -> None:
-        raise scheduler.SchedulerError("scontrol: Requested operation is presently disabled")
+        raise scheduler.SchedulerError("scontrol: Requested operation is presently disabled\n  try later")
 
     monkeypatch.setattr(scheduler, "requeue", refuse)
     monkeypatch.setattr(scheduler, "PATIENCE_S", 0)
@@ -511,6 +555,7 @@ def test_a_requeue_that_slurm_refuses_is_told(
     assert supervisor.main() == 75
     assert "could not be put back" in capsys.readouterr().out
     assert last(run)["event"] == "failed" and "submit the run again" in last(run)["reason"]
+    assert "presently disabled; try later; submit" in last(run)["reason"]  # in one line
 
 
 def break_file_system(monkeypatch: pytest.MonkeyPatch, times: int) -> None:

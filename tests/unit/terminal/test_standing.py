@@ -43,7 +43,11 @@ DONE = [*BEGUN, event("finished")]
     ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], {})),
     ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], FOLLOWS)),
     ("cancelled", Facts(CHAIN, {})),  # while it waited
-    ("ended", Facts(CHAIN, None)),  # SLURM does not answer
+    ("queued", Facts(CHAIN, None)),  # SLURM does not answer
+    ("queued", Facts([*BEGUN, event("stop_requested", reason="preempted"), event("requeued")], None)),
+    ("ended", Facts(BEGUN, None)),
+    ("elsewhere", Facts([event("submitted", "101", cluster="b", via="sbatch")], None, cluster="a")),
+    ("complete", Facts(DONE, None, finished=True)),
     ("stopped", Facts([*BEGUN, event("stop_requested", reason="STOP")], {})),
     ("stopped", Facts(BEGUN, {}, stop_file=True)),
     ("ended", Facts([*BEGUN, event("stop_requested", reason="preempted")], {})),
