@@ -23,8 +23,6 @@ _WHOLE, _PART, _LEAST = 16384, 4096, 512
 at least. A warp has a thousand of them, up to sixteen warps."""
 _MANY = 256
 """Programs that leave no multiprocessor of a large GPU idle."""
-_TWO = {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 128})
-"""So that two programs fit a multiprocessor: one reads meanwhile. Triton has the second for NVIDIA's GPUs alone."""
 _ANY = ["size", "rows", "first_counter", "bound"]
 """Numbers of which no value has a kernel of its own."""
 
@@ -265,8 +263,9 @@ def norm(
     for part in parts(len(x)):
         at, moved = of_part(x, part), None if shift is None else of_part(shift, part)
         grid, options, drop = _launch(at, moved, groups, masks, part)
-        if options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY:
-            options |= _TWO
+        many = options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY
+        if many and torch.version.hip is None:  # Triton has the second for NVIDIA's GPUs alone
+            options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads meanwhile
         with torch.cuda.device_of(x):
             _norm_kernel[grid](
                 of_part(y, part), at, _or(moved, at), weight, bias, of_part(means, part), of_part(rstds, part), *drop,
