@@ -102,7 +102,18 @@ NOBODY = {
 """How a command begins -> why no test runs it."""
 
 OTHERS_OPTIONS = {
-    *("--against", "--count", "--data", "--install", "--minutes", "--mutants", "--out", "--reduced", "--stages"),
+    *(
+        "--against",
+        "--count",
+        "--data",
+        "--install",
+        "--largest",
+        "--minutes",
+        "--mutants",
+        "--out",
+        "--reduced",
+        "--stages",
+    ),
     *("--array", "--exclusive", "--gres", "--kill-on-bad-exit", "--ntasks-per-node", "--open-mode", "--requeue"),
     *("--signal", "--samples-find-deep", "--wrap", "--index-url", "--no-index", "--find-links"),
     *("--resume", "--resume_checkpoint", "--resume_from_checkpoint", "--sandbox"),

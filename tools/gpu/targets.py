@@ -15,7 +15,6 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,4 +161,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(console.run_script(main))
+    console.run_script(main)
