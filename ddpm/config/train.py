@@ -47,8 +47,8 @@ class Train(Section):
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Autocast. auto: bf16 on a GPU that has it, fp16 (with loss scaling) on an older one, off on a CPU."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile. auto: only on a GPU that cannot use the project's own kernels, which are faster; true: instead of
-    them."""
+    """torch.compile. auto: only on a GPU that cannot use the project's own kernels, which are faster, and if it can
+    build something there; true: instead of them."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an image is trained without its label; classifier-free guidance needs more than 0."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)

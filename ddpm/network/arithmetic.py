@@ -14,6 +14,7 @@ META = torch.device("meta")
 PEAKS = {
     "B200": (2250.0, 1100.0),
     "GH200": (989.0, 494.0),
+    "H200 NVL": (835.0, 417.0),
     "H200": (989.0, 494.0),
     "H100 PCIe": (756.0, 378.0),
     "H100 NVL": (835.0, 417.0),
@@ -26,11 +27,14 @@ PEAKS = {
     "A10": (125.0, 62.5),
     "RTX 4090": (165.2, 82.6),
     "RTX 3090": (71.0, 35.6),
+    "V100-PCIE": (112.0, 14.0),
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
 """Word in a device's name (the first match counts) -> TFLOP/s by the maker's data sheet, without sparsity: in bf16 or
 fp16; in fp32, or TF32 where the device has it."""
+OTHERS = r"\bMIG\b|\b(?:RTX 3090 Ti|RTX 4090 (?:D|Laptop))\b"
+"""Names of what has such a word and computes less or more: a slice of a GPU, or another model."""
 
 
 def inputs(model: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -54,7 +58,7 @@ def forward_flops(model: UNet) -> int:
 
 def peak(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s of a device in bf16 | fp16 | off (fp32); None if it is not known."""
-    for name, (half, single) in PEAKS.items():
+    for name, (half, single) in PEAKS.items() if not re.search(OTHERS, device_name) else ():
         if re.search(rf"\b{name}\b", device_name):
             return 1e12 * (single if precision == "off" else half)
     return None

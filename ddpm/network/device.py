@@ -8,6 +8,7 @@ that is replayed beats a compiled one and loses little by being deterministic.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -66,7 +67,7 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     free = own or not gpu  # nearly so on a GPU
     resolved = Resolved(
         amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,
-        compile=kept.get("compile", gpu and not own) if train.compile == "auto" else train.compile,
+        compile=_compiles(device, own, kept) if train.compile == "auto" else train.compile,
         kernels="own" if own else "torch",
         deterministic=kept.get("deterministic", free) if train.deterministic == "auto" else train.deterministic,
         threads=kept.get("threads", threads if gpu else threads_of(config, train.global_batch, threads)),
@@ -116,6 +117,21 @@ def _own_kernels(config: Config, device: torch.device) -> bool:
     with torch.device("meta"):
         model = UNet(image_size=config.data.image_size, **config.model.model_dump())
     return fused.serve(model, device)
+
+
+def _compiles(device: torch.device, own: bool, kept: dict[str, Any]) -> bool:
+    """What train.compile=auto means; with a warning where a GPU should, and torch's compiler can build nothing for it,
+    as without a C compiler or on a GPU too old for Triton."""
+    wanted = device.type == "cuda" and not own
+    if kept or not wanted:
+        return bool(kept.get("compile", wanted))
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as e:  # of all that it calls
+        why = f"{type(e).__name__}: {e}".partition("\n")[0]
+        warnings.warn(f"nothing can be compiled for {device}, so that layers are not: {why}", stacklevel=3)
+        return False
 
 
 def apply(resolved: Resolved) -> None:

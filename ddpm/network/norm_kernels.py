@@ -263,7 +263,8 @@ def norm(
     for part in parts(len(x)):
         at, moved = of_part(x, part), None if shift is None else of_part(shift, part)
         grid, options, drop = _launch(at, moved, groups, masks, part)
-        if options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY:
+        many = options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY
+        if many and torch.version.hip is None:  # Triton has the second for NVIDIA's GPUs alone
             options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads meanwhile
         with torch.cuda.device_of(x):
             _norm_kernel[grid](

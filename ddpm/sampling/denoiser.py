@@ -87,8 +87,8 @@ class Replays:
         return replay(*given) if replay else self._eps(x_t, t, labels)
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(False), torch.no_grad():
+        graph, device = torch.cuda.CUDAGraph(), given[0].device
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # else it is of the current GPU
             static = [tensor.clone() for tensor in given]
             try:
                 with torch.cuda.graph(graph):
@@ -101,7 +101,8 @@ class Replays:
         def replay(*arguments: Tensor) -> Tensor:
             for its, argument in zip(static, arguments, strict=True):
                 its.copy_(argument)
-            graph.replay()
+            with torch.cuda.device(device):
+                graph.replay()
             return out.clone()
 
         return replay

@@ -103,7 +103,12 @@ def _node(told: dict[str, Any], said: dict[str, Any], asked_at: float, site: Sit
         yield Finding("warn", f"no {name} on {host}, which {inquiry.COMMANDS[name]}", "have a `setup` line bring it")
     if error := told.get("torch_error"):
         remedy = f"is its driver too old (nvidia-smi on {host}; README, CUDA)? Else rm -r .venv, then tools/env.sh anew"
-        yield Finding("fail", f"torch on {host}: {error}", remedy)
+        if "no kernel image" in error:
+            remedy = (
+                f"torch {told['torch']} (CUDA {told['cuda']}) is for others: README, Installing, names one for these"
+            )
+        on = f"{host}, on a {told['gpu']}" if "gpu" in told else host
+        yield Finding("fail", f"torch on {on}: {error.splitlines()[0]}", remedy)
         return
     gpus = f"{told['gpus']} x {told.get('gpu')}, NCCL {told.get('nccl')}" if told["gpus"] else "no GPU"
     parts = [f"Python {told['python']}", f"torch {told['torch']} (CUDA {told['cuda']})", gpus]

@@ -104,7 +104,8 @@ def compiling(
 
 
 def _num_kernels(folder: Path | None) -> int:
-    return 0 if folder is None else sum(1 for _ in folder.rglob("*.cubin"))
+    """Those for NVIDIA's GPUs and for AMD's."""
+    return 0 if folder is None else sum(path.suffix in (".cubin", ".hsaco") for path in folder.rglob("*"))
 
 
 def pack(folders: list[Path], kind: str) -> bytes:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ddpm.errors import DoNotRetry, NodeUnfit
-from ddpm.network.device import as_device, keep_freed_memory
+from ddpm.network.device import as_device, keep_freed_memory, name_of
 from ddpm.training.ranks import World
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
 
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+DRIVERS = {"NVIDIA": Path("/proc/driver/nvidia/gpus"), "AMD": Path("/sys/bus/pci/drivers/amdgpu")}
+"""Where the maker's driver shows a node's GPUs, by their addresses."""
+ADDRESS = "*:*:*.*"
 
 
 def one_device(env: JobEnvironment) -> torch.device:
@@ -21,20 +24,47 @@ def one_device(env: JobEnvironment) -> torch.device:
     device = as_device()
     if device.type == "cuda" and env.local_rank:
         device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # what names none is meant for it
     check(env, device)
     if device.type == "cpu":
         keep_freed_memory()
     return device
 
 
-def check(env: JobEnvironment, device: torch.device, gpus: Path = NVIDIA_GPUS) -> None:
-    """Raise NodeUnfit if SLURM gave this job GPUs, the node has them, and torch cannot use them."""
-    if device.type == "cuda" or not environment.gpus_given() or not any(gpus.glob("*")):
+def check(env: JobEnvironment, device: torch.device, drivers: Mapping[str, Path] = DRIVERS) -> None:
+    """Raise NodeUnfit if torch cannot compute on the GPU, or if it sees none, though SLURM gave this job GPUs and the
+    node has them."""
+    if device.type == "cuda":
+        if why := _fault(device):
+            raise NodeUnfit(f"torch {torch.__version__} cannot compute on the GPU of {env.host}, {why}")
         return
-    why = f"torch {torch.__version__} was built with CUDA {torch.version.cuda}: is the driver as new, nvidia-smi well?"
-    if torch.version.cuda is None:
-        why = f"torch {torch.__version__} is its CPU build: delete .venv and run tools/env.sh, or install the other"
+    makers = [maker for maker, where in drivers.items() if any(where.glob(ADDRESS))]
+    if not environment.gpus_given() or not makers:
+        return
+    cuda, hip = torch.version.cuda, torch.version.hip
+    why = f"torch {torch.__version__} is its CPU build: delete .venv and run tools/env.sh, or install the other"
+    if cuda or hip:
+        built = f"CUDA {cuda}" if cuda else f"ROCm {hip}"
+        why = f"torch {torch.__version__} was built with {built}: is the driver as new, nvidia-smi well?"
+        if ("NVIDIA" if cuda else "AMD") not in makers:
+            why = (
+                f"torch {torch.__version__} was built with {built}, and they are {makers[0]}'s: install its other build"
+            )
     raise NodeUnfit(f"{env.host} has GPUs for this job, but torch cannot use them. {why}")
+
+
+def _fault(device: torch.device) -> str:
+    """Why this GPU computes nothing: another process has it for itself, or torch has no code for it; "" if it does."""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as e:
+        why = f"a {torch.cuda.get_device_name(device)}: {str(e).splitlines()[0]}"
+        if "no kernel image" in why:
+            kinds = " ".join(torch.cuda.get_arch_list())
+            major, minor = torch.cuda.get_device_capability(device)
+            why += f" (it is sm_{major}{minor}, and this torch for {kinds}): README, Installing, names torch for others"
+        return why
+    return ""
 
 
 def check_apart(world: World, host: str) -> None:
@@ -42,7 +72,7 @@ def check_apart(world: World, host: str) -> None:
     have a GPU and others none: they would wait for each other."""
     if world.world_size == 1:
         return
-    gpu = str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else ""
+    gpu = _identity(world.device) if world.device.type == "cuda" else ""
     told = world.all_of((host, gpu))
     gpus = [gpu for _, gpu in told]
     if any(gpus) and (without := [rank for rank, gpu in enumerate(gpus) if not gpu]):
@@ -56,18 +86,34 @@ def check_apart(world: World, host: str) -> None:
             )
 
 
-def check_precision(env: JobEnvironment, device: torch.device, precision: str, *, has_bf16: bool | None = None) -> None:
-    """Raise NodeUnfit if bf16 would be emulated: seventy times slower than fp32 on a CPU that only has AVX2.
+def _identity(gpu: torch.device) -> str:
+    """Two processes of a node are on one GPU if this is the same; not each maker's UUID alone tells its GPUs apart."""
+    found = torch.cuda.get_device_properties(gpu)
+    return " ".join(str(getattr(found, name, "")) for name in ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id"))
 
-    has_bf16: whether this CPU's convolutions support it; None: ask torch.
+
+def check_precision(env: JobEnvironment, device: torch.device, precision: str, *, has_bf16: bool | None = None) -> None:
+    """Raise NodeUnfit if bf16 would be emulated: seventy times slower than fp32 on a CPU that only has AVX2, and on a
+    GPU from before 2020 without cuDNN.
+
+    has_bf16: whether this device has it; None: ask torch.
     """
-    if precision != "bf16" or device.type != "cpu":
+    if precision != "bf16":
         return
-    if has_bf16 is None:
-        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if has_bf16 is None else has_bf16
+        lacks, ask, instead = (
+            f"the {name_of(device)} of {env.host} has not",
+            "a newer GPU (--gpus-per-node a100:1)",
+            "fp16",
+        )
+    else:
+        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if has_bf16 is None else has_bf16
+        lacks = f"the CPU of {env.host} has not, and there is no GPU"
+        ask, instead = "a GPU (--gpus-per-node 1)", "off"
     if not has_bf16:
         raise NodeUnfit(
-            f"this asks for bf16, which the CPU of {env.host} has not, and there is no GPU: it would take many times "
-            f"as long as fp32. Ask for a GPU (--gpus-per-node 1) or another node (--constraint); or ask for fp32: "
-            f"train.amp=off in a new run, sample.precision=fp32 in another --set"
+            f"this asks for bf16, which {lacks}: it would take many times as long as fp32. Ask for {ask} or another "
+            f"node (--constraint); or ask for less: train.amp={instead} in a new run, sample.precision=fp32 in another "
+            f"--set"
         )

@@ -19,7 +19,7 @@ OWN = re.compile(
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
 )
 HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
-GPU_MEMORY = re.compile(r"CUDA out of memory|cuda\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
+GPU_MEMORY = re.compile(r"(?:CUDA|HIP)(?: error:)? out of memory|cuda\.OutOfMemoryError|BLAS_STATUS_ALLOC_FAILED")
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
 """SLURM's line for a job that a person cancels; for others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
 FEWER = {

@@ -154,11 +154,13 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     device.apply(resolved)
     if resolved.deterministic:  # NVLink's switches sum in no fixed order; NCCL, not in use yet, will read this
         environment.set_defaults(NCCL_NVLS_ENABLE="0")
+    now = {"device": device.name_of(world.device), "torch": torch.__version__}
     if fence is not None and not kept:
-        found = {**resolved.as_dict(), "device": device.name_of(world.device), "world_size": world.world_size}
-        _keep(run, fence, {**found, "torch": torch.__version__})
-    elif world.is_main and (first := (kept or {}).get("torch", torch.__version__)) != torch.__version__:
-        say(f"torch {torch.__version__} goes on where {first} began: the same images and noise, sums rounded otherwise")
+        _keep(run, fence, {**resolved.as_dict(), **now, "world_size": world.world_size})
+    for what, it in now.items() if world.is_main and kept else ():
+        if (first := kept.get(what, it)) != it:
+            it = f"torch {it}" if what == "torch" else it
+            say(f"{it} goes on where {first} began: the same images and noise, sums rounded otherwise")
     return resolved
 
 

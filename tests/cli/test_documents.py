@@ -66,6 +66,7 @@ ELSEWHERE = {
     "python -m tools.chaos": "tests/chaos/test_files.py",
     "python -m tools.config_docs": "tests/cli/test_documents.py",
     "python -m tools.gpu": "tests/gpu/test_stages.py",
+    "python -m tools.gpu.targets": "tests/unit/test_targets.py",
     "pip install .": "tests/unit/test_wheel.py",
     "sbatch": "tests/slurm/test_life.py",
     "scancel": "tests/slurm/test_chaos.py",
@@ -101,7 +102,18 @@ NOBODY = {
 """How a command begins -> why no test runs it."""
 
 OTHERS_OPTIONS = {
-    *("--against", "--count", "--data", "--install", "--minutes", "--mutants", "--out", "--reduced", "--stages"),
+    *(
+        "--against",
+        "--count",
+        "--data",
+        "--install",
+        "--largest",
+        "--minutes",
+        "--mutants",
+        "--out",
+        "--reduced",
+        "--stages",
+    ),
     *("--array", "--exclusive", "--gres", "--kill-on-bad-exit", "--ntasks-per-node", "--open-mode", "--requeue"),
     *("--signal", "--samples-find-deep", "--wrap", "--index-url", "--no-index", "--find-links"),
     *("--resume", "--resume_checkpoint", "--resume_from_checkpoint", "--sandbox"),

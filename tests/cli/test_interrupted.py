@@ -26,6 +26,7 @@ MODULES = [
     "tools.bench.sampler_orders",
     "tools.chaos",
     "tools.gpu",
+    "tools.gpu.targets",
 ]
 
 

@@ -70,6 +70,17 @@ def test_a_node_without_a_gpu_is_told_from_a_torch_without_cuda(cuda: str | None
     assert last.verdict == "fail" and remedy in last.remedy and "--gpus-per-node 2" in last.remedy
 
 
+@pytest.mark.parametrize(("error", "remedy"), [
+    ("CUDA error: no kernel image is available for execution on the device", "torch 2.11.0 (CUDA 13.0) is for others"),
+    ("RuntimeError: CUDA error: unknown error", "is its driver too old"),
+])  # fmt: skip
+def test_a_gpu_that_is_too_old_for_torch_is_told_from_a_driver_that_is(error: str, remedy: str) -> None:
+    now = time.time()
+    told = {"host": "n1", "sees": {}, "time": now, "lacks": [], "gpu": "Tesla V100", "cuda": "13.0", "torch": "2.11.0"}
+    last = list(node._node({**told, "torch_error": f"{error}\nFor debugging consider"}, {}, now, Site()))[-1]
+    assert last.what == f"torch on n1, on a Tesla V100: {error}" and last.remedy.startswith(remedy)
+
+
 def test_a_drafted_profile_has_what_is_known_and_times_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "settle", lambda site, dry_run: site)
     monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 1, True, time_limit="1-00:00:00")})

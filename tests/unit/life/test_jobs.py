@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,12 +120,15 @@ def test_what_a_killed_life_left_on_a_node_is_removed_and_what_a_living_one_has_
     assert [p.name for p in node.iterdir()] == [f"{compiled.PREFIX}alive"]
 
 
-def test_kernels_are_known_by_what_is_new_in_the_folder(tmp_path: Path, on_a_node: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", ["norm.cubin", "norm.hsaco"])
+def test_kernels_are_known_by_what_is_new_in_the_folder(
+    tmp_path: Path, on_a_node: Callable[..., Any], name: str
+) -> None:
     run, grown = make_run(tmp_path / "run"), []
 
     def kernel(folder: Path) -> None:
         (folder / "triton" / "ab").mkdir(parents=True, exist_ok=True)
-        (folder / "triton" / "ab" / "norm.cubin").write_text("whole")
+        (folder / "triton" / "ab" / name).write_text("whole")
 
     def asked(new: bool) -> bool:
         grown.append(new)
@@ -189,15 +193,24 @@ def test_switches_that_sum_in_any_order_are_left_out_of_a_deterministic_run_unle
     assert os.environ.get("NCCL_NVLS_ENABLE") == found
 
 
-def test_a_run_that_goes_on_with_another_torch_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_goes_on_with_another_torch_or_on_another_gpu_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "run")
     world = SimpleNamespace(is_main=True, device=torch.device("cpu"), broadcast=lambda value: value)
     life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2))
-    for first, told in ({}, False), ({"torch": torch.__version__}, False), ({"torch": "2.6.0"}, True):
+    here = {"torch": torch.__version__, "device": "cpu"}
+    for first, told in (
+        ({}, []),
+        (here, []),
+        ({"torch": "2.6.0"}, [f"torch {torch.__version__} goes on where 2.6.0 began"]),
+        ({**here, "device": "NVIDIA A100"}, ["cpu goes on where NVIDIA A100 began"]),
+    ):
         run.run_json.write_text(json.dumps({"resolved": {"amp": "off", "threads": 1, **first}}))
         with mock.patch.object(training.device, "apply"):
             training._resolved(life, make_config(), world, None)  # type: ignore[arg-type]
-        assert (f"torch {torch.__version__} goes on where 2.6.0 began" in capsys.readouterr().out) is told
+        said = capsys.readouterr().out
+        assert said.count("goes on where") == len(told) and all(words in said for words in told)
 
 
 def test_the_compiler_itself_finds_what_another_node_compiled(
@@ -301,15 +314,57 @@ def test_ranks_wait_for_the_one_that_brings_the_data_longer_than_they_wait_for_a
 # ---------------------------------------------------------------- devices
 
 
-def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("maker", "cuda", "hip", "told"), [
+    ("NVIDIA", "13.0", None, "is the driver as new"), ("AMD", None, "6.4", "is the driver as new"),
+    ("NVIDIA", None, "6.4", "and they are NVIDIA's"), ("AMD", "13.0", None, "and they are AMD's"),
+    ("AMD", None, None, "is its CPU build"),
+])  # fmt: skip
+def test_a_job_that_was_given_a_gpu_does_not_go_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: str, cuda: str | None, hip: str | None, told: str
+) -> None:
     monkeypatch.setenv("SLURM_STEP_GPUS", "0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
     env, cpu = environment.current(), torch.device("cpu")
-    devices.check(env, cpu, tmp_path)  # given by name only, as on a testbed
-    (tmp_path / "0000:01:00.0").mkdir()
-    with pytest.raises(NodeUnfit, match="torch cannot use them"):
-        devices.check(env, cpu, tmp_path)
+    there = {name: tmp_path / name for name in devices.DRIVERS}
+    devices.check(env, cpu, there)  # given by name only, as on a testbed
+    (there[maker] / "0000:01:00.0").mkdir(parents=True)
+    with pytest.raises(NodeUnfit, match=f"torch cannot use them.*{told}"):
+        devices.check(env, cpu, there)
     monkeypatch.delenv("SLURM_STEP_GPUS")
-    devices.check(env, cpu, tmp_path)  # none was asked for
+    devices.check(env, cpu, there)  # none was asked for
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    ("CUDA error: no kernel image is available for execution on the device\nFor debugging",
+     r"a Tesla V100: .* on the device \(it is sm_70, and this torch for sm_75 sm_80\): README, Installing"),
+    ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\n", r"a Tesla V100: .* busy or unavailable$"),
+])  # fmt: skip
+def test_a_gpu_on_which_torch_computes_nothing_is_told_in_a_sentence_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, error: str, told: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch, "ones", fails)
+    for name, value in {"get_device_name": "Tesla V100", "get_device_capability": (7, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    with pytest.raises(NodeUnfit, match=told):
+        devices.check(environment.current(), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [(4, 2), (1, 0)])
+def test_a_rank_computes_on_its_own_gpu_and_what_names_none_is_meant_for_it(
+    monkeypatch: pytest.MonkeyPatch, visible: int, gpu: int
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(devices, "_fault", lambda device: "")
+    env = replace(environment.current(), local_rank=2)
+    assert [devices.one_device(env)] == chosen == [torch.device("cuda", gpu)]
 
 
 @pytest.mark.parametrize(("others", "told"), [
@@ -320,13 +375,20 @@ def test_a_job_that_was_given_a_gpu_does_not_go_on_without(tmp_path: Path, monke
 def test_ranks_that_share_a_gpu_or_of_which_some_have_none_are_told_of_it_before_they_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch, others: list[tuple[str, str]], told: tuple[type[Exception], str] | None
 ) -> None:
-    uuid = SimpleNamespace(uuid="GPU-0")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: uuid)
+    monkeypatch.setattr(devices, "_identity", lambda device: "GPU-0")
     world = SimpleNamespace(world_size=4, device=torch.device("cuda", 0), all_of=lambda own: [own, *others])
     with pytest.raises(told[0], match=told[1]) if told else contextlib.nullcontext():
         devices.check_apart(world, "n1")  # type: ignore[arg-type]
     here = SimpleNamespace(world_size=4, device=torch.device("cpu"), all_of=lambda own: [own] * 4)
     devices.check_apart(here, "n1")  # type: ignore[arg-type]
+
+
+def test_gpus_that_have_no_uuid_of_their_own_are_told_apart_by_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [SimpleNamespace(uuid="0", pci_bus_id=bus) for bus in (1, 2, 2)]
+    found += [SimpleNamespace(uuid=uuid) for uuid in "12"]  # torch before 2.8 does not say where
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: found[gpu.index])
+    told = [devices._identity(torch.device("cuda", i)) for i in range(5)]
+    assert [told.index(one) for one in told] == [0, 1, 1, 3, 4]
 
 
 def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
@@ -345,14 +407,17 @@ def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
     assert polled == [tmp_path / "STOP"]
 
 
-def test_bf16_on_a_cpu_without_it_is_refused_in_words_and_elsewhere_computed() -> None:
+def test_bf16_on_a_cpu_or_a_gpu_without_it_is_refused_in_words_and_elsewhere_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     env, cpu, gpu = environment.current(), torch.device("cpu"), torch.device("cuda")
-    with pytest.raises(NodeUnfit, match=r"bf16, which the CPU of .* has not.*sample.precision=fp32"):
-        devices.check_precision(env, cpu, "bf16", has_bf16=False)
-    devices.check_precision(env, cpu, "bf16", has_bf16=True)
-    devices.check_precision(env, gpu, "bf16", has_bf16=False)
-    for precision in ("fp32", "off", "fp16"):
-        devices.check_precision(env, cpu, precision, has_bf16=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for device, told in ((cpu, "the CPU of .* has not.*train.amp=off"), (gpu, "the Tesla T4 of .*train.amp=fp16")):
+        with pytest.raises(NodeUnfit, match=rf"bf16, which {told}.*sample.precision=fp32"):
+            devices.check_precision(env, device, "bf16", has_bf16=False)
+        devices.check_precision(env, device, "bf16", has_bf16=True)
+        for precision in ("fp32", "off", "fp16"):
+            devices.check_precision(env, device, precision, has_bf16=False)
 
 
 FAULTS = """

@@ -53,6 +53,8 @@ def test_determinism_is_asked_of_a_gpu_where_own_kernels_make_it_cheap_and_of_no
 ) -> None:
     monkeypatch.setattr(device, "_own_kernels", lambda *_: own)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch, "compile", lambda work: lambda x: x)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
     gpu, config = torch.device("cuda"), make_config()
     found = device.resolve(config, gpu, 2)
     assert (found.deterministic, found.compile, found.kernels) == (own, not own, "own" if own else "torch")
@@ -61,6 +63,25 @@ def test_determinism_is_asked_of_a_gpu_where_own_kernels_make_it_cheap_and_of_no
     asked = make_config(train__deterministic=not own)
     assert device.resolve(asked, gpu, 2).deterministic is not own
     assert device.resolve(config, torch.device("cpu"), 2).deterministic
+
+
+def test_where_nothing_can_be_compiled_for_a_gpu_auto_leaves_it_with_a_warning_and_a_run_that_was_compiled_stays_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(work: object) -> object:
+        raise RuntimeError("Failed to find C compiler\nplease")
+
+    monkeypatch.setattr(device, "_own_kernels", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch, "compile", fails)
+    gpu = torch.device("cuda")
+    with pytest.warns(
+        UserWarning, match="nothing can be compiled for cuda.*: RuntimeError: Failed to find C compiler$"
+    ):
+        assert device.resolve(make_config(), gpu, 1).compile is False
+    for asked, before in ((True, False), ("auto", True)):
+        kept = {"amp": "bf16", "compile": before, "kernels": "torch"}
+        assert device.resolve(make_config(train__compile=asked), gpu, 1, kept).compile is True
 
 
 def test_a_run_of_own_kernels_whose_compiling_is_asked_for_later_is_compiled_with_those_of_torch() -> None:

@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
-from ddpm.sampling.denoiser import Denoiser
+from ddpm.sampling.denoiser import Denoiser, Replays
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.parts import Part, read_part, write_part
 from ddpm.sampling.request import Request, shard_range
@@ -505,3 +507,31 @@ def test_the_pngs_of_another_request_are_not_taken_for_this_ones(tmp_path: Path,
 def test_importing_what_a_login_node_needs_loads_no_torch() -> None:
     code = "import sys, ddpm.sampling.request, ddpm.sampling.shards; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_evaluations_are_recorded_and_replayed_on_the_gpu_of_their_images_whichever_is_current(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current, on = ["another"], []
+
+    class Graph:
+        def replay(self) -> None:
+            on.append(current[-1])
+
+    @contextlib.contextmanager
+    def recording(graph: Graph) -> Iterator[None]:
+        on.append(current[-1])
+        yield
+
+    @contextlib.contextmanager
+    def made_current(gpu: torch.device) -> Iterator[None]:
+        current.append(str(gpu))
+        yield
+        current.pop()
+
+    for name, value in {"CUDAGraph": Graph, "graph": recording, "device": made_current}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    evaluate = Replays(lambda x_t, t, labels: x_t + 1)
+    for _ in range(4):
+        evaluate(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), None)
+    assert on == ["cpu"] * 3 and current == ["another"]  # the third is recorded; it and the fourth are replayed

@@ -541,6 +541,13 @@ def test_the_share_of_a_gpus_arithmetic_is_in_the_metrics_where_the_gpu_is_known
         *(125e12, 312e12, 756e12, None, None)
     ]
     assert peak("Tesla V100-SXM2-16GB", "off") == 15.7e12
+    assert (peak("Tesla V100-PCIE-32GB", "off"), peak("NVIDIA H200 NVL", "bf16")) == (14e12, 835e12)
+    for other in (
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+    ):
+        assert peak(other, "bf16") is None
 
     run = make_run(tmp_path / "run")
     with Life(make_config(), run) as life:
