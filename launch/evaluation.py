@@ -19,7 +19,7 @@ from launch.queue.submitting import submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import follow
-from launch.terminal.results import print_score
+from launch.terminal.results import print_score, why_not
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argpar
 
     def end() -> int:
         if (code := asked.told()) is None:
-            lacks = asked.what.removeprefix("the ")
-            print(f"error: no {lacks}; python launch/logs.py {run.path} says why; the same command goes on",
-                  file=sys.stderr)  # fmt: skip
+            print(f"error: no {asked.what.removeprefix('the ')}{why_not(run, 'evaluate')}", file=sys.stderr)
         return 1 if code is None else code
 
     if (code := asked.told()) is not None:

@@ -40,6 +40,7 @@ from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
+from launch.terminal.results import why_not
 
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
@@ -291,10 +292,7 @@ def make(
             return 0
         follow.follow_jobs(run, there, [("sample", set_name)])
     if left := missing_shards(sample_set, request):
-        why = f"python launch/logs.py {run.path} says why"
-        print(
-            f"error: shards {ranges(left)} of {set_name} are missing; {why}; the same command goes on", file=sys.stderr
-        )
+        print(f"error: shards {ranges(left)} of {set_name} are missing{why_not(run, 'sample')}", file=sys.stderr)
         return 1
     return None
 

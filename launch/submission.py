@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpm.config.schema import Config, check_world_size
-from ddpm.errors import EXIT_FATAL, RequestError
-from ddpm.run.events import read_events
-from ddpm.run.log import plain
+from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.training.mirror import sync_command
 from launch import origin, prepare
@@ -28,7 +26,7 @@ from launch.cluster.site import Site
 from launch.queue import chain, directory, local
 from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
-from launch.terminal.results import print_results
+from launch.terminal.results import print_results, why_not
 
 if TYPE_CHECKING:
     from ddpm.network.start import Start
@@ -233,13 +231,10 @@ def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """The exit code after waiting, by what the run directory shows; prints the results or what is missing."""
     train, left = chain.remaining(run, config, stages)
     if train or left:
-        last = next((e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed")), {})
-        why = f": {plain(str(last['reason']))}; " if last.get("reason") else "; "
         print(
             f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
             + ("" if train else f", without what was to follow ({', '.join(left)})")
-            + f"{why}python launch/logs.py {run.path} says {'more' if last.get('reason') else 'why'}"
-            + ("" if last.get("exit_code") == EXIT_FATAL else ", and the same command goes on"),
+            + why_not(run),
             file=sys.stderr,
         )
         return 1
