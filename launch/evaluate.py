@@ -147,7 +147,7 @@ def choose_set(run: RunDir, asked: str | None) -> str:
         queued = {name: jobs_in_queue(run, "sample", name) for name in dict.fromkeys(e.get("set", "") for e in sent)}
         if told := ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs):
             raise RequestError(f"run {run.name} has no samples yet; they are in the queue: {told}")
-        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
+        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.quoted}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
         f"choose one with --set"
@@ -181,7 +181,7 @@ def main() -> int:
         return save_statistics(run, config, site, args)
     set_name = choose_set(run, args.set_name)
     if (num := own_request(run, set_name).num_samples) < LEAST_SCORED:
-        more = f"python launch/sample.py {run.path} --set OTHER --num-samples 50000"
+        more = f"python launch/sample.py {run.quoted} --set OTHER --num-samples 50000"
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}: {more}")
     reference = args.reference or config.evaluate.reference
     change = {"reference": reference, "extractor": args.extractor or config.evaluate.extractor}

@@ -149,7 +149,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     """
     if (pid := local.running(run)) is not None:
         raise RequestError(
-            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.path} "
+            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.quoted} "
             f"shows how it gets on. Wait for it, or end it ({work.to_end(run)}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")

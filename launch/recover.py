@@ -13,7 +13,6 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -121,7 +120,7 @@ def check(run: RunDir, *, verbose: bool) -> int:
         _print(run, told)
     _print(run, bad)
     if bad:
-        path = shlex.quote(str(run.path))
+        path = run.quoted
         print("What can be done:")
         print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {path}/")
         print(f"  make manifests                python launch/recover.py {path} --rebuild   (of what proves itself)")

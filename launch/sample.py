@@ -237,7 +237,7 @@ def main() -> int:
     code = 0 if args.prepare else make(run, site, sample_set, request, missing, wait=args.wait)
     if code is not None:
         if args.png and code == 0:
-            again = f"python launch/sample.py {shlex.quote(str(run.path))} --set {shlex.quote(set_name)} --png"
+            again = f"python launch/sample.py {run.quoted} --set {shlex.quote(set_name)} --png"
             print(f"no PNG files yet: {again} makes them, once the shards are done")
         return code
     print(
@@ -252,7 +252,7 @@ def main() -> int:
 
 def _by_hand(job: Job) -> str:
     if job.site.is_local:
-        return f"python launch/sample.py {shlex.quote(str(job.run.path))} --set {job.set_name}"
+        return f"python launch/sample.py {job.run.quoted} --set {job.set_name}"
     return by_hand(job)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 import sys
@@ -144,7 +143,7 @@ def begin(
         if prepare_only:
             how = "queue it with"
             if site.is_local:
-                here = f"python launch/submit.py {shlex.quote(str(run.path))} --cluster local"
+                here = f"python launch/submit.py {run.quoted} --cluster local"
                 how = f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
             print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
             return Queued([], [])

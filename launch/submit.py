@@ -13,7 +13,6 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import difflib
-import shlex
 from pathlib import Path
 
 from ddpm.config import reading
@@ -149,7 +148,7 @@ def read_config(path: Path, overrides: list[str], stages: list[str], root: Path)
 
 def _here(config: Config, run: RunDir) -> list[str]:
     """What of a config means nothing on this machine."""
-    later = f"python launch/evaluate.py {shlex.quote(str(run.path))} --all-milestones does it afterwards"
+    later = f"python launch/evaluate.py {run.quoted} --all-milestones does it afterwards"
     return [] if config.evaluate.milestones is None else [
         f"evaluate.milestones: on this machine milestones are not scored while training goes on; {later}"
     ]  # fmt: skip

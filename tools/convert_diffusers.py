@@ -359,7 +359,7 @@ def main() -> int:
     if run is not None:
         run.parent.mkdir(parents=True, exist_ok=True)
         make_run(run, config, weights)
-        print(f"{run}: sample it with\n  python launch/sample.py {run} --sampler ancestral")
+        print(f"{run}: sample it with\n  python launch/sample.py {shlex.quote(str(run))} --sampler ancestral")
     return 0
 
 

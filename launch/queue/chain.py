@@ -89,9 +89,9 @@ def lift_stop(run: RunDir) -> None:
 def ways_on(run: RunDir) -> str:
     """The end of a message: what a person can do about a run whose files are missing or damaged."""
     return (
-        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.path}/), or see what holds: python "
-        f"launch/recover.py {run.path} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
-        f"start over on purpose: python launch/recover.py {run.path} --start-over, or submit under another --name"
+        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.quoted}/), or see what holds: python "
+        f"launch/recover.py {run.quoted} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
+        f"start over on purpose: python launch/recover.py {run.quoted} --start-over, or submit under another --name"
     )
 
 
@@ -213,7 +213,7 @@ def fill_gaps(
     Returns the exit code. again: the arguments of this evaluation. round_: "ROUND:MISSING" of the round before, or "";
     gives up after MAX_ROUNDS rounds that added no shard.
     """
-    repair = f"python launch/sample.py {run.path} --set {set_name}"
+    repair = f"python launch/sample.py {run.quoted} --set {set_name}"
     lacks = f"{set_name} lacks {counted(len(missing), 'shard')} ({ranges(missing)})"
     if not env.is_scheduled:
         raise DoNotRetry(f"{lacks}: {repair}")
@@ -222,7 +222,7 @@ def fill_gaps(
     if not scheduler.available():  # as in a container
         raise DoNotRetry(
             f"{lacks}, and there is no sbatch here to have them made: on a login node {repair}, then python "
-            f"launch/evaluate.py {run.path} --set {set_name}"
+            f"launch/evaluate.py {run.quoted} --set {set_name}"
         )
     before, _, had = round_.partition(":")
     site, known = sent_where(run, env.job) or site_of(run), known_stop(run, env.job)

@@ -63,7 +63,7 @@ def why_not(run: RunDir, stage: str = "") -> str:
     do first; where nothing does, the same command goes on."""
     told = (e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed"))
     reason = next((e for e in told if stage in e.get("stage", "train")), {}).get("reason")
-    logs = f"python launch/logs.py {shlex.quote(str(run.path))} says"
+    logs = f"python launch/logs.py {run.quoted} says"
     return f": {plain(str(reason))}; {logs} more" if reason else f"; {logs} why, and the same command goes on"
 
 
