@@ -28,6 +28,7 @@ from launch.cluster.scheduler import SchedulerError
 from launch.cluster.site import Site
 from launch.queue import local, work
 from launch.queue.chain import ways_on
+from launch.queue.directory import text_of
 from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
 from launch.terminal import console, faults
 
@@ -198,6 +199,19 @@ def settle_code(run: RunDir, *, new: bool) -> None:
         told = f"{known}; this checkout has {code.differences(had, here)}"
         print(f"code: run {run.name} keeps its own, {told}. --code new takes it", file=sys.stderr)
     code.unpack(run)
+
+
+def check_read(run: RunDir, config: Config) -> None:
+    """Raise RequestError where the run's jobs have code that does not take `config`, with which it is to go on: each
+    would fail on its node."""
+    had = code.of_run(run)
+    if had is None or code.digest(had) == code.digest(code.of_checkout()) or config == reading.of_run(run):
+        return
+    if why := code.refusal(run, text_of(run, config)):
+        raise RequestError(
+            f"run {run.name} keeps its own code, {code.digest(had)}, which does not know all of this config: {why}. "
+            f"Leave that as it is, or take this checkout's code with --code new"
+        )
 
 
 def _at_work(run: RunDir) -> str:

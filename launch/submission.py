@@ -189,6 +189,7 @@ def write_down(
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:
+        prepare.check_read(run, config)
         print("".join(f"{line}\n" for line in prepare.told_of_changes(run, config)), end="")
         directory.update_run(run, config, record, told=site.notify)
         chain.lift_stop(run)

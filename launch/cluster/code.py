@@ -13,6 +13,9 @@ import hashlib
 import io
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -24,7 +27,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import TMP_PREFIX, DamagedFile, read_bytes, sha256_json, write_bytes
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
-from launch.cluster.environment import PROJECT, SHIPPED
+from launch.cluster.environment import PROJECT, SHIPPED, for_jobs
 from launch.cluster.unpacker import MAIN, mend
 
 TREES = ("ddpm", "launch", "slurm")
@@ -34,6 +37,17 @@ IMPORT = re.compile(r"^(?:from +([\w.]+) +import\b|import +([\w., \t]+))", re.M)
 MAX_BYTES = 64 << 20
 """Limit for all files together; ours have less than 2 MB."""
 UNPACKER = "launch/cluster/unpacker.py"
+READ = """
+import sys, pathlib
+from ddpm.config.reading import load
+from ddpm.errors import RequestError
+try:
+    load(pathlib.Path(sys.argv[1]))
+except RequestError as e:
+    sys.exit(print(e) or 2)
+"""
+"""Has code that lies in the working directory read a config."""
+READ_WITHIN_S = 60
 MAX_TOLD = 5
 """Number of changed files that a message names."""
 
@@ -184,6 +198,21 @@ def unpack(run: RunDir) -> Path:
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return place
+
+
+def refusal(run: RunDir, config: str) -> str:
+    """Why the run's code, which is unpacked, would not read this config.yaml, as where it knows a key or value not yet;
+    "" where it does, or cannot be asked."""
+    place = home(run)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(config)
+        try:
+            asked = subprocess.run([sys.executable, "-c", READ, path], cwd=place, env=for_jobs(place),
+                                   capture_output=True, text=True, timeout=READ_WITHIN_S)  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    return asked.stdout.strip().removeprefix(f"{path}: ") if asked.returncode == RequestError.exit_code else ""
 
 
 def last_run(run: RunDir) -> str | None:

@@ -83,8 +83,12 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
-    text = config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))
-    write_bytes(run.config, text.encode(), replace=True)  # after the record of what changes in it
+    write_bytes(run.config, text_of(run, config).encode(), replace=True)  # after the record of what changes in it
+
+
+def text_of(run: RunDir, config: Config) -> str:
+    """The config.yaml of an existing run that goes on with `config`."""
+    return config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))
 
 
 def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:
