@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import re
+import shlex
 import subprocess
 import sys
 import uuid
@@ -235,15 +238,36 @@ def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) ->
     }
 
 
+@functools.cache
 def _git() -> str | None:
-    """Commit of the project, with `+dirty` where files differ from it."""
+    """Commit of the project, with `+dirty` where files differ from it; asked, and refused, once for a whole sweep.
+
+    safe.directory: whoever runs another user's checkout trusts it. Before 2.38 git heeds this in its own files alone.
+    """
     try:
         done = subprocess.run(
-            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
+            [
+                "git",
+                "-c",
+                "safe.directory=*",
+                "-C",
+                str(PROJECT),
+                "describe",
+                "--always",
+                "--dirty=+dirty",
+                "--abbrev=40",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
+    if re.search("dubious ownership|unsafe repository", done.stderr):
+        mend = shlex.join(["git", "config", "--global", "--add", "safe.directory", str(PROJECT)])
+        print(
+            f"warning: run.json will not say which commit this is: the checkout is another user's, and git does not "
+            f"read it before {mend}",
+            file=sys.stderr,
+        )
     return done.stdout.strip() or None
