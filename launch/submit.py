@@ -13,13 +13,14 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import difflib
+import re
 from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
-from ddpm.run.paths import RunDir, check_name
+from ddpm.run.paths import RunDir, check_name, fit_name
 from launch import origin, prepare, submission, sweep
 from launch.cluster import environment
 from launch.cluster.environment import SHIPPED
@@ -97,6 +98,7 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     """
     path, overrides, run = console.config_and_changes(args.words, args.root)
     if run is not None and args.name is None:
+        _check_folder(run)
         args.name, args.root, args.base = run.name, str(run.path.parent), base_of(run, args)
     if args.name is not None:
         overrides = [o for o in overrides if not o.startswith("name=")] + [f"name={check_name(args.name)!r}"]
@@ -127,6 +129,18 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return asked, site
+
+
+def _check_folder(run: RunDir) -> None:
+    """Raise RequestError, with the command that helps, where a run's folder was given a name that no run may have."""
+    try:
+        check_name(run.name)
+    except RequestError as e:
+        to = run.path.with_name(fit_name(re.sub(r"[^A-Za-z0-9._-]+", "-", run.name).strip(".-") or "run"))
+        while to.exists():
+            to = run.path.with_name(fit_name(f"{to.name}-2"))
+        rename = f"mv {run.quoted} {RunDir(to).quoted}"
+        raise RequestError(f"{e}. While nothing of it is at work, rename it, then submit that: {rename}") from None
 
 
 def read_config(path: Path, overrides: list[str], stages: list[str], root: Path) -> Config:
