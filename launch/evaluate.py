@@ -255,7 +255,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
     check_for_run(run, config, config.evaluate.reference)
     if not args.dry_run:
         prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
-        prepare.settle_code(run, new=args.code == "new")
+        prepare.settle_code(run, args.code)
     ids: list[str] = []
     with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
         chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)

@@ -69,7 +69,7 @@ def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argpar
         print(f"{asked.what} is complete: nothing to do{asked.more}", file=sys.stderr)
         return code
     job = replace(job, despite=run.stop_mark())
-    prepare.settle_code(run, new=args.code == "new")
+    prepare.settle_code(run, args.code)
     if job.site.is_local:
         process, log = local.start(run, [job])
         with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go

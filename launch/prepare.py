@@ -163,18 +163,26 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     return bool(jobs)
 
 
-def settle_code(run: RunDir, *, new: bool) -> None:
+def settle_code(run: RunDir, take: str | None, config: Config | None = None) -> None:
     """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
-    with `--code new`. Raises RequestError where what it had is gone, or jobs are at work by it.
+    with `--code new`; with `--code DIGEST` what it had before. Raises RequestError where what it had is gone, does not
+    know all of `config` (None: the run's own), or jobs are at work by it.
+
+    take: what --code asks for.
     """
-    here = code.of_checkout()
+    here, new = code.of_checkout(), take not in (None, "kept")
     had, last = None, code.last_run(run)
     try:
         had = code.of_run(run)
     except DamagedFile:
         if not new:
             raise
+    if new and take != "new":
+        here = code.kept_before(run, str(take))
     known = last if had is None else code.digest(had)
+    runs = here if new else had
+    if runs is not None and (runs != had or config not in (None, reading.of_run(run))):
+        _check_read(run, runs, config or reading.of_run(run))
     if known is None or known == code.digest(here):
         if had is None:
             code.check(here)
@@ -183,12 +191,13 @@ def settle_code(run: RunDir, *, new: bool) -> None:
         told = code.differences(had, here) if had is not None else "what it had before is gone"
         if jobs := _at_work(run):
             raise RequestError(
-                f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
+                f"--code {take}: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
                 f"end it ({work.to_end(run)}; nothing is lost), then submit again"
             )
         code.check(here)
         code.keep(run, here)
-        print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
+        whose = "that of this checkout" if take == "new" else "what it had before"
+        print(f"code: from now on {whose}, {code.digest(here)} ({told})")
     elif had is None or last not in (None, known):
         what = "is not there" if had is None else f"holds {known}"
         raise RequestError(
@@ -201,16 +210,14 @@ def settle_code(run: RunDir, *, new: bool) -> None:
     code.unpack(run)
 
 
-def check_read(run: RunDir, config: Config) -> None:
-    """Raise RequestError where the run's jobs have code that does not take `config`, with which it is to go on: each
-    would fail on its node."""
-    had = code.of_run(run)
-    if had is None or code.digest(had) == code.digest(code.of_checkout()) or config == reading.of_run(run):
+def _check_read(run: RunDir, runs: code.Code, config: Config) -> None:
+    """Raise RequestError where the code that jobs will run does not take the config: each would fail on its node."""
+    if (named := code.digest(runs)) == code.digest(code.of_checkout()):
         return
-    if why := code.refusal(run, text_of(run, config)):
+    if why := code.refusal(run, runs, text_of(run, config)):
         raise RequestError(
-            f"run {run.name} keeps its own code, {code.digest(had)}, which does not know all of this config: {why}. "
-            f"Leave that as it is, or take this checkout's code with --code new"
+            f"jobs of run {run.name} would have its code {named}, which does not know all of this config: {why}. Leave "
+            f"that out, of {run.config} too if it is there, or take this checkout's code with --code new"
         )
 
 

@@ -225,7 +225,7 @@ def main() -> int:
     sets.tell_of_other_code(run, sample_set, request, new=args.code == "new")
     if missing:
         site = settle(site, dry_run=args.prepare)
-        prepare.settle_code(run, new=args.code == "new")
+        prepare.settle_code(run, args.code)
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)

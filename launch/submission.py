@@ -177,7 +177,7 @@ def write_down(
     if exists:
         unsaved = train and not queued and not step  # nothing was made by what it has
         by_itself = unsaved and code_asked is None and prepare.is_idle(run)
-        prepare.settle_code(run, new=code_asked == "new" or by_itself)
+        prepare.settle_code(run, "new" if by_itself else code_asked, None if queued else config)
     else:
         code.check(code.of_checkout())
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
@@ -189,12 +189,11 @@ def write_down(
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:
-        prepare.check_read(run, config)
         print("".join(f"{line}\n" for line in prepare.told_of_changes(run, config)), end="")
         directory.update_run(run, config, record, told=site.notify)
         chain.lift_stop(run)
     if not exists:
-        prepare.settle_code(run, new=False)
+        prepare.settle_code(run, None)
     print(f"run: {run.path}")
     if config.log.wandb is not None:
         print(f"wandb: unless WANDB_MODE says otherwise its metrics wait for {sync_command(run)}")

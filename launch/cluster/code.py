@@ -82,6 +82,14 @@ def earlier(run: RunDir, digest: str) -> Code | None:
         return None
 
 
+def kept_before(run: RunDir, digest: str) -> Code:
+    """Code that the run's jobs ran before, and may run again. RequestError where it is not there; DamagedFile."""
+    if (found := _packed(run.earlier_code(digest))) is not None:
+        return found
+    there = ", ".join(path.name for path in sorted(run.path.glob("code-*.zip"))) or "none"
+    raise RequestError(f"--code {digest}: of the code before, {run.path} has {there}; give one of these, kept, or new")
+
+
 def _packed(path: Path) -> Code | None:
     try:
         packed = read_bytes(path, MAX_BYTES)
@@ -182,10 +190,14 @@ def unpack(run: RunDir) -> Path:
         code = of_checkout()
         check(code)
         keep(run, code)
+    return _lay_out(run, run.code, code)
+
+
+def _lay_out(run: RunDir, packed: Path, code: Code) -> Path:
     place = _place(run, code)
     tmp = place.with_name(f"{TMP_PREFIX}{place.name}.{uuid.uuid4().hex}")
     try:
-        with zipfile.ZipFile(run.code) as archive:
+        with zipfile.ZipFile(packed) as archive:
             if not place.is_dir():  # whole or not at all
                 mend(archive, tmp)
                 with contextlib.suppress(OSError):  # another was first
@@ -200,10 +212,11 @@ def unpack(run: RunDir) -> Path:
     return place
 
 
-def refusal(run: RunDir, config: str) -> str:
-    """Why the run's code, which is unpacked, would not read this config.yaml, as where it knows a key or value not yet;
-    "" where it does, or cannot be asked."""
-    place = home(run)
+def refusal(run: RunDir, code: Code, config: str) -> str:
+    """Why the run's code, or what it had before, would not read this config.yaml, as where it knows a key or value not
+    yet; "" where it does, or cannot be asked."""
+    earlier = run.earlier_code(digest(code))
+    place = _lay_out(run, earlier if earlier.exists() else run.code, code)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(config)

@@ -52,8 +52,9 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
     run, of_log = RunDir(tmp_path / "tiny"), "ddpm/config/train.py"
     for folder in (run.checkpoints, run.events, run.logs):
         folder.mkdir(parents=True)
-    begun = "".join(line for line in load_text(run).splitlines(True) if "histogram_every_steps" not in line)
-    run.config.write_text(begun)
+    run.config.write_text(TINY)
+    begun = load(run.config).to_yaml().replace(" histogram_every_steps: null,", "")
+    assert run.config.write_text(begun) and "histogram" not in begun
     write_json(run.run_json, sign({"config_digest": load(run.config).digest(), "data": {"digest": "d", "cache": "c"}}))
     before = code.of_checkout()[of_log].decode()
     code.keep(run, {**code.of_checkout(), of_log: before.replace(NEW_KEY, "").encode()})
@@ -65,16 +66,22 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
         asked = Asked(run, config, config, [])
         submission.write_down(asked, config, Site(cluster="local"), inputs, None, code_asked=code_asked)
 
-    with pytest.raises(RequestError, match=r"its own code, .*unknown key .log.histogram_every_steps.*--code new"):
+    with pytest.raises(RequestError, match=r"its code .* unknown key .log.histogram_every_steps.*--code new"):
         submit("log.histogram_every_steps=10")
     assert run.config.read_text() == begun
     submit("train.total_steps=500")
     assert "total_steps: 500" in run.config.read_text() and "keeps its own" in capsys.readouterr().err
+    old, packed = code.digest(code.of_run(run) or {}), run.code.read_bytes()
     submit("log.histogram_every_steps=10", code_asked="new")
     assert "histogram_every_steps: 10" in run.config.read_text()
 
-
-def load_text(run: RunDir) -> str:
-    """TINY's config, as a submission writes it."""
-    run.config.write_text(TINY)
-    return load(run.config).to_yaml()
+    new = run.code.read_bytes()
+    with pytest.raises(RequestError, match=f"its code {old}, .* unknown key .log.histogram_every_steps"):
+        submit(code_asked=old)
+    with pytest.raises(RequestError, match=rf"--code {'f' * 16}: .* has code-{old}\.zip; give one of these"):
+        submit(code_asked="f" * 16)
+    assert run.code.read_bytes() == new
+    run.config.write_text(run.config.read_text().replace(" histogram_every_steps: 10,", ""))
+    submit(code_asked=old)
+    assert run.code.read_bytes() == packed and len(list(run.path.glob("code-*.zip"))) == 2
+    assert f"from now on what it had before, {old}" in capsys.readouterr().out
