@@ -64,6 +64,7 @@ OPTIONS = {
     "guidance": float,
     "seed": int,
     "weights": str,
+    "precision": str,
 }
 
 
@@ -113,7 +114,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if args.no_clip:
         asked["clip_x_0"] = False
     if there is not None:
-        kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
+        kept = (*OPTIONS, "class_plan", "clip_x_0")
         asked = {**{name: getattr(there, name) for name in kept}, **asked}
     config = reading.of_run(run)
     if args.class_plan is not None:

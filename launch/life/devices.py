@@ -69,5 +69,5 @@ def check_precision(env: JobEnvironment, device: torch.device, precision: str, *
         raise NodeUnfit(
             f"this asks for bf16, which the CPU of {env.host} has not, and there is no GPU: it would take many times "
             f"as long as fp32. Ask for a GPU (--gpus-per-node 1) or another node (--constraint); or ask for fp32: "
-            f"train.amp=off in a new run, sample.precision=fp32 in another --set"
+            f"train.amp=off in a new run, for samples --precision fp32 and another --set"
         )

@@ -347,7 +347,7 @@ def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(
 
 def test_bf16_on_a_cpu_without_it_is_refused_in_words_and_elsewhere_computed() -> None:
     env, cpu, gpu = environment.current(), torch.device("cpu"), torch.device("cuda")
-    with pytest.raises(NodeUnfit, match=r"bf16, which the CPU of .* has not.*sample.precision=fp32"):
+    with pytest.raises(NodeUnfit, match=r"bf16, which the CPU of .* has not.*--precision fp32"):
         devices.check_precision(env, cpu, "bf16", has_bf16=False)
     devices.check_precision(env, cpu, "bf16", has_bf16=True)
     devices.check_precision(env, gpu, "bf16", has_bf16=False)
