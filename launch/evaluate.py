@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Score a sample set of a run, or a folder of images."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -145,7 +143,8 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     if not names:
         sent = [e for e in read_events(run) if e["event"] == "submitted" and e.get("stage") == "sample"]
         queued = {name: jobs_in_queue(run, "sample", name) for name in dict.fromkeys(e.get("set", "") for e in sent)}
-        if told := ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs):
+        told = ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs)
+        if told:
             raise RequestError(f"run {run.name} has no samples yet; they are in the queue: {told}")
         raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.quoted}")
     raise RequestError(
@@ -180,7 +179,8 @@ def main() -> int:
     if args.save_stats:
         return save_statistics(run, config, site, args)
     set_name = choose_set(run, args.set_name)
-    if (num := own_request(run, set_name).num_samples) < LEAST_SCORED:
+    num = own_request(run, set_name).num_samples
+    if num < LEAST_SCORED:
         more = f"python launch/sample.py {run.quoted} --set OTHER --num-samples 50000"
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}: {more}")
     reference = args.reference or config.evaluate.reference

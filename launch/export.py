@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Export a run's averaged weights as a folder for others: safetensors, config, model card. `ddpm.load` reads it."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -76,7 +74,8 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
         weights = folder / EXPORTED_WEIGHTS
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))
         write_bytes(folder / EXPORTED_CONFIG, for_others(config, run).to_yaml().encode())
-        if names := class_names(config, read_run(run)):
+        names = class_names(config, read_run(run))
+        if names:
             write_json(folder / "classes.json", names)
         text = card(config, read_run(run), generation.manifest, sha256_file(weights), scores, name=run.name)
         write_bytes(folder / "README.md", text.encode())

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Sample a trained run by an array job; each shard is made once, whatever happens to its job."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -277,7 +275,8 @@ def make(
     if site.is_local:
         publish(run, sample_set, request)
         process, log = local.start(run, [job])
-        if code := follow.follow_process(run, process, log):
+        code = follow.follow_process(run, process, log)
+        if code:
             return code
     else:
         with turn(run):
@@ -292,7 +291,8 @@ def make(
         if not wait:
             return 0
         follow.follow_jobs(run, there, [("sample", set_name)])
-    if left := missing_shards(sample_set, request):
+    left = missing_shards(sample_set, request)
+    if left:
         print(f"error: shards {ranges(left)} of {set_name} are missing{why_not(run, 'sample')}", file=sys.stderr)
         return 1
     return None
@@ -300,7 +300,8 @@ def make(
 
 def queue_once(job: Job) -> list[str]:
     """The jobs that make a set: those in the queue, or a new one."""
-    if there := jobs_in_queue(job.run, "sample", job.set_name):
+    there = jobs_in_queue(job.run, "sample", job.set_name)
+    if there:
         print(f"shards of {job.set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         return there
     new, waits = submit_alone(job)

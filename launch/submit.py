@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Submit a training run and, with --then, what follows it."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -115,7 +113,8 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     found = sweep.configs(args.sweep, overrides, read) if args.sweep else [(read([]), {})]
     source = origin.asked(args.origin, args.from_weights, args.root)
     site = resolve(args, args.base)
-    limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if (why := faults.small_files()) else []
+    why = faults.small_files()
+    limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if why else []
     asked: list[Asked] = []
     warnings = [*([] if site.is_local else site.warnings()), *limit]
     for typed, of in found:
@@ -177,7 +176,8 @@ def with_absolute_paths(config: Config) -> Config:
     if evaluate.reference not in ("train", "test"):
         reference = environment.user_path(evaluate.reference, "evaluate.reference")
         evaluate = evaluate.model_copy(update={"reference": str(reference)})
-    if (path := evaluate.extractor.removeprefix(FILE)) != evaluate.extractor:
+    path = evaluate.extractor.removeprefix(FILE)
+    if path != evaluate.extractor:
         whole = environment.user_path(path, "evaluate.extractor")
         evaluate = evaluate.model_copy(update={"extractor": f"{FILE}{whole}"})
     return config.model_copy(update={"data": data, "evaluate": evaluate})
