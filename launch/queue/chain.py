@@ -127,6 +127,8 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         while refused is None and len(ids) < len(jobs):
             job, mine = jobs[len(ids)], there[len(ids)]
             try:
+                if mine and ids and ids[-1][0] in new:  # what it waited for was cancelled
+                    _wait_for(mine, ids[-1][0])
                 ids.append(mine or [submit(replace(job, after=":".join(ids[-1] if ids else after) or None))])
                 new += [] if mine else ids[-1]
             except RequestError as e:
@@ -140,7 +142,7 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         ):  # the first has begun, and found one that those were sent without
             _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
-        waits = why_it_waits(new[0], jobs[0].stage) if ids and ids[0] == new[:1] else ""
+        waits = why_it_waits(new[0], jobs[0]) if ids and ids[0] == new[:1] else ""
     except scheduler.NoAnswer:
         raise
     except Exception:
@@ -161,6 +163,13 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         stop = jobs[0].run.stop_file
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
     return [job for mine in ids for job in mine], told
+
+
+def _wait_for(later: list[str], new: str) -> None:
+    """Make jobs that are queued already wait for a new one."""
+    for job in later:
+        with contextlib.suppress(scheduler.SchedulerError):  # it has just begun, and ends by itself
+            scheduler.make_wait(job, new)
 
 
 def _catch_up(jobs: list[Job], ids: list[list[str]], late: list[str]) -> None:
