@@ -118,11 +118,13 @@ def check(run: RunDir, *, verbose: bool) -> int:
         _print(run, told)
     _print(run, bad)
     if bad:
-        path = run.quoted
+        again, lost = f"python launch/recover.py {run.quoted}", {line.what for line in bad}
         print("What can be done:")
-        print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {path}/")
-        print(f"  make manifests                python launch/recover.py {path} --rebuild   (of what proves itself)")
-        print(f"  start over on purpose         python launch/recover.py {path} --start-over   (loses nothing)")
+        print(f"  bring back what is missing    rsync -a --checksum WHERE-IT-IS/ {run.quoted}/")
+        if any(what.startswith("checkpoints/") for what in lost):
+            print(f"  make manifests                {again} --rebuild   (of what proves itself)")
+        if not lost & {"run.json", "config.yaml"}:  # without which no submission would begin it again
+            print(f"  start over on purpose         {again} --start-over   (loses nothing)")
     summary = f"{len(bad)} of these {len(bad) + good} do not hold" if bad else f"all {good} of these hold"
     print(f"{summary}: {way_on(run, newest)}")
     return 1 if bad else 0
