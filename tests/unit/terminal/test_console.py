@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from ddpm.config.reading import load
 from ddpm.errors import DoNotRetry, RequestError
@@ -24,7 +26,7 @@ from launch import submission
 from launch.cluster import scheduler, slurm
 from launch.life.decision import Evidence, decide
 from launch.queue import chain
-from launch.terminal import console, faults, follow
+from launch.terminal import console, faults, follow, inspection
 from launch.terminal.results import print_score, why_not
 from tests.cli.harness import TINY
 
@@ -77,6 +79,15 @@ def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_t
     assert why_not(run, "sample").endswith("the same command goes on")
     assert submission.outcome(run, load(run.config), []) == 1
     assert "submit again with --code new" in why and f"400: {why}; {logs} more\n" in capsys.readouterr().err
+
+
+def test_what_torch_advises_where_it_loads_a_checkpoint_not_is_not_passed_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    run.ema_weights(3).write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    torch.save({"ema": {"a": object}}, run.checkpoint(3))
+    with pytest.raises(DamagedFile, match=r"^cannot be compared with its checkpoint: Weights only load failed$"):
+        inspection._ema(run, 3)
 
 
 def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
