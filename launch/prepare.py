@@ -200,8 +200,9 @@ def settle_code(run: RunDir, take: str | None, config: Config | None = None) -> 
         print(f"code: from now on {whose}, {code.digest(here)} ({told})")
     elif had is None or last not in (None, known):
         what = "is not there" if had is None else f"holds {known}"
+        stay = f"go on with what it holds, --code {known}, " if known and run.earlier_code(known).exists() else ""
         raise RequestError(
-            f"{run.code} {what}, and jobs of the run were last sent with {last}: bring that back, or take this "
+            f"{run.code} {what}, and jobs of the run were last sent with {last}: bring that back, {stay}or take this "
             f"checkout's code, {code.digest(here)}, with --code new"
         )
     else:

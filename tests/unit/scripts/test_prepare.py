@@ -9,6 +9,7 @@ import pytest
 
 from ddpm.config.reading import load
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.events import EventLog
 from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
 from launch import prepare, submission
@@ -85,3 +86,9 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
     submit(code_asked=old)
     assert run.code.read_bytes() == packed and len(list(run.path.glob("code-*.zip"))) == 2
     assert f"from now on what it had before, {old}" in capsys.readouterr().out
+
+    EventLog(run, "17", 0, "n1").append("submitted", code=code.digest(code.of_checkout()))  # before it went back
+    with pytest.raises(RequestError, match=f"holds {old}, .* or take") as refused:
+        submit()
+    assert f"go on with what it holds, --code {old}, or" in str(refused.value)
+    submit(code_asked=old)
