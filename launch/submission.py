@@ -179,6 +179,8 @@ def write_down(
         by_itself = unsaved and code_asked is None and prepare.is_idle(run)
         prepare.settle_code(run, "new" if by_itself else code_asked, None if queued else config)
     else:
+        if code_asked not in (None, "kept", "new"):
+            code.kept_before(run, code_asked)  # of which a new run has none
         code.check(code.of_checkout())
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
     if not exists and start is not None:

@@ -87,7 +87,7 @@ def kept_before(run: RunDir, digest: str) -> Code:
     if (found := _packed(run.earlier_code(digest))) is not None:
         return found
     there = ", ".join(path.name for path in sorted(run.path.glob("code-*.zip"))) or "none"
-    raise RequestError(f"--code {digest}: of the code before, {run.path} has {there}; give one of these, kept, or new")
+    raise RequestError(f"--code {digest}: of code from before {run.path} has {there}; or give kept, or new")
 
 
 def _packed(path: Path) -> Code | None:

@@ -61,12 +61,17 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
     code.keep(run, {**code.of_checkout(), of_log: before.replace(NEW_KEY, "").encode()})
     assert NEW_KEY in before
 
-    def submit(*words: str, code_asked: str = "kept") -> None:
-        config = load(run.config, words)
+    begun_with = run.config
+
+    def submit(*words: str, code_asked: str = "kept", run: RunDir = run) -> None:
+        config = load(begun_with, words)
         inputs = {"data": {"digest": "d", "cache": "c"}, "labels": {}}
         asked = Asked(run, config, config, [])
         submission.write_down(asked, config, Site(cluster="local"), inputs, None, code_asked=code_asked)
 
+    with pytest.raises(RequestError, match=r"--code 0123456789abcdef: .* has none"):
+        submit(run=RunDir(tmp_path / "new"), code_asked="0123456789abcdef")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(RequestError, match=r"its code .* unknown key .log.histogram_every_steps.*--code new"):
         submit("log.histogram_every_steps=10")
     assert run.config.read_text() == begun
@@ -79,7 +84,7 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
     new = run.code.read_bytes()
     with pytest.raises(RequestError, match=f"its code {old}, .* unknown key .log.histogram_every_steps"):
         submit(code_asked=old)
-    with pytest.raises(RequestError, match=rf"--code {'f' * 16}: .* has code-{old}\.zip; give one of these"):
+    with pytest.raises(RequestError, match=rf"--code {'f' * 16}: .* has code-{old}\.zip; or give kept"):
         submit(code_asked="f" * 16)
     assert run.code.read_bytes() == new
     run.config.write_text(run.config.read_text().replace(" histogram_every_steps: 10,", ""))
