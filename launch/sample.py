@@ -25,7 +25,7 @@ from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.run.records import read_run
 from ddpm.run.state import finished_step
-from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
+from ddpm.sampling.request import Request, check_same, publish_request, read_request, usual_steps, withdraw_request
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path, ranges
@@ -215,6 +215,8 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
+    if sample_set.request.exists():
+        check_same(sample_set, request)
     if there is None and args.step is None and finished_step(run, config) is None:
         total = config.train.total_steps
         print(f"of step {generation.step}, the newest that is saved: training has not come to {total}", flush=True)
