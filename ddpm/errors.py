@@ -7,11 +7,15 @@ A message names the key or path, the value received, what is allowed, and the ne
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 EXIT_REQUEUE = 75
 EXIT_BUSY = 76
 EXIT_FATAL = 78
+
+GPU_MEMORY = re.compile(r"OutOfMemoryError|(?<!HOST)_ALLOC(?:ATION)?_FAILED|\b(?i:CUDA|HIP)\b.{0,20}\bout of memory")
+"""In what torch, CUDA, its libraries and Triton say where a GPU's memory is gone."""
 
 
 class DDPMError(Exception):
@@ -60,6 +64,11 @@ class Stopped(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def lacks_gpu_memory(error: BaseException) -> bool:
+    """Whether it says that a GPU's memory is gone: torch has a type for this, CUDA's libraries only words."""
+    return bool(GPU_MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Start TensorBoard for runs on this login node, on localhost and a free port; prints the ssh line that reaches it."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """End runs: waiting jobs leave the queue, running ones save and exit, and none comes back by itself."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -102,7 +100,8 @@ def main() -> int:
     told = []
     for run in runs:  # all of them first: none waits for another's end
         before = run.latest_step()
-        if found := work.end(run):
+        found = work.end(run)
+        if found:
             tell(found)
             told.append((run, found, before))
         else:

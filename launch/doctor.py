@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Check, before anything is queued, whether this account and cluster can do what a submission will ask for."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 

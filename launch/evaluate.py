@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Score a sample set of a run, or a folder of images."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -145,9 +143,10 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     if not names:
         sent = [e for e in read_events(run) if e["event"] == "submitted" and e.get("stage") == "sample"]
         queued = {name: jobs_in_queue(run, "sample", name) for name in dict.fromkeys(e.get("set", "") for e in sent)}
-        if told := ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs):
+        told = ", ".join(f"{name} as job {' '.join(jobs)}" for name, jobs in queued.items() if jobs)
+        if told:
             raise RequestError(f"run {run.name} has no samples yet; they are in the queue: {told}")
-        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.path}")
+        raise RequestError(f"run {run.name} has no samples yet: python launch/sample.py {run.quoted}")
     raise RequestError(
         (f"no sample set {asked!r}; " if asked else "") + f"run {run.name} has {', '.join(names)}: "
         f"choose one with --set"
@@ -180,8 +179,9 @@ def main() -> int:
     if args.save_stats:
         return save_statistics(run, config, site, args)
     set_name = choose_set(run, args.set_name)
-    if (num := own_request(run, set_name).num_samples) < LEAST_SCORED:
-        more = f"python launch/sample.py {run.path} --set OTHER --num-samples 50000"
+    num = own_request(run, set_name).num_samples
+    if num < LEAST_SCORED:
+        more = f"python launch/sample.py {run.quoted} --set OTHER --num-samples 50000"
         raise RequestError(f"sample set {set_name} has {num} sample: a score needs at least {LEAST_SCORED}: {more}")
     reference = args.reference or config.evaluate.reference
     change = {"reference": reference, "extractor": args.extractor or config.evaluate.extractor}
@@ -255,7 +255,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
     check_for_run(run, config, config.evaluate.reference)
     if not args.dry_run:
         prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
-        prepare.settle_code(run, new=args.code == "new")
+        prepare.settle_code(run, args.code)
     ids: list[str] = []
     with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
         chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)

@@ -19,7 +19,7 @@ from launch.queue.submitting import submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import follow
-from launch.terminal.results import print_score
+from launch.terminal.results import print_score, why_not
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,14 @@ def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argpar
 
     def end() -> int:
         if (code := asked.told()) is None:
-            lacks = asked.what.removeprefix("the ")
-            print(f"error: no {lacks}; python launch/logs.py {run.path} says why; the same command goes on",
-                  file=sys.stderr)  # fmt: skip
+            print(f"error: no {asked.what.removeprefix('the ')}{why_not(run, 'evaluate')}", file=sys.stderr)
         return 1 if code is None else code
 
     if (code := asked.told()) is not None:
         print(f"{asked.what} is complete: nothing to do{asked.more}", file=sys.stderr)
         return code
     job = replace(job, despite=run.stop_mark())
-    prepare.settle_code(run, new=args.code == "new")
+    prepare.settle_code(run, args.code)
     if job.site.is_local:
         process, log = local.start(run, [job])
         with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Export a run's averaged weights as a folder for others: safetensors, config, model card. `ddpm.load` reads it."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 

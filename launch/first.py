@@ -35,8 +35,8 @@ def lacking() -> str:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return f"this Python ({sys.executable}) lacks {', '.join(missing)}"
-    old = [f"{name} {has} (pip install '{PACKAGES.get(name, name)}>={least}')"
-           for name, least in NEEDED.items() if (has := _older(PACKAGES.get(name, name), least))]  # fmt: skip
+    has = {name: _older(PACKAGES.get(name, name), least) for name, least in NEEDED.items()}
+    old = [f"{name} {of} (pip install '{PACKAGES.get(name, name)}>={NEEDED[name]}')" for name, of in has.items() if of]
     return f"this Python ({sys.executable}) has too old {', '.join(old)}" if old else ""
 
 
@@ -55,7 +55,8 @@ def _older(package: str, least: str) -> str:
 
 def check() -> None:
     """Leave with exit code 3 and the line to type where something lacks."""
-    if told := lacking():
+    told = lacking()
+    if told:
         import shlex
 
         words = " ".join(shlex.quote(word) for word in ["python", *sys.argv])

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, RunGone, Stopped
 from ddpm.run.evidence import Incomplete
+from ddpm.run.generations import NoneHolds
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster.container import lent_by_a_process
@@ -105,7 +106,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
     if isinstance(error, RunBusy):
         say(str(error))
         return life.leave(error.exit_code, GONE if isinstance(error, RunGone) else "")
-    text = f"{error}. {ways_on(life.run)}" if isinstance(error, Incomplete) else str(error)
+    text = f"{error}. {ways_on(life.run)}" if isinstance(error, (Incomplete, NoneHolds)) else str(error)
     here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Show the log of a run's newest job, over all its restarts."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -85,7 +83,8 @@ def show(run: RunDir, args: argparse.Namespace) -> int:
     logfiles.show(files[-1], keep)
     if keep.hidden:
         print(f"({counted(keep.hidden, 'line')} of SLURM's own not shown: --all)", file=sys.stderr)
-    if others := files[:-1]:
+    others = files[:-1]
+    if others:
         last = ", ".join(path.name for path in others[-3:])
         print(f"({len(others)} older in {run.logs}: {'… ' if others[3:] else ''}{last})", file=sys.stderr)
     return 0

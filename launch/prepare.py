@@ -28,6 +28,7 @@ from launch.cluster.scheduler import SchedulerError
 from launch.cluster.site import Site
 from launch.queue import local, work
 from launch.queue.chain import ways_on
+from launch.queue.directory import text_of
 from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
 from launch.terminal import console, faults
 
@@ -149,7 +150,7 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     """
     if (pid := local.running(run)) is not None:
         raise RequestError(
-            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.path} "
+            f"run {run.name} is at work on this machine already, as pid {pid}: python launch/status.py {run.quoted} "
             f"shows how it gets on. Wait for it, or end it ({work.to_end(run)}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
@@ -162,18 +163,26 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
     return bool(jobs)
 
 
-def settle_code(run: RunDir, *, new: bool) -> None:
+def settle_code(run: RunDir, take: str | None, config: Config | None = None) -> None:
     """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
-    with `--code new`. Raises RequestError where what it had is gone, or jobs are at work by it.
+    with `--code new`; with `--code DIGEST` what it had before. Raises RequestError where what it had is gone, does not
+    know all of `config` (None: the run's own), or jobs are at work by it.
+
+    take: what --code asks for.
     """
-    here = code.of_checkout()
+    here, new = code.of_checkout(), take not in (None, "kept")
     had, last = None, code.last_run(run)
     try:
         had = code.of_run(run)
     except DamagedFile:
         if not new:
             raise
+    if new and take != "new":
+        here = code.kept_before(run, str(take))
     known = last if had is None else code.digest(had)
+    runs = here if new else had
+    if runs is not None and (runs != had or config not in (None, reading.of_run(run))):
+        _check_read(run, runs, config or reading.of_run(run))
     if known is None or known == code.digest(here):
         if had is None:
             code.check(here)
@@ -182,22 +191,35 @@ def settle_code(run: RunDir, *, new: bool) -> None:
         told = code.differences(had, here) if had is not None else "what it had before is gone"
         if jobs := _at_work(run):
             raise RequestError(
-                f"--code new: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
+                f"--code {take}: {jobs} of run {run.name} would go on with the code it was begun with. Wait for it, or "
                 f"end it ({work.to_end(run)}; nothing is lost), then submit again"
             )
         code.check(here)
         code.keep(run, here)
-        print(f"code: from now on that of this checkout, {code.digest(here)} ({told})")
+        whose = "that of this checkout" if take == "new" else "what it had before"
+        print(f"code: from now on {whose}, {code.digest(here)} ({told})")
     elif had is None or last not in (None, known):
         what = "is not there" if had is None else f"holds {known}"
+        stay = f"go on with what it holds, --code {known}, " if known and run.earlier_code(known).exists() else ""
         raise RequestError(
-            f"{run.code} {what}, and jobs of the run were last sent with {last}: bring that back, or take this "
+            f"{run.code} {what}, and jobs of the run were last sent with {last}: bring that back, {stay}or take this "
             f"checkout's code, {code.digest(here)}, with --code new"
         )
     else:
         told = f"{known}; this checkout has {code.differences(had, here)}"
         print(f"code: run {run.name} keeps its own, {told}. --code new takes it", file=sys.stderr)
     code.unpack(run)
+
+
+def _check_read(run: RunDir, runs: code.Code, config: Config) -> None:
+    """Raise RequestError where the code that jobs will run does not take the config: each would fail on its node."""
+    if (named := code.digest(runs)) == code.digest(code.of_checkout()):
+        return
+    if why := code.refusal(run, runs, text_of(run, config)):
+        raise RequestError(
+            f"jobs of run {run.name} would have its code {named}, which does not know all of this config: {why}. Leave "
+            f"that out, of {run.config} too if it is there, or take this checkout's code with --code new"
+        )
 
 
 def _at_work(run: RunDir) -> str:

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Check a run file by file, and repair one that was copied in part, purged or damaged."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -132,7 +130,7 @@ def check(run: RunDir, *, verbose: bool) -> int:
 
 def remedies(run: RunDir, bad: list[str]) -> list[tuple[str, str]]:
     """What can be done about what does not hold, and how: only what helps with that."""
-    path = shlex.quote(str(run.path))
+    path = run.quoted
     rooms = {what.partition("/")[0] for what in bad}
     found = [("bring back what is missing", f"rsync -a --checksum WHERE-IT-IS/ {path}/")]
     if "checkpoints" in rooms:
@@ -154,7 +152,8 @@ def _print(run: RunDir, lines: list[inspection.Line]) -> None:
 def way_on(run: RunDir, newest: int) -> str:
     """What a submission of the run would do now. newest: the step of its newest checkpoint that holds, or 0."""
     try:
-        if other := borrowing.reads(run):
+        other = borrowing.reads(run)
+        if other:
             return f"it reads the checkpoints of {other}, and is sampled and scored here"
         generations.check_there(run)
         config = reading.of_run(run)

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Show what removing runs would free; with --yes, remove them."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -53,9 +51,11 @@ def check(run: RunDir, root: Path) -> None:
         if not os.access(path, os.W_OK):
             why = not_ours(path) or f"{path} cannot be written"
             raise RequestError(f"run {run.name} cannot be removed from here: {why}")
-    if found := work.of_run(run):
+    found = work.of_run(run)
+    if found:
         raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {work.to_end(run)}")
-    if who := list(_borrowers(run, root)):
+    who = list(_borrowers(run, root))
+    if who:
         raise RequestError(
             f"run {run.name} is read by {', '.join(map(str, who))}, whose checkpoints are its own: remove that first"
         )

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Write a run as one HTML page that needs no network; of several runs, a page that compares them. Loads no torch."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -60,7 +58,8 @@ def place(args: argparse.Namespace, runs: list[RunDir]) -> Path:
         raise RequestError(f"{path} is a folder: name a file with --out FILE.html")
     if not path.parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} to write {path.name} in: make it, or give another --out")
-    if args.out is None and (why := not_ours(path.parent)):
+    why = not_ours(path.parent) if args.out is None else ""
+    if why:
         raise RequestError(f"{why}. Or write elsewhere: --out FILE.html")
     return path
 

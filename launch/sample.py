@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Sample a trained run by an array job; each shard is made once, whatever happens to its job."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -27,7 +25,7 @@ from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir, SampleSet, check_name, check_set_name
 from ddpm.run.records import read_run
 from ddpm.run.state import finished_step
-from ddpm.sampling.request import Request, publish_request, read_request, usual_steps, withdraw_request
+from ddpm.sampling.request import Request, check_same, publish_request, read_request, usual_steps, withdraw_request
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path, ranges
@@ -40,6 +38,7 @@ from launch.queue.submitting import by_hand, describe, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
 from launch.terminal import console, follow
+from launch.terminal.results import why_not
 
 EXAMPLES = """examples:
   python launch/sample.py cifar10                                     what the run's config asks for (sample.*)
@@ -63,6 +62,7 @@ OPTIONS = {
     "guidance": float,
     "seed": int,
     "weights": str,
+    "precision": str,
 }
 
 
@@ -112,7 +112,7 @@ def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None
     if args.no_clip:
         asked["clip_x_0"] = False
     if there is not None:
-        kept = (*OPTIONS, "class_plan", "clip_x_0", "precision")
+        kept = (*OPTIONS, "class_plan", "clip_x_0")
         asked = {**{name: getattr(there, name) for name in kept}, **asked}
     config = reading.of_run(run)
     if args.class_plan is not None:
@@ -215,6 +215,8 @@ def main() -> int:
         print("# dry run: nothing was written or queued")
         return 0
 
+    if sample_set.request.exists():
+        check_same(sample_set, request)
     if there is None and args.step is None and finished_step(run, config) is None:
         total = config.train.total_steps
         print(f"of step {generation.step}, the newest that is saved: training has not come to {total}", flush=True)
@@ -224,7 +226,7 @@ def main() -> int:
     sets.tell_of_other_code(run, sample_set, request, new=args.code == "new")
     if missing:
         site = settle(site, dry_run=args.prepare)
-        prepare.settle_code(run, new=args.code == "new")
+        prepare.settle_code(run, args.code)
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)
@@ -236,7 +238,7 @@ def main() -> int:
     code = 0 if args.prepare else make(run, site, sample_set, request, missing, wait=args.wait)
     if code is not None:
         if args.png and code == 0:
-            again = f"python launch/sample.py {shlex.quote(str(run.path))} --set {shlex.quote(set_name)} --png"
+            again = f"python launch/sample.py {run.quoted} --set {shlex.quote(set_name)} --png"
             print(f"no PNG files yet: {again} makes them, once the shards are done")
         return code
     print(
@@ -251,7 +253,7 @@ def main() -> int:
 
 def _by_hand(job: Job) -> str:
     if job.site.is_local:
-        return f"python launch/sample.py {shlex.quote(str(job.run.path))} --set {job.set_name}"
+        return f"python launch/sample.py {job.run.quoted} --set {job.set_name}"
     return by_hand(job)
 
 
@@ -275,7 +277,8 @@ def make(
     if site.is_local:
         publish(run, sample_set, request)
         process, log = local.start(run, [job])
-        if code := follow.follow_process(run, process, log):
+        code = follow.follow_process(run, process, log)
+        if code:
             return code
     else:
         with turn(run):
@@ -290,18 +293,17 @@ def make(
         if not wait:
             return 0
         follow.follow_jobs(run, there, [("sample", set_name)])
-    if left := missing_shards(sample_set, request):
-        why = f"python launch/logs.py {run.path} says why"
-        print(
-            f"error: shards {ranges(left)} of {set_name} are missing; {why}; the same command goes on", file=sys.stderr
-        )
+    left = missing_shards(sample_set, request)
+    if left:
+        print(f"error: shards {ranges(left)} of {set_name} are missing{why_not(run, 'sample')}", file=sys.stderr)
         return 1
     return None
 
 
 def queue_once(job: Job) -> list[str]:
     """The jobs that make a set: those in the queue, or a new one."""
-    if there := jobs_in_queue(job.run, "sample", job.set_name):
+    there = jobs_in_queue(job.run, "sample", job.set_name)
+    if there:
         print(f"shards of {job.set_name} are in the queue already, as job {' '.join(there)}: nothing to submit")
         return there
     new, waits = submit_alone(job)

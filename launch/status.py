@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Show runs: state, step, speed, restarts and goodput, from their directories and squeue. Loads no torch."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 

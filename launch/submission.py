@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpm.config.schema import Config, check_world_size
-from ddpm.errors import EXIT_FATAL, RequestError
-from ddpm.run.events import read_events
-from ddpm.run.log import plain
+from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.training.mirror import sync_command
 from launch import origin, prepare
@@ -28,7 +25,7 @@ from launch.cluster.site import Site
 from launch.queue import chain, directory, local
 from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
-from launch.terminal.results import print_results
+from launch.terminal.results import print_results, why_not
 
 if TYPE_CHECKING:
     from ddpm.network.start import Start
@@ -146,7 +143,7 @@ def begin(
         if prepare_only:
             how = "queue it with"
             if site.is_local:
-                here = f"python launch/submit.py {shlex.quote(str(run.path))} --cluster local"
+                here = f"python launch/submit.py {run.quoted} --cluster local"
                 how = f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
             print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
             return Queued([], [])
@@ -180,8 +177,10 @@ def write_down(
     if exists:
         unsaved = train and not queued and not step  # nothing was made by what it has
         by_itself = unsaved and code_asked is None and prepare.is_idle(run)
-        prepare.settle_code(run, new=code_asked == "new" or by_itself)
+        prepare.settle_code(run, "new" if by_itself else code_asked, None if queued else config)
     else:
+        if code_asked not in (None, "kept", "new"):
+            code.kept_before(run, code_asked)  # of which a new run has none
         code.check(code.of_checkout())
     record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
     if not exists and start is not None:
@@ -196,7 +195,7 @@ def write_down(
         directory.update_run(run, config, record, told=site.notify)
         chain.lift_stop(run)
     if not exists:
-        prepare.settle_code(run, new=False)
+        prepare.settle_code(run, None)
     print(f"run: {run.path}")
     if config.log.wandb is not None:
         print(f"wandb: unless WANDB_MODE says otherwise its metrics wait for {sync_command(run)}")
@@ -233,13 +232,10 @@ def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """The exit code after waiting, by what the run directory shows; prints the results or what is missing."""
     train, left = chain.remaining(run, config, stages)
     if train or left:
-        last = next((e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed")), {})
-        why = f": {plain(str(last['reason']))}; " if last.get("reason") else "; "
         print(
             f"error: run {run.name} ended at step {run.latest_step()} of {config.train.total_steps}"
             + ("" if train else f", without what was to follow ({', '.join(left)})")
-            + f"{why}python launch/logs.py {run.path} says {'more' if last.get('reason') else 'why'}"
-            + ("" if last.get("exit_code") == EXIT_FATAL else ", and the same command goes on"),
+            + why_not(run),
             file=sys.stderr,
         )
         return 1

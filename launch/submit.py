@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Submit a training run and, with --then, what follows it."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -13,14 +11,14 @@ import launch.first  # noqa: F401
 # isort: split
 import argparse
 import difflib
-import shlex
+import re
 from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
-from ddpm.run.paths import RunDir, check_name
+from ddpm.run.paths import RunDir, check_name, fit_name
 from launch import origin, prepare, submission, sweep
 from launch.cluster import environment
 from launch.cluster.environment import SHIPPED
@@ -98,6 +96,7 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     """
     path, overrides, run = console.config_and_changes(args.words, args.root)
     if run is not None and args.name is None:
+        _check_folder(run)
         args.name, args.root, args.base = run.name, str(run.path.parent), base_of(run, args)
     if args.name is not None:
         overrides = [o for o in overrides if not o.startswith("name=")] + [f"name={check_name(args.name)!r}"]
@@ -114,7 +113,8 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     found = sweep.configs(args.sweep, overrides, read) if args.sweep else [(read([]), {})]
     source = origin.asked(args.origin, args.from_weights, args.root)
     site = resolve(args, args.base)
-    limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if (why := faults.small_files()) else []
+    why = faults.small_files()
+    limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if why else []
     asked: list[Asked] = []
     warnings = [*([] if site.is_local else site.warnings()), *limit]
     for typed, of in found:
@@ -128,6 +128,18 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return asked, site
+
+
+def _check_folder(run: RunDir) -> None:
+    """Raise RequestError, with the command that helps, where a run's folder was given a name that no run may have."""
+    try:
+        check_name(run.name)
+    except RequestError as e:
+        to = run.path.with_name(fit_name(re.sub(r"[^A-Za-z0-9._-]+", "-", run.name).strip(".-") or "run"))
+        while to.exists():
+            to = run.path.with_name(fit_name(f"{to.name}-2"))
+        rename = f"mv {run.quoted} {RunDir(to).quoted}"
+        raise RequestError(f"{e}. While nothing of it is at work, rename it, then submit that: {rename}") from None
 
 
 def read_config(path: Path, overrides: list[str], stages: list[str], root: Path) -> Config:
@@ -149,7 +161,7 @@ def read_config(path: Path, overrides: list[str], stages: list[str], root: Path)
 
 def _here(config: Config, run: RunDir) -> list[str]:
     """What of a config means nothing on this machine."""
-    later = f"python launch/evaluate.py {shlex.quote(str(run.path))} --all-milestones does it afterwards"
+    later = f"python launch/evaluate.py {run.quoted} --all-milestones does it afterwards"
     return [] if config.evaluate.milestones is None else [
         f"evaluate.milestones: on this machine milestones are not scored while training goes on; {later}"
     ]  # fmt: skip
@@ -164,7 +176,8 @@ def with_absolute_paths(config: Config) -> Config:
     if evaluate.reference not in ("train", "test"):
         reference = environment.user_path(evaluate.reference, "evaluate.reference")
         evaluate = evaluate.model_copy(update={"reference": str(reference)})
-    if (path := evaluate.extractor.removeprefix(FILE)) != evaluate.extractor:
+    path = evaluate.extractor.removeprefix(FILE)
+    if path != evaluate.extractor:
         whole = environment.user_path(path, "evaluate.extractor")
         evaluate = evaluate.model_copy(update={"extractor": f"{FILE}{whole}"})
     return config.model_copy(update={"data": data, "evaluate": evaluate})

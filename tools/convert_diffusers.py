@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Convert published weights in diffusers' layout, such as google/ddpm-cifar10-32, to this project's."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -132,7 +130,8 @@ def parse() -> argparse.Namespace:
 def check(found: dict[str, Any], shared: dict[str, tuple[Any, Any]], where: Path) -> None:
     """RequestError for the first key whose value ours have no counterpart of."""
     for key, (default, allowed) in shared.items():
-        if (value := found.get(key, default)) != allowed:
+        value = found.get(key, default)
+        if value != allowed:
             stands = "" if key in found else ", which is what leaving it out means"
             raise RequestError(f"{where}: {key} = {value!r}{stands}: only {allowed!r} can be converted")
 
@@ -174,7 +173,8 @@ def structure(unet: dict[str, Any], where: Path) -> dict[str, Any]:
     heads = {w // head if head else 1 for w, a in zip(widths, places, strict=True) if a or (middle and w == widths[-1])}
     if len(heads) > 1:
         raise refuse("attention_head_dim", f"means {sorted(heads)} heads at different levels; must be as many at all")
-    if (padding := unet.get("downsample_padding", 1)) not in DOWNSAMPLE:
+    padding = unet.get("downsample_padding", 1)
+    if padding not in DOWNSAMPLE:
         raise refuse("downsample_padding", "must be 0 or 1")
     groups = unet.get("norm_num_groups", 32)
     return {
@@ -256,16 +256,17 @@ def fit(source: Folder, config: Path, changes: Sequence[str]) -> tuple[Config, l
 # ---------------------------------------------------------------- weights
 
 
-def unwrapped(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(theirs: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Without what goes before all names: of a network that was saved compiled, or in DDP."""
     from ddpm.network.weights import WRAPPERS
 
-    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in theirs)), None) if theirs else None:
-        theirs = {name.removeprefix(prefix): value for name, value in theirs.items()}
-    return theirs
+    prefix = next((p for p in WRAPPERS if theirs and all(name.startswith(p) for name in theirs)), None)
+    if prefix is None:
+        return theirs
+    return unwrapped({name.removeprefix(prefix): value for name, value in theirs.items()})
 
 
-def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename(theirs: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Their tensors under our names, float32; query, key and value joined, attention's linear layers as 1x1 kernels."""
     import torch
 
@@ -277,7 +278,8 @@ def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         parts[name] = value[:, :, None, None] if re.search(r"\.(?:q|k|v|proj)\.weight$", name) else value
     joined = {}
     for name, value in parts.items():
-        if match := re.fullmatch(r"(.*)\.q\.(weight|bias)", name):
+        match = re.fullmatch(r"(.*)\.q\.(weight|bias)", name)
+        if match:
             place, kind = match.groups()
             three = [parts[n] for n in (f"{place}.{x}.{kind}" for x in "qkv") if n in parts]
             joined[f"{place}.qkv.{kind}"] = torch.cat(three)
@@ -289,7 +291,7 @@ def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- a run
 
 
-def make_run(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
+def make_run(path: Path, config: Config, weights: "dict[str, Tensor]") -> None:
     """A run directory, whole or not at all, whose one checkpoint of the last step has `weights` as model and as EMA.
 
     There is no optimizer's state in it, and no digest of training data: submitting it again is refused.
@@ -359,7 +361,7 @@ def main() -> int:
     if run is not None:
         run.parent.mkdir(parents=True, exist_ok=True)
         make_run(run, config, weights)
-        print(f"{run}: sample it with\n  python launch/sample.py {run} --sampler ancestral")
+        print(f"{run}: sample it with\n  python launch/sample.py {shlex.quote(str(run))} --sampler ancestral")
     return 0
 
 

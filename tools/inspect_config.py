@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """What a config costs and looks like, without data or GPU: layers, parameters, FLOPs, memory, noise schedule."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -60,7 +58,7 @@ def parse() -> argparse.Namespace:
 # ---------------------------------------------------------------- network
 
 
-def build(config: Config) -> UNet:
+def build(config: Config) -> "UNet":
     """The configured network in training mode, on the meta device: shapes without memory or arithmetic."""
     import torch
 
@@ -70,11 +68,11 @@ def build(config: Config) -> UNet:
         return build_model(config, torch.device("meta"), "off")
 
 
-def num_parameters(module: nn.Module | None) -> int:
+def num_parameters(module: "nn.Module | None") -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def layers(config: Config, model: UNet) -> list[tuple[str, ...]]:
+def layers(config: Config, model: "UNet") -> list[tuple[str, ...]]:
     """Rows (part, resolution, channels, blocks, attention, parameters) from input to output; "" where it has none."""
     s = Structure(image_size=config.data.image_size, **config.model.model_dump())
     levels = list(zip(s.sizes, s.widths, strict=True))
@@ -84,7 +82,7 @@ def layers(config: Config, model: UNet) -> list[tuple[str, ...]]:
         heads = f"{attention} x {s.attention_heads} head{'s' if s.attention_heads > 1 else ''}" if attention else ""
         return part, f"{size}x{size}", str(width), str(len(module.blocks)), heads, f"{num_parameters(module):,}"
 
-    def single(part: str, module: nn.Module | None, size: str, width: int) -> tuple[str, ...]:
+    def single(part: str, module: "nn.Module | None", size: str, width: int) -> tuple[str, ...]:
         return part, size, str(width), "", "", f"{num_parameters(module):,}"
 
     full = f"{s.image_size}x{s.image_size}"
@@ -100,7 +98,7 @@ def layers(config: Config, model: UNet) -> list[tuple[str, ...]]:
     ]
 
 
-def activation_bytes(model: UNet) -> int:
+def activation_bytes(model: "UNet") -> int:
     """What autograd keeps of one image for the backward pass, in fp32 without compiling; each tensor once."""
     from torch.autograd.graph import saved_tensors_hooks
 
@@ -109,7 +107,7 @@ def activation_bytes(model: UNet) -> int:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's address from being used again
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: "Tensor") -> "Tensor":
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
@@ -118,7 +116,7 @@ def activation_bytes(model: UNet) -> int:
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in weights)
 
 
-def memory(config: Config, model: UNet) -> dict[str, int]:
+def memory(config: Config, model: "UNet") -> dict[str, int]:
     """Bytes on one GPU that trains the config alone, by what they are for."""
     micro = config.train.micro_batch
     images = micro if isinstance(micro, int) else config.train.global_batch
@@ -134,13 +132,13 @@ def spark(values: list[float]) -> str:
     return "".join(BARS[round((v - low) / (high - low or 1) * (len(BARS) - 1))] for v in values)
 
 
-def curves(schedule: Schedule) -> dict[str, list[float]]:
+def curves(schedule: "Schedule") -> dict[str, list[float]]:
     """alpha_bar and log10 of the SNR alpha_bar / (1 - alpha_bar), at every t."""
     alpha_bar = schedule.alpha_bar.clamp(max=1 - 2**-53).tolist()  # betas next to 0 make an alpha_bar of exactly 1
     return {"alpha_bar": alpha_bar, "log10 SNR": [math.log10(a / (1 - a)) for a in alpha_bar]}
 
 
-def schedule_lines(schedule: Schedule) -> list[str]:
+def schedule_lines(schedule: "Schedule") -> list[str]:
     size = len(schedule.timesteps)
     num = min(PLOT_POINTS, size)
     places = [i * (size - 1) // (num - 1) for i in range(num)]
@@ -151,7 +149,7 @@ def schedule_lines(schedule: Schedule) -> list[str]:
     ]
 
 
-def svg(schedule: Schedule, title: str) -> str:
+def svg(schedule: "Schedule", title: str) -> str:
     """The curves of a schedule over t, one above the other."""
     width, height, left, gap = 640, 200, 70, 60
     parts = [f'<text x="{left}" y="24" font-size="15">{title}</text>']

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Bring what jobs read to where nodes see it: data packed, weights checked. Afterwards no job needs a network."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 
@@ -158,7 +156,8 @@ def main() -> int:
     site = of_profile(args.profile)
     root = environment.runs_root(args.root)
     cache = prepare.cache_of(site, root)
-    if odd := [url for url in args.mirrors if not re.match(r"https?://[!-~]+$", url)]:
+    odd = [url for url in args.mirrors if not re.match(r"https?://[!-~]+$", url)]
+    if odd:
         raise RequestError(f"--mirror {shown(odd[0])}: an address, as https://example.org/files")
     files = [environment.user_path(name, "--from") for name in args.files]
     check_names(files)

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Unpack a data set as PNGs, as training sees it: cropped and resized. For tools that want folders of images."""
 
-from __future__ import annotations
-
 import sys
 from os.path import dirname, realpath
 

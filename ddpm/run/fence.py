@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ class Fence:
                 if is_linked:
                     raise RunBusy(
                         f"run {self._run.name} has one lock with run {theirs}, as after cp -al, and {_who(other)} "
-                        f"has it for that one: rm {self._run.lock}, then submit again"
+                        f"has it for that one: rm {shlex.quote(str(self._run.lock))}, then submit again"
                     )
                 raise RunBusy(
                     f"run {self._run.name} is held by {_who(other)}; one job may write a run. Wait for it, or end it"

@@ -32,6 +32,14 @@ class AnotherStep(RequestError):
     """The checkpoint of a step was asked for that cannot be had, and there are others; how is the caller's to say."""
 
 
+class NoneHolds(RequestError):
+    """What was saved of `run` is missing or damaged; what brings it back is the caller's to say."""
+
+    def __init__(self, why: str, run: RunDir) -> None:
+        super().__init__(why)
+        self.run = run
+
+
 @dataclass(frozen=True)
 class Generation:
     """A checkpoint whose size, digest and manifest hold."""
@@ -186,23 +194,21 @@ def check_there(run: RunDir) -> None:
 def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generation:
     """The generation to read: that of `step`, else the newest good one, with a line to `log` for each passed over.
 
-    Raises NothingSaved if the run has none; RequestError if `step` is not among them or is damaged, naming the others,
-    if checkpoints that it had are missing, or if run.json and start.safetensors do not belong together; Incomplete if
-    the newest is asked for and all are damaged.
+    Raises NothingSaved if the run has none; AnotherStep if `step` is not among them or is damaged, naming the others;
+    NoneHolds if checkpoints that it had are missing, if all are damaged, or if run.json and start.safetensors do not
+    belong together.
     """
     steps = run.steps_saved()
     try:
         evidence.check_start(run)
         if not steps:
             evidence.refuse_start(run)
+        elif step is None and (generation := newest_good(run, log)) is not None:
+            return generation
     except Incomplete as e:
-        raise RequestError(str(e)) from None
-    if not steps:
+        raise NoneHolds(str(e), run) from None
+    if step is None or not steps:
         raise NothingSaved(f"run {run.name} has no checkpoint yet: train it first")
-    if step is None:
-        generation = newest_good(run, log)
-        assert generation is not None
-        return generation
     if step not in steps:
         raise AnotherStep(f"run {run.name} has no checkpoint of step {step}; it has {sorted(steps)}")
     try:
@@ -213,7 +219,7 @@ def choose(run: RunDir, step: int | None = None, log: Tell = print) -> Generatio
         if others:
             raise AnotherStep(f"{said}; others: {others}") from None
         told = "none of the others can be either" if steps[1:] else "there is no other"
-        raise RequestError(f"{said}; {told}") from None
+        raise NoneHolds(f"{said}; {told}", run) from None
 
 
 def _holds(run: RunDir, step: int) -> bool:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,11 @@ class Folder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def quoted(self) -> str:
+        """Its path as a word of the commands that messages say."""
+        return shlex.quote(str(self.path))
 
 
 class Made(Folder):

@@ -136,8 +136,8 @@ def sample_batch(
         if not torch.isfinite(x_0).all():
             raise DoNotRetry(
                 f"samples {first} to {first + num - 1} are not finite: the {request.weights} weights of step "
-                f"{request.checkpoint.step} diverged, or {request.precision} is too narrow for them; choose "
-                f"another --step, or sample.precision=fp32"
+                f"{request.checkpoint.step} diverged, or {request.precision} is too narrow for them; make "
+                f"another --set with another --step, or with --precision fp32"
             )
         return Part(samplers.to_images(x_0), result.nfe)
 

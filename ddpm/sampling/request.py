@@ -186,13 +186,18 @@ def publish_request(sample_set: SampleSet, request: Request) -> Request:
     try:
         files.write_json(sample_set.request, request.to_record())
     except FileExistsError:
-        there = read_request(sample_set)
-        if there.digest != request.digest:
-            raise RequestError(
-                f"sample set {sample_set.name!r} exists with another request: {differences(there, request)}; "
-                f"ask for the same, or start another set with --set OTHERNAME"
-            ) from None
+        check_same(sample_set, request)
     return request
+
+
+def check_same(sample_set: SampleSet, request: Request) -> None:
+    """Raise RequestError, naming every field that differs, if the set's request is another one."""
+    there = read_request(sample_set)
+    if there.digest != request.digest:
+        raise RequestError(
+            f"sample set {sample_set.name!r} exists with another request: {differences(there, request)}; "
+            f"ask for the same, or start another set with --set OTHERNAME"
+        )
 
 
 def read_request(sample_set: SampleSet) -> Request:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from ddpm.config.train import divisors
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, lacks_gpu_memory
 from ddpm.run.log import counted
 from ddpm.training.ranks import World
 from ddpm.training.step import Step
@@ -35,13 +35,15 @@ def fit(step: Step) -> int:
 def largest(sizes: Iterable[int], trial: Callable[[int], None], world: World) -> int | None:
     """The first of `sizes` for which no rank runs out of memory; None if there is none.
 
-    sizes: decreasing, the same on all ranks. trial: computes this many images; may raise torch.OutOfMemoryError.
+    sizes: decreasing, the same on all ranks. trial: computes this many images; may find no room for them.
     """
     for size in sizes:
         failed = 0
         try:
             trial(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not lacks_gpu_memory(e):
+                raise
             failed = 1
         free(world.device)
         if not world.agree([failed])[0]:
@@ -60,7 +62,9 @@ def first(step: Step, work: Callable[[], T]) -> T:
     do."""
     try:
         return work()
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not lacks_gpu_memory(e):
+            raise
         why = str(e).partition("\n")[0]
     step.state.optimizer.zero_grad(set_to_none=True)
     smaller = [size for size in divisors(step.share)[::-1] if size < step.micro]

@@ -11,7 +11,7 @@ from ddpm.diffusion import rng
 from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.samplers import ddim, sample, to_images
 from ddpm.diffusion.schedule import Schedule
-from ddpm.errors import Stopped
+from ddpm.errors import Stopped, lacks_gpu_memory
 from ddpm.run.images import tile
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import eps_of
@@ -51,7 +51,9 @@ def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: St
         if world.is_main:
             try:
                 drawn = draw(config, model, schedules.build(config.diffusion), state.amp, poll)
-            except torch.OutOfMemoryError as e:
+            except RuntimeError as e:
+                if not lacks_gpu_memory(e):
+                    raise
                 lacked = str(e).partition("\n")[0]
         if lacked:
             chronicle.say("no grid: it does not fit beside the steps", step=step, error=lacked)

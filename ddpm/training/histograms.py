@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ddpm.config.train import divisors
+from ddpm.errors import lacks_gpu_memory
 from ddpm.training import fitting
 from ddpm.training.step import Step
 
@@ -22,8 +23,9 @@ def of_gradients(step: Step) -> dict[str, np.ndarray]:
     for num in divisors(step.micro)[::-1]:
         try:
             return _of_gradients(step, num)
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as e:
+            if not lacks_gpu_memory(e):
+                raise
         fitting.free(step.world.device)
     return {}
 

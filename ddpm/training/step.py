@@ -144,7 +144,7 @@ class Step:
         """Forward and backward of `num` images on this rank alone, not compiled, with the optimizer's moments
         allocated.
 
-        Raises torch.OutOfMemoryError if they do not fit. Leaves no gradient behind.
+        Raises RuntimeError if they do not fit. Leaves no gradient behind.
         """
         weights = () if self.state.optimizer.state else self.state.model.parameters()
         room = [(torch.empty_like(p), torch.empty_like(p)) for p in weights]

@@ -153,7 +153,8 @@ class Trainer:
         if wrong:
             raise DoNotRetry(
                 f"the checkpoint of step {saved['step']} was saved by code of another network or optimizer "
-                f"({wrong[0]}): go on with that code, or train another run"
+                f"({wrong[0]}): go on with that code (--code DIGEST, where the run has it as code-DIGEST.zip), or "
+                f"train another run"
             )
 
     def _begin_with_start(self) -> None:

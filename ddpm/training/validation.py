@@ -16,6 +16,7 @@ from ddpm.data.packed import PackedImages
 from ddpm.data.whole import Watch
 from ddpm.diffusion import rng
 from ddpm.diffusion.forward import Diffusion
+from ddpm.errors import lacks_gpu_memory
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import LabelledEpsModel, eps_of
 from ddpm.training.state import TrainingState
@@ -59,7 +60,9 @@ class HeldOut:
                 if (batch := first + world.rank) < batches and not lacked:
                     try:
                         losses[batch * BATCH :][:BATCH] = self._of(batch, eps_of(model, state.amp), world.device)
-                    except torch.OutOfMemoryError as e:
+                    except RuntimeError as e:
+                        if not lacks_gpu_memory(e):
+                            raise
                         lacked = str(e).partition("\n")[0] or "here"
         finally:
             state.model.train()

@@ -13,6 +13,9 @@ import hashlib
 import io
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -24,7 +27,7 @@ from ddpm.run.events import read_events
 from ddpm.run.files import TMP_PREFIX, DamagedFile, read_bytes, sha256_json, write_bytes
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
-from launch.cluster.environment import PROJECT, SHIPPED
+from launch.cluster.environment import PROJECT, SHIPPED, for_jobs
 from launch.cluster.unpacker import MAIN, mend
 
 TREES = ("ddpm", "launch", "slurm")
@@ -34,6 +37,17 @@ IMPORT = re.compile(r"^(?:from +([\w.]+) +import\b|import +([\w., \t]+))", re.M)
 MAX_BYTES = 64 << 20
 """Limit for all files together; ours have less than 2 MB."""
 UNPACKER = "launch/cluster/unpacker.py"
+READ = """
+import sys, pathlib
+from ddpm.config.reading import load
+from ddpm.errors import RequestError
+try:
+    load(pathlib.Path(sys.argv[1]))
+except RequestError as e:
+    sys.exit(print(e) or 2)
+"""
+"""Has code that lies in the working directory read a config."""
+READ_WITHIN_S = 60
 MAX_TOLD = 5
 """Number of changed files that a message names."""
 
@@ -66,6 +80,14 @@ def earlier(run: RunDir, digest: str) -> Code | None:
         return _packed(run.earlier_code(digest))
     except (DamagedFile, OSError):
         return None
+
+
+def kept_before(run: RunDir, digest: str) -> Code:
+    """Code that the run's jobs ran before, and may run again. RequestError where it is not there; DamagedFile."""
+    if (found := _packed(run.earlier_code(digest))) is not None:
+        return found
+    there = ", ".join(path.name for path in sorted(run.path.glob("code-*.zip"))) or "none"
+    raise RequestError(f"--code {digest}: of code from before {run.path} has {there}; or give kept, or new")
 
 
 def _packed(path: Path) -> Code | None:
@@ -168,10 +190,14 @@ def unpack(run: RunDir) -> Path:
         code = of_checkout()
         check(code)
         keep(run, code)
+    return _lay_out(run, run.code, code)
+
+
+def _lay_out(run: RunDir, packed: Path, code: Code) -> Path:
     place = _place(run, code)
     tmp = place.with_name(f"{TMP_PREFIX}{place.name}.{uuid.uuid4().hex}")
     try:
-        with zipfile.ZipFile(run.code) as archive:
+        with zipfile.ZipFile(packed) as archive:
             if not place.is_dir():  # whole or not at all
                 mend(archive, tmp)
                 with contextlib.suppress(OSError):  # another was first
@@ -184,6 +210,22 @@ def unpack(run: RunDir) -> Path:
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return place
+
+
+def refusal(run: RunDir, code: Code, config: str) -> str:
+    """Why the run's code, or what it had before, would not read this config.yaml, as where it knows a key or value not
+    yet; "" where it does, or cannot be asked."""
+    earlier = run.earlier_code(digest(code))
+    place = _lay_out(run, earlier if earlier.exists() else run.code, code)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(config)
+        try:
+            asked = subprocess.run([sys.executable, "-c", READ, path], cwd=place, env=for_jobs(place),
+                                   capture_output=True, text=True, timeout=READ_WITHIN_S)  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    return asked.stdout.strip().removeprefix(f"{path}: ") if asked.returncode == RequestError.exit_code else ""
 
 
 def last_run(run: RunDir) -> str | None:

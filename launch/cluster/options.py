@@ -87,11 +87,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument("--" + name.replace("_", "-"), dest=name, default=None, **spec)
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
     group.add_argument(
-        "--code", choices=["kept", "new"],
-        help="the code that jobs run: what the run was begun with (kept, default once it has saved a step), or this "
-             "checkout's",
+        "--code", type=_code, metavar="{kept,new,DIGEST}",
+        help="the code that jobs run: what the run was begun with (kept, default once it has saved a step), this "
+             "checkout's, or what it had before, by the DIGEST that its file is called after",
     )  # fmt: skip
     group.add_argument("--profile", metavar="SITE", help=f"a name in {PROFILES.relative_to(SHIPPED)}/, or a path")
+
+
+def _code(word: str) -> str:
+    """`kept`, `new`, or the digest of kept code, of which its file is named."""
+    found = re.fullmatch(r"(?:code-)?([0-9a-f]{16})(?:\.zip)?", Path(word).name)
+    if not found and word not in ("kept", "new"):
+        raise argparse.ArgumentTypeError(f"{word!r} is not kept, new, or the DIGEST of a run's code-DIGEST.zip")
+    return found[1] if found else word
 
 
 def load_profile(name: str | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Wait:
 
 RELEASE = "scontrol release {job}"
 LOOK = "scontrol show job {job} says more"
-ASK_LESS = "scancel {job}, and submit again "
+ASK_LESS = "{end}submit again "
 
 TABLE: tuple[tuple[str, str, str, str], ...] = (
     # SLURM's reason, as a whole; what it means; what to do; "never" and "held" as they hold
@@ -53,7 +53,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("None", "SLURM has not looked at it yet", "", ""),
     ("Dependency", "it waits for the job before it to end", "", ""),
     ("DependencyNeverSatisfied", "it waits for a job that will not end as it asks",
-     "scancel {job}, and submit again", "never"),
+     "{end}submit again", "never"),
     ("JobArrayTaskLimit", "as many tasks of its array run as may at a time (--max-parallel)", "", ""),
     ("BeginTime", "it is not to start before its time; a job that was put back waits some minutes", "", ""),
     ("JobHeldUser", "its owner holds it", RELEASE, "held"),
@@ -107,22 +107,24 @@ FAMILIES: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 
-def explain(job: str, queued: Queued) -> Wait | None:
-    """What a job waits for; None where it does not wait."""
+def explain(job: str, queued: Queued, end: str = "") -> Wait | None:
+    """What a job waits for; None where it does not wait. end: the command that takes it, and what follows it, out of
+    the queue; "" where it is not there any more."""
     if queued.state != "PENDING":
         return None
     reason, start = (queued.reason or "None").strip("()"), queued.start
+    words_of = {"job": job, "end": f"{end}, then " if end else ""}
     known, _, detail = reason.partition(", ")  # ReqNodeNotAvail, UnavailableNodes:n[1-3]
     for name, words, step, marks in TABLE:
         if " " in name and reason.startswith(name):
-            return Wait(reason, words, step.format(job=job), *_marks(marks), start)
+            return Wait(reason, words, step.format(**words_of), *_marks(marks), start)
         if name == known:
             told = f"{words}: {detail.rpartition(':')[2]}" if detail else words
-            return Wait(known, told, step.format(job=job), *_marks(marks), start)
+            return Wait(known, told, step.format(**words_of), *_marks(marks), start)
     for pattern, words, step, marks in FAMILIES:
         if re.fullmatch(pattern, known):
             who, option = ("its QOS", "--qos") if known.startswith("QOS") else ("its account", "--account")
-            told, todo = words.format(who=who), step.format(job=job, option=option)
+            told, todo = words.format(who=who), step.format(**words_of, option=option)
             return Wait(known, told, todo, *_marks(marks), start)
     return Wait(reason, "SLURM says why it waits", LOOK.format(job=job), start=start)
 

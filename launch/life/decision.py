@@ -92,7 +92,7 @@ def decide(e: Evidence) -> Decision:
         return Decision(
             "fail",
             f"{e.retries + 1} lives in a row ended ({e.reason}, exit code {e.code}) without progress "
-            f"beyond {e.progress}; mend the cause, submit again",
+            f"beyond {e.progress}; mend the cause, submit again (with --code new if it was in the code)",
         )
     # Where pre-emption means cancelling, SLURM lets a job requeue itself but remembers that it was to end it.
     cancels = e.mercy is not None and not e.mercy.requeues

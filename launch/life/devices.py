@@ -114,6 +114,6 @@ def check_precision(env: JobEnvironment, device: torch.device, precision: str, *
     if not has_bf16:
         raise NodeUnfit(
             f"this asks for bf16, which {lacks}: it would take many times as long as fp32. Ask for {ask} or another "
-            f"node (--constraint); or ask for less: train.amp={instead} in a new run, sample.precision=fp32 in another "
-            f"--set"
+            f"node (--constraint); or ask for less: train.amp={instead} in a new run, for samples --precision fp32 and "
+            f"another --set"
         )

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpm.errors import GPU_MEMORY
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import JobEnvironment
 from launch.terminal.logfiles import NOISE
@@ -19,7 +20,6 @@ OWN = re.compile(
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
 )
 HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
-GPU_MEMORY = re.compile(r"(?:CUDA|HIP)(?: error:)? out of memory|cuda\.OutOfMemoryError|BLAS_STATUS_ALLOC_FAILED")
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
 """SLURM's line for a job that a person cancels; for others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
 FEWER = {

@@ -84,9 +84,9 @@ def denoiser_of(life: Life, set_name: str, config: Config, request: Request | Bo
     from ddpm.sampling.denoiser import Denoiser
 
     run, env = life.run, life.env
-    other = f"python launch/sample.py {run.path} --set OTHER"
+    other = f"python launch/sample.py {run.quoted} --set OTHER"
     if not isinstance(request, Request):
-        other = f"python launch/evaluate.py {run.path} --bits-per-dim --step STEP"
+        other = f"python launch/evaluate.py {run.quoted} --bits-per-dim --step STEP"
     torch.set_num_threads(threads_of(config, config.sample.batch, env.cpus))
     device = devices.one_device(env)
     devices.check_precision(env, device, request.precision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def evaluate(life: Life, set_name: str, reference: str | None, extractor: str | 
         if env.array_task:
             say(f"{e}; the first task has them made")
             return life.leave(0)
-        repair = f"`python launch/sample.py {shlex.quote(str(run.path))} --set {set_name}`"
+        repair = f"`python launch/sample.py {run.quoted} --set {set_name}`"
         say(f"{e}; {repair} computes what is missing")
         return have_made(list(e.shards))
     if isinstance(result, int):

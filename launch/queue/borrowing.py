@@ -8,6 +8,7 @@ be trained, since two directories with two locks would write one set of checkpoi
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from ddpm.config import reading
@@ -39,13 +40,13 @@ def check_trainable(run: RunDir) -> None:
     if other := reads(run):
         raise RequestError(
             f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained. Train that one, or "
-            f"begin a new run with its weights: --from {other}, with another --name"
+            f"begin a new run with its weights: --from {shlex.quote(str(other))}, with another --name"
         )
     data = read_run(run).get("data")
     if data is not None and data.get("key") is None and data.get("digest") is None:
         raise RequestError(
             f"{run.path} holds weights that were trained elsewhere: it can be sampled and scored, not trained. Begin a "
-            f"new run with them: --from {run.path}, with another --name"
+            f"new run with them: --from {run.quoted}, with another --name"
         )
     if not (can_write(run) and _is_open(run.checkpoints)):
         why = not_ours(run.path)

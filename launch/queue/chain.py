@@ -89,9 +89,9 @@ def lift_stop(run: RunDir) -> None:
 def ways_on(run: RunDir) -> str:
     """The end of a message: what a person can do about a run whose files are missing or damaged."""
     return (
-        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.path}/), or see what holds: python "
-        f"launch/recover.py {run.path} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
-        f"start over on purpose: python launch/recover.py {run.path} --start-over, or submit under another --name"
+        f"Bring back what is missing (rsync -a --checksum WHERE-IT-IS/ {run.quoted}/), or see what holds: python "
+        f"launch/recover.py {run.quoted} (with --rebuild it makes manifests for checkpoints that prove themselves). To "
+        f"start over on purpose: python launch/recover.py {run.quoted} --start-over, or submit under another --name"
     )
 
 
@@ -127,6 +127,8 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         while refused is None and len(ids) < len(jobs):
             job, mine = jobs[len(ids)], there[len(ids)]
             try:
+                if mine and ids and ids[-1][0] in new:  # what it waited for was cancelled
+                    _wait_for(mine, ids[-1][0])
                 ids.append(mine or [submit(replace(job, after=":".join(ids[-1] if ids else after) or None))])
                 new += [] if mine else ids[-1]
             except RequestError as e:
@@ -140,7 +142,7 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         ):  # the first has begun, and found one that those were sent without
             _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
-        waits = why_it_waits(new[0], jobs[0].stage) if ids and ids[0] == new[:1] else ""
+        waits = why_it_waits(new[0], jobs[0]) if ids and ids[0] == new[:1] else ""
     except scheduler.NoAnswer:
         raise
     except Exception:
@@ -161,6 +163,13 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         stop = jobs[0].run.stop_file
         told.append(f"but {stop} is there, which ends each of them at its start or next step: remove it to go on")
     return [job for mine in ids for job in mine], told
+
+
+def _wait_for(later: list[str], new: str) -> None:
+    """Make jobs that are queued already wait for a new one."""
+    for job in later:
+        with contextlib.suppress(scheduler.SchedulerError):  # it has just begun, and ends by itself
+            scheduler.make_wait(job, new)
 
 
 def _catch_up(jobs: list[Job], ids: list[list[str]], late: list[str]) -> None:
@@ -213,7 +222,7 @@ def fill_gaps(
     Returns the exit code. again: the arguments of this evaluation. round_: "ROUND:MISSING" of the round before, or "";
     gives up after MAX_ROUNDS rounds that added no shard.
     """
-    repair = f"python launch/sample.py {run.path} --set {set_name}"
+    repair = f"python launch/sample.py {run.quoted} --set {set_name}"
     lacks = f"{set_name} lacks {counted(len(missing), 'shard')} ({ranges(missing)})"
     if not env.is_scheduled:
         raise DoNotRetry(f"{lacks}: {repair}")
@@ -222,7 +231,7 @@ def fill_gaps(
     if not scheduler.available():  # as in a container
         raise DoNotRetry(
             f"{lacks}, and there is no sbatch here to have them made: on a login node {repair}, then python "
-            f"launch/evaluate.py {run.path} --set {set_name}"
+            f"launch/evaluate.py {run.quoted} --set {set_name}"
         )
     before, _, had = round_.partition(":")
     site, known = sent_where(run, env.job) or site_of(run), known_stop(run, env.job)

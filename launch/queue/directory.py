@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import re
+import shlex
 import subprocess
 import sys
 import uuid
@@ -83,8 +86,12 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     own = _id_of(run, old, record["run_id"])
     anonymous = {key: value for key, value in record.items() if key != "run_id"}
     write_json(run.run_json, sign({**anonymous, **kept, **({"run_id": own} if own else {})}), replace=True)
-    text = config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))
-    write_bytes(run.config, text.encode(), replace=True)  # after the record of what changes in it
+    write_bytes(run.config, text_of(run, config).encode(), replace=True)  # after the record of what changes in it
+
+
+def text_of(run: RunDir, config: Config) -> str:
+    """The config.yaml of an existing run that goes on with `config`."""
+    return config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))
 
 
 def _held_out(run: RunDir, here: dict[str, Any]) -> dict[str, Any]:
@@ -231,15 +238,36 @@ def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) ->
     }
 
 
+@functools.cache
 def _git() -> str | None:
-    """Commit of the project, with `+dirty` where files differ from it."""
+    """Commit of the project, with `+dirty` where files differ from it; asked, and refused, once for a whole sweep.
+
+    safe.directory: whoever runs another user's checkout trusts it. Before 2.38 git heeds this in its own files alone.
+    """
     try:
         done = subprocess.run(
-            ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
+            [
+                "git",
+                "-c",
+                "safe.directory=*",
+                "-C",
+                str(PROJECT),
+                "describe",
+                "--always",
+                "--dirty=+dirty",
+                "--abbrev=40",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
+    if re.search("dubious ownership|unsafe repository", done.stderr):
+        mend = shlex.join(["git", "config", "--global", "--add", "safe.directory", str(PROJECT)])
+        print(
+            f"warning: run.json will not say which commit this is: the checkout is another user's, and git does not "
+            f"read it before {mend}",
+            file=sys.stderr,
+        )
     return done.stdout.strip() or None

@@ -56,7 +56,8 @@ def of_hold(run: RunDir, env: JobEnvironment, stage: str, set_name: str) -> None
         found = scheduler.look_up([env.job]).get(env.job)
     except scheduler.SchedulerError:
         return
-    wait = scheduler.explain(env.job, replace(found, state="PENDING")) if found else None  # COMPLETING before
+    end = f"python launch/cancel.py {run.quoted}"
+    wait = scheduler.explain(env.job, replace(found, state="PENDING"), end) if found else None  # COMPLETING before
     if wait is not None and wait.held:
         notify.tell(run, env, notify.HELD, f"{stage} job {env.job}: {wait}; {run.path}", stage=stage)
 

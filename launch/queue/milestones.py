@@ -99,7 +99,7 @@ def best_step(run: RunDir, config: Config) -> int:
         return int(best["step"])
     except (FileNotFoundError, DamagedFile) as e:
         why = "has no scores of milestones yet" if isinstance(e, FileNotFoundError) else f"tells no best step ({e})"
-        raise RequestError(f"run {run.name} {why}: python launch/evaluate.py {run.path} --all-milestones") from None
+        raise RequestError(f"run {run.name} {why}: python launch/evaluate.py {run.quoted} --all-milestones") from None
 
 
 def points(run: RunDir) -> list[dict[str, Any]]:

@@ -170,8 +170,8 @@ def ensure_request(run: RunDir, config: Config, set_name: str) -> Request:
     if finished_step(run, config) is None:
         raise DoNotRetry(
             f"training ended at step {run.latest_step()} of {config.train.total_steps}, so there is nothing "
-            f"to sample for {set_name}. Go on with it: python launch/submit.py {run.path}; or sample what there is: "
-            f"python launch/sample.py {run.path}"
+            f"to sample for {set_name}. Go on with it: python launch/submit.py {run.quoted}; or sample what there is: "
+            f"python launch/sample.py {run.quoted}"
         )
     return publish_request(sample_set, request_for(run, config, generations.verify(run, run.latest_step())))
 
@@ -196,7 +196,7 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
     if there != asked:
         raise RequestError(
             f"sample set {set_name} exists with another request: {differences(there, asked)}. Ask for the "
-            f"same, or make another set once training has ended: python launch/sample.py {run.path} --set OTHERNAME"
+            f"same, or make another set once training has ended: python launch/sample.py {run.quoted} --set OTHERNAME"
         )
     return shards.shards_to_make(sample_set, there)
 

@@ -21,6 +21,7 @@ from launch.cluster.site import Site
 from launch.queue import local, nodes
 from launch.queue.directory import of_record
 from launch.queue.waiting import submission
+from launch.queue.work import to_end
 
 ALSO = ("preemption", "launch", "code", "despite")
 """What the event of a submission says that its successor's says too."""
@@ -94,13 +95,13 @@ def submit_alone(job: Job) -> tuple[str, str]:
     """Queue a job that no chain of ours begins with; its id, and what it waits for. Raises as `submit` does."""
     job_id = submit(job)
     try:
-        return job_id, "" if job.after else why_it_waits(job_id, job.stage)
+        return job_id, "" if job.after else why_it_waits(job_id, job)
     except RequestError:
         scheduler.cancel([job_id])
         raise
 
 
-def why_it_waits(job_id: str, stage: str) -> str:
+def why_it_waits(job_id: str, job: Job) -> str:
     """What a job that was just queued waits for and somebody can do about it, in a line; "" where there is nothing.
 
     Raises RequestError where SLURM has taken a request that it will never start.
@@ -110,11 +111,11 @@ def why_it_waits(job_id: str, stage: str) -> str:
     except scheduler.SchedulerError:
         return ""
     wait = scheduler.explain(job_id, found) if found else None
-    if wait is None or not (wait.next_step or wait.start):
+    if found is None or wait is None or not (wait.next_step or wait.start):
         return ""
     if wait.never:
-        raise RequestError(f"SLURM took the {stage} job, and would never start it, so it was taken back: {wait}")
-    return f"job {job_id} waits: {wait}"
+        raise RequestError(f"SLURM took the {job.stage} job, and would never start it, so it was taken back: {wait}")
+    return f"job {job_id} waits: {scheduler.explain(job_id, found, to_end(job.run))}"
 
 
 def sent_tasks(run: RunDir, job_id: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,7 @@ class Work:
 
 def to_end(run: RunDir) -> str:
     """What a person types to end what is at work for a run, or waits to be, wherever that is: messages say this."""
-    return f"python launch/cancel.py {shlex.quote(str(run.path))}"
+    return f"python launch/cancel.py {run.quoted}"
 
 
 def of_run(run: RunDir) -> Work:

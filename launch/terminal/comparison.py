@@ -48,7 +48,7 @@ def chosen_scores(
             raise RequestError(
                 f"--compare {word}: no score against {asked.reference} by {asked.extractor}"
                 + (f" ({plain('; '.join(damaged))})" if damaged else "")
-                + f": python launch/evaluate.py {of.path} --set {name}{_asked(asked, config)}"
+                + f": python launch/evaluate.py {of.quoted} --set {name}{_asked(asked, config)}"
             )
         found[word] = score.record
     if len(found) < 2:

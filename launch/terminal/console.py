@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run.files import DamagedFile
+from ddpm.run.generations import NoneHolds
 from ddpm.run.log import plain
 from ddpm.run.paths import EXPORTED_WEIGHTS, RunDir, listed
 from ddpm.run.records import usable
@@ -41,6 +42,10 @@ def run_script(main: Callable[[], int]) -> None:
         told = faults.words(e)
         if told is None:
             raise
+        if isinstance(e, NoneHolds):
+            from launch.queue.chain import ways_on  # takes a moment
+
+            told += f". {ways_on(e.run)}"
         code = _exit_code(e)
         if code:
             print(f"error: {'damaged: ' if isinstance(e, DamagedFile) else ''}{told}", file=sys.stderr)

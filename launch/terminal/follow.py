@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ ENDING_POLLS = 150  # five minutes: on a node that is out of reach a job may be 
 
 def watch_with(run: RunDir) -> str:
     """The line to print once something of a run is queued."""
-    return f"watch it with: python launch/status.py {shlex.quote(str(run.path))} --watch"
+    return f"watch it with: python launch/status.py {run.quoted} --watch"
 
 
 Stage = tuple[str, str]
@@ -143,6 +142,6 @@ def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> Non
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         follower.close()
-        print(f"no longer watching; the jobs go on. See: python launch/status.py {run.path}", file=sys.stderr)
+        print(f"no longer watching; the jobs go on. See: python launch/status.py {run.quoted}", file=sys.stderr)
         raise
     follower.close()

@@ -218,7 +218,8 @@ def _ema(run: RunDir, step: int) -> None:
     try:
         weights, saved = safetensors.torch.load(data), generations.load(run, step)["ema"]
     except Exception as e:  # safetensors and torch have their own kinds
-        raise DamagedFile(f"cannot be compared with its checkpoint: {e}") from None
+        why = str(e).partition(". ")[0].partition("\n")[0]  # without torch's advice to unpickle it all the same
+        raise DamagedFile(f"cannot be compared with its checkpoint: {why}") from None
     if weights.keys() != saved.keys() or not all(torch.equal(weights[k], saved[k]) for k in saved):
         raise DamagedFile("is not the average that the checkpoint holds")
 

@@ -30,7 +30,7 @@ from ddpm.run.state import finished_step
 from ddpm.sampling.request import Request, samples_record
 from ddpm.scoring.record import SCORE_NAMES, all_scores, best_founded_first, sampler_words, told
 from launch.cluster.scheduler import Queued, cluster_name
-from launch.queue import local, nodes
+from launch.queue import local, nodes, work
 from launch.queue.sets import wrong_with
 from launch.queue.waiting import is_of, slurm_jobs
 from launch.terminal import faults, goodput, making, standing
@@ -130,7 +130,7 @@ def describe(
         "making": {"set": made.set_name, "images": made.images, "told": made.told(now)} if made else None,
         "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
         "stages": {e["job"]: e.get("stage", "train") for e in events if e["event"] == "submitted"},
-        "waits": standing.waits(jobs or {}),
+        "waits": standing.waits(jobs or {}, work.to_end(run)),
         "bad_nodes": list(dict.fromkeys(str(e["bad_node"]) for e in events if e.get("bad_node"))),
         "bad_nodes_error": next((e["error"] for e in reversed(events) if e.get("bad_node") and e.get("error")), None),
         "restarts": restarts(events),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config.schema import Config
+from ddpm.run.events import read_events
 from ddpm.run.files import read_json
 from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
@@ -56,6 +57,15 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
     print(f"run {run.name} is complete: {counted(step, 'step')}")
     for what, value in rows.items():
         print(f"  {what:18}{value}")
+
+
+def why_not(run: RunDir, stage: str = "") -> str:
+    """The end of a message that its work, or that of one stage, has ended without its result: why, which says what to
+    do first; where nothing does, the same command goes on."""
+    told = (e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed"))
+    reason = next((e for e in told if stage in e.get("stage", "train")), {}).get("reason")
+    logs = f"python launch/logs.py {run.quoted} says"
+    return f": {plain(str(reason))}; {logs} more" if reason else f"; {logs} why, and the same command goes on"
 
 
 def print_score(record: Mapping[str, Any], path: Path | None, *, as_json: bool) -> None:

@@ -94,9 +94,9 @@ def word(f: Facts) -> str:
     return "ended" if last else "prepared"
 
 
-def waits(jobs: dict[str, Queued]) -> list[dict[str, Any]]:
-    """Of each job that waits: what for, and what to do; for --json."""
-    found = ((job, explain(job, told)) for job, told in jobs.items())
+def waits(jobs: dict[str, Queued], end: str) -> list[dict[str, Any]]:
+    """Of each job that waits: what for, and what to do; for --json. end: the command that ends the run's jobs."""
+    found = ((job, explain(job, told, end)) for job, told in jobs.items())
     return [{"job": job, **wait.to_json()} for job, wait in found if wait]
 
 

@@ -100,6 +100,9 @@ def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code
     assert kept.returncode == 0 and f"{told}. To sample with that, give another --set and --code new" in kept.stderr
 
     (run / "samples" / "mine" / "shard-00001-of-00002.json").unlink()
+    refused = checkout(*words, "--steps", "3", "--code", "new")
+    assert refused.returncode == 2 and "exists with another request: steps" in refused.stderr, refused.stderr
+    assert "code:" not in refused.stdout and not list(run.glob("code-*.zip"))
     mixed = checkout(*words, "--code", "new")
     assert mixed.returncode == 0 and f"{told}. To sample with that, give another --set\n" in mixed.stderr, mixed.stderr
     scored = checkout("evaluate", "tiny", "--set", "mine", "--cluster", "local", "--wait", "--json")

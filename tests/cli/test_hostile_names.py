@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,29 @@ def test_a_run_whose_folder_has_an_odd_name_is_shown_with_it(again: Shell) -> No
     assert shown == {"tiny", "[red]x", "a\\x1b[31mb", ":smile:", "c\\nd", "é\\udcff"}
     rows = json.loads(again("status", "--json").stdout)
     assert {row["name"] for row in rows} == {"tiny", *odd}
+
+
+def test_a_run_whose_folder_has_a_space_is_submitted_after_the_command_that_the_refusal_says(again: Shell) -> None:
+    (again.root / "tiny").rename(again.root / "my run")
+    (again.root / "my-run").mkdir()
+    said = again.refused("submit", "my run", "--cluster", "local")
+    told = "run name 'my run' is not allowed: use 1 to 100 of A-Z a-z 0-9 . _ - and do not begin with a dot. "
+    assert said.startswith(f"error: {told}While nothing of it is at work, rename it"), said
+    subprocess.run(shlex.split(said.rpartition(": ")[2]), check=True)
+    done = again("submit", "my-run-2", "--cluster", "local")
+    assert done.returncode == 0 and "run my-run-2 is complete" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_commands_that_messages_say_work_where_the_folder_of_the_runs_has_a_space(again: Shell) -> None:
+    again.root = again.root.rename(again.root.with_name("my runs"))
+    run = again.root / "tiny"
+    shutil.rmtree(run / "samples")
+    (run / "checkpoints" / "step-000000400.json").unlink()
+    (run / "checkpoints" / "step-000000200.json").unlink()
+    for script in ("evaluate", "submit"):
+        said = again.refused(script, str(run))
+        commands = re.findall(rf"python (launch/\w+\.py \S*(?: \S+)?{run.name}\S*)", said)
+        assert commands and all(shlex.split(command)[1] == str(run) for command in commands), said
 
 
 def test_a_reason_with_control_characters_is_shown_without_them(again: Shell) -> None:

@@ -162,6 +162,9 @@ def test_where_every_checkpoint_is_damaged_all_say_that_none_goes_on(again: Shel
     done = again.submit("train.total_steps=500")
     assert done.returncode == 2 and "every checkpoint in" in done.stderr and "--rebuild" in done.stderr, done.stderr
     assert "it goes on from" not in done.stdout and "Traceback" not in done.stderr
+    for words in (("export", RUN, "out"), ("sample", RUN, "--set", "x")):
+        refused = again(*words)
+        assert refused.returncode == 2 and "--start-over, or submit under" in refused.stderr, refused.stderr
 
 
 def test_a_run_without_its_config_is_not_taken_for_another_recipe(again: Shell) -> None:
@@ -290,6 +293,8 @@ def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(
 @pytest.mark.parametrize("lost", ["config.yaml", "run.json"])
 def test_a_new_beginning_without_what_a_submission_needs_says_that_it_would_be_refused(again: Shell, lost: str) -> None:
     (again.root / RUN / lost).unlink()
+    advised = again("recover", RUN).stdout.partition("What can be done:")[2]
+    assert "rsync" in advised and "--rebuild" not in advised and "--start-over" not in advised, advised
     done = again("recover", RUN, "--start-over")
     assert done.returncode == 0 and "a submission would be refused" in done.stdout, done.stdout + done.stderr
     assert f"{lost} is missing" in done.stdout and "begins at step 0" not in done.stdout

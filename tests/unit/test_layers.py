@@ -235,6 +235,18 @@ def test_slurm_and_configs_are_data() -> None:
     assert not [p for d in ("slurm", "configs") for p in (PROJECT / d).rglob("*.py")]
 
 
+TYPED = [p for room in ("launch", "tools") for p in sorted((PROJECT / room).glob("*.py")) if p.read_text()[:2] == "#!"]
+"""The scripts that a user types."""
+
+
+@pytest.mark.parametrize("path", [PROJECT / "launch" / "first.py", *TYPED], ids=lambda path: path.stem)
+def test_pythons_that_are_too_old_read_what_is_typed_and_so_come_to_say_that_they_are(path: Path) -> None:
+    """As the python3 of RHEL 8, 3.6, for which an import of annotations is a syntax error."""
+    tree = ast.parse(path.read_text(), feature_version=(3, 6))
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    assert len(TYPED) > 15
+
+
 def test_every_file_stands_in_the_readmes_tree_once_and_is_there() -> None:
     there = {p.relative_to(PROJECT).as_posix() for top in ("ddpm", "launch") for p in (PROJECT / top).rglob("*.py")}
     there = {path for path in there if not path.endswith("/__init__.py")}

@@ -39,7 +39,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, reasons.Wait | None]:
     monkeypatch.setattr(slurm, "run", lambda argv, **_: asked.append(argv) or SAID)
     found = scheduler.look_up([str(job) for job in range(17, 43)])
     assert len(asked) == 1  # however many jobs there are
-    return {job: reasons.explain(job, told) for job, told in found.items()}
+    return {job: reasons.explain(job, told, "END") for job, told in found.items()}
 
 
 @pytest.mark.parametrize(("job", "words", "step"), [
@@ -50,7 +50,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, reasons.Wait | None]:
     ("22", "not to start before its time", ""),
     ("31", "others are before it", ""),
     ("41", "waits for the job before it to end", ""),
-    ("42", "will not end as it asks", "scancel 42, and submit again"),
+    ("42", "will not end as it asks", "END, then submit again"),
     ("23", "its owner holds it", "scontrol release 23"),
     ("28", "down, drained or reserved: Reserved for maintenance", "sinfo -R"),
     ("29", "kept for jobs in partitions of higher priority", "another --partition"),

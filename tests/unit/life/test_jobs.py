@@ -413,7 +413,7 @@ def test_bf16_on_a_cpu_or_a_gpu_without_it_is_refused_in_words_and_elsewhere_com
     env, cpu, gpu = environment.current(), torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     for device, told in ((cpu, "the CPU of .* has not.*train.amp=off"), (gpu, "the Tesla T4 of .*train.amp=fp16")):
-        with pytest.raises(NodeUnfit, match=rf"bf16, which {told}.*sample.precision=fp32"):
+        with pytest.raises(NodeUnfit, match=rf"bf16, which {told}.*--precision fp32"):
             devices.check_precision(env, device, "bf16", has_bf16=False)
         devices.check_precision(env, device, "bf16", has_bf16=True)
         for precision in ("fp32", "off", "fp16"):

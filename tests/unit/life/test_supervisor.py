@@ -731,6 +731,8 @@ def test_what_has_failed_names_stage_node_log_its_last_error_and_where_it_was_tr
     ("torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of GPU memory"),
     ("torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2 GiB", "out of GPU memory"),
     ("torch.AcceleratorError: CUDA error: out of memory", "out of GPU memory"),
+    ("RuntimeError: cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of GPU memory"),
+    ("srun: error: cuda-n1: task 0: Out Of Memory", "out of memory (it had asked for 4000 MB"),
     ("slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=17.0.", "out of memory (it had asked for 4000 MB"),
 ])  # fmt: skip
 def test_out_of_memory_is_called_so_with_how_much_was_asked_for(

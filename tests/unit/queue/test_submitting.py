@@ -423,7 +423,7 @@ def test_what_slurm_has_taken_and_will_never_start_is_taken_back_and_refused_in_
 ) -> None:
     cluster.queue = ["101 101 PENDING N/A PartitionNodeLimit", "102 102 PENDING N/A Dependency"]
     jobs = [Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")]
-    with pytest.raises(RequestError, match=r"never start it.*PartitionNodeLimit.*--nodes"):
+    with pytest.raises(RequestError, match=r"never start it.*PartitionNodeLimit\): submit again with other --nodes"):
         chain.queue(jobs, Config())
     assert cluster.of("scancel") == [["scancel", "101", "102"]]
     cluster.queue = ["103 103 PENDING N/A PartitionTimeLimit"]
@@ -437,13 +437,26 @@ def test_what_a_queued_job_waits_for_is_told_once_where_there_is_something_to_do
 ) -> None:
     job = Job("train", run, Site())
     told = []
-    for number, why in enumerate(
-        ("2026-11-27T08:00:00 Priority", "N/A PartitionDown", "N/A Priority", "N/A None"), 101
-    ):
+    for number, why in enumerate(("2026-11-27T08:00:00 Priority", "N/A QOSGrpGRES", "N/A Priority", "N/A None"), 101):
         cluster.queue = [f"{number} {number} PENDING {why}"]
         told.append(chain.queue([job], Config())[1])
-    assert "SLURM expects it to start at 2026-11-2" in told[0][1] and "another --partition" in told[1][1]
+    assert "SLURM expects it to start at 2026-11-2" in told[0][1] and told[1][1].endswith(
+        f"none of them runs, python launch/cancel.py {run.path}, then submit again for less, or with another --qos"
+    )
     assert [len(lines) for lines in told] == [2, 2, 1, 1]
+
+
+@VIA
+def test_what_waits_for_a_job_that_was_cancelled_waits_for_the_one_in_its_place(
+    run: RunDir, cluster: Cluster, via: str
+) -> None:
+    jobs = [Job("train", run, Site(via=via)), Job("evaluate", run, Site(via=via), "set")]
+    chain.queue(jobs, Config())
+    cluster.queue = ["102 102 PENDING N/A Dependency"]
+    cluster.commands.clear()
+    ids, _ = chain.queue(jobs, Config())
+    assert ids == ["101", "102"] and len(cluster.of("sbatch")) == 1
+    assert ["scontrol", "update", "jobid=102", "dependency=afterany:101"] in cluster.commands
 
 
 # ---------------------------------------------------------------- tasks

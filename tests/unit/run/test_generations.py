@@ -273,8 +273,9 @@ def test_a_step_that_cannot_be_read_is_refused_with_those_that_can(run: RunDir, 
 def test_where_all_are_damaged_there_is_no_newest_to_read(run: RunDir, fence: Fence) -> None:
     save_all(run, fence, 3)
     flip_bit(run.checkpoint(3), 100)
-    with pytest.raises(DoNotRetry, match="every checkpoint"):
+    with pytest.raises(generations.NoneHolds, match="every checkpoint") as refused:
         generations.choose(run, log=lambda line: None)
+    assert refused.value.run == run and refused.value.exit_code == 2
 
 
 def test_what_was_made_of_a_checkpoint_is_compared_with_the_runs_own_of_that_step(run: RunDir, fence: Fence) -> None:

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.errors import EnvironmentLacks
+from ddpm.config.reading import load
+from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.run.events import EventLog
+from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
-from launch import prepare
+from launch import prepare, submission
+from launch.cluster import code
 from launch.cluster.scheduler import SchedulerError
 from launch.cluster.site import Site
+from launch.submission import Asked
+from tests.cli.harness import TINY
 from tests.training import make_config
 
 
@@ -36,3 +42,58 @@ def test_a_run_is_idle_only_where_that_is_known(tmp_path: Path, monkeypatch: pyt
     for at_work, idle in ((lambda run: "", True), (lambda run: "job 12 13", False), (unanswered, False)):
         monkeypatch.setattr(prepare, "_at_work", at_work)
         assert prepare.is_idle(RunDir(tmp_path)) is idle
+
+
+NEW_KEY = "    histogram_every_steps: int | None = Field(None, ge=1)\n"
+
+
+def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_it_is_queued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, of_log = RunDir(tmp_path / "tiny"), "ddpm/config/train.py"
+    for folder in (run.checkpoints, run.events, run.logs):
+        folder.mkdir(parents=True)
+    run.config.write_text(TINY)
+    begun = load(run.config).to_yaml().replace(" histogram_every_steps: null,", "")
+    assert run.config.write_text(begun) and "histogram" not in begun
+    write_json(run.run_json, sign({"config_digest": load(run.config).digest(), "data": {"digest": "d", "cache": "c"}}))
+    before = code.of_checkout()[of_log].decode()
+    code.keep(run, {**code.of_checkout(), of_log: before.replace(NEW_KEY, "").encode()})
+    assert NEW_KEY in before
+
+    begun_with = run.config
+
+    def submit(*words: str, code_asked: str = "kept", run: RunDir = run) -> None:
+        config = load(begun_with, words)
+        inputs = {"data": {"digest": "d", "cache": "c"}, "labels": {}}
+        asked = Asked(run, config, config, [])
+        submission.write_down(asked, config, Site(cluster="local"), inputs, None, code_asked=code_asked)
+
+    with pytest.raises(RequestError, match=r"--code 0123456789abcdef: .* has none"):
+        submit(run=RunDir(tmp_path / "new"), code_asked="0123456789abcdef")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RequestError, match=r"its code .* unknown key .log.histogram_every_steps.*--code new"):
+        submit("log.histogram_every_steps=10")
+    assert run.config.read_text() == begun
+    submit("train.total_steps=500")
+    assert "total_steps: 500" in run.config.read_text() and "keeps its own" in capsys.readouterr().err
+    old, packed = code.digest(code.of_run(run) or {}), run.code.read_bytes()
+    submit("log.histogram_every_steps=10", code_asked="new")
+    assert "histogram_every_steps: 10" in run.config.read_text()
+
+    new = run.code.read_bytes()
+    with pytest.raises(RequestError, match=f"its code {old}, .* unknown key .log.histogram_every_steps"):
+        submit(code_asked=old)
+    with pytest.raises(RequestError, match=rf"--code {'f' * 16}: .* has code-{old}\.zip; or give kept"):
+        submit(code_asked="f" * 16)
+    assert run.code.read_bytes() == new
+    run.config.write_text(run.config.read_text().replace(" histogram_every_steps: 10,", ""))
+    submit(code_asked=old)
+    assert run.code.read_bytes() == packed and len(list(run.path.glob("code-*.zip"))) == 2
+    assert f"from now on what it had before, {old}" in capsys.readouterr().out
+
+    EventLog(run, "17", 0, "n1").append("submitted", code=code.digest(code.of_checkout()))  # before it went back
+    with pytest.raises(RequestError, match=f"holds {old}, .* or take") as refused:
+        submit()
+    assert f"go on with what it holds, --code {old}, or" in str(refused.value)
+    submit(code_asked=old)

@@ -14,15 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
+from ddpm.config.reading import load
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
+from launch import submission
 from launch.cluster import scheduler, slurm
+from launch.life.decision import Evidence, decide
 from launch.queue import chain
-from launch.terminal import console, faults, follow
-from launch.terminal.results import print_score
+from launch.terminal import console, faults, follow, inspection
+from launch.terminal.results import print_score, why_not
+from tests.cli.harness import TINY
+
+RUNNING = scheduler.Shown("RUNNING", 0, may_requeue=True, partition="", qos="", time_limit="", queued_at=None)
+MISTAKEN = Evidence("train", 1, shown=RUNNING, mistaken=True)
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.ENOSPC, 3)])
@@ -52,6 +61,33 @@ def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FID 137, 50,000 vs train" and lines[1].split() == ["95", "%", "136", "to", "139"]
     assert lines[2].split() == ["kid", "0.123"] and len(lines) == 3
+
+
+def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_to_do_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "my runs" / "tiny")
+    run.events.mkdir(parents=True)
+    run.config.write_text(TINY)
+    log = EventLog(run, "17", 0, "n1")
+    log.append("submitted")
+    assert submission.outcome(run, load(run.config), []) == 1
+    logs = f"python launch/logs.py '{run.path}' says"
+    assert f"at step 0 of 400; {logs} why, and the same command goes on" in capsys.readouterr().err
+    log.append("submitted", stage="sample+evaluate")
+    log.append("failed", stage="train", exit_code=1, reason=(why := decide(MISTAKEN).why))
+    assert why_not(run, "sample").endswith("the same command goes on")
+    assert submission.outcome(run, load(run.config), []) == 1
+    assert "submit again with --code new" in why and f"400: {why}; {logs} more\n" in capsys.readouterr().err
+
+
+def test_what_torch_advises_where_it_loads_a_checkpoint_not_is_not_passed_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    run.ema_weights(3).write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    torch.save({"ema": {"a": object}}, run.checkpoint(3))
+    with pytest.raises(DamagedFile, match=r"^cannot be compared with its checkpoint: Weights only load failed$"):
+        inspection._ema(run, 3)
 
 
 def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ def test_a_run_here_that_was_killed_at_once_was_not_cancelled_in_a_queue() -> No
 
 def test_what_waits_is_told_with_what_to_do_for_scripts_and_for_people() -> None:
     jobs = {"101": PRIORITY, "102": HELD, "103": RUNNING, "104": WAITS}
-    told = {wait["job"]: wait for wait in waits(jobs)}
+    told = {wait["job"]: wait for wait in waits(jobs, "")}
     assert set(told) == {"101", "102", "104"}
     assert set(told["101"]) == {"job", "reason", "words", "next_step", "can_start", "held", "expected_start"}
     assert told["101"]["expected_start"] == "2026-11-27T08:00:00.000Z" and told["102"]["held"]
@@ -100,4 +100,4 @@ def test_what_waits_is_told_with_what_to_do_for_scripts_and_for_people() -> None
 
 def test_what_can_never_start_is_told_so() -> None:
     jobs = {"101": replace(PRIORITY, reason="PartitionTimeLimit")}
-    assert waits(jobs)[0]["can_start"] is False
+    assert waits(jobs, "")[0]["can_start"] is False

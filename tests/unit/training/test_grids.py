@@ -64,7 +64,7 @@ class Full:
             nonlocal calls
             calls += 1
             if self.life.trainer.at.step in self.at and calls == 3:
-                raise torch.OutOfMemoryError("CUDA out of memory.\nSo many bytes")
+                raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED\nSo many bytes")
             return eps(*given)
 
         return evaluate
@@ -92,7 +92,7 @@ def test_a_grid_that_does_not_fit_is_left_out_and_the_next_one_is_tried(
     assert_same_end(plain, run, TOTAL)
     assert [step for step in range(1, TOTAL + 1) if run.grid(step).exists()] == [6]
     told = capfd.readouterr().out
-    line = "no grid: it does not fit beside the steps step={} error=CUDA out of memory.\n"
+    line = "no grid: it does not fit beside the steps step={} error=cuDNN error: CUDNN_STATUS_ALLOC_FAILED\n"
     assert world_size > 1 or [told.count(line.format(step)) for step in (2, 4, 6, 8)] == [1, 1, 0, 1]
 
 

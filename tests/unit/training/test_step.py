@@ -1,5 +1,6 @@
 """ddpm/training/step.py: what one step computes, and from what."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -150,7 +151,17 @@ def test_an_average_that_starts_late_is_the_weights_until_then(tmp_path: Path) -
 # ---------------------------------------------------------------- how many images at a time
 
 
-def with_room_for(life: Life, most: int) -> list[int]:
+LACKS = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
+OF_LIBRARIES = [
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+"""What is no torch.OutOfMemoryError, and says the same."""
+
+
+def with_room_for(life: Life, most: int, lacks: RuntimeError = LACKS) -> list[int]:
     """The life's device holds `most` images at a time. Returns a list that collects how many it was given."""
     given: list[int] = []
     network = life.trainer.state.model.forward
@@ -158,7 +169,7 @@ def with_room_for(life: Life, most: int) -> list[int]:
     def forward(x_t: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         given.append(len(x_t))
         if len(x_t) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
+            raise lacks
         return network(x_t, *more)  # type: ignore[no-any-return]
 
     life.trainer.step.network = life.trainer.state.model.forward = forward
@@ -206,6 +217,22 @@ def test_a_first_step_without_memory_says_what_fits(tmp_path: Path, room: int, t
         ):
             life.train()
         assert life.trainer.at.step == 0
+
+
+@pytest.mark.parametrize("lacks", OF_LIBRARIES, ids=str)
+def test_what_cudas_libraries_say_of_memory_counts_as_torchs_own_word(tmp_path: Path, lacks: RuntimeError) -> None:
+    with Life(make_config(), make_run(tmp_path / "run")) as life:
+        with_room_for(life, 2, lacks)
+        with pytest.raises(DoNotRetry, match=re.escape(str(lacks).partition("\n")[0]) + r"\); 2 do: use "):
+            life.train()
+        assert fitting.largest([4, 2, 1], life.trainer.step.try_out, life.trainer.world) == 2
+
+
+def test_another_error_of_a_trial_is_no_lack_of_memory(tmp_path: Path) -> None:
+    with Life(make_config(), make_run(tmp_path / "run")) as life:
+        with_room_for(life, 2, RuntimeError("cuDNN error: CUDNN_STATUS_MAPPING_ERROR"))
+        with pytest.raises(RuntimeError, match="MAPPING"):
+            fitting.largest([4, 2, 1], life.trainer.step.try_out, life.trainer.world)
 
 
 def test_memory_that_is_gone_later_is_a_crash_as_any(tmp_path: Path) -> None:

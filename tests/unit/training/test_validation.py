@@ -92,7 +92,7 @@ def validate_on_a_full_gpu(world: ranks.World, config: Config, run: RunDir, full
 
         def lacking(*given: Any) -> torch.Tensor:
             if world.rank == full and life.trainer.at.step == 4:
-                raise torch.OutOfMemoryError("CUDA out of memory.\nSo many bytes")
+                raise RuntimeError("CUDA error: out of memory\nSo many bytes")
             return of(*given)
 
         validation.HeldOut._of = lacking  # type: ignore[method-assign]
@@ -111,7 +111,7 @@ def test_a_validation_that_does_not_fit_is_left_out_and_the_next_one_is_tried(
     else:
         on_ranks(2, validate_on_a_full_gpu, CONFIG, run, full)
     assert list(validated(run)) == [TOTAL] and [r["step"] for r in read_jsonl(run.metrics)] == [2, 4, 6, 8]
-    line = "no validation: it does not fit beside the steps step=4 error=CUDA out of memory.\n"
+    line = "no validation: it does not fit beside the steps step=4 error=CUDA error: out of memory\n"
     assert world_size > 1 or line in capfd.readouterr().out
 
 
