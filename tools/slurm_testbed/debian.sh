@@ -14,7 +14,7 @@ Makes a chroot with Debian's RELEASE (trixie, forky, sid) in ROOT (default /var/
 copies the project into it, brings its .venv up to date and runs COMMAND there, in the project's root and with .venv/bin
 first on the PATH. What COMMAND writes outside the project stays, in ROOT; the copy of the project is made anew by every
 call. Everything that COMMAND leaves running ends with it, and so do the mounts. One call per ROOT at a time; others
-wait.
+wait. Of bullseye only SLURM is taken, the rest from bookworm: its Python is too old for the project.
 
 Needs root, and debootstrap, which is installed with apt-get where it is missing. To delete: rm -rf ROOT.
 
@@ -32,18 +32,25 @@ pip_paths() {
 }
 
 make_chroot() {
-    local mirror log scripts=/usr/share/debootstrap/scripts
+    local mirror log scripts=/usr/share/debootstrap/scripts base=$RELEASE
     log=$(mktemp)
     # The mirror of this machine's own sources is one that it can reach.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' 2>/dev/null | head -n 1)
     mirror=${mirror:-http://deb.debian.org/debian}
+    [ "$RELEASE" != bullseye ] || base=bookworm # for a Python that is new enough
     say "making Debian's $RELEASE in $ROOT from $mirror"
     find "$ROOT" -xdev -mindepth 1 ! -path "$MARK" -delete
     # A debootstrap older than the release takes that of sid for it.
-    debootstrap --variant=minbase --include=python3,python3-venv "$RELEASE" "$ROOT" "$mirror" \
-        "$([ -e "$scripts/$RELEASE" ] && echo "$scripts/$RELEASE" || echo "$scripts/sid")" >"$log" 2>&1 </dev/null ||
+    debootstrap --variant=minbase --include=python3,python3-venv "$base" "$ROOT" "$mirror" \
+        "$([ -e "$scripts/$base" ] && echo "$scripts/$base" || echo "$scripts/sid")" >"$log" 2>&1 </dev/null ||
         { tail -n 20 "$log" >&2; rm -f "$log"; die 1 "debootstrap failed"; }
     rm -f "$log"
+    if [ "$base" != "$RELEASE" ]; then
+        echo "deb $mirror $RELEASE main" >>"$ROOT/etc/apt/sources.list"
+        printf 'Package: src:slurm-wlm\nPin: release n=%s\nPin-Priority: 1001\n' "$RELEASE" \
+            >"$ROOT/etc/apt/preferences.d/slurm"
+        rm -rf "$ROOT"/var/lib/apt/lists/* # which know one release alone: start.sh then gets those of both
+    fi
     # Packages must not start their daemons.
     printf '#!/bin/sh\nexit 101\n' >"$ROOT/usr/sbin/policy-rc.d"
     chmod 755 "$ROOT/usr/sbin/policy-rc.d"
