@@ -27,7 +27,13 @@ def cluster(site: Site, root: Path, num_parameters: int) -> Findings:
         yield Finding("warn", f"no sacctmgr here, which {inquiry.COMMANDS['sacctmgr']}", "ask your site, or do without")
     try:
         named = scheduler.cluster_name() or "without a name"
-        yield Finding("pass", f"SLURM answers: {inquiry.version()}, cluster {named}")
+        version = inquiry.version()
+        oldest = "{}.{}".format(*inquiry.OLDEST)
+        yield judged(
+            not inquiry.is_older(version),
+            f"SLURM answers: {version}, cluster {named}",
+            f"{oldest} is the oldest that was tried: see configs/quickstart.yaml through a scontrol requeue first",
+        )
         yield from _site(settle(site, dry_run=False), root)
     except DDPMError as e:
         yield Finding("fail", str(e), scheduler.NOT_REACHED if isinstance(e, scheduler.NoAnswer) else "")

@@ -279,8 +279,9 @@ def allocation() -> dict[str, str]:
         "mem-per-cpu": "SLURM_MEM_PER_CPU",
     }
     options = {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
-    if gpus := os.environ.get("SLURM_GPUS_ON_NODE"):  # also of a job that asked for them otherwise, as by --gres
-        options.setdefault("gpus-per-node", gpus)
+    listed = os.environ.get("SLURM_JOB_GPUS")  # 20.11 has no count of them
+    if gpus := os.environ.get("SLURM_GPUS_ON_NODE") or (listed and str(len(listed.split(",")))):
+        options.setdefault("gpus-per-node", gpus)  # also of a job that asked for them otherwise, as by --gres
     return options
 
 

@@ -24,12 +24,20 @@ COMMANDS = {
 }
 """And what each is for."""
 NEEDED = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+OLDEST = (20, 11)
+"""The oldest SLURM on which jobs of this project have run."""
 
 
 def version() -> str:
     """SLURM's, as it answers. Raises SchedulerError."""
     slurm.run(["sinfo", "-h", "-o", "%P"], timeout_s=10)  # slurmctld's answer, and not the command's alone
     return slurm.run(["sinfo", "--version"], timeout_s=10).strip()
+
+
+def is_older(told: str) -> bool:
+    """Whether a version as SLURM tells it, as slurm 20.11.4, is older than OLDEST."""
+    match = re.search(r"(\d+)\.(\d+)", told)
+    return match is not None and (int(match[1]), int(match[2])) < OLDEST
 
 
 def settings(*keys: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ NO_ANSWER = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|Connection (?:refused|reset)"
     r"|in standby mode|[Tt]emporarily un(?:available|able)|Unable to establish controller"
     r"|[Cc]ould not establish a configuration source|Communication connection failure|Message (?:send|receive) failure"
-    r"|authentication error|try (?:again|later)"
+    r"|authentication error|try (?:again|later)|Unexpected message received"
 )
 LINES_AT_MOST = 20
 USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_", "SLURM_TIME_FORMAT")

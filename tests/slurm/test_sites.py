@@ -107,7 +107,7 @@ def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_roo
     assert "setup failed on n1" in strict.log(name)
     for job in jobs:
         assert {r["ExcNodeList"] for r in strict.bed.records(job)} == {"n1"}
-        assert all(re.search("gres[:/]gpu:a100:1$", r["TresPerNode"]) for r in strict.bed.records(job))
+        assert all(re.search("(?:gres[:/])?gpu:a100:1$", r["TresPerNode"]) for r in strict.bed.records(job))
 
 
 def test_the_doctor_tells_what_the_site_allows_and_what_a_node_has(strict: Site) -> None:

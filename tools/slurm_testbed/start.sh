@@ -238,7 +238,11 @@ for _ in $(seq 50); do
     sleep 0.1
 done
 [ "$ACCOUNTING" = 0 ] || start_accounting
-start_daemon slurmctld -f "$SLURM_CONF"
+# Before 21.08 slurmctld looks for job_submit.lua in /etc/slurm alone: it is shown DIR in the place of that.
+if [ -n "$SUBMIT_LUA" ] && [ "$(printf '%s\n' 21.08 "$VERSION" | sort -V | head -n 1)" != 21.08 ]; then
+    SEEN=(unshare --mount sh -c 'mount --bind "$0" /etc/slurm && exec "$@"' "$DIR")
+fi
+start_daemon ${SEEN[@]+"${SEEN[@]}"} slurmctld -f "$SLURM_CONF"
 for ((i = 1; i <= NODES; i++)); do start_daemon slurmd -f "$SLURM_CONF" -N "n$i"; done
 
 END=$((SECONDS + 40))

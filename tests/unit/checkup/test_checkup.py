@@ -1,6 +1,7 @@
 """What doctor.py finds, where no cluster is needed to tell."""
 
 import errno
+import itertools
 import subprocess
 import tempfile
 import time
@@ -152,6 +153,20 @@ def test_a_setup_line_that_would_end_a_job_ends_the_probe_with_its_words(
     monkeypatch.setattr(node, "POLL_S", 0)
     (found,) = node.probe(Site(setup=("export A=1", setup)), tmp_path, patience_s=60)
     assert found.verdict == "fail" and all(line in found.what for line in told) and "`setup`" in found.remedy
+
+
+@pytest.mark.parametrize(("version", "verdict"), [
+    ("slurm-wlm 20.11.4", "pass"), ("slurm 24.05.0-0rc1", "pass"), ("slurm 20.02.7", "warn"), ("slurm 9.11.0", "warn")
+])  # fmt: skip
+def test_a_slurm_older_than_any_that_was_tried_is_told(
+    monkeypatch: pytest.MonkeyPatch, version: str, verdict: str
+) -> None:
+    monkeypatch.setattr(scheduler, "available", lambda name: True)
+    monkeypatch.setattr(scheduler, "cluster_name", lambda: "lab")
+    monkeypatch.setattr(inquiry, "version", lambda: version)
+    _, found, *_ = itertools.islice(cluster.cluster(Site(), Path("runs"), 1), 2)
+    assert (found.verdict, found.what) == (verdict, f"SLURM answers: {version}, cluster lab")
+    assert found.remedy.startswith("20.11 is the oldest") == (verdict == "warn")
 
 
 def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:

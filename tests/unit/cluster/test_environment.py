@@ -49,6 +49,7 @@ def test_the_batch_shell_claims_no_more_than_one_cpu(monkeypatch: pytest.MonkeyP
     [
         ({"SLURM_GPUS_PER_NODE": "a100:2", "SLURM_GPUS_ON_NODE": "2"}, {"gpus-per-node": "a100:2"}),
         ({"SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_GPUS": "0,1"}, {"gpus-per-node": "2"}),  # --gres, --gpus
+        ({"SLURM_JOB_GPUS": "0,1", "SLURM_NTASKS": "2"}, {"gpus-per-node": "2", "ntasks": "2"}),  # SLURM 20.11
         ({"SLURM_MEM_PER_NODE": "4000"}, {"mem": "4000"}),
         ({"SLURM_MEM_PER_CPU": "500"}, {"mem-per-cpu": "500"}),
         ({}, {}),

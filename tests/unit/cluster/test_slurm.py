@@ -250,6 +250,7 @@ def test_hidden_partitions_are_seen(commands: Path) -> None:
         "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received",
         "scontrol: error: Slurm backup controller in standby mode",
         "sbatch: error: Batch job submission failed: Resource temporarily unavailable",
+        "Unexpected message received for job 2",  # scontrol requeue and update, without a slurmctld
     ],
 )
 def test_a_slurm_that_is_out_of_reach_has_refused_nothing(commands: Path, said: str) -> None:
