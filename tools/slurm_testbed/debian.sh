@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs a command of this project on Debian 13, whose SLURM is 24.11, in a chroot. `trixie.sh --help` says how.
+# Runs a command of this project on another Debian, with its SLURM and Python, in a chroot. `debian.sh --help` says how.
 set -euo pipefail
 umask 022
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -7,13 +7,14 @@ INSIDE=/srv/ddpm-hpc # the project's copy, as seen in the chroot
 
 usage() {
     cat <<'TEXT'
-Usage: tools/slurm_testbed/trixie.sh [ROOT] -- COMMAND…
-e.g.   tools/slurm_testbed/trixie.sh -- python -m tools.chaos --reduced --json /tmp/chaos.json
+Usage: tools/slurm_testbed/debian.sh RELEASE [ROOT] -- COMMAND…
+e.g.   tools/slurm_testbed/debian.sh trixie -- python -m tools.chaos --reduced --json /tmp/chaos.json
 
-Makes a chroot with Debian 13 in ROOT (default /var/tmp/ddpm-trixie) unless it is there, copies the project into it,
-brings its .venv up to date and runs COMMAND there, in the project's root and with .venv/bin first on the PATH. What
-COMMAND writes outside the project stays, in ROOT; the copy of the project is made anew by every call. Everything that
-COMMAND leaves running ends with it, and so do the mounts. One call per ROOT at a time; others wait.
+Makes a chroot with Debian's RELEASE (trixie, forky, sid) in ROOT (default /var/tmp/ddpm-RELEASE) unless it is there,
+copies the project into it, brings its .venv up to date and runs COMMAND there, in the project's root and with .venv/bin
+first on the PATH. What COMMAND writes outside the project stays, in ROOT; the copy of the project is made anew by every
+call. Everything that COMMAND leaves running ends with it, and so do the mounts. One call per ROOT at a time; others
+wait.
 
 Needs root, and debootstrap, which is installed with apt-get where it is missing. To delete: rm -rf ROOT.
 
@@ -21,8 +22,8 @@ Exit codes: COMMAND's; or 1 the chroot could not be made, 2 the request was wron
 TEXT
 }
 
-die() { local rc=$1; shift; echo "trixie.sh: $*" >&2; exit "$rc"; }
-say() { echo "trixie.sh: $*" >&2; }
+die() { local rc=$1; shift; echo "debian.sh: $*" >&2; exit "$rc"; }
+say() { echo "debian.sh: $*" >&2; }
 
 # Files and folders of this machine that pip is told about: certificates, wheels, an index made of files.
 pip_paths() {
@@ -31,14 +32,16 @@ pip_paths() {
 }
 
 make_chroot() {
-    local mirror log
+    local mirror log scripts=/usr/share/debootstrap/scripts
     log=$(mktemp)
     # The mirror of this machine's own sources is one that it can reach.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' 2>/dev/null | head -n 1)
     mirror=${mirror:-http://deb.debian.org/debian}
-    say "making Debian 13 in $ROOT from $mirror"
+    say "making Debian's $RELEASE in $ROOT from $mirror"
     find "$ROOT" -xdev -mindepth 1 ! -path "$MARK" -delete
-    debootstrap --variant=minbase --include=python3,python3-venv trixie "$ROOT" "$mirror" >"$log" 2>&1 </dev/null ||
+    # A debootstrap older than the release takes that of sid for it.
+    debootstrap --variant=minbase --include=python3,python3-venv "$RELEASE" "$ROOT" "$mirror" \
+        "$([ -e "$scripts/$RELEASE" ] && echo "$scripts/$RELEASE" || echo "$scripts/sid")" >"$log" 2>&1 </dev/null ||
         { tail -n 20 "$log" >&2; rm -f "$log"; die 1 "debootstrap failed"; }
     rm -f "$log"
     # Packages must not start their daemons.
@@ -97,7 +100,7 @@ outside() {
     local child rc=0
     [ "$(id -u)" = 0 ] || die 3 "must be root: a chroot needs mounts"
     if [ -e "$ROOT" ] && [ ! -e "$MARK" ]; then
-        [ -d "$ROOT" ] && [ -z "$(ls -A "$ROOT")" ] || die 2 "$ROOT exists and was not made by trixie.sh"
+        [ -d "$ROOT" ] && [ -z "$(ls -A "$ROOT")" ] || die 2 "$ROOT exists and was not made by debian.sh for $RELEASE"
     fi
     PATH=$PATH:/usr/sbin:/sbin
     command -v debootstrap >/dev/null ||
@@ -108,28 +111,31 @@ outside() {
     exec 9>>"$MARK"
     flock -n 9 || { say "waiting for another call with $ROOT"; flock 9; }
     # unshare itself ignores SIGTERM. It dies with this script, and all that runs below it dies with unshare.
-    DDPM_TRIXIE_INSIDE=$ROOT setpriv --pdeathsig KILL unshare --mount --pid --mount-proc --kill-child \
-        "${BASH_SOURCE[0]}" "$ROOT" -- "$@" <&0 &
+    DDPM_DEBIAN_INSIDE=$ROOT setpriv --pdeathsig KILL unshare --mount --pid --mount-proc --kill-child \
+        "${BASH_SOURCE[0]}" "$RELEASE" "$ROOT" -- "$@" <&0 &
     child=$!
     trap 'kill -9 "$child" 2>/dev/null; exit 130' INT TERM HUP
     wait "$child" || rc=$?
     return "$rc"
 }
 
-ROOT=/var/tmp/ddpm-trixie
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
-    --) ;;
-    '' | -*) usage >&2; die 2 "a COMMAND after -- is needed" ;;
-    *) ROOT=$1; shift ;;
+    *[!a-z]* | '') usage >&2; die 2 "a RELEASE of Debian is needed first, such as trixie, not '${1:-}'" ;;
+esac
+RELEASE=$1 ROOT=/var/tmp/ddpm-$1
+shift
+case ${1:-} in
+    -*) ;;
+    ?*) ROOT=$1; shift ;;
 esac
 [ "${1:-}" = -- ] && [ $# -ge 2 ] || { usage >&2; die 2 "a COMMAND after -- is needed"; }
 shift
 [ -n "$ROOT" ] && ROOT=$(realpath -m "$ROOT")
 [[ $ROOT =~ ^/[A-Za-z0-9._/-]+$ ]] || die 2 "ROOT=$ROOT: A-Z a-z 0-9 . _ / - only"
-MARK=$ROOT/.ddpm-trixie # the proof that ROOT is ours; its text says whether it is complete
-if [ "${DDPM_TRIXIE_INSIDE:-}" = "$ROOT" ]; then
-    unset DDPM_TRIXIE_INSIDE
+MARK=$ROOT/.ddpm-$RELEASE # the proof that ROOT is ours; its text says whether it is complete
+if [ "${DDPM_DEBIAN_INSIDE:-}" = "$ROOT" ]; then
+    unset DDPM_DEBIAN_INSIDE
     inside "$@" # not in a condition, where set -e would not hold
     exit
 fi
