@@ -168,7 +168,8 @@ class SlurmTestbed:
     def records(self, job_id: str) -> list[dict[str, str]]:
         """What `scontrol show job` says, one record per array task; finished jobs stay known for ten minutes."""
         shown = self.run(["scontrol", "-o", "show", "job", job_id], check=True).stdout
-        return [dict(re.findall(r"(?:^| )([\w/:]+)=(\S*)", line)) for line in shown.splitlines() if line]
+        lines = re.findall("^JobId=.*", shown, re.M)  # from 25.11 on there is a SubmitLine, of many lines if --wrap is
+        return [dict(re.findall(r"(?:^| )([\w/:]+)=(\S*)", line.partition(" SubmitLine=")[0])) for line in lines]
 
     def _record(self, job_id: str) -> dict[str, str]:
         records = self.records(job_id)
