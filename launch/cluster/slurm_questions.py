@@ -17,6 +17,8 @@ from launch.cluster.slurm import TIMEOUT_S
 CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 """slurm.conf by default, and where slurmd keeps one that was sent to it."""
 NAMED = re.compile(r"^\s*ClusterName\s*=\s*([^\s#]+)", re.M | re.I)
+HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""What SLURM calls a waiting job that it holds, by how it came to that; with other reasons it is PENDING."""
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of this project's jobs end."""
 
@@ -60,6 +62,7 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
         if owner not in ("", str(os.geteuid())) and not OUR_NAME.search(name):
             continue  # ids begin anew on a cluster that is set up anew
         base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
+        state = "PENDING" if state in HELD else state
         waits = state == "PENDING"
         why = reason.strip() if (waits and reason != "None") or " held " in reason else ""  # it is put back, to be held
         told = Queued(state, why, _stamp(start) if waits else None)
