@@ -31,7 +31,7 @@ def lacking() -> str:
     from importlib.util import find_spec
 
     if sys.version_info < LEAST:
-        return f"Python {sys.version.split()[0]} is too old (3.10 to 3.13)"
+        return f"Python {sys.version.split()[0]} is too old (3.10 to 3.14)"
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return f"this Python ({sys.executable}) lacks {', '.join(missing)}"

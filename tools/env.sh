@@ -9,7 +9,7 @@ Usage: tools/env.sh [EXTRA,EXTRA]      e.g. tools/env.sh test,dev    (or: . tool
 Installs the project, editable, with these extras of pyproject.toml into .venv; says nothing when that is done
 already. Extras that were asked for earlier stay.
 
-  PYTHON=python3.12      the interpreter, for a .venv that does not exist yet: 3.10 to 3.13
+  PYTHON=python3.12      the interpreter, for a .venv that does not exist yet: 3.10 to 3.14
   TORCH=cpu|default      which torch: without CUDA, or PyPI's. Default: cpu where there is neither an NVIDIA GPU nor
                          a SLURM cluster with GPUs to be seen.
 
@@ -41,7 +41,7 @@ _ddpm_env() (
 
     # Through env, since what setpriv itself executes is still looked up with root's rights.
     as_nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups env "$@" </dev/null >/dev/null 2>&1; }
-    suitable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' >/dev/null 2>&1; }
+    suitable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' >/dev/null 2>&1; }
     executable_of() { "$1" -c 'import os, sys; print(os.path.realpath(sys.executable))'; }
 
     can_apt_get() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
@@ -57,19 +57,19 @@ _ddpm_env() (
     choose_python() {
         local candidate
         if [ -n "${PYTHON:-}" ]; then
-            suitable "$PYTHON" || die 3 "PYTHON=$PYTHON is not Python 3.10, 3.11, 3.12 or 3.13:" \
+            suitable "$PYTHON" || die 3 "PYTHON=$PYTHON is not Python 3.10 to 3.14:" \
                 "$("$PYTHON" --version 2>&1 || true)"
             python=$PYTHON
             return
         fi
-        for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
             suitable "$candidate" && python=$candidate && break
         done
         if [ -z "$python" ] && can_apt_get; then
             apt_get_install python3 python3-venv
             suitable /usr/bin/python3 && python=/usr/bin/python3
         fi
-        [ -n "$python" ] || die 3 "Python 3.10, 3.11, 3.12 or 3.13 is needed, python3 is" \
+        [ -n "$python" ] || die 3 "Python 3.10 to 3.14 is needed, python3 is" \
             "$(python3 --version 2>&1 || true); set PYTHON=/path/to/python3.12 to name another"
         # The SLURM tests run jobs as an ordinary user, who must be able to execute this interpreter. Root's own one,
         # say pyenv's, often lies under /root, which is closed to others: then the system's is the better choice.

@@ -105,8 +105,9 @@ def submit(job: Job) -> str:
         task.dump(pickles[-1])
     script = where / f".submission_file_{uuid.uuid4().hex}.sh"
     script.write_text(script_text(job))
-    with environment.outside_allocation():
-        job_id = slurm_orders.submit(command(job, str(script)), timeout_s=SBATCH_TIMEOUT_S)
+    words = command(job, str(script))
+    with environment.submitting(words):
+        job_id = slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S)
     for task_number, pickle in enumerate(pickles):
         task_id = f"{job_id}_{task_number}" if len(pickles) > 1 else job_id
         JobPaths(where, task_id).move_temporary_file(pickle, "submitted_pickle")

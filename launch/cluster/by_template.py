@@ -42,6 +42,6 @@ def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) ->
 
 def sbatch(words: list[str], home: dict[str, str]) -> str:
     """Run one sbatch in the folder of the code; returns the job id. Raises SchedulerError."""
-    env = {**os.environ, **home}
-    with environment.outside_allocation():
+    with environment.submitting(words):
+        env = {**os.environ, **home}
         return slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=home["DDPM_HOME"], env=env)

@@ -286,11 +286,15 @@ def allocation() -> dict[str, str]:
 
 
 @contextmanager
-def outside_allocation() -> Iterator[None]:
-    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey."""
-    inside = "SLURM_JOB_ID" in os.environ
-    ours = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
-    saved = {k: v for k, v in os.environ.items() if inside and k.startswith(ours) and k != "SLURM_CONF"}
+def submitting(words: list[str]) -> Iterator[None]:
+    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey; nor
+    GPUs that the user has exported for sbatch, where its `words` ask for some: SLURM would add them, and refuses
+    --gres beside --gpus-per-node from 26.05 on.
+    """
+    ours = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    saved = {k: v for k, v in os.environ.items() if k.startswith(ours) and k != "SLURM_CONF"}
+    if any(re.match("--gpus|--gres=.*gpu", word) for word in words):
+        saved |= {k: v for k, v in os.environ.items() if re.match("SBATCH_GPUS|SBATCH_GRES=.*gpu", f"{k}={v}")}
     for key in saved:
         del os.environ[key]
     try:

@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from launch.cluster import slurm, slurm_orders
+from launch.cluster import environment, slurm, slurm_orders
 from launch.cluster.answers import SchedulerError
 from launch.cluster.environment import SHIPPED
 from launch.cluster.job import Job, flags
@@ -82,12 +82,16 @@ def submit_probe(job: Job, home: dict[str, str], script: Path, asked: Path, log:
     """Queue a job that asks for what `job` would, and runs `script` with `asked`; its id. Raises SchedulerError."""
     options = {k: v for k, v in job.options().items() if k not in ("requeue", "signal", "output", "open-mode")}
     options |= {"job-name": "ddpm-doctor", "output": str(log), "ntasks-per-node": "1"}
-    env = {**os.environ, **home, "PYTHONPATH": home["DDPM_HOME"]}
-    return slurm_orders.submit(["sbatch", "--parsable", *flags(options), str(script), str(asked)], env=env)
+    words = ["sbatch", "--parsable", *flags(options), str(script), str(asked)]
+    with environment.submitting(words):
+        env = {**os.environ, **home, "PYTHONPATH": home["DDPM_HOME"]}
+        return slurm_orders.submit(words, env=env)
 
 
 def try_out(job: Job) -> None:
     """Have SLURM judge what `job` would ask for, without queueing it. Raises SchedulerError with what it says."""
     array = [f"--array=0-{job.num_tasks - 1}"] if job.is_array else []
     options = flags({k: v for k, v in job.options().items() if k not in ("dependency", "output")})
-    slurm.run(["sbatch", "--test-only", *options, *array, str(SHIPPED / "slurm" / f"{job.stage}.sbatch"), "RUN"])
+    words = ["sbatch", "--test-only", *options, *array, str(SHIPPED / "slurm" / f"{job.stage}.sbatch"), "RUN"]
+    with environment.submitting(words):
+        slurm.run(words)

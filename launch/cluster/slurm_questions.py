@@ -19,6 +19,8 @@ CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 NAMED = re.compile(r"^\s*ClusterName\s*=\s*([^\s#]+)", re.M | re.I)
 ASKED_AT_ONCE = 10_000
 """Ids in one query: Linux takes no word of a command that has more than 128 KiB."""
+HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""What SLURM calls a waiting job that it holds, by how it came to that; with other reasons it is PENDING."""
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of this project's jobs end."""
 
@@ -63,6 +65,7 @@ def look_up(jobs: list[str]) -> dict[str, Queued]:
         if owner not in ("", str(os.geteuid())) and not OUR_NAME.search(name):
             continue  # ids begin anew on a cluster that is set up anew
         base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
+        state = "PENDING" if state in HELD else state
         waits = state == "PENDING"
         why = reason.strip() if (waits and reason != "None") or " held " in reason else ""  # it is put back, to be held
         told = Queued(state, why, _stamp(start) if waits else None)

@@ -13,8 +13,6 @@ from launch.terminal.logfiles import NOISE
 
 TAIL_BYTES = 256 * 1024
 CHARACTERS = 600
-OTHERS = (*NOISE, "[batch]")
-"""Beginnings of lines that are not the work's own."""
 OWN = re.compile(
     r"^\S+Z failed: |^setup failed|^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Unfit|Lacks)\b"
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
@@ -69,7 +67,11 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     """The last words in `text`, the end of the log, since life number `restart` began."""
     began = list(re.finditer(rf"^\[batch\] .* restart={restart} ", text, re.M))
     said = text[began[-1].start() :] if began else text
-    own = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(OTHERS)]
+    own = [
+        line.strip()
+        for line in said.splitlines()
+        if line.strip() and not (line.startswith("[batch]") or NOISE.match(line))
+    ]
     at = next((i for i in reversed(range(len(own))) if OWN.search(own[i])), None)
     error = own[at] if at is not None else ""
     if at and error.startswith("setup failed"):  # and what the line itself said, as modul: command not found

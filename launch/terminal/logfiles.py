@@ -13,8 +13,8 @@ from ddpm.run.paths import RunDir, listed
 STAGES = ("train", "sample", "evaluate")
 OF_SLURM = re.compile(r"(train|sample|evaluate)-(\d+)(_\d+)?\.out")
 """The log of a job of SLURM's, or of a task of its array: its stage and its id."""
-NOISE = ("srun:", "slurmstepd", "submitit ")
-"""Beginnings of lines that come from the scheduler."""
+NOISE = re.compile(r"srun:|slurmstepd|submitit |\[[^\]]*\d[^\]]*\] (?:error|fatal): ")
+"""Beginnings of lines that come from the scheduler: slurmstepd's is its name, from 25.05 on the time."""
 POLL_S = 0.5
 ASK_EVERY_S = 3.0
 """How often to ask for the run's state while nothing is added: a requeued job is away for a moment."""
@@ -50,7 +50,7 @@ class Filter:
         self._everything, self.hidden = everything, 0
 
     def __call__(self, line: str) -> bool:
-        keep = self._everything or not line.startswith(NOISE)
+        keep = self._everything or not NOISE.match(line)
         self.hidden += not keep
         return keep
 

@@ -97,7 +97,7 @@ def _plain_help(text: str) -> str:
     generated, mark, ours = text.partition("\nexamples:")
     generated = re.sub(r"\n(?: {4,}| (?=\S))", " ", generated)  # a new entry is indented by two spaces
     generated = re.sub(r"(?<=\S) +", " ", generated).replace("optional arguments:", "options:")
-    return re.sub(r"(-\w) ([A-Z_=]+), (--[\w-]+) \2", r"\1, \3 \2", generated) + mark + ours
+    return re.sub(r"(--?\w[\w-]*) ([A-Z_=]+), (--[\w-]+) \2", r"\1, \3 \2", generated) + mark + ours
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> I
         bed.admin(["sacctmgr", "-i", "add", "qos", "short", "MaxWall=10"])
         bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "GraceTime=10"])
         bed.admin(["sacctmgr", "-i", "add", "qos", "urgent", "Priority=100", "Preempt=normal"])
-        bed.admin(["sacctmgr", "-i", "modify", "user", "nobody", "set", "qos+=short,urgent"])
+        bed.admin(["sacctmgr", "-i", "modify", "user", bed.user, "set", "qos+=short,urgent"])
         images = write_zip(bed.workdir / "images.zip")
         images.chmod(0o644)
         nothing = bed.mkdir("bin") / "sacctmgr"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-USER = "nobody"  # exists everywhere and owns nothing
+USER = "games"  # exists on every Debian and owns nothing; nobody is another one to SLURM from 25.11 on, with uid 99
 KNOBS = {
     "NODES": "4", "CPUS": "2", "GPUS": "2", "GRACE": "10", "KILLWAIT": "5", "CRED_EXPIRE": "5", "SLURMD_TIMEOUT": "20"
 }  # fmt: skip
@@ -168,6 +168,7 @@ class SlurmTestbed:
     def records(self, job_id: str) -> list[dict[str, str]]:
         """What `scontrol show job` says, one record per array task; finished jobs stay known for ten minutes."""
         shown = self.run(["scontrol", "-o", "show", "job", job_id], check=True).stdout
+        shown = re.sub(r"(?s) SubmitLine=.*?(?= WorkDir=)", "", shown)  # from 25.11 on, of many lines if --wrap is
         return [dict(re.findall(r"(?:^| )([\w/:]+)=(\S*)", line)) for line in shown.splitlines() if line]
 
     def _record(self, job_id: str) -> dict[str, str]:

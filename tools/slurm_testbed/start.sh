@@ -27,7 +27,7 @@ Settings, by environment variable (default):
   BASE_PORT (free one)  first of NODES + 3 ports in a row
   GPU_TYPE (none)       type of the GPUs, e.g. a100: nodes then have gpu:a100:2
   SUBMIT_LUA (none)     a job_submit.lua: the site's plugin, which may refuse
-  ACCOUNTING (0)        1: slurmdbd, with the account `lab` for the user nobody, and limits that hold
+  ACCOUNTING (0)        1: slurmdbd, with the account `lab` for the user games, and limits that hold
   EXTRA_CONF            a file whose lines end slurm.conf
 
 Exit codes: 0 ready, 1 the daemons did not come up, 2 the request was wrong, 3 the machine lacks something.
@@ -226,7 +226,8 @@ CONF
         sleep 0.2
     done
     sacctmgr -i -Q add account lab Description=lab Organization=lab >/dev/null
-    sacctmgr -i -Q add user nobody Account=lab DefaultAccount=lab >/dev/null
+    # not nobody, for whom SLURM has a uid of its own from 25.11 on
+    sacctmgr -i -Q add user games Account=lab DefaultAccount=lab >/dev/null
     sacctmgr -i -Q add user root Account=root AdminLevel=Admin >/dev/null 2>&1 || true
 }
 

@@ -1,4 +1,4 @@
-"""launch/cluster/reasons.py: why a job waits, by lines as squeue prints them (SLURM 22.05, -o "%F %i %T %S %r")."""
+"""launch/cluster/reasons.py: why a job waits, by squeue's lines (22.05, number 21 by 26.05, -o "%F %i %T %S %r")."""
 
 import pytest
 
@@ -10,6 +10,7 @@ SAID = """\
 18 18 PENDING N/A PartitionTimeLimit
 19 19 PENDING N/A PartitionNodeLimit
 20 20 PENDING N/A PartitionDown
+21 21 REQUEUE_HOLD N/A job requeued in held state
 22 22 PENDING 2026-11-26T21:13:42 BeginTime
 23 23 PENDING N/A JobHeldUser
 25 25 RUNNING 2026-11-26T20:13:42 None
@@ -47,6 +48,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, reasons.Wait | None]:
     ("18", "above what the partition allows", "shorter --time"),
     ("19", "more nodes, or fewer", "--nodes"),
     ("20", "the partition is down", "another --partition"),
+    ("21", "it was put back, and is held", "scontrol release 21"),  # by --requeue=expedite, after a failure
     ("22", "not to start before its time", ""),
     ("31", "others are before it", ""),
     ("41", "waits for the job before it to end", ""),
@@ -76,7 +78,7 @@ def test_what_can_never_start_and_what_is_held_are_told_from_what_waits(
 ) -> None:
     never = {job for job, wait in waits.items() if wait and wait.never}
     held = {job for job, wait in waits.items() if wait and wait.held}
-    assert (never, held) == ({"17", "18", "19", "34", "42"}, {"23", "30", "33"})
+    assert (never, held) == ({"17", "18", "19", "34", "42"}, {"21", "23", "30", "33"})
 
 
 def test_slurms_expected_start_is_told_where_it_says(waits: dict[str, reasons.Wait | None]) -> None:

@@ -750,6 +750,9 @@ def test_out_of_memory_is_called_so_with_how_much_was_asked_for(
     ("setup failed on n1 (exit code 1): module load cuda/99", "module load cuda/99"),
     ("/usr/bin/python: cannot execute binary file", "cannot execute"), ("2026-11-26T20:01:03.000Z step=6 loss=0.1", ""),
     ("Segmentation fault (core dumped)", "Segmentation fault"),
+    ("ValueError: ours\n[2026-11-26T20:01:04.123] error: *** STEP 17.0 ON n4 CANCELLED AT 2026-11-26T20:01:04 "
+     "DUE TO TASK FAILURE ***", "ours"),  # by slurmstepd from SLURM 25.05 on
+    ("ValueError: ours\n[2026-11-26T20:01:04+00:00] error: Detected 1 oom_kill event in StepId=17.0.", "ours"),
 ])  # fmt: skip
 def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, line: str, error: str) -> None:
     words = last_words.read(tmp_path / "log", ENDS.format(line), 3)

@@ -35,6 +35,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
+        self.environments: list[dict[str, str]] = []
         self.accepts = 1000
         self.otherwise: Exception = INVALID
         self.array_size = 1001
@@ -43,8 +44,9 @@ class Cluster:
         self.nodes: list[str] | None = ["n1"]
         self._took: dict[str, int] = {}
 
-    def run(self, argv: list[str], **_: Any) -> str:
+    def run(self, argv: list[str], env: dict[str, str] | None = None, **_: Any) -> str:
         self.commands.append(argv)
+        self.environments.append(dict(os.environ if env is None else env))
         if argv[0] == "sbatch":
             number = len(self.of("sbatch"))
             tasks = next((int(word.split("-")[3].split("%")[0]) + 1 for word in argv if word.startswith("--array=")), 1)
@@ -97,6 +99,23 @@ def slurm_shows(*, may_requeue: bool, time_limit: str) -> scheduler.Shown:
 
 def options_of(command: list[str]) -> set[str]:
     return {word for word in command if word.startswith("--") and word != "--parsable"}
+
+
+@VIA
+@pytest.mark.parametrize("request_by", ["gpus-per-node", "gres", "none"])
+def test_only_what_is_asked_for_says_which_gpus_a_job_gets(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, via: str, request_by: Any
+) -> None:
+    """Not the allocation around; nor what is exported for sbatch, which from SLURM 26.05 on refuses both."""
+    given = {"SLURM_JOB_ID": "5", "SLURM_GPUS_PER_NODE": "4"}
+    exported = {"SBATCH_GRES": "gpu:2", "SBATCH_GPUS": "8", "SBATCH_GPUS_PER_NODE": "8", "SBATCH_QOS": "low"}
+    for name, value in {**given, **exported}.items():
+        monkeypatch.setenv(name, value)
+    submitting.submit(Job("train", run, Site(via=via, gpus_per_node=1, gpu_request=request_by)))
+    told = next(e for c, e in zip(cluster.commands, cluster.environments, strict=True) if c[0] == "sbatch")
+    stay = exported if request_by == "none" else {"SBATCH_QOS": "low"}
+    assert {k: v for k, v in told.items() if k in {**given, **exported}} == stay
+    assert exported.items() <= os.environ.items()
 
 
 @VIA

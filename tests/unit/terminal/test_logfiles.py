@@ -14,6 +14,7 @@ from launch.terminal import logfiles
 SAID = """srun: job 7 queued and waiting for resources
 2026-11-27T11:00:00.000Z step=100/200 loss=0.1
 slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED ***
+[2026-11-27T11:00:01.502] error: *** JOB 7 ON n1 CANCELLED AT 2026-11-27T11:00:01 DUE TO JOB REQUEUE ***
 submitit INFO (2026-11-27): Job has triggered
 srun is a word that may stand in a line of ours
 """
@@ -66,7 +67,7 @@ def test_what_slurm_says_is_left_out_and_counted_unless_it_is_asked_for(
     keep = logfiles.Filter(everything=everything)
     logfiles.show(wrote(run, "train-7.out", SAID), keep)
     shown = capsys.readouterr().out
-    assert (shown == SAID) == everything and keep.hidden == (0 if everything else 3)
+    assert (shown == SAID) == everything and keep.hidden == (0 if everything else 4)
     assert "step=100" in shown and "srun is a word" in shown
 
 
