@@ -74,7 +74,8 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     c = Cluster()
     monkeypatch.setattr(slurm, "run", c.run)
-    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": True)
+    for asked in (slurm, scheduler):
+        monkeypatch.setattr(asked, "available", lambda command="sbatch": True)
     return c
 
 
