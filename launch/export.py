@@ -74,7 +74,8 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
         weights = folder / EXPORTED_WEIGHTS
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))
         write_bytes(folder / EXPORTED_CONFIG, for_others(config, run).to_yaml().encode())
-        if names := class_names(config, read_run(run)):
+        names = class_names(config, read_run(run))
+        if names:
             write_json(folder / EXPORTED_CLASSES, names)
         text = card(config, read_run(run), generation.manifest, sha256_file(weights), scores, name=run.name)
         write_bytes(folder / "README.md", text.encode())

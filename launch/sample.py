@@ -223,7 +223,7 @@ def main() -> int:
     from ddpm.sampling.shards import shards_to_make, unpack_png
 
     missing = shards_to_make(sample_set, request)
-    sets.tell_of_other_code(run, sample_set, request, new=args.code == "new")
+    sets.tell_of_other_code(run, sample_set, request, args.code)
     if missing:
         site = settle(site, dry_run=args.prepare)
         prepare.settle_code(run, args.code)

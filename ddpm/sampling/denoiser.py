@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -66,6 +67,12 @@ def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
     return eps
 
 
+@functools.cache
+def _recording_on(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which evaluations are recorded; torch's own is on the GPU that was the first to record."""
+    return torch.cuda.Stream(device)
+
+
 class Replays:
     """Evaluations on a GPU: from the third call with a shape on, its kernels are launched together, as one CUDA graph.
 
@@ -91,7 +98,7 @@ class Replays:
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # else it is of the current GPU
             static = [tensor.clone() for tensor in given]
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=_recording_on(device)):
                     out = self._eps(static[0], static[1], static[2] if len(static) > 2 else None)
             except RuntimeError as e:  # of what does not fit twice, or may not be recorded
                 why = f"{type(e).__name__}: {e}".partition("\n")[0]

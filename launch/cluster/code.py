@@ -172,12 +172,16 @@ def keep(run: RunDir, code: Code) -> None:
     with contextlib.suppress(DamagedFile):
         if (had := of_run(run)) is not None and digest(had) != digest(code):
             write_bytes(run.earlier_code(digest(had)), read_bytes(run.code, MAX_BYTES), replace=True)
+    write_bytes(run.code, _pack(code), replace=True)
+
+
+def _pack(code: Code) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted({**code, MAIN: code.get(UNPACKER, b"")}.items()):
             archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
         archive.comment = digest(code).encode()
-    write_bytes(run.code, packed.getvalue(), replace=True)
+    return packed.getvalue()
 
 
 def unpack(run: RunDir) -> Path:
@@ -190,14 +194,14 @@ def unpack(run: RunDir) -> Path:
         code = of_checkout()
         check(code)
         keep(run, code)
-    return _lay_out(run, run.code, code)
+    return _lay_out(run, code, read_bytes(run.code, MAX_BYTES))
 
 
-def _lay_out(run: RunDir, packed: Path, code: Code) -> Path:
+def _lay_out(run: RunDir, code: Code, packed: bytes) -> Path:
     place = _place(run, code)
     tmp = place.with_name(f"{TMP_PREFIX}{place.name}.{uuid.uuid4().hex}")
     try:
-        with zipfile.ZipFile(packed) as archive:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             if not place.is_dir():  # whole or not at all
                 mend(archive, tmp)
                 with contextlib.suppress(OSError):  # another was first
@@ -215,16 +219,15 @@ def _lay_out(run: RunDir, packed: Path, code: Code) -> Path:
 def refusal(run: RunDir, code: Code, config: str) -> str:
     """Why the run's code, or what it had before, would not read this config.yaml, as where it knows a key or value not
     yet; "" where it does, or cannot be asked."""
-    earlier = run.earlier_code(digest(code))
-    place = _lay_out(run, earlier if earlier.exists() else run.code, code)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(config)
-        try:
+    place = _lay_out(run, code, _pack(code))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.yaml"
+            path.write_text(config)
             asked = subprocess.run([sys.executable, "-c", READ, path], cwd=place, env=for_jobs(place),
                                    capture_output=True, text=True, timeout=READ_WITHIN_S)  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return asked.stdout.strip().removeprefix(f"{path}: ") if asked.returncode == RequestError.exit_code else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,8 +25,9 @@ def one_device(env: JobEnvironment) -> torch.device:
     device = as_device()
     if device.type == "cuda" and env.local_rank:
         device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)  # what names none is meant for it
     check(env, device)
+    if device.index:
+        torch.cuda.set_device(device)  # what names none is meant for it
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -58,7 +60,9 @@ def _fault(device: torch.device) -> str:
     try:
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as e:
-        why = f"a {torch.cuda.get_device_name(device)}: {str(e).splitlines()[0]}"
+        why = str(e).splitlines()[0]
+        with contextlib.suppress(RuntimeError):  # it may not even say its name
+            why = f"a {torch.cuda.get_device_name(device)}: {why}"
         if "no kernel image" in why:
             kinds = " ".join(torch.cuda.get_arch_list())
             major, minor = torch.cuda.get_device_capability(device)

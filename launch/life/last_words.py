@@ -18,6 +18,8 @@ OWN = re.compile(
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
 )
 HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
+TOLD = r"\d{4}-\S+Z (?!failed: )"
+"""Of lines that a life writes of what it does: of what it went on without, too, as a grid that did not fit."""
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
 """SLURM's line for a job that a person cancels; for others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
 FEWER = {
@@ -77,7 +79,8 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     if at and error.startswith("setup failed"):  # and what the line itself said, as modul: command not found
         error = f"{re.sub(FROM_SETUP, '', own[at - 1])[: CHARACTERS // 2]}; {error}"
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
-    lacked = "GPU memory" if GPU_MEMORY.search(said) else "memory" if HOST_MEMORY.search(said) else ""
+    ends = "\n".join(line for line in said.splitlines() if not re.match(TOLD, line))
+    lacked = "GPU memory" if GPU_MEMORY.search(ends) else "memory" if HOST_MEMORY.search(ends) else ""
     died = TASK_DIED.search(said)
     if len(error) > CHARACTERS:
         error = f"{error[:CHARACTERS].rpartition(' ')[0] or error[:CHARACTERS]} …"

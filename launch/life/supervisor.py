@@ -22,6 +22,7 @@ from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
 from launch.life.decision import (
+    Evidence,
     bad_nodes,
     blames_its_node,
     decide,
@@ -65,7 +66,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         return _failed(run, log, known.code, stage, set_name, decision.why, words)
     avoided = _without(bad, known.shown, run, words.error) if bad and known.shown else ""
     if decision.what == "succeed":
-        _have_a_successor(run, env, stage, decision.why, avoided or (known.shown.excluded if known.shown else ""))
+        _have_a_successor(run, env, stage, decision.why, avoided, known)
     elif decision.what == "requeue":
         _put_back(env, decision.why, avoided, wait_s(known))
     elif decision.why:
@@ -164,9 +165,11 @@ def _exclude(env: JobEnvironment, avoided: str) -> None:
             scheduler.exclude(other, avoided)
 
 
-def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, avoided: str) -> None:
+def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, avoided: str, known: Evidence) -> None:
+    excluded = avoided or (known.shown.excluded if known.shown else "")
+
     def order() -> str | None:
-        return submit_successor(run, stage, env.job, avoided) if _still_ours(env, or_preempted=True) else None
+        return submit_successor(run, stage, env.job, excluded) if _still_ours(env, or_preempted=True) else None
 
     try:
         successor = scheduler.patiently(order)
@@ -174,9 +177,10 @@ def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, a
         raise
     except scheduler.SchedulerError as refused:  # such as a full queue, in which this job is one of those that fill it
         say(f"no successor: {_in_a_line(refused)}")
-        with contextlib.suppress(scheduler.SchedulerError):
-            if _put_back(env, told, avoided, 0):
-                return
+        if known.shown is not None and known.shown.may_requeue:
+            with contextlib.suppress(scheduler.SchedulerError):
+                if _put_back(env, told, avoided, wait_s(known)):
+                    return
         raise
     if successor is not None:
         _chain_waits_for(successor, env.job)

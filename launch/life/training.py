@@ -147,7 +147,8 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     """What `auto` means for the run, as its first life found and recorded; also applies it to this process."""
     run = life.run
     kept = world.broadcast(read_run(run).get("resolved") if world.is_main else None)
-    resolved = device.resolve(config, world.device, life.env.cpus, kept)
+    with life.stop.held():  # it may build kernels, to see whether that can be done
+        resolved = device.resolve(config, world.device, life.env.cpus, kept)
     if not kept:  # as rank 0 finds it, whatever another rank's node lacks
         resolved = device.resolve(config, world.device, life.env.cpus, world.broadcast(resolved.as_dict()))
     devices.check_precision(life.env, world.device, resolved.amp)

@@ -28,6 +28,7 @@ from launch.queue.nodes import bad_nodes, to_avoid
 from launch.queue.submitting import sent_tasks, sent_where, submit, why_it_waits
 from launch.queue.turns import turn
 from launch.queue.waiting import evaluations_in_queue, is_told_to_stop, jobs_in_queue, known_stop, slurm_jobs
+from launch.queue.work import to_end
 
 MAX_ROUNDS = 3
 
@@ -142,7 +143,7 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         ):  # the first has begun, and found one that those were sent without
             _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
-        waits = why_it_waits(new[0], jobs[0]) if ids and ids[0] == new[:1] else ""
+        waits = why_it_waits(new[0], jobs[0].stage, to_end(jobs[0].run)) if ids and ids[0] == new[:1] else ""
     except scheduler.NoAnswer:
         raise
     except Exception:

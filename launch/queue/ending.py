@@ -56,7 +56,7 @@ def of_hold(run: RunDir, env: JobEnvironment, stage: str, set_name: str) -> None
         found = scheduler.look_up([env.job]).get(env.job)
     except scheduler.SchedulerError:
         return
-    end = f"python launch/cancel.py {run.quoted}"
+    end = f"python launch/cancel.py {run.quoted}"  # as in work.py, which cannot be imported from here
     wait = scheduler.explain(env.job, replace(found, state="PENDING"), end) if found else None  # COMPLETING before
     if wait is not None and wait.held:
         notify.tell(run, env, notify.HELD, f"{stage} job {env.job}: {wait}; {run.path}", stage=stage)

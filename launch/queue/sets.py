@@ -263,14 +263,15 @@ def _has(record: dict[str, Any], of: dict[str, str]) -> bool:
     return all(record.get(key) == value for key, value in of.items())
 
 
-def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, *, new: bool) -> None:
-    """Warn where shards of the set were made by other code of ddpm/ than this checkout has, which could make others.
-
-    new: whether what is missing will be made by this checkout's.
+def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, take: str | None) -> None:
+    """Warn where shards of the set were made by other code of ddpm/ than this checkout has, which could make others; or
+    than what --code asks for (`take`), if that is a digest.
     """
     from ddpm.sampling import shards  # loads numpy
 
-    here, kept = code.of_checkout(), None
+    whose, here, kept = "this checkout", code.of_checkout(), None
+    if take not in (None, "kept", "new"):
+        whose, here = f"the code {take}", code.kept_before(run, take)
     others = [digest for digest in shards.codes(sample_set, request) if digest != code.digest(here)]
     if others:
         with contextlib.suppress(DamagedFile):
@@ -280,5 +281,5 @@ def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, *, 
         if by is None or not (told := code.differences(code.of_library(by), code.of_library(here))):
             continue
         of_set = f"shards of {sample_set.name} were made by the code {digest}"
-        ask = "another --set" if new else "another --set and --code new"
-        print(f"warning: {of_set}; this checkout has {told}. To sample with that, give {ask}", file=sys.stderr)
+        ask = "another --set and --code new" if take in (None, "kept") else "another --set"
+        print(f"warning: {of_set}; {whose} has {told}. To sample with that, give {ask}", file=sys.stderr)

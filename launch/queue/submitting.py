@@ -21,7 +21,6 @@ from launch.cluster.site import Site
 from launch.queue import local, nodes
 from launch.queue.directory import of_record
 from launch.queue.waiting import submission
-from launch.queue.work import to_end
 
 ALSO = ("preemption", "launch", "code", "despite")
 """What the event of a submission says that its successor's says too."""
@@ -95,14 +94,15 @@ def submit_alone(job: Job) -> tuple[str, str]:
     """Queue a job that no chain of ours begins with; its id, and what it waits for. Raises as `submit` does."""
     job_id = submit(job)
     try:
-        return job_id, "" if job.after else why_it_waits(job_id, job)
+        return job_id, "" if job.after else why_it_waits(job_id, job.stage, f"scancel {job_id}")
     except RequestError:
         scheduler.cancel([job_id])
         raise
 
 
-def why_it_waits(job_id: str, job: Job) -> str:
+def why_it_waits(job_id: str, stage: str, end: str) -> str:
     """What a job that was just queued waits for and somebody can do about it, in a line; "" where there is nothing.
+    end: the command that takes it, and what follows it, out of the queue.
 
     Raises RequestError where SLURM has taken a request that it will never start.
     """
@@ -114,8 +114,8 @@ def why_it_waits(job_id: str, job: Job) -> str:
     if found is None or wait is None or not (wait.next_step or wait.start):
         return ""
     if wait.never:
-        raise RequestError(f"SLURM took the {job.stage} job, and would never start it, so it was taken back: {wait}")
-    return f"job {job_id} waits: {scheduler.explain(job_id, found, to_end(job.run))}"
+        raise RequestError(f"SLURM took the {stage} job, and would never start it, so it was taken back: {wait}")
+    return f"job {job_id} waits: {scheduler.explain(job_id, found, end)}"
 
 
 def sent_tasks(run: RunDir, job_id: str) -> int:

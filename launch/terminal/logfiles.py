@@ -13,7 +13,7 @@ from ddpm.run.paths import RunDir, listed
 STAGES = ("train", "sample", "evaluate")
 OF_SLURM = re.compile(r"(train|sample|evaluate)-(\d+)(_\d+)?\.out")
 """The log of a job of SLURM's, or of a task of its array: its stage and its id."""
-NOISE = re.compile(r"srun:|slurmstepd|submitit |\[[^\]]*\d[^\]]*\] (?:error|fatal): ")
+NOISE = re.compile(r"srun:|slurmstepd|submitit |\[\d{4}-\d\d-\d\dT[^\]]*\] (?:error|fatal): ")
 """Beginnings of lines that come from the scheduler: slurmstepd's is its name, from 25.05 on the time."""
 POLL_S = 0.5
 ASK_EVERY_S = 3.0

@@ -95,8 +95,10 @@ def word(f: Facts) -> str:
 
 
 def waits(jobs: dict[str, Queued], end: str) -> list[dict[str, Any]]:
-    """Of each job that waits: what for, and what to do; for --json. end: the command that ends the run's jobs."""
-    found = ((job, explain(job, told, end)) for job, told in jobs.items())
+    """Of each job that waits: what for, and what to do; for --json. end: the command that ends all of the run's jobs,
+    which nobody is told to type while one of them runs."""
+    runs = any(told.state != "PENDING" for told in jobs.values())
+    found = ((job, explain(job, told, f"scancel {job}" if runs else end)) for job, told in jobs.items())
     return [{"job": job, **wait.to_json()} for job, wait in found if wait]
 
 

@@ -105,6 +105,10 @@ def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code
     assert "code:" not in refused.stdout and not list(run.glob("code-*.zip"))
     mixed = checkout(*words, "--code", "new")
     assert mixed.returncode == 0 and f"{told}. To sample with that, give another --set\n" in mixed.stderr, mixed.stderr
+    (run / "samples" / "mine" / "shard-00000-of-00002.json").unlink()
+    back = checkout(*words, "--code", made_by)
+    other = f"; the code {made_by} has ddpm/diffusion/samplers.py +0 -1. To sample with that, give another --set\n"
+    assert back.returncode == 0 and other in back.stderr, back.stderr
     scored = checkout("evaluate", "tiny", "--set", "mine", "--cluster", "local", "--wait", "--json")
     assert scored.returncode == 0, scored.stderr
     codes = read(run / "eval" / "mine.json")["samples_code"]

@@ -58,8 +58,9 @@ def strict(testbed: SlurmTestbed, tmp_path_factory: pytest.TempPathFactory) -> I
         bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPU=10", "PreemptMode=REQUEUE"])
         bed.admin(["sacctmgr", "-i", "add", "qos", "short", "MaxWall=10"])
         bed.admin(["sacctmgr", "-i", "modify", "qos", "normal", "set", "GraceTime=10"])
-        bed.admin(["sacctmgr", "-i", "add", "qos", "urgent", "Priority=100", "Preempt=normal"])
-        bed.admin(["sacctmgr", "-i", "modify", "user", bed.user, "set", "qos+=short,urgent"])
+        bed.admin(["sacctmgr", "-i", "add", "qos", "spare", "PreemptMode=CANCEL", "GraceTime=20", "MaxSubmitJobsPU=1"])
+        bed.admin(["sacctmgr", "-i", "add", "qos", "urgent", "Priority=100", "Preempt=normal,spare"])
+        bed.admin(["sacctmgr", "-i", "modify", "user", bed.user, "set", "qos+=short,spare,urgent"])
         images = write_zip(bed.workdir / "images.zip")
         images.chmod(0o644)
         nothing = bed.mkdir("bin") / "sacctmgr"
@@ -184,6 +185,21 @@ def test_a_run_that_a_qos_pre_empts_saves_in_its_grace_period_and_comes_back(str
     events = read_events(strict.run_dir("qos"))
     (stop,), (back,) = ([e for e in events if e["event"] == name] for name in ("stop_requested", "resumed"))
     assert stop["step"] == back["step"] and "waiting up to 45 s for SLURM" in strict.log("qos")
+
+
+def test_a_run_that_would_be_cancelled_and_may_have_no_successor_beside_it_is_put_back_itself(strict: Site) -> None:
+    words = ["--gpus-per-node", "0", "--exclude", "n1", "--qos", "spare", "train.total_steps=90"]
+    (job,) = strict.submit("spare", *words)
+    for life in (1, 2):
+        strict.wait_logged("spare", 2)
+        node = strict.bed.node_of(job) or ""
+        urgent = ["--qos", "urgent", "-w", node, "--exclusive", "-o", "/dev/null"]
+        strict.bed.sbatch("-p", "gpu", *urgent, command="sleep 1")
+        strict.wait_running(job, life)
+    assert strict.bed.wait_state(job, timeout_s=120) == "COMPLETED", strict.log("spare")
+    events = read_events(strict.run_dir("spare"))
+    stops, backs = ([e["step"] for e in events if e["event"] == name] for name in ("stop_requested", "resumed"))
+    assert stops == backs and len(stops) == 2 and strict.log("spare").count("MaxSubmitJobs") == 2
 
 
 @pytest.mark.parametrize("via", drawn("cancelled, via", ["submitit", "sbatch"], 1))

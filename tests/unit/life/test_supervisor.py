@@ -306,7 +306,16 @@ def test_a_pre_empted_job_whose_successor_is_refused_is_put_back_itself(
 
 
 @pytest.mark.usefixtures("refused")
-@pytest.mark.parametrize("why", ["forbidden", "no grace", "unclear"])
+def test_a_job_that_is_put_back_itself_waits_as_after_any_crash(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        dies_on(run, shell_ends, monkeypatch, "n1", 1, "")
+    assert cluster.requeued == ["17", "17"] and cluster.delays == [60]
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("why", ["forbidden", "refused", "no grace", "unclear"])
 def test_a_successors_refusal_is_the_end_where_the_job_cannot_be_put_back_or_may_have_one(
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -317,6 +326,8 @@ def test_a_successors_refusal_is_the_end_where_the_job_cannot_be_put_back_or_may
         raise scheduler.NoJobId(FULL)
 
     if why == "forbidden":
+        cluster.may_requeue = False
+    elif why == "refused":
         monkeypatch.setattr(scheduler, "requeue", forbid)
     elif why == "unclear":
         monkeypatch.setattr(supervisor, "submit_successor", unclear)
@@ -744,6 +755,13 @@ def test_out_of_memory_is_called_so_with_how_much_was_asked_for(
     assert told in last(run)["reason"] and "out_of_memory" in last(run)["reason"] and cluster.avoided == []
 
 
+def test_what_a_life_went_on_without_is_not_why_it_ends(tmp_path: Path) -> None:
+    skipped = "2026-11-26T20:01:02.500Z no grid: it does not fit beside the steps step=5 error=CUDA out of memory"
+    assert last_words.read(tmp_path / "log", ENDS.format(f"{skipped}\nSegmentation fault"), 3).lacked == ""
+    ended = "2026-11-26T20:01:02.500Z failed: CUDA out of memory. Tried to allocate 2 GiB"
+    assert last_words.read(tmp_path / "log", ENDS.format(ended), 3).lacked == "GPU memory"
+
+
 @pytest.mark.parametrize(("line", "error"), [
     ("2026-11-26T20:01:03.000Z failed: the request is gone", "the request is gone"),
     ("ValueError", "ValueError"), ("ModuleNotFoundError: No module named 'torch'", "No module named 'torch'"),
@@ -752,6 +770,7 @@ def test_out_of_memory_is_called_so_with_how_much_was_asked_for(
     ("Segmentation fault (core dumped)", "Segmentation fault"),
     ("ValueError: ours\n[2026-11-26T20:01:04.123] error: *** STEP 17.0 ON n4 CANCELLED AT 2026-11-26T20:01:04 "
      "DUE TO TASK FAILURE ***", "ours"),  # by slurmstepd from SLURM 25.05 on
+    ("[rank0] error: a word of the code's own", "[rank0] error: a word"),
     ("ValueError: ours\n[2026-11-26T20:01:04+00:00] error: Detected 1 oom_kill event in StepId=17.0.", "ours"),
 ])  # fmt: skip
 def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, line: str, error: str) -> None:

@@ -521,8 +521,8 @@ def test_evaluations_are_recorded_and_replayed_on_the_gpu_of_their_images_whiche
             on.append(current[-1])
 
     @contextlib.contextmanager
-    def recording(graph: Graph) -> Iterator[None]:
-        on.append(current[-1])
+    def recording(graph: Graph, stream: str) -> Iterator[None]:
+        on.append(stream)  # its GPU becomes the current one
         yield
 
     @contextlib.contextmanager
@@ -531,7 +531,8 @@ def test_evaluations_are_recorded_and_replayed_on_the_gpu_of_their_images_whiche
         yield
         current.pop()
 
-    for name, value in {"CUDAGraph": Graph, "graph": recording, "device": made_current}.items():
+    played = {"CUDAGraph": Graph, "graph": recording, "device": made_current, "Stream": str}
+    for name, value in played.items():
         monkeypatch.setattr(torch.cuda, name, value)
     evaluate = Replays(lambda x_t, t, labels: x_t + 1)
     for _ in range(4):

@@ -98,6 +98,12 @@ def test_what_waits_is_told_with_what_to_do_for_scripts_and_for_people() -> None
     assert line(told["102"]).endswith(": scontrol release 102")
 
 
+def test_nobody_is_told_to_end_the_whole_run_while_a_job_of_it_runs() -> None:
+    jobs = {"101": replace(PRIORITY, reason="QOSGrpGRES")}
+    assert "cancel.py RUN, then" in waits(jobs, "cancel.py RUN")[0]["next_step"]
+    assert "scancel 101, then" in waits({**jobs, "103": RUNNING}, "cancel.py RUN")[0]["next_step"]
+
+
 def test_what_can_never_start_is_told_so() -> None:
     jobs = {"101": replace(PRIORITY, reason="PartitionTimeLimit")}
     assert waits(jobs, "")[0]["can_start"] is False
