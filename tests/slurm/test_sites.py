@@ -199,7 +199,7 @@ def test_a_run_that_would_be_cancelled_and_may_have_no_successor_beside_it_is_pu
     assert strict.bed.wait_state(job, timeout_s=120) == "COMPLETED", strict.log("spare")
     events = read_events(strict.run_dir("spare"))
     stops, backs = ([e["step"] for e in events if e["event"] == name] for name in ("stop_requested", "resumed"))
-    assert stops == backs and len(stops) == 2 and strict.log("spare").count("MaxSubmitJobs") == 2
+    assert stops == backs and len(stops) == 2 and strict.log("spare").count("no successor: ") == 2, strict.log("spare")
 
 
 @pytest.mark.parametrize("via", drawn("cancelled, via", ["submitit", "sbatch"], 1))
