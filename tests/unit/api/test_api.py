@@ -21,7 +21,7 @@ from ddpm.config import reading
 from ddpm.config import section as sections
 from ddpm.config.schema import Config
 from ddpm.diffusion import schedule
-from ddpm.errors import DoNotRetry, RequestError
+from ddpm.errors import RequestError
 from ddpm.network import device
 from ddpm.network.build import build_model
 from ddpm.network.weights import load_network
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):
 def test_a_run_of_damaged_checkpoints_is_no_run_without_any(run):
     for step in (10, 20):
         flip_a_bit(run.checkpoint(step))
-    with pytest.raises(DoNotRetry, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(generations.NoneHolds, match=r"every checkpoint in .* is damaged"):
         load(run.path)
 
 
