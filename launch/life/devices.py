@@ -26,7 +26,7 @@ def one_device(env: JobEnvironment) -> torch.device:
     if device.type == "cuda" and env.local_rank:
         device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
     check(env, device)
-    if device.index:
+    if device.index is not None:
         torch.cuda.set_device(device)  # what names none is meant for it
     if device.type == "cpu":
         keep_freed_memory()

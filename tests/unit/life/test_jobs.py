@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -166,11 +167,28 @@ def test_the_file_holds_what_all_ranks_of_a_node_compiled(tmp_path: Path) -> Non
             p.unlink()
 
 
+HOLDS = SimpleNamespace(held=lambda: StopFlag.held(None))  # type: ignore[arg-type]
+
+
+def test_no_stop_signal_reaches_what_is_built_to_see_whether_it_can_be(tmp_path: Path) -> None:
+    blocked, resolve = [], training.device.resolve
+
+    def noted(*given: Any) -> Any:
+        blocked.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return resolve(*given)
+
+    world = SimpleNamespace(is_main=False, device=torch.device("cpu"), broadcast=lambda value: value)
+    life = SimpleNamespace(run=make_run(tmp_path), env=SimpleNamespace(cpus=2), stop=HOLDS)
+    with mock.patch.object(training.device, "resolve", noted), mock.patch.object(training.device, "apply"):
+        training._resolved(life, make_config(), world, None)  # type: ignore[arg-type]
+    assert blocked[0] and signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_in_a_runs_first_life_all_ranks_compute_as_rank_0_found(tmp_path: Path) -> None:
     run, of_rank_0 = make_run(tmp_path / "run"), {"amp": "bf16", "deterministic": False, "threads": 7, "kernels": "own"}
     answers = iter([None, of_rank_0])
     world = SimpleNamespace(is_main=False, device=torch.device("cpu"), broadcast=lambda value: next(answers))
-    life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2))
+    life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2), stop=HOLDS)
     with mock.patch.object(training.devices, "check_precision"), mock.patch.object(training.device, "apply"):
         found = training._resolved(life, make_config(), world, None)  # type: ignore[arg-type]
     assert {k: getattr(found, k) for k in of_rank_0} == of_rank_0
@@ -185,7 +203,7 @@ def test_switches_that_sum_in_any_order_are_left_out_of_a_deterministic_run_unle
     monkeypatch.setenv("NCCL_NVLS_ENABLE", users or "")
     if users is None:
         monkeypatch.delenv("NCCL_NVLS_ENABLE")
-    life = SimpleNamespace(run=make_run(tmp_path), env=SimpleNamespace(cpus=2))
+    life = SimpleNamespace(run=make_run(tmp_path), env=SimpleNamespace(cpus=2), stop=HOLDS)
     config = make_config(train__deterministic=deterministic)
     world = SimpleNamespace(is_main=False, device=torch.device("cpu"), broadcast=lambda value: value)
     with mock.patch.object(training.device, "apply"):
@@ -198,7 +216,7 @@ def test_a_run_that_goes_on_with_another_torch_or_on_another_gpu_says_so(
 ) -> None:
     run = make_run(tmp_path / "run")
     world = SimpleNamespace(is_main=True, device=torch.device("cpu"), broadcast=lambda value: value)
-    life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2))
+    life = SimpleNamespace(run=run, env=SimpleNamespace(cpus=2), stop=HOLDS)
     here = {"torch": torch.__version__, "device": "cpu"}
     for first, told in (
         ({}, []),
