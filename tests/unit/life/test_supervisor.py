@@ -306,11 +306,9 @@ def test_a_pre_empted_job_whose_successor_is_refused_is_put_back_itself(
 
 
 @pytest.mark.usefixtures("refused")
-def test_a_job_that_is_put_back_itself_waits_as_after_any_crash(
-    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_is_put_back_itself_waits_as_after_any_crash(cluster: Cluster, shell_ends: Shell) -> None:
     for _ in range(2):
-        dies_on(run, shell_ends, monkeypatch, "n1", 1, "")
+        shell_ends(1, said="1 save_failed")
     assert cluster.requeued == ["17", "17"] and cluster.delays == [60]
 
 
