@@ -244,19 +244,10 @@ def _git() -> str | None:
 
     safe.directory: whoever runs another user's checkout trusts it. Before 2.38 git heeds this in its own files alone.
     """
+    reads = ["git", "-c", "safe.directory=*", "-C", str(PROJECT)]
     try:
         done = subprocess.run(
-            [
-                "git",
-                "-c",
-                "safe.directory=*",
-                "-C",
-                str(PROJECT),
-                "describe",
-                "--always",
-                "--dirty=+dirty",
-                "--abbrev=40",
-            ],
+            [*reads, "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
             capture_output=True,
             text=True,
             timeout=10,
