@@ -245,6 +245,8 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
     names = {line.partition("=")[0] for line in said.splitlines()}
     assert "SLURM_CONF" in names and not [n for n in names if n.startswith(slurm.USERS_OWN)]
     assert "SLURM_TIME_FORMAT=x" not in said
+    put(commands / "sbatch", '[ "$SLURM_TIME_FORMAT" = x ] && echo 17')
+    assert slurm_orders.submit(["sbatch"]) == "17"  # whose job inherits the user's, and none of ours
     assert "SQUEUE_STATES=y" in slurm.run(["squeue"], env={**os.environ, "SQUEUE_STATES": "y"})
 
 
