@@ -88,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--all-milestones", action="store_true", help="sample and score each milestone that has no score yet"
     )
+    parser.add_argument("--unless-stopped", action="store_true", help=argparse.SUPPRESS)  # asked for by training
     parser.add_argument("--wait", action="store_true", help="wait until the score is there")
     parser.add_argument(
         "--json", action="store_true", help="print all of a score as JSON on a terminal too, as in a pipe"
@@ -258,6 +259,9 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         prepare.settle_code(run, args.code)
     ids: list[str] = []
     with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
+        if args.unless_stopped and run.is_stopped():  # by a cancel, which has looked for what is queued
+            console.warn(f"{run.stop_file} forbids milestones too")
+            return 0
         chains = milestones.jobs_of(run, config, site, dry_run=args.dry_run)
         there, lacking = milestones.steps(run), [step for step, _ in chains]
         if not there:

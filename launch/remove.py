@@ -54,6 +54,11 @@ def check(run: RunDir, root: Path) -> None:
     found = work.of_run(run)
     if found:
         raise RequestError(f"run {run.name} is queued or at work: {found}. End it first: {work.to_end(run)}")
+    if run.config.is_file():
+        try:
+            borrowing.reads(run)
+        except DamagedFile as e:
+            raise RequestError(f"{e}. If nothing there is of use, remove it by hand: rm -r {run.quoted}") from None
     who = list(_borrowers(run, root))
     if who:
         raise RequestError(

@@ -174,6 +174,9 @@ def write_down(
     queued = exists and prepare.is_at_work(run, config, site)
     train, left = what_is_left(run, config, asked.stages) if exists else (True, asked.stages)
     step = prepare.goes_on_from(run) if exists and train and not queued else run.latest_step()
+    record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
+    if exists and not queued:
+        directory.check_update(run, config, record)  # before it gets other code
     if exists:
         unsaved = train and not queued and not step  # nothing was made by what it has
         by_itself = unsaved and code_asked is None and prepare.is_idle(run)
@@ -182,7 +185,6 @@ def write_down(
         if code_asked not in (None, "kept", "new"):
             code.kept_before(run, code_asked)  # of which a new run has none
         code.check(code.of_checkout())
-    record = directory.describe(config, site, run, inputs) | ({"sweep": asked.sweep} if asked.sweep else {})
     if not exists and start is not None:
         directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
         came = start.record

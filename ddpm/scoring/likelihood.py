@@ -155,6 +155,7 @@ def _terms(
     if not torch.isfinite(terms).all():
         raise DoNotRetry(
             f"bits per dimension of images {index[0]} to {index[-1]} are not finite: the {request.weights} weights of "
-            f"step {request.checkpoint.step} diverged, or {request.precision} is too narrow for them"
+            f"step {request.checkpoint.step} diverged, or {request.precision} is too narrow for them; give another "
+            f"--step"
         )
     return terms.cpu().numpy()

@@ -17,8 +17,10 @@ NO_ANSWER = re.compile(
     r"|authentication error|try (?:again|later)|Unexpected message received"
 )
 LINES_AT_MOST = 20
-USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_", "SLURM_TIME_FORMAT")
+USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_")
 """Variables that change what SLURM's commands show to a user: removed, since their output is parsed here."""
+TIMES = {"SLURM_TIME_FORMAT": "%s"}
+"""Has them show seconds since 1970: local times are ambiguous for an hour when clocks go back."""
 
 
 def failure(command: str, said: str) -> SchedulerError:
@@ -54,9 +56,10 @@ def available(command: str = "sbatch") -> bool:
 def run(
     argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
-    """Run a command; returns its output. env: default this process's, without USERS_OWN. Raises SchedulerError."""
+    """Run a command; returns its output. env: default this process's, without USERS_OWN and with TIMES. Raises
+    SchedulerError."""
     if env is None:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(USERS_OWN)}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(USERS_OWN)} | TIMES
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, cwd=cwd, env=env

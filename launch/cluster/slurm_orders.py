@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from launch.cluster import slurm
@@ -15,8 +16,11 @@ JOB_ID = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
 def submit(
     argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
-    """Run sbatch; returns the job's id, whatever else a site's sbatch prints. Raises SchedulerError."""
-    said = slurm.run(argv, timeout_s=timeout_s, cwd=cwd, env=env)
+    """Run sbatch; returns the job's id, whatever else a site's sbatch prints. Raises SchedulerError.
+
+    env: what the job inherits; default this process's.
+    """
+    said = slurm.run(argv, timeout_s=timeout_s, cwd=cwd, env={**os.environ} if env is None else env)
     found = [match[1] for line in said.splitlines() if (match := JOB_ID.fullmatch(line.strip()))]
     if not found:
         told = "\n  ".join(shortened(words(argv[0], said))) or "nothing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
@@ -233,9 +233,13 @@ def _field(shown: str, key: str) -> str | None:
     return match.group(1) if match else None
 
 
-def _stamp(local_time: str | None) -> str | None:
-    """The stamp of a local time as SLURM writes it; None for anything else, such as None and Unknown."""
+def _stamp(written: str | None) -> str | None:
+    """The stamp of a time as slurm.TIMES has SLURM write it, or of a local one, where a site's commands do not heed
+    that; None for anything else, such as None and Unknown."""
+    written = written or ""
     try:
-        return stamp(datetime.strptime(local_time or "", "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
+        if written.isdecimal():
+            return stamp(datetime.fromtimestamp(int(written), timezone.utc))
+        return stamp(datetime.strptime(written, "%Y-%m-%dT%H:%M:%S"))
+    except (ValueError, OverflowError, OSError):
         return None

@@ -17,6 +17,8 @@ from launch.cluster.environment import JobEnvironment
 DRIVERS = {"NVIDIA": Path("/proc/driver/nvidia/gpus"), "AMD": Path("/sys/bus/pci/drivers/amdgpu")}
 """Where the maker's driver shows a node's GPUs, by their addresses."""
 ADDRESS = "*:*:*.*"
+MIG = "MIG"
+"""A word in the name of a slice of an NVIDIA GPU."""
 
 
 def one_device(env: JobEnvironment) -> torch.device:
@@ -83,17 +85,26 @@ def check_apart(world: World, host: str) -> None:
         hosts = ", ".join(sorted({told[rank][0] for rank in without}))
         raise NodeUnfit(f"torch sees no GPU on rank {without[0]} ({hosts}), and others have one: is the driver well?")
     for rank, (host, gpu) in enumerate(told):
-        if gpu and (other := gpus.index(gpu)) < rank:
+        if gpu and (other := told.index((host, gpu))) < rank:
             raise DoNotRetry(
-                f"ranks {other} and {rank} would both compute on one GPU of {host}: a job needs a GPU for each task of "
-                f"a node, as --gpus-per-node 4 gives; by hand --ntasks-per-node 4 beside it"
+                f"ranks {other} and {rank} would both compute on one GPU of {host}: "
+                + (
+                    f"it is divided ({MIG}), and NCCL joins no slices of one GPU: ask for one slice "
+                    f"(--gpus-per-node 1), or for whole GPUs"
+                    if gpu.startswith(MIG)
+                    else "a job needs a GPU for each task of a node, as --gpus-per-node 4 gives; by hand "
+                    "--ntasks-per-node 4 beside it"
+                )
             )
 
 
 def _identity(gpu: torch.device) -> str:
-    """Two processes of a node are on one GPU if this is the same; not each maker's UUID alone tells its GPUs apart."""
+    """Two processes of a node are on one GPU if this is the same; not each maker's UUID alone tells its GPUs apart, and
+    each slice of one has its own."""
     found = torch.cuda.get_device_properties(gpu)
-    return " ".join(str(getattr(found, name, "")) for name in ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id"))
+    names = ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id")
+    uuid, *where = (str(getattr(found, name, "")) for name in names)
+    return " ".join([MIG if any(where) and f" {MIG} " in getattr(found, "name", "") else uuid, *where])
 
 
 def check_precision(env: JobEnvironment, device: torch.device, precision: str, *, has_bf16: bool | None = None) -> None:

@@ -195,11 +195,10 @@ def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | No
     if config.evaluate.milestones is None or not life.env.is_scheduled or life.run.is_stopped():
         return None
     command = [sys.executable, str(environment.PROJECT / "launch" / "evaluate.py"), str(life.run.path)]
+    command += ["--all-milestones", "--unless-stopped"]
     try:
         with (life.run.logs / "milestones.out").open("ab") as log:
-            return subprocess.Popen(
-                [*command, "--all-milestones"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     except OSError as e:  # it ends no training; what is not queued now is at the next milestone
         say("milestones are not queued", error=e)
         return None

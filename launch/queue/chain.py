@@ -6,6 +6,7 @@ The run directory says what is done, and SLURM what is queued. Submissions and j
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,15 @@ def fill_gaps(
         )
     before, _, had = round_.partition(":")
     site, known = sent_where(run, env.job) or site_of(run), known_stop(run, env.job)
+
+    def queued(job: Job) -> str:
+        try:
+            return submit(job)
+        except RequestError as e:
+            score = f"python launch/evaluate.py {run.quoted} --set {shlex.join([set_name, *again])}"
+            why = " ".join(str(e).split())
+            raise DoNotRetry(f"{lacks}: once SLURM takes jobs again, {repair}, then {score}. {why}") from None
+
     with turn(run):
         waiting = jobs_in_queue(run, "sample", set_name)
         if not waiting:
@@ -248,11 +258,11 @@ def fill_gaps(
                     flush=True,
                 )
                 return EXIT_FATAL
-            waiting = [submit(Job("sample", run, site, set_name, tuple(missing), despite=known))]
+            waiting = [queued(Job("sample", run, site, set_name, tuple(missing), despite=known))]
             round_ = f"{rounds}:{len(missing)}"
         after = ":".join(waiting)
         said = (*again, "--round", round_)
-        new = submit(Job("evaluate", run, site, set_name, (), after, said, despite=known))
+        new = queued(Job("evaluate", run, site, set_name, (), after, said, despite=known))
     print(
         f"{lacks}: job {after} makes what is missing, job {new} scores after it",
         flush=True,

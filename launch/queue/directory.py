@@ -56,8 +56,9 @@ def create_run(
         write_json(made.run_json, sign(record))
 
 
-def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Notify | None = None) -> None:
-    """Write what a later submission may change (length, intervals, resources). Raises RequestError for other data."""
+def check_update(run: RunDir, config: Config, record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """`record` with the run's test split, and what its batch shells will source. Raises RequestError for other data,
+    or as `check_image`."""
     old, before, here = read_run(run), data_of(run).get("digest"), record["data"]["digest"]
     changed = labels_changed(old.get("labels"), record["labels"])
     if before != here:
@@ -72,7 +73,13 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
             f"class folders that they were in, or choose another --name"
         )
     record = {**record, "data": {**record["data"], **_held_out(run, record["data"])}}
-    shell = _shell(run, of_record(record["launch"], "launch"), record)
+    return record, _shell(run, of_record(record["launch"], "launch"), record)
+
+
+def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Notify | None = None) -> None:
+    """Write what a later submission may change (length, intervals, resources). Raises as `check_update`."""
+    record, shell = check_update(run, config, record)
+    old = read_run(run)
     _write_shell(run, shell)
     notify.keep(run, told or Notify())
     kept = {"created": old.get("created") or record["created"], "resolved": old.get("resolved") or {}}

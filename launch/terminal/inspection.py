@@ -30,7 +30,7 @@ from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
 from ddpm.scoring import bound_request
 from ddpm.scoring.bound_request import BoundRequest
-from ddpm.scoring.record import Score, read_score
+from ddpm.scoring.record import Score, read_score, scores_of
 from launch.cluster import code
 from launch.queue.sets import wrong_with
 from launch.terminal import faults
@@ -242,13 +242,17 @@ def _set(run: RunDir, where: SampleSet) -> Lines:
         yield Line("damaged", f"{name}/request.json", str(e))
         return
     yield from _judged(f"{name}/request.json", _of_step, run, request)
-    yield from _shards(where, request, name)
+    scored = any(not wrong_with(run, score) for score in scores_of(run, where.name))
+    yield from _shards(where, request, name, scored=scored)
 
 
-def _shards(where: SampleSet, request: Request, name: str) -> Lines:
+def _shards(where: SampleSet, request: Request, name: str, *, scored: bool) -> Lines:
+    """scored: whether all of them were there once; of one alone its features tell it."""
+    features = [path.stem for path in files_of_kind(where.path, ".npy")]
     for i in range(request.shards):
         shard = where.shard(i, request.shards)
-        if shard.exists() or where.shard_manifest(i, request.shards).exists():
+        was_there = scored or any(made.endswith(shard.stem.removeprefix("shard")) for made in features)
+        if was_there or shard.exists() or where.shard_manifest(i, request.shards).exists():
             yield from _judged(f"{name}/{shard.name}", verify_shard, where, request, i)
     for path in files_of_kind(where.part, ".npz"):
         yield from _judged(f"{name}/part/{path.name}", whole_part, path, request)

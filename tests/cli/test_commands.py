@@ -67,6 +67,9 @@ def test_removing_says_what_it_would_free_and_frees_it_with_yes(again: Shell) ->
     assert f"python launch/remove.py tiny --root {again.root} --yes" in done.stdout
     assert snapshot(again.root / "tiny") == before
     shutil.copytree(again.root / "tiny", again.root / "tiny-too")
+    (again.root / "tiny-too" / "run.json").rename(again.cwd / "run.json")
+    assert f"rm -r {again.root}/tiny-too" in again.refused("remove", "tiny*", "--yes")
+    (again.cwd / "run.json").rename(again.root / "tiny-too" / "run.json")
     done = again("remove", "tiny*", "--yes")
     assert done.returncode == 0 and done.stdout.endswith("removed tiny\nremoved tiny-too\n"), done.stdout + done.stderr
     assert [p.name for p in again.root.iterdir()] == [".cache"]

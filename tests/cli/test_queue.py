@@ -9,9 +9,13 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from ddpm.config.reading import load
+from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
 from launch.queue.waiting import is_told_to_stop
 from tests.cli.harness import TINY_SET, Shell, events, is_alive, png, read, snapshot, wait_for, write_zip
@@ -128,6 +132,29 @@ def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(she
     assert told.read_text().splitlines() == ["--state=PENDING 101", "--state=PENDING 102"]
     twice = shell("cancel", "tiny", "../runs/tiny").stdout
     assert twice == "run tiny: nothing of it is queued or at work\n"
+
+
+def test_milestones_that_training_asks_for_are_not_queued_behind_a_cancel_that_looked_before(
+    again: Shell, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch.life import training  # loads torch
+
+    run = RunDir(again.root / "tiny")
+    asked = {"cluster": "slurm", "partition": "gpu", "via": "sbatch"}
+    write_json(run.run_json, sign({**read(run.run_json), "launch": asked}), replace=True)
+    monkeypatch.setenv("PATH", str(again.bin))
+    life: Any = SimpleNamespace(run=run, env=SimpleNamespace(is_scheduled=True))
+    config = load(run.config, ["evaluate.milestones={num_samples: 25}"])
+
+    def ended() -> int:
+        process = training.score_milestones(life, config)
+        assert process is not None
+        run.renew_stop()  # while it looks
+        return process.wait(60)
+
+    assert ended() == 0 and submissions(slurm) == [] and "STOP" in (run.logs / "milestones.out").read_text()
+    done = again("evaluate", "tiny", "--all-milestones")  # by hand, as whoever has stopped a run scores it
+    assert done.returncode == 0 and len(submissions(slurm)) == 2, done.stdout + done.stderr
 
 
 def test_what_waits_in_the_queue_is_not_removed(shell: Shell, slurm: Path) -> None:

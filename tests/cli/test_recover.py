@@ -118,6 +118,17 @@ def test_each_file_that_does_not_hold_is_named_with_its_reason_and_the_ways_on(a
         assert told[what.strip()][0] == verdict and told[what.strip()][1], (what, told)
         (run / file).write_bytes(kept)
     assert lines(again, 0)
+    for path in (run / SET).glob("shard-00001-*"):
+        path.unlink()
+    score, features = run / "eval" / "ddim4-step400-seed0.json", run / SET / "features-pixels-00001-of-00002.npy"
+    for proof in (score, features):  # the other one alone
+        kept = proof.read_bytes()
+        proof.unlink()
+        assert lines(again, 1)[f"{SET}/shard-00001-of-00002.npz"][0] == "missing"
+        proof.write_bytes(kept)
+    score.unlink()
+    features.unlink()
+    assert lines(again, 0)  # it may never have been made
 
 
 def test_litter_of_other_systems_is_no_part_of_a_run_and_what_cannot_be_looked_into_hides_nothing_else(

@@ -43,7 +43,7 @@ make_chroot() {
     # A debootstrap older than the release takes that of sid for it.
     debootstrap --variant=minbase --include=python3,python3-venv "$base" "$ROOT" "$mirror" \
         "$([ -e "$scripts/$base" ] && echo "$scripts/$base" || echo "$scripts/sid")" >"$log" 2>&1 </dev/null ||
-        { tail -n 20 "$log" >&2; rm -f "$log"; die 1 "debootstrap failed"; }
+        { tail -n 20 "$log" >&2; rm -f "$log"; find "$ROOT" -xdev -delete || :; die 1 "debootstrap failed"; }
     rm -f "$log"
     if [ "$base" != "$RELEASE" ]; then
         echo "deb $mirror $RELEASE main" >>"$ROOT/etc/apt/sources.list"

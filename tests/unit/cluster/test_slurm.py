@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -137,7 +137,25 @@ def test_a_job_is_shown_with_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scheduler.show("17") == scheduler.Shown("RUNNING", 2, False, "gpu", "normal", "01:00:00", utc)
 
 
-@pytest.mark.parametrize("written", ["Today", "2026-11-20 09:00:01", "Unknown"])
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as m:
+        m.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize("utc", ["2026-10-25T00:30:00", "2026-10-25T01:30:00"])
+def test_the_hour_that_clocks_show_twice_is_told_apart(commands: Path, berlin: None, utc: str) -> None:
+    date = f'/bin/date -d {utc}Z "+${{SLURM_TIME_FORMAT:-%Y-%m-%dT%H:%M:%S}}"'
+    put(commands / "scontrol", f'echo "{JOB.format(qos="normal", requeue="0")} SuspendTime=$({date})"')
+    put(commands / "squeue", f'echo "17 17 PENDING $({date}) Priority||"')
+    shown = scheduler.show("17")
+    assert shown is not None and shown.suspended_at == scheduler.look_up(["17"])["17"].start == f"{utc}.000Z"
+
+
+@pytest.mark.parametrize("written", ["Today", "2026-11-20 09:00:01", "Unknown", "9" * 30])
 def test_a_job_is_shown_though_its_times_are_written_otherwise(monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     answers(monkeypatch, show_job=JOB.format(qos="normal", requeue="0") + f" SubmitTime={written}")
     shown = scheduler.show("17")
@@ -223,8 +241,12 @@ def test_the_users_own_filters_and_formats_do_not_reach_slurms_commands(
     put(commands / "squeue", "/usr/bin/env")
     for name in ("SQUEUE_STATES", "SINFO_PARTITION", "SCANCEL_QOS", "SACCTMGR_X", "SLURM_TIME_FORMAT", "SLURM_CONF"):
         monkeypatch.setenv(name, "x")
-    names = {line.partition("=")[0] for line in slurm.run(["squeue"]).splitlines()}
+    said = slurm.run(["squeue"])
+    names = {line.partition("=")[0] for line in said.splitlines()}
     assert "SLURM_CONF" in names and not [n for n in names if n.startswith(slurm.USERS_OWN)]
+    assert "SLURM_TIME_FORMAT=x" not in said
+    put(commands / "sbatch", '[ "$SLURM_TIME_FORMAT" = x ] && echo 17')
+    assert slurm_orders.submit(["sbatch"]) == "17"  # whose job inherits the user's, and none of ours
     assert "SQUEUE_STATES=y" in slurm.run(["squeue"], env={**os.environ, "SQUEUE_STATES": "y"})
 
 

@@ -389,6 +389,8 @@ def test_a_rank_computes_on_its_own_gpu_and_what_names_none_is_meant_for_it(
     ([("n1", "GPU-b"), ("n2", "GPU-a"), ("n2", "GPU-c")], None),
     ([("n1", "GPU-b"), ("n2", "GPU-a"), ("n2", "GPU-a")], (DoNotRetry, r"ranks 2 and 3 .* one GPU of n2: .*--gpus")),
     ([("n1", ""), ("n2", ""), ("n2", "GPU-c")], (NodeUnfit, r"no GPU on rank 1 \(n1, n2\)")),
+    ([("n2", "GPU-0"), ("n3", "GPU-0"), ("n1", "MIG 0 1")], None),  # by where they are
+    ([("n1", "MIG 0 1"), ("n2", "MIG 0 2"), ("n1", "MIG 0 1")], (DoNotRetry, r"ranks 1 and 3 .* n1: .*MIG.* whole")),
 ])  # fmt: skip
 def test_ranks_that_share_a_gpu_or_of_which_some_have_none_are_told_of_it_before_they_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch, others: list[tuple[str, str]], told: tuple[type[Exception], str] | None
@@ -401,12 +403,17 @@ def test_ranks_that_share_a_gpu_or_of_which_some_have_none_are_told_of_it_before
     devices.check_apart(here, "n1")  # type: ignore[arg-type]
 
 
-def test_gpus_that_have_no_uuid_of_their_own_are_told_apart_by_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_have_no_uuid_of_their_own_or_several_are_told_apart_by_where_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = [SimpleNamespace(uuid="0", pci_bus_id=bus) for bus in (1, 2, 2)]
     found += [SimpleNamespace(uuid=uuid) for uuid in "12"]  # torch before 2.8 does not say where
+    name = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+    found += [SimpleNamespace(uuid=uuid, name=name, pci_bus_id=bus) for uuid, bus in (("3", 1), ("4", 1), ("5", 2))]
+    found += [SimpleNamespace(uuid=uuid, name=name) for uuid in "67"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: found[gpu.index])
-    told = [devices._identity(torch.device("cuda", i)) for i in range(5)]
-    assert [told.index(one) for one in told] == [0, 1, 1, 3, 4]
+    told = [devices._identity(torch.device("cuda", i)) for i in range(10)]
+    assert [told.index(one) for one in told] == [0, 1, 1, 3, 4, 5, 5, 7, 8, 9]
 
 
 def test_a_stale_handle_on_the_stop_file_is_no_stop_and_ends_nothing(

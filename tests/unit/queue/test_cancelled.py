@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from ddpm.config.schema import Config
-from ddpm.errors import EXIT_REQUEUE, DoNotRetry
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, RequestError
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler, slurm
+from launch.cluster.job import Job
 from launch.life import supervisor
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
@@ -117,3 +118,24 @@ def test_shards_whose_job_was_cancelled_are_not_made_anew_by_the_score(
     env = life_of(run, monkeypatch, SLURM_JOB_ID="103").env
     with pytest.raises(DoNotRetry, match=r"set lacks 2 shards \(3-4\).*job 102 was cancelled.*launch/sample.py"):
         chain.fill_gaps(run, "set", [3, 4], None, "", env)
+
+
+@pytest.mark.parametrize("refused", ["sample", "evaluate"])
+def test_a_score_whose_missing_shards_find_a_full_queue_says_what_to_type_once_there_is_room(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def submit(job: Job) -> str:
+        if job.stage == refused:
+            raise RequestError(f"SLURM refused the {refused} job: sbatch: error:\n  AssocMaxSubmitJobLimit\n(wait …)")
+        return "104"
+
+    monkeypatch.setattr(chain, "jobs_in_queue", lambda *_: [])
+    monkeypatch.setattr(chain, "submit", submit)
+    run.run_json.write_text('{"launch": {}}')
+    env = life_of(run, monkeypatch, SLURM_JOB_ID="103").env
+    score = f"python launch/evaluate.py {run.quoted} --set set --reference test"
+    with pytest.raises(DoNotRetry) as told:
+        chain.fill_gaps(run, "set", [3, 4], ("--reference", "test"), "", env)
+    lacks = f"set lacks 2 shards (3-4): once SLURM takes jobs again, python launch/sample.py {run.quoted} --set set"
+    words = f"SLURM refused the {refused} job: sbatch: error: AssocMaxSubmitJobLimit (wait …)"
+    assert str(told.value) == f"{lacks}, then {score}. {words}"

@@ -149,6 +149,14 @@ def test_retention_keeps_the_last_milestones_and_those_that_samples_or_a_bound_n
     assert run.ema_weights(3).exists()
 
 
+def test_the_weights_of_a_former_end_go_with_its_checkpoint(run: RunDir, fence: Fence) -> None:
+    s = saver(run, fence, keep_last=1)
+    s.save(state_at(2), wait=True, final=True)
+    assert run.ema_weights(2).exists()
+    s.save(state_at(3), wait=True)
+    assert run.steps_saved() == [3] and not run.ema_weights(2).exists()
+
+
 def test_the_best_milestone_is_kept_and_nothing_is_removed_while_it_cannot_be_told(run: RunDir, fence: Fence) -> None:
     write_json(run.milestones, sign({"best": {"step": 1}}))
     save_all(run, fence, 1, 2, 3, keep_last=1)

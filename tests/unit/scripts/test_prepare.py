@@ -63,9 +63,9 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
 
     begun_with = run.config
 
-    def submit(*words: str, code_asked: str = "kept", run: RunDir = run) -> None:
+    def submit(*words: str, code_asked: str = "kept", run: RunDir = run, data: str = "d") -> None:
         config = load(begun_with, words)
-        inputs = {"data": {"digest": "d", "cache": "c"}, "labels": {}}
+        inputs = {"data": {"digest": data, "cache": "c"}, "labels": {}}
         asked = Asked(run, config, config, [])
         submission.write_down(asked, config, Site(cluster="local"), inputs, None, code_asked=code_asked)
 
@@ -78,6 +78,9 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
     submit("train.total_steps=500")
     assert "total_steps: 500" in run.config.read_text() and "keeps its own" in capsys.readouterr().err
     old, packed = code.digest(code.of_run(run) or {}), run.code.read_bytes()
+    with pytest.raises(RequestError, match="begun with other pixels"):
+        submit("log.histogram_every_steps=10", code_asked="new", data="other")
+    assert run.code.read_bytes() == packed
     submit("log.histogram_every_steps=10", code_asked="new")
     assert "histogram_every_steps: 10" in run.config.read_text()
 
