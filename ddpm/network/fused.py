@@ -28,7 +28,8 @@ def work_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # torch tells of the current one
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         check(device, dtype)
         attention.check(device, dtype)
         return True

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm.network import device
+from ddpm.network import attention, device, fused
 from tests.conftest import PROJECT, requires
 from tests.training import make_config
 
@@ -163,3 +163,24 @@ def test_while_one_thread_records_another_may_take_memory_and_waits_to_record(mo
         thread.join(0.2)
     thread.join(10)
     assert told == ["recorded"]
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [(0, torch.float16), (1, torch.bfloat16)])
+def test_kernels_are_tried_in_what_their_gpu_has_whichever_is_current(
+    monkeypatch: pytest.MonkeyPatch, gpu: int, dtype: torch.dtype
+) -> None:
+    """As where a display's GPU comes first."""
+    current, tried = [0], list[Any]()
+
+    @contextlib.contextmanager
+    def made_current(which: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], which.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[0] == 1)
+    for of in (fused, attention):
+        monkeypatch.setattr(of, "check", lambda *given: tried.append(given))
+    on = torch.device("cuda", gpu)
+    assert fused.work_on.__wrapped__(on) and tried == [(on, dtype)] * 2 and current == [0]
