@@ -98,8 +98,9 @@ class Batches:
 
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 and labels of rows first … first+num-1 of step `step`, as `images` gives them."""
-        parts = sent(self.parts(step, first, num, device), device)
-        return self.images(parts, step, torch.arange(first, first + num, device=device))
+        index = torch.arange(first, first + num, device=device)
+        device = index.device  # with its number, if none was given: to have one store
+        return self.images(sent(self.parts(step, first, num, device), device), step, index)
 
 
 def _planes(images: torch.Tensor, flips: torch.Tensor | None) -> torch.Tensor:

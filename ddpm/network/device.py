@@ -8,6 +8,7 @@ that is replayed beats a compiled one and loses little by being deterministic.
 from __future__ import annotations
 
 import ctypes
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -180,6 +181,19 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     """bf16 | fp16: autocast on `device`; anything else: none."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
+_recording = threading.Lock()
+"""Held while a graph is recorded: torch records one of a process at a time."""
+
+
+@contextmanager
+def recorded(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """Within: work for the current GPU is recorded, while other threads (of NCCL, of a save, of another model) may use
+    it. stream: of that GPU, on which it is recorded; None: torch's own, of the GPU that was the first to record."""
+    here = torch.cuda.stream(torch.cuda.current_stream())  # torch stays on its own where a recording fails
+    with _recording, here, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        yield
 
 
 class Later:

@@ -28,7 +28,8 @@ def work_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # torch tells of the current one
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         check(device, dtype)
         attention.check(device, dtype)
         return True
@@ -83,15 +84,13 @@ def norm_act(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dropout(silu(norm(x + shift))), and x for what else is done with it: then one kernel adds up its gradient.
 
-    x: (B, C, H, W), channels last; shift: (B, C). The types are x's.
+    x: (B, C, H, W), channels last; shift: (B, C). The types are x's. places: as of Dropout.
     """
     masks = None
-    if dropout is not None and dropout.training and dropout.probability:
-        if places is None:
-            raise ValueError("dropout draws for places")
+    if dropout is not None and dropout.training and dropout.probability and places is not None:
         masks = (places, dropout.layer, dropout.probability)
     y, x = _Norm.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, masks)
-    return y, x
+    return y if dropout is None or masks is not None else dropout(y), x
 
 
 def add(a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None = None) -> Tensor:

@@ -102,6 +102,11 @@ class UNet(nn.Module):
                 h = way.conv(level.resample, h)
         return way.end(h)
 
+    def _apply(self, *given: Any, **options: Any) -> UNet:
+        """What moves or casts the network; those kernels may not serve there, and are chosen anew."""
+        self.set_own_kernels(False)
+        return super()._apply(*given, **options)
+
     def set_own_kernels(self, own: bool) -> None:
         """Choose whether fused.py's kernels compute the layers between convolutions: on a GPU, channels last."""
         for module in self.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ddpm.config.schema import Config
 from ddpm.diffusion import schedule as schedules
 from ddpm.diffusion.schedule import Schedule
 from ddpm.network import fused
-from ddpm.network.device import autocast
+from ddpm.network.device import autocast, recorded
 from ddpm.network.unet import UNet
 
 LabelledEpsModel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -68,8 +69,10 @@ def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
 
 
 @functools.cache
-def _recording_on(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which evaluations are recorded; torch's own is on the GPU that was the first to record."""
+def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """The stream on which a thread's evaluations are recorded. No two threads have one, since with a graph torch drops
+    what matrix products on its stream work in, of other graphs too (https://github.com/pytorch/pytorch/issues/193402).
+    """
     return torch.cuda.Stream(device)
 
 
@@ -98,7 +101,7 @@ class Replays:
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # else it is of the current GPU
             static = [tensor.clone() for tensor in given]
             try:
-                with torch.cuda.graph(graph, stream=_recording_on(device)):
+                with recorded(graph, stream=_stream_of(device, threading.get_ident())):
                     out = self._eps(static[0], static[1], static[2] if len(static) > 2 else None)
             except RuntimeError as e:  # of what does not fit twice, or may not be recorded
                 why = f"{type(e).__name__}: {e}".partition("\n")[0]

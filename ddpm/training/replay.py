@@ -7,15 +7,15 @@ several ranks meet between two recordings. Must not know: the mathematics, which
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ddpm.data.batches import Parts
+from ddpm.network.device import recorded
 from ddpm.training.ranks import World
 
 if TYPE_CHECKING:
@@ -55,14 +55,6 @@ class Exchange:
             parameter.grad = view
 
 
-@contextmanager
-def _recorded(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """Within: work is recorded, while other threads (of NCCL, of a save) may use the device."""
-    here = torch.cuda.stream(torch.cuda.current_stream())  # torch stays on its own where a recording fails
-    with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        yield
-
-
 class Replay:
     """A recorded step: two graphs, before and after the exchange between ranks, or one graph for a single rank."""
 
@@ -75,13 +67,13 @@ class Replay:
             group["capturable"] = True
         try:
             if self._exchange is None:
-                with _recorded(self._first):
+                with recorded(self._first):
                     self._moved = step.compute(step.unpacked(self._static))
             else:
-                with _recorded(self._first):
+                with recorded(self._first):
                     given = step.unpacked(self._static)
                     loss = step.gradients(given)
-                with _recorded(self._second, self._first.pool()):
+                with recorded(self._second, self._first.pool()):
                     self._moved = step.move(given, loss)
         finally:
             for group in groups:
@@ -98,6 +90,8 @@ class Replay:
         except RuntimeError as e:  # not enough memory for a second copy, or an operation that cannot be recorded
             warnings.warn(f"steps are not replayed: {type(e).__name__}: {e}".partition("\n")[0], stacklevel=2)
             step.state.optimizer.zero_grad(set_to_none=True)
+            scaler = step.state.scaler
+            scaler.update(scaler.get_scale())  # the same, but it may unscale gradients again
             return None
 
     def __call__(self, pinned: Parts) -> Moved:

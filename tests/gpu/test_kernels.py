@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,6 +89,51 @@ def test_replayed_evaluations_have_the_bits_of_others(device: torch.device) -> N
             t = torch.full((8,), 10 * i, device=device)
             assert torch.equal(replays(x, t, None), eps(x, t, None)), i
     assert list(replays._recorded.values()) != [None] and replays._recorded
+
+
+def test_evaluations_are_recorded_while_another_thread_takes_memory_and_computes(device: torch.device) -> None:
+    """As a loader's threads do, or another model's."""
+    told: list[float] = []
+
+    def other(num: int) -> None:
+        taken = torch.empty(num, device=device), torch.empty(num // 64, pin_memory=True)  # of the driver
+        told.append(taken[0].fill_(0.0).sum().item() + torch.ones(num // 64).to(device).sum().item())
+
+    def eps(x_t: torch.Tensor, t: torch.Tensor, labels: None) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=other, args=(1 << 26,))
+            thread.start()
+            thread.join()
+        return x_t * 2 + t[:, None, None, None]
+
+    other(1 << 20)  # so that its kernels are loaded
+    replays, x, t = Replays(eps), torch.randn(2, 3, 4, 4, device=device), torch.arange(2, device=device)
+    assert all(torch.equal(replays(x + i, t, None), eps(x + i, t, None)) for i in range(4))
+    assert told == [1 << 14, 1 << 20] and list(replays._recorded.values()) != [None]
+
+
+def test_two_threads_that_evaluate_two_models_on_one_gpu_have_the_bits_of_one_after_the_other(
+    device: torch.device,
+) -> None:
+    """Each records a graph again and again, beside the other's; with a graph torch drops what its products work in."""
+    models = [network(device).eval() for _ in range(2)]
+
+    def evaluated(model: UNet, seed: int) -> list[torch.Tensor]:
+        found = []
+        for _ in range(4):
+            replays = Replays(eps_of(model, "bf16"))
+            for i in range(6):
+                x = rng.normal(rng.key(seed, "x"), torch.arange(8, device=device), i, (3, 16, 16))
+                found.append(replays(x, torch.full((8,), 10 * i, device=device), None))
+            assert None not in replays._recorded.values()
+        return found
+
+    for model in models:
+        model.set_own_kernels(True)
+    expected = list(map(evaluated, models, (0, 1)))
+    with ThreadPoolExecutor(2) as threads:
+        for ours, alone in zip(threads.map(evaluated, models, (0, 1)), expected, strict=True):
+            assert all(map(torch.equal, ours, alone))
 
 
 def attended(device: torch.device, heads: int, dtype: torch.dtype, side: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,25 @@ def test_the_files_that_take_longest_are_begun_first_and_each_once(monkeypatch: 
     gpu.checks(Path("out"), 60)
     assert seen[: len(gpu.LONGEST)] == [f"tests/gpu/test_{name}.py" for name in sorted(gpu.LONGEST)]
     assert sorted(seen) == sorted(str(f.relative_to(PROJECT)) for f in (PROJECT / "tests" / "gpu").glob("test_*.py"))
+
+
+def test_without_images_for_the_run_the_bench_has_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--minutes", "10"])
+    monkeypatch.setattr(gpu, "checks", lambda out, limit_s: 0)
+    monkeypatch.setattr(gpu, "bench", lambda out, limit_s, rows: limits.append(limit_s) or 0)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    assert gpu.main() == 0
+    assert limits == pytest.approx([600], abs=60)  # as long as this machine may take until there
+
+
+def test_commands_that_no_interrupt_ends_are_killed_together_at_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LEAVE_S", 2.0)
+    deaf = ["/bin/sh", "-c", "trap '' INT; sleep 60; true"]
+    began = time.monotonic()
+    assert gpu.bounded({tmp_path / f"{i}.log": deaf for i in range(4)}, 1.0, at_once=4) == 124
+    assert time.monotonic() - began < 1.0 + 2 * 2.0  # not 2 s for each

@@ -41,6 +41,8 @@ LONGEST = ("compiled", "jobs", "ranks", "training")
 """Files of tests/gpu that take longest: the others fit beside them."""
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
+LEAVE_S = 10.0
+"""That what is interrupted at the limit has to say what it found so far."""
 
 GUARDED = (
     "/bin/sh",
@@ -78,9 +80,10 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
             time.sleep(0.05)
         for log in running:
             started[log].send_signal(signal.SIGINT)  # pytest then says what failed so far
+        killed_at = time.monotonic() + LEAVE_S
         for log in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                started[log].wait(10)
+                started[log].wait(max(0.0, killed_at - time.monotonic()))
             print(log.read_text(errors="replace")[-5000:], flush=True)
         for log in waiting:
             print(f"no time left for {log.stem}")
@@ -99,7 +102,7 @@ def checks(out: Path, limit_s: float) -> int:
         out / f"checks-{name}.log": [*pytest, f"tests/gpu/test_{name}.py"]
         for name in sorted(names, key=lambda name: name not in LONGEST)
     }
-    return bounded(commands, limit_s - 10, at_once=max(1, len(os.sched_getaffinity(0)) // 4))
+    return bounded(commands, limit_s - LEAVE_S, at_once=max(1, len(os.sched_getaffinity(0)) // 4))
 
 
 def bench(out: Path, limit_s: float, rows: list[str]) -> int:
@@ -141,6 +144,9 @@ def main() -> int:
         (args.out / "stages.json").write_text("{}\n")
     except OSError as e:
         parser.error(f"--out {args.out}: {e.strerror}; give a folder that can be written")
+    if "run" in stages and args.data is None:
+        print("run: not run, there are no images: give --data")
+        stages = [stage for stage in stages if stage != "run"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is then ended too
     ends = time.monotonic() + args.minutes * 60
     codes = {}
@@ -151,8 +157,6 @@ def main() -> int:
                 codes[stage] = checks(args.out, left)
             elif stage == "bench":
                 codes[stage] = bench(args.out, left, args.rows)
-            elif args.data is None:
-                print("run: not run, there are no images: give --data")
             else:
                 codes[stage] = trial.run(args.out, left, args.data.absolute())
         except AssertionError as e:

@@ -400,6 +400,16 @@ def test_seed_and_attempt_change_the_order() -> None:
     assert len({tuple(o) for o in orders}) == 3
 
 
+def test_a_device_has_one_store_whether_its_number_is_given_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second copy would cost a GPU's memory twice, and might be none where the first one fits."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr("ddpm.data.batches.store", lambda packed, on: (asked.append(on), Mapped(packed))[1])
+    b, named = batches(), torch.device("cpu", 0)
+    assert torch.empty(0, device=named).device != named  # as it is with cuda, whose tensors are on cuda:0
+    b.rows(0, 0, 4, named)
+    assert asked == [CPU]
+
+
 def test_rows_are_the_images_in_minus_one_to_one_flipped_or_not() -> None:
     b, plain = batches(global_batch=64), batches(global_batch=64, flip=False)
     ids = b.sample_ids(2, 0, 64)

@@ -78,6 +78,23 @@ def test_norm_shift_silu_and_dropout_are_those_of_the_layers() -> None:
     assert interpreted(SETTING + code).split() == ["equal"] * 5
 
 
+def test_without_places_masks_come_from_torchs_generator_as_those_of_the_layer_do() -> None:
+    """As where somebody trains on with a network that was sampled."""
+    code = """
+    norm, dropout, x = nn.GroupNorm(4, 32), Dropout(0.3), rows(3, 32, 4, 4)
+    found = []
+    for layer in (lambda: fused.norm_act(x, norm, silu=True, dropout=dropout)[0], lambda: dropout(F.silu(norm(x)))):
+        for mode in (dropout.train, dropout.eval):
+            mode(), torch.manual_seed(1)
+            found.append(layer())
+    for ours, theirs in zip(found[:2], found[2:]):
+        assert torch.equal(ours == 0, theirs == 0)
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    print([bool((y == 0).any()) for y in found])
+    """
+    assert interpreted(SETTING + code) == "[True, False, True, False]\n"
+
+
 def test_a_layer_that_has_more_elements_than_masks_are_counted_for_is_refused_as_by_the_layers() -> None:
     """Its masks would be those of the next layer again."""
     code = """

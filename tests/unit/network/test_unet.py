@@ -367,6 +367,15 @@ def test_a_network_of_bf16_weights_takes_float32_images():
     assert (eps.float() - exact).abs().max() < 0.1 * exact.abs().max()  # as above
 
 
+@pytest.mark.parametrize("move", [lambda model: model.to("cpu"), UNet.cpu, UNet.float])
+def test_a_network_that_is_moved_or_cast_takes_torchs_kernels_until_others_are_chosen_there(move):
+    """As one that was sampled on a GPU, whose kernels read no other memory."""
+    model, (x_t, t) = _trained(), _inputs()
+    expected = model(x_t, t)
+    model.set_own_kernels(True)
+    assert torch.equal(move(model)(x_t, t), expected)
+
+
 @pytest.mark.parametrize(("num_classes", "options"), [(0, {}), (3, {}), (3, {**PLAIN, "null_label": True})])
 def test_the_whole_network_is_one_compiled_graph(num_classes, options):
     model = _trained(num_classes=num_classes, **options).eval()

@@ -1,8 +1,10 @@
 import contextlib
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import SampleSet
+from ddpm.sampling import denoiser
 from ddpm.sampling.denoiser import Denoiser, Replays
 from ddpm.sampling.generate import generate_shard
 from ddpm.sampling.parts import Part, read_part, write_part
@@ -512,14 +515,15 @@ def test_importing_what_a_login_node_needs_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
-def test_evaluations_are_recorded_and_replayed_on_the_gpu_of_their_images_whichever_is_current(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    current, on = ["another"], []
+@pytest.fixture
+def recorded_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Where evaluations of a played GPU are recorded and replayed: its streams are named by their GPU and number. The
+    first of the list is the current GPU."""
+    on, made = ["another"], itertools.count()
 
     class Graph:
         def replay(self) -> None:
-            on.append(current[-1])
+            on.append(on[0])
 
     @contextlib.contextmanager
     def recording(graph: Graph, stream: str) -> Iterator[None]:
@@ -528,14 +532,37 @@ def test_evaluations_are_recorded_and_replayed_on_the_gpu_of_their_images_whiche
 
     @contextlib.contextmanager
     def made_current(gpu: torch.device) -> Iterator[None]:
-        current.append(str(gpu))
+        before, on[0] = on[0], str(gpu)
         yield
-        current.pop()
+        on[0] = before
 
-    played = {"CUDAGraph": Graph, "graph": recording, "device": made_current, "Stream": str}
+    played = {"CUDAGraph": Graph, "device": made_current, "Stream": lambda gpu: f"{gpu} {next(made)}"}
     for name, value in played.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    evaluate = Replays(lambda x_t, t, labels: x_t + 1)
-    for _ in range(4):
-        evaluate(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), None)
-    assert on == ["cpu"] * 3 and current == ["another"]  # the third is recorded; it and the fourth are replayed
+    monkeypatch.setattr(denoiser, "recorded", recording)
+    denoiser._stream_of.cache_clear()
+    yield on
+    denoiser._stream_of.cache_clear()
+
+
+def evaluated(times: int) -> None:
+    replays = Replays(lambda x_t, t, labels: x_t + 1)
+    for _ in range(times):
+        replays(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), None)
+
+
+def test_evaluations_are_recorded_and_replayed_on_the_gpu_of_their_images_whichever_is_current(
+    recorded_on: list[str],
+) -> None:
+    evaluated(4)  # the third is recorded; it and the fourth are replayed
+    assert recorded_on == ["another", "cpu 0", "cpu", "cpu"]
+
+
+def test_each_thread_has_one_stream_for_its_recordings(recorded_on: list[str]) -> None:
+    """With a graph torch drops what matrix products on its stream work in."""
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(2):
+            evaluated(3)
+            other.submit(evaluated, 3).result()
+    streams = [where for where in recorded_on if " " in where]
+    assert streams == ["cpu 0", "cpu 1"] * 2

@@ -1,9 +1,11 @@
 """ddpm/training/step.py: what one step computes, and from what."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -20,6 +22,7 @@ from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange
 from ddpm.training.step import Step
+from ddpm.training.trainer import Trainer
 from tests.conftest import PROJECT
 from tests.training import (
     Life,
@@ -76,6 +79,39 @@ def test_ranks_update_by_own_kernels_together_or_not_at_all(
             assert (step.own is not None) is own
             step.begin_attempt()
     assert asked == [[not here]]  # once in a life, in the same place on all ranks
+
+
+def test_a_recording_that_fails_after_gradients_were_unscaled_costs_no_bit_of_the_steps_that_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with fp16, whose scaler keeps in mind that they are."""
+    recording, clip = list[object](), torch.nn.utils.clip_grad_norm_
+
+    @contextlib.contextmanager
+    def recorded(graph: object) -> Iterator[None]:
+        recording.append(graph)
+        yield
+
+    def clipped(*given: Any) -> torch.Tensor:
+        if recording:
+            raise torch.OutOfMemoryError(f"of {recording.pop()}")
+        return clip(*given)
+
+    def on_a_gpu_with_a_scaler(trainer: Trainer) -> None:
+        trainer.state.scaler, trainer.step.gpu = torch.amp.GradScaler("cpu"), True
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a copy")
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(replay, "recorded", recorded)
+    monkeypatch.setattr("ddpm.training.step.Ring", lambda: mock.Mock(pinned=lambda parts: parts))
+    runs = []
+    for replays, told in ((True, pytest.warns(match="steps are not replayed: OutOfMemoryError: of a copy")),
+                          (False, contextlib.nullcontext())):  # fmt: skip
+        monkeypatch.setattr(Step, "replays", replays)
+        runs.append(make_run(tmp_path / str(replays)))
+        with told:
+            live(make_config(), runs[-1], before_resume=on_a_gpu_with_a_scaler)
+    assert differences(*(generations.load(run, TOTAL) for run in runs)) == [] and lines(runs[0]) == lines(runs[1])
 
 
 def test_accumulation_changes_loss_and_gradients_by_rounding_alone(tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ LIVES = """
 
     Update.__call__ = noted
     module.recording = lambda device: Recorder.recording
-    replay._recorded, torch.cuda.CUDAGraph = recorded, Recorder
+    replay.recorded, torch.cuda.CUDAGraph = recorded, Recorder
 
     def on_a_gpu(replays=True, exchange=False):
         def begin(trainer):
@@ -471,7 +471,7 @@ def test_lives_whose_steps_cannot_be_recorded_go_on_kernel_by_kernel_with_the_sa
             where["failed"] = len(graph.kernels)
         raise torch.OutOfMemoryError("of a second copy")
 
-    replay._recorded = failing
+    replay.recorded = failing
     begin = on_a_gpu()
     step_module.Step.replays = 1  # they are tried, and `ended` expects none
     with warnings.catch_warnings(record=True) as told:
