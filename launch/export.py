@@ -99,7 +99,7 @@ def main() -> int:
     try:
         step = export(run, dest, args.step)
     except generations.NothingSaved as e:
-        raise RequestError(f"{e} (python launch/submit.py)") from None
+        raise RequestError(f"{e} (python launch/submit.py {run.quoted})") from None
     size = sum(path.stat().st_size for path in dest.iterdir())
     print(f"{dest}: the average weights of {run.name} at step {step}, its config and a model card, {amount(size)}")
     return 0

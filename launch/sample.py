@@ -185,7 +185,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
     try:
         return generations.choose(run, run.latest_step() if asked is None else asked)
     except generations.NothingSaved as e:
-        raise RequestError(f"{e} (python launch/submit.py)") from None
+        raise RequestError(f"{e} (python launch/submit.py {run.quoted})") from None
     except generations.AnotherStep as e:
         raise RequestError(f"{e}; choose one with --step") from None
 

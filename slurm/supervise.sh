@@ -11,6 +11,10 @@ if [ ! -f "$DDPM_RUN/config.yaml" ]; then
   echo "$DDPM_RUN is no run directory: make one with 'python launch/submit.py --prepare', then give its path" >&2
   exit 2
 fi
+if grep -qs '"run_id"' "$DDPM_RUN/run.json" && ! grep -qsF "${DDPM_RUN_ID:-}" "$DDPM_RUN/run.json"; then
+  echo "$DDPM_RUN is not the run that this job was queued for, which was moved or deleted: nothing is done" >&2
+  exit 2
+fi
 DDPM_RUN=$(CDPATH='' cd -- "$DDPM_RUN" && pwd)
 [ -n "${DDPM_PYTHON:-}" ] || { DDPM_PYTHON=$DDPM_HOME/.venv/bin/python; [ -x "$DDPM_PYTHON" ] || DDPM_PYTHON=python3; }
 DDPM_SINCE=$(date -u +%FT%T.%3NZ)   # when this life got its nodes: goodput counts from here

@@ -58,7 +58,7 @@ def command(job: Job, script: str) -> list[str]:
 def script_text(job: Job) -> str:
     """The job script, in submitit's form."""
     options = job.options()
-    told = {**job.home, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
+    told = {**job.home, **job.identity, "DDPM_RUN": str(job.run.path), "DDPM_STAGE": job.stage}
     told |= {"DDPM_SET": job.set_name} if job.set_name else {}
     listed = {"wckey": "submitit", **options, **({"array": _array(job)} if job.is_array else {})}
     log = folder(job) / ("%A_%a_%t_log.out" if job.is_array else "%j_%t_log.out")

@@ -31,7 +31,7 @@ def describe(job: Job) -> str:
 
 def submit(job: Job) -> str:
     """Queue the job; returns its id. Raises SchedulerError."""
-    return sbatch(command(job), job.home)
+    return sbatch(command(job), {**job.home, **job.identity})
 
 
 def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:

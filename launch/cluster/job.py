@@ -11,6 +11,7 @@ from typing import Any
 
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
+from ddpm.run.records import identity
 from launch.cluster import code
 from launch.cluster.site import NO_NODE, Site
 
@@ -46,6 +47,12 @@ class Job:
     @property
     def world_size(self) -> int:
         return self.site.at(self.stage).world_size
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Environment variables by which its batch shell sees that the directory still is the run's. Raises OSError."""
+        known = identity(self.run).get("run_id")
+        return {"DDPM_RUN_ID": known} if known else {}
 
     @property
     def num_tasks(self) -> int:

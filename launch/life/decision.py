@@ -89,10 +89,12 @@ def decide(e: Evidence) -> Decision:
         return Decision("fail", "two lives in a row ended by the same mistake of the code; mend it, submit again with "
                         "--code new")  # fmt: skip
     if e.retries >= MAX_RETRIES and e.reason not in UNCOUNTED:
+        step = "mend the cause, submit again (with --code new if it was in the code)"
+        step = "their time was over too soon: submit again with a longer --time" if e.reason == "time_limit" else step
         return Decision(
             "fail",
             f"{e.retries + 1} lives in a row ended ({e.reason}, exit code {e.code}) without progress "
-            f"beyond {e.progress}; mend the cause, submit again (with --code new if it was in the code)",
+            f"beyond {e.progress}; {step}",
         )
     # Where pre-emption means cancelling, SLURM lets a job requeue itself but remembers that it was to end it.
     cancels = e.mercy is not None and not e.mercy.requeues

@@ -225,9 +225,10 @@ CONF
         [ $SECONDS -lt $end ] || give_up "slurmdbd did not answer in 40 s"
         sleep 0.2
     done
-    sacctmgr -i -Q add account lab Description=lab Organization=lab >/dev/null
+    # which a testbed that is started again has already
+    sacctmgr -i -Q add account lab Description=lab Organization=lab >/dev/null || sacctmgr -n show account lab | grep -q lab
     # not nobody, for whom SLURM has a uid of its own from 25.11 on
-    sacctmgr -i -Q add user games Account=lab DefaultAccount=lab >/dev/null
+    sacctmgr -i -Q add user games Account=lab DefaultAccount=lab >/dev/null || sacctmgr -n show user games | grep -q lab
     sacctmgr -i -Q add user root Account=root AdminLevel=Admin >/dev/null 2>&1 || true
 }
 

@@ -65,7 +65,9 @@ ROWS: dict[str, tuple[Evidence, str, str]] = {
     ),
     "a shard's crash too many": (replace(SHARD, retries=MAX_RETRIES), "fail", "4 lives in a row"),
     "a saved stop at the time limit": (TIME_LIMIT, "requeue", "exit code 75 (time_limit)"),
-    "time limits without a new step": (replace(TIME_LIMIT, retries=MAX_RETRIES), "fail", "(time_limit, exit code 75)"),
+    "time limits without a new step": (
+        replace(TIME_LIMIT, retries=MAX_RETRIES), "fail", "over too soon: submit again with a longer --time",
+    ),
     "pre-empted after crashes without progress": (replace(PREEMPTED, retries=MAX_RETRIES), "requeue", ""),
     "a stop that could not save": (SAVE_FAILED, "requeue", "(save_failed)"),
     # where requeue is forbidden

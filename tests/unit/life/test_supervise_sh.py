@@ -38,17 +38,19 @@ class Shell:
         path.chmod(0o755)
 
     def life(self, command: str, *, setup: str = "", python: str = "/nowhere/python", node: str = "n1",
-             alone: bool = False, cwd: Path | None = None, home: str = str(PROJECT)) -> int:  # fmt: skip
-        """alone: `command` begins with supervise.sh itself. cwd: where the job was submitted."""
+             alone: bool = False, cwd: Path | None = None, home: str = str(PROJECT),
+             **more: str) -> int:  # fmt: skip
+        """alone: `command` begins with supervise.sh itself. cwd: where the job was submitted. more: its environment."""
         (self.run.path / "setup.sh").write_text(setup)
         env = {"DDPM_HOME": home, "DDPM_PYTHON": python, "DDPM_RUN": str(self.run.path), "DDPM_STAGE": "train",
                "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(self.restart), "SLURMD_NODENAME": node,
                "SLURM_JOB_NODELIST": node, "SLURM_JOB_PARTITION": "gpu", "DDPM_LOG": "train-17.out",
-               "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin"}  # fmt: skip
+               "SLURM_SUBMIT_DIR": str(PROJECT), "PATH": self.path or f"{self.bin}:/usr/bin:/bin", **more}  # fmt: skip
         script = command if alone else f". {PROJECT}/slurm/supervise.sh || exit 2\n{command}"
         done = subprocess.run(["/bin/bash", "-c", script], env=env, capture_output=True, text=True, timeout=60, cwd=cwd)
         self.restart += 1
-        self.said = done.stdout + done.stderr + (self.run.logs / "train-17.out").read_text()
+        log = self.run.logs / "train-17.out"
+        self.said = done.stdout + done.stderr + (log.read_text() if log.exists() else "")
         return done.returncode
 
     def orders(self) -> list[str]:
@@ -137,6 +139,26 @@ def test_a_job_runs_the_runs_code_though_it_was_submitted_in_an_edited_checkout(
     shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into it from $PWD"')
     shell.life("true", setup=f"{setup}\nexit 3", python=str(shell.bin / "python"), cwd=edited)
     assert f"looked into it from {PROJECT}\n" in shell.said
+
+
+def test_a_job_of_a_run_whose_name_another_one_has_by_now_does_nothing_there(shell: Shell) -> None:
+    shell.run.run_json.write_text('{"run_id": "of-this-run"}')
+    assert shell.life("echo works; false", DDPM_RUN_ID="of-one-that-was-removed") == 2
+    assert "works" not in shell.said and "is not the run that this job was queued for" in shell.said
+    assert shell.orders() == [] and list(shell.run.events.iterdir()) == list(shell.run.logs.iterdir()) == []
+
+
+@pytest.mark.parametrize(("there", "told"), [
+    ('{"run_id": "own"}', {"DDPM_RUN_ID": "own"}), ('{"run_id": "own"}', {}), ("{}", {"DDPM_RUN_ID": "own"}),
+    (None, {"DDPM_RUN_ID": "own"}),
+], ids=["its own", "by hand", "a run from before", "without run.json"])  # fmt: skip
+def test_a_job_works_where_nothing_says_that_the_run_is_another(
+    shell: Shell, there: str | None, told: dict[str, str]
+) -> None:
+    if there is not None:
+        shell.run.run_json.write_text(there)
+    shell.life("echo works; exit 0", python="/bin/true", **told)
+    assert "works" in shell.said
 
 
 def test_a_relative_path_of_the_project_is_one_from_where_the_job_was_submitted(shell: Shell) -> None:

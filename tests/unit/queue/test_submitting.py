@@ -120,6 +120,15 @@ def test_only_what_is_asked_for_says_which_gpus_a_job_gets(
 
 
 @VIA
+def test_a_job_is_told_of_which_run_it_is(run: RunDir, cluster: Cluster, via: str) -> None:
+    run.run_json.write_text('{"schema": 1, "name": "tiny", "run_id": "0f1e2d"}')
+    submitting.submit(Job("train", run, Site(via=via)))
+    told = next(e for c, e in zip(cluster.commands, cluster.environments, strict=True) if c[0] == "sbatch")
+    scripts = [path.read_text() for path in (run.logs / "submitit").glob("*_submission.sh")]
+    assert told.get("DDPM_RUN_ID") == "0f1e2d" if via == "sbatch" else "export DDPM_RUN_ID=0f1e2d\n" in scripts[0]
+
+
+@VIA
 def test_everything_that_is_asked_for_is_a_flag(run: RunDir, cluster: Cluster, via: str) -> None:
     """SBATCH_* variables, which a user may have exported, go before the lines of a script, and flags before them."""
     job = Job("train", run, Site(via=via, account="lab", time=60, sbatch={"exclusive": True, "nice": 5}))
