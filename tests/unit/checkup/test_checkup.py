@@ -3,6 +3,7 @@
 import errno
 import itertools
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.config.train import Checkpoint, Train
-from launch.checkup import cluster, files, node, profile
+from launch.checkup import cluster, files, node, node_report, profile
 from launch.cluster import inquiry, scheduler
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
@@ -177,3 +178,12 @@ def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypa
     whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
     assert told(Site(gpus_per_node=1)) == whole
     assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
+
+
+def test_a_node_tells_of_itself_though_it_lacks_the_login_nodes_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # its import takes long
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "on-the-login-node"))
+    assert node_report.report(tmp_path / "asked.json")["tmp_bytes"] > 0
