@@ -2,6 +2,8 @@
 
 import errno
 import itertools
+import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,7 @@ from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.config.train import Checkpoint, Train
 from launch.checkup import cluster, files, node, node_report, profile
-from launch.cluster import inquiry, scheduler
+from launch.cluster import environment, inquiry, scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
 from launch.cluster.options import load_profile
@@ -38,7 +40,7 @@ def test_weights_that_scores_need_are_there_or_fetched_or_brought_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extractor: str
 ) -> None:
     config = Config(name="x", data=Data(name="digits"), evaluate=Evaluate(extractor=extractor))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def told(unreachable: str) -> files.Finding:
         monkeypatch.setattr(files, "_unreachable", lambda host: unreachable)
@@ -187,3 +189,21 @@ def test_a_node_tells_of_itself_though_it_lacks_the_login_nodes_folder_for_tempo
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "on-the-login-node"))
     assert node_report.report(tmp_path / "asked.json")["tmp_bytes"] > 0
+
+
+def test_a_user_whom_this_machine_does_not_know_by_name_is_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(of: object) -> None:
+        raise KeyError(of)
+
+    for name in ("getpwuid", "getpwnam"):
+        monkeypatch.setattr(pwd, name, unknown)
+    for variable in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "SSH_CONNECTION"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(files, "_unreachable", lambda host: "")
+    config = Config(name="x", data=Data(name="digits"))
+    assert {finding.verdict for finding in files.storage(config, tmp_path, tmp_path / "cache", None)} == {"pass"}
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: argv[4])
+    assert inquiry.accounts() == [f"user={os.getuid()}"]
+    assert environment.ssh_words().startswith(f"{os.getuid()}@")
