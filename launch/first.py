@@ -26,6 +26,23 @@ if is_script() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_hand
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `run_script`, which has a word for it: no traceback
 
 
+def leave_other_pythons_out() -> None:
+    """Take out of PYTHONPATH, for what is started here too, what is another Python's by its name, …/lib/python3.9/…:
+    a module that was loaded for other work shows it to every Python, and none but its own can load it."""
+    import re
+
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+    def is_anothers(path: str) -> bool:
+        of = re.findall(r"/lib\d*/python(\d\.\d+)(?=/|$)", path)
+        return bool(of) and own not in of
+
+    shown = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if others := [path for path in shown if is_anothers(path)]:
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in shown if path not in others)
+        sys.path[:] = [path for path in sys.path if path not in others]
+
+
 def lacking() -> str:
     """What this Python has not, in words; "" where it has all."""
     from importlib.util import find_spec
@@ -67,4 +84,5 @@ def check() -> None:
 
 
 if is_script():
+    leave_other_pythons_out()
     check()

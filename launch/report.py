@@ -10,6 +10,7 @@ import launch.first  # noqa: F401
 
 # isort: split
 import argparse
+import os
 from pathlib import Path
 
 from ddpm.errors import RequestError
@@ -58,8 +59,8 @@ def place(args: argparse.Namespace, runs: list[RunDir]) -> Path:
         raise RequestError(f"{path} is a folder: name a file with --out FILE.html")
     if not path.parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} to write {path.name} in: make it, or give another --out")
-    why = not_ours(path.parent) if args.out is None else ""
-    if why:
+    if args.out is None and not os.access(path.parent, os.W_OK | os.X_OK):
+        why = not_ours(path.parent) or f"{path.parent} cannot be written"
         raise RequestError(f"{why}. Or write elsewhere: --out FILE.html")
     return path
 

@@ -113,7 +113,7 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     found = sweep.configs(args.sweep, overrides, read) if args.sweep else [(read([]), {})]
     source = origin.asked(args.origin, args.from_weights, args.root)
     site = resolve(args, args.base)
-    why = faults.small_files()
+    why = faults.small_files() if site.is_local else ""
     limit = [f"{why}, since jobs take it over and a checkpoint may be larger"] if why else []
     asked: list[Asked] = []
     warnings = [*([] if site.is_local else site.warnings()), *limit]

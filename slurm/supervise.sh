@@ -27,6 +27,18 @@ mkdir -p "$DDPM_RUN/logs"
 ddpm_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 ddpm_node=${SLURMD_NODENAME:-$(hostname)}
 
+# What a module has set for its own Python, and no other can use: launch/first.py leaves it out on the login node.
+ddpm_own_python() {
+  local IFS=: path kept= own
+  [ ! -f "${DDPM_PYTHON%/*}/../pyvenv.cfg" ] || unset PYTHONHOME
+  case ${PYTHONPATH:-} in */python[0-9].*) ;; *) return 0 ;; esac
+  own=$("$DDPM_PYTHON" -ESc 'import sys; print("python%d.%d" % sys.version_info[:2])' 2>/dev/null) || return 0
+  for path in $PYTHONPATH; do
+    [[ $path/ =~ /lib[0-9]*/python[0-9]\.[0-9]+/ && $path/ != */"$own"/* ]] || kept=$kept${kept:+:}$path
+  done
+  PYTHONPATH=$kept
+}
+
 # From here on whatever ends this shell is looked into, by Python of ours where this node has it.
 # The shell must outlive its ranks, which answer the signals: a command trap makes bash wait for srun, then go on.
 trap : TERM USR2 CONT
@@ -35,6 +47,7 @@ ddpm_end() {
   local code=$? heard
   set +eu
   trap - EXIT
+  ddpm_own_python
   if [ -n "$ddpm_setup" ]; then
     echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
     [ "$code" != 0 ] || code=1
@@ -96,6 +109,7 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   trap : TERM USR2 CONT
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
+ddpm_own_python
 # Python's -m looks for modules in the working directory first, which mostly is the checkout, as it is by now.
 builtin cd -- "$DDPM_HOME" || exit 2
 export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container

@@ -1,6 +1,23 @@
 #!/bin/bash
 # Makes `.venv` at the project root and keeps it up to date. `tools/env.sh --help` says how.
-# Run it (quickstart.sh and test.sh do), or source it to have .venv/bin on the PATH as well.
+# Run it (quickstart.sh and test.sh do), or source it, in bash or zsh, to have .venv/bin on the PATH as well.
+
+# The work is always done by a bash of its own: no option, alias or function of the caller's is heeded or changed.
+_ddpm_file=${BASH_SOURCE:-}
+[ -z "${ZSH_VERSION:-}" ] || eval '_ddpm_file=${(%):-%x}'
+if [ -z "$_ddpm_file" ]; then
+    case $0 in env.sh | */env.sh) exec bash "$0" "$@" ;; esac # sh tools/env.sh
+    echo "env.sh: source it in bash or zsh; elsewhere type tools/env.sh, and .venv/bin/python for python" >&2
+    return 2
+fi
+if [ "$_ddpm_file" != "$0" ] || [ -n "${ZSH_VERSION:-}" ]; then
+    BASH_ENV='' \bash "$_ddpm_file" "$@" || return
+    VIRTUAL_ENV=$(BASH_ENV='' CDPATH='' \bash -c 'cd "$(dirname "$0")/.." && pwd' "$_ddpm_file")/.venv || return
+    export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH"
+    unset PYTHONHOME _ddpm_file # a module's Python has set it, in whose place this one is now
+    return
+fi
+unset CDPATH PYTHONHOME PYTHONPATH # what other Pythons have is not here for jobs
 
 _ddpm_usage() {
     cat <<'TEXT'
@@ -17,7 +34,6 @@ Exit codes: 0 up to date, 1 the installation failed, 2 the request was wrong, 3 
 TEXT
 }
 
-# The body is a subshell: sourcing this file changes no option and no variable of the caller but those at the end.
 _ddpm_env() (
     set -euo pipefail
     umask 022 # other users run jobs from this .venv
@@ -167,9 +183,4 @@ PY
     install
 )
 
-if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-    _ddpm_env "$@"
-else
-    _ddpm_env "$@" && export VIRTUAL_ENV && VIRTUAL_ENV=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv &&
-        export PATH="$VIRTUAL_ENV/bin:$PATH"
-fi
+_ddpm_env "$@"

@@ -1,6 +1,7 @@
 #!/bin/bash
 # The whole way on this machine, without a scheduler: train on handwritten digits, sample, score. `--help` says how.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case ${1:-} in

@@ -1,6 +1,7 @@
 #!/bin/bash
 # One command equals CI: style, types, tests. `tools/test.sh --help` says how.
 set -uo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 3
 exec </dev/null # nothing here may wait for an answer
 

@@ -111,7 +111,8 @@ def _weights(extractor: str, cache: Path) -> Findings:
     if extractor not in FETCHED:
         return
     name, where = extractor.capitalize(), cache / "weights" / FETCHED[extractor]
-    hub = Path.home() / ".cache" / "torch" / "hub" / "checkpoints" / where.name  # whence a submission copies them
+    cached = Path(os.path.expanduser("~/.cache/torch/hub/checkpoints"))  # noqa: PTH111 - of a user without a home too
+    hub = cached / where.name  # whence a submission copies them
     if where.exists() or hub.exists():
         yield Finding("pass", f"{name}'s weights are in {where.parent if where.exists() else hub.parent}")
     elif extractor == "dinov2":  # which prefetch.py alone fetches

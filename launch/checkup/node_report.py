@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def report(asked: Path) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "lacks": [name for name in COMMANDS if shutil.which(name) is None],
         "cpus": len(os.sched_getaffinity(0)),
-        "tmp_bytes": shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free,
+        "tmp_bytes": shutil.disk_usage(tempfile.gettempdir()).free,
     }
     try:
         import torch

@@ -126,16 +126,24 @@ def host() -> str:
     return socket.gethostname()
 
 
+def user() -> str:
+    """The user's name; the number of one whom this machine does not know by name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def ssh_words() -> str:
     """The words after `ssh` by which the user's own machine reaches this one: the address of the current login, which
     names one of several login nodes; from inside a job a jump through that node."""
-    user, here = getpass.getuser(), socket.getfqdn()
+    me, here = user(), socket.getfqdn()
     to, port = [*os.environ.get("SSH_CONNECTION", "").split()[2:4], "", ""][:2]
     if not re.fullmatch(r"[0-9A-Fa-f.:]+", to):
-        return f"{user}@{here}"
+        return f"{me}@{here}"
     if is_own_address(to):
-        return " ".join([*(["-p", port] if port.isdecimal() and port != "22" else []), f"{user}@{name_of(to)}"])
-    return f"-J {user}@{name_of(to)}{f':{port}' if port.isdecimal() and port != '22' else ''} {user}@{here}"
+        return " ".join([*(["-p", port] if port.isdecimal() and port != "22" else []), f"{me}@{name_of(to)}"])
+    return f"-J {me}@{name_of(to)}{f':{port}' if port.isdecimal() and port != '22' else ''} {me}@{here}"
 
 
 def current() -> JobEnvironment:

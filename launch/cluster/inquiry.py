@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import re
 from pathlib import Path
@@ -58,7 +57,7 @@ def most_submitted(qos: str | None) -> int | None:
     be asked."""
     limits = []
     asked = [
-        ["sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=MaxSubmitJobs"],
+        ["sacctmgr", "-nP", "show", "assoc", f"user={environment.user()}", "format=MaxSubmitJobs"],
         ["sacctmgr", "-nP", "show", "qos", *([qos] if qos else ["normal"]), "format=MaxSubmitJobsPU"],
     ]
     for command in asked:
@@ -71,7 +70,7 @@ def accounts() -> list[str]:
     """Those that the user may charge; none where accounting cannot be asked."""
     try:
         told = slurm.run(
-            ["sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=Account"], timeout_s=10
+            ["sacctmgr", "-nP", "show", "assoc", f"user={environment.user()}", "format=Account"], timeout_s=10
         )
     except SchedulerError:
         return []

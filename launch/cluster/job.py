@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from launch.cluster import code
 from launch.cluster.site import NO_NODE, Site
 
 SBATCH_TIMEOUT_S = 60
+LIMITS = {"AS": 2**63, "CPU": 2**63, "DATA": 2**63, "FSIZE": 2**63, "NOFILE": 1024, "NPROC": 4096}
+"""Limits of the submitting shell that SLURM would have jobs take over -> the least that jobs do well with."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Job:
             "requeue": True,
             "export": "ALL",
             "open-mode": "append",
+            "propagate": _own_limits(),
             "signal": f"USR2@{site.lead_s}",
             "output": str(self.run.logs / f"{self.stage}-{'%A_%a' if self.is_array else '%j'}.out"),
             "dependency": f"afterany:{self.after}" if self.after else None,
@@ -109,6 +113,14 @@ class Job:
         values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
         values["exclude"] = ",".join(filter(None, [values["exclude"], *self.without])) or None
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
+
+
+def _own_limits() -> str | None:
+    """For --propagate: jobs have the limits of their nodes where the shell has a login node's, which would end them. As
+    before, they leave no core where the shell wants none."""
+    here = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in LIMITS}
+    is_tight = any(0 <= soft < LIMITS[name] for name, soft in here.items())
+    return "CORE" if is_tight else None
 
 
 def at_home(home: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
+from launch.terminal import faults
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 STOP_POLL_S = 1.0
@@ -42,6 +43,7 @@ class StopFlag:
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR2, lambda *_: self._set("time_limit"))
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
+        faults.before_cpu_limit(self._on_cpu_limit)
         if not self._scheduled:
             signal.signal(signal.SIGINT, self._on_term)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
@@ -69,6 +71,10 @@ class StopFlag:
         if not self._scheduled and self.reason is not None:
             os._exit(128 + signum)  # asked twice: leave at once
         self._set("preempted" if self._scheduled else "interrupted")
+
+    def _on_cpu_limit(self) -> None:
+        say(f"{faults.of_limit('t')}. This life ends here, with a save; another start goes on")
+        self._set("time_limit" if self._scheduled else "interrupted")
 
     def _set(self, reason: str) -> None:
         if self.reason is None or reason == "time_limit":  # the last word: SLURM requeues nobody at the time limit

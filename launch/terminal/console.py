@@ -32,12 +32,16 @@ def run_script(main: Callable[[], int]) -> None:
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while everything was loaded
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        faults.before_cpu_limit(_spent)
         code = main()
     except SystemExit as e:  # argparse has said all there is to say
         code = int(e.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except faults.Spent as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = EnvironmentLacks.exit_code
     except Exception as e:
         told = faults.words(e)
         if told is None:
@@ -54,6 +58,10 @@ def run_script(main: Callable[[], int]) -> None:
     except OSError:
         os._exit(code)  # the interpreter would complain about the same again
     sys.exit(code)
+
+
+def _spent() -> NoReturn:
+    raise faults.Spent
 
 
 def _exit_code(error: Exception) -> int:

@@ -7,17 +7,21 @@ import errno
 import math
 import os
 import resource
+import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
 from ddpm.run.files import DamagedFile, link_to_nothing, not_ours
+from launch.cluster import environment
 
 LIMITS = {
     "n": (resource.RLIMIT_NOFILE, "open files"),
     "u": (resource.RLIMIT_NPROC, "processes and threads"),
     "v": (resource.RLIMIT_AS, "memory"),
     "f": (resource.RLIMIT_FSIZE, "a file"),
+    "t": (resource.RLIMIT_CPU, "CPU time"),
 }
 """ulimit's letter -> the limit and its name."""
 OF_ERRNO = {errno.EMFILE: "n", errno.EAGAIN: "u", errno.ENOMEM: "v", errno.EFBIG: "f"}
@@ -33,6 +37,17 @@ OF_WORDS = {
 """Text in libraries' own errors -> ulimit's letter."""
 
 
+LIBRARIES = ("undefined symbol", "GLIBC_", "GLIBCXX_", "CXXABI_", "cannot open shared object file")
+"""Text in the error of an import that found a shared library, and not the one that was meant."""
+
+
+class Spent(BaseException):
+    """This process has all but used the CPU time that its shell allows it."""
+
+    def __str__(self) -> str:
+        return of_limit("t")
+
+
 def words(error: BaseException, where: object = "") -> str | None:
     """The message for `error`, in a line or a few; None if it is a fault of this program.
 
@@ -43,7 +58,9 @@ def words(error: BaseException, where: object = "") -> str | None:
     if isinstance(error, DDPMError | DamagedFile):
         return str(error)
     if letter := _limit(error):
-        return f"{_in_short(error)}: {_of_limit(letter)}"
+        return f"{_in_short(error)}: {of_limit(letter)}"
+    if isinstance(error, ImportError):
+        return _of_libraries(error)
     if not isinstance(error, OSError):
         return None
     return ". ".join(filter(None, [_in_short(error), _whose(error)]))
@@ -77,10 +94,30 @@ def check_threads(num: int) -> None:
         done.set()
 
 
+def before_cpu_limit(act: Callable[[], object]) -> None:
+    """Have `act` called, once, a little before this process has used the CPU time that its shell allows it, when the
+    kernel would kill it without a word."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if soft == resource.RLIM_INFINITY:
+        return
+
+    def heard(*_: object) -> None:
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second now
+        act()
+
+    signal.signal(signal.SIGXCPU, heard)
+    if soft == hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (_early(hard), hard))
+
+
+def _early(hard: int) -> int:
+    return max(1, hard - max(1, hard // 10))
+
+
 def small_files(num_bytes: float = math.inf) -> str:
     """Why this process and its children cannot write a file of `num_bytes`; "" if they can."""
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return "" if soft == resource.RLIM_INFINITY or num_bytes <= soft else _of_limit("f")
+    return "" if soft == resource.RLIM_INFINITY or num_bytes <= soft else of_limit("f")
 
 
 def _in_short(error: BaseException) -> str:
@@ -99,6 +136,19 @@ def _link(error: BaseException) -> str:
     return f"{why}: {path}" if (why := link_to_nothing(path)) else ""
 
 
+def _of_libraries(error: ImportError) -> str | None:
+    """For an import that a library of LD_LIBRARY_PATH breaks, as a module's old libstdc++ does."""
+    said = [line for line in str(error).splitlines() if any(mark in line for mark in LIBRARIES)]
+    places = os.environ.get("LD_LIBRARY_PATH")
+    if not said or not places:
+        return None
+    what = said[0].removeprefix("Original error was: ").strip()
+    return (
+        f"{what}: LD_LIBRARY_PATH={places} may name another library than the one meant: unset it, or unload the "
+        f"modules that set it"
+    )
+
+
 def _limit(error: BaseException) -> str | None:
     """ulimit's letter of the limit behind the error; None if it is not about a limit."""
     if isinstance(error, MemoryError):
@@ -111,10 +161,15 @@ def _limit(error: BaseException) -> str | None:
     return None
 
 
-def _of_limit(letter: str) -> str:
+def of_limit(letter: str) -> str:
+    """What the shell's limit behind ulimit's letter allows, and what to do."""
     number, what = LIMITS[letter]
-    soft = resource.getrlimit(number)[0]
+    soft, hard = resource.getrlimit(number)
     if soft == resource.RLIM_INFINITY:
         return "this file system takes no file so large" if letter == "f" else f"this machine has no more {what}"
-    allowed = f"{soft // 1024} KiB of" if letter in "vf" else str(soft)
-    return f"this shell allows a process {allowed} {what} (ulimit -{letter}): raise it"
+    if letter == "t":
+        allowed = f"{hard if soft == _early(hard) else soft} s of"
+    else:
+        allowed = f"{soft // 1024} KiB of" if letter in "vf" else str(soft)
+    here = "" if environment.is_scheduled() else ", or do this in a job, which has its node's limits"
+    return f"this shell allows a process {allowed} {what} (ulimit -{letter}): raise it{here}"

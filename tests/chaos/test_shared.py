@@ -90,3 +90,15 @@ def test_a_colleague_who_may_not_write_a_run_is_told_whose_it_is_and_how_to_shar
     assert done.returncode == 2 and f"belongs to uid {ALICE}" in done.stderr and "Traceback" not in done.stderr
     assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*")} == before
     shutil.rmtree(run.path)
+
+
+def test_a_colleague_writes_a_runs_page_into_it_where_its_folder_is_shared(root: Path) -> None:
+    assert submit(ALICE, 0o002, root).returncode == 0
+    done = script(BOB, 0o002, "report", "run", "--root", str(root))
+    page = RunDir(root / "run").report
+    assert done.returncode == 0 and page.stat().st_uid == BOB, done.stdout + done.stderr
+    page.unlink()
+    page.parent.chmod(0o2755)
+    done = script(BOB, 0o002, "report", "run", "--root", str(root))
+    assert done.returncode == 2 and "belongs to" in done.stderr and "Or write elsewhere: --out" in done.stderr
+    assert not page.exists()

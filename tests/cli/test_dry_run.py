@@ -19,6 +19,7 @@ from ddpm.sampling.request import CheckpointRef
 from launch import first, sample
 from launch.queue.naming import name_of
 from launch.queue.sets import request_for
+from launch.terminal import faults
 from tests.celeba import write_celeba
 from tests.cli.harness import PROJECT, Shell, png, snapshot, write_zip
 
@@ -172,6 +173,31 @@ def test_a_package_that_is_too_old_is_named_before_it_is_loaded(
     done = subprocess.run(argv, capture_output=True, text=True, **options)
     assert done.returncode == (3 if told else 0) and "Traceback" not in done.stderr
     assert not told or (told in done.stderr and version in done.stderr)
+
+
+def test_packages_that_a_module_shows_of_another_python_are_left_out(shell: Shell) -> None:
+    own, other = (shell.cwd / "lib" / f"python3.{minor}" / "site-packages" for minor in (sys.version_info[1], 9))
+    for place in (own, other):
+        (place / "yaml").mkdir(parents=True)
+        (place / "yaml" / "__init__.py").write_text("raise ImportError('of another Python')\n")
+    argv, options = shell.command("submit", "--cluster", "local", "--dry-run", str(shell.cwd / "tiny.yaml"))
+    before = os.environ.get("PYTHONPATH", "")
+    for place, code in ((other, 0), (own, 1)):
+        options["env"]["PYTHONPATH"] = os.pathsep.join([str(place), before])
+        done = subprocess.run(argv, capture_output=True, text=True, **options)
+        assert done.returncode == code, done.stderr
+
+
+def test_a_library_of_another_compiler_is_named_with_the_variable_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = ImportError("IMPORTANT\n\nOriginal error was: /lib/libstdc++.so.6: version `GLIBCXX_3.4.29' not found\n")
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    assert faults.words(error) is None
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/apps/gcc/4.8/lib64")
+    told = faults.words(error) or ""
+    assert told.startswith("/lib/libstdc++.so.6: version") and "LD_LIBRARY_PATH=/apps/gcc/4.8/lib64" in told
+    assert faults.words(ImportError("No module named 'wandb'")) is None
 
 
 def test_the_least_versions_that_scripts_ask_for_are_those_of_the_project() -> None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,22 @@ def test_a_limit_of_processes_is_named(shell: Shell) -> None:
             path.chmod(0o755)
     said = limited(shell, resource.RLIMIT_NPROC, 1, "jobs", "train", str(shell.root / "tiny"), user=65534)
     assert "1 processes and threads (ulimit -u)" in said
+
+
+BUSY = {
+    "from launch.terminal import console\nconsole.run_script(lambda: [0 for _ in iter(int, 1)])": (3, "error: "),
+    "from launch.life.preemption import StopFlag\nstop = StopFlag()\nstop.install()\nwhile not stop(): pass\n"
+    "assert stop() == 'interrupted'": (0, "Z "),
+}
+
+
+@pytest.mark.parametrize("busy", BUSY, ids=["a script ends", "a job is told to save"])
+def test_what_has_used_the_cpu_time_of_its_shell_says_so(shell: Shell, busy: str) -> None:
+    code, before = BUSY[busy]
+    options = shell.command("jobs")[1] | {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_CPU, (4, 4))}
+    done = subprocess.run([sys.executable, "-c", busy], capture_output=True, text=True, timeout=240, **options)
+    said = f"{before}this shell allows a process 4 s of CPU time (ulimit -t): raise it, or do this in a job"
+    assert done.returncode == code and said in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- damage

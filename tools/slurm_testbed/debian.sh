@@ -2,6 +2,7 @@
 # Runs a command of this project on another Debian, with its SLURM and Python, in a chroot. `debian.sh --help` says how.
 set -euo pipefail
 umask 022
+unset CDPATH
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 INSIDE=/srv/ddpm-hpc # the project's copy, as seen in the chroot
 

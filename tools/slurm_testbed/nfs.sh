@@ -2,6 +2,7 @@
 # Runs a command of this project where two hosts mount one NFS. `nfs.sh --help` says how.
 set -euo pipefail
 umask 022
+unset CDPATH
 PACKAGES=(user-mode-linux nfs-common nfs-kernel-server libnfsidmap1 keyutils libwrap0 libevent-core-2.1-7 libtirpc3
     libtirpc-common kmod)
 

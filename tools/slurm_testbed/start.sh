@@ -2,6 +2,7 @@
 # Starts a throwaway SLURM cluster on this host. `start.sh --help` says how; README.md says what it can show.
 set -Eeuo pipefail
 umask 022
+unset CDPATH
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 PACKAGES=(slurmctld slurmd slurm-client munge)

@@ -2,7 +2,10 @@
 
 import errno
 import itertools
+import os
+import pwd
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,8 +17,8 @@ from ddpm.config.sample import Evaluate, Sample
 from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.config.train import Checkpoint, Train
-from launch.checkup import cluster, files, node, profile
-from launch.cluster import inquiry, scheduler
+from launch.checkup import cluster, files, node, node_report, profile
+from launch.cluster import environment, inquiry, scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
 from launch.cluster.options import load_profile
@@ -37,7 +40,7 @@ def test_weights_that_scores_need_are_there_or_fetched_or_brought_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extractor: str
 ) -> None:
     config = Config(name="x", data=Data(name="digits"), evaluate=Evaluate(extractor=extractor))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def told(unreachable: str) -> files.Finding:
         monkeypatch.setattr(files, "_unreachable", lambda host: unreachable)
@@ -177,3 +180,30 @@ def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypa
     whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
     assert told(Site(gpus_per_node=1)) == whole
     assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
+
+
+def test_a_node_tells_of_itself_though_it_lacks_the_login_nodes_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # its import takes long
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "on-the-login-node"))
+    assert node_report.report(tmp_path / "asked.json")["tmp_bytes"] > 0
+
+
+def test_a_user_whom_this_machine_does_not_know_by_name_is_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(of: object) -> None:
+        raise KeyError(of)
+
+    for name in ("getpwuid", "getpwnam"):
+        monkeypatch.setattr(pwd, name, unknown)
+    for variable in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "SSH_CONNECTION"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(files, "_unreachable", lambda host: "")
+    config = Config(name="x", data=Data(name="digits"))
+    assert {finding.verdict for finding in files.storage(config, tmp_path, tmp_path / "cache", None)} == {"pass"}
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: argv[4])
+    assert inquiry.accounts() == [f"user={os.getuid()}"]
+    assert environment.ssh_words().startswith(f"{os.getuid()}@")

@@ -1,6 +1,7 @@
 """launch/cluster: what a site's words for GPUs, memory and limits become in a job."""
 
 import argparse
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +364,22 @@ def test_a_section_may_be_merged_from_another(tmp_path: Path) -> None:
 def test_a_limit_that_leaves_no_time_to_work_is_warned_of(time: int, lead: int, warned: bool) -> None:
     told = Site(time=time, signal_lead_s=lead).warnings()
     assert bool(told) == warned and all("ask for more" in line and f"{time * 20} s" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("limit", "tight", "wide"),
+    [("CPU", 10**6, -1), ("AS", 2**46, -1), ("FSIZE", 2**46, -1), ("NPROC", 4095, 4096), ("NOFILE", 1023, 1024)],
+)
+def test_what_a_login_node_limits_its_shells_to_is_not_taken_over_by_jobs(limit: str, tight: int, wide: int) -> None:
+    kind = getattr(resource, f"RLIMIT_{limit}")
+    before = soft, hard = resource.getrlimit(kind)
+    if hard != -1 and max(soft, wide) > hard:
+        pytest.skip(f"{limit} is limited here")
+    told = []
+    try:
+        for least in (tight, wide):
+            resource.setrlimit(kind, (least, hard))
+            told.append(options(Site(), "train").get("propagate"))
+    finally:
+        resource.setrlimit(kind, before)
+    assert told == ["CORE", None]

@@ -246,3 +246,15 @@ def test_setup_lines_act_on_the_shell_that_the_work_runs_in(shell: Shell) -> Non
     )
     assert shell.life('echo "$A-$B-$C-$D-$E-$F"; f; exit 0', setup=setup, python="true") == 0
     assert "1 2-3-4-5-6-7" in shell.said and "from f" in shell.said
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the tests' Python is of no venv")
+def test_what_a_module_sets_for_its_own_python_is_not_there_for_ours(shell: Shell) -> None:
+    other, kept = "/apps/lib/python2.7/site-packages", f"/apps/lib/python3.{sys.version_info[1]}/site-packages:/mine"
+    setup = f"export PYTHONHOME=/apps\nexport PYTHONPATH={other}:{kept}:$PYTHONPATH\n"
+    told = f'echo "home=${{PYTHONHOME-none}} $PYTHONPATH" >"{shell.bin}/told"'
+    shell.life(told, setup=setup, python=sys.executable)
+    assert (shell.bin / "told").read_text() == f"home=none {kept}:{PROJECT}\n", shell.said
+    assert "does not run on node" not in shell.said, shell.said
+    shell.life("exit 7", setup=setup + "false\n", python=sys.executable)  # it is Python that looks into this end too
+    assert "setup failed on n1" in shell.said and "does not run on node" not in shell.said, shell.said
