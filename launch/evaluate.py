@@ -113,10 +113,14 @@ def _check(args: argparse.Namespace, parser: console.Parser) -> None:
         parser.error("--bits-per-dim is of a RUN; --reference, --step and --num-images say more")
     if not args.bits_per_dim and not (args.step is None and args.num_images is None):
         parser.error("--step and --num-images go with --bits-per-dim")
-    if args.all_milestones and (
-        args.run is None or args.compare or args.set_name or args.extractor or args.reference or args.bits_per_dim
-    ):
-        parser.error("--all-milestones is of a RUN, as its config has it (sample, evaluate)")
+    of_a_set = {"--images": args.images, "--compare": args.compare, "--set": args.set_name,
+                "--extractor": args.extractor, "--reference": args.reference,
+                "--bits-per-dim": args.bits_per_dim}  # fmt: skip
+    if args.all_milestones and (given := [option for option, value in of_a_set.items() if value]):
+        parser.error(
+            f"--all-milestones does not go with {' and '.join(given)}: milestones are sampled and scored as the run's "
+            f"config says (sample, evaluate)"
+        )
     if not args.images and (args.size or args.keep):
         parser.error("--size and --keep go with --images; a run's samples have its size")
     if args.run and args.save_stats and (args.set_name or args.bits_per_dim or args.all_milestones):

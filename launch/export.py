@@ -26,13 +26,14 @@ from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.record import all_scores, best_founded_first
 from launch.cluster import environment
+from launch.queue import milestones
 from launch.queue.sets import wrong_with
 from launch.terminal import console
 from launch.terminal.card import card
 
 EXAMPLES = """examples:
   python launch/export.py cifar10 ~/cifar10-ho              model.safetensors, config.yaml and README.md
-  python launch/export.py cifar10 early --step 100000       of an earlier checkpoint
+  python launch/export.py cifar10 early --step 100000       of an earlier checkpoint; best: of the milestones
 
 Use it anywhere, without the run:  ddpm.load("cifar10-ho").sample(16)
 """
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = console.Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a name or a directory")
     parser.add_argument("dest", metavar="DEST", help="a folder that does not exist yet")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_step()
     parser.add_root()
     return parser.parse_args()
 
@@ -97,7 +98,7 @@ def main() -> int:
     if not dest.parent.is_dir():
         raise RequestError(f"DEST = {dest}: there is no folder {dest.parent} to make it in")
     try:
-        step = export(run, dest, args.step)
+        step = export(run, dest, milestones.asked_step(run, args.step))
     except generations.NothingSaved as e:
         raise RequestError(f"{e} (python launch/submit.py {run.quoted})") from None
     size = sum(path.stat().st_size for path in dest.iterdir())

@@ -83,9 +83,7 @@ def parse() -> argparse.Namespace:
         help="variance of ancestral sampling (default: the config's diffusion.variance)",
     )
     parser.add_argument("--no-clip", action="store_true", help="do not clip predictions of x_0 to [-1, 1]")
-    parser.add_argument(
-        "--step", type=step, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
-    )
+    parser.add_step()
     parser.add_argument(
         "--png", action="store_true", help="unpack the finished set to samples/SET/png/, each class to its own folder"
     )
@@ -95,10 +93,6 @@ def parse() -> argparse.Namespace:
     parser.add_root()
     add_options(parser)
     return parser.parse_args()
-
-
-def step(word: str) -> int | str:
-    return word if word == "best" else int(word)
 
 
 def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:
@@ -193,7 +187,7 @@ def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
 def main() -> int:
     args = parse()
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
-    args.step = milestones.best_step(run, reading.of_run(run)) if args.step == "best" else args.step
+    args.step = milestones.asked_step(run, args.step)
     there = existing_request(run, args.set_name)
     config = sampling_config(args, run, there)
     site = resolve(args, base_of(run, args), "sample")
@@ -226,7 +220,7 @@ def main() -> int:
     sets.tell_of_other_code(run, sample_set, request, args.code)
     if missing:
         site = settle(site, dry_run=args.prepare)
-        prepare.settle_code(run, args.code)
+        prepare.settle_code(run, args.code, config)
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)

@@ -22,7 +22,7 @@ from launch.cluster import code, container, scheduler
 from launch.cluster.job import Job, check_path
 from launch.cluster.memory import check_batch
 from launch.cluster.site import Site
-from launch.queue import chain, directory, local
+from launch.queue import borrowing, chain, directory, local
 from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
 from launch.terminal.results import print_results, why_not
@@ -93,6 +93,8 @@ def check_dry(asked: Asked) -> int | None:
     run, config = asked.run, asked.config
     if prepare.check_existing(run, config):
         origin.check_same(run, asked.source)
+        if not is_complete(asked):
+            borrowing.check_trainable(run)
     elif asked.source is not None:
         origin.read(asked.source, config)
     if not run.path.exists() and (config.data.path or config.log.validate_every_steps):

@@ -211,6 +211,11 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
         prepare.is_at_work(run, config, site)
         if submission.is_complete(asked):
             print_results(run, config, stages)
+            if args.code not in (None, "kept"):
+                console.warn(
+                    f"--code {args.code}: nothing is left to be made, and the run keeps its code; give it with more "
+                    f"train.total_steps, or to launch/sample.py"
+                )
             return 0
         borrowing.check_trainable(run)
 

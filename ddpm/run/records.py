@@ -352,6 +352,13 @@ def lost_signature(record: Record) -> bool:
     return "labels" in record and "self_sha256" not in record
 
 
+def has_foreign_weights(record: Record) -> bool:
+    """Whether a run.json is of weights that were trained elsewhere, as tools/convert_diffusers.py makes it: there is no
+    training to tell of."""
+    data = record.get("data")
+    return data is not None and data.get("key") is None and data.get("digest") is None
+
+
 def data_of(run: RunDir) -> Record:
     """`data` of run.json: the run's packed data. For weights that were trained elsewhere it has the cache alone.
 

@@ -15,7 +15,7 @@ from ddpm.config import reading
 from ddpm.errors import RequestError
 from ddpm.run.files import not_ours, publishing_folder, sign, write_bytes, write_json
 from ddpm.run.paths import RunDir
-from ddpm.run.records import read_run
+from ddpm.run.records import has_foreign_weights, read_run
 
 MADE = ("events", "logs", "samples", "eval")
 READ = ("checkpoints", "metrics.jsonl", "tb", "grids")
@@ -42,8 +42,7 @@ def check_trainable(run: RunDir) -> None:
             f"{run.path} has the checkpoints of {other}: it can be sampled and scored, not trained. Train that one, or "
             f"begin a new run with its weights: --from {shlex.quote(str(other))}, with another --name"
         )
-    data = read_run(run).get("data")
-    if data is not None and data.get("key") is None and data.get("digest") is None:
+    if has_foreign_weights(read_run(run)):
         raise RequestError(
             f"{run.path} holds weights that were trained elsewhere: it can be sampled and scored, not trained. Begin a "
             f"new run with them: --from {run.quoted}, with another --name"

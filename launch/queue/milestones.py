@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from ddpm.config import reading
 from ddpm.config.sample import Milestones
 from ddpm.config.schema import Config
 from ddpm.errors import RequestError
@@ -85,6 +86,11 @@ def publish(run: RunDir, config: Config, token: str) -> dict[str, Any] | None:
         files.write_json(run.milestones, record, replace=True, token=token)
         record, changed = _curve(run, config), record  # another evaluation may have ended meanwhile
     return changed
+
+
+def asked_step(run: RunDir, asked: int | str | None) -> int | None:
+    """What --step asks for, with `best` as a number. Raises RequestError as `best_step`."""
+    return best_step(run, reading.of_run(run)) if asked == "best" else cast("int | None", asked)
 
 
 def best_step(run: RunDir, config: Config) -> int:

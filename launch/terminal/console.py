@@ -74,6 +74,10 @@ def _exit_code(error: Exception) -> int:
     return EnvironmentLacks.exit_code  # no permission, no room, a limit: the machine's, or another user's directory
 
 
+def step(word: str) -> int | str:
+    return word if word == "best" else int(word)
+
+
 class Parser(argparse.ArgumentParser):
     """A script's parser: a mistake is one message that guesses what was meant, without the whole usage."""
 
@@ -82,6 +86,11 @@ class Parser(argparse.ArgumentParser):
 
     def add_runs(self) -> None:
         self.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
+
+    def add_step(self) -> None:
+        self.add_argument(
+            "--step", type=step, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
+        )
 
     def add_root(self) -> None:
         self.add_argument("--root", help="folder of the runs (default: DDPM_RUNS, or runs/ in the project)")

@@ -24,7 +24,15 @@ from ddpm.run.files import (
 from ddpm.run.images import read_png
 from ddpm.run.log import counted
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, files_of_kind, listed
-from ddpm.run.records import lost_signature, parse_events, parse_heartbeat, parse_metrics, read_run
+from ddpm.run.records import (
+    has_foreign_weights,
+    lost_signature,
+    parse_events,
+    parse_heartbeat,
+    parse_metrics,
+    read_run,
+    usable,
+)
 from ddpm.sampling.parts import whole_part
 from ddpm.sampling.request import Request, read_request
 from ddpm.sampling.shards import verify_shard
@@ -125,8 +133,10 @@ def _events(run: RunDir) -> Lines:
 
 
 def _trained(run: RunDir) -> bool:
-    """Whether the run was saved before, or this cannot be ruled out."""
+    """Whether the run was trained here and saved, or this cannot be ruled out."""
     try:
+        if has_foreign_weights(usable(run)):
+            return False
         return bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
     except OSError:
         return True

@@ -18,6 +18,7 @@ from ddpm.run.log import counted
 from ddpm.run.paths import Made, RunDir, SampleSet, listed
 from ddpm.run.records import (
     BEATS_S,
+    has_foreign_weights,
     last_validation,
     lost_signature,
     missing_lines,
@@ -25,6 +26,7 @@ from ddpm.run.records import (
     place_of,
     read_run,
     skim_metrics,
+    usable,
 )
 from ddpm.run.state import finished_step
 from ddpm.sampling.request import Request, samples_record
@@ -154,7 +156,8 @@ def _training(
     for what in (*odd, no_beat, no_metrics):
         damage.tell(what)
     if config:
-        damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
+        if not has_foreign_weights(damage.read(lambda: usable(run)) or {}):
+            damage.tell(missing_lines(metrics, config.log.every_steps, begin=begin, saved_step=saved))
         if saved > config.train.total_steps:
             damage.tell(
                 f"config.yaml says {counted(config.train.total_steps, 'step')}, and {saved} are saved: it is an older "
@@ -232,7 +235,7 @@ def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, dama
     if told_of > saved:
         damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
     lived = any(e["event"] in ("started", "resumed") for e in events)
-    if saved and not lived and not record.get("reads"):
+    if saved and not (lived or record.get("reads") or has_foreign_weights(record)):
         damage.tell(f"events/ tells {'of no life' if events else 'nothing'}, and checkpoints/ has step {saved}")
 
 

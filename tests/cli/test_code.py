@@ -115,6 +115,24 @@ def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code
     assert len(codes) == 2 and made_by in codes
 
 
+def test_a_sampler_that_the_runs_own_code_does_not_know_is_refused_before_its_set_is_begun(
+    shell: Shell, tmp_path: Path
+) -> None:
+    checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
+    assert checkout.train(2).returncode == 0
+    checkout.edit("ddpm/config/sample.py", '"dpmpp_2m": Kind(20)', '"dpmpp_2m": Kind(20), "mine": Kind(3)')
+    checkout.edit("ddpm/diffusion/samplers.py", '"dpmpp_2m": dpmpp_2m', '"dpmpp_2m": dpmpp_2m, "mine": ddim')
+    words = ("sample", "tiny", "--sampler", "mine", "--num-samples", "4", "--cluster", "local", "--wait")
+    refused = checkout(*words)
+    assert refused.returncode == 2 and "sample.sampler = 'mine'" in refused.stderr, refused.stderr
+    assert "--code new" in refused.stderr and not (run / "samples" / "mine3-step2-seed0").exists()
+    complete = checkout.train(2, "--code", "new")
+    assert complete.returncode == 0 and "--code new: nothing is left to be made" in complete.stderr, complete.stderr
+    assert not list(run.glob("code-*.zip"))
+    made = checkout(*words, "--code", "new")
+    assert made.returncode == 0 and (run / "samples" / "mine3-step2-seed0").exists(), made.stdout + made.stderr
+
+
 def test_a_run_that_has_saved_nothing_takes_the_mended_code_by_itself(shell: Shell, tmp_path: Path) -> None:
     checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
     checkout.edit("ddpm/training/step.py", "\nclass Step:", "\nthis_is_a_mistake\n\n\nclass Step:")

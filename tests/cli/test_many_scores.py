@@ -168,6 +168,8 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
     assert read(run.score(name))["num_samples"] == 12 and list((run.tensorboard / "scores").glob("events*"))
     config = reading.of_run(run)
     assert milestones.best_step(run, config) == 400
+    given = again("export", "tiny", str(again.root.parent / "best"), "--step", "best")
+    assert given.returncode == 0 and "of tiny at step 400" in given.stdout, given.stderr
     assert not milestones.jobs_of(run, config, Site(cluster="local"))
     run.milestones.write_text(json.dumps(sign({**record, "curve": [{"step": 400, "sha256": "a sibling's"}]})))
     (wrong,) = [line.why for line in inspection.look(run) if line.what == "milestones.json"]

@@ -28,8 +28,9 @@ from ddpm.errors import RequestError
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_metrics, read_run
-from launch import origin
+from launch import origin, submission
 from launch.queue import borrowing
+from launch.terminal import inspection, overview
 from tests.conftest import PROJECT
 from tests.draws import drawn
 from tools import convert_diffusers
@@ -197,8 +198,24 @@ def test_a_run_of_them_is_sampled_and_scored_by_the_scripts(tmp_path):
         borrowing.check_trainable(run)
     with pytest.raises(RequestError, match=r"a folder in diffusers' layout; make a run of it \(python tools/convert_"):
         origin.read(origin.Origin(str(tmp_path / "published"), None, None, None), reading.of_run(run))
+    longer = reading.of_run(run, ["train.total_steps=800010"])
+    with pytest.raises(RequestError, match=r"trained elsewhere"):
+        submission.check_dry(submission.Asked(run, longer, longer, []))
     again = refused(tmp_path / "published", tmp_path / "again.safetensors", "--run", run.path)
     assert "theirs exists: choose another name" in again
+
+
+def test_nothing_is_amiss_with_a_run_of_them_though_no_training_is_told(tmp_path):
+    publish(tmp_path / "published", SMALL)
+    run = RunDir(tmp_path / "runs" / "theirs")
+    convert(tmp_path / "published", tmp_path / "out.safetensors", "data.name=digits", "--run", run.path)
+    assert overview.describe(run, {})["problem"] is None
+    assert {line.verdict for line in inspection.look(run)} == {"holds"}
+
+    run.ema_weights(800_000).write_bytes(b"")
+    run.checkpoint(800_000).write_bytes(b"")
+    assert "is not whole" in overview.describe(run, {})["problem"]
+    assert "damaged" in {line.verdict for line in inspection.look(run)}
 
 
 @pytest.mark.parametrize("source", drawn("trains on from", ["the run", "the file"], 1))
