@@ -54,7 +54,7 @@ def test_the_digit_that_was_asked_for_is_drawn_and_guidance_makes_it_clearer(mod
     asked = np.arange(NUM_SAMPLES) % 10
 
     def agreement(guidance: float | None) -> float:
-        drawn = model.sample(NUM_SAMPLES, sampler="ddim", steps=50, guidance=guidance, labels=asked)
+        drawn = model.sample(NUM_SAMPLES, sampler="ddim", steps=20, guidance=guidance, labels=asked)
         return float((classifier.predict(grey(drawn)) == asked).mean())
 
     plain, guided = agreement(None), agreement(GUIDANCE)
