@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -19,11 +18,11 @@ from ddpm.run.files import (
     LINES_BYTES,
     DamagedFile,
     link_to_nothing,
-    marks,
     open_file,
     parse_json,
     read_bytes,
     seconds,
+    settled_marks,
     sign,
 )
 from ddpm.run.paths import RunDir
@@ -35,8 +34,6 @@ THINNED_LINES = 40_000
 """Lines that are kept of a long metrics.jsonl: more than a chart shows."""
 SHORTEST = 100
 """Bytes of the shortest line."""
-SETTLED_S = 2.0
-"""A file that was changed within this time may change again without a sign in its times, which are coarse."""
 BEATS_S = 60.0
 """The heartbeat of a trainer at work is never older than this."""
 ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
@@ -347,17 +344,12 @@ def usable(run: RunDir) -> Record:
 def identity(run: RunDir) -> dict[str, str]:
     """What tells this run's checkpoints from those of another run of the same config: `run_id`, and `data_digest`, the
     digest of its images; without keys that run.json does not have (old runs), {} if it is damaged."""
-    try:
-        stat = run.run_json.stat()
-    except OSError:  # whoever reads it meets that again
-        return _identity(run)
-    if time.time() - stat.st_mtime < SETTLED_S:
-        return _identity(run)
-    return dict(_identity_at(run, *marks(stat)))
+    seen = settled_marks(run.run_json)
+    return dict(_identity_at(run, seen)) if seen else _identity(run)
 
 
 @lru_cache(maxsize=8)
-def _identity_at(run: RunDir, *seen: int) -> dict[str, str]:
+def _identity_at(run: RunDir, seen: tuple[int, ...]) -> dict[str, str]:
     """Every set, score and checkpoint asks for it, and run.json may name thousands of classes."""
     return _identity(run)
 
