@@ -67,7 +67,8 @@ def await_ends(told: list[Told]) -> int:
         with asked_together(run for run, *_ in told):
             left = [_left(run, found) for run, found, _ in told]
         late = time.monotonic() > deadline
-        if late and (jobs := [job for still in left for job in still.jobs]):
+        jobs = [job for still in left for job in still.jobs]
+        if late and jobs:
             scheduler.cancel(jobs)
         for (run, _, before), still in zip(told, left, strict=True):
             worst = max(worst, say_how_it_ended(run, still, before) if late or not still else 0)
