@@ -26,6 +26,8 @@ HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 """What SLURM calls a waiting job that it holds, by how it came to that; with other reasons it is PENDING."""
 FRESH_S = 60.0
 """For so long an answer about the jobs of several runs serves for each of them."""
+ENDING_FRESH_S = 1.0
+"""The same for one that is COMPLETING."""
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of this project's jobs end."""
 
@@ -69,7 +71,7 @@ class _Together:
 
     def look_up(self, jobs: list[str]) -> dict[str, Queued]:
         ending = any(self._found[job].state == "COMPLETING" for job in jobs if job in self._found)
-        if ending or time.monotonic() - self._asked_at >= FRESH_S:
+        if time.monotonic() - self._asked_at >= (ENDING_FRESH_S if ending else FRESH_S):
             self._found, self._asked_at = _look_up([*self._jobs]), time.monotonic()
         return {job: told for job, told in self._found.items() if job in jobs}
 
@@ -80,7 +82,7 @@ _together: ContextVar[_Together | None] = ContextVar("together", default=None)
 @contextlib.contextmanager
 def looked_up_together(jobs: Iterable[str]) -> Iterator[None]:
     """Within: whoever asks about some of these jobs is answered by one query for all of them, which is made again after
-    FRESH_S, or where one that is asked about was COMPLETING."""
+    FRESH_S, and sooner where one that is asked about was COMPLETING."""
     token = _together.set(_Together(jobs))
     try:
         yield
