@@ -21,6 +21,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
 from launch.cluster import scheduler
 from launch.queue import work
+from launch.queue.waiting import asked_together
 from launch.terminal import console
 
 EXAMPLES = """examples:
@@ -32,6 +33,12 @@ A run that is not complete keeps a file STOP. What was saved stays; submitting t
 PATIENCE_S = 120.0
 """Time for running jobs to save and exit; after that they are ended by scancel."""
 POLL_S = 1.0
+AT_ONCE = 100
+"""Runs that are told to end together: each takes an open file meanwhile."""
+
+
+Told = tuple[RunDir, work.Work, int]
+"""A run that was told to end, what of it was at work, and the step that was saved before."""
 
 
 def parse() -> argparse.Namespace:
@@ -39,21 +46,6 @@ def parse() -> argparse.Namespace:
     parser.add_runs()
     parser.add_root()
     return parser.parse_args()
-
-
-def wait(run: RunDir, found: work.Work) -> work.Work:
-    """Wait until nothing is at work or PATIENCE_S is over; returns what still is. Raises SchedulerError.
-
-    A heartbeat still looks alive for a minute after its process ended: it counts only if nothing else was found.
-    """
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        left = work.of_run(run)
-        if not found.elsewhere:
-            left = replace(left, elsewhere="")
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(POLL_S)
 
 
 def tell(found: work.Work) -> None:
@@ -67,11 +59,34 @@ def tell(found: work.Work) -> None:
     sys.stdout.flush()
 
 
-def await_end(run: RunDir, found: work.Work, before: int) -> int:
-    """Wait for one run, and say how it ended; returns the exit code. before: the step saved when it was told to end."""
-    left = wait(run, found)
+def await_ends(told: list[Told]) -> int:
+    """Wait until nothing of them is at work or PATIENCE_S is over, and say how each ended; returns the exit code.
+    SLURM is asked about all at once. Raises SchedulerError."""
+    deadline, worst = time.monotonic() + PATIENCE_S, 0
+    while told:
+        with asked_together(run for run, *_ in told):
+            left = [_left(run, found) for run, found, _ in told]
+        late = time.monotonic() > deadline
+        jobs = [job for still in left for job in still.jobs]
+        if late and jobs:
+            scheduler.cancel(jobs)
+        for (run, _, before), still in zip(told, left, strict=True):
+            worst = max(worst, say_how_it_ended(run, still, before) if late or not still else 0)
+        told = [] if late else [one for one, still in zip(told, left, strict=True) if still]
+        time.sleep(POLL_S if told else 0)
+    return worst
+
+
+def _left(run: RunDir, found: work.Work) -> work.Work:
+    """What is still at work. A heartbeat looks alive for a minute after its process ended: it counts only if nothing
+    else was found."""
+    left = work.of_run(run)
+    return left if found.elsewhere else replace(left, elsewhere="")
+
+
+def say_how_it_ended(run: RunDir, left: work.Work, before: int) -> int:
+    """Returns the exit code. left: what had not ended by itself."""
     if left.jobs:
-        scheduler.cancel(list(left.jobs))
         print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {', '.join(left.jobs)}")
     elif left:
         print(f"still at work after {PATIENCE_S:.0f} s: {left}. {run.stop_file} stays, and ends it", file=sys.stderr)
@@ -97,17 +112,18 @@ def is_finished(run: RunDir) -> bool:
 def main() -> int:
     args = parse()
     runs = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
-    told = []
-    for run in runs:  # all of them first: none waits for another's end
-        before = run.latest_step()
-        found = work.end(run)
-        if found:
-            tell(found)
-            told.append((run, found, before))
-        else:
-            print(f"run {run.name}: nothing of it is queued or at work")
+    told: list[Told] = []
+    for first in range(0, len(runs), AT_ONCE):  # all of them first: none waits for another's end
+        some = runs[first : first + AT_ONCE]
+        before = [run.latest_step() for run in some]
+        for run, found, step in zip(some, work.end_all(some), before, strict=True):
+            if found:
+                tell(found)
+                told.append((run, found, step))
+            else:
+                print(f"run {run.name}: nothing of it is queued or at work")
     try:
-        return max((await_end(*one) for one in told), default=0)
+        return await_ends(told)
     except KeyboardInterrupt:
         print(f"no longer waiting; {', '.join(str(run.stop_file) for run, *_ in told)} ends what still runs",
               file=sys.stderr)  # fmt: skip

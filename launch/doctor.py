@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 
 from ddpm.config import reading
+from ddpm.data.listing import listed_once
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
@@ -51,6 +52,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+@listed_once()
 def main() -> int:
     args = parse()
     if not 0 < args.wait_s < math.inf:

@@ -38,7 +38,7 @@ from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, own_request, score_by, wrong_with
 from launch.queue.submitting import describe
 from launch.queue.turns import turn
-from launch.queue.waiting import evaluations_in_queue, jobs_in_queue
+from launch.queue.waiting import asked_together, evaluations_in_queue, jobs_in_queue
 from launch.terminal import console, follow
 from launch.terminal.comparison import chosen_scores, print_comparison
 from launch.terminal.images import check_new, score_images
@@ -262,7 +262,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         prepare.ensure_weights(config.evaluate.extractor, Path(data_of(run)["cache"]))
         prepare.settle_code(run, args.code)
     ids: list[str] = []
-    with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run):
+    with contextlib.nullcontext() if site.is_local or args.dry_run else turn(run), asked_together([run]):
         if args.unless_stopped and run.is_stopped():  # by a cancel, which has looked for what is queued
             console.warn(f"{run.stop_file} forbids milestones too")
             return 0
@@ -279,7 +279,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
             return 0
         for _, jobs in [] if site.is_local else chains:
             use_shell_of(run, site)
-            queued, told = chain.queue(jobs, config)
+            queued, told = chain.queue(jobs, config, why=not ids)  # all ask for the same
             ids += queued
             print("\n".join(f"{jobs[0].set_name}: {line}" for line in told))
     if chains and site.is_local:

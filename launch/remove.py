@@ -13,7 +13,7 @@ import argparse
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm.errors import RequestError, RunBusy
@@ -24,6 +24,7 @@ from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
 from launch.queue import borrowing, work
 from launch.queue.turns import turn
+from launch.queue.waiting import asked_together
 from launch.terminal import console
 
 EXAMPLES = """examples:
@@ -43,7 +44,36 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(run: RunDir, root: Path) -> None:
+class Readers:
+    """The runs, beside a run and in the root, that have its checkpoints. Of those in other roots nobody knows.
+
+    Each is read once, however many runs are asked about: what it reads does not change.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[str, str]] = {}
+        """Path and inode -> the run that it reads, "" if none; where its checkpoints lie, if it does not tell."""
+
+    def of(self, run: RunDir, root: Path) -> list[Path]:
+        own, found = (str(run.path.resolve()), os.path.realpath(run.checkpoints)), []
+        for other in {path for place in (root, run.path.parent) for path in listed(place)} - {run.path}:
+            with suppress(FileNotFoundError):
+                key = str(other), other.lstat().st_ino
+                if key not in self._known and other.name[0] != "." and console.may_be_run(other):
+                    self._known[key] = self._read(RunDir(other))
+                reads, lie = self._known.get(key, ("", ""))
+                found += [other] if reads == own[0] or lie == own[1] else []
+        return sorted(found)
+
+    def _read(self, other: RunDir) -> tuple[str, str]:
+        try:
+            reads = borrowing.reads(other)
+        except (DamagedFile, OSError):
+            return "", os.path.realpath(other.checkpoints)
+        return str(Path(reads).resolve()) if reads else "", ""
+
+
+def check(run: RunDir, root: Path, readers: Readers) -> None:
     """Raises RequestError where somebody still needs the run."""
     if run.path.is_symlink():
         raise RequestError(f"{run.path} is a link to {run.path.resolve()}: give that, or remove the link yourself")
@@ -59,24 +89,11 @@ def check(run: RunDir, root: Path) -> None:
             borrowing.reads(run)
         except DamagedFile as e:
             raise RequestError(f"{e}. If nothing there is of use, remove it by hand: rm -r {run.quoted}") from None
-    who = list(_borrowers(run, root))
+    who = readers.of(run, root)
     if who:
         raise RequestError(
             f"run {run.name} is read by {', '.join(map(str, who))}, whose checkpoints are its own: remove that first"
         )
-
-
-def _borrowers(run: RunDir, root: Path) -> Iterator[Path]:
-    """The runs, beside it and in the root, that have its checkpoints. Of those in other roots nobody knows."""
-    for place in {root, run.path.parent}:
-        for other in console.all_runs(place):
-            try:
-                reads = borrowing.reads(other)
-                has_them = reads is not None and Path(reads).resolve() == run.path.resolve()
-            except (DamagedFile, OSError):  # where its links lead tells too
-                has_them = os.path.realpath(other.checkpoints) == os.path.realpath(run.checkpoints)
-            if has_them and other.path != run.path:
-                yield other.path
 
 
 def sizes(path: Path) -> tuple[int, int]:
@@ -115,22 +132,23 @@ def remove(run: RunDir) -> None:
 
 def main() -> int:
     args = parse()
-    runs, root = console.find_runs(args.runs, args.root), environment.runs_root(args.root)
-    for run in runs:  # nothing is removed before all can be
-        check(run, root)
-    for run in runs:
-        print(f"{'removing' if args.yes else 'would remove'} {run.path}, which is at step {run.latest_step()}:")
-        tell(run)
-    if not args.yes:
-        again = f"python launch/remove.py {shlex.join(args.runs)}{console.same_root(args.root)} --yes"
-        print(f"nothing was removed; for good: {again}")
-        return 0
-    sys.stdout.flush()
-    for run in runs:
-        with turn(run):
-            check(run, root)
-            remove(run)
-        print(f"removed {run.name}" if len(runs) > 1 else "removed", flush=True)
+    runs, root, readers = console.find_runs(args.runs, args.root), environment.runs_root(args.root), Readers()
+    with asked_together(runs):
+        for run in runs:  # nothing is removed before all can be
+            check(run, root, readers)
+        for run in runs:
+            print(f"{'removing' if args.yes else 'would remove'} {run.path}, which is at step {run.latest_step()}:")
+            tell(run)
+        if not args.yes:
+            again = f"python launch/remove.py {shlex.join(args.runs)}{console.same_root(args.root)} --yes"
+            print(f"nothing was removed; for good: {again}")
+            return 0
+        sys.stdout.flush()
+        for run in runs:
+            with turn(run):
+                check(run, root, readers)
+                remove(run)
+            print(f"removed {run.name}" if len(runs) > 1 else "removed", flush=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpm.config.schema import Config, check_world_size
+from ddpm.data.listing import list_anew
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.training.mirror import sync_command
@@ -127,12 +128,13 @@ def begin(
     prepare_only: bool,
     code_asked: str | None,
     train_alone: bool = False,
+    why: bool = True,
     behind: Sequence[local.Place] = (),
 ) -> Queued | Here:
     """Make or update the run directory, and queue what the run still needs, or start it on this machine.
 
-    inputs: from `prepare_inputs`; existed: from `check`; train_alone: leave later stages for `queue_rest`;
-    behind: the process and the name of a background job for which one on this machine waits.
+    inputs: from `prepare_inputs`; existed: from `check`; train_alone: leave later stages for `queue_rest`; why: ask
+    what a queued job waits for; behind: the process and the name of a background job for which one here waits.
     """
     run = asked.run
     with turn(run):  # two submissions at once: the second finds what the first has made and queued
@@ -153,7 +155,7 @@ def begin(
             return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
         jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
         try:
-            ids, told = chain.queue(jobs, config)
+            ids, told = chain.queue(jobs, config, why=why)
         except scheduler.NoAnswer:
             raise  # with a job in the queue, perhaps, which needs the directory
         except Exception:
@@ -220,11 +222,12 @@ def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, 
     return True, stages
 
 
-def queue_rest(asked: Asked, config: Config, site: Site, begun: Queued) -> Queued:
-    """Queue the stages after a training that was queued alone; returns all job ids. Raises as `chain.queue`."""
+def queue_rest(asked: Asked, config: Config, site: Site, begun: Queued, *, why: bool) -> Queued:
+    """Queue the stages after a training that was queued alone; returns all job ids. why, and errors: as
+    `chain.queue`."""
     with turn(asked.run):
         jobs = chain.jobs_of(asked.run, config, site, begun.left, train=False)
-        ids, told = chain.queue(jobs, config, after=begun.jobs)
+        ids, told = chain.queue(jobs, config, after=begun.jobs, why=why)
     print("".join(f"{line}\n" for line in told), end="")
     return Queued([*begun.jobs, *ids], [])
 
@@ -234,6 +237,7 @@ def queue_rest(asked: Asked, config: Config, site: Site, begun: Queued) -> Queue
 
 def outcome(run: RunDir, config: Config, stages: list[str]) -> int:
     """The exit code after waiting, by what the run directory shows; prints the results or what is missing."""
+    list_anew()
     train, left = chain.remaining(run, config, stages)
     if train or left:
         print(

@@ -17,6 +17,7 @@ from pathlib import Path
 from ddpm.config import reading
 from ddpm.config.sample import FILE
 from ddpm.config.schema import Config
+from ddpm.data.listing import listed_once
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name, fit_name
 from launch import origin, prepare, submission, sweep
@@ -188,10 +189,9 @@ def main() -> int:
     if args.list:
         recipes.print_table(SHIPPED / "configs")
         return 0
-    asked, site = read_command_line(args)
-    if args.sweep:
-        return sweep.submit(asked, site, args)
-    return submit(asked[0], site, args)
+    with listed_once():
+        asked, site = read_command_line(args)
+        return sweep.submit(asked, site, args) if args.sweep else submit(asked[0], site, args)
 
 
 def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:

@@ -33,11 +33,13 @@ from ddpm.run.log import plain
 from ddpm.run.paths import check_name
 from ddpm.run.records import usable
 from launch import origin, prepare, submission
-from launch.cluster import environment
+from launch.cluster import environment, scheduler
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
-from launch.queue import borrowing, chain, local
+from launch.queue import borrowing, chain, local, work
 from launch.queue.naming import of_point, of_sweep
+from launch.queue.submitting import why_it_waits
+from launch.queue.waiting import asked_together
 from launch.submission import Asked, Here, Queued
 from launch.terminal import console, follow, plan, side_by_side
 
@@ -149,7 +151,19 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace) -> int:
     for one in asked:
         with naming(one.sweep):
             exist.append(submission.check(one)[0])  # weights to start from are read again: many would not fit
-    site = settle(site, dry_run=False)
+    with asked_together([one.run for one, existed in zip(asked, exist, strict=True) if existed]) as known:
+        points = _queued(asked, exist, settle(site, dry_run=False), args, known)
+    if args.wait and not args.prepare:
+        return _wait(asked, points, args.root)
+    name = asked[0].sweep["name"]
+    print(f"compare them with: python launch/status.py --compare {shlex.quote(name)}{console.same_root(args.root)}")
+    return 0
+
+
+def _queued(
+    asked: list[Asked], exist: list[bool], site: Site, args: argparse.Namespace, known: set[str]
+) -> list[Point]:
+    """What was left to do of them, queued or started. known: the jobs that they had before."""
     points = [Point(one, existed, {}) for one, existed in _what_to_do(asked, exist, site)]
     packed: dict[str, dict[str, Any]] = {}
     for point in points:  # nothing is queued before all can be
@@ -163,11 +177,8 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace) -> int:
             prepare.check_existing(point.asked.run, point.config)
     with _telling(points):
         _begin(points, site, args)
-    if args.wait and not args.prepare:
-        return _wait(asked, points, args.root)
-    name = asked[0].sweep["name"]
-    print(f"compare them with: python launch/status.py --compare {shlex.quote(name)}{console.same_root(args.root)}")
-    return 0
+        _tell_what_they_wait_for(points, known)
+    return points
 
 
 def _what_to_do(asked: list[Asked], exist: list[bool], site: Site) -> list[tuple[Asked, bool]]:
@@ -207,7 +218,8 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
         one = point.asked
         start = origin.read(one.source, one.config) if one.source is not None and not point.existed else None
         begun = submission.begin(one, site, point.inputs, start, existed=point.existed, prepare_only=args.prepare,
-                                 code_asked=args.code, train_alone=True, behind=before)  # fmt: skip
+                                 code_asked=args.code, train_alone=True, why=point is points[0],
+                                 behind=before)  # fmt: skip
         point.begun = begun
         if isinstance(begun, Here):
             before.append((begun.process.pid, begun.log.stem))
@@ -217,7 +229,27 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
     for point in points:
         if isinstance(point.begun, Queued) and point.begun.left:
             print(f"{point.name}:")
-            point.begun = submission.queue_rest(point.asked, point.config, site, point.begun)
+            why = point is points[0] and not point.begun.jobs
+            point.begun = submission.queue_rest(point.asked, point.config, site, point.begun, why=why)
+
+
+def _tell_what_they_wait_for(points: list[Point], known: set[str]) -> None:
+    """Of all but the first, which has told it: SLURM is asked once. known: jobs of before, of which nothing is told.
+
+    Raises RequestError where one would never start, and takes its jobs back.
+    """
+    queued = [(point, point.begun.jobs) for point in points[1:] if isinstance(point.begun, Queued)]
+    new = [(point, jobs) for point, jobs in queued if jobs and jobs[0] not in known]
+    with scheduler.looked_up_together(jobs[0] for _, jobs in new):
+        for point, jobs in new:
+            try:
+                with naming(point.asked.sweep):
+                    told = why_it_waits(jobs[0], "first", work.to_end(point.asked.run))
+            except RequestError:
+                scheduler.cancel(jobs)
+                point.begun = None
+                raise
+            print(f"{point.name}: {told}\n" if told else "", end="")
 
 
 @contextmanager

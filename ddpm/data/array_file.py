@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from ddpm.data.bounded import check_members, parse_header, read_header, unread
+from ddpm.data.whole import digest_once
 from ddpm.errors import RequestError
-from ddpm.run.files import open_file, sha256_file
+from ddpm.run.files import open_file
 from ddpm.run.log import counted
 
 SUFFIXES = (".npz", ".npy")
@@ -41,9 +42,9 @@ class ArrayFile(NamedTuple):
     beside: Path | None
     """The file that has the labels, if not `path`."""
 
-    def fingerprint(self) -> Any:
-        """sha256 of each file that was read."""
-        return [sha256_file(self.path), self.beside and sha256_file(self.beside)]
+    def fingerprint(self, tell: Callable[[str], None] = lambda text: None) -> Any:
+        """sha256 of each file that was read. tell: is told that one is."""
+        return [digest_once(self.path, tell), self.beside and digest_once(self.beside, tell)]
 
     def images(self) -> Iterator[np.ndarray]:
         """Each image, uint8 (H, W, 3). Raises RequestError if the file ends too early."""

@@ -7,7 +7,7 @@ how it is read. https://github.com/NVlabs/edm/blob/main/dataset_tool.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
@@ -19,11 +19,12 @@ MOST_BYTES = 1 << 30
 """ImageNet's has 50 MB."""
 
 
-def place(names: Sequence[str], images: Sequence[str]) -> str | None:
-    """The dataset.json among `names` whose folder contains all `images`; None if there is none."""
-    found = sorted((n for n in names if PurePosixPath(n).name == NAME), key=len)
-    above = (n for n in found if all(PurePosixPath(i).is_relative_to(PurePosixPath(n).parent) for i in images))
-    return next(above, None)
+def place(names: Iterable[str], folders: Collection[tuple[str, ...]]) -> str | None:
+    """The dataset.json among `names` whose folder contains all images, which lie in `folders`; None if there is
+    none."""
+    found = sorted((n for n in names if n.rpartition("/")[2] == NAME), key=len)
+    tops = ((n, PurePosixPath(n).parent.parts) for n in found)
+    return next((n for n, top in tops if all(folder[: len(top)] == top for folder in folders)), None)
 
 
 def classes(raw: bytes, path: PurePath, where: str, images: Sequence[str]) -> dict[str, str] | None:

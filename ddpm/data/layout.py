@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ddpm.errors import RequestError
@@ -28,28 +28,44 @@ def split_of(folder: str) -> str | None:
     return SPLITS.get(folder.lower())
 
 
-def wrappers(images: Sequence[str]) -> int:
+def folder_of(name: str) -> str:
+    """The folder of an image, with the / at its end."""
+    return name[: name.rfind("/") + 1]
+
+
+def folders_of(images: Iterable[str]) -> Counter[tuple[str, ...]]:
+    """The folders that images lie in, in parts, and how many lie in each: there are a thousand times as many images."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for folder, num in Counter(map(folder_of, images)).items():
+        found[PurePosixPath(folder).parts] += num
+    return found
+
+
+def wrappers(folders: Iterable[tuple[str, ...]]) -> int:
     """The number of outer folders that contain all images, and so mean nothing."""
-    parts = [PurePosixPath(name).parts for name in images]
-    depth = 0
+    depth, folders = 0, [*folders]
     while (
-        len({p[depth] for p in parts}) == 1 and all(len(p) > depth + 2 for p in parts) and not split_of(parts[0][depth])
+        all(len(f) > depth + 1 for f in folders)
+        and len({f[depth] for f in folders}) == 1
+        and not split_of(folders[0][depth])
     ):
         depth += 1
     return depth
 
 
-def refuse_unclear(path: Path, images: Sequence[str], depth: int) -> None:
+def refuse_unclear(path: Path, images: Mapping[tuple[str, ...], int], depth: int) -> None:
     """Raise RequestError if some images are in a training split and others beside it, or if splits are inside what
-    would be a class: images of a test split would be trained on. depth: of `wrappers`."""
-    folders = [PurePosixPath(name).parts[depth:-1] for name in images]
+    would be a class: images of a test split would be trained on. images: of `folders_of`; depth: of `wrappers`."""
+    folders = [f[depth:] for f in images]
     outer = {split_of(f[0]) if f else None for f in folders}
     inner = [f for f in folders if len(f) > 1 and split_of(f[1]) and not split_of(f[0])]
     tests = any(split_of(f[1]) == "test" for f in inner)
     alike = any(_is_split_by_words({f[place] for f in folders if len(f) > place}) for place in (0, 1))
     if not outer >= {"train", None} and not tests and not alike and not any(len(f) > 2 for f in inner):
         return
-    there = Counter("/".join(f[:2] if inner else f[:1]) for f in folders)
+    there: Counter[str] = Counter()
+    for f, num in zip(folders, images.values(), strict=True):
+        there["/".join(f[:2] if inner else f[:1])] += num
     told = [f"{f'{name}/' if name else 'no folder'} ({num})" for name, num in there.items()]
     more = [f"{len(told) - SHOWN} more"] if len(told) > SHOWN else []
     raise RequestError(
@@ -81,7 +97,7 @@ def refuse_twice(path: Path, images: Sequence[str]) -> None:
         )
 
 
-def new_splits(images: Sequence[str], depth: int) -> Iterator[str]:
+def new_splits(folders: Iterable[tuple[str, ...]], depth: int) -> Iterator[str]:
     """Folders that count as splits now and counted as classes in old versions: they change the cache key."""
-    found = {PurePosixPath(name).parts[depth] for name in images}
+    found = {f[depth] for f in folders if len(f) > depth}
     return (name for name in sorted(found) if split_of(name) and name not in OF_OLD)

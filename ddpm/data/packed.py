@@ -46,6 +46,11 @@ OTHER_PICTURE = 3
 def open_source(data: Data) -> Source:
     """The source of the configured data, checked, without writing anything. Raises RequestError for an unusable
     path."""
+    what = data.model_dump_json(include={"name", "path", "attributes", "label_attributes"})
+    return listing.once(what, lambda: _open_source(data))
+
+
+def _open_source(data: Data) -> Source:
     if data.name == "digits":
         return sources.digits()
     path = Path(data.path).expanduser() if data.path else None
@@ -77,7 +82,7 @@ def open_images(path: Path) -> Source:
 def key_of(data: Data, source: Source, split: str, cache: Path, tell: Callable[[str], None] = lambda text: None) -> str:
     """The key under which `cache` has the packed data, or will have it. A folder is identified by the names, sizes and
     times of its files, or, if another folder with the same ones is packed there, by the content of its files."""
-    key = _key(data, source, split, source.fingerprint())
+    key = _key(data, source, split, source.fingerprint(tell))
     if source.kind != "folder" or data.skip_damaged or _alike(cache, key, data, source, split):
         return key
     tell(f"{cache / key} is of another folder with files of these names, sizes and times: this one is packed beside it")

@@ -7,11 +7,13 @@ time, so that no set has to fit in memory. What is done with the pixels is packe
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
+import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -22,8 +24,9 @@ from ddpm.data import array_file, dataset_json, layout, listing
 from ddpm.data.array_file import ArrayFile
 from ddpm.data.decoding import Decoding, to_square
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
+from ddpm.data.whole import digest_once
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import read_bytes, sha256_file, sha256_json
+from ddpm.run.files import canonical_json, read_bytes
 from ddpm.run.log import counted
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -36,6 +39,8 @@ PASSING = frozenset((
     errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
 """Errors of a file system that may pass in a moment, and do not mean that a picture is damaged."""
 BACKSLASH = "\\"
+HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
+"""A name of which a part begins so is left out."""
 SHOWN = 20
 """Number of damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -57,28 +62,40 @@ class Source:
     not_taken: Mapping[str, int] = field(default_factory=dict)
     """Suffix -> number of pictures of kinds that are not read."""
     array: ArrayFile | None = None
+    _fingerprint: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def num_images(self, split: str) -> int:
         return len(self.members[split]) or NUM_IMAGES[self.kind, split]
 
-    def fingerprint(self) -> Any:
-        """What the cache key covers: content for archives, names, sizes and times for folders."""
+    def fingerprint(self, tell: Callable[[str], None] = lambda text: None) -> Any:
+        """What the cache key covers: content for archives, names, sizes and times for folders; as when it was first
+        asked for. tell: is told what is read."""
+        if not self._fingerprint:
+            self._fingerprint.append(self._taken(tell))
+        return self._fingerprint[0]
+
+    def _taken(self, tell: Callable[[str], None]) -> Any:
         if self.kind == "zip" and self.path is not None:
-            return sha256_file(self.path)
+            return digest_once(self.path, tell)
         if self.array is not None:
-            return self.array.fingerprint()
+            return self.array.fingerprint(tell)
         if self.kind == "folder" and self.path is not None:
-            stats = ((name, _stat(self.path / name)) for names in self.members.values() for name in names)
-            return sha256_json([[readable(name), s.st_size, s.st_mtime_ns] for name, s in stats])
+            digest, begins = hashlib.sha256(), b"["  # as sha256_json of the list, which a million files make long
+            for name in (name for names in self.members.values() for name in names):
+                stat = _stat(f"{self.path}/{name}")
+                digest.update(begins + canonical_json([readable(name), stat.st_size, stat.st_mtime_ns]))
+                begins = b","
+            digest.update(b"]")
+            return digest.hexdigest()
         return self.kind
 
 
-def _stat(path: Path) -> os.stat_result:
+def _stat(path: str) -> os.stat_result:
     """stat of a link's target, or of the link itself if it has none."""
     try:
-        return path.stat()
+        return os.stat(path)  # noqa: PTH116 - pathlib's takes several times as long
     except FileNotFoundError:
-        return path.lstat()
+        return os.lstat(path)
 
 
 def digits() -> Source:
@@ -121,9 +138,7 @@ def _of_array(path: Path) -> Source:
 
 def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
     """meant: name by which a file is opened -> its name as text, with / between folders."""
-    pictures = sorted(
-        n for n, m in meant.items() if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(m).parts)
-    )
+    pictures = sorted(n for n, m in meant.items() if not HIDDEN.search(m))
     images = [n for n in pictures if suffix(n) in IMAGE_SUFFIXES]
     not_taken = Counter(suffix(n) for n in pictures if suffix(n) in NOT_TAKEN)
     if not images:
@@ -135,26 +150,33 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         )
     places = [meant[n] for n in images]
     layout.refuse_twice(path, places)
-    depth = layout.wrappers(places)
+    folders = layout.folders_of(places)
+    depth = layout.wrappers(folders)
     selection: dict[str, Any] = {}
-    theirs = _said_beside(kind, path, {meant[n]: n for n in pictures}, places, selection)
+    theirs = _said_beside(kind, path, {meant[n]: n for n in pictures}, places, folders, selection)
     if theirs is None:
-        layout.refuse_unclear(path, places, depth)
+        layout.refuse_unclear(path, folders, depth)
+
+    @functools.cache
+    def place(folder: str) -> tuple[str, list[str]]:
+        """The split of a folder's images, and the folders from that of their class on."""
+        below = [*PurePosixPath(folder).parts[depth:]]
+        split = (below and layout.split_of(below[0])) or ""
+        return split or "train", below[1:] if split else below  # a split's own folder is no class
+
     members: dict[str, list[str]] = {}
     class_of: dict[str, str] = {}
     nested = False
     for n in images:
-        *folders, _ = PurePosixPath(meant[n]).parts[depth:]
-        split = (folders and layout.split_of(folders[0])) or ""
-        members.setdefault(split or "train", []).append(n)
-        folders = folders[1:] if split else folders  # a split's own folder is no class
-        class_of[n] = theirs[meant[n]] if theirs else folders[0] if folders else ""
-        nested |= len(folders) > 1
+        split, below = place(layout.folder_of(meant[n]))
+        members.setdefault(split, []).append(n)
+        class_of[n] = theirs[meant[n]] if theirs else below[0] if below else ""
+        nested |= len(below) > 1
     classes = sorted({class_of[n] for n in members.get("train", images)}, key=_by_number if theirs else None)
     label_of = {name: label for label, name in enumerate(classes)}
     if nested and not theirs:
         selection["class"] = "outermost folder"
-    if splits := list(layout.new_splits(places, depth)):
+    if splits := list(layout.new_splits(folders, depth)):
         selection["splits"] = splits
     if any(suffix(n) == ".jfif" for n in images):  # once they were left out
         selection["suffixes"] = [".jfif"]
@@ -171,11 +193,16 @@ def _by_number(name: str) -> int:
 
 
 def _said_beside(
-    kind: str, path: Path, pictures: Mapping[str, str], places: list[str], selection: dict[str, Any]
+    kind: str,
+    path: Path,
+    pictures: Mapping[str, str],
+    places: list[str],
+    folders: Collection[tuple[str, ...]],
+    selection: dict[str, Any],
 ) -> dict[str, str] | None:
     """The class of each image from a dataset.json, whose digest is added to `selection`; None if there is none.
-    pictures: name as text -> name by which it is opened."""
-    if (where := dataset_json.place(list(pictures), places)) is None:
+    pictures: name as text -> name by which it is opened; places: those of the images, which lie in `folders`."""
+    if (where := dataset_json.place(pictures, folders)) is None:
         return None
     try:
         if kind == "zip":

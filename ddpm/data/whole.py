@@ -2,7 +2,8 @@
 
 All pixels are read once per machine and boot. A file that was found whole is marked by an empty file on the machine's
 own disk, whose name is a digest of the boot, of the file's identity, size and times, and of the pixels: the mark need
-not be read, and a changed file has none. Must not know: how data is packed.
+not be read, and a changed file has none. That of an archive, whose digest nobody knows before, contains the digest.
+Must not know: how data is packed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,25 @@ import numpy as np
 
 from ddpm.data.labels import labels_digest
 from ddpm.errors import Stopped
-from ddpm.run.files import DamagedFile, marks, read_signed, sha256_json, sign, write_json
+from ddpm.run.files import (
+    DamagedFile,
+    marks,
+    open_file,
+    read_bytes,
+    read_signed,
+    sha256_json,
+    sign,
+    write_bytes,
+    write_json,
+)
+from ddpm.run.log import amount, say
 from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
+TOLD_BYTES = 1 << 30
+"""From this size on it is told that a file is read, which takes seconds or minutes."""
+SHA256 = re.compile("[0-9a-f]{64}")
+Tell = Callable[[str], None]
 SETTLED_S = 2.0
 """A file that was changed within this time before it was read is not marked: file times are too coarse to show another
 change right afterwards."""
@@ -157,6 +174,7 @@ def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_reques
         mark = _mark(stat, expected)
         if mark is not None and mark.exists():
             return
+        _tell_of_reading(path, stat, say)
         f.seek(first)
         while chunk := f.read(CHUNK_BYTES):
             digest.update(chunk)
@@ -164,13 +182,42 @@ def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_reques
                 raise Stopped(reason)
     if digest.hexdigest() != expected:
         raise DamagedFile(f"{path}: these are not the pixels that were packed")
-    if mark is not None and max(stat.st_mtime, stat.st_ctime) < began - SETTLED_S:
+    if mark is not None and _is_settled(stat, began):
         with contextlib.suppress(OSError):
             mark.touch()
 
 
+def digest_once(path: Path, tell: Tell = lambda text: None) -> str:
+    """sha256 of a file, such as an archive of all images, which is read once per machine and boot. tell: is told that a
+    large one is read. Raises OSError, DamagedFile."""
+    with open_file(path) as f:
+        stat, began = os.fstat(f.fileno()), time.time()
+        mark = _mark(stat, "sha256")
+        with contextlib.suppress(OSError, DamagedFile, UnicodeDecodeError):
+            if mark is not None and SHA256.fullmatch(known := read_bytes(mark).decode()):
+                return known
+        _tell_of_reading(path, stat, tell)
+        digest = hashlib.sha256()
+        while chunk := f.read(CHUNK_BYTES):
+            digest.update(chunk)
+    if mark is not None and _is_settled(stat, began):
+        with contextlib.suppress(OSError):
+            write_bytes(mark, digest.hexdigest().encode(), replace=True)
+    return digest.hexdigest()
+
+
+def _tell_of_reading(path: Path, stat: os.stat_result, tell: Tell) -> None:
+    if stat.st_size >= TOLD_BYTES:
+        tell(f"reading all {amount(stat.st_size)} of {path}, as once per machine and boot")
+
+
+def _is_settled(stat: os.stat_result, began: float) -> bool:
+    return max(stat.st_mtime, stat.st_ctime) < began - SETTLED_S
+
+
 def _mark(stat: os.stat_result, expected: str) -> Path | None:
-    """The mark of a file that was found whole; None if this machine has no place for marks: then it is always read."""
+    """The mark of a file of which `expected` is known; None if this machine has no place for marks: then it is always
+    read."""
     try:
         places = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()

@@ -101,7 +101,8 @@ def _without_copies(files: list[list[Record]]) -> list[list[Record]]:
         alike = kept.setdefault((*life_of(events[0]), events[0]["time"]), [])
         if not any(all(event in other for event in events) for other in alike):
             alike.append(events)
-    return [events for events in files if any(events is other for alike in kept.values() for other in alike)]
+    stays = {id(events) for alike in kept.values() for events in alike}
+    return [events for events in files if id(events) in stays]
 
 
 def in_order(files: list[list[Record]]) -> list[Record]:
@@ -112,9 +113,9 @@ def in_order(files: list[list[Record]]) -> list[Record]:
     life whose heartbeat it found; any other after that heartbeat.
     """
     lives = [_File(events) for events in files if events]
-    of_life = {life.key: life for life in lives}
+    order = _Order(lives)
     for life in sorted(lives, key=lambda life: life.times[0]):
-        life.settle(of_life)
+        life.settle(order)
     placed = [(at, life.depth, e) for life in lives for at, e in zip(life.times, life.events, strict=True)]
     return [e for *_, e in sorted(placed, key=lambda p: p[:2])]
 
@@ -128,32 +129,58 @@ class _File:
         self.key = life_of(first) if first.get("event") != "submitted" else (life_of(first)[0], -1)
         self.times = [e["time"] for e in events]
 
-    def settle(self, of_life: dict[tuple[str, int], _File]) -> None:
+    def settle(self, order: _Order) -> None:
         """Make `times` increase from event to event, and begin after the files that this one follows."""
+        chain: dict[_File, None] = {}
+        life: _File | None = self
+        while life is not None and life not in chain and not life._settled:
+            chain[life] = None
+            life = order.former(life)
+        for life in reversed(chain):  # no recursion: there may be thousands, and clocks that are years off
+            life._settle(order)
+
+    def _settle(self, order: _Order) -> None:
         if self._settled:
             return
         self._settled = True  # before the others: they may follow this one, by damaged words of theirs
         floor = ""
-        for before, until in self._follows(of_life):
-            before.settle(of_life)
+        for before, until in self._follows(order):
+            before.settle(order)
             floor, self.depth = max(floor, until or before.times[-1]), max(self.depth, before.depth + 1)
         for i, at in enumerate(self.times):
             self.times[i] = floor = max(floor, at)
 
-    def _follows(self, of_life: dict[tuple[str, int], _File]) -> Iterator[tuple[_File, str]]:
-        """The files that this one comes after, each with the time after which it comes; "" stands for the file's
+    def _follows(self, order: _Order) -> Iterator[tuple[_File, str]]:
+        """The files that this one comes right after, each with the time after which it comes; "" stands for the file's
         end."""
-        job, restart = self.key
         first = self.events[0]
         sign = first.get("last_sign")
-        succeeds = first.get("successor_of") and life_of({**first, "job": first["successor_of"]})[0]
-        for (other, number), f in of_life.items():
-            if (other == job and number < restart) or (succeeds and other == succeeds != job):
-                yield f, ""
-        life = of_life.get(life_of(sign)) if sign else None
+        if (former := order.former(self)) is not None:
+            yield former, ""
+        life = order.of_life.get(life_of(sign)) if sign else None
         if sign and life is not None and life is not self:
             trained = any(e.get("event") in ("started", "resumed") for e in self.events)
             yield life, "" if trained else sign["time"]
+
+
+class _Order:
+    """The files of a run's lives, and which each comes after."""
+
+    def __init__(self, lives: list[_File]) -> None:
+        self.of_life = {life.key: life for life in lives}
+        self._before: dict[tuple[str, int], _File] = {}
+        self._last: dict[str, _File] = {}
+        for job, restart in sorted(self.of_life):
+            if job in self._last:
+                self._before[job, restart] = self._last[job]
+            self._last[job] = self.of_life[job, restart]
+
+    def former(self, life: _File) -> _File | None:
+        """The life before it of its job; of the first one the last of the job that it succeeds."""
+        first = life.events[0]
+        succeeds = first.get("successor_of") and life_of({**first, "job": first["successor_of"]})[0]
+        before = self._before.get(life.key)
+        return self._last.get(succeeds) if before is None and succeeds and succeeds != life.key[0] else before
 
 
 def life_of(record: Record) -> tuple[str, int]:

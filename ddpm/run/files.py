@@ -15,6 +15,7 @@ import pwd
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TMP_PREFIX = ".tmp-"
+SETTLED_S = 2.0
 RECORD_BYTES = 8 << 20
 """Largest JSON record, or line of JSON, that is read: thousands of times the size of ours."""
 LINES_BYTES = 1 << 30
@@ -77,6 +79,21 @@ def sha256_file(path: Path) -> str:
 def marks(stat: os.stat_result) -> list[int]:
     """What a file system tells of a file that changes when it is replaced or written to."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def settled_marks(*paths: Path) -> tuple[int, ...]:
+    """The `marks` of all these files, by which what was read of them may be kept. () where one is not there, or was
+    changed so lately that another change may show in no time: file times are coarse."""
+    found: list[int] = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            return ()
+        if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED_S:
+            return ()
+        found += marks(stat)
+    return tuple(found)
 
 
 def sign(record: dict[str, Any]) -> dict[str, Any]:

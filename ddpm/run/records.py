@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from ddpm.run.files import (
     parse_json,
     read_bytes,
     seconds,
+    settled_marks,
     sign,
 )
 from ddpm.run.paths import RunDir
@@ -342,6 +344,17 @@ def usable(run: RunDir) -> Record:
 def identity(run: RunDir) -> dict[str, str]:
     """What tells this run's checkpoints from those of another run of the same config: `run_id`, and `data_digest`, the
     digest of its images; without keys that run.json does not have (old runs), {} if it is damaged."""
+    seen = settled_marks(run.run_json)
+    return dict(_identity_at(run, seen)) if seen else _identity(run)
+
+
+@lru_cache(maxsize=8)
+def _identity_at(run: RunDir, seen: tuple[int, ...]) -> dict[str, str]:
+    """Every set, score and checkpoint asks for it, and run.json may name thousands of classes."""
+    return _identity(run)
+
+
+def _identity(run: RunDir) -> dict[str, str]:
     record = usable(run)
     found = {"run_id": record.get("run_id"), "data_digest": (record.get("data") or {}).get("digest")}
     return {key: value for key, value in found.items() if value}

@@ -26,7 +26,7 @@ from ddpm.sampling.request import Request, read_request, samples_record, shard_r
 from ddpm.sampling.shards import codes, read_manifest, withdraw_shard
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import expected_features, is_kept, shard_features
+from ddpm.scoring.features import Progress, expected_features, is_kept, shard_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.record import PROVENANCE, publish_score, read_score, score_with
 from ddpm.scoring.reference import check_size, image_record, reference_of
@@ -104,14 +104,19 @@ def gather_set(
     manifests = check_set(sample_set, request)
     problems: dict[int, str] = {}
 
-    def there(index: int) -> bool:
+    def place(index: int) -> tuple[Path, dict[str, Any]]:
         path = sample_set.features(extractor.name, index, request.shards)
-        return is_kept(path, expected_features(request, manifests[index], extractor))
+        return path, expected_features(request, manifests[index], extractor)
+
+    def there(index: int) -> bool:
+        return is_kept(*place(index))
+
+    made = Progress({index: place(index) for index in range(request.shards)})
 
     def make(index: int) -> None:
         with suppress(FileNotFoundError, DamagedFile):  # named below
             shard_features(sample_set, request, index, extractor, worker)
-            progress(sum(i == index or there(i) for i in range(request.shards)), request.shards)
+            progress(len(made.there()), request.shards)
 
     work_through(sample_set.path, range(request.shards), there, make, worker)
 

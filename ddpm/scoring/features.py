@@ -18,7 +18,7 @@ from ddpm.run import files
 from ddpm.run.claims import ALONE, Worker
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
-from ddpm.run.paths import SampleSet
+from ddpm.run.paths import SampleSet, names_in
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.request import Request
 from ddpm.sampling.shards import verify_shard
@@ -112,6 +112,23 @@ def is_kept(path: Path, expected: Mapping[str, Any]) -> bool:
     except (FileNotFoundError, DamagedFile):
         return False
     return path.exists()
+
+
+class Progress:
+    """Which of many arrays are kept, asked again after each that is made: the folder is listed, and a manifest read
+    once it is there, until it is the one that is expected."""
+
+    def __init__(self, paths: Mapping[int, tuple[Path, Mapping[str, Any]]]) -> None:
+        """paths: of each part, what `is_kept` takes."""
+        self._left, self._there = dict(paths), set[int]()
+
+    def there(self) -> set[int]:
+        named = {name for folder in {path.parent for path, _ in self._left.values()} for name in names_in(folder)}
+        for part, (path, expected) in [*self._left.items()]:
+            if path.with_suffix(".json").name in named and is_kept(path, expected):
+                self._there.add(part)
+                del self._left[part]
+        return self._there
 
 
 def _check_manifest(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.scoring.bound_request import BoundRequest
-from ddpm.scoring.features import is_kept, kept_array
+from ddpm.scoring.features import Progress, is_kept, kept_array
 from ddpm.scoring.record import publish_score, read_score, score_with
 from ddpm.scoring.reference import image_record
 
@@ -68,9 +68,11 @@ def bits_per_dim(
 
         return kept_array(where.part(part), expected(part), (len(parts[part]), 3), compute, worker.token)
 
+    made = Progress({part: (where.part(part), expected(part)) for part in range(len(parts))})
+
     def make(part: int) -> None:
         terms(part)
-        progress(sum(len(parts[i]) for i in range(len(parts)) if i == part or there(i)), len(index))
+        progress(sum(len(parts[i]) for i in made.there()), len(index))
 
     def there(part: int) -> bool:
         return is_kept(where.part(part), expected(part))

@@ -26,7 +26,7 @@ from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import extract, is_kept, kept_features
+from ddpm.scoring.features import Progress, extract, is_kept, kept_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
 from ddpm.scoring.record import PART_IMAGES
@@ -147,10 +147,11 @@ def kept_in_parts(
         return is_kept(*place(index)[:2])
 
     parts = range(-(-len(images) // PART_IMAGES))
+    made = Progress({index: place(index)[:2] for index in parts})
 
     def make(index: int) -> None:
         features_of(index)
-        progress(sum(place(i)[1]["num"] for i in parts if i == index or there(i)), len(images))
+        progress(sum(place(i)[1]["num"] for i in made.there()), len(images))
 
     work_through(directory, parts, there, make, worker)
     return map(features_of, parts)

@@ -23,7 +23,7 @@ class Partition:
 def partitions() -> dict[str, Partition]:
     """Every partition, hidden ones too. Raises SchedulerError."""
     found: dict[str, Partition] = {}
-    for line in slurm.run(["sinfo", "-a", "-h", "-o", "%P|%G|%l"], timeout_s=10).splitlines():
+    for line in slurm.ask(["sinfo", "-a", "-h", "-o", "%P|%G|%l"], timeout_s=10).splitlines():
         shown, gres, limit = (*line.split("|"), "", "")[:3]
         name = shown.removesuffix("*")
         there = found.get(name) or Partition(name, 0, shown != name)

@@ -18,7 +18,7 @@ from launch.cluster.by_template import submit_again
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
-from launch.cluster.slurm import available
+from launch.cluster.slurm import asked_once, available
 from launch.cluster.slurm_orders import (
     cancel,
     cancel_waiting,
@@ -35,6 +35,7 @@ from launch.cluster.slurm_questions import (
     cluster_name,
     dependents,
     look_up,
+    looked_up_together,
     max_array_size,
     mercy,
     mode_and_grace,

@@ -6,6 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from launch.cluster.answers import NoAnswer, SchedulerError
 
@@ -73,3 +76,27 @@ def run(
     if done.returncode != 0:
         raise failure(argv[0], done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
     return done.stdout
+
+
+_answers: ContextVar[dict[tuple[str, ...], str] | None] = ContextVar("answers", default=None)
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Within: what `ask` asks is asked once, however many jobs are queued."""
+    kept = _answers.get()
+    token = _answers.set({} if kept is None else kept)
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def ask(argv: list[str], *, timeout_s: float = TIMEOUT_S) -> str:
+    """`run` of a question about the cluster and no job. Raises SchedulerError."""
+    kept = _answers.get()
+    if kept is None:
+        return run(argv, timeout_s=timeout_s)
+    if tuple(argv) not in kept:
+        kept[tuple(argv)] = run(argv, timeout_s=timeout_s)
+    return kept[tuple(argv)]

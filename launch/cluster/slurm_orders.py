@@ -64,9 +64,9 @@ def make_wait(job: str, other: str) -> None:
     slurm.run(["scontrol", "update", f"jobid={job}", f"dependency=afterany:{other}"])
 
 
-def cancel_waiting(job: str) -> None:
-    """Cancel the job if it has not started; of an array the tasks that have not. Raises SchedulerError."""
-    slurm.run(["scancel", "--state=PENDING", job])
+def cancel_waiting(*jobs: str) -> None:
+    """Cancel those that have not started; of an array the tasks that have not. Raises SchedulerError."""
+    slurm.run(["scancel", "--state=PENDING", *jobs])
 
 
 def cancel(jobs: list[str]) -> None:

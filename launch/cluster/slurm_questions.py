@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -21,6 +24,10 @@ ASKED_AT_ONCE = 10_000
 """Ids in one query: Linux takes no word of a command that has more than 128 KiB."""
 HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 """What SLURM calls a waiting job that it holds, by how it came to that; with other reasons it is PENDING."""
+FRESH_S = 60.0
+"""For so long an answer about the jobs of several runs serves for each of them."""
+ENDING_FRESH_S = 1.0
+"""The same for one that is COMPLETING."""
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")
 """How the names of this project's jobs end."""
 
@@ -51,12 +58,49 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
     )
 
 
+class _Together:
+    """Jobs that are asked about at once, and what was answered."""
+
+    def __init__(self, jobs: Iterable[str]) -> None:
+        self._jobs = dict.fromkeys(jobs)
+        self._found: dict[str, Queued] = {}
+        self._asked_at = -FRESH_S
+
+    def knows(self, jobs: list[str]) -> bool:
+        return self._jobs.keys() >= set(jobs)
+
+    def look_up(self, jobs: list[str]) -> dict[str, Queued]:
+        ending = any(self._found[job].state == "COMPLETING" for job in jobs if job in self._found)
+        if time.monotonic() - self._asked_at >= (ENDING_FRESH_S if ending else FRESH_S):
+            self._found, self._asked_at = _look_up([*self._jobs]), time.monotonic()
+        return {job: told for job, told in self._found.items() if job in jobs}
+
+
+_together: ContextVar[_Together | None] = ContextVar("together", default=None)
+
+
+@contextlib.contextmanager
+def looked_up_together(jobs: Iterable[str]) -> Iterator[None]:
+    """Within: whoever asks about some of these jobs is answered by one query for all of them, which is made again after
+    FRESH_S, and sooner where one that is asked about was COMPLETING."""
+    token = _together.set(_Together(jobs))
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
 def look_up(jobs: list[str]) -> dict[str, Queued]:
     """Those of `jobs` that SLURM still has, by one query for all of them, or a few. Raises SchedulerError.
 
     COMPLETING only means that a job's processes are ending: a pre-empted job is COMPLETING before it is PENDING again.
     Jobs of other users are included if the site shows them, since a group may share a run.
     """
+    together = _together.get()
+    return together.look_up(jobs) if together is not None and together.knows(jobs) else _look_up(jobs)
+
+
+def _look_up(jobs: list[str]) -> dict[str, Queued]:
     found: dict[str, Queued] = {}
     wanted = set(jobs)
     for line in _squeue(jobs):
@@ -127,15 +171,15 @@ def _name_of_the_cluster() -> str:
 def max_array_size() -> int:
     """SLURM's MaxArraySize, one more than the largest index of an array; 1 if arrays are not allowed."""
     try:
-        return max(1, int(_setting(slurm.run(["scontrol", "show", "config"]), "MaxArraySize") or 1001))
+        return max(1, int(_setting(slurm.ask(["scontrol", "show", "config"]), "MaxArraySize") or 1001))
     except SchedulerError:
         return 1001
 
 
 def spare_nodes(partition: str, excluded: str) -> tuple[int, list[str]]:
     """The number of nodes of a partition, and the names of those that are not excluded. Raises SchedulerError."""
-    every = set(slurm.run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"]).split())
-    without = set(slurm.run(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
+    every = set(slurm.ask(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"]).split())
+    without = set(slurm.ask(["scontrol", "show", "hostnames", excluded]).split()) if excluded else set()
     return len(every), sorted(every - without)
 
 
@@ -210,13 +254,13 @@ def preemption(partitions: str | None) -> dict[str, str]:
     """
     told: dict[str, str] = {}
     with contextlib.suppress(SchedulerError):
-        config = slurm.run(["scontrol", "show", "config"], timeout_s=10)
+        config = slurm.ask(["scontrol", "show", "config"], timeout_s=10)
         told = {key: _setting(config, key) or "" for key in ("PreemptType", "PreemptMode", "KillWait")}
         if "qos" in told["PreemptType"]:
-            said = slurm.run(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
+            said = slurm.ask(["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"], timeout_s=10)
             told |= {f"qos {name}": rest for name, rest in (line.split("|", 1) for line in said.split() if "|" in line)}
         else:
-            for line in slurm.run(["scontrol", "-a", "show", "partition", "-o"], timeout_s=10).splitlines():
+            for line in slurm.ask(["scontrol", "-a", "show", "partition", "-o"], timeout_s=10).splitlines():
                 name = _field(line, "PartitionName") or ""
                 if partitions is None or name in partitions.split(","):
                     told[f"partition {name}"] = f"{_field(line, 'PreemptMode') or ''}|{_field(line, 'GraceTime') or 0}"

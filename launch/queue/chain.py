@@ -111,9 +111,12 @@ def jobs_of(run: RunDir, config: Config, site: Site, stages: list[str], *, train
     return jobs
 
 
-def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+@scheduler.asked_once()
+def queue(
+    jobs: list[Job], config: Config, after: Sequence[str] = (), *, why: bool = True
+) -> tuple[list[str], list[str]]:
     """Submit a chain of jobs, each to start after the one before has ended in any way; queued ones are not repeated.
-    after: ids of jobs that the first one waits for.
+    after: ids of jobs that the first one waits for. why: ask what the first one waits for.
 
     Returns the job ids of the whole chain, and lines to print once all is queued (printing may fail). If a later job is
     refused the chain ends before it. After another error all new jobs are cancelled, except if SLURM does not answer:
@@ -144,7 +147,8 @@ def queue(jobs: list[Job], config: Config, after: Sequence[str] = ()) -> tuple[l
         ):  # the first has begun, and found one that those were sent without
             _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
-        waits = why_it_waits(new[0], jobs[0].stage, to_end(jobs[0].run)) if ids and ids[0] == new[:1] else ""
+        asks = why and ids and ids[0] == new[:1]
+        waits = why_it_waits(new[0], jobs[0].stage, to_end(jobs[0].run)) if asks else ""
     except scheduler.NoAnswer:
         raise
     except Exception:

@@ -58,10 +58,10 @@ def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -
 
     Publishes their requests unless `dry_run`, so that training keeps their checkpoints. Raises RequestError.
     """
-    sampled, chains, stop = sampled_as(config), [], run.stop_mark()
+    sampled, chains, stop, score_of = sampled_as(config), [], run.stop_mark(), sets.scored_by(run, config.evaluate)
     for step in steps(run):
         name = set_name(run, sampled, step)
-        if sets.score_by(run, name, config.evaluate) is not None:
+        if score_of(name) is not None:
             continue
         where = run.sample_set(name)
         if where.request.exists():
@@ -121,13 +121,13 @@ def _there(run: RunDir) -> dict[str, Any] | None:
 
 
 def _curve(run: RunDir, config: Config) -> dict[str, Any] | None:
-    sampled, points = sampled_as(config), {}
+    sampled, points, score_of = sampled_as(config), {}, sets.scored_by(run, config.evaluate)
     for where in run.sample_sets():
         if not where.name.startswith(f"milestone{sampled.sample.num_samples}-") or not where.request.exists():
             continue
         at = read_request(where).checkpoint
         is_now = where.name == set_name(run, sampled, at.step)
-        if is_now and (score := sets.score_by(run, where.name, config.evaluate)):
+        if is_now and (score := score_of(where.name)):
             key = key_of(score.record)
             value = {k: score.record[k] for k in (key, f"{key}_interval") if k in score.record}
             images = at.step * config.train.global_batch

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,19 +204,28 @@ def shards_to_make(run: RunDir, config: Config, set_name: str) -> list[int]:
 
 def score_by(run: RunDir, set_name: str, evaluate: Evaluate) -> Score | None:
     """The set's valid score with this extractor against this reference, both as they are now; None if there is none."""
-    if not _asked(run, set_name):
-        return None
-    extractor = evaluate.extractor
-    if extractor.startswith(FILE):
-        path = Path(extractor.removeprefix(FILE)).expanduser()
-        extractor = file_extractor_name(sha256_file(path)) if path.is_file() else ""
-    found = [
-        score
-        for score in scores_of(run, set_name)
-        if not wrong_with(run, score) and (score.record.get("extractor") or {}).get("name") == extractor
-    ]
-    is_it = _is_against(run, evaluate.reference, [score.record["reference"] for score in found])
-    return next((score for score in found if is_it(score.record["reference"])), None)
+    return scored_by(run, evaluate)(set_name)
+
+
+def scored_by(run: RunDir, evaluate: Evaluate) -> Callable[[str], Score | None]:
+    """`score_by` of many sets of a run, by their names: images and weights that must be read for it are read once."""
+    is_it = _is_against(run, evaluate.reference)
+
+    @cache
+    def extractor() -> str:
+        path = Path(evaluate.extractor.removeprefix(FILE)).expanduser()
+        if not evaluate.extractor.startswith(FILE):
+            return evaluate.extractor
+        return file_extractor_name(sha256_file(path)) if path.is_file() else ""
+
+    def score(set_name: str) -> Score | None:
+        if not _asked(run, set_name):
+            return None
+        good = (s for s in scores_of(run, set_name) if not wrong_with(run, s))
+        by_it = (s for s in good if (s.record.get("extractor") or {}).get("name") == extractor())
+        return next((s for s in by_it if is_it(s.record["reference"])), None)
+
+    return score
 
 
 def wrong_with(run: RunDir, score: Score) -> str:
@@ -235,28 +245,28 @@ def wrong_with(run: RunDir, score: Score) -> str:
     return f"{score.path.name} is no score of samples/{set_name}: it says {', '.join(wrong)}" if wrong else ""
 
 
-def _is_against(run: RunDir, asked: str, there: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
+def _is_against(run: RunDir, asked: str) -> Callable[[dict[str, Any]], bool]:
     """A function that tells whether a score's reference is the one that is asked for. Its images decide if they are
-    available: a folder may have changed, and another one may have the same name.
-
-    there: the references of all scores: if none can be the one, no image is read.
+    available, and are read once where a score is against one of its name: a folder may have changed, and another one
+    may have the same name.
     """
+    path = Path(asked).expanduser()
     if asked in SPLITS:
         name = {"split": asked}
-        digest = digest_of_split(run, asked) if any(r.get("split") == asked for r in there) else None
-        if digest is not None:
-            name["digest"] = digest
+    elif path.suffix == ".npz" or not path.exists():
+        name = {}
     else:
-        path = Path(asked).expanduser()
+        name = {"split": "all", "name": path.name}
+
+    @cache
+    def digest() -> str | None:
+        if asked in SPLITS:
+            return digest_of_split(run, asked)
         if not path.exists():
-            return lambda record: False
-        if path.suffix == ".npz":
-            name = {"digest": sha256_file(path)}
-        else:
-            name = {"split": "all", "name": path.name}
-            if any(_has(record, name) for record in there):
-                name["digest"] = folder_digest(path)
-    return lambda record: _has(record, name)
+            return ""
+        return sha256_file(path) if path.suffix == ".npz" else folder_digest(path)
+
+    return lambda record: _has(record, name) and digest() in (None, record.get("digest"))
 
 
 def _has(record: dict[str, Any], of: dict[str, str]) -> bool:

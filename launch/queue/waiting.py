@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ COMPLETING_AT_MOST_S = 60.0
 def jobs_in_queue(run: RunDir, stage: str, set_name: str = "") -> list[str]:
     """Ids of the run's jobs of this stage (and set) that SLURM has. Raises SchedulerError."""
     return in_queue(slurm_jobs(run, read_events(run), stage, set_name))
+
+
+@contextlib.contextmanager
+def asked_together(runs: Iterable[RunDir]) -> Iterator[set[str]]:
+    """Within: SLURM is asked at once about all jobs that these runs have now, which are given, and once about itself:
+    each question may take seconds. A job that is queued meanwhile is asked about by itself."""
+    jobs: set[str] = set()
+    for run in runs:
+        with contextlib.suppress(OSError):  # whoever asks about it meets that again
+            jobs.update(slurm_jobs(run, read_events(run)))
+    with scheduler.asked_once(), scheduler.looked_up_together(jobs):
+        yield jobs
 
 
 def of_this_cluster(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

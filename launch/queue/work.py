@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler
 from launch.queue import local
 from launch.queue.turns import turn
-from launch.queue.waiting import slurm_jobs
+from launch.queue.waiting import asked_together, slurm_jobs
 
 OVER = ("finished", "failed", "requeued", "cancelled")
 
@@ -59,19 +61,29 @@ def of_run(run: RunDir) -> Work:
 
 
 def end(run: RunDir) -> Work:
-    """Cancel waiting jobs, and ask running ones by STOP to save and exit. Returns what there was.
+    """`end_all` of one."""
+    return end_all([run])[0]
 
-    Raises SchedulerError, EnvironmentLacks, RequestError where the run cannot be written.
+
+def end_all(runs: Sequence[RunDir]) -> list[Work]:
+    """Cancel waiting jobs, and ask running ones by STOP to save and exit. Returns what there was of each run.
+
+    Raises SchedulerError, EnvironmentLacks, RequestError where a run cannot be written: then nothing was done.
     """
-    if not os.access(run.path, os.W_OK):
-        why = not_ours(run.path) or f"{run.path} cannot be written"
-        raise RequestError(f"run {run.name} cannot be ended from here: {why}")
-    with turn(run):  # nobody queues more of it meanwhile
-        found = of_run(run)
-        if found:  # first: whatever comes back, or succeeds another, ends at its start
-            run.renew_stop()
-        for job in found.jobs:
-            scheduler.cancel_waiting(job)
+    for run in runs:
+        if not os.access(run.path, os.W_OK):
+            why = not_ours(run.path) or f"{run.path} cannot be written"
+            raise RequestError(f"run {run.name} cannot be ended from here: {why}")
+    with ExitStack() as turns:  # nobody queues more of them meanwhile
+        for run in sorted(runs, key=lambda run: str(run.path)):  # in one order, or two who do so wait for each other
+            turns.enter_context(turn(run))
+        with asked_together(runs):
+            found = [of_run(run) for run in runs]
+        for run, of_one in zip(runs, found, strict=True):
+            if of_one:  # first: whatever comes back, or succeeds another, ends at its start
+                run.renew_stop()
+        if jobs := [job for of_one in found for job in of_one.jobs]:
+            scheduler.cancel_waiting(*jobs)
     return found
 
 

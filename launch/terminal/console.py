@@ -140,7 +140,7 @@ def config_and_changes(words: list[str], root: str | None) -> tuple[Path, list[s
     path = Path(files[0])
     if not path.is_file():
         for there in (environment.user_path(files[0]), environment.runs_root(root) / files[0]):
-            if _may_be_run(there):
+            if may_be_run(there):
                 if not (there / "config.yaml").exists():
                     from ddpm.config import reading
 
@@ -185,10 +185,10 @@ def same_root(option: str | None) -> str:
 
 def all_runs(root: Path) -> list[RunDir]:
     """The runs in a directory, by name, and directories in it that may be runs but cannot be read."""
-    return [RunDir(p) for p in sorted(listed(root)) if not p.name.startswith(".") and _may_be_run(p)]
+    return [RunDir(p) for p in sorted(listed(root)) if not p.name.startswith(".") and may_be_run(p)]
 
 
-def _may_be_run(path: Path) -> bool:
+def may_be_run(path: Path) -> bool:
     """Whether a path is a run, also a damaged one, or cannot be read."""
     try:
         names = {p.name for p in path.iterdir()}
@@ -213,7 +213,7 @@ def find_run(word: str, root: str | None) -> RunDir:
     """A run by its directory or its name. Raises RequestError naming the existing runs."""
     base = environment.runs_root(root)
     for path in (environment.user_path(word), base / word):
-        if _may_be_run(path):
+        if may_be_run(path):
             return RunDir(path)
     every = all_runs(base)
     names, sweeps = [run.name for run in every], list(dict.fromkeys(filter(None, map(sweep_of, every))))

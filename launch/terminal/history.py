@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -57,17 +58,18 @@ def clear(run: RunDir, events: list[Event]) -> Iterator[Event]:
     """The events, with `preempted` replaced by what SLURM's log says of who ended the life."""
     scancelled = {(e["job"], e["restart"]) for e in events if e["event"] == "cancelled"}
     ours = {(e["job"], e["restart"]) for e in events if e["event"] == "requeued"}  # to SLURM they are requeued by hand
+    of_lives = cache(partial(_of_lives, run))  # by job: its log tells of all of them
     for e in events:
         unclear = e["event"] == "stop_requested" and e.get("reason") == "preempted"
         is_told = unclear and (e["job"], e["restart"]) not in ours
-        yield {**e, "reason": _who(run, e, scancelled)} if is_told else e
+        yield {**e, "reason": _who(of_lives, e, scancelled)} if is_told else e
 
 
-def _who(run: RunDir, event: Event, scancelled: set[tuple[str, int]]) -> str:
+def _who(of_lives: Callable[[str], dict[int, str]], event: Event, scancelled: set[tuple[str, int]]) -> str:
     """Who ended a life by SIGTERM: the life itself cannot know and records `preempted`; SLURM's log says it later."""
     if (event["job"], event["restart"]) in scancelled:
         return "scancel"
-    words = _of_lives(run, event["job"]).get(event["restart"], "")
+    words = of_lives(event["job"]).get(event["restart"], "")
     return WORDS.get(words, "scancel" if words == "CANCELLED" else UNKNOWN)
 
 

@@ -6,13 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run.events import life_of, read_events_and_damage
-from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
+from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, settled_marks, stamp
 from ddpm.run.generations import of_another, read_manifest
 from ddpm.run.log import counted
 from ddpm.run.paths import Made, RunDir, SampleSet, listed
@@ -71,11 +72,18 @@ class Damage:
 
     def config(self, run: RunDir) -> Config | None:
         """The run's config; None where it cannot be read, as one that is torn, or another version's."""
+        seen = settled_marks(run.config, run.run_json)
         try:
-            return reading.of_run(run)
+            return _config_at(run, seen) if seen else reading.of_run(run)
         except (RequestError, DamagedFile, OSError) as e:
             self.tell(str(e).splitlines()[0])
             return None
+
+
+@lru_cache(maxsize=4096)
+def _config_at(run: RunDir, seen: tuple[int, ...]) -> Config:
+    """A view that is kept up to date reads the configs of all runs again and again, which takes most of its time."""
+    return reading.of_run(run)
 
 
 def read_life(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:

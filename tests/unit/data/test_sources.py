@@ -13,6 +13,7 @@ import pytest
 
 from ddpm.config.data import Data
 from ddpm.data import listing, sources
+from ddpm.data.listing import folder_names
 from ddpm.data.packed import PackedImages, open_source, pack
 from ddpm.errors import RequestError
 from tests.cli.harness import png, write_zip
@@ -370,3 +371,20 @@ def test_labels_that_are_not_of_the_images_are_refused(tmp_path: Path, said: byt
     path = made(tmp_path / "a", {**{name: png() for name in EDM}, "dataset.json": said}, zipped=True)
     with pytest.raises(RequestError, match=told):
         open_source(chosen(path))
+
+
+def test_a_folder_is_listed_without_a_question_about_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "pets" / "cats"
+    inside.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (inside / name).touch()
+    (inside / "gone.png").symlink_to("nowhere")
+    (inside / "self.png").symlink_to("self.png")
+    (inside / "back").symlink_to(tmp_path / "pets")
+    os.mkfifo(inside / "pipe.png")
+    asked: list[str] = []
+    really = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(str(path)) or really(path, **how))
+    found = sorted(folder_names(tmp_path / "pets"))
+    assert found == ["cats/a.png", "cats/b.png", "cats/gone.png", "cats/self.png"]
+    assert not [path for path in asked if path.endswith(("a.png", "b.png"))]

@@ -19,7 +19,7 @@ from ddpm.data import packed, sources, whole
 from ddpm.data.packed import PackedImages, open_packed, open_verified, pack
 from ddpm.data.scratch import copy_to_scratch
 from ddpm.errors import Stopped
-from ddpm.run.files import DamagedFile, read_signed, sign, write_json
+from ddpm.run.files import DamagedFile, read_signed, sha256_file, sign, write_json
 from tests.images import write_zip
 
 FILES = ("images.npy", "labels.npy", "labels.json", "meta.json")
@@ -337,3 +337,20 @@ def test_a_disk_that_gives_back_something_else_leaves_no_copy(
     with pytest.raises(DamagedFile, match="not the pixels"):
         copy_to_scratch(cache, key, scratch)
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.usefixtures("later")
+def test_an_archive_is_read_once_and_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive, told = write_zip(tmp_path / "a.zip", num_images=4), []
+    monkeypatch.setattr(whole, "TOLD_BYTES", 0)
+
+    def digest() -> str:
+        return whole.digest_once(archive, told.append)
+
+    first = digest()
+    assert digest() == first == sha256_file(archive) and len(told) == 1
+    archive.write_bytes(archive.read_bytes() + b"more")
+    assert digest() == sha256_file(archive) != first and len(told) == 2
+    for mark in (tmp_path / "tmp").glob("*/*"):
+        mark.write_text("0" * 63)  # torn
+    assert digest() == sha256_file(archive) and len(told) == 3

@@ -79,3 +79,16 @@ def test_the_curve_has_each_milestone_once_and_names_the_best(tmp_path: Path) ->
     run.milestones.write_text(run.milestones.read_text().replace('"step": 200', '"step": 300'))
     with pytest.raises(RequestError, match="self_sha256 does not match"):
         milestones.best_step(run, config)
+
+
+def test_the_images_that_all_milestones_are_compared_with_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config, read = RunDir(tmp_path), config_of(num_samples=600), []
+    (tmp_path / "run.json").write_text('{"data": {"cache": "/none"}}')
+    monkeypatch.setattr(sets, "digest_of_split", lambda run, split: read.append(split) or "d")
+    for step in (100, 200, 300):
+        scored(run, config, step, float(step))
+    record = milestones.publish(run, config, "t")
+    assert record is not None and len(record["curve"]) == 3
+    assert len(read) == 2  # and once more to see whether another came meanwhile

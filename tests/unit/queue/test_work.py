@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def slurm(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(scheduler, "available", lambda command="sbatch": told["states"] is not None)
     monkeypatch.setattr(scheduler, "queued", queued)
-    monkeypatch.setattr(scheduler, "cancel_waiting", lambda job: told["cancelled"].append((job, run.is_stopped())))
+    monkeypatch.setattr(scheduler, "cancel_waiting", lambda *jobs: told["cancelled"].append((jobs, run.is_stopped())))
     monkeypatch.setattr(local, "at_work", lambda run: told["here"])
     return told
 
@@ -116,7 +117,26 @@ def test_an_end_makes_stop_before_it_cancels_what_waits(run: RunDir, slurm: dict
     submitted(run, "17", "18")
     slurm["states"] = {"17": "RUNNING", "18": "PENDING"}
     assert list(work.end(run).jobs) == ["17", "18"]
-    assert sorted(slurm["cancelled"]) == [("17", True), ("18", True)]
+    assert slurm["cancelled"] == [(("17", "18"), True)]
+
+
+def test_several_runs_are_ended_by_one_question_and_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, commands = [RunDir(tmp_path / name) for name in ("b", "a", "c")], []
+
+    def answer(argv: list[str], **_: Any) -> str:
+        commands.append(argv)
+        return "17 17 RUNNING\n18 18 PENDING\n" if argv[0] == "squeue" else ""
+
+    for r, job in zip(runs, ("17", "18", "19"), strict=True):
+        r.events.mkdir(parents=True)
+        submitted(r, job)
+    monkeypatch.setattr("launch.cluster.slurm.run", answer)
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": True)
+    assert [list(found.jobs) for found in work.end_all(runs)] == [["17"], ["18"], []]
+    assert [r.is_stopped() for r in runs] == [True, True, False]
+    asked, *others = commands
+    assert asked[0] == "squeue" and sorted(asked[-1].split(",")) == ["17", "18", "19"]
+    assert others == [["scancel", "--state=PENDING", "17", "18"]]
 
 
 @pytest.mark.parametrize("owner", ["", "it is another's"])

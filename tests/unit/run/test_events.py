@@ -6,6 +6,9 @@ import json
 import random
 from typing import Any
 
+import pytest
+
+from ddpm.run import events
 from ddpm.run.events import EventLog, in_order, read_events, read_events_and_damage
 from ddpm.run.paths import RunDir
 
@@ -84,3 +87,15 @@ def test_a_run_that_is_gone_is_not_made_anew_by_an_event(run: RunDir) -> None:
     except FileNotFoundError:
         pass
     assert not run.path.exists()
+
+
+def test_thousands_of_lives_are_put_in_order_without_comparing_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    num, settled = 3000, []
+    really = events._File.settle
+    monkeypatch.setattr(events._File, "settle", lambda self, of: (settled.append(1), really(self, of)))
+    years = [1970 if k == num - 1 else 2026 for k in range(num)]  # the last node has not heard the time yet
+    lives = [told("17", k, ("resumed", f"{years[k]}-11-20T{k // 3600:02}:{k // 60 % 60:02}:{k % 60:02}"))
+             for k in range(num)]  # fmt: skip
+    random.shuffle(lives)
+    assert names(lives) == [f"17.{k} resumed" for k in range(num)]
+    assert len(settled) < 3 * num

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddpm.run import records
+from ddpm.run import files, records
 from ddpm.run.events import EventLog, read_events, read_events_and_damage
 from ddpm.run.files import DamagedFile, sign
 from ddpm.run.paths import RunDir
 from ddpm.run.records import (
+    identity,
     missing_lines,
     parse_events,
     parse_metrics,
@@ -185,3 +187,18 @@ def test_of_one_that_is_short_or_odd_at_an_end_all_is_read(run: RunDir, lines: l
     said = {json.loads(line)["step"] for line in lines if line.startswith("{")}
     assert begin == 0 and [r["step"] for r in records] == sorted(said) and wrong.startswith(told)
     assert bool(wrong) == bool(told)
+
+
+def test_a_run_json_is_read_once_for_all_that_asks_whose_it_is_and_again_when_it_changed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    really = records.usable
+    monkeypatch.setattr(records, "usable", lambda run: read.append(run.name) or really(run))
+    monkeypatch.setattr(files, "SETTLED_S", 0.0)
+    for at, run_id in enumerate("ab"):
+        run.run_json.write_text(json.dumps(sign({"run_id": run_id, "data": {"cache": "/c", "digest": "d"}})))
+        os.utime(run.run_json, (at, at))  # file times are coarse
+        identity(run)["run_id"] = "of one that asks"
+        assert [identity(run) for _ in range(3)] == [{"run_id": run_id, "data_digest": "d"}] * 3
+        assert len(read) == at + 1

@@ -21,7 +21,7 @@ from ddpm.sampling.request import Request
 from ddpm.sampling.shards import verify_shard, withdraw_shard
 from ddpm.scoring import extractors
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import extract, shard_features
+from ddpm.scoring.features import Progress, extract, kept_array, shard_features
 from tests import sampling
 from tests.conftest import requires
 
@@ -421,3 +421,17 @@ def test_dinov2_without_its_weights_or_with_others_is_explained(hub: Path) -> No
     torch.save({"cls_token": torch.zeros(1, 1, 128)}, path)
     with pytest.raises(EnvironmentLacks, match=f"at {path} are of another network: .* not DINOv2's .*; fetch https://"):
         extractors.build_extractor("dinov2", "cpu")
+
+
+def test_progress_reads_the_manifest_of_each_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {i: (tmp_path / f"part-{i}.npy", {"part": i}) for i in range(20)}
+    read: list[str] = []
+    really = files.read_signed
+    monkeypatch.setattr(files, "read_signed", lambda path: read.append(path.name) or really(path))
+    progress, done = Progress(parts), []
+    for i, (path, expected) in parts.items():
+        kept_array(path, expected, (1,), lambda: np.zeros(1), "")
+        read.clear()
+        done.append(len(progress.there()))
+        assert read == [f"part-{i}.json"]
+    assert done == [*range(1, 21)]

@@ -13,6 +13,7 @@ import pytest
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from ddpm.data import array_file
 from ddpm.errors import RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import read_json
@@ -111,6 +112,36 @@ def test_where_there_is_no_room_for_all_runs_it_is_told_which_are_queued_and_the
     assert queued(cluster)[before:] == ["4e-3-train", *rest]
     said = capsys.readouterr().out
     assert "in the queue already: train as job 101" in said and "status.py --compare tiny-lr --root" in said
+
+
+def test_slurm_is_asked_once_for_all_runs_of_a_sweep_and_the_data_listed_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        array_file, "open_array", lambda path, of=array_file.open_array: opened.append(path) or of(path)
+    )
+    cluster.queue = [f"{job} {job} PENDING N/A Priority" for job in range(101, 110)]
+    for again in (False, True):
+        assert submit.main() == 0
+        asked = [" ".join(command) for command in cluster.commands if command[0] not in ("sbatch", "scancel")]
+        about_jobs = [command for command in asked if command.startswith("squeue")]
+        assert len(about_jobs) == (1 if again else 2)  # first of one, which may never start
+        assert len({*asked}) == len(asked) and len(opened) == 1
+        cluster.commands.clear()
+        opened.clear()
+    assert len(queued(cluster)) == 0
+
+
+def test_a_run_of_a_sweep_that_would_never_start_is_taken_back_and_told(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.queue = ["101 101 PENDING N/A Priority", "102 102 PENDING N/A PartitionTimeLimit"]
+    with pytest.raises(RequestError, match=r"at train.lr=0.002: SLURM took the first job, and would never start") as e:
+        submit.main()
+    assert "\nnot queued: tiny-lr_2e-3\n" in str(e.value)
+    (cancelled,) = cluster.of("scancel")
+    assert cancelled[:2] == ["scancel", "102"]
 
 
 def test_whatever_is_at_work_here_of_any_sweep_of_the_root_is_waited_for(tmp_path: Path) -> None:

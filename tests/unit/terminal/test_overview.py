@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ddpm.config.reading import load
+from ddpm.run import files
 from ddpm.run.events import EventLog
 from ddpm.run.files import now, sign, stamp, write_json
 from ddpm.run.paths import RunDir
@@ -167,3 +168,16 @@ def test_why_the_last_life_died_is_told_until_another_begins(run: RunDir, why: d
     assert f"died on node n1: {said}" in problem and ("mend the site profile's `setup`" in problem) is setup
     tell(run, "resumed", restart=1, step=0)
     assert said not in (describe(run, {})["problem"] or "")
+
+
+def test_a_view_reads_the_config_of_a_run_again_only_where_it_has_changed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    really = overview.reading.of_run
+    monkeypatch.setattr(overview.reading, "of_run", lambda run: read.append(run.name) or really(run))
+    monkeypatch.setattr(files, "SETTLED_S", 0.0)
+    before = describe(run, {})["total_steps"]
+    assert describe(run, {})["total_steps"] == before and read == ["tiny"]
+    run.config.write_text(TINY.replace(f"total_steps: {before}", f"total_steps: {before}0"))
+    assert describe(run, {})["total_steps"] == 10 * before and read == ["tiny"] * 2

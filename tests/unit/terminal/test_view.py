@@ -120,3 +120,17 @@ def test_who_ended_a_life_is_what_slurm_says_of_it(restart: int, who: str, tmp_p
         *([event("cancelled", 4)] if restart == 4 else []),
     ]
     assert f"reason={who}" in next(iter(history.lines(run, told)))
+
+
+def test_the_log_of_a_job_is_read_once_for_all_its_lives(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.logs.mkdir()
+    said = "*** JOB 20 ON n1 CANCELLED AT 2026-11-20T09:00:00 DUE TO PREEMPTION ***"
+    log = "".join(f"[batch] 2026-11-20 restart={k} n1\nslurmstepd: error: {said}\n" for k in range(50))
+    (run.logs / "train-20.out").write_text(log)
+    read: list[str] = []
+    really = history.tail
+    monkeypatch.setattr(history, "tail", lambda path, most: read.append(path.name) or really(path, most))
+    base = {"event": "stop_requested", "reason": "preempted", "time": "2026-11-20T09:00:00.000Z", "job": "20"}
+    told = [*history.lines(run, [{**base, "restart": k} for k in range(50)])]
+    assert len(told) == 50 and all("reason=preempted" in line for line in told)
+    assert read == ["train-20.out"]
