@@ -19,7 +19,6 @@ from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from launch.cluster import scheduler
 from launch.queue import work
 from launch.terminal import console
 
@@ -59,7 +58,7 @@ def wait(run: RunDir, found: work.Work) -> work.Work:
 def tell(found: work.Work) -> None:
     for job, state in found.jobs.items():
         waits = state == "PENDING"
-        print(f"{'cancelled' if waits else 'told to save and leave'}: job {job}")
+        print(f"{'cancelled' if waits else 'told to save and leave'}: job {work.named(job)}")
     for pid in found.here.values():
         print(f"told to save and leave: pid {pid} on this machine")
     if found.elsewhere:
@@ -71,8 +70,9 @@ def await_end(run: RunDir, found: work.Work, before: int) -> int:
     """Wait for one run, and say how it ended; returns the exit code. before: the step saved when it was told to end."""
     left = wait(run, found)
     if left.jobs:
-        scheduler.cancel(list(left.jobs))
-        print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {', '.join(left.jobs)}")
+        work.cancel(left.jobs)
+        named = ", ".join(map(work.named, left.jobs))
+        print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {named}")
     elif left:
         print(f"still at work after {PATIENCE_S:.0f} s: {left}. {run.stop_file} stays, and ends it", file=sys.stderr)
         return 1

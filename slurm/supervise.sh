@@ -31,6 +31,7 @@ ddpm_end() {
   local code=$? heard
   set +eu
   trap - EXIT
+  unset SLURM_CLUSTERS SBATCH_CLUSTERS
   if [ -n "$ddpm_setup" ]; then
     echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
     [ "$code" != 0 ] || code=1
@@ -92,6 +93,8 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   trap : TERM USR2 CONT
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
+# The user's, or of a `setup` line: a job asks the cluster that it is on, without the accounting that knows others.
+unset SLURM_CLUSTERS SBATCH_CLUSTERS
 # Python's -m looks for modules in the working directory first, which mostly is the checkout, as it is by now.
 builtin cd -- "$DDPM_HOME" || exit 2
 export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler
 from launch.queue import local
 from launch.queue.turns import turn
-from launch.queue.waiting import slurm_jobs
+from launch.queue.waiting import on_other_clusters, slurm_jobs
 
 OVER = ("finished", "failed", "requeued", "cancelled")
 
@@ -23,7 +24,7 @@ OVER = ("finished", "failed", "requeued", "cancelled")
 @dataclass(frozen=True)
 class Work:
     jobs: dict[str, str]
-    """SLURM's job -> state; for an array that of its liveliest task."""
+    """SLURM's job -> state; for an array that of its liveliest task. 17;b on another cluster than the one asked."""
     here: dict[str, int]
     """Background job of this machine -> pid."""
     elsewhere: str = ""
@@ -33,9 +34,26 @@ class Work:
         return bool(self.jobs or self.here or self.elsewhere)
 
     def __str__(self) -> str:
-        told = [f"job {job} ({state.lower()})" for job, state in self.jobs.items()]
+        told = [f"job {named(job)} ({state.lower()})" for job, state in self.jobs.items()]
         told += [f"pid {pid} on this machine" for pid in self.here.values()]
         return ", ".join([*told, *([self.elsewhere] if self.elsewhere else [])])
+
+
+def named(job: str) -> str:
+    """A job of `Work.jobs` for people."""
+    return job.replace(";", " of cluster ")
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancel jobs of `Work.jobs`, wherever they are. Raises SchedulerError."""
+    for job in jobs:
+        _order(job, lambda number: scheduler.cancel([number]))
+
+
+def _order(job: str, order: Callable[[str], None]) -> None:
+    number, _, cluster = job.partition(";")
+    with scheduler.asking(cluster):
+        order(number)
 
 
 def to_end(run: RunDir) -> str:
@@ -49,7 +67,7 @@ def of_run(run: RunDir) -> Work:
     jobs = slurm_jobs(run, events)
     asked = jobs if scheduler.available() else []
     try:
-        states = scheduler.queued(asked) if asked else {}
+        states = {**(scheduler.queued(asked) if asked else {}), **on_other_clusters(run)}
     except scheduler.NoAnswer as e:
         raise scheduler.NoAnswer(
             f"cannot tell whether run {run.name} is at work while SLURM does not answer: {scheduler.NOT_REACHED}\n  {e}"
@@ -71,7 +89,7 @@ def end(run: RunDir) -> Work:
         if found:  # first: whatever comes back, or succeeds another, ends at its start
             run.renew_stop()
         for job in found.jobs:
-            scheduler.cancel_waiting(job)
+            _order(job, scheduler.cancel_waiting)
     return found
 
 
@@ -79,13 +97,18 @@ def _beats(run: RunDir, events: list[dict[str, Any]], gone: list[str]) -> str:
     """The trainer of a recent heartbeat that has not ended and is no process of this machine, which would be known; ""
     if there is none.
 
-    gone: jobs that SLURM no longer has.
+    gone: jobs that this cluster no longer has.
     """
     beat, place = read_heartbeat(run), place_of(run)
     age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S
-    if age >= BEATS_S or beat.get("inode", place) != place or str(beat["job"]).partition("_")[0] in gone:
+    if age >= BEATS_S or beat.get("inode", place) != place or _is_gone(beat, gone):
         return ""
     of_life = [e for e in events if (e["job"], e["restart"]) == (str(beat["job"]), beat["restart"])]
     over = any(e["event"] in OVER for e in of_life)
     ours = any(e["event"] == "submitted" and e.get("host") == environment.host() and e.get("pid") for e in of_life)
     return "" if over or ours else f"job {beat['job']} on {beat.get('host', 'some host')}, alive {age:.0f} s ago"
+
+
+def _is_gone(beat: dict[str, Any], jobs: list[str]) -> bool:
+    here = scheduler.cluster_name()
+    return beat.get("cluster", here) == here and str(beat["job"]).partition("_")[0] in jobs
