@@ -19,7 +19,6 @@ from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
-from launch.cluster import scheduler
 from launch.queue import work
 from launch.queue.waiting import asked_together
 from launch.terminal import console
@@ -51,7 +50,7 @@ def parse() -> argparse.Namespace:
 def tell(found: work.Work) -> None:
     for job, state in found.jobs.items():
         waits = state == "PENDING"
-        print(f"{'cancelled' if waits else 'told to save and leave'}: job {job}")
+        print(f"{'cancelled' if waits else 'told to save and leave'}: job {work.named(job)}")
     for pid in found.here.values():
         print(f"told to save and leave: pid {pid} on this machine")
     if found.elsewhere:
@@ -69,7 +68,7 @@ def await_ends(told: list[Told]) -> int:
         late = time.monotonic() > deadline
         jobs = [job for still in left for job in still.jobs]
         if late and jobs:
-            scheduler.cancel(jobs)
+            work.cancel(jobs)
         for (run, _, before), still in zip(told, left, strict=True):
             worst = max(worst, say_how_it_ended(run, still, before) if late or not still else 0)
         told = [] if late else [one for one, still in zip(told, left, strict=True) if still]
@@ -87,7 +86,8 @@ def _left(run: RunDir, found: work.Work) -> work.Work:
 def say_how_it_ended(run: RunDir, left: work.Work, before: int) -> int:
     """Returns the exit code. left: what had not ended by itself."""
     if left.jobs:
-        print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {', '.join(left.jobs)}")
+        named = ", ".join(map(work.named, left.jobs))
+        print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {named}")
     elif left:
         print(f"still at work after {PATIENCE_S:.0f} s: {left}. {run.stop_file} stays, and ends it", file=sys.stderr)
         return 1

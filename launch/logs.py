@@ -13,10 +13,12 @@ import argparse
 import contextlib
 
 from ddpm.errors import RequestError
+from ddpm.run.events import read_events
 from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
 from launch.cluster import scheduler
 from launch.queue import work
+from launch.queue.waiting import home
 from launch.terminal import console, logfiles
 from launch.terminal.overview import describe
 
@@ -43,7 +45,8 @@ def how_it_ended(run: RunDir) -> str:
     try:
         if work.of_run(run):
             return ""
-        row = describe(run, {})
+        with scheduler.asking(home(read_events(run))):
+            row = describe(run, {})
     except (scheduler.SchedulerError, OSError):
         return ""
     why = f": {row['problem']}" if row["problem"] else ""

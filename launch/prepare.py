@@ -29,7 +29,7 @@ from launch.cluster.site import Site
 from launch.queue import local, work
 from launch.queue.chain import ways_on
 from launch.queue.directory import text_of
-from launch.queue.waiting import in_queue, jobs_in_queue, slurm_jobs
+from launch.queue.waiting import in_queue, jobs_in_queue, on_other_clusters, slurm_jobs
 from launch.terminal import console, faults
 
 CELEBA_TRAIN_IMAGES = 162_770
@@ -154,6 +154,12 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
             f"shows how it gets on. Wait for it, or end it ({work.to_end(run)}; nothing is lost), then submit again"
         )
     jobs = [] if site.is_local else jobs_in_queue(run, "train")
+    if elsewhere := {} if site.is_local else on_other_clusters(run, "train"):
+        job, _, cluster = next(iter(elsewhere)).partition(";")
+        raise RequestError(
+            f"run {run.name} is in the queue of cluster {cluster} as job {job}: submit there (--sbatch "
+            f"clusters={cluster}), or end it first ({work.to_end(run)}; nothing is lost)"
+        )
     if jobs and reading.of_run(run) != config:
         raise RequestError(
             f"run {run.name} is in the queue as job {' '.join(jobs)} with another config: "
@@ -226,7 +232,7 @@ def _at_work(run: RunDir) -> str:
     """What of the run is running or queued, in words; "" where nothing is. Raises SchedulerError."""
     if (pid := local.running(run)) is not None:
         return f"pid {pid}"
-    jobs = in_queue(slurm_jobs(run, read_events(run)))
+    jobs = [*in_queue(slurm_jobs(run, read_events(run))), *map(work.named, on_other_clusters(run))]
     return f"job {' '.join(jobs)}" if jobs else ""
 
 

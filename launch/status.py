@@ -19,7 +19,7 @@ from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
-from launch.queue.waiting import slurm_jobs
+from launch.queue.waiting import home, slurm_jobs
 from launch.terminal import console, history, screen, side_by_side, view
 from launch.terminal.overview import describe, read_life
 
@@ -47,13 +47,23 @@ def parse() -> argparse.Namespace:
 def rows_of(runs: list[RunDir], tell: Callable[[str], None] = console.warn) -> list[dict[str, Any]]:
     """Each run, described; whatever befalls one of them, the others are shown. tell: where SLURM does not answer."""
     lives = [read_life(r) for r in runs]
-    jobs = [job for r, (events, _) in zip(runs, lives, strict=True) for job in slurm_jobs(r, events)]
-    queued: dict[str, scheduler.Queued] | None = None
-    try:
-        queued = scheduler.look_up(jobs) if scheduler.available() else None
-    except scheduler.SchedulerError as e:
-        tell(f"SLURM does not answer ({e}): states are as the runs tell; ask again later")
-    return [describe(r, queued, life) for r, life in zip(runs, lives, strict=True)]
+    here = scheduler.cluster_name()
+    homes = [home(events) or here for events, _ in lives]
+    rows: dict[int, dict[str, Any]] = {}
+    for cluster in dict.fromkeys(homes):
+        there = [i for i, other in enumerate(homes) if other == cluster]
+        with scheduler.asking(cluster):
+            jobs = [job for i in there for job in slurm_jobs(runs[i], lives[i][0])]
+            queued: dict[str, scheduler.Queued] | None = None
+            try:
+                queued = scheduler.look_up(jobs) if scheduler.available() else None
+            except scheduler.SchedulerError as e:
+                if isinstance(e, scheduler.NoAnswer) or cluster == here:
+                    tell(f"SLURM does not answer ({e}): states are as the runs tell; ask again later")
+                cluster = ""
+        with scheduler.asking(cluster):  # "": a run that is elsewhere says so
+            rows |= {i: describe(runs[i], queued, lives[i]) for i in there}
+    return [rows[i] for i in range(len(runs))]
 
 
 def print_events(runs: list[RunDir], as_json: bool) -> None:

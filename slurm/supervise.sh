@@ -48,6 +48,7 @@ ddpm_end() {
   set +eu
   trap - EXIT
   ddpm_own_python
+  unset SLURM_CLUSTERS SBATCH_CLUSTERS
   if [ -n "$ddpm_setup" ]; then
     echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
     [ "$code" != 0 ] || code=1
@@ -110,6 +111,8 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
 ddpm_own_python
+# The user's, or of a `setup` line: a job asks the cluster that it is on, without the accounting that knows others.
+unset SLURM_CLUSTERS SBATCH_CLUSTERS
 # Python's -m looks for modules in the working directory first, which mostly is the checkout, as it is by now.
 builtin cd -- "$DDPM_HOME" || exit 2
 export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container

@@ -20,6 +20,7 @@ from ddpm.run.events import EventLog
 from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
+from launch.cluster import asked
 from launch.cluster.addresses import first_node_address, interface_of, is_own_address, name_of
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -77,10 +78,13 @@ def is_scheduled() -> bool:
 
 
 def cluster() -> str:
-    """The name, in lower case, of the cluster whose job this is, or that the user has SLURM's commands ask; "" where
-    nothing says so."""
-    asked = os.environ.get("SLURM_CLUSTER_NAME" if is_scheduled() else "SLURM_CLUSTERS", "").lower()
-    return "" if "," in asked or asked == "all" else asked
+    """The name, in lower case, of the cluster that SLURM's commands ask, or whose job this is; "" where nothing says
+    so."""
+    return asked.cluster() or _own_cluster()
+
+
+def _own_cluster() -> str:
+    return os.environ.get("SLURM_CLUSTER_NAME", "").lower() if is_scheduled() else ""
 
 
 def num_tasks() -> int:
@@ -170,7 +174,7 @@ def current() -> JobEnvironment:
             _cpus_of_rank(env) if in_step else 1,
             int(array[1]) if array[1] else None,
             since,
-            cluster(),
+            _own_cluster(),
         )
     alone = "LOCAL_WORLD_SIZE" not in env  # torchrun sets OMP_NUM_THREADS, which then is nobody's wish
     cpus = int(env.get("DDPM_CPUS") or (alone and threads_asked()) or len(os.sched_getaffinity(0)))
@@ -295,11 +299,12 @@ def allocation() -> dict[str, str]:
 
 @contextmanager
 def submitting(words: list[str]) -> Iterator[None]:
-    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey; nor
-    GPUs that the user has exported for sbatch, where its `words` ask for some: SLURM would add them, and refuses
-    --gres beside --gpus-per-node from 26.05 on.
+    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey; no
+    clusters, since `words` name the one; nor GPUs that the user has exported for sbatch, where `words` ask for some:
+    SLURM would add them, and refuses --gres beside --gpus-per-node from 26.05 on.
     """
-    ours = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    of_its_job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    ours = (*of_its_job, *asked.VARIABLES)
     saved = {k: v for k, v in os.environ.items() if k.startswith(ours) and k != "SLURM_CONF"}
     if any(re.match("--gpus|--gres=.*gpu", word) for word in words):
         saved |= {k: v for k, v in os.environ.items() if re.match("SBATCH_GPUS|SBATCH_GRES=.*gpu", f"{k}={v}")}

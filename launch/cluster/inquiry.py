@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from launch.cluster import environment, slurm, slurm_orders
+from launch.cluster import environment, slurm, slurm_orders, slurm_questions
 from launch.cluster.answers import SchedulerError
 from launch.cluster.environment import SHIPPED
 from launch.cluster.job import Job, flags
@@ -57,7 +57,7 @@ def most_submitted(qos: str | None) -> int | None:
     be asked."""
     limits = []
     asked = [
-        ["sacctmgr", "-nP", "show", "assoc", f"user={environment.user()}", "format=MaxSubmitJobs"],
+        [*_of_the_user(), "format=MaxSubmitJobs"],
         ["sacctmgr", "-nP", "show", "qos", *([qos] if qos else ["normal"]), "format=MaxSubmitJobsPU"],
     ]
     for command in asked:
@@ -66,12 +66,17 @@ def most_submitted(qos: str | None) -> int | None:
     return min(limits, default=None)
 
 
+def _of_the_user() -> list[str]:
+    """The words that ask accounting, which may know several clusters, for the user's part in this one."""
+    here = slurm_questions.cluster_name()
+    on_it = [f"cluster={here}"] if here else []
+    return ["sacctmgr", "-nP", "show", "assoc", f"user={environment.user()}", *on_it]
+
+
 def accounts() -> list[str]:
     """Those that the user may charge; none where accounting cannot be asked."""
     try:
-        told = slurm.run(
-            ["sacctmgr", "-nP", "show", "assoc", f"user={environment.user()}", "format=Account"], timeout_s=10
-        )
+        told = slurm.run([*_of_the_user(), "format=Account"], timeout_s=10)
     except SchedulerError:
         return []
     return sorted(set(told.split()))

@@ -13,7 +13,7 @@ from typing import Any
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir
 from ddpm.run.records import identity
-from launch.cluster import code
+from launch.cluster import asked, code
 from launch.cluster.site import NO_NODE, Site
 
 SBATCH_TIMEOUT_S = 60
@@ -111,6 +111,7 @@ class Job:
         if site.sbatch.get("no-requeue") not in (None, False):
             del values["requeue"]
         values.update({k: v for k, v in site.sbatch.items() if k != "gres" or "gres" not in values})
+        values["clusters"] = asked.cluster() or None  # none in a job, which is on its own
         values["exclude"] = ",".join(filter(None, [values["exclude"], *self.without])) or None
         return {k: v if v is True else str(v) for k, v in values.items() if v is not None and v is not False}
 

@@ -13,6 +13,7 @@ from typing import Any
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
+from launch.cluster import asked
 from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
 from launch.cluster.site import MEMORIES, Site, Stage
@@ -76,7 +77,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
-        "help": "auto: SLURM; local: the same jobs as processes on this machine",
+        "help": "auto: SLURM; local: the same jobs as processes on this machine. Another of the site's clusters: "
+        "--sbatch clusters=NAME",
     },
 }
 
@@ -153,7 +155,7 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
                 f"--sbatch {item}: needs a value, as in --sbatch {key}=VALUE; without one sbatch takes "
                 + (f"{near[0]}, and others" if near else f"{', '.join(sorted(BARE)[:4])} and others")
             )
-        extra[key] = value if eq else True
+        extra["clusters" if key == "cluster" else key] = value if eq else True
     for key in extra:
         if not re.fullmatch(r"[a-z][a-z-]*", str(key)):
             raise RequestError(
@@ -180,7 +182,28 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
         )
     _check_command(site)
     _check_setup(site)
-    return site
+    return site if site.is_local else _on_one_cluster(site)
+
+
+def _on_one_cluster(site: Site) -> Site:
+    """The site with the cluster on which its jobs are, if it or the shell names one, which this process then asks.
+
+    Raises RequestError where several are named.
+    """
+    name, exported = asked.exported()
+    named = site.sbatch.get("clusters")
+    where, cluster = ("--sbatch clusters", str(named)) if named is not None else (name, exported)
+    alone = "the jobs of a run are on one cluster, since they wait for one another"
+    for stage in ("sample", "evaluate"):
+        other = getattr(site, stage).sbatch.get("clusters", named)
+        if other != named:
+            raise RequestError(f"{stage}.sbatch: clusters = {other}: {alone}; leave it out, or give it for all of them")
+    if not cluster:
+        return site
+    if not asked.is_one(cluster):
+        raise RequestError(f"{where}={cluster}: {alone}; name one of them: --sbatch clusters=NAME")
+    asked.ask(cluster)
+    return site.model_copy(update={"sbatch": {**site.sbatch, "clusters": cluster}})
 
 
 def _check_command(site: Site) -> None:

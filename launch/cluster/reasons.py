@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from launch.cluster import asked
 from launch.cluster.answers import Queued
 
 
@@ -42,8 +43,8 @@ class Wait:
         }
 
 
-RELEASE = "scontrol release {job}"
-LOOK = "scontrol show job {job} says more"
+RELEASE = "{scontrol} release {job}"
+LOOK = "{scontrol} show job {job} says more"
 ASK_LESS = "{end}submit again "
 
 TABLE: tuple[tuple[str, str, str, str], ...] = (
@@ -113,7 +114,7 @@ def explain(job: str, queued: Queued, end: str = "") -> Wait | None:
     if queued.state != "PENDING":
         return None
     reason, start = (queued.reason or "None").strip("()"), queued.start
-    words_of = {"job": job, "end": f"{end}, then " if end else ""}
+    words_of = {"job": job, "scontrol": asked.typed("scontrol"), "end": f"{end}, then " if end else ""}
     known, _, detail = reason.partition(", ")  # ReqNodeNotAvail, UnavailableNodes:n[1-3]
     for name, words, step, marks in TABLE:
         if " " in name and reason.startswith(name):
@@ -126,7 +127,7 @@ def explain(job: str, queued: Queued, end: str = "") -> Wait | None:
             who, option = ("its QOS", "--qos") if known.startswith("QOS") else ("its account", "--account")
             told, todo = words.format(who=who), step.format(**words_of, option=option)
             return Wait(known, told, todo, *_marks(marks), start)
-    return Wait(reason, "SLURM says why it waits", LOOK.format(job=job), start=start)
+    return Wait(reason, "SLURM says why it waits", LOOK.format(**words_of), start=start)
 
 
 def _marks(marks: str) -> tuple[bool, bool]:

@@ -7,13 +7,15 @@ The modules behind it are not imported outside this room: what of them others ma
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from launch.cluster import by_submitit, by_template
+from launch.cluster import asked, by_submitit, by_template
 from launch.cluster.answers import NOT_REACHED, Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
+from launch.cluster.asked import typed
 from launch.cluster.by_template import submit_again
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
@@ -79,6 +81,11 @@ def fitting(job: Job) -> Job:
 def submit(job: Job) -> str:
     """Queue a job (from `fitting`); returns its id. Raises SchedulerError."""
     return WAYS[job.site.via].submit(job)
+
+
+def asking(cluster: str) -> contextlib.AbstractContextManager[None]:
+    """Within: SLURM's commands ask that cluster; "": the one that they ask anyway."""
+    return contextlib.nullcontext() if cluster in ("", cluster_name()) else asked.asking(cluster)
 
 
 def queued(jobs: list[str]) -> dict[str, str]:

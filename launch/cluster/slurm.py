@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from launch.cluster import asked
 from launch.cluster.answers import NoAnswer, SchedulerError
 
 TIMEOUT_S = 30
@@ -19,6 +20,8 @@ NO_ANSWER = re.compile(
     r"|[Cc]ould not establish a configuration source|Communication connection failure|Message (?:send|receive) failure"
     r"|authentication error|try (?:again|later)|Unexpected message received"
 )
+CLUSTER_LINE = re.compile(r"^CLUSTER: .*\n", re.M)
+"""What squeue and sinfo print before their answer where they are told which cluster to ask, even without a header."""
 LINES_AT_MOST = 20
 USERS_OWN = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCTMGR_")
 """Variables that change what SLURM's commands show to a user: removed, since their output is parsed here."""
@@ -60,9 +63,14 @@ def run(
     argv: list[str], *, timeout_s: float = TIMEOUT_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
     """Run a command; returns its output. env: default this process's, without USERS_OWN and with TIMES. Raises
-    SchedulerError."""
+    SchedulerError.
+
+    sbatch is told by an option where to queue: what is in its environment is in its job's.
+    """
     if env is None:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(USERS_OWN)} | TIMES
+        env = {k: v for k, v in os.environ.items() if not k.startswith((*USERS_OWN, "SLURM_CLUSTERS"))} | TIMES
+        if argv[0] != "sbatch" and (cluster := asked.cluster()):
+            env["SLURM_CLUSTERS"] = cluster
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, cwd=cwd, env=env
@@ -75,10 +83,11 @@ def run(
         raise NoAnswer(f"{argv[0]}: " + "\n  ".join(lines)) from None
     if done.returncode != 0:
         raise failure(argv[0], done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
-    return done.stdout
+    return CLUSTER_LINE.sub("", done.stdout)
 
 
 _answers: ContextVar[dict[tuple[str, ...], str] | None] = ContextVar("answers", default=None)
+"""The cluster that was asked and the words -> what it said."""
 
 
 @contextmanager
@@ -97,6 +106,7 @@ def ask(argv: list[str], *, timeout_s: float = TIMEOUT_S) -> str:
     kept = _answers.get()
     if kept is None:
         return run(argv, timeout_s=timeout_s)
-    if tuple(argv) not in kept:
-        kept[tuple(argv)] = run(argv, timeout_s=timeout_s)
-    return kept[tuple(argv)]
+    question = (asked.cluster(), *argv)
+    if question not in kept:
+        kept[question] = run(argv, timeout_s=timeout_s)
+    return kept[question]

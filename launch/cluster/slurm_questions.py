@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from ddpm.run.files import stamp
-from launch.cluster import environment, slurm
+from launch.cluster import asked, environment, slurm
 from launch.cluster.answers import Mercy, NoAnswer, Queued, SchedulerError, Shown
 from launch.cluster.slurm import TIMEOUT_S
 
@@ -59,15 +59,15 @@ def show(job: str, *, timeout_s: float = TIMEOUT_S) -> Shown | None:
 
 
 class _Together:
-    """Jobs that are asked about at once, and what was answered."""
+    """Jobs of the cluster that is asked now, which are asked about at once, and what was answered."""
 
     def __init__(self, jobs: Iterable[str]) -> None:
-        self._jobs = dict.fromkeys(jobs)
+        self._cluster, self._jobs = asked.cluster(), dict.fromkeys(jobs)
         self._found: dict[str, Queued] = {}
         self._asked_at = -FRESH_S
 
     def knows(self, jobs: list[str]) -> bool:
-        return self._jobs.keys() >= set(jobs)
+        return self._cluster == asked.cluster() and self._jobs.keys() >= set(jobs)
 
     def look_up(self, jobs: list[str]) -> dict[str, Queued]:
         ending = any(self._found[job].state == "COMPLETING" for job in jobs if job in self._found)

@@ -28,7 +28,14 @@ from launch.queue.directory import site_of
 from launch.queue.nodes import bad_nodes, to_avoid
 from launch.queue.submitting import sent_tasks, sent_where, submit, why_it_waits
 from launch.queue.turns import turn
-from launch.queue.waiting import evaluations_in_queue, is_told_to_stop, jobs_in_queue, known_stop, slurm_jobs
+from launch.queue.waiting import (
+    evaluations_in_queue,
+    is_told_to_stop,
+    jobs_in_queue,
+    known_stop,
+    on_other_clusters,
+    slurm_jobs,
+)
 from launch.queue.work import to_end
 
 MAX_ROUNDS = 3
@@ -72,7 +79,7 @@ def nothing_to_train(run: RunDir, config: Config) -> str | None:
 
 def is_training(run: RunDir) -> bool:
     """Whether a training job is queued or running, in SLURM or on this machine. Raises SchedulerError."""
-    return local.running(run) is not None or bool(jobs_in_queue(run, "train"))
+    return local.running(run) is not None or bool(jobs_in_queue(run, "train") or on_other_clusters(run, "train"))
 
 
 def lift_stop(run: RunDir) -> None:

@@ -68,8 +68,8 @@ def _submit(job: Job) -> str:
     except (scheduler.NoAnswer, scheduler.NoJobId) as e:
         raise scheduler.NoAnswer(
             f"no clear answer from SLURM, which may have queued the {job.stage} job all the same: {e}\n"
-            f"Once it answers, look with squeue --me --name {options['job-name']}, scancel what that shows, and submit "
-            f"again to go on"
+            f"Once it answers, look with {scheduler.typed('squeue')} --me --name {options['job-name']}, "
+            f"{scheduler.typed('scancel')} what that shows, and submit again to go on"
         ) from None
     except scheduler.SchedulerError as e:
         step = scheduler.wait_for_room(str(e)) or "python launch/doctor.py asks what this site takes of a job"
@@ -94,7 +94,7 @@ def submit_alone(job: Job) -> tuple[str, str]:
     """Queue a job that no chain of ours begins with; its id, and what it waits for. Raises as `submit` does."""
     job_id = submit(job)
     try:
-        return job_id, "" if job.after else why_it_waits(job_id, job.stage, f"scancel {job_id}")
+        return job_id, "" if job.after else why_it_waits(job_id, job.stage, f"{scheduler.typed('scancel')} {job_id}")
     except RequestError:
         scheduler.cancel([job_id])
         raise
@@ -146,6 +146,7 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
     """
     told = submission(run, job)  # of one by hand there is none, and any of it may be lost
     options = {**(told.get("options") or _as_it_is(job)), **({"exclude": avoided} if avoided else {})}
+    options.pop("clusters", None)  # it stays on this one
     if "output" in options:  # of a task of an array, which the successor is not
         options["output"] = str(options["output"]).replace("%A_%a", "%j")
     record = {"set": told.get("set", environment.sample_set()), "options": options, "args": told.get("args") or []}

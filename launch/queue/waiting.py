@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,39 @@ def of_this_cluster(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     stay."""
     here = scheduler.cluster_name()
     return [e for e in events if not here or e.get("cluster", here) == here]
+
+
+def home(events: list[dict[str, Any]]) -> str:
+    """The cluster of the run's last job; "" where nothing says so."""
+    return next((str(e.get("cluster", "")) for e in reversed(events) if _is_job(e)), "")
+
+
+def on_other_clusters(run: RunDir, stage: str | None = None) -> dict[str, str]:
+    """The run's jobs, of one stage or of all, that SLURM has on other clusters than the one that is asked, as 17;b ->
+    state. A cluster that does not answer counts as having none, with a warning unless it is not known here."""
+    events, here = read_events(run), scheduler.cluster_name()
+    others = dict.fromkeys(str(e["cluster"]) for e in events if _is_job(e) and e.get("cluster", here) != here)
+    found: dict[str, str] = {}
+    for cluster in others if here and scheduler.available() else ():
+        with scheduler.asking(cluster):
+            try:
+                states = scheduler.queued(slurm_jobs(run, events, stage))
+            except scheduler.SchedulerError as e:
+                if isinstance(e, scheduler.NoAnswer):
+                    _warn(f"cluster {cluster}, which had jobs of run {run.name}: {str(e).splitlines()[-1].strip()}")
+                continue
+        found |= {f"{job};{cluster}": state for job, state in states.items()}
+    return found
+
+
+@cache
+def _warn(what: str) -> None:
+    """Once, however often it is asked."""
+    print(f"warning: {what}", file=sys.stderr)
+
+
+def _is_job(event: dict[str, Any]) -> bool:
+    return event["event"] in ("submitted", "allocated") and str(event["job"])[:1].isdigit()
 
 
 def is_of(run: RunDir, submitted: dict[str, Any]) -> bool:
@@ -120,7 +154,7 @@ def slurm_jobs(run: RunDir, events: list[dict[str, Any]], stage: str | None = No
     """
     events = of_this_cluster(events)
     others = {e["job"] for e in events if e["event"] == "submitted" and not is_of(run, e)}
-    told = (e for e in events if e["event"] in ("submitted", "allocated") and e["job"][:1].isdigit())
+    told = (e for e in events if _is_job(e))
     told = (e for e in told if e["job"] not in others)
     wanted = (e for e in told if stage is None or (e.get("stage", "train"), e.get("set", "")) == (stage, set_name))
     return list(dict.fromkeys(e["job"] for e in wanted))

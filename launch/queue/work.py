@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler
 from launch.queue import local
 from launch.queue.turns import turn
-from launch.queue.waiting import asked_together, slurm_jobs
+from launch.queue.waiting import asked_together, on_other_clusters, slurm_jobs
 
 OVER = ("finished", "failed", "requeued", "cancelled")
 
@@ -25,7 +25,7 @@ OVER = ("finished", "failed", "requeued", "cancelled")
 @dataclass(frozen=True)
 class Work:
     jobs: dict[str, str]
-    """SLURM's job -> state; for an array that of its liveliest task."""
+    """SLURM's job -> state; for an array that of its liveliest task. 17;b on another cluster than the one asked."""
     here: dict[str, int]
     """Background job of this machine -> pid."""
     elsewhere: str = ""
@@ -35,9 +35,30 @@ class Work:
         return bool(self.jobs or self.here or self.elsewhere)
 
     def __str__(self) -> str:
-        told = [f"job {job} ({state.lower()})" for job, state in self.jobs.items()]
+        told = [f"job {named(job)} ({state.lower()})" for job, state in self.jobs.items()]
         told += [f"pid {pid} on this machine" for pid in self.here.values()]
         return ", ".join([*told, *([self.elsewhere] if self.elsewhere else [])])
+
+
+def named(job: str) -> str:
+    """A job of `Work.jobs` for people."""
+    return job.replace(";", " of cluster ")
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancel jobs of `Work.jobs`, wherever they are. Raises SchedulerError."""
+    _order(jobs, scheduler.cancel)
+
+
+def _order(jobs: Iterable[str], order: Callable[[list[str]], None]) -> None:
+    """One order to each cluster that has some of them."""
+    numbers: dict[str, list[str]] = {}
+    for job in jobs:
+        number, _, cluster = job.partition(";")
+        numbers.setdefault(cluster, []).append(number)
+    for cluster, some in numbers.items():
+        with scheduler.asking(cluster):
+            order(some)
 
 
 def to_end(run: RunDir) -> str:
@@ -51,7 +72,7 @@ def of_run(run: RunDir) -> Work:
     jobs = slurm_jobs(run, events)
     asked = jobs if scheduler.available() else []
     try:
-        states = scheduler.queued(asked) if asked else {}
+        states = {**(scheduler.queued(asked) if asked else {}), **on_other_clusters(run)}
     except scheduler.NoAnswer as e:
         raise scheduler.NoAnswer(
             f"cannot tell whether run {run.name} is at work while SLURM does not answer: {scheduler.NOT_REACHED}\n  {e}"
@@ -82,8 +103,7 @@ def end_all(runs: Sequence[RunDir]) -> list[Work]:
         for run, of_one in zip(runs, found, strict=True):
             if of_one:  # first: whatever comes back, or succeeds another, ends at its start
                 run.renew_stop()
-        if jobs := [job for of_one in found for job in of_one.jobs]:
-            scheduler.cancel_waiting(*jobs)
+        _order((job for of_one in found for job in of_one.jobs), lambda jobs: scheduler.cancel_waiting(*jobs))
     return found
 
 
@@ -91,13 +111,18 @@ def _beats(run: RunDir, events: list[dict[str, Any]], gone: list[str]) -> str:
     """The trainer of a recent heartbeat that has not ended and is no process of this machine, which would be known; ""
     if there is none.
 
-    gone: jobs that SLURM no longer has.
+    gone: jobs that this cluster no longer has.
     """
     beat, place = read_heartbeat(run), place_of(run)
     age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S
-    if age >= BEATS_S or beat.get("inode", place) != place or str(beat["job"]).partition("_")[0] in gone:
+    if age >= BEATS_S or beat.get("inode", place) != place or _is_gone(beat, gone):
         return ""
     of_life = [e for e in events if (e["job"], e["restart"]) == (str(beat["job"]), beat["restart"])]
     over = any(e["event"] in OVER for e in of_life)
     ours = any(e["event"] == "submitted" and e.get("host") == environment.host() and e.get("pid") for e in of_life)
     return "" if over or ours else f"job {beat['job']} on {beat.get('host', 'some host')}, alive {age:.0f} s ago"
+
+
+def _is_gone(beat: dict[str, Any], jobs: list[str]) -> bool:
+    here = scheduler.cluster_name()
+    return beat.get("cluster", here) == here and str(beat["job"]).partition("_")[0] in jobs

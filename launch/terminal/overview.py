@@ -138,6 +138,7 @@ def describe(
         "epoch": last.get("epoch"),
         "expected_end": made.end(now) if made else _expected_end(config, step, last) if state == "running" else None,
         "making": {"set": made.set_name, "images": made.images, "told": made.told(now)} if made else None,
+        "cluster": cluster_name() or None,
         "jobs": {**{job: told.state for job, told in (jobs or {}).items()}, **running},
         "stages": {e["job"]: e.get("stage", "train") for e in events if e["event"] == "submitted"},
         "waits": standing.waits(jobs or {}, work.to_end(run)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cluster.scheduler import Queued, Wait, explain
+from launch.cluster.scheduler import Queued, Wait, explain, typed
 
 LATER = ("sample", "evaluate")
 DOING = {"sample": "sampling", "evaluate": "scoring"}
@@ -98,7 +98,7 @@ def waits(jobs: dict[str, Queued], end: str) -> list[dict[str, Any]]:
     """Of each job that waits: what for, and what to do; for --json. end: the command that ends all of the run's jobs,
     which nobody is told to type while one of them runs."""
     runs = any(told.state != "PENDING" for told in jobs.values())
-    found = ((job, explain(job, told, f"scancel {job}" if runs else end)) for job, told in jobs.items())
+    found = ((job, explain(job, told, f"{typed('scancel')} {job}" if runs else end)) for job, told in jobs.items())
     return [{"job": job, **wait.to_json()} for job, wait in found if wait]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ddpm.run.files import now
 from ddpm.run.log import plain
+from launch.cluster import scheduler
 from launch.terminal import columns as table
 from launch.terminal import standing, streams
 
@@ -62,6 +63,8 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
     for wait in row["waits"]:
         if wait["next_step"] or wait["expected_start"] or ("waits for" in left_out and wait["reason"] != "Dependency"):
             yield f"job {wait['job']} waits: {standing.line(wait)}"
+    if row["jobs"] and row.get("cluster") and row["cluster"] != scheduler.cluster_name():
+        yield f"its jobs are on cluster {row['cluster']}"
     if row["bad_nodes"] and details:
         error = f": {row['bad_nodes_error']}" if row["bad_nodes_error"] and not row["problem"] else ""
         yield f"lives of it died by themselves on {', '.join(row['bad_nodes'])}{error}"

@@ -4,9 +4,11 @@ node on which every job's first line ends its shell.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -214,3 +216,37 @@ def test_a_training_that_is_cancelled_takes_its_chain_along(strict: Site, via: s
         assert strict.bed.wait_state(job, timeout_s=60) == "CANCELLED", strict.log(name)
     (told,) = (e for e in read_events(strict.run_dir(name)) if e["event"] == "cancelled")
     assert (told["stage"], told["with_it"]) == ("train", later)
+
+
+@pytest.fixture
+def second(strict: Site) -> Iterator[SlurmTestbed]:
+    """Another cluster behind the same slurmdbd, which the strict one's login node reaches by -M."""
+    bed = SlurmTestbed(PROJECT, sys.executable, NODES="2", CLUSTER="second", BESIDE=str(strict.bed.cluster))
+    try:
+        bed.start()
+        yield bed
+    finally:
+        bed.stop()
+
+
+def test_a_run_on_another_cluster_is_seen_and_stopped_from_the_login_and_put_back_without_accounting(
+    strict: Site, second: SlurmTestbed
+) -> None:
+    """Its first jobs have ids that the login's own cluster has given to others, long ago."""
+    there = replace(strict, exported={"SLURM_CLUSTERS": "second"})
+    asked = ["--gpus-per-node", "0", "train.total_steps=100000", "--tasks", "1", "--then", "sample,evaluate"]
+    jobs = there.submit("away", *asked, "--via", "sbatch")
+    assert jobs == ["1", "2", "3"] and second.squeue("-j", "1").split()[0] == "1"
+    strict.wait_logged("away", 1)
+    strict.bed.admin(["pkill", "-STOP", "-F", str(strict.bed.cluster / "slurmdbd.pid")])  # as from a node's network
+    try:
+        second.preempt(second.node_of("1") or "", 1)
+        second.wait_for(lambda: second.restart_count("1") == 1 and second.job_state("1") == "RUNNING", 90, "its return")
+    finally:
+        strict.bed.admin(["pkill", "-CONT", "-F", str(strict.bed.cluster / "slurmdbd.pid")])
+    said = strict.script("submit", "--partition", "gpu", "--name", "away", f"data.path={strict.images}", *SMALL, code=2)
+    assert "queue of cluster second as job 1" in said
+    (row,) = json.loads(strict.script("status", "away", "--json"))
+    assert (row["state"], row["cluster"], row["jobs"]["2"]) == ("running", "second", "PENDING")
+    said = strict.script("cancel", "away")
+    assert "told to save and leave: job 1 of cluster second" in said and second.squeue() == ""

@@ -29,6 +29,8 @@ Settings, by environment variable (default):
   GPU_TYPE (none)       type of the GPUs, e.g. a100: nodes then have gpu:a100:2
   SUBMIT_LUA (none)     a job_submit.lua: the site's plugin, which may refuse
   ACCOUNTING (0)        1: slurmdbd, with the account `lab` for the user games, and limits that hold
+  CLUSTER (testbed)     its name
+  BESIDE (none)         DIR of a running testbed with ACCOUNTING=1, whose slurmdbd knows this cluster too: sbatch -M
   EXTRA_CONF            a file whose lines end slurm.conf
 
 Exit codes: 0 ready, 1 the daemons did not come up, 2 the request was wrong, 3 the machine lacks something.
@@ -72,7 +74,8 @@ esac
 DIR=$(realpath -m "${1:-/tmp/ddpm-slurm-testbed}")
 NODES=${NODES:-4} CPUS=${CPUS:-4} GPUS=${GPUS:-2} MEM=${MEM:-16000} GRACE=${GRACE:-10} KILLWAIT=${KILLWAIT:-5}
 CRED_EXPIRE=${CRED_EXPIRE:-5} SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-20} BASE_PORT=${BASE_PORT:-} EXTRA_CONF=${EXTRA_CONF:-}
-GPU_TYPE=${GPU_TYPE:-} SUBMIT_LUA=${SUBMIT_LUA:-} ACCOUNTING=${ACCOUNTING:-0}
+GPU_TYPE=${GPU_TYPE:-} SUBMIT_LUA=${SUBMIT_LUA:-} ACCOUNTING=${ACCOUNTING:-0} CLUSTER=${CLUSTER:-testbed}
+BESIDE=${BESIDE:+$(realpath -m "$BESIDE")}
 
 # What is wrong with the request itself comes first.
 for knob in NODES CPUS GPUS MEM GRACE KILLWAIT CRED_EXPIRE SLURMD_TIMEOUT ACCOUNTING; do
@@ -85,6 +88,8 @@ done
 # slurm.conf cannot quote a path, and munge's socket has to fit into a sockaddr_un (108 bytes).
 [[ $DIR =~ ^/[A-Za-z0-9._/-]+$ && ${#DIR} -le 80 ]] || die 2 "DIR=$DIR: at most 80 of A-Z a-z 0-9 . _ / -"
 [[ $GPU_TYPE =~ ^[A-Za-z0-9_.-]*$ ]] || die 2 "GPU_TYPE=$GPU_TYPE: letters, digits and _.- only"
+[[ $CLUSTER =~ ^[a-z][a-z0-9_]*$ ]] || die 2 "CLUSTER=$CLUSTER: small letters, digits and _ only"
+[ -z "$BESIDE" ] || [ -s "$BESIDE/slurmdbd.pid" ] || die 2 "BESIDE=$BESIDE: no testbed with ACCOUNTING=1 runs there"
 [ -z "$SUBMIT_LUA" ] || [ -r "$SUBMIT_LUA" ] || die 2 "SUBMIT_LUA=$SUBMIT_LUA cannot be read"
 [ -z "$EXTRA_CONF" ] || [ -r "$EXTRA_CONF" ] || die 2 "EXTRA_CONF=$EXTRA_CONF cannot be read"
 if [ -e "$DIR/slurm.conf" ]; then
@@ -125,10 +130,14 @@ chmod 700 "$DIR/state"
 chmod 711 "$DIR/munge"
 for ((i = 1; i <= NODES; i++)); do mkdir -p "$DIR/spool/n$i"; done
 CTLD_PORT=${BASE_PORT:-$(free_ports $((NODES + 3)))} || die 1 "no $((NODES + 3)) free ports in a row"
-DBD_PORT=$((CTLD_PORT + NODES + 1)) SQL_PORT=$((CTLD_PORT + NODES + 2))
+DBD_PORT=$((CTLD_PORT + NODES + 1)) SQL_PORT=$((CTLD_PORT + NODES + 2)) SOCKET=$DIR/munge/socket
+if [ -n "$BESIDE" ]; then
+    DBD_PORT=$(sed -n 's/^DbdPort=//p' "$BESIDE/slurmdbd.conf") SOCKET=$BESIDE/munge/socket
+fi
 HOST=$(hostname -s)
 
 sed -e "s|@DIR@|$DIR|g; s|@HOST@|$HOST|g; s|@CTLD_PORT@|$CTLD_PORT|g; s|@CRED_EXPIRE@|$CRED_EXPIRE|g" \
+    -e "s|@CLUSTER@|$CLUSTER|g; s|@SOCKET@|$SOCKET|g" \
     -e "s|@KILLWAIT@|$KILLWAIT|g; s|@SLURMD_TIMEOUT@|$SLURMD_TIMEOUT|g" "$HERE/slurm.conf.in" >"$DIR/slurm.conf"
 GRES=
 [ "$GPUS" = 0 ] || GRES="Gres=gpu:${GPU_TYPE:+$GPU_TYPE:}$GPUS"
@@ -144,11 +153,11 @@ if [ -n "$SUBMIT_LUA" ]; then
     cp "$SUBMIT_LUA" "$DIR/job_submit.lua"   # SLURM looks for it beside slurm.conf
     echo "JobSubmitPlugins=lua" >>"$DIR/slurm.conf"
 fi
-[ "$ACCOUNTING" = 0 ] || cat >>"$DIR/slurm.conf" <<CONF
+[ "$ACCOUNTING$BESIDE" = 0 ] || cat >>"$DIR/slurm.conf" <<CONF
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=localhost
 AccountingStoragePort=$DBD_PORT
-AccountingStoragePass=$DIR/munge/socket
+AccountingStoragePass=$SOCKET
 AccountingStorageTRES=gres/gpu
 AccountingStorageEnforce=associations,limits,qos
 CONF
@@ -188,7 +197,7 @@ start_daemon() {
     "$@" </dev/null >"$DIR/log/start.log" 2>&1 || { cat "$DIR/log/start.log" >&2; give_up "$1 did not start"; }
 }
 
-# A database and slurmdbd, which keeps in it whom the cluster serves and with which limits.
+# A database and slurmdbd, which keeps in it whom clusters serve and with which limits.
 start_accounting() {
     mkdir -p "$DIR/sql"
     [ -d "$DIR/sql/mysql" ] || mariadb-install-db --user=root --datadir="$DIR/sql" --skip-test-db \
@@ -221,26 +230,35 @@ StorageLoc=slurm_acct
 CONF
     )
     start_daemon slurmdbd
-    end=$((SECONDS + 40))
-    until sacctmgr -i -Q add cluster testbed >"$DIR/log/sacctmgr.log" 2>&1 || sacctmgr -n show cluster 2>/dev/null | grep -q testbed; do
+}
+
+# This cluster in that database.
+join_accounting() {
+    local end=$((SECONDS + 40))
+    until sacctmgr -i -Q add cluster "$CLUSTER" >"$DIR/log/sacctmgr.log" 2>&1 || sacctmgr -n show cluster 2>/dev/null | grep -qw "$CLUSTER"; do
         [ $SECONDS -lt $end ] || give_up "slurmdbd did not answer in 40 s"
         sleep 0.2
     done
     # which a testbed that is started again has already
-    sacctmgr -i -Q add account lab Description=lab Organization=lab >/dev/null || sacctmgr -n show account lab | grep -q lab
+    sacctmgr -i -Q add account lab Cluster="$CLUSTER" Description=lab Organization=lab >/dev/null ||
+        sacctmgr -n show assoc account=lab cluster="$CLUSTER" | grep -q lab
     # not nobody, for whom SLURM has a uid of its own from 25.11 on
-    sacctmgr -i -Q add user games Account=lab DefaultAccount=lab >/dev/null || sacctmgr -n show user games | grep -q lab
+    sacctmgr -i -Q add user games Account=lab Cluster="$CLUSTER" DefaultAccount=lab >/dev/null ||
+        sacctmgr -n show assoc user=games cluster="$CLUSTER" | grep -q lab
     sacctmgr -i -Q add user root Account=root AdminLevel=Admin >/dev/null 2>&1 || true
 }
 
-[ -s "$DIR/munge/key" ] || { head -c 1024 /dev/urandom >"$DIR/munge/key"; chmod 400 "$DIR/munge/key"; }
-start_daemon munged --key-file="$DIR/munge/key" --socket="$DIR/munge/socket" --pid-file="$DIR/munge/pid" \
-    --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge/seed" --num-threads=2
-for _ in $(seq 50); do
-    munge -S "$DIR/munge/socket" -n >/dev/null 2>&1 && break
-    sleep 0.1
-done
-[ "$ACCOUNTING" = 0 ] || start_accounting
+if [ -z "$BESIDE" ]; then
+    [ -s "$DIR/munge/key" ] || { head -c 1024 /dev/urandom >"$DIR/munge/key"; chmod 400 "$DIR/munge/key"; }
+    start_daemon munged --key-file="$DIR/munge/key" --socket="$SOCKET" --pid-file="$DIR/munge/pid" \
+        --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge/seed" --num-threads=2
+    for _ in $(seq 50); do
+        munge -S "$SOCKET" -n >/dev/null 2>&1 && break
+        sleep 0.1
+    done
+    [ "$ACCOUNTING" = 0 ] || start_accounting
+fi
+[ "$ACCOUNTING$BESIDE" = 0 ] || join_accounting
 # Before 21.08 slurmctld looks for job_submit.lua in /etc/slurm alone: it is shown DIR in the place of that.
 if [ -n "$SUBMIT_LUA" ] && [ "$(printf '%s\n' 21.08 "$VERSION" | sort -V | head -n 1)" != 21.08 ]; then
     SEEN=(unshare --mount sh -c 'mount --bind "$0" /etc/slurm && exec "$@"' "$DIR")

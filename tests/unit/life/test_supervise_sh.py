@@ -176,6 +176,14 @@ def test_setup_lines_run_where_the_job_was_submitted(shell: Shell, tmp_path: Pat
     )
 
 
+def test_a_job_asks_its_own_cluster_whatever_the_users_shell_or_a_setup_line_named(shell: Shell) -> None:
+    say = '"$SLURM_CLUSTERS$SBATCH_CLUSTERS"'
+    shell.put("scontrol", f"echo $1 {say} >> {shell.bin}/orders; echo JobId=17 JobState=RUNNING Reason=None")
+    named = "export SLURM_CLUSTERS=bravo SBATCH_CLUSTERS=bravo"
+    shell.life(f"echo it asks {say}.; {named}; exit 1", setup=f"{named}\n")
+    assert "it asks ." in shell.said and {order.strip() for order in shell.orders()} >= {"show", "requeue"}
+
+
 def test_our_supervisor_is_heard(shell: Shell) -> None:
     shell.run.exit_marker("17", 0).write_text("78 crash")
     assert shell.life("exit 78", python=sys.executable) == 78

@@ -14,8 +14,12 @@ from ddpm.errors import RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import stamp, write_json
 from ddpm.run.paths import RunDir
-from launch.cluster import environment, scheduler
-from launch.queue import local, work
+from launch import prepare, status
+from launch.cluster import asked, environment, scheduler
+from launch.cluster.site import Site
+from launch.queue import chain, local, waiting, work
+from launch.terminal import overview
+from tests.training import make_config
 
 
 @pytest.fixture
@@ -147,3 +151,98 @@ def test_a_run_that_cannot_be_written_is_not_ended_from_here(
     monkeypatch.setattr(work, "not_ours", lambda path: owner)
     with pytest.raises(RequestError, match=f"cannot be ended from here: {owner or '.*cannot be written'}"):
         work.end(run)
+
+
+UNKNOWN = (
+    "squeue: error: No cluster 'bravo' known by database.\n  error: 'bravo' can't be reached now, or it is an invalid "
+    "entry for SLURM_CLUSTERS.  Use 'sacctmgr list clusters' to see available clusters."
+)
+SILENT = "squeue: slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+"""As SLURM 22.05 says it."""
+
+
+@pytest.fixture
+def two(run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What two clusters have whose jobs have the same ids; asked from a login of alpha."""
+    has: dict[str, Any] = {}
+
+    def queued(jobs: list[str]) -> dict[str, str]:
+        if isinstance(has[asked.cluster() or "alpha"], Exception):
+            raise has[asked.cluster() or "alpha"]
+        return {job: state for job, state in has[asked.cluster() or "alpha"].items() if job in jobs}
+
+    slurm["states"] = {}
+    monkeypatch.setattr(scheduler, "queued", queued)
+    monkeypatch.setattr(scheduler, "cluster_name", lambda: asked.cluster() or "alpha")
+    monkeypatch.setattr(scheduler, "cancel", lambda jobs: slurm["cancelled"].append((jobs, asked.cluster())))
+    monkeypatch.setattr(scheduler, "cancel_waiting", lambda job: slurm["cancelled"].append((job, asked.cluster())))
+    monkeypatch.delenv("SLURM_CLUSTERS", raising=False)
+    for cluster in ("alpha", "bravo"):
+        EventLog(run, "17", 0, "login", prefix="submit-", cluster=cluster).append(
+            "submitted", stage="train", via="sbatch"
+        )
+    return has
+
+
+def test_jobs_are_found_and_ended_on_the_cluster_where_they_are(
+    run: RunDir, slurm: dict[str, Any], two: dict[str, Any]
+) -> None:
+    two |= {"alpha": {}, "bravo": {"17": "PENDING"}}
+    found = work.end(run)
+    assert str(found) == "job 17 of cluster bravo (pending)" and slurm["cancelled"] == [("17", "bravo")]
+    assert chain.is_training(run) and not waiting.jobs_in_queue(run, "train")
+    work.cancel(found.jobs)
+    assert slurm["cancelled"][1:] == [(["17"], "bravo")]
+    two["alpha"] = {"17": "RUNNING"}
+    assert work.of_run(run).jobs == {"17": "RUNNING", "17;bravo": "PENDING"}
+
+
+def test_a_cluster_that_is_not_known_here_has_nothing_and_of_one_that_is_silent_that_is_told_once(
+    run: RunDir, two: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    two |= {"alpha": {}, "bravo": scheduler.SchedulerError(UNKNOWN)}
+    assert not work.of_run(run) and capsys.readouterr().err == ""
+    two["bravo"] = scheduler.NoAnswer(SILENT)
+    assert not work.of_run(run) and not work.of_run(run)
+    assert capsys.readouterr().err == f"warning: cluster bravo, which had jobs of run run: {SILENT}\n"
+
+
+def test_a_heartbeat_of_one_clusters_job_is_not_taken_for_that_of_anothers_which_is_gone(
+    run: RunDir, two: dict[str, Any]
+) -> None:
+    two |= {"alpha": {}, "bravo": scheduler.SchedulerError(UNKNOWN)}
+    beats(run, cluster="alpha")
+    assert not work.of_run(run)
+    beats(run, cluster="bravo")
+    assert "job 17 on n1, alive" in str(work.of_run(run))
+
+
+def test_a_submission_to_another_cluster_than_the_one_that_has_the_run_is_refused(
+    run: RunDir, two: dict[str, Any]
+) -> None:
+    two |= {"alpha": {}, "bravo": {"17": "RUNNING"}}
+    with pytest.raises(RequestError, match=r"queue of cluster bravo as job 17: .*--sbatch clusters=bravo"):
+        prepare.is_at_work(run, make_config(), Site())
+
+
+def test_one_login_shows_runs_with_the_same_job_id_on_two_clusters(
+    run: RunDir, two: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RunDir(run.path.with_name("other"))
+    other.events.mkdir(parents=True)
+    EventLog(other, "17", 0, "login", prefix="submit-", cluster="alpha").append(
+        "submitted", stage="train", via="sbatch"
+    )
+    two |= {"alpha": {"17": scheduler.Queued("PENDING")}, "bravo": {"17": scheduler.Queued("RUNNING")}}
+    monkeypatch.setattr(scheduler, "look_up", scheduler.queued)
+    monkeypatch.setattr(overview, "cluster_name", scheduler.cluster_name)
+    monkeypatch.setattr(local, "at_work", lambda run, events: {})
+    told: list[str] = []
+    rows = status.rows_of([other, run], told.append)
+    assert [(row["state"], row["cluster"], row["jobs"]) for row in rows] == [
+        ("queued", "alpha", {"17": "PENDING"}), ("running", "bravo", {"17": "RUNNING"}),
+    ]  # fmt: skip
+    two["bravo"] = scheduler.SchedulerError(UNKNOWN)
+    assert [row["state"] for row in status.rows_of([other, run], told.append)] == ["queued", "elsewhere"] and not told
+    two["bravo"] = scheduler.NoAnswer(SILENT)
+    assert status.rows_of([run], told.append)[0]["state"] == "elsewhere" and SILENT in told[0]
