@@ -38,7 +38,8 @@ def leave_other_pythons_out() -> None:
         return bool(of) and own not in of
 
     shown = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if others := [path for path in shown if is_anothers(path)]:
+    others = [path for path in shown if is_anothers(path)]
+    if others:
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in shown if path not in others)
         sys.path[:] = [path for path in sys.path if path not in others]
 
