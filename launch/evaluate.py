@@ -116,7 +116,8 @@ def _check(args: argparse.Namespace, parser: console.Parser) -> None:
     of_a_set = {"--images": args.images, "--compare": args.compare, "--set": args.set_name,
                 "--extractor": args.extractor, "--reference": args.reference,
                 "--bits-per-dim": args.bits_per_dim}  # fmt: skip
-    if args.all_milestones and (given := [option for option, value in of_a_set.items() if value]):
+    given = [option for option, value in of_a_set.items() if value]
+    if args.all_milestones and given:
         parser.error(
             f"--all-milestones does not go with {' and '.join(given)}: milestones are sampled and scored as the run's "
             f"config says (sample, evaluate)"
