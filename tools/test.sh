@@ -50,10 +50,15 @@ pytest_line() { # Nth of `lines`
     cat "$logs/$1"
 }
 
+types() {
+    cat "$logs/types"
+    return "$(cat "$logs/types.code")"
+}
+
 step ruff "$python" -m ruff check .
-step mypy "$python" -m mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what runs side by side must not fight for cores
 if [ $# != 0 ]; then
+    step mypy "$python" -m mypy
     paths=(tests) # which a path among the arguments replaces
     for arg in "$@"; do
         case $arg in
@@ -66,16 +71,18 @@ else
     export DDPM_TEST_SEED=${DDPM_TEST_SEED:-$RANDOM} # one for all: what a failure needs to be seen again
     logs=$(mktemp -d)
     trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$logs"' EXIT
-    echo "== pytest: in five parts, three at a time; what each said when it is over"
+    echo "== mypy, and pytest in five parts, three at a time; what each said when it is over"
     # The longest first: the tests on SLURM mostly wait, for grace periods and time limits.
     covered=(tests/unit/run tests/unit/sampling) # of the rooms that save, fence and publish: every branch
     elsewhere=(tests/slurm tests/compat tests/cli tests/chaos "${covered[@]}")
     lines=("tests/slurm tests/compat" "tests ${elsewhere[*]/#/--ignore=}" tests/cli tests/chaos "${covered[*]}")
+    { "$python" -m mypy >"$logs/types" 2>&1; echo $? >"$logs/types.code"; } &
     for i in "${!lines[@]}"; do
         while [ "$(jobs -rp | wc -l)" -ge 3 ]; do wait -n; done
         pytest_line "$i" &
     done
     wait
+    step mypy types
     for i in "${!lines[@]}"; do [ "$rc" != 0 ] || rc=$(cat "$logs/$i.code" 2>/dev/null || echo 1); done
     step coverage "$python" -m coverage report
 fi

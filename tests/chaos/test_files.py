@@ -31,7 +31,7 @@ def test_a_killed_trainer_loses_nothing_acknowledged_and_ends_the_same() -> None
 NOTICED = [name for name, mutant in mutants.MUTANTS.items() if mutant.row in QUICK]
 
 
-@pytest.mark.parametrize("name", drawn("mutants of quick rows", NOTICED, 4))
+@pytest.mark.parametrize("name", drawn("mutants of quick rows", NOTICED, 2))
 def test_a_row_notices_the_mutant(name: str) -> None:
     mutant = mutants.MUTANTS[name]
     row, _, reduced = QUICK[mutant.row]
@@ -39,7 +39,7 @@ def test_a_row_notices_the_mutant(name: str) -> None:
         assert not row(reduced).passed
 
 
-@pytest.mark.parametrize("name", drawn("mutated copies", mutants.MUTANTS, 3))
+@pytest.mark.parametrize("name", drawn("mutated copies", mutants.MUTANTS, 1))
 def test_a_copy_of_the_project_has_the_mutant_in_every_process(name: str) -> None:
     module, function = mutants.MUTANTS[name].module, mutants.MUTANTS[name].name
     look = f"import pkgutil; f = pkgutil.resolve_name('{module}:{function}'); print(f.__code__.co_filename)"

@@ -8,7 +8,7 @@ from ddpm.config.data import Data
 from ddpm.data.packed import pack
 from tests.training import Life, make_config, make_run
 
-NUM_SAMPLES = 200
+NUM_SAMPLES = 100
 GUIDANCE = 1.5
 
 

@@ -5,7 +5,7 @@ intervals; precision is off. Structure, schedule, loss, optimizer, accumulation 
 names a folder or zip of ten classes for the CIFAR-10 recipes to train on; else there are pictures made here. CelebA is
 in miniature.
 
-Of the recipes at 32x32 two, drawn anew each time, learn for 200 steps of 8 images. The others, and those at 64x64 and
+Of the recipes at 32x32 one, drawn anew each time, learns for 200 steps of 8 images. The others, and those at 64x64 and
 128x128, go through the same life in 12 steps of 2 images, or of one in each micro-batch, and their loss is not judged.
 DDPM_TEST_FULL=1 gives all of them 400 steps of 32 images.
 """
@@ -70,7 +70,7 @@ def judged() -> set[str]:
     """Recipes that learn long enough for their loss to be judged."""
     configs = {name: reading.load(path, chosen) for name, (path, chosen) in RECIPES.items()}
     small = [name for name, config in configs.items() if config.data.image_size <= 32]
-    return set(RECIPES) if FULL else set(drawn("recipes that learn", small, 2))
+    return set(RECIPES) if FULL else set(drawn("recipes that learn", small, 1))
 
 
 JUDGED = judged()

@@ -214,7 +214,7 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     profile.write_text(f"notify: {{mail: me@example.org, command: [tee, -a, {told}]}}\n")
     train, sample, evaluate = site.submit(
         "chain", "--profile", str(profile), "--gpus-per-node", "0", "train.total_steps=30", "sample.steps=60",
-        "sample.num_samples=256", "sample.shards=4", "--then", "sample,evaluate", "--max-parallel", "2",
+        "sample.num_samples=128", "sample.shards=4", "--then", "sample,evaluate", "--max-parallel", "2",
     )  # fmt: skip
     bed = site.bed
     run = site.run_dir("chain")
@@ -233,7 +233,7 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     assert bed.wait_state(evaluate, timeout_s=60) == "COMPLETED", site.log("chain")
     assert sum(r["Restarts"] != "0" for r in bed.records(sample)) >= 1
     record = read_json(run.eval / "ddim60-step30-seed0.json") or {}
-    assert record["num_samples"] == 256 and record["checkpoint"]["step"] == 30 and record["seed"] == 0
+    assert record["num_samples"] == 128 and record["checkpoint"]["step"] == 30 and record["seed"] == 0
     assert record["sampler"] == {"name": "ddim", "steps": 60, "eta": 0.0, "guidance": None}
     assert record["reference"]["split"] == "train" and record["extractor"]["name"] == "pixels"
     assert "fid" not in record and record["frechet_distance"] > 0
@@ -253,7 +253,7 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
 
 def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: Site) -> None:
     train, sample, evaluate = site.submit(
-        "heirs", "--gpus-per-node", "0", "train.total_steps=600", "--sbatch", "no-requeue", "--via", "sbatch", "--then",
+        "heirs", "--gpus-per-node", "0", "train.total_steps=200", "--sbatch", "no-requeue", "--via", "sbatch", "--then",
         "sample,evaluate", "sample.num_samples=32", "sample.shards=1", "sample.steps=5",
     )  # fmt: skip
     site.wait_logged("heirs", 2)
@@ -262,7 +262,7 @@ def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: 
     run = site.run_dir("heirs")
     (heir,) = (e["job"] for e in read_events(run) if e.get("successor_of") == train)
     assert site.bed.job_state(heir) == "COMPLETED" and site.bed.job_states(sample) == ["COMPLETED"]
-    assert (read_json(run.eval / "ddim5-step600-seed0.json") or {})["num_samples"] == 32
+    assert (read_json(run.eval / "ddim5-step200-seed0.json") or {})["num_samples"] == 32
 
 
 @pytest.mark.parametrize("via", drawn("exported, via", ["submitit", "sbatch"], 1))

@@ -427,8 +427,8 @@ LIVES = """
 
 
 def test_lives_whose_updates_are_replayed_end_with_the_bits_of_those_taken_kernel_by_kernel() -> None:
-    requires_triton_3_4()
     """Stopped, rolled back, and with gradients that several ranks exchange; near to a life of torch's update."""
+    requires_triton_3_4()
     code = """
     calm = ended("calm", begin=on_a_gpu())
     assert Recorder.launches == 3 * (1 + 1 + 1)  # to compile, the first step, its recording
