@@ -129,7 +129,7 @@ def test_cancelling_takes_what_waits_out_of_the_queue_and_has_what_runs_save(she
     done = shell("cancel", "tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "told to save and leave: job 101\ncancelled: job 102\n" in done.stdout
-    assert told.read_text().splitlines() == ["--state=PENDING 101", "--state=PENDING 102"]
+    assert told.read_text().splitlines() == ["--state=PENDING 101 102"]
     twice = shell("cancel", "tiny", "../runs/tiny").stdout
     assert twice == "run tiny: nothing of it is queued or at work\n"
 
