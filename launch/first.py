@@ -41,7 +41,8 @@ def leave_other_pythons_out() -> None:
     others = [path for path in shown if is_anothers(path)]
     if others:
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in shown if path not in others)
-        sys.path[:] = [path for path in sys.path if path not in others]
+        gone = [os.path.abspath(path) for path in others]  # noqa: PTH100 - as Python has written them
+        sys.path[:] = [path for path in sys.path if path not in gone]
 
 
 def lacking() -> str:

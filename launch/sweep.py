@@ -246,7 +246,7 @@ def _tell_what_they_wait_for(points: list[Point], known: set[str]) -> None:
                 with naming(point.asked.sweep):
                     told = why_it_waits(jobs[0], "first", work.to_end(point.asked.run))
             except RequestError:
-                scheduler.cancel(jobs)
+                scheduler.cancel([job for job in jobs if job not in known])
                 point.begun = None
                 raise
             print(f"{point.name}: {told}\n" if told else "", end="")

@@ -87,6 +87,11 @@ def _own_cluster() -> str:
     return os.environ.get("SLURM_CLUSTER_NAME", "").lower() if is_scheduled() else ""
 
 
+def is_on_node_of(cluster: str) -> bool:
+    """Whether this process is on a node of that cluster, in its job: SLURM's commands ask it there anyway."""
+    return "SLURMD_NODENAME" in os.environ and cluster.lower() == _own_cluster()
+
+
 def num_tasks() -> int:
     """Ranks of the job whose batch shell this is."""
     return int(os.environ.get("SLURM_NTASKS", "1"))

@@ -13,7 +13,7 @@ from typing import Any
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
-from launch.cluster import asked
+from launch.cluster import asked, environment
 from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
 from launch.cluster.site import MEMORIES, Site, Stage
@@ -202,7 +202,8 @@ def _on_one_cluster(site: Site) -> Site:
         return site
     if not asked.is_one(cluster):
         raise RequestError(f"{where}={cluster}: {alone}; name one of them: --sbatch clusters=NAME")
-    asked.ask(cluster)
+    if not environment.is_on_node_of(cluster):  # as training is that queues milestones: without accounting, perhaps
+        asked.ask(cluster)
     return site.model_copy(update={"sbatch": {**site.sbatch, "clusters": cluster}})
 
 

@@ -183,7 +183,7 @@ def test_packages_that_a_module_shows_of_another_python_are_left_out(shell: Shel
     argv, options = shell.command("submit", "--cluster", "local", "--dry-run", str(shell.cwd / "tiny.yaml"))
     before = os.environ.get("PYTHONPATH", "")
     for place, code in ((other, 0), (own, 1)):
-        options["env"]["PYTHONPATH"] = os.pathsep.join([str(place), before])
+        options["env"]["PYTHONPATH"] = os.pathsep.join([f"{place}/", before])  # Python takes the / away
         done = subprocess.run(argv, capture_output=True, text=True, **options)
         assert done.returncode == code, done.stderr
 

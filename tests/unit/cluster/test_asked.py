@@ -22,7 +22,7 @@ CLUSTER: bravo
 @pytest.fixture(autouse=True)
 def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Of a login that names no cluster."""
-    for name in (*asked.VARIABLES, "SLURM_JOB_ID", "SLURM_CLUSTER_NAME"):
+    for name in (*asked.VARIABLES, "SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
     with asked.asking(""):
         yield
@@ -74,6 +74,18 @@ def test_sbatch_of_a_job_names_no_cluster_since_its_own_needs_no_accounting(tmp_
     site = resolved(tmp_path, "--sbatch", "clusters=bravo")
     with asked.asking(""):  # as in a job, whose batch shell has taken the user's away
         assert "clusters" not in options(site, "train")
+
+
+@pytest.mark.parametrize(("node", "named"), [("n1", ""), ("", "bravo")], ids=["a job", "salloc on the login node"])
+def test_what_a_job_queues_asks_its_own_cluster_without_naming_it_as_the_milestones_of_its_training_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, node: str, named: str
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "17", "SLURM_CLUSTER_NAME": "bravo", "SLURMD_NODENAME": node}.items():
+        if value:
+            monkeypatch.setenv(name, value)
+    site = resolved(tmp_path, stage="evaluate", sbatch={"clusters": "Bravo"})
+    assert (asked.cluster(), options(site, "evaluate").get("clusters", "")) == (named, named)
+    assert environment.cluster() == "bravo" and site.sbatch["clusters"] == "Bravo"
 
 
 @pytest.mark.parametrize(("words", "exported", "told"), [

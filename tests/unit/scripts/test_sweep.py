@@ -144,6 +144,15 @@ def test_a_run_of_a_sweep_that_would_never_start_is_taken_back_and_told(
     assert cancelled[:2] == ["scancel", "102"]
 
 
+def test_jobs_that_a_run_of_a_sweep_had_before_are_not_taken_back_with_a_new_one(cluster: Cluster) -> None:
+    assert submit.main() == 0
+    cluster.queue = [f"{job} {job} RUNNING N/A None" for job in (101, 103, 106, 107)]  # without 102, which trained it
+    cluster.queue += ["110 110 PENDING N/A PartitionTimeLimit"]
+    with pytest.raises(RequestError, match="would never start"):
+        submit.main()
+    assert cluster.of("scancel") == [["scancel", "110"]]
+
+
 def test_whatever_is_at_work_here_of_any_sweep_of_the_root_is_waited_for(tmp_path: Path) -> None:
     of = {"a-lr_1": "a-lr", "b-seed_1": "b-seed", "alone": ""}
     work: dict[str, subprocess.Popen[bytes]] = {}
