@@ -24,6 +24,7 @@ import numpy as np
 from ddpm.data.labels import labels_digest
 from ddpm.errors import Stopped
 from ddpm.run.files import (
+    SETTLED_S,
     DamagedFile,
     marks,
     open_file,
@@ -42,9 +43,6 @@ TOLD_BYTES = 1 << 30
 """From this size on it is told that a file is read, which takes seconds or minutes."""
 SHA256 = re.compile("[0-9a-f]{64}")
 Tell = Callable[[str], None]
-SETTLED_S = 2.0
-"""A file that was changed within this time before it was read is not marked: file times are too coarse to show another
-change right afterwards."""
 
 
 @dataclass(frozen=True)

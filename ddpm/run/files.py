@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 TMP_PREFIX = ".tmp-"
 SETTLED_S = 2.0
+"""A file that was changed so shortly before may change again in no time: file times are coarse."""
 RECORD_BYTES = 8 << 20
 """Largest JSON record, or line of JSON, that is read: thousands of times the size of ours."""
 LINES_BYTES = 1 << 30
@@ -83,7 +84,7 @@ def marks(stat: os.stat_result) -> list[int]:
 
 def settled_marks(*paths: Path) -> tuple[int, ...]:
     """The `marks` of all these files, by which what was read of them may be kept. () where one is not there, or was
-    changed so lately that another change may show in no time: file times are coarse."""
+    changed within SETTLED_S."""
     found: list[int] = []
     for path in paths:
         try:

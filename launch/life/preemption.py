@@ -73,8 +73,8 @@ class StopFlag:
         self._set("preempted" if self._scheduled else "interrupted")
 
     def _on_cpu_limit(self) -> None:
-        say(f"{faults.of_limit('t')}. This life ends here, with a save; another start goes on")
         self._set("time_limit" if self._scheduled else "interrupted")
+        say(f"{faults.of_limit('t')}. This life ends here, with a save; another start goes on")
 
     def _set(self, reason: str) -> None:
         if self.reason is None or reason == "time_limit":  # the last word: SLURM requeues nobody at the time limit

@@ -65,6 +65,7 @@ def ranks_inside(run: RunDir) -> list[int]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", drawn("in a container, via", ["submitit", "sbatch"], 1))
 def test_ranks_in_a_container_are_pre_empted_and_killed_and_a_score_is_there_in_the_end(site: Site, via: str) -> None:
     name, bed = f"contained-{via}", site.bed

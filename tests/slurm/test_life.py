@@ -117,6 +117,7 @@ def contained(site: Site, name: str, more: str = "") -> Path:
     return profile
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", drawn("pre-empted, via", ["submitit", "sbatch"], 1))
 def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_happened(
     site: Site, undisturbed: RunDir, via: str
@@ -143,6 +144,7 @@ def test_a_run_pre_empted_twice_comes_back_by_itself_and_ends_as_if_nothing_had_
         assert told.read_text() == f"run {name} has finished: step 150; {run.path}\n"
 
 
+@pytest.mark.long
 def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(site: Site) -> None:
     jobs = site.submit("everyday", "--gpus-per-node", "0", "train.total_steps=100000", "--then", "sample,evaluate")
     site.wait_logged("everyday", 2)
@@ -181,6 +183,7 @@ def test_a_sweep_is_runs_with_jobs_of_their_own_and_the_same_command_leaves_thos
     assert site.submit("swept", *words) == []
 
 
+@pytest.mark.long
 def test_a_run_in_a_container_that_is_suspended_for_longer_than_its_ranks_wait_comes_back_uncounted(site: Site) -> None:
     profile = contained(site, "suspended", "rank_timeout_s: 10\n")
     (job,) = site.submit("suspended", *TWO_RANKS, "--profile", str(profile), "train.total_steps=60")
@@ -209,6 +212,7 @@ def samples_of(run: RunDir, set_name: str) -> bytes:
     return b"".join(np.load(p)["images"].tobytes() for p in shards)
 
 
+@pytest.mark.long
 def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(site: Site) -> None:
     told, profile = site.bed.mkdir("told-chain") / "it.txt", site.bed.workdir / "chain.yaml"
     profile.write_text(f"notify: {{mail: me@example.org, command: [tee, -a, {told}]}}\n")
@@ -251,9 +255,10 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     assert {r["NumTasks"] for r in bed.records(re.findall(r"as job (\d+)", said)[0])} == {"2"}
 
 
+@pytest.mark.long
 def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: Site) -> None:
     train, sample, evaluate = site.submit(
-        "heirs", "--gpus-per-node", "0", "train.total_steps=200", "--sbatch", "no-requeue", "--via", "sbatch", "--then",
+        "heirs", "--gpus-per-node", "0", "train.total_steps=400", "--sbatch", "no-requeue", "--via", "sbatch", "--then",
         "sample,evaluate", "sample.num_samples=32", "sample.shards=1", "sample.steps=5",
     )  # fmt: skip
     site.wait_logged("heirs", 2)
@@ -262,7 +267,7 @@ def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: 
     run = site.run_dir("heirs")
     (heir,) = (e["job"] for e in read_events(run) if e.get("successor_of") == train)
     assert site.bed.job_state(heir) == "COMPLETED" and site.bed.job_states(sample) == ["COMPLETED"]
-    assert (read_json(run.eval / "ddim5-step200-seed0.json") or {})["num_samples"] == 32
+    assert (read_json(run.eval / "ddim5-step400-seed0.json") or {})["num_samples"] == 32
 
 
 @pytest.mark.parametrize("via", drawn("exported, via", ["submitit", "sbatch"], 1))
@@ -313,6 +318,7 @@ def test_what_a_hand_made_job_has_can_be_asked_for_again_and_its_ranks_share_the
     assert [cpus for _, cpus in ranks] == [1, 1]
 
 
+@pytest.mark.long
 def test_milestones_are_scored_by_jobs_beside_training_and_tasks_share_a_bound(site: Site) -> None:
     short = ["diffusion.timesteps=25", "sample.steps=5", "train.total_steps=20", "checkpoint.milestone_every_steps=20"]
     site.submit("curve", "--gpus-per-node", "0", *short, "evaluate.milestones={num_samples: 64}")
@@ -332,6 +338,7 @@ def test_milestones_are_scored_by_jobs_beside_training_and_tasks_share_a_bound(s
     assert len(logs) == 3 and sum(log.count("bits per dimension images=") for log in logs) == 3, logs
 
 
+@pytest.mark.long
 def test_a_run_from_anothers_weights_that_dies_before_its_first_save_begins_with_them_again(
     site: Site, undisturbed: RunDir
 ) -> None:

@@ -90,6 +90,7 @@ SHORT = ["train.total_steps=10", "sample.num_samples=64", "sample.shards=64", "s
 WAYS = [("submitit", "site"), ("sbatch", "contained")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("via", "profile"), drawn("a strict site, via", WAYS, 1))
 def test_the_whole_command_ends_with_a_score_on_a_site_with_a_black_hole_and_room_for_ten_jobs(
     strict: Site, via: str, profile: str
@@ -175,6 +176,7 @@ def test_what_the_site_refuses_or_would_never_start_is_refused_in_its_own_words(
     assert "Requested node configuration is not available" in said or "PartitionConfig" in said
 
 
+@pytest.mark.long
 def test_a_run_that_a_qos_pre_empts_saves_in_its_grace_period_and_comes_back(strict: Site) -> None:
     """Nodes cannot ask how long that is: there is no sacctmgr."""
     words = ["--gpus-per-node", "0", "--exclude", "n1", "train.total_steps=60"]
@@ -189,6 +191,7 @@ def test_a_run_that_a_qos_pre_empts_saves_in_its_grace_period_and_comes_back(str
     assert stop["step"] == back["step"] and "waiting up to 45 s for SLURM" in strict.log("qos")
 
 
+@pytest.mark.long
 def test_a_run_that_would_be_cancelled_and_may_have_no_successor_beside_it_is_put_back_itself(strict: Site) -> None:
     words = ["--gpus-per-node", "0", "--exclude", "n1", "--qos", "spare", "train.total_steps=90"]
     (job,) = strict.submit("spare", *words)
@@ -229,6 +232,7 @@ def second(strict: Site) -> Iterator[SlurmTestbed]:
         bed.stop()
 
 
+@pytest.mark.long
 def test_a_run_on_another_cluster_is_seen_and_stopped_from_the_login_and_put_back_without_accounting(
     strict: Site, second: SlurmTestbed
 ) -> None:
