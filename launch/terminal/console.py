@@ -75,7 +75,10 @@ def _exit_code(error: Exception) -> int:
 
 
 def step(word: str) -> int | str:
-    return word if word == "best" else int(word)
+    try:
+        return word if word == "best" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a number nor best") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -205,6 +205,7 @@ def test_an_unknown_run_is_refused_with_the_runs_there_are(shell: Shell, script:
 
 def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_that_do(finished: Shell) -> None:
     assert "no checkpoint of step 7; it has [200, 400]" in finished.refused("sample", "tiny", "--step", "7")
+    assert "'bets' is neither a number nor best" in finished.refused("sample", "tiny", "--step", "bets")
     assert "sample set name 'a/b'" in finished.refused("sample", "tiny", "--set", "a/b")
     assert "sample.steps = 51: at most diffusion.timesteps = 50" in finished.refused("sample", "tiny", "--steps", "51")
     assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
