@@ -218,7 +218,8 @@ def test_a_chain_scores_exactly_what_was_asked_for_though_a_task_is_pre_empted(s
     profile.write_text(f"notify: {{mail: me@example.org, command: [tee, -a, {told}]}}\n")
     train, sample, evaluate = site.submit(
         "chain", "--profile", str(profile), "--gpus-per-node", "0", "train.total_steps=30", "sample.steps=60",
-        "sample.num_samples=128", "sample.shards=4", "--then", "sample,evaluate", "--max-parallel", "2",
+        "sample.num_samples=128", "sample.batch=8", "sample.shards=4", "--then", "sample,evaluate",
+        "--max-parallel", "2",
     )  # fmt: skip
     bed = site.bed
     run = site.run_dir("chain")
