@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +125,19 @@ def test_the_line_that_names_the_cluster_is_none_of_the_answer(monkeypatch: pyte
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert slurm_questions._squeue(["6"]) == SQUEUE.splitlines()[1:]
+
+
+def test_what_was_asked_once_of_one_cluster_answers_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asks: list[str] = []
+
+    def run(argv: list[str], **_: object) -> str:
+        asks.append(f"{argv[0]} of {asked.cluster() or 'alpha'}")
+        return f"6 6 {'RUNNING' if asked.cluster() else 'PENDING'} N/A None|{os.geteuid()}|wrap\n"
+
+    monkeypatch.setattr(slurm, "run", run)
+    with slurm.asked_once(), slurm_questions.looked_up_together(["6"]):
+        assert slurm_questions.look_up(["6"])["6"].state == "PENDING" and "PENDING" in slurm.ask(["sinfo"])
+        with asked.asking("bravo"):
+            assert slurm_questions.look_up(["6"])["6"].state == "RUNNING" and "RUNNING" in slurm.ask(["sinfo"])
+        assert slurm_questions.look_up(["6"])["6"].state == "PENDING" and "PENDING" in slurm.ask(["sinfo"])
+    assert asks == ["squeue of alpha", "sinfo of alpha", "squeue of bravo", "sinfo of bravo"]
