@@ -19,6 +19,9 @@ sys.path.insert(0, str(PROJECT))
 
 from tests import draws  # noqa: E402
 
+FEW = 5
+"""Long tests that all run where no more were asked for."""
+
 # What a shell starts in the background ignores ctrl-C, and under nohup a closed terminal too; so would every script
 # that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +32,14 @@ def requires(condition: object, reason: str, enable: str) -> None:
     """Skips the running test or fixture unless `condition` holds: `reason` is what lacks, `enable` how to get it."""
     if not condition:
         pytest.skip(f"{reason}. To enable: {enable}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the long tests that were asked for, half, or a few."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    stay = {*draws.drawn("long tests", long, max(FEW, len(long) // 2))}
+    items[:] = [item for item in items if item not in long or item in stay]
 
 
 def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -145,11 +145,13 @@ PY
             fi
         fi
         say "installing the project and its dependencies [${all:-no extras}], a few minutes the first time"
-        if ! "$venv/bin/python" -m pip install --no-input ${index[@]+"${index[@]}"} -e "$spec" \
+        if ! "$venv/bin/python" -m pip install --no-input --no-compile ${index[@]+"${index[@]}"} -e "$spec" \
             </dev/null >"$log" 2>&1; then
             tail -n 15 "$log" >&2
             die 1 "pip failed; everything it said is in $log"
         fi
+        # pip would take one core for it. Some packages have files for other Pythons, which fail.
+        "$venv/bin/python" -m compileall -q -j 4 "$venv"/lib/python*/site-packages </dev/null >/dev/null 2>&1 || true
         echo "$want_hash $all" >"$stamp.new"
         mv "$stamp.new" "$stamp"
         say "ready: .venv with [${all:-no extras}]"

@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ddpm.errors import EXIT_FATAL
 from ddpm.run.paths import RunDir
 from tools.chaos import lives
 
 
+@pytest.mark.long
 def test_a_training_job_says_that_its_run_was_moved_and_the_run_goes_on_where_it_is(tmp_path: Path) -> None:
     options = ("train.total_steps=12", "checkpoint.every_steps=2", "log.every_steps=1")
     run, calm = lives.prepare(tmp_path, "run", *options), lives.prepare(tmp_path, "calm", *options)

@@ -1,4 +1,4 @@
-"""A twentieth of the table of what breaks from outside, chosen anew each time: its seed is told where a cell is bad."""
+"""A fortieth of the table of what breaks from outside, chosen anew each time: its seed is told where a cell is bad."""
 
 from __future__ import annotations
 

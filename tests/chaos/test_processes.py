@@ -7,6 +7,7 @@ import pytest
 from tools.chaos import processes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in processes.ROWS if name != "kill-9"])
 def test_a_run_ends_as_if_nothing_had_happened_after(name: str) -> None:
     row, _, reduced = processes.ROWS[name]

@@ -59,6 +59,7 @@ def root() -> Iterator[Path]:
         yield shared
 
 
+@pytest.mark.long
 def test_a_colleague_goes_on_with_a_run_under_a_umask_that_shares_it(root: Path) -> None:
     run = RunDir(root / "run")
     done = submit(ALICE, 0o002, root)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.harness import Shell, events, read
 from tests.conftest import PROJECT
 
@@ -37,6 +39,7 @@ def logs(run: Path) -> str:
     return "".join(p.read_text() for p in sorted(run.joinpath("logs").glob("*.out")))
 
 
+@pytest.mark.long
 def test_code_edited_after_a_run_was_begun_is_run_only_where_it_is_asked_for(shell: Shell, tmp_path: Path) -> None:
     checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
     begun = checkout.train(2)
@@ -85,6 +88,7 @@ def test_new_code_is_refused_while_a_job_goes_on_with_the_old(shell: Shell, tmp_
     assert again.returncode == 2 and "--code new: job 101 of run tiny would go on" in again.stderr, again.stderr
 
 
+@pytest.mark.long
 def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code(shell: Shell, tmp_path: Path) -> None:
     checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
     assert checkout.train(2).returncode == 0
@@ -115,6 +119,7 @@ def test_a_set_that_other_code_has_made_is_told_of_and_its_score_names_that_code
     assert len(codes) == 2 and made_by in codes
 
 
+@pytest.mark.long
 def test_a_sampler_that_the_runs_own_code_does_not_know_is_refused_before_its_set_is_begun(
     shell: Shell, tmp_path: Path
 ) -> None:
@@ -133,6 +138,7 @@ def test_a_sampler_that_the_runs_own_code_does_not_know_is_refused_before_its_se
     assert made.returncode == 0 and (run / "samples" / "mine3-step2-seed0").exists(), made.stdout + made.stderr
 
 
+@pytest.mark.long
 def test_a_run_that_has_saved_nothing_takes_the_mended_code_by_itself(shell: Shell, tmp_path: Path) -> None:
     checkout, run = Checkout(shell, tmp_path / "checkout"), shell.root / "tiny"
     checkout.edit("ddpm/training/step.py", "\nclass Step:", "\nthis_is_a_mistake\n\n\nclass Step:")

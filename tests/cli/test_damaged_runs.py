@@ -284,6 +284,7 @@ def test_nobody_waits_for_what_lies_in_a_files_place_nor_reads_it_without_end(
     assert [f for f, name in READ_WHOLE.items() if name not in told[f.replace("/", "-")]] == [], told
 
 
+@pytest.mark.long
 def test_a_job_ends_with_a_word_where_a_fifo_lies_in_a_files_place(again: Shell) -> None:
     run = again.root / "tiny"
     (run / f"{NEWEST}.json").unlink()  # else there is nothing to do

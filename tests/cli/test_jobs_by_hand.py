@@ -72,6 +72,7 @@ def limited(shell: Shell, kind: int, most: int, script: str, *args: str, user: i
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_limit_of_the_shell_is_named(shell: Shell) -> None:
     shell.submit("--prepare")
     run = str(shell.root / "tiny")

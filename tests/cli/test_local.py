@@ -209,6 +209,7 @@ def test_more_steps_extend_a_finished_run_from_where_it_is(again: Shell) -> None
     assert steps == list(range(20, 441, 20))
 
 
+@pytest.mark.long
 def test_a_run_that_ended_early_and_goes_on_is_scored_anew(shell: Shell) -> None:
     run, chain, bound = shell.root / "tiny", ["--then", "sample,evaluate", "--wait"], "train.early_stop_below=100"
     done = shell.submit(bound, *chain)
@@ -228,6 +229,7 @@ def test_a_run_that_ended_early_and_goes_on_is_scored_anew(shell: Shell) -> None
     assert snapshot(run) == before
 
 
+@pytest.mark.long
 def test_a_finished_run_whose_last_checkpoint_is_damaged_is_trained_again_from_the_one_before(
     finished: Shell, again: Shell
 ) -> None:
@@ -243,6 +245,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_trained_again_from_t
     assert "the last checkpoint" not in again.submit("--then", "sample,evaluate").stdout
 
 
+@pytest.mark.long
 def test_paths_are_those_of_where_the_command_was_typed(shell: Shell) -> None:
     write_zip(shell.cwd / "a.zip", {f"{i}.png": png(8, i) for i in range(12)})
     write_zip(shell.cwd / "b.zip", {f"{i}.png": png(8, i) for i in range(50, 60)})
@@ -264,6 +267,7 @@ def test_paths_are_those_of_where_the_command_was_typed(shell: Shell) -> None:
     assert done.returncode == 0 and "25 vs train, pixels" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_slurm_is_not_asked_about_a_run_of_this_machine(again: Shell) -> None:
     again.put("sbatch", "exit 1")
     again.put("squeue", 'echo "squeue: fatal: Could not establish a configuration source" >&2; exit 1')
@@ -274,6 +278,7 @@ def test_slurm_is_not_asked_about_a_run_of_this_machine(again: Shell) -> None:
     assert again("evaluate", "tiny", "--set", "few", "--cluster", "local").returncode == 0
 
 
+@pytest.mark.long
 def test_two_ranks_see_the_same_images_and_compute_the_same_losses_to_rounding(finished: Shell, shell: Shell) -> None:
     done = shell.submit("train.total_steps=40", "--tasks-per-node", "2", "--wait")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from ddpm.config import reading
@@ -34,6 +35,7 @@ def test_a_second_reference_and_a_second_extractor_leave_the_first_score_as_it_i
     assert snapshot(again.root / "tiny") == before
 
 
+@pytest.mark.long
 def test_what_is_shown_is_the_score_against_the_images_that_lie_there_now(again: Shell) -> None:
     shown = []
     for folder, seed in (("A", 50), ("B", 70), ("A", 90)):
@@ -79,6 +81,7 @@ def test_a_reference_that_is_none_is_refused_before_and_in_a_job(again: Shell) -
     assert snapshot(again.root / "tiny" / "eval") == before
 
 
+@pytest.mark.long
 def test_a_network_from_a_file_scores_a_run_and_other_words_are_refused(again: Shell) -> None:
     network = torch.export.export(
         torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten()),
@@ -130,6 +133,7 @@ def test_scores_are_compared_with_the_interval_of_their_difference(again: Shell)
     assert set(snapshot(again.root)) == set(before)
 
 
+@pytest.mark.long
 def test_statistics_of_a_runs_own_images_are_made_by_a_job_and_stand_for_them(again: Shell) -> None:
     run, path = again.root / "tiny", again.cwd / "train.npz"
     assert "train or test; of others: --images b.zip" in again.refused(
@@ -156,6 +160,7 @@ def test_statistics_of_a_runs_own_images_are_made_by_a_job_and_stand_for_them(ag
     assert job.returncode == 78 and "exists, and is left as it is" in job.stdout
 
 
+@pytest.mark.long
 def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: Shell) -> None:
     run = RunDir(again.root / "tiny")
     run.config.write_text(run.config.read_text().replace("milestones: null", "milestones: {num_samples: 12}"))

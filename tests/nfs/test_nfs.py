@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import PROJECT, requires
 
 
+@pytest.mark.long
 def test_two_hosts_that_mount_one_nfs_keep_a_run_whole() -> None:
     testbed = PROJECT / "tools" / "slurm_testbed" / "nfs.sh"
     inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", "tests/nfs/two_hosts.py"]

@@ -43,6 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         return Model(config, life.trainer.state.ema.model.eval())
 
 
+@pytest.mark.long
 def test_the_digit_that_was_asked_for_is_drawn_and_guidance_makes_it_clearer(model: Model) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     from sklearn.svm import SVC

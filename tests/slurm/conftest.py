@@ -1,4 +1,4 @@
-"""The `testbed` fixture: one throwaway SLURM cluster for the whole test session. And which of the long tests run."""
+"""The `testbed` fixture: one throwaway SLURM cluster for the whole test session."""
 
 from __future__ import annotations
 
@@ -10,18 +10,7 @@ from types import FrameType
 import pytest
 
 from tests.conftest import PROJECT, requires
-from tests.draws import drawn
 from tools.slurm_testbed.harness import SlurmTestbed, what_lacks
-
-LONG_ONES = 8
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the long tests that were asked for, some."""
-    long = [item for item in items if item.get_closest_marker("long")]
-    stay = drawn("long tests on SLURM", long, LONG_ONES)
-    items[:] = [item for item in items if item not in long or item in stay]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -53,6 +53,7 @@ def test_the_last_row_has_all_the_time_that_is_left_and_others_a_part(monkeypatc
     assert left == pytest.approx([200, 200, 300, 600], abs=20)  # as long as such rows and this machine may take
 
 
+@pytest.mark.long
 def test_a_recipe_that_fails_is_named_those_that_are_compiled_come_last_and_only_where_there_is_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -133,6 +134,7 @@ def test_operations_and_launches_are_put_down_to_their_parts() -> None:
     assert launched(prof, ("aten::mul",)) == {"part": 1}
 
 
+@pytest.mark.long
 def test_rows_run_on_this_machine_rehearsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

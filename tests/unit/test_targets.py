@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import PROJECT, requires
 from tests.unit.diffusion.test_kernels import requires_triton_3_4, triton
 
 TARGETS = ("sm_70", "sm_100", "gfx90a")
 
 
+@pytest.mark.long
 def test_every_kernel_is_built_for_old_and_new_gpus_of_both_makers_and_fits_their_shared_memory() -> None:
     requires(triton, "torch came without Triton", "install a torch wheel for Linux x86-64")
     requires_triton_3_4()
@@ -24,6 +27,7 @@ def test_every_kernel_is_built_for_old_and_new_gpus_of_both_makers_and_fits_thei
     assert min(int(num) for *_, num in told) >= 19  # as many as there are kernels, and ways to divide a norm
 
 
+@pytest.mark.long
 def test_a_kernel_that_needs_more_than_a_gpu_has_is_named() -> None:
     requires(triton, "torch came without Triton", "install a torch wheel for Linux x86-64")
     requires_triton_3_4()

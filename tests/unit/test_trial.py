@@ -16,6 +16,7 @@ from tests.conftest import requires
 from tools.gpu import trial
 
 
+@pytest.mark.long
 def test_a_trial_brings_back_its_curve_grid_and_digest_and_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_every_package_and_module_of_it_imports(wheel: Path, tmp_path: Path) -> 
     assert json.loads(done.stdout.splitlines()[-1]) == [str(p) for p in files]
 
 
+@pytest.mark.long
 def test_an_installation_needs_no_checkout(built: Path, tmp_path: Path) -> None:
     """Its commands train a run, whose jobs run the installed code and its templates."""
     options = ["--no-deps", "--no-index", "--ignore-installed"]  # else pip removes the project from this environment

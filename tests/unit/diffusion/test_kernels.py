@@ -56,6 +56,7 @@ SETTING = """
 """
 
 
+@pytest.mark.long
 def test_normals_have_the_bits_of_the_tensor_operations() -> None:
     code = (
         SETTING
@@ -75,6 +76,7 @@ def test_normals_have_the_bits_of_the_tensor_operations() -> None:
     assert interpreted(code).count("equal") == 12
 
 
+@pytest.mark.long
 def test_masks_and_first_words_are_those_of_the_tensor_operations() -> None:
     code = (
         SETTING

@@ -537,6 +537,7 @@ def test_on_this_machine_a_failure_is_told_by_the_job_itself(run: RunDir) -> Non
     assert [(e["job"], e["exit_code"]) for e in failed] == [("local-1", 1), ("local-2", 78)]
 
 
+@pytest.mark.long
 def test_a_task_says_which_shard_it_makes_before_it_can_fail(run: RunDir) -> None:
     array = {"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
     assert job(run, "sample", "fid", "--offset", "1000", **array).returncode == 78  # nothing is trained

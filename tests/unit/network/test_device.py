@@ -44,6 +44,7 @@ for amp in ("bf16", "fp16"):
 """
 
 
+@pytest.mark.long
 def test_a_network_compiled_in_fp16_is_not_given_code_that_torch_has_kept_of_one_in_bf16(tmp_path: Path) -> None:
     requires(shutil.which("g++"), "no g++, by which torch compiles for a CPU", "install g++")
     done = subprocess.run([sys.executable, "-c", CODE], cwd=PROJECT, capture_output=True, text=True, timeout=300,

@@ -46,6 +46,7 @@ SETTING = """
 """
 
 
+@pytest.mark.long
 def test_norm_shift_silu_and_dropout_are_those_of_the_layers() -> None:
     code = """
     for channels, groups, height, width, all_of_it in [
@@ -113,6 +114,7 @@ def test_a_layer_that_has_more_elements_than_masks_are_counted_for_is_refused_as
     assert interpreted(SETTING + code) == f"drawn\n{refused}\n"
 
 
+@pytest.mark.long
 def test_sums_copies_and_the_whole_network_are_those_of_the_layers() -> None:
     requires_triton_3_4()
     code = """

@@ -590,6 +590,7 @@ def of_their_features(a: Path, b: Path) -> float:
     return float(mean + (one**2).sum() + (other**2).sum() - 2 * np.linalg.svd(one @ other.T, compute_uv=False).sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("by", "num"), [(of_their_features, 8), *([(of_their_command, 24)] if FULL else [])])
 def test_the_distance_of_two_folders_is_pytorch_fids(random_weights: Path, tmp_path: Path, by: Any, num: int) -> None:
     a = write_folder(tmp_path / "a", num, 0)

@@ -167,6 +167,7 @@ def test_the_scheduler_beside_it_says_betas_and_variance(tmp_path):
     assert model.config.diffusion.variance == "fixed_small"
 
 
+@pytest.mark.long
 def test_a_run_of_them_is_sampled_and_scored_by_the_scripts(tmp_path):
     unet = publish(tmp_path / "published", SMALL)
     run = RunDir(tmp_path / "runs" / "theirs")
@@ -218,6 +219,7 @@ def test_nothing_is_amiss_with_a_run_of_them_though_no_training_is_told(tmp_path
     assert "damaged" in {line.verdict for line in inspection.look(run)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", drawn("trains on from", ["the run", "the file"], 1))
 def test_a_new_run_trains_on_from_them(tmp_path, source):
     """With an optimizer, data and a length of its own; so slowly that what it has learned is less than rounding."""

@@ -567,6 +567,7 @@ def test_milestones_by_epoch_are_the_first_steps_past_each(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.long
 def test_lives_that_compile_nothing_load_no_compiler(tmp_path: Path) -> None:
     """Which takes torch as long as all the rest of it."""
     code = """

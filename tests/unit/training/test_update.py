@@ -67,6 +67,7 @@ SETTING = """
 """
 
 
+@pytest.mark.long
 def test_clipping_adam_and_average_are_torchs_to_four_units_in_the_last_place() -> None:
     """Of the largest value of each tensor, after each of five steps that torch takes in float64."""
     code = """
@@ -107,6 +108,7 @@ def test_clipping_adam_and_average_are_torchs_to_four_units_in_the_last_place() 
     assert interpreted(SETTING + code).count("close") == 15
 
 
+@pytest.mark.long
 def test_gradients_in_bf16_move_all_as_their_values_in_float32_do() -> None:
     code = """
     for most in (math.inf, 0.01):
@@ -133,6 +135,7 @@ def test_gradients_in_bf16_move_all_as_their_values_in_float32_do() -> None:
     assert interpreted(SETTING + code).count("same") == 2
 
 
+@pytest.mark.long
 def test_a_step_that_is_not_finite_moves_the_average_alone_and_counts_no_norm_that_is_not() -> None:
     code = """
     for kind in (torch.optim.Adam, torch.optim.AdamW):
@@ -160,6 +163,7 @@ def test_a_step_that_is_not_finite_moves_the_average_alone_and_counts_no_norm_th
     assert interpreted(SETTING + code).count("kept") == 10
 
 
+@pytest.mark.long
 def test_an_average_that_is_not_due_keeps_its_bits_and_one_without_memory_takes_those_of_the_weights() -> None:
     code = """
     for with_adam in (True, False):
@@ -196,6 +200,7 @@ def test_an_average_that_is_not_due_keeps_its_bits_and_one_without_memory_takes_
     assert interpreted(SETTING + code).count("moved") == 2
 
 
+@pytest.mark.long
 def test_the_state_goes_on_in_torchs_adam_and_torchs_here() -> None:
     code = """
     import io
@@ -264,6 +269,7 @@ def test_kernels_that_compute_something_else_are_noticed_and_left_for_torchs() -
     assert interpreted(SETTING + code) == "noticed\n"
 
 
+@pytest.mark.long
 def test_a_recorded_update_is_told_of_its_gradients_before_it_is_replayed() -> None:
     """Recording is played: kernels are kept instead of run, and a copy from the host is an error."""
     code = """
@@ -429,6 +435,7 @@ LIVES = """
 """
 
 
+@pytest.mark.long
 def test_lives_whose_updates_are_replayed_end_with_the_bits_of_those_taken_kernel_by_kernel() -> None:
     """Stopped, rolled back, and with gradients that several ranks exchange; near to a life of torch's update."""
     requires_triton_3_4()
@@ -461,6 +468,7 @@ def test_lives_whose_updates_are_replayed_end_with_the_bits_of_those_taken_kerne
     assert interpreted(LIVES + code).splitlines()[-1] == "same"
 
 
+@pytest.mark.long
 def test_lives_whose_steps_cannot_be_recorded_go_on_kernel_by_kernel_with_the_same_bits() -> None:
     code = """
     import warnings
