@@ -338,7 +338,8 @@ LIVES = """
     step_module.Ring = type("Ring", (), {"pinned": lambda self, parts: parts, "used": lambda self: None})
     replay.dist.all_reduce = lambda flat: flat
     real_resolve = helpers.resolve
-    CHANGES = {"train__ema_every_steps": 2, "train__ema_start_step": 3, "train__ema_warmup": True}
+    SMALL = {"model__channel_mults": [1], "model__attention_resolutions": [], "model__middle_attention": False}
+    CHANGES = {**SMALL, "train__ema_every_steps": 2, "train__ema_start_step": 3, "train__ema_warmup": True}
 
     class Recorder:
         '''A GPU's recording, played: the update's kernels are kept, and run when it is replayed; gradients are computed
