@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import urllib.error
@@ -37,7 +38,7 @@ def download(urls: Sequence[str], target: Path, algorithm: str, expected: str) -
         print(f"fetching {url}", flush=True)
         try:
             _fetch(url, part)
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as e:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             refused.append(f"{url}: {_why(e)}")
             continue
         with open_file(part) as f:
@@ -52,7 +53,7 @@ def download(urls: Sequence[str], target: Path, algorithm: str, expected: str) -
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Raises URLError, ConnectionError, TimeoutError where not all of it came."""
+    """Raises URLError, HTTPException, ConnectionError, TimeoutError where not all of it came."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "ddpm-hpc", **({"Range": f"bytes={have}-"} if have else {})}
     try:
@@ -74,5 +75,7 @@ def _fetch(url: str, part: Path) -> None:
 def _why(e: Exception) -> str:
     if isinstance(e, urllib.error.HTTPError):
         return f"it answered {e.code}"
+    if isinstance(e, http.client.HTTPException):  # of an address with no port's number, of what answers another way
+        return f"{type(e).__name__}: {' '.join(str(e).split())}"
     reason = e.reason if isinstance(e, urllib.error.URLError) else e
     return (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__

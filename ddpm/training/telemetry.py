@@ -236,8 +236,10 @@ class Telemetry:
         self.flush_board()
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Show histograms of the gradients, by part of the network."""
-        self._try("tensorboard", lambda: self._show(lambda board: add_histograms(board, step, values)))
+        """Show histograms of the gradients, by part of the network. Nothing else has them: what is not shown now never
+        is."""
+        if self._board is not None or time.monotonic() >= self._board_at:
+            self._try("tensorboard", lambda: add_histograms(self.board, step, values))
 
     def sync(self) -> None:
         """Make every line durable: called before a checkpoint, which promises them. Raises OSError."""

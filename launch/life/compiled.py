@@ -46,8 +46,9 @@ def choose_folder() -> None:
     try:
         _remove_left(Path(tempfile.gettempdir()))
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        lock = (folder / _LOCK).open("wb")
+        lock = (folder / f"new{_LOCK}").open("wb")
         fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(lock.name).rename(folder / _LOCK)  # not before: whoever starts beside this would take it for a dead one's
     except OSError as e:  # torch chooses then
         say("no folder for compiled code on this node", error=e)
         return

@@ -6,7 +6,6 @@ that has no CPU, and a run of seconds takes minutes.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
@@ -85,17 +84,9 @@ class Shell:
 
 
 def as_a_user(shell: Shell, script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """As somebody whom the modes of files bind: root gives up what lets it pass over them."""
+    """As somebody whom the modes of files bind."""
     argv, options = shell.command(script, *args)
-    pinned = options.pop("preexec_fn")
-
-    def bound() -> None:
-        pinned()
-        for capability in (1, 2) if os.geteuid() == 0 else ():  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            if ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
-                os._exit(99)
-
-    return subprocess.run(argv, capture_output=True, text=True, timeout=240, preexec_fn=bound, **options)
+    return forked.run(argv, options["cwd"], options["env"], timeout=240, bound=True)
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:

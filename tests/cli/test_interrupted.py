@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,8 +38,12 @@ def command(shell: Shell, script: str, *words: str) -> tuple[list[str], dict[str
     return [sys.executable, *argv, *words], {**options, "cwd": PROJECT, "stderr": subprocess.PIPE, "text": True}
 
 
-def test_there_are_scripts_to_try() -> None:
+def test_there_are_scripts_to_try_and_modules_end_as_they_do() -> None:
     assert {"launch/submit.py", "launch/status.py", "tools/prefetch.py", "tools/unpack_data.py"} <= set(SCRIPTS)
+    for module in MODULES:
+        path = PROJECT / module.replace(".", "/")
+        text = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+        assert re.search(r"\n    console\.run_script\((lambda: )?main", text), module
 
 
 @pytest.mark.parametrize("script", ["launch/submit.py", "launch/status.py", "tools/unpack_data.py", *MODULES])
@@ -52,7 +57,7 @@ def test_ctrl_c_while_a_script_loads_what_it_needs_is_no_traceback(shell: Shell,
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
+@pytest.mark.parametrize("script", [*SCRIPTS, "launch.jobs", "tools.chaos"])
 def test_a_reader_that_has_read_enough_ends_a_script_well(shell: Shell, script: str) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.cli.harness import Shell, png, snapshot
 from tests.conftest import PROJECT
 
@@ -48,8 +48,7 @@ def places(shell: Shell) -> dict[str, Path]:
 def refused(shell: Shell, places: dict[str, Path], *words: str) -> str:
     before = snapshot(shell.cwd), snapshot(shell.root)
     argv = [sys.executable, *(word.format(**places) for word in words)]
-    options = {**shell.command("")[1], "cwd": PROJECT}
-    done = subprocess.run(argv, capture_output=True, text=True, **options)
+    done = forked.run(argv, PROJECT, shell.command("")[1]["env"], timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
     assert (snapshot(shell.cwd), snapshot(shell.root)) == before
     return done.stderr

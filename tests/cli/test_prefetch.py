@@ -45,12 +45,16 @@ CONTENT = bytes(range(256)) * 4000
 
 
 class Archive(http.server.BaseHTTPRequestHandler):
-    """/cut/…: half of what is asked for, and no more; /whole/…: it, from where it is asked for; else nothing."""
+    """/cut/…: half of what is asked for, and no more; /whole/…: it, from where it is asked for; /odd/…: no HTTP; else
+    nothing."""
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Range")))  # type: ignore[attr-defined]
         begin = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
         kind = self.path.split("/")[1]
+        if kind == "odd":
+            self.wfile.write(b"SSH-2.0-x\r\n")
+            return
         if kind not in ("cut", "whole", "other"):
             self.send_error(404)
             return
@@ -95,7 +99,9 @@ def test_what_is_not_the_published_file_is_thrown_away_and_the_next_address_aske
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     with pytest.raises(EnvironmentLacks, match=r"/other/x: its sha256 is .* not that of the published file"):
         download([f"{at}/other/x"], target, "sha256", sha256)
-    download([f"{at}/other/x", f"{at}/whole/x"], target, "sha256", sha256)
+    with pytest.raises(EnvironmentLacks, match=r"InvalidURL: nonnumeric port: 'port'; .*BadStatusLine: SSH-2.0-x"):
+        download(["http://no:port/x", f"{at}/odd/x"], target, "sha256", sha256)
+    download([f"{at}/odd/x", f"{at}/other/x", f"{at}/whole/x"], target, "sha256", sha256)
     assert target.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [target]
 
 

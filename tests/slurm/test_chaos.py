@@ -1,4 +1,4 @@
-"""Rows of the chaos bench on SLURM that are quick, in reduced counts: four of them, drawn anew each time.
+"""Rows of the chaos bench on SLURM that are quick, in reduced counts: some of them, drawn anew each time.
 
 All others are in `python -m tools.chaos` alone: dead and hanging nodes, stopped ranks, two jobs on a run, slurmctld,
 other settings of a partition, and stops during start-up, packing, compiling and scoring.

@@ -1,44 +1,21 @@
-"""What scores cost and how exact they are, beside pytorch-fid's: two rows of the bench, and more at full size:
-
-    python -m tools.bench.scores [--dim 2048] [--shards 1250]
-
-Features are random, with a spectrum that falls as those of images do. The second part merges a million of them: what a
-shard takes, early and late, and how much memory all of it.
-"""
+"""What scores cost and how exact they are, beside pytorch-fid's. Features are random; their spectrum falls as that of
+images does."""
 
 from __future__ import annotations
 
-import argparse
-import resource
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from ddpm.scoring import interval, metrics
+from ddpm.scoring import metrics
 from ddpm.scoring.extractors import build_extractor, random_weights
-from ddpm.scoring.gather import gather
-from ddpm.scoring.kernel_distance import kernel_distance
-from ddpm.scoring.manifold import manifold_scores
 from tools.bench.figures import Figure, Result, ratio
 from tools.bench.machine import peaks
 from tools.bench.measure import Bench
 from tools.bench.workloads import flops
-
-T = TypeVar("T")
-SHARD = 800
-
-
-def timed(what: str, work: Callable[[], T]) -> T:
-    began, worked = time.monotonic(), time.process_time()
-    result = work()
-    cpu = time.process_time() - worked
-    print(f"{what:60}{time.monotonic() - began:9.2f} s, {cpu:9.2f} s of CPU", flush=True)
-    return result
 
 
 def features(num: int, d: int, seed: int, scale: float = 1.0) -> np.ndarray:
@@ -112,61 +89,3 @@ def pytorch_fids(build: Any) -> Any:
     state, _ = random_weights()
     with mock.patch.object(fid, "load_state_dict_from_url", lambda *_, **__: state):
         return build([3]).eval()
-
-
-def exactness_and_speed(d: int) -> None:
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
-    x, y = features(5 * d, d, 0), features(5 * d, d, 1, 1.1)
-    gathered = timed(f"gathering {len(x):,} features of {d} dimensions", lambda: gather([x], len(x)))
-    m1, s1 = gathered.moments.mean, metrics.covariance(gathered.moments)
-    moments = metrics.from_features(y)
-    m2, s2 = moments.mean, metrics.covariance(moments)
-    ours = timed("Fréchet distance", lambda: metrics.frechet_distance(m1, s1, m2, s2))
-    theirs = timed("Fréchet distance, pytorch-fid's function", lambda: calculate_frechet_distance(m1, s1, m2, s2))
-    print(f"  relative difference {abs(ours - theirs) / theirs:.1e}")
-    timed("its interval and limit", lambda: interval.trust(gathered.groups, m2, s2))
-    few = d // 2
-    a, b = (z[:few].astype(np.float64) - z[:few].mean(axis=0, dtype=np.float64) for z in (x, y))
-    sides = map(metrics.from_features, (x[:few], y[:few]))
-    (mean1, cov1), (mean2, cov2) = ((side.mean, metrics.covariance(side)) for side in sides)
-    singular = timed(
-        f"Fréchet distance, {few} samples a side", lambda: metrics.frechet_distance(mean1, cov1, mean2, cov2)
-    )
-    roots = np.linalg.svd(a @ b.T / (few - 1), compute_uv=False).sum()
-    exact = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots
-    print(f"  relative difference from the exact value {abs(singular - exact) / exact:.1e}")
-    timed("kernel distance, 100 subsets of 1,000", lambda: kernel_distance(x, y))
-    timed(f"precision, recall, density, coverage of {len(x):,}", lambda: manifold_scores(x[:10_000], y[:10_000]))
-
-
-def merging(d: int, shards: int) -> None:
-    num = shards * SHARD
-    shard = features(SHARD, d, 2)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-
-    def came() -> Iterator[np.ndarray]:
-        for _ in range(shards):
-            times.append(time.process_time())  # of this process alone: others may share the cores
-            yield shard
-
-    timed(f"gathering {num:,} features of {d} dimensions in {shards} shards", lambda: gather(came(), num))
-    taken = np.diff(times)
-    quarter = len(taken) // 4
-    early, late = taken[quarter : 2 * quarter].mean(), taken[-quarter:].mean()  # the first fills what gathers
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024**2
-    print(f"  a shard takes {1000 * early:.0f} ms of CPU early, {1000 * late:.0f} ms late; {more:.2f} GiB more memory")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--shards", type=int, default=1250)
-    args = parser.parse_args()
-    merging(args.dim, args.shards)
-    exactness_and_speed(args.dim)
-
-
-if __name__ == "__main__":
-    main()

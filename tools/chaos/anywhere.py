@@ -8,6 +8,7 @@ of what they call fails once by faults.Shim.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import sys
@@ -27,7 +28,7 @@ from ddpm.sampling import generate
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.sampling.request import publish_request
 from tools.chaos.faults import Operation, Shim, shimmed
-from tools.chaos.files import REQUEST, Result, new_run, resumable, saves, state, writing
+from tools.chaos.files import REQUEST, Result, new_run, new_run_saved, resumable, state, writing
 
 ROOMS = {
     str(Path(files.__file__).parents[1] / room)
@@ -110,16 +111,16 @@ def save_fails_anywhere(count: int) -> Result:
     fails. What it acknowledges is there, else the last good one; the next save works and leaves nothing behind."""
     quiet, threading.excepthook = threading.excepthook, lambda args: None  # a thread that dies of it says so on stderr
     try:
-        cases, bad = at_each_line(_try_save, count)
+        with new_run_saved(1, 2, 3, 4) as pristine:
+            cases, bad = at_each_line(functools.partial(_try_save, pristine), count)
     finally:
         threading.excepthook = quiet
     return Result("no memory, EIO at each line of a save", "last good intact; the next save works; nothing stale",
                   _seen(cases, bad), not bad and cases >= (2 * count or 1000))  # fmt: skip
 
 
-def _try_save(do: Do) -> str:
-    with new_run() as run:
-        saves(run, 1, 2, 3, 4)
+def _try_save(pristine: RunDir, do: Do) -> str:
+    with new_run(pristine) as run:
         _half_a_save(run)
         with writing(run) as saver:
             done = do(lambda: saver.save(state(8), wait=True))

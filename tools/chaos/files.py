@@ -48,10 +48,22 @@ def silent(message: str = "", **fields: Any) -> None:
 
 
 @contextmanager
-def new_run() -> Iterator[RunDir]:
+def new_run(like: RunDir | None = None) -> Iterator[RunDir]:
+    """like: what it is a copy of, since saves take most of a row's time."""
     with tempfile.TemporaryDirectory(prefix="ddpm-chaos-") as where:
-        (Path(where) / "checkpoints").mkdir()
-        yield RunDir(Path(where))
+        run = RunDir(Path(where))
+        if like is None:
+            run.checkpoints.mkdir()
+        else:
+            shutil.copytree(like.path, run.path, dirs_exist_ok=True)
+        yield run
+
+
+@contextmanager
+def new_run_saved(*steps: int) -> Iterator[RunDir]:
+    with new_run() as run:
+        saves(run, *steps)
+        yield run
 
 
 def state(step: int) -> dict[str, Any]:
@@ -121,33 +133,36 @@ def killed_at_each_operation(_: int) -> Result:
     promised = "a valid generation after each, none acknowledged lost; the next save works"
     bad: list[str] = []
     at = 0
-    while True:
-        with new_run() as run:
-            saves(run, 1, 2, 3, 4)
-            done = run.path / "acknowledged"  # written outside the watched directory
-
-            def life(run: RunDir = run, at: int = at, done: Path = done) -> None:
-                with shimmed(Shim(run.checkpoints, fault_at=at)), writing(run) as saver:
-                    for step in (5, 6):
-                        saver.save(state(step), wait=True)
-                        done.write_text(str(step))
-
-            killed = in_child(life)
-            acknowledged = int(done.read_text()) if done.exists() else 4
-            try:
-                step = resumable(run)
-                if step is None or step < acknowledged:
-                    bad.append(f"operation {at}: resumes {step}, {acknowledged} was acknowledged")
-                saves(run, 7)
-                if resumable(run) != 7:
-                    bad.append(f"operation {at}: the next save is not resumed")
-            except (AssertionError, DoNotRetry, OSError) as e:
-                bad.append(f"operation {at}: {e}")
-        if not killed:
-            break
-        at += 1
+    with new_run_saved(1, 2, 3, 4) as pristine:
+        while _killed_at(at, pristine, bad):
+            at += 1
     return Result("killed at every file operation of a save and of retention", promised,
                   f"{at} operations, {len(bad)} bad" + (f": {bad[0]}" if bad else ""), not bad and at > 20)  # fmt: skip
+
+
+def _killed_at(at: int, pristine: RunDir, bad: list[str]) -> bool:
+    """Whether there is such an operation."""
+    with new_run(pristine) as run:
+        done = run.path / "acknowledged"  # written outside the watched directory
+
+        def life() -> None:
+            with shimmed(Shim(run.checkpoints, fault_at=at)), writing(run) as saver:
+                for step in (5, 6):
+                    saver.save(state(step), wait=True)
+                    done.write_text(str(step))
+
+        killed = in_child(life)
+        acknowledged = int(done.read_text()) if done.exists() else 4
+        try:
+            step = resumable(run)
+            if step is None or step < acknowledged:
+                bad.append(f"operation {at}: resumes {step}, {acknowledged} was acknowledged")
+            saves(run, 7)
+            if resumable(run) != 7:
+                bad.append(f"operation {at}: the next save is not resumed")
+        except (AssertionError, DoNotRetry, OSError) as e:
+            bad.append(f"operation {at}: {e}")
+    return bool(killed)
 
 
 def unsynced_writes_lost_or_reordered(count: int) -> Result:
@@ -181,11 +196,9 @@ def flipped_bits_and_truncations(count: int) -> Result:
     """Single bits flipped in .pt and manifest (three in four), and truncations: noticed, named, fallen back from."""
     chosen = random.Random(1)
     missed: list[str] = []
-    with new_run() as pristine:
-        saves(pristine, 1, 2)
+    with new_run_saved(1, 2) as pristine:
         for i in range(count):
-            with new_run() as run:
-                shutil.copytree(pristine.checkpoints, run.checkpoints, dirs_exist_ok=True)
+            with new_run(pristine) as run:
                 path = (run.checkpoint(2), run.manifest(2))[i % 2]
                 raw = bytearray(path.read_bytes())
                 if i % 4 == 3:
@@ -206,16 +219,14 @@ def flipped_requests(count: int) -> Result:
     then saves, and retention. What cannot be verified keeps, and never frees."""
     chosen = random.Random(3)
     lost: list[str] = []
-    with new_run() as pristine:
-        saves(pristine, 1)
+    with new_run_saved(1) as pristine:
         sha256 = generations.verify(pristine, 1).sha256
         publish_request(pristine.sample_set("set"), replace(REQUEST, checkpoint=CheckpointRef(1, sha256)))
         saves(pristine, 2, 3)
         raw = pristine.sample_set("set").request.read_bytes()
         says = raw.index(b'"checkpoint"'), raw.index(b'"sha256"')
         for i in range(count):
-            with new_run() as run:
-                shutil.copytree(pristine.path, run.path, dirs_exist_ok=True)
+            with new_run(pristine) as run:
                 at, bit = chosen.randrange(*says) if i % 2 else chosen.randrange(len(raw)), chosen.randrange(8)
                 flipped = raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :]
                 run.sample_set("set").request.write_bytes(flipped)
@@ -230,42 +241,43 @@ def failing_operations(_: int) -> Result:
     """Disk full, I/O error and read-only at each operation of a save: the last good one stays, the next save works."""
     bad: list[str] = []
     cases = 0
-    for error in (errno.ENOSPC, errno.EIO, errno.EROFS):
-        at = 0
-        while True:
-            with new_run() as run, writing(run) as saver:
-                for step in (1, 2):
-                    saver.save(state(step), wait=True)
-                shim = Shim(run.checkpoints, fault_at=at, error=error)
-                reported = True
-                with shimmed(shim):
-                    try:
-                        saver.save(state(3), wait=True)
-                        reported = 3 in run.steps_saved()
-                    except OSError as e:
-                        reported = bool(str(e))
-                name = f"{errno.errorcode[error]} at operation {at}"
-                try:
-                    if not reported or (resumable(run) or 0) < 2:
-                        bad.append(name)
-                    saver.save(state(4), wait=True)
-                    if resumable(run) != 4:
-                        bad.append(f"{name}: the next save is not resumed")
-                except (AssertionError, DoNotRetry, OSError) as e:
-                    bad.append(f"{name}: {e}")
-            cases += 1
-            if len(shim.operations) <= at:
-                break
-            at += 1
+    with new_run_saved(1, 2) as pristine:
+        for error in (errno.ENOSPC, errno.EIO, errno.EROFS):
+            at, there_are = 0, True
+            while there_are:
+                there_are = _fails_at(at, error, pristine, bad)
+                at += 1
+            cases += at
     seen = f"{cases} cases, {len(bad)} bad" + (f": {bad[0]}" if bad else "")
     promised = "last good intact, reported, the next save works"
     return Result("disk full, EIO, read-only at each operation", promised, seen, not bad and cases > 20)
 
 
+def _fails_at(at: int, error: int, pristine: RunDir, bad: list[str]) -> bool:
+    """Whether there is such an operation."""
+    with new_run(pristine) as run, writing(run) as saver:
+        shim = Shim(run.checkpoints, fault_at=at, error=error)
+        with shimmed(shim):
+            try:
+                saver.save(state(3), wait=True)
+                reported = 3 in run.steps_saved()
+            except OSError as e:
+                reported = bool(str(e))
+        name = f"{errno.errorcode[error]} at operation {at}"
+        try:
+            if not reported or (resumable(run) or 0) < 2:
+                bad.append(name)
+            saver.save(state(4), wait=True)
+            if resumable(run) != 4:
+                bad.append(f"{name}: the next save is not resumed")
+        except (AssertionError, DoNotRetry, OSError) as e:
+            bad.append(f"{name}: {e}")
+    return len(shim.operations) > at
+
+
 def all_generations_damaged(_: int) -> Result:
     """Nothing good left: exit 78, no step run, nothing removed."""
-    with new_run() as run:
-        saves(run, 1, 2, 3)
+    with new_run_saved(1, 2, 3) as run:
         for step in run.steps_saved():
             with run.checkpoint(step).open("r+b") as f:
                 f.truncate(10)

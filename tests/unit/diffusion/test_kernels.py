@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
+from tests import forked
 from tests.conftest import PROJECT, requires
 
 try:
@@ -32,15 +32,9 @@ def requires_triton_3_4() -> None:
 
 
 def interpreted(code: str) -> str:
-    """What the code prints where Triton interprets its kernels, which is decided when they are defined."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        cwd=PROJECT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        timeout=300,
-    )
+    """What the code prints where Triton interprets its kernels."""
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    done = forked.run(argv, PROJECT, {**os.environ, "TRITON_INTERPRET": "1"}, timeout=300, kernels=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -109,15 +109,23 @@ def test_what_a_life_compiled_is_one_file_of_the_run_and_half_of_one_is_never_fo
 
 
 def test_what_a_killed_life_left_on_a_node_is_removed_and_what_a_living_one_has_is_not(
-    tmp_path: Path, on_a_node: Callable[..., Any]
+    tmp_path: Path, on_a_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = tmp_path / "node"
+    node, flock = tmp_path / "node", fcntl.flock
+
+    def beside_another(lock: Any, how: int) -> None:
+        """Another rank looks around in the moment before the lock."""
+        if how == fcntl.LOCK_EX:
+            compiled._remove_left(node)
+        flock(lock, how)
+
     for name in ("dead", "alive"):
         (node / f"{compiled.PREFIX}{name}").mkdir()
         (node / f"{compiled.PREFIX}{name}" / ".lock").touch()
     with (node / f"{compiled.PREFIX}alive" / ".lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        on_a_node(make_run(tmp_path / "run"), lambda folder: None, anew=None)
+        flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", beside_another)
+        on_a_node(make_run(tmp_path / "run"), lambda folder: (folder / ".lock").stat(), anew=None)
     assert [p.name for p in node.iterdir()] == [f"{compiled.PREFIX}alive"]
 
 

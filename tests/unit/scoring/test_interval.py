@@ -71,7 +71,7 @@ def test_what_is_gathered_does_not_depend_on_how_features_came() -> None:
 
 
 def test_the_memory_that_a_merge_takes_does_not_grow_with_the_number_of_shards() -> None:
-    """Beyond the features that are kept for comparison, which are 10,000 at most: python -m tools.bench.scores."""
+    """Beyond the features that are kept for comparison, which are 10,000 at most."""
     x, peaks = np.random.default_rng(1).standard_normal((800, 16)).astype(np.float32), []
     for shards in (20, 200):
         tracemalloc.start()

@@ -234,7 +234,7 @@ def test_a_new_run_trains_on_from_them(tmp_path, source):
         "train.warmup_steps=0",
         "log.every_steps=1",
     ]
-    words += ["log.grid_every_steps=null", "--cluster", "local", "--wait", "--root", runs]
+    words += ["log.grid_images=1", "--cluster", "local", "--wait", "--root", runs]
     argv = [sys.executable, PROJECT / "launch" / "submit.py", *words]
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,8 @@ from ddpm.training import histograms
 from ddpm.training.step import Step
 from tests.training import Life, differences, live, make_config, make_run
 
-OPTIONS: dict[str, Any] = {"log__every_steps": 2, "model__dropout": 0.5}
+OPTIONS: dict[str, Any] = {"log__every_steps": 4, "model__dropout": 0.5}
+"""The first histogram, of step 3, is the first that TensorBoard shows of a life."""
 TOTAL = 8
 
 
