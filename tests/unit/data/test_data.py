@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,16 @@ def test_a_folder_to_score_is_taken_as_it_is(tmp_path: Path) -> None:
     mixed = as_folder(tmp_path / "g", {"0.png": png(), "1.png": png(size=(9, 8))})
     with pytest.raises(RequestError, match=r"images of several sizes .*8x8, 8x9"):
         load_folder(mixed)
+
+
+def test_images_to_score_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # else some are decoded ahead
+    path = as_folder(tmp_path / "f", {f"{i}.png": png(i, (32, 32)) for i in range(200)})
+    tracemalloc.start()
+    loaded = load_folder(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert loaded.images.nbytes < peak < 1.5 * loaded.images.nbytes
 
 
 # ---------------------------------------------------------------- batches
