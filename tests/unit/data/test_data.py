@@ -444,6 +444,19 @@ def test_a_dataset_on_the_device_gives_the_batches_of_one_on_the_host() -> None:
     assert taken[0][0].numpy().tobytes() == images.images[ids].tobytes() and taken[0][1].tolist() == [1, 1, 1, 0]
 
 
+def test_a_dataset_comes_to_the_device_in_pieces_since_each_rank_of_a_node_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ddpm.data.batches.PIECE_IMAGES", 64)
+    images, ids = make_images(2000), np.arange(2000)
+    tracemalloc.start()
+    there = Resident(images, CPU)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(there.take(there.parts(ids))[0].numpy(), images.images)
+    assert peak < images.images.nbytes / 4
+
+
 def test_the_digest_of_images_covers_shape_and_every_byte() -> None:
     images = make_images().images
     other = images.copy()
