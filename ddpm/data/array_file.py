@@ -74,7 +74,7 @@ def open_array(path: Path) -> ArrayFile:
     try:
         if path.suffix == ".npz":
             with open_file(path) as f, zipfile.ZipFile(f) as archive:
-                check_members(archive, path.stat().st_size)
+                check_members(archive, path.stat().st_size, at_most=math.inf)  # read one image at a time
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
             key = next((key for key in IMAGES if key in names), None)
             if key is None:

@@ -141,8 +141,9 @@ def test_an_array_is_scored_as_its_pictures_are(tmp_path):
     assert batch is not None and np.array_equal(batch.images, IMAGES[::-1])
 
 
-def test_images_are_read_one_at_a_time(tmp_path):
+def test_images_are_read_one_at_a_time_however_many_there_are(tmp_path, monkeypatch):
     path = saved(tmp_path / "compressed.npz", images=IMAGES)
+    monkeypatch.setattr("ddpm.run.files.ARRAYS_BYTES", 100)  # as of what is read whole
     items = sources.read(open_source(Data(name="images", path=str(path), image_size=8)), "train", 8, tmp_path)
     image, label = next(items)
     assert np.array_equal(image, IMAGES[0]) and label == 0
