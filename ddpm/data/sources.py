@@ -75,17 +75,17 @@ class Source:
         return len(self.members[split]) or NUM_IMAGES[self.kind, split]
 
     def fingerprint(self, tell: Callable[[str], None] = lambda text: None) -> Any:
-        """What the cache key covers: content for archives, names, sizes and times for folders; as when it was first
+        """What the cache key covers: content for files, names, sizes and times for folders; as when it was first
         asked for. tell: is told what is read."""
         if not self._fingerprint:
             self._fingerprint.append(self._taken(tell))
         return self._fingerprint[0]
 
     def _taken(self, tell: Callable[[str], None]) -> Any:
-        if self.kind == "zip" and self.path is not None:
-            return digest_once(self.path, tell)
         if self.array is not None:
             return self.array.fingerprint(tell)
+        if self.path is not None and self.path.is_file():  # of whatever kind
+            return digest_once(self.path, tell)
         if self.kind == "folder" and self.path is not None:
             digest, begins = hashlib.sha256(), b"["  # as sha256_json of the list, which a million files make long
             for name in (name for names in self.members.values() for name in names):

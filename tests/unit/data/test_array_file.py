@@ -98,7 +98,10 @@ def flipped(path: Path) -> Path:
 
 WRONG = {
     "channels first": (lambda p: saved(p, images=IMAGES.transpose(0, 3, 1, 2)), r"\(12, 3, 8, 8\); .*, channels last"),
-    "floats": (lambda p: saved(p, images=IMAGES / 255), r"its images are float64 \(12, 8, 8, 3\); save them as uint8"),
+    "floats": (
+        lambda p: saved(p, images=IMAGES / 255),
+        r"its images are float64 \(12, 8, 8, 3\); save them as uint8, 0 to 255",
+    ),
     "objects": (lambda p: saved(p, images=np.array([{}])), "its images are object"),
     "Fortran's order": (lambda p: saved(p, images=np.asfortranarray(IMAGES)), "in C's order"),
     "none": (lambda p: saved(p, images=IMAGES[:0]), r"holds no images: they are uint8 \(0, 8, 8, 3\)"),
