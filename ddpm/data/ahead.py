@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -17,17 +18,20 @@ MOST_THREADS = 4
 def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
     """make(item) of each item, as `map` gives it, but made by threads, which are a few items ahead of whoever takes
     them. It must be work that lets go of Python's lock. Nothing goes on once the iterator is closed, or has raised."""
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-    if threads == 1:
-        yield from map(make, items)
-        return
-    pool, ahead = ThreadPoolExecutor(threads), deque[Future[Made]]()
-    try:
-        for item in items:
-            ahead.append(pool.submit(make, item))
-            if len(ahead) == 2 * threads:
+    threads, left = min(MOST_THREADS, len(os.sched_getaffinity(0))), iter(items)
+    if threads > 1:
+        pool, ahead = ThreadPoolExecutor(threads), deque[Future[Made]]()
+        try:
+            for item in left:
+                try:
+                    ahead.append(pool.submit(make, item))
+                except RuntimeError:  # this user has no thread left
+                    left = chain([item], left)
+                    break
+                if len(ahead) == 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    yield from map(make, left)

@@ -64,6 +64,26 @@ def test_results_come_in_order_from_a_few_threads_that_are_a_few_items_ahead() -
     assert len({name for _, name in done}) <= ahead.MOST_THREADS
 
 
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_where_a_user_may_have_no_more_threads_the_rest_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    real, begun = threading.Thread.start, list[threading.Thread]()
+
+    def start(thread: threading.Thread) -> None:
+        if len(begun) == allowed:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        real(thread)
+
+    def make(item: int) -> int:
+        time.sleep(0.001)
+        return item
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert list(ahead.in_order(make, range(50))) == list(range(50)) and len(begun) == allowed
+
+
 def test_nothing_is_at_work_once_an_item_has_failed_or_nobody_takes_more() -> None:
     seen: list[int] = []
     begun: list[int] = []
