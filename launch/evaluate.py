@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="the variational bound of the test images (or of --reference train), as Ho et al. report it",
     )
-    parser.add_argument("--step", type=int, help="with --bits-per-dim: which checkpoint (default: the newest)")
+    parser.add_step("with --bits-per-dim: ")
     parser.add_argument(
         "--num-images", type=int, help="with --bits-per-dim: how many images, chosen by sample.seed (default: all)"
     )
@@ -213,7 +213,8 @@ def main() -> int:
 
 def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
     """Bits per dimension: published as a request here, computed by a job, whose tasks share its parts."""
-    request, parts = bounds.request_for(run, config, args.reference or "test", args.step, args.num_images)
+    at = milestones.asked_step(run, args.step)
+    request, parts = bounds.request_for(run, config, args.reference or "test", at, args.num_images)
     name = request.name
     job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=("--bits-per-dim",), parts=parts)
     if args.dry_run:

@@ -16,6 +16,7 @@ from ddpm.errors import DDPMError, RequestError
 from ddpm.run.paths import EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from launch.cluster import environment
+from launch.queue import milestones
 from launch.terminal import console
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Origin(NamedTuple):
 
     word: str
     """A run or a file, without its step."""
-    step: int | None
+    step: int | str | None
+    """A number, or `best` of the milestones; None: the newest."""
     weights: str | None
     root: str | None
 
@@ -49,11 +51,13 @@ def asked(word: str | None, weights: str | None, root: str | None) -> Origin | N
             raise RequestError(f"--from-weights {weights}: goes with --from RUN|FILE[@STEP], which is not there")
         return None
     name, at, step = word.rpartition("@")
-    if not at or not step.isdecimal() or Path(word).expanduser().exists():
+    if not at or not (step.isdecimal() or step == "best") or Path(word).expanduser().exists():
         name, step = word, ""
     if not name:
-        raise RequestError(f"--from {word!r}: give a run or a file of weights, with @STEP for another than its newest")
-    return Origin(name, int(step) if step else None, weights, root)
+        raise RequestError(
+            f"--from {word!r}: give a run or a file of weights, with @STEP or @best for another than its newest"
+        )
+    return Origin(name, int(step) if step.isdecimal() else step or None, weights, root)
 
 
 def check_same(run: RunDir, origin: Origin | None) -> None:
@@ -67,7 +71,7 @@ def check_same(run: RunDir, origin: Origin | None) -> None:
             f"--from out to go on with it"
         )
     same = began["source"] in map(str, origin.places())
-    if not same or origin.step not in (None, began["step"]) or (origin.weights or "ema") != began["weights"]:
+    if not same or origin.step not in (None, "best", began["step"]) or (origin.weights or "ema") != began["weights"]:
         at = f"@{began['step']}" if began.get("step") else ""
         raise RequestError(
             f"--from {origin.word}: run {run.name} exists and started from the weights ({began['weights']}) of "
@@ -97,7 +101,7 @@ def read(origin: Origin, config: Config) -> Start:
     from ddpm.network import start
 
     try:
-        found = start.of_run(run, origin.step, origin.weights or "ema", config, _warn)
+        found = start.of_run(run, milestones.asked_step(run, origin.step), origin.weights or "ema", config, _warn)
     except RequestError as e:
         told = _apart(there, config, "model", "train.label_dropout")
         raise RequestError(f"--from {origin.word}: {e}{told}") from None

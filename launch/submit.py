@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
         "--from",
         dest="origin",
         metavar="RUN|FILE[@STEP]",
-        help="start a new run from these weights instead of random ones",
+        help="start a new run from these weights instead of random ones; RUN@best: of its best milestone",
     )
     parser.add_argument(
         "--from-weights", choices=("ema", "model"), help="with --from: which weights of the run (default: ema)"

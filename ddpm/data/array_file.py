@@ -74,7 +74,7 @@ def open_array(path: Path) -> ArrayFile:
     try:
         if path.suffix == ".npz":
             with open_file(path) as f, zipfile.ZipFile(f) as archive:
-                check_members(archive, path.stat().st_size)
+                check_members(archive, path.stat().st_size, at_most=math.inf)  # read one image at a time
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
             key = next((key for key in IMAGES if key in names), None)
             if key is None:
@@ -96,7 +96,8 @@ def open_array(path: Path) -> ArrayFile:
         last = ", channels last" if len(shape) == 4 and shape[1] in (1, 3) else ""
         order = ", in C's order" if fortran else ""
         raise RequestError(
-            f"data.path = {path}: its images are {dtype} {shape}; save them as uint8 (N, H, W, 3){last}{order}"
+            f"data.path = {path}: its images are {dtype} {shape}; save them as uint8, 0 to 255, (N, H, W, 3), or in "
+            f"grey (N, H, W, 1){last}{order}"
         )
     labels, beside = _labels(path, key, shape[0])
     return ArrayFile(path, key, shape, labels, beside)

@@ -13,6 +13,8 @@ from ddpm.diffusion.philox import Step
 
 RESIDENT_SHARE = 8
 """A dataset lies on the GPU where it takes less than this part of its free memory: CIFAR-10's 150 MB do."""
+PIECE_IMAGES = 1024
+"""Number of images that are brought there at a time."""
 
 
 Parts = tuple[torch.Tensor, ...]
@@ -23,7 +25,11 @@ class Resident:
     """A dataset on the device itself: a batch costs the host its indices."""
 
     def __init__(self, packed: PackedImages, device: torch.device) -> None:
-        self._images = torch.from_numpy(np.array(packed.images)).to(device)  # a mapped file is not writable
+        images = packed.images
+        self._images = torch.empty(images.shape, dtype=torch.uint8, device=device)
+        for first in range(0, len(images), PIECE_IMAGES):  # every rank of a node does so: a whole copy would not fit
+            piece = slice(first, first + PIECE_IMAGES)
+            self._images[piece] = torch.from_numpy(np.array(images[piece]))  # a mapped file is not writable
         self._labels = torch.from_numpy(np.array(packed.labels)).to(device)
 
     def parts(self, ids: np.ndarray) -> Parts:

@@ -18,10 +18,11 @@ MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
 """An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 
 
-def check_members(archive: zipfile.ZipFile, num_bytes: int) -> None:
-    """Check an .npz of `num_bytes`. Raises ValueError if its arrays would take more memory than it can fill."""
+def check_members(archive: zipfile.ZipFile, num_bytes: int, at_most: float = files.ARRAYS_BYTES) -> None:
+    """Check an .npz of `num_bytes`. Raises ValueError if its arrays would take more memory than it can fill, or than
+    `at_most` bytes."""
     whole = sum(member.file_size for member in archive.infolist())
-    if whole > files.ARRAYS_BYTES or (whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * num_bytes):
+    if whole > at_most or (whole > MOST_UNPACKED_BYTES and whole > MOST_TIMES * num_bytes):
         raise ValueError(f"it would unpack to {whole:,} bytes, which is more than arrays can be compressed")
     for member in archive.infolist():
         if member.compress_type not in BOUNDED:

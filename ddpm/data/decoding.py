@@ -8,8 +8,10 @@ https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,9 @@ import numpy as np
 
 MOST_PIXELS = 1 << 30
 """Largest picture that is decoded; it takes four gigabytes of memory."""
+LARGE_PIXELS = 1 << 24
+_large = threading.Lock()
+"""Of pictures with more pixels one is decoded at a time: several threads take no more memory for them than one."""
 ORIENTATION = 0x0112
 """EXIF's tag of which way up a camera was held."""
 UPRIGHT = {
@@ -54,8 +59,8 @@ class Decoding:
         with Image.open(io.BytesIO(raw)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
-            rgb = self._rgb(image)
-        return self.square(rgb, size)
+            with _large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+                return self.square(self._rgb(image), size)
 
     def square(self, rgb: Any, size: int | None) -> np.ndarray:
         """`to_square`, with a count of crops and enlargements."""

@@ -264,25 +264,34 @@ def _in_words(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def load_folder(path: Path) -> PackedImages:
-    """A folder, zip or array of equally sized images, without resizing or caching, all splits together.
+def load_folder(path: Path, size: int | None = None) -> PackedImages:
+    """A folder, zip or array of images, without caching, all splits together. Memory holds them once.
 
+    size: crop and resize them to this many pixels; None: keep them, which must all have one size.
     Raises RequestError if there are no images, damaged ones, or images of several sizes.
     """
+    images, shapes = np.empty(0, np.uint8), set[tuple[int, ...]]()
     try:
         source = open_images(path)
-        if source.array is not None:
+        if source.array is not None and size is None:
             return as_they_are(source.array.whole(), path)
-        images = [image for split in sorted(source.members) for image, _ in sources.read(source, split, None, path)]
+        splits = sorted(source.members)
+        num = sum(map(source.num_images, splits))
+        each = (image for split in splits for image, _ in sources.read(source, split, size, path))
+        for index, image in enumerate(each):
+            if not index:
+                images = np.empty((num, *image.shape), np.uint8)
+            shapes.add(image.shape)
+            if len(shapes) == 1:
+                images[index] = image
     except RequestError as e:
         raise RequestError(str(e).removeprefix("data.path = ")) from None
-    shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise RequestError(
             f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "
             f"a score needs one size: resize them first, or give --size"
         )
-    return as_they_are(np.stack(images), path)
+    return as_they_are(images, path)
 
 
 def as_they_are(images: np.ndarray, path: Path) -> PackedImages:

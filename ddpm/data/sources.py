@@ -6,21 +6,24 @@ time, so that no set has to fit in memory. What is done with the pixels is packe
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
 import os
 import re
+import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 
-from ddpm.data import array_file, dataset_json, layout, listing
+from ddpm.data import ahead, array_file, dataset_json, layout, listing
 from ddpm.data.array_file import ArrayFile
 from ddpm.data.decoding import Decoding, to_square
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
@@ -34,6 +37,10 @@ NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digit
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
 PIECE_BYTES = 1 << 16
+PART_IMAGES = 4
+"""Number of images that a thread decodes at a time."""
+SMALL_BYTES = 4096
+"""Of files that are smaller on average most of the work is Python's own: several threads would take longer than one."""
 PASSING = frozenset((
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
     errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
@@ -68,17 +75,17 @@ class Source:
         return len(self.members[split]) or NUM_IMAGES[self.kind, split]
 
     def fingerprint(self, tell: Callable[[str], None] = lambda text: None) -> Any:
-        """What the cache key covers: content for archives, names, sizes and times for folders; as when it was first
+        """What the cache key covers: content for files, names, sizes and times for folders; as when it was first
         asked for. tell: is told what is read."""
         if not self._fingerprint:
             self._fingerprint.append(self._taken(tell))
         return self._fingerprint[0]
 
     def _taken(self, tell: Callable[[str], None]) -> Any:
-        if self.kind == "zip" and self.path is not None:
-            return digest_once(self.path, tell)
         if self.array is not None:
             return self.array.fingerprint(tell)
+        if self.path is not None and self.path.is_file():  # of whatever kind
+            return digest_once(self.path, tell)
         if self.kind == "folder" and self.path is not None:
             digest, begins = hashlib.sha256(), b"["  # as sha256_json of the list, which a million files make long
             for name in (name for names in self.members.values() for name in names):
@@ -240,38 +247,64 @@ def read(
 
 def _decode(source: Source, split: str, size: int | None, asked: Decoding | None) -> Iterator[tuple[np.ndarray, int]]:
     assert source.path is not None
-    how = asked or Decoding()
-    archive = zipfile.ZipFile(source.path) if source.kind == "zip" else None
+    how, path, names = asked or Decoding(), source.path, source.members[split]
+    archive = zipfile.ZipFile(path) if source.kind == "zip" else None
+    one_at_a_time: Any = threading.Lock() if archive else contextlib.nullcontext()
+
+    def raw(name: str) -> bytes:
+        with one_at_a_time, archive.open(name) if archive else (path / name).open("rb") as file:
+            return _all_of(file)
+
+    def part(first: int) -> tuple[list[tuple[np.ndarray, int]], Decoding]:
+        its = dataclasses.replace(how, damaged={}, converted=Counter())
+        some = names[first : first + PART_IMAGES]
+        return list(_pictures(source, some, raw, size, its)), its
+
+    def num_bytes(name: str) -> int:
+        return archive.getinfo(name).file_size if archive else _stat(f"{path}/{name}").st_size
+
     try:
-        for name in source.members[split]:
-            try:
-                with archive.open(name) if archive else (source.path / name).open("rb") as file:
-                    raw = _all_of(file)
-            except OSError as e:
-                if e.errno in PASSING:
-                    raise
-                how.damaged[readable(name)] = e.strerror or str(e)
-                continue
-            except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes
-                how.damaged[readable(name)] = _in_a_line(e)
-                continue
-            try:
-                pixels = how.pixels(raw, size)
-            except MemoryError:
-                raise EnvironmentLacks(
-                    f"data.path = {source.path}: {readable(name)}: to decode it takes more memory than there is here; "
-                    f"make it smaller, remove it, or submit where there is more"
-                ) from None
-            except Exception as e:  # so does Pillow, OSError among them
-                how.damaged[readable(name)] = _in_a_line(e)
-            else:
-                yield pixels, source.labels[name]
+        some, small = names[:: len(names) // 16 + 1], False
+        with contextlib.suppress(OSError):  # which is told where it is read
+            small = sum(map(num_bytes, some)) < SMALL_BYTES * len(some)
+        for made, its in (map if small else ahead.in_order)(part, range(0, len(names), PART_IMAGES)):
+            yield from made
+            how.damaged |= its.damaged
+            how.converted.update(its.converted)
     finally:
         if archive:
             archive.close()
     if how.damaged and not how.skip_damaged:
-        told = told_of_damaged(how.damaged, len(source.members[split]))
-        raise RequestError(f"data.path = {source.path}: {told}" + (SKIP if asked else ""))
+        told = told_of_damaged(how.damaged, len(names))
+        raise RequestError(f"data.path = {path}: {told}" + (SKIP if asked else ""))
+
+
+def _pictures(
+    source: Source, names: Iterable[str], raw: Callable[[str], bytes], size: int | None, how: Decoding
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Those that can be decoded. raw: the content of the file of that name."""
+    for name in names:
+        try:
+            content = raw(name)
+        except OSError as e:
+            if e.errno in PASSING:
+                raise
+            how.damaged[readable(name)] = e.strerror or str(e)
+            continue
+        except Exception as e:  # zlib and zipfile raise some ten kinds for broken bytes
+            how.damaged[readable(name)] = _in_a_line(e)
+            continue
+        try:
+            pixels = how.pixels(content, size)
+        except MemoryError:
+            raise EnvironmentLacks(
+                f"data.path = {source.path}: {readable(name)}: to decode it takes more memory than there is here; "
+                f"make it smaller, remove it, or submit where there is more"
+            ) from None
+        except Exception as e:  # so does Pillow, OSError among them
+            how.damaged[readable(name)] = _in_a_line(e)
+        else:
+            yield pixels, source.labels[name]
 
 
 def _read_array(array: ArrayFile, source: Source, size: int | None, how: Decoding) -> Iterator[tuple[np.ndarray, int]]:

@@ -19,6 +19,7 @@ from ddpm.errors import DDPMError, RequestError
 from ddpm.run import files, paths
 from ddpm.run.claims import ALONE, OthersAtWork, Worker, work_through
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import say
 from ddpm.run.paths import RunDir, SampleSet
 from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.generate import sample_labels
@@ -27,7 +28,7 @@ from ddpm.sampling.shards import codes, read_manifest, withdraw_shard
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
 from ddpm.scoring.features import Progress, expected_features, is_kept, shard_features
-from ddpm.scoring.gather import Gathered, gather
+from ddpm.scoring.gather import CLASSES_AT_MOST, Gathered, gather
 from ddpm.scoring.record import PROVENANCE, publish_score, read_score, score_with
 from ddpm.scoring.reference import check_size, image_record, reference_of
 from ddpm.scoring.scores import all_scores
@@ -160,7 +161,7 @@ def evaluate_set(
 
     reference: the images to compare with, or an .npz of statistics. cache_dir: for the statistics of images.
     image_size: the samples', which a reference's images must have. num_classes: of the run's model; with classes in
-    the reference too there are scores by class.
+    the reference too there are scores by class, unless they are more than CLASSES_AT_MOST, which is told.
     progress(done, total): of shards; reference_progress: of the reference's images.
     If there is a score of the same samples, reference and extractor already, it is returned and stays as it is.
     Raises BrokenSet naming the shards, RequestError for the set or the reference, Stopped, OthersAtWork.
@@ -179,6 +180,9 @@ def evaluate_set(
     if (there := score_with(run, set_name, provenance)) is not None:
         return there
     by_class = num_classes > 1 and isinstance(reference, PackedImages) and reference.split in SPLITS
+    if by_class and num_classes > CLASSES_AT_MOST:
+        say(f"no scores by class: the model has {num_classes} classes, more than {CLASSES_AT_MOST}")
+        by_class = False
     statistics, busy = None, OthersAtWork()
     try:
         if file is not None:

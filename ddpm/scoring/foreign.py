@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddpm.data import sources
-from ddpm.data.packed import PackedImages, as_they_are, load_folder, open_images
+from ddpm.data.packed import PackedImages, load_folder
 from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.stopping import ShowProgress
@@ -36,23 +34,10 @@ def load_images(path: Path, size: int | None = None) -> PackedImages:
     Raises RequestError.
     """
     try:
-        return load_folder(path) if size is None else _resized(path, size)
+        return load_folder(path, size)
     except RequestError as e:
         all_of_it = "\n  (a score is of all images of a folder: to score the others alone, move these out of it)"
         raise RequestError(f"{e}{all_of_it if 'cannot be decoded' in str(e) else ''}") from None
-
-
-def _resized(path: Path, size: int) -> PackedImages:
-    try:
-        source = open_images(path)
-        splits = sorted(source.members)
-        images = np.empty((sum(map(source.num_images, splits)), size, size, 3), np.uint8)
-        each = (image for split in splits for image, _ in sources.read(source, split, size, path))
-        for index, image in enumerate(each):
-            images[index] = image
-    except RequestError as e:
-        raise RequestError(str(e).removeprefix("data.path = ")) from None
-    return as_they_are(images, path)
 
 
 # ---------------------------------------------------------------- their scores
@@ -78,6 +63,7 @@ def evaluate_images(
             _check_one_size(images, file.images, reference, "resize one side")
         against = file.reference(extractor, keep)
     else:
+        file = None  # which may hold all of them
         others = load_images(reference, size)
         _check_one_size(images, others, reference, "give --size for both")
         against = reference_of(others, extractor, keep, progress=progress)

@@ -90,10 +90,9 @@ class Parser(argparse.ArgumentParser):
     def add_runs(self) -> None:
         self.add_argument("runs", nargs="+", metavar="RUN", help="names, directories, patterns or sweeps")
 
-    def add_step(self) -> None:
-        self.add_argument(
-            "--step", type=step, help="which checkpoint: a number, or `best` of the milestones (default: the newest)"
-        )
+    def add_step(self, when: str = "") -> None:
+        which = f"{when}which checkpoint: a number, or `best` of the milestones (default: the newest)"
+        self.add_argument("--step", type=step, help=which)
 
     def add_root(self) -> None:
         self.add_argument("--root", help="folder of the runs (default: DDPM_RUNS, or runs/ in the project)")

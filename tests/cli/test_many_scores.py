@@ -185,6 +185,8 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
 def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:
     told = again.refused("evaluate", "tiny", "--bits-per-dim")
     assert "of the test images, and digits has none here: --reference train" in told
+    told = again.refused("evaluate", "tiny", "--bits-per-dim", "--reference", "train", "--step", "best")
+    assert "has no scores of milestones yet" in told
     words = ["tiny", "--bits-per-dim", "--reference", "train", "--step", "400", "--num-images"]
     assert "--num-images 0: must be from 1 to" in again.refused("evaluate", *words, "0")
     done = again("evaluate", *words, "20")

@@ -98,7 +98,10 @@ def flipped(path: Path) -> Path:
 
 WRONG = {
     "channels first": (lambda p: saved(p, images=IMAGES.transpose(0, 3, 1, 2)), r"\(12, 3, 8, 8\); .*, channels last"),
-    "floats": (lambda p: saved(p, images=IMAGES / 255), r"its images are float64 \(12, 8, 8, 3\); save them as uint8"),
+    "floats": (
+        lambda p: saved(p, images=IMAGES / 255),
+        r"its images are float64 \(12, 8, 8, 3\); save them as uint8, 0 to 255",
+    ),
     "objects": (lambda p: saved(p, images=np.array([{}])), "its images are object"),
     "Fortran's order": (lambda p: saved(p, images=np.asfortranarray(IMAGES)), "in C's order"),
     "none": (lambda p: saved(p, images=IMAGES[:0]), r"holds no images: they are uint8 \(0, 8, 8, 3\)"),
@@ -141,8 +144,9 @@ def test_an_array_is_scored_as_its_pictures_are(tmp_path):
     assert batch is not None and np.array_equal(batch.images, IMAGES[::-1])
 
 
-def test_images_are_read_one_at_a_time(tmp_path):
+def test_images_are_read_one_at_a_time_however_many_there_are(tmp_path, monkeypatch):
     path = saved(tmp_path / "compressed.npz", images=IMAGES)
+    monkeypatch.setattr("ddpm.run.files.ARRAYS_BYTES", 100)  # as of what is read whole
     items = sources.read(open_source(Data(name="images", path=str(path), image_size=8)), "train", 8, tmp_path)
     image, label = next(items)
     assert np.array_equal(image, IMAGES[0]) and label == 0

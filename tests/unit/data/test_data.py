@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,16 @@ def test_a_folder_to_score_is_taken_as_it_is(tmp_path: Path) -> None:
         load_folder(mixed)
 
 
+def test_images_to_score_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # else some are decoded ahead
+    path = as_folder(tmp_path / "f", {f"{i}.png": png(i, (32, 32)) for i in range(200)})
+    tracemalloc.start()
+    loaded = load_folder(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert loaded.images.nbytes < peak < 1.5 * loaded.images.nbytes
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -431,6 +442,19 @@ def test_a_dataset_on_the_device_gives_the_batches_of_one_on_the_host() -> None:
     taken = [how.take(how.parts(ids)) for how in (Resident(images, CPU), Mapped(images))]
     assert all(torch.equal(a, b) for a, b in zip(*taken, strict=True))
     assert taken[0][0].numpy().tobytes() == images.images[ids].tobytes() and taken[0][1].tolist() == [1, 1, 1, 0]
+
+
+def test_a_dataset_comes_to_the_device_in_pieces_since_each_rank_of_a_node_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ddpm.data.batches.PIECE_IMAGES", 64)
+    images, ids = make_images(2000), np.arange(2000)
+    tracemalloc.start()
+    there = Resident(images, CPU)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(there.take(there.parts(ids))[0].numpy(), images.images)
+    assert peak < images.images.nbytes / 4
 
 
 def test_the_digest_of_images_covers_shape_and_every_byte() -> None:

@@ -74,6 +74,15 @@ def test_an_image_whose_folder_is_no_class_is_unpacked_without_one(tmp_path: Pat
     assert (tmp_path / "out" / "dog" / "000000.png").exists() and (tmp_path / "out" / "000001.png").exists()
 
 
+def test_a_source_of_a_new_kind_is_known_by_the_content_of_its_file(tmp_path: Path) -> None:
+    found = []
+    for content in (b"one", b"two"):
+        (tmp_path / "a.h5").write_bytes(content)
+        found.append(sources.Source("mine", tmp_path / "a.h5", {"train": ["0"]}, [""]).fingerprint())
+    assert found[0] != found[1]
+    assert sources.Source("cifar10", tmp_path, {"train": []}, [""]).fingerprint() == "cifar10"  # as of old
+
+
 # ---------------------------------------------------------------- files that are larger than any image
 
 

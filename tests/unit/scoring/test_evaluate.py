@@ -535,6 +535,21 @@ def test_a_last_class_that_the_reference_has_nothing_of_has_no_score_and_the_oth
     assert len(by_class) == 3 and by_class[2] is None and None not in by_class[:2]
 
 
+def test_more_classes_than_fit_are_told_and_the_references_statistics_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "CLASSES_AT_MOST", 2)
+    made, real = make(tmp_path), packed()
+    conditional = dataclasses.replace(real, labels=np.arange(len(real)) % 3, classes=["a", "b", "c"])
+    reference_of(real, made.extractor, made.run.path / "cache")
+    for part in (made.run.path / "cache").glob("*/features-*"):
+        part.unlink()
+    made.images.clear()
+    assert "frechet_distance_per_class" not in made.evaluate(conditional, num_classes=3)
+    assert sum(made.images) == NUM, "of the samples alone"
+    assert "no scores by class: the model has 3 classes, more than 2" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- against pytorch-fid
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from ddpm.errors import RequestError
 from ddpm.run import generations
+from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 from launch import origin
@@ -49,6 +50,7 @@ def test_a_run_is_found_by_name_and_by_path(root, word, step):
     ("word", "told"),
     [
         ("source@5", r"run source has no checkpoint of step 5; it has \[4, 8\]"),
+        ("source@best", r"--from source: run source has no scores of milestones yet: .* --all-milestones"),
         ("nowhere", r"no run 'nowhere'; .* there are: source .*and no file of weights \(\.safetensors \.pt"),
         ("source/config.yaml", r"expected a run's directory, or a file of \.safetensors"),
         ("source/checkpoints/ema-000000008.safetensors@8", "a file holds one step's weights; leave @8 out"),
@@ -79,14 +81,16 @@ def test_what_the_configs_differ_in_is_told(root, capsys):
 
 def test_a_run_that_exists_must_have_started_so_and_its_source_may_be_gone(root, tmp_path):
     shutil.copytree(root / "source", tmp_path / "source")
-    start = origin.read(asked(tmp_path, "source@4"), CONFIG)
+    best = {"step": 4, "sha256": generations.verify(RunDir(root / "source"), 4).sha256}
+    write_json(tmp_path / "source" / "milestones.json", sign({"best": best, "curve": []}))
+    start = origin.read(asked(tmp_path, "source@best"), CONFIG)
     shutil.rmtree(tmp_path / "source")
     mine = RunDir(tmp_path / "mine")
     record = directory.describe(CONFIG, Site(), mine, {"data": {"cache": "", "digest": "d"}, "labels": {"digest": "e"}})
     directory.create_run(mine, CONFIG, {**record, "from": start.record}, start=start.data)
     directory.update_run(mine, CONFIG, {**record, "run_id": "another"})  # a later submission keeps it, and the id
     assert read_run(mine)["run_id"] == record["run_id"]
-    for word in ("source", "source@4", str(tmp_path / "source")):
+    for word in ("source", "source@4", "source@best", str(tmp_path / "source")):
         origin.check_same(mine, asked(tmp_path, word))
     origin.check_same(mine, None)
     for word, weights in (("source@8", None), ("other", None), ("source", "model")):
