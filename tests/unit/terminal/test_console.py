@@ -61,6 +61,9 @@ def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FID 137, 50,000 vs train" and lines[1].split() == ["95", "%", "136", "to", "139"]
     assert lines[2].split() == ["kid", "0.123"] and len(lines) == 3
+    for classes, told in ((("a cat", "eel"), "a cat 130, eel -"), ((), "0 130, 1 -")):
+        print_score({**record, "fid_per_class": [130.4, None]}, None, as_json=False, classes=classes)
+        assert capsys.readouterr().out.splitlines()[-1] == f"  {'by class':18}{told}"
 
 
 def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_to_do_first(
