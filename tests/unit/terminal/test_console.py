@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -45,6 +46,20 @@ def test_only_a_reader_that_has_read_enough_ends_a_script_well(
         console.run_script(main)
     assert left.value.code == code
     assert capsys.readouterr().err == ("error: it is so\n" if code else "")
+
+
+def test_an_error_stands_after_what_was_printed_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(log)))  # type: ignore[type-var]
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(log, write_through=True))
+
+    def main() -> int:
+        print("run: a")
+        raise RequestError("no more")
+
+    with pytest.raises(SystemExit):
+        console.run_script(main)
+    assert log.getvalue() == b"run: a\nerror: no more\n"
 
 
 def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
