@@ -119,9 +119,12 @@ def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, caps
     made.shard_manifest(0, 4).touch()
     follow.Follower(run).show("17:RUNNING")
     assert re.match(r"17:RUNNING shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
+    for index in (1, 2, 3):
+        made.shard_manifest(index, 4).touch()
+    follow.Follower(run).show("17:RUNNING")  # something else than the set, which is whole
     shutil.rmtree(made.path)
     follow.Follower(run).show("17:RUNNING")
-    assert capsys.readouterr().out == "17:RUNNING\n"
+    assert capsys.readouterr().out == "17:RUNNING\n17:RUNNING\n"
 
 
 def test_one_set_is_waited_for_and_told_of_whatever_else_of_the_run_is_at_work(
