@@ -25,6 +25,8 @@ from launch.terminal import console
 EXAMPLES = """examples:
   python launch/board.py                   all runs
   python launch/board.py cifar10 low-lr    these runs
+
+Runs that are begun later are shown once it is started again.
 """
 
 

@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ddpm.config import reading
+from ddpm.data.labels import class_names
 from ddpm.run.paths import RunDir, SampleSet
+from ddpm.run.records import usable
 from ddpm.sampling.request import read_request
 from ddpm.scoring.record import Score, is_signed
 from launch import prepare
@@ -34,9 +37,10 @@ class Outcome:
     """Said where it was there before."""
 
 
-def show(score: Score, *, as_json: bool) -> int:
+def show(run: RunDir, score: Score, *, as_json: bool) -> int:
     """The score that was asked for, and on stderr what is to be said of it."""
-    print_score(score.record, score.path, as_json=as_json)
+    classes = class_names(reading.of_run(run), usable(run))
+    print_score(score.record, score.path, as_json=as_json, classes=classes)
     if not is_signed(score.record):
         print(f"{score.path} is not signed: it is from before scores were", file=sys.stderr)
     return 0
@@ -45,7 +49,7 @@ def show(score: Score, *, as_json: bool) -> int:
 def of_score(run: RunDir, name: str, score: Callable[[], Score | None], args: argparse.Namespace) -> Outcome:
     def told() -> int | None:
         there = None if _has_gap(run.sample_set(name)) else score()
-        return None if there is None else show(there, as_json=args.json)
+        return None if there is None else show(run, there, as_json=args.json)
 
     more = "" if args.bits_per_dim else "; --reference and --extractor make others"
     return Outcome(f"the score of {name}", str(run.eval), told, more)

@@ -126,7 +126,7 @@ def _of_file(path: Path, origin: Origin, config: Config) -> Start:
 def _apart(there: Config | None, here: Config, *keys: str) -> str:
     """The differences between two configs in some keys or sections, as `; key is A there and B here`, or ""."""
     found = [] if there is None else reading.differences(there, here)
-    told = (f"; {key} is {old!r} there and {new!r} here" for key, old, new in found
+    told = (f"; {key} is {reading.as_typed(old)} there and {reading.as_typed(new)} here" for key, old, new in found
             if key in keys or key.partition(".")[0] in keys)  # fmt: skip
     return "".join(sorted(told))
 

@@ -250,7 +250,9 @@ def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False)
     if mathematics:
         covered = there.mathematics(), asked.mathematics()
         found = [one for one in found if any(reading.value_at(tree, one[0]) is not None for tree in covered)]
-    return "; ".join(f"{key} is {old!r} there and {new!r} here" for key, old, new in found)
+    return "; ".join(
+        f"{key} is {reading.as_typed(old)} there and {reading.as_typed(new)} here" for key, old, new in found
+    )
 
 
 def told_of_changes(run: RunDir, config: Config) -> list[str]:

@@ -41,7 +41,15 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
         raise RequestError(f"config file {path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"config file {path} cannot be read: {e}") from None
-    return of_text(text, path, overrides)
+    try:
+        return of_text(text, path, overrides)
+    except RequestError as e:
+        run = RunDir(path.parent)
+        if not (path == run.config and run.code.is_file() and str(e).startswith(f"{path}: ")):
+            raise
+        raise RequestError(
+            f"{e}. If other code wrote it, work on the run from that checkout, or from what {run.code} unpacks to"
+        ) from None
 
 
 def of_text(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -78,14 +86,7 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
         raise RequestError(f"{run.config} is missing: restore it{came}")
     if run.config.is_file() and not read_bytes(run.config).strip():
         raise RequestError(f"{run.config} is empty: restore it{came}")
-    try:
-        config = load(run.config, overrides)
-    except RequestError as e:
-        if not (str(e).startswith(f"{run.config}: ") and run.code.is_file()):
-            raise
-        raise RequestError(
-            f"{e}. If other code wrote it, work on the run from that checkout; {run.code} has that code"
-        ) from None
+    config = load(run.config, overrides)
     if (digest := record.get("config_digest")) not in (None, config.digest()):
         raise RequestError(
             f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from ddpm.errors import RequestError
 from ddpm.run.files import sha256_json
@@ -54,13 +55,17 @@ def class_names(config: Config, record: Mapping[str, Any]) -> list[str]:
 def class_index(word: str, names: Sequence[str], what: str) -> int:
     """The label of the class that `word` names, or whose number it is if no class has that name. names: by label.
 
-    Raises RequestError, which begins with `what`, if there is no such class.
+    An umlaut in a folder's name may be two characters, as macOS writes it, and one as it is typed. Raises RequestError,
+    which begins with `what`, if there is no such class.
     """
-    for known in (list(names), [str(label) for label in range(len(names))]):
+    if word in names:
+        return names.index(word)
+    word, composed = normalize("NFC", word), [normalize("NFC", name) for name in names]
+    for known in (composed, [str(label) for label in range(len(names))]):
         if word in known:
             return known.index(word)
     more = f", and {len(names) - TOLD} more" if len(names) > TOLD else ""
-    lower = {name.lower(): name for name in names}
+    lower = {name.lower(): name for name in composed}
     near = difflib.get_close_matches(word.lower(), lower, 1, 0.7)
     meant = f"; did you mean {lower[near[0]]!r}?" if near else ""
     raise RequestError(f"{what}: no class {word!r}; there are {', '.join(map(plain, names[:TOLD]))}{more}{meant}")

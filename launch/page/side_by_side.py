@@ -73,7 +73,7 @@ def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
             "" if good is None else f"{good:.1%}",
         ])  # fmt: skip
     told = "" if keys else "Their configs do not differ. "
-    told += f"{side_by_side.LOSS.capitalize()}: {side_by_side.WHICH_LOSS}."
+    told += f"{side_by_side.LOSS.capitalize()}: {side_by_side.which_loss(rows)}."
     parts: list[Part] = [table(columns, cells), note(told), _incomparable(rows, of)]
     if len(beside) < len(keys):
         names = [Column("key"), *(Column(of[row["path"]].run.name, True) for row in rows)]

@@ -14,7 +14,7 @@ from ddpm.errors import RequestError
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir, check_name
 from ddpm.scoring.compare import check_comparable, difference
-from ddpm.scoring.record import SCORE_NAMES, caution, key_of, limit, number, rounded, sampler_words, scores_of
+from ddpm.scoring.record import SCORE_NAMES, caution, ends, key_of, limit, number, rounded, sampler_words, scores_of
 from launch.queue.sets import score_by, wrong_with
 from launch.terminal import console, streams
 
@@ -76,11 +76,12 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) 
     first = next(iter(scores.values()))
     key = key_of(first)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("set", "sampler", "evaluations", "samples", SCORE_NAMES[key], "difference, 95 %", "limit"):
+    for name in ("set", "sampler", "evaluations", "samples", SCORE_NAMES[key], "95 %", "difference, 95 %", "limit"):
         table.add_column(name, justify="left" if name in ("set", "sampler") else "right",
                          overflow="fold")  # fmt: skip
     for word, record in scores.items():
         cells = [sampler_words(record["sampler"]), str(record["nfe"]), f"{record['num_samples']:,}", number(record)]
+        cells += [" to ".join(ends(record)) or "-"]
         cells += ["" if record is first else _told(first, record), limit(record) or "-"]
         table.add_row(*(plain(cell) for cell in (word, *cells)))
     width = None if sys.stdout.isatty() else UNCUT

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,8 @@ def run_script(main: Callable[[], int]) -> None:
 
             told += f". {ways_on(e.run)}"
         code = _exit_code(e)
+        with suppress(OSError):
+            sys.stdout.flush()  # what came before the error stands before it where both go to one file
         if code:
             print(f"error: {'damaged: ' if isinstance(e, DamagedFile) else ''}{told}", file=sys.stderr)
     try:

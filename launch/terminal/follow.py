@@ -69,7 +69,8 @@ class Follower:
         if stage not in (None, "train") or (total is not None and (step >= total or not trains)):
             now, speed = time.time(), ""
             made = making.newest(self._run, now, set_name) if stage in (None, "sample") else None
-            if made is None:  # a score of what is there, or training that is not under way
+            whole = made is not None and made.shards >= made.of_shards
+            if made is None or (whole and stage is None):  # a score of what is there, or training not under way
                 step, total, what, loss = 0, None, self._says(jobs).lstrip(), ""
             else:
                 step, total, what = made.shards, made.of_shards, "shards"

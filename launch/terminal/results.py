@@ -6,7 +6,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,17 @@ def why_not(run: RunDir, stage: str = "") -> str:
     return f": {plain(str(reason))}; {logs} more" if reason else f"; {logs} why, and the same command goes on"
 
 
-def print_score(record: Mapping[str, Any], path: Path | None, *, as_json: bool) -> None:
+def print_score(record: Mapping[str, Any], path: Path | None, *, as_json: bool, classes: Sequence[str] = ()) -> None:
     """A record of scores: in a few lines on a terminal, as JSON in a pipe, or wherever it is asked for.
 
-    path: where it is kept.
+    path: where it is kept. classes: names by label.
     """
     if as_json or not sys.stdout.isatty():
         print(json.dumps(record, indent=1))
         print(told(record), file=sys.stderr)
         return
     print(told(record))
-    for what, value in _lines(record):
+    for what, value in _lines(record, classes):
         print(f"  {what:18}{plain(value)}")
     if path is not None:
         print(f"  {'all of it':18}{path}")
@@ -97,7 +97,7 @@ def print_milestones(run: RunDir, *, as_json: bool) -> None:
         print(f"  step {point['step']:<12}{number(point)}{best}")
 
 
-def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _lines(record: Mapping[str, Any], classes: Sequence[str]) -> Iterator[tuple[str, str]]:
     key = key_of(record)
     if interval := ends(record):
         yield "95 %", " to ".join(interval)
@@ -108,7 +108,9 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), measure
     if manifold := record.get("manifold"):
         yield "manifold", ", ".join(f"{k} {manifold[k]:.2f}" for k in ("precision", "recall", "density", "coverage"))
-    if classes := record.get(f"{key}_per_class"):
-        yield "by class", " ".join("-" if value is None else rounded(value, None) for value in classes)
+    if each := record.get(f"{key}_per_class"):
+        values = ["-" if value is None else rounded(value, None) for value in each]
+        names = classes if len(classes) == len(each) else range(len(each))
+        yield "by class", ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     if at := record.get("checkpoint"):
         yield "of", f"step {at['step']} ({at.get('weights', 'ema')}), seed {record.get('seed')}"

@@ -42,7 +42,8 @@ Row = dict[str, Any]
 
 
 def rows(runs: Sequence[RunDir]) -> list[Row]:
-    """Each run, the best first: by its score, then by its loss. A row is plain values:
+    """Each run, the best first: by its score, then by its loss, unless theirs are of different kinds, as which_loss()
+    says: then as given. A row is plain values:
 
     name, path; sweep: the name of the one that it is of, or None; from: the weights that it started from, or None;
     differs: {"train.lr": 1e-4, …}, what is not the same
@@ -78,7 +79,19 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
             "scores": {name: told(record) for name, record in of.items()},
             "problem": "; ".join(damage.told) or None,
         })  # fmt: skip
-    return sorted(found, key=_rank)
+    return sorted(found, key=partial(_rank, by_loss=not _other_losses(found)))
+
+
+def which_loss(found: Sequence[Row]) -> str:
+    """What the column of losses is, and why the rows are not ranked by it, where they are not."""
+    others = _other_losses(found)
+    return WHICH_LOSS + (f"; not ranked: what is summed depends on {', '.join(others)}" if others else "")
+
+
+def _other_losses(found: Sequence[Row]) -> list[str]:
+    """The differing keys with which a loss is another quantity: those of the noise, and of how its error is taken."""
+    keys = dict.fromkeys(key for row in found for key in row["differs"])
+    return [key for key in keys if key.startswith("diffusion.") and key != "diffusion.variance"]
 
 
 def smoothed_loss(metrics: Sequence[Mapping[str, Any]]) -> float | None:
@@ -94,9 +107,10 @@ def _came_from(record: Any) -> str | None:
     return Path(str(record["source"])).name + (f"@{record['step']}" if record.get("step") else "")
 
 
-def _rank(row: Row) -> tuple[bool, float, bool, float]:
+def _rank(row: Row, *, by_loss: bool) -> tuple[bool, float, bool, float]:
     score = row["score"] if row["score"] and row["score"]["ranked"] else None
-    return score is None, score["value"] if score else 0.0, row["loss"] is None, row["loss"] or 0.0
+    loss = row["loss"] or 0.0 if by_loss else 0.0
+    return score is None, score["value"] if score else 0.0, row["loss"] is None, loss
 
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -198,7 +212,7 @@ def _number(row: Mapping[str, Any]) -> str:
 
 def _notes(found: list[Row], left_out: list[str]) -> Iterator[str]:
     if LOSS not in left_out and any(row["loss"] is not None for row in found):
-        yield f"{LOSS}: {WHICH_LOSS}"
+        yield f"{LOSS}: {which_loss(found)}"
     ranked = {row["score"]["of"]: None for row in found if row["score"] and row["score"]["ranked"]}
     if ranked and "score" not in left_out:
         yield f"score: {'; '.join(ranked)}"

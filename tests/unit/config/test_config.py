@@ -417,8 +417,13 @@ def test_a_config_that_other_code_wrote_says_where_that_code_is(tmp_path: Path) 
         of_run(run)
     assert "checkout" not in str(e.value)
     run.code.touch()
-    with pytest.raises(RequestError, match=r"from that checkout; .*run/code\.zip has that code"):
-        of_run(run)
+    for read_it in (of_run, lambda run: load(run.config, ["train.lr=1"])):
+        with pytest.raises(RequestError, match=r"that checkout, or from what .*run/code\.zip unpacks to$"):
+            read_it(run)
+    with pytest.raises(RequestError, match=r"train\.lr") as e:
+        run.config.write_text("train: {}\n")
+        load(run.config, ["train.lr=fast"])
+    assert "checkout" not in str(e.value)
 
 
 def test_a_key_that_is_added_leaves_the_digests_of_runs_from_before_it() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm.data.labels import labels_changed, labels_digest, labels_record, told_of_classes
+from ddpm.data.labels import class_index, labels_changed, labels_digest, labels_record, told_of_classes
 from ddpm.data.packed import PackedImages
+from ddpm.errors import RequestError
 
 
 def packed(labels: list[int], classes: list[str]) -> PackedImages:
@@ -43,6 +44,15 @@ CHANGES = {
     "swapped": ([1, 0, 0], ["cat", "dog"], "images changed their class, and no class its number of images"),
     "many": ([0, 1, 2], list("abcdefgh"), r"class 3 was none and is 'd' now \(and 4 more\)"),
 }
+
+
+def test_a_class_is_found_by_its_name_however_its_umlaut_is_composed_and_else_by_its_number() -> None:
+    names = ["Mo\u0308wen", "1", "zebra"]
+    assert [class_index(word, names, "--class") for word in ("M\u00f6wen", "Mo\u0308wen", "1", "2")] == [0, 0, 1, 2]
+    assert class_index("Mo\u0308wen", ["M\u00f6wen"], "--class") == 0
+    assert class_index("M\u00f6wen", ["Mo\u0308wen", "M\u00f6wen"], "--class") == 1
+    with pytest.raises(RequestError, match="did you mean 'M"):
+        class_index("M\u00f6we", names, "--class")
 
 
 @pytest.mark.parametrize("case", CHANGES)

@@ -245,7 +245,8 @@ def test_a_sampler_is_told_with_all_that_is_not_usual_of_it(capsys: pytest.Captu
     assert f"<td>{said}</td>" in scores.tables([of])
     assert f"| {said} |" in card(Config(), {}, manifest, "0", [of], name="x")
     print_comparison({"paper": of.record, "other": score("other", 300, 4.5, 50_000).record}, as_json=False)
-    assert f" {said} " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f" {said} " in told and " 4.16 to 4.36 " in told
 
 
 def test_what_each_class_scores_stands_under_its_name() -> None:

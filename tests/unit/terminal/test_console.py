@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -47,6 +48,20 @@ def test_only_a_reader_that_has_read_enough_ends_a_script_well(
     assert capsys.readouterr().err == ("error: it is so\n" if code else "")
 
 
+def test_an_error_stands_after_what_was_printed_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(log)))  # type: ignore[type-var]
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(log, write_through=True))
+
+    def main() -> int:
+        print("run: a")
+        raise RequestError("no more")
+
+    with pytest.raises(SystemExit):
+        console.run_script(main)
+    assert log.getvalue() == b"run: a\nerror: no more\n"
+
+
 def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +76,9 @@ def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FID 137, 50,000 vs train" and lines[1].split() == ["95", "%", "136", "to", "139"]
     assert lines[2].split() == ["kid", "0.123"] and len(lines) == 3
+    for classes, told in ((("a cat", "eel"), "a cat 130, eel -"), ((), "0 130, 1 -")):
+        print_score({**record, "fid_per_class": [130.4, None]}, None, as_json=False, classes=classes)
+        assert capsys.readouterr().out.splitlines()[-1] == f"  {'by class':18}{told}"
 
 
 def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_to_do_first(
@@ -101,9 +119,12 @@ def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, caps
     made.shard_manifest(0, 4).touch()
     follow.Follower(run).show("17:RUNNING")
     assert re.match(r"17:RUNNING shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
+    for index in (1, 2, 3):
+        made.shard_manifest(index, 4).touch()
+    follow.Follower(run).show("17:RUNNING")  # something else than the set, which is whole
     shutil.rmtree(made.path)
     follow.Follower(run).show("17:RUNNING")
-    assert capsys.readouterr().out == "17:RUNNING\n"
+    assert capsys.readouterr().out == "17:RUNNING\n17:RUNNING\n"
 
 
 def test_one_set_is_waited_for_and_told_of_whatever_else_of_the_run_is_at_work(

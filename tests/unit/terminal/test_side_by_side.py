@@ -102,6 +102,18 @@ def test_only_scores_made_alike_share_the_column(tmp_path: Path, width: int, oth
     assert "mine: FID 14.0" in page[of_mine] and "made otherwise" in re.sub(r"\s+", " ", " ".join(page[of_mine:]))
 
 
+def test_losses_of_different_kinds_are_not_ranked_and_the_page_says_why(tmp_path: Path) -> None:
+    runs = [made(tmp_path, loss, f"diffusion.loss={loss}", losses=(of,)) for loss, of in (("l1", 0.2), ("l2", 0.1))]
+    rows = side_by_side.rows(runs)
+    assert [row["name"] for row in rows] == ["l1", "l2"]
+    assert side_by_side.page(rows, 120)[-1].endswith("not ranked: what is summed depends on diffusion.loss")
+    same = [
+        made(tmp_path, v, f"diffusion.variance={v}", losses=(of,)) for v, of in (("fixed_large", 2), ("fixed_small", 1))
+    ]
+    assert [row["name"] for row in side_by_side.rows(same)] == ["fixed_small", "fixed_large"]
+    assert "not ranked" not in side_by_side.which_loss(side_by_side.rows(same))
+
+
 def test_scores_losses_and_what_a_model_follows_from_have_room_before_the_rest(tmp_path: Path) -> None:
     words = ["train.lr=4e-3", "sample.steps=5", "sample.batch=4", "checkpoint.keep_last=2", "evaluate.reference=test"]
     came = {"from": {"source": "/runs/mine", "step": 300, **dict.fromkeys(("weights", "sha256", "start_sha256"), "x")}}
