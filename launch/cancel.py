@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ddpm.config import reading
-from ddpm.errors import DDPMError
+from ddpm.errors import DDPMError, RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
@@ -111,7 +111,10 @@ def is_finished(run: RunDir) -> bool:
 
 def main() -> int:
     args = parse()
-    runs = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
+    named = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
+    runs = [run for run in named if not work.not_from_here(run)]
+    for run in (run for run in named if run not in runs):  # another's, in a sweep or under a pattern
+        print(f"error: {work.not_from_here(run)}", file=sys.stderr)
     told: list[Told] = []
     for first in range(0, len(runs), AT_ONCE):  # all of them first: none waits for another's end
         some = runs[first : first + AT_ONCE]
@@ -123,11 +126,12 @@ def main() -> int:
             else:
                 print(f"run {run.name}: nothing of it is queued or at work")
     try:
-        return await_ends(told)
+        ended = await_ends(told)
     except KeyboardInterrupt:
         print(f"no longer waiting; {', '.join(str(run.stop_file) for run, *_ in told)} ends what still runs",
               file=sys.stderr)  # fmt: skip
         return 130
+    return ended if runs == named else max(ended, RequestError.exit_code)
 
 
 if __name__ == "__main__":

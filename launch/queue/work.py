@@ -86,15 +86,21 @@ def end(run: RunDir) -> Work:
     return end_all([run])[0]
 
 
+def not_from_here(run: RunDir) -> str:
+    """For a message: why this user cannot end a run; "" where nothing forbids it."""
+    if os.access(run.path, os.W_OK):
+        return ""
+    return f"run {run.name} cannot be ended from here: {not_ours(run.path) or f'{run.path} cannot be written'}"
+
+
 def end_all(runs: Sequence[RunDir]) -> list[Work]:
     """Cancel waiting jobs, and ask running ones by STOP to save and exit. Returns what there was of each run.
 
     Raises SchedulerError, EnvironmentLacks, RequestError where a run cannot be written: then nothing was done.
     """
     for run in runs:
-        if not os.access(run.path, os.W_OK):
-            why = not_ours(run.path) or f"{run.path} cannot be written"
-            raise RequestError(f"run {run.name} cannot be ended from here: {why}")
+        if why := not_from_here(run):
+            raise RequestError(why)
     with ExitStack() as turns:  # nobody queues more of them meanwhile
         for run in sorted(runs, key=lambda run: str(run.path)):  # in one order, or two who do so wait for each other
             turns.enter_context(turn(run))

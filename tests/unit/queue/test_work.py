@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,7 @@ from ddpm.errors import RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import stamp, write_json
 from ddpm.run.paths import RunDir
-from launch import prepare, status
+from launch import cancel, prepare, status
 from launch.cluster import asked, environment, scheduler
 from launch.cluster.site import Site
 from launch.queue import chain, local, waiting, work
@@ -151,6 +152,24 @@ def test_a_run_that_cannot_be_written_is_not_ended_from_here(
     monkeypatch.setattr(work, "not_ours", lambda path: owner)
     with pytest.raises(RequestError, match=f"cannot be ended from here: {owner or '.*cannot be written'}"):
         work.end(run)
+
+
+def test_what_cannot_be_ended_from_here_is_said_and_the_others_are_ended(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = RunDir(run.path.with_name("theirs"))
+    for r in (theirs, run):
+        r.events.mkdir(parents=True, exist_ok=True)
+        r.run_json.write_text("{}")
+        submitted(r, "17")
+    slurm["states"] = {"17": "PENDING"}
+    monkeypatch.setattr(os, "access", lambda path, mode: path != theirs.path)
+    monkeypatch.setattr(cancel, "await_ends", lambda told: 0)
+    monkeypatch.setattr(sys, "argv", ["cancel.py", "*", "--root", str(run.path.parent)])
+    assert cancel.main() == 2 and run.is_stopped() and not theirs.is_stopped()
+    told = capsys.readouterr()
+    assert told.err.startswith("error: run theirs cannot be ended from here: ") and told.err.count("\n") == 1
+    assert told.out == "cancelled: job 17\n"
 
 
 UNKNOWN = (
