@@ -411,6 +411,19 @@ def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: 
     assert cluster.of("scancel") == [["scancel", "101"]]
 
 
+def test_an_interrupt_leaves_no_job_that_nobody_could_find_again(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place, name, taken_back in ((scheduler, "preemption", []), (EventLog, "append", [["scancel", "101"]])):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, interrupted)
+            submitting.submit(Job("train", run, Site(via="sbatch")))
+        assert cluster.of("scancel") == taken_back and len(cluster.of("sbatch")) == len(taken_back)
+
+
 @VIA
 @pytest.mark.parametrize("error", [OSError("no"), ValueError("no")])
 def test_a_chain_in_which_something_breaks_half_way_is_taken_back(
