@@ -160,7 +160,7 @@ def way_on(run: RunDir, newest: int) -> str:
         if finished_step(run, config) == newest > 0:
             return f"the run is complete at step {newest}"
     except (DDPMError, DamagedFile, OSError) as e:
-        return f"a submission would be refused ({str(e).splitlines()[0]})"
+        return f"it cannot go on as it is: {str(e).splitlines()[0]}"
     if not newest and run.steps_saved():
         return "a submission would be refused (none of its checkpoints holds)"
     begins = f"goes on from step {newest}" if newest else "begins at step 0"
