@@ -57,6 +57,7 @@ def test_what_does_not_hold_comes_last_each_once_and_what_holds_in_numbers(again
 
 @pytest.mark.parametrize(("file", "helps"), [
     ("run.json", []), ("checkpoints/step-000000400.pt", ["--rebuild", "--start-over"]),
+    ("checkpoints/ema-000000400.safetensors", []),
     ("{set}/shard-00001-of-00002.npz", ["launch/sample.py"]), ("{set}/features-pixels-00001-of-00002.npy", []),
 ])  # fmt: skip
 def test_what_can_be_done_is_what_helps_with_what_does_not_hold(again: Shell, file: str, helps: list[str]) -> None:
@@ -67,6 +68,7 @@ def test_what_can_be_done_is_what_helps_with_what_does_not_hold(again: Shell, fi
     assert "rsync" in told[0] and len(told) == 1 + len(helps), told
     assert all(word in line for word, line in zip(helps, told[1:], strict=True))
     assert ("1 of these" in said[-1]) == ("does not hold" in said[-1])
+    assert said[-1].endswith("and it goes on from step 400 of 400") == ("ema-" in file), said[-1]
 
 
 def gone(path: Path) -> None:
