@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ddpm.errors import RequestError
@@ -30,6 +30,8 @@ class Work:
     """Background job of this machine -> pid."""
     elsewhere: str = ""
     """For a message: another trainer that has just given a sign of life, or ""."""
+    stays: Mapping[str, str] = field(default_factory=dict)
+    """Of `jobs` those that wait on, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
 
     def __bool__(self) -> bool:
         return bool(self.jobs or self.here or self.elsewhere)
@@ -109,7 +111,14 @@ def end_all(runs: Sequence[RunDir]) -> list[Work]:
         for run, of_one in zip(runs, found, strict=True):
             if of_one:  # first: whatever comes back, or succeeds another, ends at its start
                 run.renew_stop()
-        _order((job for of_one in found for job in of_one.jobs), lambda jobs: scheduler.cancel_waiting(*jobs))
+        try:
+            _order((job for of_one in found for job in of_one.jobs), lambda jobs: scheduler.cancel_waiting(*jobs))
+        except scheduler.NoAnswer:
+            raise
+        except scheduler.SchedulerError as e:  # one is another user's who shares the run; the others are cancelled
+            why = " ".join(str(e).split())
+            waits = [[job for job, state in of_run(run).jobs.items() if state == "PENDING"] for run in runs]
+            found = [replace(one, stays=dict.fromkeys(on, why)) for one, on in zip(found, waits, strict=True)]
     return found
 
 

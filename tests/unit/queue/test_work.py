@@ -172,6 +172,24 @@ def test_what_cannot_be_ended_from_here_is_said_and_the_others_are_ended(
     assert told.out == "cancelled: job 17\n"
 
 
+def test_a_job_that_is_anothers_stays_until_stop_ends_it_and_is_not_waited_for(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*jobs: str) -> None:
+        del slurm["states"]["18"]
+        raise scheduler.SchedulerError("scancel: error: Kill job error on job id 17: Access/permission denied")
+
+    run.run_json.write_text("{}")
+    submitted(run, "17", "18")
+    slurm["states"] = {"17": "PENDING", "18": "PENDING"}
+    monkeypatch.setattr(scheduler, "cancel_waiting", denied)
+    monkeypatch.setattr(sys, "argv", ["cancel.py", str(run.path)])
+    assert cancel.main() == 2 and run.is_stopped()
+    told = capsys.readouterr()
+    assert told.err.startswith("error: job 17 stays in the queue") and "permission denied" in told.err
+    assert told.out.startswith("cancelled: job 18\nrun run is at step 0; go on by submitting it again")
+
+
 UNKNOWN = (
     "squeue: error: No cluster 'bravo' known by database.\n  error: 'bravo' can't be reached now, or it is an invalid "
     "entry for SLURM_CLUSTERS.  Use 'sacctmgr list clusters' to see available clusters."
