@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ddpm.config import reading
-from ddpm.errors import DDPMError
+from ddpm.errors import DDPMError, RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
@@ -49,6 +49,10 @@ def parse() -> argparse.Namespace:
 
 def tell(found: work.Work) -> None:
     for job, state in found.jobs.items():
+        if job in found.stays:
+            print(f"error: job {work.named(job)} stays in the queue, and ends at its start by the run's STOP. Whoever "
+                  f"submitted it can cancel it ({found.stays[job]})", file=sys.stderr)  # fmt: skip
+            continue
         waits = state == "PENDING"
         print(f"{'cancelled' if waits else 'told to save and leave'}: job {work.named(job)}")
     for pid in found.here.values():
@@ -77,10 +81,11 @@ def await_ends(told: list[Told]) -> int:
 
 
 def _left(run: RunDir, found: work.Work) -> work.Work:
-    """What is still at work. A heartbeat looks alive for a minute after its process ended: it counts only if nothing
-    else was found."""
+    """What is still at work, without what stays. A heartbeat looks alive for a minute after its process ended: it
+    counts only if nothing else was found."""
     left = work.of_run(run)
-    return left if found.elsewhere else replace(left, elsewhere="")
+    jobs = {job: state for job, state in left.jobs.items() if job not in found.stays}
+    return replace(left, jobs=jobs, elsewhere=left.elsewhere if found.elsewhere else "")
 
 
 def say_how_it_ended(run: RunDir, left: work.Work, before: int) -> int:
@@ -111,8 +116,12 @@ def is_finished(run: RunDir) -> bool:
 
 def main() -> int:
     args = parse()
-    runs = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
+    named = list({run.path.resolve(): run for run in console.find_runs(args.runs, args.root)}.values())
+    runs = [run for run in named if not work.not_from_here(run)]
+    for run in (run for run in named if run not in runs):  # another's, in a sweep or under a pattern
+        print(f"error: {work.not_from_here(run)}", file=sys.stderr)
     told: list[Told] = []
+    stays = len(runs) < len(named)
     for first in range(0, len(runs), AT_ONCE):  # all of them first: none waits for another's end
         some = runs[first : first + AT_ONCE]
         before = [run.latest_step() for run in some]
@@ -120,14 +129,16 @@ def main() -> int:
             if found:
                 tell(found)
                 told.append((run, found, step))
+                stays = stays or bool(found.stays)
             else:
                 print(f"run {run.name}: nothing of it is queued or at work")
     try:
-        return await_ends(told)
+        ended = await_ends(told)
     except KeyboardInterrupt:
         print(f"no longer waiting; {', '.join(str(run.stop_file) for run, *_ in told)} ends what still runs",
               file=sys.stderr)  # fmt: skip
         return 130
+    return max(ended, RequestError.exit_code) if stays else ended
 
 
 if __name__ == "__main__":

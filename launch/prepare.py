@@ -100,7 +100,7 @@ def check_existing(run: RunDir, config: Config) -> bool:
     if not (run.run_json.exists() or run.config.exists()):
         raise RequestError(f"{run.path} exists and is no run: choose another --name, or move it away")
     read_run(run)
-    there = reading.of_run(run)
+    there = config if reading.may_be_anew(run, config) else reading.of_run(run)
     if there.digest() != config.digest():
         raise RequestError(
             f"run {run.name} exists with other mathematics: {config_differences(run, config, mathematics=True)}. "
@@ -257,6 +257,8 @@ def config_differences(run: RunDir, asked: Config, *, mathematics: bool = False)
 
 def told_of_changes(run: RunDir, config: Config) -> list[str]:
     """Lines on what of an existing run's config a submission with `config` changes."""
+    if reading.may_be_anew(run, config):
+        return [f"{run.config.name} is lost, and is written anew"]
     changed, step = reading.differences(reading.of_run(run), config), run.latest_step()
     told = [f"{key}={reading.as_typed(now)} (it was {reading.as_typed(old)})" for key, old, now in changed]
     lines = [f"its config changes: {', '.join(told)}"] if told else []

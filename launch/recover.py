@@ -124,7 +124,8 @@ def check(run: RunDir, *, verbose: bool) -> int:
             print(f"  {what:30}{how}")
     do = "does" if len(bad) == 1 else "do"
     summary = f"{len(bad)} of these {len(bad) + good} {do} not hold" if bad else f"all {good} of these hold"
-    print(f"{summary}: {way_on(run, newest)}")
+    averaged = f"checkpoints/{run.ema_weights(newest).name}" not in [line.what for line in bad]
+    print(f"{summary}: {way_on(run, newest, averaged=averaged)}")
     return 1 if bad else 0
 
 
@@ -133,6 +134,9 @@ def remedies(run: RunDir, bad: list[str]) -> list[tuple[str, str]]:
     path = run.quoted
     rooms = {what.partition("/")[0] for what in bad}
     found = [("bring back what is missing", f"rsync -a --checksum WHERE-IT-IS/ {path}/")]
+    averages = {what for what in bad if what.startswith("checkpoints/ema-")}  # a submission makes the last ones anew
+    if averages == {what for what in bad if what.startswith("checkpoints/")}:
+        rooms -= {"checkpoints"}
     if "checkpoints" in rooms:
         found.append(("make manifests", f"python launch/recover.py {path} --rebuild   (of what proves itself)"))
     if rooms & {"checkpoints", "events"} and not rooms & {"config.yaml", "run.json"}:
@@ -149,18 +153,19 @@ def _print(run: RunDir, lines: list[inspection.Line]) -> None:
         print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
 
 
-def way_on(run: RunDir, newest: int) -> str:
-    """What a submission of the run would do now. newest: the step of its newest checkpoint that holds, or 0."""
+def way_on(run: RunDir, newest: int, *, averaged: bool = True) -> str:
+    """What a submission of the run would do now. newest: the step of its newest checkpoint that holds, or 0. averaged:
+    whether its averaged weights do."""
     try:
         other = borrowing.reads(run)
         if other:
             return f"it reads the checkpoints of {other}, and is sampled and scored here"
         generations.check_there(run)
         config = reading.of_run(run)
-        if finished_step(run, config) == newest > 0:
+        if averaged and finished_step(run, config) == newest > 0:
             return f"the run is complete at step {newest}"
     except (DDPMError, DamagedFile, OSError) as e:
-        return f"a submission would be refused ({str(e).splitlines()[0]})"
+        return f"it cannot go on as it is: {str(e).splitlines()[0]}"
     if not newest and run.steps_saved():
         return "a submission would be refused (none of its checkpoints holds)"
     begins = f"goes on from step {newest}" if newest else "begins at step 0"

@@ -85,6 +85,7 @@ def check(asked: Asked) -> tuple[bool, Start | None]:
     prepare.check_data(asked.config, asked.stages)
     if prepare.check_existing(asked.run, asked.config):
         origin.check_same(asked.run, asked.source)
+        directory.write_lost(asked.run, asked.config)
         return True, None
     return False, origin.read(asked.source, asked.config) if asked.source is not None else None
 

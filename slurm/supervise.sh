@@ -15,6 +15,8 @@ if grep -qs '"run_id"' "$DDPM_RUN/run.json" && ! grep -qsF "${DDPM_RUN_ID:-}" "$
   echo "$DDPM_RUN is not the run that this job was queued for, which was moved or deleted: nothing is done" >&2
   exit 2
 fi
+export DDPM_OF_RUN=${DDPM_RUN_ID:-}   # for a successor; what else is queued from this job may be another run's
+unset DDPM_RUN_ID
 DDPM_RUN=$(CDPATH='' cd -- "$DDPM_RUN" && pwd)
 [ -n "${DDPM_PYTHON:-}" ] || { DDPM_PYTHON=$DDPM_HOME/.venv/bin/python; [ -x "$DDPM_PYTHON" ] || DDPM_PYTHON=python3; }
 DDPM_SINCE=$(date -u +%FT%T.%3NZ)   # when this life got its nodes: goodput counts from here

@@ -18,7 +18,7 @@ from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
 from ddpm.run.files import link_to_nothing, read_bytes
 from ddpm.run.paths import RunDir
-from ddpm.run.records import read_run
+from ddpm.run.records import has_foreign_weights, read_run
 
 
 def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None) -> Config:
@@ -79,20 +79,48 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
     overrides: of keys that the digest does not cover. An old run.json may have no digest, which passes.
     """
     record = read_run(run) if run.run_json.exists() else {}
-    words = [str(word) for word in record.get("first_command") or record.get("command") or []]
-    again = any(Path(word).name == run.name and before != "--name" for before, word in pairwise(words))
-    came = f" (it was submitted with: {shlex.join(words)})" if words and not again else " from a copy of the run"
-    if not os.path.lexists(run.config):
-        raise RequestError(f"{run.config} is missing: restore it{came}")
-    if run.config.is_file() and not read_bytes(run.config).strip():
-        raise RequestError(f"{run.config} is empty: restore it{came}")
-    config = load(run.config, overrides)
+    if (how := _lost(run)) is not None:
+        raise RequestError(f"{run.config} is {how}: restore it{_or_anew(run, record)}")
+    try:
+        config = load(run.config, overrides)
+    except RequestError as e:
+        if not str(e).startswith(f"{run.config}: "):
+            raise
+        raise RequestError(f"{e}. If it is damaged, restore it{_or_anew(run, record, aside=True)}") from None
     if (digest := record.get("config_digest")) not in (None, config.digest()):
         raise RequestError(
             f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "
-            f"with {digest[:12]}. Restore the file{came}, or train another run"
+            f"with {digest[:12]}. To train that, give it another --name; else restore the file"
+            f"{_or_anew(run, record, aside=True)}"
         )
     return config
+
+
+def _lost(run: RunDir) -> str | None:
+    """For a message: that a run has no config, or nothing in it; None if it has one, or a link to one."""
+    if not os.path.lexists(run.config):
+        return "missing"
+    return "empty" if run.config.is_file() and not read_bytes(run.config).strip() else None
+
+
+def _or_anew(run: RunDir, record: dict[str, Any], *, aside: bool = False) -> str:
+    """For a message: how else a run gets its config back. record: its run.json. aside: another is in its place."""
+    if record.get("reads"):
+        return f" (cp {shlex.quote(record['reads'])}/{run.config.name} {run.quoted}/)"
+    if not record.get("config_digest") or has_foreign_weights(record):
+        return " from a copy of the run"
+    words = [str(word) for word in record.get("first_command") or record.get("command") or []]
+    again = any(Path(word).name == run.name and before != "--name" for before, word in pairwise(words))
+    move = f"move it away (mv {run.quoted}/{run.config.name} {run.quoted}/{run.config.name}.old), and " if aside else ""
+    if not words or again or record.get("name", run.name) != run.name:
+        return f", or {move}submit the config that it had with --name {run.name}, which writes it anew"
+    return f", or {move}submit the run as it was begun, which writes it anew: {shlex.join(words)}"
+
+
+def may_be_anew(run: RunDir, config: Config) -> bool:
+    """Whether the run has lost its config, and `config` has the mathematics that it began with: it may be written anew.
+    Raises DamagedFile."""
+    return _lost(run) is not None and read_run(run).get("config_digest") == config.digest()
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,6 +7,7 @@ record is for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -319,18 +320,26 @@ def read_run(run: RunDir) -> Record:
         record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
         why = link_to_nothing(run.run_json) or "missing"
-        raise DamagedFile(f"{run.run_json} is {why}: restore it, or this is no run directory") from None
+        raise DamagedFile(f"{run.run_json} is {why}: {_restore(run, ', or this is no run directory')}") from None
     except ValueError as e:
         record, wrong = None, f"no JSON: {e}"
     except DamagedFile as e:
         record, wrong = None, str(e)
     if record is None or wrong:
-        raise DamagedFile(f"{run.run_json} cannot be used ({wrong}): restore it")
+        raise DamagedFile(f"{run.run_json} cannot be used ({wrong}): {_restore(run)}")
     if "self_sha256" in record and sign(record)["self_sha256"] != record["self_sha256"]:
         raise DamagedFile(
             f"{run.run_json} is not as it was written: restore it, or take out its self_sha256 if the change is meant"
         )
     return record
+
+
+def _restore(run: RunDir, otherwise: str = "") -> str:
+    """The end of a message: what can be done about a lost run.json. otherwise: where nothing is saved."""
+    with contextlib.suppress(OSError):
+        if run.steps_saved():
+            otherwise = f", or begin another run with its weights (--from {run.quoted}, with another --name)"
+    return f"restore it{otherwise}"
 
 
 def usable(run: RunDir) -> Record:

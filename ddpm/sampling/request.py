@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -214,9 +215,10 @@ def read_request(sample_set: SampleSet) -> Request:
             f"another set with --set OTHERNAME"
         ) from None
     except (DamagedFile, ValueError, IsADirectoryError, PermissionError) as e:
+        there = shlex.quote(str(sample_set.request))
         raise RequestError(
-            f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Start another one with "
-            f"--set OTHERNAME, or restore the file"
+            f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Restore the file, or move it "
+            f"away (mv {there} {there}.old) and ask for the same samples again, which writes it anew"
         ) from None
 
 

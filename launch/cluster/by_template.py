@@ -37,7 +37,8 @@ def submit(job: Job) -> str:
 def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) -> str:
     """Queue a job of `stage` with another job's options, to run this process's code; returns its id. SchedulerError."""
     here = at_home(PROJECT)
-    return sbatch(["sbatch", "--parsable", *flags(options), template(here, stage), *args], here)
+    own = {"DDPM_RUN_ID": environment.run_id()}
+    return sbatch(["sbatch", "--parsable", *flags(options), template(here, stage), *args], {**here, **own})
 
 
 def sbatch(words: list[str], home: dict[str, str]) -> str:

@@ -270,6 +270,11 @@ def stage() -> str:
     return os.environ.get("DDPM_STAGE", "train")
 
 
+def run_id() -> str:
+    """The id of the run that this batch shell's job was queued for, "" if nothing tells it."""
+    return os.environ.get("DDPM_OF_RUN", "")
+
+
 def threads_asked() -> str:
     """The user's OMP_NUM_THREADS, "" if it is not set to a number."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()

@@ -198,7 +198,7 @@ def _on_one_cluster(site: Site) -> Site:
         other = getattr(site, stage).sbatch.get("clusters", named)
         if other != named:
             raise RequestError(f"{stage}.sbatch: clusters = {other}: {alone}; leave it out, or give it for all of them")
-    if not cluster:
+    if named is None and not exported:
         return site
     if not asked.is_one(cluster):
         raise RequestError(f"{where}={cluster}: {alone}; name one of them: --sbatch clusters=NAME")

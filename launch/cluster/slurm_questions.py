@@ -24,8 +24,9 @@ ASKED_AT_ONCE = 10_000
 """Ids in one query: Linux takes no word of a command that has more than 128 KiB."""
 HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 """What SLURM calls a waiting job that it holds, by how it came to that; with other reasons it is PENDING."""
-FRESH_S = 60.0
-"""For so long an answer about the jobs of several runs serves for each of them."""
+FRESH_S = 5.0
+"""For so long an answer about the jobs of several runs serves for each of them: who is told that a job is in the queue
+queues no other, and that job may have ended since."""
 ENDING_FRESH_S = 1.0
 """The same for one that is COMPLETING."""
 OUR_NAME = re.compile(r"-(?:train|sample|evaluate)$")

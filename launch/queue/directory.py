@@ -96,6 +96,13 @@ def update_run(run: RunDir, config: Config, record: dict[str, Any], *, told: Not
     write_bytes(run.config, text_of(run, config).encode(), replace=True)  # after the record of what changes in it
 
 
+def write_lost(run: RunDir, config: Config) -> None:
+    """Write a run's config.yaml anew if it is lost, and `config` has the mathematics that it began with."""
+    if reading.may_be_anew(run, config):
+        write_bytes(run.config, config.to_yaml().encode(), replace=True)
+        print(f"{run.config} was lost, and is written anew from what is asked for now", file=sys.stderr)
+
+
 def text_of(run: RunDir, config: Config) -> str:
     """The config.yaml of an existing run that goes on with `config`."""
     return config.to_yaml(like=load_yaml(read_text(run.config), str(run.config)))

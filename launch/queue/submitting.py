@@ -63,6 +63,7 @@ def _submit(job: Job) -> str:
     options = job.options()
     kept = {k: v for k, v in options.items() if k != "dependency"}
     home = code.unpack(job.run)
+    told = scheduler.preemption(str(options.get("partition") or "") or None)  # now: an interrupt may come meanwhile
     try:
         job_id = scheduler.submit(job)
     except (scheduler.NoAnswer, scheduler.NoJobId) as e:
@@ -80,11 +81,11 @@ def _submit(job: Job) -> str:
             more["despite"] = job.despite
         if job.stage == "evaluate":  # which may have shards made
             more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
-        if told := scheduler.preemption(str(options.get("partition") or "") or None):  # for nodes that cannot ask
+        if told:  # for nodes that cannot ask
             more["preemption"] = told
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
                    code=home.name, args=list(job.extra_args), **more)  # fmt: skip
-    except Exception:  # a job that nobody could find again
+    except BaseException:  # a job that nobody could find again
         scheduler.cancel([job_id])
         raise
     return job_id

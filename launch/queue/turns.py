@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm.errors import EnvironmentLacks
+from ddpm.run.files import not_ours
 from ddpm.run.paths import RunDir
 
 PATIENCE_S = 300.0
@@ -34,9 +35,10 @@ def turn(run: RunDir) -> Iterator[None]:
         where.mkdir(parents=True, exist_ok=True)
         fd = os.open(where / run.name, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as e:
+        mend = not_ours(where / run.name) or "have that mended"
         raise EnvironmentLacks(
-            f"cannot write {where} ({e.strerror}), where what is done to a run waits its turn: have that mended, or "
-            f"choose another place for runs with --root"
+            f"cannot write {where} ({e.strerror}), where what is done to a run waits its turn: {mend}, or choose "
+            f"another place for runs with --root"
         ) from None
     claim = where / f"{run.name}.claim"
     claimed = False

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ddpm.errors import RequestError
@@ -30,6 +30,8 @@ class Work:
     """Background job of this machine -> pid."""
     elsewhere: str = ""
     """For a message: another trainer that has just given a sign of life, or ""."""
+    stays: Mapping[str, str] = field(default_factory=dict)
+    """Of `jobs` those that wait on, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
 
     def __bool__(self) -> bool:
         return bool(self.jobs or self.here or self.elsewhere)
@@ -86,15 +88,21 @@ def end(run: RunDir) -> Work:
     return end_all([run])[0]
 
 
+def not_from_here(run: RunDir) -> str:
+    """For a message: why this user cannot end a run; "" where nothing forbids it."""
+    if os.access(run.path, os.W_OK):
+        return ""
+    return f"run {run.name} cannot be ended from here: {not_ours(run.path) or f'{run.path} cannot be written'}"
+
+
 def end_all(runs: Sequence[RunDir]) -> list[Work]:
     """Cancel waiting jobs, and ask running ones by STOP to save and exit. Returns what there was of each run.
 
     Raises SchedulerError, EnvironmentLacks, RequestError where a run cannot be written: then nothing was done.
     """
     for run in runs:
-        if not os.access(run.path, os.W_OK):
-            why = not_ours(run.path) or f"{run.path} cannot be written"
-            raise RequestError(f"run {run.name} cannot be ended from here: {why}")
+        if why := not_from_here(run):
+            raise RequestError(why)
     with ExitStack() as turns:  # nobody queues more of them meanwhile
         for run in sorted(runs, key=lambda run: str(run.path)):  # in one order, or two who do so wait for each other
             turns.enter_context(turn(run))
@@ -103,7 +111,14 @@ def end_all(runs: Sequence[RunDir]) -> list[Work]:
         for run, of_one in zip(runs, found, strict=True):
             if of_one:  # first: whatever comes back, or succeeds another, ends at its start
                 run.renew_stop()
-        _order((job for of_one in found for job in of_one.jobs), lambda jobs: scheduler.cancel_waiting(*jobs))
+        try:
+            _order((job for of_one in found for job in of_one.jobs), lambda jobs: scheduler.cancel_waiting(*jobs))
+        except scheduler.NoAnswer:
+            raise
+        except scheduler.SchedulerError as e:  # one is another user's who shares the run; the others are cancelled
+            why = " ".join(str(e).split())
+            waits = [[job for job, state in of_run(run).jobs.items() if state == "PENDING"] for run in runs]
+            found = [replace(one, stays=dict.fromkeys(on, why)) for one, on in zip(found, waits, strict=True)]
     return found
 
 

@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda run: (run / "config.yaml").write_text(
             (run / "config.yaml").read_text().replace("lr: 0.001", "lr: 0.01")
         ),
-        r"config\.yaml was changed: .* Restore the file \(it was submitted with: python ",
+        r"config\.yaml was changed: .* restore the file, or move it away \(mv .*\), and submit .* anew: python ",
     ),
 }
 

@@ -57,6 +57,7 @@ def test_what_does_not_hold_comes_last_each_once_and_what_holds_in_numbers(again
 
 @pytest.mark.parametrize(("file", "helps"), [
     ("run.json", []), ("checkpoints/step-000000400.pt", ["--rebuild", "--start-over"]),
+    ("checkpoints/ema-000000400.safetensors", []),
     ("{set}/shard-00001-of-00002.npz", ["launch/sample.py"]), ("{set}/features-pixels-00001-of-00002.npy", []),
 ])  # fmt: skip
 def test_what_can_be_done_is_what_helps_with_what_does_not_hold(again: Shell, file: str, helps: list[str]) -> None:
@@ -67,6 +68,7 @@ def test_what_can_be_done_is_what_helps_with_what_does_not_hold(again: Shell, fi
     assert "rsync" in told[0] and len(told) == 1 + len(helps), told
     assert all(word in line for word, line in zip(helps, told[1:], strict=True))
     assert ("1 of these" in said[-1]) == ("does not hold" in said[-1])
+    assert said[-1].endswith("and it goes on from step 400 of 400") == ("ema-" in file), said[-1]
 
 
 def gone(path: Path) -> None:
@@ -100,7 +102,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "run.json": ("run.json", emptied, "damaged"),
     "run.json ": ("run.json", renamed, "damaged"),
     "eval/ddim4-step400-seed0.json": ("eval/ddim4-step400-seed0.json", of_other_samples, "damaged"),
-    "config.yaml": ("config.yaml", gone, "damaged"),
+    "config.yaml": ("config.yaml", gone, "missing"),
     "metrics.jsonl": ("metrics.jsonl", gone, "missing"),
     "fence": ("fence", emptied, "damaged"),
     f"{SET}/request.json": (f"{SET}/request.json", flipped, "damaged"),
@@ -116,6 +118,7 @@ def test_each_file_that_does_not_hold_is_named_with_its_reason_and_the_ways_on(a
         damage(run / file)
         told = lines(again, 1)
         assert told[what.strip()][0] == verdict and told[what.strip()][1], (what, told)
+        assert what != "config.yaml" or told["run.json"][0] == "holds", told
         (run / file).write_bytes(kept)
     assert lines(again, 0)
     for path in (run / SET).glob("shard-00001-*"):
@@ -182,7 +185,8 @@ def test_a_run_without_its_config_is_not_taken_for_another_recipe(again: Shell) 
     run = again.root / RUN
     (run / "config.yaml").unlink()
     told = again.refused("submit", str(run), "--cluster", "local")
-    assert f"{run}/config.yaml is missing: restore it (it was submitted with: " in told and "did you mean" not in told
+    anew = f"{run}/config.yaml is missing: restore it, or submit the run as it was begun, which writes it anew: python "
+    assert anew in told and "did you mean" not in told
     (run / "run.json").write_text(json.dumps({"command": ["python", "launch/submit.py", str(run), "seed=0"]}))
     assert f"{run}/config.yaml is missing: restore it from a copy of the run" in again.refused("submit", str(run))
 
@@ -302,14 +306,15 @@ def test_a_new_beginning_on_purpose_removes_nothing_and_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("lost", ["config.yaml", "run.json"])
-def test_a_new_beginning_without_what_a_submission_needs_says_that_it_would_be_refused(again: Shell, lost: str) -> None:
+def test_a_new_beginning_without_what_a_submission_needs_says_so(again: Shell, lost: str) -> None:
     (again.root / RUN / lost).unlink()
     advised = again("recover", RUN).stdout.partition("What can be done:")[2]
     assert "rsync" in advised and "--rebuild" not in advised and "--start-over" not in advised, advised
     done = again("recover", RUN, "--start-over")
-    assert done.returncode == 0 and "a submission would be refused" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "it cannot go on as it is: " in done.stdout, done.stdout + done.stderr
     assert f"{lost} is missing" in done.stdout and "begins at step 0" not in done.stdout
-    assert again("submit", "tiny.yaml", "--cluster", "local").returncode != 0
+    done = again.submit("--prepare")  # as it is told where config.yaml is lost
+    assert (done.returncode == 0) == (lost == "config.yaml"), done.stdout + done.stderr
 
 
 def test_folders_that_are_kept_elsewhere_stay_there_and_what_is_set_aside_can_be_reached(again: Shell) -> None:

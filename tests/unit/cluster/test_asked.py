@@ -91,9 +91,10 @@ def test_what_a_job_queues_asks_its_own_cluster_without_naming_it_as_the_milesto
 
 @pytest.mark.parametrize(("words", "exported", "told"), [
     (["--sbatch", "clusters=alpha,bravo"], "", "--sbatch clusters=alpha,bravo: .* name one"),
+    (["--sbatch", "clusters="], "bravo", "--sbatch clusters=: .* name one"),
     ([], "all", "SLURM_CLUSTERS=all: .* name one"),
 ])  # fmt: skip
-def test_several_clusters_are_refused_before_anything_is_asked(
+def test_several_clusters_or_none_are_refused_before_anything_is_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], exported: str, told: str
 ) -> None:
     monkeypatch.setenv("SLURM_CLUSTERS", exported)

@@ -161,6 +161,13 @@ def test_a_job_works_where_nothing_says_that_the_run_is_another(
     assert "works" in shell.said
 
 
+def test_a_job_that_another_one_queues_by_hand_is_not_taken_for_one_of_the_others_run(shell: Shell) -> None:
+    shell.run.run_json.write_text('{"run_id": "own"}')
+    told = {"setup": "echo setup has ${DDPM_RUN_ID-none}", "python": "/bin/true", "DDPM_RUN_ID": "own"}
+    shell.life("echo a command has ${DDPM_RUN_ID-none}, its successor $DDPM_OF_RUN", **told)
+    assert "setup has none" in shell.said and "a command has none, its successor own" in shell.said
+
+
 def test_a_relative_path_of_the_project_is_one_from_where_the_job_was_submitted(shell: Shell) -> None:
     shell.put("python", 'echo heard >&$DDPM_HEARD_FD; echo "looked into it from $PWD"')
     told = 'ls "$DDPM_HOME/slurm/rank.sh"'

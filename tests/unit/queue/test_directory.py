@@ -73,8 +73,23 @@ def test_a_run_keeps_the_command_that_began_it(tmp_path: Path, monkeypatch: pyte
     record = read_run(run)
     assert record["first_command"][-1] == "mine.yaml" and record["command"][-1] == "train.total_steps=9"
     run.config.unlink()
-    with pytest.raises(RequestError, match=r"restore it \(it was submitted with: python launch/submit.py mine.yaml\)"):
+    with pytest.raises(RequestError, match=r"restore it, or submit .* anew: python launch/submit.py mine.yaml$"):
         reading.of_run(run)
+
+
+def test_a_lost_config_is_written_anew_by_a_submission_with_the_mathematics_that_it_had(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path / "run"), make_config()
+    inputs = {"data": {"cache": str(tmp_path), "digest": "d"}, "labels": {}}
+    directory.create_run(run, config, directory.describe(config, Site(), run, inputs))
+    for lose in (run.config.unlink, lambda: run.config.write_text("")):
+        lose()
+        with pytest.raises(RequestError, match="restore it, or submit"):
+            prepare.check_existing(run, make_config(train__lr=0.5))
+        assert prepare.check_existing(run, config) and "written anew" in prepare.told_of_changes(run, config)[0]
+        directory.write_lost(run, config)
+        assert reading.of_run(run) == config
+    directory.write_lost(run, make_config(log__every_steps=2))  # none is lost
+    assert reading.of_run(run) == config
 
 
 def test_what_a_later_submission_changes_in_the_config_is_told_and_kept_with_the_step(

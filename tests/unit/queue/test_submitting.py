@@ -150,12 +150,16 @@ def test_an_array_and_its_logs_are_named_by_flags_too(run: RunDir, cluster: Clus
     assert f"--output={run.logs}/sample-%j.out" in single and not any(o.startswith("--array") for o in single)
 
 
-def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(run: RunDir, cluster: Cluster) -> None:
+def test_a_successor_takes_its_environment_along_though_the_job_before_did_not(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     submitting.submit(Job("train", run, Site(via="sbatch", account="lab")))
     for events in run.events.iterdir():
         events.write_text(events.read_text().replace('"export": "ALL"', '"account": "lab"'))
+    monkeypatch.setenv("DDPM_OF_RUN", "0f1e2d")
     submitting.submit_successor(run, "train", "101")
     assert {"--export=ALL", "--account=lab"} <= options_of(cluster.of("sbatch")[1])
+    assert cluster.environments[-1]["DDPM_RUN_ID"] == "0f1e2d"  # and of this run alone
 
 
 def test_the_successor_of_one_task_of_an_evaluation_computes_the_same(run: RunDir, cluster: Cluster) -> None:
@@ -405,6 +409,19 @@ def test_a_job_that_could_not_be_noted_down_is_taken_back(run: RunDir, cluster: 
     with pytest.raises(FileExistsError):
         submitting.submit(Job("train", run, Site(via=via)))
     assert cluster.of("scancel") == [["scancel", "101"]]
+
+
+def test_an_interrupt_leaves_no_job_that_nobody_could_find_again(
+    run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place, name, taken_back in ((scheduler, "preemption", []), (EventLog, "append", [["scancel", "101"]])):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, interrupted)
+            submitting.submit(Job("train", run, Site(via="sbatch")))
+        assert cluster.of("scancel") == taken_back and len(cluster.of("sbatch")) == len(taken_back)
 
 
 @VIA

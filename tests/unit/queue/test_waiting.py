@@ -222,6 +222,17 @@ def test_missing_shards_are_made_where_the_evaluation_was_sent_to_and_not_where_
         assert ("--qos=long" in sent[before]) == (job != "7")
 
 
+def test_an_answer_for_several_runs_is_too_old_after_seconds_for_a_job_that_has_ended_to_keep_another_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, said = [0.0], ["6 6 RUNNING\n", ""]
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: said.pop(0))
+    monkeypatch.setattr(slurm_questions.time, "monotonic", lambda: clock[0])
+    with scheduler.looked_up_together(["6", "7"]):
+        found = [scheduler.queued(["6"]) for clock[0] in (0.0, 4.0, 10.0)]
+    assert found == [{"6": "RUNNING"}] * 2 + [{}]
+
+
 def test_in_a_container_without_sbatch_it_is_said_who_makes_missing_shards(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,7 @@ from ddpm.errors import RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import stamp, write_json
 from ddpm.run.paths import RunDir
-from launch import prepare, status
+from launch import cancel, prepare, status
 from launch.cluster import asked, environment, scheduler
 from launch.cluster.site import Site
 from launch.queue import chain, local, waiting, work
@@ -151,6 +152,42 @@ def test_a_run_that_cannot_be_written_is_not_ended_from_here(
     monkeypatch.setattr(work, "not_ours", lambda path: owner)
     with pytest.raises(RequestError, match=f"cannot be ended from here: {owner or '.*cannot be written'}"):
         work.end(run)
+
+
+def test_what_cannot_be_ended_from_here_is_said_and_the_others_are_ended(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = RunDir(run.path.with_name("theirs"))
+    for r in (theirs, run):
+        r.events.mkdir(parents=True, exist_ok=True)
+        r.run_json.write_text("{}")
+        submitted(r, "17")
+    slurm["states"] = {"17": "PENDING"}
+    monkeypatch.setattr(os, "access", lambda path, mode: path != theirs.path)
+    monkeypatch.setattr(cancel, "await_ends", lambda told: 0)
+    monkeypatch.setattr(sys, "argv", ["cancel.py", "*", "--root", str(run.path.parent)])
+    assert cancel.main() == 2 and run.is_stopped() and not theirs.is_stopped()
+    told = capsys.readouterr()
+    assert told.err.startswith("error: run theirs cannot be ended from here: ") and told.err.count("\n") == 1
+    assert told.out == "cancelled: job 17\n"
+
+
+def test_a_job_that_is_anothers_stays_until_stop_ends_it_and_is_not_waited_for(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*jobs: str) -> None:
+        del slurm["states"]["18"]
+        raise scheduler.SchedulerError("scancel: error: Kill job error on job id 17: Access/permission denied")
+
+    run.run_json.write_text("{}")
+    submitted(run, "17", "18")
+    slurm["states"] = {"17": "PENDING", "18": "PENDING"}
+    monkeypatch.setattr(scheduler, "cancel_waiting", denied)
+    monkeypatch.setattr(sys, "argv", ["cancel.py", str(run.path)])
+    assert cancel.main() == 2 and run.is_stopped()
+    told = capsys.readouterr()
+    assert told.err.startswith("error: job 17 stays in the queue") and "permission denied" in told.err
+    assert told.out.startswith("cancelled: job 18\nrun run is at step 0; go on by submitting it again")
 
 
 UNKNOWN = (

@@ -27,6 +27,18 @@ from ddpm.run.records import (
 BEAT = {"time": "2026-11-20T09:00:00.000Z", "step": 3, "total_steps": 9, "job": "17", "restart": 0, "host": "n1"}
 
 
+def test_where_a_run_has_lost_its_record_its_weights_are_a_way_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "my run")
+    run.checkpoints.mkdir(parents=True)
+    with pytest.raises(DamagedFile, match=r"run\.json is missing: restore it, or this is no run directory$"):
+        read_run(run)
+    run.manifest(4).write_text("{}")
+    for lose in (lambda: None, lambda: run.run_json.write_text("{")):
+        lose()
+        with pytest.raises(DamagedFile, match=r"restore it, or begin another run .*--from '/.*/my run', with another"):
+            read_run(run)
+
+
 @pytest.mark.parametrize("bad", [{"time": "soon"}, {"time": 17}, {"restart": "x"}, {"job": None}, {"step": 1.5}])
 def test_a_heartbeat_that_is_no_good_is_not_copied_into_an_event(tmp_path: Path, bad: dict[str, Any]) -> None:
     run = RunDir(tmp_path)
