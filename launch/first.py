@@ -26,6 +26,15 @@ if is_script() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_hand
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `run_script`, which has a word for it: no traceback
 
 
+def speak_utf_8() -> None:
+    """Start anew in Python's UTF-8 mode where the locale has another encoding, as en_US without .UTF-8: configs and
+    runs are UTF-8, and so are the names of files on most systems. What is started here has that mode too, as have
+    jobs."""
+    if sys.version_info >= LEAST and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def leave_other_pythons_out() -> None:
     """Take out of PYTHONPATH, for what is started here too, what is another Python's by its name, …/lib/python3.9/…:
     a module that was loaded for other work shows it to every Python, and none but its own can load it."""
@@ -86,5 +95,6 @@ def check() -> None:
 
 
 if is_script():
+    speak_utf_8()
     leave_other_pythons_out()
     check()

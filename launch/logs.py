@@ -80,7 +80,7 @@ def show(run: RunDir, args: argparse.Namespace) -> int:
         what = f"no {args.stage} job" if args.stage else "no job"
         raise RequestError(
             f"{what} of run {run.name} has said anything yet (looked in {run.logs}): python launch/status.py "
-            f"{run.path} shows whether one waits"
+            f"{run.path} shows whether one waits; if none does, {logfiles.unheard(run)}"
         )
     print(f"==> {files[-1]} <==", file=sys.stderr, flush=True)
     logfiles.show(files[-1], keep)

@@ -20,7 +20,7 @@ unset DDPM_RUN_ID
 DDPM_RUN=$(CDPATH='' cd -- "$DDPM_RUN" && pwd)
 [ -n "${DDPM_PYTHON:-}" ] || { DDPM_PYTHON=$DDPM_HOME/.venv/bin/python; [ -x "$DDPM_PYTHON" ] || DDPM_PYTHON=python3; }
 DDPM_SINCE=$(date -u +%FT%T.%3NZ)   # when this life got its nodes: goodput counts from here
-export DDPM_HOME DDPM_PYTHON DDPM_RUN DDPM_SINCE PYTHONPATH="$DDPM_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export DDPM_HOME DDPM_PYTHON DDPM_RUN DDPM_SINCE PYTHONPATH="$DDPM_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
 # since 22.05 srun does not take it from sbatch
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 export SLURM_EXPORT_ENV=ALL   # where the user has SBATCH_EXPORT=NONE, srun would pass nothing on
@@ -113,8 +113,9 @@ if [ -f "$DDPM_RUN/setup.sh" ]; then
   set -- ${ddpm_words[@]+"${ddpm_words[@]}"}
 fi
 ddpm_own_python
-# The user's, or of a `setup` line: a job asks the cluster that it is on, without the accounting that knows others.
-unset SLURM_CLUSTERS SBATCH_CLUSTERS
+# The user's, or of a `setup` line: a job asks the cluster that it is on, without the accounting that knows others, and
+# its ranks write into its log, as they are.
+unset SLURM_CLUSTERS SBATCH_CLUSTERS SLURM_LABELIO SLURM_STDOUTMODE SLURM_STDERRMODE
 # Python's -m looks for modules in the working directory first, which mostly is the checkout, as it is by now.
 builtin cd -- "$DDPM_HOME" || exit 2
 export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container

@@ -21,6 +21,7 @@ from launch.cluster.site import Site
 
 SKEW_S = 2.0
 POLL_S = 2.0
+ENDED = "it ended"
 SCRIPT = """\
 #!/bin/bash
 DDPM_RUN={run}
@@ -61,6 +62,8 @@ def probe(site: Site, root: Path, patience_s: float) -> Findings:
             lines = log.read_text(errors="replace").strip().splitlines()[-3:] if log.exists() else []
             heard = "".join(f"\n      {plain(line)}" for line in lines)
             remedy = "mend what it says: `setup` lines, the environment that nodes see; or a longer --wait-s"
+            if state == ENDED and not log.exists():
+                remedy = f"it could not even begin a log: do nodes see {root}? Choose a --root that they share"
             yield Finding("fail", f"job {job} told nothing of its node ({state}){heard}", remedy)
             return
         yield from _node(told, said, asked_at, site)
@@ -71,7 +74,7 @@ def probe(site: Site, root: Path, patience_s: float) -> Findings:
 
 
 def _wait(job: str, answer: Path, patience_s: float) -> str:
-    """Until it has answered or is gone; what it was last. Takes it back where it does neither."""
+    """Until it has answered or is gone; what it was last, ENDED if it is gone. Takes it back where it does neither."""
     until = time.monotonic() + patience_s
     gone = 0
     while time.monotonic() < until and not answer.exists():
@@ -79,10 +82,10 @@ def _wait(job: str, answer: Path, patience_s: float) -> str:
             found = scheduler.look_up([job]).get(job)
             gone = 0 if found else gone + 1
             if gone > 3:  # a shared file may come later than the end of its job
-                return "it ended"
+                return ENDED
         time.sleep(POLL_S)
     if answer.exists():
-        return "it ended"
+        return ENDED
     found = scheduler.look_up([job]).get(job)
     scheduler.cancel([job])
     wait = scheduler.explain(job, found) if found else None

@@ -65,7 +65,8 @@ def run(
     """Run a command; returns its output. env: default this process's, without USERS_OWN and with TIMES. Raises
     SchedulerError.
 
-    sbatch is told by an option where to queue: what is in its environment is in its job's.
+    sbatch is told by an option where to queue: what is in its environment is in its job's. A command that asks on its
+    input, as a site's own sbatch may, hears nobody, since nobody would see the question.
     """
     if env is None:
         env = {k: v for k, v in os.environ.items() if not k.startswith((*USERS_OWN, "SLURM_CLUSTERS"))} | TIMES
@@ -73,17 +74,23 @@ def run(
             env["SLURM_CLUSTERS"] = cluster
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, cwd=cwd, env=env
-        )
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout_s,
+            cwd=cwd, env=env,
+        )  # fmt: skip
     except FileNotFoundError:
         raise SchedulerError(f"{argv[0]}: not found on this machine") from None
     except subprocess.TimeoutExpired as e:
-        said = e.stderr.decode(errors="replace") if isinstance(e.stderr, bytes) else e.stderr or ""
-        lines = [f"no answer in {timeout_s:.0f} s", *shortened(words(argv[0], said))]
+        lines = [f"no answer in {timeout_s:.0f} s", *shortened(words(argv[0], _both(e.stdout, e.stderr)))]
         raise NoAnswer(f"{argv[0]}: " + "\n  ".join(lines)) from None
     if done.returncode != 0:
-        raise failure(argv[0], done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
+        raise failure(argv[0], _both(done.stdout, done.stderr) or f"exit code {done.returncode}")
     return CLUSTER_LINE.sub("", done.stdout)
+
+
+def _both(out: str | bytes | None, err: str | bytes | None) -> str:
+    """What a command said, its errors last: a site's own sbatch may refuse, or ask, on its output."""
+    texts = (text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in (out, err))
+    return "\n".join(filter(None, (CLUSTER_LINE.sub("", text).strip() for text in texts)))
 
 
 _answers: ContextVar[dict[tuple[str, ...], str] | None] = ContextVar("answers", default=None)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ddpm.training.ranks import World
 
 PREFIX = "ddpm-hpc-compiled-"
+ELSEWHERE = ("/var/tmp", "/dev/shm")
+"""Where a node may take code that is loaded, if its folder for temporary files does not."""
 HEADER_BYTES = 1 << 12
 MOST_BYTES = 4 << 30
 _LOCK = ".lock"
@@ -44,8 +46,9 @@ def choose_folder() -> None:
     if _held or environment.compiler_folder() is not None:
         return
     try:
-        _remove_left(Path(tempfile.gettempdir()))
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        where = _place()
+        _remove_left(where)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
         lock = (folder / f"new{_LOCK}").open("wb")
         fcntl.flock(lock, fcntl.LOCK_EX)
         Path(lock.name).rename(folder / _LOCK)  # not before: whoever starts beside this would take it for a dead one's
@@ -54,6 +57,17 @@ def choose_folder() -> None:
         return
     _held.append((folder, lock))
     environment.set_defaults(TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton"))
+
+
+def _place() -> Path:
+    """The node's folder for temporary files; another one where code cannot be loaded from that, or where it is the
+    working directory, which Python takes where no other has room: there lies the run's code."""
+    usual = Path(tempfile.gettempdir())
+    return next((p for p in (usual, *map(Path, ELSEWHERE)) if p != Path.cwd() and _takes_code(p)), usual)
+
+
+def _takes_code(place: Path) -> bool:
+    return os.access(place, os.W_OK) and not os.statvfs(place).f_flag & os.ST_NOEXEC
 
 
 def leave() -> None:

@@ -37,6 +37,15 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
     return [path for _, path in sorted((stat.st_mtime, path) for stat, path in found if stat.st_size)]
 
 
+def unheard(run: RunDir) -> str:
+    """For a message that no job has said anything, once none waits: SLURM ends one in no time whose log it cannot
+    write, as where runs lie in a login node's /tmp."""
+    return (
+        f"unless it was cancelled while it waited, nodes may not see {run.path.parent}: python launch/doctor.py with "
+        f"--probe asks one"
+    )
+
+
 def job_of(log: Path) -> str:
     """Whose it is; "" of a job of this machine."""
     found = OF_SLURM.fullmatch(log.name)

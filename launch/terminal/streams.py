@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import locale
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,13 @@ def make_safe() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no é is no reason to die
+            stream.reconfigure(encoding=_of_terminal(stream), errors="replace")  # one without é is no reason to die
         if not isinstance(stream, Plain):
             setattr(sys, name, Plain(stream))
+
+
+def _of_terminal(stream: io.TextIOWrapper) -> str | None:
+    """The encoding that the locale says a terminal has, which Python's UTF-8 mode (launch/first.py) does not heed; None
+    where the stream's own is right, or all that there is to go by."""
+    told = locale.nl_langinfo(locale.CODESET) if sys.flags.utf8_mode and stream.isatty() else ""
+    return None if told in ("", "ANSI_X3.4-1968") else told

@@ -117,3 +117,12 @@ def test_the_project_may_lie_in_a_folder_with_an_odd_name(shell: Shell, folder: 
     script = done.stdout[done.stdout.index("#!/bin/bash") :].split('. "$DDPM_HOME')[0] + 'printf %s "$DDPM_HOME"'
     checked = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert checked.stdout.startswith(f"{project}/runs/.cache/code/") and not list(tmp_path.rglob("CANARY"))
+
+
+def test_in_a_locale_of_another_encoding_names_and_configs_are_utf_8_all_the_same(shell: Shell) -> None:
+    """As with LANG=en_US, which is Latin-1; here ASCII, which every machine has."""
+    (shell.cwd / "site.yaml").write_text("setup: ['echo → Größe']\n", encoding="utf-8")
+    argv, options = shell.command("submit", "tiny.yaml", "--cluster", "local", "--profile", "site.yaml", "--dry-run")
+    options["env"] |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([*argv, "--root", str(shell.cwd / "Ärger")], capture_output=True, **options)
+    assert done.returncode == 0 and "Ärger".encode() in done.stdout, done.stderr

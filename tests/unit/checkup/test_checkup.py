@@ -158,6 +158,17 @@ def test_a_setup_line_that_would_end_a_job_ends_the_probe_with_its_words(
     assert found.verdict == "fail" and all(line in found.what for line in told) and "`setup`" in found.remedy
 
 
+def test_a_probe_that_could_not_even_begin_a_log_asks_whether_nodes_see_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "settle", lambda site, dry_run: site)
+    monkeypatch.setattr(inquiry, "submit_probe", lambda *of_it: "17")
+    monkeypatch.setattr(scheduler, "look_up", lambda jobs: {})
+    monkeypatch.setattr(node, "POLL_S", 0)
+    (found,) = node.probe(Site(), tmp_path, patience_s=60)
+    assert found.verdict == "fail" and f"do nodes see {tmp_path}?" in found.remedy
+
+
 @pytest.mark.parametrize(("version", "verdict"), [
     ("slurm-wlm 20.11.4", "pass"), ("slurm 24.05.0-0rc1", "pass"), ("slurm 20.02.7", "warn"), ("slurm 9.11.0", "warn")
 ])  # fmt: skip

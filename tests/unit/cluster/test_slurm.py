@@ -297,6 +297,26 @@ def test_a_refusal_is_no_lack_of_an_answer_and_a_command_that_hangs_is(
         slurm.run(["sbatch"])
 
 
+def test_a_sites_own_sbatch_that_asks_takes_no_words_meant_for_others_and_its_question_is_told(
+    commands: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    typed = tmp_path_factory.mktemp("typed") / "names"
+    typed.write_text("y\n")
+    put(commands / "sbatch", 'echo logged >&2; printf "Little budget left. Go on? "; read a && echo 7 || exit 1')
+    saved = os.dup(0)
+    try:
+        with typed.open() as f:
+            os.dup2(f.fileno(), 0)
+            with pytest.raises(scheduler.SchedulerError, match=r"sbatch: Little budget left. Go on\?\n  logged"):
+                slurm_orders.submit(["sbatch"])
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+    put(commands / "sbatch", "echo 'Go on?'; exec /bin/sleep 60")  # at a terminal of its own
+    with pytest.raises(scheduler.NoAnswer, match=r"no answer in 1 s\n  Go on\?"):
+        slurm.run(["sbatch"], timeout_s=1)
+
+
 def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object, **__: object) -> str:
         raise scheduler.SchedulerError("scontrol: slurm_load_jobs error: Invalid job id specified")

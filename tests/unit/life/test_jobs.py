@@ -129,6 +129,28 @@ def test_what_a_killed_life_left_on_a_node_is_removed_and_what_a_living_one_has_
     assert [p.name for p in node.iterdir()] == [f"{compiled.PREFIX}alive"]
 
 
+def test_where_the_nodes_own_folder_takes_no_code_or_has_no_room_another_is_taken(
+    tmp_path: Path, on_a_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, node, other = make_run(tmp_path / "run"), tmp_path / "node", tmp_path / "other"
+    other.mkdir()
+    noexec = {node}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC if path in noexec else 0))
+
+    def place() -> Path:
+        found: Path = on_a_node(run, lambda folder: folder.parent, anew=None)
+        return found
+
+    monkeypatch.setattr(compiled, "ELSEWHERE", (str(tmp_path / "missing"), str(other)))
+    assert place() == other
+    noexec.add(other)
+    assert place() == node  # there is no better one
+    noexec.clear()
+    assert place() == node
+    monkeypatch.chdir(node)  # what Python takes where all others are full: there lies the run's code
+    assert place() == other
+
+
 @pytest.mark.parametrize("name", ["norm.cubin", "norm.hsaco"])
 def test_kernels_are_known_by_what_is_new_in_the_folder(
     tmp_path: Path, on_a_node: Callable[..., Any], name: str

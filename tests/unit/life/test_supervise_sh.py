@@ -191,6 +191,14 @@ def test_a_job_asks_its_own_cluster_whatever_the_users_shell_or_a_setup_line_nam
     assert "it asks ." in shell.said and {order.strip() for order in shell.orders()} >= {"show", "requeue"}
 
 
+def test_ranks_write_into_the_jobs_log_whatever_the_user_wants_of_srun(shell: Shell) -> None:
+    """Without their words nobody knows why a life died, nor with a number before each line of them."""
+    exported = {"SLURM_STDOUTMODE": "none", "SLURM_LABELIO": "1"}
+    shell.life('echo "$SLURM_STDOUTMODE$SLURM_STDERRMODE$SLURM_LABELIO, as they are"',
+               setup="export SLURM_STDERRMODE=none\n", **exported)  # fmt: skip
+    assert "\n, as they are" in shell.said
+
+
 def test_our_supervisor_is_heard(shell: Shell) -> None:
     shell.run.exit_marker("17", 0).write_text("78 crash")
     assert shell.life("exit 78", python=sys.executable) == 78

@@ -107,8 +107,9 @@ def options_of(command: list[str]) -> set[str]:
 def test_only_what_is_asked_for_says_which_gpus_a_job_gets(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, via: str, request_by: Any
 ) -> None:
-    """Not the allocation around; nor what is exported for sbatch, which from SLURM 26.05 on refuses both."""
-    given = {"SLURM_JOB_ID": "5", "SLURM_GPUS_PER_NODE": "4"}
+    """Not the allocation around; nor what is exported for sbatch, which from SLURM 26.05 on refuses both. Nor does that
+    make several jobs of it, or have sbatch wait for its end."""
+    given = {"SLURM_JOB_ID": "5", "SLURM_GPUS_PER_NODE": "4", "SBATCH_WAIT": "1", "SBATCH_ARRAY_INX": "0-1"}
     exported = {"SBATCH_GRES": "gpu:2", "SBATCH_GPUS": "8", "SBATCH_GPUS_PER_NODE": "8", "SBATCH_QOS": "low"}
     for name, value in {**given, **exported}.items():
         monkeypatch.setenv(name, value)

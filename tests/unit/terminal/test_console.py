@@ -90,6 +90,11 @@ def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_t
     log = EventLog(run, "17", 0, "n1")
     log.append("submitted")
     assert submission.outcome(run, load(run.config), []) == 1
+    told = capsys.readouterr().err
+    assert "of 400, and no job of it has said a word" in told and f"nodes may not see {run.path.parent}:" in told
+    run.logs.mkdir()
+    (run.logs / "train-17.out").write_text("[batch] begun\n")
+    assert submission.outcome(run, load(run.config), []) == 1
     logs = f"python launch/logs.py '{run.path}' says"
     assert f"at step 0 of 400; {logs} why, and the same command goes on" in capsys.readouterr().err
     log.append("submitted", stage="sample+evaluate")
