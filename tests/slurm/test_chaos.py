@@ -25,6 +25,7 @@ def site(testbed: SlurmTestbed) -> cluster.Cluster:
     return cluster.Cluster(testbed, testbed.mkdir("chaos"), "submitit")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "via"), drawn("rows on SLURM", CASES, 3))
 def test_the_run_survives(site: cluster.Cluster, name: str, via: str) -> None:
     row, _, reduced = ROWS[name]

@@ -170,6 +170,7 @@ def test_a_run_that_is_cancelled_is_saved_and_nothing_of_it_stays_in_the_queue(s
     assert not site.run_dir("everyday").path.exists()
 
 
+@pytest.mark.long
 def test_a_sweep_is_runs_with_jobs_of_their_own_and_the_same_command_leaves_those_that_are_done(site: Site) -> None:
     words = ["--gpus-per-node", "0", "train.total_steps=10", "--sweep", "train.lr=1e-4,2e-4,4e-4"]
     jobs = site.submit("swept", *words)
@@ -271,6 +272,7 @@ def test_a_chain_follows_the_successor_of_a_job_that_must_not_be_requeued(site: 
     assert (read_json(run.eval / "ddim5-step400-seed0.json") or {})["num_samples"] == 32
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", drawn("exported, via", ["submitit", "sbatch"], 1))
 def test_what_a_user_has_exported_decides_only_what_was_not_asked_for(site: Site, via: str) -> None:
     exported = {"SBATCH_EXPORT": "NONE", "SBATCH_NO_REQUEUE": "1", "SBATCH_OPEN_MODE": "truncate",
