@@ -418,7 +418,7 @@ def test_a_config_that_other_code_wrote_says_where_that_code_is(tmp_path: Path) 
     assert "checkout" not in str(e.value)
     run.code.touch()
     for read_it in (of_run, lambda run: load(run.config, ["train.lr=1"])):
-        with pytest.raises(RequestError, match=r"that checkout, or from what .*run/code\.zip unpacks to$"):
+        with pytest.raises(RequestError, match=r"that checkout, or from what .*run/code\.zip unpacks to"):
             read_it(run)
     with pytest.raises(RequestError, match=r"train\.lr") as e:
         run.config.write_text("train: {}\n")
