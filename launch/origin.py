@@ -16,7 +16,6 @@ from ddpm.errors import DDPMError, RequestError
 from ddpm.run.paths import EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from launch.cluster import environment
-from launch.queue import milestones
 from launch.terminal import console
 
 if TYPE_CHECKING:
@@ -99,6 +98,7 @@ def read(origin: Origin, config: Config) -> Start:
     except DDPMError as e:
         print(f"warning: --from {origin.word}: {e}", file=sys.stderr)
     from ddpm.network import start
+    from launch.queue import milestones
 
     try:
         found = start.of_run(run, milestones.asked_step(run, origin.step), origin.weights or "ema", config, _warn)
