@@ -71,13 +71,14 @@ else
     export DDPM_TEST_SEED=${DDPM_TEST_SEED:-$RANDOM} # one for all: what a failure needs to be seen again
     logs=$(mktemp -d)
     trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$logs"' EXIT
-    echo "== mypy, and pytest in six parts, three at a time; what each said when it is over"
+    echo "== mypy, and pytest in seven parts, three at a time; what each said when it is over"
     # The longest first: the tests on SLURM mostly wait, for grace periods and time limits.
     covered=(tests/unit/run tests/unit/sampling) # of the rooms that save, fence and publish: every branch
     computed=(tests/recipes tests/unit/network tests/unit/training)
-    elsewhere=(tests/slurm tests/compat tests/cli tests/chaos "${computed[@]}" "${covered[@]}")
-    lines=("tests/slurm tests/compat" tests/cli "${computed[*]}" "tests ${elsewhere[*]/#/--ignore=}" tests/chaos
-        "${covered[*]}")
+    rooms=(tests/unit/{api,cluster,data,diffusion,life,queue,scoring,scripts})
+    elsewhere=(tests/slurm tests/compat tests/cli tests/chaos "${computed[@]}" "${rooms[@]}" "${covered[@]}")
+    lines=("tests/slurm tests/compat" tests/cli "${computed[*]}" "${rooms[*]}" tests/chaos
+        "tests ${elsewhere[*]/#/--ignore=}" "${covered[*]}")
     { "$python" -m mypy >"$logs/types" 2>&1; echo $? >"$logs/types.code"; } &
     for i in "${!lines[@]}"; do
         while [ "$(jobs -rp | wc -l)" -ge 3 ]; do wait -n; done
