@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError, RequestError
+from ddpm.run.files import DamagedFile
 from ddpm.run.paths import EXPORTED_WEIGHTS, RunDir
 from ddpm.run.records import read_run
 from launch.cluster import environment
@@ -95,7 +96,7 @@ def read(origin: Origin, config: Config) -> Start:
     there = None
     try:
         there = reading.of_run(run)
-    except DDPMError as e:
+    except (DDPMError, DamagedFile) as e:
         print(f"warning: --from {origin.word}: {e}", file=sys.stderr)
     from ddpm.network import start
     from launch.queue import milestones

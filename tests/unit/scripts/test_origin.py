@@ -79,6 +79,13 @@ def test_what_the_configs_differ_in_is_told(root, capsys):
     assert "diffusion.timesteps is 8 there and 10 here: the weights were trained for another" in capsys.readouterr().err
 
 
+def test_a_run_whose_record_is_damaged_is_started_from_as_the_message_about_it_says(root, tmp_path, capsys):
+    shutil.copytree(root / "source", tmp_path / "source")
+    (tmp_path / "source" / "run.json").write_text("{")
+    assert origin.read(asked(tmp_path, "source@4"), CONFIG).record["step"] == 4
+    assert "run.json cannot be used" in capsys.readouterr().err
+
+
 def test_a_run_that_exists_must_have_started_so_and_its_source_may_be_gone(root, tmp_path):
     shutil.copytree(root / "source", tmp_path / "source")
     best = {"step": 4, "sha256": generations.verify(RunDir(root / "source"), 4).sha256}
