@@ -73,8 +73,9 @@ def await_ends(told: list[Told]) -> int:
         jobs = [job for still in left for job in still.jobs]
         if late and jobs:
             work.cancel(jobs)
-        for (run, _, before), still in zip(told, left, strict=True):
-            worst = max(worst, say_how_it_ended(run, still, before) if late or not still else 0)
+        for (run, found, before), still in zip(told, left, strict=True):
+            if late or not still:
+                worst = max(worst, say_how_it_ended(run, still, before, stays=bool(found.stays)))
         told = [] if late else [one for one, still in zip(told, left, strict=True) if still]
         time.sleep(POLL_S if told else 0)
     return worst
@@ -88,8 +89,8 @@ def _left(run: RunDir, found: work.Work) -> work.Work:
     return replace(left, jobs=jobs, elsewhere=left.elsewhere if found.elsewhere else "")
 
 
-def say_how_it_ended(run: RunDir, left: work.Work, before: int) -> int:
-    """Returns the exit code. left: what had not ended by itself."""
+def say_how_it_ended(run: RunDir, left: work.Work, before: int, *, stays: bool) -> int:
+    """Returns the exit code. left: what had not ended by itself. stays: whether a job waits on, for STOP to end it."""
     if left.jobs:
         named = ", ".join(map(work.named, left.jobs))
         print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {named}")
@@ -97,6 +98,9 @@ def say_how_it_ended(run: RunDir, left: work.Work, before: int) -> int:
         print(f"still at work after {PATIENCE_S:.0f} s: {left}. {run.stop_file} stays, and ends it", file=sys.stderr)
         return 1
     step = run.latest_step()
+    if is_finished(run) and stays:
+        print(f"run {run.name} is complete at step {step}; {run.stop_file} stays, and ends what waits on")
+        return 0
     if is_finished(run):  # nothing of it is to be kept from training
         with suppress(OSError):
             run.stop_file.unlink()

@@ -37,7 +37,8 @@ class Work:
         return bool(self.jobs or self.here or self.elsewhere)
 
     def __str__(self) -> str:
-        told = [f"job {named(job)} ({state.lower()})" for job, state in self.jobs.items()]
+        stay = dict.fromkeys(self.stays, ", and stays so")
+        told = [f"job {named(job)} ({state.lower()}{stay.get(job, '')})" for job, state in self.jobs.items()]
         told += [f"pid {pid} on this machine" for pid in self.here.values()]
         return ", ".join([*told, *([self.elsewhere] if self.elsewhere else [])])
 
@@ -53,14 +54,20 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def _order(jobs: Iterable[str], order: Callable[[list[str]], None]) -> None:
-    """One order to each cluster that has some of them."""
+    """One order to each cluster that has some of them, whatever the others say to theirs. Raises SchedulerError."""
     numbers: dict[str, list[str]] = {}
+    refused: list[scheduler.SchedulerError] = []
     for job in jobs:
         number, _, cluster = job.partition(";")
         numbers.setdefault(cluster, []).append(number)
     for cluster, some in numbers.items():
-        with scheduler.asking(cluster):
-            order(some)
+        try:
+            with scheduler.asking(cluster):
+                order(some)
+        except scheduler.SchedulerError as e:
+            refused.append(e)
+    if refused:
+        raise next((e for e in refused if isinstance(e, scheduler.NoAnswer)), refused[0])
 
 
 def to_end(run: RunDir) -> str:

@@ -172,8 +172,13 @@ def test_what_cannot_be_ended_from_here_is_said_and_the_others_are_ended(
     assert told.out == "cancelled: job 17\n"
 
 
+@pytest.mark.parametrize("complete", [False, True])
 def test_a_job_that_is_anothers_stays_until_stop_ends_it_and_is_not_waited_for(
-    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: RunDir,
+    slurm: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    complete: bool,
 ) -> None:
     def denied(*jobs: str) -> None:
         del slurm["states"]["18"]
@@ -183,11 +188,13 @@ def test_a_job_that_is_anothers_stays_until_stop_ends_it_and_is_not_waited_for(
     submitted(run, "17", "18")
     slurm["states"] = {"17": "PENDING", "18": "PENDING"}
     monkeypatch.setattr(scheduler, "cancel_waiting", denied)
+    monkeypatch.setattr(cancel, "is_finished", lambda run: complete)
     monkeypatch.setattr(sys, "argv", ["cancel.py", str(run.path)])
     assert cancel.main() == 2 and run.is_stopped()
     told = capsys.readouterr()
     assert told.err.startswith("error: job 17 stays in the queue") and "permission denied" in told.err
-    assert told.out.startswith("cancelled: job 18\nrun run is at step 0; go on by submitting it again")
+    then = f"complete at step 0; {run.stop_file} stays, and ends" if complete else "at step 0; go on by submitting"
+    assert told.out.startswith(f"cancelled: job 18\nrun run is {then}")
 
 
 UNKNOWN = (
@@ -232,6 +239,21 @@ def test_jobs_are_found_and_ended_on_the_cluster_where_they_are(
     assert slurm["cancelled"][1:] == [(["17"], "bravo")]
     two["alpha"] = {"17": "RUNNING"}
     assert work.of_run(run).jobs == {"17": "RUNNING", "17;bravo": "PENDING"}
+
+
+def test_what_one_cluster_refuses_keeps_no_job_of_another_from_its_end(
+    run: RunDir, slurm: dict[str, Any], two: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancelled(*jobs: str) -> None:
+        if asked.cluster() != "bravo":
+            raise scheduler.SchedulerError("scancel: error: Access/permission denied")
+        two["bravo"] = {}
+
+    two |= {"alpha": {"17": "PENDING"}, "bravo": {"17": "PENDING"}}
+    monkeypatch.setattr(scheduler, "cancel_waiting", cancelled)
+    found = work.end(run)
+    assert [*found.stays] == ["17"]
+    assert str(found) == "job 17 (pending, and stays so), job 17 of cluster bravo (pending)"
 
 
 def test_a_cluster_that_is_not_known_here_has_nothing_and_of_one_that_is_silent_that_is_told_once(
