@@ -265,7 +265,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
 
     try:
         some, small = names[:: len(names) // 16 + 1], False
-        with contextlib.suppress(OSError):  # which is told where it is read
+        with contextlib.suppress(OSError, KeyError):  # which is told where it is read
             small = sum(map(num_bytes, some)) < SMALL_BYTES * len(some)
         for made, its in (map if small else ahead.in_order)(part, range(0, len(names), PART_IMAGES)):
             yield from made

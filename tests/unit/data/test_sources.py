@@ -83,6 +83,13 @@ def test_a_source_of_a_new_kind_is_known_by_the_content_of_its_file(tmp_path: Pa
     assert sources.Source("cifar10", tmp_path, {"train": []}, [""]).fingerprint() == "cifar10"  # as of old
 
 
+def test_an_archive_that_was_written_anew_meanwhile_is_told_as_what_it_lacks(tmp_path: Path) -> None:
+    source = source_of(tmp_path, ["a/0.png", "a/1.png"])
+    source_of(tmp_path, ["a/1.png"])
+    with pytest.raises(RequestError, match=r"a/0\.png cannot be decoded \(.*no item named"):
+        list(sources.read(source, "train", 8, tmp_path))
+
+
 # ---------------------------------------------------------------- files that are larger than any image
 
 
