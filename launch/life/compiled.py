@@ -60,14 +60,17 @@ def choose_folder() -> None:
 
 
 def _place() -> Path:
-    """The node's folder for temporary files; another one where code cannot be loaded from that, or where it is the
-    working directory, which Python takes where no other has room: there lies the run's code."""
+    """The node's folder for temporary files; another one with room where code cannot be loaded from that, or where it
+    is the working directory, which Python takes where no other has room: there lies the run's code."""
     usual = Path(tempfile.gettempdir())
     return next((p for p in (usual, *map(Path, ELSEWHERE)) if p != Path.cwd() and _takes_code(p)), usual)
 
 
 def _takes_code(place: Path) -> bool:
-    return os.access(place, os.W_OK) and not os.statvfs(place).f_flag & os.ST_NOEXEC
+    if not os.access(place, os.W_OK):
+        return False
+    disk = os.statvfs(place)
+    return not disk.f_flag & os.ST_NOEXEC and (disk.f_bavail > 0 or disk.f_blocks == 0)  # no blocks: no limit
 
 
 def leave() -> None:

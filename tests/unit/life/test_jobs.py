@@ -134,8 +134,12 @@ def test_where_the_nodes_own_folder_takes_no_code_or_has_no_room_another_is_take
 ) -> None:
     run, node, other = make_run(tmp_path / "run"), tmp_path / "node", tmp_path / "other"
     other.mkdir()
-    noexec = {node}
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC if path in noexec else 0))
+    noexec, full = {node}, set[Path]()
+
+    def statvfs(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_flag=os.ST_NOEXEC if path in noexec else 0, f_blocks=9, f_bavail=path not in full)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
 
     def place() -> Path:
         found: Path = on_a_node(run, lambda folder: folder.parent, anew=None)
@@ -148,6 +152,9 @@ def test_where_the_nodes_own_folder_takes_no_code_or_has_no_room_another_is_take
     noexec.clear()
     assert place() == node
     monkeypatch.chdir(node)  # what Python takes where all others are full: there lies the run's code
+    assert place() == other
+    monkeypatch.setattr(compiled, "ELSEWHERE", (str(tmp_path), str(other)))
+    full.add(tmp_path)  # as of one disk with it
     assert place() == other
 
 
