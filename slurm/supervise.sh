@@ -115,7 +115,7 @@ fi
 ddpm_own_python
 # The user's, or of a `setup` line: a job asks the cluster that it is on, without the accounting that knows others, and
 # its ranks write into its log, as they are.
-unset SLURM_CLUSTERS SBATCH_CLUSTERS SLURM_LABELIO SLURM_STDOUTMODE SLURM_STDERRMODE
+unset SLURM_CLUSTERS SBATCH_CLUSTERS SLURM_LABELIO SLURM_STDOUTMODE SLURM_STDERRMODE SRUN_OUTPUT SRUN_ERROR
 # Python's -m looks for modules in the working directory first, which mostly is the checkout, as it is by now.
 builtin cd -- "$DDPM_HOME" || exit 2
 export DDPM_SHELL_ASKS=   # whether this shell can ask SLURM where its ranks cannot, as in a container

@@ -193,8 +193,8 @@ def test_a_job_asks_its_own_cluster_whatever_the_users_shell_or_a_setup_line_nam
 
 def test_ranks_write_into_the_jobs_log_whatever_the_user_wants_of_srun(shell: Shell) -> None:
     """Without their words nobody knows why a life died, nor with a number before each line of them."""
-    exported = {"SLURM_STDOUTMODE": "none", "SLURM_LABELIO": "1"}
-    shell.life('echo "$SLURM_STDOUTMODE$SLURM_STDERRMODE$SLURM_LABELIO, as they are"',
+    exported = {"SLURM_STDOUTMODE": "none", "SLURM_LABELIO": "1", "SRUN_OUTPUT": "none"}
+    shell.life('echo "$SLURM_STDOUTMODE$SRUN_OUTPUT$SLURM_STDERRMODE$SRUN_ERROR$SLURM_LABELIO, as they are"',
                setup="export SLURM_STDERRMODE=none\n", **exported)  # fmt: skip
     assert "\n, as they are" in shell.said
 
