@@ -132,7 +132,8 @@ def run(
 @functools.cache
 def _serving(kernels: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, its = socket.socketpair()
-    env = {**os.environ, **({"TRITON_INTERPRET": "1"} if kernels else {})}
+    env = {**os.environ, "PYTHONUTF8": "1"}  # or a script would start it anew, in a locale of another encoding
+    env |= {"TRITON_INTERPRET": "1"} if kernels else {}
     with its:
         argv = [sys.executable, "-m", "tests.forked", str(its.fileno())]
         server = subprocess.Popen(argv, cwd=PROJECT, stdin=subprocess.DEVNULL, pass_fds=[its.fileno()], env=env)
