@@ -268,7 +268,7 @@ def load_folder(path: Path, size: int | None = None) -> PackedImages:
     """A folder, zip or array of images, without caching, all splits together. Memory holds them once.
 
     size: crop and resize them to this many pixels; None: keep them, which must all have one size.
-    Raises RequestError if there are no images, damaged ones, or images of several sizes.
+    Raises RequestError if there are no images, damaged ones, or images of several sizes; EnvironmentLacks.
     """
     images, shapes = np.empty(0, np.uint8), set[tuple[int, ...]]()
     try:
@@ -280,7 +280,7 @@ def load_folder(path: Path, size: int | None = None) -> PackedImages:
         each = (image for split in splits for image, _ in sources.read(source, split, size, path))
         for index, image in enumerate(each):
             if not index:
-                images = np.empty((num, *image.shape), np.uint8)
+                images = _room_for(num, image, path)
             shapes.add(image.shape)
             if len(shapes) == 1:
                 images[index] = image
@@ -292,6 +292,18 @@ def load_folder(path: Path, size: int | None = None) -> PackedImages:
             f"a score needs one size: resize them first, or give --size"
         )
     return as_they_are(images, path)
+
+
+def _room_for(num: int, first: np.ndarray, path: Path) -> np.ndarray:
+    """An array for so many images of the size of the first. Raises EnvironmentLacks."""
+    try:
+        return np.empty((num, *first.shape), np.uint8)
+    except MemoryError:
+        height, width, _ = first.shape
+        raise EnvironmentLacks(
+            f"{path}: {counted(num, 'image')} of {height}x{width}, as its first is, take more memory than there is "
+            f"here; crop and resize them with --size, or score them where there is more"
+        ) from None
 
 
 def as_they_are(images: np.ndarray, path: Path) -> PackedImages:

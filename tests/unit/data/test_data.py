@@ -370,6 +370,21 @@ def test_a_folder_to_score_is_taken_as_it_is(tmp_path: Path) -> None:
         load_folder(mixed)
 
 
+def test_where_as_many_as_large_as_the_first_have_no_room_a_size_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(shape: Any, *of: Any, real: Any = np.empty) -> Any:
+        if shape == (2, 9, 9, 3):
+            raise MemoryError
+        return real(shape, *of)
+
+    path = as_folder(tmp_path / "f", {"0.png": png(0, (9, 9)), "1.png": png(1, (8, 8))})
+    monkeypatch.setattr(np, "empty", empty)
+    with pytest.raises(EnvironmentLacks, match=r"f: 2 images of 9x9, as its first is, .* resize them with --size"):
+        load_folder(path)
+    assert load_folder(path, 8).images.shape == (2, 8, 8, 3)
+
+
 def test_images_to_score_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # else some are decoded ahead
     path = as_folder(tmp_path / "f", {f"{i}.png": png(i, (32, 32)) for i in range(200)})
