@@ -108,6 +108,15 @@ class Decoding:
         return image.convert("RGB")
 
 
+def load_formats() -> None:
+    """Load all that Pillow reads, before several threads look for a picture's format: one that looks while another
+    loads them may miss its own."""
+    from PIL import Image
+
+    Image.preinit()
+    Image.init()
+
+
 def _is_16_bit(image: Any) -> bool:
     """Whether a picture has 16 bits per channel in its file; its mode may have fewer. Ask before loading it."""
     args = image.tile[0][3] if image.tile else ""  # by place: before Pillow 11 it has no name

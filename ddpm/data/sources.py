@@ -25,7 +25,7 @@ import numpy as np
 
 from ddpm.data import ahead, array_file, dataset_json, layout, listing
 from ddpm.data.array_file import ArrayFile
-from ddpm.data.decoding import Decoding, to_square
+from ddpm.data.decoding import Decoding, load_formats, to_square
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.data.whole import digest_once
 from ddpm.errors import EnvironmentLacks, RequestError
@@ -264,9 +264,11 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
         return archive.getinfo(name).file_size if archive else _stat(f"{path}/{name}").st_size
 
     try:
-        some, small = names[:: len(names) // 16 + 1], False
+        some, small = names[:: len(names) // 16 + 1], len(names) <= PART_IMAGES
         with contextlib.suppress(OSError, KeyError):  # which is told where it is read
-            small = sum(map(num_bytes, some)) < SMALL_BYTES * len(some)
+            small = small or sum(map(num_bytes, some)) < SMALL_BYTES * len(some)
+        if not small:
+            load_formats()
         for made, its in (map if small else ahead.in_order)(part, range(0, len(names), PART_IMAGES)):
             yield from made
             how.damaged |= its.damaged

@@ -149,6 +149,24 @@ def test_a_stop_while_it_is_packed_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_pillow_has_loaded_its_formats_before_several_threads_look_for_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it does at the first picture of a rare one: a thread that looks meanwhile may find none for a good one."""
+    loaded, begun, real = list[int](), list[int](), ahead.in_order
+
+    def in_order(*of: Any) -> Any:
+        begun.append(len(loaded))
+        return real(*of)
+
+    monkeypatch.setattr(Image, "init", lambda: loaded.append(1))
+    monkeypatch.setattr(ahead, "in_order", in_order)
+    for num in (4, 5):
+        source = sources.images(write_zip(tmp_path / f"{num}.zip", {f"a/{i}.png": picture(8) for i in range(num)}))
+        assert len(list(sources.read(source, "train", 8, tmp_path))) == num
+    assert begun == [1]  # one part is one thread's
+
+
 def test_of_large_pictures_one_is_decoded_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "LARGE_PIXELS", 80)
     path = write_zip(tmp_path / "a.zip", {f"a/{i:02d}.png": picture(8) for i in range(24)})
