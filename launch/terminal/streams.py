@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import locale
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ddpm.run.log import plain_lines
@@ -66,6 +68,8 @@ def make_safe() -> None:
 
 def _of_terminal(stream: io.TextIOWrapper) -> str | None:
     """The encoding that the locale says a terminal has, which Python's UTF-8 mode (launch/first.py) does not heed; None
-    where the stream's own is right, or all that there is to go by."""
+    where the stream's own is right, or all that there is to go by, as where Python lacks the terminal's."""
     told = locale.nl_langinfo(locale.CODESET) if sys.flags.utf8_mode and stream.isatty() else ""
-    return None if told in ("", "ANSI_X3.4-1968") else told
+    with suppress(LookupError):
+        return None if told in ("", "ANSI_X3.4-1968") else codecs.lookup(told).name
+    return None

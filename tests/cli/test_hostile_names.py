@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,11 @@ from tests.cli.harness import Shell, png, write_zip
 from tests.conftest import PROJECT
 
 ESCAPE = "\x1b[31m"
+
+
+def in_utf_8(name: str) -> str:
+    """What a file has to be called here to have that name in UTF-8, whatever the locale of these tests is."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_classes_with_control_characters_are_shown_without_them(shell: Shell) ->
 def test_a_run_whose_folder_has_an_odd_name_is_shown_with_it(again: Shell) -> None:
     odd = ["[red]x", f"a{ESCAPE}b", ":smile:", "c\nd", "é\udcff"]
     for name in odd:
-        shutil.copytree(again.root / "tiny", again.root / name)
+        shutil.copytree(again.root / "tiny", again.root / in_utf_8(name))
     done = again("status")
     assert done.returncode == 0 and done.stdout.replace("\n", "").isprintable(), done.stderr
     shown = {line.split()[0] for line in done.stdout.splitlines() if "400/400" in line}
@@ -105,7 +111,7 @@ def test_a_set_whose_name_is_an_option_is_refused(finished: Shell) -> None:
 
 @pytest.mark.parametrize("folder", ["a b'$(touch CANARY)\"", "ä;touch CANARY #"])
 def test_the_project_may_lie_in_a_folder_with_an_odd_name(shell: Shell, folder: str, tmp_path: Path) -> None:
-    project = tmp_path / folder
+    project = tmp_path / in_utf_8(folder)
     for name in ("ddpm", "launch", "slurm", "configs"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     _, options = shell.command("submit")

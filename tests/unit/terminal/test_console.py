@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from launch import submission
 from launch.cluster import scheduler, slurm
 from launch.life.decision import Evidence, decide
 from launch.queue import chain
-from launch.terminal import console, faults, follow, inspection
+from launch.terminal import console, faults, follow, inspection, streams
 from launch.terminal.results import print_score, why_not
 from tests.cli.harness import TINY
 
@@ -60,6 +62,23 @@ def test_an_error_stands_after_what_was_printed_before_it(monkeypatch: pytest.Mo
     with pytest.raises(SystemExit):
         console.run_script(main)
     assert log.getvalue() == b"run: a\nerror: no more\n"
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("told", "encoding"), [("ISO-8859-1", "iso8859-1"), ("ARMSCII-8", "utf-8"), ("", "utf-8")])
+def test_a_terminal_gets_its_own_encoding_unless_python_lacks_that(
+    monkeypatch: pytest.MonkeyPatch, told: str, encoding: str
+) -> None:
+    monkeypatch.setattr("locale.nl_langinfo", lambda _: told)
+    out = Terminal(io.BytesIO(), encoding="utf-8")
+    flags = SimpleNamespace(utf8_mode=1)
+    monkeypatch.setattr(streams, "sys", SimpleNamespace(flags=flags, stdin=out, stdout=out, stderr=sys.stderr))
+    streams.make_safe()
+    assert out.encoding == encoding
 
 
 def test_a_score_is_a_few_lines_on_a_terminal_and_json_elsewhere(
