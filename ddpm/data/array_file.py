@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -70,7 +71,7 @@ class ArrayFile(NamedTuple):
 
 def open_array(path: Path) -> ArrayFile:
     """Open `path` without reading images. Raises RequestError if it has no usable images, or labels that do not fit."""
-    key = None
+    key, names = None, list[str]()
     try:
         if path.suffix == ".npz":
             with open_file(path) as f, zipfile.ZipFile(f) as archive:
@@ -99,28 +100,29 @@ def open_array(path: Path) -> ArrayFile:
             f"data.path = {path}: its images are {dtype} {shape}; save them as uint8, 0 to 255, (N, H, W, 3), or in "
             f"grey (N, H, W, 1){last}{order}"
         )
-    labels, beside = _labels(path, key, shape[0])
+    labels, beside = _labels(path, [name for name in LABELS if name in names], shape[0])
     return ArrayFile(path, key, shape, labels, beside)
 
 
 # ---------------------------------------------------------------- labels
 
 
-def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, Path | None]:
-    """The labels of `num` images, and the file that has them if it is not `path`; (None, None) if there are none."""
-    if key is not None:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in filter(archive.files.__contains__, LABELS):
-                try:
-                    labels = archive[name]
-                except ValueError as e:
-                    raise RequestError(f"data.path: {path}: {name}: {unread(e)}; {_expected(num)}") from None
-                if name != "arr_1" or _is_plain(labels, num):
-                    return _checked(labels, num, f"{path}: {name}"), None
+def _labels(path: Path, names: Sequence[str], num: int) -> tuple[np.ndarray | None, Path | None]:
+    """The labels of `num` images, and the file that has them if it is not `path`; (None, None) if there are none.
+    names: of LABELS those that an .npz has."""
+    for name in names:
+        with _opened(path, name) as file:
+            shape, _, dtype = read_header(file, _size(path, name))
+        if name == "arr_1" and not _is_plain(dtype, shape, num):
+            continue
+        _check(dtype, shape, num, f"{path}: {name}")
+        with _opened(path, name) as file:
+            parse_header(file)
+            return np.frombuffer(_read(file, math.prod(shape) * dtype.itemsize, path), dtype).astype(np.int64), None
     stem = path.stem
-    names = [f"{stem}-labels.npy", f"{stem}_labels.npy"]
-    names += [stem.replace("images", "labels") + ".npy"] if "images" in stem else []
-    for beside in (path.with_name(name) for name in names):
+    others = [f"{stem}-labels.npy", f"{stem}_labels.npy"]
+    others += [stem.replace("images", "labels") + ".npy"] if "images" in stem else []
+    for beside in (path.with_name(name) for name in others):
         if beside.is_file():
             try:
                 with open_file(beside) as file:
@@ -128,22 +130,21 @@ def _labels(path: Path, key: str | None, num: int) -> tuple[np.ndarray | None, P
                 found = np.load(beside, allow_pickle=False, mmap_mode="r")
             except (OSError, ValueError, EOFError) as e:
                 raise _unreadable(beside, unread(e)) from None
-            return _checked(found, num, str(beside)), beside
+            _check(found.dtype, found.shape, num, str(beside))
+            return np.asarray(found, dtype=np.int64).reshape(num), beside
     return None, None
 
 
-def _is_plain(labels: np.ndarray, num: int) -> bool:
-    return labels.dtype.kind in "iu" and labels.shape in ((num,), (num, 1))
+def _is_plain(dtype: np.dtype[Any], shape: tuple[int, ...], num: int) -> bool:
+    return dtype.kind in "iu" and shape in ((num,), (num, 1))
 
 
-def _checked(labels: np.ndarray, num: int, where: str) -> np.ndarray:
-    if not _is_plain(labels, num):
-        raise RequestError(f"data.path: {where} is {labels.dtype} {labels.shape}; {_expected(num)}")
-    return np.asarray(labels, dtype=np.int64).reshape(num)
-
-
-def _expected(num: int) -> str:
-    return f"expected a whole number for each of {counted(num, 'image')}; save them so, or take them away"
+def _check(dtype: np.dtype[Any], shape: tuple[int, ...], num: int, where: str) -> None:
+    if not _is_plain(dtype, shape, num):
+        raise RequestError(
+            f"data.path: {where} is {dtype} {shape}; expected a whole number for each of {counted(num, 'image')}; save "
+            f"them so, or take them away"
+        )
 
 
 def classes_of(values: Sequence[int]) -> tuple[list[str], list[int]]:
@@ -179,7 +180,7 @@ def _read(file: IO[bytes], num: int, path: Path) -> bytes:
     try:
         while len(raw) < num and (piece := file.read(min(num - len(raw), PIECE_BYTES))):
             raw += piece
-    except (zipfile.BadZipFile, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise _unreadable(path, str(e)) from None
     return bytes(raw)
 

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import http.client
 import os
 import re
 import threading
@@ -371,7 +372,7 @@ def _read_cifar10(root: Path, split: str, size: int | None) -> Iterator[tuple[np
     try:
         root.mkdir(parents=True, exist_ok=True)
         dataset = CIFAR10(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, http.client.HTTPException) as e:
         raise EnvironmentLacks(
             f"CIFAR-10 could not be had from {CIFAR10.url} ({e}); on a machine with a network put {CIFAR10.filename} "
             f"into {root}, or give another copy: data.path=FOLDER_OR_ZIP_OF_IMAGES"

@@ -11,6 +11,7 @@ wiring offline, and their numbers are no FID.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import math
 import os
 import pickle
@@ -225,7 +226,7 @@ def ensure_inception_weights(shared: Path | None = None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=PUBLISHED_SHA256_PREFIX, progress=False)
-    except (OSError, RuntimeError) as e:  # RuntimeError: the hash differs
+    except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: the hash differs
         raise EnvironmentLacks(_lacking(path, WEIGHTS_URL, f"could not be downloaded ({e})")) from None
     finally:
         socket.setdefaulttimeout(timeout)

@@ -12,6 +12,7 @@ import pytest
 
 from ddpm.config.data import Data
 from ddpm.data import sources
+from ddpm.data.array_file import open_array
 from ddpm.data.packed import PackedImages, load_folder, open_source, pack
 from ddpm.errors import RequestError
 from ddpm.scoring import foreign
@@ -89,11 +90,15 @@ def lying(path: Path) -> Path:
     return path
 
 
-def flipped(path: Path) -> Path:
-    raw = bytearray(saved(path, images=IMAGES).read_bytes())
-    raw[len(raw) // 2] ^= 1
+def flipped(path: Path, at: int, **arrays: Any) -> Path:
+    raw = bytearray(saved(path, **arrays).read_bytes())
+    raw[at] ^= 1
     path.write_bytes(raw)
     return path
+
+
+MANY = np.zeros((20_000, 1, 1, 3), np.uint8)
+"""So many that their labels are more than is read of each array for its header."""
 
 
 WRONG = {
@@ -113,12 +118,16 @@ WRONG = {
     "one-hot": (lambda p: saved(p, images=IMAGES, labels=np.eye(12)), r"labels is float64 \(12, 12\); expected"),
     "labels of objects": (
         lambda p: saved(p, images=IMAGES, labels=np.array([{}] * 12)),
-        "labels: it holds Python's objects, and no numbers; expected a whole number",
+        r"labels is object \(12,\); expected a whole number",
     ),
     "no zip": (lambda p: p.write_bytes(b"no zip") and p, "cannot be read: File is not a zip file; copy it again"),
     "torn": (lambda p: torn(p.with_suffix(".npy")), r"takes 2,304 bytes, and it holds 2,299; copy it"),
     "lying": (lying, r"takes 2,304,000 bytes, and it holds 2,304; copy it"),
-    "a flipped bit": (flipped, "Bad CRC-32 .*copy it again"),
+    "a flipped bit": (lambda p: flipped(p, 1500, images=IMAGES), "Bad CRC-32 .*copy it again"),
+    "one of its labels": (
+        lambda p: flipped(p, -1000, images=MANY, labels=np.arange(20_000)),
+        "Bad CRC-32 for file 'labels.npy'; copy it again",
+    ),
 }
 
 
@@ -129,6 +138,11 @@ def test_what_holds_no_images_is_refused_in_words(tmp_path, case):
     with pytest.raises(RequestError, match=told):
         packed(path)
     assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_a_second_array_that_is_no_labels_is_not_read(tmp_path):
+    path = flipped(tmp_path / "a.npz", -1000, arr_0=IMAGES, arr_1=np.zeros(20_000))
+    assert open_array(path).labels is None
 
 
 def test_an_array_is_scored_as_its_pictures_are(tmp_path):

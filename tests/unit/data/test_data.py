@@ -1,5 +1,6 @@
 """ddpm/data: any source becomes the same pixels once, and the batch of a step is a function of the step."""
 
+import http.client
 import io
 import multiprocessing
 import os
@@ -176,15 +177,16 @@ def test_cifar10_is_packed_as_downloaded_and_resized_when_asked(
         assert np.array_equal(image, np.asarray(resized))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no route to host"), http.client.BadStatusLine("SSH-2.0")])
 def test_a_cifar10_that_cannot_be_downloaded_says_what_to_fetch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no route to host")
+        raise error
 
     monkeypatch.setattr(Downloaded, "__init__", fail)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
-    with pytest.raises(EnvironmentLacks, match=r"no route to host.* put cifar-10-python\.tar\.gz into .*data\.path="):
+    with pytest.raises(EnvironmentLacks, match=rf"{error}.* put cifar-10-python\.tar\.gz into .*data\.path="):
         pack(Data(name="cifar10"), "train", tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["cifar10"]
 

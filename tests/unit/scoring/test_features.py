@@ -1,4 +1,5 @@
 import dataclasses
+import http.client
 import importlib.util
 import io
 import os
@@ -135,6 +136,15 @@ def test_a_failed_download_is_explained_and_leaves_nothing(hub: Path, monkeypatc
     with pytest.raises(EnvironmentLacks, match=r"could not be downloaded .*put it at"):
         extractors.ensure_inception_weights()
     assert list(hub.parent.iterdir()) == [] and socket.getdefaulttimeout() == timeout
+
+
+def test_a_mirror_or_a_proxy_that_speaks_no_http_is_explained(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> None:
+        raise http.client.BadStatusLine("SSH-2.0")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(EnvironmentLacks, match=r"could not be downloaded \(SSH-2.0\)"):
+        extractors.ensure_inception_weights()
 
 
 def test_a_download_with_another_hash_is_no_weights_file(
