@@ -61,26 +61,28 @@ class Follower:
     def show(self, state: str, at_work: Stage | None = None, jobs: Collection[str] = ()) -> None:
         """at_work: what runs; None: not known. jobs: of whose logs alone it tells."""
         stage, set_name = at_work or (None, "")
-        beat = read_heartbeat(self._run)
-        step, total, what = beat.get("step", 0), beat.get("total_steps"), "step"
-        loss = f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
-        speed = f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
-        trains = bool(beat) and abs(time.time() - seconds(beat["time"])) < BEATS_S
-        if stage not in (None, "train") or (total is not None and (step >= total or not trains)):
-            now, speed = time.time(), ""
-            made = making.newest(self._run, now, set_name) if stage in (None, "sample") else None
-            whole = made is not None and made.shards >= made.of_shards
-            if made is None or (whole and stage is None):  # a score of what is there, or training not under way
-                step, total, what, loss = 0, None, self._says(jobs).lstrip(), ""
-            else:
-                step, total, what = made.shards, made.of_shards, "shards"
-                loss = f"  {made.told(now)}" if 0 < made.images < made.of_images else self._says(jobs)
+        beat, now = read_heartbeat(self._run), time.time()
+        step, total, more = beat.get("step", 0), beat.get("total_steps"), ""
+        trains = bool(beat) and abs(now - seconds(beat["time"])) < BEATS_S and (total is None or step < total)
+        if trains and stage in (None, "train"):
+            what = "step"
+            more += f"  loss {beat['loss']:.4f}" if beat.get("loss") is not None else ""
+            more += f"  {beat['images_per_s']:.0f} img/s" if beat.get("images_per_s") else ""
+        elif (
+            stage in (None, "sample")
+            and (made := making.newest(self._run, now, set_name))
+            and (stage or made.shards < made.of_shards)
+        ):
+            step, total, what = made.shards, made.of_shards, "shards"
+            more = f"  {made.told(now)}" if 0 < made.images < made.of_images else self._says(jobs)
+        else:  # a score of what is there, or training not under way
+            step, total, what = 0, None, self._says(jobs).lstrip()
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{state} {what}{loss}{speed}", completed=step, total=total)
+            self._bar.update(self._task, description=f"{state} {what}{more}", completed=step, total=total)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
             count = f" {step}{f'/{total}' if total else ''}" if what in ("step", "shards") else ""
-            print(f"{state} {what}{count}{loss}{speed}".rstrip(), flush=True)
+            print(f"{state} {what}{count}{more}".rstrip(), flush=True)
 
     def _says(self, jobs: Collection[str]) -> str:
         """The last line with a time of these jobs' newest log, without the time."""
