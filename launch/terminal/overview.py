@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
+from ddpm.run import evidence
 from ddpm.run.events import life_of, read_events_and_damage
 from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, settled_marks, stamp
 from ddpm.run.generations import of_another, read_manifest
@@ -107,14 +108,14 @@ def describe(
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat, metrics, saved, config = _training(run, odd, damage)
     last = metrics[-1] if metrics else {}
-    _tell_what_lacks(run, every, saved, damage)
+    unknown = _tell_what_lacks(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     here = damage.read(lambda: local.at_work(run, every)) or {}
     age = time.time() - seconds(beat["time"]) if beat else None
     spent = goodput.breakdown(every, beat, time.time())
     beats = age is not None and abs(age) < BEATS_S and _is_own(run, every, beat)
     state = None if closed else damage.read(lambda: _state(run, events, config, jobs, beats, here))
-    state = state or "unreadable"
+    state = "ended" if state == "prepared" and unknown else state or "unreadable"
     step = max(saved, beat.get("step", 0))
     latest: dict[str, Any] = next((e for e in reversed(events) if e["event"] in TRAINING), {})  # of any stage
     failed = latest.get("event") == "failed" and state not in AT_WORK
@@ -232,8 +233,8 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
     return late if minutes > OVERDUE * every + 1 else None
 
 
-def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> None:
-    """What one file tells of and another lacks."""
+def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> bool:
+    """What one file tells of and another lacks. Returns whether it was trained, and no event tells of a life."""
     record = damage.read(lambda: read_run(run)) or {}
     damage.read(lambda: _check_newest(run, saved))
     if lost_signature(record):
@@ -244,8 +245,17 @@ def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, dama
     if told_of > saved:
         damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
     lived = any(e["event"] in ("started", "resumed") for e in events)
-    if saved and not (lived or record.get("reads") or has_foreign_weights(record)):
+    if lived or record.get("reads") or has_foreign_weights(record):
+        return False
+    if saved:
         damage.tell(f"events/ tells {'of no life' if events else 'nothing'}, and checkpoints/ has step {saved}")
+        return True
+    try:
+        damage.read(lambda: evidence.refuse_start(run))
+    except evidence.Incomplete as e:
+        damage.tell(str(e))
+        return True
+    return False
 
 
 def _check_newest(run: RunDir, saved: int) -> None:

@@ -54,6 +54,17 @@ def test_a_run_that_beats_is_running_and_a_copy_of_it_with_its_heartbeat_is_not(
     assert describe(RunDir(shutil.copytree(run.path, tmp_path / "copy")), {})["state"] == "ended"
 
 
+def test_a_copy_without_events_is_not_prepared_and_says_what_was_trained(run: RunDir, tmp_path: Path) -> None:
+    run.heartbeat.unlink()
+    shutil.rmtree(run.events)
+    assert describe(run, {})["state"] == "prepared" and describe(run, {})["problem"] is None
+    beat(run)
+    copy = describe(RunDir(shutil.copytree(run.path, tmp_path / "copy")), {})
+    assert copy["state"] == "ended" and "tell of step 100, and no event of the life that wrote them" in copy["problem"]
+    run.manifest(100).touch()
+    assert describe(run, {})["state"] == "ended"
+
+
 def test_a_copy_of_a_run_of_before_heartbeats_said_where_they_are_is_not_alive_beside_it(
     run: RunDir, tmp_path: Path
 ) -> None:
