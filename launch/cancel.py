@@ -19,6 +19,7 @@ from ddpm.errors import DDPMError, RequestError
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import RunDir
 from ddpm.run.state import finished_step
+from launch.cluster.scheduler import NoAnswer, SchedulerError
 from launch.queue import work
 from launch.queue.waiting import asked_together
 from launch.terminal import console
@@ -67,35 +68,44 @@ def await_ends(told: list[Told]) -> int:
     SLURM is asked about all at once. Raises SchedulerError."""
     deadline, worst = time.monotonic() + PATIENCE_S, 0
     while told:
-        with asked_together(run for run, *_ in told):
-            left = [_left(run, found) for run, found, _ in told]
+        left, refused = _left(told), ""
         late = time.monotonic() > deadline
-        jobs = [job for still in left for job in still.jobs]
-        if late and jobs:
-            work.cancel(jobs)
+        if late and (jobs := [job for still in left for job in still.jobs]):
+            try:
+                work.cancel(jobs)
+            except NoAnswer:
+                raise
+            except SchedulerError as e:  # one is another user's who shares the run
+                left, refused = _left(told), " ".join(str(e).split())
         for (run, found, before), still in zip(told, left, strict=True):
             if late or not still:
-                worst = max(worst, say_how_it_ended(run, still, before, stays=bool(found.stays)))
+                worst = max(worst, say_how_it_ended(run, still, before, stays=bool(found.stays), refused=refused))
         told = [] if late else [one for one, still in zip(told, left, strict=True) if still]
         time.sleep(POLL_S if told else 0)
     return worst
 
 
-def _left(run: RunDir, found: work.Work) -> work.Work:
-    """What is still at work, without what stays. A heartbeat looks alive for a minute after its process ended: it
-    counts only if nothing else was found."""
-    left = work.of_run(run)
-    jobs = {job: state for job, state in left.jobs.items() if job not in found.stays}
-    return replace(left, jobs=jobs, elsewhere=left.elsewhere if found.elsewhere else "")
+def _left(told: list[Told]) -> list[work.Work]:
+    """What is still at work of each, without what stays. A heartbeat looks alive for a minute after its process ended:
+    it counts only if nothing else was found."""
+    left = []
+    with asked_together(run for run, *_ in told):
+        for run, found, _ in told:
+            now = work.of_run(run)
+            jobs = {job: state for job, state in now.jobs.items() if job not in found.stays}
+            left.append(replace(now, jobs=jobs, elsewhere=now.elsewhere if found.elsewhere else ""))
+    return left
 
 
-def say_how_it_ended(run: RunDir, left: work.Work, before: int, *, stays: bool) -> int:
-    """Returns the exit code. left: what had not ended by itself. stays: whether a job waits on, for STOP to end it."""
-    if left.jobs:
+def say_how_it_ended(run: RunDir, left: work.Work, before: int, *, stays: bool, refused: str = "") -> int:
+    """Returns the exit code. left: what had not ended by itself. stays: whether a job waits on, for STOP to end it.
+    refused: why SLURM has not ended all of it."""
+    if left.jobs and not refused:
         named = ", ".join(map(work.named, left.jobs))
         print(f"cancelled by scancel, as it had not left after {PATIENCE_S:.0f} s: job {named}")
     elif left:
-        print(f"still at work after {PATIENCE_S:.0f} s: {left}. {run.stop_file} stays, and ends it", file=sys.stderr)
+        told = f"{left} ({refused})" if refused else left
+        print(f"still at work after {PATIENCE_S:.0f} s: {told}. {run.stop_file} stays, and ends it", file=sys.stderr)
         return 1
     step = run.latest_step()
     if is_finished(run) and stays:
@@ -134,8 +144,12 @@ def main() -> int:
                 tell(found)
                 told.append((run, found, step))
                 stays = stays or bool(found.stays)
-            else:
+            elif not found.silent:
                 print(f"run {run.name}: nothing of it is queued or at work")
+            for cluster in found.silent:
+                stays = True
+                print(f"error: cluster {cluster} had jobs of run {run.name}, and does not answer: {run.stop_file} ends "
+                      f"what it still has; give this again once it answers", file=sys.stderr)  # fmt: skip
     try:
         ended = await_ends(told)
     except KeyboardInterrupt:

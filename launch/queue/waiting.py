@@ -53,19 +53,25 @@ def home(events: list[dict[str, Any]]) -> str:
 def on_other_clusters(run: RunDir, stage: str | None = None) -> dict[str, str]:
     """The run's jobs, of one stage or of all, that SLURM has on other clusters than the one that is asked, as 17;b ->
     state. A cluster that does not answer counts as having none, with a warning unless it is not known here."""
+    return ask_other_clusters(run, stage)[0]
+
+
+def ask_other_clusters(run: RunDir, stage: str | None = None) -> tuple[dict[str, str], tuple[str, ...]]:
+    """`on_other_clusters`, and the clusters that did not answer."""
     events, here = read_events(run), scheduler.cluster_name()
     others = dict.fromkeys(str(e["cluster"]) for e in events if _is_job(e) and e.get("cluster", here) != here)
-    found: dict[str, str] = {}
+    found, silent = dict[str, str](), list[str]()
     for cluster in others if here and scheduler.available() else ():
         with scheduler.asking(cluster):
             try:
                 states = scheduler.queued(slurm_jobs(run, events, stage))
             except scheduler.SchedulerError as e:
                 if isinstance(e, scheduler.NoAnswer):
+                    silent.append(cluster)
                     _warn(f"cluster {cluster}, which had jobs of run {run.name}: {str(e).splitlines()[-1].strip()}")
                 continue
         found |= {f"{job};{cluster}": state for job, state in states.items()}
-    return found
+    return found, tuple(silent)
 
 
 @cache

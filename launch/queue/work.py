@@ -17,7 +17,7 @@ from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler
 from launch.queue import local
 from launch.queue.turns import turn
-from launch.queue.waiting import asked_together, on_other_clusters, slurm_jobs
+from launch.queue.waiting import ask_other_clusters, asked_together, slurm_jobs
 
 OVER = ("finished", "failed", "requeued", "cancelled")
 
@@ -32,6 +32,8 @@ class Work:
     """For a message: another trainer that has just given a sign of life, or ""."""
     stays: Mapping[str, str] = field(default_factory=dict)
     """Of `jobs` those that wait on, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
+    silent: tuple[str, ...] = ()
+    """Clusters that had jobs of it, and do not answer."""
 
     def __bool__(self) -> bool:
         return bool(self.jobs or self.here or self.elsewhere)
@@ -81,13 +83,14 @@ def of_run(run: RunDir) -> Work:
     jobs = slurm_jobs(run, events)
     asked = jobs if scheduler.available() else []
     try:
-        states = {**(scheduler.queued(asked) if asked else {}), **on_other_clusters(run)}
+        states = scheduler.queued(asked) if asked else {}
     except scheduler.NoAnswer as e:
         raise scheduler.NoAnswer(
             f"cannot tell whether run {run.name} is at work while SLURM does not answer: {scheduler.NOT_REACHED}\n  {e}"
         ) from None
-    here = {job: pid for job, (pid, _) in local.at_work(run).items()}
-    return Work(states, here, "" if states or here else _beats(run, events, gone=asked))
+    others, silent = ask_other_clusters(run)
+    states, here = {**states, **others}, {job: pid for job, (pid, _) in local.at_work(run).items()}
+    return Work(states, here, "" if states or here else _beats(run, events, gone=asked), silent=silent)
 
 
 def end(run: RunDir) -> Work:
@@ -116,7 +119,7 @@ def end_all(runs: Sequence[RunDir]) -> list[Work]:
         with asked_together(runs):
             found = [of_run(run) for run in runs]
         for run, of_one in zip(runs, found, strict=True):
-            if of_one:  # first: whatever comes back, or succeeds another, ends at its start
+            if of_one or of_one.silent:  # first: whatever comes back, or succeeds another, ends at its start
                 run.renew_stop()
         try:
             _order((job for of_one in found for job in of_one.jobs), lambda jobs: scheduler.cancel_waiting(*jobs))

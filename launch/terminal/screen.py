@@ -147,6 +147,8 @@ class Screen:
             found = work.end(run)
         except (DDPMError, SchedulerError, OSError) as e:
             return f"not stopped: {e}"
+        if found.silent and not found:
+            return f"cluster {found.silent[0]} does not answer: {run.stop_file} ends what it still has"
         return f"told to save and leave: {found}" if found else f"nothing of {run.name} is queued or at work"
 
     # ------------------------------------------------------------ lines

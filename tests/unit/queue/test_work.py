@@ -197,6 +197,25 @@ def test_a_job_that_is_anothers_stays_until_stop_ends_it_and_is_not_waited_for(
     assert told.out.startswith(f"cancelled: job 18\nrun run is {then}")
 
 
+def test_a_running_job_that_is_anothers_and_does_not_leave_is_told_as_such(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(jobs: list[str]) -> None:
+        slurm["states"]["18"] = "COMPLETING"
+        raise scheduler.SchedulerError("scancel: error: Kill job error on job id 17: Access/permission denied")
+
+    run.run_json.write_text("{}")
+    submitted(run, "17", "18")
+    slurm["states"] = {"17": "RUNNING", "18": "RUNNING"}
+    monkeypatch.setattr(scheduler, "cancel", denied)
+    monkeypatch.setattr(cancel, "PATIENCE_S", -1)
+    monkeypatch.setattr(sys, "argv", ["cancel.py", str(run.path)])
+    assert cancel.main() == 1 and run.is_stopped()
+    told = capsys.readouterr().err
+    assert told.startswith("still at work after -1 s: job 17 (running), job 18 (completing) (scancel: error: Kill job")
+    assert told.endswith(f"permission denied). {run.stop_file} stays, and ends it\n") and told.count("\n") == 1
+
+
 UNKNOWN = (
     "squeue: error: No cluster 'bravo' known by database.\n  error: 'bravo' can't be reached now, or it is an invalid "
     "entry for SLURM_CLUSTERS.  Use 'sacctmgr list clusters' to see available clusters."
@@ -264,6 +283,17 @@ def test_a_cluster_that_is_not_known_here_has_nothing_and_of_one_that_is_silent_
     two["bravo"] = scheduler.NoAnswer(SILENT)
     assert not work.of_run(run) and not work.of_run(run)
     assert capsys.readouterr().err == f"warning: cluster bravo, which had jobs of run run: {SILENT}\n"
+
+
+def test_what_a_silent_cluster_may_have_is_ended_by_stop_and_told(
+    run: RunDir, two: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two |= {"alpha": {}, "bravo": scheduler.NoAnswer(SILENT)}
+    run.run_json.write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["cancel.py", str(run.path)])
+    assert cancel.main() == 2 and run.is_stopped()
+    told = capsys.readouterr()
+    assert "error: cluster bravo had jobs of run run, and does not answer" in told.err and told.out == ""
 
 
 def test_a_heartbeat_of_one_clusters_job_is_not_taken_for_that_of_anothers_which_is_gone(
