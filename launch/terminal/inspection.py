@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ddpm.run.paths import BoundSet, RunDir, SampleSet, files_of_kind, listed
 from ddpm.run.records import (
     has_foreign_weights,
     lost_signature,
+    missing_lines,
     parse_events,
     parse_heartbeat,
     parse_metrics,
@@ -149,7 +151,7 @@ def _trained(run: RunDir) -> bool:
 
 def _life(run: RunDir) -> Lines:
     trained = _trained(run)
-    yield from _judged("metrics.jsonl", _metrics, run.metrics, needed=trained)
+    yield from _judged("metrics.jsonl", _metrics, run, needed=trained)
     yield from _judged("heartbeat.json", _heartbeat, run.heartbeat, needed=trained)
     yield from _judged("fence", _fence, run, needed=trained)
 
@@ -159,8 +161,11 @@ def _told(path: Path) -> str:
     return _unless(wrong, f"{counted(len(records), 'line')}")
 
 
-def _metrics(path: Path) -> str:
-    records, _, wrong = parse_metrics(read_bytes(path, LINES_BYTES))
+def _metrics(run: RunDir) -> str:
+    saved = run.latest_step()  # first: a run at work writes its lines before it saves
+    records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
+    with suppress(DDPMError):  # told of config.yaml
+        wrong = wrong or missing_lines(records, reading.load(run.config).log.every_steps, saved_step=saved)
     return _unless(wrong, f"{counted(len(records), 'line')}")
 
 

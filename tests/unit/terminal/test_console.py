@@ -23,7 +23,7 @@ import torch
 from ddpm.config.reading import load
 from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.events import EventLog
-from ddpm.run.files import DamagedFile
+from ddpm.run.files import DamagedFile, now
 from ddpm.run.paths import RunDir
 from launch import submission
 from launch.cluster import scheduler, slurm
@@ -130,6 +130,21 @@ def test_what_torch_advises_where_it_loads_a_checkpoint_not_is_not_passed_on(tmp
     torch.save({"ema": {"a": object}}, run.checkpoint(3))
     with pytest.raises(DamagedFile, match=r"^cannot be compared with its checkpoint: Weights only load failed$"):
         inspection._ema(run, 3)
+
+
+def test_lines_that_metrics_lack_are_told_where_the_run_is_checked(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    run.config.write_text(TINY)
+    run.manifest(400).touch()
+    every = load(run.config).log.every_steps
+    of = dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), 1)
+    lines = [json.dumps({"step": step, "time": now(), **of}) + "\n" for step in range(every, 401, every)]
+    run.metrics.write_text("".join(lines))
+    assert inspection._metrics(run) == f"{len(lines)} lines"
+    run.metrics.write_text("".join(lines[:-2]))
+    with pytest.raises(DamagedFile, match=f"lacks lines of the steps from {400 - 2 * every} to 400"):
+        inspection._metrics(run)
 
 
 def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
