@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ddpm.config import reading
 from ddpm.data.labels import class_names
-from ddpm.run.paths import RunDir, SampleSet
+from ddpm.run.paths import RunDir
 from ddpm.run.records import usable
 from ddpm.sampling.request import read_request
 from ddpm.scoring.record import Score, is_signed
@@ -48,16 +48,13 @@ def show(run: RunDir, score: Score, *, as_json: bool) -> int:
 
 def of_score(run: RunDir, name: str, score: Callable[[], Score | None], args: argparse.Namespace) -> Outcome:
     def told() -> int | None:
-        there = None if _has_gap(run.sample_set(name)) else score()
+        made = run.sample_set(name)
+        has_gap = made.request.exists() and made.num_published() < read_request(made).shards
+        there = None if has_gap else score()
         return None if there is None else show(run, there, as_json=args.json)
 
     more = "" if args.bits_per_dim else "; --reference and --extractor make others"
     return Outcome(f"the score of {name}", str(run.eval), told, more)
-
-
-def _has_gap(made: SampleSet) -> bool:
-    """Whether samples are asked for that are not there."""
-    return made.request.exists() and made.num_published() < read_request(made).shards
 
 
 def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argparse.Namespace) -> int:

@@ -24,10 +24,9 @@ from ddpm.run.paths import EXPORTED_CLASSES, EXPORTED_CONFIG, EXPORTED_WEIGHTS, 
 from ddpm.run.records import read_run
 from ddpm.sampling.request import precision_of
 from ddpm.scoring.against import SPLITS
-from ddpm.scoring.record import all_scores, best_founded_first
 from launch.cluster import environment
 from launch.queue import milestones
-from launch.queue.sets import wrong_with
+from launch.queue.sets import good_scores
 from launch.terminal import console
 from launch.terminal.card import card
 
@@ -68,9 +67,7 @@ def export(run: RunDir, dest: Path, step: int | None) -> int:
     generations.check_mathematics(run.checkpoint(generation.step), generation.manifest, config.digest())
     from ddpm.run.saving import ema_bytes
 
-    holding = (score for score in all_scores(run) if not wrong_with(run, score))
-    of_it = [score for score in holding if _is_of(score.record, generation.sha256)]
-    scores = best_founded_first(of_it, config.evaluate)
+    scores = [score for score in good_scores(run, config.evaluate) if _is_of(score.record, generation.sha256)]
     with publishing_folder(dest) as folder:
         weights = folder / EXPORTED_WEIGHTS
         write_bytes(weights, ema_bytes(generations.load(run, generation.step)["ema"], generation.step))

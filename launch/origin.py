@@ -6,7 +6,6 @@ ddpm/network/start.py.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,17 +96,18 @@ def read(origin: Origin, config: Config) -> Start:
     try:
         there = reading.of_run(run)
     except (DDPMError, DamagedFile) as e:
-        print(f"warning: --from {origin.word}: {e}", file=sys.stderr)
+        console.warn(f"warning: --from {origin.word}: {e}")
     from ddpm.network import start
     from launch.queue import milestones
 
     try:
-        found = start.of_run(run, milestones.asked_step(run, origin.step), origin.weights or "ema", config, _warn)
+        step = milestones.asked_step(run, origin.step)
+        found = start.of_run(run, step, origin.weights or "ema", config, console.warn)
     except RequestError as e:
         told = _apart(there, config, "model", "train.label_dropout")
         raise RequestError(f"--from {origin.word}: {e}{told}") from None
     if told := _apart(there, config, "diffusion"):
-        _warn(f"warning: --from {origin.word}{told}: the weights were trained for another process")
+        console.warn(f"warning: --from {origin.word}{told}: the weights were trained for another process")
     return found
 
 
@@ -130,7 +130,3 @@ def _apart(there: Config | None, here: Config, *keys: str) -> str:
     told = (f"; {key} is {reading.as_typed(old)} there and {reading.as_typed(new)} here" for key, old, new in found
             if key in keys or key.partition(".")[0] in keys)  # fmt: skip
     return "".join(sorted(told))
-
-
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr)

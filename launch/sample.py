@@ -168,10 +168,7 @@ def existing_request(run: RunDir, set_name: str | None) -> Request | None:
     if set_name is None:
         return None
     sample_set = run.sample_set(check_name(set_name, "sample set name"))
-    if not sample_set.request.exists():
-        return None
-
-    return read_request(sample_set)
+    return read_request(sample_set) if sample_set.request.exists() else None
 
 
 def choose_generation(run: RunDir, asked: int | None) -> generations.Generation:
@@ -224,10 +221,12 @@ def main() -> int:
     if args.prepare:
         publish(run, sample_set, request)
         use_shell_of(run, site)
-        lines = _by_hand(Job("sample", run, site, set_name, tuple(missing))) if missing else ""
+        line = f"python launch/sample.py {run.quoted} --set {set_name}"
+        if missing and not site.is_local:
+            line = by_hand(Job("sample", run, site, set_name, tuple(missing)))
         print(
             f"prepared {sample_set.path}: {len(missing)} of {counted(request.shards, 'shard')} to make"
-            + (f", with\n{lines}" if missing else "")
+            + (f", with\n{line}" if missing else "")
         )
     code = 0 if args.prepare else make(run, site, sample_set, request, missing, wait=args.wait)
     if code is not None:
@@ -243,12 +242,6 @@ def main() -> int:
         names = class_names(config, read_run(run))
         print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png', names)}")
     return 0
-
-
-def _by_hand(job: Job) -> str:
-    if job.site.is_local:
-        return f"python launch/sample.py {job.run.quoted} --set {job.set_name}"
-    return by_hand(job)
 
 
 def publish(run: RunDir, sample_set: SampleSet, request: Request) -> bool:

@@ -142,9 +142,6 @@ class SampleSet(Made):
     def features(self, extractor: str, index: int, count: int) -> Path:
         return self.path / f"features-{extractor}-{index:05d}-of-{count:05d}.npy"
 
-    def features_manifest(self, extractor: str, index: int, count: int) -> Path:
-        return self.features(extractor, index, count).with_suffix(".json")
-
 
 class BoundSet(Made):
     """Paths of bits-per-dim/NAME: what is asked for, and its parts."""
@@ -154,7 +151,7 @@ class BoundSet(Made):
 
 
 class RunDir(Folder):
-    """Paths of one run. The layout is public: users script against it."""
+    """Paths of one run."""
 
     @property
     def config(self) -> Path:

@@ -299,10 +299,8 @@ class Checkpointer:
                 raise DamagedFile(f"{made.request}: its digest does not match its content")
             if isinstance(checkpoint := request.get("checkpoint"), dict):
                 steps.add(checkpoint.get("step"))
-        try:
+        with contextlib.suppress(FileNotFoundError):
             steps.add((read_signed(run.milestones).get("best") or {}).get("step"))
-        except FileNotFoundError:
-            pass
         return steps
 
 

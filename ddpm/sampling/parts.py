@@ -54,10 +54,8 @@ def whole_part(path: Path, request: Request) -> Part:
 def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:
     sample_set.part.mkdir(exist_ok=True)
     data = npz_bytes(images=part.images, nfe=part.nfe, code=part.code, check=_check(request, first, part))
-    try:
+    with contextlib.suppress(FileExistsError):  # a twin of this job, not yet dead, finished the same batch
         files.write_bytes(part_path(sample_set, first, len(part.images)), data, token=token)
-    except FileExistsError:
-        pass  # a twin of this job, not yet dead, finished the same batch
 
 
 def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[int, int]]) -> None:

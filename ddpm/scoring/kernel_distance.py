@@ -49,7 +49,8 @@ def _sums(x: np.ndarray, of_x: np.ndarray, y: np.ndarray, of_y: np.ndarray) -> n
     total = np.zeros(of_x.shape[1])
     for first in range(0, len(x), _BLOCK):
         rows = slice(first, first + _BLOCK)
-        total += np.einsum("ns,ns->s", of_x[rows], _kernel(x[rows], y) @ of_y)
+        k = x[rows] @ y.T / x.shape[1] + 1.0
+        total += np.einsum("ns,ns->s", of_x[rows], (k * k * k) @ of_y)
     return total
 
 
@@ -60,8 +61,3 @@ def _others(x: np.ndarray, of: np.ndarray) -> np.ndarray:
         rows, rest = slice(first, first + _BLOCK), slice(first + _BLOCK, None)
         total += _sums(x[rows], of[rows], x[rows], of[rows]) + 2.0 * _sums(x[rows], of[rows], x[rest], of[rest])
     return total - (np.square(x).sum(axis=1) / x.shape[1] + 1.0) ** 3 @ of
-
-
-def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    k = x @ y.T / x.shape[1] + 1.0
-    return k * k * k

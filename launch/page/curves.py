@@ -13,10 +13,11 @@ Metrics = list[dict[str, Any]]
 
 def charts(metrics: Metrics, every: int = 1) -> list[Html]:
     """Loss, the norm of gradients, the learning rate. every: of the file's lines each so-many-th is in `metrics`."""
+    rates = finite((m["step"], m["lr"]) for m in metrics)
     return [
         chart("Loss", [*_both(metrics, "loss", every), *_validation(metrics)], y="loss", log=True),
         chart("Norm of the gradient", _both(metrics, "grad_norm", every), y="norm", log=True),
-        chart("Learning rate", _alone(metrics, "lr"), y="learning rate", zero=True),
+        chart("Learning rate", [Line("as it was", thinned(rates), told=_ends(rates))], y="learning rate", zero=True),
     ]
 
 
@@ -42,11 +43,6 @@ def _validation(metrics: Metrics) -> list[Line]:
     points = finite(((at, value) for at, value in told if isinstance(value, float)), positive=True)
     words = [f"held-out images: {digits(value)} at step {at:,}" for at, value in points]
     return [Line("held-out images", points, "dots", 1, told_of_dots=words)] if 0 < len(points) <= MOST_POINTS else []
-
-
-def _alone(metrics: Metrics, key: str) -> list[Line]:
-    points = finite((m["step"], m[key]) for m in metrics)
-    return [Line("as it was", thinned(points), told=_ends(points))]
 
 
 def _points(metrics: Metrics, key: str) -> list[Point]:

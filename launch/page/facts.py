@@ -12,8 +12,8 @@ from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile, parse_json, read_bytes
 from ddpm.run.paths import RunDir
 from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
-from ddpm.scoring.record import Score, all_scores, best_founded_first
-from launch.queue.sets import wrong_with
+from ddpm.scoring.record import Score
+from launch.queue.sets import good_scores
 from launch.terminal.overview import Damage, read_life
 
 SHOWN_BYTES = 64 << 10
@@ -58,7 +58,7 @@ def read(run: RunDir, row: dict[str, Any]) -> Facts:
         beat=read_heartbeat(run),
         metrics=metrics,
         every=every,
-        scores=damage.read(lambda: _scores(run, config)) or [],
+        scores=damage.read(lambda: good_scores(run, config.evaluate if config else None)) or [],
         damage=tuple(damage.told),
         made=time.time(),
     )
@@ -86,8 +86,3 @@ def _config(run: RunDir) -> Config | None:
         return reading.load(run.config)
     except (DDPMError, DamagedFile, OSError):
         return None
-
-
-def _scores(run: RunDir, config: Config | None) -> list[Score]:
-    found = [score for score in all_scores(run) if not wrong_with(run, score)]
-    return best_founded_first(found, config.evaluate if config else None)

@@ -46,7 +46,8 @@ def _waits(facts: Facts, held: Sequence[Period]) -> list[Period]:
     for period in held:
         began[period.life] = min(began.get(period.life, period.begin), period.begin)
         ended[period.life] = max(ended.get(period.life, period.end), period.end)
-    submitted = {life_of(e)[0]: seconds(e["time"]) for e in facts.events if _submits_training(e)}
+    sent = (e for e in facts.events if e["event"] == "submitted" and str(e.get("stage", "train")).startswith("train"))
+    submitted = {life_of(e)[0]: seconds(e["time"]) for e in sent}
     found = []
     for (job, restart), begin in began.items():
         since = ended.get((job, restart - 1)) if restart else submitted.get(job)
@@ -59,10 +60,6 @@ def _waits(facts: Facts, held: Sequence[Period]) -> list[Period]:
         (job, restart), since = max(ended.items(), key=lambda item: item[1])
         found.append(Period((job, restart + 1), "queued", since, facts.made))
     return [period for period in found if period.begin < period.end]
-
-
-def _submits_training(event: Event) -> bool:
-    return event["event"] == "submitted" and str(event.get("stage", "train")).startswith("train")
 
 
 def _stages(facts: Facts) -> list[Period]:

@@ -31,7 +31,7 @@ from ddpm.sampling.request import (
     withdraw_request,
 )
 from ddpm.scoring.against import SPLITS, digest_of_split, folder_digest
-from ddpm.scoring.record import Score, file_extractor_name, scores_of
+from ddpm.scoring.record import Score, all_scores, best_founded_first, file_extractor_name, scores_of
 from launch.cluster import code
 
 LEAST_SCORED = 2
@@ -228,6 +228,11 @@ def scored_by(run: RunDir, evaluate: Evaluate) -> Callable[[str], Score | None]:
     return score
 
 
+def good_scores(run: RunDir, asked: Evaluate | None) -> list[Score]:
+    """Those of a run that hold, the best founded first. asked: of the config; None where it cannot be read."""
+    return best_founded_first((score for score in all_scores(run) if not wrong_with(run, score)), asked)
+
+
 def wrong_with(run: RunDir, score: Score) -> str:
     """Why a score does not hold, for a message: it is damaged, says to be of other samples than its set's request asks
     for, or is of another run's checkpoint; "" where it holds, or nothing tells. Raises OSError where it cannot look."""
@@ -266,11 +271,7 @@ def _is_against(run: RunDir, asked: str) -> Callable[[dict[str, Any]], bool]:
             return ""
         return sha256_file(path) if path.suffix == ".npz" else folder_digest(path)
 
-    return lambda record: _has(record, name) and digest() in (None, record.get("digest"))
-
-
-def _has(record: dict[str, Any], of: dict[str, str]) -> bool:
-    return all(record.get(key) == value for key, value in of.items())
+    return lambda record: name.items() <= record.items() and digest() in (None, record.get("digest"))
 
 
 def tell_of_other_code(run: RunDir, sample_set: SampleSet, request: Request, take: str | None) -> None:

@@ -140,14 +140,12 @@ def _beats(run: RunDir, events: list[dict[str, Any]], gone: list[str]) -> str:
     """
     beat, place = read_heartbeat(run), place_of(run)
     age = abs(time.time() - seconds(beat["time"])) if beat else BEATS_S
-    if age >= BEATS_S or beat.get("inode", place) != place or _is_gone(beat, gone):
+    if age >= BEATS_S or beat.get("inode", place) != place:
+        return ""
+    here = scheduler.cluster_name()
+    if beat.get("cluster", here) == here and str(beat["job"]).partition("_")[0] in gone:
         return ""
     of_life = [e for e in events if (e["job"], e["restart"]) == (str(beat["job"]), beat["restart"])]
     over = any(e["event"] in OVER for e in of_life)
     ours = any(e["event"] == "submitted" and e.get("host") == environment.host() and e.get("pid") for e in of_life)
     return "" if over or ours else f"job {beat['job']} on {beat.get('host', 'some host')}, alive {age:.0f} s ago"
-
-
-def _is_gone(beat: dict[str, Any], jobs: list[str]) -> bool:
-    here = scheduler.cluster_name()
-    return beat.get("cluster", here) == here and str(beat["job"]).partition("_")[0] in jobs

@@ -109,13 +109,8 @@ def _percent(row: Row) -> str:
     return f"{100 * step // total}%" if total else ""
 
 
-def _end(row: Row) -> str:
-    """A time of today as 14:05, of this week as Sun 14:05, else as 12 Dec."""
-    return f"~{until(row['expected_end'])}" if row["expected_end"] else ""
-
-
 def until(at: str) -> str:
-    """A time to come, given as a stamp, in the words of this place."""
+    """A time to come, given as a stamp: of today as 14:05, of this week as Sun 14:05, else as 12 Dec."""
     end, today = datetime.fromtimestamp(seconds(at)), datetime.now()
     days = (end.date() - today.date()).days
     form = "%H:%M" if days < 1 else "%a %H:%M" if days < 7 else "%d %b" if days < 300 else "%b %Y"
@@ -170,7 +165,7 @@ COLUMNS = (
     Column("state", (lambda row: row["state"],), needed=True),
     Column("step", (_step,), right=True, needed=True),
     Column("%", (_percent,), right=True),
-    Column("end", (_end,)),
+    Column("end", (lambda row: f"~{until(row['expected_end'])}" if row["expected_end"] else "",)),
     Column("waits for", (_waits,)),
     Column("saved", (_number("saved_step", "d"),), right=True),
     Column("loss", (_number("loss", ".4f"),), right=True),

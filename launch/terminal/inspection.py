@@ -287,13 +287,9 @@ def _bounds(run: RunDir) -> Lines:
 
 def _bound_set(run: RunDir, where: BoundSet) -> Lines:
     name = f"bits-per-dim/{where.name}"
-    yield from _judged(f"{name}/request.json", _bound, run, where)
+    yield from _judged(f"{name}/request.json", lambda: _of_step(run, bound_request.read(where)))
     for path in files_of_kind(where.path, ".npy"):
         yield from _judged(f"{name}/{path.name}", _features, path)
-
-
-def _bound(run: RunDir, where: BoundSet) -> str:
-    return _of_step(run, bound_request.read(where))
 
 
 def _of_step(run: RunDir, request: Request | BoundRequest) -> str:

@@ -40,7 +40,8 @@ def print_dry_run(
     print(config.to_yaml())
     jobs = chain.jobs_of(run, config, site, stages if known else [])
     if not scripts:
-        print(f"# dry run: nothing was written or queued; --verbose shows {_what(site, len(jobs))}")
+        what = f"{'command' if site.is_local else 'job script'}{'s' * (len(jobs) > 1)}"
+        print(f"# dry run: nothing was written or queued; --verbose shows the exact {what}")
         return
     if site.is_local:
         print("# processes on this machine, one after another:")
@@ -123,10 +124,6 @@ def _steps(config: Config, num_images: int | None) -> str:
     images = t.total_steps * t.global_batch
     epochs = f" ({counted(round(images / num_images), 'epoch', ',')})" if num_images else ""
     return f"{t.total_steps:,} of {counted(t.global_batch, 'image')}: {counted(images, 'image', ',')}{epochs}"
-
-
-def _what(site: Site, num: int) -> str:
-    return f"the exact {'command' if site.is_local else 'job script'}{'s' * (num > 1)}"
 
 
 def _gpus(config: Config, site: Site) -> str:

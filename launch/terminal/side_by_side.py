@@ -20,9 +20,9 @@ from ddpm.config.section import field_keys
 from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import last_validation, skim_metrics, usable
-from ddpm.scoring.record import SCORE_NAMES, all_scores, best_founded_first, key_of, number, told
+from ddpm.scoring.record import SCORE_NAMES, key_of, number, told
 from launch.queue.naming import short
-from launch.queue.sets import wrong_with
+from launch.queue.sets import good_scores
 from launch.terminal import columns as table
 from launch.terminal import console, streams
 from launch.terminal.overview import Damage
@@ -125,8 +125,8 @@ Records = dict[str, dict[str, Any]]
 
 def _scores(run: RunDir, config: Config | None, damage: Damage) -> Records:
     """Those that hold, by their names, the best founded first."""
-    every = damage.read(lambda: [s for s in all_scores(run) if not wrong_with(run, s)]) or []
-    return {s.name: s.record for s in best_founded_first(every, config.evaluate if config else None)}
+    good = damage.read(lambda: good_scores(run, config.evaluate if config else None)) or []
+    return {score.name: score.record for score in good}
 
 
 Kind = tuple[int, int, int, str]

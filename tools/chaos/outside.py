@@ -57,7 +57,7 @@ KINDS: dict[str, Find] = {
     "shard manifest": lambda h, m, v: h.set_at(m, v).shard_manifest(0, 2),
     "part": lambda h, m, v: next(h.set_at(m).part.iterdir()),
     "features": lambda h, m, v: h.set_at(m, "evaluate").features("pixels", 0, 2),
-    "features manifest": lambda h, m, v: h.set_at(m, "evaluate").features_manifest("pixels", 0, 2),
+    "features manifest": lambda h, m, v: h.set_at(m, "evaluate").features("pixels", 0, 2).with_suffix(".json"),
     "score": lambda h, m, v: h.run.score(h.set_at(m, "evaluate").name),
     "code": lambda h, m, v: h.run.code,
     "milestones": lambda h, m, v: h.run.milestones,

@@ -463,7 +463,7 @@ def test_an_evaluation_is_not_put_back_for_shards_that_others_make(
         where.shard_manifest(i, 6).touch()
         shell_ends(1, stage="evaluate", set_name="fid")
     assert len(cluster.requeued) == 3
-    where.features_manifest("pixels", 0, 2).touch()
+    where.features("pixels", 0, 2).with_suffix(".json").touch()
     shell_ends(1, stage="evaluate", set_name="fid")
     assert len(cluster.requeued) == 4 and last(run)["progress"] == 1
 
