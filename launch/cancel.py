@@ -70,7 +70,8 @@ def await_ends(told: list[Told]) -> int:
     while told:
         left, refused = _left(told), ""
         late = time.monotonic() > deadline
-        if late and (jobs := [job for still in left for job in still.jobs]):
+        jobs = [job for still in left for job in still.jobs]
+        if late and jobs:
             try:
                 work.cancel(jobs)
             except NoAnswer:

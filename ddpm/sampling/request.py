@@ -248,10 +248,10 @@ def withdraw_request(made: Made) -> None:
         made.path.rmdir()
 
 
-def differences(there: Request, asked: Request) -> str:
-    """The fields in which two requests differ, for a message."""
+def differences(there: Any, asked: Any) -> str:
+    """The fields in which two requests of one kind differ, for a message."""
 
-    def flat(request: Request) -> dict[str, Any]:
+    def flat(request: Any) -> dict[str, Any]:
         record = asdict(request)
         checkpoint = record.pop("checkpoint")
         return {**{f"checkpoint.{k}": v for k, v in checkpoint.items()}, **record}

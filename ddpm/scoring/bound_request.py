@@ -11,7 +11,7 @@ from ddpm.errors import RequestError
 from ddpm.run import files
 from ddpm.run.files import DamagedFile
 from ddpm.run.paths import BoundSet, RunDir, fit_name
-from ddpm.sampling.request import CheckpointRef, precision_of
+from ddpm.sampling.request import CheckpointRef, differences, precision_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def publish(where: BoundSet, request: BoundRequest) -> None:
     try:
         files.write_json(where.request, {**asdict(request), "digest": request.digest})
     except FileExistsError:
-        there, asked = asdict(read(where)), asdict(request)
-        if there != asked:
-            told = [f"{k} is {there[k]!r} there and {asked[k]!r} asked for" for k in asked if there[k] != asked[k]]
+        there = read(where)
+        if there != request:
             raise RequestError(
-                f"{where.path} was begun with another request: {', '.join(told)}; ask for the same, or remove it"
+                f"{where.path} was begun with another request: {differences(there, request)}; ask for the same, or "
+                f"remove it"
             ) from None
 
 

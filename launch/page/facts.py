@@ -9,7 +9,7 @@ from typing import Any
 from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError
-from ddpm.run.files import DamagedFile, parse_json, read_bytes
+from ddpm.run.files import DamagedFile, read_bytes, read_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
 from ddpm.scoring.record import Score
@@ -51,7 +51,7 @@ def read(run: RunDir, row: dict[str, Any]) -> Facts:
     return Facts(
         run=run,
         row=row,
-        record=damage.read(lambda: _record(run)) or {},
+        record=_record(run),
         config=config,
         config_text=text.decode(errors="replace").strip(),
         events=read_life(run)[0],
@@ -65,17 +65,11 @@ def read(run: RunDir, row: dict[str, Any]) -> Facts:
 
 
 def _record(run: RunDir) -> dict[str, Any]:
-    """Unlike a job, a page shows what is left of a run.json that was edited."""
-    try:
-        record = parse_json(read_bytes(run.run_json))
-    except ValueError as e:
-        raise DamagedFile(f"run.json: no JSON ({e})") from None
-    if not isinstance(record, dict):
-        raise DamagedFile("run.json: no JSON object")
+    """Unlike a job, a page shows what is left of a run.json that was edited; the row says what is wrong with it."""
     trees = ("versions", "labels")
     return {
         key: value
-        for key, value in record.items()
+        for key, value in (read_json(run.run_json) or {}).items()
         if (key not in RUN_TOO or RUN_TOO[key](value)) and (key not in trees or isinstance(value, dict))
     }
 

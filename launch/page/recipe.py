@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -203,18 +204,8 @@ def sample_command(facts: Facts, set_name: str, request: Request) -> str:
         "--step",
         str(request.checkpoint.step),
     ]
-    for name in (
-        "num_samples",
-        "shards",
-        "batch",
-        "sampler",
-        "steps",
-        "eta",
-        "guidance",
-        "seed",
-        "weights",
-        "variance",
-    ):
+    names = [field.name for field in fields(request) if field.name not in ("checkpoint", "class_plan", "clip_x_0")]
+    for name in names:
         value = getattr(request, name)
         if value is not None and not (name == "eta" and not value):
             words += [f"--{name.replace('_', '-')}", f"{value!r}" if isinstance(value, float) else str(value)]

@@ -65,15 +65,14 @@ def _asked(asked: Evaluate, default: Evaluate) -> str:
 def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
     """Print the table, or JSON. Raises RequestError if the scores cannot be compared."""
     check_comparable(scores)
+    first = next(iter(scores.values()))
     if as_json:
-        first = next(iter(scores.values()))
         apart = {word: None if record is first else difference(first, record) for word, record in scores.items()}
         rows = [{"set": word, "score": scores[word], "difference": d and d._asdict()} for word, d in apart.items()]
         print(json.dumps(rows, indent=1))
         return
     from rich.table import Table
 
-    first = next(iter(scores.values()))
     key = key_of(first)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("set", "sampler", "evaluations", "samples", SCORE_NAMES[key], "95 %", "difference, 95 %", "limit"):

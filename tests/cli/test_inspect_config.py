@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -15,6 +14,7 @@ from ddpm.network.arithmetic import forward_flops
 from ddpm.network.build import build_model
 from ddpm.network.unet import UNet
 from tests.cli.harness import PROJECT, Shell
+from tests.cli.test_dry_run import imports
 from tools import inspect_config
 
 TOOL = "../tools/inspect_config"  # seen from the scripts of launch/
@@ -124,8 +124,5 @@ def test_what_is_hardly_meant_is_warned_of(shell: Shell) -> None:
 
 
 def test_help_shows_examples_and_loads_no_torch(shell: Shell) -> None:
-    argv, options = shell.command(TOOL, "--help")
-    done = subprocess.run([argv[0], "-X", "importtime", *argv[1:]], capture_output=True, text=True, **options)
-    assert done.returncode == 0 and "python tools/inspect_config.py configs/cifar10.yaml" in done.stdout
-    assert "| argparse" in done.stderr
-    assert "torch" not in {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    text, loaded = imports(shell, TOOL, "--help")
+    assert "python tools/inspect_config.py configs/cifar10.yaml" in text and "torch" not in loaded

@@ -13,6 +13,7 @@ from PIL import Image
 from ddpm.data.packed import open_packed
 from tests.celeba import is_male, is_smiling, which, write_celeba
 from tests.cli.harness import Shell, png, read, snapshot, write_zip
+from tests.cli.test_dry_run import imports
 
 TOOL = "../tools/unpack_data"  # seen from the scripts of launch/
 
@@ -96,12 +97,8 @@ def test_a_disk_that_is_full_leaves_no_folder(shell: Shell, images: list[str]) -
 
 
 def test_help_shows_examples_and_loads_no_torch(shell: Shell) -> None:
-    argv, options = shell.command(TOOL, "--help")
-    done = subprocess.run([argv[0], "-X", "importtime", *argv[1:]], capture_output=True, text=True, **options)
-    assert done.returncode == 0 and "python tools/unpack_data.py configs/cifar10.yaml" in done.stdout
-    assert "| argparse" in done.stderr and not {"torch", "PIL"} & {
-        line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()
-    }
+    text, loaded = imports(shell, TOOL, "--help")
+    assert "python tools/unpack_data.py configs/cifar10.yaml" in text and loaded.isdisjoint({"torch", "PIL"})
 
 
 # ---------------------------------------------------------------- CelebA

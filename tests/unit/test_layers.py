@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +30,6 @@ BEHIND = tuple(f"launch.cluster.{name}" for name in ("slurm", "by_", "reasons", 
 """How the names of the modules begin that stand behind launch/cluster/scheduler.py, by which alone others come in."""
 SCHEDULERS = ("slurm",)
 """Names that only launch/cluster/ compares anything with: the others ask whether a job is scheduled."""
-LINES = {"file": 250, "function": 60}
-"""What fits in a head, and on a screen; told, not demanded."""
 
 
 # ---------------------------------------------------------------- the checks
@@ -162,18 +159,6 @@ def compared_elsewhere(root: Path) -> list[str]:
     return told
 
 
-def long(path: Path) -> list[str]:
-    """The file, and functions of it, that are longer than LINES."""
-    text = path.read_text()
-    where = path.relative_to(PROJECT)
-    told = [f"{where}: {n} lines" for n in (len(text.splitlines()),) if n > LINES["file"]]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            num = (node.end_lineno or node.lineno) - node.lineno + 1
-            told += [f"{where}: {node.name}: {num} lines"] if num > LINES["function"] else []
-    return told
-
-
 def listed(readme: str) -> list[str]:
     """The files in the tree of README's "Where things are": two spaces deeper is one folder deeper."""
     section = readme.split("## Where things are", 1)[1].split("\n## ", 1)[0]
@@ -253,11 +238,6 @@ def test_every_file_stands_in_the_readmes_tree_once_and_is_there() -> None:
     in_readme = listed((PROJECT / "README.md").read_text())
     assert sorted(there - set(in_readme)) == [] and sorted(set(in_readme) - there) == []
     assert [path for path, num in Counter(in_readme).items() if num > 1] == []
-
-
-def test_what_is_long_is_told() -> None:
-    if told := [line for m, path in FILES.items() if not m.startswith("tools") for line in long(path)]:
-        warnings.warn("long, for one head or one screen:\n  " + "\n  ".join(told), stacklevel=1)
 
 
 # ---------------------------------------------------------------- that they notice
@@ -378,19 +358,3 @@ def test_importing_the_package_and_what_reads_runs_loads_no_torch() -> None:
 def test_importing_every_script_loads_no_torch() -> None:
     modules = ", ".join(f"launch.{s}" for s in (*SCRIPTS, "jobs", "prepare"))
     assert not loads(f"import {modules}") & {"torch", "torchvision", "sklearn", "scipy"}
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["status"], ["submit", "--dry-run"]], ids=" ".join)
-def test_help_status_and_dry_run_load_no_torch(tmp_path: Path, arguments: list[str]) -> None:
-    there = ["--root", str(PROJECT / "tests" / "compat" / "fixture")]
-    of_runs = [[*there], ["--json", *there], ["--events", *there], ["--compare", *there], ["--root", str(tmp_path)]]
-    calls = {
-        "--help": [[s, "--help"] for s in SCRIPTS],
-        "status": [["status", *words] for words in of_runs],
-        "submit": [["submit", "--dry-run", "--cluster", "local", "--root", str(tmp_path)]],
-    }[arguments[0]]
-    code = "import runpy\n"
-    for script, *rest in calls:
-        code += f"sys.argv = {[script, *rest]!r}\ntry: runpy.run_path('launch/{script}.py', run_name='__main__')\n"
-        code += "except SystemExit as e: assert not e.code, e.code\n"
-    assert not loads(code) & {"torch", "torchvision", "sklearn", "scipy"}

@@ -16,13 +16,6 @@ from ddpm.run.paths import RunDir
 from launch.cluster import code
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    there = RunDir(tmp_path / "runs" / "r")
-    there.path.mkdir(parents=True)
-    return there
-
-
 def test_what_is_kept_is_what_jobs_find_unpacked_and_runs_of_the_same_code_share_it(run: RunDir) -> None:
     home = code.unpack(run)
     assert code.of_run(run) == code.of_checkout()
@@ -168,7 +161,9 @@ def test_an_archive_with_other_names_than_ours_is_not_unpacked(run: RunDir, name
 def test_a_damaged_archive_is_named_with_what_to_do(run: RunDir) -> None:
     code.keep(run, code.of_checkout())
     packed = bytearray(run.code.read_bytes())
-    packed[len(packed) // 2] ^= 1
+    with zipfile.ZipFile(run.code) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    packed[largest.header_offset + largest.compress_size // 2] ^= 1  # not where nothing of a file is
     for data in (bytes(packed), bytes(packed[:1000]), b""):
         run.code.write_bytes(data)
         with pytest.raises(DamagedFile, match=r"code\.zip .*--code new"):

@@ -26,12 +26,6 @@ from launch.terminal import overview
 Answers = Callable[..., list[list[str]]]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    (tmp_path / "run").mkdir()
-    return RunDir(tmp_path / "run")
-
-
 def told(run: RunDir, job: str, event: str, /, **fields: object) -> None:
     EventLog(run, job, 0, "host").append(event, **fields)
 

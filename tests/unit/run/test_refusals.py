@@ -136,11 +136,6 @@ def test_a_record_nested_beyond_all_sense_has_no_digest_and_is_damaged() -> None
         files.sha256_json(nested)
 
 
-def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "lines").write_bytes(b'3\n{"step": 1}\n[]\nhalf')
-    assert files.read_jsonl(tmp_path / "lines") == [{"step": 1}]
-
-
 # ---------------------------------------------------------------- generations
 
 
