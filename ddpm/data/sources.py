@@ -29,7 +29,7 @@ from ddpm.data.decoding import Decoding, load_formats, to_square
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.data.whole import digest_once
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import canonical_json, read_bytes
+from ddpm.run.files import canonical_json, open_file, read_bytes
 from ddpm.run.log import counted
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -98,10 +98,12 @@ class Source:
 
 
 def _stat(path: str) -> os.stat_result:
-    """stat of a link's target, or of the link itself if it has none."""
+    """stat of a link's target, or of the link itself if it leads nowhere: it is named where it is read."""
     try:
         return os.stat(path)  # noqa: PTH116 - pathlib's takes several times as long
-    except FileNotFoundError:
+    except OSError as e:
+        if e.errno in PASSING:
+            raise
         return os.lstat(path)
 
 
@@ -252,7 +254,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
     one_at_a_time: Any = threading.Lock() if archive else contextlib.nullcontext()
 
     def raw(name: str) -> bytes:
-        with one_at_a_time, archive.open(name) if archive else (path / name).open("rb") as file:
+        with one_at_a_time, archive.open(name) if archive else open_file(path / name) as file:
             return _all_of(file)
 
     def part(first: int) -> tuple[list[tuple[np.ndarray, int]], Decoding]:
