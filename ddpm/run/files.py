@@ -31,6 +31,12 @@ LINES_BYTES = 1 << 30
 """Largest file of JSON lines that is read: metrics of millions of logged steps."""
 STALE_TRIES = 10
 """How often a file is opened once more that was replaced under its reader."""
+PASSING = frozenset((
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
+"""Errors of a file system that may pass in a moment, and do not mean that a file is damaged."""
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+"""Errors of a file system, or a user's part of it, that has no room for bytes or for files."""
 ARRAYS_BYTES = 32 << 30
 """Largest file of a shard's images or features that is read: 160,000 images of 256x256."""
 
