@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pwd
@@ -20,8 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+T = TypeVar("T")
 TMP_PREFIX = ".tmp-"
 SETTLED_S = 2.0
 """A file that was changed so shortly before may change again in no time: file times are coarse."""
@@ -286,6 +288,27 @@ def link_to_nothing(path: Path) -> str:
         return ""
 
 
+class _Named(io.FileIO):
+    """A file whose errors of reading name it, as those of opening do: read(2) tells none."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        super().__init__(fd)
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self._named(lambda: super(_Named, self).readinto(buffer))
+
+    def readall(self) -> bytes:
+        return self._named(super().readall)
+
+    def _named(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except OSError as e:
+            e.filename = str(self._path)
+            raise
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading, without ever waiting for a writer. Raises OSError; DamagedFile if it is a FIFO, a socket
     or a device."""
@@ -302,7 +325,7 @@ def open_file(path: Path) -> BinaryIO:
         if not stat.S_ISREG(mode):
             raise DamagedFile(f"{path.name}: a {'FIFO' if stat.S_ISFIFO(mode) else 'device'}, and no file")
         os.set_blocking(fd, True)  # a file system that fetches from tape may take the other way for "try again"
-        return os.fdopen(fd, "rb")
+        return io.BufferedReader(_Named(fd, path))
     except BaseException:
         os.close(fd)
         raise
