@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from ddpm.errors import DDPMError, EnvironmentLacks, RequestError
 from ddpm.run import generations
 from ddpm.run.events import read_events
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import DamagedFile
+from ddpm.run.files import FULL, DamagedFile
 from ddpm.run.log import counted, plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import data_of, read_run
@@ -295,11 +294,10 @@ def prepare_inputs(config: Config, site: Site, root: Path, stages: list[str]) ->
         print("nothing was queued; the same command packs anew, and keeps what is packed whole", file=sys.stderr)
         raise
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in FULL:
             raise
         raise EnvironmentLacks(
-            f"{faults.words(e, cache)}: make room there (python launch/remove.py frees a run's), or choose another "
-            f"place: --root, DDPM_RUNS, or data_cache in the profile"
+            f"{faults.words(e, cache)}. Or choose another place: --root, DDPM_RUNS, or data_cache in the profile"
         ) from None
     except DDPMError:
         for path in made:  # a refused request leaves nothing behind

@@ -155,9 +155,9 @@ def one_class(words: list[str], num_samples: int, names: list[str], num_classes:
     numbers = [str(i) for i in range(num_classes)]
     label = class_index(word, names or numbers, "--class")
     if word in numbers and word != str(label):
-        other = plain(names[int(word)])
+        other = shlex.quote(plain(names[int(word)]))
         print(
-            f"--class {word}: the class of that name, number {label}; for number {word}: --class {other}",
+            f"--class {word}: the class of that name, number {label}; for number {word}: --class={other}",
             file=sys.stderr,
         )
     return [num_samples if i == label else 0 for i in range(num_classes)]

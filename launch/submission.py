@@ -139,28 +139,29 @@ def begin(
     """
     run = asked.run
     with turn(run):  # two submissions at once: the second finds what the first has made and queued
-        if run.path.exists():
+        new = not run.path.exists()
+        if not new:
             origin.check_same(run, asked.source)
         elif existed and asked.source is not None:
             raise RequestError(f"run {run.name} was removed meanwhile: submit it again")
         config = asked.typed.resolve_length(inputs["data"]["num_images"])
-        exists, left, train = write_down(asked, config, site, inputs, start, code_asked=code_asked)
-        if prepare_only:
-            how = "queue it with"
-            if site.is_local:
-                here = f"python launch/submit.py {run.quoted} --cluster local"
-                how = f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
-            print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
-            return Queued([], [])
-        if site.is_local:
-            return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
-        jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
         try:
+            _, left, train = write_down(asked, config, site, inputs, start, code_asked=code_asked)
+            if prepare_only:
+                how = "queue it with"
+                if site.is_local:
+                    here = f"python launch/submit.py {run.quoted} --cluster local"
+                    how = f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
+                print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
+                return Queued([], [])
+            if site.is_local:
+                return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
+            jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
             ids, told = chain.queue(jobs, config, why=why)
         except scheduler.NoAnswer:
             raise  # with a job in the queue, perhaps, which needs the directory
         except Exception:
-            if not exists:
+            if new:  # nothing half-written, as where a disk is full
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         print("".join(f"{line}\n" for line in told), end="")

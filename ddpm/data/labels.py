@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
+from ddpm.data.listing import readable
 from ddpm.errors import RequestError
 from ddpm.run.files import sha256_json
 from ddpm.run.log import counted, plain
@@ -55,13 +56,14 @@ def class_names(config: Config, record: Mapping[str, Any]) -> list[str]:
 def class_index(word: str, names: Sequence[str], what: str) -> int:
     """The label of the class that `word` names, or whose number it is if no class has that name. names: by label.
 
-    An umlaut in a folder's name may be two characters, as macOS writes it, and one as it is typed. Raises RequestError,
-    which begins with `what`, if there is no such class.
+    An umlaut in a folder's name may be two characters, as macOS writes it, and one as it is typed; what cannot be
+    printed may be given as messages write it. Raises RequestError, which begins with `what`, if there is no such class.
     """
+    word = readable(word)
     if word in names:
         return names.index(word)
     word, composed = normalize("NFC", word), [normalize("NFC", name) for name in names]
-    for known in (composed, [str(label) for label in range(len(names))]):
+    for known in (composed, [plain(name) for name in composed], [str(label) for label in range(len(names))]):
         if word in known:
             return known.index(word)
     more = f", and {len(names) - TOLD} more" if len(names) > TOLD else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddpm.data.packed import open_verified, remove_abandoned
 from ddpm.errors import Stopped
-from ddpm.run.files import TMP_PREFIX, DamagedFile
+from ddpm.run.files import TMP_PREFIX, DamagedFile, open_file
 from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
@@ -53,7 +53,7 @@ def _is_whole(where: Path, key: str, stop_requested: StopRequested) -> bool:
 
 
 def _copy(path: Path, to: Path, stop_requested: StopRequested) -> None:
-    with path.open("rb") as source, to.open("wb") as target:
+    with open_file(path) as source, to.open("wb") as target:
         while chunk := source.read(CHUNK_BYTES):
             target.write(chunk)
             if reason := stop_requested():

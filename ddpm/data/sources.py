@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import http.client
@@ -30,7 +29,7 @@ from ddpm.data.decoding import Decoding, load_formats, to_square
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.data.whole import digest_once
 from ddpm.errors import EnvironmentLacks, RequestError
-from ddpm.run.files import canonical_json, read_bytes
+from ddpm.run.files import PASSING, canonical_json, open_file, read_bytes
 from ddpm.run.log import counted
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -42,10 +41,6 @@ PART_IMAGES = 4
 """Number of images that a thread decodes at a time."""
 SMALL_BYTES = 4096
 """Of files that are smaller on average most of the work is Python's own: several threads would take longer than one."""
-PASSING = frozenset((
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-    errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
-"""Errors of a file system that may pass in a moment, and do not mean that a picture is damaged."""
 BACKSLASH = "\\"
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
 """A name of which a part begins so is left out."""
@@ -99,10 +94,12 @@ class Source:
 
 
 def _stat(path: str) -> os.stat_result:
-    """stat of a link's target, or of the link itself if it has none."""
+    """stat of a link's target, or of the link itself if it leads nowhere: it is named where it is read."""
     try:
         return os.stat(path)  # noqa: PTH116 - pathlib's takes several times as long
-    except FileNotFoundError:
+    except OSError as e:
+        if e.errno in PASSING:
+            raise
         return os.lstat(path)
 
 
@@ -253,7 +250,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
     one_at_a_time: Any = threading.Lock() if archive else contextlib.nullcontext()
 
     def raw(name: str) -> bytes:
-        with one_at_a_time, archive.open(name) if archive else (path / name).open("rb") as file:
+        with one_at_a_time, archive.open(name) if archive else open_file(path / name) as file:
             return _all_of(file)
 
     def part(first: int) -> tuple[list[tuple[np.ndarray, int]], Decoding]:

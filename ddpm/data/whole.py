@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import tempfile
@@ -24,6 +25,8 @@ import numpy as np
 from ddpm.data.labels import labels_digest
 from ddpm.errors import Stopped
 from ddpm.run.files import (
+    ARRAYS_BYTES,
+    PASSING,
     SETTLED_S,
     DamagedFile,
     marks,
@@ -113,11 +116,15 @@ def open_packed(cache: Path, key: str, *, scratch: Path | None = None) -> Packed
     where = cache / key
     meta = read_signed(where / "meta.json")
     try:
-        images, labels = (np.lib.format.open_memmap(where / f"{name}.npy", mode="r") for name in ("images", "labels"))
-        packed = PackedImages(images, np.array(labels), meta["name"], meta["split"], meta["digest"], meta["classes"])
+        images = np.lib.format.open_memmap(where / "images.npy", mode="r")
+        labels = np.load(io.BytesIO(read_bytes(where / "labels.npy", ARRAYS_BYTES)), allow_pickle=False)
+        packed = PackedImages(images, labels, meta["name"], meta["split"], meta["digest"], meta["classes"])
         form = [images.dtype, list(images.shape), images.flags.c_contiguous, (where / "images.npy").stat().st_size]
         packed_as = [np.uint8, meta["shape"], True, meta["bytes"]]
-    except OSError:
+    except OSError as e:
+        e.filename = e.filename or str(where / "images.npy")
+        raise
+    except DamagedFile:
         raise
     except Exception as e:  # numpy, and the parser of Python that it reads headers with, raise a dozen kinds
         raise DamagedFile(f"{where}: not readable ({e}); submit again, which packs it again") from None
@@ -146,8 +153,17 @@ def open_verified(
     """`open_packed` with the pixels checked too: they are read once per machine and boot.
 
     labels: what the labels must be, if known from the source. An old cache gets a digest of the labels that it has.
-    Also raises Stopped.
+    It is tried again after an error that may pass. Also raises Stopped.
     """
+    try:
+        return _open_verified(cache, key, labels, stop_requested)
+    except OSError as e:
+        if e.errno not in PASSING:
+            raise
+    return _open_verified(cache, key, labels, stop_requested)
+
+
+def _open_verified(cache: Path, key: str, labels: Sequence[int], stop_requested: StopRequested) -> PackedImages:
     packed, where = open_packed(cache, key), cache / key
     if labels and packed.labels.tolist() != list(labels):
         raise DamagedFile(f"{where / 'labels.npy'}: these are not the labels of the images")
@@ -167,7 +183,7 @@ def _check_bytes(path: Path, first: int, digest: Any, expected: str, stop_reques
     Uses read(2) instead of the map, so that a bad block of the disk is an OSError and no SIGBUS.
     Raises DamagedFile if the digest is not `expected`; OSError; Stopped.
     """
-    with path.open("rb") as f:
+    with open_file(path) as f:
         stat, began = os.fstat(f.fileno()), time.time()
         mark = _mark(stat, expected)
         if mark is not None and mark.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -42,6 +43,15 @@ class EventLog:
         """Append one line and make it durable. Raises OSError."""
         record = {"event": event, "time": now(), **self._base, **fields}
         self.path.parent.mkdir(exist_ok=True)  # never the run itself, which may have been moved away
+        try:
+            self._append(record)
+        except OSError:
+            with contextlib.suppress(OSError):
+                if not self.path.stat().st_size:  # a full disk has room for its name alone: it would tell nothing
+                    self.path.unlink()
+            raise
+
+    def _append(self, record: Record) -> None:
         with self.path.open("ab+") as f:
             if f.tell() == 0 and self._since:
                 beat = read_heartbeat(self._run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pwd
@@ -20,8 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+T = TypeVar("T")
 TMP_PREFIX = ".tmp-"
 SETTLED_S = 2.0
 """A file that was changed so shortly before may change again in no time: file times are coarse."""
@@ -31,6 +33,12 @@ LINES_BYTES = 1 << 30
 """Largest file of JSON lines that is read: metrics of millions of logged steps."""
 STALE_TRIES = 10
 """How often a file is opened once more that was replaced under its reader."""
+PASSING = frozenset((
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
+"""Errors of a file system that may pass in a moment, and do not mean that a file is damaged."""
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+"""Errors of a file system, or a user's part of it, that has no room for bytes or for files."""
 ARRAYS_BYTES = 32 << 30
 """Largest file of a shard's images or features that is read: 160,000 images of 256x256."""
 
@@ -280,6 +288,27 @@ def link_to_nothing(path: Path) -> str:
         return ""
 
 
+class _Named(io.FileIO):
+    """A file whose errors of reading name it, as those of opening do: read(2) tells none."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        super().__init__(fd)
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self._named(lambda: super(_Named, self).readinto(buffer))
+
+    def readall(self) -> bytes:
+        return self._named(super().readall)
+
+    def _named(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except OSError as e:
+            e.filename = str(self._path)
+            raise
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading, without ever waiting for a writer. Raises OSError; DamagedFile if it is a FIFO, a socket
     or a device."""
@@ -296,7 +325,7 @@ def open_file(path: Path) -> BinaryIO:
         if not stat.S_ISREG(mode):
             raise DamagedFile(f"{path.name}: a {'FIFO' if stat.S_ISFIFO(mode) else 'device'}, and no file")
         os.set_blocking(fd, True)  # a file system that fetches from tape may take the other way for "try again"
-        return os.fdopen(fd, "rb")
+        return io.BufferedReader(_Named(fd, path))
     except BaseException:
         os.close(fd)
         raise

@@ -18,15 +18,15 @@ from ddpm.config.schema import Config
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.evidence import last_saved
 from ddpm.run.fence import Fence
-from ddpm.run.files import LINES_BYTES, DamagedFile, read_bytes, write_bytes
+from ddpm.run.files import FULL, LINES_BYTES, PASSING, DamagedFile, read_bytes, write_bytes
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
 from ddpm.training.mirror import Mirror
 from ddpm.training.telemetry import Telemetry
 
-PASSING = (errno.EIO, errno.ESTALE, errno.EDQUOT)
-"""Errors of a shared file system that may pass in a moment."""
+MAY_PASS = PASSING | FULL | {errno.EROFS}
+"""Errors of a save after which it may succeed in a moment."""
 SAVE_AGAIN_S = 2
 
 
@@ -243,9 +243,9 @@ class Chronicle(Silent):
                 self.telemetry.sync()  # a checkpoint promises the lines before it
                 self.saver.save(state, wait=wait, final=final)
             except OSError as e:
-                if e.errno in PASSING and deadline is None:
+                if e.errno in MAY_PASS and deadline is None:
                     deadline = time.monotonic() + patience_s()
-                again = deadline is not None and e.errno in PASSING and time.monotonic() + SAVE_AGAIN_S < deadline
+                again = deadline is not None and e.errno in MAY_PASS and time.monotonic() + SAVE_AGAIN_S < deadline
                 say("checkpoint failed", step=state["step"], error=e, **({"again_in_s": SAVE_AGAIN_S} if again else {}))
                 if not again:
                     self._not_saved(state["step"], e.strerror or str(e))

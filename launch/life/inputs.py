@@ -13,7 +13,7 @@ from ddpm.data.labels import labels_changed, labels_record
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks, RequestError, Stopped
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, sign, write_json
+from ddpm.run.files import PASSING, DamagedFile, sign, write_json
 from ddpm.run.log import say
 from ddpm.run.records import data_of, lost_signature, read_run
 from ddpm.run.stopping import STOP_REASONS, StopRequested
@@ -102,13 +102,14 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
 
     Raises Stopped; DoNotRetry or EnvironmentLacks if it cannot be packed here.
     """
-    why = "gone"
+    why, may_pass = "gone", False
     try:
         there = packed.open_verified(cache, key, stop_requested=stop_requested)
         if changed := labels_changed(labels, labels_record(there)):
             raise DamagedFile(changed)  # the images themselves may tell
         return key
     except (DamagedFile, OSError) as e:
+        may_pass = isinstance(e, OSError) and e.errno in PASSING
         if os.path.lexists(cache / key):
             why = f"damaged ({e})"
     if why == "gone":
@@ -117,8 +118,8 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
     try:
         found = packed.pack(config.data, "train", cache, stop_requested=stop_requested, or_else=elsewhere)[0]
     except (RequestError, EnvironmentLacks) as e:
-        # where a disk or a network was lacking, another node may have it
-        kind = DoNotRetry if isinstance(e, RequestError) else EnvironmentLacks
+        # where a disk or a network was lacking, another node may have it; what was not read may be whole
+        kind = DoNotRetry if isinstance(e, RequestError) and not may_pass else EnvironmentLacks
         raise kind(
             f"{e}. So the packed data {cache / key}, which is {why}, cannot be packed again here: where the images or "
             f"a network are, submit the run again (python launch/submit.py, with the same words), which packs it"

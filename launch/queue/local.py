@@ -23,6 +23,7 @@ from typing import Any
 from ddpm.errors import EXIT_REQUEUE, DDPMError, EnvironmentLacks
 from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import DamagedFile
+from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from launch.cluster import code, environment
 from launch.cluster.job import Job
@@ -30,6 +31,10 @@ from launch.queue import ending
 from launch.queue.waiting import is_of, is_told_to_stop
 
 POLL_S = 0.5
+KILLED_AS = {
+    signal.SIGKILL: ", as by the kernel where memory runs out",
+    signal.SIGBUS: ", as where a file that is mapped can be read no more",
+}
 Place = tuple[int, str]
 """A background job of this machine: its process and its name."""
 
@@ -206,6 +211,8 @@ def main() -> int:
         ended = child.wait()
         child = None
         if ended:
+            if ended < 0 and not heard:  # what it could not say itself
+                say(f"{stages[i]} was killed by {signal.Signals(-ended).name}{KILLED_AS.get(-ended, '')}")
             _tell(run, *work[i], ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:

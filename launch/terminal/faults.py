@@ -8,12 +8,13 @@ import math
 import os
 import resource
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
-from ddpm.run.files import DamagedFile, link_to_nothing, not_ours
+from ddpm.run.files import FULL, DamagedFile, link_to_nothing, not_ours
 from launch.cluster import environment
 
 LIMITS = {
@@ -63,7 +64,7 @@ def words(error: BaseException, where: object = "") -> str | None:
         return _of_libraries(error)
     if not isinstance(error, OSError):
         return None
-    return ". ".join(filter(None, [_in_short(error), _whose(error)]))
+    return ". ".join(filter(None, [_in_short(error), _whose(error), _room(error)]))
 
 
 def of_a_job(error: BaseException, where: object) -> Exception | None:
@@ -81,6 +82,28 @@ def _whose(error: BaseException) -> str:
     if not isinstance(error, PermissionError) or not error.filename:
         return ""
     return not_ours(Path(os.fsdecode(error.filename)))
+
+
+def _room(error: OSError) -> str:
+    """For a full file system or quota: how to get room; else ""."""
+    if error.errno not in FULL:
+        return ""
+    return (
+        "Make room there (python launch/remove.py frees a run's); a disk or quota may be full of files where it has "
+        "bytes left (df -i, quota)"
+    )
+
+
+def cannot_write(folder: Path) -> str:
+    """Why nothing can be written into a folder now; "" if something can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        return words(e, folder) or ""
+    return ""
 
 
 def check_threads(num: int) -> None:

@@ -18,7 +18,7 @@ from ddpm.run.records import BEATS_S, read_heartbeat
 from launch.cluster import scheduler
 from launch.queue import work
 from launch.queue.waiting import slurm_jobs
-from launch.terminal import logfiles, making, streams
+from launch.terminal import faults, logfiles, making, streams
 
 POLL_S = 2.0
 LINE_EVERY_S = 30.0
@@ -115,7 +115,9 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
             end="",
             file=sys.stderr,
         )
-        print(f"error: the job ended with exit code {process.returncode}; its log: {log}", file=sys.stderr)
+        why = faults.cannot_write(run.logs)  # then its log does not say why either
+        told = f"its log: {log}" + (f". {why}" if why else "")
+        print(f"error: the job ended with exit code {process.returncode}; {told}", file=sys.stderr)
     return 1 if process.returncode else 0
 
 

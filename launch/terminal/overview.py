@@ -229,7 +229,10 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
     if not last or every is None:
         return None
     minutes = (time.time() - seconds(last["time"])) / 60
-    late = f"nothing was saved for {minutes:.0f} minutes, though a save is due every {every:g}: its log says why"
+    late = (
+        f"nothing was saved for {minutes:.0f} minutes, though a save is due every {every:g}: its log says why, unless "
+        f"the disk or quota is full for that too"
+    )
     return late if minutes > OVERDUE * every + 1 else None
 
 

@@ -81,7 +81,7 @@ def word(f: Facts) -> str:
         return _in_queue(active)
     if jobs:
         return "completing"
-    if f.beats and last.get("event") in ("started", "resumed"):
+    if (f.beats or f.here) and last.get("event") in ("started", "resumed"):  # a full disk takes no sign of life
         return "running"
     if f.here:
         return "queued" if f.behind else "starting"

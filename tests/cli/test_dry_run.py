@@ -245,22 +245,22 @@ def test_a_small_set_has_no_more_shards_than_samples_unless_they_are_asked_for(
         sample.sampling_config(sample.parse(), run, None)
 
 
-@pytest.mark.parametrize("word", ["cat", "3", "8"])
+@pytest.mark.parametrize("word", ["-big cat", "3", "8"])
 def test_one_class_goes_by_its_name_or_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
 ) -> None:
     run = RunDir(tmp_path)
     run.config.write_text("data: {name: images, path: pets}\nmodel: {num_classes: 9}\nsample: {num_samples: 64}\n")
-    names = ["dog", "3", "owl", "cat", *"abcde"]  # a name comes first
+    names = ["dog", "3", "owl", "-big cat", *"abcde"]  # a name comes first
     run.run_json.write_text(json.dumps({"labels": {"classes": dict.fromkeys(names, 2)}}))
-    label = {"cat": 3, "3": 1, "8": 8}[word]
-    monkeypatch.setattr(sys, "argv", ["sample.py", "run", "--class", word, "--num-samples", "70"])
+    label = {"-big cat": 3, "3": 1, "8": 8}[word]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "run", f"--class={word}", "--num-samples", "70"])
     plan = sample.sampling_config(sample.parse(), run, None).sample.class_plan
     assert plan == tuple(70 * (i == label) for i in range(9))
-    told = "--class 3: the class of that name, number 1; for number 3: --class cat\n" if word == "3" else ""
+    told = "--class 3: the class of that name, number 1; for number 3: --class='-big cat'\n" if word == "3" else ""
     assert capsys.readouterr().err == told
-    for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, cat, a"),
-                        (["--class", "Cat"], "; did you mean 'cat'"),
+    for words, told in ((["--class", "cow"], "--class: no class 'cow'; there are dog, 3, owl, -big cat, a"),
+                        (["--class", "Big cat"], "; did you mean '-big cat'"),
                         (["--class", "9"], "--class: no class '9'")):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["sample.py", "run", *words])
         with pytest.raises(RequestError, match=told):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -53,6 +54,12 @@ def test_a_class_is_found_by_its_name_however_its_umlaut_is_composed_and_else_by
     assert class_index("M\u00f6wen", ["Mo\u0308wen", "M\u00f6wen"], "--class") == 1
     with pytest.raises(RequestError, match="did you mean 'M"):
         class_index("M\u00f6we", names, "--class")
+
+
+def test_a_class_whose_name_cannot_be_printed_is_found_by_its_bytes_and_as_messages_write_it() -> None:
+    names = ["caf\\xe9", "new\nline", "red\x1b"]  # the first is a folder's whose name is no UTF-8
+    words = (os.fsdecode(b"caf\xe9"), "caf\\xe9", "new\nline", "new\\nline", "red\\x1b")
+    assert [class_index(word, names, "--class") for word in words] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("case", CHANGES)

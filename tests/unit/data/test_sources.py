@@ -180,8 +180,14 @@ def test_class_folders_that_are_links_are_followed_and_links_back_are_not(tmp_pa
 def test_a_link_to_nowhere_is_named_and_no_image_less(tmp_path: Path) -> None:
     pets = write_folder(tmp_path / "pets", "cat/0.png", "dog/0.png")
     (pets / "dog" / "1.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(RequestError, match=r"dog/1\.png cannot be decoded \(No such file"):
+    (pets / "dog" / "2.png").symlink_to("2.png")
+    (pets / "dog" / "3.png").symlink_to(pets / "cat" / "0.png" / "beyond")
+    os.mkfifo(tmp_path / "fifo")
+    (pets / "dog" / "4.png").symlink_to(tmp_path / "fifo")
+    with pytest.raises(RequestError, match=r"\b4 of 6 images cannot be decoded") as refused:
         pack(Data(name="images", path=str(pets), image_size=8), "train", tmp_path / "cache")
+    for number, why in enumerate(("No such file", "Too many levels", "Not a directory", "4.png: a FIFO"), start=1):
+        assert f"dog/{number}.png ({why}" in str(refused.value)
 
 
 def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 
 from ddpm.config.schema import Config
-from ddpm.data import packed
+from ddpm.data import packed, whole
 from ddpm.data.labels import labels_record
 from ddpm.data.packed import PackedImages
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, EnvironmentLacks
+from ddpm.run import files
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, read_signed
 from launch.cluster.environment import JobEnvironment
@@ -90,6 +92,33 @@ def test_where_it_cannot_be_packed_again_the_job_ends_for_good_with_what_to_do(t
         DoNotRetry, match=r"images: does not exist.* cannot be packed again here: .*submit the run again"
     ):
         here.open()
+
+
+class Failing:
+    """The first reads of the packed images meet a file system that fails for a moment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.times, self.read = times, files._Named.readinto
+        monkeypatch.setattr(files._Named, "readinto", lambda file, buffer: self(file, buffer))
+        monkeypatch.setattr(whole, "_mark", lambda *_: None)
+
+    def __call__(self, file: Any, buffer: Any) -> int | None:
+        if file._path.name == "images.npy" and self.times:
+            self.times -= 1
+            raise OSError(errno.ESTALE, "Stale file handle", str(file._path))
+        return self.read(file, buffer)
+
+
+def test_data_that_cannot_be_read_once_is_read_again_and_not_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Here(tmp_path)
+    shutil.rmtree(here.source)
+    Failing(monkeypatch, 1)
+    assert (here.open().images == here.images).all() and "packing" not in capsys.readouterr().out
+    Failing(monkeypatch, 2)
+    with pytest.raises(EnvironmentLacks, match=r"Stale file handle: '.*images\.npy'.* cannot be packed again here"):
+        here.open()  # and the job is tried again
 
 
 def test_a_flipped_label_in_a_cache_of_before_is_found_by_what_the_run_keeps_and_mended(tmp_path: Path) -> None:

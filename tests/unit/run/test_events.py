@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +102,27 @@ def test_thousands_of_lives_are_put_in_order_without_comparing_each_with_each(mo
     random.shuffle(lives)
     assert names(lives) == [f"17.{k} resumed" for k in range(num)]
     assert len(settled) < 3 * num
+
+
+def test_an_event_that_a_full_disk_refuses_leaves_no_file_that_tells_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fsync = RunDir(tmp_path), os.fsync
+    log = EventLog(run, "17", 0, "n1")
+
+    def full(fd: int) -> None:
+        os.ftruncate(fd, before)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = 0
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        log.append("started")
+    assert not list(run.events.iterdir())
+    monkeypatch.setattr(os, "fsync", fsync)
+    log.append("started")
+    monkeypatch.setattr(os, "fsync", full)
+    before = log.path.stat().st_size
+    with pytest.raises(OSError, match="No space"):
+        log.append("checkpoint")
+    assert [e["event"] for e in read_events(run)] == ["started"]

@@ -247,3 +247,11 @@ def test_a_link_to_nothing_is_told_from_what_is_there_and_from_what_is_not(
     there.unlink()
     monkeypatch.setattr(Path, "readlink", lambda path: path.with_name("gone").stat())
     assert files.link_to_nothing(link) == ""  # it went meanwhile
+
+
+def test_an_error_of_reading_names_the_file_as_one_of_opening_does(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"a")
+    with pytest.raises(OSError, match=r"Bad file descriptor: '.*/a'"), files.open_file(path) as f:
+        os.dup2(os.open(tmp_path, os.O_PATH), f.fileno())  # of which read(2) reads nothing
+        f.read(1)

@@ -16,6 +16,7 @@ from launch import prepare, submission
 from launch.cluster import code
 from launch.cluster.scheduler import SchedulerError
 from launch.cluster.site import Site
+from launch.queue.directory import create_run
 from launch.submission import Asked
 from tests.cli.harness import TINY
 from tests.training import make_config
@@ -29,7 +30,7 @@ def test_a_full_disk_is_named_with_its_place_and_what_to_do(
         raise OSError(number, "No space left on device")
 
     monkeypatch.setattr(prepare, "_pack", full)
-    with pytest.raises(EnvironmentLacks, match=rf"No space left on device: {tmp_path}/\.cache: make room .* --root"):
+    with pytest.raises(EnvironmentLacks, match=rf"No space left on device: {tmp_path}/\.cache\. Make room .* --root"):
         prepare.prepare_inputs(make_config(), Site(cluster="local"), tmp_path, [])
 
 
@@ -42,6 +43,32 @@ def test_a_run_is_idle_only_where_that_is_known(tmp_path: Path, monkeypatch: pyt
     for at_work, idle in ((lambda run: "", True), (lambda run: "job 12 13", False), (unanswered, False)):
         monkeypatch.setattr(prepare, "_at_work", at_work)
         assert prepare.is_idle(RunDir(tmp_path)) is idle
+
+
+@pytest.mark.parametrize("place", ["code", "start"])
+def test_a_new_run_that_meets_a_full_disk_while_it_is_begun_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*{"code": (code, "keep", full), "start": (submission.local, "start", full)}[place])
+    config, run = make_config(), RunDir(tmp_path / "run")
+    inputs = {"data": {"digest": "d", "cache": "c", "num_images": 4}, "labels": {}}
+
+    def begin() -> None:
+        asked = Asked(run, config, config, [])
+        submission.begin(
+            asked, Site(cluster="local"), inputs, None, existed=run.path.exists(), prepare_only=False, code_asked=None
+        )
+
+    with pytest.raises(OSError, match="No space"):
+        begin()
+    assert not run.path.exists()
+    create_run(run, config, submission.directory.describe(config, Site(cluster="local"), run, inputs))
+    with pytest.raises(OSError, match="No space"):
+        begin()
+    assert run.config.exists() and run.run_json.exists()
 
 
 NEW_KEY = "    histogram_every_steps: int | None = Field(None, ge=1)\n"

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +39,7 @@ RUNNING = scheduler.Shown("RUNNING", 0, may_requeue=True, partition="", qos="", 
 MISTAKEN = Evidence("train", 1, shown=RUNNING, mistaken=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.ENOSPC, 3)])
+@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ESHUTDOWN, 3), (errno.EIO, 3)])
 def test_only_a_reader_that_has_read_enough_ends_a_script_well(
     number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +239,11 @@ def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
         (RuntimeError("can't start new thread"), r"^can't start new thread: .*processes and threads.*"),
         (MemoryError(), r"^out of memory: .*memory.*"),
         (ImportError("libtorch.so: failed to map segment from shared object"), r"^libtorch.so: failed.*memory.*"),
-        (OSError(errno.ENOSPC, "No space left on device"), r"^No space left on device: /run$"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"^No space left on device: /run\. Make room .*remove.py.*df -i",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/a"), r"^Disk quota exceeded: /a\. Make room there"),
         (DamagedFile("step-1.pt: short"), r"^step-1.pt: short$"),
         (RuntimeError("of our own"), None),
         (ImportError("No module named x"), None),
@@ -247,6 +253,21 @@ def test_a_job_that_does_not_come_to_its_end_is_not_followed_for_ever(
 def test_what_is_no_fault_of_ours_has_words_and_what_is_keeps_its_traceback(error: Exception, told: str | None) -> None:
     said = faults.words(error, "/run")
     assert said is None if told is None else re.search(told, said or ""), said
+
+
+def test_a_job_that_could_not_write_why_it_failed_is_told_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    run, log = RunDir(tmp_path), tmp_path / "logs" / "local-1.out"
+    run.logs.mkdir()
+    log.write_text("torn")
+    for told in ("", f". Disk quota exceeded: {run.logs}. Make room there"):
+        assert follow.follow_process(run, subprocess.Popen(["false"]), log) == 1
+        assert f"the job ended with exit code 1; its log: {log}{told}" in capsys.readouterr().err
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.read_bytes])

@@ -40,6 +40,8 @@ DONE = [*BEGUN, event("finished")]
     ("starting", Facts(CHAIN[:1], {}, here=True)),
     ("starting", Facts([*CHAIN[:1], event("allocated")], {}, here=True)),
     ("running", Facts(BEGUN, {}, beats=True, here=True)),
+    ("running", Facts(BEGUN, {}, here=True)),  # its disk is full for a sign of life too
+    ("starting", Facts([*BEGUN, event("submitted", "104", via="local")], {}, here=True)),
     ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], {})),
     ("cancelled", Facts([*BEGUN, event("cancelled", stage="train")], FOLLOWS)),
     ("cancelled", Facts(CHAIN, {})),  # while it waited

@@ -462,7 +462,7 @@ def test_a_stop_whose_save_failed_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("code", "patience_s", "saved"), [
     (errno.ESTALE, 60, True), (errno.EIO, 60, True), (errno.EDQUOT, 60, True), (errno.EDQUOT, 0, False),
-    (errno.EACCES, 60, False),
+    (errno.ENOSPC, 60, True), (errno.EROFS, 60, True), (errno.ESHUTDOWN, 60, True), (errno.EACCES, 60, False),
 ])  # fmt: skip
 def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, patience_s: float, saved: bool
