@@ -46,7 +46,7 @@ class Denoiser:
         fused.py's kernels where they can, and replays evaluations."""
         size = config.data.image_size
         device = next(network.parameters()).device
-        network.set_own_kernels(fused.serve(network, device))
+        fused.choose(network, fused.serve(network, device))
         eps = eps_of(network, precision)
         return cls(
             eps=Replays(eps) if device.type == "cuda" else eps,
