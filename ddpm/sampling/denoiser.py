@@ -51,7 +51,7 @@ class Denoiser:
         return cls(
             eps=Replays(eps) if device.type == "cuda" else eps,
             schedule=schedules.build(config.diffusion),
-            image_shape=(3, size, size),
+            image_shape=(config.network.in_channels, size, size),
             variance=config.diffusion.variance,
             num_classes=config.model.num_classes,
             device=device,
