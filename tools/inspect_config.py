@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.config.unet_shape import Structure
 from ddpm.errors import RequestError
 from ddpm.run.files import write_bytes
 from ddpm.run.log import counted
@@ -74,7 +73,7 @@ def num_parameters(module: "nn.Module | None") -> int:
 
 def layers(config: Config, model: "UNet") -> list[tuple[str, ...]]:
     """Rows (part, resolution, channels, blocks, attention, parameters) from input to output; "" where it has none."""
-    s = Structure(image_size=config.data.image_size, **config.model.model_dump())
+    s = config.network
     levels = list(zip(s.sizes, s.widths, strict=True))
 
     def level(part: str, module: Any, size: int, width: int) -> tuple[str, ...]:
@@ -98,12 +97,13 @@ def layers(config: Config, model: "UNet") -> list[tuple[str, ...]]:
     ]
 
 
-def activation_bytes(model: "UNet") -> int:
+def activation_bytes(config: Config) -> int:
     """What autograd keeps of one image for the backward pass, in fp32 without compiling; each tensor once."""
     from torch.autograd.graph import saved_tensors_hooks
 
     from ddpm.network.arithmetic import inputs
 
+    model = build(config)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's address from being used again
 
@@ -112,7 +112,7 @@ def activation_bytes(model: "UNet") -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(*inputs(model))
+        model(*inputs(config))
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in weights)
 
 
@@ -121,7 +121,7 @@ def memory(config: Config, model: "UNet") -> dict[str, int]:
     micro = config.train.micro_batch
     images = micro if isinstance(micro, int) else config.train.global_batch
     exact = {name: size * num_parameters(model) for name, size in BYTES_PER_PARAMETER.items()}
-    return {**exact, f"activations of {counted(images, 'image')}": images * activation_bytes(model)}
+    return {**exact, f"activations of {counted(images, 'image')}": images * activation_bytes(config)}
 
 
 # ---------------------------------------------------------------- schedule
@@ -201,7 +201,7 @@ def main() -> int:
     print_layers(layers(config, model))
     from ddpm.network.arithmetic import forward_flops
 
-    flops, parts = forward_flops(model), memory(config, model)
+    flops, parts = forward_flops(config), memory(config, model)
     print(f"\nparameters       {num_parameters(model):,}")
     print(f"forward          {flops / 1e9:.2f} GFLOP an image (a multiply-add is 2; convolutions and matrix products)")
     print(f"training         {3 * flops / 1e9:.2f} GFLOP an image (forward, and twice that for backward)")

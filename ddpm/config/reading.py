@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.schema import Config
+from ddpm.config.schema import FIRST, Config
 from ddpm.config.section import build, field_keys, unknown_key
 from ddpm.config.train import LENGTHS
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError, shown
-from ddpm.run.files import link_to_nothing, read_bytes
+from ddpm.run.files import link_to_nothing, read_bytes, sha256_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import has_foreign_weights, read_run
 
@@ -88,12 +88,29 @@ def of_run(run: RunDir, overrides: Iterable[str] = ()) -> Config:
             raise
         raise RequestError(f"{e}. If it is damaged, restore it{_or_anew(run, record, aside=True)}") from None
     if (digest := record.get("config_digest")) not in (None, config.digest()):
+        changed = "was changed"
+        if key := _of_another_default(config, digest):
+            changed = f"was changed, or the default of {key} was in ddpm/config, where it then needs its old one back"
         raise RequestError(
-            f"{run.config} was changed: its mathematics has the digest {config.digest()[:12]}, and the run was begun "
+            f"{run.config} {changed}: its mathematics has the digest {config.digest()[:12]}, and the run was begun "
             f"with {digest[:12]}. To train that, give it another --name; else restore the file"
             f"{_or_anew(run, record, aside=True)}"
         )
     return config
+
+
+def _of_another_default(config: Config, digest: str) -> str | None:
+    """The key that alone makes the config's digest another than `digest`, by having its default in one of them: such
+    keys are left out."""
+    now, tree = config.mathematics(), config.model_dump(mode="json")
+    for section, first in FIRST.items():
+        for key in tree[section].keys() - set(first):
+            its = {**now[section], key: tree[section][key]}
+            if key in now[section]:
+                del its[key]
+            if sha256_json({**now, section: its}) == digest:
+                return f"{section}.{key}"
+    return None
 
 
 def _lost(run: RunDir) -> str | None:

@@ -7,6 +7,7 @@ the number of ranks is checked where they are known (`check_world_size`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -59,14 +60,17 @@ class Config(Section):
 
     @property
     def network(self) -> Structure:
-        of = self.model.model_dump()
-        return Structure(image_size=self.data.image_size, null_label=self.train.label_dropout > 0, **of)
+        return self._structure(null_label=self.train.label_dropout > 0)
+
+    def _structure(self, **more: Any) -> Structure:
+        own = {field.name for field in fields(Structure)}  # a key of another network's is none of the U-Net's
+        return Structure(image_size=self.data.image_size, **self.model.model_dump(include=own), **more)
 
     @model_validator(mode="after")
     def _a_network(self) -> Config:
         check_name(self.name)
         try:
-            Structure(image_size=self.data.image_size, **self.model.model_dump())
+            self._structure()
         except ValueError as e:
             raise ValueError(f"{'data' if str(e).startswith('image_size') else 'model'}.{e}") from None
         return self

@@ -4,6 +4,8 @@ Owns: Ho et al. 2020, "Denoising diffusion probabilistic models", equations 4, 6
 optimizers, where eps and t come from.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,12 @@ class Diffusion:
         0."""
         mean = self._at("posterior_x_0", t) * x_0 + self._at("posterior_x_t", t) * x_t
         return mean, self._at("posterior_variance", t)
+
+    def losses(
+        self, eps_model: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor, kind: str = "l2"
+    ) -> Tensor:
+        """`loss` of what eps_model(x_t, t) makes of each sample, float32 (B,): what is trained on and validated by."""
+        return self.loss(eps_model(self.q_sample(x_0, t, eps), t), eps, kind)
 
     @staticmethod
     def loss(eps_pred: Tensor, eps: Tensor, kind: str = "l2") -> Tensor:

@@ -8,7 +8,6 @@ import torch
 
 from ddpm.config.schema import Config
 from ddpm.network.build import build_model
-from ddpm.network.unet import UNet
 
 META = torch.device("meta")
 PEAKS = {
@@ -37,22 +36,22 @@ OTHERS = r"\bMIG\b|\b(?:RTX 3090 Ti|RTX 4090 (?:D|Laptop))\b"
 """Names of what has such a word and computes less or more: a slice of a GPU, or another model."""
 
 
-def inputs(model: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def inputs(config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """One image, its t and its label, on the meta device."""
-    label = torch.zeros(1, dtype=torch.int64, device=META) if model.num_classes else None
-    x_t = torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=META)
+    label = torch.zeros(1, dtype=torch.int64, device=META) if config.model.num_classes else None
+    x_t = torch.zeros(1, config.network.in_channels, config.data.image_size, config.data.image_size, device=META)
     return x_t, torch.zeros(1, dtype=torch.int64, device=META), label
 
 
-def forward_flops(model: UNet) -> int:
-    """Floating-point operations of one image's forward pass in convolutions and matrix products; model: on `meta`.
+def forward_flops(config: Config) -> int:
+    """Floating-point operations of one image's forward pass in convolutions and matrix products.
 
     A multiply-add counts as 2. Norms, activations and sums are left out, as is usual.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        model(*inputs(model))
+        build_model(config, META, "off")(*inputs(config))
     return int(counter.get_total_flops())
 
 
@@ -68,4 +67,4 @@ def utilization(config: Config, device_name: str, precision: str) -> float | Non
     """MFU of training at one image a second on one such device; training takes three forward passes an image. None if
     the device's peak is not known."""
     most = peak(device_name, precision)
-    return None if most is None else 3 * forward_flops(build_model(config, META, precision)) / most
+    return None if most is None else 3 * forward_flops(config) / most

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from ddpm.config.schema import Config
@@ -13,12 +15,7 @@ def build_model(config: Config, device: torch.device, precision: str) -> UNet:
     Its initial weights are a function of the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = UNet(
-            image_size=config.data.image_size,
-            null_label=config.train.label_dropout > 0,
-            fused_attention=device.type == "cuda",
-            **config.model.model_dump(),
-        )
+        model = UNet(fused_attention=device.type == "cuda", **asdict(config.network))
     model = model.to(device)
     if device.type == "cuda" or precision not in ("bf16", "fp16"):
         model = model.to(memory_format=torch.channels_last)

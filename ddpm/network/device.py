@@ -20,7 +20,7 @@ import torch
 from ddpm.config.schema import Config
 from ddpm.errors import DoNotRetry, RequestError, shown
 from ddpm.network import fused
-from ddpm.network.unet import UNet
+from ddpm.network.build import build_model
 from ddpm.run.log import counted
 
 MALLOC_NEVER = {-4: 0, -1: -1}
@@ -116,8 +116,7 @@ def keep_freed_memory() -> None:
 
 def _own_kernels(config: Config, device: torch.device) -> bool:
     with torch.device("meta"):
-        model = UNet(image_size=config.data.image_size, **config.model.model_dump())
-    return fused.serve(model, device)
+        return fused.serve(build_model(config, torch.device("meta"), "off"), device)
 
 
 def _compiles(device: torch.device, own: bool, kept: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,13 @@ def serve(model: nn.Module, device: torch.device) -> bool:
     except ValueError:
         return False
     return True
+
+
+def choose(model: nn.Module, own: bool) -> None:
+    """Have these kernels compute the layers of `model` that can be computed by them, or torch's."""
+    for module in model.modules():
+        if hasattr(module, "own_kernels"):
+            cast(Any, module).own_kernels = own
 
 
 def norm_act(

@@ -109,9 +109,7 @@ class UNet(nn.Module):
 
     def set_own_kernels(self, own: bool) -> None:
         """Choose whether fused.py's kernels compute the layers between convolutions: on a GPU, channels last."""
-        for module in self.modules():
-            if hasattr(module, "own_kernels"):
-                cast(Any, module).own_kernels = own
+        fused.choose(self, own)
 
     def set_fused_attention(self, fused: bool) -> None:
         """Choose the implementation of every attention of the network; weights stay."""

@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ddpm.errors import RunBusy
+from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.run import unfinished
 from ddpm.run.fence import Fence
 from ddpm.run.files import (
@@ -41,6 +41,8 @@ from ddpm.run.records import identity
 
 SPARE_BYTES = 16 * 2**20
 """Space that a save leaves free, for log lines and events."""
+PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
+"""What a state tree holds beside tensors, dicts, lists and tuples: all else is a class, which weights_only refuses."""
 
 
 def num_bytes(state: Any) -> int:
@@ -58,7 +60,10 @@ class HostCopy:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, state: Any) -> Any:
-        """`state` with every tensor copied to the host; training may change `state` once this returns."""
+        """`state` with every tensor copied to the host; training may change `state` once this returns.
+
+        Raises DoNotRetry for what could not be loaded again.
+        """
         copied = self._copy(state, "")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -74,8 +79,15 @@ class HostCopy:
         if isinstance(value, dict):
             # interned, since pickle tells equal keys from the same: so equal states, equal bytes
             return {sys.intern(k) if isinstance(k, str) else k: self._copy(v, f"{key}/{k}") for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
+        if type(value) in (list, tuple):
             return type(value)(self._copy(v, f"{key}/{i}") for i, v in enumerate(value))
+        if type(value) not in PLAIN:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise DoNotRetry(
+                f"the state to save holds a {kind} at {key.strip('/')}, which no later life would load: nothing is "
+                f"saved. Keep tensors, numbers (int or float, not NumPy's), text, lists and dicts in "
+                f"TrainingState.state_dict (ddpm/training/state.py), then submit again with --code new"
+            )
         return value
 
 

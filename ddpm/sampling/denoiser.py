@@ -46,12 +46,12 @@ class Denoiser:
         fused.py's kernels where they can, and replays evaluations."""
         size = config.data.image_size
         device = next(network.parameters()).device
-        network.set_own_kernels(fused.serve(network, device))
+        fused.choose(network, fused.serve(network, device))
         eps = eps_of(network, precision)
         return cls(
             eps=Replays(eps) if device.type == "cuda" else eps,
             schedule=schedules.build(config.diffusion),
-            image_shape=(3, size, size),
+            image_shape=(config.network.in_channels, size, size),
             variance=config.diffusion.variance,
             num_classes=config.model.num_classes,
             device=device,

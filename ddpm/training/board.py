@@ -20,16 +20,23 @@ TAGS = {
     **{key: f"train/{key}" for key in ("loss", "grad_norm", "lr", "images_per_s", "gpu_memory_gib", "mfu")},
     "validation_loss": "loss/validation",
 }
-"""What TensorBoard calls the keys of a line of metrics.jsonl."""
+"""What TensorBoard calls the keys of a line of metrics.jsonl; a key that is not here is train/KEY."""
+PLACES = ("step", "images", "epoch", "time")
+"""Keys that say where a line belongs."""
 HPARAMS = ("data", "model", "diffusion", "train")
 """Sections of the config that are shown as hparams: they decide what is trained."""
 
 
 def add_scalars(board: Any, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl, at the time it was written."""
-    for key, tag in TAGS.items():
-        if record.get(key) is not None:
-            board.add_scalar(tag, record[key], record["step"], walltime=seconds(record["time"]))
+    for tag, value in scalars(record).items():
+        board.add_scalar(tag, value, record["step"], walltime=seconds(record["time"]))
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Tag -> value of all figures of a line of metrics.jsonl."""
+    figures = {key: value for key, value in record.items() if key not in PLACES and type(value) in (int, float)}
+    return {TAGS.get(key, f"train/{key}"): value for key, value in figures.items()}
 
 
 def add_grid(board: Any, step: int, grid: np.ndarray) -> None:

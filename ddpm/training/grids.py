@@ -85,7 +85,7 @@ def draw(
     labels = index % classes if classes else None
 
     eps = eps_of(model, precision)
-    x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (3, size, size))
+    x_T = rng.normal(rng.key(config.seed, "grid"), index, 0, (config.network.in_channels, size, size))
     result = sample(
         lambda x_t, t: eps(x_t, t, labels),
         ddim(schedule, num_steps(config)),

@@ -15,7 +15,7 @@ from ddpm.config.schema import Config
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.records import usable
-from ddpm.training.board import TAGS
+from ddpm.training.board import scalars
 
 
 class Mirror:
@@ -32,8 +32,7 @@ class Mirror:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
-        shown = {tag: record[key] for key, tag in TAGS.items() if record.get(key) is not None}
-        self.show(shown, record["step"])
+        self.show(scalars(record), record["step"])
 
     def show(self, values: Mapping[str, float], step: int) -> None:
         """Send values, by name, at a step of training."""

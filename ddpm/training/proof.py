@@ -85,10 +85,10 @@ def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
             return f"its {part} is not of the config's shapes"
         if not all(bool(value.isfinite().all()) for value in state[part].values()):
             return f"its {part} is not finite"
+    # groups may have another order than the network
     moments, of = state["optimizer"]["state"], [p.shape for p in model.parameters()]
-    if len(moments) not in (0, len(of)) or any(
-        value.shape not in (of[i], ()) for i, named in moments.items() for value in named.values()
-    ):
+    kept = [value for named in moments.values() for value in named.values() if isinstance(value, torch.Tensor)]
+    if moments.keys() not in (set(), {*range(len(of))}) or any(value.shape not in (*of, ()) for value in kept):
         return "its optimizer is not of the config's shapes"
     whole = state["extra"].keys() >= {"attempt", "rollbacks", "skipped_steps", "window"}
     return "" if whole else "its extra is not whole"

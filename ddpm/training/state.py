@@ -105,8 +105,9 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():  # the fused kernels walk memory: moments must lie as their weights do
-                like = parameter if value.shape == parameter.shape else value
-                moments[key] = torch.empty_like(like).copy_(value)
+                if isinstance(value, Tensor):  # some optimizers count in Python's numbers
+                    like = parameter if value.shape == parameter.shape else value
+                    moments[key] = torch.empty_like(like).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         extra = state["extra"]
         self.skipped.fill_(extra["skipped_steps"])

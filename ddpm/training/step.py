@@ -29,7 +29,7 @@ from ddpm.training.optimizer import learning_rate
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange, Moved, Replay
 from ddpm.training.state import TrainingState
-from ddpm.training.update import Update, serves
+from ddpm.training.update import Update, is_adam, serves
 
 MOST_SKIPPED = 100
 """After so many overflows of fp16 gradients in a row, each at half the loss scale before, the scale is not the
@@ -173,7 +173,6 @@ class Step:
         x_0, labels = self.batches.images(tuple(p[first : first + num] for p in given.parts), given.step, index)
         t = rng.uniform_int(rng.key(config.seed, "t", attempt), index, given.step, config.diffusion.timesteps)
         eps = rng.normal(rng.key(config.seed, "eps", attempt), index, given.step, tuple(x_0.shape[1:]))
-        x_t = self.diffusion.q_sample(x_0, t, eps)
         if config.train.label_dropout:
             key = rng.key(config.seed, "label", attempt)
             without = rng.bernoulli(key, index, given.step, config.train.label_dropout)
@@ -181,9 +180,13 @@ class Step:
         places = None
         if config.model.dropout and self.resolved.dropout == "counted":
             places = rng.places(rng.key(config.seed, "dropout", attempt), index, given.step)
-        with autocast(self.resolved.amp, device):
-            eps_pred = network(x_t, t, labels if config.model.num_classes else None, places)
-        return self.diffusion.loss(eps_pred.float(), eps, config.diffusion.loss).mean()
+
+        def eps_model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            with autocast(self.resolved.amp, device):
+                eps_pred: torch.Tensor = network(x_t, t, labels if config.model.num_classes else None, places)
+            return eps_pred
+
+        return self.diffusion.losses(eps_model, x_0, t, eps, config.diffusion.loss).mean()
 
     def take(self) -> Later:
         """Take one step of Algorithm 1. Returns whether loss and gradient were finite, to be read one step later, so
@@ -208,9 +211,15 @@ class Step:
         return Later(finite)
 
     @property
+    def _masks(self) -> bool:
+        """Whether the optimizer is one of torch's fused ones: only these leave the weights alone where a gradient is
+        not finite, and count their steps on the device, as what is replayed must."""
+        return bool(self.state.optimizer.defaults.get("fused"))
+
+    @property
     def replays(self) -> bool:
         """Whether steps here can be replayed."""
-        return self.gpu and self.resolved.dropout == "counted"
+        return self.gpu and self.resolved.dropout == "counted" and self._masks
 
     def compute(self, given: Given) -> Moved:
         """A whole step: gradients, their exchange, and the update."""
@@ -226,7 +235,7 @@ class Step:
     def _takes_narrow(self) -> bool:
         """Whether gradients are used as they are computed, in sixteen bits: where nothing is added to them."""
         alone = self.exchange is None and self.micro == self.share and not self.state.scaler.is_enabled()
-        return alone and self.own is not None and isinstance(self.network, Prepared)
+        return alone and self.own is not None and self.own.adam and isinstance(self.network, Prepared)
 
     def move(
         self, given: Given, loss: torch.Tensor, narrow: Mapping[torch.nn.Parameter, torch.Tensor] | None = None
@@ -238,14 +247,14 @@ class Step:
         state = self.state
         if self.exchange is not None:
             self.exchange.scatter()
-        if self.own is not None and not state.scaler.is_enabled():
+        if self.own is not None and self.own.adam:
             assert isinstance(given.lr, torch.Tensor) and given.share is not None
             norm, finite = self.own(loss, given.lr, given.share, state.window, narrow or {})
         else:
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self._max_norm)
             for group in state.optimizer.param_groups:
-                group["lr"] = given.lr
+                group["lr"] = given.lr if self._masks else learning_rate(self.config, state.at.step)
             finite = self._update(loss, norm)
             if self.own is not None:
                 assert given.share is not None
@@ -259,7 +268,7 @@ class Step:
         """What updates here by kernels of this project, where layers have some too: not on a CPU."""
         state = self.state
         if self._own is None and self._all_have_own:
-            adam = not state.scaler.is_enabled()  # else the scaler decides of a step
+            adam = not state.scaler.is_enabled() and is_adam(state.optimizer, state.model)  # else a scaler decides
             self._own = Update(state.model, state.ema.model, state.optimizer, adam=adam, max_norm=self._max_norm)
         return self._own
 

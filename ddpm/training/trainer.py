@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,7 +19,6 @@ from ddpm.network import fused
 from ddpm.network.arithmetic import utilization
 from ddpm.network.device import Later, Resolved, name_of
 from ddpm.network.start import read_start
-from ddpm.network.unet import UNet
 from ddpm.network.weights import misfits
 from ddpm.run import generations
 from ddpm.run.events import EventLog, read_events_and_damage
@@ -189,7 +188,7 @@ class Trainer:
         """Decide which kernels to use. Only here, since an earlier life's compiled kernels must be in place first."""
         own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
         for model in (self.state.model, self.state.ema.model):
-            cast(UNet, model).set_own_kernels(own)
+            fused.choose(model, own)
 
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; skipped if a stop was requested before.

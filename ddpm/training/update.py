@@ -7,7 +7,9 @@ not know: where gradients come from, what a step is, how it is recorded: only th
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +17,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam, AdamW
 
 from ddpm.network.fused import work_on
 from ddpm.training.optimizer import bare
@@ -26,11 +29,11 @@ _NONE: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
 
 
 class Update:
-    """Moves `model`, the moments of its `optimizer` (Adam or AdamW, with one group) and `average`, a copy of `model`.
+    """Moves `model`, the moments of its `optimizer` and `average`, a copy of `model`.
 
-    adam: whether steps of the optimizer are taken here; its moments are made if there are none yet. Else the average
-    alone is moved. max_norm: to which gradients are clipped, or infinity. As long as this is used, all of them stay
-    where they are in memory.
+    adam: whether steps of the optimizer are taken here, which `is_adam` must allow; its moments are made if there are
+    none yet. Else the average alone is moved. max_norm: to which gradients are clipped, or infinity. As long as this is
+    used, all of them stay where they are in memory.
     """
 
     def __init__(
@@ -38,8 +41,8 @@ class Update:
     ) -> None:
         from ddpm.training import update_kernels
 
-        self._kernels, self._adam, self._max_norm = update_kernels, adam, max_norm
-        (group,) = optimizer.param_groups
+        self._kernels, self.adam, self._max_norm = update_kernels, adam, max_norm
+        group = optimizer.param_groups[0] if adam else {"eps": 0.0, "betas": (0.0, 0.0), "weight_decay": 0.0}
         self._adamw, self._eps = isinstance(optimizer, torch.optim.AdamW), group["eps"]
         beta_1, beta_2 = torch.tensor(group["betas"]).tolist()  # in float32, as the kernels have them
         self._numbers = {"beta_1": beta_1, "beta_2": beta_2, "decay": group["weight_decay"]}
@@ -128,7 +131,7 @@ class Update:
         """Launch the kernels so that they are compiled, and nothing changes. The parameters have gradients."""
         device = self._gradients.device
         lr, share = torch.zeros(2, device=device)
-        if self._adam:
+        if self.adam:
             self(torch.full((), math.nan, device=device), lr, share, Window.empty(device))
         else:
             self.average(share)
@@ -152,6 +155,18 @@ class Update:
             addresses = addresses.pin_memory()  # its memory is used by nobody else until it was copied
         self._gradients.copy_(addresses, non_blocking=True)
         self._told = self._wanted
+
+
+def is_adam(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether the optimizer's steps are those of these kernels: torch's Adam or AdamW, of all weights in one group. A
+    class that is derived from them and takes other steps is not."""
+    if inspect.unwrap(type(optimizer).step) not in {inspect.unwrap(kind.step) for kind in (Adam, AdamW)}:
+        return False
+    group, *others = optimizer.param_groups
+    weights = [*model.parameters()]
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)) == isinstance(optimizer, AdamW)
+    whole = not others and len(group["params"]) == len(weights) and all(map(operator.is_, group["params"], weights))
+    return whole and decoupled and all(p.requires_grad for p in weights) and not (group["amsgrad"] or group["maximize"])
 
 
 @functools.cache

@@ -80,5 +80,5 @@ class HeldOut:
         index = index.to(device)
         t = rng.uniform_int(rng.key(SEED, "validation_t"), index, 0, self._config.diffusion.timesteps)
         eps = rng.normal(rng.key(SEED, "validation_eps"), index, 0, tuple(x_0.shape[1:]))
-        x_t = self._diffusion.q_sample(x_0, t, eps)
-        return Diffusion.loss(eps_pred(x_t, t, labels), eps, self._config.diffusion.loss)
+        kind = self._config.diffusion.loss
+        return self._diffusion.losses(lambda x_t, t: eps_pred(x_t, t, labels), x_0, t, eps, kind)

@@ -111,7 +111,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
     follower.close()
     if process.returncode:
         print(
-            "".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-12:]),
+            "".join(f"  {line}\n" for line in logfiles.last_error(log.read_text(errors="replace"))),
             end="",
             file=sys.stderr,
         )

@@ -15,6 +15,7 @@ OF_SLURM = re.compile(r"(train|sample|evaluate)-(\d+)(_\d+)?\.out")
 """The log of a job of SLURM's, or of a task of its array: its stage and its id."""
 NOISE = re.compile(r"srun:|slurmstepd|submitit |\[\d{4}-\d\d-\d\dT[^\]]*\] (?:error|fatal): ")
 """Beginnings of lines that come from the scheduler: slurmstepd's is its name, from 25.05 on the time."""
+TORCHRUN = re.compile(r"[WE]\d{4} \S+ +\d+ torch/distributed/elastic/")
 POLL_S = 0.5
 ASK_EVERY_S = 3.0
 """How often to ask for the run's state while nothing is added: a requeued job is away for a moment."""
@@ -62,6 +63,14 @@ class Filter:
         keep = self._everything or not NOISE.match(line)
         self.hidden += not keep
         return keep
+
+
+def last_error(text: str, num: int = 12) -> list[str]:
+    """The lines of a failed job's log that say why: the last ones, of several ranks those before torchrun ended the
+    others, whose own words are of the first one's end."""
+    said = text.splitlines()
+    ended = next((i for i, line in enumerate(said) if TORCHRUN.match(line)), len(said))
+    return said[max(0, ended - num) : ended] or said[-num:]
 
 
 def show(path: Path, keep: Callable[[str], bool]) -> None:

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from ddpm.config import reading
 from ddpm.config.diffusion import Diffusion
 from ddpm.config.reading import load, of_run
 from ddpm.config.schema import Config, check_world_size
 from ddpm.config.section import Section, build, field_keys
 from ddpm.config.synonyms import SYNONYMS
+from ddpm.config.train import Train
 from ddpm.config.yaml import load_yaml
 from ddpm.diffusion import schedule
 from ddpm.diffusion.samplers import SAMPLERS, sample
 from ddpm.errors import RequestError
+from ddpm.run import files
 from ddpm.run.paths import RunDir
 from tests.conftest import PROJECT
 from tests.training import make_config
@@ -435,6 +438,26 @@ def test_a_key_that_is_added_leaves_the_digests_of_runs_from_before_it() -> None
 
     assert Later().digest() == Config().digest()
     assert Later(diffusion=Weighted(snr_gamma=5.0)).digest() != Config().digest()
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_default_that_was_changed_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The file was not: it says what it always said."""
+    run, config = RunDir(tmp_path / "run"), Config(train=Train(ema_start_step=steps))
+    run.path.mkdir()
+    run.config.write_text(config.to_yaml())
+    files.write_json(run.run_json, {"schema": 1, "config_digest": config.digest()})
+    assert of_run(run).digest() == config.digest()
+
+    class Changed(Train):
+        ema_start_step: int = 5
+
+    class Later(Config):
+        train: Changed = Changed()
+
+    monkeypatch.setattr(reading, "Config", Later)
+    with pytest.raises(RequestError, match=r"was changed, or the default of train\.ema_start_step was in ddpm/config"):
+        of_run(run)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dns"])

@@ -2,7 +2,9 @@
 
 from typing import get_args
 
+from ddpm.config import model as of_networks
 from ddpm.config import sample as of_samples
+from ddpm.config import schema, section
 from ddpm.config.diffusion import Diffusion
 from ddpm.config.train import WITHOUT_LENGTH, Train
 from ddpm.diffusion import samplers, schedule
@@ -27,3 +29,15 @@ def test_every_learning_rate_schedule_that_may_be_asked_for_is_there() -> None:
     assert moving == optimizer.SCHEDULES.keys() - set(
         WITHOUT_LENGTH
     )  # what depends on the length is part of the mathematics
+
+
+def test_a_key_of_another_network_is_none_of_the_u_nets() -> None:
+    class Model(of_networks.Model):
+        patch: int = 2
+        """Of a transformer."""
+
+    class Mine(schema.Config):
+        model: Model = Model()
+
+    config = section.build(Mine, {"model": {"patch": 4}}, "test")
+    assert config.model.patch == 4 and config.network == schema.Config().network

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ddpm.errors import DoNotRetry, RequestError, RunBusy, RunGone
-from ddpm.run import files, generations, unfinished
+from ddpm.run import files, generations, saving, unfinished
 from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, HashingFile, write_json
@@ -213,7 +213,10 @@ class Unsaveable:
         raise RuntimeError("not to be pickled")
 
 
-def test_a_state_that_cannot_be_saved_is_no_failed_write(run: RunDir, fence: Fence) -> None:
+def test_a_state_that_cannot_be_saved_is_no_failed_write(
+    run: RunDir, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "PLAIN", (*saving.PLAIN, Unsaveable))
     s = saver(run, fence)
     with pytest.raises(RuntimeError, match="not to be pickled"):
         s.save({**state_at(1), "extra": {"odd": Unsaveable()}}, wait=True)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
-from ddpm.errors import RunBusy
+from ddpm.errors import DoNotRetry, RunBusy
 from ddpm.run import files, generations, saving
 from ddpm.run.fence import Fence
 from ddpm.run.files import read_json, sha256_file, sign, write_json
@@ -38,6 +39,22 @@ def test_a_manifest_holds_the_public_keys(run: RunDir, fence: Fence) -> None:
     last = read_json(run.manifest(6))
     assert last is not None and set(last) == {*manifest, "ema_sha256"}
     assert last["ema_sha256"] == sha256_file(run.ema_weights(6))
+
+
+@pytest.mark.parametrize("value", [numpy.float64(0.5), Path("x"), CheckpointRef(1, "")], ids=lambda v: type(v).__name__)
+def test_a_state_that_no_later_life_could_load_is_not_saved(run: RunDir, fence: Fence, value: Any) -> None:
+    """It would be called whole until it is needed."""
+    with pytest.raises(DoNotRetry, match=rf"{type(value).__name__} at extra/best, .*TrainingState.state_dict"):
+        saver(run, fence, []).save(state_at(5) | {"extra": {"best": value}}, wait=True)
+    assert not [*run.checkpoints.iterdir()]
+
+
+@pytest.mark.parametrize("value", saving.PLAIN, ids=str)
+def test_what_may_be_saved_can_be_loaded(run: RunDir, fence: Fence, value: type) -> None:
+    made = {torch.device: torch.device("cpu"), torch.dtype: torch.bfloat16, type(None): None}
+    kept = made[value] if value in made else value()
+    saver(run, fence, []).save(state_at(5) | {"extra": {"kept": [kept], "window": ()}}, wait=True)
+    assert generations.load(run, 5)["extra"] == {"kept": [kept], "window": ()}
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone", "directory", "none"])

@@ -92,3 +92,19 @@ def test_what_is_added_by_a_later_job_too_is_followed_until_nothing_is_at_work(
     assert logfiles.follow(lambda: logfiles.of_run(run, None), keep, over, last_lines=3) == "complete at step 20"
     head = f"==> {run.logs / 'train-8.out'} <=="
     assert capsys.readouterr().out.splitlines() == ["line 17", "line 18", "line 19", "line 20", head, "goes on"]
+
+
+def test_of_several_ranks_the_first_ones_error_is_shown_and_not_what_torchrun_says_of_the_others() -> None:
+    own = ["Traceback (most recent call last):", '  File "ddpm/training/step.py", line 199, in take', "KeyError: 3"]
+    ends = (
+        "W1128 13:10:31.713000 31975 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 3 SIGTERM"
+    )
+    others = [
+        ends,
+        "Traceback (most recent call last):",
+        "RuntimeError: Connection closed by peer",
+        "=====",
+        "exitcode : 1",
+    ]
+    assert logfiles.last_error("\n".join([*own, *others])) == own
+    assert logfiles.last_error("\n".join(own), num=1) == ["KeyError: 3"]

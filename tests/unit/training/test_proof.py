@@ -65,10 +65,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an infinite average": (lambda s: weight(s, "ema").view(-1)[0].fill_(torch.inf), "its ema is not finite"),
     "too few moments": (lambda s: moments(s).pop(3), "its optimizer is not of the config's shapes"),
     "another's moments": (lambda s: moments(s)[0].update(exp_avg=torch.zeros(7)), "its optimizer is not of"),
-    "moments of more": (
-        lambda s: moments(s).update({10_000: moments(s).pop(0)}),
-        "is no state of training .IndexError",
-    ),
+    "moments of more": (lambda s: moments(s).update({10_000: moments(s).pop(0)}), "its optimizer is not of"),
     "half of what is small": (lambda s: s["extra"].pop("attempt"), "its extra is not whole"),
     "nothing small": (lambda s: s.pop("extra"), "is no state of training .KeyError"),
     "a list": (lambda s: [s], "is no state of training .TypeError"),
