@@ -249,6 +249,18 @@ def test_a_sampler_is_told_with_all_that_is_not_usual_of_it(capsys: pytest.Captu
     assert f" {said} " in told and " 4.16 to 4.36 " in told
 
 
+def test_a_card_tells_of_classes_guidance_and_the_average_where_there_are_any() -> None:
+    manifest = {"step": 200, "images": 400, "sha256": "0", "created": "then"}
+    tree = {"data": {"name": "images", "path": "x"}, "model": {"num_classes": 2}}
+    train = {"label_dropout": 0.1, "ema_warmup": True, "warmup_steps": 0}
+    told = card(Config.model_validate({**tree, "train": train}), {}, manifest, "0", [], name="x")
+    assert "labels=model.classes[0]" in told and "guidance=1.5" in told
+    assert "| labels | dropped with probability 0.1, for guidance |" in told
+    assert "| average | decay 0.9999, warmed up |" in told
+    plain = card(Config(), {}, manifest, "0", [], name="x")
+    assert "labels" not in plain and "guidance" not in plain and "| average | decay 0.9999 |" in plain
+
+
 def test_what_each_class_scores_stands_under_its_name() -> None:
     by_class = score("conditional", 300, 4.26, 50_000, fid_per_class=[12.34, None, 7.0])
     odd = score("odd", 300, 4.5, 50_000, fid_per_class="none")
