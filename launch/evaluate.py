@@ -178,6 +178,16 @@ def main() -> int:
     config = reading.of_run(run)
     site = resolve(args, base_of(run, args), "evaluate")
     check_path(run, site)
+    try:
+        return score(run, config, site, args)
+    except RequestError as e:
+        if (path := config.data.path) is None or f"data.path = {path}: does not exist" not in str(e):
+            raise
+        moved = f"python launch/submit.py {run.quoted} data.path=THERE"
+        raise RequestError(f"{e}. If it has moved, tell the run where to: {moved}") from None
+
+
+def score(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> int:
     if args.bits_per_dim:
         return score_bound(run, config, site, args)
     if args.all_milestones:

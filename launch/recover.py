@@ -23,13 +23,13 @@ from ddpm.config import reading
 from ddpm.errors import DDPMError, DoNotRetry, EnvironmentLacks, RequestError, RunBusy
 from ddpm.run import generations
 from ddpm.run.fence import Fence
-from ddpm.run.files import DamagedFile, fsync_dir, read_signed
+from ddpm.run.files import DamagedFile, fsync_dir, link_to_nothing, read_signed
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir, listed
 from ddpm.run.state import finished_step
 from launch.cluster import environment
 from launch.queue import borrowing, chain, work
-from launch.terminal import console, inspection
+from launch.terminal import console, faults, inspection
 
 EXAMPLES = """examples:
   python launch/recover.py cifar10                  what holds, each file that is damaged or missing; changes nothing
@@ -134,10 +134,12 @@ def remedies(run: RunDir, bad: list[str]) -> list[tuple[str, str]]:
     path = run.quoted
     rooms = {what.partition("/")[0] for what in bad}
     found = [("bring back what is missing", f"rsync -a --checksum WHERE-IT-IS/ {path}/")]
+    links = [what for what in bad if link_to_nothing(run.path / what.rstrip("/"))]
+    found += [("mend the link", f"ln -sfn WHERE-IT-IS {path}/{link.rstrip('/')}") for link in links]
     averages = {what for what in bad if what.startswith("checkpoints/ema-")}  # a submission makes the last ones anew
     if averages == {what for what in bad if what.startswith("checkpoints/")}:
         rooms -= {"checkpoints"}
-    if "checkpoints" in rooms:
+    if "checkpoints" in rooms and not links:
         found.append(("make manifests", f"python launch/recover.py {path} --rebuild   (of what proves itself)"))
     if rooms & {"checkpoints", "events"} and not rooms & {"config.yaml", "run.json"}:
         found.append(("start over on purpose", f"python launch/recover.py {path} --start-over   (loses nothing)"))
@@ -165,7 +167,7 @@ def way_on(run: RunDir, newest: int, *, averaged: bool = True) -> str:
         if averaged and finished_step(run, config) == newest > 0:
             return f"the run is complete at step {newest}"
     except (DDPMError, DamagedFile, OSError) as e:
-        return f"it cannot go on as it is: {str(e).splitlines()[0]}"
+        return f"it cannot go on as it is: {faults.words(e) or str(e).splitlines()[0]}"
     if not newest and run.steps_saved():
         return "a submission would be refused (none of its checkpoints holds)"
     begins = f"goes on from step {newest}" if newest else "begins at step 0"
@@ -213,7 +215,7 @@ def start_over(run: RunDir) -> int:
     aside = run.path / f"set-aside-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     with held(run):
         moved = [p for p in [*(run.path / name for name in OF_TRAINING), *sorted(run.path.glob("metrics*"))]
-                 if p.is_file() or (p.is_dir() and any(p.iterdir()))]  # fmt: skip
+                 if p.is_file() or (p.is_dir() and any(p.iterdir())) or link_to_nothing(p)]  # fmt: skip
         if not moved:
             print("nothing of it was trained: submit it again")
             return 0
@@ -243,6 +245,8 @@ def _set_aside_beyond(link: Path, aside: Path) -> None:
     else:
         kept = there
         link.unlink()
+        if link.suffix == "":
+            link.mkdir()
     (aside / link.name).symlink_to(kept)
 
 

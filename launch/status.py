@@ -20,7 +20,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.queue.waiting import home, slurm_jobs
-from launch.terminal import console, history, screen, side_by_side, view
+from launch.terminal import console, history, screen, side_by_side, streams, view
 from launch.terminal.overview import describe, read_life
 
 EXAMPLES = """examples:
@@ -102,7 +102,7 @@ def main() -> int:
         return rows_of(runs if args.runs else console.all_runs(root), tell)
 
     with contextlib.suppress(KeyboardInterrupt):
-        if sys.stdout.isatty():
+        if streams.draws(sys.stdout):
             screen.watch(look, details=bool(args.runs))
         else:
             view.tell(look)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ddpm.config import reading
 from ddpm.config.schema import Config, check_world_size
 from ddpm.data.listing import list_anew
 from ddpm.errors import RequestError
@@ -114,6 +115,19 @@ def is_complete(asked: Asked) -> bool:
     """Whether an existing run has everything that is asked for."""
     done = chain.remaining(asked.run, asked.config, asked.stages) == (False, [])
     return done and chain.damage(asked.run) is None
+
+
+def keep_changes(asked: Asked, site: Site) -> None:
+    """Of a complete run: write down what is asked of its config besides its name, such as where its data is now."""
+    run, config = asked.run, asked.config
+    if all(key == "name" for key, *_ in reading.differences(reading.of_run(run), config)):
+        return
+    borrowing.check_trainable(run)
+    record = directory.describe(config, site, run, prepare.prepare_inputs(config, site, run.path.parent, asked.stages))
+    with turn(run):
+        told = prepare.told_of_changes(run, config)
+        directory.update_run(run, config, record, told=site.notify)
+    print("\n".join(told))
 
 
 # ---------------------------------------------------------------- its beginning

@@ -210,6 +210,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
     if exists:
         prepare.is_at_work(run, config, site)
         if submission.is_complete(asked):
+            submission.keep_changes(asked, site)
             print_results(run, config, stages)
             if args.code not in (None, "kept"):
                 console.warn(

@@ -6,6 +6,7 @@ the number of ranks is checked where they are known (`check_world_size`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -41,6 +42,8 @@ FIRST = {
 """Keys of the first runs. The digest leaves any later key out at its default, so that runs from before it keep
 theirs: the default of a new key must mean what was done without it."""
 NUM_CIFAR10_CLASSES = 10
+STALE_AVERAGE = 0.1
+"""Share of the weights that an average began with, above which it is hardly of the trained ones."""
 
 
 class Config(Section):
@@ -144,7 +147,21 @@ class Config(Section):
                 f"train.warmup_steps = {train.warmup_steps}: train.total_steps = {train.total_steps} end before "
                 f"train.lr = {train.lr} is reached; for a short run give train.warmup_steps={train.total_steps // 10}"
             )
+        kept = 0.0 if train.ema_warmup or self.sample.weights != "ema" else train.ema_decay ** self._num_averages()
+        if kept > STALE_AVERAGE:
+            told.append(
+                f"train.ema_decay = {train.ema_decay}: after train.total_steps = {train.total_steps} the average, with "
+                f"which samples are made, is still {kept:.0%} of the weights that it began with; for a short run give "
+                f"train.ema_warmup=true"
+            )
         return told
+
+    def _num_averages(self) -> float:
+        """How often the average of the weights moves; for ever where the length is not known yet."""
+        train = self.train
+        if train.total_steps is None:
+            return math.inf
+        return train.total_steps // train.ema_every_steps - max(train.ema_start_step - 1, 0) // train.ema_every_steps
 
     def mathematics(self) -> dict[str, Any]:
         """Keys that change the mathematics of training, by section; keys that are not in FIRST only if they

@@ -63,11 +63,13 @@ class Decoding:
                 return self.square(self._rgb(image), size)
 
     def square(self, rgb: Any, size: int | None) -> np.ndarray:
-        """`to_square`, with a count of crops and enlargements."""
+        """`to_square`, with a count of crops and of other sizes."""
         if size is not None and rgb.width != rgb.height:
             self.converted["cropped to their middle"] += 1
         if size is not None and min(rgb.size) < size:
             self.converted["enlarged"] += 1
+        if size is not None and min(rgb.size) > size:
+            self.converted[f"shrunk to {size}x{size}"] += 1
         return to_square(rgb, size)
 
     def _rgb(self, image: Any) -> Any:

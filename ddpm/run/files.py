@@ -39,6 +39,8 @@ PASSING = frozenset((
 """Errors of a file system that may pass in a moment, and do not mean that a file is damaged."""
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 """Errors of a file system, or a user's part of it, that has no room for bytes or for files."""
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""The beginning of what Git LFS leaves in a large file's place."""
 ARRAYS_BYTES = 32 << 30
 """Largest file of a shard's images or features that is read: 160,000 images of 256x256."""
 
@@ -311,7 +313,7 @@ class _Named(io.FileIO):
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading, without ever waiting for a writer. Raises OSError; DamagedFile if it is a FIFO, a socket
-    or a device."""
+    or a device, or what Git LFS leaves in a file's place."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as e:
@@ -324,6 +326,8 @@ def open_file(path: Path) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise DamagedFile(f"{path.name}: a {'FIFO' if stat.S_ISFIFO(mode) else 'device'}, and no file")
+        if os.pread(fd, len(POINTER), 0) == POINTER:
+            raise DamagedFile(f"{path.name}: a pointer of Git LFS, not the file itself, which git lfs pull brings")
         os.set_blocking(fd, True)  # a file system that fetches from tape may take the other way for "try again"
         return io.BufferedReader(_Named(fd, path))
     except BaseException:

@@ -17,7 +17,7 @@ from typing import Any
 from ddpm.errors import RequestError
 from ddpm.run import evidence
 from ddpm.run.evidence import Incomplete
-from ddpm.run.files import DamagedFile, marks, read_signed, sha256_file
+from ddpm.run.files import DamagedFile, marks, open_file, read_signed, sha256_file
 from ddpm.run.paths import RunDir
 from ddpm.run.records import identity
 
@@ -127,6 +127,7 @@ def verify(run: RunDir, step: int) -> Generation:
     except FileNotFoundError:
         raise DamagedFile(f"{path.name}: missing beside its manifest") from None
     if size != manifest["bytes"]:
+        open_file(path).close()  # which may know why
         raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
     if (sha256 := _digest(path)) != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")

@@ -349,6 +349,11 @@ def default_partition() -> str | None:
     return os.environ.get("SBATCH_PARTITION")
 
 
+def terminal() -> str:
+    """What kind of terminal the user has (TERM)."""
+    return os.environ.get("TERM", "")
+
+
 def gpus_given() -> bool:
     """Whether SLURM gave this job GPUs."""
     return any(os.environ.get(k) for k in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"))

@@ -37,6 +37,8 @@ def tag(name: str, *inside: Part, **attributes: object) -> Html:
 class Column(NamedTuple):
     name: Part
     right: bool = False
+    wraps: bool = False
+    """Its text may go on in a further line."""
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Part]], class_: str | None = None) -> Html:
@@ -44,12 +46,16 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Part]], class_: str
     used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
 
     def cells(kind: str, row: Sequence[Part]) -> Html:
-        return tag("tr", *(tag(kind, row[i], class_="r" if columns[i].right else None) for i in used))
+        return tag("tr", *(tag(kind, row[i], class_=_class_of(columns[i])) for i in used))
 
     body = tag("tbody", *(cells("td", row) for row in rows))
     named = any(column.name for column in columns)
     head = tag("thead", cells("th", [column.name for column in columns])) if named else Html("")
     return tag("div", tag("table", head, body, class_=class_), class_="scroll", tabindex=0)
+
+
+def _class_of(column: Column) -> str | None:
+    return "r" if column.right else "wide" if column.wraps else None
 
 
 def section(title: str, *inside: Part) -> Html:

@@ -18,6 +18,8 @@ from launch.page.words import at, digits
 from launch.terminal import faults
 from launch.terminal.side_by_side import SMOOTHED_LINES, smoothed_loss
 
+MOST_NAMED = 12
+
 
 def of_run(facts: Facts) -> str:
     """The whole page."""
@@ -26,7 +28,7 @@ def of_run(facts: Facts) -> str:
         _damage(facts),
         section("Scores", shown(_scores, facts)),
         section("Curves", shown(_charts, facts)),
-        section("Samples by step", shown(pictures.grids, facts.run)),
+        section("Samples by step", shown(pictures.grids, facts.run), shown(_whose_turn, facts)),
         section(
             "Life", shown(lives.timeline, facts), shown(lives.goodput_table, facts), shown(lives.lives_table, facts)
         ),
@@ -105,6 +107,16 @@ def _charts(facts: Facts) -> Html:
 def _scores(facts: Facts) -> Html:
     named = (facts.record.get("labels") or {}).get("classes")
     return scores.tables(facts.scores, list(named) if isinstance(named, dict) else ())
+
+
+def _whose_turn(facts: Facts) -> Html:
+    """Which classes the grids show, and that their samples are no set's."""
+    classes = facts.config.model.num_classes if facts.config else 0
+    if not classes:
+        return Html("")
+    named = (facts.record.get("labels") or {}).get("classes")
+    names = f": {', '.join(list(named)[:MOST_NAMED])}{', …' if len(named) > MOST_NAMED else ''}" if named else ""
+    return note(f"The classes in turn, row by row, without guidance{names}.")
 
 
 def _damage(facts: Facts) -> Html:

@@ -43,7 +43,7 @@ MEASURES = (
 )  # fmt: skip
 COLUMNS = (
     Column("score"), Column("value", True), Column("95 %"), Column("step", True), Column("sampler"),
-    Column("evaluations", True), Column("samples"), Column("features"), Column("set"),
+    Column("evaluations", True), Column("samples"), Column("features"), Column("set", wraps=True),
 )  # fmt: skip
 PROVENANCE = (
     Column("set"), Column("checkpoint"), Column("weights"), Column("reference"), Column("extractor"), Column("seed"),

@@ -60,7 +60,7 @@ def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
         Column("step", True),
         Column(side_by_side.LOSS, True),
         Column("score"),
-        Column("of"),
+        Column("of", wraps=True),
         Column("goodput", True),
     ]
     cells: list[list[Part]] = []

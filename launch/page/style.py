@@ -37,7 +37,11 @@ dl.figures div {{ min-width: 0; }}
 dt {{ color: var(--faint); font-size: .85rem; }}
 dd {{ margin: 0; font-size: 1.25rem; line-height: 1.3; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
 dd small {{ display: block; font-size: .85rem; color: var(--faint); }}
-.scroll {{ overflow-x: auto; max-width: 100%; }}
+.scroll {{ overflow-x: auto; max-width: 100%; background:
+  linear-gradient(to right, var(--paper) 50%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 50%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--rule), transparent) 0 0 / .7rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--rule), transparent) 100% 0 / .7rem 100% no-repeat scroll; }}
 table {{ border-collapse: collapse; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums;
   border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); margin: .4rem 0; }}
 th, td {{ text-align: left; vertical-align: top; padding: .22rem .9rem .22rem 0; white-space: nowrap; }}
@@ -47,7 +51,7 @@ th.r, td.r {{ text-align: right; }}
 table.small, .small {{ font-size: .82rem; }}
 table.facts td {{ white-space: normal; overflow-wrap: anywhere; }}
 table.facts td:first-child {{ white-space: nowrap; font-style: italic; color: var(--faint); }}
-td.wide {{ white-space: normal; min-width: 14rem; }}
+td.wide {{ white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }}
 code, pre {{ font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .84em; }}
 pre {{ background: var(--box); padding: .6rem .8rem; margin: .4rem 0; overflow-x: auto; line-height: 1.45; }}
 pre.command {{ white-space: normal; overflow-wrap: anywhere; }}
@@ -105,6 +109,7 @@ pre.config div {{ padding-left: 4ch; text-indent: -4ch; }}
   h2, h3 {{ break-after: avoid; }}
   figure, tr, .figures, .timeline {{ break-inside: avoid; }}
   .scroll, pre {{ overflow: visible; }}
+  .scroll {{ background: none; }}
   .charts {{ grid-template-columns: 1fr 1fr; }}
   .pictures {{ grid-template-columns: repeat(3, 1fr); }}
   table {{ font-size: .8rem; }}

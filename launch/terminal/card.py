@@ -24,7 +24,8 @@ import ddpm
 
 model = ddpm.load(".")  # in this folder; from elsewhere, its path
 images = model.sample(16, seed=0)  # uint8 (16, {size}, {size}, 3)
-```"""
+{of_class}```"""
+OF_CLASS = "images = model.sample(16, labels=model.classes[0])  # of one class, or a label for each image{guided}\n"
 
 
 def card(
@@ -38,7 +39,7 @@ def card(
         f"# {name}",
         f"A diffusion model of {config.data.image_size}x{config.data.image_size} images: the exponential average of "
         f"its weights after {counted(manifest['step'], 'step', ',')}.",
-        USE.format(size=config.data.image_size),
+        USE.format(size=config.data.image_size, of_class=_of_class(config)),
         "## Training",
         _table([("", ""), *_training(config, record, manifest)]),
         *_classes(config, record),
@@ -55,6 +56,11 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def _of_class(config: Config) -> str:
+    guided = "; guidance=1.5 is possible" if config.train.label_dropout else ""
+    return OF_CLASS.format(guided=guided) if config.model.num_classes else ""
+
+
 def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[str, str]]:
     data, train, versions = record.get("data") or {}, config.train, record.get("versions") or {}
     found = record.get("resolved") or {}
@@ -68,7 +74,8 @@ def _training(config: Config, record: dict[str, Any], manifest: dict[str, Any]) 
         ("network", f"U-Net, {config.model.base_channels} channels times {list(config.model.channel_mults)}"),
         ("noise", f"{counted(config.diffusion.timesteps, 'step')}, {config.diffusion.schedule}"),
         ("optimizer", f"{train.optimizer}, learning rate {train.lr:g}, {train.lr_schedule}"),
-        ("average", f"decay {train.ema_decay:g}"),
+        ("labels", f"dropped with probability {train.label_dropout:g}, for guidance" if train.label_dropout else ""),
+        ("average", f"decay {train.ema_decay:g}" + (", warmed up" if train.ema_warmup else "")),
         ("seed", str(config.seed)),
         (
             "on",

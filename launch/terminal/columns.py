@@ -100,7 +100,7 @@ def _number(key: str, form: str) -> Callable[[Row], str]:
 
 
 def _step(row: Row) -> str:
-    return f"{row['step']}/{row['total_steps']}"
+    return f"{row['step']}/{row['total_steps'] or '?'}"
 
 
 def _percent(row: Row) -> str:

@@ -83,7 +83,7 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
         if needed:
             yield Line("missing", what, f"there is no {e.filename or what}")
     except (DamagedFile, DDPMError, OSError, KeyError, TypeError, ValueError) as e:
-        yield Line("damaged", what, (str(e).splitlines() or [type(e).__name__])[0])
+        yield Line("damaged", what, faults.words(e) or (str(e).splitlines() or [type(e).__name__])[0])
 
 
 def _records(run: RunDir) -> Lines:
@@ -98,12 +98,20 @@ def _records(run: RunDir) -> Lines:
 def _config(run: RunDir) -> str:
     if not os.path.lexists(run.config):
         raise FileNotFoundError
-    config, saved = reading.load(run.config), run.latest_step()
+    config, saved = reading.load(run.config), max(_saved(run), default=0)
     if config.train.total_steps is not None and config.train.total_steps < saved:
         raise DamagedFile(
             f"says {counted(config.train.total_steps, 'step')}, and {saved} are saved: it is an older one"
         )
     return config.digest()[:12]
+
+
+def _saved(run: RunDir) -> list[int]:
+    """Steps that were saved; none where this cannot be read, which is told of checkpoints/ alone."""
+    try:
+        return run.steps_saved()
+    except OSError:
+        return []
 
 
 def _record(run: RunDir) -> None:
@@ -182,12 +190,12 @@ def _unless(wrong: str, more: str) -> str:
 
 def _fence(run: RunDir) -> str:
     token = int(read_bytes(run.fence))
-    known = [(read_json(run.manifest(step)) or {}).get("fence", 0) for step in run.steps_saved()]
+    known = [(read_json(run.manifest(step)) or {}).get("fence", 0) for step in _saved(run)]
     if token >= 2**63:
         raise DamagedFile("is a number beyond all bounds")
     if token < max(known, default=0):
         raise DamagedFile(f"says {token}, and a checkpoint was written under {max(known)}")
-    return f"{token} writers so far"
+    return f"{counted(token, 'writer')} so far"
 
 
 def _checkpoints(run: RunDir) -> Lines:

@@ -14,7 +14,7 @@ from ddpm.config.schema import Config
 from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
 from ddpm.run import evidence
 from ddpm.run.events import life_of, read_events_and_damage
-from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, settled_marks, stamp
+from ddpm.run.files import DamagedFile, open_file, read_bytes, read_json, seconds, settled_marks, stamp
 from ddpm.run.generations import of_another, read_manifest
 from ddpm.run.log import counted
 from ddpm.run.paths import Made, RunDir, SampleSet, listed
@@ -265,7 +265,10 @@ def _check_newest(run: RunDir, saved: int) -> None:
     """Raises DamagedFile where the newest checkpoint cannot be whole; its content is not read."""
     if saved:
         manifest, file = read_manifest(run, saved), run.checkpoint(saved)
+        if not file.exists():
+            raise DamagedFile(f"{file.name} is missing beside its manifest")
         if not file.is_file() or file.stat().st_size != manifest.get("bytes"):
+            open_file(file).close()  # which may know why
             raise DamagedFile(f"{file.name} is not whole: {manifest.get('bytes')} bytes were saved")
 
 

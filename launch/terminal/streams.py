@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ddpm.run.log import plain_lines
+from launch.cluster import environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,11 @@ class Plain:
 def below(stream: Any) -> Any:
     """For what draws on a terminal: the stream itself."""
     return stream._stream if isinstance(stream, Plain) else stream
+
+
+def draws(stream: Any) -> bool:
+    """Whether it is a terminal that obeys: one called dumb, as in Emacs, shows escapes as they are."""
+    return bool(stream.isatty()) and environment.terminal() != "dumb"
 
 
 def drawing(stream: Any, **settings: Any) -> Console:

@@ -34,17 +34,20 @@ def columns() -> int:
 def page(rows: list[Row], width: int, *, details: bool) -> list[str]:
     """The table, and under it problems, what to do, and what had no room. details: where hours went, and all scores."""
     shown, left_out = table.lines(rows, width)
-    for row in rows:
-        for told in _notes(row, left_out, details=details):
-            shown += textwrap.wrap(plain(f"{row['name']}: {told}"), width, subsequent_indent="  ",
-                                   break_on_hyphens=False, break_long_words=False)  # fmt: skip
+    notes = [f"{row['name']}: {told}" for row in rows for told in _notes(row, left_out, details=details)]
+    below = {"score", "waits for", *(["samples"] if details else [])}
+    if hidden := [column.name for column in table.COLUMNS if column.name in left_out - below]:
+        notes.append(f"no room for {', '.join(hidden)}: --json has all")
+    for note in notes:
+        shown += textwrap.wrap(plain(note), width, subsequent_indent="  ",
+                               break_on_hyphens=False, break_long_words=False)  # fmt: skip
     return shown
 
 
 def show(rows: list[Row], *, details: bool) -> None:
     """Print it once."""
     head, *rest = page(rows, columns(), details=details)
-    head = f"\x1b[1m{head}\x1b[0m" if sys.stdout.isatty() else head
+    head = f"\x1b[1m{head}\x1b[0m" if streams.draws(sys.stdout) else head
     print("\n".join([head, *rest]), file=streams.below(sys.stdout), flush=True)
 
 

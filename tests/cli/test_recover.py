@@ -334,6 +334,19 @@ def test_folders_that_are_kept_elsewhere_stay_there_and_what_is_set_aside_can_be
     assert (run / "checkpoints").is_dir() and not list((run / "checkpoints").iterdir())
 
 
+def test_a_folder_that_is_a_link_to_nothing_is_no_damage_of_other_files_and_its_mending_is_told(again: Shell) -> None:
+    run = again.root / RUN
+    (run / "checkpoints").rename(run.parent / "kept")
+    (run / "checkpoints").symlink_to("/not/mounted")
+    told = again("recover", RUN).stdout
+    assert not re.search("^(damaged|missing) +(config.yaml|fence)", told, re.MULTILINE), told
+    assert f"ln -sfn WHERE-IT-IS {run}/checkpoints" in told and "--rebuild" not in told and "Errno" not in told, told
+    done = again("recover", RUN, "--start-over")
+    assert done.returncode == 0 and "submit it again, and it begins at step 0" in done.stdout, done.stdout + done.stderr
+    (aside,) = run.glob("set-aside-*")
+    assert str((aside / "checkpoints").readlink()) == "/not/mounted"
+
+
 @pytest.mark.parametrize("what", ["--rebuild", "--start-over"])
 def test_a_run_that_a_live_job_holds_is_left_alone(again: Shell, what: str) -> None:
     with (again.root / RUN / "lock").open("r+b") as lock:

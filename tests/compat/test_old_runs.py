@@ -12,6 +12,7 @@ import pytest
 from tests.compat.harness import (
     ABSOLUTE,
     FIXTURE,
+    IMAGES,
     LEVELS,
     RELATIVE,
     Machine,
@@ -21,6 +22,7 @@ from tests.compat.harness import (
     score,
     shards,
 )
+from tests.compat.text import with_runs
 from tests.conftest import requires
 
 
@@ -137,6 +139,19 @@ def test_the_score_of_the_finished_set_is_the_old_one(completed: Path, expected:
 def test_a_set_that_was_scored_is_given_the_same_score_again(completed: Path, exact: bool) -> None:
     old = {k: v for k, v in read(FIXTURE / "sampled" / "eval" / "small.json").items() if k != "created"}
     check_score(score(completed, "small"), old, exact)
+
+
+def test_a_finished_run_whose_images_have_moved_is_scored_once_it_is_told_where_to(tmp_path: Path) -> None:
+    machine = with_runs(tmp_path / "machine")
+    run, there = machine.root / "sampled", tmp_path / "there.zip"
+    (machine.home / IMAGES.name).rename(there)
+    lost = machine("launch/evaluate.py", "sampled", "--set", "small", "--reference", "test", check=False)
+    assert lost.returncode == 2 and f"python launch/submit.py {run} data.path=THERE" in lost.stderr, lost.stderr
+    told = machine("launch/submit.py", str(run), f"data.path={there}", "--cluster", "local").stdout
+    assert f"its config changes: data.path={there} (it was " in told and "is complete" in told, told
+    assert str(there) in (run / "config.yaml").read_text()
+    assert "its config changes" not in machine("launch/submit.py", str(run), "--cluster", "local").stdout
+    machine("launch/evaluate.py", "sampled", "--set", "small", "--reference", "test", "--cluster", "local", "--dry-run")
 
 
 # ---------------------------------------------------------------- what scripts of users read

@@ -482,10 +482,29 @@ def test_what_is_allowed_and_hardly_meant_is_warned_of(tmp_path: Path) -> None:
     assert [w for path in (PROJECT / "configs").glob("*.yaml") for w in load(path).warnings()] == []
     (blind,) = read(tmp_path, "", "model.norm_groups=128").warnings()
     assert blind.startswith("model.norm_groups = 128: a group for each channel of level 0,")
-    (short,) = read(tmp_path, "", "train.total_steps=100").warnings()
+    (short,) = read(tmp_path, "", "train.total_steps=100", "train.ema_warmup=true").warnings()
     assert short.startswith("train.warmup_steps = 5000: train.total_steps = 100 ") and "train.warmup_steps=10" in short
-    assert read(tmp_path, "", "train.total_steps=100", "train.warmup_steps=100").warnings() != []
-    assert read(tmp_path, "", "train.total_steps=100", "train.warmup_steps=10").warnings() == []
+    brief = ["train.total_steps=100", "train.ema_warmup=true"]
+    assert read(tmp_path, "", *brief, "train.warmup_steps=100").warnings() != []
+    assert read(tmp_path, "", *brief, "train.warmup_steps=10").warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        (["train.total_steps=100"], "99%"),
+        (["train.total_steps=5000"], "61%"),
+        (["train.total_steps=5000", "train.ema_start_step=4000"], "90%"),
+        (["train.total_steps=5000", "train.ema_every_steps=10"], "95%"),
+        (["train.total_steps=5000", "train.ema_decay=0.999"], ""),
+        (["train.total_steps=5000", "sample.weights=model"], ""),
+        (["train.total_steps=50000"], ""),
+        (["train.total_epochs=1"], ""),  # it is told once the data is counted
+    ],
+)
+def test_an_average_that_has_hardly_begun_to_move_is_warned_of(tmp_path: Path, words: list[str], share: str) -> None:
+    told = read(tmp_path, "", "train.warmup_steps=0", *words).warnings()
+    assert len(told) == bool(share) and all(f"{share} of the weights that it began with" in line for line in told)
 
 
 def test_what_belongs_together_is_accepted(tmp_path: Path) -> None:

@@ -194,10 +194,11 @@ def test_cmyk_becomes_rgb() -> None:
     assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 6 and told == {"converted from CMYK": 1}
 
 
-def test_what_is_cropped_or_enlarged_is_counted() -> None:
+def test_what_is_cropped_enlarged_or_shrunk_is_counted() -> None:
     assert decoded(encoded(Image.new("RGB", (9, 8))), 8)[1] == {"cropped to their middle": 1}
     assert decoded(encoded(Image.new("RGB", (4, 4))), 8)[1] == {"enlarged": 1}
-    assert decoded(encoded(Image.new("RGB", (16, 16))), 8)[1] == {}
+    assert decoded(encoded(Image.new("RGB", (16, 16))), 8)[1] == {"shrunk to 8x8": 1}
+    assert decoded(encoded(Image.new("RGB", (8, 8))), 8)[1] == {}
 
 
 # ---------------------------------------------------------------- what is refused

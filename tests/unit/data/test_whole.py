@@ -286,6 +286,7 @@ def test_a_cache_of_before_is_used_as_it_is_and_gets_its_labels_digest(
     cache = tmp_path / "cache"
     key, before = pack(data, "train", cache)
     kept = read_signed(cache / key / "labels.json")
+    capsys.readouterr()
     as_before_labels_had_a_digest(cache, key)
     with monkeypatch.context() as no_decoding:
         no_decoding.setattr(sources, "read", lambda *_: pytest.fail("decoded again"))

@@ -19,7 +19,7 @@ from ddpm.run.files import sign
 from ddpm.run.images import write_png
 from ddpm.run.paths import RunDir
 from ddpm.scoring.record import Score
-from launch.page import curves, lives, pictures, recipe, scores, side_by_side
+from launch.page import curves, lives, page, pictures, recipe, scores, side_by_side
 from launch.page.axes import across, scale
 from launch.page.chart import MOST_POINTS, finite, smoothed, thinned
 from launch.page.clock import clock
@@ -249,6 +249,18 @@ def test_a_sampler_is_told_with_all_that_is_not_usual_of_it(capsys: pytest.Captu
     assert f" {said} " in told and " 4.16 to 4.36 " in told
 
 
+def test_a_card_tells_of_classes_guidance_and_the_average_where_there_are_any() -> None:
+    manifest = {"step": 200, "images": 400, "sha256": "0", "created": "then"}
+    tree = {"data": {"name": "images", "path": "x"}, "model": {"num_classes": 2}}
+    train = {"label_dropout": 0.1, "ema_warmup": True, "warmup_steps": 0}
+    told = card(Config.model_validate({**tree, "train": train}), {}, manifest, "0", [], name="x")
+    assert "labels=model.classes[0]" in told and "guidance=1.5" in told
+    assert "| labels | dropped with probability 0.1, for guidance |" in told
+    assert "| average | decay 0.9999, warmed up |" in told
+    plain = card(Config(), {}, manifest, "0", [], name="x")
+    assert "labels" not in plain and "guidance" not in plain and "| average | decay 0.9999 |" in plain
+
+
 def test_what_each_class_scores_stands_under_its_name() -> None:
     by_class = score("conditional", 300, 4.26, 50_000, fid_per_class=[12.34, None, 7.0])
     odd = score("odd", 300, 4.5, 50_000, fid_per_class="none")
@@ -311,6 +323,16 @@ def test_runs_side_by_side_begin_with_the_best_and_show_what_differs(tmp_path: P
     lines = re.findall(r"<tr><td>([abc])</td><td[^>]*>(.*?)</td>", html)
     assert lines == [("a", "0.0001"), ("b", "0.0002"), ("c", "0.0004")]
     assert "5.0 ± 0.2" in html and "from step 4 on" in html and "This cannot be shown" not in html
+
+
+def test_of_a_model_of_classes_it_is_told_whose_samples_a_grid_has(tmp_path: Path) -> None:
+    record = {"labels": {"classes": {"cat": 60, "dog": 60}}}
+    config = Config.model_validate({"data": {"name": "images", "path": "x"}, "model": {"num_classes": 2}})
+    write_png(RunDir(tmp_path).grid(1), np.zeros((8, 8, 3), np.uint8))
+    assert "in turn, row by row, without guidance: cat, dog." in page.of_run(
+        facts(tmp_path, [], record=record, config=config)
+    )
+    assert "row by row" not in page.of_run(facts(tmp_path, [], record=record, config=Config()))
 
 
 def test_of_many_grids_some_are_shown_smaller_and_the_rest_and_the_broken_are_told(tmp_path: Path) -> None:

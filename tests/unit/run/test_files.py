@@ -210,7 +210,14 @@ def test_what_is_no_file_is_damaged_by_name_and_nobody_waits_for_it(tmp_path: Pa
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as there:
         there.bind(str(tmp_path / "socket.json"))
-    for name, why in (("fifo.json", "a FIFO"), ("zero.json", "a device"), ("socket.json", "a socket")):
+    (tmp_path / "lfs.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    reasons = {
+        "fifo.json": "a FIFO",
+        "zero.json": "a device",
+        "socket.json": "a socket",
+        "lfs.json": "a pointer of Git LFS",
+    }
+    for name, why in reasons.items():
         for read in (read_bytes, read_signed, files.sha256_file):
             with pytest.raises(DamagedFile, match=f"{name}: {why}"):
                 read(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from ddpm.run.paths import RunDir
-from launch.terminal import columns, history, view
+from launch.terminal import columns, history, streams, view
 from launch.terminal.screen import Screen
 from tests.unit.terminal.rows import TOLD, of_every_kind, row
 
@@ -62,6 +63,27 @@ def test_a_name_wider_than_the_terminal_is_shown_all_the_same() -> None:
 def test_each_score_is_shown_with_its_set_and_each_wait_with_its_reason_at_any_width(width: int) -> None:
     page = " ".join(" ".join(view.page(of_every_kind(), width, details=False)).split())
     assert "ddim100-step800000-seed0" in page and TOLD in page and "Priority" in page and "JobHeldUser" in page
+
+
+def test_columns_for_which_there_is_no_room_are_named() -> None:
+    rows = [row("a" * 30, jobs={"20": "RUNNING"}, stages={"20": "train"}), row("b")]
+    *_, last = view.page(rows, 60, details=False)
+    assert last.startswith("no room for ") and "restarts" in last and last.endswith(": --json has all")
+    assert not any("no room" in line for line in view.page(rows, 200, details=False))
+
+
+def test_a_terminal_that_obeys_no_escapes_is_sent_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    for kind, draws in (("xterm", True), ("screen.xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", kind)
+        assert streams.draws(terminal) is draws
+    assert not streams.draws(io.StringIO())
+
+
+def test_a_run_whose_length_is_not_known_is_not_said_to_have_none() -> None:
+    (_, line), _ = columns.lines([row("a", step=60, total_steps=0)], 80)
+    assert "60/?" in line
 
 
 def test_a_run_without_a_score_has_no_line_of_one() -> None:
