@@ -40,6 +40,20 @@ def _nodes(env: Mapping[str, str]) -> str:
     return env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
 
 
+def hosts_of(env: Mapping[str, str], came: Mapping[int, str]) -> dict[int, str]:
+    """The nodes of the step's ranks that are not in `came`, by which nodes miss some of their tasks, in order; {} if
+    that cannot be known."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    names = [_nodes(env)]
+    with contextlib.suppress(SchedulerError):
+        names = slurm.run(["scontrol", "show", "hostnames", _nodes(env)], timeout_s=20).split()
+    here = list(came.values())
+    lacks = [name for name, count in zip(names, tasks, strict=False) for _ in range(count - here.count(name))]
+    silent = [rank for rank in range(sum(tasks)) if rank not in came]
+    return dict(zip(silent, lacks, strict=True)) if len(names) == len(tasks) and len(silent) == len(lacks) else {}
+
+
 def _ends(nodes: str) -> tuple[str, str]:
     """The first and the last host of a host list, by SLURM, which alone knows all forms; without its commands by the
     list's text, as rack[1-2]-node[03,05]."""

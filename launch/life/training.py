@@ -43,9 +43,9 @@ QUEUE_AT_MOST_S = 120.0
 
 def train(life: Life, config: Config, why: str | None) -> int:
     """Train on all ranks; returns the exit code. why: on rank 0, the reason for which there is nothing to train."""
-    run, env = life.run, life.env
+    env = life.env
     devices.one_device(env)  # a rank without one must not let the others wait for it
-    site = site_of(run)
+    site = site_of(life.run)
     timeout_s = site.rank_timeout_s
     if env.is_scheduled and env.world_size > 1:
         _choose_network(site.network_interface, env.master_addr)
@@ -56,7 +56,16 @@ def train(life: Life, config: Config, why: str | None) -> int:
         master_addr=env.master_addr,
         master_port=env.master_port,
         timeout_s=timeout_s,
+        host=env.host,
+        host_of=environment.hosts_of_ranks,
     )
+    with world.heeded():
+        return _in_step(life, config, why, world, timeout_s)
+
+
+def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_s: float) -> int:
+    """As `train`, once the ranks have found each other."""
+    run, env = life.run, life.env
     devices.check_apart(world, env.host)
     fence = None
     if world.is_main and not why:

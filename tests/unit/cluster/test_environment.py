@@ -117,6 +117,18 @@ def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
     assert environment.current().master_addr == "10.0.0.1" and asked == [first]
 
 
+@pytest.mark.parametrize(("came", "others"), [
+    ({0: "n1", 1: "n1", 2: "n1", 3: "n2"}, {4: "n3"}), ({0: "n1", 3: "n2"}, {1: "n1", 2: "n1", 4: "n3"}),
+    ({}, {0: "n1", 1: "n1", 2: "n1", 3: "n2", 4: "n3"}), ({0: "of another name"}, {}),
+])  # fmt: skip
+def test_where_ranks_are_that_did_not_come_is_told_by_what_their_nodes_lack(
+    monkeypatch: pytest.MonkeyPatch, came: dict[int, str], others: dict[int, str]
+) -> None:
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: "n1\nn2\nn3\n")
+    env = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "3,1(x2)"}
+    assert addresses.hosts_of(env, came) == others
+
+
 def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
     assert addresses.interface_towards("127.0.0.1") == "lo"
     assert addresses.interface_towards("no-such-node.invalid") is None
