@@ -604,6 +604,19 @@ def test_the_ranks_of_a_sampling_task_share_its_shards_and_answer_for_themselves
     assert (run.logs / ".shard-17_1").read_text() == "1,3,5,7,9"
 
 
+@pytest.mark.parametrize(("code", "reason", "told"), [
+    (75, "time_limit", "75 time_limit"), (75, "preempted", None), (0, "", None), (1, "", None)
+])  # fmt: skip
+def test_of_the_ranks_of_a_sampling_task_any_tells_that_its_time_is_up_and_none_what_else_befell_it(
+    run: RunDir, code: int, reason: str, told: str | None
+) -> None:
+    """srun ends the others then: their deaths are no crash. It says SIGTERM too where another has crashed."""
+    life = Life(run, StopFlag(), JobEnvironment("slurm", "17_1", 0, "n1", 1, 3, 1, "n1", 1, 1, 1, "")).alone()
+    assert life.leave(code, reason) == code
+    marker = run.exit_marker("17_1", 0)
+    assert (marker.read_text() if marker.exists() else None) == told
+
+
 @pytest.mark.parametrize("leads_to", [None, "/nowhere", "STOP"])
 def test_a_run_that_is_stopped_for_good_is_left_without_loading_torch(
     run: RunDir, tmp_path: Path, leads_to: str | None
