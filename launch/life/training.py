@@ -241,8 +241,9 @@ def _compiled_anew() -> bool:
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
     """Write rank 0's exit marker before any rank exits, since srun ends a step at its first bad exit; returns
-    `code`."""
+    `code`, though another rank dies now."""
     life.leave(code, reason)
-    world.barrier()
-    ranks.leave()
+    with suppress(RuntimeError):
+        world.barrier()
+        ranks.leave()
     return code

@@ -304,6 +304,28 @@ def work_for(seconds: float, then: Any) -> Callable[..., Any]:
     return work
 
 
+def leave_though_the_other_has_died(world: World, run: RunDir) -> None:
+    if world.rank == 1:
+        os._exit(0)
+    env = JobEnvironment("slurm", "17", 0, "n1", world.rank, world.world_size, world.rank, "", 0, 1, None, "")
+    args = jobs.parse(["train", str(run.path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.os, "_exit", lambda code: None)
+        patch.setattr(jobs, "begin", lambda run: Life(run, StopFlag(), env))
+        patch.setattr(jobs, "work", lambda life, args: _left(life, world))
+        jobs.main([args.stage, str(args.run)])
+    assert run.exit_marker("17", 0).read_text() == "75 time_limit"
+
+
+def _left(life: Life, world: World) -> int:
+    with world.heeded():
+        return training._leave_together(life, world, 75, "time_limit")
+
+
+def test_what_rank_0_said_as_it_left_stands_though_another_rank_dies_then(run: RunDir) -> None:
+    on_ranks(2, leave_though_the_other_has_died, run, timeout_s=10)
+
+
 def life_on(world: World, run: RunDir, stops_after: int) -> Life:
     """One that is told to stop on its second rank, when it has been asked so often."""
     asked = iter(range(1000))
