@@ -164,12 +164,12 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     device.apply(resolved)
     if resolved.deterministic:  # NVLink's switches sum in no fixed order; NCCL, not in use yet, will read this
         environment.set_defaults(NCCL_NVLS_ENABLE="0")
-    now = {"device": device.name_of(world.device), "torch": torch.__version__}
+    now = devices.kind(world.device)
     if fence is not None and not kept:
         _keep(run, fence, {**resolved.as_dict(), **now, "world_size": world.world_size})
     for what, it in now.items() if world.is_main and kept else ():
         if (first := kept.get(what, it)) != it:
-            it = f"torch {it}" if what == "torch" else it
+            it = f"torch {it}" if what == "torch" else f"a CPU with {it}" if what == "cpu" else it
             say(f"{it} goes on where {first} began: the same images and noise, sums rounded otherwise")
     return resolved
 

@@ -260,6 +260,7 @@ def test_a_run_that_goes_on_with_another_torch_or_on_another_gpu_says_so(
         (here, []),
         ({"torch": "2.6.0"}, [f"torch {torch.__version__} goes on where 2.6.0 began"]),
         ({**here, "device": "NVIDIA A100"}, ["cpu goes on where NVIDIA A100 began"]),
+        ({**here, "cpu": "Z80"}, [f"a CPU with {torch.backends.cpu.get_cpu_capability()} goes on where Z80 began"]),
     ):
         run.run_json.write_text(json.dumps({"resolved": {"amp": "off", "threads": 1, **first}}))
         with mock.patch.object(training.device, "apply"):
@@ -455,11 +456,26 @@ def test_ranks_that_share_a_gpu_or_of_which_some_have_none_are_told_of_it_before
     monkeypatch: pytest.MonkeyPatch, others: list[tuple[str, str]], told: tuple[type[Exception], str] | None
 ) -> None:
     monkeypatch.setattr(devices, "_identity", lambda device: "GPU-0")
-    world = SimpleNamespace(world_size=4, device=torch.device("cuda", 0), all_of=lambda own: [own, *others])
+    monkeypatch.setattr(devices, "name_of", lambda device: "H100")
+    gpu = torch.device("cuda", 0)
+    world = SimpleNamespace(
+        world_size=4, device=gpu, is_main=True, all_of=lambda own: [own, *((*other, own[2]) for other in others)]
+    )
     with pytest.raises(told[0], match=told[1]) if told else contextlib.nullcontext():
         devices.check_apart(world, "n1")  # type: ignore[arg-type]
-    here = SimpleNamespace(world_size=4, device=torch.device("cpu"), all_of=lambda own: [own] * 4)
+    here = SimpleNamespace(world_size=4, device=torch.device("cpu"), is_main=True, all_of=lambda own: [own] * 4)
     devices.check_apart(here, "n1")  # type: ignore[arg-type]
+
+
+def test_ranks_on_nodes_of_other_kinds_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu, one = torch.device("cpu"), devices.kind(torch.device("cpu"))
+    for cpus, told in (("AVX2", ""), ("AVX512", "rank 0 on n1: cpu, 2.9, AVX2; rank 1 on n2: cpu, 2.9, AVX512. Ask")):
+        kinds = [{**one, "torch": "2.9", "cpu": of} for of in ("AVX2", cpus, cpus)]
+        ranks = [(f"n{rank + 1}", "", kind) for rank, kind in enumerate(kinds)]
+        world = SimpleNamespace(world_size=3, device=cpu, is_main=True, all_of=lambda own, ranks=ranks: ranks)
+        devices.check_apart(world, "n1")  # type: ignore[arg-type]
+        said = capsys.readouterr().out
+        assert told in said and bool(told) == bool(said)
 
 
 def test_gpus_that_have_no_uuid_of_their_own_or_several_are_told_apart_by_where_they_are(
