@@ -40,6 +40,17 @@ class NodeUnfit(DDPMError):
     """This node cannot do the work, but another one may: the job is tried again."""
 
 
+class RanksLost(DDPMError):
+    """A rank of this job died, hangs, or cannot be reached: the job is tried again."""
+
+    @classmethod
+    def silent(cls, at: dict[int, str], why: str) -> RanksLost:
+        """at: the ranks that are not heard, and where each is; "" if that is not known."""
+        ranks = f"rank{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}"
+        where = ", ".join(dict.fromkeys(filter(None, at.values())))
+        return cls(f"{ranks} on {where or 'an unknown node'} {why}")
+
+
 class RunBusy(DDPMError):
     """Another job has the run, or has taken it over from this one."""
 

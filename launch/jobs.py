@@ -22,7 +22,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RunBusy, RunGone, Stopped
+from ddpm.errors import EXIT_REQUEUE, DoNotRetry, EnvironmentLacks, NodeUnfit, RanksLost, RunBusy, RunGone, Stopped
 from ddpm.run.evidence import Incomplete
 from ddpm.run.generations import NoneHolds
 from ddpm.run.log import say
@@ -107,6 +107,9 @@ def told(life: Life, stage: str, error: Exception) -> int:
         say(str(error))
         return life.leave(error.exit_code, GONE if isinstance(error, RunGone) else "")
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, (Incomplete, NoneHolds)) else str(error)
+    if isinstance(error, RanksLost):
+        say(f"failed: {error}")
+        return life.leave(1)
     here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))

@@ -58,15 +58,18 @@ ddpm_end() {
   { heard=$(builtin cd -- "$DDPM_HOME" && DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
       "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
   local end=$?
-  [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code"
+  [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code" "$end"
   eval "$ddpm_at_end"
   exit "$end"
 }
 ddpm_end_without_python() {   # puts the job back elsewhere, three times at most: only SLURM and this shell are asked
-  local code=$1 lives="$DDPM_RUN/logs/.without-python-$ddpm_job" times=0 total without reason
-  echo "error: $DDPM_PYTHON does not run on node $ddpm_node (or $DDPM_HOME is not there)"
+  local code=$1 lives="$DDPM_RUN/logs/.without-python-$ddpm_job" times=0 total without reason bad=$ddpm_node
   [ ! -f "$lives" ] || times=$(wc -l <"$lives")
   reason="$DDPM_PYTHON does not run on node $ddpm_node"
+  case $2 in
+  137 | 143) bad= reason="what looks into a life's end was itself ended by signal $(($2 - 128)) on node $ddpm_node" ;;
+  *) echo "error: $reason (or $DDPM_HOME is not there)" ;;
+  esac
   if [ "$(scontrol show job -o "$ddpm_job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')" != RUNNING ]; then
     echo "[batch] SLURM does not call the job RUNNING: leaving it to SLURM"
     return
@@ -78,11 +81,11 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
     return
   fi
   ddpm_event requeued "$code" "$reason"
-  echo "[batch] requeueing job $ddpm_job, without node $ddpm_node"
+  echo "[batch] $reason: requeueing job $ddpm_job${bad:+, without node $bad}"
   trap '' TERM   # SLURM ends this shell once the job is put back, and the node is yet to be excluded
   scontrol requeue "$ddpm_job" || return
   total=$(sinfo -h -N -p "${SLURM_JOB_PARTITION:-}" -o %N 2>/dev/null | sort -u | wc -l)
-  if [ "$total" -gt $((${SLURM_JOB_NUM_NODES:-1} + times)) ]; then
+  if [ -n "$bad" ] && [ "$total" -gt $((${SLURM_JOB_NUM_NODES:-1} + times)) ]; then
     without=$(scontrol show job -o "$ddpm_job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
     [ "$without" != "(null)" ] || without=
     scontrol update jobid="$ddpm_job" excnodelist="${without:+$without,}$ddpm_node"
@@ -93,7 +96,7 @@ ddpm_end_without_python() {   # puts the job back elsewhere, three times at most
 ddpm_event() {   # a line as launch/ writes them, by hand; a full disk must not keep the job from its return
   printf '{"event": "%s", "time": "%s", "job": "%s", "restart": %d, "host": "%s", "stage": "%s", "exit_code": %d, %s}\n' \
     "$1" "$(date -u +%FT%T.%3NZ)" "$ddpm_job" "${SLURM_RESTART_COUNT:-0}" "$ddpm_node" "$DDPM_STAGE" "$2" \
-    "${SLURM_CLUSTER_NAME:+\"cluster\": \"${SLURM_CLUSTER_NAME,,}\", }\"reason\": \"${3//[\"\\]/_}\", \"bad_node\": \"$ddpm_node\", \"world_size\": ${SLURM_NTASKS:-1}" \
+    "${SLURM_CLUSTER_NAME:+\"cluster\": \"${SLURM_CLUSTER_NAME,,}\", }\"reason\": \"${3//[\"\\]/_}\", ${bad:+\"bad_node\": \"$bad\", }\"world_size\": ${SLURM_NTASKS:-1}" \
     >>"$DDPM_RUN/events/$ddpm_job.${SLURM_RESTART_COUNT:-0}.jsonl" || true
 }
 trap ddpm_end EXIT

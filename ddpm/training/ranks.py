@@ -7,7 +7,8 @@ which ranks agree on when to stop without waiting for a device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from ddpm.errors import DDPMError
 from ddpm.run.stopping import STOP_REASONS, StopRequested
+from ddpm.training.peers import HostOf, Peers
 
 T = TypeVar("T")
 
@@ -23,6 +25,9 @@ RANK_TIMEOUT_S = 600
 """A rank that does not answer its peers for this long ends the job; compiling the network takes up to two minutes."""
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """What carries tensors between ranks, by the kind of their device."""
+BEFORE_NCCL = 0.9
+"""Of the time after which NCCL's watchdog ends a process without naming a rank: how long one waits for others' words
+where gradients go by NCCL."""
 
 
 def stop_code(stop_requested: StopRequested) -> int:
@@ -37,6 +42,7 @@ class World:
     rank: int
     world_size: int
     device: torch.device
+    peers: Peers | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +62,10 @@ class World:
             return lambda: values
         t = torch.tensor(values, dtype=torch.int64)
         work = dist.all_reduce(t, op=dist.ReduceOp.MAX, async_op=True)
-        return lambda: (work.wait(), t.tolist())[1]
+        patience: tuple[timedelta, ...] = ()
+        if self.device.type == "cuda" and self.peers is not None:
+            patience = (timedelta(seconds=BEFORE_NCCL * self.peers.timeout_s),)
+        return lambda: (work.wait(*patience), t.tolist())[1]
 
     def agreed_stop(self, stop_requested: StopRequested) -> str:
         """The reason for which all ranks stop here, or ""."""
@@ -115,6 +124,10 @@ class World:
     def barrier(self) -> None:
         self.agree([0])
 
+    def heeded(self) -> AbstractContextManager[None]:
+        """As `Peers.heeded`."""
+        return self.peers.heeded() if self.peers is not None else nullcontext()
+
 
 def join(
     *,
@@ -124,24 +137,30 @@ def join(
     master_addr: str,
     master_port: int,
     timeout_s: float = RANK_TIMEOUT_S,
+    host: str = "",
+    host_of: HostOf = lambda came: {},
 ) -> World:
-    """Form the process group of `world_size` ranks and choose this rank's device. Raises RuntimeError on time-out.
+    """Form the process group of `world_size` ranks and choose this rank's device. Raises RanksLost if some do not come.
 
     timeout_s: how long any rank waits for another, here and in every later collective.
+    host: where this rank is.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if world_size == 1:
+        return World(rank, world_size, device)
+    peers = Peers(rank, world_size, master_addr, master_port, timeout_s, host, host_of)
+    with peers.heeded():
         dist.init_process_group(
             BACKENDS[device.type],
-            init_method=f"tcp://{master_addr}:{master_port}",
+            store=peers.store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-    return World(rank, world_size, device)
+    return World(rank, world_size, device, peers)
 
 
 def leave() -> None:

@@ -260,14 +260,18 @@ class Trainer:
         """Called after a step on all ranks, which agree on: why to stop, or ""; whether to roll back; whether to
         save."""
         step, world = self.at.step, self.world
+        # what others ask is heard one step late, so that nothing waits for them, and before a device is waited for,
+        # which never ends where a rank hangs
+        code, any_bad, any_save = self._asked() if self._asked else (0, 0, 0)
         # device values are read one step late, so that a GPU never waits for this; at the end there is no later
         bad = _is_bad(self._finite_before) or (at_total and _is_bad(self._finite))
         # the clock is rank 0's
         by_clock = self.due.save(step, time.monotonic() - self._saved_at if world.is_main else 0)
         asked = world.agree_later([stop_code(stop_requested), int(bad), int(by_clock)])
-        # what others ask is heard one step late, so that nothing waits for them
-        heard, self._asked = (asked, None) if world.world_size == 1 else (self._asked, asked)
-        code, any_bad, any_save = heard() if heard else (0, 0, 0)
+        if world.world_size == 1:
+            code, any_bad, any_save = asked()
+        else:
+            self._asked = asked
         save_due = bool(any_save) or self.due.save(step, 0)
         if (code or save_due or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
             # nothing is kept of a step not known as good

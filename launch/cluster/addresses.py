@@ -8,11 +8,14 @@ import re
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 
 from launch.cluster import slurm
 from launch.cluster.answers import SchedulerError
 
 SIOCGIFADDR = 0x8915
+IPV6 = Path("/proc/net/if_inet6")
+"""This machine's IPv6 addresses, and in the last column the interface of each."""
 
 
 def first_node_address(env: Mapping[str, str]) -> str:
@@ -33,11 +36,26 @@ def _address(node: str) -> str | None:
 
 
 def _resolved(name: str) -> str:
-    return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])  # some sites have IPv6 alone
 
 
 def _nodes(env: Mapping[str, str]) -> str:
     return env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+
+
+def hosts_of(env: Mapping[str, str], came: Mapping[int, str]) -> dict[int, str]:
+    """The nodes of the step's ranks that are not in `came`, by which nodes miss some of their tasks, in order; {} if
+    that cannot be known."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    names = [_nodes(env)]
+    with contextlib.suppress(SchedulerError):
+        names = slurm.run(["scontrol", "show", "hostnames", _nodes(env)], timeout_s=20).split()
+    here = list(came.values())
+    lacks = [name for name, count in zip(names, tasks, strict=False) for _ in range(count - here.count(name))]
+    silent = [rank for rank in range(sum(tasks)) if rank not in came]
+    return dict(zip(silent, lacks, strict=True)) if len(names) == len(tasks) and len(silent) == len(lacks) else {}
 
 
 def _ends(nodes: str) -> tuple[str, str]:
@@ -57,7 +75,7 @@ def interface_of(env: Mapping[str, str], rank_0: str) -> str | None:
     rank_0: the address of the first node, as this one sees it. There its own name often resolves to 127.0.1.1, and the
     way to that is one on which nobody else reaches it: the first node asks for the way to the last.
     """
-    if rank_0.startswith("127."):
+    if rank_0.startswith("127.") or rank_0 == "::1":
         first, last = _ends(_nodes(env))
         if first != last and (address := _address(last)):
             return interface_towards(address)
@@ -66,9 +84,14 @@ def interface_of(env: Mapping[str, str], rank_0: str) -> str | None:
 
 def interface_towards(address: str) -> str | None:
     """The network interface by which this node reaches `address`, which may be its own; None if it is not known."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    kind = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_DGRAM) as s:
         s.connect((address, 9))  # of a datagram: nothing is sent
         own = s.getsockname()[0]
+        if kind == socket.AF_INET6:
+            number = socket.inet_pton(kind, own.partition("%")[0]).hex()
+            lines = map(str.split, IPV6.read_text().splitlines())
+            return next((line[-1] for line in lines if line[0] == number), None)
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # one without an address
                 answer = fcntl.ioctl(s.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))

@@ -21,7 +21,7 @@ from ddpm.run.files import now
 from ddpm.run.log import has_control
 from ddpm.run.paths import RunDir
 from launch.cluster import asked
-from launch.cluster.addresses import first_node_address, interface_of, is_own_address, name_of
+from launch.cluster.addresses import first_node_address, hosts_of, interface_of, is_own_address, name_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 """Where the packages lie: a checkout, a run's code, or where pip has put them."""
@@ -331,6 +331,11 @@ def submitting(words: list[str]) -> Iterator[None]:
 def interface_of_peers(rank_0: str) -> str | None:
     """The network interface by which this node reaches the job's others. rank_0: the address of the first one."""
     return interface_of(os.environ, rank_0)
+
+
+def hosts_of_ranks(came: dict[int, str]) -> dict[int, str]:
+    """The nodes of the ranks that are not in `came` (rank -> node), as far as SLURM's counts tell them."""
+    return hosts_of(os.environ, came) if is_scheduled() else {}
 
 
 def set_defaults(**values: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ddpm.errors import DoNotRetry, NodeUnfit
 from ddpm.network.device import as_device, keep_freed_memory, name_of
+from ddpm.run.log import say
 from ddpm.training.ranks import World
 from launch.cluster import environment
 from launch.cluster.environment import JobEnvironment
@@ -75,11 +76,12 @@ def _fault(device: torch.device) -> str:
 
 def check_apart(world: World, host: str) -> None:
     """Called on all ranks. Raise DoNotRetry if two of them would have one GPU, which NCCL refuses; NodeUnfit if some
-    have a GPU and others none: they would wait for each other."""
+    have a GPU and others none: they would wait for each other. Say so if they compute by different things."""
     if world.world_size == 1:
         return
     gpu = _identity(world.device) if world.device.type == "cuda" else ""
-    told = world.all_of((host, gpu))
+    answers = world.all_of((host, gpu, kind(world.device)))
+    told = [(host, gpu) for host, gpu, _ in answers]
     gpus = [gpu for _, gpu in told]
     if any(gpus) and (without := [rank for rank, gpu in enumerate(gpus) if not gpu]):
         hosts = ", ".join(sorted({told[rank][0] for rank in without}))
@@ -96,6 +98,20 @@ def check_apart(world: World, host: str) -> None:
                     "--ntasks-per-node 4 beside it"
                 )
             )
+
+    kinds: dict[str, str] = {}
+    for rank, (host, _, found) in enumerate(answers):
+        kinds.setdefault(", ".join(found.values()), f"rank {rank} on {host}")
+    if world.is_main and len(kinds) > 1:
+        those = "; ".join(f"{where}: {what}" for what, where in kinds.items())
+        say(f"ranks round their sums differently, so that another life's bits may be others: {those}. Ask for nodes of "
+            f"one kind (--constraint)")  # fmt: skip
+
+
+def kind(device: torch.device) -> dict[str, str]:
+    """By what a process computes, as far as its rounding hangs on it."""
+    found = {"device": name_of(device), "torch": str(torch.__version__)}
+    return found | ({"cpu": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {})
 
 
 def _identity(gpu: torch.device) -> str:

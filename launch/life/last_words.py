@@ -28,7 +28,14 @@ FEWER = {
 }
 FROM_SETUP = r"^\S*setup\.sh: (?:eval: )?line \d+: "
 """How the shell begins what it says of a setup line."""
-TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): tasks? [\d,-]+: ", re.M)
+TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): (tasks? [\d,-]+): (.+)", re.M)
+KILLED = "Killed"
+SILENT = re.compile(r"^\S+Z failed: ranks? [\d, ]+ on (\S+(?:, \S+)*|an unknown node) (?:did not|could not be) ", re.M)
+"""What ranks say of others that hang (ddpm/training/peers.py); who says it leaves first."""
+NO_NODES = re.compile(r"^\S+Z failed: port \d+ is another process's|Watchdog caught collective operation timeout", re.M)
+"""Where ranks did not find each other, or NCCL does not say which of them hangs."""
+OF_ANOTHER = re.compile(r"^\S+Z failed: rank \d+ lost its connection to another", re.M)
+"""What a rank says whose peer died: no cause."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class LastWords:
     lacked: str = ""
     """What ran out: memory, or GPU memory; else ""."""
     node: str = ""
-    """The node of the rank that died first, if srun names it."""
+    """The node of the rank that did not answer the others, else of the one that died first, if srun names it."""
+    by_no_node: bool = False
+    """Whether ranks did not hear each other, and which node that is owed to is not known."""
     cancelled: bool = False
     """Whether SLURM says that it was cancelled by scancel."""
 
@@ -72,7 +81,7 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     own = [
         line.strip()
         for line in said.splitlines()
-        if line.strip() and not (line.startswith("[batch]") or NOISE.match(line))
+        if line.strip() and not (line.startswith("[batch]") or NOISE.match(line) or OF_ANOTHER.match(line))
     ]
     at = next((i for i in reversed(range(len(own))) if OWN.search(own[i])), None)
     error = own[at] if at is not None else ""
@@ -82,6 +91,13 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     ends = "\n".join(line for line in said.splitlines() if not re.match(TOLD, line))
     lacked = "GPU memory" if GPU_MEMORY.search(ends) else "memory" if HOST_MEMORY.search(ends) else ""
     died = TASK_DIED.search(said)
+    alone = died and not error and (OF_ANOTHER.search(said) or not died[3].startswith("Exited"))
+    if died and (alone or died[3] == KILLED):  # who is killed says nothing, and others what they make of it
+        error = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}"
+    silent = set(SILENT.findall(said))
+    node = silent.pop() if len(silent) == 1 else ""
+    by_no_node = bool(silent or NO_NODES.search(said) or " " in node)
     if len(error) > CHARACTERS:
         error = f"{error[:CHARACTERS].rpartition(' ')[0] or error[:CHARACTERS]} …"
-    return LastWords(path, error, lacked, died[1] if died else "", bool(SCANCEL.search(said)))
+    node = "" if by_no_node else node or (died[1] if died else "")
+    return LastWords(path, error, lacked, node, by_no_node, bool(SCANCEL.search(said)))

@@ -33,7 +33,8 @@ class Life:
     stop: StopFlag
     env: JobEnvironment
     speaks: bool = True
-    """Whether rank 0's exit marker stands for all ranks; else the batch shell goes by srun's exit code."""
+    """Whether rank 0's exit marker stands for all ranks; else the batch shell goes by srun's exit code, but where time
+    is up, which all are told: srun ends others for the first that leaves, and tells how they died."""
 
     def alone(self) -> Life:
         """The life of a rank that works on its own shards and waits for no other rank."""
@@ -50,7 +51,8 @@ class Life:
 
     def leave(self, code: int, reason: str = "") -> int:
         """Write the exit marker for the batch shell, which reads it instead of srun's exit code; returns `code`."""
-        self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
+        if self.speaks or reason == "time_limit":
+            self._mark(self.run.exit_marker(self.env.job, self.env.restart), f"{code} {reason or 'crash'}")
         return code
 
     def result_of(self, compute: Callable[[], T]) -> T | int:
@@ -73,7 +75,7 @@ class Life:
         self._mark(self.run.shard_marker(self.env.job), ranges(shards))
 
     def _mark(self, path: Path, text: str) -> None:
-        if self.env.rank == 0 and self.env.is_scheduled and self.speaks:
+        if self.env.rank == 0 and self.env.is_scheduled:
             with contextlib.suppress(OSError):  # of an exit code srun has one too; without a shard there is no progress
                 self.run.logs.mkdir(exist_ok=True)
                 path.write_text(text)

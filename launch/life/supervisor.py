@@ -55,11 +55,14 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
             told = of_this_cluster(read_events(run))
             known = replace(known, mistaken=mistaken_again(told, env.job, words.error, known.progress))
     decision = decide(known)
-    bad = (words.node or env.host) if decision.goes_on and blames_its_node(known) else ""
+    died = decision.goes_on and blames_its_node(known)
+    bad = (words.node or env.host) if died and not words.by_no_node else ""
     if decision.goes_on and known.can_tell:
         fields = {"reason": known.reason, "exit_code": known.code, "progress": known.progress, "stage": stage}
         fields |= {"wait_s": wait_s(known)} if wait_s(known) else {}
-        if not _note(run, log, "requeued", **fields, **({"bad_node": bad, "error": words.error} if bad else {})):
+        fields |= {"bad_node": bad} if bad else {}
+        fields |= {"error": words.error} if died else {}
+        if not _note(run, log, "requeued", **fields):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
         forget_shard(run, env)

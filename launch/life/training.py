@@ -43,9 +43,9 @@ QUEUE_AT_MOST_S = 120.0
 
 def train(life: Life, config: Config, why: str | None) -> int:
     """Train on all ranks; returns the exit code. why: on rank 0, the reason for which there is nothing to train."""
-    run, env = life.run, life.env
+    env = life.env
     devices.one_device(env)  # a rank without one must not let the others wait for it
-    site = site_of(run)
+    site = site_of(life.run)
     timeout_s = site.rank_timeout_s
     if env.is_scheduled and env.world_size > 1:
         _choose_network(site.network_interface, env.master_addr)
@@ -56,7 +56,16 @@ def train(life: Life, config: Config, why: str | None) -> int:
         master_addr=env.master_addr,
         master_port=env.master_port,
         timeout_s=timeout_s,
+        host=env.host,
+        host_of=environment.hosts_of_ranks,
     )
+    with world.heeded():
+        return _in_step(life, config, why, world, timeout_s)
+
+
+def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_s: float) -> int:
+    """As `train`, once the ranks have found each other."""
+    run, env = life.run, life.env
     devices.check_apart(world, env.host)
     fence = None
     if world.is_main and not why:
@@ -155,12 +164,12 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     device.apply(resolved)
     if resolved.deterministic:  # NVLink's switches sum in no fixed order; NCCL, not in use yet, will read this
         environment.set_defaults(NCCL_NVLS_ENABLE="0")
-    now = {"device": device.name_of(world.device), "torch": torch.__version__}
+    now = devices.kind(world.device)
     if fence is not None and not kept:
         _keep(run, fence, {**resolved.as_dict(), **now, "world_size": world.world_size})
     for what, it in now.items() if world.is_main and kept else ():
         if (first := kept.get(what, it)) != it:
-            it = f"torch {it}" if what == "torch" else it
+            it = f"torch {it}" if what == "torch" else f"a CPU with {it}" if what == "cpu" else it
             say(f"{it} goes on where {first} began: the same images and noise, sums rounded otherwise")
     return resolved
 
@@ -232,8 +241,9 @@ def _compiled_anew() -> bool:
 
 def _leave_together(life: Life, world: World, code: int, reason: str = "") -> int:
     """Write rank 0's exit marker before any rank exits, since srun ends a step at its first bad exit; returns
-    `code`."""
+    `code`, though another rank dies now."""
     life.leave(code, reason)
-    world.barrier()
-    ranks.leave()
+    with suppress(RuntimeError):
+        world.barrier()
+        ranks.leave()
     return code

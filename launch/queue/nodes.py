@@ -62,14 +62,15 @@ def _no_python(event: dict[str, Any]) -> str:
 
 
 def why_died(run: RunDir, events: Sequence[dict[str, Any]]) -> str | None:
-    """Why the last life ended that died by itself on a node, while none has begun since and its job waits to."""
+    """Why the last life ended that died by itself, while none has begun since and its job waits to."""
     last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in OF_LIVES), {})
-    if not last.get("bad_node"):
+    if not last.get("bad_node") and not last.get("error"):
         return None
+    where = f" on node {last['bad_node']}" if last.get("bad_node") else ""
     why = last.get("error") or last.get("reason")
     mend = f"; mend the site profile's `setup`, then {work.to_end(run)}, and submit again with --profile"
     of_setup = setup_line(last)[1] and by_the_profile(events, last)
-    return f"its last life died on node {last['bad_node']}: {why}{mend if of_setup else ''}"
+    return f"its last life died{where}: {why}{mend if of_setup else ''}"
 
 
 def bad_nodes(run: RunDir, setup: Sequence[str] | None = None) -> list[str]:

@@ -106,7 +106,7 @@ def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
     monkeypatch.setattr(slurm, "run", hostnames)
     first = "of-slurm" if slurm_says and "[" in nodes else first
 
-    def resolve(name: str, *_: object) -> list[tuple[object, ...]]:
+    def resolve(name: str, *_: object, **__: object) -> list[tuple[object, ...]]:
         asked.append(name)
         return [(0, 0, 0, "", ("10.0.0.1", 0))]
 
@@ -115,6 +115,18 @@ def test_rank_0_is_on_the_first_node_of_a_list_of_any_shape(
         monkeypatch.setenv(f"SLURM_STEP_{name}", value)
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert environment.current().master_addr == "10.0.0.1" and asked == [first]
+
+
+@pytest.mark.parametrize(("came", "others"), [
+    ({0: "n1", 1: "n1", 2: "n1", 3: "n2"}, {4: "n3"}), ({0: "n1", 3: "n2"}, {1: "n1", 2: "n1", 4: "n3"}),
+    ({}, {0: "n1", 1: "n1", 2: "n1", 3: "n2", 4: "n3"}), ({0: "of another name"}, {}),
+])  # fmt: skip
+def test_where_ranks_are_that_did_not_come_is_told_by_what_their_nodes_lack(
+    monkeypatch: pytest.MonkeyPatch, came: dict[int, str], others: dict[int, str]
+) -> None:
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: "n1\nn2\nn3\n")
+    env = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "3,1(x2)"}
+    assert addresses.hosts_of(env, came) == others
 
 
 def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
@@ -130,6 +142,18 @@ def test_a_node_is_reached_by_the_interface_that_leads_to_it() -> None:
     assert outward not in (None, "lo") and addresses.interface_towards(own) == outward
 
 
+def test_a_node_that_has_ipv6_alone_is_found_and_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        "n1": [(socket.AF_INET6, 1, 6, "", ("fd00::2", 0, 0, 0))],
+        "n2": [(socket.AF_INET6, 1, 6, "", ("fd00::2", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("10.0.0.2", 0))],
+    }
+    monkeypatch.setattr("socket.getaddrinfo", lambda name, *_, **__: known[name])
+    assert addresses.first_node_address({"SLURM_STEP_NODELIST": "n1"}) == "fd00::2"
+    assert addresses.first_node_address({"SLURM_STEP_NODELIST": "n2"}) == "10.0.0.2"
+    if addresses.IPV6.exists() and any(line.endswith(" lo") for line in addresses.IPV6.read_text().splitlines()):
+        assert addresses.interface_towards("::1") == "lo"
+
+
 @pytest.mark.parametrize(("nodes", "last"), [
     ("n[1-4]", "n4"), ("a[3,5-7],b[1-2]", "b2"), ("rack[1-2]-node[03,05]", "rack2-node05"), ("x1,x2", "x2"),
     ("r[07-09]c[1-2]n[004-006]", "r09c2n006"), ("n[1,3]", "n3"),
@@ -140,7 +164,7 @@ def test_a_first_node_that_knows_itself_by_a_loopback_takes_the_interface_toward
     """As Debian writes 127.0.1.1 into /etc/hosts: other nodes reach nothing that listens there."""
     known = {last: "192.0.2.9"}
 
-    def resolve(name: str, *_: object) -> list[tuple[object, ...]]:
+    def resolve(name: str, *_: object, **__: object) -> list[tuple[object, ...]]:
         return [(0, 0, 0, "", (known.get(name, "127.0.1.1"), 0))]
 
     def unanswered(argv: list[str], **_: object) -> str:

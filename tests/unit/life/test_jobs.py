@@ -260,6 +260,7 @@ def test_a_run_that_goes_on_with_another_torch_or_on_another_gpu_says_so(
         (here, []),
         ({"torch": "2.6.0"}, [f"torch {torch.__version__} goes on where 2.6.0 began"]),
         ({**here, "device": "NVIDIA A100"}, ["cpu goes on where NVIDIA A100 began"]),
+        ({**here, "cpu": "Z80"}, [f"a CPU with {torch.backends.cpu.get_cpu_capability()} goes on where Z80 began"]),
     ):
         run.run_json.write_text(json.dumps({"resolved": {"amp": "off", "threads": 1, **first}}))
         with mock.patch.object(training.device, "apply"):
@@ -302,6 +303,28 @@ def work_for(seconds: float, then: Any) -> Callable[..., Any]:
         return then
 
     return work
+
+
+def leave_though_the_other_has_died(world: World, run: RunDir) -> None:
+    if world.rank == 1:
+        os._exit(0)
+    env = JobEnvironment("slurm", "17", 0, "n1", world.rank, world.world_size, world.rank, "", 0, 1, None, "")
+    args = jobs.parse(["train", str(run.path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.os, "_exit", lambda code: None)
+        patch.setattr(jobs, "begin", lambda run: Life(run, StopFlag(), env))
+        patch.setattr(jobs, "work", lambda life, args: _left(life, world))
+        jobs.main([args.stage, str(args.run)])
+    assert run.exit_marker("17", 0).read_text() == "75 time_limit"
+
+
+def _left(life: Life, world: World) -> int:
+    with world.heeded():
+        return training._leave_together(life, world, 75, "time_limit")
+
+
+def test_what_rank_0_said_as_it_left_stands_though_another_rank_dies_then(run: RunDir) -> None:
+    on_ranks(2, leave_though_the_other_has_died, run, timeout_s=10)
 
 
 def life_on(world: World, run: RunDir, stops_after: int) -> Life:
@@ -433,11 +456,26 @@ def test_ranks_that_share_a_gpu_or_of_which_some_have_none_are_told_of_it_before
     monkeypatch: pytest.MonkeyPatch, others: list[tuple[str, str]], told: tuple[type[Exception], str] | None
 ) -> None:
     monkeypatch.setattr(devices, "_identity", lambda device: "GPU-0")
-    world = SimpleNamespace(world_size=4, device=torch.device("cuda", 0), all_of=lambda own: [own, *others])
+    monkeypatch.setattr(devices, "name_of", lambda device: "H100")
+    gpu = torch.device("cuda", 0)
+    world = SimpleNamespace(
+        world_size=4, device=gpu, is_main=True, all_of=lambda own: [own, *((*other, own[2]) for other in others)]
+    )
     with pytest.raises(told[0], match=told[1]) if told else contextlib.nullcontext():
         devices.check_apart(world, "n1")  # type: ignore[arg-type]
-    here = SimpleNamespace(world_size=4, device=torch.device("cpu"), all_of=lambda own: [own] * 4)
+    here = SimpleNamespace(world_size=4, device=torch.device("cpu"), is_main=True, all_of=lambda own: [own] * 4)
     devices.check_apart(here, "n1")  # type: ignore[arg-type]
+
+
+def test_ranks_on_nodes_of_other_kinds_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu, one = torch.device("cpu"), devices.kind(torch.device("cpu"))
+    for cpus, told in (("AVX2", ""), ("AVX512", "rank 0 on n1: cpu, 2.9, AVX2; rank 1 on n2: cpu, 2.9, AVX512. Ask")):
+        kinds = [{**one, "torch": "2.9", "cpu": of} for of in ("AVX2", cpus, cpus)]
+        ranks = [(f"n{rank + 1}", "", kind) for rank, kind in enumerate(kinds)]
+        world = SimpleNamespace(world_size=3, device=cpu, is_main=True, all_of=lambda own, ranks=ranks: ranks)
+        devices.check_apart(world, "n1")  # type: ignore[arg-type]
+        said = capsys.readouterr().out
+        assert told in said and bool(told) == bool(said)
 
 
 def test_gpus_that_have_no_uuid_of_their_own_or_several_are_told_apart_by_where_they_are(
@@ -602,6 +640,19 @@ def test_the_ranks_of_a_sampling_task_share_its_shards_and_answer_for_themselves
         jobs.work(Life(run, StopFlag(), env), args)
     assert made == [([1, 7], False, 0), ([3, 9], False, 1), ([5], False, 2)]
     assert (run.logs / ".shard-17_1").read_text() == "1,3,5,7,9"
+
+
+@pytest.mark.parametrize(("code", "reason", "told"), [
+    (75, "time_limit", "75 time_limit"), (75, "preempted", None), (0, "", None), (1, "", None)
+])  # fmt: skip
+def test_of_the_ranks_of_a_sampling_task_any_tells_that_its_time_is_up_and_none_what_else_befell_it(
+    run: RunDir, code: int, reason: str, told: str | None
+) -> None:
+    """srun ends the others then: their deaths are no crash. It says SIGTERM too where another has crashed."""
+    life = Life(run, StopFlag(), JobEnvironment("slurm", "17_1", 0, "n1", 1, 3, 1, "n1", 1, 1, 1, "")).alone()
+    assert life.leave(code, reason) == code
+    marker = run.exit_marker("17_1", 0)
+    assert (marker.read_text() if marker.exists() else None) == told
 
 
 @pytest.mark.parametrize("leads_to", [None, "/nowhere", "STOP"])

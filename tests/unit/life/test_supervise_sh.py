@@ -126,6 +126,19 @@ def test_a_supervisor_that_is_heard_decides_alone(shell: Shell) -> None:
     assert shell.orders() == [] and f"looked into -m launch.life.supervisor {shell.run.path} train 3" in shell.said
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+def test_a_supervisor_that_slurm_ends_with_its_node_blames_no_python_and_no_node(shell: Shell, state: str) -> None:
+    (shell.bin / "state").write_text(state)
+    shell.put("python", "kill -TERM $$")
+    assert shell.life("exit 3", python=str(shell.bin / "python")) == 143
+    assert "does not run" not in shell.said
+    if state == "COMPLETING":
+        assert shell.orders() == [] and "leaving it to SLURM" in shell.said
+    else:
+        assert shell.orders() == ["requeue 17"] and "ended by signal 15" in last(shell.run)["reason"]
+        assert "bad_node" not in last(shell.run)
+
+
 @pytest.mark.parametrize("setup", ["", "cd() { true; }\ncd /"])
 def test_a_job_runs_the_runs_code_though_it_was_submitted_in_an_edited_checkout(
     shell: Shell, tmp_path: Path, setup: str

@@ -1,0 +1,129 @@
+"""How ranks find each other, and which of them does not answer: by a store of torch's that rank 0 has.
+
+torch's errors name no rank. A rank that has waited for another in vain says so in the store, and who says nothing there
+is the one that hangs. Knows no scheduler.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from ddpm.errors import RanksLost
+
+T = TypeVar("T")
+
+TIMED_OUT = re.compile(r"^(?=.*(?:\bgloo\b|NCCL|Dist\w*Error|Operation)).*\btimed? ?out", re.I | re.S)
+CLOSED = re.compile(r"(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
+"""In torch's errors, mostly plain RuntimeErrors, where another rank does not answer, or died."""
+ROLL_CALL = 0.05
+"""How long ranks that waited in vain are given to say so, as a part of that time: they may not have begun together."""
+POLL_S = 0.2
+
+HostOf = Callable[["dict[int, str]"], "dict[int, str]"]
+"""From where some ranks are to where others are, as far as that is known."""
+
+
+class Peers:
+    """The ranks of a job as one of them sees them. Raises RanksLost if some do not come within `timeout_s`."""
+
+    def __init__(
+        self, rank: int, world_size: int, address: str, port: int, timeout_s: float, host: str, host_of: HostOf
+    ) -> None:
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self._hosts: dict[int, str] = {}
+        with self.heeded():
+            self.store = self._meet(address, port, host_of)
+            self.store.set(f"host/{rank}", host)
+            silent = self._silent("host", timeout_s)
+            came = [r for r in range(world_size) if r not in silent]
+            self._hosts = {r: self.store.get(f"host/{r}").decode() for r in came}
+            if silent:
+                where = host_of(self._hosts)
+                self._lost({r: where.get(r, "") for r in silent}, f"did not come within {timeout_s:g} s")
+
+    def _meet(self, address: str, port: int, host_of: HostOf) -> dist.Store:
+        patience = timedelta(seconds=self.timeout_s)
+        if dist.is_torchelastic_launched():  # torchrun has one
+            there = f"[{address}]" if ":" in address else address
+            store: dist.Store
+            store, *_ = next(dist.rendezvous(f"tcp://{there}:{port}", self.rank, self.world_size, timeout=patience))
+            return store
+        try:
+            store = dist.TCPStore(
+                address, port, self.world_size, self.rank == 0, patience / 2, wait_for_workers=False
+            )  # which tries twice where nobody answers
+            store.set_timeout(patience)
+            return store
+        except RuntimeError as e:
+            if self.rank == 0 and "EADDRINUSE" in str(e):
+                raise RanksLost(f"port {port} is another process's here: the next life takes another") from None
+            if self.rank == 0:
+                raise
+            why = f"could not be reached by rank {self.rank} at {address}, port {port}, within {self.timeout_s:g} s"
+            raise RanksLost.silent({0: host_of({}).get(0, "")}, why) from None
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Within: what torch says of a rank that died or does not answer is raised as RanksLost, which names it."""
+        try:
+            yield
+        except RuntimeError as e:
+            said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
+            if CLOSED.search(str(e)):
+                raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
+            if not TIMED_OUT.search(f"{type(e).__name__}: {e}") or not (silent := self._call_the_roll()):
+                raise
+            self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
+
+    def _call_the_roll(self) -> list[int]:
+        """The ranks that do not say that they have waited in vain too."""
+        patience_s = max(2.0, ROLL_CALL * self.timeout_s)
+
+        def ask() -> list[int]:
+            self.store.set(f"waits/{self.rank}", "")
+            return self._silent("waits", patience_s)
+
+        silent = _within(patience_s + 1, ask)
+        return [0] if silent is None else silent  # rank 0 has the store
+
+    def _silent(self, word: str, patience_s: float) -> list[int]:
+        """The ranks that have not said `word` within `patience_s`."""
+        ends, silent = time.monotonic() + patience_s, list(range(self.world_size))
+        while True:
+            silent = [rank for rank in silent if not self.store.check([f"{word}/{rank}"])]
+            if not silent or time.monotonic() >= ends:
+                return silent
+            time.sleep(POLL_S)
+
+    def _lost(self, at: dict[int, str], why: str) -> NoReturn:
+        if self.rank == 0:
+            time.sleep(5 * POLL_S)  # others are about to ask for the same
+        raise RanksLost.silent(at, why) from None
+
+
+def _within(patience_s: float, ask: Callable[[], T]) -> T | None:
+    """What `ask` returns, or None if it takes longer: torch waits for an answer of the store for ever. Raises what it
+    raises."""
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except BaseException as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if failed:
+        raise failed[0]
+    return found[0] if found else None

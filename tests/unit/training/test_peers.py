@@ -1,0 +1,83 @@
+"""ddpm/training/peers.py: who does not come, hangs or dies is named by the others, soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.errors import RanksLost
+from ddpm.training import ranks
+from tests.training import on_ranks
+
+ALL = {rank: f"n{rank}" for rank in range(3)}
+
+
+def beset(
+    rank: int, world_size: int, port: int, timeout_s: float, work: Callable[..., None], kind: str, whom: int, told: Path
+) -> None:
+    """A rank of a job of which rank `whom` never comes, hangs, is late, or ends without a word."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    if kind == "never comes" and rank == whom:
+        return
+    try:
+        world = ranks.join(
+            rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port,
+            timeout_s=timeout_s, host=ALL[rank], host_of=lambda came: {r: ALL[r] for r in ALL if r not in came},
+        )  # fmt: skip
+        with world.heeded():
+            world.barrier()
+            if rank == whom:
+                if kind == "hangs":
+                    _stopped_while_others_tell(told, world_size - 1)
+                elif kind == "is late":
+                    time.sleep(2 * timeout_s)
+                else:
+                    os._exit(0)
+            world.barrier()
+    except RanksLost as e:
+        (told / f"{rank}").write_text(str(e))
+    os._exit(0)
+
+
+def _stopped_while_others_tell(told: Path, others: int) -> None:
+    me = os.getpid()
+    if os.fork() == 0:  # wakes this one in the end
+        ends = time.monotonic() + 60
+        while len(list(told.iterdir())) < others and time.monotonic() < ends:
+            time.sleep(0.1)
+        os.kill(me, signal.SIGCONT)
+        os._exit(0)
+    os.kill(me, signal.SIGSTOP)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("kind", "whom", "says"), [
+    ("never comes", 2, "rank 2 on n2 did not come within 4 s"),
+    ("never comes", 0, "rank 0 on n0 could not be reached by rank"),
+    ("hangs", 2, "rank 2 on n2 did not answer for 4 s"), ("hangs", 0, "rank 0 on n0 did not answer for 4 s"),
+    ("is late", 1, "rank 1 on n1 did not answer for 4 s"), ("ends", 1, "lost its connection to another"),
+])  # fmt: skip
+def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, whom: int, says: str) -> None:
+    on_ranks(3, print, kind, whom, tmp_path, timeout_s=4, join=beset)
+    others = {str(rank) for rank in ALL} - {str(whom)}
+    said = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert others <= set(said) and all(says in said[rank] for rank in others)
+
+
+def test_a_port_that_another_process_has_is_said() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(RanksLost, match=f"port {port} is another process's here"):
+            ranks.join(
+                rank=0, world_size=2, local_rank=0, master_addr="127.0.0.1", master_port=port, timeout_s=4
+            )  # fmt: skip
