@@ -91,6 +91,7 @@ class Batches:
 
     def parts(self, step: int, first: int, num: int, device: torch.device) -> Parts:
         """What `images` needs of rows first … first+num-1 of step `step`, on the host."""
+        device = torch.empty(0, device=device).device  # with its number, if none was given: to have one store
         return self._store(device).parts(self.sample_ids(step, first, num))
 
     def images(self, parts: Parts, step: Step, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +106,6 @@ class Batches:
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 and labels of rows first … first+num-1 of step `step`, as `images` gives them."""
         index = torch.arange(first, first + num, device=device)
-        device = index.device  # with its number, if none was given: to have one store
         return self.images(sent(self.parts(step, first, num, device), device), step, index)
 
 

@@ -344,6 +344,11 @@ def set_defaults(**values: str) -> None:
         os.environ.setdefault(key, value)
 
 
+def prepare_cublas() -> None:
+    """Before a GPU is used: what torch, before its 2.10, asks for if matrix products are to be deterministic."""
+    set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+
+
 def compiler_folder() -> str | None:
     """The user's own folder for what torch compiles (TORCHINDUCTOR_CACHE_DIR), or None."""
     return os.environ.get("TORCHINDUCTOR_CACHE_DIR")

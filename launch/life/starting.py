@@ -29,7 +29,7 @@ def start_training(life: Life) -> tuple[Config, str | None]:
         generations.read_ahead(run)
         _note_allocation(life)
     life.stop.watch(run)
-    environment.set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    environment.prepare_cublas()
     compiled.choose_folder()
     return config, why
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddpm.run.paths import RunDir
+from launch.cluster import environment
 from tests.conftest import requires
 from tests.training import make_run
 
@@ -18,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    environment.prepare_cublas()
     requires(torch.cuda.is_available(), "torch sees no GPU here", "run python -m tools.gpu on a node that has one")
     return torch.device("cuda")
 

@@ -18,12 +18,14 @@ from tools.gpu import __main__ as gpu
     (["--minutes", "0"], "--minutes 0: give a number above 0"),
     (["--stages", "run"], "--stages run: needs images"),
     (["--data", "nowhere.zip"], "--data nowhere.zip: does not exist;"),
+    (["--data", "README.md"], "README.md: neither a folder, nor a .zip"),
+    (["--data", "slurm"], "slurm: no images in this folder"),
     (["--out", "/dev/null/here"], "--out /dev/null/here: Not a directory;"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_minute_is_spent(words: list[str], told: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.gpu", "--out", str(tmp_path / "out"), *words]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and told in done.stderr
+    assert done.returncode == 2 and told in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and not done.stdout and not list(tmp_path.iterdir())
 
 
@@ -56,7 +58,7 @@ def test_without_images_for_the_run_the_bench_has_the_time_that_is_left(
 
 
 def test_commands_that_no_interrupt_ends_are_killed_together_at_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "LEAVE_S", 2.0)
     deaf = ["/bin/sh", "-c", "trap '' INT; sleep 60; true"]
@@ -64,4 +66,5 @@ def test_commands_that_no_interrupt_ends_are_killed_together_at_the_limit(
     wait = subprocess.Popen.wait
     monkeypatch.setattr(subprocess.Popen, "wait", lambda it, timeout=None: waits.append(timeout) or wait(it, timeout))
     assert gpu.bounded({tmp_path / f"{i}.log": deaf for i in range(4)}, 1.0, at_once=4) == 124
+    assert capsys.readouterr().out.count("interrupted, no time left: ") == 4
     assert len(waits) == 4 and sum(waits) < 2 * 2.0  # not 2 s for each

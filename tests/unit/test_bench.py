@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -14,9 +16,16 @@ import torch
 
 from ddpm.config import schema
 from tools.bench import __main__ as bench
-from tools.bench import measure, training
+from tools.bench import machine, measure, training
 from tools.bench.counting import Operations, launched, profiled
 from tools.bench.figures import Figure, Result, interval, ratio
+
+
+@pytest.fixture(autouse=True)
+def variables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")  # so that what the bench sets goes after it
+        monkeypatch.delenv(name)
 
 
 def test_a_pairs_ratio_has_its_median_and_an_interval_where_there_are_enough() -> None:
@@ -94,6 +103,52 @@ def test_figures_that_could_not_be_kept_are_not_measured(
     with pytest.raises(SystemExit, match="2"):
         bench.main()
     assert re.search(rf"--json {tmp_path / place}: .*; give a file", capsys.readouterr().err)
+
+
+def test_a_full_disk_takes_no_figures_that_were_kept_and_later_rows_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def second(_: object) -> Result:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, most[1]))
+        return Result(details={"much": "x" * (1 << 17)})
+
+    def third(_: object) -> Result:
+        assert list(json.loads((tmp_path / "kept").read_text())["rows"]) == ["first"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        return Result()
+
+    rows = {"first": lambda _: Result(), "second": second, "third": third}
+    monkeypatch.setattr(bench, "ROWS", tuple(bench.Row(name, "", run) for name, run in rows.items()))
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / "kept")])
+    try:
+        assert bench.main() == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert "kept: File too large; it has the rows before" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "kept").read_text())["rows"]) == list(rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_rows_have_the_variables_of_jobs_and_what_is_started_for_a_cpu_sees_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(bench, "ROWS", (bench.Row("made-up", "", lambda _: (seen.update(os.environ), Result())[1]),))
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu"])
+    assert bench.main() == 0
+    assert (seen["CUBLAS_WORKSPACE_CONFIG"], seen["CUDA_VISIBLE_DEVICES"]) == (":4096:8", "")
+
+
+def test_the_roofline_is_measured_with_the_threads_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(measure.Bench, "threads", before + 1)
+    try:
+        machine.measure(measure.Bench(torch.device("cpu"), True, 0))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kept", ["", "{}", '{"rows": {"feed": 3}}', '{"rows": {"feed": {"figures": {"a": "b"}}}}'])

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm.run.paths import RunDir
 from tests.conftest import requires
 from tools.gpu import trial
 
+REDUCED = {*trial.REHEARSAL}
+DONE = subprocess.CompletedProcess([], 0)
+
 
 @pytest.mark.long
 def test_a_trial_brings_back_its_curve_grid_and_digest_and_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requires(shutil.which("nvidia-smi") is None, "a GPU, on which the trial is none of half a minute", "a CPU")
+    requires(not torch.cuda.is_available(), "a GPU, on which the trial is none of half a minute", "a CPU")
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     for i, image in enumerate(images):
         (folder := tmp_path / "images" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -43,6 +47,18 @@ def test_a_trial_brings_back_its_curve_grid_and_digest_and_leaves_no_process(
         assert grid.size[0] >= 64
     assert "stopped reason=STOP" in (out / "run.log").read_text()
     assert not seen[0].path.parent.exists() and processes_of(seen[0]) == []
+
+
+def test_on_a_gpu_the_recipe_is_trained_as_it_is_whatever_tools_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container without nvidia-smi, or on an AMD GPU."""
+    found: list[bool] = []
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(trial.subprocess, "run", lambda words, **_: (found.append({*words} >= REDUCED), DONE)[1])
+        trial.submit(tmp_path, RunDir(tmp_path / "trial"))
+    assert found == [False, True]
 
 
 def processes_of(run: RunDir) -> list[bytes]:

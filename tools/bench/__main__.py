@@ -31,7 +31,8 @@ from typing import Any
 import torch
 
 from ddpm.network.device import keep_freed_memory
-from ddpm.run.files import read_json
+from ddpm.run.files import read_json, write_json
+from launch.cluster import environment
 from launch.terminal import console
 from tools.bench import checkpoint, commands, feed, machine, ranks, sampling, scores, starting, training
 from tools.bench.figures import HEAD, Result, lines
@@ -107,8 +108,13 @@ def _isa() -> str:
 
 
 def _keep(record: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
+    """Whole or not at all: neither a kill nor a full disk takes what was kept before."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
         path.write_text(json.dumps(record, indent=1) + "\n")
+    else:
+        write_json(path.resolve(), record, replace=True)
 
 
 def _is_record(kept: dict[str, Any]) -> bool:
@@ -146,7 +152,11 @@ def run_rows(
         record["rows"][row.name] = {**result.as_record(), "took_s": time.monotonic() - began}
         then = before["rows"].get(row.name, {}).get("figures")
         print("\n".join(lines(f"{row.name} ({time.monotonic() - began:.0f} s)", result, then)), flush=True)
-        _keep(record, args.json)
+        try:
+            _keep(record, args.json)
+        except OSError as e:  # the next row may find room
+            print(f"--json {args.json}: {e.strerror}; it has the rows before", flush=True)
+            good = False
         if bench.gpu:
             torch.cuda.empty_cache()
     return good
@@ -182,7 +192,9 @@ def main() -> int:
             parser.error(f"--json {args.json}: exists, and is not what --json has kept; name another file")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a row has started is then ended too
     device = torch.device(args.device)
+    environment.prepare_cublas()  # as jobs do
     if device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else jobs and commands that are measured would take a GPU
         keep_freed_memory()  # as jobs do; here the others have it too
     chosen = [rows[name] for name in names] or [row for row in ROWS if args.device in row.on]
     record: dict[str, Any] = {**about(device), "small": args.small, "rows": {}}

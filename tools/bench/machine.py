@@ -1,8 +1,8 @@
 """What this machine can do, and what the network could do on it: the roofline.
 
-Without overlap: every convolution and product at the speed measured for the like of them, every normalisation once
-through memory (forward: read and written; backward: two reads and a write), and in training the optimizer's state and
-the average once a step.
+Without overlap: every convolution and product at the mean speed of the network's two main convolutions, every
+normalisation once through memory (forward: read and written; backward: two reads and a write), and in training the
+optimizer's state and the average once a step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Peaks:
 
 
 def measure(bench: Bench) -> Peaks:
-    """In the precision in which the network is trained there."""
+    """In the precision in which the network is trained there, by as many threads."""
+    torch.set_num_threads(bench.threads)
     dtype = torch.bfloat16 if bench.gpu else torch.float32
     batch = bench.pick(gpu=512, cpu=8, small=1)
     on = {"device": bench.device, "dtype": dtype}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -69,13 +70,13 @@ def against_diffusers(bench: Bench) -> Result:
     with torch.inference_mode():
         warm_up = bench.pick(gpu=3, cpu=1, small=1)
         one, all_ = bench.in_turns(evaluation, warm_up=warm_up), bench.in_turns(whole, rounds=6)
-    rate, best = batch / sorted(one["ours"])[len(one["ours"]) // 2], best_evaluation(bench)
+    rate, best = batch / statistics.median(one["ours"]), best_evaluation(bench)
     result.figures = [
         Figure(f"network, batch {batch}, {precision}", rate, "evals/s", limit=best),
         Figure("share of the roofline", rate / best, at_least=bench.goal(cpu=0.75)),
         Figure(
             "DDIM, whole",
-            batch * steps / sorted(all_["ours"])[len(all_["ours"]) // 2],
+            batch * steps / statistics.median(all_["ours"]),
             "evals/s",
             at_least=bench.goal(gpu=25_000),
             limit=best,

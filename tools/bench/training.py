@@ -65,7 +65,7 @@ def against_others(bench: Bench) -> Result:
         times = bench.in_turns(works, warm_up=bench.pick(gpu=8, cpu=1, small=1),
                                calls=bench.pick(gpu=10, cpu=1, small=1))  # fmt: skip
         own = times.pop("ours")
-        rate = batch / sorted(own)[len(own) // 2]
+        rate = batch / statistics.median(own)
         best = best_training(bench, batch)
         result.figures += [
             Figure(f"training step, batch {batch}, {trainer.resolved.amp}", rate, "images/s", limit=best),

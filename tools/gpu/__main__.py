@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from ddpm.data.packed import open_images
 from ddpm.run.files import read_json
 from launch.terminal import console
 from tools.bench import PROJECT
@@ -79,6 +80,7 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
                 print(log.read_text(errors="replace")[-5000:], flush=True)
             time.sleep(0.05)
         for log in running:
+            print(f"interrupted, no time left: {log.stem}", flush=True)
             started[log].send_signal(signal.SIGINT)  # pytest then says what failed so far
         killed_at = time.monotonic() + LEAVE_S
         for log in running:
@@ -139,6 +141,8 @@ def main() -> int:
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data}: does not exist; give a folder or a zip with train/CLASS/*")
     console.check_outside_runs(args.out, "--out")
+    if "run" in stages and args.data is not None:
+        open_images(args.data.absolute())  # raises what is wrong with it, before any minute is spent
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "stages.json").write_text("{}\n")

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddpm.run import generations
 from ddpm.run.events import read_events
 from ddpm.run.files import read_json, read_jsonl
@@ -101,7 +103,7 @@ def submit(data: Path, where: RunDir) -> None:
     ]
     words += ["--cluster", "local", "--gpus-per-node", "1", "--root", str(where.path.parent), "--name", where.path.name]
     words += AS_TRAINED
-    if shutil.which("nvidia-smi") is None:
+    if not torch.cuda.is_available():
         words += REHEARSAL
     code = subprocess.run(words, cwd=PROJECT, stdin=subprocess.DEVNULL).returncode
     assert code == 0, f"submit.py left with {code}"

@@ -435,6 +435,7 @@ def test_a_device_has_one_store_whether_its_number_is_given_or_not(monkeypatch: 
     b, named = batches(), torch.device("cpu", 0)
     assert torch.empty(0, device=named).device != named  # as it is with cuda, whose tensors are on cuda:0
     b.rows(0, 0, 4, named)
+    b.images(b.parts(0, 0, 4, named), 0, torch.arange(4, device=named))  # as a step has them
     assert asked == [CPU]
 
 
