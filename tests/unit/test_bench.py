@@ -62,6 +62,15 @@ def test_the_last_row_has_all_the_time_that_is_left_and_others_a_part(monkeypatc
     assert left == pytest.approx([200, 200, 300, 600], abs=20)  # as long as such rows and this machine may take
 
 
+def test_a_row_for_which_there_is_no_time_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "ROWS", tuple(bench.Row(name, "", lambda _: pytest.fail("run")) for name in "ab"))
+    monkeypatch.setattr(sys, "argv", ["bench", "--minutes", "0"])
+    assert bench.main() == 0
+    assert "no time left: a, b" in capsys.readouterr().out
+
+
 @pytest.mark.long
 def test_a_recipe_that_fails_is_named_those_that_are_compiled_come_last_and_only_where_there_is_time(
     monkeypatch: pytest.MonkeyPatch,
