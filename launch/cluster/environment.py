@@ -345,7 +345,8 @@ def set_defaults(**values: str) -> None:
 
 
 def prepare_cublas() -> None:
-    """Before a GPU is used: what torch, before its 2.10, asks for if matrix products are to be deterministic."""
+    """Before a GPU is used: what older torch asks for if matrix products are to be deterministic
+    (https://github.com/pytorch/pytorch/pull/161749)."""
     set_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 

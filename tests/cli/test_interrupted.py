@@ -23,6 +23,7 @@ SCRIPTS = [
 MODULES = [
     "launch.jobs",
     "tools.bench",
+    "tools.bench.commands",
     "tools.bench.interval",
     "tools.bench.sampler_orders",
     "tools.chaos",

@@ -9,16 +9,16 @@ import resource
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from ddpm.config import schema
 from tools.bench import __main__ as bench
-from tools.bench import machine, measure, training
+from tools.bench import commands, figures, interval, machine, measure, training
 from tools.bench.counting import Operations, launched, profiled
-from tools.bench.figures import Figure, Result, interval, ratio
+from tools.bench.figures import Figure, Result, ratio
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def variables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pairs_ratio_has_its_median_and_an_interval_where_there_are_enough() -> None:
     found = ratio("a to b", [2.0, 4.0, 6.0, 9.0, 8.0, 1e9], [1.0, 2.0, 3.0, 3.0, 4.0, 1.0])
     assert (found.value, found.low, found.high) == (2.0, 2.0, 1e9)
-    assert interval([1.0] * 5) == (None, None)
-    assert interval(list(map(float, range(12)))) == (2.0, 9.0)  # 96 %, as tables of the sign test have it
+    assert figures.interval([1.0] * 5) == (None, None)
+    assert figures.interval(list(map(float, range(12)))) == (2.0, 9.0)  # 96 %, as tables of the sign test have it
 
 
 @pytest.mark.parametrize(("value", "code"), [(1.2, 0), (1.1, 1), (float("nan"), 1)])
@@ -60,6 +60,15 @@ def test_the_last_row_has_all_the_time_that_is_left_and_others_a_part(monkeypatc
     monkeypatch.setattr(sys, "argv", ["bench", "--minutes", "10"])
     assert bench.main() == 0
     assert left == pytest.approx([200, 200, 300, 600], abs=20)  # as long as such rows and this machine may take
+
+
+def test_a_row_for_which_there_is_no_time_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "ROWS", tuple(bench.Row(name, "", lambda _: pytest.fail("run")) for name in "ab"))
+    monkeypatch.setattr(sys, "argv", ["bench", "--minutes", "0"])
+    assert bench.main() == 0
+    assert "no time left: a, b" in capsys.readouterr().out
 
 
 @pytest.mark.long
@@ -210,11 +219,19 @@ def test_rows_run_on_this_machine_rehearsed(
     assert "starting at step 0" not in shown and "ancestral: operations" in shown
 
 
-@pytest.mark.parametrize("words", [["trainning"], ["--against", "/nowhere"]])
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (bench, ["trainning"]),
+        (bench, ["--against", "/nowhere"]),
+        (interval, ["--draws", "0"]),
+        (commands, ["--images", "0"]),
+    ],
+)
 def test_what_there_is_not_is_refused(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *words])
     with pytest.raises(SystemExit) as refused:
-        bench.main()
+        script.main()
     assert refused.value.code == 2 and words[-1] in capsys.readouterr().err

@@ -8,6 +8,9 @@ distance's interval besides.
 
 from __future__ import annotations
 
+import launch.first  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import os
@@ -25,6 +28,7 @@ import torch
 from PIL import Image
 
 from ddpm.scoring.extractors import WEIGHTS_FILE, random_weights
+from launch.terminal import console
 from tools.bench import PROJECT, die_with_parent
 from tools.bench.figures import Figure, Result, ratio
 from tools.bench.measure import Bench
@@ -106,13 +110,16 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
+    if args.images < 2:
+        parser.error(f"--images {args.images}: give 2 or more")
     for figure in compare(args.images, "cuda" if torch.cuda.is_available() else "cpu").figures:
         print(f"{figure.name:48}{figure.value:10.4g} {figure.unit}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    console.run_script(main)

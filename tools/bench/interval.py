@@ -79,6 +79,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=200)
     draws = parser.parse_args().draws
+    if draws < 2:
+        parser.error(f"--draws {draws}: give 2 or more")
     for d in (64, 256):
         found = coverage(d, 5000, draws)
         print(f"d = {d}, 5,000 samples, {draws} draws: the 95 % interval holds the expected distance in "

@@ -236,7 +236,7 @@ def loop(
     ]
     if watch.prof is not None:
         details |= launches(watch.prof, 2)
-        figures.append(Figure("kernels of a step", details["kernels_per_step"]))
+        figures += [Figure("kernels of a step", details["kernels_per_step"])] if bench.gpu else []
         figures.append(Figure("operators of a step", details["aten_ops_per_step"]))
     if bench.gpu:
         figures.append(Figure("memory", torch.cuda.max_memory_allocated() / 2**30, "GiB"))
