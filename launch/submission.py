@@ -144,7 +144,20 @@ def begin(
         elif existed and asked.source is not None:
             raise RequestError(f"run {run.name} was removed meanwhile: submit it again")
         config = asked.typed.resolve_length(inputs["data"]["num_images"])
-        exists, left, train = write_down(asked, config, site, inputs, start, code_asked=code_asked)
+        is_new = not run.path.exists()
+        try:
+            train, left = write_down(asked, config, site, inputs, start, code_asked=code_asked)
+            if site.is_local and not prepare_only:
+                return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
+            if not prepare_only:
+                jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
+                ids, told = chain.queue(jobs, config, why=why)
+        except scheduler.NoAnswer:
+            raise  # with a job in the queue, perhaps, which needs the directory
+        except Exception:  # a full disk, or a refusal
+            if is_new:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
         if prepare_only:
             how = "queue it with"
             if site.is_local:
@@ -152,28 +165,15 @@ def begin(
                 how = f"start it here with:\n{here}\nor queue it, where there is SLURM, with"
             print(f"prepared; {how}:\n{by_hand(Job('train', run, site))}")
             return Queued([], [])
-        if site.is_local:
-            return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
-        jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
-        try:
-            ids, told = chain.queue(jobs, config, why=why)
-        except scheduler.NoAnswer:
-            raise  # with a job in the queue, perhaps, which needs the directory
-        except Exception:
-            if not exists:
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
         print("".join(f"{line}\n" for line in told), end="")
         return Queued(ids, left if train_alone else [])
 
 
 def write_down(
     asked: Asked, config: Config, site: Site, inputs: dict[str, Any], start: Start | None, *, code_asked: str | None
-) -> tuple[bool, list[str], bool]:
-    """Make the run directory, or update it unless its training is queued.
-
-    Returns whether it existed, the later stages that are left, and whether training is left.
-    """
+) -> tuple[bool, list[str]]:
+    """Make the run directory, or update it unless its training is queued. Returns what is left: whether to train, and
+    the later stages."""
     run = asked.run
     exists = prepare.check_existing(run, config)
     queued = exists and prepare.is_at_work(run, config, site)
@@ -210,7 +210,7 @@ def write_down(
         print(f"it goes on from step {step} of {config.train.total_steps}")
     if queued and (kept := directory.not_taken(run, site)):
         print(f"warning: {kept}", file=sys.stderr)
-    return exists, left, train
+    return train, left
 
 
 def what_is_left(run: RunDir, config: Config, stages: list[str]) -> tuple[bool, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,23 @@ def test_a_run_is_idle_only_where_that_is_known(tmp_path: Path, monkeypatch: pyt
     for at_work, idle in ((lambda run: "", True), (lambda run: "job 12 13", False), (unanswered, False)):
         monkeypatch.setattr(prepare, "_at_work", at_work)
         assert prepare.is_idle(RunDir(tmp_path)) is idle
+
+
+@pytest.mark.parametrize("place", ["launch.cluster.code.keep", "launch.queue.local.start"])
+def test_a_submission_that_fails_on_a_full_disk_leaves_no_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object) -> None:
+        assert asked.run.path.exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(place, full)
+    asked = Asked(RunDir(tmp_path / "tiny"), make_config(), make_config(), [])
+    inputs = {"data": {"digest": "d", "cache": "c", "num_images": 9}, "labels": {}}
+    how: dict[str, Any] = {"existed": False, "prepare_only": False, "code_asked": None}
+    with pytest.raises(OSError, match="No space left"):
+        submission.begin(asked, Site(cluster="local"), inputs, None, **how)
+    assert not asked.run.path.exists()
 
 
 NEW_KEY = "    histogram_every_steps: int | None = Field(None, ge=1)\n"
