@@ -35,6 +35,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, places: Tensor | None = None) -> Tensor:
+        # on a GPU by_own_kernels computes this: change both, or say has_kernels = False in this class
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.embed(emb)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h)), places))

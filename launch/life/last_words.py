@@ -28,6 +28,8 @@ FEWER = {
 }
 FROM_SETUP = r"^\S*setup\.sh: (?:eval: )?line \d+: "
 """How the shell begins what it says of a setup line."""
+FRAME = re.compile(r'File "(?:.*/)?((?:ddpm|launch)/[\w./-]+\.py)", line (\d+)')
+"""A line of a traceback that is about this project's code, which a student may have changed."""
 TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): (tasks? [\d,-]+): (.+)", re.M)
 KILLED = "Killed"
 SILENT = re.compile(r"^\S+Z failed: ranks? [\d, ]+ on (\S+(?:, \S+)*|an unknown node) (?:did not|could not be) ", re.M)
@@ -99,5 +101,18 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     by_no_node = bool(silent or NO_NODES.search(said) or " " in node)
     if len(error) > CHARACTERS:
         error = f"{error[:CHARACTERS].rpartition(' ')[0] or error[:CHARACTERS]} …"
+    error += _place(own[: at + 1]) if at else ""
     node = "" if by_no_node else node or (died[1] if died else "")
     return LastWords(path, error, lacked, node, by_no_node, bool(SCANCEL.search(said)))
+
+
+def _place(said: list[str]) -> str:
+    """Where in this project's code the exception was raised that `said` ends with, as " (FILE, line N)"; "" if that is
+    no exception, or of other code."""
+    *before, error = said
+    for line in reversed(before) if not re.match(r"\d{4}-\S+Z ", error) else ():
+        if line.startswith("Traceback ("):
+            break
+        if found := FRAME.match(line):
+            return f" ({found[1]}, line {found[2]})"
+    return ""

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "python tools/inspect_config.py": "tests/cli/test_inspect_config.py",
     "python tools/prefetch.py": "tests/cli/test_prefetch.py",
     "python tools/unpack_data.py": "tests/cli/test_unpack_data.py",
+    "python -m launch.jobs": "tests/cli/test_jobs_by_hand.py",
     "python -m tests.compat.text": "tests/compat/test_text.py",
     "python -m tools.bench": "tests/unit/test_bench.py",
     "python -m tools.bench.interval": "tests/unit/scoring/test_interval.py",

@@ -821,3 +821,21 @@ def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, lin
 def test_a_long_error_is_cut_between_words(tmp_path: Path) -> None:
     words = last_words.read(tmp_path / "log", ENDS.format("RuntimeError: " + "word " * 400), 3)
     assert words.error.endswith("word word …") and len(words.error) <= last_words.CHARACTERS + 2
+
+
+def test_an_exception_is_told_with_its_place_in_the_code_of_the_run(tmp_path: Path) -> None:
+    frames = [
+        "Traceback (most recent call last):",
+        '  File "/runs/.cache/code/6d2a/ddpm/training/step.py", line 200, in take',
+        "    self.stat.model",
+        '  File "/env/lib/python3.11/site-packages/torch/nn/modules/module.py", line 1, in __getattr__',
+        "AttributeError: no stat",
+    ]
+
+    def told(*lines: str) -> str:
+        return last_words.read(tmp_path / "log", ENDS.format("\n".join(lines)), 3).error
+
+    assert told(*frames) == "AttributeError: no stat (ddpm/training/step.py, line 200)"
+    assert told(frames[0], *frames[3:]) == "AttributeError: no stat"
+    failed = "the fence is another's: error"
+    assert told(*frames, f"2026-11-28T12:00:00.000Z failed: {failed}") == failed
