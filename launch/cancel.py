@@ -109,16 +109,15 @@ def say_how_it_ended(run: RunDir, left: work.Work, before: int, *, stays: bool, 
         print(f"still at work after {PATIENCE_S:.0f} s: {told}. {run.stop_file} stays, and ends it", file=sys.stderr)
         return 1
     step = run.latest_step()
-    if is_finished(run) and stays:
+    if not is_finished(run):
+        again = f"go on by submitting it again: {run.stop_file} is there until then"
+        print(f"run {run.name} is at step {step}{' (saved just now)' if step > before else ''}; {again}")
+    elif stays:
         print(f"run {run.name} is complete at step {step}; {run.stop_file} stays, and ends what waits on")
-        return 0
-    if is_finished(run):  # nothing of it is to be kept from training
+    else:  # nothing of it is to be kept from training
         with suppress(OSError):
             run.stop_file.unlink()
         print(f"run {run.name} is complete at step {step}; what was to be made of it is cancelled")
-        return 0
-    again = f"go on by submitting it again: {run.stop_file} is there until then"
-    print(f"run {run.name} is at step {step}{' (saved just now)' if step > before else ''}; {again}")
     return 0
 
 

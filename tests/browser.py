@@ -85,11 +85,6 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def shoot(self, to: Path) -> None:
-        """All of the page as a PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        to.write_bytes(base64.b64decode(shot["data"]))
-
     def pdf(self, to: Path) -> None:
         printed = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=True)
         to.write_bytes(base64.b64decode(printed["data"]))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DoNotRetry
@@ -71,7 +70,7 @@ def _told(run: RunDir) -> Iterator[str]:
     if step := max((_step(e) for e in events if e.get("event") not in OF_TRAINING), default=0):
         yield f"events/ tells of saved step {step}"
     for path in [s.request for s in run.sample_sets()] + files_of_kind(run.eval, ".json"):
-        made_of = _record(path).get("checkpoint")
+        made_of = (read_json(path) or {}).get("checkpoint")
         if isinstance(made_of, dict) and (step := _step(made_of)):
             yield f"{path} is of step {step}"
     if not _has_events(run, events) and any(p.name.startswith("events.out") for p in listed(run.tensorboard)):
@@ -87,17 +86,13 @@ def _reached(run: RunDir) -> int:
         lines = [record["step"] for record in read_metrics(run)]
     except (OSError, DamagedFile):  # a directory, or another user's: it tells nothing
         lines = []
-    return max(0, *lines, _step(_record(run.heartbeat)), *(int(m[1]) for m in drawn if m))
+    return max(0, *lines, _step(read_json(run.heartbeat) or {}), *(int(m[1]) for m in drawn if m))
 
 
 def _has_events(run: RunDir, events: list[dict[str, Any]]) -> bool:
     lives = {(str(e.get("job")), e.get("restart")) for e in events if e.get("event") in ("started", "resumed")}
-    beat = _record(run.heartbeat)
+    beat = read_json(run.heartbeat) or {}
     return (str(beat["job"]), beat.get("restart")) in lives if "job" in beat else bool(lives)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    return read_json(path) or {}
 
 
 def _step(record: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DDPMError, RequestError
 from ddpm.run import files, paths
-from ddpm.run.claims import ALONE, OthersAtWork, Worker, work_through
+from ddpm.run.claims import ALONE, OthersAtWork, Worker
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir, SampleSet
@@ -27,7 +27,7 @@ from ddpm.sampling.request import Request, read_request, samples_record, shard_r
 from ddpm.sampling.shards import codes, read_manifest, withdraw_shard
 from ddpm.scoring.against import SPLITS
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import Progress, expected_features, is_kept, shard_features
+from ddpm.scoring.features import expected_features, keep_all, shard_features
 from ddpm.scoring.gather import CLASSES_AT_MOST, Gathered, gather
 from ddpm.scoring.record import PROVENANCE, publish_score, read_score, score_with
 from ddpm.scoring.reference import check_size, image_record, reference_of
@@ -105,21 +105,19 @@ def gather_set(
     manifests = check_set(sample_set, request)
     problems: dict[int, str] = {}
 
-    def place(index: int) -> tuple[Path, dict[str, Any]]:
-        path = sample_set.features(extractor.name, index, request.shards)
-        return path, expected_features(request, manifests[index], extractor)
-
-    def there(index: int) -> bool:
-        return is_kept(*place(index))
-
-    made = Progress({index: place(index) for index in range(request.shards)})
+    places = {
+        index: (
+            sample_set.features(extractor.name, index, request.shards),
+            expected_features(request, manifest, extractor),
+        )
+        for index, manifest in enumerate(manifests)
+    }
 
     def make(index: int) -> None:
         with suppress(FileNotFoundError, DamagedFile):  # named below
             shard_features(sample_set, request, index, extractor, worker)
-            progress(len(made.there()), request.shards)
 
-    work_through(sample_set.path, range(request.shards), there, make, worker)
+    keep_all(sample_set.path, places, make, lambda there: progress(len(there), request.shards), worker)
 
     def features() -> Iterator[np.ndarray]:
         for index in range(request.shards):

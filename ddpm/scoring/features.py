@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm.errors import Stopped
 from ddpm.run import files
-from ddpm.run.claims import ALONE, Worker
+from ddpm.run.claims import ALONE, Worker, work_through
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import SampleSet, names_in
@@ -114,13 +114,30 @@ def is_kept(path: Path, expected: Mapping[str, Any]) -> bool:
     return path.exists()
 
 
+Places = Mapping[int, tuple[Path, Mapping[str, Any]]]
+"""Of each part what `is_kept` takes: its path, and the manifest that is expected."""
+
+
+def keep_all(
+    directory: Path, places: Places, make: Callable[[int], object], show: Callable[[set[int]], object], worker: Worker
+) -> None:
+    """Have all these arrays kept, by this process and others that do the same at once. make: keeps one; show: is told
+    after each that is made which are there. Raises as `work_through`, and what `make` raises."""
+    made = Progress(places)
+
+    def make_one(part: int) -> None:
+        make(part)
+        show(made.there())
+
+    work_through(directory, list(places), lambda part: is_kept(*places[part]), make_one, worker)
+
+
 class Progress:
     """Which of many arrays are kept, asked again after each that is made: the folder is listed, and a manifest read
     once it is there, until it is the one that is expected."""
 
-    def __init__(self, paths: Mapping[int, tuple[Path, Mapping[str, Any]]]) -> None:
-        """paths: of each part, what `is_kept` takes."""
-        self._left, self._there = dict(paths), set[int]()
+    def __init__(self, places: Places) -> None:
+        self._left, self._there = dict(places), set[int]()
 
     def there(self) -> set[int]:
         named = {name for folder in {path.parent for path, _ in self._left.values()} for name in names_in(folder)}

@@ -22,13 +22,13 @@ from ddpm.diffusion import rng
 from ddpm.diffusion.bound import variational_bound
 from ddpm.errors import DoNotRetry, RequestError, Stopped
 from ddpm.run import files
-from ddpm.run.claims import ALONE, Worker, work_through
+from ddpm.run.claims import ALONE, Worker
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import ShowProgress, StopRequested
 from ddpm.sampling.denoiser import Denoiser
 from ddpm.scoring.bound_request import BoundRequest
-from ddpm.scoring.features import Progress, is_kept, kept_array
+from ddpm.scoring.features import keep_all, kept_array
 from ddpm.scoring.record import publish_score, read_score, score_with
 from ddpm.scoring.reference import image_record
 
@@ -59,30 +59,23 @@ def bits_per_dim(
     identity = {"request_digest": request.digest, "data_digest": files.sha256_json(data)}
     denoiser = cache(make_denoiser)
 
-    def expected(part: int) -> dict[str, Any]:
-        return {"part": part, "num": len(parts[part]), **identity}
+    places = {part: (where.part(part), {"part": part, "num": len(own), **identity}) for part, own in enumerate(parts)}
 
     def terms(part: int) -> np.ndarray:
         def compute() -> np.ndarray:
             return _terms(request, images, parts[part], denoiser(), worker.stop_requested)
 
-        return kept_array(where.part(part), expected(part), (len(parts[part]), 3), compute, worker.token)
+        return kept_array(*places[part], (len(parts[part]), 3), compute, worker.token)
 
-    made = Progress({part: (where.part(part), expected(part)) for part in range(len(parts))})
-
-    def make(part: int) -> None:
-        terms(part)
-        progress(sum(len(parts[i]) for i in made.there()), len(index))
-
-    def there(part: int) -> bool:
-        return is_kept(where.part(part), expected(part))
+    def show(there: set[int]) -> None:
+        progress(sum(len(parts[part]) for part in there), len(index))
 
     said = _provenance(request, len(index), images, timesteps)
     if (published := score_with(run, request.name, said)) is not None:
         return published
-    work_through(where.path, range(len(parts)), there, make, worker)
+    keep_all(where.path, places, terms, show, worker)
     record = {
-        **_merged(np.concatenate([terms(part) for part in range(len(parts))])),
+        **_merged(np.concatenate([terms(part) for part in places])),
         **said,
         "created": files.now(),
         "command": command,

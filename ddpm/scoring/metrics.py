@@ -34,8 +34,6 @@ class Moments:
 
 def from_features(features: np.ndarray) -> Moments:
     """Moments of features (n, d), n >= 1, of any float type; the sums are float64."""
-    if features.ndim != 2 or not len(features):
-        raise ValueError(f"features have shape {features.shape}; expected (n, d) with n >= 1")
     x = features.astype(np.float64)
     mean = x.mean(axis=0)
     x -= mean
@@ -44,8 +42,6 @@ def from_features(features: np.ndarray) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two sets. Chan, Golub, LeVeque 1979, "Updating formulae … computing sample variances"."""
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of {a.mean.shape[0]} and of {b.mean.shape[0]} dimensions cannot be merged")
     num = a.num + b.num
     delta = b.mean - a.mean
     return Moments(num, a.mean + delta * (b.num / num), a.m2 + b.m2 + np.outer(delta, delta) * (a.num * b.num / num))

@@ -19,14 +19,14 @@ import numpy as np
 from ddpm.data.packed import PackedImages
 from ddpm.errors import RequestError
 from ddpm.run import files
-from ddpm.run.claims import ALONE, Worker, work_through
+from ddpm.run.claims import ALONE, Worker
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import counted, say
 from ddpm.run.stopping import ShowProgress
 from ddpm.sampling.shards import npz_bytes, read_npz
 from ddpm.scoring import metrics
 from ddpm.scoring.extractors import Extractor
-from ddpm.scoring.features import Progress, extract, is_kept, kept_features
+from ddpm.scoring.features import extract, keep_all, kept_features
 from ddpm.scoring.gather import Gathered, gather
 from ddpm.scoring.metrics import Moments
 from ddpm.scoring.record import PART_IMAGES
@@ -135,26 +135,21 @@ def kept_in_parts(
     All are there when this returns. Raises OthersAtWork, Stopped.
     """
 
-    def place(index: int) -> tuple[Path, dict[str, Any], np.ndarray]:
-        part = images.images[index * PART_IMAGES :][:PART_IMAGES]
-        expected = {"part": index, "num": len(part), **_identity(images, extractor)}
-        return directory / f"features-{index:05d}.npy", expected, part
+    parts = [images.images[first : first + PART_IMAGES] for first in range(0, len(images), PART_IMAGES)]
+    identity = _identity(images, extractor)
+    places = {
+        index: (directory / f"features-{index:05d}.npy", {"part": index, "num": len(part), **identity})
+        for index, part in enumerate(parts)
+    }
 
     def features_of(index: int) -> np.ndarray:
-        return kept_features(*place(index), extractor, worker)
+        return kept_features(*places[index], parts[index], extractor, worker)
 
-    def there(index: int) -> bool:
-        return is_kept(*place(index)[:2])
+    def show(there: set[int]) -> None:
+        progress(sum(len(parts[index]) for index in there), len(images))
 
-    parts = range(-(-len(images) // PART_IMAGES))
-    made = Progress({index: place(index)[:2] for index in parts})
-
-    def make(index: int) -> None:
-        features_of(index)
-        progress(sum(place(i)[1]["num"] for i in made.there()), len(images))
-
-    work_through(directory, parts, there, make, worker)
-    return map(features_of, parts)
+    keep_all(directory, places, features_of, show, worker)
+    return map(features_of, places)
 
 
 def check_size(images: PackedImages, size: int) -> None:

@@ -22,7 +22,6 @@ from ddpm.run.files import (
     read_signed,
     sha256_file,
 )
-from ddpm.run.images import read_png
 from ddpm.run.log import counted
 from ddpm.run.paths import BoundSet, RunDir, SampleSet, files_of_kind, listed
 from ddpm.run.records import (
@@ -253,6 +252,8 @@ def _ema(run: RunDir, step: int) -> None:
 
 
 def _grids(run: RunDir) -> Lines:
+    from ddpm.run.images import read_png  # loads Pillow
+
     for path in files_of_kind(run.grids, ".png"):
         yield from _judged(f"grids/{path.name}", read_png, path)
 

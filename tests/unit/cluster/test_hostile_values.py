@@ -42,7 +42,6 @@ PIECES = [
     *("\n#SBATCH --wrap=x", "#SBATCH --wrap=x", "\udcff", "\ud800", "x" * 300, "{}", "<", ">CANARY"),
 ]
 odd = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
-VALUES = ["partition", "account", "qos", "constraint", "exclude", "mem", "time", "sbatch"]
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 """Each example is a few processes."""
 
