@@ -121,8 +121,8 @@ def describe(
     of_training = _made_of_it(run, config, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     died = latest.get("reason") if failed else nodes.why_died(run, events)
-    unheard = latest if state == "cancelled" and latest.get("event") == "submitted" else None
-    problems = [died, saving, unheard and _never_began(run, unheard), *damage.told[: 1 if closed else None]]
+    unheard = state == "cancelled" and latest.get("event") == "submitted"
+    problems = [died, saving, _never_began(run, latest) if unheard else None, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
