@@ -124,6 +124,14 @@ def told(life: Life, stage: str, error: Exception) -> int:
     return code
 
 
+def is_away(runs: Path) -> bool:
+    """Whether it is not one run that is gone, but what the folder of runs is on: another start may find it there."""
+    try:
+        return not any(runs.iterdir())
+    except OSError:
+        return True
+
+
 def main(argv: list[str]) -> int:
     """Run one stage and end the process with its exit code (submitit must not unwind past us either)."""
     streams.make_safe()
@@ -135,7 +143,7 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except BaseException as e:
-        gone = isinstance(e, OSError) and not life.run.path.is_dir()
+        gone = isinstance(e, OSError) and not life.run.path.is_dir() and not is_away(life.run.path.parent)
         known = (
             RunGone(f"{life.run.path} was moved, renamed or deleted under this job")
             if gone

@@ -39,6 +39,9 @@ EXAMPLES = """examples:
 Bring back what another copy of the run still has: rsync -a --checksum THERE/ runs/cifar10/. Exit code: 0 if every file
 holds, 1 if one does not.
 """
+BAD = ("damaged", "missing", "unread")
+UNREAD = [("have it readable, then again", "permissions, groups, or a file system that fails at the moment")]
+"""What can be done while something cannot be read: it may be whole, and nothing is to be made anew for it."""
 OF_TRAINING = ("checkpoints", "events", "tb", "grids", "samples", "eval", "heartbeat.json")
 """What --start-over moves away, with metrics*. Config, run.json and logs stay."""
 
@@ -108,11 +111,11 @@ def check(run: RunDir, *, verbose: bool) -> int:
     for room, of_room in groupby(inspection.look(run), key=lambda line: line.what.partition("/")[0]):
         here = list(of_room)
         holding = [line for line in here if line.verdict == "holds"]
-        bad += [line for line in here if line.verdict in ("damaged", "missing")]
+        bad += [line for line in here if line.verdict in BAD]
         good += len(holding)
         saved = [re.fullmatch(r"checkpoints/step-(\d+)", line.what) for line in holding]
         newest = max([newest, *(int(found[1]) for found in saved if found)])
-        told = [line for line in here if line.verdict not in ("damaged", "missing")]
+        told = [line for line in here if line.verdict not in BAD]
         if len(holding) > 1 and not verbose:
             more = inspection.Line("holds", f"{room}/", f"{counted(len(holding), 'file')}")
             told = [more, *(line for line in told if line not in holding)]
@@ -120,7 +123,8 @@ def check(run: RunDir, *, verbose: bool) -> int:
     _print(run, bad)
     if bad:
         print("What can be done:")
-        for what, how in remedies(run, [line.what for line in bad]):
+        unread = any(line.verdict == "unread" for line in bad)
+        for what, how in UNREAD if unread else remedies(run, [line.what for line in bad]):
             print(f"  {what:30}{how}")
     do = "does" if len(bad) == 1 else "do"
     summary = f"{len(bad)} of these {len(bad) + good} {do} not hold" if bad else f"all {good} of these hold"
@@ -167,7 +171,7 @@ def way_on(run: RunDir, newest: int, *, averaged: bool = True) -> str:
         if averaged and finished_step(run, config) == newest > 0:
             return f"the run is complete at step {newest}"
     except (DDPMError, DamagedFile, OSError) as e:
-        return f"it cannot go on as it is: {faults.words(e) or str(e).splitlines()[0]}"
+        return f"it cannot go on as it is: {(faults.words(e) or str(e)).splitlines()[0]}"
     if not newest and run.steps_saved():
         return "a submission would be refused (none of its checkpoints holds)"
     begins = f"goes on from step {newest}" if newest else "begins at step 0"

@@ -23,6 +23,9 @@ from ddpm.errors import DoNotRetry, RunBusy, RunGone
 from ddpm.run.files import DamagedFile, look_anew, not_ours, read_bytes, write_bytes
 from ddpm.run.paths import RunDir
 
+AWAY_S = 600.0
+"""For how long the folder of runs may be away under a job before that counts as the end of the run there."""
+
 
 class Fence:
     """Held by the one process that writes a run's checkpoints, metrics and run.json."""
@@ -47,7 +50,9 @@ class Fence:
         Raises RunBusy after `wait_s` seconds, DoNotRetry if the run belongs to another user who does not share it.
         """
         self._run, self._log = run, log
+        self._away_since: float | None = None
         try:
+            self._root = _identity(run.path.parent)
             self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # held, so that no other takes its number
             self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
             self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
@@ -143,11 +148,13 @@ class Fence:
         """Raise RunBusy if a later writer has taken over: called before every publication.
 
         RunGone if the run's path is now another directory (maybe a copy with the same counter), or has an older copy's
-        files in it. A missing lock file alone does not count while the counter is there.
+        files in it. A missing lock file alone does not count while the counter is there. OSError, for a while, where
+        the folder of runs itself is not there.
         """
         current, lock = self._current(), _identity(self._run.lock)
         our_home, our_lock = self._ours
         if _identity(self._run.path) != our_home or (lock is None and not current):
+            self._be_patient()
             raise RunGone(
                 f"{self._run.path} was moved, renamed or deleted while this job had it{self._whereto()}: nothing is "
                 f"written under the old name. Move it back, or submit it where it is now"
@@ -163,8 +170,20 @@ class Fence:
                 f"{self.token}), as where a copy is put over a run: nothing more is written here. See that it is "
                 f"whole, then submit it again"
             )
+        self._away_since = None
         if not self._locked:  # the orphan that held it may be gone: a third job shall wait
             self._try_lock()
+
+    def _be_patient(self) -> None:
+        """Raise OSError, for AWAY_S at most, if it is not the run that is gone but what its folder of runs is on: a
+        mount may be away for a moment, and a save then fails as on any file system that does."""
+        nowhere = _identity(self._run.path.parent) != self._root and not self._whereto()
+        if not nowhere or not os.fstat(self._home).st_nlink:  # deleted
+            return
+        self._away_since = self._away_since or time.monotonic()
+        if time.monotonic() - self._away_since < AWAY_S:
+            told = "not there, or not what it was, as where a mount is away for a moment"
+            raise OSError(errno.ESTALE, told, str(self._run.path.parent))
 
     def _whereto(self) -> str:
         """Where the run directory was moved to, for a message; "" if this machine does not know."""

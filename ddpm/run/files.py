@@ -8,6 +8,7 @@ with ".tmp-". Must not know: which files a run has.
 from __future__ import annotations
 
 import errno
+import grp
 import hashlib
 import io
 import json
@@ -222,10 +223,10 @@ def not_ours(path: Path) -> str:
             path = path.parent
     if there.st_uid == me or me == 0:
         return ""
-    return (
-        f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}; its "
-        f"owner can share it with the group: chmod -R g+rwX {path}"
-    )
+    told = f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}"
+    if there.st_mode & stat.S_IRWXG == stat.S_IRWXG and there.st_gid not in {os.getegid(), *os.getgroups()}:
+        return f"{told}, who is not in its group {_group(there.st_gid)} here (id): a new login or job may be"
+    return f"{told}; its owner can share it with the group: chmod -R g+rwX {path}"
 
 
 def _user(uid: int) -> str:
@@ -233,6 +234,13 @@ def _user(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid {uid}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return f"gid {gid}"
 
 
 def _is_linked(tmp: Path, path: Path) -> bool:

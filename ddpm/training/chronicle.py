@@ -192,8 +192,8 @@ class Chronicle(Silent):
         say(message, **fields)
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        self.fence.check()  # under this name there may be another run by now, whose events this would enter
         try:
+            self.fence.check()  # under this name there may be another run by now, whose events this would enter
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:
             say("event not written", event=event, step=step, error=e)

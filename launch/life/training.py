@@ -105,12 +105,12 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
     found = trainer.fit()
     if fence is not None and found is not None:
         _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
-    return _until_the_end(life, world, trainer, fence)
+    return _until_the_end(life, world, trainer, fence, timeout_s)
 
 
-def save_patience_s(life: Life, reason: str) -> float:
+def save_patience_s(life: Life, reason: str, rank_timeout_s: float) -> float:
     """Seconds for which a stop may retry its save: as long as the job has time and the other ranks wait."""
-    ranks_wait = site_of(life.run).rank_timeout_s / 2
+    ranks_wait = rank_timeout_s / 2
     if reason != "preempted":  # USR2 comes at least 54 s before the end where 60 were asked for
         return min(ranks_wait, TRY_TO_SAVE_S)
     mercy = mercy_for(life.run, life.env.job)
@@ -179,13 +179,13 @@ def _keep(run: RunDir, fence: Fence, resolved: dict[str, Any]) -> None:
     write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
 
 
-def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> int:
+def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None, timeout_s: float) -> int:
     while True:
         if not trainer.warm:
             # compilers that start here must not die of a signal meant for us
             with life.stop.held(), _compiling(life, world, trainer, fence):
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason))
+        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason, timeout_s))
         if not outcome.saved:
             return life.leave(1, "save_failed")
         if outcome.finished:

@@ -212,7 +212,8 @@ def main() -> int:
         child = None
         if ended:
             if ended < 0 and not heard:  # what it could not say itself
-                say(f"{stages[i]} was killed by {signal.Signals(-ended).name}{KILLED_AS.get(-ended, '')}")
+                by = signal.Signals(-ended)
+                say(f"{stages[i]} was killed by {by.name}{KILLED_AS.get(by, '')}")
             _tell(run, *work[i], ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:

@@ -7,10 +7,13 @@ import errno
 import math
 import os
 import resource
+import shlex
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
@@ -81,7 +84,19 @@ def _whose(error: BaseException) -> str:
     """For a permission error: whose the file is; else ""."""
     if not isinstance(error, PermissionError) or not error.filename:
         return ""
-    return not_ours(Path(os.fsdecode(error.filename)))
+    path = Path(os.fsdecode(error.filename))
+    return not_ours(path) or _shut(path)
+
+
+def _shut(path: Path) -> str:
+    """That this user's own folder or file has a mode that keeps its owner out; "" if it has not."""
+    for place in (path, *path.parents):
+        with suppress(OSError):
+            there = place.stat()
+            needed = stat.S_IRWXU if stat.S_ISDIR(there.st_mode) else stat.S_IRUSR | stat.S_IWUSR
+            shut = there.st_uid == os.geteuid() != 0 and there.st_mode & needed != needed
+            return f"Its mode is {there.st_mode & 0o7777:04o}: chmod u+rwX {shlex.quote(str(place))}" if shut else ""
+    return ""
 
 
 def _room(error: OSError) -> str:

@@ -14,6 +14,7 @@ from ddpm.run import evidence, generations, unfinished
 from ddpm.run.events import read_events
 from ddpm.run.files import (
     LINES_BYTES,
+    PASSING,
     DamagedFile,
     link_to_nothing,
     open_file,
@@ -46,7 +47,7 @@ from launch.terminal import faults
 
 
 class Line(NamedTuple):
-    verdict: str  # holds | damaged | missing | aside
+    verdict: str  # holds | damaged | missing | unread | aside
     what: str
     why: str = ""
 
@@ -70,7 +71,13 @@ def _going_on(what: str, lines: Callable[..., Lines], *args: Any) -> Lines:
     try:
         yield from lines(*args)
     except (OSError, DamagedFile, DDPMError) as e:
-        yield Line("damaged", what, faults.words(e) or str(e))
+        yield Line(_not_holding(e), what, faults.words(e) or str(e))
+
+
+def _not_holding(error: Exception) -> str:
+    """The verdict: what cannot be read now may be whole."""
+    is_shut = isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in PASSING)
+    return "unread" if is_shut else "damaged"
 
 
 def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = True) -> Lines:
@@ -82,7 +89,7 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
         if needed:
             yield Line("missing", what, f"there is no {e.filename or what}")
     except (DamagedFile, DDPMError, OSError, KeyError, TypeError, ValueError) as e:
-        yield Line("damaged", what, faults.words(e) or (str(e).splitlines() or [type(e).__name__])[0])
+        yield Line(_not_holding(e), what, ((faults.words(e) or str(e)).splitlines() or [type(e).__name__])[0])
 
 
 def _records(run: RunDir) -> Lines:

@@ -122,7 +122,8 @@ def describe(
     of_training = _made_of_it(run, config, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     died = latest.get("reason") if failed else nodes.why_died(run, events)
-    problems = [died, saving, *damage.told[: 1 if closed else None]]
+    unheard = state == "cancelled" and latest.get("event") == "submitted"
+    problems = [died, saving, _never_began(run, latest) if unheard else None, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
@@ -234,6 +235,14 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
         f"the disk or quota is full for that too"
     )
     return late if minutes > OVERDUE * every + 1 else None
+
+
+def _never_began(run: RunDir, submitted: dict[str, Any]) -> str:
+    """Why a job may have left the queue of which nothing was heard, not even its batch shell."""
+    return (
+        f"job {submitted['job']} left the queue before anything of it began: by scancel, or since its node could not "
+        f"start it, as where that lacks {run.path.parent} (scontrol show job {submitted['job']}, or sacct -j, says so)"
+    )
 
 
 def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> bool:

@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from ddpm.data import packed, scratch
-from ddpm.errors import DoNotRetry, NodeUnfit, Stopped
+from ddpm.errors import EXIT_FATAL, DoNotRetry, NodeUnfit, Stopped
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import StopRequested
@@ -675,3 +675,25 @@ def test_the_pace_is_that_of_the_last_steps_and_says_when_the_end_is(monkeypatch
         told.append(work.told(done, 3300))
     assert told[0] == {} and told[-1] == {"images_per_s": "10"}
     assert told[-2]["images_per_s"] == "10" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told[-2]["ends"])
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_job_ends_for_good_where_its_run_is_gone_and_not_where_the_folder_of_runs_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    gone = RunDir(tmp_path / "runs" / "run")
+    (gone.path.with_name("other") if others else gone.path.parent).mkdir(parents=True)
+
+    def work(life: Life, args: Any) -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(gone.samples))
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    env = JobEnvironment("slurm", "17", 0, "n1", 0, 1, 0, "n1", 1, 1, None, "")
+    monkeypatch.setattr(jobs, "begin", lambda run: Life(run, StopFlag(), env))
+    monkeypatch.setattr(jobs, "work", work)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        jobs.main(["sample", str(gone.path), "fid"])
+    assert left.value.code == (EXIT_FATAL if others else 1)

@@ -16,7 +16,8 @@ from ddpm.errors import EXIT_REQUEUE
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import PROJECT, JobEnvironment
 from launch.cluster.scheduler import Mercy
-from launch.life import preemption
+from launch.life import preemption, training
+from launch.life.life import Life
 from launch.life.preemption import StopFlag, after_stop
 
 ENV = JobEnvironment("slurm", "17", 0, "n1", 0, 1, 0, "n1", 0, 1, None, "2026-11-27T09:00:00.000Z")
@@ -168,3 +169,11 @@ def test_a_request_that_was_answered_is_forgotten_and_another_that_came_since_is
         stop.reason = reason
         stop.clear("preempted")
         assert stop() == left
+
+
+def test_how_long_a_stop_may_try_to_save_hangs_on_no_file_of_the_run(tmp_path: Path) -> None:
+    """Its disk may be the reason why it tries again."""
+    env = JobEnvironment("local", "1", 0, "n1", 0, 1, 0, "", 0, 1, None, "")
+    life = Life(RunDir(tmp_path / "away"), StopFlag(), env)
+    assert training.save_patience_s(life, "time_limit", 40.0) == 20.0
+    assert training.save_patience_s(life, "preempted", 600.0) >= 10

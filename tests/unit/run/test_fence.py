@@ -4,11 +4,13 @@ import os
 import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddpm.errors import RunBusy, RunGone
+from ddpm.run import fence as fence_module
 from ddpm.run import files
 from ddpm.run.fence import Fence
 from ddpm.run.paths import RunDir
@@ -209,6 +211,35 @@ def test_a_run_that_is_moved_or_deleted_is_said_to_be_and_nothing_is_written_in_
     with pytest.raises(RunGone):
         files.write_json(run.heartbeat, {}, replace=True, may_publish=fence.check)
     assert not run.heartbeat.exists()
+
+
+def test_a_mount_that_is_away_for_a_moment_takes_no_run_from_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "mount" / "run")
+    run.path.mkdir(parents=True)
+    fence = Fence(run, OWNER, wait_s=0)
+    run.path.parent.rename(tmp_path / "away")
+    with pytest.raises(RunGone, match=r"it is .*/away/run now"):
+        fence.check()
+    monkeypatch.setattr(Fence, "_whereto", lambda self: "")  # of a mount that is not there nobody knows
+    for empty in (False, True):  # without its place, or with that alone
+        if empty:
+            run.path.parent.mkdir()
+        with pytest.raises(OSError, match="a mount is away for a moment"):
+            fence.check()
+    run.path.parent.rmdir()
+    (tmp_path / "away").rename(run.path.parent)
+    fence.check()
+    run.path.parent.rename(tmp_path / "away")
+    monkeypatch.setattr(fence_module, "AWAY_S", 0.0)
+    with pytest.raises(RunGone, match="was moved, renamed or deleted"):
+        fence.check()
+    monkeypatch.setattr(fence_module, "AWAY_S", 600.0)
+    shutil.rmtree(tmp_path / "away")
+    with pytest.raises(RunGone):
+        fence.check()
+    fence.release()
 
 
 def test_a_lock_file_that_was_removed_leaves_the_run_to_whoever_has_its_number(run: RunDir, fence: Fence) -> None:

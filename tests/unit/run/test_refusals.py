@@ -117,6 +117,11 @@ def test_somebody_elses_directory_is_named_with_its_owner_and_what_opens_it(
     said = files.not_ours(tmp_path / "no" / "such" / "file")
     assert said.startswith(f"{tmp_path} belongs to ") and "this is uid 54321" in said
     assert f"chmod -R g+rwX {tmp_path}" in said
+    tmp_path.chmod(0o770)
+    monkeypatch.setattr(os, "getegid", lambda: 54321)
+    monkeypatch.setattr(os, "getgroups", list)
+    said = files.not_ours(tmp_path / "file")
+    assert "is not in its group " in said and "chmod" not in said
 
 
 def test_where_nothing_can_be_looked_at_nobody_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from ddpm.errors import DoNotRetry, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile, now
 from ddpm.run.paths import RunDir
-from launch import submission
+from launch import recover, submission
 from launch.cluster import scheduler, slurm
 from launch.life.decision import Evidence, decide
 from launch.queue import chain
@@ -268,6 +268,35 @@ def test_a_job_that_could_not_write_why_it_failed_is_told_with_the_reason(
         assert follow.follow_process(run, subprocess.Popen(["false"]), log) == 1
         assert f"the job ended with exit code 1; its log: {log}{told}" in capsys.readouterr().err
         monkeypatch.setattr(tempfile, "TemporaryFile", full)
+
+
+def test_what_cannot_be_read_now_is_no_damage_for_which_anything_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = (PermissionError(errno.EACCES, "Permission denied", "a"), OSError(errno.ESTALE, "Stale file handle", "a"))
+
+    def failing(error: Exception) -> None:
+        raise error
+
+    for error in (*errors, DamagedFile("a: torn"), IsADirectoryError(errno.EISDIR, "Is a directory", "a")):
+        (line,) = inspection._judged("checkpoints/step-000000001", failing, error)
+        assert line.verdict == ("unread" if error in errors else "damaged"), line
+        monkeypatch.setattr(inspection, "look", lambda run, line=line: iter([line]))
+        assert recover.check(RunDir(tmp_path), verbose=False) == 1
+        said = capsys.readouterr().out
+        assert ("--rebuild" in said) == (error not in errors) and ("readable" in said) == (error in errors), said
+
+
+def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "my runs").mkdir(mode=0o500)
+    error = PermissionError(errno.EACCES, "Permission denied", str(folder / "a" / "b"))
+    monkeypatch.setattr(os, "geteuid", lambda: 61001)
+    os.chown(folder, 61001, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "geteuid", os.getuid)
+    assert faults.words(error) == f"Permission denied: {folder}/a/b. Its mode is 0500: chmod u+rwX '{folder}'"
+    folder.chmod(0o700)
+    assert faults.words(error) == f"Permission denied: {folder}/a/b"
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.read_bytes])

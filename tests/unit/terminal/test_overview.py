@@ -192,3 +192,14 @@ def test_a_view_reads_the_config_of_a_run_again_only_where_it_has_changed(
     assert describe(run, {})["total_steps"] == before and read == ["tiny"]
     run.config.write_text(TINY.replace(f"total_steps: {before}", f"total_steps: {before}0"))
     assert describe(run, {})["total_steps"] == 10 * before and read == ["tiny"] * 2
+
+
+def test_a_job_that_left_the_queue_unheard_is_told_with_what_may_have_kept_it_from_starting(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "tiny")
+    run.events.mkdir(parents=True)
+    EventLog(run, "17", 0, "login", prefix="submit-").append("submitted", stage="train", via="sbatch")
+    told = describe(run, {})
+    assert told["state"] == "cancelled" and "job 17 left the queue" in told["problem"]
+    assert f"that lacks {tmp_path / 'runs'} (scontrol show job 17" in told["problem"]
+    EventLog(run, "17", 0, "n1").append("allocated", stage="train")
+    assert "left the queue" not in (describe(run, {})["problem"] or "")
