@@ -34,7 +34,7 @@ SILENT = re.compile(r"^\S+Z failed: ranks? [\d, ]+ on (\S+(?:, \S+)*|an unknown 
 """What ranks say of others that hang (ddpm/training/peers.py); who says it leaves first."""
 NO_NODES = re.compile(r"^\S+Z failed: port \d+ is another process's|Watchdog caught collective operation timeout", re.M)
 """Where ranks did not find each other, or NCCL does not say which of them hangs."""
-OF_ANOTHER = re.compile(r"^\S+Z failed: rank \d+ lost its connection to another", re.M)
+OF_ANOTHER = re.compile(r"^\S+Z failed: rank (\d+) lost its connection to another", re.M)
 """What a rank says whose peer died: no cause."""
 
 
@@ -90,11 +90,12 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
     ends = "\n".join(line for line in said.splitlines() if not re.match(TOLD, line))
     lacked = "GPU memory" if GPU_MEMORY.search(ends) else "memory" if HOST_MEMORY.search(ends) else ""
-    died = TASK_DIED.search(said)
-    alone = died and not error and (OF_ANOTHER.search(said) or not died[3].startswith("Exited"))
-    if died and (alone or died[3] == KILLED):  # who is killed says nothing, and others what they make of it
-        error = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}"
+    dead, left = list(TASK_DIED.finditer(said)), OF_ANOTHER.findall(said)  # who has left may be heard of first
+    died = next((one for one in dead if one[2].removeprefix("task ") not in left), dead[0] if dead else None)
     silent = set(SILENT.findall(said))
+    told = left or (died and not died[3].startswith("Exited"))
+    if died and ((told and not error) or (died[3] == KILLED and not silent)):  # who is killed says nothing himself
+        error = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}"
     node = silent.pop() if len(silent) == 1 else ""
     by_no_node = bool(silent or NO_NODES.search(said) or " " in node)
     if len(error) > CHARACTERS:

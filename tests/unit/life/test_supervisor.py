@@ -734,6 +734,7 @@ def test_no_node_is_left_out_where_it_is_not_known_which_rank_is_not_heard(
 
 @pytest.mark.parametrize(("own", "first", "error"), [
     ("", "n3: task 2: Killed", "rank 2 on n3: Killed"),
+    ("", "n1: task 0: Exited with exit code 1\nsrun: error: n3: task 2: Killed", "rank 2 on n3: Killed"),
     ("ValueError: of rank 2", "n3: task 2: Exited with exit code 1", "ValueError: of rank 2"),
     ("", "n3: task 2: Exited with exit code 1", "rank 2 on n3: Exited with exit code 1"),
     ("", "n3: tasks 2-3: Segmentation fault (core dumped)", "ranks 2-3 on n3: Segmentation fault (core dumped)"),
