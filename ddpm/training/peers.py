@@ -21,7 +21,7 @@ from ddpm.errors import RanksLost
 T = TypeVar("T")
 
 TIMED_OUT = re.compile(r"^(?=.*(?:\bgloo\b|NCCL|Dist\w*Error|Operation)).*\btimed? ?out", re.I | re.S)
-CLOSED = re.compile(r"(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
+CLOSED = re.compile(r"gloo/transport/tcp/|(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
 """In torch's errors, mostly plain RuntimeErrors, where another rank does not answer, or died."""
 ROLL_CALL = 0.05
 """How long ranks that waited in vain are given to say so, as a part of that time: they may not have begun together."""
@@ -76,10 +76,13 @@ class Peers:
         try:
             yield
         except RuntimeError as e:
-            said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
-            if CLOSED.search(str(e)):
+            if not TIMED_OUT.search(f"{type(e).__name__}: {e}"):
+                if not CLOSED.search(str(e)):
+                    raise
+                said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
                 raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
-            if not TIMED_OUT.search(f"{type(e).__name__}: {e}") or not (silent := self._call_the_roll()):
+            silent = self._call_the_roll()
+            if not silent:
                 raise
             self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
 

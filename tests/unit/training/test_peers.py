@@ -14,6 +14,7 @@ import torch
 
 from ddpm.errors import RanksLost
 from ddpm.training import ranks
+from ddpm.training.peers import Peers
 from tests.training import on_ranks
 
 ALL = {rank: f"n{rank}" for rank in range(3)}
@@ -70,6 +71,18 @@ def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, who
     others = {str(rank) for rank in ALL} - {str(whom)}
     said = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert others <= set(said) and all(says in said[rank] for rank in others)
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    ("[/x/gloo/transport/tcp/pair.cc:339] writev [10.0.0.1]:35038: Software caused connection abort", True),
+    ("NCCL error in: x.cpp:1, remote process exited or there was a network error\nncclRemoteError: …", True),
+    ("NCCL error in: x.cpp:1, unhandled cuda error\nncclUnhandledCudaError: …", False), ("mat1 and mat2 …", False),
+])  # fmt: skip
+def test_a_lost_connection_is_told_from_other_errors(error: str, lost: bool) -> None:
+    peers = Peers.__new__(Peers)
+    peers.rank = 1
+    with pytest.raises(RanksLost if lost else RuntimeError, match="rank 1 lost" if lost else error[:9]), peers.heeded():
+        raise RuntimeError(error)
 
 
 def test_a_port_that_another_process_has_is_said() -> None:
