@@ -42,9 +42,9 @@ class Peers:
         with self.heeded():
             self.store = self._meet(address, port, host_of)
             self.store.set(f"host/{rank}", host)
-            silent = self._silent("host", timeout_s)
-            came = [r for r in range(world_size) if r not in silent]
-            self._hosts = {r: self.store.get(f"host/{r}").decode() for r in came}
+            silent = _within(timeout_s + 1, self._await_all)
+            if silent is None:
+                silent = [0]  # who has the store
             if silent:
                 where = host_of(self._hosts)
                 self._lost({r: where.get(r, "") for r in silent}, f"did not come within {timeout_s:g} s")
@@ -86,9 +86,16 @@ class Peers:
                 raise
             self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
 
+    def _await_all(self) -> list[int]:
+        """The ranks that do not come in time; learns where the others are."""
+        silent = self._silent("host", self.timeout_s)
+        came = [rank for rank in range(self.world_size) if rank not in silent]
+        self._hosts = {rank: self.store.get(f"host/{rank}").decode() for rank in came}
+        return silent
+
     def _call_the_roll(self) -> list[int]:
         """The ranks that do not say that they have waited in vain too."""
-        patience_s = max(2.0, ROLL_CALL * self.timeout_s)
+        patience_s = max(5.0, ROLL_CALL * self.timeout_s)
 
         def ask() -> list[int]:
             self.store.set(f"waits/{self.rank}", "")

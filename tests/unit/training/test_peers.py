@@ -28,6 +28,8 @@ def beset(
     torch.set_num_threads(1)
     if kind == "never comes" and rank == whom:
         return
+    if kind == "freezes as they come" and rank == whom:
+        Peers._await_all = lambda peers: _stopped_while_others_tell(told, world_size - 1)  # type: ignore[assignment,method-assign,return-value]
     try:
         world = ranks.join(
             rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port,
@@ -63,6 +65,7 @@ def _stopped_while_others_tell(told: Path, others: int) -> None:
 @pytest.mark.parametrize(("kind", "whom", "says"), [
     ("never comes", 2, "rank 2 on n2 did not come within 4 s"),
     ("never comes", 0, "rank 0 on n0 could not be reached by rank"),
+    ("freezes as they come", 0, "rank 0 on n0 "),
     ("hangs", 2, "rank 2 on n2 did not answer for 4 s"), ("hangs", 0, "rank 0 on n0 did not answer for 4 s"),
     ("is late", 1, "rank 1 on n1 did not answer for 4 s"), ("ends", 1, "lost its connection to another"),
 ])  # fmt: skip
