@@ -21,7 +21,7 @@ from ddpm.errors import RanksLost
 T = TypeVar("T")
 
 TIMED_OUT = re.compile(r"^(?=.*(?:\bgloo\b|NCCL|Dist\w*Error|Operation)).*\btimed? ?out", re.I | re.S)
-CLOSED = re.compile(r"(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
+CLOSED = re.compile(r"gloo/transport/tcp/|(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
 """In torch's errors, mostly plain RuntimeErrors, where another rank does not answer, or died."""
 ROLL_CALL = 0.05
 """How long ranks that waited in vain are given to say so, as a part of that time: they may not have begun together."""
@@ -42,9 +42,9 @@ class Peers:
         with self.heeded():
             self.store = self._meet(address, port, host_of)
             self.store.set(f"host/{rank}", host)
-            silent = self._silent("host", timeout_s)
-            came = [r for r in range(world_size) if r not in silent]
-            self._hosts = {r: self.store.get(f"host/{r}").decode() for r in came}
+            silent = _within(timeout_s + 1, self._await_all)
+            if silent is None:
+                silent = [0]  # who has the store
             if silent:
                 where = host_of(self._hosts)
                 self._lost({r: where.get(r, "") for r in silent}, f"did not come within {timeout_s:g} s")
@@ -76,16 +76,26 @@ class Peers:
         try:
             yield
         except RuntimeError as e:
-            said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
-            if CLOSED.search(str(e)):
+            if not TIMED_OUT.search(f"{type(e).__name__}: {e}"):
+                if not CLOSED.search(str(e)):
+                    raise
+                said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
                 raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
-            if not TIMED_OUT.search(f"{type(e).__name__}: {e}") or not (silent := self._call_the_roll()):
+            silent = self._call_the_roll()
+            if not silent:
                 raise
             self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
 
+    def _await_all(self) -> list[int]:
+        """The ranks that do not come in time; learns where the others are."""
+        silent = self._silent("host", self.timeout_s)
+        came = [rank for rank in range(self.world_size) if rank not in silent]
+        self._hosts = {rank: self.store.get(f"host/{rank}").decode() for rank in came}
+        return silent
+
     def _call_the_roll(self) -> list[int]:
         """The ranks that do not say that they have waited in vain too."""
-        patience_s = max(2.0, ROLL_CALL * self.timeout_s)
+        patience_s = max(5.0, ROLL_CALL * self.timeout_s)
 
         def ask() -> list[int]:
             self.store.set(f"waits/{self.rank}", "")

@@ -218,8 +218,11 @@ class Step:
 
     @property
     def replays(self) -> bool:
-        """Whether steps here can be replayed."""
-        return self.gpu and self.resolved.dropout == "counted" and self._masks
+        """Whether steps here can be replayed. Not those of several ranks on AMD's GPUs, where the watchdog of their
+        library ends another thread's recording, or the process (https://github.com/pytorch/pytorch/pull/176251)."""
+        of_amd = torch.version.hip is not None
+        here = self.gpu and not (of_amd and self.world.world_size > 1)
+        return here and self.resolved.dropout == "counted" and self._masks
 
     def compute(self, given: Given) -> Moved:
         """A whole step: gradients, their exchange, and the update."""

@@ -45,7 +45,7 @@ def packed_data(life: Life, config: Config, world: World, fence: Fence | None = 
         try:
             local = environment.expand(data["scratch"]) / "ddpm-hpc"
         except EnvironmentLacks as e:
-            say(f"scratch cannot be used ({e}); reading the data from {cache}")
+            say(f"scratch of {life.env.host} cannot be used ({e}); reading the data from {cache}")
         _copy_to(local, life, world, cache, key)
     there = packed.open_packed(cache, key, scratch=local)
     changed = labels_changed(labels, labels_record(there))
@@ -149,7 +149,7 @@ def _copy_to(local: Path | None, life: Life, world: World, cache: Path, key: str
         try:
             scratch.copy_to_scratch(cache, key, local, stop_requested=stop_requested)
         except (OSError, DamagedFile) as e:
-            say(f"scratch {local} cannot be used ({e}); reading the data from {cache}")
+            say(f"scratch {local} of {life.env.host} cannot be used ({e}); reading the data from {cache}")
 
     together(life.stop, world, copy if local and life.env.local_rank == 0 else None)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ddpm.errors import GPU_MEMORY
 from ddpm.run.paths import RunDir
 from launch.cluster.environment import JobEnvironment
+from launch.cluster.job import numbers
 from launch.terminal.logfiles import NOISE
 
 TAIL_BYTES = 256 * 1024
@@ -36,7 +37,7 @@ SILENT = re.compile(r"^\S+Z failed: ranks? [\d, ]+ on (\S+(?:, \S+)*|an unknown 
 """What ranks say of others that hang (ddpm/training/peers.py); who says it leaves first."""
 NO_NODES = re.compile(r"^\S+Z failed: port \d+ is another process's|Watchdog caught collective operation timeout", re.M)
 """Where ranks did not find each other, or NCCL does not say which of them hangs."""
-OF_ANOTHER = re.compile(r"^\S+Z failed: rank \d+ lost its connection to another", re.M)
+OF_ANOTHER = re.compile(r"^\S+Z failed: rank (\d+) lost its connection to another", re.M)
 """What a rank says whose peer died: no cause."""
 
 
@@ -92,13 +93,16 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
     ends = "\n".join(line for line in said.splitlines() if not re.match(TOLD, line))
     lacked = "GPU memory" if GPU_MEMORY.search(ends) else "memory" if HOST_MEMORY.search(ends) else ""
-    died = TASK_DIED.search(said)
-    alone = died and not error and (OF_ANOTHER.search(said) or not died[3].startswith("Exited"))
-    if died and (alone or died[3] == KILLED):  # who is killed says nothing, and others what they make of it
-        error = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}"
+    left = {int(rank) for rank in OF_ANOTHER.findall(said)}  # who leaves may be heard of before who died
+    died = next((one for one in TASK_DIED.finditer(said) if not left.issuperset(numbers(one[2].split()[1]))), None)
+    if left and not died and not error:
+        error = "ranks lost their connections to each other, and none had died"
     silent = set(SILENT.findall(said))
+    told = left or (died and not died[3].startswith("Exited"))
+    if died and ((told and not error) or (died[3] == KILLED and not silent)):  # who is killed says nothing himself
+        error = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}"
     node = silent.pop() if len(silent) == 1 else ""
-    by_no_node = bool(silent or NO_NODES.search(said) or " " in node)
+    by_no_node = bool(silent or NO_NODES.search(said) or " " in node or (left and not died and not node))
     if len(error) > CHARACTERS:
         error = f"{error[:CHARACTERS].rpartition(' ')[0] or error[:CHARACTERS]} …"
     error += _place(own[: at + 1]) if at else ""

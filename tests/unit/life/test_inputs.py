@@ -191,8 +191,14 @@ def test_a_scratch_whose_variable_is_not_set_here_is_said_and_the_cache_read(
     monkeypatch.chdir(tmp_path)
     here = Here(tmp_path, scratch="$LOCAL_SCRATCH")
     assert len(here.open()) == len(here.good)
-    assert "$LOCAL_SCRATCH is not set" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "scratch of n1 cannot be used" in said and "$LOCAL_SCRATCH is not set" in said
     assert not (tmp_path / "$LOCAL_SCRATCH").exists()
+    (tmp_path / "file").touch()
+    here.data["scratch"] = str(tmp_path / "file")
+    here.record(labels=here.kept)
+    here.open()
+    assert f"scratch {tmp_path}/file/ddpm-hpc of n1 cannot be used" in capsys.readouterr().out
 
 
 def test_a_record_that_lost_its_signature_is_said_once_and_signed_again(

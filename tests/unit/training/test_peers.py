@@ -14,6 +14,7 @@ import torch
 
 from ddpm.errors import RanksLost
 from ddpm.training import ranks
+from ddpm.training.peers import Peers
 from tests.training import on_ranks
 
 ALL = {rank: f"n{rank}" for rank in range(3)}
@@ -27,6 +28,8 @@ def beset(
     torch.set_num_threads(1)
     if kind == "never comes" and rank == whom:
         return
+    if kind == "freezes as they come" and rank == whom:
+        Peers._await_all = lambda peers: _stopped_while_others_tell(told, world_size - 1)  # type: ignore[assignment,method-assign,return-value]
     try:
         world = ranks.join(
             rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port,
@@ -62,6 +65,7 @@ def _stopped_while_others_tell(told: Path, others: int) -> None:
 @pytest.mark.parametrize(("kind", "whom", "says"), [
     ("never comes", 2, "rank 2 on n2 did not come within 4 s"),
     ("never comes", 0, "rank 0 on n0 could not be reached by rank"),
+    ("freezes as they come", 0, "rank 0 on n0 "),
     ("hangs", 2, "rank 2 on n2 did not answer for 4 s"), ("hangs", 0, "rank 0 on n0 did not answer for 4 s"),
     ("is late", 1, "rank 1 on n1 did not answer for 4 s"), ("ends", 1, "lost its connection to another"),
 ])  # fmt: skip
@@ -70,6 +74,18 @@ def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, who
     others = {str(rank) for rank in ALL} - {str(whom)}
     said = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert others <= set(said) and all(says in said[rank] for rank in others)
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    ("[/x/gloo/transport/tcp/pair.cc:339] writev [10.0.0.1]:35038: Software caused connection abort", True),
+    ("NCCL error in: x.cpp:1, remote process exited or there was a network error\nncclRemoteError: …", True),
+    ("NCCL error in: x.cpp:1, unhandled cuda error\nncclUnhandledCudaError: …", False), ("mat1 and mat2 …", False),
+])  # fmt: skip
+def test_a_lost_connection_is_told_from_other_errors(error: str, lost: bool) -> None:
+    peers = Peers.__new__(Peers)
+    peers.rank = 1
+    with pytest.raises(RanksLost if lost else RuntimeError, match="rank 1 lost" if lost else error[:9]), peers.heeded():
+        raise RuntimeError(error)
 
 
 def test_a_port_that_another_process_has_is_said() -> None:

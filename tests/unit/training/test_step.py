@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -284,3 +285,14 @@ def test_a_small_network_gets_one_thread_of_a_cpu_and_a_run_goes_on_with_its_own
     assert resolve(small, cpu, 8).threads == 1
     assert resolve(small, cpu, 8, {"threads": 2}).threads == 2
     assert resolve(load_config(PROJECT / "configs" / "cifar10.yaml"), cpu, 8).threads == 8
+
+
+@pytest.mark.parametrize(("hip", "ranks", "replays"), [(None, 2, True), ("6.4", 1, True), ("6.4", 2, False)])
+def test_steps_of_several_ranks_are_not_recorded_beside_amds_watchdog(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, ranks: int, replays: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    step = Step.__new__(Step)
+    step.gpu, step.resolved = True, SimpleNamespace(dropout="counted")  # type: ignore[assignment]
+    step.world = SimpleNamespace(world_size=ranks)  # type: ignore[assignment]
+    assert step.replays == replays
