@@ -88,6 +88,7 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     ]
     at = next((i for i in reversed(range(len(own))) if OWN.search(own[i])), None)
     error = own[at] if at is not None else ""
+    place = _place(own[: at + 1]) if at else ""
     if at and error.startswith("setup failed"):  # and what the line itself said, as modul: command not found
         error = f"{re.sub(FROM_SETUP, '', own[at - 1])[: CHARACTERS // 2]}; {error}"
     error = "".join(c if c.isprintable() else " " for c in re.sub(r"^\S+Z (?:failed: )?", "", error))
@@ -100,14 +101,13 @@ def read(path: Path, text: str, restart: int) -> LastWords:
     silent = set(SILENT.findall(said))
     told = left or (died and not died[3].startswith("Exited"))
     if died and ((told and not error) or (died[3] == KILLED and not silent)):  # who is killed says nothing himself
-        error = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}"
+        error, place = f"{died[2].replace('task', 'rank')} on {died[1]}: {died[3]}", ""
     node = silent.pop() if len(silent) == 1 else ""
     by_no_node = bool(silent or NO_NODES.search(said) or " " in node or (left and not died and not node))
     if len(error) > CHARACTERS:
         error = f"{error[:CHARACTERS].rpartition(' ')[0] or error[:CHARACTERS]} …"
-    error += _place(own[: at + 1]) if at else ""
     node = "" if by_no_node else node or (died[1] if died else "")
-    return LastWords(path, error, lacked, node, by_no_node, bool(SCANCEL.search(said)))
+    return LastWords(path, error + place, lacked, node, by_no_node, bool(SCANCEL.search(said)))
 
 
 def _place(said: list[str]) -> str:
