@@ -91,18 +91,25 @@ def check(asked: Asked) -> tuple[bool, Start | None]:
     return False, origin.read(asked.source, asked.config) if asked.source is not None else None
 
 
-def check_dry(asked: Asked) -> int | None:
-    """`check` without side effects, for a dry run; returns the number of training images, if it is known."""
-    run, config = asked.run, asked.config
+def check_dry(asked: Asked) -> tuple[int | None, Start | None]:
+    """`check` without side effects, for a dry run; returns the number of training images, if it is known, and the
+    weights that a new run starts from."""
+    run, config, start = asked.run, asked.config, None
     if prepare.check_existing(run, config):
         origin.check_same(run, asked.source)
         if not is_complete(asked):
             borrowing.check_trainable(run)
     elif asked.source is not None:
-        origin.read(asked.source, config)
+        start = origin.read(asked.source, config)
     if not run.path.exists() and (config.data.path or config.log.validate_every_steps):
         prepare.check_data(config, asked.stages)
-    return prepare.num_images(config, run)
+    return prepare.num_images(config, run), start
+
+
+def told_of(start: Start) -> str:
+    came = start.record
+    source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
+    return f"it starts from the weights ({came['weights']}) of {source}"
 
 
 def in_container(site: Site, run: RunDir) -> list[str]:
@@ -206,9 +213,7 @@ def write_down(
         code.check(code.of_checkout())
     if not exists and start is not None:
         directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
-        came = start.record
-        source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
-        print(f"it starts from the weights ({came['weights']}) of {source}, which it keeps as {run.start.name}")
+        print(f"{told_of(start)}, which it keeps as {run.start.name}")
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:
