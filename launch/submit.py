@@ -125,7 +125,8 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
             told = submission.check_resources(typed, site, run)
             config = prepare.resolve_length(typed, run)
         here = _here(config, run) if site.is_local and not asked else []
-        warnings = [*told, *config.warnings(), *here, *warnings]
+        unwise = [] if run.path.exists() else config.warnings()  # a begun run's mathematics stays
+        warnings = [*told, *unwise, *here, *warnings]
         if new_of is not None and not run.path.exists():
             warnings.append(
                 f"run {run.name} is new and starts from random weights, with the config of {new_of.name}; --from "

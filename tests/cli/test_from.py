@@ -33,6 +33,8 @@ def test_it_is_told_what_a_new_run_starts_from_before_it_is_begun(again: Shell) 
     told = again("submit", "tiny", *words, "train.total_steps=500")
     assert told.returncode == 0 and "run second is new and starts from random weights" in told.stderr, told.stderr
     assert f"--from {again.root}/tiny" in told.stderr
+    brief = again("submit", "tiny.yaml", *words, "train.total_steps=10").stderr
+    assert "train.ema_warmup=true" in brief, brief
     told = again("submit", "tiny", *words, "--from", "tiny@200")
     assert f"# it starts from the weights (ema) of {again.root}/tiny@200\n" in told.stdout, told.stdout
     assert "random" not in told.stderr
