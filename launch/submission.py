@@ -27,6 +27,7 @@ from launch.cluster.site import Site
 from launch.queue import borrowing, chain, directory, local
 from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
+from launch.terminal import console
 from launch.terminal.results import print_results, why_not
 
 if TYPE_CHECKING:
@@ -125,9 +126,12 @@ def is_complete(asked: Asked) -> bool:
 
 
 def keep_changes(asked: Asked, site: Site) -> None:
-    """Of a complete run: write down what is asked of its config besides its name, such as where its data is now."""
+    """Of a complete run: write down where its data is now, for scores to come. Other changes have nothing to act on."""
     run, config = asked.run, asked.config
-    if all(key == "name" for key, *_ in reading.differences(reading.of_run(run), config)):
+    changed = [key for key, *_ in reading.differences(reading.of_run(run), config) if key != "name"]
+    if "data.path" not in changed:
+        if changed:
+            console.warn(f"not kept, since nothing of the run is left to be made: {', '.join(changed)}")
         return
     borrowing.check_trainable(run)
     record = directory.describe(config, site, run, prepare.prepare_inputs(config, site, run.path.parent, asked.stages))
