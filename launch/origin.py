@@ -6,6 +6,7 @@ ddpm/network/start.py.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -121,7 +122,9 @@ def _of_file(path: Path, origin: Origin, config: Config) -> Start:
     try:
         return start.of_file(path, origin.weights, config)
     except RequestError as e:
-        raise RequestError(f"--from {e}") from None
+        theirs = path.with_name("config.yaml")
+        more = f": {shlex.quote(str(theirs))}" if theirs.is_file() else ""
+        raise RequestError(f"--from {e}{more}") from None
 
 
 def _apart(there: Config | None, here: Config, *keys: str) -> str:

@@ -46,7 +46,9 @@ def parse() -> argparse.Namespace:
 def place(args: argparse.Namespace, runs: list[RunDir]) -> Path:
     """Where the page goes. Raises RequestError where it cannot."""
     if args.out is None:
-        path = runs[0].report if len(runs) == 1 else environment.runs_root(args.root) / COMPARISON
+        roots = {run.path.parent for run in runs}
+        beside = roots.pop() if len(roots) == 1 else environment.runs_root(args.root)
+        path = runs[0].report if len(runs) == 1 else beside / COMPARISON
     else:
         path = environment.user_path(args.out, "--out")
         if path.suffix not in SUFFIXES:

@@ -27,6 +27,7 @@ from launch.cluster.site import Site
 from launch.queue import borrowing, chain, directory, local
 from launch.queue.submitting import by_hand
 from launch.queue.turns import turn
+from launch.terminal import console
 from launch.terminal.results import print_results, why_not
 
 if TYPE_CHECKING:
@@ -91,18 +92,25 @@ def check(asked: Asked) -> tuple[bool, Start | None]:
     return False, origin.read(asked.source, asked.config) if asked.source is not None else None
 
 
-def check_dry(asked: Asked) -> int | None:
-    """`check` without side effects, for a dry run; returns the number of training images, if it is known."""
-    run, config = asked.run, asked.config
+def check_dry(asked: Asked) -> tuple[int | None, Start | None]:
+    """`check` without side effects, for a dry run; returns the number of training images, if it is known, and the
+    weights that a new run starts from."""
+    run, config, start = asked.run, asked.config, None
     if prepare.check_existing(run, config):
         origin.check_same(run, asked.source)
         if not is_complete(asked):
             borrowing.check_trainable(run)
     elif asked.source is not None:
-        origin.read(asked.source, config)
+        start = origin.read(asked.source, config)
     if not run.path.exists() and (config.data.path or config.log.validate_every_steps):
         prepare.check_data(config, asked.stages)
-    return prepare.num_images(config, run)
+    return prepare.num_images(config, run), start
+
+
+def told_of(start: Start) -> str:
+    came = start.record
+    source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
+    return f"it starts from the weights ({came['weights']}) of {source}"
 
 
 def in_container(site: Site, run: RunDir) -> list[str]:
@@ -118,9 +126,12 @@ def is_complete(asked: Asked) -> bool:
 
 
 def keep_changes(asked: Asked, site: Site) -> None:
-    """Of a complete run: write down what is asked of its config besides its name, such as where its data is now."""
+    """Of a complete run: write down where its data is now, for scores to come. Other changes have nothing to act on."""
     run, config = asked.run, asked.config
-    if all(key == "name" for key, *_ in reading.differences(reading.of_run(run), config)):
+    changed = [key for key, *_ in reading.differences(reading.of_run(run), config) if key != "name"]
+    if "data.path" not in changed:
+        if changed:
+            console.warn(f"not kept, since nothing of the run is left to be made: {', '.join(changed)}")
         return
     borrowing.check_trainable(run)
     record = directory.describe(config, site, run, prepare.prepare_inputs(config, site, run.path.parent, asked.stages))
@@ -207,9 +218,7 @@ def write_down(
         code.check(code.of_checkout())
     if not exists and start is not None:
         directory.create_run(run, config, {**record, "from": start.record}, start=start.data, told=site.notify)
-        came = start.record
-        source = str(came["source"]) + (f"@{came['step']}" if came.get("step") else "")
-        print(f"it starts from the weights ({came['weights']}) of {source}, which it keeps as {run.start.name}")
+        print(f"{told_of(start)}, which it keeps as {run.start.name}")
     elif not exists:
         directory.create_run(run, config, record, told=site.notify)
     elif not queued:

@@ -99,6 +99,7 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
     if run is not None and args.name is None:
         _check_folder(run)
         args.name, args.root, args.base = run.name, str(run.path.parent), base_of(run, args)
+    new_of = None if args.origin or args.sweep else run
     if args.name is not None:
         overrides = [o for o in overrides if not o.startswith("name=")] + [f"name={check_name(args.name)!r}"]
     stages = [s for s in args.then.split(",") if s]
@@ -124,7 +125,13 @@ def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:
             told = submission.check_resources(typed, site, run)
             config = prepare.resolve_length(typed, run)
         here = _here(config, run) if site.is_local and not asked else []
-        warnings = [*told, *config.warnings(), *here, *warnings]
+        unwise = [] if run.path.exists() else config.warnings()  # a begun run's mathematics stays
+        warnings = [*told, *unwise, *here, *warnings]
+        if new_of is not None and not run.path.exists():
+            warnings.append(
+                f"run {run.name} is new and starts from random weights, with the config of {new_of.name}; --from "
+                f"{new_of.quoted} starts it from the weights of that"
+            )
         asked.append(Asked(run, typed, config, stages, source, of))
     for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr)
@@ -197,9 +204,11 @@ def main() -> int:
 def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
     run, config, stages = asked.run, asked.config, asked.stages
     if args.dry_run:
-        num = submission.check_dry(asked)
+        num, start = submission.check_dry(asked)
         for line in prepare.told_of_changes(run, config) if run.path.exists() else []:
             print(f"# {line}")
+        if start is not None:
+            print(f"# {submission.told_of(start)}")
         prepare.warn_of_batch(config, num)
         site = settle(site, dry_run=True)
         box = submission.in_container(site, run)

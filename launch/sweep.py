@@ -305,7 +305,7 @@ def _show(asked: list[Asked], site: Site, *, scripts: bool) -> int:
     nums, stand = [], []
     for one in asked:
         with naming(one.sweep):
-            nums.append(submission.check_dry(one))
+            nums.append(submission.check_dry(one)[0])
             exists = one.run.path.exists()
             done = exists and chain.remaining(one.run, one.config, one.stages) == (False, [])
             stand.append("complete" if done else f"goes on at step {one.run.latest_step()}" if exists else "new")

@@ -42,7 +42,7 @@ FIRST = {
 """Keys of the first runs. The digest leaves any later key out at its default, so that runs from before it keep
 theirs: the default of a new key must mean what was done without it."""
 NUM_CIFAR10_CLASSES = 10
-STALE_AVERAGE = 0.1
+STALE_AVERAGE = 0.25
 """Share of the weights that an average began with, above which it is hardly of the trained ones."""
 
 

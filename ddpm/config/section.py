@@ -126,7 +126,9 @@ def problem(kind: type[BaseModel], err: dict[str, Any]) -> Fault:
         is_named = bool(loc) and re.search(rf"\b{re.escape(loc[-1])}\b", message)
         return Fault(message if not loc or is_named else f"{key} = {message}")
     if err["type"] == "model_type":
-        return Fault(f"{key} = {shown(err['input'])}: expected a section of keys; leave it out for the defaults")
+        keys = ", ".join(k.removeprefix(f"{key}.") for k in known if k.startswith(f"{key}."))
+        of = f" ({keys})" if keys else ""
+        return Fault(f"{key} = {shown(err['input'])}: expected a section of keys{of}; leave it out for the defaults")
     if err["type"] == "tuple_type":
         message = f"must be a list, such as {'[Male, Smiling]' if 'attributes' in key else '[1, 2]'}"
     if err["type"] == "int_type" and isinstance(err["input"], str):

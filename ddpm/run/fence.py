@@ -58,7 +58,7 @@ class Fence:
             self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
             os.truncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps({**owner, "run": str(run.path)}).encode(), 0)
+            os.pwrite(self._fd, json.dumps({**owner, "pid": os.getpid(), "run": str(run.path)}).encode(), 0)
             os.fsync(self._fd)  # NFS tells other hosts of a file at its closing, and this one stays open
             self.token = self._claim()
             write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
@@ -211,4 +211,5 @@ def _who(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
     where = f" of cluster {owner['cluster']}" if owner.get("cluster") else ""
-    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}{where}"
+    pid = f", pid {owner['pid']}" if owner.get("pid") else ""
+    return f"job {owner.get('job')} (restart {owner.get('restart')}) on {owner.get('host')}{where}{pid}"

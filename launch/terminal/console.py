@@ -139,7 +139,8 @@ def config_and_changes(words: list[str], root: str | None) -> tuple[Path, list[s
     if "" in files:
         raise RequestError("an empty word where a config file or key=value was expected: an unset shell variable?")
     if len(files) > 1:
-        raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value")
+        split = "; a value with blanks needs quotes: 'key=[1, 2]'" if re.search(r"[\]},]", " ".join(files)) else ""
+        raise RequestError(f"more than one config file: {' '.join(files)}; give one, and changes as key=value{split}")
     if not files:
         return environment.SHIPPED / "configs" / "cifar10.yaml", changes, None
     path = Path(files[0])
@@ -153,12 +154,17 @@ def config_and_changes(words: list[str], root: str | None) -> tuple[Path, list[s
                 return there / "config.yaml", changes, RunDir(there)
         if path.is_dir():
             way = (
-                f"these are exported weights, which a new run starts from with --from {shlex.quote(files[0])}"
+                f"these are exported weights, with which {_with_exported(files[0])} begins a run"
                 if (path / EXPORTED_WEIGHTS).is_file()
                 else "name a run, or a config file"
             )
             raise RequestError(f"{plain(files[0])}: a folder, and no run there; {way}")
     return path, changes, None
+
+
+def _with_exported(folder: str) -> str:
+    config = f"{folder.rstrip('/')}/config.yaml"
+    return f"python launch/submit.py {shlex.quote(config)} --from {shlex.quote(folder)} --name NAME"
 
 
 def warn(message: str) -> None:
@@ -220,6 +226,11 @@ def find_run(word: str, root: str | None) -> RunDir:
     for path in (environment.user_path(word), base / word):
         if may_be_run(path):
             return RunDir(path)
+    if (environment.user_path(word) / EXPORTED_WEIGHTS).is_file():
+        raise RequestError(
+            f"{plain(word)}: exported weights, and no run: ddpm.load({word!r}).sample(64) in Python draws from them, "
+            f"and {_with_exported(word)} begins a run with them"
+        )
     every = all_runs(base)
     names, sweeps = [run.name for run in every], list(dict.fromkeys(filter(None, map(sweep_of, every))))
     known = ", ".join(map(plain, names)) or "none"

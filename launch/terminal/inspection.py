@@ -95,7 +95,7 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", _config, run)
     yield from _judged("run.json", _record, run)
-    yield from _judged("code.zip", _code, run, needed=False)
+    yield from _judged("code.zip", _code, run, needed=code.last_run(run) is not None)
     yield from (line for line in _judged(run.start.name, evidence.check_start, run) if line.verdict != "holds")
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
@@ -156,7 +156,7 @@ def _events(run: RunDir) -> Lines:
 def _trained(run: RunDir) -> bool:
     """Whether the run was trained here and saved, or this cannot be ruled out."""
     try:
-        if has_foreign_weights(usable(run)):
+        if has_foreign_weights(record := usable(run)) or record.get("reads"):
             return False
         return bool(run.steps_saved()) or evidence.last_saved(read_events(run)) > 0
     except OSError:
@@ -252,7 +252,8 @@ def _ema(run: RunDir, step: int) -> None:
     try:
         weights, saved = safetensors.torch.load(data), generations.load(run, step)["ema"]
     except Exception as e:  # safetensors and torch have their own kinds
-        why = str(e).partition(". ")[0].partition("\n")[0]  # without torch's advice to unpickle it all the same
+        said = str(e).partition(". ")[0].partition("\n")[0]  # without torch's advice to unpickle it all the same
+        why = faults.words(e) or said
         raise DamagedFile(f"cannot be compared with its checkpoint: {why}") from None
     if weights.keys() != saved.keys() or not all(torch.equal(weights[k], saved[k]) for k in saved):
         raise DamagedFile("is not the average that the checkpoint holds")

@@ -295,10 +295,11 @@ def test_epochs_of_faces_that_are_yet_to_be_chosen_are_shown_as_epochs(shell: Sh
     assert "# steps: 200 epochs of 128 images a step (steps known once the data is packed)" in text
     assert "# then: sample, of a set that is named after the last step" in text and "total_epochs: 200" in text
     assert "None" not in text and "celeba-64-train" in text and "celeba-64-sample" not in text
-    assert frozen_steps(dry_run(shell, *smiling, "train.total_images=1000")) == 8  # of 128: any data will do
+    brief = [*smiling, "train.total_images=1000", "train.ema_warmup=true"]
+    assert frozen_steps(dry_run(shell, *brief)) == 8  # of 128: any data will do
 
 
-@pytest.mark.parametrize(("words", "steps"), [(["train.total_epochs=2"], 450), (["train.total_images=81"], 11)])
+@pytest.mark.parametrize(("words", "steps"), [(["train.total_epochs=2"], 450), (["train.total_images=400"], 50)])
 def test_a_length_in_epochs_or_images_is_frozen_in_steps_as_the_dry_run_shows(
     shell: Shell, words: list[str], steps: int
 ) -> None:
@@ -313,7 +314,7 @@ def test_a_length_in_epochs_or_images_is_frozen_in_steps_as_the_dry_run_shows(
 def test_epochs_of_faces_become_steps_of_as_many_as_were_packed(shell: Shell, words: list[str], num: int) -> None:
     """Also where the known size would say otherwise: what lies where a download would have put it is less."""
     write_celeba(shell.root / ".cache" / "data" / "celeba", zipped=True)
-    words = ["data.name=celeba", *words, "train.total_epochs=4"]
+    words = ["data.name=celeba", *words, "train.total_epochs=4", "train.ema_warmup=true"]
     for _ in range(2):  # the second goes by what the first has kept
         done = shell.submit(*words, "--prepare")
         assert done.returncode == 0 and f"{num} images" in done.stdout, done.stderr
@@ -323,7 +324,7 @@ def test_epochs_of_faces_become_steps_of_as_many_as_were_packed(shell: Shell, wo
 
 def test_epochs_of_a_run_are_of_the_images_that_it_was_made_for(shell: Shell) -> None:
     write_zip(shell.cwd / "a.zip", {f"{i}.png": png(16, i) for i in range(9)} | {"test/1.png": png()})
-    words = ["data.name=images", "data.path=a.zip", "train.total_epochs=9"]
+    words = ["data.name=images", "data.path=a.zip", "train.total_epochs=9", "train.ema_warmup=true"]
     assert frozen_steps(dry_run(shell, "tiny.yaml", *words)) == 11
     assert shell.submit(*words, "--prepare").returncode == 0
     (shell.cwd / "a.zip").unlink()

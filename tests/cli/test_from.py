@@ -26,3 +26,28 @@ def test_a_run_starts_from_anothers_weights_and_keeps_them(again: Shell) -> None
     ema = torch.load(source / "checkpoints" / "step-000000200.pt", weights_only=True)["ema"]
     kept = safetensors.torch.load_file(run / "start.safetensors")
     assert kept.keys() == ema.keys() and all(torch.equal(kept[name], ema[name]) for name in ema)
+
+
+def test_it_is_told_what_a_new_run_starts_from_before_it_is_begun(again: Shell) -> None:
+    words = ("--cluster", "local", "--dry-run", "--name", "second")
+    told = again("submit", "tiny", *words, "train.total_steps=500")
+    assert told.returncode == 0 and "run second is new and starts from random weights" in told.stderr, told.stderr
+    assert f"--from {again.root}/tiny" in told.stderr
+    brief = again("submit", "tiny.yaml", *words, "train.total_steps=10").stderr
+    assert "train.ema_warmup=true" in brief, brief
+    told = again("submit", "tiny", *words, "--from", "tiny@200")
+    assert f"# it starts from the weights (ema) of {again.root}/tiny@200\n" in told.stdout, told.stdout
+    assert "random" not in told.stderr
+    assert "random" not in again("submit", "tiny", "--cluster", "local", "--dry-run").stderr
+
+
+def test_exported_weights_are_no_run_and_the_command_that_begins_one_with_them_works(again: Shell) -> None:
+    assert again("export", "tiny", "given").returncode == 0
+    for script in ("sample", "submit"):
+        told = again.refused(script, "given", "--cluster", "local")
+        assert "python launch/submit.py given/config.yaml --from given --name NAME" in told, told
+    done = again("submit", "given/config.yaml", "--from", "given", "--name", "n", "--cluster", "local", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    words = ("model.base_channels=16", "--from", "given", "--name", "n", "--cluster", "local")
+    told = again.refused("submit", "tiny.yaml", *words)
+    assert told.endswith("/given/config.yaml\n"), told

@@ -97,6 +97,13 @@ def test_a_job_that_finds_it_so_ends_with_a_sentence(again: Shell, theirs: Path)
     assert "Traceback" not in done.stdout + done.stderr and snapshot(again.root) == before
 
 
+def test_its_results_lack_nothing_that_is_made_where_it_is_trained(again: Shell, theirs: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    as_a_user(again, "sample", str(theirs), "--set", "mine", "--root", str(own), "--prepare")
+    done = again("recover", str(own / "tiny"))
+    assert done.returncode == 0 and f"it reads the checkpoints of {theirs}" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("what", ["--rebuild", "--start-over"])
 @pytest.mark.parametrize("told", [True, False], ids=["told by run.json", "told by its links alone"])
 def test_it_is_recovered_where_it_lies_and_not_through_the_links_to_it(

@@ -42,6 +42,11 @@ def test_of_a_finished_run_every_file_holds(finished: Shell) -> None:
         assert part in names, part
 
 
+def test_code_that_jobs_were_sent_with_is_missed(again: Shell) -> None:
+    (again.root / RUN / "code.zip").unlink()
+    assert lines(again, 1)["code.zip"][0] == "missing"
+
+
 def test_what_does_not_hold_comes_last_each_once_and_what_holds_in_numbers(again: Shell) -> None:
     run = again.root / RUN
     flipped(run / "checkpoints" / "step-000000200.pt")

@@ -81,6 +81,13 @@ def test_its_commands_are_those_that_made_it(reported: Shell) -> None:
     assert submitted[2:] == ["tiny.yaml", "--cluster", "local", "--then", "sample,evaluate", "--wait"]
 
 
+def test_a_comparison_of_runs_of_another_root_lies_beside_them(reported: Shell, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(reported.root / "tiny", tmp_path / "theirs" / name)
+    done = reported("report", f"{tmp_path}/theirs/a", f"{tmp_path}/theirs/b")
+    assert done.returncode == 0 and (tmp_path / "theirs" / "comparison.html").exists(), done.stdout + done.stderr
+
+
 def test_a_page_goes_where_it_is_asked_to_and_over_nothing_but_pages(reported: Shell) -> None:
     done = reported("report", "tiny", "--out", "mine.html")
     assert done.returncode == 0 and (reported.cwd / "mine.html").is_file() and "file://" in done.stdout

@@ -39,7 +39,7 @@ def test_a_counter_that_is_no_number_or_beyond_all_bounds_begins_again(run: RunD
 
 def test_a_second_holder_waits_and_is_then_told_who_holds_the_run(run: RunDir, fence: Fence) -> None:
     said: list[str] = []
-    with pytest.raises(RunBusy, match=r"held by job 17 \(restart 1\) on n1.*or end it: cancel this"):
+    with pytest.raises(RunBusy, match=rf"held by job 17 \(restart 1\) on n1, pid {os.getpid()};.*end it: cancel this"):
         Fence(run, {"job": "18"}, wait_s=0.6, how_to_end="cancel this", log=said.append)
     assert len(said) == 1 and "waiting up to" in said[0]
     fence.check()  # the first one has not been fenced out
@@ -77,7 +77,7 @@ def test_an_orphan_is_asked_about_by_name_and_fenced_out(run: RunDir, fence: Fen
         return True
 
     heir = Fence(run, {**OWNER, "restart": 2}, wait_s=0, is_orphan=orphan, log=lambda line: None)
-    assert asked == [{**OWNER, "run": str(run.path)}]
+    assert asked == [{**OWNER, "pid": os.getpid(), "run": str(run.path)}]
     heir.check()
     with pytest.raises(RunBusy, match="taken over by a later job"):
         fence.check()
