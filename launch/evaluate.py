@@ -181,7 +181,7 @@ def main() -> int:
     try:
         return score(run, config, site, args)
     except RequestError as e:
-        if (path := config.data.path) is None or f"data.path = {path}: does not exist" not in str(e):
+        if config.data.path is None or f"data.path = {config.data.path}: does not exist" not in str(e):
             raise
         moved = f"python launch/submit.py {run.quoted} data.path=THERE"
         raise RequestError(f"{e}. If it has moved, tell the run where to: {moved}") from None
