@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -164,14 +165,13 @@ def begin(
     """
     run = asked.run
     with turn(run):  # two submissions at once: the second finds what the first has made and queued
-        new = not run.path.exists()
-        if not new:
+        if run.path.exists():
             origin.check_same(run, asked.source)
         elif existed and asked.source is not None:
             raise RequestError(f"run {run.name} was removed meanwhile: submit it again")
         config = asked.typed.resolve_length(inputs["data"]["num_images"])
-        try:
-            _, left, train = write_down(asked, config, site, inputs, start, code_asked=code_asked)
+        exists, left, train = write_down(asked, config, site, inputs, start, code_asked=code_asked)
+        with nullcontext() if exists else _or_nothing(run):
             if prepare_only:
                 how = "queue it with"
                 if site.is_local:
@@ -183,14 +183,20 @@ def begin(
                 return Here(*local.start(run, chain.jobs_of(run, config, site, left, train=train), behind))
             jobs = chain.jobs_of(run, config, site, [] if train_alone else left, train=train)
             ids, told = chain.queue(jobs, config, why=why)
-        except scheduler.NoAnswer:
-            raise  # with a job in the queue, perhaps, which needs the directory
-        except Exception:
-            if new:  # nothing half-written, as where a disk is full
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
         print("".join(f"{line}\n" for line in told), end="")
         return Queued(ids, left if train_alone else [])
+
+
+@contextmanager
+def _or_nothing(run: RunDir) -> Iterator[None]:
+    """Within: a run directory that was made here goes with what fails, as where a disk is full."""
+    try:
+        yield
+    except scheduler.NoAnswer:
+        raise  # with a job in the queue, perhaps, which needs the directory
+    except Exception:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def write_down(
@@ -226,7 +232,8 @@ def write_down(
         directory.update_run(run, config, record, told=site.notify)
         chain.lift_stop(run)
     if not exists:
-        prepare.settle_code(run, None)
+        with _or_nothing(run):
+            prepare.settle_code(run, None)
     print(f"run: {run.path}")
     if config.log.wandb is not None:
         print(f"wandb: unless WANDB_MODE says otherwise its metrics wait for {sync_command(run)}")

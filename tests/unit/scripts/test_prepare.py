@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,24 @@ def test_a_new_run_that_meets_a_full_disk_while_it_is_begun_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         begin()
     assert run.config.exists() and run.run_json.exists()
+
+
+def test_a_run_that_appears_while_another_of_its_name_is_begun_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a copy, or be begun by a host whose locks are its own."""
+
+    def create(run: RunDir, *given: Any, **told: Any) -> None:
+        run.checkpoints.mkdir(parents=True)
+        create_run(run, *given, **told)
+
+    monkeypatch.setattr(submission.directory, "create_run", create)
+    config, run = make_config(), RunDir(tmp_path / "run")
+    inputs = {"data": {"digest": "d", "cache": "c", "num_images": 4}, "labels": {}}
+    asked = Asked(run, config, config, [])
+    with pytest.raises(OSError, match="not empty"):
+        submission.begin(asked, Site(cluster="local"), inputs, None, existed=False, prepare_only=False, code_asked=None)
+    assert run.checkpoints.is_dir()
 
 
 NEW_KEY = "    histogram_every_steps: int | None = Field(None, ge=1)\n"
