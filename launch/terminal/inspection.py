@@ -176,7 +176,7 @@ def _told(path: Path) -> str:
 
 
 def _metrics(run: RunDir) -> str:
-    saved = run.latest_step()  # first: a run at work writes its lines before it saves
+    saved = max(_saved(run), default=0)  # first: a run at work writes its lines before it saves
     records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
     with suppress(DDPMError):  # told of config.yaml
         wrong = wrong or missing_lines(records, reading.load(run.config).log.every_steps, saved_step=saved)
