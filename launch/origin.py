@@ -123,7 +123,8 @@ def _of_file(path: Path, origin: Origin, config: Config) -> Start:
         return start.of_file(path, origin.weights, config)
     except RequestError as e:
         theirs = path.with_name("config.yaml")
-        more = f": {shlex.quote(str(theirs))}" if theirs.is_file() else ""
+        wants = str(e).endswith("give the config they were trained with") and theirs.is_file()
+        more = f": {shlex.quote(str(theirs))}" if wants else ""
         raise RequestError(f"--from {e}{more}") from None
 
 

@@ -51,3 +51,5 @@ def test_exported_weights_are_no_run_and_the_command_that_begins_one_with_them_w
     words = ("model.base_channels=16", "--from", "given", "--name", "n", "--cluster", "local")
     told = again.refused("submit", "tiny.yaml", *words)
     assert told.endswith("/given/config.yaml\n"), told
+    (again.cwd / "given" / "torn.safetensors").write_bytes(b"torn")
+    assert "config.yaml" not in again.refused("submit", "tiny.yaml", "--from", "given/torn.safetensors", *words[3:])
