@@ -122,8 +122,8 @@ def describe(
     of_training = _made_of_it(run, config, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     died = latest.get("reason") if failed else nodes.why_died(run, events)
-    unheard = state == "cancelled" and latest.get("event") == "submitted"
-    problems = [died, saving, _never_began(run, latest) if unheard else None, *damage.told[: 1 if closed else None]]
+    unheard = _never_began(run, events) if state == "cancelled" else None
+    problems = [died, saving, unheard, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
@@ -237,11 +237,16 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
     return late if minutes > OVERDUE * every + 1 else None
 
 
-def _never_began(run: RunDir, submitted: dict[str, Any]) -> str:
-    """Why a job may have left the queue of which nothing was heard, not even its batch shell."""
+def _never_began(run: RunDir, events: list[dict[str, Any]]) -> str | None:
+    """Why the training that was submitted last may have left the queue, where nothing was heard of it, not even its
+    batch shell."""
+    sent = (e for e in reversed(events) if e["event"] == "submitted" and e.get("stage", "train") not in standing.LATER)
+    last: dict[str, Any] = next(sent, {})
+    if not standing.never_began(events, last):
+        return None
     return (
-        f"job {submitted['job']} left the queue before anything of it began: by scancel, or since its node could not "
-        f"start it, as where that lacks {run.path.parent} (scontrol show job {submitted['job']}, or sacct -j, says so)"
+        f"job {last['job']} left the queue before anything of it began: by scancel, or since its node could not "
+        f"start it, as where that lacks {run.path.parent} (scontrol show job {last['job']}, or sacct -j, says so)"
     )
 
 

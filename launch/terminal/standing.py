@@ -87,7 +87,7 @@ def word(f: Facts) -> str:
         return "queued" if f.behind else "starting"
     if f.cluster and last.get("cluster", f.cluster) != f.cluster and last.get("event") != "finished":
         return "elsewhere"
-    if _never_began(f.events, last):
+    if never_began(f.events, last):
         return "queued" if f.jobs is None else "cancelled"
     if f.jobs is None and last.get("event") == "requeued":
         return "queued"
@@ -115,7 +115,7 @@ def _in_queue(active: dict[str, Queued]) -> str:
     return "held" if all(wait is not None and wait.held for wait in waiting) else "queued"
 
 
-def _never_began(events: list[dict[str, Any]], last: dict[str, Any]) -> bool:
+def never_began(events: list[dict[str, Any]], last: dict[str, Any]) -> bool:
     """Whether nothing is heard of the job that was submitted last: it waits, or was cancelled while it did."""
     job = last.get("job")
     told = [e["event"] for e in events if e.get("job") == job]

@@ -198,8 +198,10 @@ def test_a_job_that_left_the_queue_unheard_is_told_with_what_may_have_kept_it_fr
     run = RunDir(tmp_path / "runs" / "tiny")
     run.events.mkdir(parents=True)
     EventLog(run, "17", 0, "login", prefix="submit-").append("submitted", stage="train", via="sbatch")
+    EventLog(run, "18", 0, "login", prefix="submit-").append("submitted", stage="sample", via="sbatch")
     told = describe(run, {})
     assert told["state"] == "cancelled" and "job 17 left the queue" in told["problem"]
     assert f"that lacks {tmp_path / 'runs'} (scontrol show job 17" in told["problem"]
-    EventLog(run, "17", 0, "n1").append("allocated", stage="train")
+    EventLog(run, "17", 0, "n1").append("cancelled", stage="train")
+    assert describe(run, {})["state"] == "cancelled"
     assert "left the queue" not in (describe(run, {})["problem"] or "")
