@@ -126,13 +126,20 @@ def is_complete(asked: Asked) -> bool:
     return done and chain.damage(asked.run) is None
 
 
+def told_of_changes(asked: Asked) -> list[str]:
+    """For a dry run: what of an existing run's config is changed, or is not kept."""
+    run = asked.run
+    if run.config.exists() and (why := _not_kept(asked)) and is_complete(asked):
+        return [why]
+    return prepare.told_of_changes(run, asked.config) if run.path.exists() else []
+
+
 def keep_changes(asked: Asked, site: Site) -> None:
     """Of a complete run: write down where its data is now, for scores to come. Other changes have nothing to act on."""
     run, config = asked.run, asked.config
-    changed = [key for key, *_ in reading.differences(reading.of_run(run), config) if key != "name"]
-    if "data.path" not in changed:
-        if changed:
-            console.warn(f"not kept, since nothing of the run is left to be made: {', '.join(changed)}")
+    if why := _not_kept(asked):
+        console.warn(why)
+    if config.data.path == reading.of_run(run).data.path:
         return
     borrowing.check_trainable(run)
     record = directory.describe(config, site, run, prepare.prepare_inputs(config, site, run.path.parent, asked.stages))
@@ -140,6 +147,14 @@ def keep_changes(asked: Asked, site: Site) -> None:
         told = prepare.told_of_changes(run, config)
         directory.update_run(run, config, record, told=site.notify)
     print("\n".join(told))
+
+
+def _not_kept(asked: Asked) -> str:
+    """What is said of another config for a complete run; "" where it is kept, or is none."""
+    differ = [key for key, *_ in reading.differences(reading.of_run(asked.run), asked.config) if key != "name"]
+    if not differ or "data.path" in differ:
+        return ""
+    return f"not kept, since nothing of the run is left to be made: {', '.join(differ)}"
 
 
 # ---------------------------------------------------------------- its beginning

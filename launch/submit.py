@@ -205,7 +205,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
     run, config, stages = asked.run, asked.config, asked.stages
     if args.dry_run:
         num, start = submission.check_dry(asked)
-        for line in prepare.told_of_changes(run, config) if run.path.exists() else []:
+        for line in submission.told_of_changes(asked):
             print(f"# {line}")
         if start is not None:
             print(f"# {submission.told_of(start)}")

@@ -125,6 +125,10 @@ def test_submitting_a_complete_run_again_says_so_and_changes_no_file(finished: S
     assert "Fréchet distance" in done.stdout and "ddim 4, 25 vs train, pixels features: no FID" in done.stdout
     for stages in ([], ["--then", "sample"]):
         assert "is complete" in finished.submit(*stages).stdout
+    for option, line in (("--dry-run", "# not kept"), ("--wait", "not kept")):
+        done = finished.submit("log.every_steps=7", option)
+        assert f"{line}, since nothing of the run is left to be made: log.every_steps\n" in done.stdout + done.stderr
+        assert "its config changes" not in done.stdout
     assert "is complete" in finished("sample", "tiny").stdout
     assert snapshot(finished.root) == before
 
