@@ -154,8 +154,8 @@ def remedies(run: RunDir, bad: list[str]) -> list[tuple[str, str]]:
 
 
 def _print(run: RunDir, lines: list[inspection.Line]) -> None:
-    for line in lines:
-        why = line.why.replace(f"{run.path}/", "")  # said once, not in each line
+    for line in lines:  # the path is said once, not in each line, but where a command has it
+        why = re.sub(rf"(?<!rwX )(?<!rwX '){re.escape(str(run.path))}/", "", line.why)
         print(f"{line.verdict:8} {line.what}{f': {why}' if why else ''}", flush=True)
 
 

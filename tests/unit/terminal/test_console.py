@@ -287,6 +287,15 @@ def test_what_cannot_be_read_now_is_no_damage_for_which_anything_is_made_anew(
         assert ("--rebuild" in said) == (error not in errors) and ("readable" in said) == (error in errors), said
 
 
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_a_command_that_mends_a_file_is_told_with_all_of_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quote: str
+) -> None:
+    mend = f"chmod u+rwX {quote}{tmp_path}/a{quote}"
+    recover._print(RunDir(tmp_path), [inspection.Line("unread", "a", f"{tmp_path}/a is shut: {mend}")])
+    assert capsys.readouterr().out == f"unread   a: a is shut: {mend}\n"
+
+
 def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
