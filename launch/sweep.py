@@ -195,6 +195,7 @@ def _what_to_do(asked: list[Asked], exist: list[bool], site: Site) -> list[tuple
                 prepare.is_at_work(one.run, one.config, site)
                 if submission.is_complete(one):
                     print(f"{one.run.name}: complete at step {one.run.latest_step()}")
+                    submission.keep_changes(one, site)
                     continue
                 borrowing.check_trainable(one.run)
             todo.append((one, existed))

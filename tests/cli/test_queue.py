@@ -86,6 +86,8 @@ def test_a_sweep_here_runs_one_after_the_other_and_the_same_command_leaves_what_
     times = {(e["event"], n): e["time"] for n in "12" for e in events(shell.root / f"tiny-seed_{n}")}
     assert times["finished", "1"] <= times["started", "2"]
     assert re.search(r"^run +seed +step +mean loss\ntiny-seed_. +. +20/20", done.stdout, re.M)
+    again = shell.submit(*swept, "log.every_steps=7")
+    assert again.stderr.count("not kept, since nothing of the run is left to be made: log.every_steps\n") == 2
 
 
 def test_a_stopped_run_is_scored_and_stays_stopped(finished: Shell, again: Shell) -> None:
