@@ -226,7 +226,7 @@ def find_run(word: str, root: str | None) -> RunDir:
     for path in (environment.user_path(word), base / word):
         if may_be_run(path):
             return RunDir(path)
-    if (environment.user_path(word) / EXPORTED_WEIGHTS).is_file():
+    if os.path.lexists(environment.user_path(word) / EXPORTED_WEIGHTS):
         raise RequestError(
             f"{plain(word)}: exported weights, and no run: ddpm.load({word!r}).sample(64) in Python draws from them, "
             f"and {_with_exported(word)} begins a run with them"

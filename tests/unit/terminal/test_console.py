@@ -287,6 +287,11 @@ def test_what_cannot_be_read_now_is_no_damage_for_which_anything_is_made_anew(
         assert ("--rebuild" in said) == (error not in errors) and ("readable" in said) == (error in errors), said
 
 
+def test_a_word_that_can_be_no_file_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"^no run 'aaa"):
+        console.find_run("a" * 300, str(tmp_path))
+
+
 @pytest.mark.parametrize("quote", ["", "'"])
 def test_a_command_that_mends_a_file_is_told_with_all_of_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quote: str
