@@ -259,7 +259,7 @@ def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, dama
     if record.get("reads"):
         events = []  # they are told where its checkpoints are made
     told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
-    if told_of > saved:
+    if told_of > saved and damage.read(lambda: listed(run.checkpoints)) is not None:
         damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
     lived = any(e["event"] in ("started", "resumed") for e in events)
     if lived or record.get("reads") or has_foreign_weights(record):

@@ -65,6 +65,16 @@ def test_a_copy_without_events_is_not_prepared_and_says_what_was_trained(run: Ru
     assert describe(run, {})["state"] == "ended"
 
 
+def test_checkpoints_that_cannot_be_looked_at_are_not_said_to_lack_any(run: RunDir) -> None:
+    tell(run, "checkpoint", step=100)
+    assert "checkpoints/ has none after step 0" in describe(run, {})["problem"]
+    run.checkpoints.rmdir()
+    assert "checkpoints/ has none after step 0" in describe(run, {})["problem"]
+    run.checkpoints.symlink_to("/not/mounted")
+    told = describe(run, {})["problem"]
+    assert "a link to /not/mounted" in told and "has none" not in told
+
+
 def test_a_copy_of_a_run_of_before_heartbeats_said_where_they_are_is_not_alive_beside_it(
     run: RunDir, tmp_path: Path
 ) -> None:
