@@ -39,8 +39,8 @@ class Peers:
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._hosts: dict[int, str] = {}
+        self.store = self._meet(address, port, host_of)
         with self.heeded():
-            self.store = self._meet(address, port, host_of)
             self.store.set(f"host/{rank}", host)
             silent = _within(timeout_s + 1, self._await_all)
             if silent is None:

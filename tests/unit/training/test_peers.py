@@ -97,3 +97,8 @@ def test_a_port_that_another_process_has_is_said() -> None:
             ranks.join(
                 rank=0, world_size=2, local_rank=0, master_addr="127.0.0.1", master_port=port, timeout_s=4
             )  # fmt: skip
+
+
+def test_rank_0_that_reaches_no_store_at_its_own_address_says_so() -> None:
+    with pytest.raises(RuntimeError, match="timed out"):  # 203.0.113.1 is nobody's (RFC 5737)
+        Peers(0, 2, "203.0.113.1", 0, 1, "n0", lambda came: {})
