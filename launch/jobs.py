@@ -109,7 +109,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, (Incomplete, NoneHolds)) else str(error)
     if isinstance(error, RanksLost):
         say(f"failed: {error}")
-        return life.leave(1)
+        return 1  # without a word to the batch shell: srun's exit code tells how the other ended, too
     here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))

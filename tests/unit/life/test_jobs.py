@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from ddpm.data import packed, scratch
-from ddpm.errors import EXIT_FATAL, DoNotRetry, NodeUnfit, Stopped
+from ddpm.errors import EXIT_FATAL, DoNotRetry, NodeUnfit, RanksLost, Stopped
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import StopRequested
@@ -325,6 +325,13 @@ def _left(life: Life, world: World) -> int:
 
 def test_what_rank_0_said_as_it_left_stands_though_another_rank_dies_then(run: RunDir) -> None:
     on_ranks(2, leave_though_the_other_has_died, run, timeout_s=10)
+
+
+def test_a_rank_0_that_lost_another_leaves_it_to_srun_to_say_how_that_one_ended(run: RunDir) -> None:
+    """As with 78, do not retry, where the other alone had no room for its images."""
+    life = Life(run, StopFlag(), JobEnvironment("slurm", "17", 0, "n1", 0, 2, 0, "n1", 1, 1, None, ""))
+    assert jobs.told(life, "train", RanksLost("rank 0 lost its connection to another, and ends: x")) == 1
+    assert not run.exit_marker("17", 0).exists()
 
 
 def life_on(world: World, run: RunDir, stops_after: int) -> Life:
