@@ -32,6 +32,7 @@ from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import StopRequested
 from ddpm.training.ranks import World
+from ddpm.training.trainer import Outcome
 from launch import jobs
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT, JobEnvironment
@@ -325,6 +326,21 @@ def _left(life: Life, world: World) -> int:
 
 def test_what_rank_0_said_as_it_left_stands_though_another_rank_dies_then(run: RunDir) -> None:
     on_ranks(2, leave_though_the_other_has_died, run, timeout_s=10)
+
+
+def leave_after_a_failed_save(world: World, run: RunDir) -> None:
+    def train(*_: Any) -> Outcome:
+        time.sleep(world.is_main)  # as where it ends its page on a server
+        return Outcome(False, 3, "preempted", saved=False)
+
+    env = JobEnvironment("slurm", "17", 0, "n1", world.rank, world.world_size, world.rank, "", 0, 1, None, "")
+    trainer: Any = SimpleNamespace(warm=True, train=train)
+    assert training._until_the_end(Life(run, StopFlag(), env), world, trainer, None, 10) == 1
+    assert run.exit_marker("17", 0).read_text() == "1 save_failed"
+
+
+def test_no_rank_leaves_a_failed_save_before_rank_0_has_said_so(run: RunDir) -> None:
+    on_ranks(2, leave_after_a_failed_save, run, timeout_s=10)
 
 
 def test_a_rank_0_that_lost_another_leaves_it_to_srun_to_say_how_that_one_ended(run: RunDir) -> None:
