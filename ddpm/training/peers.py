@@ -74,17 +74,20 @@ class Peers:
     def heeded(self) -> Iterator[None]:
         """Within: what torch says of a rank that died or does not answer is raised as RanksLost, which names it."""
         try:
-            yield
-        except RuntimeError as e:
-            if not TIMED_OUT.search(f"{type(e).__name__}: {e}"):
-                if not CLOSED.search(str(e)):
+            try:
+                yield
+            except RuntimeError as e:
+                if not TIMED_OUT.search(f"{type(e).__name__}: {e}"):
                     raise
-                said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
-                raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
-            silent = self._call_the_roll()
-            if not silent:
+                silent = self._call_the_roll()
+                if not silent:
+                    raise
+                self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
+        except RuntimeError as e:  # of asking for the others, too: rank 0, who has the store, may have left
+            if not CLOSED.search(str(e)):
                 raise
-            self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
+            said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
+            raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
 
     def _await_all(self) -> list[int]:
         """The ranks that do not come in time; learns where the others are."""

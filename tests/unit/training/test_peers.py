@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_a_lost_connection_is_told_from_other_errors(error: str, lost: bool) -> 
     peers.rank = 1
     with pytest.raises(RanksLost if lost else RuntimeError, match="rank 1 lost" if lost else error[:9]), peers.heeded():
         raise RuntimeError(error)
+
+
+def test_a_rank_that_asks_who_hangs_once_rank_0_has_left_lost_its_connection_like_any_other() -> None:
+    class Gone:
+        def set(self, *_: str) -> None:
+            raise RuntimeError("failed to recv, got 0 bytes. Connection was likely closed. Did the remote server …")
+
+    peers: Any = Peers.__new__(Peers)
+    peers.rank, peers.timeout_s, peers.store = 1, 10, Gone()
+    with pytest.raises(
+        RanksLost, match="rank 1 lost its connection to another, and ends: failed to recv, got 0 bytes$"
+    ):
+        with peers.heeded():
+            raise RuntimeError("Operation timed out!")
 
 
 def test_a_port_that_another_process_has_is_said() -> None:
