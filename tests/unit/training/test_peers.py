@@ -96,11 +96,8 @@ def test_a_rank_that_asks_who_hangs_once_rank_0_has_left_lost_its_connection_lik
 
     peers: Any = Peers.__new__(Peers)
     peers.rank, peers.timeout_s, peers.store = 1, 10, Gone()
-    with pytest.raises(
-        RanksLost, match="rank 1 lost its connection to another, and ends: failed to recv, got 0 bytes$"
-    ):
-        with peers.heeded():
-            raise RuntimeError("Operation timed out!")
+    with pytest.raises(RanksLost, match=r"rank 1 lost its connection.*: failed to recv, got 0 bytes$"), peers.heeded():
+        raise RuntimeError("Operation timed out!")
 
 
 def test_a_port_that_another_process_has_is_said() -> None:
