@@ -77,14 +77,12 @@ class Peers:
             try:
                 yield
             except RuntimeError as e:
-                if not TIMED_OUT.search(f"{type(e).__name__}: {e}"):
-                    raise
-                silent = self._call_the_roll()
-                if not silent:
-                    raise
-                self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
+                if _timed_out(e) and (silent := self._call_the_roll()):
+                    where = {rank: self._hosts.get(rank, "") for rank in silent}
+                    self._lost(where, f"did not answer for {self.timeout_s:g} s")
+                raise
         except RuntimeError as e:  # of asking for the others, too: rank 0, who has the store, may have left
-            if not CLOSED.search(str(e)):
+            if not (_timed_out(e) or CLOSED.search(str(e))):
                 raise
             said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
             raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
@@ -120,6 +118,10 @@ class Peers:
         if self.rank == 0:
             time.sleep(5 * POLL_S)  # others are about to ask for the same
         raise RanksLost.silent(at, why) from None
+
+
+def _timed_out(error: RuntimeError) -> bool:
+    return TIMED_OUT.search(f"{type(error).__name__}: {error}") is not None
 
 
 def _within(patience_s: float, ask: Callable[[], T]) -> T | None:

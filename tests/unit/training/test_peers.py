@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_rank_that_asks_who_hangs_once_rank_0_has_left_lost_its_connection_lik
     peers: Any = Peers.__new__(Peers)
     peers.rank, peers.timeout_s, peers.store = 1, 10, Gone()
     with pytest.raises(RanksLost, match=r"rank 1 lost its connection.*: failed to recv, got 0 bytes$"), peers.heeded():
+        raise RuntimeError("Operation timed out!")
+
+
+def test_where_all_ranks_waited_in_vain_each_lost_its_connection_and_none_hangs() -> None:
+    peers: Any = Peers.__new__(Peers)
+    peers.rank, peers.world_size, peers.timeout_s = 1, 2, 10
+    peers.store = SimpleNamespace(set=lambda *_: None, check=lambda words: True)
+    with pytest.raises(RanksLost, match=r"rank 1 lost its connection.*: Operation timed out!$"), peers.heeded():
         raise RuntimeError("Operation timed out!")
 
 
