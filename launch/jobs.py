@@ -109,7 +109,7 @@ def told(life: Life, stage: str, error: Exception) -> int:
     text = f"{error}. {ways_on(life.run)}" if isinstance(error, (Incomplete, NoneHolds)) else str(error)
     if isinstance(error, RanksLost):
         say(f"failed: {error}")
-        return life.leave(1)
+        return 1  # without a word to the batch shell: srun's exit code tells how the other ended, too
     here = not life.env.is_scheduled
     # another start may find what this one lacked: SLURM's answer, a node whose driver or file system is well
     again = isinstance(error, (EnvironmentLacks, NodeUnfit))
@@ -124,12 +124,12 @@ def told(life: Life, stage: str, error: Exception) -> int:
     return code
 
 
-def is_away(runs: Path) -> bool:
-    """Whether it is not one run that is gone, but what the folder of runs is on: another start may find it there."""
+def is_gone(run: Path) -> bool:
+    """Whether a run is gone, and not what the folder of runs is on: another start may find that there."""
     try:
-        return not any(runs.iterdir())
+        return not run.is_dir() and any(run.parent.iterdir())
     except OSError:
-        return True
+        return False
 
 
 def main(argv: list[str]) -> int:
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
         answer = life.until_killed_or_on(e.reason)  # 0 for STOP
         code = life.leave(EXIT_REQUEUE if answer is None else answer, e.reason)
     except BaseException as e:
-        gone = isinstance(e, OSError) and not life.run.path.is_dir() and not is_away(life.run.path.parent)
+        gone = isinstance(e, OSError) and is_gone(life.run.path)
         known = (
             RunGone(f"{life.run.path} was moved, renamed or deleted under this job")
             if gone

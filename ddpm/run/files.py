@@ -334,13 +334,18 @@ def open_file(path: Path) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise DamagedFile(f"{path.name}: a {'FIFO' if stat.S_ISFIFO(mode) else 'device'}, and no file")
-        if os.pread(fd, len(POINTER), 0) == POINTER:
-            raise DamagedFile(f"{path.name}: a pointer of Git LFS, not the file itself, which git lfs pull brings")
         os.set_blocking(fd, True)  # a file system that fetches from tape may take the other way for "try again"
-        return io.BufferedReader(_Named(fd, path))
+        file = io.BufferedReader(_Named(fd, path))
     except BaseException:
         os.close(fd)
         raise
+    try:
+        if file.peek().startswith(POINTER):
+            raise DamagedFile(f"{path.name}: a pointer of Git LFS, not the file itself, which git lfs pull brings")
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def look_anew(directory: Path) -> None:

@@ -39,8 +39,8 @@ class Peers:
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._hosts: dict[int, str] = {}
+        self.store = self._meet(address, port, host_of)
         with self.heeded():
-            self.store = self._meet(address, port, host_of)
             self.store.set(f"host/{rank}", host)
             silent = _within(timeout_s + 1, self._await_all)
             if silent is None:
@@ -74,17 +74,18 @@ class Peers:
     def heeded(self) -> Iterator[None]:
         """Within: what torch says of a rank that died or does not answer is raised as RanksLost, which names it."""
         try:
-            yield
-        except RuntimeError as e:
-            if not TIMED_OUT.search(f"{type(e).__name__}: {e}"):
-                if not CLOSED.search(str(e)):
-                    raise
-                said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
-                raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
-            silent = self._call_the_roll()
-            if not silent:
+            try:
+                yield
+            except RuntimeError as e:
+                if _timed_out(e) and (silent := self._call_the_roll()):
+                    where = {rank: self._hosts.get(rank, "") for rank in silent}
+                    self._lost(where, f"did not answer for {self.timeout_s:g} s")
                 raise
-            self._lost({r: self._hosts.get(r, "") for r in silent}, f"did not answer for {self.timeout_s:g} s")
+        except RuntimeError as e:  # of asking for the others, too: rank 0, who has the store, may have left
+            if not (_timed_out(e) or CLOSED.search(str(e))):
+                raise
+            said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
+            raise RanksLost(f"rank {self.rank} lost its connection to another, and ends: {said}") from None
 
     def _await_all(self) -> list[int]:
         """The ranks that do not come in time; learns where the others are."""
@@ -117,6 +118,10 @@ class Peers:
         if self.rank == 0:
             time.sleep(5 * POLL_S)  # others are about to ask for the same
         raise RanksLost.silent(at, why) from None
+
+
+def _timed_out(error: RuntimeError) -> bool:
+    return TIMED_OUT.search(f"{type(error).__name__}: {error}") is not None
 
 
 def _within(patience_s: float, ask: Callable[[], T]) -> T | None:

@@ -187,7 +187,7 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
                 trainer.warm_up(life.stop)
         outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason, timeout_s))
         if not outcome.saved:
-            return life.leave(1, "save_failed")
+            return _leave_together(life, world, 1, "save_failed")
         if outcome.finished:
             if world.is_main and (asked := score_milestones(life, trainer.config)):
                 with suppress(subprocess.TimeoutExpired):

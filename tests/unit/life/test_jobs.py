@@ -27,11 +27,12 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from ddpm.data import packed, scratch
-from ddpm.errors import EXIT_FATAL, DoNotRetry, NodeUnfit, Stopped
+from ddpm.errors import EXIT_FATAL, DoNotRetry, NodeUnfit, RanksLost, Stopped
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import StopRequested
 from ddpm.training.ranks import World
+from ddpm.training.trainer import Outcome
 from launch import jobs
 from launch.cluster import environment
 from launch.cluster.environment import PROJECT, JobEnvironment
@@ -325,6 +326,28 @@ def _left(life: Life, world: World) -> int:
 
 def test_what_rank_0_said_as_it_left_stands_though_another_rank_dies_then(run: RunDir) -> None:
     on_ranks(2, leave_though_the_other_has_died, run, timeout_s=10)
+
+
+def leave_after_a_failed_save(world: World, run: RunDir) -> None:
+    def train(*_: Any) -> Outcome:
+        time.sleep(world.is_main)  # as where it ends its page on a server
+        return Outcome(False, 3, "preempted", saved=False)
+
+    env = JobEnvironment("slurm", "17", 0, "n1", world.rank, world.world_size, world.rank, "", 0, 1, None, "")
+    trainer: Any = SimpleNamespace(warm=True, train=train)
+    assert training._until_the_end(Life(run, StopFlag(), env), world, trainer, None, 10) == 1
+    assert run.exit_marker("17", 0).read_text() == "1 save_failed"
+
+
+def test_no_rank_leaves_a_failed_save_before_rank_0_has_said_so(run: RunDir) -> None:
+    on_ranks(2, leave_after_a_failed_save, run, timeout_s=10)
+
+
+def test_a_rank_0_that_lost_another_leaves_it_to_srun_to_say_how_that_one_ended(run: RunDir) -> None:
+    """As with 78, do not retry, where the other alone had no room for its images."""
+    life = Life(run, StopFlag(), JobEnvironment("slurm", "17", 0, "n1", 0, 2, 0, "n1", 1, 1, None, ""))
+    assert jobs.told(life, "train", RanksLost("rank 0 lost its connection to another, and ends: x")) == 1
+    assert not run.exit_marker("17", 0).exists()
 
 
 def life_on(world: World, run: RunDir, stops_after: int) -> Life:
@@ -677,11 +700,12 @@ def test_the_pace_is_that_of_the_last_steps_and_says_when_the_end_is(monkeypatch
     assert told[-2]["images_per_s"] == "10" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told[-2]["ends"])
 
 
-@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize(("others", "name"), [(True, "run"), (False, "run"), (True, 300 * "x")])
 def test_a_job_ends_for_good_where_its_run_is_gone_and_not_where_the_folder_of_runs_is_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool, name: str
 ) -> None:
-    gone = RunDir(tmp_path / "runs" / "run")
+    """A name that is too long stands for what cannot be asked, as behind a stale file handle."""
+    gone = RunDir(tmp_path / "runs" / name)
     (gone.path.with_name("other") if others else gone.path.parent).mkdir(parents=True)
 
     def work(life: Life, args: Any) -> int:
@@ -696,4 +720,4 @@ def test_a_job_ends_for_good_where_its_run_is_gone_and_not_where_the_folder_of_r
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as left:
         jobs.main(["sample", str(gone.path), "fid"])
-    assert left.value.code == (EXIT_FATAL if others else 1)
+    assert left.value.code == (EXIT_FATAL if others and name == "run" else 1)

@@ -8,6 +8,8 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +90,25 @@ def test_a_lost_connection_is_told_from_other_errors(error: str, lost: bool) -> 
         raise RuntimeError(error)
 
 
+def test_a_rank_that_asks_who_hangs_once_rank_0_has_left_lost_its_connection_like_any_other() -> None:
+    class Gone:
+        def set(self, *_: str) -> None:
+            raise RuntimeError("failed to recv, got 0 bytes. Connection was likely closed. Did the remote server …")
+
+    peers: Any = Peers.__new__(Peers)
+    peers.rank, peers.timeout_s, peers.store = 1, 10, Gone()
+    with pytest.raises(RanksLost, match=r"rank 1 lost its connection.*: failed to recv, got 0 bytes$"), peers.heeded():
+        raise RuntimeError("Operation timed out!")
+
+
+def test_where_all_ranks_waited_in_vain_each_lost_its_connection_and_none_hangs() -> None:
+    peers: Any = Peers.__new__(Peers)
+    peers.rank, peers.world_size, peers.timeout_s = 1, 2, 10
+    peers.store = SimpleNamespace(set=lambda *_: None, check=lambda words: True)
+    with pytest.raises(RanksLost, match=r"rank 1 lost its connection.*: Operation timed out!$"), peers.heeded():
+        raise RuntimeError("Operation timed out!")
+
+
 def test_a_port_that_another_process_has_is_said() -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -97,3 +118,8 @@ def test_a_port_that_another_process_has_is_said() -> None:
             ranks.join(
                 rank=0, world_size=2, local_rank=0, master_addr="127.0.0.1", master_port=port, timeout_s=4
             )  # fmt: skip
+
+
+def test_rank_0_that_reaches_no_store_at_its_own_address_says_so() -> None:
+    with pytest.raises(RuntimeError, match="timed out"):  # 203.0.113.1 is nobody's (RFC 5737)
+        Peers(0, 2, "203.0.113.1", 0, 1, "n0", lambda came: {})

@@ -287,12 +287,14 @@ def test_a_small_network_gets_one_thread_of_a_cpu_and_a_run_goes_on_with_its_own
     assert resolve(load_config(PROJECT / "configs" / "cifar10.yaml"), cpu, 8).threads == 8
 
 
-@pytest.mark.parametrize(("hip", "ranks", "replays"), [(None, 2, True), ("6.4", 1, True), ("6.4", 2, False)])
-def test_steps_of_several_ranks_are_not_recorded_beside_amds_watchdog(
-    monkeypatch: pytest.MonkeyPatch, hip: str | None, ranks: int, replays: bool
+@pytest.mark.parametrize(("hip", "ranks", "fused", "replays"), [
+    (None, 2, True, True), ("6.4", 1, True, True), ("6.4", 2, True, False), (None, 1, False, False)
+])  # fmt: skip
+def test_steps_are_not_recorded_beside_amds_watchdog_and_not_with_an_optimizer_that_masks_nothing(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, ranks: int, fused: bool, replays: bool
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
-    step = Step.__new__(Step)
-    step.gpu, step.resolved = True, SimpleNamespace(dropout="counted")  # type: ignore[assignment]
-    step.world = SimpleNamespace(world_size=ranks)  # type: ignore[assignment]
+    step: Any = Step.__new__(Step)
+    step.gpu, step.resolved, step.world = True, SimpleNamespace(dropout="counted"), SimpleNamespace(world_size=ranks)
+    step.state = SimpleNamespace(optimizer=SimpleNamespace(defaults={"fused": fused}))
     assert step.replays == replays
