@@ -241,17 +241,17 @@ class Trainer:
                 if self.state.settled is not None:
                     break
             self.alive()
-            if self.due.histogram(self.at.step):  # before a stop: the next life would not make up for them
+            if reason and not at_total:  # the last step is followed by its save in any case
+                return self._stop(reason)
+            if save_due:
+                self.save()
+            if self.due.histogram(self.at.step):
                 if self.world.is_main:
                     found = histograms.of_gradients(self.step)
                     if not found:
                         self.chronicle.say("no histograms: not one image fits beside the steps", step=self.at.step)
                     self.chronicle.histograms(self.at.step, found)
                 self.meter.restart(self.at.step)
-            if reason and not at_total:  # the last step is followed by its save in any case
-                return self._stop(reason)
-            if save_due:
-                self.save()
             if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
                 return self._stop(reason)
         return self._finish(stop_requested)
