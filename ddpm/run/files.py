@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -230,17 +230,18 @@ def not_ours(path: Path) -> str:
 
 
 def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
+    return _name(pwd.getpwuid, uid, "uid")
 
 
 def _group(gid: int) -> str:
+    return _name(grp.getgrgid, gid, "gid")
+
+
+def _name(look_up: Callable[[int], Sequence[Any]], number: int, kind: str) -> str:
     try:
-        return grp.getgrgid(gid).gr_name
+        return str(look_up(number)[0])
     except KeyError:
-        return f"gid {gid}"
+        return f"{kind} {number}"
 
 
 def _is_linked(tmp: Path, path: Path) -> bool:

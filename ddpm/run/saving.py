@@ -42,7 +42,7 @@ from ddpm.run.records import identity
 SPARE_BYTES = 16 * 2**20
 """Space that a save leaves free, for log lines and events."""
 PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
-"""What a state tree holds beside tensors, dicts, lists and tuples: all else is a class, which weights_only refuses."""
+"""What a state tree may hold beside tensors, dicts, lists and tuples: weights_only refuses most classes."""
 
 
 def num_bytes(state: Any) -> int:
@@ -84,7 +84,7 @@ class HostCopy:
         if type(value) not in PLAIN:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise DoNotRetry(
-                f"the state to save holds a {kind} at {key.strip('/')}, which no later life would load: nothing is "
+                f"the state to save holds a {kind} at {key.strip('/')}, which a checkpoint cannot keep: nothing is "
                 f"saved. Keep tensors, numbers (int or float, not NumPy's), text, lists and dicts in "
                 f"TrainingState.state_dict (ddpm/training/state.py), then submit again with --code new"
             )

@@ -95,7 +95,7 @@ def _judged(what: str, check: Callable[..., object], *args: Any, needed: bool = 
 def _records(run: RunDir) -> Lines:
     yield from _judged("config.yaml", _config, run)
     yield from _judged("run.json", _record, run)
-    yield from _judged("code.zip", _code, run, needed=code.last_run(run) is not None)
+    yield from _judged("code.zip", _code, run, needed=_was_sent(run))
     yield from (line for line in _judged(run.start.name, evidence.check_start, run) if line.verdict != "holds")
     if (began := (read_json(run.run_json) or {}).get("from")) and not run.steps_saved():  # later it is of no use
         yield from _judged(run.start.name, _start, run, began)
@@ -132,6 +132,14 @@ def _record(run: RunDir) -> None:
         return
     if digest not in (None, here):
         raise DamagedFile(f"it is of the config {str(digest)[:12]}, and config.yaml is {here[:12]}")
+
+
+def _was_sent(run: RunDir) -> bool:
+    """Whether jobs were sent with a copy of the code; not where this cannot be read, which is told of events/ alone."""
+    try:
+        return code.last_run(run) is not None
+    except OSError:
+        return False
 
 
 def _code(run: RunDir) -> str:

@@ -150,7 +150,7 @@ DAMAGES: dict[str, tuple[Break, str]] = {
     "config-gone": (gone("config.yaml"), "config.yaml"),
     "config-folder": (folder("config.yaml"), "config.yaml"),
     "checkpoint-short": (half(f"{NEWEST}.pt"), "is not whole"),
-    "checkpoint-gone": (gone(f"{NEWEST}.pt"), "is not whole"),
+    "checkpoint-gone": (gone(f"{NEWEST}.pt"), "is missing beside its manifest"),
     "manifest-half": (half(f"{NEWEST}.json"), "not JSON"),
     "manifest-gone": (gone(f"{NEWEST}.json"), "events tell of a checkpoint at step 400"),
     "checkpoints-file": (file("checkpoints"), "Not a directory"),
