@@ -177,9 +177,11 @@ class Fence:
     def _be_patient(self) -> None:
         """Raise OSError, for AWAY_S at most, if it is not the run that is gone but what its folder of runs is on: a
         mount may be away for a moment, and a save then fails as on any file system that does."""
-        nowhere = _identity(self._run.path.parent) != self._root and not self._whereto()
-        if not nowhere or not os.fstat(self._home).st_nlink:  # deleted
+        if _identity(self._run.path.parent) == self._root or self._whereto():
             return
+        with contextlib.suppress(OSError):  # of a server that knows it no more, or not now
+            if not os.fstat(self._home).st_nlink:  # deleted
+                return
         self._away_since = self._away_since or time.monotonic()
         if time.monotonic() - self._away_since < AWAY_S:
             told = "not there, or not what it was, as where a mount is away for a moment"

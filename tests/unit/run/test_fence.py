@@ -1,11 +1,13 @@
 """ddpm/run/fence.py: one writer per run, whoever else believes to be it."""
 
+import errno
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -233,8 +235,10 @@ def test_a_mount_that_is_away_for_a_moment_takes_no_run_from_its_job(
     fence.check()
     run.path.parent.rename(tmp_path / "away")
     monkeypatch.setattr(fence_module, "AWAY_S", 0.0)
-    with pytest.raises(RunGone, match="was moved, renamed or deleted"):
-        fence.check()
+    with monkeypatch.context() as patched:
+        patched.setattr(fence_module.os, "fstat", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+        with pytest.raises(RunGone, match="was moved, renamed or deleted"):  # as where another host has deleted it
+            fence.check()
     monkeypatch.setattr(fence_module, "AWAY_S", 600.0)
     shutil.rmtree(tmp_path / "away")
     with pytest.raises(RunGone):
