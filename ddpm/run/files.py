@@ -302,10 +302,6 @@ def link_to_nothing(path: Path) -> str:
 class _Named(io.FileIO):
     """A file whose errors of reading name it, as those of opening do: read(2) tells none."""
 
-    def __init__(self, fd: int, path: Path) -> None:
-        super().__init__(fd)
-        self._path = path
-
     def readinto(self, buffer: Any) -> int | None:
         return self._named(lambda: super(_Named, self).readinto(buffer))
 
@@ -316,31 +312,28 @@ class _Named(io.FileIO):
         try:
             return read()
         except OSError as e:
-            e.filename = str(self._path)
+            e.filename = self.name
             raise
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading, without ever waiting for a writer. Raises OSError; DamagedFile if it is a FIFO, a socket
     or a device, or what Git LFS leaves in a file's place."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        file = io.BufferedReader(_Named(os.fspath(path), opener=_open_at_once))
     except OSError as e:
         if e.errno == errno.ENXIO:  # so does a socket answer, and a device that is not there
             raise DamagedFile(f"{path.name}: a socket or a device, and no file") from None
         raise
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise DamagedFile(f"{path.name}: a {'FIFO' if stat.S_ISFIFO(mode) else 'device'}, and no file")
-        os.set_blocking(fd, True)  # a file system that fetches from tape may take the other way for "try again"
-        file = io.BufferedReader(_Named(fd, path))
-    except BaseException:
-        os.close(fd)
-        raise
-    try:
+        os.set_blocking(file.fileno(), True)  # a file system that fetches from tape may else say "try again"
         if file.peek().startswith(POINTER):
             raise DamagedFile(f"{path.name}: a pointer of Git LFS, not the file itself, which git lfs pull brings")
     except BaseException:
