@@ -200,9 +200,8 @@ def main() -> int:
         raise RequestError(f"sample set name {set_name!r}: jobs would read it as an option; do not begin with a dash")
     sample_set = run.sample_set(set_name)
     if args.dry_run:
-        site = settle(site, dry_run=True)
-        print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}")
-        print(describe(Job("sample", run, site, set_name, tuple(range(request.shards)))))
+        job = Job("sample", run, settle(site, dry_run=True), set_name, tuple(range(request.shards)))
+        print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}\n{describe(job)}")
         print("# dry run: nothing was written or queued")
         return 0
 
@@ -239,8 +238,8 @@ def main() -> int:
         f"{counted(request.shards, 'shard')}, {sample_set.path}"
     )
     if args.png:
-        names = class_names(config, read_run(run))
-        print(f"unpacked to {unpack_png(sample_set, request, sample_set.path / 'png', names)}")
+        where = unpack_png(sample_set, request, sample_set.path / "png", class_names(config, read_run(run)))
+        print(f"unpacked to {where}")
     return 0
 
 
