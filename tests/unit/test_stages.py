@@ -92,6 +92,23 @@ def test_whatever_a_check_comes_to_all_that_they_said_is_in_one_file(
     assert "/dev/full: No space left on device; it has" in capsys.readouterr().out
 
 
+def test_what_checks_had_said_is_kept_where_they_are_ended_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM is told by an exception."""
+    begun, sleep = tmp_path / "ranks.log", gpu.time.sleep
+
+    def ended(seconds: float) -> None:
+        sleep(seconds)
+        if begun.read_text():
+            sys.exit(143)
+
+    monkeypatch.setattr(gpu.time, "sleep", ended)
+    with pytest.raises(SystemExit, match="143"):
+        gpu.bounded({begun: ["/bin/sh", "-c", "echo begun; exec sleep 60"]}, 60.0, into=tmp_path / "checks.log")
+    assert (tmp_path / "checks.log").read_text() == "-- ranks: interrupted\nbegun\n\n"
+
+
 def test_a_stage_that_breaks_takes_no_other_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,6 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1, i
         for log in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 started[log].wait(max(0.0, killed_at - time.monotonic()))
-            tell(log, "interrupted", into)
         for log in waiting:
             print(f"no time left for {log.stem}")
         return max(codes + [124] * bool(waiting or running))
@@ -98,6 +97,8 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1, i
         for process in started.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        for log in running:
+            tell(log, "interrupted", into)
 
 
 def tell(log: Path, how: str, into: Path | None) -> None:
@@ -118,7 +119,7 @@ def checks(out: Path, limit_s: float) -> int:
     names = sorted(file.stem.removeprefix("test_") for file in (PROJECT / "tests" / "gpu").glob("test_*.py"))
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3"]
     (out / "checks.log").unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ddpm-checks-", ignore_cleanup_errors=True) as where:
+    with tempfile.TemporaryDirectory(prefix="checks-", dir=out, ignore_cleanup_errors=True) as where:
         commands = {
             Path(where) / f"{name}.log": [*pytest, f"tests/gpu/test_{name}.py"]
             for name in sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
