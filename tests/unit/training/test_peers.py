@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,12 +41,14 @@ def beset(
         with world.heeded():
             world.barrier()
             if rank == whom:
-                if kind == "hangs":
+                if kind.startswith("hangs"):
                     _stopped_while_others_tell(told, world_size - 1)
                 elif kind == "is late":
                     time.sleep(2 * timeout_s)
                 else:
                     os._exit(0)
+            if kind == "hangs beside NCCL":
+                replace(world, device=torch.device("cuda")).agree_later([0])()
             world.barrier()
     except RanksLost as e:
         (told / f"{rank}").write_text(str(e))
@@ -69,6 +72,7 @@ def _stopped_while_others_tell(told: Path, others: int) -> None:
     ("never comes", 0, "rank 0 on n0 could not be reached by rank"),
     ("freezes as they come", 0, "rank 0 on n0 "),
     ("hangs", 2, "rank 2 on n2 did not answer for 4 s"), ("hangs", 0, "rank 0 on n0 did not answer for 4 s"),
+    ("hangs beside NCCL", 1, "rank 1 on n1 did not answer for 4 s"),
     ("is late", 1, "rank 1 on n1 did not answer for 4 s"), ("ends", 1, "lost its connection to another"),
 ])  # fmt: skip
 def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, whom: int, says: str) -> None:
