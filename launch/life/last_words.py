@@ -18,7 +18,9 @@ OWN = re.compile(
     r"^\S+Z failed: |^setup failed|^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Unfit|Lacks)\b"
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
 )
-HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
+HOST_MEMORY = re.compile(
+    r"oom.kill|: Out Of Memory|exceeded (?:job )?memory limit|^MemoryError|Cannot allocate memory", re.I | re.M
+)
 TOLD = r"\d{4}-\S+Z (?!failed: )"
 """Of lines that a life writes of what it does: of what it went on without, too, as a grid that did not fit."""
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")

@@ -25,13 +25,13 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from launch.cluster import code, environment
+from launch.cluster import code, environment, scheduler
 from launch.cluster.job import Job
 from launch.queue import ending
 from launch.queue.waiting import is_of, is_told_to_stop
 
 POLL_S = 0.5
-KILLED_AS = {
+KILLED_AS: dict[int, str] = {
     signal.SIGKILL: ", as by the kernel where memory runs out",
     signal.SIGBUS: ", as where a file that is mapped can be read no more",
 }
@@ -140,6 +140,13 @@ def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[s
     return process, log
 
 
+def how_ended(code: int) -> str:
+    """In words, of a process that did not end well. code: as Popen tells it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {scheduler.signal_name(-code)}{KILLED_AS.get(-code, '')}"
+
+
 def _does(command: list[str]) -> tuple[str, str]:
     """Stage and set of a `stage_command`."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
@@ -212,8 +219,7 @@ def main() -> int:
         child = None
         if ended:
             if ended < 0 and not heard:  # what it could not say itself
-                by = signal.Signals(-ended)
-                say(f"{stages[i]} was killed by {by.name}{KILLED_AS.get(by, '')}")
+                say(f"{stages[i]} {how_ended(ended)}")
             _tell(run, *work[i], ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:

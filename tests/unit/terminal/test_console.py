@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 from ddpm.config.reading import load
-from ddpm.errors import DoNotRetry, RequestError
+from ddpm.errors import DoNotRetry, NodeUnfit, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile, now
 from ddpm.run.paths import RunDir
@@ -301,7 +301,7 @@ def test_a_command_that_mends_a_file_is_told_with_all_of_its_path(
     assert capsys.readouterr().out == f"unread   a: a is shut: {mend}\n"
 
 
-def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it(
+def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it_and_any_other_may_be_open_on_another_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder := tmp_path / "my runs").mkdir(mode=0o500)
@@ -309,8 +309,10 @@ def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it(
     monkeypatch.setattr(os, "geteuid", lambda: 61001)
     os.chown(folder, 61001, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "geteuid", os.getuid)
     assert faults.words(error) == f"Permission denied: {folder}/a/b. Its mode is 0500: chmod u+rwX '{folder}'"
+    assert isinstance(faults.of_a_job(error, ""), DoNotRetry)
     folder.chmod(0o700)
     assert faults.words(error) == f"Permission denied: {folder}/a/b"
+    assert isinstance(faults.of_a_job(error, ""), NodeUnfit)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.read_bytes])
