@@ -38,7 +38,7 @@ def why(run: RunDir, events: list[Event]) -> str | None:
     if not job[0].isdigit():
         return _here(job, sent, events)
     told = scheduler.ends([job])[job] if scheduler.available("scontrol") else ""
-    if standing.never_began(events, sent):
+    if standing.never_began(events, sent) and not (run.logs / f"train-{job}.out").exists():
         by_hand = (
             f"by scancel, or since its node could not start it, as where that lacks {run.path.parent} (scontrol show "
             f"job {job}, or sacct -j, says so)"

@@ -117,7 +117,8 @@ def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_t
     (run.logs / "train-17.out").write_text("[batch] begun\n")
     assert submission.outcome(run, load(run.config), []) == 1
     logs = f"python launch/logs.py '{run.path}' says"
-    assert f"at step 0 of 400; {logs} why, and the same command goes on" in capsys.readouterr().err
+    ended = "job 17 ended without a word: SLURM does not say why; submit it again to go on"
+    assert f"at step 0 of 400: {ended}; {logs} more" in capsys.readouterr().err
     log.append("submitted", stage="sample+evaluate")
     log.append("failed", stage="train", exit_code=1, reason=(why := decide(MISTAKEN).why))
     assert why_not(run, "sample").endswith("the same command goes on")
