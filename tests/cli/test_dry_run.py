@@ -601,6 +601,6 @@ def test_a_dry_run_of_a_run_that_is_there_plans_what_is_left_of_it(finished: She
     assert "# training: complete at step 400\n" in text and "# then: sample\n" in text and "jobs train" not in text
     assert "jobs sample" in text and "# steps" not in text
     longer = told("train.total_steps=800", "--verbose")
-    assert "3,200 images" in longer.partition("; it goes on from step 400\n")[0] and "jobs train" in longer
+    assert "6,400 images" in longer.partition("; it goes on from step 400\n")[0] and "jobs train" in longer
     text = told("--sweep", "seed=0,1")
     assert "tiny-seed_0" in text and "new" in text and snapshot(finished.root) == before
