@@ -871,6 +871,12 @@ def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, lin
     assert error in words.error and bool(words.error) == bool(error) and words.node == "n4"
 
 
+def test_a_step_that_slurm_does_not_start_is_told_in_its_words_and_no_nodes_fault(tmp_path: Path) -> None:
+    said = "srun: error: Unable to create step for job 17: Invalid generic resource (gres) specification"
+    words = last_words.read(tmp_path / "log", f"[batch] now job=17 restart=3 stage=train\n{said}\n", 3)
+    assert words.error == said and words.by_no_node and words.node == ""
+
+
 def test_a_long_error_is_cut_between_words(tmp_path: Path) -> None:
     words = last_words.read(tmp_path / "log", ENDS.format("RuntimeError: " + "word " * 400), 3)
     assert words.error.endswith("word word …") and len(words.error) <= last_words.CHARACTERS + 2
