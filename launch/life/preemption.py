@@ -24,6 +24,9 @@ from launch.terminal import faults
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 STOP_POLL_S = 1.0
+TWICE_S = 2.0
+"""Signals that come sooner after the first one are the same wish: a shutdown, or a terminal, tells every process, and
+those that have started others pass it on."""
 REQUEUE_AT_ONCE_ABOVE_S = 60
 MARGIN_S = 30
 
@@ -37,6 +40,7 @@ class StopFlag:
         self._run: RunDir | None = None
         self._known_stop = ""
         self._polled_at = 0.0
+        self._asked_at = 0.0
 
     def install(self) -> None:
         """Install the signal handlers, in place of submitit's too, which would exit without a save."""
@@ -73,8 +77,11 @@ class StopFlag:
             self._on_int(signum, frame)
 
     def _on_int(self, signum: int, _: FrameType | None) -> None:
-        if self.reason is not None:
+        now = time.monotonic()
+        if self.reason is not None and now - self._asked_at >= TWICE_S:
             os._exit(128 + signum)  # asked twice: leave at once
+        if self.reason is None:
+            self._asked_at = now
         self._set("interrupted")
 
     def _on_cpu_limit(self) -> None:

@@ -244,7 +244,8 @@ def main() -> int:
         if ended:
             if ended < 0 and not heard:  # what it could not say itself
                 say(f"{stages[i]} {how_ended(ended)}")
-            _tell(run, *work[i], ended)
+            if not heard:
+                _tell(run, *work[i], ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:
             _note(run, "stage_done", *work[i])
