@@ -14,7 +14,9 @@ from launch.queue.local import TORCHRUN
 STAGES = ("train", "sample", "evaluate")
 OF_SLURM = re.compile(r"(train|sample|evaluate)-(\d+)(_\d+)?\.out")
 """The log of a job of SLURM's, or of a task of its array: its stage and its id."""
-NOISE = re.compile(r"srun:(?! error: Unable to create step)|slurmstepd|submitit |\[\d{4}-\d\d-\d\dT[^\]]*\] (?:error|fatal): ")
+NOISE = re.compile(
+    r"srun:(?! error: Unable to create step)|slurmstepd|submitit |\[\d{4}-\d\d-\d\dT[^\]]*\] (?:error|fatal): "
+)
 """Beginnings of lines that come from the scheduler: slurmstepd's is its name, from 25.05 on the time. Not
 that there are no ranks at all, which nobody else says."""
 POLL_S = 0.5
