@@ -54,7 +54,7 @@ ddpm_own_python() {
 trap : TERM USR2 CONT
 ddpm_setup= ddpm_at_end=
 ddpm_end() {
-  local code=$? heard end was_away=1 times
+  local code=$? heard end once_more=1 times
   set +eu
   trap - EXIT
   ddpm_own_python
@@ -64,13 +64,17 @@ ddpm_end() {
     [ "$code" != 0 ] || code=1
   fi
   for times in {1..20}; do
+    if [ "$times" != 20 ] && { [ ! -f "$DDPM_HOME/launch/jobs.py" ] || ddpm_run_is_away; }; then
+      [ "$times" != 1 ] || echo "[batch] $DDPM_RUN or $DDPM_HOME is away: waiting for it, up to a minute"
+      sleep 3
+      continue
+    fi
     { heard=$(builtin cd -- "$DDPM_HOME" && DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
         "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
     end=$?
     if [ -n "$heard" ] || [ "$end" = 137 ] || [ "$end" = 143 ]; then break; fi
-    if [ ! -f "$DDPM_HOME/launch/jobs.py" ] || ddpm_run_is_away; then was_away=1
-    elif [ -n "$was_away" ]; then was_away=   # it may have come back just now
-    else break; fi
+    [ -n "$once_more" ] || break   # what it needs may have come back just now
+    once_more=
     sleep 3
   done
   [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code" "$end"

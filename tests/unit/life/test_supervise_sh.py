@@ -153,6 +153,7 @@ def test_a_file_system_that_is_away_for_a_moment_when_the_shell_begins_or_ends_c
     ends = f". {PROJECT}/slurm/supervise.sh || exit 2; echo works; {goes}; exit 3"
     shell.life(ends if end else begun, python=python, alone=True)
     assert "works" in shell.said and "looked into 3" in shell.said and shell.orders() == [], shell.said
+    assert "No such file" not in shell.said, "which would be the life's last error"
 
 
 def test_a_run_that_is_not_there_beside_others_is_not_waited_for(shell: Shell, tmp_path: Path) -> None:
