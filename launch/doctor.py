@@ -17,6 +17,7 @@ from pathlib import Path
 from ddpm.config import reading
 from ddpm.data.listing import listed_once
 from ddpm.errors import EnvironmentLacks, RequestError
+from ddpm.network.made import other_than_the_unet
 from ddpm.run.paths import RunDir, check_name
 from launch import prepare
 from launch.checkup import cluster, files, node, profile
@@ -70,6 +71,9 @@ def main() -> int:
     with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
         num_images = prepare.num_images(config, RunDir(root / "doctor"))
     cache = prepare.cache_of(site, root)
+    other = other_than_the_unet()
+    if other:
+        _say(Finding("warn", f"{other} is built, and what follows of disk and saves is of a U-Net with these keys"))
     failed = [_say(finding) for finding in files.storage(config, root, cache, num_images)]
     refused = [_say(finding) for finding in cluster.cluster(site, root, config.network.num_parameters)]
     if any(refused) and (args.probe or draft):

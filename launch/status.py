@@ -20,7 +20,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.queue.waiting import home, slurm_jobs
-from launch.terminal import console, history, screen, side_by_side, streams, view
+from launch.terminal import console, history, screen, side_by_side, streams, unheard, view
 from launch.terminal.overview import describe, read_life
 
 EXAMPLES = """examples:
@@ -57,6 +57,8 @@ def rows_of(runs: list[RunDir], tell: Callable[[str], None] = console.warn) -> l
             queued: dict[str, scheduler.Queued] | None = None
             try:
                 queued = scheduler.look_up(jobs) if scheduler.available() else None
+                gone = [unheard.last_job(lives[i][0]) for i in there] if queued is not None else []
+                scheduler.ends(job for job in gone if job[:1].isdigit() and job not in (queued or {}))  # all at once
             except scheduler.SchedulerError as e:
                 if isinstance(e, scheduler.NoAnswer) or cluster == here:
                     tell(f"SLURM does not answer ({e}): states are as the runs tell; ask again later")

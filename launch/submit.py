@@ -20,7 +20,8 @@ from ddpm.config.schema import Config
 from ddpm.data.listing import listed_once
 from ddpm.errors import RequestError
 from ddpm.run.paths import RunDir, check_name, fit_name
-from launch import origin, prepare, submission, sweep
+from launch import beginning, origin, prepare, submission, sweep
+from launch.beginning import Here
 from launch.cluster import environment
 from launch.cluster.environment import SHIPPED
 from launch.cluster.options import add_options, resolve
@@ -30,7 +31,7 @@ from launch.queue import borrowing
 from launch.queue.directory import base_of
 from launch.queue.naming import name_of
 from launch.queue.sets import LEAST_SCORED
-from launch.submission import Asked, Here
+from launch.submission import Asked
 from launch.terminal import console, faults, follow, plan, recipes
 from launch.terminal.results import print_results
 
@@ -212,7 +213,10 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
         prepare.warn_of_batch(config, num)
         site = settle(site, dry_run=True)
         box = submission.in_container(site, run)
-        plan.print_dry_run(config, site, run, stages, num, scripts=args.verbose, in_container=box)
+        left = plan.Left(True, stages)
+        if run.path.exists():
+            left = plan.Left(*beginning.what_is_left(run, config, stages, begins="# "), run.latest_step())
+        plan.print_dry_run(config, site, run, left, num, scripts=args.verbose, in_container=box)
         return 0
     exists, start = submission.check(asked)
     site = settle(site, dry_run=False)  # from here on it is about what the environment lacks
@@ -230,7 +234,7 @@ def submit(asked: Asked, site: Site, args: argparse.Namespace) -> int:
         borrowing.check_trainable(run)
 
     inputs = prepare.prepare_inputs(config, site, run.path.parent, stages)
-    begun = submission.begin(asked, site, inputs, start, existed=exists, prepare_only=args.prepare,
+    begun = beginning.begin(asked, site, inputs, start, existed=exists, prepare_only=args.prepare,
                              code_asked=args.code)  # fmt: skip
     config = asked.typed.resolve_length(inputs["data"]["num_images"])
     if isinstance(begun, Here):

@@ -32,7 +32,8 @@ from ddpm.run.files import DamagedFile
 from ddpm.run.log import plain
 from ddpm.run.paths import check_name
 from ddpm.run.records import usable
-from launch import origin, prepare, submission
+from launch import beginning, origin, prepare, submission
+from launch.beginning import Here, Queued
 from launch.cluster import environment, scheduler
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
@@ -40,7 +41,7 @@ from launch.queue import borrowing, chain, local, work
 from launch.queue.naming import of_point, of_sweep
 from launch.queue.submitting import why_it_waits
 from launch.queue.waiting import asked_together
-from launch.submission import Asked, Here, Queued
+from launch.submission import Asked
 from launch.terminal import console, follow, plan, side_by_side
 
 MOST = 1000
@@ -218,7 +219,7 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
     for point in points:
         one = point.asked
         start = origin.read(one.source, one.config) if one.source is not None and not point.existed else None
-        begun = submission.begin(one, site, point.inputs, start, existed=point.existed, prepare_only=args.prepare,
+        begun = beginning.begin(one, site, point.inputs, start, existed=point.existed, prepare_only=args.prepare,
                                  code_asked=args.code, train_alone=True, why=point is points[0],
                                  behind=before)  # fmt: skip
         point.begun = begun
@@ -231,7 +232,7 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
         if isinstance(point.begun, Queued) and point.begun.left:
             print(f"{point.name}:")
             why = point is points[0] and not point.begun.jobs
-            point.begun = submission.queue_rest(point.asked, point.config, site, point.begun, why=why)
+            point.begun = beginning.queue_rest(point.asked, point.config, site, point.begun, why=why)
 
 
 def _tell_what_they_wait_for(points: list[Point], known: set[str]) -> None:
@@ -303,25 +304,25 @@ def _wait(asked: list[Asked], points: list[Point], root: str | None) -> int:
 
 def _show(asked: list[Asked], site: Site, *, scripts: bool) -> int:
     """A dry run."""
-    nums, stand = [], []
+    nums: list[int | None] = []
+    lefts: list[plan.Left | None] = []
     for one in asked:
         with naming(one.sweep):
             nums.append(submission.check_dry(one)[0])
-            exists = one.run.path.exists()
-            done = exists and chain.remaining(one.run, one.config, one.stages) == (False, [])
-            stand.append("complete" if done else f"goes on at step {one.run.latest_step()}" if exists else "new")
+            left = chain.remaining(one.run, one.config, one.stages) if one.run.path.exists() else None
+            lefts.append(plan.Left(*left, one.run.latest_step()) if left else None)
     batches: set[int] = set()
     for one, num in zip(asked, nums, strict=True):
         if (batch := one.config.train.global_batch) not in batches:
             prepare.warn_of_batch(one.config, num)
         batches.add(batch)
     site = settle(site, dry_run=True)
-    plan.print_sweep([(one.run.name, one.config, one.sweep["values"]) for one in asked], stand, nums, site)
-    one = asked[0]
+    plan.print_sweep([(one.run.name, one.config, one.sweep["values"]) for one in asked], lefts, nums, site)
+    one, left_of_it = asked[0], lefts[0] or plan.Left(True, asked[0].stages)
     if scripts:
         print(f"# the first of them, {one.run.name}:")
         box = submission.in_container(site, one.run)
-        plan.print_dry_run(one.config, site, one.run, one.stages, nums[0], scripts=True, in_container=box)
+        plan.print_dry_run(one.config, site, one.run, left_of_it, nums[0], scripts=True, in_container=box)
         return 0
     print("# dry run: nothing was written or queued; --verbose shows all of the first")
     return 0

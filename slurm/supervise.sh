@@ -7,16 +7,24 @@ if [ ! -f "$DDPM_HOME/launch/jobs.py" ]; then
   exit 2
 fi
 DDPM_HOME=$(CDPATH='' cd -- "$DDPM_HOME" && pwd)
+ddpm_run_is_away() {   # with what it is on, as a mount may be for a moment: then nothing is beside it either
+  [ ! -d "$DDPM_RUN" ] && ! compgen -G "${DDPM_RUN%/*}/*" >/dev/null
+}
+for ddpm_try in {1..20}; do
+  ddpm_run_is_away || break
+  sleep 3
+done
 if [ ! -f "$DDPM_RUN/config.yaml" ]; then
   echo "$DDPM_RUN is no run directory: make one with 'python launch/submit.py --prepare', then give its path" >&2
   exit 2
 fi
-if grep -qs '"run_id"' "$DDPM_RUN/run.json" && ! grep -qsF "${DDPM_RUN_ID:-}" "$DDPM_RUN/run.json"; then
+ddpm_record=$(cat "$DDPM_RUN/run.json" 2>/dev/null)
+if [[ $ddpm_record == *'"run_id"'* && $ddpm_record != *"${DDPM_RUN_ID:-}"* ]]; then
   echo "$DDPM_RUN is not the run that this job was queued for, which was moved or deleted: nothing is done" >&2
   exit 2
 fi
 export DDPM_OF_RUN=${DDPM_RUN_ID:-}   # for a successor; what else is queued from this job may be another run's
-unset DDPM_RUN_ID
+unset DDPM_RUN_ID ddpm_record
 DDPM_RUN=$(CDPATH='' cd -- "$DDPM_RUN" && pwd)
 [ -n "${DDPM_PYTHON:-}" ] || { DDPM_PYTHON=$DDPM_HOME/.venv/bin/python; [ -x "$DDPM_PYTHON" ] || DDPM_PYTHON=python3; }
 DDPM_SINCE=$(date -u +%FT%T.%3NZ)   # when this life got its nodes: goodput counts from here
@@ -46,7 +54,7 @@ ddpm_own_python() {
 trap : TERM USR2 CONT
 ddpm_setup= ddpm_at_end=
 ddpm_end() {
-  local code=$? heard
+  local code=$? heard end once_more=1 times
   set +eu
   trap - EXIT
   ddpm_own_python
@@ -55,9 +63,20 @@ ddpm_end() {
     echo "setup failed on $ddpm_node: it ended the job's shell (exit code $code), at the line: $ddpm_setup"
     [ "$code" != 0 ] || code=1
   fi
-  { heard=$(builtin cd -- "$DDPM_HOME" && DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
-      "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
-  local end=$?
+  for times in {1..20}; do
+    if [ "$times" != 20 ] && { [ ! -f "$DDPM_HOME/launch/jobs.py" ] || ddpm_run_is_away; }; then
+      [ "$times" != 1 ] || echo "[batch] $DDPM_RUN or $DDPM_HOME is away: waiting for it, up to a minute"
+      sleep 3
+      continue
+    fi
+    { heard=$(builtin cd -- "$DDPM_HOME" && DDPM_HEARD_FD=3 "$DDPM_PYTHON" -m launch.life.supervisor \
+        "$DDPM_RUN" "$DDPM_STAGE" "$code" "${DDPM_SET:-}" 3>&1 >&4); } 4>&1
+    end=$?
+    if [ -n "$heard" ] || [ "$end" = 137 ] || [ "$end" = 143 ]; then break; fi
+    [ -n "$once_more" ] || break   # what it needs may have come back just now
+    once_more=
+    sleep 3
+  done
   [ -n "$heard" ] || [ "$code" = 0 ] || ddpm_end_without_python "$code" "$end"
   eval "$ddpm_at_end"
   exit "$end"

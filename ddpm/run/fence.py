@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import DoNotRetry, RunBusy, RunGone
+from ddpm.errors import NodeUnfit, RunBusy, RunGone
 from ddpm.run.files import DamagedFile, look_anew, not_ours, read_bytes, write_bytes
 from ddpm.run.paths import RunDir
 
@@ -47,7 +47,8 @@ class Fence:
         is_orphan: whether the holder is an earlier life that should be gone. It is then fenced out although it still
         has the lock: at once if it is of the owner's own job, else after `wait_s` seconds.
         how_to_end: the command that ends what is at work for the run, for the message.
-        Raises RunBusy after `wait_s` seconds, DoNotRetry if the run belongs to another user who does not share it.
+        Raises RunBusy after `wait_s` seconds, NodeUnfit if the run may not be written here, as another user's who does
+        not share it, or on a node whose mount is read-only.
         """
         self._run, self._log = run, log
         self._away_since: float | None = None
@@ -65,7 +66,7 @@ class Fence:
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            raise DoNotRetry(
+            raise NodeUnfit(
                 f"run {run.name} cannot be written: {not_ours(Path(e.filename or run.path)) or e}"
             ) from None
         for claim in run.path.glob(".fence-*"):

@@ -202,8 +202,8 @@ def check_same(sample_set: SampleSet, request: Request) -> None:
 
 
 def read_request(sample_set: SampleSet) -> Request:
-    """The set's request. Raises RequestError if there is none or it is damaged, OSError if the file system fails for a
-    moment."""
+    """The set's request. Raises RequestError if there is none or it is damaged, OSError if it cannot be read here, or
+    for a moment."""
     try:
         record = files.parse_json(files.read_bytes(sample_set.request))
         return Request.from_record(record if isinstance(record, dict) else {})
@@ -214,7 +214,7 @@ def read_request(sample_set: SampleSet) -> Request:
             f"{sample_set.request}: {e}. The checkout that wrote it does: submit from there with --code new, or start "
             f"another set with --set OTHERNAME"
         ) from None
-    except (DamagedFile, ValueError, IsADirectoryError, PermissionError) as e:
+    except (DamagedFile, ValueError, IsADirectoryError) as e:
         there = shlex.quote(str(sample_set.request))
         raise RequestError(
             f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Restore the file, or move it "

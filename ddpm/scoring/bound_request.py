@@ -82,11 +82,11 @@ def publish(where: BoundSet, request: BoundRequest) -> None:
 
 
 def read(where: BoundSet) -> BoundRequest:
-    """The request. Raises RequestError if it is missing or damaged."""
+    """The request. Raises RequestError if it is missing or damaged, OSError if it cannot be read."""
     try:
         record = files.parse_json(files.read_bytes(where.request))
         return BoundRequest.from_record(record if isinstance(record, dict) else {})
     except FileNotFoundError:
         raise RequestError(f"{where.request}: there is no such request") from None
-    except (DamagedFile, ValueError, IsADirectoryError, PermissionError) as e:
+    except (DamagedFile, ValueError, IsADirectoryError) as e:
         raise RequestError(f"{where.request} is damaged: {e}; remove {where.path}, and ask again") from None

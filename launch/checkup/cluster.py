@@ -45,12 +45,15 @@ def _site(site: Site, root: Path) -> Findings:
     there = scheduler.partitions()
     default = next((name for name, p in there.items() if p.is_default), None)
     name = site.partition or default
-    if name is None:
+    if not there:
+        yield Finding("warn", "this site shows its partitions to no user", "what jobs ask for is known to fit by a try")
+    elif name is None:
         have = ", ".join(there)
         yield Finding(
             "fail", "no partition is given, and this cluster has no default", f"give one of them: --partition {have}"
         )
         return
+    name = name or "that SLURM chooses"
     most = max((there[one].gpus_per_node for one in name.split(",") if one in there), default=0)
     wanted = f"{site.gpus_per_node} GPU{'s' if site.num_gpus > 1 else ''} a node" if site.num_gpus else "no GPUs"
     has = f", of {most} that a node has (--gpus-per-node)" if most > site.num_gpus else ""
@@ -89,7 +92,7 @@ def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Fin
     state = partition.get("State", "UP")
     if state != "UP":
         yield Finding("warn", f"the partition is {state}", "jobs wait until it is UP again")
-    if site.time is None:
+    if site.time is None and partition:
         limit = next((t for t in map(partition.get, ("DefaultTime", "MaxTime")) if t and t[0].isdigit()), None)
         long = limit is None or slurm_minutes(limit) >= 60
         told = f"without --time a job here may run for {limit or 'as long as it takes'}"

@@ -71,7 +71,9 @@ def script_text(job: Job) -> str:
     lines = ["#!/bin/bash", "", "# Parameters"]
     lines += [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in sorted(listed.items())]
     lines += ["", "# setup", *(f"export {k}={shlex.quote(v)}" for k, v in told.items())]
-    lines += ['"$DDPM_PYTHON" "$DDPM_RUN/code.zip" "$DDPM_HOME" || :']  # what it runs may have been purged meanwhile
+    # what it runs may have been purged meanwhile, or what that is on be away for a moment
+    unpack = '"$DDPM_PYTHON" "$DDPM_RUN/code.zip" "$DDPM_HOME" || [ -d "$DDPM_HOME" ]'
+    lines += [f"for ddpm_try in {{1..20}}; do {unpack} && break; sleep 3; done"]
     lines += ['. "$DDPM_HOME/slurm/supervise.sh" || exit 2', "", "# command", "export SUBMITIT_EXECUTOR=slurm"]
     lines += [f"{shlex.join(srun)} {ours}{shlex.join(rank)} {python} {shlex.join(runner)}", ""]
     return "\n".join(lines)

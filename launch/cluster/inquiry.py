@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from launch.cluster import environment, slurm, slurm_orders, slurm_questions
-from launch.cluster.answers import SchedulerError
+from launch.cluster.answers import NoAnswer, SchedulerError
 from launch.cluster.environment import SHIPPED
 from launch.cluster.job import Job, flags
 
@@ -29,7 +29,7 @@ OLDEST = (20, 11)
 
 def version() -> str:
     """SLURM's, as it answers. Raises SchedulerError."""
-    slurm.run(["sinfo", "-h", "-o", "%P"], timeout_s=10)  # slurmctld's answer, and not the command's alone
+    slurm.run(["scontrol", "show", "config"], timeout_s=10)  # slurmctld's answer, and not the command's alone
     return slurm.run(["sinfo", "--version"], timeout_s=10).strip()
 
 
@@ -47,8 +47,13 @@ def settings(*keys: str) -> dict[str, str]:
 
 
 def of_partition(name: str) -> dict[str, str]:
-    """KEY=VALUE of a partition, as `scontrol show partition` has them. Raises SchedulerError."""
-    told = slurm.run(["scontrol", "-a", "show", "partition", "-o", name], timeout_s=10)
+    """KEY=VALUE of a partition, as `scontrol show partition` has them; {} where it shows none. Raises NoAnswer."""
+    try:
+        told = slurm.run(["scontrol", "-a", "show", "partition", "-o", name], timeout_s=10)
+    except NoAnswer:
+        raise
+    except SchedulerError:
+        return {}
     return dict(re.findall(r"(\S+?)=(\S*)", told))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ddpm.config.schema import Config
 from ddpm.config.train import divisors
 from ddpm.errors import RequestError
+from ddpm.network.made import other_than_the_unet
 from ddpm.run.log import counted
 from launch.cluster.site import Site
 from launch.cluster.values import memory_bytes
@@ -20,8 +21,11 @@ LARGE_GPU = 80 << 30
 def check_batch(config: Config, site: Site) -> str | None:
     """Raise RequestError if the images that a rank holds at a time cannot fit; returns a warning, or None.
 
-    The memory of an image is a lower bound; tools/inspect_config.py estimates the real need, but loads torch.
+    The memory of an image is a lower bound, of the U-Net, and no other network is judged by it;
+    tools/inspect_config.py estimates the real need, but loads torch.
     """
+    if other_than_the_unet():
+        return None
     share = config.train.global_batch // site.world_size
     micro = config.train.micro_batch
     images = 1 if micro == "auto" else micro or share

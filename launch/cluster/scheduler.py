@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from ddpm.run.files import FULL
 from launch.cluster import asked, by_submitit, by_template
 from launch.cluster.answers import NOT_REACHED, Mercy, NoAnswer, NoJobId, Queued, SchedulerError, Shown
 from launch.cluster.asked import typed
 from launch.cluster.by_template import submit_again
+from launch.cluster.ended import ends, signal_name
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
 from launch.cluster.reasons import Wait, explain
@@ -104,13 +106,18 @@ def followers(job: str) -> list[str]:
     return found
 
 
-def patiently(ask: Callable[[], T], on: type[Exception] = NoAnswer, patience_s: float | None = None) -> T:
-    """Call `ask`, again for `patience_s` (default PATIENCE_S) while it raises `on`, as when slurmctld restarts."""
+def patiently(
+    ask: Callable[[], T],
+    on: type[Exception] | tuple[type[Exception], ...] = NoAnswer,
+    patience_s: float | None = None,
+) -> T:
+    """Call `ask`, again for `patience_s` (default PATIENCE_S) while it raises `on`, as when slurmctld restarts; not
+    where a disk is full, which does not pass."""
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:
             return ask()
-        except on:
-            if time.monotonic() > deadline:
+        except on as e:
+            if time.monotonic() > deadline or (isinstance(e, OSError) and e.errno in FULL):
                 raise
         time.sleep(RETRY_S)

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from launch.cluster import asked
 from launch.cluster.answers import NoAnswer, SchedulerError
@@ -78,6 +79,8 @@ def run(
             cwd=cwd, env=env,
         )  # fmt: skip
     except FileNotFoundError:
+        if cwd is not None and not Path(cwd).is_dir():
+            raise NoAnswer(f"{argv[0]}: {cwd} is not there, as where its file system is away for a moment") from None
         raise SchedulerError(f"{argv[0]}: not found on this machine") from None
     except subprocess.TimeoutExpired as e:
         lines = [f"no answer in {timeout_s:.0f} s", *shortened(words(argv[0], _both(e.stdout, e.stderr)))]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from ddpm.errors import EXIT_BUSY, EXIT_FATAL
+from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
 from ddpm.run.events import read_events
 from ddpm.run.files import seconds
 from ddpm.run.paths import RunDir
@@ -20,7 +20,9 @@ from launch.life.progress import progress
 from launch.queue.waiting import is_told_to_stop, mercy_for, of_this_cluster
 
 SETTLE_S = 10
-READ_PATIENCE_S = 15
+READ_PATIENCE_S = 60
+HURRIED_S = 15
+"""The same of a life that saved and left, for the little time that it had."""
 AFTER_SUSPENSION_S = 300
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: str) -> Evidence:
     """The evidence about a job, cheapest questions first. Raises SchedulerError if SLURM does not answer."""
-    said, _, why = (_read(lambda: _ranks_word(run, env)) or "").partition(" ")
+    said, _, why = (_read(lambda: _ranks_word(run, env), code) or "").partition(" ")
     known = Evidence(stage, code, restart=env.restart)
     if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
         known = replace(known, code=int(said), reason=why)
@@ -44,7 +46,7 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
         return known
     if time.monotonic() - asked_at > scheduler.RETRY_S:  # a slurmctld that has just come back may lose a requeue
         time.sleep(SETTLE_S)
-    known = _read(lambda: _of_the_run(known, run, env, set_name)) or _unreadable(known, run, env)
+    known = _read(lambda: _of_the_run(known, run, env, set_name), known.code) or _unreadable(known, run, env)
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
         known = replace(known, mercy=mercy_for(run, env.job))
     return known
@@ -67,10 +69,20 @@ def _ranks_word(run: RunDir, env: JobEnvironment) -> str:
     try:
         said = marker.read_text(errors="replace")
     except FileNotFoundError:
+        if _is_away(run):
+            raise
         return ""
     with contextlib.suppress(OSError):
         marker.unlink()
     return said
+
+
+def _is_away(run: RunDir) -> bool:
+    """Whether a run is away with what it is on, as a mount may be for a moment: then nothing is beside it either."""
+    try:
+        return not run.path.is_dir() and not any(run.path.parent.iterdir())
+    except OSError:
+        return True
 
 
 def _of_the_run(known: Evidence, run: RunDir, env: JobEnvironment, set_name: str) -> Evidence:
@@ -93,11 +105,16 @@ def _unreadable(known: Evidence, run: RunDir, env: JobEnvironment) -> Evidence:
     return replace(known, can_tell=False, uncounted=uncounted_lives(events, env.job, env.restart))
 
 
-def _read(ask: Callable[[], T]) -> T | None:
-    """Call `ask`, repeatedly while the file system fails; None if it fails for READ_PATIENCE_S, since little time may
-    be left."""
+def while_away(ask: Callable[[], T], code: int) -> T:
+    """Call `ask`, repeatedly while the run's file system fails, as ranks wait for it too. Raises OSError if it fails
+    for READ_PATIENCE_S. code: of this life."""
+    patience_s = HURRIED_S if code == EXIT_REQUEUE else READ_PATIENCE_S
+    return scheduler.patiently(ask, OSError, min(scheduler.PATIENCE_S, patience_s))
+
+
+def _read(ask: Callable[[], T], code: int) -> T | None:
     try:
-        return scheduler.patiently(ask, OSError, min(scheduler.PATIENCE_S, READ_PATIENCE_S))
+        return while_away(ask, code)
     except OSError as e:
         say(f"the run directory cannot be read: {e}")
         return None

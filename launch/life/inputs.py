@@ -109,7 +109,7 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
             raise DamagedFile(changed)  # the images themselves may tell
         return key
     except (DamagedFile, OSError) as e:
-        may_pass = isinstance(e, OSError) and e.errno in PASSING
+        may_pass = isinstance(e, PermissionError) or (isinstance(e, OSError) and e.errno in PASSING)
         if os.path.lexists(cache / key):
             why = f"damaged ({e})"
     if why == "gone":

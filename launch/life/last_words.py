@@ -18,7 +18,9 @@ OWN = re.compile(
     r"^\S+Z failed: |^setup failed|^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Unfit|Lacks)\b"
     r"|(?i:\berror\b|cannot|no such file|not found|denied|fault|killed|abort)"
 )
-HOST_MEMORY = re.compile(r"oom.kill|: Out Of Memory|^MemoryError|Cannot allocate memory", re.I | re.M)
+HOST_MEMORY = re.compile(
+    r"oom.kill|: Out Of Memory|exceeded (?:job )?memory limit|^MemoryError|Cannot allocate memory", re.I | re.M
+)
 TOLD = r"\d{4}-\S+Z (?!failed: )"
 """Of lines that a life writes of what it does: of what it went on without, too, as a grid that did not fit."""
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
@@ -35,8 +37,11 @@ TASK_DIED = re.compile(r"^srun: error: ([\w.-]+): (tasks? [\d,-]+): (.+)", re.M)
 KILLED = "Killed"
 SILENT = re.compile(r"^\S+Z failed: ranks? [\d, ]+ on (\S+(?:, \S+)*|an unknown node) (?:did not|could not be) ", re.M)
 """What ranks say of others that hang (ddpm/training/peers.py); who says it leaves first."""
-NO_NODES = re.compile(r"^\S+Z failed: port \d+ is another process's|Watchdog caught collective operation timeout", re.M)
-"""Where ranks did not find each other, or NCCL does not say which of them hangs."""
+NO_NODES = re.compile(
+    r"^\S+Z failed: port \d+ is another process's|Watchdog caught collective operation timeout"
+    r"|^srun: error: Unable to create step", re.M,
+)  # fmt: skip
+"""Where ranks did not find each other, NCCL does not say which of them hangs, or SLURM starts none."""
 OF_ANOTHER = re.compile(r"^\S+Z failed: rank (\d+) lost its connection to another", re.M)
 """What a rank says whose peer died: no cause."""
 

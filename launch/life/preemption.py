@@ -24,6 +24,9 @@ from launch.terminal import faults
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 STOP_POLL_S = 1.0
+TWICE_S = 2.0
+"""Signals that come sooner after the first one are the same wish: a shutdown, or a terminal, tells every process, and
+those that have started others pass it on."""
 REQUEUE_AT_ONCE_ABOVE_S = 60
 MARGIN_S = 30
 
@@ -37,6 +40,7 @@ class StopFlag:
         self._run: RunDir | None = None
         self._known_stop = ""
         self._polled_at = 0.0
+        self._asked_at = 0.0
 
     def install(self) -> None:
         """Install the signal handlers, in place of submitit's too, which would exit without a save."""
@@ -44,11 +48,10 @@ class StopFlag:
         signal.signal(signal.SIGUSR2, lambda *_: self._set("time_limit"))
         signal.signal(signal.SIGCONT, lambda *_: None)  # SLURM sends it before each SIGTERM
         faults.before_cpu_limit(self._on_cpu_limit)
-        if not self._scheduled:
-            signal.signal(signal.SIGINT, self._on_term)
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-                # a terminal that closes may say so twice, by its shell and by the kernel
-                signal.signal(signal.SIGHUP, lambda *_: self._set("interrupted"))
+        signal.signal(signal.SIGINT, self._on_int)  # by hand, in an allocation too
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            # a terminal that closes may say so twice, by its shell and by the kernel
+            signal.signal(signal.SIGHUP, lambda *_: self._set("interrupted"))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # slurm/rank.sh kept them waiting for this
 
     @contextmanager
@@ -67,10 +70,19 @@ class StopFlag:
         """From here on the run's STOP file counts, except one with the mark `known_stop`."""
         self._run, self._known_stop = run, known_stop
 
-    def _on_term(self, signum: int, _: FrameType | None) -> None:
-        if not self._scheduled and self.reason is not None:
+    def _on_term(self, signum: int, frame: FrameType | None) -> None:
+        if self._scheduled:
+            self._set("preempted")
+        else:
+            self._on_int(signum, frame)
+
+    def _on_int(self, signum: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.reason is not None and now - self._asked_at >= TWICE_S:
             os._exit(128 + signum)  # asked twice: leave at once
-        self._set("preempted" if self._scheduled else "interrupted")
+        if self.reason is None:
+            self._asked_at = now
+        self._set("interrupted")
 
     def _on_cpu_limit(self) -> None:
         self._set("time_limit" if self._scheduled else "interrupted")
@@ -110,7 +122,7 @@ def after_stop(
     """
     if reason == "STOP":
         return 0
-    if not env.is_scheduled or reason == "time_limit":
+    if not env.is_scheduled or reason in ("time_limit", "interrupted"):
         return EXIT_REQUEUE
     is_main = env.rank == 0
     mercy = broadcast(ask() if is_main else None)

@@ -30,7 +30,7 @@ from launch.life.decision import (
     not_ours,
     wait_s,
 )
-from launch.life.gathering import forget_shard, gather, say
+from launch.life.gathering import forget_shard, gather, say, while_away
 from launch.life.last_words import LastWords, last_words
 from launch.life.life import after_scancel
 from launch.queue import ending
@@ -62,7 +62,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         fields |= {"wait_s": wait_s(known)} if wait_s(known) else {}
         fields |= {"bad_node": bad} if bad else {}
         fields |= {"error": words.error} if died else {}
-        if not _note(run, log, "requeued", **fields):
+        if not _note(run, log, known.code, "requeued", **fields):
             decision = decide(replace(known, can_tell=False))
     if decision.what == "fail":
         forget_shard(run, env)
@@ -74,8 +74,7 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
         _put_back(env, decision.why, avoided, wait_s(known))
     elif decision.why:
         say(decision.why)
-        told = of_this_cluster(read_events(run)) if words.cancelled else []
-        if words.cancelled and not any(e["event"] == "cancelled" and e["job"] == env.job for e in told):
+        if words.cancelled and not _is_told_cancelled(run, env):
             after_scancel(run, env)  # its ranks could not, in a container
         ending.of_hold(run, env, stage, set_name)
     elif known.code == 0:
@@ -84,6 +83,14 @@ def end(run: RunDir, stage: str, code: int, set_name: str) -> int:
 
 
 # ---------------------------------------------------------------- what is done
+
+
+def _is_told_cancelled(run: RunDir, env: JobEnvironment) -> bool:
+    try:
+        told = of_this_cluster(read_events(run))
+    except OSError:  # it is SLURM's by now, whatever the run says
+        return False
+    return any(e["event"] == "cancelled" and e["job"] == env.job for e in told)
 
 
 def _without(bad: str, shown: scheduler.Shown, run: RunDir, error: str) -> str:
@@ -175,7 +182,7 @@ def _have_a_successor(run: RunDir, env: JobEnvironment, stage: str, told: str, a
         return submit_successor(run, stage, env.job, excluded) if _still_ours(env, or_preempted=True) else None
 
     try:
-        successor = scheduler.patiently(order)
+        successor = scheduler.patiently(order, (scheduler.NoAnswer, OSError))
     except (scheduler.NoAnswer, scheduler.NoJobId):
         raise
     except scheduler.SchedulerError as refused:  # such as a full queue, in which this job is one of those that fill it
@@ -209,10 +216,15 @@ def _chain_waits_for(successor: str, job: str) -> None:
             f"scontrol update jobid=JOB dependency=afterany:{successor}")  # fmt: skip
 
 
-def _note(run: RunDir, log: EventLog, event: str, **fields: object) -> bool:
-    """Append an event; returns whether it was written: a full disk must not keep the job from being requeued."""
-    try:
+def _note(run: RunDir, log: EventLog, code: int, event: str, **fields: object) -> bool:
+    """Append an event; returns whether it was written: a full disk must not keep the job from being requeued.
+    code: of this life."""
+
+    def append() -> None:
         log.append(event, world_size=environment.num_tasks(), step=run.latest_step(), **fields)
+
+    try:
+        while_away(append, code)
     except OSError as e:
         say(f"event {event} not written: {e}")
         return False
@@ -227,7 +239,7 @@ def _failed(run: RunDir, log: EventLog, code: int, stage: str, set_name: str, wh
         if nodes := bad_nodes(of_this_cluster(read_events(run)), env.job):
             reason += f"; lives of it died on {', '.join(nodes)} before"
     fields = {"log_file": str(words.log) if words.log else None, "last_error": words.error or None}
-    _note(run, log, "failed", stage=stage, exit_code=code, reason=reason, **fields)
+    _note(run, log, code, "failed", stage=stage, exit_code=code, reason=reason, **fields)
     say(f"failed: {reason}")
     ending.of_failure(run, env, stage, set_name, code, reason)
     return code

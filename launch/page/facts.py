@@ -14,7 +14,8 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
 from ddpm.scoring.record import Score
 from launch.queue.sets import good_scores
-from launch.terminal.overview import Damage, read_life
+from launch.terminal.lacking import Damage
+from launch.terminal.overview import read_life
 
 SHOWN_BYTES = 64 << 10
 """Of config.yaml, as it stands."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,16 +26,20 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.files import DamagedFile
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
-from launch.cluster import code, environment
+from launch.cluster import code, environment, scheduler
 from launch.cluster.job import Job
 from launch.queue import ending
 from launch.queue.waiting import is_of, is_told_to_stop
 
 POLL_S = 0.5
-KILLED_AS = {
+KILLED_AS: dict[int, str] = {
     signal.SIGKILL: ", as by the kernel where memory runs out",
     signal.SIGBUS: ", as where a file that is mapped can be read no more",
 }
+TORCHRUN = re.compile(r"^[WE]\d{4} \S+ +\d+ torch/distributed/elastic/", re.M)
+"""How torchrun begins what it says of a rank's end, after which it ends the others."""
+TAIL_BYTES = 64 << 10
+ERROR_CHARACTERS = 600
 Place = tuple[int, str]
 """A background job of this machine: its process and its name."""
 
@@ -140,6 +145,13 @@ def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[s
     return process, log
 
 
+def how_ended(code: int) -> str:
+    """In words, of a process that did not end well. code: as Popen tells it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {scheduler.signal_name(-code)}{KILLED_AS.get(-code, '')}"
+
+
 def _does(command: list[str]) -> tuple[str, str]:
     """Stage and set of a `stage_command`."""
     stage, _, *of = command[command.index("launch.jobs") + 1 :]
@@ -155,7 +167,8 @@ def _note(run: RunDir, event: str, stage: str, set_name: str) -> None:
 
 
 def _tell(run: RunDir, stage: str, set_name: str, code: int) -> None:
-    """Tell the owner that the run has ended, unless the owner stopped it."""
+    """Tell the owner that the run has ended, unless the owner stopped it; and the run itself why, where its processes
+    could not."""
     env = environment.current()
     if code == 0:
         ending.of_success(run, env, stage, set_name)
@@ -164,8 +177,26 @@ def _tell(run: RunDir, stage: str, set_name: str, code: int) -> None:
         mine = [e for e in read_events(run) if e["job"] == env.job]
         if code in (EXIT_REQUEUE, -signal.SIGTERM, -signal.SIGINT) or any(e["event"] == "stop_requested" for e in mine):
             return
-        why = next((f": {e['reason']}" for e in reversed(mine) if e["event"] == "failed" and e.get("reason")), "")
-        ending.of_failure(run, env, stage, set_name, code, f"{stage} ended with exit code {code}{why}")
+        told = next((e["reason"] for e in reversed(mine) if e["event"] == "failed" and e.get("reason")), "")
+        if not told:
+            told = f"{stage} {_how_said(run, env.job, code)}"
+            with contextlib.suppress(OSError):  # a full disk
+                env.events(run).append("failed", step=run.latest_step(), stage=stage, exit_code=code, reason=told)
+        ending.of_failure(run, env, stage, set_name, code, f"{stage} ended with exit code {code}: {told}")
+
+
+def _how_said(run: RunDir, job: str, code: int) -> str:
+    """`how_ended`, as the end of the job's log tells it: of several ranks torchrun says which was killed."""
+    said = ""
+    with contextlib.suppress(OSError), (run.logs / f"{job}.out").open("rb") as f:
+        f.seek(max(0, f.seek(0, 2) - TAIL_BYTES))
+        said = f.read().decode(errors="replace")
+    first = said.rpartition("Root Cause (first observed failure):")[2]
+    if killed := re.search(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ", first):
+        return f"ended, since rank {killed[1]} {how_ended(-int(killed[2]))}"
+    of_ranks = TORCHRUN.split(said)[0]
+    errors = re.findall(r"^(?:\[rank\d+\]: )?((?:\w+\.)*[A-Z]\w*(?:Error|Exception)\b.*)", of_ranks, re.M)
+    return f"{how_ended(code)}: {errors[-1][:ERROR_CHARACTERS]}" if errors and code > 0 else how_ended(code)
 
 
 def main() -> int:
@@ -212,9 +243,9 @@ def main() -> int:
         child = None
         if ended:
             if ended < 0 and not heard:  # what it could not say itself
-                by = signal.Signals(-ended)
-                say(f"{stages[i]} was killed by {by.name}{KILLED_AS.get(by, '')}")
-            _tell(run, *work[i], ended)
+                say(f"{stages[i]} {how_ended(ended)}")
+            if not heard:
+                _tell(run, *work[i], ended)
             return ended if ended > 0 else 128 - ended
         if stages[i] not in stages[i + 1 :]:
             _note(run, "stage_done", *work[i])

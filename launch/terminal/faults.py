@@ -72,12 +72,13 @@ def words(error: BaseException, where: object = "") -> str | None:
 
 def of_a_job(error: BaseException, where: object) -> Exception | None:
     """The error as one of our exceptions, None if it is a fault of this program: NodeUnfit for what another start may
-    not meet, DoNotRetry for what stays in the way."""
+    not meet, as a mount or a group that one node alone lacks; DoNotRetry for what stays in the way."""
     told = words(error, where)
     if isinstance(error, DDPMError | DamagedFile) or told is None:
         return error if isinstance(error, Exception) and told is not None else None
-    in_the_way = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
-    return DoNotRetry(told) if in_the_way or _link(error) else NodeUnfit(told)
+    shut = isinstance(error, PermissionError) and error.filename and _shut(Path(os.fsdecode(error.filename)))
+    in_the_way = isinstance(error, IsADirectoryError | NotADirectoryError) or shut or _link(error)
+    return DoNotRetry(told) if in_the_way else NodeUnfit(told)
 
 
 def _whose(error: BaseException) -> str:

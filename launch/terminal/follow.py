@@ -16,7 +16,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import BEATS_S, read_heartbeat
 from launch.cluster import scheduler
-from launch.queue import work
+from launch.queue import local, work
 from launch.queue.waiting import slurm_jobs
 from launch.terminal import faults, logfiles, making, streams
 
@@ -117,7 +117,7 @@ def follow_process(run: RunDir, process: subprocess.Popen[bytes], log: Path) -> 
         )
         why = faults.cannot_write(run.logs)  # then its log does not say why either
         told = f"its log: {log}" + (f". {why}" if why else "")
-        print(f"error: the job ended with exit code {process.returncode}; {told}", file=sys.stderr)
+        print(f"error: the job {local.how_ended(process.returncode)}; {told}", file=sys.stderr)
     return 1 if process.returncode else 0
 
 

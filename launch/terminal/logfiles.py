@@ -9,13 +9,16 @@ from pathlib import Path
 
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir, listed
+from launch.queue.local import TORCHRUN
 
 STAGES = ("train", "sample", "evaluate")
 OF_SLURM = re.compile(r"(train|sample|evaluate)-(\d+)(_\d+)?\.out")
 """The log of a job of SLURM's, or of a task of its array: its stage and its id."""
-NOISE = re.compile(r"srun:|slurmstepd|submitit |\[\d{4}-\d\d-\d\dT[^\]]*\] (?:error|fatal): ")
-"""Beginnings of lines that come from the scheduler: slurmstepd's is its name, from 25.05 on the time."""
-TORCHRUN = re.compile(r"[WE]\d{4} \S+ +\d+ torch/distributed/elastic/")
+NOISE = re.compile(
+    r"srun:(?! error: Unable to create step)|slurmstepd|submitit |\[\d{4}-\d\d-\d\dT[^\]]*\] (?:error|fatal): "
+)
+"""Beginnings of lines that come from the scheduler: slurmstepd's is its name, from 25.05 on the time. Not
+that there are no ranks at all, which nobody else says."""
 POLL_S = 0.5
 ASK_EVERY_S = 3.0
 """How often to ask for the run's state while nothing is added: a requeued job is away for a moment."""

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
-from ddpm.config import reading
 from ddpm.config.schema import Config
-from ddpm.errors import EXIT_BUSY, DDPMError, RequestError
-from ddpm.run import evidence
+from ddpm.errors import EXIT_BUSY, DDPMError
 from ddpm.run.events import life_of, read_events_and_damage
-from ddpm.run.files import DamagedFile, open_file, read_bytes, read_json, seconds, settled_marks, stamp
-from ddpm.run.generations import of_another, read_manifest
+from ddpm.run.files import DamagedFile, read_bytes, read_json, seconds, stamp
 from ddpm.run.log import counted
-from ddpm.run.paths import Made, RunDir, SampleSet, listed
+from ddpm.run.paths import RunDir, SampleSet, listed
 from ddpm.run.records import (
     BEATS_S,
     has_foreign_weights,
     last_validation,
-    lost_signature,
     missing_lines,
     parse_heartbeat,
     place_of,
-    read_run,
     skim_metrics,
     usable,
 )
@@ -37,54 +30,16 @@ from launch.cluster.scheduler import Queued, cluster_name
 from launch.queue import local, nodes, work
 from launch.queue.sets import wrong_with
 from launch.queue.waiting import is_of, slurm_jobs
-from launch.terminal import faults, goodput, making, standing
+from launch.terminal import goodput, lacking, making, standing, unheard
+from launch.terminal.lacking import Damage
+from launch.terminal.standing import OWN_REASONS
 
 TRAINING = ("submitted", "started", "resumed", "finished", "failed")
 LIVES = ("allocated", "started", "resumed", "requeued")
 """Events that only a life that had its nodes tells."""
-OWN_REASONS = ("STOP", "interrupted")
-"""Why a life was asked to stop, where that was its owner's wish."""
 AT_WORK = ("running", "sampling", "scoring", "starting", "queued", "suspended", "held")
 OVERDUE = 3
 """So many times the interval between saves without one, and it is told."""
-
-T = TypeVar("T")
-
-
-class Damage:
-    """What of a run cannot be read, in words; the rest of it is shown all the same."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def tell(self, what: str) -> None:
-        if what and what not in self.told:
-            self.told.append(what)
-
-    def read(self, ask: Callable[[], T]) -> T | None:
-        """What `ask` says; None where its files are not to be had, which is told unless they do not exist."""
-        try:
-            return ask()
-        except FileNotFoundError:
-            return None
-        except (OSError, DamagedFile) as e:
-            self.tell(faults.words(e) or str(e))
-            return None
-
-    def config(self, run: RunDir) -> Config | None:
-        """The run's config; None where it cannot be read, as one that is torn, or another version's."""
-        seen = settled_marks(run.config, run.run_json)
-        try:
-            return _config_at(run, seen) if seen else reading.of_run(run)
-        except (RequestError, DamagedFile, OSError) as e:
-            self.tell(str(e).splitlines()[0])
-            return None
-
-
-@lru_cache(maxsize=4096)
-def _config_at(run: RunDir, seen: tuple[int, ...]) -> Config:
-    """A view that is kept up to date reads the configs of all runs again and again, which takes most of its time."""
-    return reading.of_run(run)
 
 
 def read_life(run: RunDir) -> tuple[list[dict[str, Any]], list[str]]:
@@ -108,7 +63,7 @@ def describe(
     events = [e for e in every if e["event"] != "failed" or e.get("exit_code") != EXIT_BUSY]
     beat, metrics, saved, config = _training(run, odd, damage)
     last = metrics[-1] if metrics else {}
-    unknown = _tell_what_lacks(run, every, saved, damage)
+    unknown = lacking.tell(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     here = damage.read(lambda: local.at_work(run, every)) or {}
     age = time.time() - seconds(beat["time"]) if beat else None
@@ -122,8 +77,8 @@ def describe(
     of_training = _made_of_it(run, config, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     died = latest.get("reason") if failed else nodes.why_died(run, events)
-    unheard = _never_began(run, events) if state == "cancelled" else None
-    problems = [died, saving, unheard, *damage.told[: 1 if closed else None]]
+    unsaid = unheard.why(run, events) if state in ("ended", "cancelled") and queued is not None else None
+    problems = [died, saving, unsaid, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
@@ -180,7 +135,7 @@ def _training(
 def _made_of_it(run: RunDir, config: Config | None, damage: Damage) -> dict[str, Any]:
     """Its sample sets and their scores."""
     sets = damage.read(lambda: {s.name: _set(run, s) for s in run.sample_sets()}) or {}
-    damage.read(lambda: _check_sets(run, damage))
+    damage.read(lambda: lacking.check_sets(run, damage))
     scores, told_of = damage.read(lambda: _scores(run, config, damage)) or ({}, {})
     return {
         "samples": {name: of.pop("shards") for name, of in sets.items()},
@@ -235,64 +190,6 @@ def _not_saving(events: list[dict[str, Any]], config: Config | None) -> str | No
         f"the disk or quota is full for that too"
     )
     return late if minutes > OVERDUE * every + 1 else None
-
-
-def _never_began(run: RunDir, events: list[dict[str, Any]]) -> str | None:
-    """Why the training that was submitted last may have left the queue, where nothing was heard of it, not even its
-    batch shell."""
-    sent = (e for e in reversed(events) if e["event"] == "submitted" and e.get("stage", "train") not in standing.LATER)
-    last: dict[str, Any] = next(sent, {})
-    if not standing.never_began(events, last):
-        return None
-    return (
-        f"job {last['job']} left the queue before anything of it began: by scancel, or since its node could not "
-        f"start it, as where that lacks {run.path.parent} (scontrol show job {last['job']}, or sacct -j, says so)"
-    )
-
-
-def _tell_what_lacks(run: RunDir, events: list[dict[str, Any]], saved: int, damage: Damage) -> bool:
-    """What one file tells of and another lacks. Returns whether it was trained, and no event tells of a life."""
-    record = damage.read(lambda: read_run(run)) or {}
-    damage.read(lambda: _check_newest(run, saved))
-    if lost_signature(record):
-        damage.tell("run.json is signed no more, as where it was edited by hand")
-    if record.get("reads"):
-        events = []  # they are told where its checkpoints are made
-    told_of = max((e.get("step") or 0 for e in events if e["event"] == "checkpoint"), default=0)
-    if told_of > saved and damage.read(lambda: listed(run.checkpoints)) is not None:
-        damage.tell(f"its events tell of a checkpoint at step {told_of}, and checkpoints/ has none after step {saved}")
-    lived = any(e["event"] in ("started", "resumed") for e in events)
-    if lived or record.get("reads") or has_foreign_weights(record):
-        return False
-    if saved:
-        damage.tell(f"events/ tells {'of no life' if events else 'nothing'}, and checkpoints/ has step {saved}")
-        return True
-    try:
-        damage.read(lambda: evidence.refuse_start(run))
-    except evidence.Incomplete as e:
-        damage.tell(str(e))
-        return True
-    return False
-
-
-def _check_newest(run: RunDir, saved: int) -> None:
-    """Raises DamagedFile where the newest checkpoint cannot be whole; its content is not read."""
-    if saved:
-        manifest, file = read_manifest(run, saved), run.checkpoint(saved)
-        if not file.exists():
-            raise DamagedFile(f"{file.name} is missing beside its manifest")
-        if not file.is_file() or file.stat().st_size != manifest.get("bytes"):
-            open_file(file).close()  # which may know why
-            raise DamagedFile(f"{file.name} is not whole: {manifest.get('bytes')} bytes were saved")
-
-
-def _check_sets(run: RunDir, damage: Damage) -> None:
-    """Those that were made of another run's checkpoint."""
-    made: list[Made] = [*run.sample_sets(), *run.bound_sets()]
-    for where in made:
-        at = (read_json(where.request) or {}).get("checkpoint")
-        if isinstance(at, dict) and (why := of_another(run, at.get("step"), at.get("sha256"))):
-            damage.tell(f"{where.path.relative_to(run.path)} {why}")
 
 
 def _scores(run: RunDir, config: Config | None, damage: Damage) -> tuple[dict[str, Any], dict[str, str]]:

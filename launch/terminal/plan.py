@@ -6,10 +6,12 @@ Must not know: torch, or any file of a run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from ddpm.config.model import Model
 from ddpm.config.schema import Config
+from ddpm.network.made import other_than_the_unet
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
 from launch.cluster.site import Site
@@ -22,15 +24,32 @@ MEASURED = {(Model(dropout=0.1), 32): (8779, "one H200, bf16")}
 """Images a second in training, by network and image size, and on what: README's table, by python -m tools.gpu."""
 
 
+class Left(NamedTuple):
+    """What is left to do of a run."""
+
+    train: bool
+    stages: list[str]
+    step: int = 0
+    """That is saved."""
+
+    @property
+    def word(self) -> str:
+        """For a table."""
+        if self.train:
+            return f"goes on at step {self.step}"
+        return "trained" if self.stages else "complete"
+
+
 def print_dry_run(
-    config: Config, site: Site, run: RunDir, stages: list[str], num_images: int | None, *,
+    config: Config, site: Site, run: RunDir, left: Left, num_images: int | None, *,
     scripts: bool, in_container: Sequence[str],
 ) -> None:  # fmt: skip
     """num_images: where it is known without packing; scripts: those of its jobs too.
 
     in_container: what the run keeps of how ranks are started in one.
     """
-    for line in lines(config, site, num_images):
+    stages, train = left.stages, left.train
+    for line in lines(config, site, num_images, left):
         print(f"# {line}")
     print(f"# run directory: {run.path}")
     known = config.train.total_steps is not None
@@ -38,10 +57,10 @@ def print_dry_run(
         print(f"# then: {', '.join(stages)}" + ("" if known else ", of a set that is named after the last step"))
     print(f"# config, resolved (digest {config.digest()[:12]}):" if known else "# config:")
     print(config.to_yaml())
-    jobs = chain.jobs_of(run, config, site, stages if known else [])
-    if not scripts:
+    jobs = chain.jobs_of(run, config, site, stages if known else [], train=train)
+    if not scripts or not jobs:
         what = f"{'command' if site.is_local else 'job script'}{'s' * (len(jobs) > 1)}"
-        print(f"# dry run: nothing was written or queued; --verbose shows the exact {what}")
+        print("# dry run: nothing was written or queued" + (f"; --verbose shows the exact {what}" if jobs else ""))
         return
     if site.is_local:
         print("# processes on this machine, one after another:")
@@ -57,15 +76,17 @@ def print_dry_run(
 
 
 def print_sweep(
-    points: Sequence[tuple[str, Config, Mapping[str, Any]]], stand: Sequence[str], nums: Sequence[int | None],
+    points: Sequence[tuple[str, Config, Mapping[str, Any]]], lefts: Sequence[Left | None], nums: Sequence[int | None],
     site: Site,
 ) -> None:  # fmt: skip
-    """points: name, config, and the values that differ, by key; stand: how far each is; nums: its images to sample."""
-    asked = []
-    for (_, config, _), num in zip(points, nums, strict=True):
-        asked.append([*lines(config, site, num)])
+    """points: name, config, and the values that differ, by key; lefts: what is left of each, None of a new one; nums:
+    its images to train on."""
+    asked, new = [], Left(True, [])
+    for (_, config, _), num, left in zip(points, nums, lefts, strict=True):
+        asked.append([*lines(config, site, num, new if left and left.train else left or new)])
+    stand = ["new" if left is None else left.word for left in lefts]
     print(f"# {counted(len(points), 'run')}, each:")
-    for line, *others in zip(*asked, strict=True):
+    for line, *others in zip_longest(*asked):
         if set(others) <= {line}:
             print(f"#   {line}")
     keys = list(points[0][2])
@@ -73,17 +94,20 @@ def print_sweep(
     shown = [table.Column(name, (table.value(name),), needed=True) for name in ("run", *keys, "is")]
     print("\n".join(table.fitted(rows, 0, shown, [column.name for column in shown])[0]))
     for (name, _, _), told in zip(points, asked, strict=True):
-        for line, *others in zip(told, *asked, strict=True):
-            if not set(others) <= {line}:
+        for line, *others in zip_longest(told, *asked):
+            if line and not set(others) <= {line}:
                 print(f"# {name}: {line}")
 
 
-def lines(config: Config, site: Site, num_images: int | None) -> Iterator[str]:
+def lines(config: Config, site: Site, num_images: int | None, left: Left) -> Iterator[str]:
     """num_images: where it is known without data."""
     yield f"model: {_model(config)}"
     yield f"data: {_data(config, num_images)}"
-    yield f"steps: {_steps(config, num_images)}"
-    yield f"GPUs: {_gpus(config, site)}{_cost(config, site)}"
+    if not left.train:
+        yield f"training: complete at step {left.step:,}" + ("" if left.stages else ", and nothing would be queued")
+        return
+    yield f"steps: {_steps(config, num_images)}" + (f"; it goes on from step {left.step:,}" if left.step else "")
+    yield f"GPUs: {_gpus(config, site)}{_cost(config, site, left.step)}"
     yield f"time: {_time(site)}"
     own = {"cpus-per-task", "cpus-per-gpu", "exclusive"} & site.sbatch.keys()
     if site.num_gpus and site.world_size > 1 and site.cpus_per_task is None and not own:
@@ -97,6 +121,8 @@ def _network(config: Config) -> tuple[Model, int]:
 def _model(config: Config) -> str:
     m = config.model
     classes = f"of {counted(m.num_classes, 'class')}" if m.num_classes else "without classes"
+    if other := other_than_the_unet():
+        return f"{other} {classes}, by ddpm/network/build.py; its parameters and memory are known once it is built"
     attention = f"attention at {', '.join(map(str, m.attention_resolutions))}" if m.attention_resolutions else ""
     widths = " ".join(str(m.base_channels * mult) for mult in m.channel_mults)
     told = [
@@ -148,19 +174,20 @@ def _time(site: Site) -> str:
     return f"{asked}; {site.lead_s} s before its end the run saves, goes back into the queue and goes on"
 
 
-def _cost(config: Config, site: Site) -> str:
+def _cost(config: Config, site: Site, done: int) -> str:
     if not site.num_gpus:
         return ""
-    if (hours := gpu_hours(config)) is None:
+    if (hours := gpu_hours(config, done)) is None:
         return "; GPU hours unknown here, status.py tells the end once it runs"
     speed, how = MEASURED[_network(config)]
     about = f"about {hours:.0f} GPU hours" if hours >= 1 else "less than a GPU hour"
     return f"; {about} at {speed:,} images/s, as measured on {how}"
 
 
-def gpu_hours(config: Config) -> float | None:
-    """Of training, on one GPU as in MEASURED; None where its speed or its length in steps is not known."""
+def gpu_hours(config: Config, done: int = 0) -> float | None:
+    """Of training after step `done`, on one GPU as in MEASURED; None where its speed or its length in steps is not
+    known."""
     speed, _ = MEASURED.get(_network(config), (0, ""))
-    if not speed or config.train.total_steps is None:
+    if not speed or config.train.total_steps is None or other_than_the_unet():
         return None
-    return config.train.total_steps * config.train.global_batch / speed / 3600
+    return (config.train.total_steps - done) * config.train.global_batch / speed / 3600

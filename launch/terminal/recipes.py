@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.config.schema import Config
+from ddpm.network.made import other_than_the_unet
 from ddpm.run.log import counted
 from launch.terminal import streams
 
@@ -94,7 +95,7 @@ def _row(recipe: Recipe) -> tuple[str, ...]:
     return (
         recipe.name,
         f"{config.data.name} {size}x{size}",
-        f"{config.network.num_parameters / 1e6:.1f} M",
+        "-" if other_than_the_unet() else f"{config.network.num_parameters / 1e6:.1f} M",
         str(config.train.global_batch),
         length(config),
         "-" if recipe.memory_gib is None else f"{recipe.memory_gib:g}",

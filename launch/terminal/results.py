@@ -29,7 +29,7 @@ from ddpm.scoring.record import (
     with_spread,
 )
 from launch.queue.sets import chain_set, score_by, wrong_with
-from launch.terminal import logfiles
+from launch.terminal import logfiles, unheard
 
 
 def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
@@ -63,10 +63,12 @@ def print_results(run: RunDir, config: Config, stages: list[str]) -> None:
 def why_not(run: RunDir, stage: str = "") -> str:
     """The end of a message that its work, or that of one stage, has ended without its result: why, which says what to
     do first; where nothing does, the same command goes on."""
-    told = (e for e in reversed(read_events(run)) if e["event"] in ("submitted", "failed"))
+    events = read_events(run)
+    told = (e for e in reversed(events) if e["event"] in ("submitted", "failed"))
     reason = next((e for e in told if stage in e.get("stage", "train")), {}).get("reason")
     if not reason and not logfiles.of_run(run, None):
         return f", and no job of it has said a word: {logfiles.unheard(run)}"
+    reason = reason or (None if stage else unheard.why(run, events))
     logs = f"python launch/logs.py {run.quoted} says"
     return f": {plain(str(reason))}; {logs} more" if reason else f"; {logs} why, and the same command goes on"
 

@@ -25,7 +25,7 @@ from launch.queue.naming import short
 from launch.queue.sets import good_scores
 from launch.terminal import columns as table
 from launch.terminal import console, streams
-from launch.terminal.overview import Damage
+from launch.terminal.lacking import Damage
 from launch.terminal.view import columns
 
 SMOOTHED_LINES = 10

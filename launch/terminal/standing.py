@@ -14,6 +14,8 @@ LATER = ("sample", "evaluate")
 DOING = {"sample": "sampling", "evaluate": "scoring"}
 BETWEEN = ("allocated", "checkpoint", "save_failed", "stage_began", "stage_done", "notified")
 """Events that tell nothing of how a life began or ended."""
+OWN_REASONS = ("STOP", "interrupted")
+"""Why a life was asked to stop, where that was its owner's wish."""
 
 
 @dataclass(frozen=True)

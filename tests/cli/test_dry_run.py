@@ -585,3 +585,22 @@ def test_a_full_disk_below_the_output_is_one_message(shell: Shell) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, **options)
     assert done.returncode == 3 and done.stderr.startswith("error: No space left") and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_of_a_run_that_is_there_plans_what_is_left_of_it(finished: Shell) -> None:
+    def told(*words: str) -> str:
+        done = finished.submit("--dry-run", *words)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return done.stdout
+
+    before = snapshot(finished.root)
+    text = told("--then", "sample,evaluate", "--verbose")
+    assert "# training: complete at step 400, and nothing would be queued\n" in text
+    assert all(word not in text for word in ("# steps", "# GPUs", "# time", "# then", "launch.jobs", "--verbose"))
+    text = told("--then", "sample", "sample.seed=9", "--verbose")
+    assert "# training: complete at step 400\n" in text and "# then: sample\n" in text and "jobs train" not in text
+    assert "jobs sample" in text and "# steps" not in text
+    longer = told("train.total_steps=800", "--verbose")
+    assert "6,400 images" in longer.partition("; it goes on from step 400\n")[0] and "jobs train" in longer
+    text = told("--sweep", "seed=0,1")
+    assert "tiny-seed_0" in text and "new" in text and snapshot(finished.root) == before

@@ -15,6 +15,7 @@ from ddpm.run.paths import RunDir
 from launch.cluster.site import Site
 from launch.queue import milestones
 from launch.terminal import inspection, overview
+from launch.terminal.lacking import Damage
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
 from tests.saves import save_otherwise
 
@@ -197,7 +198,7 @@ def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(
     assert "50 evaluations of the network for each of 20 images (seed 0) of train" in done.stderr
     assert "bits/dim, bound of 20 of the" in done.stderr
     run = RunDir(again.root / "tiny")
-    scores, lines = overview._scores(run, None, overview.Damage())
+    scores, lines = overview._scores(run, None, Damage())
     assert scores[name] == {"bits_per_dim": record["bits_per_dim"], "num_samples": 20} and "bits/dim" in lines[name]
     part = run.bound_set(name).part(1)
     part.write_bytes(part.read_bytes()[:-1])
@@ -205,7 +206,7 @@ def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(
     assert verdicts.pop(f"bits-per-dim/{name}/{part.name}") == "damaged"
     assert list(verdicts.values()) == ["holds"] * 3
     save_otherwise(run, 400)
-    damage = overview.Damage()
+    damage = Damage()
     assert name not in overview._scores(run, None, damage)[0]
     assert f"{name}.json is of another checkpoint than this run's step 400" in damage.told
     whys = {line.what: line.why for line in inspection.look(run)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.errors import EnvironmentLacks
 from launch.cluster import scheduler, slurm, slurm_orders
 from launch.cluster.partitions import partitions
 from launch.cluster.settling import settle
@@ -336,6 +337,16 @@ def test_where_no_partition_is_asked_for_that_of_the_user_or_the_default_says_wh
     put(commands / "srun", "")
     put(commands / "sinfo", f'echo "gpu|gpu:2\ncpu|(null)\nhidden|(null)" | /bin/sed "s/^{default}|/{default}*|/"')
     assert settle(Site(), dry_run=False).gpus_per_node == gpus
+
+
+def test_a_site_that_shows_its_partitions_to_no_user_takes_what_is_asked_for(commands: Path) -> None:
+    for name in ("sbatch", "srun"):
+        put(commands / name, "")
+    put(commands / "sinfo", "echo 'slurm_load_partitions: Access/permission denied' >&2; exit 1")
+    assert partitions() == {} and settle(Site(partition="gpu"), dry_run=False).gpus_per_node == 1
+    put(commands / "sinfo", "echo 'slurm_load_partitions: Socket timed out' >&2; exit 1")
+    with pytest.raises(EnvironmentLacks, match="SLURM does not answer"):
+        settle(Site(partition="gpu"), dry_run=False)
 
 
 # ---------------------------------------------------------------- what sbatch says

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,15 +98,15 @@ def test_where_it_cannot_be_packed_again_the_job_ends_for_good_with_what_to_do(t
 class Failing:
     """The first reads of the packed images meet a file system that fails for a moment."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-        self.times, self.read = times, files._Named.readinto
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, number: int = errno.ESTALE) -> None:
+        self.times, self.number, self.read = times, number, files._Named.readinto
         monkeypatch.setattr(files._Named, "readinto", lambda file, buffer: self(file, buffer))
         monkeypatch.setattr(whole, "_mark", lambda *_: None)
 
     def __call__(self, file: Any, buffer: Any) -> int | None:
         if Path(file.name).name == "images.npy" and self.times:
             self.times -= 1
-            raise OSError(errno.ESTALE, "Stale file handle", file.name)
+            raise OSError(self.number, os.strerror(self.number), file.name)
         return self.read(file, buffer)
 
 
@@ -119,6 +120,9 @@ def test_data_that_cannot_be_read_once_is_read_again_and_not_packed(
     Failing(monkeypatch, 2)
     with pytest.raises(EnvironmentLacks, match=r"Stale file handle: '.*images\.npy'.* cannot be packed again here"):
         here.open()  # and the job is tried again
+    Failing(monkeypatch, 1, errno.EACCES)
+    with pytest.raises(EnvironmentLacks, match=r"Permission denied: '.*images\.npy'.* cannot be packed again here"):
+        here.open()  # as on a node that lacks a group
 
 
 def test_a_flipped_label_in_a_cache_of_before_is_found_by_what_the_run_keeps_and_mended(tmp_path: Path) -> None:

@@ -139,6 +139,32 @@ def test_a_supervisor_that_slurm_ends_with_its_node_blames_no_python_and_no_node
         assert "bad_node" not in last(shell.run)
 
 
+@pytest.mark.parametrize("end", [False, True])
+def test_a_file_system_that_is_away_for_a_moment_when_the_shell_begins_or_ends_costs_the_job_nothing(
+    shell: Shell, tmp_path: Path, end: bool
+) -> None:
+    there, away, python = tmp_path / "fs", tmp_path / "away", str(shell.bin / "python")
+    there.mkdir()
+    shell.run = RunDir(shell.run.path.rename(there / "tiny"))
+    shell.put("sleep", f"echo >>{tmp_path}/waits; [ $(wc -l <{tmp_path}/waits) != 3 ] || mv {away} {there}")
+    shell.put("python", f'[ -d {there} ] || exit 1; echo heard >&$DDPM_HEARD_FD; echo "looked into $5"')
+    goes = f"mv {there} {away}"
+    begun = f"{goes}; . {PROJECT}/slurm/supervise.sh || exit 2; echo works; exit 3"
+    ends = f". {PROJECT}/slurm/supervise.sh || exit 2; echo works; {goes}; exit 3"
+    shell.life(ends if end else begun, python=python, alone=True)
+    assert "works" in shell.said and "looked into 3" in shell.said and shell.orders() == [], shell.said
+    assert "No such file" not in shell.said, "which would be the life's last error"
+
+
+def test_a_run_that_is_not_there_beside_others_is_not_waited_for(shell: Shell, tmp_path: Path) -> None:
+    shell.put("sleep", f"touch {tmp_path}/waited")
+    script = f"mv {shell.run.path} {tmp_path}/moved; . {PROJECT}/slurm/supervise.sh || exit 2"
+    ended = subprocess.run(["bash", "-c", script], env={"DDPM_HOME": str(PROJECT), "DDPM_RUN": str(shell.run.path),
+                           "DDPM_STAGE": "train", "SLURM_JOB_ID": "17", "PATH": f"{shell.bin}:/usr/bin:/bin"},
+                           capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert ended.returncode == 2 and "is no run directory" in ended.stderr and not (tmp_path / "waited").exists()
+
+
 @pytest.mark.parametrize("setup", ["", "cd() { true; }\ncd /"])
 def test_a_job_runs_the_runs_code_though_it_was_submitted_in_an_edited_checkout(
     shell: Shell, tmp_path: Path, setup: str

@@ -595,6 +595,54 @@ def test_a_file_system_that_is_away_for_a_moment_costs_the_job_nothing(
     assert (told["event"], told["reason"], told["exit_code"], told["progress"]) == ("requeued", "time_limit", 75, 5)
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_file_system_that_goes_away_under_the_decision_is_waited_for_and_the_life_is_told(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, cancels: bool
+) -> None:
+    away = run.path.parent.with_name("away")
+    append, submit = EventLog.append, supervisor.submit_successor
+
+    def goes(*args: Any, **fields: Any) -> None:
+        if not cluster.slept:
+            run.path.parent.rename(away)
+        append(*args, **fields)
+
+    def comes_back(seconds: float) -> None:
+        cluster.slept.append(seconds)
+        if len(cluster.slept) == 3:
+            away.rename(run.path.parent)
+
+    def stale(*args: Any) -> str:
+        if len(cluster.slept) == 3:
+            cluster.slept.append(0)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return submit(*args)
+
+    cluster.may_requeue = not cancels
+    monkeypatch.setattr(EventLog, "append", goes)
+    monkeypatch.setattr(supervisor, "submit_successor", stale)
+    monkeypatch.setattr(supervisor.time, "sleep", comes_back)
+    shell_ends(1)
+    (told,) = [e for e in read_events(run) if e["event"] != "submitted"]
+    assert told["event"] == "requeued" and (cluster.successors if cancels else cluster.requeued) == ["17"]
+
+
+def test_what_a_life_said_as_it_left_is_waited_for_while_its_run_is_away_with_all_beside_it(
+    run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = run.path.parent.with_name("away")
+
+    def comes_back(seconds: float) -> None:
+        if away.exists():
+            away.rename(run.path.parent)
+
+    run.exit_marker("17", 0).write_text("75 time_limit")
+    run.path.parent.rename(away)
+    monkeypatch.setattr(supervisor.time, "sleep", comes_back)
+    shell_ends(143)
+    assert (last(run)["event"], last(run)["reason"]) == ("requeued", "time_limit")
+
+
 def test_lives_whose_run_directory_cannot_be_read_are_put_back_as_often_as_a_crash(
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -613,6 +661,7 @@ def test_a_successor_that_an_unreadable_run_directory_prevents_is_told(
         raise OSError(errno.ESTALE, "Stale file handle")
 
     cluster.cancels = True
+    monkeypatch.setattr(scheduler, "PATIENCE_S", 0)
     monkeypatch.setattr(supervisor, "submit_successor", stale)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
@@ -787,6 +836,8 @@ def test_what_has_failed_names_stage_node_log_its_last_error_and_where_it_was_tr
     ("RuntimeError: cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of GPU memory"),
     ("srun: error: cuda-n1: task 0: Out Of Memory", "out of memory (it had asked for 4000 MB"),
     ("slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=17.0.", "out of memory (it had asked for 4000 MB"),
+    ("slurmstepd-n1: error: StepId=17.0 exceeded memory limit (137895936 > 104857600), being killed",
+     "out of memory (it had asked for 4000 MB"),
 ])  # fmt: skip
 def test_out_of_memory_is_called_so_with_how_much_was_asked_for(
     run: RunDir, cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch, line: str, told: str
@@ -818,6 +869,12 @@ def test_what_a_life_went_on_without_is_not_why_it_ends(tmp_path: Path) -> None:
 def test_the_last_error_of_the_works_own_is_found_in_its_log(tmp_path: Path, line: str, error: str) -> None:
     words = last_words.read(tmp_path / "log", ENDS.format(line), 3)
     assert error in words.error and bool(words.error) == bool(error) and words.node == "n4"
+
+
+def test_a_step_that_slurm_does_not_start_is_told_in_its_words_and_no_nodes_fault(tmp_path: Path) -> None:
+    said = "srun: error: Unable to create step for job 17: Invalid generic resource (gres) specification"
+    words = last_words.read(tmp_path / "log", f"[batch] now job=17 restart=3 stage=train\n{said}\n", 3)
+    assert words.error == said and words.by_no_node and words.node == ""
 
 
 def test_a_long_error_is_cut_between_words(tmp_path: Path) -> None:

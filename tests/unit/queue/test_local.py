@@ -148,13 +148,45 @@ def test_a_stop_signal_that_comes_when_a_stage_is_done_already_ends_the_job_all_
         assert job.wait(60) == 128 + signal.SIGTERM and not done.exists()
 
 
-@pytest.mark.parametrize(("name", "why"), [("KILL", "memory runs out"), ("BUS", "a file that is mapped"), ("FPE", "")])
+@pytest.mark.parametrize(
+    ("signum", "told"),
+    [(9, "SIGKILL, as by the kernel where memory runs out"), (7, "SIGBUS, as where a file that is mapped"),
+     (8, "SIGFPE"), (35, "signal 35")],
+)  # fmt: skip
 def test_a_stage_that_was_killed_is_told_in_the_log_since_it_could_not_say_so_itself(
-    run: RunDir, name: str, why: str
+    run: RunDir, signum: int, told: str
 ) -> None:
-    command = ["/bin/sh", "-c", f"kill -s {name} $$", "launch.jobs", "train", str(run.path)]
+    command = ["/bin/sh", "-c", f"kill -{signum} $$", "launch.jobs", "train", str(run.path)]
     argv = [sys.executable, "-m", "launch.queue.local", str(run.path), json.dumps([command])]
     of_the_project = {**os.environ, "DDPM_JOB": "local-1", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(argv, cwd=run.path, env=of_the_project, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 128 + signal.Signals[f"SIG{name}"]
-    assert f"train was killed by SIG{name}" in done.stdout and why in done.stdout
+    assert done.returncode == 128 + signum and f"train was killed by {told}" in done.stdout, done.stderr
+    (event,) = read_events(run)
+    assert event["event"] == "failed" and event["reason"].startswith(f"train was killed by {told}")
+
+
+SAID = """\
+Traceback (most recent call last):
+  File "x.py", line 3, in <module>
+ValueError: ours
+W1128 16:15:58.933000 31560 torch/distributed/elastic/multiprocessing/api.py:1019] Sending process 31743 closing signal
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+ROOT = """\
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-28_16:15:58
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 31744){more}
+"""
+
+
+@pytest.mark.parametrize(("said", "told"), [
+    ("", "ended with exit code 1"), (SAID, "ended with exit code 1: ValueError: ours"),
+    (ROOT.format(code=-9, more="  (SIGKILL)"), "ended, since rank 1 was killed by SIGKILL, as by the kernel where"),
+    (SAID + ROOT.format(code=1, more=""), "ended with exit code 1: ValueError: ours"),
+])  # fmt: skip
+def test_why_ranks_ended_is_told_as_torchrun_has_seen_it(run: RunDir, said: str, told: str) -> None:
+    (run.logs / "local-1.out").write_text(said)
+    assert local._how_said(run, "local-1", 1).startswith(told)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm.errors import DoNotRetry, RequestError, RunBusy, RunGone
+from ddpm.errors import NodeUnfit, RequestError, RunBusy, RunGone
 from ddpm.run import files, generations, saving, unfinished
 from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
@@ -46,7 +46,7 @@ def test_a_run_that_may_not_be_written_is_refused_by_its_name(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     refuse(monkeypatch, "lock", number)
-    with pytest.raises(DoNotRetry, match=f"run run cannot be written: .*{os.strerror(number)}"):
+    with pytest.raises(NodeUnfit, match=f"run run cannot be written: .*{os.strerror(number)}"):
         Fence(run, OWNER, wait_s=0)
 
 

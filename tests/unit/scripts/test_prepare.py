@@ -13,7 +13,7 @@ from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import sign, write_json
 from ddpm.run.paths import RunDir
-from launch import prepare, submission
+from launch import beginning, prepare
 from launch.cluster import code
 from launch.cluster.scheduler import SchedulerError
 from launch.cluster.site import Site
@@ -53,20 +53,20 @@ def test_a_new_run_that_meets_a_full_disk_while_it_is_begun_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*{"code": (code, "keep", full), "start": (submission.local, "start", full)}[place])
+    monkeypatch.setattr(*{"code": (code, "keep", full), "start": (beginning.local, "start", full)}[place])
     config, run = make_config(), RunDir(tmp_path / "run")
     inputs = {"data": {"digest": "d", "cache": "c", "num_images": 4}, "labels": {}}
 
     def begin() -> None:
         asked = Asked(run, config, config, [])
-        submission.begin(
+        beginning.begin(
             asked, Site(cluster="local"), inputs, None, existed=run.path.exists(), prepare_only=False, code_asked=None
         )
 
     with pytest.raises(OSError, match="No space"):
         begin()
     assert not run.path.exists()
-    create_run(run, config, submission.directory.describe(config, Site(cluster="local"), run, inputs))
+    create_run(run, config, beginning.directory.describe(config, Site(cluster="local"), run, inputs))
     with pytest.raises(OSError, match="No space"):
         begin()
     assert run.config.exists() and run.run_json.exists()
@@ -81,12 +81,12 @@ def test_a_run_that_appears_while_another_of_its_name_is_begun_stays(
         run.checkpoints.mkdir(parents=True)
         create_run(run, *given, **told)
 
-    monkeypatch.setattr(submission.directory, "create_run", create)
+    monkeypatch.setattr(beginning.directory, "create_run", create)
     config, run = make_config(), RunDir(tmp_path / "run")
     inputs = {"data": {"digest": "d", "cache": "c", "num_images": 4}, "labels": {}}
     asked = Asked(run, config, config, [])
     with pytest.raises(OSError, match="not empty"):
-        submission.begin(asked, Site(cluster="local"), inputs, None, existed=False, prepare_only=False, code_asked=None)
+        beginning.begin(asked, Site(cluster="local"), inputs, None, existed=False, prepare_only=False, code_asked=None)
     assert run.checkpoints.is_dir()
 
 
@@ -113,7 +113,7 @@ def test_a_key_that_the_runs_own_code_does_not_know_is_refused_before_a_job_of_i
         config = load(begun_with, words)
         inputs = {"data": {"digest": data, "cache": "c"}, "labels": {}}
         asked = Asked(run, config, config, [])
-        submission.write_down(asked, config, Site(cluster="local"), inputs, None, code_asked=code_asked)
+        beginning.write_down(asked, config, Site(cluster="local"), inputs, None, code_asked=code_asked)
 
     with pytest.raises(RequestError, match=r"--code 0123456789abcdef: .* has none"):
         submit(run=RunDir(tmp_path / "new"), code_asked="0123456789abcdef")

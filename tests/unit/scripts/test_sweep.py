@@ -19,9 +19,10 @@ from ddpm.run.events import EventLog
 from ddpm.run.files import read_json
 from ddpm.run.paths import NAME_RE, RunDir
 from launch import submit, sweep
+from launch.beginning import Here
 from launch.cluster import environment, scheduler, slurm, slurm_questions
 from launch.queue.naming import of_point, of_sweep
-from launch.submission import Asked, Here
+from launch.submission import Asked
 from tests.cli.harness import TINY
 from tests.unit.queue.test_submitting import TOO_MANY, Cluster
 

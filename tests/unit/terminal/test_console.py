@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 from ddpm.config.reading import load
-from ddpm.errors import DoNotRetry, RequestError
+from ddpm.errors import DoNotRetry, NodeUnfit, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile, now
 from ddpm.run.paths import RunDir
@@ -117,7 +117,8 @@ def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_t
     (run.logs / "train-17.out").write_text("[batch] begun\n")
     assert submission.outcome(run, load(run.config), []) == 1
     logs = f"python launch/logs.py '{run.path}' says"
-    assert f"at step 0 of 400; {logs} why, and the same command goes on" in capsys.readouterr().err
+    ended = "job 17 ended without a word: SLURM does not say why; submit it again to go on"
+    assert f"at step 0 of 400: {ended}; {logs} more" in capsys.readouterr().err
     log.append("submitted", stage="sample+evaluate")
     log.append("failed", stage="train", exit_code=1, reason=(why := decide(MISTAKEN).why))
     assert why_not(run, "sample").endswith("the same command goes on")
@@ -301,7 +302,7 @@ def test_a_command_that_mends_a_file_is_told_with_all_of_its_path(
     assert capsys.readouterr().out == f"unread   a: a is shut: {mend}\n"
 
 
-def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it(
+def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it_and_any_other_may_be_open_on_another_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder := tmp_path / "my runs").mkdir(mode=0o500)
@@ -309,8 +310,10 @@ def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it(
     monkeypatch.setattr(os, "geteuid", lambda: 61001)
     os.chown(folder, 61001, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "geteuid", os.getuid)
     assert faults.words(error) == f"Permission denied: {folder}/a/b. Its mode is 0500: chmod u+rwX '{folder}'"
+    assert isinstance(faults.of_a_job(error, ""), DoNotRetry)
     folder.chmod(0o700)
     assert faults.words(error) == f"Permission denied: {folder}/a/b"
+    assert isinstance(faults.of_a_job(error, ""), NodeUnfit)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.read_bytes])

@@ -20,9 +20,9 @@ from ddpm.run.events import EventLog
 from ddpm.run.files import now, sign, stamp, write_json
 from ddpm.run.paths import RunDir
 from ddpm.run.records import place_of
-from launch.cluster import environment
+from launch.cluster import environment, scheduler
 from launch.queue import local
-from launch.terminal import overview, view
+from launch.terminal import lacking, overview, results, unheard, view
 from launch.terminal.overview import describe
 from tests.cli.harness import TINY
 
@@ -195,8 +195,8 @@ def test_a_view_reads_the_config_of_a_run_again_only_where_it_has_changed(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    really = overview.reading.of_run
-    monkeypatch.setattr(overview.reading, "of_run", lambda run: read.append(run.name) or really(run))
+    really = lacking.reading.of_run
+    monkeypatch.setattr(lacking.reading, "of_run", lambda run: read.append(run.name) or really(run))
     monkeypatch.setattr(files, "SETTLED_S", 0.0)
     before = describe(run, {})["total_steps"]
     assert describe(run, {})["total_steps"] == before and read == ["tiny"]
@@ -204,7 +204,10 @@ def test_a_view_reads_the_config_of_a_run_again_only_where_it_has_changed(
     assert describe(run, {})["total_steps"] == 10 * before and read == ["tiny"] * 2
 
 
-def test_a_job_that_left_the_queue_unheard_is_told_with_what_may_have_kept_it_from_starting(tmp_path: Path) -> None:
+def test_a_job_that_left_the_queue_unheard_is_told_with_what_may_have_kept_it_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": False)
     run = RunDir(tmp_path / "runs" / "tiny")
     run.events.mkdir(parents=True)
     EventLog(run, "17", 0, "login", prefix="submit-").append("submitted", stage="train", via="sbatch")
@@ -212,6 +215,48 @@ def test_a_job_that_left_the_queue_unheard_is_told_with_what_may_have_kept_it_fr
     told = describe(run, {})
     assert told["state"] == "cancelled" and "job 17 left the queue" in told["problem"]
     assert f"that lacks {tmp_path / 'runs'} (scontrol show job 17" in told["problem"]
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": True)
+    monkeypatch.setattr(scheduler, "ends", lambda jobs: dict.fromkeys(jobs, "SLURM calls it DEADLINE"))
+    assert "began: SLURM calls it DEADLINE" in describe(run, {})["problem"]
     EventLog(run, "17", 0, "n1").append("cancelled", stage="train")
     assert describe(run, {})["state"] == "cancelled"
     assert "left the queue" not in (describe(run, {})["problem"] or "")
+
+
+def test_a_life_that_ended_without_a_word_is_told_with_what_slurm_knows(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.heartbeat.unlink()
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": True)
+    monkeypatch.setattr(scheduler, "ends", lambda jobs: dict.fromkeys(jobs, "SLURM calls it NODE_FAIL"))
+    told = describe(run, {})
+    assert told["state"] == "ended"
+    assert told["problem"] == "job 17 ended without a word: SLURM calls it NODE_FAIL; submit it again to go on"
+    (run.logs / "train-17.out").write_text("begun\n")
+    assert results.why_not(run).startswith(f": {told['problem']}; python launch/logs.py")
+    monkeypatch.setattr(scheduler, "ends", lambda jobs: dict.fromkeys(jobs, ""))
+    assert "SLURM does not say why" in describe(run, {})["problem"]
+    assert describe(run, None)["problem"] is None  # it cannot be asked
+    for event, fields in (("stop_requested", {"reason": "STOP"}), ("failed", {"reason": "why"})):
+        tell(run, event, **fields)
+        assert "without a word" not in (describe(run, {})["problem"] or "")
+
+
+@pytest.mark.parametrize(("host", "booted", "told"), [
+    ("", 0.0, "ended without a word, as where it is killed"),
+    ("", time.time() + 60, "ended as this machine was started again"),
+    ("elsewhere", 0.0, "has given no sign of life since 20"),
+])  # fmt: skip
+def test_a_process_of_this_machine_that_is_gone_without_a_word_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, booted: float, told: str
+) -> None:
+    run, host = RunDir(tmp_path / "tiny"), host or environment.host()
+    run.events.mkdir(parents=True)
+    monkeypatch.setattr(unheard, "_booted", lambda: booted)
+    sent = EventLog(run, "local-1", 0, host, prefix="submit-")
+    sent.append("submitted", stage="train", via="local", pid=999_999_999, run=str(run.path))
+    EventLog(run, "local-1", 0, host).append("started", step=0)
+    row = describe(run, {})
+    assert row["state"] == "ended" and f"pid 999999999 on {host} {told}" in row["problem"]
+    EventLog(run, "local-1", 0, host).append("stop_requested", reason="interrupted", step=3)
+    assert "999999999" not in (describe(run, {})["problem"] or "")
