@@ -7,13 +7,14 @@ import difflib
 import re
 import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
-from launch.cluster import asked, environment
+from launch.cluster import asked, environment, unheeded
 from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
 from launch.cluster.site import MEMORIES, Site, Stage
@@ -96,6 +97,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="SITE", help=f"a name in {PROFILES.relative_to(SHIPPED)}/, or a path")
 
 
+def of_jobs(args: argparse.Namespace) -> list[str]:
+    """The options given that say where jobs run, and how; not that they are this machine's."""
+    given = [name for name in (*FLAGS, "code", "profile") if getattr(args, name) is not None]
+    given = [name for name in given if (name, args.cluster) != ("cluster", "local")]
+    return [unheeded.flag(name) for name in given] + (["--sbatch"] if args.sbatch else [])
+
+
 def _code(word: str) -> str:
     """`kept`, `new`, or the digest of kept code, of which its file is named."""
     found = re.fullmatch(r"(?:code-)?([0-9a-f]{16})(?:\.zip)?", Path(word).name)
@@ -141,11 +149,10 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
     stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
     """
     typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    options = {key: value for key, _, value in (item.lstrip("-").partition("=") for item in args.sbatch)}
     profile, typed = (_one_of_memories(layer, where) for layer, where in (
         (load_profile(args.profile), f"profile {args.profile}"), (typed, "options")))  # fmt: skip
     tree = {**(base or {}), **profile, **typed}
-    if stage != "train" and isinstance(tree.get(stage, {}), dict):
-        tree[stage] = {**tree.get(stage, {}), **{k: v for k, v in typed.items() if k in Stage.model_fields}}
     extra = dict(tree.get("sbatch") or {})
     for item in args.sbatch:
         key, eq, value = item.lstrip("-").partition("=")
@@ -171,18 +178,40 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
                 + ("" if key in OURS else ", or write another option's name out")
             )
     _take_gres(tree, extra, args.gpus_per_node)
-    _take_shared(tree, extra, typed, [item.lstrip("-").partition("=")[0] for item in args.sbatch])
+    _take_shared(tree, extra, typed, options)
     tree["sbatch"] = extra
+    if stage != "train":
+        if len(gpus_of(options.get("gres", ""))) == 1:
+            typed = {**typed, "gpus_per_node": tree["gpus_per_node"]}
+        _put_first(tree, stage, typed, options)
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
-    if site.num_gpus and site.tasks_per_node and site.tasks_per_node != site.num_gpus:
+    own = stage == "train" or "tasks_per_node" in typed  # else it was typed for training
+    if own and site.num_gpus and site.tasks_per_node and site.tasks_per_node != site.num_gpus:
         raise RequestError(
             f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
             f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
         )
+    if site.is_local and not (stage == "train" and getattr(args, "prepare", False)):  # which prints sbatch's line too
+        unheeded.check_local(typed, options)
+    if stage != "train":
+        unheeded.check_stage(typed, site, stage)
     _check_command(site)
     _check_setup(site)
     return site if site.is_local else _on_one_cluster(site)
+
+
+def _put_first(tree: dict[str, Any], stage: str, typed: dict[str, Any], options: Collection[str]) -> None:
+    """Have what is typed for a stage, also by options of sbatch, go before the profile's section of it."""
+    own = tree.get(stage) or {}
+    if not isinstance(own, dict) or not isinstance(own.get("sbatch") or {}, dict):
+        return  # which is refused
+    tree[stage] = own = {**own, **{k: v for k, v in typed.items() if k in Stage.model_fields}}
+    for option in options:
+        if key := SHARED.get(option):
+            own |= {**(dict.fromkeys(MEMORIES) if key in MEMORIES else {}), key: tree[key]}
+        elif option in tree["sbatch"]:
+            own["sbatch"] = {**(own.get("sbatch") or {}), option: tree["sbatch"][option]}
 
 
 def _on_one_cluster(site: Site) -> Site:
@@ -233,7 +262,7 @@ def _check_setup(site: Site) -> None:
             raise RequestError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
 
 
-def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
+def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: Collection[str]) -> None:
     """Move what an option of sbatch asks for into the key of ours that asks for the same.
 
     options: the options of sbatch that were typed. A profile's give way to our own options that were typed.
