@@ -102,6 +102,8 @@ class Decoding:
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             image = image.convert("RGBA")
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        if image.mode in ("CMYK", "LAB"):
+            self.converted[f"converted from {image.mode}"] += 1
         rgb = self._srgb(image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB"), profile)
         if alpha is not None and alpha.getextrema()[0] < 255:
             self.converted[f"laid upon {self.background}"] += 1
@@ -111,8 +113,6 @@ class Decoding:
     def _srgb(self, image: Any, profile: bytes | None) -> Any:
         from PIL import ImageCms
 
-        if image.mode == "CMYK":
-            self.converted["converted from CMYK"] += 1
         if profile is not None and (transform := _transform(profile, image.mode)) is not None:
             self.converted["converted to sRGB"] += 1
             return ImageCms.applyTransform(image, transform)
