@@ -111,7 +111,8 @@ def _check(args: argparse.Namespace, parser: console.Parser) -> None:
         parser.error("--compare names its sets, and shows scores that there are")
     if args.images and args.set_name:
         parser.error("--set is of a RUN; --images are scored as they lie there")
-    if (args.images or args.compare) and (where := of_jobs(args)):
+    where = of_jobs(args) if args.images or args.compare else []
+    if where:
         parser.error(f"{', '.join(where)}: --{'images' if args.images else 'compare'} is here and now, and no job's")
     if args.save_stats and args.json:
         parser.error("--json is of a score, and --save-stats computes none")
