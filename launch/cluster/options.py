@@ -7,17 +7,16 @@ import difflib
 import re
 import shutil
 import subprocess
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
-from launch.cluster import asked, environment, unheeded
+from launch.cluster import asked, environment, sbatch_words, unheeded
 from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
-from launch.cluster.site import MEMORIES, Site, Stage
+from launch.cluster.site import MEMORIES, Site
 
 PROFILES = SHIPPED / "configs" / "cluster"
 OURS = {
@@ -51,9 +50,6 @@ BARE = {
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
 """Options of sbatch that take no value, or need none."""
-OF_A_STAGE = (*MEMORIES, "cpus_per_task", "account", "qos", "constraint", "exclude")
-SHARED = {name.replace("_", "-"): name for name in OF_A_STAGE}
-"""Options of sbatch that are keys of ours too. A stage has its own, or asks only for its share of them."""
 WHOLE = {"gpus"}
 """Options of sbatch that begin like one of OURS, and are not it."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -177,13 +173,13 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
                 + (f"give {instead}" if instead else "leave it out")
                 + ("" if key in OURS else ", or write another option's name out")
             )
-    _take_gres(tree, extra, args.gpus_per_node)
-    _take_shared(tree, extra, typed, options)
+    sbatch_words.take_gres(tree, extra, args.gpus_per_node)
+    sbatch_words.take_shared(tree, extra, typed, options)
     tree["sbatch"] = extra
     if stage != "train":
         if len(gpus_of(options.get("gres", ""))) == 1:
             typed = {**typed, "gpus_per_node": tree["gpus_per_node"]}
-        _put_first(tree, stage, typed, options)
+        sbatch_words.put_first(tree, stage, typed, options)
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
     own = stage == "train" or "tasks_per_node" in typed  # else it was typed for training
@@ -199,19 +195,6 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
     _check_command(site)
     _check_setup(site)
     return site if site.is_local else _on_one_cluster(site)
-
-
-def _put_first(tree: dict[str, Any], stage: str, typed: dict[str, Any], options: Collection[str]) -> None:
-    """Have what is typed for a stage, also by options of sbatch, go before the profile's section of it."""
-    own = tree.get(stage) or {}
-    if not isinstance(own, dict) or not isinstance(own.get("sbatch") or {}, dict):
-        return  # which is refused
-    tree[stage] = own = {**own, **{k: v for k, v in typed.items() if k in Stage.model_fields}}
-    for option in options:
-        if key := SHARED.get(option):
-            own |= {**(dict.fromkeys(MEMORIES) if key in MEMORIES else {}), key: tree[key]}
-        elif option in tree["sbatch"]:
-            own["sbatch"] = {**(own.get("sbatch") or {}), option: tree["sbatch"][option]}
 
 
 def _on_one_cluster(site: Site) -> Site:
@@ -260,43 +243,3 @@ def _check_setup(site: Site) -> None:
         if done.returncode:
             why = done.stderr.partition("\n")[0].partition(": ")[2]
             raise RequestError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
-
-
-def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: Collection[str]) -> None:
-    """Move what an option of sbatch asks for into the key of ours that asks for the same.
-
-    options: the options of sbatch that were typed. A profile's give way to our own options that were typed.
-    """
-    for option, key in SHARED.items():
-        if option not in extra or extra[option] is None:
-            continue
-        value = extra.pop(option)
-        rivals = [name for name in (MEMORIES if key in MEMORIES else (key,)) if typed.get(name) is not None]
-        if rivals and option in options:
-            other = f"--{rivals[0].replace('_', '-')} {typed[rivals[0]]}"
-            raise RequestError(f"{other} with --sbatch {option}={value}: give one of them")
-        if not rivals:
-            tree.update(dict.fromkeys(MEMORIES) if key in MEMORIES else {})
-            tree[key] = int(value) if key == "cpus_per_task" and str(value).isdecimal() else value
-
-
-def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:
-    """GPUs that are asked for by sbatch's gres count as --gpus-per-node, so that a stage which needs fewer can say so.
-
-    typed: --gpus-per-node of the command line.
-    """
-    gres = str(extra.get("gres") or "")
-    gpus = gpus_of(gres)
-    if len(gpus) != 1:
-        return
-    ((kind, number),) = gpus
-    if typed is not None and str(typed).rpartition(":")[2] not in ("0", str(number)):
-        raise RequestError(f"--gpus-per-node {typed} with --sbatch gres={gres}: they differ; give one of them")
-    if ":" in kind:  # of a form that --gpus-per-node has not: as it is, for every stage
-        tree["gpu_request"], tree["gpus_per_node"] = "none", number
-        return
-    rest = ",".join(entry for entry in gres.split(",") if not gpus_of(entry))
-    extra.pop("gres")
-    if rest:
-        extra["gres"] = rest
-    tree["gpus_per_node"], tree["gpu_request"] = f"{kind}:{number}" if kind else number, "gres"
