@@ -183,7 +183,7 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
-    site = resolve(args, base_of(run, args), "evaluate")
+    site = resolve(args, base_of(run, args), "evaluate", also="sample" if args.all_milestones else None)
     check_path(run, site)
     try:
         return score(run, config, site, args)

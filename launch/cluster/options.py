@@ -139,10 +139,13 @@ def of_profile(name: str | None) -> Site:
     return site
 
 
-def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:
+def resolve(
+    args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train", *, also: str | None = None
+) -> Site:
     """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
 
-    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
+    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage. also:
+    another stage that it is about.
     """
     typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     options = {key: value for key, _, value in (item.lstrip("-").partition("=") for item in args.sbatch)}
@@ -179,7 +182,8 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
     if stage != "train":
         if len(gpus_of(options.get("gres", ""))) == 1:
             typed = {**typed, "gpus_per_node": tree["gpus_per_node"]}
-        sbatch_words.put_first(tree, stage, typed, options)
+        for name in filter(None, (stage, also)):
+            sbatch_words.put_first(tree, name, typed, options)
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
     own = stage == "train" or "tasks_per_node" in typed  # else it was typed for training

@@ -35,13 +35,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
 
 
-def resolved(tmp_path: Path, *words: str, profile: str = "", stage: str = "train", **base: Any) -> Site:
+def resolved(
+    tmp_path: Path, *words: str, profile: str = "", stage: str = "train", also: str | None = None, **base: Any
+) -> Site:
     parser = argparse.ArgumentParser()
     add_options(parser)
     if profile:
         (tmp_path / "site.yaml").write_text(profile)
         words = (*words, "--profile", str(tmp_path / "site.yaml"))
-    return resolve(parser.parse_args(list(words)), base, stage)
+    return resolve(parser.parse_args(list(words)), base, stage, also=also)
 
 
 def options(site: Site, stage: str) -> dict[str, Any]:
@@ -295,6 +297,9 @@ def test_what_is_typed_for_a_stage_goes_before_its_section_and_what_is_typed_for
     )  # its own, and no share of it
     site = resolved(tmp_path, *typed, profile=PROFILE)
     assert options(site, "train")["partition"] == "urgent" and options(site, "sample")["partition"] == "cheap"
+    for also, partition in ((None, "cheap"), ("sample", "urgent")):  # as of milestones, which are sampled and scored
+        site = resolved(tmp_path, *typed, profile=PROFILE, stage="evaluate", also=also)
+        assert options(site, "evaluate")["partition"] == "urgent" and options(site, "sample")["partition"] == partition
 
 
 @pytest.mark.parametrize(("profile", "named"), [

@@ -104,6 +104,13 @@ def test_a_tiff_which_pillow_turns_itself_is_turned_once(orientation: int, compr
     assert np.array_equal(pixels, NOISE[:, :6]) and told == {"turned as their EXIF says": 1}
 
 
+def test_what_was_packed_of_tiffs_before_they_were_turned_once_is_not_taken_for_them(tmp_path: Path) -> None:
+    data = folder(tmp_path / "f", 2, 0)
+    before = open_source(data).selection
+    Image.fromarray(NOISE).save(tmp_path / "f" / "a" / "x.tiff")
+    assert before is None and open_source(data).selection == {"tiff": 2}
+
+
 @pytest.mark.parametrize(("background", "colour"), [("white", 255), ("black", 0), ("#808080", 128)])
 def test_transparency_lies_upon_the_background(background: str, colour: int) -> None:
     image = Image.new("RGBA", (4, 4), (200, 100, 0, 255))
