@@ -144,8 +144,8 @@ def resolve(
 ) -> Site:
     """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
 
-    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage. also:
-    another stage that it is about.
+    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage,
+    and of the one that it is `also` about.
     """
     typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     options = {key: value for key, _, value in (item.lstrip("-").partition("=") for item in args.sbatch)}
