@@ -283,7 +283,7 @@ def load_folder(path: Path, size: int | None = None) -> PackedImages:
         source = open_images(path)
         if source.array is not None and size is None:
             return as_they_are(source.array.whole(), path)
-        _tell_left_out(source, str(path))
+        _tell_left_out(source, f"{path}:")
         splits = sorted(source.members)
         num = sum(map(source.num_images, splits))
         each = (image for split in splits for image, _ in sources.read(source, split, size, path, how))

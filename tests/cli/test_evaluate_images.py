@@ -89,7 +89,7 @@ def test_what_is_left_out_of_a_folder_or_converted_is_told_beside_the_score(shel
     done = shell("evaluate", "--images", "a", "--reference", "b", "--extractor", "pixels")
     assert json.loads(done.stdout)["num_samples"] == 5
     for name in ("a", "b"):
-        assert f" {name} pictures of these kinds are left out: 1 .gif; save them as .png" in done.stderr
+        assert f" {name}: pictures of these kinds are left out: 1 .gif; save them as .png" in done.stderr
         assert f"of 5 pictures of {name}: 1 laid upon white\n" in done.stderr
 
 
