@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
         "words", nargs="*", metavar="CONFIG key=value", help="what to train, as for submit.py (default: cifar10.yaml)"
     )
     parser.add_argument("--probe", action="store_true", help="check a compute node too, by a short job on it")
-    parser.add_argument("--wait-s", type=float, default=300, help="how long to wait for that job (default 300)")
+    parser.add_argument("--wait-s", type=float, help="with --probe: how long to wait for that job (default 300)")
     parser.add_argument(
         "--write-profile",
         metavar="NAME",
@@ -56,6 +56,9 @@ def parse() -> argparse.Namespace:
 @listed_once()
 def main() -> int:
     args = parse()
+    if args.wait_s is not None and not args.probe:
+        raise RequestError(f"--wait-s {args.wait_s:g}: goes with --probe, whose job is waited for")
+    args.wait_s = 300.0 if args.wait_s is None else args.wait_s
     if not 0 < args.wait_s < math.inf:
         raise RequestError(f"--wait-s {args.wait_s:g}: seconds to wait for the probe's job, more than 0, as 300")
     path, changes, _ = console.config_and_changes(args.words, args.root)

@@ -29,7 +29,7 @@ from ddpm.scoring.record import Score, scores_of
 from launch import prepare
 from launch.cluster import environment
 from launch.cluster.job import Job, check_path
-from launch.cluster.options import add_options, resolve
+from launch.cluster.options import add_options, of_jobs, resolve
 from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.evaluation import Outcome, do, of_score
@@ -107,8 +107,15 @@ def _check(args: argparse.Namespace, parser: console.Parser) -> None:
     """Leave with a message where words do not go together."""
     if (args.run is None) == (args.images is None) and not (args.compare and args.images is None):
         parser.error("give a RUN, or --images with --reference")
-    if args.compare and (args.set_name or args.size or args.save_stats):
+    if args.compare and (args.set_name or args.size or args.save_stats or args.images):
         parser.error("--compare names its sets, and shows scores that there are")
+    if args.images and args.set_name:
+        parser.error("--set is of a RUN; --images are scored as they lie there")
+    where = of_jobs(args) if args.images or args.compare else []
+    if where:
+        parser.error(f"{', '.join(where)}: --{'images' if args.images else 'compare'} is here and now, and no job's")
+    if args.save_stats and args.json:
+        parser.error("--json is of a score, and --save-stats computes none")
     if args.bits_per_dim and (args.run is None or args.compare or args.set_name or args.extractor):
         parser.error("--bits-per-dim is of a RUN; --reference, --step and --num-images say more")
     if not args.bits_per_dim and not (args.step is None and args.num_images is None):
@@ -176,7 +183,7 @@ def main() -> int:
         return 0
     run = borrowing.own(console.find_run(args.run, args.root), environment.runs_root(args.root), dry_run=args.dry_run)
     config = reading.of_run(run)
-    site = resolve(args, base_of(run, args), "evaluate")
+    site = resolve(args, base_of(run, args), "evaluate", also="sample" if args.all_milestones else None)
     check_path(run, site)
     try:
         return score(run, config, site, args)

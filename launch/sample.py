@@ -92,7 +92,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the request and the job script; touch nothing")
     parser.add_root()
     add_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prepare and args.wait:
+        parser.error("--prepare queues nothing, so that there is nothing to --wait for")
+    return args
 
 
 def sampling_config(args: argparse.Namespace, run: RunDir, there: Request | None) -> Config:

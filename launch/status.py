@@ -82,6 +82,8 @@ def main() -> int:
     root = environment.runs_root(args.root)
     if args.compare and (args.watch or args.events):
         raise RequestError("--compare goes with --json alone: leave --watch and --events out")
+    if args.watch and (args.events or args.json):
+        raise RequestError("--watch shows runs as they stand, and goes neither with --events nor with --json")
     runs = console.find_runs(args.runs, args.root) if args.runs else console.all_runs(root)
     if not runs and not args.json:
         print(f"no runs in {root}; start one with python launch/submit.py{console.same_root(args.root)}")

@@ -88,7 +88,12 @@ def parse() -> argparse.Namespace:
     )
     add_options(parser)
     parser.set_defaults(base=None)  # what a run that goes on was submitted with
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.verbose and not args.dry_run:
+        parser.error("--verbose goes with --dry-run, which shows the job scripts")
+    if args.prepare and args.wait:
+        parser.error("--prepare queues nothing, so that there is nothing to --wait for")
+    return args
 
 
 def read_command_line(args: argparse.Namespace) -> tuple[list[Asked], Site]:

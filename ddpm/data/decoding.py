@@ -1,8 +1,8 @@
 """Decodes one picture, as cameras, scanners and editors write them, to 8-bit sRGB without transparency.
 
 Owns how each kind of picture is converted, and counts the conversions; 8-bit RGB stays as it is. With 16 bits 65535 is
-white: greys are rounded to the nearest level, and for colours Pillow keeps the higher byte, which is at most one level
-less. Must not know where pictures come from.
+white, with 12 bits 4095: greys are rounded to the nearest level, and for colours Pillow keeps the higher byte, which is
+at most one level less. Must not know where pictures come from.
 https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes
 """
 
@@ -23,6 +23,8 @@ MOST_PIXELS = 1 << 30
 LARGE_PIXELS = 1 << 24
 _large = threading.Lock()
 """Of pictures with more pixels one is decoded at a time: several threads take no more memory for them than one."""
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339
+"""TIFF's tags of whether 0 is white, which Pillow heeds with up to 8 bits, and of whether numbers have a sign."""
 ORIENTATION = 0x0112
 """EXIF's tag of which way up a camera was held."""
 UPRIGHT = {
@@ -77,22 +79,31 @@ class Decoding:
 
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's, which holds its preview too
             raise ValueError(f"it has {image.n_frames} frames or pages; keep one of them as a file of its own")
-        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        tags, bits = getattr(image, "tag_v2", {}), _bits(image)
+        is_signed = 2 in np.ravel(tags.get(SAMPLE_FORMAT, 1))
+        if is_signed or image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("its pixels do not say what is white; store them with 8 or 16 bits")
-        profile, is_16_bit = image.info.get("icc_profile"), _is_16_bit(image)
-        if (turned := _orientation(image)) in UPRIGHT:
+        profile, is_negative = image.info.get("icc_profile"), tags.get(PHOTOMETRIC) == 0
+        turned = _orientation(image)
+        image.load()
+        if turned in UPRIGHT:
             self.converted["turned as their EXIF says"] += 1
+        if (turned := _orientation(image)) in UPRIGHT:  # else Pillow has done it, as it does with TIFF
             image = image.transpose(Image.Transpose[UPRIGHT[turned]])
-        if is_16_bit:
-            self.converted["scaled from 16 bits"] += 1
+        if bits > 8:
+            self.converted[f"scaled from {bits} bits"] += 1
         if image.mode.startswith("I"):
-            levels, clear = np.asarray(image).astype(np.uint32), image.info.get("transparency")
-            image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+            white, clear = (1 << bits) - 1, image.info.get("transparency")
+            levels = np.asarray(image).astype(np.uint32)
+            levels = white - levels if is_negative else levels
+            image = Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8))
             if clear is not None:
                 image.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             image = image.convert("RGBA")
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        if image.mode in ("CMYK", "LAB"):
+            self.converted[f"converted from {image.mode}"] += 1
         rgb = self._srgb(image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB"), profile)
         if alpha is not None and alpha.getextrema()[0] < 255:
             self.converted[f"laid upon {self.background}"] += 1
@@ -102,8 +113,6 @@ class Decoding:
     def _srgb(self, image: Any, profile: bytes | None) -> Any:
         from PIL import ImageCms
 
-        if image.mode == "CMYK":
-            self.converted["converted from CMYK"] += 1
         if profile is not None and (transform := _transform(profile, image.mode)) is not None:
             self.converted["converted to sRGB"] += 1
             return ImageCms.applyTransform(image, transform)
@@ -119,11 +128,14 @@ def load_formats() -> None:
     Image.init()
 
 
-def _is_16_bit(image: Any) -> bool:
-    """Whether a picture has 16 bits per channel in its file; its mode may have fewer. Ask before loading it."""
+def _bits(image: Any) -> int:
+    """How many bits a channel has in a picture's file, where they are more than 8, else 8; its mode may have fewer. Ask
+    before loading it."""
     args = image.tile[0][3] if image.tile else ""  # by place: before Pillow 11 it has no name
-    rawmode = args if isinstance(args, str) else next(iter(args or ()), "")
-    return image.mode.startswith("I") or ";16" in str(rawmode)
+    rawmode = str(args if isinstance(args, str) else next(iter(args or ()), ""))
+    if ";12" in rawmode:
+        return 12
+    return 16 if image.mode.startswith("I") or ";16" in rawmode else 8
 
 
 def _orientation(image: Any) -> int:

@@ -161,9 +161,7 @@ def pack(
             say(f"the packed data in {cache / key} is damaged: packing it again", reason=_in_words(e))
     if data.name == "celeba" and list(source.members) == ["train"]:
         say(f"data.path={data.path} no {celeba.PARTITION}: every image is for training")
-    if source.not_taken:
-        told = ", ".join(f"{num} {suffix}" for suffix, num in source.not_taken.items())
-        say(f"data.path={data.path} pictures of these kinds are left out: {told}; save them as .png to have them")
+    _tell_left_out(source, f"data.path={data.path}")
     tmp = cache / f"{TMP_PREFIX}{key}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         tmp.mkdir(parents=True)
@@ -183,12 +181,21 @@ def pack(
     return key, open_packed(cache, key)
 
 
-def _tell(how: Decoding, num: int) -> dict[str, Any]:
+def _tell_left_out(source: Source, where: str) -> None:
+    if source.not_taken:
+        told = ", ".join(f"{num} {suffix}" for suffix, num in source.not_taken.items())
+        say(f"{where} pictures of these kinds are left out: {told}; save them as .png to have them")
+
+
+def _tell(how: Decoding, num: int, where: str = "") -> dict[str, Any]:
     """Log how pictures were converted and which were left out; returns what meta.json keeps of that."""
     record: dict[str, Any] = {}
     if how.converted:
         record["converted"] = dict(how.converted)
-        say(f"of {counted(num, 'picture')}: " + ", ".join(f"{count} {what}" for what, count in how.converted.items()))
+        say(
+            f"of {counted(num, 'picture')}{where}: "
+            + ", ".join(f"{count} {what}" for what, count in how.converted.items())
+        )
     if how.damaged:
         record["skipped"] = how.damaged
         told = sources.told_of_damaged(how.damaged, num, skipped=True)
@@ -268,16 +275,18 @@ def load_folder(path: Path, size: int | None = None) -> PackedImages:
     """A folder, zip or array of images, without caching, all splits together. Memory holds them once.
 
     size: crop and resize them to this many pixels; None: keep them, which must all have one size.
-    Raises RequestError if there are no images, damaged ones, or images of several sizes; EnvironmentLacks.
+    Logs what was left out and converted. Raises RequestError if there are no images, damaged ones, or images of several
+    sizes; EnvironmentLacks.
     """
-    images, shapes = np.empty(0, np.uint8), set[tuple[int, ...]]()
+    images, shapes, how = np.empty(0, np.uint8), set[tuple[int, ...]](), Decoding()
     try:
         source = open_images(path)
         if source.array is not None and size is None:
             return as_they_are(source.array.whole(), path)
+        _tell_left_out(source, f"{path}:")
         splits = sorted(source.members)
         num = sum(map(source.num_images, splits))
-        each = (image for split in splits for image, _ in sources.read(source, split, size, path))
+        each = (image for split in splits for image, _ in sources.read(source, split, size, path, how))
         for index, image in enumerate(each):
             if not index:
                 images = _room_for(num, image, path)
@@ -285,7 +294,8 @@ def load_folder(path: Path, size: int | None = None) -> PackedImages:
             if len(shapes) == 1:
                 images[index] = image
     except RequestError as e:
-        raise RequestError(str(e).removeprefix("data.path = ")) from None
+        raise RequestError(str(e).removeprefix("data.path = ").removesuffix(sources.SKIP)) from None
+    _tell(how, num, f" of {path}")
     if len(shapes) > 1:
         raise RequestError(
             f"{path}: images of several sizes ({', '.join(f'{h}x{w}' for h, w, _ in sorted(shapes)[:4])}); "

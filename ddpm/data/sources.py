@@ -185,6 +185,8 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         selection["splits"] = splits
     if any(suffix(n) == ".jfif" for n in images):  # once they were left out
         selection["suffixes"] = [".jfif"]
+    if any(suffix(n) in (".tif", ".tiff") for n in images):  # once turned ones were turned twice, some dark or negative
+        selection["tiff"] = 2
     if kind == "zip" and any(BACKSLASH in n for n in images):  # once they were in no folder
         selection["separator"] = BACKSLASH
     if kind == "zip" and any(meant[n] != n.replace(BACKSLASH, "/") for n in images):  # once they had other names

@@ -280,12 +280,15 @@ def write_json(path: Path, value: Any, **publish: Any) -> None:
 @contextmanager
 def publishing_folder(path: Path) -> Iterator[Path]:
     """Within: a new folder to be filled, which at the end is `path`, whole or not at all."""
-    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{os.getpid()}")
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         tmp.mkdir(parents=True)
         yield tmp
         tmp.rename(path)
         fsync_dir(path.parent)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 

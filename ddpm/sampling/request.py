@@ -215,9 +215,9 @@ def read_request(sample_set: SampleSet) -> Request:
             f"another set with --set OTHERNAME"
         ) from None
     except (DamagedFile, ValueError, IsADirectoryError) as e:
-        there = shlex.quote(str(sample_set.request))
+        there, why = shlex.quote(str(sample_set.request)), e.strerror if isinstance(e, OSError) else e
         raise RequestError(
-            f"{sample_set.request} is damaged: {e}; nothing can be added to this set. Restore the file, or move it "
+            f"{sample_set.request} is damaged: {why}; nothing can be added to this set. Restore the file, or move it "
             f"away (mv {there} {there}.old) and ask for the same samples again, which writes it anew"
         ) from None
 

@@ -7,10 +7,10 @@ login node.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import re
-import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,31 +157,36 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes
     """
     from PIL import Image  # a login node that unpacks nothing does without
 
+    from ddpm.data.packed import ABANDONED_AFTER_S, remove_abandoned
+
     shas = [read_manifest(sample_set, request, index)["sha256"] for index in range(request.shards)]
     content = files.sha256_json([request.digest, shas]).encode()
-    sign = directory / ".unpacked"
-    if directory.exists():
+
+    def is_there() -> bool:
+        sign = directory / ".unpacked"
         alike = sign.read_bytes() == content if sign.exists() else _begins_alike(sample_set, request, directory)
-        if alike and len(list(directory.rglob("*.png"))) == request.num_samples:
+        return alike and len(list(directory.rglob("*.png"))) == request.num_samples
+
+    if directory.exists():
+        if is_there():
             return directory
         raise RequestError(
-            f"{directory} exists and does not hold this set's {counted(request.num_samples, 'image')}; remove it, "
-            f"or name another directory"
+            f"{directory} exists and does not hold this set's {counted(request.num_samples, 'image')}; remove it, or "
+            f"move it away"
         )
-    tmp = directory.with_name(f"{files.TMP_PREFIX}{directory.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
+    remove_abandoned(directory.parent, ABANDONED_AFTER_S)
     try:
-        for index in range(request.shards):
-            shard = verify_shard(sample_set, request, index)
-            for i, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True), start=shard.first):
-                folder = tmp if label < 0 else tmp / _folder(int(label), classes)
-                folder.mkdir(exist_ok=True)
-                Image.fromarray(image).save(folder / f"{i:06d}.png")
-        (tmp / sign.name).write_bytes(content)
-        tmp.rename(directory)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        with files.publishing_folder(directory) as tmp:
+            for index in range(request.shards):
+                shard = verify_shard(sample_set, request, index)
+                for i, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True), start=shard.first):
+                    folder = tmp if label < 0 else tmp / _folder(int(label), classes)
+                    folder.mkdir(exist_ok=True)
+                    Image.fromarray(image).save(folder / f"{i:06d}.png")
+            (tmp / ".unpacked").write_bytes(content)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_there():  # else another was faster
+            raise
     return directory
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ddpm.data.packed import PackedImages
 
 SPLITS = ("train", "test")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth")
+"""In these StyleGAN, EDM2 and torch-fidelity keep statistics."""
 
 
 def open_reference(run: RunDir, config: Config, name: str, stop_requested: StopRequested) -> PackedImages | Path:
@@ -160,6 +162,11 @@ def check_file(name: str) -> Path:
     if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe has no end
         raise RequestError(
             f"reference = {name}: neither a file nor a folder; give an .npz or .npy, or a folder or zip of images"
+        )
+    if path.suffix in PICKLES:
+        raise RequestError(
+            f"reference = {name}: a pickle, which is not read, since it can run code; of statistics in it "
+            f"numpy.savez('FILE.npz', mu=MU, sigma=SIGMA) makes a file that is"
         )
     if not path.exists():
         raise RequestError(

@@ -125,7 +125,7 @@ def gather_set(
                 yield shard_features(sample_set, request, index, extractor, worker)
             except (FileNotFoundError, DamagedFile) as e:
                 withdraw_shard(sample_set, request, index)
-                problems[index] = f"{e} (withdrawn)"
+                problems[index] = "missing" if isinstance(e, FileNotFoundError) else f"{e} (withdrawn)"
                 # in its place, so that those after it are looked at too; what is gathered is then thrown away
                 yield np.zeros((shard_range(request.num_samples, request.shards, index)[1], extractor.dim), np.float32)
 

@@ -233,7 +233,7 @@ def told(record: Mapping[str, Any]) -> str:
         return plain(f"{number(record)} {SCORE_NAMES[key]}, bound of {_share(record)}, {record['nfe']} an image")
     words = [f"{SCORE_NAMES[key]} {number(record)}{caution(record)}"]
     if sampler := record.get("sampler"):  # images that no run made have none
-        words.append(f"{sampler_words(sampler)} {record['nfe']}")
+        words.append(sampler_words(sampler, record["nfe"]))
         words += ["class plan"] if sampler.get("class_plan") else []
     if (weights := (record.get("checkpoint") or {}).get("weights", "ema")) != "ema":
         words.append(f"{weights} weights")
@@ -242,14 +242,14 @@ def told(record: Mapping[str, Any]) -> str:
     return plain(", ".join(words))
 
 
-def sampler_words(sampler: Mapping[str, Any]) -> str:
-    """A sampler, with what of it is not as usual: `ddim eta 0.5 guided 1.5`."""
-    words = [str(sampler["name"])]
-    words += [f"eta {sampler['eta']:g}"] if isinstance(sampler.get("eta"), float | int) and sampler["eta"] else []
-    words += [str(sampler["variance"])] if sampler.get("variance") else []
-    words += ["unclipped"] if sampler.get("clip_x_0") is False else []
-    words += [f"guided {sampler['guidance']:g}"] if isinstance(sampler.get("guidance"), float | int) else []
-    return " ".join(words)
+def sampler_words(sampler: Mapping[str, Any], nfe: int | None = None) -> str:
+    """A sampler, with what of it is not as usual: `ddim (eta 0.5, guided 1.5)`; with evaluations: `ddim 100 (…)`."""
+    more = [f"eta {sampler['eta']:g}"] if isinstance(sampler.get("eta"), float | int) and sampler["eta"] else []
+    more += [str(sampler["variance"])] if sampler.get("variance") else []
+    more += ["unclipped"] if sampler.get("clip_x_0") is False else []
+    more += [f"guided {sampler['guidance']:g}"] if isinstance(sampler.get("guidance"), float | int) else []
+    name = str(sampler["name"]) + (f" {nfe}" if nfe is not None else "")
+    return name + (f" ({', '.join(more)})" if more else "")
 
 
 def curve_of(record: Mapping[str, Any]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 from ddpm.config.section import build
 from ddpm.config.yaml import load_yaml, read_text
 from ddpm.errors import RequestError
-from launch.cluster import asked, environment
+from launch.cluster import asked, environment, sbatch_words, unheeded
 from launch.cluster.environment import SHIPPED
 from launch.cluster.partitions import gpus_of
-from launch.cluster.site import MEMORIES, Site, Stage
+from launch.cluster.site import MEMORIES, Site
 
 PROFILES = SHIPPED / "configs" / "cluster"
 OURS = {
@@ -50,9 +50,6 @@ BARE = {
     *("use-min-nodes", "verbose", "disable-stdout-job-summary"),
 }
 """Options of sbatch that take no value, or need none."""
-OF_A_STAGE = (*MEMORIES, "cpus_per_task", "account", "qos", "constraint", "exclude")
-SHARED = {name.replace("_", "-"): name for name in OF_A_STAGE}
-"""Options of sbatch that are keys of ours too. A stage has its own, or asks only for its share of them."""
 WHOLE = {"gpus"}
 """Options of sbatch that begin like one of OURS, and are not it."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -96,6 +93,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="SITE", help=f"a name in {PROFILES.relative_to(SHIPPED)}/, or a path")
 
 
+def of_jobs(args: argparse.Namespace) -> list[str]:
+    """The options given that say where jobs run, and how; not that they are this machine's."""
+    given = [name for name in (*FLAGS, "code", "profile") if getattr(args, name) is not None]
+    given = [name for name in given if (name, args.cluster) != ("cluster", "local")]
+    return [unheeded.flag(name) for name in given] + (["--sbatch"] if args.sbatch else [])
+
+
 def _code(word: str) -> str:
     """`kept`, `new`, or the digest of kept code, of which its file is named."""
     found = re.fullmatch(r"(?:code-)?([0-9a-f]{16})(?:\.zip)?", Path(word).name)
@@ -135,17 +139,19 @@ def of_profile(name: str | None) -> Site:
     return site
 
 
-def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train") -> Site:
+def resolve(
+    args: argparse.Namespace, base: dict[str, Any] | None = None, stage: str = "train", *, also: str | None = None
+) -> Site:
     """What this run was submitted with (`base`), then the site profile, then the command line. Raises RequestError.
 
-    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage.
+    stage: what the command line is about; where it is not training, it goes before the profile's section of the stage,
+    and of the one that it is `also` about.
     """
     typed = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    options = {key: value for key, _, value in (item.lstrip("-").partition("=") for item in args.sbatch)}
     profile, typed = (_one_of_memories(layer, where) for layer, where in (
         (load_profile(args.profile), f"profile {args.profile}"), (typed, "options")))  # fmt: skip
     tree = {**(base or {}), **profile, **typed}
-    if stage != "train" and isinstance(tree.get(stage, {}), dict):
-        tree[stage] = {**tree.get(stage, {}), **{k: v for k, v in typed.items() if k in Stage.model_fields}}
     extra = dict(tree.get("sbatch") or {})
     for item in args.sbatch:
         key, eq, value = item.lstrip("-").partition("=")
@@ -170,16 +176,26 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None, stage:
                 + (f"give {instead}" if instead else "leave it out")
                 + ("" if key in OURS else ", or write another option's name out")
             )
-    _take_gres(tree, extra, args.gpus_per_node)
-    _take_shared(tree, extra, typed, [item.lstrip("-").partition("=")[0] for item in args.sbatch])
+    sbatch_words.take_gres(tree, extra, args.gpus_per_node)
+    sbatch_words.take_shared(tree, extra, typed, options)
     tree["sbatch"] = extra
+    if stage != "train":
+        if len(gpus_of(options.get("gres", ""))) == 1:
+            typed = {**typed, "gpus_per_node": tree["gpus_per_node"]}
+        for name in filter(None, (stage, also)):
+            sbatch_words.put_first(tree, name, typed, options)
     where = f"profile {args.profile} and options" if args.profile else "options"
     site: Site = build(Site, tree, where)
-    if site.num_gpus and site.tasks_per_node and site.tasks_per_node != site.num_gpus:
+    own = stage == "train" or "tasks_per_node" in typed  # else it was typed for training
+    if own and site.num_gpus and site.tasks_per_node and site.tasks_per_node != site.num_gpus:
         raise RequestError(
             f"--tasks-per-node {site.tasks_per_node} with --gpus-per-node {site.gpus_per_node}: one task "
             f"is one rank and takes one GPU; give the same number, or --gpus-per-node 0 for CPUs"
         )
+    if site.is_local and not (stage == "train" and getattr(args, "prepare", False)):  # which prints sbatch's line too
+        unheeded.check_local(typed, options)
+    if stage != "train":
+        unheeded.check_stage(typed, site, stage)
     _check_command(site)
     _check_setup(site)
     return site if site.is_local else _on_one_cluster(site)
@@ -231,43 +247,3 @@ def _check_setup(site: Site) -> None:
         if done.returncode:
             why = done.stderr.partition("\n")[0].partition(": ")[2]
             raise RequestError(f"setup: bash cannot read these lines ({why}); mend them in the profile")
-
-
-def _take_shared(tree: dict[str, Any], extra: dict[str, Any], typed: dict[str, Any], options: list[str]) -> None:
-    """Move what an option of sbatch asks for into the key of ours that asks for the same.
-
-    options: the options of sbatch that were typed. A profile's give way to our own options that were typed.
-    """
-    for option, key in SHARED.items():
-        if option not in extra or extra[option] is None:
-            continue
-        value = extra.pop(option)
-        rivals = [name for name in (MEMORIES if key in MEMORIES else (key,)) if typed.get(name) is not None]
-        if rivals and option in options:
-            other = f"--{rivals[0].replace('_', '-')} {typed[rivals[0]]}"
-            raise RequestError(f"{other} with --sbatch {option}={value}: give one of them")
-        if not rivals:
-            tree.update(dict.fromkeys(MEMORIES) if key in MEMORIES else {})
-            tree[key] = int(value) if key == "cpus_per_task" and str(value).isdecimal() else value
-
-
-def _take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) -> None:
-    """GPUs that are asked for by sbatch's gres count as --gpus-per-node, so that a stage which needs fewer can say so.
-
-    typed: --gpus-per-node of the command line.
-    """
-    gres = str(extra.get("gres") or "")
-    gpus = gpus_of(gres)
-    if len(gpus) != 1:
-        return
-    ((kind, number),) = gpus
-    if typed is not None and str(typed).rpartition(":")[2] not in ("0", str(number)):
-        raise RequestError(f"--gpus-per-node {typed} with --sbatch gres={gres}: they differ; give one of them")
-    if ":" in kind:  # of a form that --gpus-per-node has not: as it is, for every stage
-        tree["gpu_request"], tree["gpus_per_node"] = "none", number
-        return
-    rest = ",".join(entry for entry in gres.split(",") if not gpus_of(entry))
-    extra.pop("gres")
-    if rest:
-        extra["gres"] = rest
-    tree["gpus_per_node"], tree["gpu_request"] = f"{kind}:{number}" if kind else number, "gres"

@@ -198,8 +198,8 @@ def _word(key: str, value: Any) -> str:
 
 
 def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
-    """The base that a later stage's options override: what the run was submitted with, but not its --cluster local if
-    they name a partition or a profile."""
+    """The base that a later stage's options override: what the run was submitted with, but not its --cluster local, nor
+    how many GPUs this machine had, if they name SLURM, a partition or a profile."""
     base = site_of(run).model_dump(exclude_defaults=True)
     try:
         base |= {"notify": notify.asked_of(run).model_dump(exclude_defaults=True)}
@@ -212,7 +212,8 @@ def base_of(run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
             f"remove the file if that is meant",
             file=sys.stderr,
         )
-    if base.get("cluster") == "local" and args.cluster is None and (args.partition or args.profile):
+    elsewhere = args.cluster != "local" if args.cluster else args.partition or args.profile
+    if base.get("cluster") == "local" and elsewhere:
         base = {key: value for key, value in base.items() if key not in ("cluster", "gpus_per_node")}
     return base
 

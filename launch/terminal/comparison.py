@@ -90,7 +90,8 @@ def print_comparison(scores: Mapping[str, Mapping[str, Any]], *, as_json: bool) 
         if why := caution(record):
             terminal.print(plain(f"{word}:{why}"), soft_wrap=True)
     if len({record["num_samples"] for record in scores.values()}) > 1:
-        terminal.print("they are of different numbers of samples, and so biased differently: compare their limits")
+        way = "compare their limits" if all(map(limit, scores.values())) else "to compare them, make as many of each"
+        terminal.print(f"they are of different numbers of samples, and so biased differently: {way}", soft_wrap=True)
 
 
 def _told(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

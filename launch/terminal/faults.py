@@ -67,7 +67,7 @@ def words(error: BaseException, where: object = "") -> str | None:
         return _of_libraries(error)
     if not isinstance(error, OSError):
         return None
-    return ". ".join(filter(None, [_in_short(error), _whose(error), _room(error)]))
+    return ". ".join(filter(None, [_in_short(error), _whose(error), _room(error), _folder(error)]))
 
 
 def of_a_job(error: BaseException, where: object) -> Exception | None:
@@ -98,6 +98,12 @@ def _shut(path: Path) -> str:
             shut = there.st_uid == os.geteuid() != 0 and there.st_mode & needed != needed
             return f"Its mode is {there.st_mode & 0o7777:04o}: chmod u+rwX {shlex.quote(str(place))}" if shut else ""
     return ""
+
+
+def _folder(error: OSError) -> str:
+    """For a folder where a file belongs: what to do; else ""."""
+    is_there = isinstance(error, IsADirectoryError) and error.filename
+    return "A folder lies where a file belongs: move it away, then again" if is_there else ""
 
 
 def _room(error: OSError) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ddpm.errors import RequestError
 from ddpm.run.log import counted
+from ddpm.scoring.against import check_file
 from launch.terminal import console
 from launch.terminal.results import print_score
 
@@ -18,6 +19,8 @@ def score_images(args: argparse.Namespace) -> int:
     """Score one set of images against another on this machine, or write one set's statistics. Returns the exit code."""
     images = _there("--images", args.images)
     reference = _there("--reference", args.reference, ", or a pytorch-fid .npz") if args.reference else None
+    if reference:
+        check_file(args.reference)
     name = args.extractor or "inception"
     if args.dry_run:
         what = f"score {images} against {reference}" if reference else f"write statistics of {images}"
@@ -39,7 +42,8 @@ def score_images(args: argparse.Namespace) -> int:
     device = as_device()
     if device.type == "cpu":
         keep_freed_memory()
-    packed = load_images(images, args.size)
+    with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
+        packed = load_images(images, args.size)
     size = packed.images.shape[1]
     extractor = build_extractor(name, device, image_size=size, warn=lambda message: print(message, file=sys.stderr))
     show = console.show_progress("features of")
@@ -47,7 +51,7 @@ def score_images(args: argparse.Namespace) -> int:
         save_statistics(packed, stats, extractor, keep, show)
         print(f"{stats}: statistics of {counted(len(packed), 'image')}, {extractor.name} features")
     elif reference:
-        with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
+        with contextlib.redirect_stdout(sys.stderr):
             result = evaluate_images(packed, reference, extractor, args.size, keep, show)
         print_score(result, None, as_json=args.json)
     return 0

@@ -102,6 +102,12 @@ BAD = {
         ["train.global_batch=16777216", "model.base_channels=4096"],
         ["train.global_batch = 16777216", "keep at least", "train.micro_batch="],
     ),
+    "scripts without a dry run": (["--verbose"], ["--verbose goes with --dry-run"]),
+    "waiting for nothing": (["--prepare", "--wait"], ["--prepare queues nothing"]),
+    "a time limit here": (
+        ["--time", "1h", "--tasks", "2"],
+        ["--time, --tasks: nothing heeds these", "--cluster slurm"],
+    ),
     "unknown option": (["--partitoin", "gpu"], ["--partitoin", "did you mean --partition?"]),
 }
 
@@ -212,6 +218,9 @@ def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_tha
     assert "no sample set 'no'; run tiny has ddim4-step400-seed0" in finished.refused("evaluate", "tiny", "--set", "no")
     assert "reference = test: digits has ['train']" in finished.refused("evaluate", "tiny", "--reference", "test")
     assert "use one of inception" in finished.refused("evaluate", "tiny", "--extractor", "vgg")
+    assert "--prepare queues nothing" in finished.refused("sample", "tiny", "--prepare", "--wait")
+    for other in ("--json", "--events"):
+        assert "--watch shows runs as they stand" in finished.refused("status", "--watch", other)
     assert "--class cat --class 1: one class at a time" in finished.refused(
         "sample", "tiny", "--class", "cat", "--class", "1"
     )

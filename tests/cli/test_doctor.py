@@ -51,6 +51,7 @@ def test_what_makes_no_sense_is_refused(shell: Shell) -> None:
     assert "no such" in shell.refused("doctor", "--profile", "nowhere")
     for seconds in ("-3", "nan", "inf"):
         assert "more than 0, as 300" in shell.refused("doctor", "--probe", "--wait-s", seconds)
+    assert "--wait-s 5: goes with --probe" in shell.refused("doctor", "--wait-s", "5")
     assert "configs/cifar10.yaml?" in shell.refused("doctor", "cifar-10.yaml")
     (shell.cwd / "there.yaml").touch()
     assert "exists; choose another name" in shell.refused("doctor", "--write-profile", "there.yaml")

@@ -446,8 +446,9 @@ def test_later_stages_show_what_would_run_where_the_run_was_submitted_to(finishe
     script = finished("sample", "tiny", "--set", "more", "--shards", "3", "--cluster", "slurm", "--dry-run").stdout
     assert "#SBATCH --array=0-2%3" in script
     assert "launch.jobs evaluate" in finished("evaluate", "tiny", "--dry-run").stdout
-    gpu = finished("sample", "tiny", "--set", "more", "--partition", "gpu", "--dry-run").stdout
-    assert "--partition=gpu" in gpu and "--gpus-per-node=1" in gpu  # of a run that was made here, too
+    for more in ([], ["--cluster", "slurm"]):
+        gpu = finished("sample", "tiny", "--set", "more", "--partition", "gpu", *more, "--dry-run").stdout
+        assert "--partition=gpu" in gpu and "--gpus-per-node=1" in gpu  # of a run that was made here, too
 
 
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])

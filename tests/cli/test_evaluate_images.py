@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddpm.data.packed import load_folder
 from ddpm.scoring.extractors import build_extractor
@@ -80,6 +81,18 @@ def test_pictures_of_several_sizes_are_brought_to_one_and_the_score_says_how(she
     assert found["num_samples"] == 12 and found["reference"]["num_images"] == 10  # type: ignore[index]
 
 
+def test_what_is_left_out_of_a_folder_or_converted_is_told_beside_the_score(shell: Shell) -> None:
+    for name in ("a", "b"):
+        folder(shell.cwd / name, range(4))
+        Image.new("RGBA", (8, 8), (1, 2, 3, 0)).save(shell.cwd / name / "clear.png")
+        (shell.cwd / name / "x.gif").touch()
+    done = shell("evaluate", "--images", "a", "--reference", "b", "--extractor", "pixels")
+    assert json.loads(done.stdout)["num_samples"] == 5
+    for name in ("a", "b"):
+        assert f" {name}: pictures of these kinds are left out: 1 .gif; save them as .png" in done.stderr
+        assert f"of 5 pictures of {name}: 1 laid upon white\n" in done.stderr
+
+
 def test_bad_image_sets_are_refused_by_what_the_user_named(shell: Shell) -> None:
     folder(shell.cwd / "a", range(3))
     (shell.cwd / "empty").mkdir()
@@ -107,6 +120,8 @@ def test_bad_image_sets_are_refused_by_what_the_user_named(shell: Shell) -> None
     (shell.cwd / "torn.npy").write_bytes(b"\x93NUMPY")
     assert "torn.npy cannot be read" in refused("torn.npy", "a")
     assert "other.npz cannot be read" in refused("a", "other.npz")
+    (shell.cwd / "edm2.pkl").touch()
+    assert "edm2.pkl: a pickle, which is not read" in refused("a", "edm2.pkl")
 
 
 def test_a_command_line_that_says_neither_or_both_is_refused(shell: Shell) -> None:
@@ -115,4 +130,12 @@ def test_a_command_line_that_says_neither_or_both_is_refused(shell: Shell) -> No
     assert "--images needs --reference" in shell.refused("evaluate", "--images", ".")
     assert "go with --images" in shell.refused("evaluate", "tiny", "--size", "8")
     assert "--size 0: must be" in shell.refused("evaluate", "--images", ".", "--reference", ".", "--size", "0")
+    two = ["--images", ".", "--reference", "."]
+    assert "--set is of a RUN" in shell.refused("evaluate", *two, "--set", "x")
+    assert "--compare names its sets" in shell.refused("evaluate", *two, "--compare", "a", "b")
+    asked = ["--partition", "gpu", "--tasks", "4", "--sbatch", "nice=1"]
+    for words in (two, ["--compare", "x/a", "x/b"]):
+        told = shell.refused("evaluate", *words, *asked)
+        assert f"--partition, --tasks, --sbatch: {words[0]} is here and now, and no job's" in told
+    assert "--json is of a score" in shell.refused("evaluate", *two[:2], "--save-stats", "x.npz", "--json")
     assert "name an .npz" in shell.refused("evaluate", "--images", ".", "--save-stats", "x.npy")

@@ -35,13 +35,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
 
 
-def resolved(tmp_path: Path, *words: str, profile: str = "", stage: str = "train", **base: Any) -> Site:
+def resolved(
+    tmp_path: Path, *words: str, profile: str = "", stage: str = "train", also: str | None = None, **base: Any
+) -> Site:
     parser = argparse.ArgumentParser()
     add_options(parser)
     if profile:
         (tmp_path / "site.yaml").write_text(profile)
         words = (*words, "--profile", str(tmp_path / "site.yaml"))
-    return resolve(parser.parse_args(list(words)), base, stage)
+    return resolve(parser.parse_args(list(words)), base, stage, also=also)
 
 
 def options(site: Site, stage: str) -> dict[str, Any]:
@@ -158,6 +160,47 @@ def test_a_request_that_cannot_be_meant_names_itself_and_what_is_allowed(
     assert [word for word in named if word not in str(refused.value)] == []
 
 
+HERE = ["--cluster", "local"]
+
+
+@pytest.mark.parametrize(("stage", "words", "told"), [
+    ("sample", ["--nodes", "2"], "--nodes 2: a task of a sample job is on one node; for more at a time give --tasks"),
+    ("sample", ["--tasks-per-node", "2"], "has a process for each of its GPUs, else one; .* or --gpus-per-node 2"),
+    ("sample", ["--tasks-per-node", "2", "--gpus-per-node", "0"], "--tasks-per-node 2: a task of a sample job has"),
+    ("evaluate", ["--tasks-per-node", "2"], "a task of an evaluation is one process; for more at a time give --tasks"),
+    ("evaluate", ["--gpus-per-node", "a100:4"], "--gpus-per-node a100:4: a task of an evaluation uses one GPU; for"),
+    ("evaluate", ["--sbatch", "gres=gpu:4"], "--gpus-per-node 4: a task of an evaluation uses one GPU"),
+    ("sample", [*HERE, "--gpus-per-node", "2"], "a sample job here uses one GPU: leave it out"),
+    ("sample", [*HERE, "--tasks-per-node", "2"], "a sample job here is one process: leave it out"),
+    ("sample", [*HERE, "--tasks", "3"], "--tasks: nothing heeds this with --cluster local"),
+    ("train", [*HERE, "--time", "1h", "--sbatch", "nice=1"], "--time, --sbatch: nothing heeds these .*leave them"),
+    ("train", [*HERE, "--mem", "8G"], "--mem: nothing heeds this"),
+])  # fmt: skip
+def test_what_nothing_would_heed_is_refused_and_told_what_would_be(
+    tmp_path: Path, stage: str, words: list[str], told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        resolved(tmp_path, *words, stage=stage)
+
+
+def test_what_a_profile_or_the_training_says_of_all_stages_is_no_request_of_one(tmp_path: Path) -> None:
+    site = resolved(tmp_path, stage="evaluate", nodes=4, tasks_per_node=4, gpus_per_node=4, time=60)
+    assert options(site, "evaluate")["nodes"] == options(site, "evaluate")["ntasks-per-node"] == "1"
+    site = resolved(tmp_path, "--gpus-per-node", "2", stage="sample", tasks_per_node=4, gpus_per_node=4, mem="400G")
+    asked = options(site, "sample")
+    assert (asked["gpus-per-node"], asked["ntasks-per-node"], asked["mem"]) == ("2", "2", "200G")
+    resolved(tmp_path, "--nodes", "1", "--tasks-per-node", "2", "--gpus-per-node", "2", stage="sample")
+    assert resolved(tmp_path, *HERE, "--cpus-per-task", "2", profile="partition: gpu\ntime: 1h").is_local
+
+
+def test_options_of_sbatch_that_are_typed_for_a_stage_go_before_its_section_too(tmp_path: Path) -> None:
+    profile = "gpus_per_node: 4\nmem: 400G\nsample: {mem_per_cpu: 4G, qos: low, sbatch: {nice: 5}}"
+    words = [word for option in ("mem=9G", "qos=high", "nice=9", "gres=gpu:2,tmp:5") for word in ("--sbatch", option)]
+    asked = options(resolved(tmp_path, *words, profile=profile, stage="sample"), "sample")
+    assert (asked["mem"], asked["qos"], asked["nice"], asked["ntasks-per-node"]) == ("9G", "high", "9", "2")
+    assert asked["gres"] == "gpu:2,tmp:5" and not {"mem-per-cpu", "gpus-per-node"} & asked.keys()
+
+
 @pytest.mark.parametrize(("mem", "ranks", "share"), [
     ("32G", 4, "8G"), ("32G", 3, "10923M"), ("500M", 2, "250M"), ("1T", 3, "349526M"),
     ("1001", 2, "501"), ("0", 4, None), ("32G", 1, "32G"), (None, 4, None),
@@ -254,6 +297,9 @@ def test_what_is_typed_for_a_stage_goes_before_its_section_and_what_is_typed_for
     )  # its own, and no share of it
     site = resolved(tmp_path, *typed, profile=PROFILE)
     assert options(site, "train")["partition"] == "urgent" and options(site, "sample")["partition"] == "cheap"
+    for also, partition in ((None, "cheap"), ("sample", "urgent")):  # as of milestones, which are sampled and scored
+        site = resolved(tmp_path, *typed, profile=PROFILE, stage="evaluate", also=also)
+        assert options(site, "evaluate")["partition"] == "urgent" and options(site, "sample")["partition"] == partition
 
 
 @pytest.mark.parametrize(("profile", "named"), [

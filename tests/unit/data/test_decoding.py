@@ -94,6 +94,23 @@ def test_a_picture_is_turned_as_its_exif_says(orientation: int) -> None:
     assert told == ({} if orientation == 1 else {"turned as their EXIF says": 1})
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_tiff_which_pillow_turns_itself_is_turned_once(orientation: int, compression: str | None) -> None:
+    upright = Image.fromarray(NOISE[:, :6])
+    lying = upright.transpose(Image.Transpose.ROTATE_180 if orientation == 3 else Image.Transpose.ROTATE_90)
+    raw = encoded(lying, "TIFF", tiffinfo={0x0112: orientation}, compression=compression)
+    pixels, told = decoded(raw)
+    assert np.array_equal(pixels, NOISE[:, :6]) and told == {"turned as their EXIF says": 1}
+
+
+def test_what_was_packed_of_tiffs_before_they_were_turned_once_is_not_taken_for_them(tmp_path: Path) -> None:
+    data = folder(tmp_path / "f", 2, 0)
+    before = open_source(data).selection
+    Image.fromarray(NOISE).save(tmp_path / "f" / "a" / "x.tiff")
+    assert before is None and open_source(data).selection == {"tiff": 2}
+
+
 @pytest.mark.parametrize(("background", "colour"), [("white", 255), ("black", 0), ("#808080", 128)])
 def test_transparency_lies_upon_the_background(background: str, colour: int) -> None:
     image = Image.new("RGBA", (4, 4), (200, 100, 0, 255))
@@ -134,6 +151,26 @@ def png_of_16_bits(levels: np.ndarray, *, clear: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def tiff_of_one_row(data: bytes, width: int, bits: int, *, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """Of greys, which Pillow does not write in each of these forms. photometric: 0 if 0 is white."""
+    tags = [(256, 3, 1, width), (257, 3, 1, 1), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric)]
+    tags += [(273, 4, 1, 200), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 1, len(data)), (339, 3, 1, sample_format)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + data
+
+
+def test_a_tiff_of_greys_is_as_bright_as_its_tags_say() -> None:
+    twelve = bytes([0x00, 0x08, 0x00, 0xFF, 0xFF, 0xFF])  # 0, 0x800, 0xFFF, 0xFFF
+    pixels, told = decoded(tiff_of_one_row(twelve, 4, 12))
+    assert pixels[0, :, 0].tolist() == [0, 128, 255, 255] and told == {"scaled from 12 bits": 1}
+    for bits, levels in ((8, [0, 16, 255]), (16, [0, 16 * 257, 65535])):
+        data = np.array(levels, f"<u{bits // 8}").tobytes()
+        for photometric, greys in ((1, [0, 16, 255]), (0, [255, 239, 0])):
+            assert decoded(tiff_of_one_row(data, 3, bits, photometric=photometric))[0][0, :, 0].tolist() == greys
+        with pytest.raises(ValueError, match="do not say what is white"):
+            decoded(tiff_of_one_row(data, 3, bits, sample_format=2))
 
 
 def tiff_of_16_bits(levels: np.ndarray) -> bytes:

@@ -239,7 +239,7 @@ def test_scores_that_differ_in_their_step_alone_are_a_curve_and_a_table_of_their
 
 def test_a_sampler_is_told_with_all_that_is_not_usual_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     guided = {"name": "ancestral", "guidance": 1.5, "variance": "fixed_small", "clip_x_0": False}
-    said = "ancestral fixed_small unclipped guided 1.5"
+    said = "ancestral (fixed_small, unclipped, guided 1.5)"
     of = score("paper", 300, 4.26, 50_000, sampler=guided, created=stamp(0))
     manifest = {"step": 300, "images": 1, "sha256": "0", "created": stamp(0)}
     assert f"<td>{said}</td>" in scores.tables([of])

@@ -123,6 +123,8 @@ def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path: Path) -
     with pytest.raises(KeyError), files.publishing_folder(tmp_path / "broken") as folder:
         (folder / "one").touch()
         raise KeyError
+    with pytest.raises(OSError, match=r"No space left .*/full'"), files.publishing_folder(tmp_path / "full"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write(2) says it, without a name
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["made", "made/one"]
 
 

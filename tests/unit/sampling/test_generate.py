@@ -478,6 +478,24 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
         unpack_png(sample_set, request, tmp_path / "png")
 
 
+def test_of_two_who_unpack_a_set_at_once_both_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(num_samples=9, shards=2, batch=4)
+    sample_set = make_set(tmp_path / "run", request)
+    for index in range(2):
+        run_shard(sample_set, request, index)
+    others = iter([lambda: unpack_png(sample_set, request, tmp_path / "png")])
+
+    def meanwhile(*asked: Any) -> Any:
+        for other in others:
+            other()
+        return verify_shard(*asked)
+
+    monkeypatch.setattr("ddpm.sampling.shards.verify_shard", meanwhile)
+    assert unpack_png(sample_set, request, tmp_path / "png") == tmp_path / "png"
+    assert len(list((tmp_path / "png").glob("*.png"))) == 9
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["png", "run"]
+
+
 def test_the_pngs_of_classes_lie_in_folders_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request(num_samples=9, shards=1, batch=4)
     sample_set = make_set(tmp_path / "run", request)

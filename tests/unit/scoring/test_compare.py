@@ -6,6 +6,7 @@ import pytest
 
 from ddpm.errors import RequestError
 from ddpm.scoring.compare import check_comparable, difference
+from launch.terminal.comparison import print_comparison
 from tests.unit.scoring.test_record import NEW, OLD
 
 
@@ -43,3 +44,13 @@ def test_a_fid_is_not_compared_with_what_is_none() -> None:
     other = {"frechet_distance": 4.0, **{k: v for k, v in NEW.items() if not k.startswith("fid")}}
     with pytest.raises(RequestError, match="their score differs"):
         check_comparable({"a": NEW, "b": other})
+
+
+def test_sets_of_different_sizes_are_told_to_be_compared_by_their_limits_only_if_they_have_some(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = {**NEW, "num_samples": 30}
+    print_comparison({"a": NEW, "b": few}, as_json=False)
+    assert "biased differently: to compare them, make as many of each" in capsys.readouterr().out
+    print_comparison({"a": {**NEW, "fid_infinity": 4.1}, "b": {**few, "fid_infinity": 4.0}}, as_json=False)
+    assert "biased differently: compare their limits" in capsys.readouterr().out

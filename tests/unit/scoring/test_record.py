@@ -168,7 +168,7 @@ def test_a_run_without_scores_has_none(tmp_path: Path) -> None:
         ({"reference": {"name": "b\x1b[2J", "split": None}}, r"FID 4.21, ddim 100, 50,000 vs b\x1b[2J"),
         (
             {"sampler": {"name": "ddim", "guidance": 1.5}, "nfe": 200},
-            "FID 4.21, ddim guided 1.5 200, 50,000 vs train",
+            "FID 4.21, ddim 200 (guided 1.5), 50,000 vs train",
         ),
     ],
 )

@@ -288,6 +288,11 @@ def test_what_cannot_be_read_now_is_no_damage_for_which_anything_is_made_anew(
         assert ("--rebuild" in said) == (error not in errors) and ("readable" in said) == (error in errors), said
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_with_what_to_do() -> None:
+    told = faults.words(IsADirectoryError(errno.EISDIR, "Is a directory", "samples/a/shard-0.npz"))
+    assert told == "Is a directory: samples/a/shard-0.npz. A folder lies where a file belongs: move it away, then again"
+
+
 def test_a_word_that_can_be_no_file_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"^no run 'aaa"):
         console.find_run("a" * 300, str(tmp_path))
