@@ -19,7 +19,7 @@ from launch.cluster.asked import typed
 from launch.cluster.by_template import submit_again
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
-from launch.cluster.reasons import Wait, explain
+from launch.cluster.reasons import Wait, explain, waiting
 from launch.cluster.slurm import asked_once, available
 from launch.cluster.slurm_orders import (
     cancel,
