@@ -147,7 +147,8 @@ def choose_set(run: RunDir, asked: str | None) -> str:
     names = [s.name for s in run.sample_sets() if s.request.exists()]
     if asked in names:
         return str(asked)
-    if asked is None and len(own := [name for name in names if not milestones.is_set_of_one(name)] or names) == 1:
+    own = [name for name in names if not milestones.is_set_of_one(name)] or names
+    if asked is None and len(own) == 1:
         return own[0]
     if not names:
         sent = [e for e in read_events(run) if e["event"] == "submitted" and e.get("stage") == "sample"]
