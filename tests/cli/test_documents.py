@@ -103,8 +103,6 @@ NOBODY = {
 
 OTHERS_OPTIONS = {
     *(
-        "--against",
-        "--count",
         "--data",
         "--install",
         "--largest",
