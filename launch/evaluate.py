@@ -149,10 +149,14 @@ def extractor_of(word: str) -> str:
 
 
 def choose_set(run: RunDir, asked: str | None) -> str:
-    """The set that was asked for, or the only one there is. Raises RequestError listing them."""
+    """The set that was asked for, or the only one there is, those of milestones aside. Raises RequestError listing
+    them."""
     names = [s.name for s in run.sample_sets() if s.request.exists()]
-    if asked in names or (asked is None and len(names) == 1):
-        return asked or names[0]
+    if asked in names:
+        return str(asked)
+    own = [name for name in names if not milestones.is_set_of_one(name)] or names
+    if asked is None and len(own) == 1:
+        return own[0]
     if not names:
         sent = [e for e in read_events(run) if e["event"] == "submitted" and e.get("stage") == "sample"]
         queued = {name: jobs_in_queue(run, "sample", name) for name in dict.fromkeys(e.get("set", "") for e in sent)}

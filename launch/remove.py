@@ -104,8 +104,8 @@ def sizes(path: Path) -> tuple[int, int]:
     return sum(size for size, _ in found), 1 + sum(num for _, num in found)
 
 
-def tell(run: RunDir) -> None:
-    """A line for each part, the largest first; and what lies elsewhere and stays."""
+def tell(run: RunDir) -> tuple[int, int]:
+    """A line for each part, the largest first; and what lies elsewhere and stays. Returns bytes and files in all."""
     parts = {path.name: sizes(path) for path in listed(run.path)}
     for name, (size, num) in sorted(parts.items(), key=lambda part: -part[1][0]):
         if size >= 1 << 16:
@@ -115,6 +115,7 @@ def tell(run: RunDir) -> None:
     for path in listed(run.path):
         if path.is_symlink():
             print(f"{path.name} is a link: {path.resolve()} stays as it is")
+    return total, files
 
 
 def remove(run: RunDir) -> None:
@@ -136,9 +137,13 @@ def main() -> int:
     with asked_together(runs):
         for run in runs:  # nothing is removed before all can be
             check(run, root, readers)
+        freed = []
         for run in runs:
             print(f"{'removing' if args.yes else 'would remove'} {run.path}, which is at step {run.latest_step()}:")
-            tell(run)
+            freed.append(tell(run))
+        if runs[1:]:
+            size, num = map(sum, zip(*freed, strict=True))
+            print(f"all {len(runs)} runs: {amount(size)} in {counted(num, 'file', ',')}")
         if not args.yes:
             again = f"python launch/remove.py {shlex.join(args.runs)}{console.same_root(args.root)} --yes"
             print(f"nothing was removed; for good: {again}")

@@ -236,22 +236,28 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
 
 
 def _tell_what_they_wait_for(points: list[Point], known: set[str]) -> None:
-    """Of all but the first, which has told it: SLURM is asked once. known: jobs of before, of which nothing is told.
+    """Of all but the first, which has told it: SLURM is asked once, and those that wait alike have one line. known: the
+    jobs of before, of which nothing is told.
 
     Raises RequestError where one would never start, and takes its jobs back.
     """
     queued = [(point, point.begun.jobs) for point in points[1:] if isinstance(point.begun, Queued)]
     new = [(point, jobs) for point, jobs in queued if jobs and jobs[0] not in known]
+    alike: dict[str, list[tuple[str, str]]] = {}
     with scheduler.looked_up_together(jobs[0] for _, jobs in new):
         for point, jobs in new:
             try:
                 with naming(point.asked.sweep):
                     told = why_it_waits(jobs[0], "first", work.to_end(point.asked.run))
+                if told:
+                    alike.setdefault(told.partition(": ")[2], []).append((point.name, jobs[0]))
             except RequestError:
                 scheduler.cancel([job for job in jobs if job not in known])
                 point.begun = None
                 raise
-            print(f"{point.name}: {told}\n" if told else "", end="")
+    for wait, those in alike.items():
+        of = f"{those[0][0]}: " if len(those) == 1 else ""
+        print(f"{of}{scheduler.waiting([job for _, job in those], wait)}")
 
 
 @contextmanager

@@ -44,6 +44,9 @@ SMALL_BYTES = 4096
 BACKSLASH = "\\"
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
 """A name of which a part begins so is left out."""
+PACKED = {".arrow", ".h5", ".hdf5", ".mat", ".parquet", ".pkl", ".tar", ".tfrecord"}
+"""Kinds of files in which others keep images."""
+AS_ARRAY = "numpy.savez('FILE.npz', images=IMAGES, labels=LABELS), uint8 (N, H, W, 3)"
 SHOWN = 20
 """Number of damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -125,7 +128,7 @@ def images(path: Path) -> Source:
     if path.is_file() and path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
         raise RequestError(
             f"data.path = {path}: neither a folder, nor a .zip, .npz or .npy; write its images into one, for example "
-            f"by numpy.savez('FILE.npz', images=IMAGES, labels=LABELS), uint8 (N, H, W, 3)"
+            f"by {AS_ARRAY}"
         )
     return _from_names("zip", path, zip_names(path))
 
@@ -146,12 +149,14 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
     pictures = sorted(n for n, m in meant.items() if not HIDDEN.search(m))
     images = [n for n in pictures if suffix(n) in IMAGE_SUFFIXES]
     not_taken = Counter(suffix(n) for n in pictures if suffix(n) in NOT_TAKEN)
+    packed = Counter(suffix(n) for n in pictures if suffix(n) in PACKED)
     if not images:
-        kinds = ", ".join(f"{num} {kind}" for kind, num in not_taken.items())
+        kinds, holds = (", ".join(f"{num} {kind}" for kind, num in of.items()) for of in (not_taken, packed))
         raise RequestError(
             f"data.path = {path}: no images in this {kind}; expected CLASS/NAME.png, optionally under "
             f"train/ and test/ (suffixes: {' '.join(sorted(IMAGE_SUFFIXES))})"
             + (f"; pictures of other kinds are there ({kinds}): save them as .png" if kinds else "")
+            + (f"; of what it has ({holds}) write the images into an array: {AS_ARRAY}" if holds else "")
         )
     places = [meant[n] for n in images]
     layout.refuse_twice(path, places)

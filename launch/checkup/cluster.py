@@ -107,6 +107,8 @@ def _limits(site: Site, known: dict[str, str], partition: dict[str, str]) -> Fin
             f"you may have {counted(most, 'job')} in the queue",
             "a chain needs three: submit without --then, and again with it once that has ended",
         )
+    if (most := inquiry.most_at_work(site.qos)) is not None:
+        yield Finding("pass", f"of your jobs, or tasks of arrays, at most {most} run at a time: others wait")
 
 
 def _saving(site: Site, root: Path, num_parameters: int) -> Findings:

@@ -60,10 +60,20 @@ def of_partition(name: str) -> dict[str, str]:
 def most_submitted(qos: str | None) -> int | None:
     """How many jobs, or tasks of arrays, the user may have in the queue; None where accounting sets no limit, or cannot
     be asked."""
+    return _least(qos, "MaxSubmitJobs")
+
+
+def most_at_work(qos: str | None) -> int | None:
+    """How many of them may run at a time."""
+    return _least(qos, "MaxJobs")
+
+
+def _least(qos: str | None, limit: str) -> int | None:
+    """A limit on the user's jobs: of the user's association, and of the QOS."""
     limits = []
     asked = [
-        [*_of_the_user(), "format=MaxSubmitJobs"],
-        ["sacctmgr", "-nP", "show", "qos", *([qos] if qos else ["normal"]), "format=MaxSubmitJobsPU"],
+        [*_of_the_user(), f"format={limit}"],
+        ["sacctmgr", "-nP", "show", "qos", *([qos] if qos else ["normal"]), f"format={limit}PU"],
     ]
     for command in asked:
         with contextlib.suppress(SchedulerError):

@@ -43,6 +43,12 @@ class Wait:
         }
 
 
+def waiting(jobs: list[str], wait: str) -> str:
+    """What these jobs wait for, in a line: of many the first ones and how many more."""
+    more = f" and {len(jobs) - 4} more" if len(jobs) > 4 else ""
+    return f"job{'s'[: len(jobs) > 1]} {', '.join(jobs[:4])}{more} wait{'s'[: len(jobs) == 1]}: {wait}"
+
+
 RELEASE = "{scontrol} release {job}"
 LOOK = "{scontrol} show job {job} says more"
 ASK_LESS = "{end}submit again "

@@ -21,7 +21,7 @@ from launch.cluster.by_template import submit_again
 from launch.cluster.ended import ends, signal_name
 from launch.cluster.job import Job
 from launch.cluster.partitions import partitions
-from launch.cluster.reasons import Wait, explain
+from launch.cluster.reasons import Wait, explain, waiting
 from launch.cluster.slurm import asked_once, available
 from launch.cluster.slurm_orders import (
     cancel,

@@ -74,6 +74,7 @@ def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
         ])  # fmt: skip
     told = "" if keys else "Their configs do not differ. "
     told += f"{side_by_side.LOSS.capitalize()}: {side_by_side.which_loss(rows)}."
+    told += f" {which[0].upper()}{which[1:]}." if (which := side_by_side.which_code(rows)) else ""
     parts: list[Part] = [table(columns, cells), note(told), _incomparable(rows, of)]
     if len(beside) < len(keys):
         names = [Column("key"), *(Column(of[row["path"]].run.name, True) for row in rows)]

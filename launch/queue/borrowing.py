@@ -50,8 +50,9 @@ def check_trainable(run: RunDir) -> None:
     if not (can_write(run) and _is_open(run.checkpoints)):
         why = not_ours(run.path)
         raise RequestError(
-            f"{run.path} cannot be written here: it can be sampled and scored into another --root, not trained"
-            + (f". {why}" if why else "; or begin a new run with its weights: --from, with another --name")
+            f"{run.path} cannot be written here: it can be sampled and scored into another --root, not trained; but a "
+            f"copy of your own goes on from its last step (cp -r {run.quoted} NEW), and a new run may begin with its "
+            f"weights (--from {run.quoted}, with another --name)" + (f". {why}" if why else "")
         )
     for path in (run.metrics, run.lock, run.fence):
         if path.is_dir():

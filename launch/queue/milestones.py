@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from ddpm.config import reading
@@ -51,6 +52,11 @@ def how_many(config: Config) -> str:
 def set_name(run: RunDir, config: Config, step: int) -> str:
     """The name of a milestone's set. config: from `sampled_as`."""
     return fit_name(f"milestone{config.sample.num_samples}-{sets.own_set(run, config, step)}")
+
+
+def is_set_of_one(name: str) -> bool:
+    """Whether a set has a name from `set_name`."""
+    return re.match(r"milestone\d+-", name) is not None
 
 
 def jobs_of(run: RunDir, config: Config, site: Site, *, dry_run: bool = False) -> list[tuple[int, list[Job]]]:

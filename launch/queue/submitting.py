@@ -116,7 +116,7 @@ def why_it_waits(job_id: str, stage: str, end: str) -> str:
         return ""
     if wait.never:
         raise RequestError(f"SLURM took the {stage} job, and would never start it, so it was taken back: {wait}")
-    return f"job {job_id} waits: {scheduler.explain(job_id, found, end)}"
+    return scheduler.waiting([job_id], str(scheduler.explain(job_id, found, end)))
 
 
 def sent_tasks(run: RunDir, job_id: str) -> int:

@@ -30,6 +30,13 @@ def watch_with(run: RunDir) -> str:
     return f"watch it with: python launch/status.py {run.quoted} --watch"
 
 
+def _told(states: dict[str, str], stages: dict[str, str]) -> str:
+    """A few jobs by their stages, those that run first, and how many more there are: `train 8 running and 2 more`."""
+    first = sorted(states, key=lambda job: states[job] == "PENDING")[:2]
+    told = [f"{stages.get(job, '')} {job} {states[job].lower()}".strip() for job in first]
+    return ", ".join(told) + (f" and {len(states) - 2} more" if len(states) > 2 else "")
+
+
 Stage = tuple[str, str]
 """Its name, and the set that it is of; "" of training."""
 
@@ -82,7 +89,7 @@ class Follower:
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
             count = f" {step}{f'/{total}' if total else ''}" if what in ("step", "shards") else ""
-            print(f"{state} {what}{count}{more}".rstrip(), flush=True)
+            print(f"{state}  {what}{count}{more}".rstrip(), flush=True)
 
     def _says(self, jobs: Collection[str]) -> str:
         """The last line with a time of these jobs' newest log, without the time."""
@@ -143,7 +150,7 @@ def follow_jobs(run: RunDir, jobs: list[str], only: Sequence[Stage] = ()) -> Non
                     e["job"]: (e.get("stage", "train"), e.get("set", "")) for e in events if e["event"] == "submitted"
                 }
                 at_work = next((stages.get(job) for job, state in states.items() if state == "RUNNING"), ("", ""))
-                follower.show(" ".join(sorted({f"{j}:{s}" for j, s in states.items()})[:4]), at_work, states)
+                follower.show(_told(states, {job: stage for job, (stage, _) in stages.items()}), at_work, states)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         follower.close()

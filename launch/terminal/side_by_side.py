@@ -21,6 +21,7 @@ from ddpm.run.log import plain
 from ddpm.run.paths import RunDir
 from ddpm.run.records import last_validation, skim_metrics, usable
 from ddpm.scoring.record import SCORE_NAMES, key_of, number, told
+from launch.cluster import code
 from launch.queue.naming import short
 from launch.queue.sets import good_scores
 from launch.terminal import columns as table
@@ -46,6 +47,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
     says: then as given. A row is plain values:
 
     name, path; sweep: the name of the one that it is of, or None; from: the weights that it started from, or None;
+    code: the digest of what its newest job runs, or None;
     differs: {"train.lr": 1e-4, …}, what is not the same
     in all of their configs, in the config's order (of a config that cannot be read {}); step, total_steps; loss: the
     smoothed_loss(), or None; validation_loss: the newest, or None; score: None, or {"set", "step", "key", "value",
@@ -69,6 +71,7 @@ def rows(runs: Sequence[RunDir]) -> list[Row]:
             "name": run.name,
             "path": str(run.path),
             "sweep": console.sweep_of(run),
+            "code": damage.read(partial(code.last_run, run)),
             "from": _came_from(usable(run).get("from")),
             "differs": {key: reading.value_at(tree, key) for key in keys} if tree else {},
             "step": max(saved, metrics[-1]["step"] if metrics else 0),
@@ -86,6 +89,16 @@ def which_loss(found: Sequence[Row]) -> str:
     """What the column of losses is, and why the rows are not ranked by it, where they are not."""
     others = _other_losses(found)
     return WHICH_LOSS + (f"; not ranked: what is summed depends on {', '.join(others)}" if others else "")
+
+
+def which_code(found: Sequence[Row]) -> str:
+    """Where runs do not have the same code: who has which. "" where they do."""
+    of: dict[str, list[str]] = {}
+    for row in found:
+        if row["code"]:
+            of.setdefault(row["code"], []).append(row["name"])
+    told = [f"{digest} ({', '.join(names[:4])}{', …' if names[4:] else ''})" for digest, names in of.items()]
+    return f"not all have the same code: {'; '.join(told)}" if len(told) > 1 else ""
 
 
 def _other_losses(found: Sequence[Row]) -> list[str]:
@@ -218,6 +231,8 @@ def _notes(found: list[Row], left_out: list[str]) -> Iterator[str]:
         yield f"score: {'; '.join(ranked)}"
     if len(found) > 1 and not any(row["differs"] for row in found):
         yield "their configs do not differ"
+    if told := which_code(found):
+        yield told
     if left_out:
         yield f"no room for {', '.join(left_out)}: --json has all"
     for row in found:

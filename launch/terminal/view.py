@@ -35,6 +35,7 @@ def page(rows: list[Row], width: int, *, details: bool) -> list[str]:
     """The table, and under it problems, what to do, and what had no room. details: where hours went, and all scores."""
     shown, left_out = table.lines(rows, width)
     notes = [f"{row['name']}: {told}" for row in rows for told in _notes(row, left_out, details=details)]
+    notes += _waiting(rows, left_out)
     below = {"score", "waits for", *(["samples"] if details else [])}
     if hidden := [column.name for column in table.COLUMNS if column.name in left_out - below]:
         notes.append(f"no room for {', '.join(hidden)}: --json has all")
@@ -55,17 +56,15 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
     """left_out: columns for which there was no room."""
     if details and any(row["allocated_s"].values()):
         yield where_time_went(row)
-    if row["making"]:
-        yield f"{row['making']['set']}: {row['making']['told']}"
+    if made := row["making"]:
+        listed = details and row["sets"].get(made["set"], {}).get("told", "").endswith(made["told"])
+        yield from () if listed else (f"{made['set']}: {made['told']}",)
     if details and row["validation_loss"] is not None:
         yield f"validation loss {row['validation_loss']:.4f}"
     if details:
         yield from _samples_and_scores(row)
     elif "score" in left_out and row["scores_told"]:
         yield table.score(row)
-    for wait in row["waits"]:
-        if wait["next_step"] or wait["expected_start"] or ("waits for" in left_out and wait["reason"] != "Dependency"):
-            yield f"job {wait['job']} waits: {standing.line(wait)}"
     if row["jobs"] and row.get("cluster") and row["cluster"] != scheduler.cluster_name():
         yield f"its jobs are on cluster {row['cluster']}"
     if row["bad_nodes"] and details:
@@ -73,6 +72,20 @@ def _notes(row: Row, left_out: set[str], *, details: bool) -> Iterator[str]:
         yield f"lives of it died by themselves on {', '.join(row['bad_nodes'])}{error}"
     if row["problem"]:
         yield row["problem"]
+
+
+def _waiting(rows: list[Row], left_out: set[str]) -> Iterator[str]:
+    """What jobs wait for that somebody can change, or that had no room: a line for all that wait alike."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        for wait in row["waits"]:
+            unseen = "waits for" in left_out and wait["reason"] != "Dependency"
+            if wait["next_step"] or wait["expected_start"] or unseen:
+                alike.setdefault(standing.line(wait), []).append((row["name"], wait["job"]))
+    for line, those in alike.items():
+        names = {name for name, _ in those}
+        of = f"{those[0][0]}: " if len(names) == 1 else ""
+        yield f"{of}{scheduler.waiting([job for _, job in those], line)}"
 
 
 def _samples_and_scores(row: Row) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_removing_says_what_it_would_free_and_frees_it_with_yes(again: Shell) ->
     (again.root / "tiny-too" / "run.json").rename(again.cwd / "run.json")
     assert f"rm -r {again.root}/tiny-too" in again.refused("remove", "tiny*", "--yes")
     (again.cwd / "run.json").rename(again.root / "tiny-too" / "run.json")
+    assert re.search(r"^all 2 runs: \S+ [KM]iB in \d+ files$", again("remove", "tiny*").stdout, re.M)
     done = again("remove", "tiny*", "--yes")
     assert done.returncode == 0 and done.stdout.endswith("removed tiny\nremoved tiny-too\n"), done.stdout + done.stderr
     assert [p.name for p in again.root.iterdir()] == [".cache"]

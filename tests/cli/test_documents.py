@@ -97,15 +97,12 @@ NOBODY = {
     "tools/quickstart.sh": "makes an environment, then is a command that tests/cli/test_local.py runs in small",
     "tools/test.sh": "runs these tests",
     "sudo tools/slurm_testbed/nfs.sh": "tests/nfs runs it",
-    "tools/slurm_testbed/debian.sh": "makes another Debian of 6 GB",
     "sudo tools/slurm_testbed/debian.sh": "makes another Debian of 6 GB",
 }
 """How a command begins -> why no test runs it."""
 
 OTHERS_OPTIONS = {
     *(
-        "--against",
-        "--count",
         "--data",
         "--install",
         "--largest",

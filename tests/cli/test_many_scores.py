@@ -181,6 +181,7 @@ def test_milestones_are_sampled_and_scored_and_the_best_of_them_is_known(again: 
     (wrong,) = [line.why for line in inspection.look(run) if line.what == "milestones.json"]
     assert wrong == "is of another checkpoint than this run's step 400"
     assert again("evaluate", "tiny", "--all-milestones").returncode == 0 and read(run.milestones) == record
+    assert again("evaluate", "tiny").returncode == 0  # the set that was asked for
 
 
 def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(again: Shell) -> None:

@@ -80,6 +80,7 @@ def test_it_is_not_trained_and_a_sentence_says_why(again: Shell, theirs: Path, t
     before, own = snapshot(again.root), tmp_path / "own"
     done = as_a_user(again, "submit", "tiny.yaml", *longer)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not trained" in done.stderr, done.stderr
+    assert "cp -r " in done.stderr and "--from " in done.stderr
     as_a_user(again, "sample", str(theirs), "--set", "mine", "--root", str(own), "--prepare")
     done = as_a_user(again, "submit", "tiny.yaml", *longer, "--root", str(own))
     assert done.returncode == 2 and f"has the checkpoints of {theirs}" in done.stderr, done.stderr

@@ -26,6 +26,17 @@ from launch.cluster.partitions import Partition
 from launch.cluster.site import Site
 
 
+def test_how_many_jobs_a_user_may_have_and_how_many_of_them_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"format=MaxSubmitJobs": "\n10\n", "format=MaxSubmitJobsPU": "\n", "format=MaxJobs": "\n2\n",
+            "format=MaxJobsPU": "4\n"}  # fmt: skip
+    monkeypatch.setattr(slurm, "run", lambda argv, **_: told.get(argv[-1], ""))
+    said = [finding.what for finding in cluster._limits(Site(time="1h"), {}, {})]
+    assert "you may have 10 jobs in the queue" in said
+    assert "of your jobs, or tasks of arrays, at most 2 run at a time: others wait" in said
+    told.clear()
+    assert not any("jobs" in finding.what for finding in cluster._limits(Site(time="1h"), {}, {}))
+
+
 def test_the_space_of_a_run_is_that_of_its_end() -> None:
     kept = Checkpoint(keep_last=2, milestone_every_steps=25, milestone_every_epochs=None)
     train, sample = Train(total_epochs=4, global_batch=10), Sample(num_samples=7, shards=1)

@@ -235,6 +235,10 @@ def test_a_path_that_cannot_serve_is_a_request_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=r"no images in this folder; expected CLASS/NAME\.png"):
         open_source(images_at(tmp_path / "empty"))
+    (tmp_path / "hub" / "data").mkdir(parents=True)  # as Hugging Face's datasets come
+    (tmp_path / "hub" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RequestError, match=r"of what it has \(1 \.parquet\) write the images .*numpy\.savez"):
+        open_source(images_at(tmp_path / "hub"))
     with pytest.raises(RequestError, match="no images in this zip"):
         open_source(images_at(as_zip(tmp_path / "words.zip", {"a.txt": b"hello"})))
     (tmp_path / "set.h5").write_bytes(b"\x89HDF\r\n\x1a\n")

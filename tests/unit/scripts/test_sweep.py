@@ -146,6 +146,13 @@ def test_a_run_of_a_sweep_that_would_never_start_is_taken_back_and_told(
     assert cancelled[:2] == ["scancel", "102"]
 
 
+def test_runs_of_a_sweep_that_wait_alike_have_one_line(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.queue = [f"{job} {job} PENDING N/A AssocMaxJobsLimit" for job in range(101, 110)]
+    assert submit.main() == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "AssocMaxJobsLimit" in line]
+    assert [line.partition(":")[0] for line in told] == ["job 101 waits", "jobs 102, 103 wait"]
+
+
 def test_jobs_that_a_run_of_a_sweep_had_before_are_not_taken_back_with_a_new_one(cluster: Cluster) -> None:
     assert submit.main() == 0
     cluster.queue = [f"{job} {job} RUNNING N/A None" for job in (101, 103, 106, 107)]  # without 102, which trained it

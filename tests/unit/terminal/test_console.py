@@ -160,7 +160,7 @@ def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, caps
     made.request.write_text('{"shards": 4, "num_samples": 402}')
     made.shard_manifest(0, 4).touch()
     follow.Follower(run).show("17:RUNNING")
-    assert re.match(r"17:RUNNING shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
+    assert re.match(r"17:RUNNING  shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
     for index in (1, 2, 3):
         made.shard_manifest(index, 4).touch()
     follow.Follower(run).show("17:RUNNING")  # something else than the set, which is whole
@@ -194,9 +194,12 @@ def test_one_set_is_waited_for_and_told_of_whatever_else_of_the_run_is_at_work(
     monkeypatch.setattr(follow, "POLL_S", 0)
     follow.follow_jobs(run, ["17"], [("sample", "fast")])
     assert {tuple(jobs) for jobs in asked} == {("17", "21")}
-    assert re.match(r"17:RUNNING 21:RUNNING shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out)
+    assert re.match(
+        r"sample 17 running, sample 21 running  shards 1/4  100 of 402 images(, |$)", capsys.readouterr().out
+    )
     asked.clear()
     follow.follow_jobs(run, ["20"])
+    assert capsys.readouterr().out.startswith("sample 17 running, sample 18 running and 3 more")
     assert asked[0] == ["17", "18", "19", "20", "21"]
     follow.Follower(run).show("20:RUNNING", ("train", ""))
     assert "shards" not in capsys.readouterr().out.splitlines()[-1]

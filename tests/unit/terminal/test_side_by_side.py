@@ -11,6 +11,7 @@ import pytest
 
 from ddpm.config import reading
 from ddpm.errors import RequestError
+from ddpm.run.events import EventLog
 from ddpm.run.paths import RunDir
 from launch.terminal import console, side_by_side
 from tests.cli.harness import TINY
@@ -37,6 +38,15 @@ def made(
               "sampler": {"name": "ddim"}, "num_samples": num, "nfe": 4}  # fmt: skip
         run.score(set_name).write_text(json.dumps({"fid": value, **of, **(made_otherwise or {}).get(set_name, {})}))
     return run
+
+
+def test_runs_that_do_not_have_the_same_code_are_told_apart(tmp_path: Path) -> None:
+    runs = [made(tmp_path, name) for name in ("a", "b", "c")]
+    for run, digest in zip(runs, ("1" * 16, "1" * 16, "2" * 16), strict=True):
+        assert not any("same code" in line for line in side_by_side.page(side_by_side.rows(runs), 200))
+        EventLog(run, "17", 0, "n1", prefix="submit-").append("submitted", stage="train", code=digest)
+    told = f"not all have the same code: {'1' * 16} (a, b); {'2' * 16} (c)"
+    assert told in side_by_side.page(side_by_side.rows(runs), 200)
 
 
 def test_runs_are_sorted_by_score_then_loss_with_the_keys_alone_that_differ(tmp_path: Path) -> None:

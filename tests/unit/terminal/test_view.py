@@ -12,7 +12,7 @@ import pytest
 from ddpm.run.paths import RunDir
 from launch.terminal import columns, history, streams, view
 from launch.terminal.screen import Screen
-from tests.unit.terminal.rows import TOLD, of_every_kind, row
+from tests.unit.terminal.rows import PRIORITY, TOLD, of_every_kind, row
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -101,6 +101,21 @@ def test_every_set_of_a_run_is_listed_and_each_job_with_its_stage() -> None:
     assert page[1:] == [page[1], "mine: cats: step 200, ddim, 4 steps, 12 of 25 images, no score",
                         f"mine: paper: {TOLD}, step 400"]  # fmt: skip
     assert "train 20 running, sample 21 pending" in page[1]
+
+
+def test_jobs_that_wait_alike_have_one_line_and_a_set_that_is_begun_one() -> None:
+    limit = {**PRIORITY, "reason": "AssocMaxJobsLimit", "next_step": "wait for one of them to end"}
+    rows = [row(f"lr_{i}", jobs={f"{i}": "PENDING"}, waits=[{**limit, "job": f"{i}"}]) for i in range(1, 7)]
+    told = "others are before it (AssocMaxJobsLimit): wait for one of them to end"
+    assert view.page(rows, 200, details=False)[7:] == [f"jobs 1, 2, 3, 4 and 2 more wait: {told}"]
+    assert view.page(rows[:1], 200, details=False)[2:] == [f"lr_1: job 1 waits: {told}"]
+    both = [*rows[0]["waits"], {**limit, "job": "9"}]
+    assert view.page([{**rows[0], "waits": both}], 200, details=False)[2:] == [f"lr_1: jobs 1, 9 wait: {told}"]
+    run = row("mine", making={"set": "cats", "told": "0 of 25 images"})
+    run["sets"] = {"cats": {"step": 200, "told": "step 200, ddim, 4 steps, 0 of 25 images"}}
+    assert view.page([run], 200, details=True)[2:] == ["mine: cats: step 200, ddim, 4 steps, 0 of 25 images, no score"]
+    run["making"]["told"] += ", 3.1 images/s, until 14:05"
+    assert len(view.page([run], 200, details=True)) == 4
 
 
 def test_the_first_score_is_shown_with_the_number_of_others() -> None:
