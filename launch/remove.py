@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run.fence import Fence
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, not_ours
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
 from ddpm.run.log import amount, counted
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
 from launch.queue import borrowing, work

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.client
 import os
 import re
 import threading
@@ -23,9 +22,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ddpm.data import ahead, array_file, dataset_json, layout, listing
+from ddpm.data import ahead, array_file, dataset_json, layout, library, listing
 from ddpm.data.array_file import ArrayFile
-from ddpm.data.decoding import Decoding, load_formats, to_square
+from ddpm.data.decoding import Decoding, load_formats
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.data.whole import digest_once
 from ddpm.errors import EnvironmentLacks, RequestError
@@ -235,9 +234,9 @@ def read(
     Raises RequestError naming all images that cannot be decoded, EnvironmentLacks (no download, no scikit-learn).
     """
     if source.kind == "digits":
-        return _read_digits(size)
+        return library.read_digits(size)
     if source.kind == "cifar10":
-        return _read_cifar10(source.path or downloads / "cifar10", split, size)
+        return library.read_cifar10(source.path or downloads / "cifar10", split, size)
     if source.array is not None:
         return _read_array(source.array, source, size, how or Decoding())
     return _decode(source, split, size, how)
@@ -346,33 +345,3 @@ def _all_of(file: IO[bytes]) -> bytes:
     if not raw:
         raise ValueError("the file is empty")
     return bytes(raw)
-
-
-def _read_digits(size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, as RGB."""
-    from PIL import Image
-
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise EnvironmentLacks("data.name=digits needs scikit-learn: pip install 'ddpm-hpc[digits]'") from None
-    bunch = load_digits()
-    for image, label in zip(bunch.images, bunch.target, strict=True):
-        yield to_square(Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)), size), int(label)
-
-
-def _read_cifar10(root: Path, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """The original CIFAR-10 (Krizhevsky 2009), downloaded and MD5-checked by torchvision."""
-    from PIL import Image
-    from torchvision.datasets import CIFAR10
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        dataset = CIFAR10(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as e:
-        raise EnvironmentLacks(
-            f"CIFAR-10 could not be had from {CIFAR10.url} ({e}); on a machine with a network put {CIFAR10.filename} "
-            f"into {root}, or give another copy: data.path=FOLDER_OR_ZIP_OF_IMAGES"
-        ) from None
-    for image, label in zip(dataset.data, dataset.targets, strict=True):
-        yield to_square(Image.fromarray(image), size), int(label)

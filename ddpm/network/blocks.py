@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + h
 
     def by_own_kernels(self, x: Tensor, shift: Tensor, places: Tensor | None) -> Tensor:
-        """`forward` by fused.py's kernels; shift: (B, width_out), this block's of `shifts`."""
+        """`forward` by fused.py's kernels. shift: (B, width_out), what `shifts` has computed for this block."""
         h, x = fused.norm_act(x, self.norm_1, silu=True)
         h = F.conv2d(h, self.conv_1.weight, padding=1)
         h, _ = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)

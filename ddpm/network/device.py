@@ -50,6 +50,11 @@ class Resolved:
     """What computes the layers between convolutions, and the update: own: this project's kernels; torch: torch's, as in
     old runs."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether something is compiled: the network, or kernels for it."""
+        return self.compile or self.kernels == "own"
+
     def as_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("micro_batch", None), ("kernels", "torch"))}
 

@@ -38,8 +38,8 @@ class UNet(nn.Module):
     """eps(x_t, t) or, with num_classes > 0, eps(x_t, t, labels).
 
     structure: the fields of Structure; image_size is required. ValueError naming a field that cannot be built.
-    fused_attention: of every attention at first; `set_fused_attention` changes it.
-    Initial weights are drawn from torch's global generator.
+    fused_attention: as in `Attention`; `set_fused_attention` changes it.
+    Initial weights are float32, drawn from torch's global generator.
     """
 
     own_kernels = False
@@ -103,7 +103,8 @@ class UNet(nn.Module):
         return way.end(h)
 
     def _apply(self, *given: Any, **options: Any) -> UNet:
-        """What moves or casts the network; those kernels may not serve there, and are chosen anew."""
+        """torch calls this for whatever moves or casts the network. Our kernels may not serve there: until they are
+        chosen again, torch's compute it."""
         self.set_own_kernels(False)
         return super()._apply(*given, **options)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.files import LINES_BYTES, DamagedFile, now, read_bytes
+from ddpm.run.forms import SIGN, Record
 from ddpm.run.paths import RunDir, files_of_kind
-from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
+from ddpm.run.records import parse_events, read_heartbeat
 
 
 class EventLog:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DoNotRetry, RunBusy, RunGone
-from ddpm.run.files import DamagedFile, look_anew, not_ours, read_bytes, write_bytes
+from ddpm.run.files import DamagedFile, look_anew, read_bytes, write_bytes
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 
 AWAY_S = 600.0

@@ -8,17 +8,15 @@ with ".tmp-". Must not know: which files a run has.
 from __future__ import annotations
 
 import errno
-import grp
 import hashlib
 import io
 import json
 import os
-import pwd
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -208,40 +206,6 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> Bin
         if may_publish is not None:
             may_publish()  # it knows better what has become of the directory
         raise
-
-
-def not_ours(path: Path) -> str:
-    """If `path` belongs to another user: why this user cannot write it, for a message; else ""."""
-    me = os.geteuid()
-    while True:
-        try:
-            there = path.stat()
-            break
-        except OSError:  # it is not there, or in a folder that may not be looked into
-            if path == path.parent:
-                return ""
-            path = path.parent
-    if there.st_uid == me or me == 0:
-        return ""
-    told = f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}"
-    if there.st_mode & stat.S_IRWXG == stat.S_IRWXG and there.st_gid not in {os.getegid(), *os.getgroups()}:
-        return f"{told}, who is not in its group {_group(there.st_gid)} here (id): a new login or job may be"
-    return f"{told}; its owner can share it with the group: chmod -R g+rwX {path}"
-
-
-def _user(uid: int) -> str:
-    return _name(pwd.getpwuid, uid, "uid")
-
-
-def _group(gid: int) -> str:
-    return _name(grp.getgrgid, gid, "gid")
-
-
-def _name(look_up: Callable[[int], Sequence[Any]], number: int, kind: str) -> str:
-    try:
-        return str(look_up(number)[0])
-    except KeyError:
-        return f"{kind} {number}"
 
 
 def _is_linked(tmp: Path, path: Path) -> bool:

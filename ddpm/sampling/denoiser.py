@@ -59,7 +59,7 @@ class Denoiser:
 
 
 def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
-    """The network as a function without gradients, evaluated in `precision`."""
+    """The network as a function without gradients. precision: bf16 | fp16: autocast to it; anything else: none."""
 
     def eps(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         with torch.no_grad(), autocast(precision, x_t.device):
@@ -77,7 +77,7 @@ def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
 
 
 class Replays:
-    """Evaluations on a GPU: from the third call with a shape on, its kernels are launched together, as one CUDA graph.
+    """`eps` on a GPU: from the third call with the same shapes on, its kernels are launched together, as a CUDA graph.
 
     The network's tensors must stay where they are in memory; changes of their values are seen.
     """

@@ -52,6 +52,7 @@ def whole_part(path: Path, request: Request) -> Part:
 
 
 def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:
+    """Keep a finished batch, the samples from `first` on. token: names the writer in temporaries."""
     sample_set.part.mkdir(exist_ok=True)
     data = npz_bytes(images=part.images, nfe=part.nfe, code=part.code, check=_check(request, first, part))
     with contextlib.suppress(FileExistsError):  # a twin of this job, not yet dead, finished the same batch

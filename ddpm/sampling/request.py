@@ -261,7 +261,8 @@ def differences(there: Any, asked: Any) -> str:
 
 
 def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
-    """(first, num) of shard `index`: contiguous, in order, sizes differing by at most one."""
+    """(first, num) of shard `index`, 0-based: contiguous, in order, sizes differing by at most one. Raises RequestError
+    for shards that cannot be."""
     if not 1 <= shards <= num_samples:
         raise RequestError(f"shards = {shards}: must be from 1 to num_samples = {num_samples}")
     if not 0 <= index < shards:

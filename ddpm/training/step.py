@@ -23,6 +23,7 @@ from ddpm.data.batches import Batches, Parts, Ring, sent
 from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
+from ddpm.network import fused
 from ddpm.network.device import Later, Resolved, autocast
 from ddpm.network.prepared import Prepared
 from ddpm.training.optimizer import learning_rate
@@ -32,8 +33,7 @@ from ddpm.training.state import TrainingState
 from ddpm.training.update import Update, is_adam, serves
 
 MOST_SKIPPED = 100
-"""After so many overflows of fp16 gradients in a row, each at half the loss scale before, the scale is not the
-cause."""
+"""After so many overflows of fp16 gradients in a row the loss scale, which each of them halves, is not the cause."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Given:
     lr: float | torch.Tensor
     parts: Parts
     share: torch.Tensor | None = None
-    """By how much of its way to the weights their average moves; None on a CPU, where EMA.update knows it."""
+    """Which part of its way to the weights their average moves, float32 (); None on a CPU, where EMA.update knows
+    it."""
 
 
 class Step:
@@ -77,6 +78,13 @@ class Step:
             exchange()  # connects the ranks, which takes memory: before it is tried out how many images fit
             return network, exchange
         return DistributedDataParallel(network, gradient_as_bucket_view=True), None
+
+    def choose_kernels(self) -> None:
+        """Decide by which kernels the network is computed. Call it only once the compiled kernels of an earlier life
+        are in place, since it may compile some to try them."""
+        own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
+        for model in (self.state.model, self.state.ema.model):
+            fused.choose(model, own)
 
     def begin_attempt(self) -> None:
         """Use the random streams of the state's attempt from here on: called when a life resumes, and after a
@@ -268,7 +276,8 @@ class Step:
 
     @property
     def own(self) -> Update | None:
-        """What updates here by kernels of this project, where layers have some too: not on a CPU."""
+        """The update by kernels of this project, where the network is computed by some too; None elsewhere, as on a
+        CPU."""
         state = self.state
         if self._own is None and self._all_have_own:
             adam = not state.scaler.is_enabled() and is_adam(state.optimizer, state.model)  # else a scaler decides
@@ -277,7 +286,8 @@ class Step:
 
     @cached_property
     def _all_have_own(self) -> bool:
-        """Whether they serve on all ranks, whose weights would come apart if some took torch's. Called on all ranks."""
+        """Whether these kernels serve on all ranks: weights would drift apart if some took torch's. Called on all
+        ranks."""
         if not self.gpu:
             return False
         serve = self.resolved.kernels == "own" and serves(self.world.device)
@@ -288,7 +298,7 @@ class Step:
         return self.config.train.grad_clip or math.inf
 
     def recorded(self) -> None:
-        """Called between the recording of a step and its first replay."""
+        """Called after a step was recorded, and before it is first replayed."""
         if self._own is not None:
             self._own.tell()
 

@@ -24,7 +24,7 @@ from ddpm.training.optimizer import bare
 from ddpm.training.progress import Window
 
 _WORD_BYTES = 16
-"""That a GPU reads at a time, where they lie together."""
+"""Bytes that a GPU reads at a time, if they lie together."""
 _NONE: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
 
 
@@ -77,7 +77,8 @@ class Update:
         return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
 
     def _find_chunks(self, sizes: Sequence[int]) -> None:
-        """`_of`: whose a chunk is; `_begin`: at which of its bytes it begins; `_sizes`: its elements."""
+        """Divide the tensors into chunks. `_of`: the tensor of each chunk; `_begin`: its first element there; `_sizes`:
+        how many elements it has."""
         most, of_each = self._kernels.CHUNK, np.array(sizes)
         chunks = -(-of_each // most)
         self._of = np.repeat(np.arange(len(sizes)), chunks)
@@ -85,8 +86,8 @@ class Update:
         self._begin, self._sizes = first * most, np.minimum(of_each[self._of] - first * most, most)
 
     def _addresses(self, begins: Sequence[int], narrow: Sequence[bool] | None = None) -> np.ndarray:
-        """Where each chunk begins, int64 (chunks,), of tensors that begin there. narrow: which are in bf16, and so told
-        by an odd address."""
+        """The address of each chunk, int64 (chunks,), from those of the tensors. narrow: which tensors are in bf16: the
+        kernels know them by an odd address."""
         odd = np.array(narrow)[self._of] if narrow else np.zeros(len(self._of), np.int64)
         found: np.ndarray = np.array(begins)[self._of] + self._begin * np.where(odd, 2, 4) + odd
         return found
@@ -171,7 +172,7 @@ def is_adam(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
 
 @functools.cache
 def serves(device: torch.device) -> bool:
-    """Whether this is what updates on the device: on a GPU on which it was seen to work, with a warning on others."""
+    """Whether these kernels work on the device: on a GPU they are tried once, and a warning says why they do not."""
     if not work_on(device):
         return False
     try:

@@ -10,8 +10,6 @@ import shlex
 import socket
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,27 +303,6 @@ def allocation() -> dict[str, str]:
     if gpus := os.environ.get("SLURM_GPUS_ON_NODE") or (listed and str(len(listed.split(",")))):
         options.setdefault("gpus-per-node", gpus)  # also of a job that asked for them otherwise, as by --gres
     return options
-
-
-@contextmanager
-def submitting(words: list[str]) -> Iterator[None]:
-    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey; no
-    clusters, since `words` name the one; nor what has sbatch wait for the end of a job, or queue it several times; nor
-    GPUs that the user has exported for sbatch, where `words` ask for some: SLURM would add them, and refuses --gres
-    beside --gpus-per-node from 26.05 on.
-    """
-    of_its_job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    ours = (*of_its_job, *asked.VARIABLES)
-    saved = {k: v for k, v in os.environ.items() if k.startswith(ours) and k != "SLURM_CONF"}
-    saved |= {k: os.environ[k] for k in ("SBATCH_WAIT", "SBATCH_ARRAY_INX") if k in os.environ}
-    if any(re.match("--gpus|--gres=.*gpu", word) for word in words):
-        saved |= {k: v for k, v in os.environ.items() if re.match("SBATCH_GPUS|SBATCH_GRES=.*gpu", f"{k}={v}")}
-    for key in saved:
-        del os.environ[key]
-    try:
-        yield
-    finally:
-        os.environ.update(saved)
 
 
 def interface_of_peers(rank_0: str) -> str | None:

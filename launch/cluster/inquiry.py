@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.cluster import environment, slurm, slurm_orders, slurm_questions
 from launch.cluster.answers import SchedulerError
+from launch.cluster.asked import submitting
 from launch.cluster.environment import SHIPPED
 from launch.cluster.job import Job, flags
 
@@ -87,7 +88,7 @@ def submit_probe(job: Job, home: dict[str, str], script: Path, asked: Path, log:
     options = {k: v for k, v in job.options().items() if k not in ("requeue", "signal", "output", "open-mode")}
     options |= {"job-name": "ddpm-doctor", "output": str(log), "ntasks-per-node": "1"}
     words = ["sbatch", "--parsable", *flags(options), str(script), str(asked)]
-    with environment.submitting(words):
+    with submitting(words):
         env = {**os.environ, **home, "PYTHONPATH": home["DDPM_HOME"]}
         return slurm_orders.submit(words, env=env)
 
@@ -97,5 +98,5 @@ def try_out(job: Job) -> None:
     array = [f"--array=0-{job.num_tasks - 1}"] if job.is_array else []
     options = flags({k: v for k, v in job.options().items() if k not in ("dependency", "output")})
     words = ["sbatch", "--test-only", *options, *array, str(SHIPPED / "slurm" / f"{job.stage}.sbatch"), "RUN"]
-    with environment.submitting(words):
+    with submitting(words):
         slurm.run(words)

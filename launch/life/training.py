@@ -23,6 +23,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 from ddpm.run.saving import SPARE_BYTES, num_bytes
 from ddpm.training import ranks
+from ddpm.training.chronicle import Chronicle, Silent
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster import environment, scheduler
@@ -83,20 +84,23 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.broadcast)) is not None:
                 return _leave_together(life, world, code, e.reason)
-    trainer = Trainer(
-        config,
-        run,
-        world,
-        packed,
-        _resolved(life, config, world, fence),
-        fence=fence,
-        owner=env.owner(),
-        events=env.events(run) if world.is_main else None,
-        start=read_run(run).get("from"),
-        held_out=held_out,
-        mirror=mirror_of(run, config, life.stop.held),
-        on_milestone=lambda: score_milestones(life, config),
-    )
+    resolved = _resolved(life, config, world, fence)
+    chronicle = Silent()
+    if fence is not None:
+        chronicle = Chronicle(
+            config,
+            run,
+            fence,
+            env.events(run),
+            owner=env.owner(),
+            world_size=world.world_size,
+            num_images=len(packed),
+            mirror=mirror_of(run, config, life.stop.held),
+            on_milestone=lambda: score_milestones(life, config),
+            patience_s=lambda reason: save_patience_s(life, reason, timeout_s),
+        )
+    start = read_run(run).get("from")
+    trainer = Trainer(config, run, world, packed, resolved, chronicle, start=start, held_out=held_out)
     trainer.resume()
     size = num_bytes(trainer.state.state_dict())  # and logs grow, by what a save leaves free for them
     if why := world.broadcast(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
@@ -105,7 +109,7 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
     found = trainer.fit()
     if fence is not None and found is not None:
         _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
-    return _until_the_end(life, world, trainer, fence, timeout_s)
+    return _until_the_end(life, world, trainer, fence)
 
 
 def save_patience_s(life: Life, reason: str, rank_timeout_s: float) -> float:
@@ -179,13 +183,13 @@ def _keep(run: RunDir, fence: Fence, resolved: dict[str, Any]) -> None:
     write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
 
 
-def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None, timeout_s: float) -> int:
+def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> int:
     while True:
         if not trainer.warm:
             # compilers that start here must not die of a signal meant for us
             with life.stop.held(), _compiling(life, world, trainer, fence):
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason, timeout_s))
+        outcome = trainer.train(life.stop)
         if not outcome.saved:
             return _leave_together(life, world, 1, "save_failed")
         if outcome.finished:
@@ -214,7 +218,7 @@ def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | No
 
 
 def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:
-    if not trainer.compiles:
+    if not trainer.resolved.compiles:
         return nullcontext()
     return compiled.compiling(
         life.run,

@@ -10,8 +10,9 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile, read_bytes, read_json
+from ddpm.run.forms import RUN_TOO
 from ddpm.run.paths import RunDir
-from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
+from ddpm.run.records import read_heartbeat, thin_metrics
 from ddpm.scoring.record import Score
 from launch.queue.sets import good_scores
 from launch.terminal.overview import Damage, read_life

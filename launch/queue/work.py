@@ -11,7 +11,8 @@ from typing import Any
 
 from ddpm.errors import RequestError
 from ddpm.run.events import read_events
-from ddpm.run.files import not_ours, seconds
+from ddpm.run.files import seconds
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
-from ddpm.run.files import FULL, DamagedFile, link_to_nothing, not_ours
+from ddpm.run.files import FULL, DamagedFile, link_to_nothing
+from ddpm.run.owners import not_ours
 from launch.cluster import environment
 
 LIMITS = {
