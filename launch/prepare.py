@@ -128,7 +128,7 @@ def goes_on_from(run: RunDir) -> int:
 
 
 def _why_fixed(there: Config, asked: Config) -> str:
-    """Where it is the length alone that may not be another."""
+    """For a message: why the length may not change, if nothing else differs; else ""."""
     old, new = there.mathematics(), asked.mathematics()
     for tree in (old, new):
         for key in LENGTHS:
@@ -169,9 +169,10 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
 
 
 def settle_code(run: RunDir, take: str | None, config: Config | None = None) -> None:
-    """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
-    with `--code new`; with `--code DIGEST` what it had before. Raises RequestError where what it had is gone, does not
-    know all of `config` (None: the run's own), or jobs are at work by it.
+    """Decide which code the run's jobs run, and unpack it. That is the run's own, with a line if this checkout has
+    another; this checkout's, if the run has none or with `--code new`; with `--code DIGEST` what it had before. Raises
+    RequestError where what it had is gone or does not know all of `config` (None: the run's own), or where jobs are at
+    work by it.
 
     take: what --code asks for.
     """

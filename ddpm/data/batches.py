@@ -18,11 +18,11 @@ PIECE_IMAGES = 1024
 
 
 Parts = tuple[torch.Tensor, ...]
-"""What a batch costs to send to its device; a slice of each makes a slice of the batch."""
+"""What is sent to the device for a batch: indices, or images and labels. A slice of each is a slice of the batch."""
 
 
 class Resident:
-    """A dataset on the device itself: a batch costs the host its indices."""
+    """A dataset that lies on the device: for a batch only indices are sent."""
 
     def __init__(self, packed: PackedImages, device: torch.device) -> None:
         images = packed.images
@@ -124,14 +124,15 @@ def _planes(images: torch.Tensor, flips: torch.Tensor | None) -> torch.Tensor:
 
 
 class Ring:
-    """Pinned memory that a GPU copies from, in turns: three of them, as no more than two steps are under way."""
+    """Three pinned buffers that a GPU copies from by turns: no more than two steps are under way at a time."""
 
     def __init__(self) -> None:
         self._slots: list[tuple[Parts, torch.cuda.Event]] = []
         self._next = 0
 
     def pinned(self, parts: Parts) -> Parts:
-        """A copy of parts, of the same shapes at each call; waits for the use of what the third call before gave."""
+        """A copy of `parts`, which have the same shapes at each call. The third call after this one overwrites it, once
+        the GPU has copied it."""
         if len(self._slots) < 3:
             self._slots.append((tuple(part.pin_memory() for part in parts), torch.cuda.Event()))
             self._next = len(self._slots)
@@ -144,10 +145,10 @@ class Ring:
         return slot
 
     def used(self) -> None:
-        """What the last call gave is on its way."""
+        """Called when the copy of what `pinned` gave last has been queued."""
         self._slots[(self._next - 1) % 3][1].record()
 
 
 def sent(parts: Parts, device: torch.device) -> Parts:
-    """On their way to the device; nothing waits for them."""
+    """`parts` on the device; nothing waits for the copy."""
     return tuple(part.to(device, non_blocking=True) for part in parts)

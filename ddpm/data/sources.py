@@ -42,7 +42,7 @@ SMALL_BYTES = 4096
 """Of files that are smaller on average most of the work is Python's own: several threads would take longer than one."""
 BACKSLASH = "\\"
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
-"""A name of which a part begins so is left out."""
+"""A name is left out if one part of it begins like this."""
 SHOWN = 20
 """Number of damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -281,7 +281,8 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
 def _pictures(
     source: Source, names: Iterable[str], raw: Callable[[str], bytes], size: int | None, how: Decoding
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Those that can be decoded. raw: the content of the file of that name."""
+    """The pixels and labels of those that can be decoded; how.damaged gets the reasons of the others. raw: the content
+    of the file of that name."""
     for name in names:
         try:
             content = raw(name)

@@ -134,7 +134,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """layer(x), its bias added by a kernel of ours. x: (B, C, H, W).
 
-    Channels that do not fill a word, as the three of a picture, are filled up with zeros: matrix units read whole words.
+    Channels that do not fill a word, as the three of a picture, are filled up with zeros: matrix units read words.
     """
     assert layer.bias is not None
     weight, few = layer.weight, layer.in_channels

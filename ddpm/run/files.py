@@ -25,13 +25,13 @@ from typing import Any, BinaryIO, TypeVar
 T = TypeVar("T")
 TMP_PREFIX = ".tmp-"
 SETTLED_S = 2.0
-"""A file that was changed so shortly before may change again in no time: file times are coarse."""
+"""A file that was changed less than this before may change again without showing it: file times are coarse."""
 RECORD_BYTES = 8 << 20
 """Largest JSON record, or line of JSON, that is read: thousands of times the size of ours."""
 LINES_BYTES = 1 << 30
 """Largest file of JSON lines that is read: metrics of millions of logged steps."""
 STALE_TRIES = 10
-"""How often a file is opened once more that was replaced under its reader."""
+"""How often a file is opened again after another host has replaced it under its reader."""
 PASSING = frozenset((
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
     errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
@@ -87,13 +87,13 @@ def sha256_file(path: Path) -> str:
 
 
 def marks(stat: os.stat_result) -> list[int]:
-    """What a file system tells of a file that changes when it is replaced or written to."""
+    """Device, inode, size and times of a file: if it is replaced or written to, one of them changes."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def settled_marks(*paths: Path) -> tuple[int, ...]:
-    """The `marks` of all these files, by which what was read of them may be kept. () where one is not there, or was
-    changed within SETTLED_S."""
+    """The `marks` of all these files: what was read from them may be kept as long as these stay. () if one is missing,
+    or was changed within SETTLED_S: then nothing may be kept."""
     found: list[int] = []
     for path in paths:
         try:
@@ -209,8 +209,8 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> Bin
 
 
 def _is_linked(tmp: Path, path: Path) -> bool:
-    """Whether that link was made all the same: an NFS server that is asked twice, as when its answer is lost, says that
-    the name exists (link(2), BUGS)."""
+    """Whether the link from `path` to `tmp` was made, though making it failed: an NFS server that is asked twice,
+    because its answer got lost, says that the name exists (link(2), BUGS)."""
     with suppress(FileNotFoundError):
         return os.path.samestat(tmp.lstat(), path.lstat())
     return False
@@ -264,7 +264,7 @@ def link_to_nothing(path: Path) -> str:
 
 
 class _Named(io.FileIO):
-    """A file whose errors of reading name it, as those of opening do: read(2) tells none."""
+    """A file whose read errors name it, as errors of opening do: those of read(2) name none."""
 
     def readinto(self, buffer: Any) -> int | None:
         return self._named(lambda: super(_Named, self).readinto(buffer))
@@ -307,8 +307,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def look_anew(directory: Path) -> None:
-    """On NFS a host remembers for a minute which file had a name there, or that none had, unless it opens the
-    directory."""
+    """Have the names in a directory looked up anew. On NFS a host remembers for a minute which file had a name, or that
+    none had, unless it opens the directory."""
     os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
 
 

@@ -29,7 +29,7 @@ class NothingSaved(RequestError):
 
 
 class AnotherStep(RequestError):
-    """The checkpoint of a step was asked for that cannot be had, and there are others; how is the caller's to say."""
+    """The checkpoint of one step was asked for and cannot be had; others can, and how is the caller's to say."""
 
 
 class NoneHolds(RequestError):
@@ -50,7 +50,7 @@ class Generation:
 
 
 class _Reading(threading.Thread):
-    """Of a file's digest, beside other work."""
+    """Computes a file's digest in a thread of its own."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)

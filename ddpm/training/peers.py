@@ -28,7 +28,7 @@ ROLL_CALL = 0.05
 POLL_S = 0.2
 
 HostOf = Callable[["dict[int, str]"], "dict[int, str]"]
-"""From where some ranks are to where others are, as far as that is known."""
+"""(rank -> host of those that came) -> rank -> host of the others, as far as these are known."""
 
 
 class Peers:

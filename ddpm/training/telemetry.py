@@ -227,7 +227,7 @@ class Telemetry:
             self._try("grid", lambda: self._show_grid(step, read_png(self._run.grid(step))))
 
     def _show_grid(self, step: int, grid: np.ndarray) -> None:
-        if step > self._first_step:  # an image of that step is not hidden by a new file's
+        if step > self._first_step:  # earlier ones are in earlier event files, which this life's does not hide
             self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: add_grid(board, step, grid)))
         self.flush_board()

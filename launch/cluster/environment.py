@@ -125,7 +125,7 @@ def supervisor_is_heard() -> None:
 
 
 def command_line() -> str:
-    """The one that was typed, to be typed again."""
+    """The command that was typed, for a message that asks for it again."""
     return shlex.join(["python", *sys.argv])
 
 

@@ -32,7 +32,7 @@ class Work:
     elsewhere: str = ""
     """For a message: another trainer that has just given a sign of life, or ""."""
     stays: Mapping[str, str] = field(default_factory=dict)
-    """Of `jobs` those that wait on, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
+    """The `jobs` that stay in the queue, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
     silent: tuple[str, ...] = ()
     """Clusters that had jobs of it, and do not answer."""
 
@@ -57,7 +57,7 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def _order(jobs: Iterable[str], order: Callable[[list[str]], None]) -> None:
-    """One order to each cluster that has some of them, whatever the others say to theirs. Raises SchedulerError."""
+    """Give the order to each cluster for its jobs, also after another one refused. Raises SchedulerError."""
     numbers: dict[str, list[str]] = {}
     refused: list[scheduler.SchedulerError] = []
     for job in jobs:
