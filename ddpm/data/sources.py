@@ -32,7 +32,14 @@ from ddpm.run.files import PASSING, canonical_json, open_file, read_bytes
 from ddpm.run.log import counted
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
+NUM_IMAGES = {
+    ("cifar10", "train"): 50_000,
+    ("cifar10", "test"): 10_000,
+    ("celeba", "train"): 162_770,
+    ("digits", "train"): 1797,
+}
+"""(kind, split) -> number of images where a source lists none: those that a library reads, and all of CelebA before it
+is downloaded."""
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
 PIECE_BYTES = 1 << 16
@@ -55,7 +62,7 @@ class Source:
     kind: str  # folder | zip | array | cifar10 | digits | celeba (not downloaded yet)
     path: Path | None
     members: dict[str, list[str]]
-    """split -> names relative to `path`, sorted; no names where a library reads the images (NUM_IMAGES)."""
+    """split -> names relative to `path`, sorted; none where NUM_IMAGES says how many there are."""
     classes: list[str]
     labels: dict[str, int] = field(default_factory=dict)
     """name -> index into `classes`; -1 for a class that has no training image."""
@@ -176,7 +183,8 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         members.setdefault(split, []).append(n)
         class_of[n] = theirs[meant[n]] if theirs else below[0] if below else ""
         nested |= len(below) > 1
-    classes = sorted({class_of[n] for n in members.get("train", images)}, key=_by_number if theirs else None)
+    by_number = (lambda name: int(name or 0)) if theirs else None
+    classes = sorted({class_of[n] for n in members.get("train", images)}, key=by_number)
     label_of = {name: label for label, name in enumerate(classes)}
     if nested and not theirs:
         selection["class"] = "outermost folder"
@@ -190,10 +198,6 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         selection["names"] = "UTF-8"
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)
-
-
-def _by_number(name: str) -> int:
-    return int(name or 0)
 
 
 def _said_beside(

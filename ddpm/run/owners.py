@@ -26,16 +26,13 @@ def not_ours(path: Path) -> str:
         return ""
     told = f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}"
     if there.st_mode & stat.S_IRWXG == stat.S_IRWXG and there.st_gid not in {os.getegid(), *os.getgroups()}:
-        return f"{told}, who is not in its group {_group(there.st_gid)} here (id): a new login or job may be"
+        group = _name(grp.getgrgid, there.st_gid, "gid")
+        return f"{told}, who is not in its group {group} here (id): a new login or job may be"
     return f"{told}; its owner can share it with the group: chmod -R g+rwX {path}"
 
 
 def _user(uid: int) -> str:
     return _name(pwd.getpwuid, uid, "uid")
-
-
-def _group(gid: int) -> str:
-    return _name(grp.getgrgid, gid, "gid")
 
 
 def _name(look_up: Callable[[int], Sequence[Any]], number: int, kind: str) -> str:
