@@ -119,7 +119,7 @@ def tell(run: RunDir) -> None:
 
 
 def remove(run: RunDir) -> None:
-    """Out of sight at once, then file by file. Raises RequestError where a job that nobody else tells of holds it."""
+    """Remove a run: its name at once, then file by file. Raises RequestError if a job that nobody knew of holds it."""
     if run.config.is_file() and not borrowing.reads(run):
         try:
             Fence(run, {"job": f"remove-{os.getpid()}", "restart": 0, "host": environment.host()}, wait_s=0).release()

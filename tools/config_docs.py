@@ -84,7 +84,7 @@ def _cell(text: str) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    """As YAML has it."""
+    """The field's default in YAML."""
     value = field.get_default(call_default_factory=True)
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 

@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".p
 NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
 """Kinds of pictures that are not read; their number is logged."""
 MAX_IMAGE_BYTES = 256 << 20
-"""Of one image's file: ten megabytes of a zip can unpack to ten gigabytes of zeros."""
+"""Largest file of one image: ten megabytes of a zip can unpack to ten gigabytes of zeros."""
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Compression methods that zipfile unpacks in bounded pieces; with others a kilobyte may become a gigabyte at once."""
 
@@ -125,7 +125,7 @@ def _as_meant(file: zipfile.ZipInfo) -> str:
 
 
 def suffix(name: str) -> str:
-    """As pathlib's, which takes ten times as long, in small letters."""
+    """The suffix of a name in small letters, with its dot; pathlib takes ten times as long to find it."""
     stem, dot, end = name.rpartition("/")[2].rpartition(".")
     return f"{dot}{end}".lower() if stem and end else ""
 

@@ -38,15 +38,14 @@ NUM_IMAGES = {
     ("celeba", "train"): 162_770,
     ("digits", "train"): 1797,
 }
-"""(kind, split) -> number of images where a source lists none: those that a library reads, and all of CelebA before it
-is downloaded."""
+"""(kind, split) -> images, where none are listed: of what a library reads, and of CelebA before it is downloaded."""
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
 PIECE_BYTES = 1 << 16
 PART_IMAGES = 4
 """Number of images that a thread decodes at a time."""
 SMALL_BYTES = 4096
-"""Of files that are smaller on average most of the work is Python's own: several threads would take longer than one."""
+"""Average size of files below which threads do not pay: most of the work is Python's own then."""
 BACKSLASH = "\\"
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
 """A name is left out if one part of it begins like this."""
@@ -285,8 +284,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
 def _pictures(
     source: Source, names: Iterable[str], raw: Callable[[str], bytes], size: int | None, how: Decoding
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """The pixels and labels of those that can be decoded; how.damaged gets the reasons of the others. raw: the content
-    of the file of that name."""
+    """The pixels and labels of those that can be decoded. raw: the content of the file of that name."""
     for name in names:
         try:
             content = raw(name)

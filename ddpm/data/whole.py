@@ -43,7 +43,7 @@ from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
 TOLD_BYTES = 1 << 30
-"""From this size on it is told that a file is read, which takes seconds or minutes."""
+"""From this size on a line says that a file is read, since that takes seconds or minutes."""
 SHA256 = re.compile("[0-9a-f]{64}")
 Tell = Callable[[str], None]
 
@@ -87,8 +87,8 @@ class Watch:
         self._seen = self._now()
 
     def damage(self) -> str:
-        """That the mapped pixels were overwritten, for a message, or "". They are only read again if the file's inode,
-        size or times have changed; a network file system may show that a minute late."""
+        """For a message: that the mapped pixels were overwritten; "" if not. They are only read again if the file's
+        inode, size or times have changed; a network file system may show that a minute late."""
         if (now := self._now()) != self._seen:
             if images_digest(self._packed.images) != self._packed.digest:
                 return f"{self._path}: overwritten while it was mapped"

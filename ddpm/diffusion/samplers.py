@@ -50,7 +50,7 @@ class Coefficients(NamedTuple):
     """The factors of which a sampler makes x_t-1: float64 (S,), in the order of the timesteps; None for zeros."""
 
     schedule: Schedule
-    """Of the S timesteps that the sampler visits, from the last to the first."""
+    """The schedule of the S timesteps that the sampler visits, from the last to the first."""
     x_0: Tensor
     x_t: Tensor
     last_x_0: Tensor | None = None

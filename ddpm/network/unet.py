@@ -174,7 +174,7 @@ class Level(nn.Module):
 
     @property
     def by_sample(self) -> tuple[str, ...]:
-        """As of blocks.py's: the bias of what fused.conv computes."""
+        """As in blocks.py: the bias of a convolution that fused.conv computes."""
         return ("resample.bias",) if type(self.resample) is nn.Conv2d else ()
 
     def add(self, block: nn.Module, attention: nn.Module) -> None:

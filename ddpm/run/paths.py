@@ -108,7 +108,7 @@ class Folder:
 
     @property
     def quoted(self) -> str:
-        """Its path as a word of the commands that messages say."""
+        """Its path as a word of a shell command, for messages."""
         return shlex.quote(str(self.path))
 
 
@@ -172,7 +172,7 @@ class RunDir(Folder):
 
     @property
     def notify(self) -> Path:
-        """Whom to tell of the run's end; readable by its owner alone."""
+        """Says whom to tell of the run's end; readable by its owner alone."""
         return self.path / "notify.json"
 
     @property

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 TIMED_OUT = re.compile(r"^(?=.*(?:\bgloo\b|NCCL|Dist\w*Error|Operation)).*\btimed? ?out", re.I | re.S)
 CLOSED = re.compile(r"gloo/transport/tcp/|(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
-"""In torch's errors, mostly plain RuntimeErrors, where another rank does not answer, or died."""
+"""What torch's errors say, mostly plain RuntimeErrors, when another rank does not answer, or died."""
 ROLL_CALL = 0.05
 """How long ranks that waited in vain are given to say so, as a part of that time: they may not have begun together."""
 POLL_S = 0.2

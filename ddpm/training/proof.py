@@ -73,7 +73,7 @@ def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
 
 
 def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
-    """In what a loaded state differs from what this run's must be at `step`, or ""."""
+    """For a message: how a loaded state differs from what this run's must be at `step`; "" if it does not."""
     if state["step"] != step or state["images"] != step * config.train.global_batch:
         return f"holds step {state['step']} after {counted(state['images'], 'image')}"
     if state["config_digest"] != config.digest():

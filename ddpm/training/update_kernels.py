@@ -18,7 +18,7 @@ ROW = 5
 """Numbers of a chunk in the table of places, int64 (chunks, 5): addresses of the weights, of both moments and of the
 average, and how many elements there are."""
 SUMMED = 4096
-"""Of chunks' sums, at a time."""
+"""How many of the chunks' sums are added at a time."""
 _ANY = ["chunks", "counters"]
 """Numbers of which no value has a kernel of its own."""
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 VARIABLES = ("SLURM_CLUSTERS", "SBATCH_CLUSTERS")
-"""By which a user has sbatch queue elsewhere, as it heeds them; the first is every command's."""
+"""Variables that say where sbatch queues, in the order in which it heeds them; all commands heed the first."""
 _ASKED: ContextVar[str] = ContextVar("the cluster that this process asks, whatever its shell has exported", default="")
 
 

@@ -21,7 +21,7 @@ from launch.cluster.job import SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3
-"""For submitit's own handling of time limits, which our entry replaces."""
+"""A number for submitit's own handling of time limits, which our entry replaces."""
 
 
 class Named:

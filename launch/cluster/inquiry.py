@@ -41,7 +41,7 @@ def is_older(told: str) -> bool:
 
 
 def settings(*keys: str) -> dict[str, str]:
-    """Those of slurm.conf's settings that SLURM tells. Raises SchedulerError."""
+    """The settings of slurm.conf that are asked for and that SLURM tells. Raises SchedulerError."""
     told = slurm.run(["scontrol", "show", "config"], timeout_s=10)
     found = {key: re.search(rf"^{key}\s*=\s*(.*\S)", told, re.M) for key in keys}
     return {key: match[1] for key, match in found.items() if match}
@@ -75,7 +75,7 @@ def _of_the_user() -> list[str]:
 
 
 def accounts() -> list[str]:
-    """Those that the user may charge; none where accounting cannot be asked."""
+    """The accounts that the user may charge; none if accounting cannot be asked."""
     try:
         told = slurm.run([*_of_the_user(), "format=Account"], timeout_s=10)
     except SchedulerError:

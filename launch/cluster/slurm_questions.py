@@ -92,7 +92,7 @@ def looked_up_together(jobs: Iterable[str]) -> Iterator[None]:
 
 
 def look_up(jobs: list[str]) -> dict[str, Queued]:
-    """Those of `jobs` that SLURM still has, by one query for all of them, or a few. Raises SchedulerError.
+    """The `jobs` that SLURM still has, by one query for all of them, or a few. Raises SchedulerError.
 
     COMPLETING only means that a job's processes are ending: a pre-empted job is COMPLETING before it is PENDING again.
     Jobs of other users are included if the site shows them, since a group may share a run.

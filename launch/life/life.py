@@ -46,7 +46,7 @@ class Life:
         return Worker(self.stop, self.env.token, stay=not self.env.array_task)
 
     def heed_stop(self) -> None:
-        """From here on watch the run's STOP file, except the one despite which samples or a score were asked for."""
+        """Watch the run's STOP file from here on, unless samples or a score were asked for despite that very one."""
         self.stop.watch(self.run, known_stop(self.run, self.env.job) if self.run.is_stopped() else "")
 
     def leave(self, code: int, reason: str = "") -> int:

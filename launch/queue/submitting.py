@@ -120,7 +120,7 @@ def why_it_waits(job_id: str, stage: str, end: str) -> str:
 
 
 def sent_tasks(run: RunDir, job_id: str) -> int:
-    """With how many tasks a sample job was submitted."""
+    """The number of tasks with which a sample job was submitted."""
     return int(submission(run, job_id).get("tasks") or 1)
 
 

@@ -127,7 +127,7 @@ def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
 
 
 def in_queue(jobs: list[str]) -> list[str]:
-    """Those of `jobs` that SLURM has.
+    """The `jobs` that SLURM has.
 
     A job that is COMPLETING may soon be gone, or queued again after pre-emption: waits to see which. One that stays
     COMPLETING, as on an unreachable node, counts as gone; if it should come back, the run's lock keeps it out.

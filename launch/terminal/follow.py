@@ -31,7 +31,7 @@ def watch_with(run: RunDir) -> str:
 
 
 Stage = tuple[str, str]
-"""Its name, and the set that it is of; "" of training."""
+"""A stage's name, and its set; "" for training."""
 
 
 class Follower:

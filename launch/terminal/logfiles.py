@@ -48,7 +48,7 @@ def unheard(run: RunDir) -> str:
 
 
 def job_of(log: Path) -> str:
-    """Whose it is; "" of a job of this machine."""
+    """The SLURM job whose log this is; "" for a job of this machine."""
     found = OF_SLURM.fullmatch(log.name)
     return found[2] if found else ""
 
@@ -136,7 +136,7 @@ def _begin(path: Path, last_lines: int) -> int:
 
 
 def _added(path: Path, since: int) -> tuple[list[str], int]:
-    """Whole lines from byte `since` on, and where the next one begins."""
+    """The whole lines from byte `since` on, and the byte at which the next one begins."""
     with path.open("rb") as f:
         f.seek(since if since <= f.seek(0, 2) else 0)
         since, data = f.tell(), f.read()

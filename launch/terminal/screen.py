@@ -30,7 +30,7 @@ HINTS = {"table": "↑↓ choose  enter page  l log  s stop  q quit", "page": "e
          "log": "esc back  enter page  s stop  q quit"}  # fmt: skip
 
 DATE = re.compile(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)\.\d+Z")
-"""Of a line in a log; its time is enough here."""
+"""The date at the beginning of a line of a log; its time is enough here."""
 
 Row = dict[str, Any]
 Look = Callable[[Callable[[str], None]], list[Row]]
@@ -154,7 +154,7 @@ class Screen:
     # ------------------------------------------------------------ lines
 
     def lines(self, width: int, height: int) -> list[str]:
-        """At most `height` lines of at most `width` cells, with what makes them bold or reversed."""
+        """The screen: at most `height` lines of at most `width` cells, with codes that make text bold or reversed."""
         room = height - self.has_keys
         try:
             shown = {"table": self._table, "page": self._page, "log": self._lines_of_log}[self._mode](width, room)

@@ -90,7 +90,7 @@ def own_step(trainer: Trainer) -> Callable[[], None]:
 
 
 def flops(network: Callable[..., Any], *arguments: Any) -> float:
-    """Of one forward pass; a training step takes three times as many."""
+    """FLOPs of one forward pass; a training step takes three times as many."""
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         network(*arguments)
     return float(counted.get_total_flops())

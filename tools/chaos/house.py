@@ -54,7 +54,7 @@ class House:
 
     @property
     def weights(self) -> Path:
-        """That the run starts from."""
+        """The weights that the run starts from."""
         return self.where / "weights.safetensors"
 
     @property

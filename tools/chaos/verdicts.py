@@ -27,7 +27,7 @@ from tools.chaos.house import SHOWN, VERBS, House
 
 BAD = "BAD"
 REFUSALS = (2, 3, 78)
-"""Of a script: the request was wrong, or the machine lacks something; of a job: do not retry."""
+"""Exit codes: of a script for a wrong request or a machine that lacks something; of a job for `do not retry`."""
 OFTEN_REPLACED = {"lock", "fence", "heartbeat.json"}
 """Signs of the present alone: the next life writes its own."""
 VOLATILE = {
@@ -52,7 +52,7 @@ class Watched:
 
     content: Content
     products: dict[str, str]
-    """Of all verbs: name -> digest."""
+    """What all verbs have made: name -> digest."""
 
 
 @dataclass(frozen=True)
