@@ -26,7 +26,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training import ranks
-from ddpm.training.chronicle import Chronicle, Silent
+from ddpm.training.chronicle import Chronicle, MainChronicle
 from ddpm.training.trainer import Outcome, Trainer
 
 CPU = torch.device("cpu")
@@ -99,10 +99,10 @@ class Life:
         owner = {"job": "1", "restart": restart, "host": "here"}
         self.fence = Fence(run, owner, wait_s=0) if world.is_main else None
         images = images or make_images()
-        chronicle = Silent()
+        chronicle = Chronicle()
         if self.fence is not None:
             events = EventLog(run, "1", restart, "here")
-            chronicle = Chronicle(
+            chronicle = MainChronicle(
                 config, run, self.fence, events, owner=owner, world_size=world.world_size, num_images=len(images)
             )
         self.trainer = Trainer(config, run, world, images, resolved, chronicle, start=start, held_out=held_out)

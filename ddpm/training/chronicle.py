@@ -1,6 +1,7 @@
 """What a life writes of a run: events, log lines, metrics, heartbeat, grids and saves, all of them by rank 0 alone.
 
-Every rank has a chronicle and calls it at the same places; on ranks above 0 it is `Silent` and does nothing.
+Every rank has a chronicle and calls it at the same places: rank 0 a `MainChronicle`, the others a `Chronicle`, which
+does nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ MAY_PASS = PASSING | FULL | {errno.EROFS}
 SAVE_AGAIN_S = 2
 
 
-class Silent:
-    """The interface of a chronicle, which does nothing here."""
+class Chronicle:
+    """What a trainer can have told or kept; here nothing is done."""
 
     def miss(self, step: int) -> None:
         """Called where training resumes at `step`: if a later step had been saved, say so and keep its metrics."""
@@ -93,8 +94,8 @@ class Silent:
         """Called at the end of training."""
 
 
-class Chronicle(Silent):
-    """Rank 0's chronicle.
+class MainChronicle(Chronicle):
+    """The chronicle of rank 0.
 
     owner: {"job", "restart", "host"} of this life. num_images: of the dataset, on which milestones may depend. mirror:
     where metrics go besides; None: to W&B, if the config asks for it. on_milestone: called after each save of a

@@ -16,7 +16,7 @@ from ddpm.run.images import tile
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import eps_of
 from ddpm.training import fitting
-from ddpm.training.chronicle import Silent
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.state import TrainingState
 
 GRID_STEPS = 50
@@ -26,7 +26,7 @@ def num_steps(config: Config) -> int:
     return min(GRID_STEPS, config.diffusion.timesteps)
 
 
-def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
+def draw_and_publish(state: TrainingState, chronicle: Chronicle, stop_requested: StopRequested) -> str:
     """Draw `log.grid_images` samples with the weights of `sample.weights` on rank 0, and publish them.
 
     Called on all ranks, which agree at each step of the sampler on whether to go on: a stop may be requested of any

@@ -11,14 +11,14 @@ import torch
 from ddpm.config.train import divisors
 from ddpm.errors import lacks_gpu_memory
 from ddpm.training import fitting
-from ddpm.training.chronicle import Silent
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.step import Step
 
 MOST_VALUES = 100_000
 """Values that are shown of a part of the network; of a larger part, so many evenly spaced ones."""
 
 
-def show(step: Step, chronicle: Silent) -> None:
+def show(step: Step, chronicle: Chronicle) -> None:
     """Show them of the step just taken; where not one image fits beside the steps, say so instead."""
     found = of_gradients(step)
     if not found:

@@ -23,7 +23,7 @@ from ddpm.run.log import counted, say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training import fitting, grids, histograms
-from ddpm.training.chronicle import Silent
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
 from ddpm.training.progress import Progress
@@ -46,8 +46,8 @@ class Outcome:
 class Trainer:
     """One life of one run on one rank.
 
-    chronicle: a `Chronicle` on rank 0, `Silent` on the others. start: `from` of run.json, the weights that the run
-    starts from; None: random ones. held_out: images to validate on; None: no validation.
+    chronicle: on rank 0 a `MainChronicle`. start: `from` of run.json, the weights that the run starts from; None:
+    random ones. held_out: images to validate on; None: no validation.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer:
         world: World,
         packed: PackedImages,
         resolved: Resolved,
-        chronicle: Silent,
+        chronicle: Chronicle,
         *,
         start: dict[str, Any] | None = None,
         held_out: PackedImages | None = None,

@@ -20,7 +20,7 @@ from ddpm.errors import lacks_gpu_memory
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import LabelledEpsModel, eps_of
 from ddpm.training import fitting
-from ddpm.training.chronicle import Silent
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.state import TrainingState
 
 NUM_IMAGES = 1024
@@ -43,7 +43,7 @@ class HeldOut:
         self._chosen = usable[np.arange(self._num) * len(usable) // max(1, self._num)]
 
     def validate(
-        self, state: TrainingState, chronicle: Silent, stop_requested: StopRequested
+        self, state: TrainingState, chronicle: Chronicle, stop_requested: StopRequested
     ) -> tuple[float | None, str]:
         """`loss`, where it can be had: (None, "") if it does not fit beside the steps, and from then on if the images
         were overwritten. The chronicle is told of either."""

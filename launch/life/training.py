@@ -23,7 +23,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 from ddpm.run.saving import SPARE_BYTES, num_bytes
 from ddpm.training import ranks
-from ddpm.training.chronicle import Chronicle, Silent
+from ddpm.training.chronicle import Chronicle, MainChronicle
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster import environment, scheduler
@@ -85,9 +85,9 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
             if (code := life.until_killed_or_on(e.reason, world.broadcast)) is not None:
                 return _leave_together(life, world, code, e.reason)
     resolved = _resolved(life, config, world, fence)
-    chronicle = Silent()
+    chronicle = Chronicle()
     if fence is not None:
-        chronicle = Chronicle(
+        chronicle = MainChronicle(
             config,
             run,
             fence,

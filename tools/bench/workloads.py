@@ -19,7 +19,7 @@ from ddpm.network.device import Resolved, apply, resolve
 from ddpm.run.events import EventLog
 from ddpm.run.fence import Fence
 from ddpm.run.paths import RunDir
-from ddpm.training.chronicle import Chronicle, Silent
+from ddpm.training.chronicle import Chronicle, MainChronicle
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from tools.bench import PROJECT
@@ -60,10 +60,10 @@ def trainer_of(
         run = RunDir(Path(where))
         size, classes = asked.data.image_size, asked.model.num_classes or 1
         images = noise_images(bench.pick(gpu=50_000, cpu=5_000, small=500) * 32**2 // size**2, size, classes)
-        fence, chronicle = None, Silent()
+        fence, chronicle = None, Chronicle()
         if world.is_main:
             fence, events = Fence(run, owner), EventLog(run, "bench", 0, "here")
-            chronicle = Chronicle(
+            chronicle = MainChronicle(
                 asked, run, fence, events, owner=owner, world_size=world.world_size, num_images=len(images)
             )
         trainer = Trainer(asked, run, world, images, resolved, chronicle)
