@@ -107,6 +107,7 @@ def _alike(cache: Path, key: str, data: Data, source: Source, split: str) -> boo
 
 
 def _key(data: Data, source: Source, split: str, fingerprint: Any) -> str:
+    """A digest of all that the packed pixels and labels follow from."""
     record = {
         "version": PACK_VERSION,
         "kind": source.kind,

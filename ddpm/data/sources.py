@@ -246,6 +246,7 @@ def read(
 
 
 def _decode(source: Source, split: str, size: int | None, asked: Decoding | None) -> Iterator[tuple[np.ndarray, int]]:
+    """`read` for a folder or a zip: by threads, in order, where the files are not too small for that to pay."""
     assert source.path is not None
     how, path, names = asked or Decoding(), source.path, source.members[split]
     archive = zipfile.ZipFile(path) if source.kind == "zip" else None

@@ -84,6 +84,7 @@ def words(key: Key, index: Values, step: Step) -> Words:
 
 
 def checked_step(step: StepT) -> StepT:
+    """The step itself. ValueError for an int outside [0, 2**48); a tensor is not read."""
     if isinstance(step, int) and not 0 <= step < 1 << LIMIT_BITS:
         raise ValueError(f"step is {step}; it must lie in [0, 2**{LIMIT_BITS})")
     return step

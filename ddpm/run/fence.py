@@ -131,6 +131,7 @@ class Fence:
         return True
 
     def _holder(self) -> dict[str, Any]:
+        """Who has the lock, as its file says; {} if that is not known."""
         try:
             value = json.loads(read_bytes(self._run.lock))  # opened anew: NFS asks its server then, and not before
         except (OSError, ValueError, DamagedFile):
@@ -138,6 +139,7 @@ class Fence:
         return value if isinstance(value, dict) else {}
 
     def _current(self) -> int:
+        """The counter: the last writer's token; 0 if there is none."""
         try:
             look_anew(self._run.path)
             number = int(read_bytes(self._run.fence))
@@ -197,6 +199,7 @@ class Fence:
         return f" (it is {home} now)" if home.exists() and home != self._run.path else ""
 
     def release(self) -> None:
+        """Give up the lock, which another process may then take."""
         while self._held:
             os.close(self._held.pop())
 

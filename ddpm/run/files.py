@@ -79,6 +79,7 @@ def sha256_json(value: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, in hex. Raises OSError, and DamagedFile as `open_file`."""
     digest = hashlib.sha256()
     with open_file(path) as f:
         while chunk := f.read(1 << 20):

@@ -158,6 +158,7 @@ class Checkpointer:
             raise error
 
     def _write_guarded(self, state: dict[str, Any], final: bool) -> None:
+        """`_write`, whose error is kept for `wait`."""
         try:
             self._write(state, final)
             self._error = None
@@ -173,6 +174,7 @@ class Checkpointer:
                 self._log(f"checkpoint failed: step={state['step']} error={e!r}")
 
     def _write(self, state: dict[str, Any], final: bool) -> None:
+        """Make `state` a generation, unless it is one already; then remove those that nobody needs."""
         run, step = self._run, int(state["step"])
         with_ema = final or self._is_milestone(step)
         try:
@@ -195,7 +197,7 @@ class Checkpointer:
             self._not_removed = ""
 
     def _publish(self, state: dict[str, Any], with_ema: bool) -> str:
-        """Returns the checkpoint's sha256."""
+        """Write `state` as a generation; returns the sha256 of its .pt."""
         run, step = self._run, int(state["step"])
         self._fence.check()  # what lies there may be a later job's, half way to its manifest
         self._clear()

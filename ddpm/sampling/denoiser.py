@@ -97,6 +97,7 @@ class Replays:
         return replay(*given) if replay else self._eps(x_t, t, labels)
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
+        """Record an evaluation of these shapes, to be replayed; None, with a warning, if that fails."""
         graph, device = torch.cuda.CUDAGraph(), given[0].device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # else it is of the current GPU
             static = [tensor.clone() for tensor in given]

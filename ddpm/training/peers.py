@@ -50,6 +50,7 @@ class Peers:
                 self._lost({r: where.get(r, "") for r in silent}, f"did not come within {timeout_s:g} s")
 
     def _meet(self, address: str, port: int, host_of: HostOf) -> dist.Store:
+        """Rank 0's store: torchrun's, if it has started these ranks. Raises RanksLost if it cannot be reached."""
         patience = timedelta(seconds=self.timeout_s)
         if dist.is_torchelastic_launched():  # torchrun has one
             there = f"[{address}]" if ":" in address else address

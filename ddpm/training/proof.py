@@ -52,6 +52,7 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: 
 
 
 def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
+    """The state in the .pt of `step`. Raises DamagedFile if it does not pass the checks."""
     path = run.checkpoint(step)
     try:
         with zipfile.ZipFile(path) as archive:

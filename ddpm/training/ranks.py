@@ -164,5 +164,6 @@ def join(
 
 
 def leave() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

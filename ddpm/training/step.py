@@ -66,6 +66,7 @@ class Step:
         self.begin_attempt()
 
     def _network(self) -> tuple[Any, Exchange | None]:
+        """What computes the network here, and what exchanges gradients; None: one rank alone, or DDP does it."""
         state, world = self.state, self.world
         if self.resolved.compile:
             network: Any = torch.compile(state.model)

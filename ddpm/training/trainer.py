@@ -103,6 +103,7 @@ class Trainer:
             self.chronicle.say("resumed", step=step, world_size=self.world.world_size)
 
     def _attempts_told(self) -> int:
+        """On rank 0: the last attempt that the run's events tell of."""
         events, damage = read_events_and_damage(self.run)
         for what in damage:
             self.chronicle.say(f"{what}: left out")
@@ -110,9 +111,11 @@ class Trainer:
         return max(told, default=0)  # no sum: two lives may have told of the same rollback
 
     def _newest(self) -> int | None:
+        """The step of the newest good generation, as rank 0 finds it; None if nothing was ever saved."""
         return self.world.of_main(lambda: found.step if (found := generations.newest_good(self.run, say)) else None)
 
     def _restore(self, step: int) -> None:
+        """Load the generation of `step`. Raises DoNotRetry if this config or this code cannot go on with it."""
         saved = generations.load(self.run, step, mapped=self.world.is_main)
         if saved["config_digest"] != self.config.digest():
             raise DoNotRetry(
@@ -223,7 +226,6 @@ class Trainer:
         code, any_bad, any_save = self._asked() if self._asked else (0, 0, 0)
         # device values are read one step late too, so that a GPU never idles; after the last step there is no later
         bad = _is_bad(self._finite_before) or (at_total and _is_bad(self._finite))
-        # the clock is rank 0's
         by_clock = self.due.save(step, time.monotonic() - self._saved_at if world.is_main else 0)
         asked = world.agree_later([stop_code(stop_requested), int(bad), int(by_clock)])
         if world.world_size == 1:
