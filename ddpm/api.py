@@ -315,7 +315,7 @@ class Model:
         if "sampler" in asked:
             changes["steps"] = usual_steps(self.config, asked["sampler"])
             if not kind_of(asked["sampler"]).has_eta:
-                changes["eta"] = 0.0  # the config's is for its own
+                changes["eta"] = 0.0  # the config's eta is meant for its own sampler
         tree["sample"] |= {**changes, **asked}
         config = section.build(Config, tree, "sample()")
         request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
@@ -346,7 +346,7 @@ class Model:
 
 
 def _warn(message: str) -> None:
-    print(message, file=sys.stderr)  # what a script prints may be data
+    print(message, file=sys.stderr)  # not stdout: what a script prints may be data
 
 
 def _check_whole(name: str, values: Tensor, num: int, below: int) -> None:

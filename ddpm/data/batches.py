@@ -76,7 +76,7 @@ class Batches:
         self._order = rng.key(seed, "order", attempt)
         self._flip = rng.key(seed, "flip", attempt)
         self._permutations: dict[int, np.ndarray] = {}
-        self._store = functools.cache(functools.partial(store, packed))  # by device
+        self._store = functools.cache(functools.partial(store, packed))  # one store for each device
 
     def sample_ids(self, step: int, first: int, num: int) -> np.ndarray:
         """Dataset indices, int64 (num,), of rows first … first+num-1 of step `step`'s global batch."""
@@ -91,7 +91,7 @@ class Batches:
 
     def parts(self, step: int, first: int, num: int, device: torch.device) -> Parts:
         """What `images` needs of rows first … first+num-1 of step `step`, on the host."""
-        device = torch.empty(0, device=device).device  # with its number, if none was given: to have one store
+        device = torch.empty(0, device=device).device  # with its number, so that `cuda` and `cuda:0` have one store
         return self._store(device).parts(self.sample_ids(step, first, num))
 
     def images(self, parts: Parts, step: Step, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ class Batches:
         index: int64 (n,), the rows' places in the global batch.
         """
         raw, labels = self._store(index.device).take(parts)
-        planes = _planes(raw, rng.coin(self._flip, index, step) if self.flip else None)  # while they are bytes
+        planes = _planes(raw, rng.coin(self._flip, index, step) if self.flip else None)  # still bytes: cheap to flip
         return planes.float().div_(127.5).sub_(1), labels
 
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,7 +65,7 @@ def folder_names(path: Path) -> Iterator[str]:
     while todo:
         prefix, folder = todo.pop()
         try:
-            with os.scandir(folder) as entries:  # tells kinds with the names: a million files are not asked one by one
+            with os.scandir(folder) as entries:  # with kinds: a million files need not be asked one by one
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             refuse(error)

@@ -85,7 +85,7 @@ class Source:
     def _taken(self, tell: Callable[[str], None]) -> Any:
         if self.array is not None:
             return self.array.fingerprint(tell)
-        if self.path is not None and self.path.is_file():  # of whatever kind
+        if self.path is not None and self.path.is_file():  # a zip, or any other file
             return digest_once(self.path, tell)
         if self.kind == "folder" and self.path is not None:
             digest, begins = hashlib.sha256(), b"["  # as sha256_json of the list, which a million files make long
@@ -189,11 +189,11 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         selection["class"] = "outermost folder"
     if splits := list(layout.new_splits(folders, depth)):
         selection["splits"] = splits
-    if any(suffix(n) == ".jfif" for n in images):  # once they were left out
+    if any(suffix(n) == ".jfif" for n in images):  # they were left out once
         selection["suffixes"] = [".jfif"]
-    if kind == "zip" and any(BACKSLASH in n for n in images):  # once they were in no folder
+    if kind == "zip" and any(BACKSLASH in n for n in images):  # they were in no folder once
         selection["separator"] = BACKSLASH
-    if kind == "zip" and any(meant[n] != n.replace(BACKSLASH, "/") for n in images):  # once they had other names
+    if kind == "zip" and any(meant[n] != n.replace(BACKSLASH, "/") for n in images):  # they had other names once
         selection["names"] = "UTF-8"
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)
@@ -266,7 +266,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
 
     try:
         some, small = names[:: len(names) // 16 + 1], len(names) <= PART_IMAGES
-        with contextlib.suppress(OSError, KeyError):  # which is told where it is read
+        with contextlib.suppress(OSError, KeyError):  # reading it will tell
             small = small or sum(map(num_bytes, some)) < SMALL_BYTES * len(some)
         if not small:
             load_formats()

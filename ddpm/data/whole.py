@@ -82,7 +82,7 @@ class Watch:
 
     def __init__(self, packed: PackedImages) -> None:
         self._packed = packed
-        name = getattr(packed.images, "filename", None)  # of a map; else they are in memory
+        name = getattr(packed.images, "filename", None)  # a memory map has one; arrays in memory have none
         self._path = Path(name) if name else None
         self._seen = self._now()
 
@@ -233,7 +233,7 @@ def _mark(stat: os.stat_result, expected: str) -> Path | None:
     """The mark of a file of which `expected` is known; None if this machine has no place for marks: then it is always
     read."""
     try:
-        places = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
+        places = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # raises where all such folders are full
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         places.mkdir(mode=0o700, exist_ok=True)
         if places.lstat().st_uid != os.getuid():

@@ -18,7 +18,7 @@ Step = int | Tensor
 """The step of a run: an int in [0, 2**48), or an int64 () tensor on the device of the draws, which is not checked."""
 StepT = TypeVar("StepT", int, Tensor, Step)
 WORD = 0xFFFFFFFF
-LIMIT_BITS = 48  # of step and of index: a counter word each, and half of the fourth word for what lies above it
+LIMIT_BITS = 48  # of step and index: the low 32 bits have a counter word each, the high 16 share the fourth
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -24,7 +24,7 @@ __all__ = [
     "permutation", "places", "uniform_int",
 ]  # fmt: skip
 
-_LAYER_BITS, _PLACE_BITS = 8, 24  # of the first counter word, in masks: layer and place within it
+_LAYER_BITS, _PLACE_BITS = 8, 24  # of the first counter word of a mask: its layer, and the place within that
 
 
 def normal(key: Key, index: Tensor, step: Step, shape: Sequence[int]) -> Tensor:
@@ -130,7 +130,7 @@ def _draws_on(device: torch.device) -> ModuleType:
         if all(map(torch.equal, _some_draws(kernels, index), _some_draws(tensor_draws, index))):
             return kernels
         why = "they give other bits"
-    except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
+    except Exception as e:  # from Triton, which may be missing, from the compiler that it calls, or from a driver
         why = f"{type(e).__name__}: {e}"
     warnings.warn(f"draws on {device} take hundreds of operations instead of one kernel each: {why}", stacklevel=2)
     return tensor_draws

@@ -161,7 +161,7 @@ def sample(
         if clip_x_0:
             x_0.clamp_(-1.0, 1.0)
         started_from = x_t
-        if i > 0:  # after the last step x_0 is the sample: weight 1, nothing of the others
+        if i > 0:  # after the last step x_0 is the sample itself
             x_t = (x_0 * a[i]).add_(x_t, alpha=b[i])
             if c[i] != 0.0:
                 x_t.add_(last_x_0, alpha=c[i])

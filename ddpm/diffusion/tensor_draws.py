@@ -23,7 +23,7 @@ from ddpm.diffusion.philox import Key, Step, counter, philox4x32, words
 # counters worked on at once: on a CPU the temporaries should stay in the cache (measured)
 CHUNK_CPU = 1 << 15
 CHUNK_THREADS = 1 << 17  # where torch shares them between threads
-CHUNK_DEVICE = 1 << 22  # this only bounds their memory
+CHUNK_DEVICE = 1 << 22  # on a GPU this only bounds the memory of the temporaries
 FEW_THREADS = 3
 """With up to this many threads torch is no faster than NumPy with one."""
 

@@ -95,7 +95,7 @@ def _products(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _wide(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, (heads, B, …, …), not rounded from float32."""
     out = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32)
-    if a.dtype == out.dtype or not a.is_cuda:  # where bmm has no out_dtype
+    if a.dtype == out.dtype or not a.is_cuda:  # bmm has no out_dtype there
         _products(out, a.float(), b.float())
         return out
     for to, one, other in zip(out.unbind(), a.unbind(), b.unbind(), strict=True):

@@ -68,9 +68,9 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     train, kept = config.train, kept or {}
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = ("bf16" if bf16 else "fp16") if gpu else "off"
-    compiled = train.compile is True  # perhaps asked for by a later life alone
+    compiled = train.compile is True  # which a later life may be the first to ask for
     own = not compiled and (kept.get("kernels") == "own" if kept else gpu and _own_kernels(config, device))
-    free = own or not gpu  # nearly so on a GPU
+    free = own or not gpu  # on a GPU it costs 2 %
     resolved = Resolved(
         amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,
         compile=_compiles(device, own, kept) if train.compile == "auto" else train.compile,
@@ -133,7 +133,7 @@ def _compiles(device: torch.device, own: bool, kept: dict[str, Any]) -> bool:
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
         return True
-    except Exception as e:  # of all that it calls
+    except Exception as e:  # from anything that torch.compile calls
         why = f"{type(e).__name__}: {e}".partition("\n")[0]
         warnings.warn(f"nothing can be compiled for {device}, so that layers are not: {why}", stacklevel=3)
         return False

@@ -27,12 +27,12 @@ def work_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        with torch.cuda.device(device):  # torch tells of the current one
+        with torch.cuda.device(device):  # the next call asks about the current device
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         check(device, dtype)
         attention.check(device, dtype)
         return True
-    except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
+    except Exception as e:  # from Triton, which may be missing, from the compiler that it calls, or from a driver
         warnings.warn(f"layers on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
     return False
 

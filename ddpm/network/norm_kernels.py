@@ -265,7 +265,7 @@ def norm(
         grid, options, drop = _launch(at, moved, groups, masks, part)
         many = options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY
         if many and torch.version.hip is None:  # Triton has the second for NVIDIA's GPUs alone
-            options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads meanwhile
+            options |= {"num_warps": 8, "maxnreg": 128}  # two fit a multiprocessor: one reads meanwhile
         with torch.cuda.device_of(x):
             _norm_kernel[grid](
                 of_part(y, part), at, _or(moved, at), weight, bias, of_part(means, part), of_part(rstds, part), *drop,

@@ -46,7 +46,7 @@ def of_run(run: RunDir, step: int | None, weights: str, config: Config, log: Tel
     found = generations.choose(run, step, log)
     try:
         state = generations.load(run, found.step)
-    except FileNotFoundError:  # retired since
+    except FileNotFoundError:  # retention has removed it since
         found = generations.choose(run, step, log)
         state = generations.load(run, found.step)
     of = {"step": found.step, "weights": weights, "sha256": found.sha256, "config_digest": state["config_digest"]}

@@ -81,7 +81,7 @@ class UNet(nn.Module):
             raise ValueError(f"labels are {given}; with num_classes={self.num_classes} they are {wanted}")
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(labels)
-        emb = F.silu(emb)  # once for all blocks
+        emb = F.silu(emb)  # computed once for all blocks
 
         way = (_Own if self.own_kernels else _Torch)(self, emb, places)
         h = way.conv(self.conv_in, x_t.to(dtype))

@@ -109,7 +109,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
         head = f.read(2)
     if not head:
         return "is empty"
-    if head != b"PK" and head[:1] != b"\x80":  # no zip, no pickle
+    if head != b"PK" and head[:1] != b"\x80":  # neither a zip nor a pickle
         return "is no file of torch's"
     if isinstance(error, pickle.UnpicklingError) and "truncated" not in str(error):
         return MORE

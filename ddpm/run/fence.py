@@ -54,7 +54,7 @@ class Fence:
         self._away_since: float | None = None
         try:
             self._root = _identity(run.path.parent)
-            self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # held, so that no other takes its number
+            self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # open, so that no other gets its inode
             self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
             self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
@@ -143,7 +143,7 @@ class Fence:
         try:
             look_anew(self._run.path)
             number = int(read_bytes(self._run.fence))
-            return number if number < 2**63 else 0  # as what is no number
+            return number if number < 2**63 else 0  # as if it were no number
         except (FileNotFoundError, ValueError):
             return 0
 
@@ -182,7 +182,7 @@ class Fence:
         mount may be away for a moment, and a save then fails as on any file system that does."""
         if _identity(self._run.path.parent) == self._root or self._whereto():
             return
-        with contextlib.suppress(OSError):  # of a server that knows it no more, or not now
+        with contextlib.suppress(OSError):  # from a server that does not know it any more, or not now
             if not os.fstat(self._home).st_nlink:  # deleted
                 return
         self._away_since = self._away_since or time.monotonic()

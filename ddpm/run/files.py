@@ -194,7 +194,7 @@ def publishing(
             rename_new(tmp, path)
         fsync_dir(path.parent)
     except OSError as e:
-        e.filename = e.filename or str(path)  # a full disk does not say where
+        e.filename = e.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
@@ -205,7 +205,7 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> Bin
         return open(tmp, "wb", opener=lambda path, flags: os.open(path, flags, mode))
     except FileNotFoundError:
         if may_publish is not None:
-            may_publish()  # it knows better what has become of the directory
+            may_publish()  # it can tell what has become of the directory
         raise
 
 
@@ -291,7 +291,7 @@ def open_file(path: Path) -> BinaryIO:
     try:
         file = io.BufferedReader(_Named(os.fspath(path), opener=_open_at_once))
     except OSError as e:
-        if e.errno == errno.ENXIO:  # so does a socket answer, and a device that is not there
+        if e.errno == errno.ENXIO:  # the error of a socket, and of a device that is not there
             raise DamagedFile(f"{path.name}: a socket or a device, and no file") from None
         raise
     try:
@@ -332,7 +332,7 @@ def _read_bytes(path: Path, at_most: int) -> bytes:
         while not too_large and (piece := f.read(1 << 20)):
             pieces.append(piece)
             size += len(piece)
-            too_large = size > at_most  # it grows, or did not say its size
+            too_large = size > at_most  # the file grows, or its size was not told
     if too_large:
         raise DamagedFile(f"{path.name}: more than {at_most:,} bytes, which none of its kind has")
     return b"".join(pieces)

@@ -57,7 +57,7 @@ class _Reading(threading.Thread):
         self._path, self._of, self._found = path, marks(path.stat()), ""
 
     def run(self) -> None:
-        with contextlib.suppress(OSError):  # which whoever wants it meets again
+        with contextlib.suppress(OSError):  # whoever needs the digest meets the error again
             self._found = sha256_file(self._path)
 
     def found(self) -> str:
@@ -127,7 +127,7 @@ def verify(run: RunDir, step: int) -> Generation:
     except FileNotFoundError:
         raise DamagedFile(f"{path.name}: missing beside its manifest") from None
     if size != manifest["bytes"]:
-        open_file(path).close()  # which may know why
+        open_file(path).close()  # raises where it can tell more
         raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
     if (sha256 := _digest(path)) != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")

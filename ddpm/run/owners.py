@@ -18,7 +18,7 @@ def not_ours(path: Path) -> str:
         try:
             there = path.stat()
             break
-        except OSError:  # it is not there, or in a folder that may not be looked into
+        except OSError:  # missing, or in a folder that may not be looked into: its parent tells
             if path == path.parent:
                 return ""
             path = path.parent

@@ -216,7 +216,7 @@ class RunDir(Folder):
     def renew_stop(self) -> None:
         """Make STOP, or touch an existing one, which gives it a new mark."""
         if self.is_stopped():
-            with contextlib.suppress(PermissionError):  # another's, which is there all the same
+            with contextlib.suppress(PermissionError):  # another user's file, which counts all the same
                 os.utime(self.stop_file, follow_symlinks=False)
         else:
             self.stop_file.touch()
@@ -225,7 +225,7 @@ class RunDir(Folder):
         """What tells one STOP from a later one (its time); "" if there is none."""
         try:
             return str(os.lstat(self.stop_file).st_mtime_ns)
-        except OSError:  # of a stale handle too, which is no STOP and ends no training
+        except OSError:  # also a stale handle, which is no STOP and ends no training
             return ""
 
     @property

@@ -115,7 +115,7 @@ def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
             tail, _, wrong = parse_metrics(f.read(SKIMMED_BYTES).partition(b"\n")[2])
             every = head[0]["step"] if len(head) == 2 else 0
             good = bool(tail and not wrong and every and head[1]["step"] == 2 * every and tail[0]["step"] % every == 0)
-            if good and size * len(tail) * every < 1.5 * SKIMMED_BYTES * tail[-1]["step"]:  # else it has lines twice
+            if good and size * len(tail) * every < 1.5 * SKIMMED_BYTES * tail[-1]["step"]:  # else lines are twice
                 return tail, tail[0]["step"] - every, ""
     records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
     return records, 0, wrong

@@ -99,12 +99,12 @@ class Replays:
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
         """Record an evaluation of these shapes, to be replayed; None, with a warning, if that fails."""
         graph, device = torch.cuda.CUDAGraph(), given[0].device
-        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # else it is of the current GPU
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # graphs are of the current GPU
             static = [tensor.clone() for tensor in given]
             try:
                 with recorded(graph, stream=_stream_of(device, threading.get_ident())):
                     out = self._eps(static[0], static[1], static[2] if len(static) > 2 else None)
-            except RuntimeError as e:  # of what does not fit twice, or may not be recorded
+            except RuntimeError as e:  # it does not fit in memory twice, or may not be recorded
                 why = f"{type(e).__name__}: {e}".partition("\n")[0]
                 warnings.warn(f"evaluations are not replayed: {why}", stacklevel=4)
                 return None

@@ -70,7 +70,7 @@ def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[in
 
 def _check(request: Request, first: int, part: Part) -> str:
     """A digest that ties a part's pixels to its request and place: another request's part does not pass."""
-    of = f"{request.digest} {first} {part.nfe} {part.images.shape} {part.code}".rstrip()  # as without, where it is none
+    of = f"{request.digest} {first} {part.nfe} {part.images.shape} {part.code}".rstrip()  # without code as in old parts
     digest = hashlib.sha256(of.encode())
     digest.update(part.images.tobytes())
     return digest.hexdigest()

@@ -244,7 +244,7 @@ def samples_record(request: Request) -> dict[str, Any]:
 def withdraw_request(made: Made) -> None:
     """Unpublish a request of which nothing was made yet, as if it had never been asked for."""
     made.request.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a shard that somebody began
+    with contextlib.suppress(OSError):  # somebody has begun a shard
         made.path.rmdir()
 
 

@@ -192,7 +192,7 @@ class MainChronicle(Chronicle):
 
     def event(self, event: str, step: int, **fields: Any) -> None:
         try:
-            self.fence.check()  # under this name there may be another run by now, whose events this would enter
+            self.fence.check()  # another run may have this name by now, and its events must not get this one
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:
             say("event not written", event=event, step=step, error=e)
@@ -214,7 +214,7 @@ class MainChronicle(Chronicle):
 
     def has_grid(self, step: int, attempt: int) -> bool:
         drawn = self.run.grid(step)
-        try:  # after a rollback it may be of weights that were given up
+        try:  # after a rollback the grid may be of weights that were given up
             return drawn.exists() and (attempt == 0 or _mtime(drawn) >= _mtime(self.run.manifest(step)))
         except OSError:  # gone meanwhile, or a file system that fails for a moment: drawn again, at worst
             return False

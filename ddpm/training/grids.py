@@ -58,7 +58,7 @@ def draw_and_publish(state: TrainingState, chronicle: Chronicle, stop_requested:
         if lacked:
             chronicle.say("no grid: it does not fit beside the steps", step=step, error=lacked)
             fitting.free(world.device)
-        while polls < num_steps(config):  # the others ask as often
+        while polls < num_steps(config):  # the other ranks have to agree as often as rank 0
             _go_on(poll)
         if drawn is not None:
             chronicle.grid(step, drawn)

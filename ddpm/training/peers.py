@@ -44,7 +44,7 @@ class Peers:
             self.store.set(f"host/{rank}", host)
             silent = _within(timeout_s + 1, self._await_all)
             if silent is None:
-                silent = [0]  # who has the store
+                silent = [0]  # nobody answered: then rank 0, which has the store, is silent
             if silent:
                 where = host_of(self._hosts)
                 self._lost({r: where.get(r, "") for r in silent}, f"did not come within {timeout_s:g} s")
@@ -82,7 +82,7 @@ class Peers:
                     where = {rank: self._hosts.get(rank, "") for rank in silent}
                     self._lost(where, f"did not answer for {self.timeout_s:g} s")
                 raise
-        except RuntimeError as e:  # of asking for the others, too: rank 0, who has the store, may have left
+        except RuntimeError as e:  # also while the store was asked: rank 0, which has it, may have left
             if not (_timed_out(e) or CLOSED.search(str(e))):
                 raise
             said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
@@ -104,7 +104,7 @@ class Peers:
             return self._silent("waits", patience_s)
 
         silent = _within(patience_s + 1, ask)
-        return [0] if silent is None else silent  # rank 0 has the store
+        return [0] if silent is None else silent  # no answer from the store, which rank 0 has
 
     def _silent(self, word: str, patience_s: float) -> list[int]:
         """The ranks that have not said `word` within `patience_s`."""
@@ -117,7 +117,7 @@ class Peers:
 
     def _lost(self, at: dict[int, str], why: str) -> NoReturn:
         if self.rank == 0:
-            time.sleep(5 * POLL_S)  # others are about to ask for the same
+            time.sleep(5 * POLL_S)  # the other ranks are about to ask the store too
         raise RanksLost.silent(at, why) from None
 
 

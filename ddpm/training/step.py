@@ -57,7 +57,7 @@ class Step:
         self.config, self.world, self.packed, self.resolved, self.state = config, world, packed, resolved, state
         self.share = config.train.global_batch // world.world_size
         self.micro = self.share // check_world_size(config, world.world_size)
-        if resolved.micro_batch is not None:  # found at another number of ranks, perhaps
+        if resolved.micro_batch is not None:  # perhaps by a life with another number of ranks
             self.micro = max(d for d in divisors(self.share) if d <= resolved.micro_batch)
         self.diffusion = Diffusion(schedule.build(config.diffusion)).to(world.device)
         self.gpu = world.device.type == "cuda"
@@ -76,7 +76,7 @@ class Step:
             return network, None
         if self.gpu:  # what is replayed cannot hold DDP's hooks
             exchange = Exchange(state.model.parameters(), world)
-            exchange()  # connects the ranks, which takes memory: before it is tried out how many images fit
+            exchange()  # connects the ranks, which takes memory: so before it is tried how many images fit
             return network, exchange
         return DistributedDataParallel(network, gradient_as_bucket_view=True), None
 
@@ -281,7 +281,7 @@ class Step:
         CPU."""
         state = self.state
         if self._own is None and self._all_have_own:
-            adam = not state.scaler.is_enabled() and is_adam(state.optimizer, state.model)  # else a scaler decides
+            adam = not state.scaler.is_enabled() and is_adam(state.optimizer, state.model)  # a scaler decides itself
             self._own = Update(state.model, state.ema.model, state.optimizer, adam=adam, max_norm=self._max_norm)
         return self._own
 

@@ -53,7 +53,7 @@ class Telemetry:
         self._board: Any = None
         self._board_at = 0.0
         self._first_step = step
-        self._grids: list[int] = []  # of this life
+        self._grids: list[int] = []  # drawn in this life
         self._heartbeat_at = 0.0
         self._inode = place_of(run)
         self._refused: dict[str, str] = {}

@@ -51,7 +51,7 @@ class Update:
             assert p.data_ptr() % _WORD_BYTES == 0 and p.dtype == torch.float32
             e.data = _as_it_lies(e.detach(), p)
         weights, averages = list(self._parameters), list(average.parameters())
-        first, second = self._moments(optimizer) if adam else (weights, weights)  # not looked at
+        first, second = self._moments(optimizer) if adam else (weights, weights)  # the kernels do not look at them
         self._find_chunks([p.numel() for p in weights])
         columns = [self._addresses([t.data_ptr() for t in tensors]) for tensors in (weights, first, second, averages)]
         device = weights[0].device
@@ -105,7 +105,7 @@ class Update:
         for p in self._parameters:
             g = narrow.get(p, p.grad)
             assert g is not None and g.dtype in (p.dtype, torch.bfloat16), "a parameter has no gradient"
-            whole = p.numel() >= self._kernels.CHUNK  # else its elements are read one by one
+            whole = p.numel() >= self._kernels.CHUNK  # of a smaller tensor the elements are read one by one
             gradients.append(_as_it_lies(g, p, _WORD_BYTES if whole else g.itemsize))
         self._wanted = [(g.data_ptr(), g.dtype == torch.bfloat16) for g in gradients]
         if not recording(loss.device):
@@ -153,7 +153,7 @@ class Update:
         begins, narrow = zip(*self._wanted, strict=True)
         addresses = torch.from_numpy(self._addresses(begins, narrow))
         if self._gradients.is_cuda:
-            addresses = addresses.pin_memory()  # its memory is used by nobody else until it was copied
+            addresses = addresses.pin_memory()  # pinned memory is not used again before the copy is done
         self._gradients.copy_(addresses, non_blocking=True)
         self._told = self._wanted
 
@@ -177,7 +177,7 @@ def serves(device: torch.device) -> bool:
         return False
     try:
         check(device)
-    except Exception as e:  # of Triton, of the compiler that it calls, or of a driver
+    except Exception as e:  # from Triton, from the compiler that it calls, or from a driver
         warnings.warn(f"updates on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
         return False
     return True
