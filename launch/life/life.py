@@ -112,7 +112,7 @@ def after_scancel(run: RunDir, env: JobEnvironment) -> None:
         followers = scheduler.followers(env.job) if stage == "train" else []
         what = f", and with it what was to follow: job {' '.join(followers)}" if followers else ""
         say(f"cancelled by scancel{what}")
-        # the event first: this process is killed in a moment
+        # the event first, as this process may be killed in a moment
         env.events(run).append(
             "cancelled", world_size=env.world_size, step=run.latest_step(), stage=stage, with_it=followers
         )

@@ -102,7 +102,7 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
     start = read_run(run).get("from")
     trainer = Trainer(config, run, world, packed, resolved, chronicle, start=start, held_out=held_out)
     trainer.resume()
-    size = num_bytes(trainer.state.state_dict())  # and logs grow, by what a save leaves free for them
+    size = num_bytes(trainer.state.state_dict())  # and logs grow by the spare that a save leaves free
     if why := world.broadcast(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
         needs = f"a checkpoint has {amount(size)}, and logs up to {amount(SPARE_BYTES)}"
         raise DoNotRetry(f"{needs}; {why}, then submit again")
@@ -144,9 +144,9 @@ def _take(life: Life, wait_s: float) -> Fence:
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
-        return False  # a run on this machine is nothing that SLURM knows of
+        return False  # SLURM knows nothing of runs on this machine
     if env.cluster and other.get("cluster", env.cluster) != env.cluster:
-        return False  # nor is another cluster's, whose job may have this one's id
+        return False  # nor of another cluster's, whose job may have this one's id
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
@@ -160,7 +160,7 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     """What `auto` means for the run, as its first life found and recorded; also applies it to this process."""
     run = life.run
     kept = world.broadcast(read_run(run).get("resolved") if world.is_main else None)
-    with life.stop.held():  # it may build kernels, to see whether that can be done
+    with life.stop.held():  # it may compile kernels to try them
         resolved = device.resolve(config, world.device, life.env.cpus, kept)
     if not kept:  # as rank 0 finds it, whatever another rank's node lacks
         resolved = device.resolve(config, world.device, life.env.cpus, world.broadcast(resolved.as_dict()))

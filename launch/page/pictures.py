@@ -87,5 +87,5 @@ def _png(path: Path) -> tuple[bytes, int, int]:
                 image.save(packed, format="PNG", optimize=True)
                 data = packed.getvalue()
             return data, *image.size
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # what Pillow calls some damages
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow raises these for some damages
         raise DamagedFile(str(e)) from None

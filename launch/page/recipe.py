@@ -189,7 +189,7 @@ def _samples(facts: Facts) -> list[str]:
         for where in sets[:MOST_SETS]:
             found.append(sample_command(facts, where.name, read_request(where)))
     except (OSError, DDPMError, DamagedFile):
-        pass  # of what cannot be read others tell
+        pass  # other parts of the page tell of what cannot be read
     return found
 
 

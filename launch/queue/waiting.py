@@ -32,7 +32,7 @@ def asked_together(runs: Iterable[RunDir]) -> Iterator[set[str]]:
     each question may take seconds. A job that is queued meanwhile is asked about by itself."""
     jobs: set[str] = set()
     for run in runs:
-        with contextlib.suppress(OSError):  # whoever asks about it meets that again
+        with contextlib.suppress(OSError):  # whoever asks about this run meets the error again
             jobs.update(slurm_jobs(run, read_events(run)))
     with scheduler.asked_once(), scheduler.looked_up_together(jobs):
         yield jobs

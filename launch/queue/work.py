@@ -114,7 +114,7 @@ def end_all(runs: Sequence[RunDir]) -> list[Work]:
     for run in runs:
         if why := not_from_here(run):
             raise RequestError(why)
-    with ExitStack() as turns:  # nobody queues more of them meanwhile
+    with ExitStack() as turns:  # so that nobody queues more of their jobs meanwhile
         for run in sorted(runs, key=lambda run: str(run.path)):  # in one order, or two who do so wait for each other
             turns.enter_context(turn(run))
         with asked_together(runs):

@@ -141,7 +141,7 @@ def before_cpu_limit(act: Callable[[], object]) -> None:
         return
 
     def heard(*_: object) -> None:
-        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second now
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # from now on it comes every second
         act()
 
     signal.signal(signal.SIGXCPU, heard)

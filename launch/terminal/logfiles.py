@@ -27,7 +27,7 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
     array has one, to which its lives append; with --cluster local the stages of a job share one. Empty ones are left
     out.
     """
-    events = read_events(run) if stage else []  # who follows a log asks twice a second
+    events = read_events(run) if stage else []  # following a log asks for this twice a second
     local = {e["job"]: (e.get("stage") or "").split("+") for e in events if e["event"] == "submitted"}
     found = []
     for path in listed(run.logs):

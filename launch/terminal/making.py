@@ -41,7 +41,7 @@ class Making(NamedTuple):
         """When the last image will be there, at this pace: a stamp."""
         if not self.images_per_s or self.images >= self.of_images:
             return None
-        with suppress(OverflowError, ValueError, OSError):  # in a thousand years
+        with suppress(OverflowError, ValueError, OSError):  # so late that no date can hold it
             left_s = (self.of_images - self.images) / self.images_per_s
             return stamp(datetime.fromtimestamp(now + left_s, timezone.utc))
         return None

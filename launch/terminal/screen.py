@@ -42,7 +42,7 @@ def watch(look: Look, *, details: bool) -> None:
     out = streams.below(sys.stdout)
     looker = _Looker(look)
     screen = Screen(look(console.warn), details=details)
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave a shell with a terminal in this state
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # ctrl-Z would leave the shell a terminal in this state
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with Keys() as keys:
@@ -158,7 +158,7 @@ class Screen:
         room = height - self.has_keys
         try:
             shown = {"table": self._table, "page": self._page, "log": self._lines_of_log}[self._mode](width, room)
-        except (OSError, DamagedFile) as e:  # of another user, or removed meanwhile
+        except (OSError, DamagedFile) as e:  # another user's, or removed meanwhile
             shown = [_cut(plain(faults.words(e) or e), width)]
         shown = [*shown[:room], *[""] * (room - len(shown))]
         return [*shown, self._foot(width)] if self.has_keys else shown
