@@ -70,7 +70,11 @@ def philox4x32(counter: Words, key: Key | tuple[Values, Values]) -> Words:
 
 
 def counter(element: Values, index: Values, step: Step) -> Words:
-    """(element, low words of index and step, their high halves side by side): nothing wraps."""
+    """(element, low words of index and step, their high halves side by side): nothing wraps.
+
+    element: in [0, 2**32); index: int64 (n,) or what broadcasts with element, in [0, 2**48); step: as `Step` says, an
+    int outside [0, 2**48) raises ValueError. Returns four words that broadcast to one shape.
+    """
     if isinstance(step, Tensor):
         low_step = (step & WORD).expand_as(index[:1])
     else:  # from the index, not by torch.tensor: no copy from the host, so nothing waits for the device
@@ -79,7 +83,7 @@ def counter(element: Values, index: Values, step: Step) -> Words:
 
 
 def words(key: Key, index: Values, step: Step) -> Words:
-    """The four words of element 0 of each row."""
+    """The four words of element 0 of each row: each int64 (n,), in [0, 2**32). index: int64 (n,)."""
     return philox4x32(counter(index * 0, index, step), key)
 
 

@@ -58,7 +58,7 @@ def uniform_int(key: Key, index: Tensor, step: Step, high: int) -> Tensor:
 
 
 def bernoulli(key: Key, index: Tensor, step: Step, probability: float) -> Tensor:
-    """True with `probability`, to a precision of 2**-24: bool (n,); index and step as in `normal`."""
+    """True with `probability`, to a precision of 2**-24: bool (n,) on index.device; index and step as in `normal`."""
     return uniform_int(key, index, step, 1 << 24) < round(probability * (1 << 24))
 
 
@@ -100,7 +100,7 @@ def mask_counters(layer: int, num: int, probability: float) -> tuple[int, int]:
 
 
 def keep_share(probability: float) -> float:
-    """The exact probability with which `keep_mask` keeps an element."""
+    """The exact probability with which `keep_mask` keeps an element: a multiple of 2**-16."""
     return 1.0 - _dropped_of_65536(probability) / (1 << 16)
 
 

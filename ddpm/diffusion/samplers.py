@@ -40,6 +40,8 @@ class SamplerStep(NamedTuple):
 
 
 class SampleResult(NamedTuple):
+    """What `sample` returns."""
+
     x_0: Tensor
     """(B, C, H, W) like x_T, in [-1, 1] if clipped."""
     nfe: int

@@ -154,7 +154,7 @@ def upsample(kind: str, width: int) -> nn.Module:
 
 
 def group_norm(width: int, groups: int | None) -> nn.GroupNorm:
-    """GroupNorm with the epsilon of Ho et al.'s code.
+    """GroupNorm (Wu & He 2018) of `width` channels, with the epsilon of Ho et al.'s code.
 
     groups None: 32 as in the paper, or the largest divisor of 32 that divides the channels; never one group for each
     channel, which would remove what t and class have added to it.

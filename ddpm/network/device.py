@@ -56,6 +56,7 @@ class Resolved:
         return self.compile or self.kernels == "own"
 
     def as_dict(self) -> dict[str, Any]:
+        """`resolved` of run.json; keys that old runs lack are left out where they mean what those did."""
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("micro_batch", None), ("kernels", "torch"))}
 
 
@@ -140,7 +141,7 @@ def _compiles(device: torch.device, own: bool, kept: dict[str, Any]) -> bool:
 
 
 def apply(resolved: Resolved) -> None:
-    """Set this process's global switches."""
+    """Set torch's global switches for this process: threads, TF32, deterministic algorithms."""
     torch.set_num_threads(resolved.threads)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.backends.cudnn.allow_tf32 = True

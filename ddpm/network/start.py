@@ -78,7 +78,7 @@ def _start(state: Mapping[str, Tensor], source: Path, file: Path, of: dict[str, 
 
 
 def read_start(run: RunDir, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a run's start.safetensors. record: `from` of its run.json.
+    """The weights in a run's start.safetensors, by name, float32 on the CPU. record: `from` of its run.json.
 
     Raises DoNotRetry if they are missing or not what was written, OSError if they cannot be read.
     """

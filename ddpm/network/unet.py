@@ -113,7 +113,7 @@ class UNet(nn.Module):
         fused.choose(self, own)
 
     def set_fused_attention(self, fused: bool) -> None:
-        """Choose the implementation of every attention of the network; weights stay."""
+        """Choose `fused` of every Attention of the network; weights stay."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fused = fused
@@ -178,6 +178,7 @@ class Level(nn.Module):
         return ("resample.bias",) if type(self.resample) is nn.Conv2d else ()
 
     def add(self, block: nn.Module, attention: nn.Module) -> None:
+        """Append a block, and what follows it."""
         self.blocks.append(block)
         self.attentions.append(attention)
 

@@ -18,6 +18,8 @@ from ddpm.sampling.shards import missing_shards, npz_bytes, read_npz
 
 
 class Part(NamedTuple):
+    """A finished batch."""
+
     images: np.ndarray
     """uint8 (n, H, W, C)"""
     nfe: int
@@ -26,6 +28,7 @@ class Part(NamedTuple):
 
 
 def part_path(sample_set: SampleSet, first: int, num: int) -> Path:
+    """Where the batch of samples first … first+num-1 is kept."""
     return sample_set.part / f"{first:09d}-{num}.npz"
 
 
@@ -43,7 +46,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
 
 
 def whole_part(path: Path, request: Request) -> Part:
-    """A part. Raises DamagedFile, KeyError, ValueError or TypeError unless it is of this request, and undamaged."""
+    """The part in a file. DamagedFile, KeyError, ValueError or TypeError unless it is whole and of this request."""
     arrays, _ = read_npz(path)
     part = Part(arrays["images"], int(arrays["nfe"]), str(arrays.get("code", "")))
     if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):

@@ -29,6 +29,8 @@ class OfOtherCode(DamagedFile):
 
 @dataclass(frozen=True)
 class CheckpointRef:
+    """The checkpoint that samples are made from."""
+
     step: int
     sha256: str
 
